@@ -1,0 +1,69 @@
+"""What a person at the keyboard can mend.
+
+    PteeError (ValueError)
+     +-- UnknownName (KeyError)     a name that is not in a registry, a model or a folder
+     +-- CutError                   an exit cannot stand where it was asked for
+     +-- DataError                  a data source that cannot be read as asked
+     +-- BackboneError              a model, its weights or its input that cannot be used
+     +-- RunError                   a saved run that cannot be trusted or does not fit
+     +-- DeviceError                a device that is not there
+
+Every message is one line: what was given, why it cannot be, what to type instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PteeError(ValueError):
+    """Everything a user can mend; the command prints it as one line and ends with status 2."""
+
+
+class UnknownName(PteeError, KeyError):  # noqa: N818 - reads as the message does
+    """A name that is not among the possible ones."""
+
+    __str__ = ValueError.__str__  # KeyError would quote the text
+
+
+class CutError(PteeError):
+    """An exit cannot stand where it was asked for."""
+
+
+class DataError(PteeError):
+    """A data source that cannot be read as asked."""
+
+
+class BackboneError(PteeError):
+    """A model, its weights or its input that cannot be used."""
+
+
+class RunError(PteeError):
+    """A saved run that cannot be trusted, or does not fit the backbone."""
+
+
+class DeviceError(PteeError):
+    """A device that is not there."""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str], *, most: int = 12) -> UnknownName:
+    """The error for a name that is not among `choices`, nearest first.
+
+    Args:
+        kind: what the name should have named, as the message calls it: "placement", "head".
+        name: what was given.
+        choices: all that is possible.
+        most: how many choices to list at most when none is near.
+
+    >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
+    Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
+    """
+    choices = sorted(set(choices))
+    near = get_close_matches(name, choices, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    if len(choices) <= most:
+        hint += f" Choices: {', '.join(choices)}."
+    elif not near:
+        hint += f" There are {len(choices)} choices, among them {', '.join(choices[:most])}."
+    return UnknownName(f"Unknown {kind} {name!r}.{hint}")
