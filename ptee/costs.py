@@ -1,0 +1,176 @@
+"""Multiply-accumulates spent when each module's output is ready, counted with fvcore.
+
+fvcore traces one forward pass and adds up its operators module by module. ptee needs them in order of execution: an
+exit behind a module has paid for everything that ran before that module's output, wherever it ran. The trace keeps
+that order, so the count listens to fvcore while it walks along.
+
+What fvcore gets wrong alone is put right here: it has no handler for scaled_dot_product_attention, cannot see into
+the fused paths of nn.MultiheadAttention and nn.TransformerEncoderLayer, runs the model in the mode it finds, and leaves
+its hooks on when the forward pass raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Convolutions and matrix products: what makes a layer a layer. Normalisation, activation and pooling belong to it.
+PRODUCTS = frozenset({
+    "aten::_convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
+    "aten::einsum", "aten::scaled_dot_product_attention",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Multiply-accumulates of one forward pass of one sample.
+
+    Modules are named as in `named_modules()`; those that were never called are absent.
+
+    Attributes:
+        total: of the whole pass.
+        until: executed when the module has given its output (of its last call, if it is called again).
+        inside: executed inside the module.
+        products_until: number of convolutions and matrix products executed when the module has given its output.
+        products: number of convolutions and matrix products executed inside the module.
+    """
+
+    total: int
+    until: dict[str, int]
+    inside: dict[str, int]
+    products_until: dict[str, int]
+    products: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operator of the traced pass: in which modules it ran, what it costs."""
+
+    modules: frozenset[str]
+    macs: int
+    product: bool
+
+
+def count(module: nn.Module, example: Tensor) -> Counts:
+    """Count what one forward pass of `module` costs, and how much of it has run at each module's output.
+
+    The module is left as it was: mode, buffers and hooks.
+
+    Args:
+        module: anything with forward(x). Counted in eval mode.
+        example: (1, ...) one sample on the module's device; counts grow with the batch.
+    """
+    with _left_as_it_was(module), torch.no_grad(), _visible_attention():
+        steps = _steps(module.eval(), example)
+    macs = list(accumulate((s.macs for s in steps), initial=0))
+    products = list(accumulate((s.product for s in steps), initial=0))
+    last: dict[str, int] = {}
+    inside: dict[str, int] = {}
+    inner_products: dict[str, int] = {}
+    for i, step in enumerate(steps, 1):
+        for name in step.modules:
+            last[name] = i
+            inside[name] = inside.get(name, 0) + step.macs
+            inner_products[name] = inner_products.get(name, 0) + step.product
+    return Counts(
+        total=macs[-1],
+        until={name: macs[i] for name, i in last.items()},
+        inside=inside,
+        products_until={name: products[i] for name, i in last.items()},
+        products=inner_products,
+    )
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters, batch norm's weight and bias included."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
+    from fvcore.nn import FlopCountAnalysis  # imported late: it costs start-up time
+
+    class InOrder(FlopCountAnalysis):  # type: ignore[misc]  # fvcore is untyped
+        """fvcore's count, which also notes every operator in order of execution."""
+
+        def __init__(self) -> None:
+            super().__init__(module, example)
+            self.steps: list[_Step] = []
+            extra = {"aten::scaled_dot_product_attention": _attention_macs, "aten::baddbmm": _baddbmm_macs}
+            for op, handle in (self._op_handles | extra).items():
+                self.set_op_handle(op, self._noting(op, handle))
+
+        def _noting(self, op: str, handle: Callable[..., Any]) -> Callable[..., Any]:
+            def note(inputs: list[Any], outputs: list[Any]) -> Any:
+                found = handle(inputs, outputs)
+                macs = sum(found.values()) if isinstance(found, dict) else found
+                self._note(outputs[0].node(), int(macs), op in PRODUCTS)
+                return found
+
+            return note
+
+        def _note(self, node: Any, macs: int, product: bool) -> None:
+            self.steps.append(_Step(frozenset(node.scopeName().split("/")), macs, product))
+
+        def _should_ignore_node(self, node: Any) -> bool:
+            # The free operators too: the output of a ReLU is ready after everything that ran before it.
+            self._note(node, 0, False)
+            return True
+
+    analysis = InOrder().uncalled_modules_warnings(False).unsupported_ops_warnings(False).tracer_warnings("none")
+    analysis.total()
+    return analysis.steps
+
+
+def _shape(value: Any) -> list[int]:
+    return list(value.type().sizes())
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """q k^T and its product with v: q (..., l, d), k (..., s, d), v (..., s, e)."""
+    *batch, length, depth = _shape(inputs[0])
+    source, value_depth = _shape(inputs[2])[-2:]
+    return prod(batch) * length * source * (depth + value_depth)
+
+
+def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    batch, n, m = _shape(inputs[1])
+    return batch * n * m * _shape(inputs[2])[-1]
+
+
+@contextmanager
+def _visible_attention() -> Iterator[None]:
+    """Keeps nn.MultiheadAttention and nn.TransformerEncoderLayer off their fused paths, which count as nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Puts mode, buffers and hooks back, whatever happens inside."""
+    modes = {m: m.training for m in module.modules()}
+    hooks = {m: (dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in module.modules()}
+    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        for m, (before, after) in hooks.items():
+            for now, then in ((m._forward_pre_hooks, before), (m._forward_hooks, after)):
+                for key in set(now) - set(then):
+                    del now[key]
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)

@@ -1,0 +1,164 @@
+"""Exit heads: small networks that answer from a feature map, and say how sure they are.
+
+Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes) and
+a confidence logit w2 v + b2, with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2). `HEADS` names the ways to make v.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptee.errors import PteeError, unknown
+from ptee.layout import Layout
+
+FeatureFactory = Callable[[int, int, int], nn.Module]
+
+
+class ExitHead(nn.Module):
+    """A head on one cut: any layout in, logits and a confidence logit out.
+
+    Args:
+        layout: how the cut's tensor lies in memory.
+        features: (b, c, h, w) -> (b, F), the vector v.
+        num_features: F.
+        num_classes: K.
+    """
+
+    def __init__(self, layout: Layout, features: nn.Module, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.features = features
+        self.logits = nn.Linear(num_features, num_classes)
+        self.confidence = nn.Linear(num_features, 1)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Answer from a feature map.
+
+        Args:
+            z: the cut's tensor, in its own layout.
+
+        Returns:
+            Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
+        """
+        v = self.features(self.layout.to_map(z))
+        with torch.autocast(z.device.type, enabled=False):
+            wide = torch.promote_types(v.dtype, torch.float32)
+            confidence = F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))
+        return self.logits(v), confidence[:, 0]
+
+
+def confidence_of(logit: Tensor) -> Tensor:
+    """h = sigmoid(logit), and NaN where the logit is not finite: nobody is sure on an overflow.
+
+    Args:
+        logit: (...) confidence logits.
+
+    Returns:
+        (...) h in (0, 1), float32.
+    """
+    return torch.where(logit.isfinite(), logit.sigmoid(), torch.nan).float()
+
+
+class _MeanPool(nn.Module):
+    """Global average pool."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def _plain(channels: int, height: int, width: int) -> nn.Module:
+    return nn.Flatten()
+
+
+def _pool(channels: int, height: int, width: int) -> nn.Module:
+    return _MeanPool()
+
+
+def _bnpool(channels: int, height: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), _MeanPool())
+
+
+def _conv(blocks: int) -> FeatureFactory:
+    """Blocks of [3x3 convolution C -> C without bias, batch norm, ReLU], then the pool."""
+
+    def make(channels: int, height: int, width: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for _ in range(blocks):
+            layers += [nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        return nn.Sequential(*layers, _MeanPool())
+
+    return make
+
+
+HEADS: dict[str, FeatureFactory] = {
+    "plain": _plain,
+    "pool": _pool,
+    "bnpool": _bnpool,
+    "conv1": _conv(1),
+    "conv2": _conv(2),
+    "conv3": _conv(3),
+}
+
+
+def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
+    """Add a head of your own, to be named wherever a head is named.
+
+    Args:
+        name: the new head's name; one that exists is refused.
+
+    Returns:
+        A decorator for a function or class `(channels, height, width) -> nn.Module` whose module maps a feature map
+        (b, c, h, w) to a feature vector (b, F). ptee puts the two linear layers behind it.
+
+    Raises:
+        PteeError: if the name is taken.
+
+    >>> @register_head("maxpool")
+    ... def maxpool(channels, height, width):
+    ...     return nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    """
+
+    def add(factory: FeatureFactory) -> FeatureFactory:
+        if name in HEADS or re.fullmatch(r"conv\d+", name):
+            raise PteeError(f"The head name {name!r} is taken. Register yours under another name.")
+        HEADS[name] = factory
+        return factory
+
+    return add
+
+
+def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
+    """Build a head by name.
+
+    Args:
+        name: one of `HEADS`, or convX with X blocks.
+        layout: of the cut it will read.
+        num_classes: K.
+
+    Raises:
+        UnknownName: if there is no such head.
+        PteeError: if a registered head does not give one vector for each row.
+    """
+    factory = HEADS.get(name)
+    if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", name)):
+        factory = _conv(int(match[1]))
+    if factory is None:
+        raise unknown("head", name, [*HEADS, "convX"])
+    features = factory(layout.channels, layout.height, layout.width)
+    return ExitHead(layout, features, _width(name, features, layout), num_classes)
+
+
+def _width(name: str, features: nn.Module, layout: Layout) -> int:
+    """F, found by trying."""
+    with torch.no_grad():
+        v = features.eval()(torch.zeros(2, layout.channels, layout.height, layout.width))
+    features.train()
+    if not isinstance(v, Tensor) or v.dim() != 2 or len(v) != 2:
+        got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+        raise PteeError(f"The head {name!r} must map (b, c, h, w) to one vector for each row (b, F); it gave {got}.")
+    return int(v.shape[1])

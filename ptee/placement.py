@@ -1,0 +1,336 @@
+"""Placement: where along the backbone the exits stand, and what each costs: the `Plan`.
+
+A placement rule sees nothing but the cumulative cost at the end of each block, as fractions of the whole. Fed with
+shares of the operations it places by what is really spent (ptee's default); fed with shares of the parameters it gives
+the tables of the EENet thesis, which calls those shares cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from ptee.backbones import Backbone
+from ptee.blocks import blocks
+from ptee.costs import Counts, count, parameters
+from ptee.cuts import Cut, Survey, prove, random_images, survey
+from ptee.errors import CutError, PteeError, unknown
+from ptee.heads import ExitHead, make_head
+
+MOST_EXITS = 5  # as many as an unnumbered scheme places
+LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
+CONVENTIONS = ("full", "paper")
+
+Rule = Callable[[Sequence[float], int], list[int]]
+
+
+# ---------------------------------------------------------------------------------------------------- the rules
+
+
+def first_behind(costs: Sequence[float], wishes: Sequence[float]) -> list[int]:
+    """The first block whose cumulative cost reaches each wish; two wishes never share a block.
+
+    Args:
+        costs: (L,) cumulative cost at the end of each block, as fractions of the whole, growing.
+        wishes: (E,) wanted fractions, growing.
+
+    Returns:
+        Indices of blocks, fewer than E where the blocks run out.
+    """
+    chosen: list[int] = []
+    for wish in wishes:
+        start = chosen[-1] + 1 if chosen else 0
+        block = next((i for i in range(start, len(costs)) if costs[i] >= wish), None)
+        if block is None:
+            break
+        chosen.append(block)
+    return chosen
+
+
+def _by_fraction(fraction: Callable[[int, int], float]) -> Rule:
+    return lambda costs, exits: first_behind(costs, [fraction(n, exits) for n in range(exits)])
+
+
+def _quadratic(costs: Sequence[float], exits: int) -> list[int]:
+    step = round(len(costs) / (exits + 1))
+    return [i for i in range(step - 1, step * exits, step) if i < len(costs)] if step else []
+
+
+# EENet (Demir & Akbas) 3.3. "quadratic" has no formula there; this one gives all rows of the thesis's tables.
+PLACEMENTS: dict[str, Rule] = {
+    "pareto": _by_fraction(lambda n, exits: 1 - 0.8 ** (n + 1)),
+    "fine": _by_fraction(lambda n, exits: 1 - 0.95 ** (n + 1)),
+    "golden": _by_fraction(lambda n, exits: 1.618034 ** (n - exits)),
+    "linear": _by_fraction(lambda n, exits: (n + 1) / (exits + 1)),
+    "quadratic": _quadratic,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One early exit. All costs are fractions of the bare backbone's multiply-accumulates.
+
+    Attributes:
+        name: the module behind which it stands.
+        backbone_cost: B_n / B, the backbone up to and with that module.
+        head_cost: H_n / B, its head alone.
+        cost: c_n of a sample that leaves here: all heads passed on the way are counted, unless the plan says "paper".
+        shape: of the tensor its head reads, of one sample.
+        parameters: of its head.
+    """
+
+    name: str
+    backbone_cost: float
+    head_cost: float
+    cost: float
+    shape: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the exits of a backbone stand and what they cost. Prints as a table.
+
+    Attributes:
+        backbone: its name.
+        head: name of the exits' heads.
+        placement: the rule, or how the exits were named.
+        input_size: (c, h, w) for which everything was counted.
+        exits: in order of execution.
+        final_cost: c_E of a sample that never leaves.
+        macs: B, multiply-accumulates of the bare backbone for one sample.
+        parameters: of the backbone.
+        convention: "full" or "paper".
+        classes: K.
+        cuts: what the hooks need, one per exit.
+    """
+
+    backbone: str
+    head: str
+    placement: str
+    input_size: tuple[int, int, int]
+    exits: tuple[Exit, ...]
+    final_cost: float
+    macs: int
+    parameters: int
+    convention: str
+    classes: int
+    cuts: tuple[Cut, ...] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able values; "exits" holds a row for each early exit."""
+        plain = {k: v for k, v in asdict(self).items() if k != "cuts"}
+        plain["input_size"] = list(self.input_size)
+        plain["exits"] = [asdict(e) | {"shape": list(e.shape), "head": self.head} for e in self.exits]
+        return plain
+
+    def make_heads(self) -> list[ExitHead]:
+        """New heads for these exits, in train mode, on the CPU in float32."""
+        return [make_head(self.head, cut.layout, self.classes) for cut in self.cuts]
+
+    def __str__(self) -> str:
+        rows = [
+            (str(n), e.name, "x".join(map(str, e.shape)), f"{e.backbone_cost:.4f}", f"{e.head_cost:.4f}",
+             f"{e.cost:.4f}", f"{e.parameters:,}")
+            for n, e in enumerate(self.exits)
+        ]  # fmt: skip
+        end = (str(len(self.exits)), "(backbone)", str(self.classes), "1.0000", "", f"{self.final_cost:.4f}", f"{self.parameters:,}")
+        title = ("exit", "module", "shape", "backbone", "head", "cost", "parameters")
+        size = "x".join(map(str, self.input_size))
+        return (
+            f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {self.head} heads\n"
+            + table([title, *rows, end], left={1})
+            + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
+        )
+
+
+_CONVENTION_TEXT = {
+    "full": "cost counts every head passed on the way.",
+    "paper": "cost leaves out the heads passed on the way (EENet, PTEENet); what is really spent is more.",
+}
+
+
+def table(rows: Sequence[Sequence[str]], left: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+    """Aligned columns, the first row being the title; numbers to the right, the columns in `left` to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
+
+
+def make_plan(
+    backbone: Backbone,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str = "pool",
+    convention: str = "full",
+) -> Plan:
+    """Place exits on a backbone, prove their cuts and count what they cost.
+
+    Args:
+        backbone: frozen, in eval mode.
+        exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
+        num_exits: E; None for as many as the rule can place, at most five.
+        head: a name of `HEADS`.
+        convention: of the costs: "full" counts heads passed on the way, "paper" does not.
+
+    Raises:
+        CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
+        UnknownName: if the rule, a module, the head or the convention does not exist.
+    """
+    if convention not in CONVENTIONS:
+        raise unknown("cost convention", convention, CONVENTIONS)
+    size = backbone.input.input_size
+    found = survey(backbone.module, size)
+    counts = count(backbone.module, random_images(backbone.module, 1, size))
+    cuts = _Placer(backbone, found, counts).place(exits, num_exits)
+    heads = [make_head(head, cut.layout, found.classes) for cut in cuts]
+    return _priced(backbone, counts, cuts, heads, head, _words(exits), convention)
+
+
+def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
+    return exits if isinstance(exits, str) else "exits at " + ", ".join(map(str, exits))
+
+
+def _priced(
+    backbone: Backbone, counts: Counts, cuts: Sequence[Cut], heads: Sequence[ExitHead], head: str, placement: str, convention: str
+) -> Plan:
+    total = counts.total
+    spent = [counts.until[cut.name] / total for cut in cuts]
+    import torch
+
+    added = [count(h, torch.zeros(1, *cut.shape)).total / total for h, cut in zip(heads, cuts, strict=True)]
+    passed = list(accumulate(added)) if convention == "full" else added
+    rows = tuple(
+        Exit(cut.name, b, h, b + p, cut.shape, parameters(module))
+        for cut, b, h, p, module in zip(cuts, spent, added, passed, heads, strict=True)
+    )
+    return Plan(
+        backbone.name, head, placement, backbone.input.input_size, rows, 1 + sum(added) if convention == "full" else 1.0,
+        total, parameters(backbone.module), convention, heads[0].logits.out_features, tuple(cuts),
+    )  # fmt: skip
+
+
+@dataclass
+class _Placer:
+    """Turns a request into proven cuts."""
+
+    backbone: Backbone
+    survey: Survey
+    counts: Counts
+
+    def place(self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None) -> list[Cut]:
+        if num_exits is not None and num_exits < 1:
+            raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+        if isinstance(exits, str):
+            return self._by_rule(exits, num_exits)
+        exits = list(exits)
+        if num_exits is not None and num_exits != len(exits):
+            raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+        if not exits:
+            raise CutError("No exit is named. Give a placement such as 'pareto', fractions, or names of modules.")
+        if all(isinstance(e, str) for e in exits):
+            return self._by_name([str(e) for e in exits])
+        if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in exits):
+            return self._by_wish(sorted(float(e) for e in exits))
+        raise CutError(f"Exits {exits} are neither names of modules nor fractions of the backbone's cost between 0 and 1.")
+
+    def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
+        if rule not in PLACEMENTS:
+            raise unknown("placement", rule, PLACEMENTS)
+        if num_exits is not None:
+            return self._proven(lambda costs: PLACEMENTS[rule](costs, num_exits), num_exits, rule)
+        for exits in range(MOST_EXITS, 0, -1):
+            try:
+                return self._by_rule(rule, exits)
+            except _NoRoom:
+                if exits == 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _by_wish(self, wishes: list[float]) -> list[Cut]:
+        return self._proven(lambda costs: first_behind(costs, wishes), len(wishes), f"at {', '.join(map(str, wishes))}")
+
+    def _by_name(self, names: list[str]) -> list[Cut]:
+        if len(set(names)) < len(names):
+            raise CutError(f"The exits {', '.join(names)} name one module twice.")
+        wanted = {name: self.survey.cut(name, self.backbone.module) for name in names}
+        cuts = [cut for name, cut in self.survey.cuts.items() if name in wanted]
+        for name, reason in prove(self.backbone.module, cuts, self.backbone.input.input_size).items():
+            raise CutError(f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}.")
+        for one, two in zip(cuts, cuts[1:], strict=False):
+            if self._cost(one) >= self._cost(two):
+                raise CutError(f"Exits {one.name!r} and {two.name!r} stand at the same point, nothing is computed between them.")
+        return cuts
+
+    def _cost(self, cut: Cut) -> float:
+        """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
+        order = list(self.survey.cuts)
+        before = reversed(order[: order.index(cut.name) + 1])
+        return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
+
+    def _proven(self, rule: Callable[[Sequence[float]], list[int]], wanted: int, words: str) -> list[Cut]:
+        """Let the rule choose among the blocks, and again without those whose proof fails."""
+        places = [self.survey.cuts[name] for name in blocks(self.backbone.module, self.survey, self.counts)]
+        proven: set[str] = set()
+        while True:
+            chosen = [places[i] for i in rule([self._cost(cut) for cut in places])]
+            chosen = [cut for cut in chosen if self._cost(cut) <= LATEST]
+            if len(chosen) < wanted:
+                raise self._no_room(places, wanted, words)
+            untried = [cut for cut in chosen if cut.name not in proven]
+            failed = prove(self.backbone.module, untried, self.backbone.input.input_size)
+            if not failed:
+                return chosen
+            proven |= {cut.name for cut in untried} - set(failed)
+            places = [cut for cut in places if cut.name not in failed]
+
+    def _no_room(self, places: list[Cut], wanted: int, words: str) -> CutError:
+        early = [cut for cut in places if self._cost(cut) <= LATEST]
+        if not early:
+            return _NoRoom(
+                f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its "
+                "cost. Name a module with --exits MODULE if you know one."
+            )
+        return _NoRoom(
+            f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
+            f"{LATEST:.0%} of its cost, the first at {self._cost(early[0]):.3f}, the last at {self._cost(early[-1]):.3f}. "
+            f"Ask for fewer (--num-exits), another placement, or name fractions or modules."
+        )
+
+
+class _NoRoom(CutError):
+    """The rule found fewer blocks than exits."""
+
+
+def plan(
+    model: Any,
+    *,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str = "pool",
+    input_size: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    weights: str | None = None,
+) -> Plan:
+    """Where exits would stand on a model and what they would cost, without building them.
+
+    Takes what `augment` takes, and returns its plan.
+    """
+    from ptee.backbones import load_backbone
+
+    backbone = load_backbone(
+        model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
+    )
+    return make_plan(backbone, exits, num_exits, head)
+
+
+__all__ = ["CONVENTIONS", "PLACEMENTS", "Exit", "Plan", "PteeError", "first_behind", "make_plan", "plan", "table"]
