@@ -10,10 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptee.errors import PteeError as PteeError
+    from ptee.evaluation import evaluate as evaluate
+    from ptee.heads import register_head as register_head
+    from ptee.model import AllExits as AllExits
+    from ptee.model import EarlyExitModel as EarlyExitModel
+    from ptee.model import ExitOutput as ExitOutput
+    from ptee.model import augment as augment
+    from ptee.model import load as load
+    from ptee.placement import Exit as Exit
+    from ptee.placement import Plan as Plan
+    from ptee.placement import plan as plan
+    from ptee.training import train as train
 
 __version__ = "0.1.0"
 _HOMES = {
+    "AllExits": "model",
+    "EarlyExitModel": "model",
+    "Exit": "placement",
+    "ExitOutput": "model",
+    "Plan": "placement",
     "PteeError": "errors",
+    "augment": "model",
+    "evaluate": "evaluation",
+    "load": "model",
+    "plan": "placement",
+    "register_head": "heads",
+    "train": "training",
 }
 __all__ = sorted(_HOMES)
 

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from ptee.backbones import Backbone
+import torch
+
+from ptee.backbones import Backbone, freeze, load_backbone
 from ptee.blocks import blocks
 from ptee.costs import Counts, count, parameters
 from ptee.cuts import Cut, Survey, prove, random_images, survey
-from ptee.errors import CutError, PteeError, unknown
+from ptee.errors import CutError, unknown
 from ptee.heads import ExitHead, make_head
+from ptee.tables import table
 
 MOST_EXITS = 5  # as many as an unnumbered scheme places
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
@@ -155,16 +158,6 @@ _CONVENTION_TEXT = {
 }
 
 
-def table(rows: Sequence[Sequence[str]], left: set[int] = frozenset()) -> str:  # type: ignore[assignment]
-    """Aligned columns, the first row being the title; numbers to the right, the columns in `left` to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
-
-
 def make_plan(
     backbone: Backbone,
     exits: str | Sequence[float] | Sequence[str] = "pareto",
@@ -190,9 +183,15 @@ def make_plan(
     size = backbone.input.input_size
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
-    cuts = _Placer(backbone, found, counts).place(exits, num_exits)
+    placer = _Placer(backbone, found, counts)
+    cuts = placer.place(exits, num_exits)
     heads = [make_head(head, cut.layout, found.classes) for cut in cuts]
-    return _priced(backbone, counts, cuts, heads, head, _words(exits), convention)
+    rows = _priced(cuts, [placer.cost(cut) for cut in cuts], heads, counts.total, convention)
+    end = 1 + sum(row.head_cost for row in rows) if convention == "full" else 1.0
+    return Plan(
+        backbone.name, head, _words(exits), size, rows, end, counts.total, parameters(backbone.module), convention,
+        found.classes, tuple(cuts),
+    )  # fmt: skip
 
 
 def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
@@ -200,22 +199,14 @@ def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
 
 
 def _priced(
-    backbone: Backbone, counts: Counts, cuts: Sequence[Cut], heads: Sequence[ExitHead], head: str, placement: str, convention: str
-) -> Plan:
-    total = counts.total
-    spent = [counts.until[cut.name] / total for cut in cuts]
-    import torch
-
-    added = [count(h, torch.zeros(1, *cut.shape)).total / total for h, cut in zip(heads, cuts, strict=True)]
+    cuts: Sequence[Cut], spent: Sequence[float], heads: Sequence[ExitHead], macs: int, convention: str
+) -> tuple[Exit, ...]:
+    added = [count(head, torch.zeros(1, *cut.shape)).total / macs for head, cut in zip(heads, cuts, strict=True)]
     passed = list(accumulate(added)) if convention == "full" else added
-    rows = tuple(
-        Exit(cut.name, b, h, b + p, cut.shape, parameters(module))
-        for cut, b, h, p, module in zip(cuts, spent, added, passed, heads, strict=True)
+    return tuple(
+        Exit(cut.name, b, h, b + p, cut.shape, parameters(head))
+        for cut, b, h, p, head in zip(cuts, spent, added, passed, heads, strict=True)
     )
-    return Plan(
-        backbone.name, head, placement, backbone.input.input_size, rows, 1 + sum(added) if convention == "full" else 1.0,
-        total, parameters(backbone.module), convention, heads[0].logits.out_features, tuple(cuts),
-    )  # fmt: skip
 
 
 @dataclass
@@ -266,11 +257,11 @@ class _Placer:
         for name, reason in prove(self.backbone.module, cuts, self.backbone.input.input_size).items():
             raise CutError(f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}.")
         for one, two in zip(cuts, cuts[1:], strict=False):
-            if self._cost(one) >= self._cost(two):
+            if self.cost(one) >= self.cost(two):
                 raise CutError(f"Exits {one.name!r} and {two.name!r} stand at the same point, nothing is computed between them.")
         return cuts
 
-    def _cost(self, cut: Cut) -> float:
+    def cost(self, cut: Cut) -> float:
         """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
         order = list(self.survey.cuts)
         before = reversed(order[: order.index(cut.name) + 1])
@@ -281,8 +272,8 @@ class _Placer:
         places = [self.survey.cuts[name] for name in blocks(self.backbone.module, self.survey, self.counts)]
         proven: set[str] = set()
         while True:
-            chosen = [places[i] for i in rule([self._cost(cut) for cut in places])]
-            chosen = [cut for cut in chosen if self._cost(cut) <= LATEST]
+            chosen = [places[i] for i in rule([self.cost(cut) for cut in places])]
+            chosen = [cut for cut in chosen if self.cost(cut) <= LATEST]
             if len(chosen) < wanted:
                 raise self._no_room(places, wanted, words)
             untried = [cut for cut in chosen if cut.name not in proven]
@@ -293,7 +284,7 @@ class _Placer:
             places = [cut for cut in places if cut.name not in failed]
 
     def _no_room(self, places: list[Cut], wanted: int, words: str) -> CutError:
-        early = [cut for cut in places if self._cost(cut) <= LATEST]
+        early = [cut for cut in places if self.cost(cut) <= LATEST]
         if not early:
             return _NoRoom(
                 f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its "
@@ -301,7 +292,7 @@ class _Placer:
             )
         return _NoRoom(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
-            f"{LATEST:.0%} of its cost, the first at {self._cost(early[0]):.3f}, the last at {self._cost(early[-1]):.3f}. "
+            f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
             f"Ask for fewer (--num-exits), another placement, or name fractions or modules."
         )
 
@@ -325,12 +316,11 @@ def plan(
 
     Takes what `augment` takes, and returns its plan.
     """
-    from ptee.backbones import load_backbone
-
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
-    return make_plan(backbone, exits, num_exits, head)
-
-
-__all__ = ["CONVENTIONS", "PLACEMENTS", "Exit", "Plan", "PteeError", "first_behind", "make_plan", "plan", "table"]
+    state = freeze(backbone.module)
+    try:
+        return make_plan(backbone, exits, num_exits, head)
+    finally:
+        state.restore(backbone.module)

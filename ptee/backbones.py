@@ -1,0 +1,699 @@
+"""From a name or a module to the classifier that will be frozen: its weights, its input, its number of classes.
+
+Names are timm's or torchvision's; weights come from a file, from the hub, or are random when that is asked for.
+What is read from a file or a record is data: nothing is unpickled, and no record can name more than a model can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import logging
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptee.errors import BackboneError, PteeError, unknown
+
+IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
+HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+HUB_TIMEOUT_S = 10
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net")  # timm, too, prefers the average
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DistributedDataParallel, torch.compile, trainers
+RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # of the factories; see _checked
+OTHERWISE = "Give a file with --weights FILE, or take random weights with --no-pretrained."
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What a backbone expects to see.
+
+    Attributes:
+        input_size: (c, h, w) of one image.
+        mean: (c,) subtracted from pixels in 0..1.
+        std: (c,) by which the difference is divided.
+        interpolation: how images are resized, "bilinear" or "bicubic" as a rule.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A classifier and what must be known to feed it.
+
+    Attributes:
+        module: gives logits (b, K) for images (b, c, h, w). A user's own module is the one he gave, in the mode and
+            with the gradients he gave it; a module built here is in eval mode. `freeze` is the caller's to call.
+        name: what to call it in messages: the name asked for, or the class of a user's module.
+        num_classes: K.
+        input: the images it expects.
+        source: a record for `rebuild`, ready for JSON; None where that is impossible (a user's module, random weights).
+        label_space: "imagenet-1k" where its classes are known to be those, in that order.
+    """
+
+    module: nn.Module
+    name: str
+    num_classes: int
+    input: InputConfig
+    source: dict[str, Any] | None = None
+    label_space: str | None = None
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What a caller wants; `pretrained` means the library's own weights, of this hub commit or torchvision tag."""
+
+    name: str
+    weights: str | None
+    pretrained: bool
+    num_classes: int | None
+    input_size: tuple[int, int, int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    args: dict[str, Any]
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a library gave, and under which name, arguments and origin it would give it again."""
+
+    module: nn.Module
+    name: str
+    args: dict[str, Any]
+    origin: dict[str, str | None]
+    input: InputConfig
+    classes: int | None  # of its configuration: 1000 for ImageNet-1k, and only for that
+
+
+def load_backbone(
+    model: str | nn.Module,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """The classifier of that name, or the one given, tried once on two black images.
+
+    Args:
+        model: `resnet50` (timm before torchvision), `timm/NAME`, `torchvision/NAME`, timm's `NAME.TAG` and
+            `hf-hub:user/repo`, or a module of one's own.
+        weights: a .safetensors file, or what `torch.save` wrote of a state_dict. Nothing is downloaded then.
+        pretrained: take the library's own weights if no file is given; without them they are random. Ignored for a
+            module.
+        num_classes: K; by default the library's, or found by running a module.
+        input_size: (c, h, w); by default from the model's configuration. A model of fixed size is built for it.
+        mean: per channel, or one number for all; by default from the configuration.
+        std: likewise.
+        model_args: further arguments of the library's constructor.
+
+    Raises:
+        UnknownName: no library has a model of that name.
+        BackboneError: it cannot be built, its weights cannot be had or do not fit, or it is no image classifier.
+    """
+    size = None if input_size is None else _checked_size(input_size)
+    file = None if weights is None else str(weights)
+    name = model if isinstance(model, str) else type(model).__name__
+    wish = _Wish(name, file, pretrained and not file, num_classes, size, mean, std, dict(model_args or {}))
+    if isinstance(model, nn.Module):
+        return _wrap(model, wish)
+    library, name = find_model(model)
+    return _load(library, replace(wish, name=name), label=model)
+
+
+def find_model(text: str) -> tuple[str, str]:
+    """(library, name in it) for what a user calls a model.
+
+    Raises:
+        UnknownName: if neither library has it; the message suggests the nearest of both.
+    """
+    from torchvision import models
+
+    timm = _timm()
+    names = {"timm": timm.list_models(), "torchvision": models.list_models(module=models)}
+    prefix, _, rest = text.partition("/")
+    if prefix in names:
+        if not _has_model(prefix, rest):
+            raise unknown(f"{prefix} model", rest, names[prefix])
+        return prefix, rest
+    for library in names:
+        if _has_model(library, text):
+            return library, text
+    raise unknown("model", text, [*names["timm"], *names["torchvision"]])
+
+
+def _timm() -> Any:
+    """timm, knowing the CIFAR networks."""
+    import timm
+
+    import ptee.cifar_resnet  # noqa: F401 - registers them
+
+    return timm
+
+
+def _has_model(library: str, name: str) -> bool:
+    """Exactly that name: timm itself would take the last part of a path, and torchvision any case of letters."""
+    if library == "torchvision":
+        from torchvision import models
+
+        return name in models.list_models(module=models)
+    source, colon, rest = name.partition(":")
+    if colon:
+        return source in HUB_SOURCES and bool(rest)
+    return "/" not in name and "\\" not in name and _timm().is_model(name)
+
+
+def _load(library: str, wish: _Wish, label: str) -> Backbone:
+    for key in wish.args:
+        if key in RESERVED_ARGS or key.startswith("pretrained"):
+            raise BackboneError(f"{key} is not an argument of {label} itself. Use --weights, --num-classes and so on.")
+    built = (_build_timm if library == "timm" else _build_torchvision)(wish, label)
+    built.module.eval()
+    if wish.weights:
+        load_weights(built.module, wish.weights)
+    config = _override(built.input, wish)
+    classes = count_classes(built.module, config.input_size, label)
+    if wish.num_classes not in (None, classes):
+        raise BackboneError(f"{label} has {classes} classes, not {wish.num_classes}. Leave --num-classes out.")
+    source = _record(library, wish, built, config, classes)
+    return Backbone(built.module, label, classes, config, source, _label_space(built.classes, classes))
+
+
+def _wrap(module: nn.Module, wish: _Wish) -> Backbone:
+    if wish.args:
+        raise BackboneError("Arguments (model_args) are for models given by name. Build the module with them.")
+    known, promised = _known_input(module)
+    if known is None and wish.input_size is None:
+        raise BackboneError(f"{wish.name} does not say how large its images are. Give input_size=(c, h, w).")
+    config = _override(known or InputConfig((3, 1, 1), IMAGENET_MEAN, IMAGENET_STD), wish)
+    if wish.weights:
+        load_weights(module, wish.weights)
+    classes = count_classes(module, config.input_size, wish.name)
+    if wish.input_size is None and _is_torchvisions(module) and classes != promised:
+        raise BackboneError(f"{wish.name} of {classes} classes may take any input size. Give input_size=(c, h, w).")
+    if wish.num_classes not in (None, classes):
+        raise BackboneError(f"{wish.name} has {classes} classes, not {wish.num_classes}. Leave num_classes out.")
+    return Backbone(module, wish.name, classes, config, None, _label_space(promised, classes))
+
+
+def _known_input(module: nn.Module) -> tuple[InputConfig | None, int | None]:
+    """The input that a library promises for its module, and the classes that it promises with it."""
+    note = getattr(module, "pretrained_cfg", None)
+    if isinstance(note, dict):
+        return _timm_input(module, getattr(module, "_model_args", {})), note.get("num_classes")
+    if _is_torchvisions(module):  # nothing is noted on these, but nearly all of 1000 classes take this input
+        return InputConfig((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD, "bilinear"), 1000
+    return None, None
+
+
+def _is_torchvisions(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torchvision.models.")
+
+
+def _label_space(promised: int | None, classes: int) -> str | None:
+    return IMAGENET if promised == classes == 1000 else None
+
+
+def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str) -> int:
+    """K, from a pass in eval mode with two images of zeros; the modes are put back, even if the pass fails.
+
+    Raises:
+        BackboneError: if the pass fails, or what it gives is not (b, K) with a row for each image and K >= 2.
+    """
+    like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0))
+    images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
+    modes = _modes(module)
+    try:
+        module.eval()
+        with torch.no_grad():
+            logits = module(images)
+    except Exception as error:
+        raise BackboneError(
+            f"{name} cannot take an image of size {input_size}: {_first_line(error)} Give the (c, h, w) that it takes "
+            f"as --input-size c,h,w (input_size=), or build it for this one."
+        ) from error
+    finally:
+        _set_modes(module, modes)
+    if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 2 and logits.shape[1] >= 2:
+        if getattr(module, "num_classes", None) != 0:  # timm's way to say that these are features
+            return logits.shape[1]
+        raise BackboneError(f"{name} has no classifier. Give it one: --num-classes K and --weights FILE.")
+    what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    raise BackboneError(
+        f"{name} gives {what} for two images, not logits (2, K) with K >= 2. Wrap it in a module that gives those."
+    )
+
+
+def _build_timm(wish: _Wish, label: str) -> _Built:
+    timm = _timm()
+    cfg = None if ":" in wish.name else _timm_config(wish.name)
+    if wish.pretrained and cfg is not None:
+        _require_trained(label, cfg.num_classes if cfg.has_weights else None, wish.num_classes)
+    args = _timm_size(cfg, wish.input_size) | wish.args
+    name, hub, pin = _timm_origin(wish, cfg)
+    with _building(label, args, downloads=wish.pretrained or hub is not None):
+        if hub:
+            _reach_hub(hub)
+        module = timm.create_model(name, pretrained=wish.pretrained, **pin, **args, **_random_classes(wish))
+    note = module.pretrained_cfg
+    if wish.pretrained and cfg is not None and note.get("tag"):
+        name = f"{note['architecture']}.{note['tag']}"  # in another version of timm, the default may be another tag
+    origin = {"tag": note.get("tag"), "hub": hub, "revision": _hub_revision(hub) if hub else None}
+    return _Built(module, name, args, origin, _timm_input(module, args), note.get("num_classes"))
+
+
+def _timm_origin(wish: _Wish, cfg: Any) -> tuple[str, str | None, dict[str, Any]]:
+    """timm's name for the model, the hub repository where it will look, and what keeps it to the commit wished for."""
+    source, colon, hub = wish.name.partition(":")
+    if colon and source != "local-dir":
+        hub = f"{hub.partition('@')[0]}@{wish.version}" if wish.version else hub
+        return f"hf-hub:{hub}", hub, {}
+    if cfg is None or not wish.pretrained or not cfg.hf_hub_id:
+        return wish.name, None, {}
+    if not wish.version:
+        return wish.name, cfg.hf_hub_id, {}
+    hub = f"{cfg.hf_hub_id}@{wish.version}"
+    # another place of the weights would make timm forget that their format is special
+    return wish.name, hub, {"pretrained_cfg_overlay": {"hf_hub_id": hub, "custom_load": cfg.custom_load}}
+
+
+def _random_classes(wish: _Wish) -> dict[str, int]:
+    return {} if wish.num_classes is None or wish.pretrained else {"num_classes": wish.num_classes}
+
+
+def _timm_config(name: str) -> Any:
+    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+    try:
+        return get_pretrained_cfg(name)  # None for a name that timm keeps only to forward it
+    except RuntimeError:
+        raise unknown("pretrained timm model", name, get_arch_pretrained_cfgs(name)) from None
+
+
+def _timm_size(cfg: Any, size: tuple[int, int, int] | None) -> dict[str, Any]:
+    """The arguments that build a timm model for images of another size than its configuration's."""
+    if size is None or cfg is None:
+        return {}
+    args: dict[str, Any] = {} if size[0] == cfg.input_size[0] else {"in_chans": size[0]}
+    if cfg.fixed_input_size and size[1:] != tuple(cfg.input_size[1:]):
+        args["img_size"] = size[1:]
+    return args
+
+
+def _timm_input(module: nn.Module, args: Mapping[str, Any]) -> InputConfig:
+    """timm's note on the module, with the sizes that it was really built for: the note tells of the weights' own."""
+    from timm.data import resolve_model_data_config
+
+    note = resolve_model_data_config(module)
+    height, width = note["input_size"][1:]
+    if args.get("img_size"):
+        height, width = args["img_size"] if isinstance(args["img_size"], tuple | list) else [args["img_size"]] * 2
+    size = (args.get("in_chans") or note["input_size"][0], height, width)
+    mean, std = (_per_channel(key, None, note[key], size[0]) for key in ("mean", "std"))
+    return InputConfig(size, mean, std, note["interpolation"])
+
+
+def _build_torchvision(wish: _Wish, label: str) -> _Built:
+    from torchvision import models
+
+    known = models.get_model_weights(wish.name)
+    if wish.version and wish.version not in known.__members__:
+        raise unknown(f"weights of {label}", wish.version, known.__members__)
+    usual = known[wish.version] if wish.version else known.DEFAULT
+    if wish.pretrained:
+        _require_trained(label, len(usual.meta["categories"]), wish.num_classes)
+    args = dict(wish.args)
+    if wish.input_size and wish.name.startswith("vit_"):
+        args.setdefault("image_size", wish.input_size[1])
+    weights = usual if wish.pretrained else None
+    with _building(label, args, downloads=wish.pretrained):
+        module = models.get_model(wish.name, weights=weights, **args, **_random_classes(wish))
+    preset = usual.transforms()
+    edge = getattr(module, "image_size", preset.crop_size[0])  # only ViTs have one; their default weights may differ
+    config = InputConfig((3, edge, edge), tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
+    origin = {"tag": usual.name, "hub": None, "revision": None}
+    return _Built(module, wish.name, args, origin, config, len(usual.meta["categories"]))
+
+
+def _require_trained(label: str, trained: int | None, num_classes: int | None) -> None:
+    """Libraries would put a random classifier in place of one of another size; exits would learn its noise."""
+    if not trained:
+        raise BackboneError(f"There are no pretrained weights of a classifier for {label}. {OTHERWISE}")
+    if num_classes not in (None, trained):
+        raise BackboneError(
+            f"The pretrained classifier of {label} has {trained} classes, not {num_classes}; another would be random. "
+            f"{OTHERWISE}"
+        )
+
+
+@contextmanager
+def _building(label: str, args: Mapping[str, Any], *, downloads: bool) -> Iterator[None]:
+    """Turns whatever a library raises into one line, and keeps what it has to say off the terminal.
+
+    torch.hub prints to standard output, which may be promised to JSON; timm and huggingface_hub log their retries.
+    """
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub", "httpx", "urllib3", "filelock")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        if downloads and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not know
+            raise BackboneError(f"{label} cannot be downloaded or loaded: {_first_line(error)} {OTHERWISE}") from error
+        remedy = "Change --model-arg or --input-size." if args else "Choose another model."
+        given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
+        raise BackboneError(f"{label} cannot be built{given}: {_first_line(error)} {remedy}") from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reach_hub(hub: str) -> None:
+    """One request, unless the cache has the weights: the client itself would go on trying for most of a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not constants.HF_HUB_OFFLINE and _hub_revision(hub) is None:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+
+
+def _hub_revision(hub: str) -> str | None:
+    """The commit of a repository whose weights are in the cache; a repository is user/name or user/name@revision."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = hub.partition("@")
+    for file in HUB_FILES:
+        path = try_to_load_from_cache(repo, file, revision=revision or None)
+        if isinstance(path, str) and COMMIT.fullmatch(Path(path).parent.name):
+            return Path(path).parent.name
+    return None
+
+
+def load_weights(module: nn.Module, file: str | Path) -> None:
+    """Copy a file of weights into a module, all of them or, if anything does not fit, none.
+
+    Half-precision weights are widened to the module's type. A `state_dict` key around them and a prefix in front of
+    every name (`module.`) are taken off.
+
+    Raises:
+        BackboneError: the file is missing, unreadable, would run code, or has other names or shapes.
+    """
+    state, own = read_weights(file), module.state_dict()
+    bare = _without_prefix(state, own)
+    for key in own.keys() - bare.keys():
+        if key.endswith("num_batches_tracked"):  # older files lack it, and nothing in eval mode reads it
+            bare[key] = own[key]
+    _require_fit(bare, own, file)
+    # some modules, torchvision's MNASNet one, read old formats by a version number that safetensors cannot hold
+    kept = getattr(state, "_metadata", None) if list(state) == list(bare) else None
+    bare._metadata = kept or getattr(own, "_metadata", None)  # type: ignore[attr-defined]
+    try:
+        module.load_state_dict(bare, strict=True)
+    except Exception as error:
+        raise BackboneError(f"{file} does not fit {type(module).__name__}: {_first_line(error)}") from error
+
+
+def read_weights(file: str | Path) -> OrderedDict[str, Tensor]:
+    """The state_dict in a file, on the CPU; nothing in it is executed.
+
+    Raises:
+        BackboneError: the file is missing, unreadable, would run code, or holds no state_dict.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise BackboneError(f"There is no weights file {file}. Give a .safetensors or .pth file that exists.")
+    try:
+        found = _read(path)
+    except Exception as error:
+        code = _code_in(path)
+        if code:
+            raise BackboneError(
+                f"{file} would run code when read ({', '.join(code[:3])}). Save the state_dict alone, as .safetensors."
+            ) from error
+        raise BackboneError(f"{file} cannot be read: {_first_line(error)} Get or save it again.") from error
+    for key in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not found or not all(map(_is_named_tensor, found.items())):
+        raise BackboneError(f"{file} holds no state_dict (names of tensors). Save model.state_dict() and nothing else.")
+    state = OrderedDict(found)
+    state._metadata = getattr(found, "_metadata", None)  # type: ignore[attr-defined]
+    return state
+
+
+def _read(path: Path) -> Any:
+    if path.suffix.lower() == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments as one
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _code_in(path: Path) -> list[str]:
+    """The functions that a pickle would call, as far as they can be listed without calling them."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:
+        return []
+
+
+def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """`state` without what stands before every name, where that makes names fit which did not."""
+    bare = OrderedDict(state)
+    while not bare.keys() & own.keys():
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in bare)), None)
+        if prefix is None:
+            return OrderedDict(state)
+        bare = OrderedDict((key.removeprefix(prefix), value) for key, value in bare.items())
+    return bare
+
+
+def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str | Path) -> None:
+    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
+    if missing or extra:
+        faults = [f"{what} {_some(keys)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
+        raise BackboneError(f"{file} is of another model: it {' and '.join(faults)}. Check --model and --model-arg.")
+    wrong = [key for key in own if isinstance(own[key], Tensor) and own[key].shape != state[key].shape]
+    if not wrong:
+        return
+    classes = {(len(state[key]), len(own[key])) for key in wrong if state[key].shape[1:] == own[key].shape[1:]}
+    if len(classes) == 1 and all(state[key].shape[1:] == own[key].shape[1:] for key in wrong):
+        there, here = classes.pop()
+        raise BackboneError(
+            f"{file} has {there} classes ({_some(wrong)}), the model has {here}. Try --num-classes {there}."
+        )
+    shapes = [f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]
+    raise BackboneError(f"{file} has other shapes: {_some(shapes)}. Check --model, --model-arg and --input-size.")
+
+
+@dataclass(frozen=True)
+class FrozenState:
+    """How a module was before `freeze`, by the names of its parameters and parts; survives copying and pickling."""
+
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+
+    def restore(self, module: nn.Module) -> None:
+        """Put gradients and modes back as they were; parts that came later are left as they are."""
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+        _set_modes(module, self.training)
+
+
+def freeze(module: nn.Module) -> FrozenState:
+    """Take all gradients off a module and put all of it in eval mode; what it was before is returned."""
+    state = FrozenState({name: p.requires_grad for name, p in module.named_parameters()}, _modes(module))
+    module.requires_grad_(False)
+    module.eval()
+    return state
+
+
+def _modes(module: nn.Module) -> dict[str, bool]:
+    return {name: part.training for name, part in module.named_modules()}
+
+
+def _set_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    for name, part in module.named_modules():
+        part.training = modes.get(name, part.training)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """sha256, in hexadecimal, of the state_dict: sorted names with types, shapes and bytes.
+
+    Device and memory format do not matter; the type does: a model in half precision is another model.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, Tensor):  # what a part's get_extra_state gave
+            digest.update(f"{name}\0{value!r}\0".encode())
+            continue
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        # as bytes: NumPy has no bfloat16. No copy is made of what lies in the CPU's memory already
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def rebuild(source: Mapping[str, Any]) -> Backbone:
+    """The backbone that a `Backbone.source` tells of. The record may come from a stranger: each field is checked.
+
+    Raises:
+        BackboneError: the record is not of that form, names a file that is not there, or cannot be followed.
+        UnknownName: it names a model that this version of the library does not have.
+    """
+    try:
+        library, wish = _checked_record(source)
+        label = wish.name if library == "timm" else f"{library}/{wish.name}"
+        if not _has_model(library, wish.name):
+            raise BackboneError(f"There is no {library} model {wish.name!r} in the version installed here.")
+        return _load(library, wish, label)
+    except PteeError as error:
+        raise BackboneError(f"The backbone cannot be rebuilt: {error} Or give it itself: backbone=.") from error
+
+
+def _record(library: str, wish: _Wish, built: _Built, config: InputConfig, classes: int) -> dict[str, Any] | None:
+    """What `rebuild` reads; None if the weights are random, or an argument is something that JSON cannot say."""
+    args = {key: _plain(value) for key, value in built.args.items()}
+    if not (wish.weights or wish.pretrained) or not all(map(_is_plain, args.values())):
+        return None
+    return {
+        "library": library,
+        "name": built.name,
+        "args": args,
+        "num_classes": classes,
+        "weights": {"file": wish.weights} if wish.weights else {"pretrained": built.origin},
+        "input": {key: _plain(value) for key, value in asdict(config).items()},
+    }
+
+
+def _checked_record(source: Mapping[str, Any]) -> tuple[str, _Wish]:
+    """(library, what to ask of it), every field of the type and form that `_record` gives it."""
+    _require_keys(source, "library name args num_classes weights input", "source")
+    library, name, args, classes = (source[key] for key in ("library", "name", "args", "num_classes"))
+    _require(library in ("timm", "torchvision"), "library", library)
+    _require(isinstance(name, str), "name", name)
+    _require(isinstance(args, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in args.items()), "args", args)
+    _require(_is_count(classes), "num_classes", classes)
+    file, version = _checked_weights(source["weights"], library)
+    shown = source["input"]
+    _require_keys(shown, "input_size mean std interpolation", "input")
+    for key in ("mean", "std"):
+        _require(isinstance(shown[key], list) and all(map(_is_number, shown[key])), key, shown[key])
+    size = shown["input_size"]
+    _require(isinstance(size, list) and len(size) == 3 and all(map(_is_count, size)), "input_size", size)
+    return library, _Wish(name, file, file is None, classes, tuple(size), shown["mean"], shown["std"], args, version)
+
+
+def _checked_weights(weights: Any, library: str) -> tuple[str | None, str | None]:
+    """(file, None), or (None, hub commit or torchvision tag or None)."""
+    _require(isinstance(weights, dict) and set(weights) in ({"file"}, {"pretrained"}), "weights", weights)
+    if "file" in weights:
+        file = weights["file"]
+        # to Windows, two slashes in front name another machine, and looking there means logging in
+        _require(isinstance(file, str) and file and not file.startswith(("//", "\\\\")), "file", file)
+        return file, None
+    origin = weights["pretrained"]
+    _require_keys(origin, "tag hub revision", "pretrained")
+    for key, value in origin.items():
+        _require(value is None or isinstance(value, str), key, value)
+    commit = origin["revision"]
+    _require(commit is None or COMMIT.fullmatch(commit), "revision", commit)
+    return None, commit if library == "timm" else origin["tag"]
+
+
+def _require_keys(record: Any, keys: str, what: str) -> None:
+    _require(isinstance(record, Mapping) and set(record) == set(keys.split()), what, record)
+
+
+def _require(holds: object, what: str, value: Any) -> None:
+    if not holds:
+        raise BackboneError(f"its record has a wrong {what}, {str(value)[:80]!r}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives it back as it is: a number, a word, true, false, null, or lists of these."""
+    if isinstance(value, list):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON would make of them."""
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _checked_size(size: Sequence[int]) -> tuple[int, int, int]:
+    if isinstance(size, str) or len(size) != 3 or not all(_is_count(n) for n in size):
+        raise BackboneError(f"An input size is (channels, height, width), such as 3,224,224, not {size!r}.")
+    return (size[0], size[1], size[2])
+
+
+def _override(config: InputConfig, wish: _Wish) -> InputConfig:
+    """`config` with what is wished for in place of its own, and as many means as there are channels."""
+    size = wish.input_size or config.input_size
+    mean = _per_channel("mean", wish.mean, config.mean, size[0])
+    std = _per_channel("std", wish.std, config.std, size[0])
+    if min(std) <= 0:
+        raise BackboneError(f"Pixels are divided by std, so it must be positive, not {std}. Give --std again.")
+    return InputConfig(size, mean, std, config.interpolation)
+
+
+def _per_channel(
+    what: str, given: Sequence[float] | None, usual: tuple[float, ...], channels: int
+) -> tuple[float, ...]:
+    values = tuple(float(v) for v in (usual if given is None else given))
+    if len(values) == channels:
+        return values
+    if given is None:  # three colours' numbers for another number of channels: their average is as good as any
+        return (sum(values) / len(values),) * channels
+    if len(values) == 1:
+        return values * channels
+    raise BackboneError(f"Images of {channels} channels need {channels} numbers for --{what}, or one, not {values}.")
+
+
+def _first_line(error: BaseException) -> str:
+    """What an exception says, short and with a full stop, for the middle of a one-line message."""
+    lines = str(error).strip().splitlines()
+    text = f"{lines[0].strip()[:200]}" if lines else ""
+    return f"{type(error).__name__}: {text.rstrip('.:')}." if text else f"{type(error).__name__}."
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

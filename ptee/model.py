@@ -1,0 +1,509 @@
+"""The early-exit model: a frozen backbone with a hook at each cut, a head behind each hook, and a threshold.
+
+One path serves all: `predict`, `forward` and `all_exits` run the backbone's own forward pass; at each cut the hook asks
+the call that is going on what to do. What a call knows lives in that call, not in the module, so two threads may call
+one model, and a backbone called outside of the wrapper is the bare backbone.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+from ptee import runs
+from ptee.backbones import Backbone, InputConfig, freeze, load_backbone, rebuild, weights_hash
+from ptee.cuts import Cut
+from ptee.errors import PteeError, RunError
+from ptee.heads import ExitHead, confidence_of
+from ptee.placement import Exit, Plan, make_plan
+
+Thresholds = float | Sequence[float] | Tensor
+DEFAULT_THRESHOLD = 0.5  # PTEENet's
+
+
+class ExitOutput(NamedTuple):
+    """What `predict` answers, one entry for each row of the batch.
+
+    Attributes:
+        logits: (b, K) of the exit at which the row left.
+        exit_index: (b,) that exit, 0..E; E is the backbone's own output.
+        confidence: (b,) h of that exit, float32; 1 at E.
+        cost: (b,) what the row cost, as a fraction of the bare backbone.
+    """
+
+    logits: Tensor
+    exit_index: Tensor
+    confidence: Tensor
+    cost: Tensor
+
+
+class AllExits(NamedTuple):
+    """What every exit would answer.
+
+    Attributes:
+        logits: (E+1, b, K); the last are the backbone's.
+        confidence: (E+1, b) h, float32; the last are 1.
+        confidence_logits: (E, b), of which h is the sigmoid.
+    """
+
+    logits: Tensor
+    confidence: Tensor
+    confidence_logits: Tensor
+
+
+class EarlyExitModel(
+    nn.Module,
+    ModelHubMixin,
+    library_name="ptee",
+    tags=["early-exit", "image-classification"],
+    pipeline_tag="image-classification",
+    model_card_template=runs.MODEL_CARD,
+):
+    """A classifier whose sure rows leave early. Made by `augment` and `load`.
+
+    The backbone is the module that was given, not a copy: frozen, always in eval mode, with one hook at each cut that
+    does nothing unless this model is called. Only the heads train.
+
+    Attributes:
+        backbone: the user's module.
+        heads: one ExitHead for each early exit.
+        plan: where the exits stand and what they cost.
+        history: what `train` recorded, or None.
+        results: what was measured last, JSON-able, or None; saved with the model.
+    """
+
+    def __init__(self, network: Backbone, plan: Plan, exit_heads: Sequence[ExitHead]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.origin = network
+        self._frozen = freeze(network.module)
+        self.backbone = network.module
+        like = next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.zeros(()))
+        self.heads = nn.ModuleList(exit_heads).to(like.device, like.dtype)
+        self.results: dict[str, Any] | None = None
+        self._thresholds: tuple[float, ...] = ()
+        self.threshold = DEFAULT_THRESHOLD
+        self._hooks = [_ExitHook() for _ in plan.cuts]
+        # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
+        self._handles = [
+            self.backbone.get_submodule(cut.name).register_forward_hook(hook)
+            for cut, hook in zip(plan.cuts, self._hooks, strict=True)
+        ]
+        self.eval()
+
+    # -------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """The E early exits, in order: name and costs."""
+        return self.plan.exits
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.plan.classes
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """c_0 .. c_E, what a row costs that leaves at each exit, as fractions of the bare backbone."""
+        return (*(e.cost for e in self.plan.exits), self.plan.final_cost)
+
+    @property
+    def threshold(self) -> list[float]:
+        """T of each exit; a row leaves at the first exit n with h_n >= T_n.
+
+        Set it to one number or one per exit, at any time. Above 1 nobody leaves, at 0 everybody does (but for a row
+        whose confidence is not finite, which never leaves). Raises PteeError on NaN and on a wrong number of values.
+        """
+        return list(self._thresholds)
+
+    @threshold.setter
+    def threshold(self, value: Thresholds) -> None:
+        given = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+        if len(given) not in (1, len(self.plan.exits)):
+            raise PteeError(f"{len(given)} thresholds for {len(self.plan.exits)} exits. Give one, or one for each exit.")
+        _refuse_nan(given)
+        self._thresholds = tuple(given * len(self.plan.exits) if len(given) == 1 else given)
+
+    # -------------------------------------------------------------------------------------------- what it does
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (b, K) of images (b, c, h, w), each row's from the exit at which it left."""
+        return self.predict(x).logits
+
+    @torch.compiler.disable
+    def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
+        """Answer each row at the first exit that is sure enough; only the others go on.
+
+        One host synchronisation at each exit; a `threshold` tensor on the GPU costs one more, to look for NaN.
+
+        Args:
+            x: (b, c, h, w) images on the model's device.
+            threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
+
+        Raises:
+            PteeError: if the threshold has NaN or another shape, or the model is in training mode, in which the answer
+                of a row would depend on its neighbours.
+        """
+        if self.training:
+            raise PteeError(
+                "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
+                "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
+            )
+        call = _Leaving(self, len(x), self._per_exit(threshold, len(x)))
+        if len(x) == 0:
+            return call.result(self._no_rows(x))
+        try:
+            with _running(call):
+                answer = self.backbone(x)
+        except _AllLeft as left:
+            if left.call is not call:  # a model inside of another's head or backbone
+                raise
+            return call.result(None)
+        call.check_all_passed()
+        return call.result(answer)
+
+    @torch.compiler.disable
+    def all_exits(self, x: Tensor) -> AllExits:
+        """Every exit's answer for every row; nobody leaves. Differentiable in the heads.
+
+        Args:
+            x: (b, c, h, w) images on the model's device.
+        """
+        if len(x) == 0:
+            empty, none = self._no_rows(x), x.new_zeros(len(self.exits), 0, dtype=torch.float32)
+            return AllExits(empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none)
+        call = _Watching(self)
+        with _running(call):
+            answer = self.backbone(x)
+        call.check_all_passed()
+        confidence_logits = torch.stack(call.confidence_logits)
+        confidence = confidence_of(confidence_logits)
+        return AllExits(
+            torch.stack([*(y.to(answer.dtype) for y in call.logits), answer]),
+            torch.cat([confidence, torch.ones_like(confidence[:1])]),
+            confidence_logits,
+        )
+
+    def train(self, mode: bool = True) -> EarlyExitModel:
+        """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def detach(self) -> nn.Module:
+        """Take the backbone back: no hook left, gradients and modes as they were before `augment`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooks = [], []
+        self._frozen.restore(self.backbone)
+        return self.backbone
+
+    def _no_rows(self, x: Tensor) -> Tensor:
+        like = next(self.heads.parameters())
+        return torch.zeros(0, self.num_classes, device=x.device, dtype=like.dtype)
+
+    def _per_exit(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
+        """One threshold for each exit: a number, or a tensor (b,)."""
+        exits = len(self.plan.exits)
+        if threshold is None:
+            return list(self._thresholds)
+        wide = threshold if isinstance(threshold, Tensor) else torch.as_tensor(threshold, dtype=torch.float64)
+        if wide.dim() > 2 or any(have not in (1, want) for have, want in zip(reversed(wide.shape), (exits, rows), strict=False)):
+            raise PteeError(
+                f"A threshold of shape {tuple(wide.shape)} does not broadcast to (b, E) = ({rows}, {exits}). Give a number, "
+                f"one for each of the {exits} exits, or one for each row and exit."
+            )
+        if wide.isnan().any():
+            _refuse_nan([math.nan])
+        if wide.dim() < 2:
+            return wide.expand(exits).tolist() if wide.device.type == "cpu" else list(wide.expand(exits))
+        return list(wide.expand(rows, exits).unbind(1))
+
+    # -------------------------------------------------------------------------------------------- saving
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        network = self.origin
+        config = {
+            "backbone": {
+                "name": network.name,
+                "source": network.source,
+                "hash": weights_hash(self.backbone),
+                "classes": self.num_classes,
+                "input": runs.plain(network.input),
+            },
+            "placement": self.plan.placement,
+            "convention": self.plan.convention,
+            "exits": self.plan.to_dict()["exits"],
+            "threshold": self.threshold,
+            "results": self.results,
+        }
+        runs.write(save_directory, config, {k: v for k, v in self.heads.state_dict().items()})
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, backbone: nn.Module | None = None, **hub: Any) -> EarlyExitModel:
+        return load(model_id, backbone, **{k: v for k, v in hub.items() if k in runs.HUB_OPTIONS})
+
+
+def _refuse_nan(values: Sequence[float]) -> None:
+    if any(math.isnan(v) for v in values):
+        raise PteeError("A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7.")
+
+
+# ---------------------------------------------------------------------------------------------------- hooks and calls
+
+
+class _ExitHook:
+    """Stands at a cut. It knows no model, so that copies and pickles of a backbone do not drag one along."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        call = _CALL.get()
+        return None if call is None else call.arrive(self, output)
+
+
+class _Call(ABC):
+    """One run of a model through its backbone."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self.model = model
+        self.passed = 0
+
+    def arrive(self, hook: _ExitHook, output: Any) -> Any:
+        """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""
+        n = next((i for i, own in enumerate(self.model._hooks) if own is hook), None)
+        if n is None:
+            return None  # another model's, on the same backbone
+        if n != self.passed:
+            raise PteeError(
+                f"Exit {n} ({self.model.exits[n].name}) was reached when exit {self.passed} was expected: this input "
+                "takes another way through the backbone than the one the exits were planned for."
+            )
+        self.passed += 1
+        cut = self.model.plan.cuts[n]
+        z = cut.feature_map(output)
+        if cut.overwritten and torch.is_grad_enabled():
+            z = z.clone()  # the backward pass needs it as it is now
+        with _running(None):
+            logits, confidence = self.model.heads[n](z)
+        return self.visit(n, cut, output, logits, confidence)
+
+    @abstractmethod
+    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
+        """What to do with a head's answer."""
+
+    def check_all_passed(self) -> None:
+        """Nobody may reach the end around an exit: a compiled or changed backbone does not run its hooks."""
+        if self.passed < len(self.model.plan.exits):
+            name = self.model.exits[self.passed].name if self.model._hooks else "all of them"
+            raise PteeError(
+                f"The backbone gave its answer without passing exit {self.passed} ({name}): its hooks did not run. "
+                "Was the model detached, or the backbone compiled or changed after augment()?"
+            )
+
+
+class _Watching(_Call):
+    """Nobody leaves."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__(model)
+        self.logits: list[Tensor] = []
+        self.confidence_logits: list[Tensor] = []
+
+    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> None:
+        self.logits.append(logits)
+        self.confidence_logits.append(confidence)
+
+
+class _Part(NamedTuple):
+    """Rows that left together: which ones (None for all), where, and what they got."""
+
+    rows: Tensor | None
+    exit: int
+    logits: Tensor
+    confidence: Tensor
+
+
+class _Leaving(_Call):
+    """Rows leave at the first exit n with h_n >= T_n."""
+
+    def __init__(self, model: EarlyExitModel, rows: int, thresholds: Sequence[float | Tensor]) -> None:
+        super().__init__(model)
+        self.count = rows
+        self.thresholds = thresholds
+        self.rows: Tensor | None = None  # who is still here, as positions in the batch; None for all
+        self.parts: list[_Part] = []
+
+    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
+        h = confidence_of(confidence)
+        stay = ~(h >= self._threshold(n))  # NaN is no answer to "sure enough?"
+        staying = int(stay.sum())  # the one host synchronisation of this exit
+        if staying == len(h):
+            return None
+        if staying == 0:
+            self.parts.append(_Part(self.rows, n, logits, h))
+            raise _AllLeft(self)
+        order = stay.to(torch.uint8).argsort(stable=True)  # leavers first; their number is known, so no second look
+        leavers, stayers = order[: len(h) - staying], order[len(h) - staying :]
+        here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
+        self.parts.append(_Part(here[leavers], n, logits.index_select(0, leavers), h.index_select(0, leavers)))
+        self.rows = here[stayers]
+        return cut.select(output, stayers)
+
+    def _threshold(self, n: int) -> float | Tensor:
+        t = self.thresholds[n]
+        if isinstance(t, float):
+            return math.inf if t > 1 else t  # 1 + 1e-9 would be 1 in float32
+        t = t if self.rows is None or t.dim() == 0 else t.to(self.rows.device).index_select(0, self.rows)
+        return t.to(self.model.heads[n].confidence.weight.device)  # type: ignore[union-attr, arg-type]
+
+    def result(self, answer: Tensor | None) -> ExitOutput:
+        """Put the rows back in order; `answer` is the backbone's for those who never left."""
+        if answer is not None:
+            sure = torch.ones(len(answer), device=answer.device)
+            self.parts.append(_Part(self.rows, len(self.model.exits), answer, sure))
+        costs = self.model.costs
+        logits = _joined([p.logits for p in self.parts]).to(self.parts[-1].logits.dtype)
+        confidence = _joined([p.confidence for p in self.parts])
+        index = _joined([torch.full_like(p.confidence, p.exit, dtype=torch.int64) for p in self.parts])
+        cost = _joined([torch.full_like(p.confidence, costs[p.exit]) for p in self.parts])
+        if len(self.parts) > 1:
+            back = torch.cat([p.rows for p in self.parts if p.rows is not None]).argsort()
+            logits, index, confidence, cost = (t.index_select(0, back) for t in (logits, index, confidence, cost))
+        return ExitOutput(logits, index, confidence, cost)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+class _AllLeft(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
+    """Nobody is left, so the rest of the backbone need not run."""
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__("every row of the batch has left")
+        self.call = call
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("the call of an early-exit model that is going on", default=None)
+
+
+@contextmanager
+def _running(call: _Call | None) -> Iterator[None]:
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+# ---------------------------------------------------------------------------------------------------- making, loading
+
+
+def augment(
+    model: str | nn.Module,
+    *,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str = "pool",
+    input_size: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+) -> EarlyExitModel:
+    """Hang exit heads on a trained classifier. They are untrained: `ptee.train` comes next.
+
+    Args:
+        model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module (b, c, h, w) -> (b, K).
+        exits: where: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
+            cost, or a list of module names.
+        num_exits: E; None for as many as the rule can place, at most five.
+        head: "pool", "bnpool", "plain", "conv1", "conv2", ... or one of yours (`register_head`).
+        input_size: (c, h, w); None: the model's own, where it says so.
+        num_classes: K, where the model does not say.
+        pretrained: for a name: load its published weights.
+        weights: for a name: a file of weights instead.
+
+    Returns:
+        The model in eval mode, on the backbone's device. The backbone itself is used, not a copy.
+
+    Raises:
+        PteeError: naming what cannot be met, why, and what is possible.
+    """
+    backbone = load_backbone(
+        model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
+    )
+    return build(backbone, exits=exits, num_exits=num_exits, head=head)
+
+
+def build(
+    backbone: Backbone,
+    *,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str = "pool",
+    convention: str = "full",
+) -> EarlyExitModel:
+    """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
+    state = freeze(backbone.module)
+    try:
+        plan = make_plan(backbone, exits, num_exits, head, convention)
+    finally:
+        state.restore(backbone.module)
+    return EarlyExitModel(backbone, plan, plan.make_heads())
+
+
+def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> EarlyExitModel:
+    """Load a saved early-exit model.
+
+    The exits are placed, proven and counted anew on the backbone; the folder is trusted for nothing but the numbers in
+    the heads.
+
+    Args:
+        folder: what `save_pretrained` or `ptee augment --out` wrote, or "user/repo" on the hub.
+        backbone: the module to hang the heads on; None: built as config.json says.
+        hub: for a repo: revision, token, cache_dir, force_download, local_files_only.
+
+    Raises:
+        RunError: if a file is missing, cut off, of a newer schema, or names a path outside; if the backbone's weights
+            are not those the heads were trained on (both hashes are given).
+        BackboneError: if the backbone cannot be built from what config.json says.
+    """
+    run = runs.read(folder, **hub)
+    network = _network(run, backbone)
+    found = weights_hash(network.module)
+    if found != run.backbone_hash:
+        raise RunError(
+            f"{folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
+            f"{found[:16]}. Give the backbone it was trained on."
+        )
+    heads = {head for head in run.heads}
+    if len(heads) != 1:
+        raise RunError(f"{folder}: its exits have different heads ({', '.join(sorted(heads))}), which this version cannot build.")
+    model = build(network, exits=list(run.exits), head=heads.pop(), convention=run.convention)
+    runs.fill(model.heads, run)
+    model.threshold = run.threshold
+    model.results = run.results
+    return model.eval()
+
+
+def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:
+    given = run.input
+    if backbone is None:
+        if run.source is None:
+            raise RunError(
+                f"{run.folder} was made for {run.backbone_name}, which config.json cannot rebuild (a Python module, or "
+                "random weights). Load it from Python: ptee.load(folder, backbone=...)."
+            )
+        rebuilt = rebuild(run.source)
+        return Backbone(rebuilt.module, run.backbone_name, run.classes, InputConfig(**given), run.source, rebuilt.label_space)
+    sized = load_backbone(backbone, input_size=given["input_size"], mean=given["mean"], std=given["std"])
+    return Backbone(sized.module, run.backbone_name, run.classes, InputConfig(**given), run.source, sized.label_space)

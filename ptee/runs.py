@@ -1,0 +1,262 @@
+"""The run folder: config.json and heads.safetensors, written whole or not at all, read with suspicion.
+
+A run holds the heads, never the backbone; config.json says where that came from and the hash of its weights. Nothing is
+unpickled, no path may lead out of the folder, and every field is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ptee import __version__
+from ptee.errors import RunError
+
+SCHEMA_VERSION = 1
+CONFIG, HEADS, METRICS = "config.json", "heads.safetensors", "metrics.json"
+LARGEST_CONFIG_BYTES = 16 * 2**20
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+Early-exit heads made with ptee. Load them with `ptee.load("user/repo")`, or on your own copy of the backbone with
+`ptee.load("user/repo", backbone=model)`. The backbone is not in this repository; config.json names it and the hash of
+its weights. `model.threshold` trades accuracy for cost at any time.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says, checked for type and size but for nothing else.
+
+    Attributes:
+        folder: where it was read, as the user named it.
+        backbone_name: for messages.
+        backbone_hash: sha256 of the backbone's weights.
+        source: how to rebuild the backbone, or None.
+        input: input_size, mean, std, interpolation.
+        classes: K.
+        exits: names of the modules behind which the exits stand.
+        heads: name of the head at each.
+        convention: of the costs, "full" or "paper".
+        threshold: one for each exit.
+        results: what was measured, or None.
+        tensors: the heads' parameters and buffers, by name.
+    """
+
+    folder: str
+    backbone_name: str
+    backbone_hash: str
+    source: dict[str, Any] | None
+    input: dict[str, Any]
+    classes: int
+    exits: tuple[str, ...]
+    heads: tuple[str, ...]
+    convention: str
+    threshold: list[float]
+    results: dict[str, Any] | None
+    tensors: dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a run; config.json comes last, so a folder that has one is complete.
+
+    Args:
+        folder: exists.
+        config: JSON-able; schema and version are added.
+        tensors: the heads' state.
+    """
+    from safetensors.torch import save_file
+
+    whole = {"schema_version": SCHEMA_VERSION, "ptee_version": __version__, "heads_file": HEADS, **config}
+    state = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    replace(folder / HEADS, lambda path: save_file(state, path))
+    write_json(folder / CONFIG, whole)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON for people and programs, whole or not at all."""
+    text = json.dumps(values, indent=2) + "\n"
+    replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
+    """Write beside, then rename: whoever looks sees the old file or the new one.
+
+    Raises:
+        RunError: if the file cannot be written (disk full, no permission).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
+            part = Path(beside) / path.name
+            write_to(part)
+            os.replace(part, path)
+    except OSError as why:
+        raise RunError(f"Cannot write {path}: {why.strerror or why}. Choose another folder.") from why
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON-able values: tuples become lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read(folder: str | Path, **hub: Any) -> Run:
+    """Read a run from a folder, or from a repo "user/name" on the hub.
+
+    Args:
+        folder: where it lies.
+        hub: for a repo, any of `HUB_OPTIONS`.
+
+    Raises:
+        RunError: if a file is missing, cut off or of a newer schema, a field is missing or of another type, or a path
+            leads out of the folder.
+    """
+    local = Path(folder)
+    config_path = local / CONFIG if local.is_dir() else _download(str(folder), CONFIG, hub)
+    if not config_path.is_file():
+        raise RunError(f"{folder} holds no {CONFIG}: no run was completed there. Give a folder that `ptee augment --out` wrote.")
+    fields = _Fields(str(folder), _config(folder, config_path))
+    name = fields.get("heads_file", str)
+    _refuse_outside(folder, name)
+    path = local / name if local.is_dir() else _download(str(folder), name, hub)
+    exits = fields.get("exits", list)
+    rows = [_Fields(str(folder), row, f"exits[{i}].") for i, row in enumerate(exits)]
+    return Run(
+        folder=str(folder),
+        backbone_name=fields.get("backbone.name", str),
+        backbone_hash=fields.get("backbone.hash", str),
+        source=fields.get("backbone.source", dict, optional=True),
+        input=_input(fields),
+        classes=fields.get("backbone.classes", int),
+        exits=tuple(row.get("name", str) for row in rows),
+        heads=tuple(row.get("head", str) for row in rows),
+        convention=fields.get("convention", str),
+        threshold=[float(t) for t in fields.numbers("threshold", len(rows))],
+        results=fields.get("results", dict, optional=True),
+        tensors=_tensors(folder, path),
+    )
+
+
+def fill(heads: nn.Module, run: Run) -> None:
+    """Load a run's tensors into heads built for it.
+
+    Raises:
+        RunError: if a tensor is missing, of another shape, or not wanted.
+    """
+    wanted = heads.state_dict()
+    for name in sorted(set(wanted) ^ set(run.tensors)):
+        where = "is missing" if name in wanted else "belongs to no head"
+        raise RunError(f"{run.folder}: tensor {name!r} {where}; {HEADS} and {CONFIG} do not belong together.")
+    for name, tensor in run.tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise RunError(
+                f"{run.folder}: tensor {name!r} has shape {tuple(tensor.shape)}, the head {tuple(wanted[name].shape)}; "
+                f"{HEADS} and {CONFIG} do not belong together."
+            )
+    heads.load_state_dict(run.tensors)
+
+
+def _config(folder: str | Path, path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise RunError(f"{folder}: {CONFIG} is {path.stat().st_size} bytes long; no run writes more than {LARGEST_CONFIG_BYTES}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as why:
+        raise RunError(f"{folder}: {CONFIG} is no complete JSON ({why}). Copy the run anew.") from why
+    version = config.get("schema_version") if isinstance(config, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise RunError(f"{folder}: {CONFIG} has no schema_version; it was not written by ptee.")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"{folder} has schema version {version}, this ptee {__version__} reads up to {SCHEMA_VERSION}. Upgrade ptee."
+        )
+    return config
+
+
+def _input(fields: _Fields) -> dict[str, Any]:
+    sizes = fields.numbers("backbone.input.input_size", 3)
+    if not all(isinstance(n, int) and 0 < n < 2**16 for n in sizes):
+        raise RunError(f"{fields.folder}: {CONFIG} has backbone.input.input_size {sizes}; three positive whole numbers belong there.")
+    mean, std = (fields.get(f"backbone.input.{key}", list) for key in ("mean", "std"))
+    for key, values in (("mean", mean), ("std", std)):
+        fields.numbers(f"backbone.input.{key}", len(values))
+    interpolation = fields.get("backbone.input.interpolation", str)
+    return {"input_size": tuple(sizes), "mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
+
+
+def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it anew.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as why:
+        raise RunError(f"{folder}: {path.name} is cut off or damaged ({why}). Copy it anew.") from why
+
+
+def _refuse_outside(folder: str | Path, name: str) -> None:
+    """A file of the run is a plain name in its folder, on any system."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(name).is_absolute() or len(kind(name).parts) != 1 or ".." in kind(name).parts:
+            raise RunError(f"{folder}: {CONFIG} names the file {name!r}, which is not in the folder itself. It is not read.")
+
+
+def _download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
+    import re
+
+    from huggingface_hub import hf_hub_download
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith("."):
+        raise RunError(f"There is no folder {repo}. Give a folder that `ptee augment --out` wrote, or user/repo on the hub.")
+    try:
+        return Path(hf_hub_download(repo, name, **hub))
+    except Exception as why:  # whatever the network and the hub can raise
+        line = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        raise RunError(f"There is no folder {repo}, and {name} of the hub's {repo} cannot be had ({line}).") from why
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Fields of config.json by dotted name, with their type checked."""
+
+    folder: str
+    values: Any
+    prefix: str = ""
+
+    def get(self, key: str, kind: type[T], optional: bool = False) -> Any:
+        value = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None and optional:
+            return None
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise RunError(
+                f"{self.folder}: {CONFIG} should have a {kind.__name__} at {self.prefix}{key}, it has {value!r:.60}."
+            )
+        return value
+
+    def numbers(self, key: str, length: int) -> list[Any]:
+        values = self.get(key, list)
+        if len(values) != length or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+            raise RunError(f"{self.folder}: {CONFIG} should have {length} numbers at {self.prefix}{key}, it has {values!r:.60}.")
+        return values  # type: ignore[no-any-return]
