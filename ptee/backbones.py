@@ -27,12 +27,15 @@ from ptee.errors import BackboneError, PteeError, unknown
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
-HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+HUB_FILES = (  # where timm finds weights in a hub repository, and its configuration
+    *("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "config.json",
+)
 HUB_TIMEOUT_S = 10
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net")  # timm, too, prefers the average
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DistributedDataParallel, torch.compile, trainers
-RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # of the factories; see _checked
+RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
 OTHERWISE = "Give a file with --weights FILE, or take random weights with --no-pretrained."
 
 
@@ -500,7 +503,7 @@ def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) 
 def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str | Path) -> None:
     missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
     if missing or extra:
-        faults = [f"{what} {_some(keys)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
+        faults = [f"{what} {some(keys)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
         raise BackboneError(f"{file} is of another model: it {' and '.join(faults)}. Check --model and --model-arg.")
     wrong = [key for key in own if isinstance(own[key], Tensor) and own[key].shape != state[key].shape]
     if not wrong:
@@ -509,10 +512,10 @@ def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str 
     if len(classes) == 1 and all(state[key].shape[1:] == own[key].shape[1:] for key in wrong):
         there, here = classes.pop()
         raise BackboneError(
-            f"{file} has {there} classes ({_some(wrong)}), the model has {here}. Try --num-classes {there}."
+            f"{file} has {there} classes ({some(wrong)}), the model has {here}. Try --num-classes {there}."
         )
     shapes = [f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]
-    raise BackboneError(f"{file} has other shapes: {_some(shapes)}. Check --model, --model-arg and --input-size.")
+    raise BackboneError(f"{file} has other shapes: {some(shapes)}. Check --model, --model-arg and --input-size.")
 
 
 @dataclass(frozen=True)
@@ -567,8 +570,7 @@ def rebuild(source: Mapping[str, Any]) -> Backbone:
     """The backbone that a `Backbone.source` tells of. The record may come from a stranger: each field is checked.
 
     Raises:
-        BackboneError: the record is not of that form, names a file that is not there, or cannot be followed.
-        UnknownName: it names a model that this version of the library does not have.
+        BackboneError: the record is not of that form, names a model or file that is not there, or cannot be followed.
     """
     try:
         library, wish = _checked_record(source)
@@ -606,8 +608,9 @@ def _checked_record(source: Mapping[str, Any]) -> tuple[str, _Wish]:
     file, version = _checked_weights(source["weights"], library)
     shown = source["input"]
     _require_keys(shown, "input_size mean std interpolation", "input")
+    _require(isinstance(shown["interpolation"], str), "interpolation", shown["interpolation"])
     for key in ("mean", "std"):
-        _require(isinstance(shown[key], list) and all(map(_is_number, shown[key])), key, shown[key])
+        _require(isinstance(shown[key], list) and shown[key] and all(map(_is_number, shown[key])), key, shown[key])
     size = shown["input_size"]
     _require(isinstance(size, list) and len(size) == 3 and all(map(_is_count, size)), "input_size", size)
     return library, _Wish(name, file, file is None, classes, tuple(size), shown["mean"], shown["std"], args, version)
@@ -693,7 +696,3 @@ def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = f"{lines[0].strip()[:200]}" if lines else ""
     return f"{type(error).__name__}: {text.rstrip('.:')}." if text else f"{type(error).__name__}."
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -2,8 +2,6 @@
 
     source --open_data--> Data(train, calibration, validation)    heads learn on the first, thresholds are chosen on
                                                                   the second, results are reported on the third
-    data set or loader --batches, split_batch--> images (b, c, h, w), labels (b,)
-    class names --map_labels, with_labels--> labels as the backbone numbers its classes
 
 A part that the source does not deliver is drawn from its training images, and `Data.split` records how. Opening decodes
 no picture: each is read and decoded when it is asked for.
@@ -14,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from numbers import Integral
@@ -25,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from ptee.errors import DataError, unknown
+from ptee.errors import DataError, some, unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +41,6 @@ DRAWN_PERCENT = 10  # of the training images, for each part that is not delivere
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 GIVE = "give a folder, 'digits' or the name of a data set of torchvision"
-UNKNOWN_LABEL = -1
 TAR_BLOCK_BYTES = 512
 
 Labelled = Dataset[tuple[Tensor, int]]
@@ -256,13 +252,9 @@ def _number_classes(kind: str, parts: dict[str, list[tuple[_File, str]]], paths:
         strange = sorted({name for _, name in files}.difference(class_names))
         if strange:
             where = f"'{paths[part]}' has classes that '{paths['train']}' has not"
-            raise DataError(f"{where}: {_some(strange)}; remove or rename them.")
+            raise DataError(f"{where}: {some(strange)}; remove or rename them.")
     labelled = {part: [(file, number[name]) for file, name in files] for part, files in parts.items()}
     return _Listing(kind, labelled, {part: path.name for part, path in paths.items()}, class_names)
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _decode(file: _File) -> Image:
@@ -418,159 +410,3 @@ def image_transform(
     if interpolation not in modes:
         raise unknown("interpolation", interpolation, modes)
     return _ToInput((c, h, w), tuple(mean), tuple(std), interpolation)
-
-
-# Data from Python
-
-
-def batches(
-    data: Any, *, batch_size: int, shuffle: bool, generator: torch.Generator | None = None, num_workers: int = 0
-) -> DataLoader[Any]:
-    """The batches of a map-style data set; a loader is returned as it is, its own batches and order included.
-
-    Raises:
-        DataError: if `data` is empty, can be gone through only once, or is something else.
-    """
-    kind = type(data).__name__
-    if isinstance(data, Iterator):
-        raise DataError(f"Data is a {kind}, which can be read only once: pass the DataLoader or data set it came from.")
-    if isinstance(data, IterableDataset):
-        raise DataError(f"Data is a {kind}, which is an iterable data set: pass a DataLoader of it.")
-    if _is_loader(data):
-        return _not_empty(data)
-    if isinstance(data, (str, bytes, tuple, Mapping)) or not (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    ):
-        raise DataError(
-            f"Data is a {kind}, which is neither a map-style data set nor a DataLoader: "
-            "of tensors, make a torch.utils.data.TensorDataset(images, labels)."
-        )
-    return DataLoader(_not_empty(data), batch_size, shuffle, generator=generator, num_workers=num_workers)
-
-
-def _is_loader(data: Any) -> bool:
-    """Those of timm and others look like torch's, but need not be one."""
-    looks_so = hasattr(data, "__iter__") and hasattr(data, "__len__") and not hasattr(data, "__getitem__")
-    return looks_so or isinstance(data, DataLoader)
-
-
-def _not_empty(data: Any) -> Any:
-    try:
-        empty = len(data) == 0
-    except TypeError:  # a loader of an iterable data set does not know
-        empty = False
-    if empty:
-        raise DataError(f"Data is empty: this {type(data).__name__} has length 0.")
-    return data
-
-
-def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images (b, c, h, w) and labels (b,) int64, or None, of whatever a loader yields.
-
-    Takes `(images, labels)`, `(images,)`, images alone, or a mapping with image, images or pixel_values and perhaps
-    label or labels.
-
-    Raises:
-        DataError: if the batch is something else.
-    """
-    images, labels = _pick(batch)
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        raise DataError(f"A batch should be (images (b, c, h, w), labels (b,)), but it is a {_describe(batch)}.")
-    return images, None if labels is None else _class_numbers(labels, len(images))
-
-
-def _pick(batch: Any) -> tuple[Any, Any]:
-    """Images and labels, None where there are none."""
-    if isinstance(batch, Mapping):
-        images = [batch[key] for key in ("image", "images", "pixel_values") if key in batch]
-        labels = [batch[key] for key in ("label", "labels") if key in batch]
-        return next(iter(images), None), next(iter(labels), None)
-    parts = batch if isinstance(batch, (tuple, list)) else (batch,)
-    return (*parts, None)[:2] if len(parts) in (1, 2) else (None, None)
-
-
-def _class_numbers(labels: Any, b: int) -> Tensor:
-    try:
-        numbers = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
-        numbers = torch.empty(0)
-    if numbers.numel() != b or numbers.shape not in ((b,), (b, 1)) or numbers.is_floating_point():
-        raise DataError(f"The labels of {b} images should be {b} class numbers, but they are a {_describe(labels)}.")
-    return numbers.flatten().long()  # (b, 1) -> (b,)
-
-
-def _describe(value: Any) -> str:
-    """Types and shapes, as in `tuple (Tensor (4, 3, 8, 8) float32, str)`."""
-    kind = type(value).__name__
-    if isinstance(value, Tensor):
-        return f"{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, Mapping):
-        return f"{kind} with keys {_some(list(map(str, value)))}"
-    if isinstance(value, (tuple, list)):
-        return f"{kind} ({_some(list(map(_describe, value)))})"
-    return kind
-
-
-# The backbone's classes
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """The backbone's class for each class of the data.
-
-    Attributes:
-        indices: one for each class of the data; None where the classes cannot be mapped.
-        reason: a sentence for the user.
-    """
-
-    indices: tuple[int, ...] | None
-    reason: str
-
-    def __call__(self, label: int) -> int:
-        """The backbone's number of a class; -1 if it is not known."""
-        return UNKNOWN_LABEL if self.indices is None else self.indices[label]
-
-
-def map_labels(class_names: Sequence[str], num_classes: int) -> LabelMap:
-    """How the classes of the data become the backbone's.
-
-    WordNet ids go to their places in ImageNet-1k if the backbone has 1000 classes. Names that are class numbers of the
-    backbone go to these. Else as many classes as the backbone has keep their order.
-    """
-    n, some = len(class_names), _some(class_names)
-    if num_classes == 1000 and all(re.fullmatch(r"n[0-9]{8}", name) for name in class_names):
-        return _map_wordnet(class_names)
-    numbers = tuple(int(name) for name in class_names if re.fullmatch("[0-9]+", name) and int(name) < num_classes)
-    if len(set(numbers)) == n:  # '7' and '07' would be one class
-        return LabelMap(numbers, f"The {n} class names are taken for numbers of the backbone's {num_classes} classes.")
-    if n == num_classes:
-        return LabelMap(tuple(range(n)), f"The {n} classes are taken for the backbone's, in this order: {some}.")
-    return LabelMap(None, f"The {n} classes ({some}) cannot be mapped to the backbone's {num_classes}.")
-
-
-def _map_wordnet(class_names: Sequence[str]) -> LabelMap:
-    from timm.data import ImageNetInfo
-
-    place = {name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
-    strange = [name for name in class_names if name not in place]
-    if strange:
-        return LabelMap(None, f"These WordNet ids are not among the classes of ImageNet-1k: {_some(strange)}.")
-    indices = tuple(place[name] for name in class_names)
-    return LabelMap(indices, f"{len(indices)} WordNet ids are mapped to the backbone's ImageNet-1k classes.")
-
-
-class _Relabelled(Labelled):
-    def __init__(self, dataset: Any, label_map: LabelMap) -> None:
-        self.dataset, self.label_map = dataset, label_map
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.dataset[index]
-        return image, self.label_map(int(label))
-
-
-def with_labels(dataset: Labelled, label_map: LabelMap) -> Labelled:
-    """The same images with the backbone's labels; all -1 where they cannot be mapped."""
-    return _Relabelled(dataset, label_map)

@@ -13,7 +13,7 @@ Every message is one line: what was given, why it cannot be, what to type instea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -67,3 +67,8 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, most: int = 12) -> 
     elif not near:
         hint += f" There are {len(choices)} choices, among them {', '.join(choices[:most])}."
     return UnknownName(f"Unknown {kind} {name!r}.{hint}")
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -339,7 +339,11 @@ def _convolution(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> 
     batch, channels = axes[0], _axis("c", shape[1])
     if len(shape) == 4:
         return (batch, channels, _axis("h", shape[2]), _axis("w", shape[3]))
-    return (batch, channels, *(_best([(axis, prod(a.size for a in axis))], n) for axis, n in zip(axes[2:], shape[2:], strict=True)))
+    return (
+        batch,
+        channels,
+        *(_best([(axis, prod(a.size for a in axis))], n) for axis, n in zip(axes[2:], shape[2:], strict=True)),
+    )
 
 
 _RULES = {

@@ -77,7 +77,6 @@ class EarlyExitModel(
         backbone: the user's module.
         heads: one ExitHead for each early exit.
         plan: where the exits stand and what they cost.
-        history: what `train` recorded, or None.
         results: what was measured last, JSON-able, or None; saved with the model.
     """
 
@@ -130,7 +129,9 @@ class EarlyExitModel(
     def threshold(self, value: Thresholds) -> None:
         given = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
         if len(given) not in (1, len(self.plan.exits)):
-            raise PteeError(f"{len(given)} thresholds for {len(self.plan.exits)} exits. Give one, or one for each exit.")
+            raise PteeError(
+                f"{len(given)} thresholds for {len(self.plan.exits)} exits. Give one, or one for each exit."
+            )
         _refuse_nan(given)
         self._thresholds = tuple(given * len(self.plan.exits) if len(given) == 1 else given)
 
@@ -181,7 +182,9 @@ class EarlyExitModel(
         """
         if len(x) == 0:
             empty, none = self._no_rows(x), x.new_zeros(len(self.exits), 0, dtype=torch.float32)
-            return AllExits(empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none)
+            return AllExits(
+                empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
+            )
         call = _Watching(self)
         with _running(call):
             answer = self.backbone(x)
@@ -218,7 +221,9 @@ class EarlyExitModel(
         if threshold is None:
             return list(self._thresholds)
         wide = threshold if isinstance(threshold, Tensor) else torch.as_tensor(threshold, dtype=torch.float64)
-        if wide.dim() > 2 or any(have not in (1, want) for have, want in zip(reversed(wide.shape), (exits, rows), strict=False)):
+        if wide.dim() > 2 or any(
+            have not in (1, want) for have, want in zip(reversed(wide.shape), (exits, rows), strict=False)
+        ):
             raise PteeError(
                 f"A threshold of shape {tuple(wide.shape)} does not broadcast to (b, E) = ({rows}, {exits}). Give a number, "
                 f"one for each of the {exits} exits, or one for each row and exit."
@@ -247,7 +252,7 @@ class EarlyExitModel(
             "threshold": self.threshold,
             "results": self.results,
         }
-        runs.write(save_directory, config, {k: v for k, v in self.heads.state_dict().items()})
+        runs.write(save_directory, config, self.heads.state_dict())
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, backbone: nn.Module | None = None, **hub: Any) -> EarlyExitModel:
@@ -485,9 +490,11 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
             f"{folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
             f"{found[:16]}. Give the backbone it was trained on."
         )
-    heads = {head for head in run.heads}
+    heads = set(run.heads)
     if len(heads) != 1:
-        raise RunError(f"{folder}: its exits have different heads ({', '.join(sorted(heads))}), which this version cannot build.")
+        raise RunError(
+            f"{folder}: its exits have different heads ({', '.join(sorted(heads))}), which this version cannot build."
+        )
     model = build(network, exits=list(run.exits), head=heads.pop(), convention=run.convention)
     runs.fill(model.heads, run)
     model.threshold = run.threshold
@@ -504,6 +511,8 @@ def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:
                 "random weights). Load it from Python: ptee.load(folder, backbone=...)."
             )
         rebuilt = rebuild(run.source)
-        return Backbone(rebuilt.module, run.backbone_name, run.classes, InputConfig(**given), run.source, rebuilt.label_space)
+        return Backbone(
+            rebuilt.module, run.backbone_name, run.classes, InputConfig(**given), run.source, rebuilt.label_space
+        )
     sized = load_backbone(backbone, input_size=given["input_size"], mean=given["mean"], std=given["std"])
     return Backbone(sized.module, run.backbone_name, run.classes, InputConfig(**given), run.source, sized.label_space)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -142,7 +142,15 @@ class Plan:
              f"{e.cost:.4f}", f"{e.parameters:,}")
             for n, e in enumerate(self.exits)
         ]  # fmt: skip
-        end = (str(len(self.exits)), "(backbone)", str(self.classes), "1.0000", "", f"{self.final_cost:.4f}", f"{self.parameters:,}")
+        end = (
+            str(len(self.exits)),
+            "(backbone)",
+            str(self.classes),
+            "1.0000",
+            "",
+            f"{self.final_cost:.4f}",
+            f"{self.parameters:,}",
+        )
         title = ("exit", "module", "shape", "backbone", "head", "cost", "parameters")
         size = "x".join(map(str, self.input_size))
         return (
@@ -231,7 +239,9 @@ class _Placer:
             return self._by_name([str(e) for e in exits])
         if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in exits):
             return self._by_wish(sorted(float(e) for e in exits))
-        raise CutError(f"Exits {exits} are neither names of modules nor fractions of the backbone's cost between 0 and 1.")
+        raise CutError(
+            f"Exits {exits} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
+        )
 
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
         if rule not in PLACEMENTS:
@@ -241,7 +251,7 @@ class _Placer:
         for exits in range(MOST_EXITS, 0, -1):
             try:
                 return self._by_rule(rule, exits)
-            except _NoRoom:
+            except _NoRoomError:
                 if exits == 1:
                     raise
         raise AssertionError("unreachable")
@@ -256,9 +266,11 @@ class _Placer:
         cuts = [cut for name, cut in self.survey.cuts.items() if name in wanted]
         for name, reason in prove(self.backbone.module, cuts, self.backbone.input.input_size).items():
             raise CutError(f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}.")
-        for one, two in zip(cuts, cuts[1:], strict=False):
+        for one, two in pairwise(cuts):
             if self.cost(one) >= self.cost(two):
-                raise CutError(f"Exits {one.name!r} and {two.name!r} stand at the same point, nothing is computed between them.")
+                raise CutError(
+                    f"Exits {one.name!r} and {two.name!r} stand at the same point, nothing is computed between them."
+                )
         return cuts
 
     def cost(self, cut: Cut) -> float:
@@ -286,18 +298,18 @@ class _Placer:
     def _no_room(self, places: list[Cut], wanted: int, words: str) -> CutError:
         early = [cut for cut in places if self.cost(cut) <= LATEST]
         if not early:
-            return _NoRoom(
+            return _NoRoomError(
                 f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its "
                 "cost. Name a module with --exits MODULE if you know one."
             )
-        return _NoRoom(
+        return _NoRoomError(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
             f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
             f"Ask for fewer (--num-exits), another placement, or name fractions or modules."
         )
 
 
-class _NoRoom(CutError):
+class _NoRoomError(CutError):
     """The rule found fewer blocks than exits."""
 
 

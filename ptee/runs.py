@@ -7,7 +7,6 @@ unpickled, no path may lead out of the folder, and every field is checked before
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -102,7 +101,7 @@ def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
             part = Path(beside) / path.name
             write_to(part)
-            os.replace(part, path)
+            part.replace(path)
     except OSError as why:
         raise RunError(f"Cannot write {path}: {why.strerror or why}. Choose another folder.") from why
 
@@ -129,7 +128,9 @@ def read(folder: str | Path, **hub: Any) -> Run:
     local = Path(folder)
     config_path = local / CONFIG if local.is_dir() else _download(str(folder), CONFIG, hub)
     if not config_path.is_file():
-        raise RunError(f"{folder} holds no {CONFIG}: no run was completed there. Give a folder that `ptee augment --out` wrote.")
+        raise RunError(
+            f"{folder} holds no {CONFIG}: no run was completed there. Give a folder that `ptee augment --out` wrote."
+        )
     fields = _Fields(str(folder), _config(folder, config_path))
     name = fields.get("heads_file", str)
     _refuse_outside(folder, name)
@@ -173,7 +174,9 @@ def fill(heads: nn.Module, run: Run) -> None:
 
 def _config(folder: str | Path, path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_CONFIG_BYTES:
-        raise RunError(f"{folder}: {CONFIG} is {path.stat().st_size} bytes long; no run writes more than {LARGEST_CONFIG_BYTES}.")
+        raise RunError(
+            f"{folder}: {CONFIG} is {path.stat().st_size} bytes long; no run writes more than {LARGEST_CONFIG_BYTES}."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as why:
@@ -191,7 +194,9 @@ def _config(folder: str | Path, path: Path) -> dict[str, Any]:
 def _input(fields: _Fields) -> dict[str, Any]:
     sizes = fields.numbers("backbone.input.input_size", 3)
     if not all(isinstance(n, int) and 0 < n < 2**16 for n in sizes):
-        raise RunError(f"{fields.folder}: {CONFIG} has backbone.input.input_size {sizes}; three positive whole numbers belong there.")
+        raise RunError(
+            f"{fields.folder}: {CONFIG} has backbone.input.input_size {sizes}; three positive whole numbers belong there."
+        )
     mean, std = (fields.get(f"backbone.input.{key}", list) for key in ("mean", "std"))
     for key, values in (("mean", mean), ("std", std)):
         fields.numbers(f"backbone.input.{key}", len(values))
@@ -215,7 +220,9 @@ def _refuse_outside(folder: str | Path, name: str) -> None:
     """A file of the run is a plain name in its folder, on any system."""
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(name).is_absolute() or len(kind(name).parts) != 1 or ".." in kind(name).parts:
-            raise RunError(f"{folder}: {CONFIG} names the file {name!r}, which is not in the folder itself. It is not read.")
+            raise RunError(
+                f"{folder}: {CONFIG} names the file {name!r}, which is not in the folder itself. It is not read."
+            )
 
 
 def _download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
@@ -224,7 +231,9 @@ def _download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith("."):
-        raise RunError(f"There is no folder {repo}. Give a folder that `ptee augment --out` wrote, or user/repo on the hub.")
+        raise RunError(
+            f"There is no folder {repo}. Give a folder that `ptee augment --out` wrote, or user/repo on the hub."
+        )
     try:
         return Path(hf_hub_download(repo, name, **hub))
     except Exception as why:  # whatever the network and the hub can raise
@@ -258,5 +267,7 @@ class _Fields:
     def numbers(self, key: str, length: int) -> list[Any]:
         values = self.get(key, list)
         if len(values) != length or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-            raise RunError(f"{self.folder}: {CONFIG} should have {length} numbers at {self.prefix}{key}, it has {values!r:.60}.")
+            raise RunError(
+                f"{self.folder}: {CONFIG} should have {length} numbers at {self.prefix}{key}, it has {values!r:.60}."
+            )
         return values  # type: ignore[no-any-return]

@@ -17,17 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ptee.data import (
-    UNKNOWN_LABEL,
-    Data,
-    batches,
-    image_transform,
-    map_labels,
-    open_data,
-    split_batch,
-    with_labels,
-)
+from ptee.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data import Data, image_transform, open_data
 from ptee.errors import DataError, UnknownName
+from ptee.labels import map_labels, with_labels
 
 TRANSFORM = image_transform((3, 8, 8), (0.0,), (1.0,))
 PARTS = ("train", "calibration", "validation")

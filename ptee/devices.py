@@ -1,0 +1,40 @@
+"""Where to compute: a device that is there, and the precision it is good at."""
+
+from __future__ import annotations
+
+import torch
+
+from ptee.errors import DeviceError
+
+
+def resolve_device(wish: str | torch.device | None) -> torch.device:
+    """The device of that name; None for a GPU where there is one, else the CPU.
+
+    Raises:
+        DeviceError: if it does not exist on this machine; the message names those that do.
+    """
+    if wish is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        device = None
+    first = torch.device("cuda:0") if device == torch.device("cuda") else device
+    if first is None or str(first) not in there:
+        raise DeviceError(f"There is no device {str(wish)!r} on this machine. Possible: {', '.join(there)}.")
+    return first
+
+
+def best_precision(device: torch.device) -> str:
+    """ "bf16" where the device has instructions for it, else "no"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cpu":
+        fast = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+        has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return "bf16" if fast and has() else "no"
+    return "no"

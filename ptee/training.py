@@ -1,0 +1,434 @@
+"""Training: the heads learn, the backbone does not.
+
+Each batch runs through the frozen backbone once; every head answers, and one of the joint losses (EENet eqs. 6-12) judges
+all answers and confidences together. The loop is accelerate's: the same on a CPU, on a GPU and, under
+`accelerate launch`, on several.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ptee import runs
+from ptee.batches import batches, split_batch
+from ptee.devices import best_precision, resolve_device
+from ptee.errors import DataError, PteeError, RunError, unknown
+from ptee.losses import get_loss
+from ptee.model import EarlyExitModel
+from ptee.traces import check_labels
+
+TARGETS = ("labels", "pseudo", "soft")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+MIN_DELTA = 0.001  # by which the loss must fall to count as better (thesis 4.2)
+COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Means over one epoch, each batch judged before its own update.
+
+    Attributes:
+        number: from 1.
+        loss: what was minimised.
+        accuracy: (E+1) of each exit against the labels; None without labels.
+        fidelity: (E+1) share of each exit's answers that are the backbone's.
+        leaving: (E+1) share of the samples that would leave at each exit at the model's threshold.
+        val_loss: the loss on val_data after the epoch, or None.
+        seconds: the epoch took.
+    """
+
+    number: int
+    loss: float
+    accuracy: list[float] | None
+    fidelity: list[float]
+    leaving: list[float]
+    val_loss: float | None
+    seconds: float
+
+
+@dataclass
+class History:
+    """What happened in training.
+
+    Attributes:
+        epochs: the complete ones.
+        interrupted: Ctrl-C ended it; the heads are those of the last complete epoch.
+        stopped_early: the loss no longer fell; the heads are those of the best epoch.
+        warning: a sentence about a collapse, or None.
+    """
+
+    epochs: list[Epoch] = field(default_factory=list)
+    interrupted: bool = False
+    stopped_early: bool = False
+    warning: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What must be the same for a training to be continued."""
+
+    targets: str
+    loss: str
+    cost_weight: float
+    batch_size: int
+    lr: float
+    weight_decay: float
+    seed: int
+    precision: str
+    exits: list[str]
+    head: str
+
+
+def train(
+    model: EarlyExitModel,
+    train_data: Any,
+    val_data: Any = None,
+    *,
+    targets: str = "labels",
+    loss: str = "v1",
+    cost_weight: float = 1.0,
+    epochs: int = 5,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    patience: int | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    num_workers: int = 0,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> History:
+    """Train the heads of an early-exit model with Adam; not a byte of the backbone changes.
+
+    Ctrl-C ends it after the last complete epoch, whose heads are kept.
+
+    Args:
+        model: as `augment` made it. In eval mode, on the device it was on, afterwards.
+        train_data: a map-style data set of (image (c, h, w), label) or, but for targets="labels", (image,); or a loader,
+            whose own batches and order are used.
+        val_data: likewise; its loss is recorded after each epoch.
+        targets: "labels", "pseudo" (the backbone's own answers: no labels needed) or "soft" (its probabilities).
+        loss: "v1", "v2", "mc" or "cost".
+        cost_weight: lambda, what a unit of cost is worth in cross-entropy.
+        epochs: number of passes over the data.
+        batch_size: samples per update, on each process.
+        lr: of Adam.
+        weight_decay: of Adam.
+        seed: of the order of the data.
+        patience: stop after so many epochs without a lower loss (of val_data, where given), and go back to the best.
+        device: None: accelerate's choice, a GPU where there is one.
+        precision: "auto" (bf16 where the device computes in it), "no", "bf16" or "fp16".
+        num_workers: processes that load a data set.
+        checkpoint: a file to keep the last complete epoch in.
+        resume: go on from that file, where it exists.
+        on_epoch: called after each epoch, on the main process.
+
+    Raises:
+        PteeError: naming the argument, the label or the device that cannot be used.
+        RunError: if the checkpoint belongs to another training.
+    """
+    _check(targets, precision, epochs, batch_size, lr)
+    accelerator = _accelerator(device, precision)
+    settings = _Settings(
+        targets, loss, cost_weight, batch_size, lr, weight_decay, seed, accelerator.mixed_precision,
+        [e.name for e in model.exits], model.plan.head,
+    )  # fmt: skip
+    with _on_device(model, accelerator.device), torch.random.fork_rng(devices=[]):
+        run = _Training(model, accelerator, settings, Path(checkpoint) if checkpoint else None)
+        if resume:
+            run.resume()
+        return run.fit(train_data, val_data, epochs, patience, num_workers, on_epoch)
+
+
+def _check(targets: str, precision: str, epochs: int, batch_size: int, lr: float) -> None:
+    if targets not in TARGETS:
+        raise unknown("targets", targets, TARGETS)
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
+        if not value > 0:
+            raise PteeError(f"The {name} {value} must be positive.")
+
+
+class _Training:
+    """One training: the step, its optimiser, and what has been reached."""
+
+    def __init__(self, model: EarlyExitModel, accelerator: Any, settings: _Settings, checkpoint: Path | None) -> None:
+        self.model, self.accelerator, self.settings, self.checkpoint = model, accelerator, settings, checkpoint
+        step = _Step(model, settings)
+        adam = torch.optim.Adam(model.heads.parameters(), settings.lr, weight_decay=settings.weight_decay)
+        self.step, self.adam = accelerator.prepare(step, adam, device_placement=[False, False])
+        self.history = History()
+
+    def fit(
+        self, train_data: Any, val_data: Any, epochs: int, patience: int | None, workers: int, on_epoch: Any
+    ) -> History:
+        order = torch.Generator()
+        loader = self._loader(train_data, True, workers, order)
+        val_loader = None if val_data is None else self._loader(val_data, False, workers)
+        best: tuple[float, dict[str, Tensor]] | None = None
+        while (number := len(self.history.epochs) + 1) <= epochs:
+            order.manual_seed(self.settings.seed * 1_000_003 + number)
+            torch.manual_seed(self.settings.seed * 1_000_003 + number)
+            complete = copy.deepcopy(self.model.heads.state_dict())
+            try:
+                epoch = self._epoch(number, epochs, loader, val_loader)
+            except KeyboardInterrupt:
+                self.model.heads.load_state_dict(complete)
+                self.history.interrupted = True
+                break
+            self.history.epochs.append(epoch)
+            self._save()
+            if on_epoch is not None and self.accelerator.is_main_process:
+                on_epoch(epoch)
+            judged = epoch.loss if epoch.val_loss is None else epoch.val_loss
+            if best is None or judged < best[0] - MIN_DELTA:
+                best = judged, copy.deepcopy(self.model.heads.state_dict())
+                best_number = number
+            elif patience is not None and number - best_number >= patience:
+                self.model.heads.load_state_dict(best[1])
+                self.history.stopped_early = True
+                break
+        self._warn_of_collapse()
+        return self.history
+
+    def _loader(self, data: Any, shuffle: bool, workers: int, order: torch.Generator | None = None) -> Any:
+        loader = batches(
+            data, batch_size=self.settings.batch_size, shuffle=shuffle, generator=order, num_workers=workers
+        )
+        return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any) -> Epoch:
+        start = time.perf_counter()
+        self.model.train()
+        sums = _Sums()
+        bar = tqdm(loader, desc=f"epoch {number}/{epochs}", leave=False, disable=None if self._is_main() else True)
+        for images, labels in map(split_batch, bar):
+            if len(images) < 2 and sums.samples:  # batch norm has nothing to learn from one row
+                continue
+            found = self.step(images.to(self.accelerator.device), self._labels(labels))
+            self.accelerator.backward(found.loss)
+            self.adam.step()
+            self.adam.zero_grad(set_to_none=True)
+            sums.add(found, len(images))
+            bar.set_postfix(sums.postfix(), refresh=False)
+        if not sums.samples:
+            raise DataError("The training data gave no batch.")
+        means = self._over_processes(sums)
+        if not math.isfinite(means.loss):
+            raise PteeError(
+                f"The loss is {means.loss} in epoch {number}. Lower the learning rate (--lr {self.settings.lr / 10:g})."
+            )
+        val_loss = None if val_loader is None else self._loss_on(val_loader)
+        return replace(means, number=number, val_loss=val_loss, seconds=time.perf_counter() - start)
+
+    @torch.no_grad()
+    def _loss_on(self, loader: Any) -> float:
+        self.model.eval()
+        sums = _Sums()
+        for images, labels in map(split_batch, loader):
+            sums.add(self.step(images.to(self.accelerator.device), self._labels(labels)), len(images))
+        return self._over_processes(sums).loss
+
+    def _labels(self, labels: Tensor | None) -> Tensor | None:
+        if labels is None:
+            if self.settings.targets == "labels":
+                raise DataError("The data has no labels. Train on the backbone's answers instead: targets='pseudo'.")
+            return None
+        check_labels(labels, self.model.num_classes)
+        return labels.to(self.accelerator.device)
+
+    def _over_processes(self, sums: _Sums) -> Epoch:
+        return sums.mean(self.accelerator.reduce(sums.tensor(self.accelerator.device), "sum"))
+
+    def _is_main(self) -> bool:
+        return bool(self.accelerator.is_local_main_process)
+
+    def _warn_of_collapse(self) -> None:
+        if not self.history.epochs:
+            return
+        share, n = max((share, n) for n, share in enumerate(self.history.epochs[-1].leaving))
+        if share <= COLLAPSED:
+            return
+        exits = self.model.exits
+        where = f"exit {n} ({exits[n].name})" if n < len(exits) else "the backbone's own output"
+        mend = "Lower the cost weight" if n < len(exits) else "Raise the cost weight"
+        self.history.warning = (
+            f"Training collapsed: {share:.0%} of the samples leave at {where} at threshold {self.model.threshold[0]:g}. "
+            f"{mend} (it is {self.settings.cost_weight:g}), train longer, or set other thresholds."
+        )
+        if self.accelerator.is_main_process:
+            warnings.warn(self.history.warning, stacklevel=4)
+
+    # ---------------------------------------------------------------------------------------- the checkpoint
+
+    def _save(self) -> None:
+        """Heads, optimiser and history in one file, so that it is whole or not there."""
+        from safetensors.torch import save_file
+
+        if self.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        tensors = {f"heads.{k}": v for k, v in self.model.heads.state_dict().items()}
+        for i, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        about = {"settings": json.dumps(asdict(self.settings)), "history": json.dumps(self.history.to_dict())}
+        runs.replace(self.checkpoint, lambda path: save_file(tensors, path, about))
+
+    def resume(self) -> None:
+        """Go on where the checkpoint stopped; without one, begin."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.checkpoint
+        if path is None or not path.is_file():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            settings, history = json.loads(about["settings"]), json.loads(about["history"])
+            epochs = [Epoch(**epoch) for epoch in history["epochs"]]
+        except (SafetensorError, KeyError, TypeError, ValueError) as why:
+            raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to begin anew.") from why
+        own = asdict(self.settings)
+        if other := [f"{k} {settings.get(k)} (now {v})" for k, v in own.items() if settings.get(k) != v]:
+            raise RunError(
+                f"{path} belongs to a training with {', '.join(other)}. Use the same settings, or delete it."
+            )
+        self._restore(tensors)
+        self.history.epochs = epochs
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.model.heads.load_state_dict(
+            {k.removeprefix("heads."): v for k, v in tensors.items() if k.startswith("heads.")}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("adam."):
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = value
+        self.adam.load_state_dict(self.adam.state_dict() | {"state": state})
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one batch showed, as sums over its rows; tensors on the device."""
+
+    loss: Tensor  # the mean
+    right: Tensor | None  # (E+1,)
+    faithful: Tensor  # (E+1,)
+    leaving: Tensor  # (E+1,)
+
+
+class _Step(nn.Module):
+    """One batch to its loss, in one forward pass, so that DistributedDataParallel sees it."""
+
+    def __init__(self, model: EarlyExitModel, settings: _Settings) -> None:
+        super().__init__()
+        self.model, self.targets, self.cost_weight = model, settings.targets, settings.cost_weight
+        self.loss = get_loss(settings.loss)
+
+    def forward(self, images: Tensor, labels: Tensor | None) -> _Found:
+        every = self.model.all_exits(images)
+        final = every.logits[-1].detach()
+        target = {
+            "labels": lambda: labels,
+            "pseudo": lambda: final.argmax(-1),
+            "soft": lambda: final.float().softmax(-1),
+        }
+        costs = torch.tensor(self.model.costs, device=images.device, dtype=torch.float32)
+        loss = self.loss(every.logits, every.confidence_logits, costs, target[self.targets](), self.cost_weight)
+        with torch.no_grad():
+            answers = every.logits.argmax(-1)
+            wall = torch.tensor(self.model.threshold, device=images.device)[:, None]
+            sure = torch.cat([every.confidence[:-1] >= wall, torch.ones_like(answers[:1], dtype=torch.bool)])
+            first = sure.int().argmax(0)
+            right = None if labels is None else (answers == labels).sum(1)
+            return _Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
+
+
+class _Sums:
+    """Sums over the rows of an epoch."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.labelled = True
+        self.loss: Tensor | float = 0.0
+        self.counts: Tensor | int = 0  # (3, E+1) right, faithful, leaving
+
+    def add(self, found: _Found, rows: int) -> None:
+        self.samples += rows
+        self.labelled &= found.right is not None
+        self.loss = self.loss + found.loss.detach().float() * rows
+        right = torch.zeros_like(found.faithful) if found.right is None else found.right
+        self.counts = self.counts + torch.stack([right, found.faithful, found.leaving])
+
+    def postfix(self) -> dict[str, str]:
+        """For the progress bar: loss, and accuracy (or fidelity) of each exit."""
+        right, faithful, _ = (torch.as_tensor(self.counts) / self.samples).tolist()
+        percent = lambda shares: "/".join(f"{100 * s:.0f}" for s in shares)  # noqa: E731
+        shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fid%": percent(faithful)}
+        return shown | ({"acc%": percent(right)} if self.labelled else {})
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """All sums in one vector, to be added up over processes."""
+        counts = torch.as_tensor(self.counts).double().flatten().to(device)
+        head = torch.tensor([self.samples, float(self.labelled), float(self.loss)], dtype=torch.float64, device=device)
+        return torch.cat([head, counts])
+
+    def mean(self, sums: Tensor) -> Epoch:
+        """The means out of the added-up vector; number, val_loss and seconds are the caller's."""
+        samples, _, loss, *counts = sums.tolist()
+        right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
+        return Epoch(0, loss / samples, right if self.labelled else None, faithful, leaving, None, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- device
+
+
+def _accelerator(device: str | torch.device | None, precision: str) -> Any:
+    """An Accelerator for this device and precision, whatever an earlier one in this process was for."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        chosen = resolve_device(device)
+        state = PartialState(cpu=chosen.type == "cpu")
+        state.device = chosen
+    else:
+        chosen = PartialState().device
+    mixed = best_precision(chosen) if precision == "auto" else precision
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
+    return Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
+
+
+@contextmanager
+def _on_device(model: EarlyExitModel, device: torch.device) -> Iterator[None]:
+    """The model works there, and comes back in eval mode."""
+    home = next(model.heads.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home).eval()
