@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import io
 import logging
+import pickle
 import re
 import warnings
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee.errors import BackboneError, PteeError, unknown
+from ptee.errors import BackboneError, PteeError, some, unknown
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,6 +38,10 @@ WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net") 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DistributedDataParallel, torch.compile, trainers
 RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
 OTHERWISE = "Give a file with --weights FILE, or take random weights with --no-pretrained."
+NO_CLASSIFIER = "{} has no classifier. Give it one: --num-classes K and --weights FILE."
+ON_THE_HUB = (
+    "Its configuration is on the hub: go online once, or name another model and give a file with --weights FILE."
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,8 @@ def load_backbone(
         UnknownName: no library has a model of that name.
         BackboneError: it cannot be built, its weights cannot be had or do not fit, or it is no image classifier.
     """
+    if num_classes is not None and num_classes < 2:
+        raise BackboneError(f"A classifier has two classes or more, not {num_classes}. Give --num-classes again.")
     size = None if input_size is None else _checked_size(input_size)
     file = None if weights is None else str(weights)
     name = model if isinstance(model, str) else type(model).__name__
@@ -260,7 +267,7 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 2 and logits.shape[1] >= 2:
         if getattr(module, "num_classes", None) != 0:  # timm's way to say that these are features
             return logits.shape[1]
-        raise BackboneError(f"{name} has no classifier. Give it one: --num-classes K and --weights FILE.")
+        raise BackboneError(NO_CLASSIFIER.format(name))
     what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     raise BackboneError(
         f"{name} gives {what} for two images, not logits (2, K) with K >= 2. Wrap it in a module that gives those."
@@ -272,9 +279,12 @@ def _build_timm(wish: _Wish, label: str) -> _Built:
     cfg = None if ":" in wish.name else _timm_config(wish.name)
     if wish.pretrained and cfg is not None:
         _require_trained(label, cfg.num_classes if cfg.has_weights else None, wish.num_classes)
+    if cfg is not None and cfg.num_classes == 0 and wish.num_classes is None:  # before building what may be large
+        raise BackboneError(NO_CLASSIFIER.format(label))
     args = _timm_size(cfg, wish.input_size) | wish.args
     name, hub, pin = _timm_origin(wish, cfg)
-    with _building(label, args, downloads=wish.pretrained or hub is not None):
+    remedy = OTHERWISE if wish.pretrained else None
+    with _building(label, args, ON_THE_HUB if hub and cfg is None else remedy):
         if hub:
             _reach_hub(hub)
         module = timm.create_model(name, pretrained=wish.pretrained, **pin, **args, **_random_classes(wish))
@@ -349,7 +359,7 @@ def _build_torchvision(wish: _Wish, label: str) -> _Built:
     if wish.input_size and wish.name.startswith("vit_"):
         args.setdefault("image_size", wish.input_size[1])
     weights = usual if wish.pretrained else None
-    with _building(label, args, downloads=wish.pretrained):
+    with _building(label, args, OTHERWISE if wish.pretrained else None):
         module = models.get_model(wish.name, weights=weights, **args, **_random_classes(wish))
     preset = usual.transforms()
     edge = getattr(module, "image_size", preset.crop_size[0])  # only ViTs have one; their default weights may differ
@@ -370,10 +380,11 @@ def _require_trained(label: str, trained: int | None, num_classes: int | None) -
 
 
 @contextmanager
-def _building(label: str, args: Mapping[str, Any], *, downloads: bool) -> Iterator[None]:
+def _building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterator[None]:
     """Turns whatever a library raises into one line, and keeps what it has to say off the terminal.
 
     torch.hub prints to standard output, which may be promised to JSON; timm and huggingface_hub log their retries.
+    `remedy` is what to do if the fault is in a download; None if there is none.
     """
     loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub", "httpx", "urllib3", "filelock")]
     levels = [logger.level for logger in loggers]
@@ -384,11 +395,11 @@ def _building(label: str, args: Mapping[str, Any], *, downloads: bool) -> Iterat
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        if downloads and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not know
-            raise BackboneError(f"{label} cannot be downloaded or loaded: {_first_line(error)} {OTHERWISE}") from error
-        remedy = "Change --model-arg or --input-size." if args else "Choose another model."
+        if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take
+            raise BackboneError(f"{label} cannot be downloaded or loaded: {_first_line(error)} {remedy}") from error
         given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
-        raise BackboneError(f"{label} cannot be built{given}: {_first_line(error)} {remedy}") from error
+        change = "Change --model-arg or --input-size." if args else "Choose another model."
+        raise BackboneError(f"{label} cannot be built{given}: {_first_line(error)} {change}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -451,12 +462,7 @@ def read_weights(file: str | Path) -> OrderedDict[str, Tensor]:
     try:
         found = _read(path)
     except Exception as error:
-        code = _code_in(path)
-        if code:
-            raise BackboneError(
-                f"{file} would run code when read ({', '.join(code[:3])}). Save the state_dict alone, as .safetensors."
-            ) from error
-        raise BackboneError(f"{file} cannot be read: {_first_line(error)} Get or save it again.") from error
+        raise _unreadable(path, error) from error
     for key in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -481,12 +487,19 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def _code_in(path: Path) -> list[str]:
-    """The functions that a pickle would call, as far as they can be listed without calling them."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+def _unreadable(path: Path, error: Exception) -> BackboneError:
+    try:  # can list what a pickle would call without calling it, but not in a damaged file, nor in the oldest format
+        code = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:
-        return []
+        code = []
+    if code:
+        return BackboneError(
+            f"{path} holds more than weights ({some(code, 3)}), and reading that could run code. "
+            f"Save the state_dict alone, best as .safetensors."
+        )
+    if isinstance(error, pickle.UnpicklingError):  # its own text is about versions of PyTorch
+        return BackboneError(f"{path} cannot be read: it is damaged, no weights file, or could run code. Get it anew.")
+    return BackboneError(f"{path} cannot be read: {_first_line(error)} Get it anew.")
 
 
 def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
@@ -503,7 +516,8 @@ def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) 
 def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str | Path) -> None:
     missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
     if missing or extra:
-        faults = [f"{what} {some(keys)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
+        extra.sort(key=lambda key: key.endswith("num_batches_tracked"))  # last: these say least
+        faults = [f"{what} {some(keys, 3)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
         raise BackboneError(f"{file} is of another model: it {' and '.join(faults)}. Check --model and --model-arg.")
     wrong = [key for key in own if isinstance(own[key], Tensor) and own[key].shape != state[key].shape]
     if not wrong:
@@ -692,7 +706,7 @@ def _per_channel(
 
 
 def _first_line(error: BaseException) -> str:
-    """What an exception says, short and with a full stop, for the middle of a one-line message."""
+    """What an exception says in its first sentence, with a full stop, for the middle of a one-line message."""
     lines = str(error).strip().splitlines()
-    text = f"{lines[0].strip()[:200]}" if lines else ""
-    return f"{type(error).__name__}: {text.rstrip('.:')}." if text else f"{type(error).__name__}."
+    text = lines[0].split(". ")[0].strip()[:200].rstrip(".:!") if lines else ""
+    return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."

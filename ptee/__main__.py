@@ -1,0 +1,5 @@
+"""`python -m ptee`."""
+
+from ptee.cli import main
+
+main()

@@ -1,0 +1,465 @@
+"""The command: parse words, call one function, print. Heavy libraries are imported when a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ptee import __version__
+from ptee.errors import DataError, PteeError, RunError
+
+if TYPE_CHECKING:
+    from ptee.backbones import Backbone
+    from ptee.data import Data
+    from ptee.model import EarlyExitModel
+    from ptee.training import Epoch, History
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted."""
+    words = sys.argv[1:] if arguments is None else arguments
+    warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
+    status = 0
+    try:
+        status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
+    except PteeError as why:
+        status = _failed(str(why), 2, why)
+    except click.ClickException as why:
+        status = _failed(why.format_message(), 2, why)
+    except (KeyboardInterrupt, click.Abort):
+        status = _failed("Interrupted.", 130)
+    except BrokenPipeError:  # `ptee plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as why:
+        status = _failed(
+            f"ptee failed: {type(why).__name__}: {why}. PTEE_DEBUG=1 shows where; please report it.", 1, why
+        )
+    sys.exit(status)
+
+
+def _failed(message: str, status: int, why: BaseException | None = None) -> int:
+    if why is not None and os.environ.get("PTEE_DEBUG"):
+        traceback.print_exception(why)
+    click.echo(" ".join(message.split()), err=True)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+class _Numbers(click.ParamType):
+    """Numbers between commas, such as 0.9,0.8."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type = float) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.kind(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers between commas.", param, ctx)
+
+
+class _Size(_Numbers):
+    """Channels, height, width: 3,224,224; one number is the side of a colour image."""
+
+    name = "c,h,w"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        numbers = [int(n) for n in super().convert(value, param, ctx)]
+        size = [3, numbers[0], numbers[0]] if len(numbers) == 1 else numbers
+        if len(size) != 3 or min(size) < 1:
+            self.fail(f"{value!r} is no image size. Give c,h,w, such as 3,224,224.", param, ctx)
+        return size
+
+
+class _KeyValue(click.ParamType):
+    """KEY=VALUE; the value is read as YAML would read a number, true or null, or else as a word."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            self.fail(f"{value!r} is not KEY=VALUE.", param, ctx)
+        try:
+            return key, json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            return key, text
+
+
+_BACKBONE = _options(
+    click.option(
+        "--model", metavar="NAME", help="timm or torchvision classifier: resnet50, timm/NAME, torchvision/NAME."
+    ),
+    click.option(
+        "--weights", type=click.Path(path_type=Path), help="A file of weights (.safetensors, .pth, .pt, .th)."
+    ),
+    click.option("--pretrained/--no-pretrained", default=True, help="Load the published weights, or take random ones."),
+    click.option("--num-classes", type=int, help="Number of classes, where it is not the model's own."),
+    click.option(
+        "--model-arg", "model_args", type=_KeyValue(), multiple=True, help="An argument of the model. Repeatable."
+    ),
+    click.option("--input-size", type=_Size(int), help="Size of the images. Default: the model's own."),
+    click.option("--mean", type=_Numbers(), help="Mean of the pixels, per channel. Default: the model's own."),
+    click.option("--std", type=_Numbers(), help="Deviation of the pixels, per channel. Default: the model's own."),
+)
+_PLACE = _options(
+    click.option(
+        "--exits",
+        default="pareto",
+        show_default=True,
+        help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2.",
+    ),
+    click.option("--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5."),
+    click.option("--head", default="pool", show_default=True, help="plain, pool, bnpool, conv1, conv2, ... convX."),
+    click.option(
+        "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
+    ),
+)
+_DATA = _options(
+    click.option(
+        "--data",
+        help="Folder of images (train/, val/, class folders or tar files), or the name of a torchvision data set.",
+    ),
+    click.option("--data-root", type=click.Path(path_type=Path), help="Where that torchvision data set lies."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True),
+    click.option(
+        "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
+    ),
+)
+_DEVICE = click.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
+_THRESHOLD = click.option("--threshold", type=_Numbers(), help="T: one number, or one per exit between commas.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+class _InOrder(click.Group):
+    """Commands are listed as they are written."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Early exits for a trained image classifier that stays frozen.
+
+    \b
+    ptee augment                            a small network on handwritten digits, to see how it goes
+    ptee augment --model resnet50 --data FOLDER --exits pareto --out runs/r50
+    ptee evaluate runs/r50 --data FOLDER --threshold 0.7
+    """
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+@cli.command()
+@_BACKBONE
+@_PLACE
+@_DATA
+@click.option(
+    "--targets",
+    help="labels, pseudo (the backbone's answers) or soft (its probabilities). Default: labels where there are any.",
+)
+@click.option("--loss", default="v1", show_default=True, help="v1, v2, mc or cost.")
+@click.option(
+    "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--precision", default="auto", show_default=True, help="auto (bf16 where it is fast), no, bf16 or fp16.")
+@_THRESHOLD
+@_DEVICE
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/NAME.")
+@click.option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out.")
+def augment(**o: Any) -> None:
+    """Hang exits on a model, train their heads, measure, and save a run.
+
+    Without --model: a small network on handwritten digits, no data and no connection needed.
+    """
+    from ptee.devices import resolve_device
+
+    device = resolve_device(o["device"])
+    out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
+    _check_out(out, o["resume"])
+    backbone, data, targets = _digits(o) if o["model"] is None else _model_and_data(o)
+    model = _build(backbone, o)
+    if o["threshold"]:
+        model.threshold = o["threshold"]
+    click.echo(f"{data.summary}\n\n{model.plan}\n")
+    history = _train(model, data, targets, device, out, o)
+    if history.interrupted:
+        _interrupted(history, out)
+    results = _evaluate(model, data.validation, device, o, data.summary)
+    model.results = results | {
+        "data": {"source": str(data.source), "root": str(o["data_root"] or ""), "split": data.split}
+    }
+    _save(model, history, out)
+    click.echo(f"\nSaved in {out}. Another threshold: ptee evaluate {out} --threshold 0.7")
+
+
+@cli.command()
+@_BACKBONE
+@_PLACE
+@_JSON
+def plan(as_json: bool, **o: Any) -> None:
+    """Show where exits would stand and what they would cost, without training."""
+    from ptee.placement import make_plan
+
+    backbone = _backbone(o)
+    backbone.module.requires_grad_(False).eval()
+    found = make_plan(backbone, _exits(o["exits"], backbone), o["num_exits"], o["head"], o["cost_convention"])
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+
+
+@cli.command()
+@click.argument("run")
+@_DATA
+@_THRESHOLD
+@_DEVICE
+@_JSON
+def evaluate(run: str, as_json: bool, **o: Any) -> None:
+    """Measure a saved RUN (a folder, or user/repo on the hub) again, at any threshold."""
+    from ptee.devices import resolve_device
+    from ptee.model import load
+
+    device = resolve_device(o["device"])
+    model = load(run)
+    recorded = (model.results or {}).get("data") or {}
+    source = o["data"] or recorded.get("source")
+    if not source:
+        raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
+    o["data_root"] = o["data_root"] or recorded.get("root") or None
+    data = _open(source, model.origin, o)
+    results = _evaluate(model, data.validation, device, o, data.summary, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+
+
+@cli.command()
+@_BACKBONE
+@_PLACE
+@click.option("--batch-sizes", type=_Numbers(int), default="1,32", show_default=True)
+@click.option(
+    "--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="Each is timed so often, in turns."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
+@_DEVICE
+@_JSON
+def bench(as_json: bool, **o: Any) -> None:
+    """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs."""
+    import torch
+
+    from ptee.benchmark import bench as measure
+    from ptee.devices import resolve_device
+
+    device = resolve_device(o["device"])
+    if o["threads"]:
+        torch.set_num_threads(o["threads"])
+    model = _build(_backbone(o), o).to(device)
+    found = measure(model, o["batch_sizes"], rounds=o["rounds"])
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+
+
+def _backbone(o: dict[str, Any]) -> Backbone:
+    from ptee.backbones import load_backbone
+
+    if o["model"] is None:
+        raise click.UsageError("Which model? Give --model NAME, such as --model resnet50.")
+    return load_backbone(
+        o["model"],
+        weights=o["weights"],
+        pretrained=o["pretrained"],
+        num_classes=o["num_classes"],
+        input_size=o["input_size"],
+        mean=o["mean"],
+        std=o["std"],
+        model_args=dict(o["model_args"]),
+    )
+
+
+def _exits(text: str, backbone: Backbone) -> Any:
+    """A placement, fractions, or modules: what the words between the commas are."""
+    from ptee.errors import unknown
+    from ptee.placement import PLACEMENTS
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return [float(part) for part in parts]
+    except ValueError:
+        pass
+    if len(parts) != 1 or parts[0] in dict(backbone.module.named_modules()):
+        return parts
+    if parts[0] not in PLACEMENTS:
+        raise unknown("placement or module", parts[0], PLACEMENTS)
+    return parts[0]
+
+
+def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
+    import torch
+
+    from ptee.model import build
+
+    torch.manual_seed(o.get("seed", 0))
+    exits = _exits(o["exits"], backbone)
+    return build(backbone, exits=exits, num_exits=o["num_exits"], head=o["head"], convention=o["cost_convention"])
+
+
+def _open(source: str, backbone: Backbone, o: dict[str, Any]) -> Data:
+    """The data as this backbone takes it, with its labels."""
+    from dataclasses import replace
+
+    from ptee.data import image_transform, open_data
+    from ptee.labels import map_labels, with_labels
+
+    view = backbone.input
+    transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
+    data = open_data(source, transform=transform, root=o["data_root"] and Path(o["data_root"]), seed=o.get("seed", 0))
+    labels = map_labels(data.class_names, backbone.num_classes)
+    if labels.indices is None and o.get("targets") is None:
+        click.echo(f"{labels.reason} The heads learn the backbone's own answers (--targets pseudo).")
+    if labels.indices is None and o.get("targets") == "labels":
+        raise DataError(f"{labels.reason} Use --targets pseudo.")
+    parts = {name: with_labels(getattr(data, name), labels) for name in ("train", "calibration", "validation")}
+    o["labelled"] = labels.indices is not None
+    return replace(data, **parts)
+
+
+def _model_and_data(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
+    from ptee.backbones import IMAGENET
+    from ptee.defaults import imagenette
+
+    backbone = _backbone(o)
+    source = o["data"]
+    if source is None:
+        if backbone.label_space != IMAGENET:
+            raise DataError(
+                f"No data for {backbone.name}, which is no ImageNet-1k classifier. Give images: --data FOLDER."
+            )
+        source, o["targets"] = str(imagenette()), o["targets"] or "pseudo"
+        click.echo(
+            "No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER."
+        )
+    data = _open(source, backbone, o)
+    return backbone, data, o["targets"] or ("labels" if o["labelled"] else "pseudo")
+
+
+def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
+    from ptee import defaults
+    from ptee.backbones import load_backbone
+
+    given = [f"--{key.replace('_', '-')}" for key in ("weights", "num_classes", "data") if o[key] is not None]
+    if given:
+        raise click.UsageError(f"{given[0]} needs --model NAME.")
+    args = {
+        "input_size": defaults.INPUT_SIZE,
+        "mean": defaults.MEAN,
+        "std": defaults.STD,
+        "model_args": defaults.MODEL_ARGS,
+    }
+    file = defaults.digits_weights()
+    if not file.is_file():
+        click.echo("Training a small network on scikit-learn's handwritten digits, once.")
+        untrained = load_backbone(defaults.MODEL, pretrained=False, **args)  # type: ignore[arg-type]
+        defaults.train_digits_network(_open("digits", untrained, o), file)
+    backbone = load_backbone(defaults.MODEL, weights=file, **args)  # type: ignore[arg-type]
+    return backbone, _open("digits", backbone, o), o["targets"] or "labels"
+
+
+def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Path, o: dict[str, Any]) -> History:
+    from ptee.training import train
+
+    def say(epoch: Epoch) -> None:
+        fidelity = " ".join(f"{f:.3f}" for f in epoch.fidelity[:-1])
+        val = "" if epoch.val_loss is None else f"  held-out {epoch.val_loss:.4f}"
+        click.echo(
+            f"epoch {epoch.number}/{o['epochs']}  loss {epoch.loss:.4f}{val}  fidelity {fidelity}  {epoch.seconds:.0f} s"
+        )
+
+    history = train(
+        model, data.train, data.calibration, targets=targets, loss=o["loss"], cost_weight=o["cost_weight"],
+        epochs=o["epochs"], batch_size=o["batch_size"], lr=o["lr"], weight_decay=o["weight_decay"], seed=o["seed"],
+        patience=o["patience"], device=device, precision=o["precision"], num_workers=o["workers"],
+        checkpoint=out / "checkpoint.safetensors", resume=o["resume"], on_epoch=say,
+    )  # fmt: skip
+    if history.warning:
+        click.echo(f"Warning: {history.warning}", err=True)
+    return history
+
+
+def _interrupted(history: History, out: Path) -> None:
+    if not history.epochs:
+        raise click.Abort
+    click.echo(
+        f"Interrupted: {len(history.epochs)} complete epochs are kept in {out}. The same command with --resume goes on.",
+        err=True,
+    )
+    sys.exit(130)
+
+
+def _evaluate(
+    model: EarlyExitModel, data: Any, device: Any, o: dict[str, Any], about: str, quiet: bool = False
+) -> dict[str, Any]:
+    from ptee.evaluation import evaluate as measure
+
+    results = measure(model, data, threshold=o["threshold"], batch_size=o["batch_size"], device=device, about=about)
+    if not quiet:
+        click.echo(f"\n{results}")
+    return results.to_dict()
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """A run is written into a new or empty folder, or over an earlier run."""
+    from ptee import runs
+
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file. Give a folder with --out.")
+    known = (runs.CONFIG, "checkpoint.safetensors")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in known):
+        raise RunError(f"{out} holds something else than a run. Give a new folder with --out.")
+    if resume and not (out / "checkpoint.safetensors").is_file():
+        raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
+
+
+def _save(model: EarlyExitModel, history: History, out: Path) -> None:
+    from ptee import runs
+
+    metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
+    runs.write_json(out / runs.METRICS, metrics)
+    model.save_pretrained(out)
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _file_name(model: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in model)

@@ -1,0 +1,93 @@
+"""What ptee takes where nothing is given: a small network on handwritten digits, and Imagenette for ImageNet backbones.
+
+The digits are scikit-learn's, 1,797 real images of 8 x 8 pixels, and need no connection. The network is trained on them
+once and kept. It shows the whole way through ptee in less than two minutes and proves nothing about larger problems.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ptee import runs
+from ptee.data import Data
+from ptee.errors import DataError
+
+MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}
+INPUT_SIZE, MEAN, STD = (1, 8, 8), (0.3,), (0.38,)
+EPOCHS, BATCH, SEED = 12, 64, 0
+
+
+def cache_folder() -> Path:
+    """Where ptee keeps what it made or downloaded: below XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptee"
+
+
+def digits_weights() -> Path:
+    """The file that keeps the network trained on the digits."""
+    return cache_folder() / "digits_cifar_resnet20.safetensors"
+
+
+def imagenette() -> Path:
+    """The folder of Imagenette, ten classes of ImageNet, downloaded through torchvision where it is not there yet.
+
+    Raises:
+        DataError: if it cannot be downloaded.
+    """
+    folder = cache_folder() / "imagenette2-320"
+    if folder.is_dir():
+        return folder
+    from torchvision.datasets import Imagenette
+
+    # Unpacked beside and renamed when whole, so that a broken download is never taken for the data.
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".downloading-") as beside,
+            redirect_stdout(StringIO()),
+        ):
+            Imagenette(beside, size="320px", download=True)
+            (Path(beside) / folder.name).replace(folder)
+    except Exception as why:  # whatever urllib, tarfile and the disk can raise
+        line = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        raise DataError(
+            f"No --data is given, and Imagenette, which is used then, cannot be downloaded ({line}). "
+            "Give images of your own: --data FOLDER."
+        ) from why
+    return folder
+
+
+def train_digits_network(data: Data, file: Path) -> None:
+    """Train the network on the digits' training images, and keep it.
+
+    Args:
+        data: the digits, ready for the network.
+        file: to write.
+    """
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm
+
+    from ptee.backbones import load_backbone
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        net = load_backbone(MODEL, pretrained=False, input_size=INPUT_SIZE, model_args=MODEL_ARGS).module.train()
+        loader: Any = torch.utils.data.DataLoader(data.train, BATCH, shuffle=True)
+        adam = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.01)
+        plan = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-2, total_steps=EPOCHS * len(loader))
+        for _ in tqdm(range(EPOCHS), desc="training a network on the digits", leave=False, disable=None):
+            for images, labels in loader:
+                loss = F.cross_entropy(net(images), labels)
+                adam.zero_grad(set_to_none=True)
+                loss.backward()
+                adam.step()
+                plan.step()
+    state = {k: v.contiguous() for k, v in net.state_dict().items()}
+    runs.replace(file, lambda path: save_file(state, path))

@@ -1,0 +1,187 @@
+"""Evaluation: what the backbone, each exit alone and the early-exit model reach, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ptee.benchmark import ALWAYS, NEVER, in_turns, ratio
+from ptee.devices import resolve_device
+from ptee.model import EarlyExitModel, Thresholds
+from ptee.tables import table
+from ptee.traces import Score, Traces, record
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to answer, measured on a data set.
+
+    Attributes:
+        name: "backbone", "exit 0", ..., "early exit".
+        module: the exit's module, or empty.
+        accuracy: share of answers equal to the label; None without labels.
+        fidelity: share of answers equal to the backbone's.
+        cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
+        images_per_s: measured, or None.
+        speedup: the bare backbone's time over this one's, measured in turn with it, or None.
+    """
+
+    name: str
+    module: str
+    accuracy: float | None
+    fidelity: float
+    cost: float
+    images_per_s: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The numbers of an early-exit model on a data set. Prints as a table.
+
+    Attributes:
+        backbone: its name.
+        samples: n.
+        threshold: (E) T of each exit.
+        rows: the bare backbone, each exit alone, the early-exit model at its thresholds.
+        leaving: (E+1) share of the samples that leave at each exit.
+        device: where speed was measured.
+        batch_size: at which speed was measured.
+        about: where the data came from, in a sentence.
+    """
+
+    backbone: str
+    samples: int
+    threshold: list[float]
+    rows: tuple[Row, ...]
+    leaving: list[float]
+    device: str
+    batch_size: int
+    about: str = field(default="")
+
+    @property
+    def early_exit(self) -> Row:
+        """The row of the early-exit model at its thresholds."""
+        return self.rows[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        title = ("", "module", "accuracy", "fidelity", "cost", "leaving", "images/s", "speed")
+        walls = " ".join(f"{t:g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
+        names = {self.early_exit.name: f"early exit, T = {walls}"}
+        lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
+        where = f"{self.about} " if self.about else ""
+        return (
+            f"{where}{self.backbone}, {self.samples} images\n"
+            + table([title, *lines], left={0, 1})
+            + f"\ncost: multiply-accumulates, heads included, over the bare backbone's. speed: measured in turns with it on "
+            f"{self.device}, batch {self.batch_size}."
+        )
+
+    def _leaving(self, i: int) -> str:
+        """The share that leaves at the exit of this row; the backbone's is for those who never left."""
+        last = len(self.rows) - 1
+        return "" if i == last else f"{self.leaving[-1 if i == 0 else i - 1]:.1%}"
+
+
+def _cells(row: Row, leaving: str) -> tuple[str, ...]:
+    shown = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
+    return (
+        shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}", leaving,
+        shown(row.images_per_s, ",.0f"), "-" if row.speedup is None else f"{row.speedup:.2f}x",
+    )  # fmt: skip
+
+
+def evaluate(
+    model: EarlyExitModel,
+    data: Any,
+    *,
+    threshold: Thresholds | None = None,
+    batch_size: int = 128,
+    device: str | torch.device | None = None,
+    speed: bool = True,
+    about: str = "",
+) -> Results:
+    """Measure a model on data: accuracy, fidelity, cost, where samples leave, and speed beside the bare backbone.
+
+    Every exit answers every image once; the early-exit row follows by arithmetic. Speed is measured by running it.
+
+    Args:
+        model: any early-exit model.
+        data: a map-style data set of (image, label) or (image,), or a loader.
+        threshold: one number or one per exit; None: the model's own, which is left as it is.
+        batch_size: for a data set.
+        device: None: where the model is.
+        speed: measure images per second.
+        about: a sentence about the data, kept with the results.
+
+    Raises:
+        PteeError: if the threshold, a label or the device cannot be used.
+    """
+    home, own = next(model.heads.parameters()).device, model.threshold
+    place = home if device is None else resolve_device(device)
+    try:
+        model.to(place)
+        if threshold is not None:
+            model.threshold = threshold
+        traces = record(model, data, batch_size=batch_size)
+        rows, leaving = _rows(model, traces)
+        if speed:
+            rows = _timed(model, traces, rows, batch_size)
+        n = traces.answers.shape[1]
+        return Results(
+            model.plan.backbone,
+            n,
+            model.threshold,
+            tuple(rows),
+            leaving,
+            place.type,
+            min(batch_size, len(traces.sample)),
+            about,
+        )
+    finally:
+        model.threshold = own
+        model.to(home)
+
+
+def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
+    leaving = traces.leaving(model.threshold)
+    last = len(model.exits)
+    bare = traces.score(traces.at(last))
+    rows = [_row("backbone", "", Score(bare.accuracy, bare.fidelity, 1.0))]
+    rows += [_row(f"exit {n}", e.name, traces.score(traces.at(n))) for n, e in enumerate(model.exits)]
+    return [*rows, _row("early exit", "", traces.score(leaving))], traces.shares(leaving)
+
+
+def _row(name: str, module: str, score: Score, images_per_s: float | None = None, speedup: float | None = None) -> Row:
+    return Row(name, module, score.accuracy, score.fidelity, score.cost, images_per_s, speedup)
+
+
+def _timed(model: EarlyExitModel, traces: Traces, rows: list[Row], batch_size: int) -> list[Row]:
+    """Add images per second, each row timed in turn with the bare backbone on images of the data set."""
+    like = next(model.heads.parameters())
+    chunks = traces.sample.to(like.device).split(batch_size)
+    exits = len(model.exits)
+    walls: list[Any] = [[NEVER] * n + [ALWAYS] + [NEVER] * (exits - n - 1) for n in range(exits)]
+    calls: dict[str, Any] = {"backbone": lambda: [model.backbone(x) for x in chunks]}
+    for row, wall in zip(rows[1:], [*walls, None], strict=True):
+        calls[row.name] = partial(_predict_all, model, chunks, wall)
+    times = in_turns(calls, like.device)
+    base = times["backbone"]
+    timed = []
+    for row in rows:
+        relative = ratio(times[row.name], base)
+        rate = len(traces.sample) / (sorted(base)[len(base) // 2] * relative)
+        timed.append(Row(**(asdict(row) | {"images_per_s": rate, "speedup": 1 / relative})))
+    return timed
+
+
+def _predict_all(model: EarlyExitModel, chunks: tuple[torch.Tensor, ...], threshold: Any) -> None:
+    for x in chunks:
+        model.predict(x, threshold)
