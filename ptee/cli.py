@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ptee.model import EarlyExitModel
     from ptee.training import Epoch, History
 
+HEAD, EPOCHS = "pool", 5  # where nothing else is said
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted."""
@@ -135,7 +137,7 @@ _PLACE = _options(
         help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2.",
     ),
     click.option("--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5."),
-    click.option("--head", default="pool", show_default=True, help="plain, pool, bnpool, conv1, conv2, ... convX."),
+    click.option("--head", help="plain, pool, bnpool, conv1, conv2, ... convX. Default: pool; conv1 on the digits."),
     click.option(
         "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
     ),
@@ -190,7 +192,7 @@ def cli() -> None:
 @click.option(
     "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 40 on the digits.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
@@ -211,6 +213,7 @@ def augment(**o: Any) -> None:
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
     _check_out(out, o["resume"])
     backbone, data, targets = _digits(o) if o["model"] is None else _model_and_data(o)
+    o["epochs"] = o["epochs"] or EPOCHS
     model = _build(backbone, o)
     if o["threshold"]:
         model.threshold = o["threshold"]
@@ -236,7 +239,7 @@ def plan(as_json: bool, **o: Any) -> None:
 
     backbone = _backbone(o)
     backbone.module.requires_grad_(False).eval()
-    found = make_plan(backbone, _exits(o["exits"], backbone), o["num_exits"], o["head"], o["cost_convention"])
+    found = make_plan(backbone, _exits(o["exits"], backbone), o["num_exits"], o["head"] or HEAD, o["cost_convention"])
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
 
 
@@ -333,7 +336,9 @@ def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
 
     torch.manual_seed(o.get("seed", 0))
     exits = _exits(o["exits"], backbone)
-    return build(backbone, exits=exits, num_exits=o["num_exits"], head=o["head"], convention=o["cost_convention"])
+    return build(
+        backbone, exits=exits, num_exits=o["num_exits"], head=o["head"] or HEAD, convention=o["cost_convention"]
+    )
 
 
 def _open(source: str, backbone: Backbone, o: dict[str, Any]) -> Data:
@@ -379,6 +384,7 @@ def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     from ptee import defaults
     from ptee.backbones import load_backbone
 
+    o["head"], o["epochs"] = o["head"] or defaults.DIGITS_HEAD, o["epochs"] or defaults.DIGITS_EPOCHS
     given = [f"--{key.replace('_', '-')}" for key in ("weights", "num_classes", "data") if o[key] is not None]
     if given:
         raise click.UsageError(f"{given[0]} needs --model NAME.")
