@@ -6,7 +6,8 @@ that order, so the count listens to fvcore while it walks along.
 
 What fvcore gets wrong alone is put right here: it has no handler for scaled_dot_product_attention, cannot see into
 the fused paths of nn.MultiheadAttention and nn.TransformerEncoderLayer, runs the model in the mode it finds, and leaves
-its hooks on when the forward pass raises.
+its hooks on when the forward pass raises. It counts a multiplication with its addition as one, but not in batch norm,
+whose scale and shift it counts as two; here they are one as everywhere else.
 """
 
 from __future__ import annotations
@@ -102,7 +103,11 @@ def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
         def __init__(self) -> None:
             super().__init__(module, example)
             self.steps: list[_Step] = []
-            extra = {"aten::scaled_dot_product_attention": _attention_macs, "aten::baddbmm": _baddbmm_macs}
+            extra = {
+                "aten::scaled_dot_product_attention": _attention_macs,
+                "aten::baddbmm": _baddbmm_macs,
+                "aten::batch_norm": _batch_norm_macs,
+            }
             for op, handle in (self._op_handles | extra).items():
                 self.set_op_handle(op, self._noting(op, handle))
 
@@ -137,6 +142,11 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     *batch, length, depth = _shape(inputs[0])
     source, value_depth = _shape(inputs[2])[-2:]
     return prod(batch) * length * source * (depth + value_depth)
+
+
+def _batch_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """In eval mode x * scale + shift, the statistics folded into both: one for each element."""
+    return prod(_shape(inputs[0]))
 
 
 def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
