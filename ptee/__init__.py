@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptee.calls import ExitOutput as ExitOutput
     from ptee.errors import PteeError as PteeError
     from ptee.evaluation import evaluate as evaluate
     from ptee.heads import register_head as register_head
     from ptee.model import AllExits as AllExits
     from ptee.model import EarlyExitModel as EarlyExitModel
-    from ptee.model import ExitOutput as ExitOutput
     from ptee.model import augment as augment
     from ptee.model import load as load
     from ptee.placement import Exit as Exit
@@ -27,7 +27,7 @@ _HOMES = {
     "AllExits": "model",
     "EarlyExitModel": "model",
     "Exit": "placement",
-    "ExitOutput": "model",
+    "ExitOutput": "calls",
     "Plan": "placement",
     "PteeError": "errors",
     "augment": "model",

@@ -6,14 +6,9 @@ What is read from a file or a record is data: nothing is unpickled, and no recor
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import io
 import logging
-import pickle
-import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee.errors import BackboneError, PteeError, some, unknown
+from ptee.errors import BackboneError, PteeError, first_line, unknown
+from ptee.freezing import modes, set_modes
+from ptee.origins import COMMIT, Wish, checked_record, checked_size, is_plain, plain
+from ptee.weights import load_weights
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,9 +31,6 @@ HUB_FILES = (  # where timm finds weights in a hub repository, and its configura
     "config.json",
 )
 HUB_TIMEOUT_S = 10
-COMMIT = re.compile(r"[0-9a-f]{40}")
-WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net")  # timm, too, prefers the average
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DistributedDataParallel, torch.compile, trainers
 RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
 OTHERWISE = "Give a file with --weights FILE, or take random weights with --no-pretrained."
 NO_CLASSIFIER = "{} has no classifier. Give it one: --num-classes K and --weights FILE."
@@ -84,21 +79,6 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """What a caller wants; `pretrained` means the library's own weights, of this hub commit or torchvision tag."""
-
-    name: str
-    weights: str | None
-    pretrained: bool
-    num_classes: int | None
-    input_size: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    args: dict[str, Any]
-    version: str | None = None
-
-
-@dataclass(frozen=True)
 class _Built:
     """What a library gave, and under which name, arguments and origin it would give it again."""
 
@@ -141,10 +121,10 @@ def load_backbone(
     """
     if num_classes is not None and num_classes < 2:
         raise BackboneError(f"A classifier has two classes or more, not {num_classes}. Give --num-classes again.")
-    size = None if input_size is None else _checked_size(input_size)
+    size = None if input_size is None else checked_size(input_size)
     file = None if weights is None else str(weights)
     name = model if isinstance(model, str) else type(model).__name__
-    wish = _Wish(name, file, pretrained and not file, num_classes, size, mean, std, dict(model_args or {}))
+    wish = Wish(name, file, pretrained and not file, num_classes, size, mean, std, dict(model_args or {}))
     if isinstance(model, nn.Module):
         return _wrap(model, wish)
     library, name = find_model(model)
@@ -193,7 +173,7 @@ def _has_model(library: str, name: str) -> bool:
     return "/" not in name and "\\" not in name and _timm().is_model(name)
 
 
-def _load(library: str, wish: _Wish, label: str) -> Backbone:
+def _load(library: str, wish: Wish, label: str) -> Backbone:
     for key in wish.args:
         if key in RESERVED_ARGS or key.startswith("pretrained"):
             raise BackboneError(f"{key} is not an argument of {label} itself. Use --weights, --num-classes and so on.")
@@ -209,7 +189,7 @@ def _load(library: str, wish: _Wish, label: str) -> Backbone:
     return Backbone(built.module, label, classes, config, source, _label_space(built.classes, classes))
 
 
-def _wrap(module: nn.Module, wish: _Wish) -> Backbone:
+def _wrap(module: nn.Module, wish: Wish) -> Backbone:
     if wish.args:
         raise BackboneError("Arguments (model_args) are for models given by name. Build the module with them.")
     known, promised = _known_input(module)
@@ -252,18 +232,18 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
     """
     like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
-    modes = _modes(module)
+    before = modes(module)
     try:
         module.eval()
         with torch.no_grad():
             logits = module(images)
     except Exception as error:
         raise BackboneError(
-            f"{name} cannot take an image of size {input_size}: {_first_line(error)} Give the (c, h, w) that it takes "
+            f"{name} cannot take an image of size {input_size}: {first_line(error)} Give the (c, h, w) that it takes "
             f"as --input-size c,h,w (input_size=), or build it for this one."
         ) from error
     finally:
-        _set_modes(module, modes)
+        set_modes(module, before)
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 2 and logits.shape[1] >= 2:
         if getattr(module, "num_classes", None) != 0:  # timm's way to say that these are features
             return logits.shape[1]
@@ -274,7 +254,7 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
     )
 
 
-def _build_timm(wish: _Wish, label: str) -> _Built:
+def _build_timm(wish: Wish, label: str) -> _Built:
     timm = _timm()
     cfg = None if ":" in wish.name else _timm_config(wish.name)
     if wish.pretrained and cfg is not None:
@@ -295,7 +275,7 @@ def _build_timm(wish: _Wish, label: str) -> _Built:
     return _Built(module, name, args, origin, _timm_input(module, args), note.get("num_classes"))
 
 
-def _timm_origin(wish: _Wish, cfg: Any) -> tuple[str, str | None, dict[str, Any]]:
+def _timm_origin(wish: Wish, cfg: Any) -> tuple[str, str | None, dict[str, Any]]:
     """timm's name for the model, the hub repository where it will look, and what keeps it to the commit wished for."""
     source, colon, hub = wish.name.partition(":")
     if colon and source != "local-dir":
@@ -310,7 +290,7 @@ def _timm_origin(wish: _Wish, cfg: Any) -> tuple[str, str | None, dict[str, Any]
     return wish.name, hub, {"pretrained_cfg_overlay": {"hf_hub_id": hub, "custom_load": cfg.custom_load}}
 
 
-def _random_classes(wish: _Wish) -> dict[str, int]:
+def _random_classes(wish: Wish) -> dict[str, int]:
     return {} if wish.num_classes is None or wish.pretrained else {"num_classes": wish.num_classes}
 
 
@@ -346,7 +326,7 @@ def _timm_input(module: nn.Module, args: Mapping[str, Any]) -> InputConfig:
     return InputConfig(size, mean, std, note["interpolation"])
 
 
-def _build_torchvision(wish: _Wish, label: str) -> _Built:
+def _build_torchvision(wish: Wish, label: str) -> _Built:
     from torchvision import models
 
     known = models.get_model_weights(wish.name)
@@ -396,10 +376,10 @@ def _building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterat
             yield
     except Exception as error:
         if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take
-            raise BackboneError(f"{label} cannot be downloaded or loaded: {_first_line(error)} {remedy}") from error
+            raise BackboneError(f"{label} cannot be downloaded or loaded: {first_line(error)} {remedy}") from error
         given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
         change = "Change --model-arg or --input-size." if args else "Choose another model."
-        raise BackboneError(f"{label} cannot be built{given}: {_first_line(error)} {change}") from error
+        raise BackboneError(f"{label} cannot be built{given}: {first_line(error)} {change}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -426,160 +406,6 @@ def _hub_revision(hub: str) -> str | None:
     return None
 
 
-def load_weights(module: nn.Module, file: str | Path) -> None:
-    """Copy a file of weights into a module, all of them or, if anything does not fit, none.
-
-    Half-precision weights are widened to the module's type. A `state_dict` key around them and a prefix in front of
-    every name (`module.`) are taken off.
-
-    Raises:
-        BackboneError: the file is missing, unreadable, would run code, or has other names or shapes.
-    """
-    state, own = read_weights(file), module.state_dict()
-    bare = _without_prefix(state, own)
-    for key in own.keys() - bare.keys():
-        if key.endswith("num_batches_tracked"):  # older files lack it, and nothing in eval mode reads it
-            bare[key] = own[key]
-    _require_fit(bare, own, file)
-    # some modules, torchvision's MNASNet one, read old formats by a version number that safetensors cannot hold
-    kept = getattr(state, "_metadata", None) if list(state) == list(bare) else None
-    bare._metadata = kept or getattr(own, "_metadata", None)  # type: ignore[attr-defined]
-    try:
-        module.load_state_dict(bare, strict=True)
-    except Exception as error:
-        raise BackboneError(f"{file} does not fit {type(module).__name__}: {_first_line(error)}") from error
-
-
-def read_weights(file: str | Path) -> OrderedDict[str, Tensor]:
-    """The state_dict in a file, on the CPU; nothing in it is executed.
-
-    Raises:
-        BackboneError: the file is missing, unreadable, would run code, or holds no state_dict.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise BackboneError(f"There is no weights file {file}. Give a .safetensors or .pth file that exists.")
-    try:
-        found = _read(path)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    for key in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not found or not all(map(_is_named_tensor, found.items())):
-        raise BackboneError(f"{file} holds no state_dict (names of tensors). Save model.state_dict() and nothing else.")
-    state = OrderedDict(found)
-    state._metadata = getattr(found, "_metadata", None)  # type: ignore[attr-defined]
-    return state
-
-
-def _read(path: Path) -> Any:
-    if path.suffix.lower() == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments as one
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
-
-
-def _unreadable(path: Path, error: Exception) -> BackboneError:
-    try:  # can list what a pickle would call without calling it, but not in a damaged file, nor in the oldest format
-        code = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:
-        code = []
-    if code:
-        return BackboneError(
-            f"{path} holds more than weights ({some(code, 3)}), and reading that could run code. "
-            f"Save the state_dict alone, best as .safetensors."
-        )
-    if isinstance(error, pickle.UnpicklingError):  # its own text is about versions of PyTorch
-        return BackboneError(f"{path} cannot be read: it is damaged, no weights file, or could run code. Get it anew.")
-    return BackboneError(f"{path} cannot be read: {_first_line(error)} Get it anew.")
-
-
-def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """`state` without what stands before every name, where that makes names fit which did not."""
-    bare = OrderedDict(state)
-    while not bare.keys() & own.keys():
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in bare)), None)
-        if prefix is None:
-            return OrderedDict(state)
-        bare = OrderedDict((key.removeprefix(prefix), value) for key, value in bare.items())
-    return bare
-
-
-def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str | Path) -> None:
-    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
-    if missing or extra:
-        extra.sort(key=lambda key: key.endswith("num_batches_tracked"))  # last: these say least
-        faults = [f"{what} {some(keys, 3)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
-        raise BackboneError(f"{file} is of another model: it {' and '.join(faults)}. Check --model and --model-arg.")
-    wrong = [key for key in own if isinstance(own[key], Tensor) and own[key].shape != state[key].shape]
-    if not wrong:
-        return
-    classes = {(len(state[key]), len(own[key])) for key in wrong if state[key].shape[1:] == own[key].shape[1:]}
-    if len(classes) == 1 and all(state[key].shape[1:] == own[key].shape[1:] for key in wrong):
-        there, here = classes.pop()
-        raise BackboneError(
-            f"{file} has {there} classes ({some(wrong)}), the model has {here}. Try --num-classes {there}."
-        )
-    shapes = [f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]
-    raise BackboneError(f"{file} has other shapes: {some(shapes)}. Check --model, --model-arg and --input-size.")
-
-
-@dataclass(frozen=True)
-class FrozenState:
-    """How a module was before `freeze`, by the names of its parameters and parts; survives copying and pickling."""
-
-    requires_grad: dict[str, bool]
-    training: dict[str, bool]
-
-    def restore(self, module: nn.Module) -> None:
-        """Put gradients and modes back as they were; parts that came later are left as they are."""
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
-        _set_modes(module, self.training)
-
-
-def freeze(module: nn.Module) -> FrozenState:
-    """Take all gradients off a module and put all of it in eval mode; what it was before is returned."""
-    state = FrozenState({name: p.requires_grad for name, p in module.named_parameters()}, _modes(module))
-    module.requires_grad_(False)
-    module.eval()
-    return state
-
-
-def _modes(module: nn.Module) -> dict[str, bool]:
-    return {name: part.training for name, part in module.named_modules()}
-
-
-def _set_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
-    for name, part in module.named_modules():
-        part.training = modes.get(name, part.training)
-
-
-def weights_hash(module: nn.Module) -> str:
-    """sha256, in hexadecimal, of the state_dict: sorted names with types, shapes and bytes.
-
-    Device and memory format do not matter; the type does: a model in half precision is another model.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if not isinstance(value, Tensor):  # what a part's get_extra_state gave
-            digest.update(f"{name}\0{value!r}\0".encode())
-            continue
-        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        # as bytes: NumPy has no bfloat16. No copy is made of what lies in the CPU's memory already
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def rebuild(source: Mapping[str, Any]) -> Backbone:
     """The backbone that a `Backbone.source` tells of. The record may come from a stranger: each field is checked.
 
@@ -587,7 +413,7 @@ def rebuild(source: Mapping[str, Any]) -> Backbone:
         BackboneError: the record is not of that form, names a model or file that is not there, or cannot be followed.
     """
     try:
-        library, wish = _checked_record(source)
+        library, wish = checked_record(source)
         label = wish.name if library == "timm" else f"{library}/{wish.name}"
         if not _has_model(library, wish.name):
             raise BackboneError(f"There is no {library} model {wish.name!r} in the version installed here.")
@@ -596,10 +422,10 @@ def rebuild(source: Mapping[str, Any]) -> Backbone:
         raise BackboneError(f"The backbone cannot be rebuilt: {error} Or give it itself: backbone=.") from error
 
 
-def _record(library: str, wish: _Wish, built: _Built, config: InputConfig, classes: int) -> dict[str, Any] | None:
+def _record(library: str, wish: Wish, built: _Built, config: InputConfig, classes: int) -> dict[str, Any] | None:
     """What `rebuild` reads; None if the weights are random, or an argument is something that JSON cannot say."""
-    args = {key: _plain(value) for key, value in built.args.items()}
-    if not (wish.weights or wish.pretrained) or not all(map(_is_plain, args.values())):
+    args = {key: plain(value) for key, value in built.args.items()}
+    if not (wish.weights or wish.pretrained) or not all(map(is_plain, args.values())):
         return None
     return {
         "library": library,
@@ -607,82 +433,11 @@ def _record(library: str, wish: _Wish, built: _Built, config: InputConfig, class
         "args": args,
         "num_classes": classes,
         "weights": {"file": wish.weights} if wish.weights else {"pretrained": built.origin},
-        "input": {key: _plain(value) for key, value in asdict(config).items()},
+        "input": {key: plain(value) for key, value in asdict(config).items()},
     }
 
 
-def _checked_record(source: Mapping[str, Any]) -> tuple[str, _Wish]:
-    """(library, what to ask of it), every field of the type and form that `_record` gives it."""
-    _require_keys(source, "library name args num_classes weights input", "source")
-    library, name, args, classes = (source[key] for key in ("library", "name", "args", "num_classes"))
-    _require(library in ("timm", "torchvision"), "library", library)
-    _require(isinstance(name, str), "name", name)
-    _require(isinstance(args, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in args.items()), "args", args)
-    _require(_is_count(classes), "num_classes", classes)
-    file, version = _checked_weights(source["weights"], library)
-    shown = source["input"]
-    _require_keys(shown, "input_size mean std interpolation", "input")
-    _require(isinstance(shown["interpolation"], str), "interpolation", shown["interpolation"])
-    for key in ("mean", "std"):
-        _require(isinstance(shown[key], list) and shown[key] and all(map(_is_number, shown[key])), key, shown[key])
-    size = shown["input_size"]
-    _require(isinstance(size, list) and len(size) == 3 and all(map(_is_count, size)), "input_size", size)
-    return library, _Wish(name, file, file is None, classes, tuple(size), shown["mean"], shown["std"], args, version)
-
-
-def _checked_weights(weights: Any, library: str) -> tuple[str | None, str | None]:
-    """(file, None), or (None, hub commit or torchvision tag or None)."""
-    _require(isinstance(weights, dict) and set(weights) in ({"file"}, {"pretrained"}), "weights", weights)
-    if "file" in weights:
-        file = weights["file"]
-        # to Windows, two slashes in front name another machine, and looking there means logging in
-        _require(isinstance(file, str) and file and not file.startswith(("//", "\\\\")), "file", file)
-        return file, None
-    origin = weights["pretrained"]
-    _require_keys(origin, "tag hub revision", "pretrained")
-    for key, value in origin.items():
-        _require(value is None or isinstance(value, str), key, value)
-    commit = origin["revision"]
-    _require(commit is None or COMMIT.fullmatch(commit), "revision", commit)
-    return None, commit if library == "timm" else origin["tag"]
-
-
-def _require_keys(record: Any, keys: str, what: str) -> None:
-    _require(isinstance(record, Mapping) and set(record) == set(keys.split()), what, record)
-
-
-def _require(holds: object, what: str, value: Any) -> None:
-    if not holds:
-        raise BackboneError(f"its record has a wrong {what}, {str(value)[:80]!r}.")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON gives it back as it is: a number, a word, true, false, null, or lists of these."""
-    if isinstance(value, list):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as the lists that JSON would make of them."""
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def _checked_size(size: Sequence[int]) -> tuple[int, int, int]:
-    if isinstance(size, str) or len(size) != 3 or not all(_is_count(n) for n in size):
-        raise BackboneError(f"An input size is (channels, height, width), such as 3,224,224, not {size!r}.")
-    return (size[0], size[1], size[2])
-
-
-def _override(config: InputConfig, wish: _Wish) -> InputConfig:
+def _override(config: InputConfig, wish: Wish) -> InputConfig:
     """`config` with what is wished for in place of its own, and as many means as there are channels."""
     size = wish.input_size or config.input_size
     mean = _per_channel("mean", wish.mean, config.mean, size[0])
@@ -703,10 +458,3 @@ def _per_channel(
     if len(values) == 1:
         return values * channels
     raise BackboneError(f"Images of {channels} channels need {channels} numbers for --{what}, or one, not {values}.")
-
-
-def _first_line(error: BaseException) -> str:
-    """What an exception says in its first sentence, with a full stop, for the middle of a one-line message."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].split(". ")[0].strip()[:200].rstrip(".:!") if lines else ""
-    return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
         "to exit 0, others": lambda: _up_to_first_exit(model, x[half:]),
     }
     for way, threshold in thresholds.items():
-        calls[way] = lambda threshold=threshold: model.predict(x, threshold=threshold)
+        calls[way] = partial(model.predict, x, threshold)
     times = in_turns(calls, x.device, rounds=rounds, seconds=120)
     bare = times["bare"]
     limits = {

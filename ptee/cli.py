@@ -356,7 +356,7 @@ def _open(source: str, backbone: Backbone, o: dict[str, Any]) -> Data:
         click.echo(f"{labels.reason} The heads learn the backbone's own answers (--targets pseudo).")
     if labels.indices is None and o.get("targets") == "labels":
         raise DataError(f"{labels.reason} Use --targets pseudo.")
-    parts = {name: with_labels(getattr(data, name), labels) for name in ("train", "calibration", "validation")}
+    parts: dict[str, Any] = {n: with_labels(getattr(data, n), labels) for n in ("train", "calibration", "validation")}
     o["labelled"] = labels.indices is not None
     return replace(data, **parts)
 

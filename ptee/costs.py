@@ -97,7 +97,7 @@ def parameters(module: nn.Module) -> int:
 def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
     from fvcore.nn import FlopCountAnalysis  # imported late: it costs start-up time
 
-    class InOrder(FlopCountAnalysis):  # type: ignore[misc]  # fvcore is untyped
+    class InOrder(FlopCountAnalysis):
         """fvcore's count, which also notes every operator in order of execution."""
 
         def __init__(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ptee.errors import BackboneError, CutError, unknown
+from ptee.errors import BackboneError, CutError, first_line, unknown
 from ptee.layout import AxisTracker, Layout, image_axes, layout_of
 
 SURVEY_ROWS = 3
@@ -147,7 +147,7 @@ def _answer(module: nn.Module, images: Tensor) -> Tensor:
         answer = module(images)
     except Exception as why:
         raise BackboneError(
-            f"{kind} fails on images of size {size}: {_first_line(why)}. Give the size it takes: input_size=(c, h, w)."
+            f"{kind} fails on images of size {size}: {first_line(why)} Give the size it takes: input_size=(c, h, w)."
         ) from why
     if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(images):
         got = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
@@ -156,11 +156,6 @@ def _answer(module: nn.Module, images: Tensor) -> Tensor:
             "Wrap it in a module that returns its logits."
         )
     return answer
-
-
-def _first_line(why: BaseException) -> str:
-    lines = str(why).strip().splitlines()
-    return (lines[0] if lines else type(why).__name__).rstrip(".")
 
 
 def _nearest(name: str, cuts: dict[str, Cut]) -> str:
@@ -368,7 +363,7 @@ class _Reference:
             with torch.no_grad():
                 got = self.module(self.images)
         except Exception as why:  # whatever the network's own code raises on fewer rows
-            return f"the rest of the forward pass fails with fewer rows ({_first_line(why)})"
+            return f"the rest of the forward pass fails with fewer rows ({first_line(why)})"
         finally:
             handle.remove()
         if got.shape != self.answers[rows].shape:

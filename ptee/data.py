@@ -59,7 +59,7 @@ class Data:
         split: for JSON: kind and parts of the source, rule, seed, sizes, and for files a hash of their names.
     """
 
-    train: Labelled | None
+    train: Labelled
     calibration: Labelled
     validation: Labelled
     class_names: tuple[str, ...]

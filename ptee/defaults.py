@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ptee import runs
 from ptee.data import Data
-from ptee.errors import DataError
+from ptee.errors import DataError, first_line
 
 MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}
 INPUT_SIZE, MEAN, STD = (1, 8, 8), (0.3,), (0.38,)
@@ -57,9 +57,8 @@ def imagenette() -> Path:
             Imagenette(beside, size="320px", download=True)
             (Path(beside) / folder.name).replace(folder)
     except Exception as why:  # whatever urllib, tarfile and the disk can raise
-        line = (str(why).strip().splitlines() or [type(why).__name__])[0]
         raise DataError(
-            f"No --data is given, and Imagenette, which is used then, cannot be downloaded ({line}). "
+            f"No --data is given, and Imagenette, which is used then, cannot be downloaded: {first_line(why)} "
             "Give images of your own: --data FOLDER."
         ) from why
     return folder

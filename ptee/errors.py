@@ -72,3 +72,10 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, most: int = 12) -> 
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in its first sentence, with a full stop, for the middle of a one-line message."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].split(". ")[0].strip()[:200].rstrip(".:!") if lines else ""
+    return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."

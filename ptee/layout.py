@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -154,7 +155,7 @@ class AxisTracker:
         """Remember the axes of a tensor."""
         self._axes.setdefault(_memory(tensor), {})[_place(tensor)] = axes
 
-    def get(self, tensor: object) -> Axes | None:
+    def get(self, tensor: Any) -> Axes | None:
         """The axes of a tensor, or None where they are not known."""
         return self._axes.get(_memory(tensor), {}).get(_place(tensor)) if isinstance(tensor, Tensor) else None
 
@@ -162,7 +163,7 @@ class AxisTracker:
         """The memory of this tensor was given to new values."""
         self._axes.pop(_memory(tensor), None)
 
-    def follow(self, op: str, args: Sequence[object], outputs: Sequence[Tensor]) -> None:
+    def follow(self, op: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         """Set the axes of an operator's outputs.
 
         Args:
@@ -175,7 +176,7 @@ class AxisTracker:
             if axes is not None:
                 self.set(out, _compact(axes))
 
-    def _result(self, op: str, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
+    def _result(self, op: str, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         if op == "cat":
             return self._cat(args, shape)
         first = self.get(args[0]) if args else None
@@ -185,7 +186,7 @@ class AxisTracker:
             return self._like(args, shape)
         return _RULES[op](first, args, shape)
 
-    def _product(self, op: str, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
+    def _product(self, op: str, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         left, right = args[1:3] if op in ("addmm", "baddbmm") else args[:2]
         rows, columns = self.get(left), self.get(right)
         if rows is None or len(rows) != len(shape):
@@ -193,9 +194,9 @@ class AxisTracker:
         last = columns[-1] if columns is not None else (Atom("c", shape[-1]),)
         return (*rows[:-1], last)
 
-    def _cat(self, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
-        tensors = [t for t in args[0] if isinstance(t, Tensor)]  # type: ignore[attr-defined]
-        dim = (args[1] if len(args) > 1 else 0) % len(shape)  # type: ignore[operator]
+    def _cat(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+        tensors = [t for t in args[0] if isinstance(t, Tensor)]
+        dim = (args[1] if len(args) > 1 else 0) % len(shape)
         known = [(i, axes) for i, t in enumerate(tensors) if (axes := self.get(t)) is not None]
         if not known:
             return None
@@ -208,7 +209,7 @@ class AxisTracker:
             new = _resized(axes[dim], shape[dim])
         return (*axes[:dim], new, *axes[dim + 1 :])
 
-    def _like(self, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
+    def _like(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """Anything else: each dimension is the most telling one of that size among the operands."""
         flat = [t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, Tensor)]
         operands = [(axes, t.shape) for t in flat if (axes := self.get(t)) is not None and t.dim() == len(shape)]
@@ -227,8 +228,8 @@ def _compact(axes: Axes) -> Axes:
     return tuple(tuple(replace(a, stride=stride[a.letter, a.stride]) for a in axis) for axis in axes)
 
 
-def _memory(tensor: object) -> int:
-    return tensor.untyped_storage()._cdata  # type: ignore[attr-defined, no-any-return]
+def _memory(tensor: Any) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
@@ -259,7 +260,7 @@ def _tokens(axis: Axis, size: int, before: int) -> Atom:
     return replace(axis[0], size=size, prefix=before + axis[0].prefix)
 
 
-def _reshape(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
+def _reshape(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     """Split and join atoms, in order, to fill the new sizes."""
     atoms = [atom for axis in axes for atom in axis][::-1]
     out: list[Axis] = []
@@ -282,59 +283,59 @@ def _reshape(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes
     return tuple(out)
 
 
-def _permute(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes:
-    return tuple(axes[d] for d in args[1])  # type: ignore[attr-defined]
+def _permute(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
+    return tuple(axes[d] for d in args[1])
 
 
-def _transpose(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes:
-    one, two = (int(d) for d in args[1:3]) if len(args) > 2 else (0, 1)  # type: ignore[call-overload]
+def _transpose(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
+    one, two = (int(d) for d in args[1:3]) if len(args) > 2 else (0, 1)
     out = list(axes)
     out[one], out[two] = out[two], out[one]
     return tuple(out)
 
 
-def _unsqueeze(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes:
-    dim = int(args[1]) % len(shape)  # type: ignore[call-overload]
+def _unsqueeze(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
+    dim = int(args[1]) % len(shape)
     return (*axes[:dim], (), *axes[dim:])
 
 
-def _drop(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
+def _drop(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     """select, squeeze, and the reductions: dimensions go, or stay with size 1."""
     named = args[1] if len(args) > 1 else None
     given = range(len(axes)) if named is None else named if isinstance(named, list | tuple) else [named]
-    dims = {int(d) % len(axes) for d in given}  # type: ignore[call-overload]
+    dims = {int(d) % len(axes) for d in given}
     if len(shape) == len(axes):
         return tuple(() if d in dims else axis for d, axis in enumerate(axes))
     left = tuple(axis for d, axis in enumerate(axes) if d not in dims)
     return left if len(left) == len(shape) else None
 
 
-def _squeeze(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
+def _squeeze(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     return _reshape(axes, args, shape)  # what goes has no atoms
 
 
-def _unbind(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes | None:
+def _unbind(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     return _drop(axes, (args[0], args[1] if len(args) > 1 else 0), shape)
 
 
-def _slice(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes:
-    dim = int(args[1] if len(args) > 1 else 0) % len(shape)  # type: ignore[call-overload]
-    start = int(args[2] or 0) if len(args) > 2 else 0  # type: ignore[call-overload]
+def _slice(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
+    dim = int(args[1] if len(args) > 1 else 0) % len(shape)
+    start = int(args[2] or 0) if len(args) > 2 else 0
     axis, size = axes[dim], shape[dim]
-    if size == prod(a.size for a in axis):
+    if not axis or size == prod(a.size for a in axis):
         return axes
     out = list(axes)
-    tokens = axis[0] if len(axis) == 1 and axis[0].grid else None
-    if tokens is not None and start == tokens.prefix and size == prod(tokens.grid or ()):
-        out[dim] = (Atom("h", tokens.grid[0]), Atom("w", tokens.grid[1]))  # type: ignore[index]
-    elif tokens is not None and 0 <= start <= tokens.prefix and start + size >= tokens.prefix + prod(tokens.grid or ()):
-        out[dim] = (replace(tokens, size=size, prefix=tokens.prefix - start),)
-    else:
+    tokens, grid = axis[0], axis[0].grid if len(axis) == 1 else None
+    if grid is None or not start <= tokens.prefix <= start + size - prod(grid):
         out[dim] = _resized(axis, size)
+    elif size == prod(grid):
+        out[dim] = (Atom("h", grid[0]), Atom("w", grid[1]))
+    else:
+        out[dim] = (replace(tokens, size=size, prefix=tokens.prefix - start),)
     return tuple(out)
 
 
-def _convolution(axes: Axes, args: Sequence[object], shape: tuple[int, ...]) -> Axes:
+def _convolution(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
     """New channels in second place, new positions behind; the batch as it was."""
     batch, channels = axes[0], _axis("c", shape[1])
     if len(shape) == 4:

@@ -1,17 +1,13 @@
 """The early-exit model: a frozen backbone with a hook at each cut, a head behind each hook, and a threshold.
 
 One path serves all: `predict`, `forward` and `all_exits` run the backbone's own forward pass; at each cut the hook asks
-the call that is going on what to do. What a call knows lives in that call, not in the module, so two threads may call
-one model, and a backbone called outside of the wrapper is the bare backbone.
+the call that is going on what to do (`calls`).
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,30 +16,16 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from ptee import runs
-from ptee.backbones import Backbone, InputConfig, freeze, load_backbone, rebuild, weights_hash
-from ptee.cuts import Cut
+from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
+from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Watching, running
 from ptee.errors import PteeError, RunError
+from ptee.freezing import freeze
 from ptee.heads import ExitHead, confidence_of
 from ptee.placement import Exit, Plan, make_plan
+from ptee.weights import weights_hash
 
 Thresholds = float | Sequence[float] | Tensor
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
-
-
-class ExitOutput(NamedTuple):
-    """What `predict` answers, one entry for each row of the batch.
-
-    Attributes:
-        logits: (b, K) of the exit at which the row left.
-        exit_index: (b,) that exit, 0..E; E is the backbone's own output.
-        confidence: (b,) h of that exit, float32; 1 at E.
-        cost: (b,) what the row cost, as a fraction of the bare backbone.
-    """
-
-    logits: Tensor
-    exit_index: Tensor
-    confidence: Tensor
-    cost: Tensor
 
 
 class AllExits(NamedTuple):
@@ -91,7 +73,7 @@ class EarlyExitModel(
         self.results: dict[str, Any] | None = None
         self._thresholds: tuple[float, ...] = ()
         self.threshold = DEFAULT_THRESHOLD
-        self._hooks = [_ExitHook() for _ in plan.cuts]
+        self._hooks = [ExitHook() for _ in plan.cuts]
         # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
         self._handles = [
             self.backbone.get_submodule(cut.name).register_forward_hook(hook)
@@ -114,7 +96,7 @@ class EarlyExitModel(
     @property
     def costs(self) -> tuple[float, ...]:
         """c_0 .. c_E, what a row costs that leaves at each exit, as fractions of the bare backbone."""
-        return (*(e.cost for e in self.plan.exits), self.plan.final_cost)
+        return self.plan.costs
 
     @property
     def threshold(self) -> list[float]:
@@ -160,13 +142,13 @@ class EarlyExitModel(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
                 "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
             )
-        call = _Leaving(self, len(x), self._per_exit(threshold, len(x)))
+        call = Leaving(self._hooks, list(self.heads), self.plan, self._per_exit(threshold, len(x)))
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
-            with _running(call):
+            with running(call):
                 answer = self.backbone(x)
-        except _AllLeft as left:
+        except AllLeft as left:
             if left.call is not call:  # a model inside of another's head or backbone
                 raise
             return call.result(None)
@@ -185,8 +167,8 @@ class EarlyExitModel(
             return AllExits(
                 empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
             )
-        call = _Watching(self)
-        with _running(call):
+        call = Watching(self._hooks, list(self.heads), self.plan)
+        with running(call):
             answer = self.backbone(x)
         call.check_all_passed()
         confidence_logits = torch.stack(call.confidence_logits)
@@ -262,152 +244,6 @@ class EarlyExitModel(
 def _refuse_nan(values: Sequence[float]) -> None:
     if any(math.isnan(v) for v in values):
         raise PteeError("A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7.")
-
-
-# ---------------------------------------------------------------------------------------------------- hooks and calls
-
-
-class _ExitHook:
-    """Stands at a cut. It knows no model, so that copies and pickles of a backbone do not drag one along."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        call = _CALL.get()
-        return None if call is None else call.arrive(self, output)
-
-
-class _Call(ABC):
-    """One run of a model through its backbone."""
-
-    def __init__(self, model: EarlyExitModel) -> None:
-        self.model = model
-        self.passed = 0
-
-    def arrive(self, hook: _ExitHook, output: Any) -> Any:
-        """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""
-        n = next((i for i, own in enumerate(self.model._hooks) if own is hook), None)
-        if n is None:
-            return None  # another model's, on the same backbone
-        if n != self.passed:
-            raise PteeError(
-                f"Exit {n} ({self.model.exits[n].name}) was reached when exit {self.passed} was expected: this input "
-                "takes another way through the backbone than the one the exits were planned for."
-            )
-        self.passed += 1
-        cut = self.model.plan.cuts[n]
-        z = cut.feature_map(output)
-        if cut.overwritten and torch.is_grad_enabled():
-            z = z.clone()  # the backward pass needs it as it is now
-        with _running(None):
-            logits, confidence = self.model.heads[n](z)
-        return self.visit(n, cut, output, logits, confidence)
-
-    @abstractmethod
-    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
-        """What to do with a head's answer."""
-
-    def check_all_passed(self) -> None:
-        """Nobody may reach the end around an exit: a compiled or changed backbone does not run its hooks."""
-        if self.passed < len(self.model.plan.exits):
-            name = self.model.exits[self.passed].name if self.model._hooks else "all of them"
-            raise PteeError(
-                f"The backbone gave its answer without passing exit {self.passed} ({name}): its hooks did not run. "
-                "Was the model detached, or the backbone compiled or changed after augment()?"
-            )
-
-
-class _Watching(_Call):
-    """Nobody leaves."""
-
-    def __init__(self, model: EarlyExitModel) -> None:
-        super().__init__(model)
-        self.logits: list[Tensor] = []
-        self.confidence_logits: list[Tensor] = []
-
-    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> None:
-        self.logits.append(logits)
-        self.confidence_logits.append(confidence)
-
-
-class _Part(NamedTuple):
-    """Rows that left together: which ones (None for all), where, and what they got."""
-
-    rows: Tensor | None
-    exit: int
-    logits: Tensor
-    confidence: Tensor
-
-
-class _Leaving(_Call):
-    """Rows leave at the first exit n with h_n >= T_n."""
-
-    def __init__(self, model: EarlyExitModel, rows: int, thresholds: Sequence[float | Tensor]) -> None:
-        super().__init__(model)
-        self.count = rows
-        self.thresholds = thresholds
-        self.rows: Tensor | None = None  # who is still here, as positions in the batch; None for all
-        self.parts: list[_Part] = []
-
-    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
-        h = confidence_of(confidence)
-        stay = ~(h >= self._threshold(n))  # NaN is no answer to "sure enough?"
-        staying = int(stay.sum())  # the one host synchronisation of this exit
-        if staying == len(h):
-            return None
-        if staying == 0:
-            self.parts.append(_Part(self.rows, n, logits, h))
-            raise _AllLeft(self)
-        order = stay.to(torch.uint8).argsort(stable=True)  # leavers first; their number is known, so no second look
-        leavers, stayers = order[: len(h) - staying], order[len(h) - staying :]
-        here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
-        self.parts.append(_Part(here[leavers], n, logits.index_select(0, leavers), h.index_select(0, leavers)))
-        self.rows = here[stayers]
-        return cut.select(output, stayers)
-
-    def _threshold(self, n: int) -> float | Tensor:
-        t = self.thresholds[n]
-        if isinstance(t, float):
-            return math.inf if t > 1 else t  # 1 + 1e-9 would be 1 in float32
-        t = t if self.rows is None or t.dim() == 0 else t.to(self.rows.device).index_select(0, self.rows)
-        return t.to(self.model.heads[n].confidence.weight.device)  # type: ignore[union-attr, arg-type]
-
-    def result(self, answer: Tensor | None) -> ExitOutput:
-        """Put the rows back in order; `answer` is the backbone's for those who never left."""
-        if answer is not None:
-            sure = torch.ones(len(answer), device=answer.device)
-            self.parts.append(_Part(self.rows, len(self.model.exits), answer, sure))
-        costs = self.model.costs
-        logits = _joined([p.logits for p in self.parts]).to(self.parts[-1].logits.dtype)
-        confidence = _joined([p.confidence for p in self.parts])
-        index = _joined([torch.full_like(p.confidence, p.exit, dtype=torch.int64) for p in self.parts])
-        cost = _joined([torch.full_like(p.confidence, costs[p.exit]) for p in self.parts])
-        if len(self.parts) > 1:
-            back = torch.cat([p.rows for p in self.parts if p.rows is not None]).argsort()
-            logits, index, confidence, cost = (t.index_select(0, back) for t in (logits, index, confidence, cost))
-        return ExitOutput(logits, index, confidence, cost)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-class _AllLeft(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
-    """Nobody is left, so the rest of the backbone need not run."""
-
-    def __init__(self, call: _Call) -> None:
-        super().__init__("every row of the batch has left")
-        self.call = call
-
-
-_CALL: ContextVar[_Call | None] = ContextVar("the call of an early-exit model that is going on", default=None)
-
-
-@contextmanager
-def _running(call: _Call | None) -> Iterator[None]:
-    token = _CALL.set(call)
-    try:
-        yield
-    finally:
-        _CALL.reset(token)
 
 
 # ---------------------------------------------------------------------------------------------------- making, loading

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from ptee.backbones import Backbone, freeze, load_backbone
+from ptee.backbones import Backbone, load_backbone
 from ptee.blocks import blocks
 from ptee.costs import Counts, count, parameters
 from ptee.cuts import Cut, Survey, prove, random_images, survey
 from ptee.errors import CutError, unknown
+from ptee.freezing import freeze
 from ptee.heads import ExitHead, make_head
 from ptee.tables import table
 
@@ -125,6 +126,11 @@ class Plan:
     classes: int
     cuts: tuple[Cut, ...] = field(repr=False)
 
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """c_0 .. c_E: what a sample costs that leaves at each exit, as fractions of the bare backbone."""
+        return (*(e.cost for e in self.exits), self.final_cost)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values; "exits" holds a row for each early exit."""
         plain = {k: v for k, v in asdict(self).items() if k != "cuts"}
@@ -230,17 +236,17 @@ class _Placer:
             raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
         if isinstance(exits, str):
             return self._by_rule(exits, num_exits)
-        exits = list(exits)
-        if num_exits is not None and num_exits != len(exits):
-            raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
-        if not exits:
+        wanted: list[Any] = list(exits)
+        if num_exits is not None and num_exits != len(wanted):
+            raise CutError(f"{len(wanted)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+        if not wanted:
             raise CutError("No exit is named. Give a placement such as 'pareto', fractions, or names of modules.")
-        if all(isinstance(e, str) for e in exits):
-            return self._by_name([str(e) for e in exits])
-        if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in exits):
-            return self._by_wish(sorted(float(e) for e in exits))
+        if all(isinstance(e, str) for e in wanted):
+            return self._by_name([str(e) for e in wanted])
+        if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in wanted):
+            return self._by_wish(sorted(float(e) for e in wanted))
         raise CutError(
-            f"Exits {exits} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
+            f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
         )
 
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ptee import __version__
-from ptee.errors import RunError
+from ptee.errors import RunError, first_line
 
 SCHEMA_VERSION = 1
 CONFIG, HEADS, METRICS = "config.json", "heads.safetensors", "metrics.json"
@@ -237,8 +237,9 @@ def _download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(repo, name, **hub))
     except Exception as why:  # whatever the network and the hub can raise
-        line = (str(why).strip().splitlines() or [type(why).__name__])[0]
-        raise RunError(f"There is no folder {repo}, and {name} of the hub's {repo} cannot be had ({line}).") from why
+        raise RunError(
+            f"There is no folder {repo}, and {name} of the hub's {repo} cannot be had: {first_line(why)}"
+        ) from why
 
 
 T = TypeVar("T")
@@ -270,4 +271,4 @@ class _Fields:
             raise RunError(
                 f"{self.folder}: {CONFIG} should have {length} numbers at {self.prefix}{key}, it has {values!r:.60}."
             )
-        return values  # type: ignore[no-any-return]
+        return values

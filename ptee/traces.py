@@ -140,4 +140,4 @@ def _join(parts: list[Traces]) -> Traces:
 
 
 def _bar(loader: Iterable[object], words: str, progress: bool) -> Iterable[object]:
-    return tqdm(loader, desc=words, leave=False, disable=None if progress else True)  # type: ignore[no-any-return]
+    return tqdm(loader, desc=words, leave=False, disable=None if progress else True)

@@ -18,8 +18,10 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ptee.backbones import InputConfig, find_model, freeze, load_backbone, load_weights, rebuild, weights_hash
+from ptee.backbones import InputConfig, find_model, load_backbone, rebuild
 from ptee.errors import BackboneError, UnknownName
+from ptee.freezing import freeze
+from ptee.weights import load_weights, weights_hash
 
 HALF = (0.5, 0.5, 0.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,0 +1,41 @@
+"""Freezing a module, and giving it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class FrozenState:
+    """How a module was before `freeze`, by the names of its parameters and parts; survives copying and pickling."""
+
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+
+    def restore(self, module: nn.Module) -> None:
+        """Put gradients and modes back as they were; parts that came later are left as they are."""
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+        set_modes(module, self.training)
+
+
+def freeze(module: nn.Module) -> FrozenState:
+    """Take all gradients off a module and put all of it in eval mode; what it was before is returned."""
+    state = FrozenState({name: p.requires_grad for name, p in module.named_parameters()}, modes(module))
+    module.requires_grad_(False)
+    module.eval()
+    return state
+
+
+def modes(module: nn.Module) -> dict[str, bool]:
+    """The training flag of each part, by name."""
+    return {name: part.training for name, part in module.named_modules()}
+
+
+def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Put the flags back; parts that came later keep theirs."""
+    for name, part in module.named_modules():
+        part.training = flags.get(name, part.training)
