@@ -3,7 +3,7 @@
 One forward pass over three random images is enough to find them all. `survey` notes every operator of it, who made each
 value that depends on the images and when it was read last. A module's output is a cut when nothing else that depends
 on the images is read after it. What such a reading cannot see (a row count kept in a Python number, views of one memory)
-the proof sees: `prove` keeps two of four rows at the cut and requires that the rest of the pass answers exactly those.
+the proof sees: `prove` lets rows go at the cut and requires that the rest of the pass answers exactly those that are left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ptee.errors import BackboneError, CutError, first_line, unknown
 from ptee.layout import AxisTracker, Layout, image_axes, layout_of
 
 SURVEY_ROWS = 3
-PROOF_ROWS, KEPT = 4, (1, 3)  # other rows than the survey's, and not the first ones
+KEPT = 2  # rows left in a proof: one alone would broadcast past a skip connection that carries the old rows
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,13 @@ def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
 
 
 def prove(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
-    """Keep two of four rows at each cut in turn and compare the answers with those of the whole batch.
+    """Let rows go at each cut, and require that the network answers exactly those that are left.
+
+    All cuts are tried in one pass, each of which takes one row away; only if that fails are they tried one by one.
 
     Args:
         module: the network in eval mode.
-        cuts: what to prove.
+        cuts: what to prove, in order of execution.
         input_size: (c, h, w).
 
     Returns:
@@ -128,9 +130,12 @@ def prove(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, in
     Raises:
         BackboneError: if rows of one batch change one another's answers even without a cut.
     """
-    images = random_images(module, PROOF_ROWS, input_size)
-    reference = _Reference.of(module, images)
-    return {cut.name: reason for cut in cuts if (reason := reference.objection(cut))}
+    reference = _Reference.of(module, random_images(module, len(cuts) + KEPT, input_size))
+    if not cuts or reference.objection(cuts) is None:
+        return {}
+    reference = _Reference.of(module, random_images(module, KEPT + 2, input_size))
+    reference.check_independence()
+    return {cut.name: reason for cut in cuts if (reason := reference.objection([cut])) is not None}
 
 
 def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]) -> Tensor:
@@ -341,34 +346,49 @@ class _Reference:
     @classmethod
     def _in_own_precision(cls, module: nn.Module, images: Tensor) -> _Reference:
         with torch.no_grad():
-            answers, alone = _answer(module, images), _answer(module, images[list(KEPT)])
+            answers = _answer(module, images)
         tolerance = 0.3 * torch.finfo(answers.dtype).eps ** 0.5 * max(answers.abs().max().item(), 1e-30)
-        gap = (answers[list(KEPT)] - alone).abs().max().item()
-        if not gap <= tolerance:
-            raise BackboneError(
-                f"{type(module).__name__} answers the same image differently in another batch (off by {gap:.1e}): "
-                "its rows influence one another, so none of them can leave early."
-            )
         return cls(module, images, answers, tolerance)
 
     def _rows_differ(self) -> bool:
-        gaps = [(self.answers[i] - self.answers[j]).abs().max().item() for i in range(PROOF_ROWS) for j in range(i)]
+        n = len(self.answers)
+        gaps = [(self.answers[i] - self.answers[j]).abs().max().item() for i in range(n) for j in range(i)]
         return min(gaps) > 10 * self.tolerance
 
-    def objection(self, cut: Cut) -> str | None:
-        """Why this is no cut, or None where the proof succeeds."""
-        rows = torch.tensor(KEPT, device=self.images.device)
-        handle = self.module.get_submodule(cut.name).register_forward_hook(lambda _m, _i, out: cut.select(out, rows))
+    def check_independence(self) -> None:
+        """The same rows in a smaller batch must get the same answers."""
+        with torch.no_grad():
+            gap = (self.answers[-KEPT:] - _answer(self.module, self.images[-KEPT:])).abs().max().item()
+        if not gap <= self.tolerance:
+            raise BackboneError(
+                f"{type(self.module).__name__} answers the same image differently in another batch (off by {gap:.1e}): "
+                "its rows influence one another, so none of them can leave early."
+            )
+
+    def objection(self, cuts: Sequence[Cut]) -> str | None:
+        """Why these are no cuts, or None where the proof succeeds: the first rows leave, as many at each."""
+        images = self.images
+        leaving = (len(images) - KEPT) // len(cuts)
+
+        def hook(cut: Cut) -> Any:
+            def drop(_module: nn.Module, _args: Any, output: Any) -> Any:
+                here = len(cut.feature_map(output))
+                return cut.select(output, torch.arange(leaving, here, device=images.device))
+
+            return self.module.get_submodule(cut.name).register_forward_hook(drop)
+
+        handles = [hook(cut) for cut in cuts]
         try:
             with torch.no_grad():
-                got = self.module(self.images)
+                got = self.module(images)
         except Exception as why:  # whatever the network's own code raises on fewer rows
-            return f"the rest of the forward pass fails with fewer rows ({first_line(why)})"
+            return f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})"
         finally:
-            handle.remove()
-        if got.shape != self.answers[rows].shape:
-            return f"with {len(KEPT)} rows left the network still answers with shape {tuple(got.shape)}"
-        gap = (got - self.answers[rows]).abs().max().item()
+            for handle in handles:
+                handle.remove()
+        if got.shape != self.answers[-KEPT:].shape:
+            return f"with {KEPT} rows left the network still answers with shape {tuple(got.shape)}"
+        gap = (got - self.answers[-KEPT:]).abs().max().item()
         if not gap <= self.tolerance:
             return f"resuming from it gives logits off by {gap:.1e} (allowed: {self.tolerance:.1e})"
         return None
