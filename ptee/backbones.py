@@ -432,7 +432,7 @@ def _record(library: str, wish: Wish, built: _Built, config: InputConfig, classe
         "name": built.name,
         "args": args,
         "num_classes": classes,
-        "weights": {"file": wish.weights} if wish.weights else {"pretrained": built.origin},
+        "weights": {"file": str(Path(wish.weights).resolve())} if wish.weights else {"pretrained": built.origin},
         "input": {key: plain(value) for key, value in asdict(config).items()},
     }
 

@@ -28,6 +28,8 @@ HEAD, EPOCHS = "pool", 5  # where nothing else is said
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
+    if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process speaks for all
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
     status = 0
     try:
@@ -219,6 +221,8 @@ def augment(**o: Any) -> None:
         model.threshold = o["threshold"]
     click.echo(f"{data.summary}\n\n{model.plan}\n")
     history = _train(model, data, targets, device, out, o)
+    if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
+        return
     if history.interrupted:
         _interrupted(history, out)
     results = _evaluate(model, data.validation, device, o, data.summary)
@@ -261,7 +265,10 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     if not source:
         raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
     o["data_root"] = o["data_root"] or recorded.get("root") or None
+    o["seed"] = (recorded.get("split") or {}).get("seed", 0)
     data = _open(source, model.origin, o)
+    if not as_json:
+        click.echo(data.summary)
     results = _evaluate(model, data.validation, device, o, data.summary, quiet=as_json)
     if as_json:
         click.echo(json.dumps(results, indent=2))
@@ -385,9 +392,11 @@ def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     from ptee.backbones import load_backbone
 
     o["head"], o["epochs"] = o["head"] or defaults.DIGITS_HEAD, o["epochs"] or defaults.DIGITS_EPOCHS
-    given = [f"--{key.replace('_', '-')}" for key in ("weights", "num_classes", "data") if o[key] is not None]
-    if given:
-        raise click.UsageError(f"{given[0]} needs --model NAME.")
+    own = {"--weights": "weights", "--num-classes": "num_classes", "--model-arg": "model_args", "--data": "data"}
+    own |= {"--input-size": "input_size", "--mean": "mean", "--std": "std", "--data-root": "data_root"}
+    for option, key in own.items():
+        if o[key]:
+            raise click.UsageError(f"{option} needs --model NAME.")
     args = {
         "input_size": defaults.INPUT_SIZE,
         "mean": defaults.MEAN,

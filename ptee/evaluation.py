@@ -76,9 +76,8 @@ class Results:
         walls = " ".join(f"{t:g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
         names = {self.early_exit.name: f"early exit, T = {walls}"}
         lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
-        where = f"{self.about} " if self.about else ""
         return (
-            f"{where}{self.backbone}, {self.samples} images\n"
+            f"{self.backbone}, {self.samples} images\n"
             + table([title, *lines], left={0, 1})
             + f"\ncost: multiply-accumulates, heads included, over the bare backbone's. speed: measured in turns with it on "
             f"{self.device}, batch {self.batch_size}."

@@ -109,7 +109,7 @@ class EarlyExitModel(
 
     @threshold.setter
     def threshold(self, value: Thresholds) -> None:
-        given = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+        given = _as_tensor(value).double().flatten().tolist()
         if len(given) not in (1, len(self.plan.exits)):
             raise PteeError(
                 f"{len(given)} thresholds for {len(self.plan.exits)} exits. Give one, or one for each exit."
@@ -202,7 +202,7 @@ class EarlyExitModel(
         exits = len(self.plan.exits)
         if threshold is None:
             return list(self._thresholds)
-        wide = threshold if isinstance(threshold, Tensor) else torch.as_tensor(threshold, dtype=torch.float64)
+        wide = _as_tensor(threshold)
         if wide.dim() > 2 or any(
             have not in (1, want) for have, want in zip(reversed(wide.shape), (exits, rows), strict=False)
         ):
@@ -237,8 +237,20 @@ class EarlyExitModel(
         runs.write(save_directory, config, self.heads.state_dict())
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, backbone: nn.Module | None = None, **hub: Any) -> EarlyExitModel:
-        return load(model_id, backbone, **{k: v for k, v in hub.items() if k in runs.HUB_OPTIONS})
+    def from_pretrained(  # the mixin's would read config.json before it is checked
+        cls, pretrained_model_name_or_path: str | Path, *, backbone: nn.Module | None = None, **hub: Any
+    ) -> EarlyExitModel:
+        """`load`, under the hub's usual name."""
+        return load(pretrained_model_name_or_path, backbone, **hub)
+
+
+def _as_tensor(threshold: Thresholds) -> Tensor:
+    if isinstance(threshold, Tensor):
+        return threshold.detach()
+    try:
+        return torch.as_tensor(threshold, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as why:
+        raise PteeError(f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}.") from why
 
 
 def _refuse_nan(values: Sequence[float]) -> None:
@@ -345,6 +357,11 @@ def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:
             raise RunError(
                 f"{run.folder} was made for {run.backbone_name}, which config.json cannot rebuild (a Python module, or "
                 "random weights). Load it from Python: ptee.load(folder, backbone=...)."
+            )
+        if run.remote and "file" in (run.source.get("weights") or {}):
+            raise RunError(
+                f"{run.folder} was made with a weights file on somebody's disk, which is not looked for here. "
+                "Load it from Python: ptee.load(folder, backbone=...)."
             )
         rebuilt = rebuild(run.source)
         return Backbone(

@@ -49,6 +49,7 @@ class Run:
         threshold: one for each exit.
         results: what was measured, or None.
         tensors: the heads' parameters and buffers, by name.
+        remote: it came from the hub, so no file it names on this machine is meant.
     """
 
     folder: str
@@ -63,6 +64,7 @@ class Run:
     threshold: list[float]
     results: dict[str, Any] | None
     tensors: dict[str, Tensor]
+    remote: bool
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -150,6 +152,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
         threshold=[float(t) for t in fields.numbers("threshold", len(rows))],
         results=fields.get("results", dict, optional=True),
         tensors=_tensors(folder, path),
+        remote=not local.is_dir(),
     )
 
 

@@ -6,8 +6,10 @@ what each exit said; what any threshold would give is arithmetic from then on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import length_hint
 
 import torch
 from torch import Tensor
@@ -98,22 +100,25 @@ def record(model: EarlyExitModel, data: object, *, batch_size: int = 128, progre
     model.eval()
     parts: list[Traces] = []
     loader = batches(data, batch_size=batch_size, shuffle=False)
+    kept = math.ceil(SAMPLE / max(1, length_hint(loader, 16)))  # a loader need not know its length
     try:
         for batch in _bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
-            parts.append(_record_batch(model, images, labels, device))
+            parts.append(_record_batch(model, images, labels, device, kept))
     finally:
         model.train(was_training)
     return _join(parts)
 
 
-def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, device: torch.device) -> Traces:
+def _record_batch(
+    model: EarlyExitModel, images: Tensor, labels: Tensor | None, device: torch.device, kept: int
+) -> Traces:
     if labels is not None:
         check_labels(labels, model.num_classes)
     with torch.inference_mode():
         every = model.all_exits(images.to(device))
     costs = torch.tensor(model.costs, dtype=torch.float64)
-    return Traces(every.logits.argmax(-1).cpu(), every.confidence.cpu(), labels, costs, images[: SAMPLE // 16])
+    return Traces(every.logits.argmax(-1).cpu(), every.confidence.cpu(), labels, costs, images[:kept])
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -129,13 +134,12 @@ def _join(parts: list[Traces]) -> Traces:
     labels = [p.targets for p in parts if p.targets is not None]
     if labels and len(labels) < len(parts):
         raise DataError("Some batches have labels and others have none. Give labels to all of them, or to none.")
-    step = max(1, len(parts) * len(parts[0].sample) // SAMPLE)
     return replace(
         parts[0],
         answers=torch.cat([p.answers for p in parts], 1),
         confidence=torch.cat([p.confidence for p in parts], 1),
         targets=torch.cat(labels) if labels else None,
-        sample=torch.cat([p.sample for p in parts[::step]])[:SAMPLE],
+        sample=torch.cat([p.sample for p in parts])[:SAMPLE],
     )
 
 

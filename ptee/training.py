@@ -230,7 +230,8 @@ class _Training:
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
             sums.add(found, len(images))
-            bar.set_postfix(sums.postfix(), refresh=False)
+            if not bar.disable:  # reading the sums waits for the device
+                bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
             raise DataError("The training data gave no batch.")
         means = self._over_processes(sums)
