@@ -60,7 +60,7 @@ class Cut:
         """
         leaves, spec = tree_flatten(output)
         for i in self.carried:
-            leaves[i] = leaves[i].index_select(0, rows)
+            leaves[i] = leaves[i][rows]  # index_select would lose channels_last
         return tree_unflatten(leaves, spec)
 
 
