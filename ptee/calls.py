@@ -143,8 +143,7 @@ class Leaving(Call):
         t = self.thresholds[n]
         if isinstance(t, float):
             return math.inf if t > 1 else t  # 1 + 1e-9 would be 1 in float32
-        t = t if self.rows is None or t.dim() == 0 else t.to(self.rows.device).index_select(0, self.rows)
-        return t.to(self.heads[n].confidence.weight.device)  # type: ignore[union-attr, arg-type]
+        return t if self.rows is None or t.dim() == 0 else t.index_select(0, self.rows)
 
     def result(self, answer: Tensor | None) -> ExitOutput:
         """Put the rows back in order; `answer` is the backbone's for those who never left."""

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptee import __version__
+from ptee import __version__, runs
 from ptee.errors import DataError, PteeError, RunError
 
 if TYPE_CHECKING:
     from ptee.backbones import Backbone
     from ptee.data import Data
+    from ptee.labels import LabelMap
     from ptee.model import EarlyExitModel
     from ptee.training import Epoch, History
 
 HEAD, EPOCHS = "pool", 5  # where nothing else is said
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
     except PteeError as why:
-        status = _failed(str(why), 2, why)
+        status = _failed(_without_worker_traceback(str(why)), 2, why)
     except click.ClickException as why:
         status = _failed(why.format_message(), 2, why)
     except (KeyboardInterrupt, click.Abort):
@@ -43,10 +45,19 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `ptee plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as why:
+        if type(why).__name__ == "OutOfMemoryError":
+            sys.exit(_failed("The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2, why))
         status = _failed(
             f"ptee failed: {type(why).__name__}: {why}. PTEE_DEBUG=1 shows where; please report it.", 1, why
         )
     sys.exit(status)
+
+
+def _without_worker_traceback(message: str) -> str:
+    """An error of a process that loads images arrives with that process's traceback; its last line says it all."""
+    if "Original Traceback" not in message:
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def _failed(message: str, status: int, why: BaseException | None = None) -> int:
@@ -167,9 +178,14 @@ class _InOrder(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_InOrder,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Early exits for a trained image classifier that stays frozen.
 
     \b
@@ -177,6 +193,8 @@ def cli() -> None:
     ptee augment --model resnet50 --data FOLDER --exits pareto --out runs/r50
     ptee evaluate runs/r50 --data FOLDER --threshold 0.7
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -204,6 +222,7 @@ def cli() -> None:
 @_DEVICE
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/NAME.")
 @click.option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 def augment(**o: Any) -> None:
     """Hang exits on a model, train their heads, measure, and save a run.
 
@@ -213,22 +232,22 @@ def augment(**o: Any) -> None:
 
     device = resolve_device(o["device"])
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
-    _check_out(out, o["resume"])
+    _check_out(out, o["resume"], o["overwrite"])
     backbone, data, targets = _digits(o) if o["model"] is None else _model_and_data(o)
     o["epochs"] = o["epochs"] or EPOCHS
     model = _build(backbone, o)
     if o["threshold"]:
         model.threshold = o["threshold"]
     click.echo(f"{data.summary}\n\n{model.plan}\n")
+    _clear(out, o["resume"])
     history = _train(model, data, targets, device, out, o)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
     if history.interrupted:
         _interrupted(history, out)
     results = _evaluate(model, data.validation, device, o, data.summary)
-    model.results = results | {
-        "data": {"source": str(data.source), "root": str(o["data_root"] or ""), "split": data.split}
-    }
+    origin = {"source": _place(data.source), "root": _place(o["data_root"] or ""), "split": data.split}
+    model.results = results | {"data": origin}
     _save(model, history, out)
     click.echo(f"\nSaved in {out}. Another threshold: ptee evaluate {out} --threshold 0.7")
 
@@ -249,6 +268,7 @@ def plan(as_json: bool, **o: Any) -> None:
 
 @cli.command()
 @click.argument("run")
+@click.option("--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved.")
 @_DATA
 @_THRESHOLD
 @_DEVICE
@@ -259,17 +279,20 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     from ptee.model import load
 
     device = resolve_device(o["device"])
-    model = load(run)
-    recorded = (model.results or {}).get("data") or {}
+    model = load(run, _moved_backbone(run, o["weights"]))
+    recorded = _recorded_data(run, model)
     source = o["data"] or recorded.get("source")
     if not source:
         raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
     o["data_root"] = o["data_root"] or recorded.get("root") or None
-    o["seed"] = (recorded.get("split") or {}).get("seed", 0)
-    data = _open(source, model.origin, o)
-    if not as_json:
-        click.echo(data.summary)
-    results = _evaluate(model, data.validation, device, o, data.summary, quiet=as_json)
+    o["seed"] = recorded.get("seed", 0)
+    data, labels = _open(source, model.origin, o)
+    part, words = data.validation, data.summary
+    if "validation" not in data.split["parts"] and _place(source) != recorded.get("source"):
+        part, words = _all_parts(data), f"{source}: all {sum(data.split['sizes'].values()):,} images."
+    accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
+    click.echo(f"{words} {accuracy}", err=as_json)
+    results = _evaluate(model, part, device, o, words, quiet=as_json)
     if as_json:
         click.echo(json.dumps(results, indent=2))
 
@@ -329,10 +352,11 @@ def _exits(text: str, backbone: Backbone) -> Any:
         return [float(part) for part in parts]
     except ValueError:
         pass
-    if len(parts) != 1 or parts[0] in dict(backbone.module.named_modules()):
+    names = [name for name, _ in backbone.module.named_modules() if name]
+    if len(parts) != 1 or parts[0] in names:
         return parts
     if parts[0] not in PLACEMENTS:
-        raise unknown("placement or module", parts[0], PLACEMENTS)
+        raise unknown("placement or module", parts[0], [*PLACEMENTS, *names])
     return parts[0]
 
 
@@ -348,7 +372,7 @@ def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
     )
 
 
-def _open(source: str, backbone: Backbone, o: dict[str, Any]) -> Data:
+def _open(source: str, backbone: Backbone, o: dict[str, Any]) -> tuple[Data, LabelMap]:
     """The data as this backbone takes it, with its labels."""
     from dataclasses import replace
 
@@ -359,13 +383,42 @@ def _open(source: str, backbone: Backbone, o: dict[str, Any]) -> Data:
     transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
     data = open_data(source, transform=transform, root=o["data_root"] and Path(o["data_root"]), seed=o.get("seed", 0))
     labels = map_labels(data.class_names, backbone.num_classes)
-    if labels.indices is None and o.get("targets") is None:
-        click.echo(f"{labels.reason} The heads learn the backbone's own answers (--targets pseudo).")
-    if labels.indices is None and o.get("targets") == "labels":
-        raise DataError(f"{labels.reason} Use --targets pseudo.")
     parts: dict[str, Any] = {n: with_labels(getattr(data, n), labels) for n in ("train", "calibration", "validation")}
-    o["labelled"] = labels.indices is not None
-    return replace(data, **parts)
+    return replace(data, **parts), labels
+
+
+def _all_parts(data: Data) -> Any:
+    from torch.utils.data import ConcatDataset
+
+    return ConcatDataset([data.train, data.calibration, data.validation])
+
+
+def _place(source: Any) -> str:
+    """A folder as it is found from anywhere; a name as it is."""
+    return str(Path(source).resolve()) if str(source) and Path(source).exists() else str(source)
+
+
+def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
+    """source, root and seed of the data that a run was measured on; nothing where a stranger recorded them."""
+    found = (model.results or {}).get("data")
+    if not Path(run).is_dir() or not isinstance(found, dict):
+        return {}
+    split = found.get("split")
+    recorded = {key: found[key] for key in ("source", "root") if isinstance(found.get(key), str)}
+    seed = split.get("seed") if isinstance(split, dict) else None
+    return recorded | ({"seed": seed} if isinstance(seed, int) else {})
+
+
+def _moved_backbone(run: str, weights: Path | None) -> Any:
+    """The backbone of a run, with its weights from another place; None to look where the run says."""
+    from ptee.backbones import rebuild
+
+    if weights is None:
+        return None
+    source = runs.read(run).source
+    if source is None:
+        raise RunError(f"{run} cannot be evaluated from the command: its backbone is a Python module. Use ptee.load.")
+    return rebuild(source | {"weights": {"file": str(weights)}}).module
 
 
 def _model_and_data(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
@@ -373,43 +426,48 @@ def _model_and_data(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     from ptee.defaults import imagenette
 
     backbone = _backbone(o)
-    source = o["data"]
+    source, targets = o["data"], o["targets"]
     if source is None:
         if backbone.label_space != IMAGENET:
             raise DataError(
                 f"No data for {backbone.name}, which is no ImageNet-1k classifier. Give images: --data FOLDER."
             )
-        source, o["targets"] = str(imagenette()), o["targets"] or "pseudo"
+        source, targets = str(imagenette()), targets or "pseudo"
         click.echo(
             "No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER."
         )
-    data = _open(source, backbone, o)
-    return backbone, data, o["targets"] or ("labels" if o["labelled"] else "pseudo")
+    data, labels = _open(source, backbone, o)
+    if labels.indices is None and targets == "labels":
+        raise DataError(f"{labels.reason} Use --targets pseudo.")
+    fallback = (
+        ""
+        if labels.indices is not None or targets
+        else " The heads learn the backbone's own answers (--targets pseudo)."
+    )
+    click.echo(f"{labels.reason}{fallback}")
+    return backbone, data, targets or ("labels" if labels.indices is not None else "pseudo")
 
 
 def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     from ptee import defaults
     from ptee.backbones import load_backbone
 
-    o["head"], o["epochs"] = o["head"] or defaults.DIGITS_HEAD, o["epochs"] or defaults.DIGITS_EPOCHS
     own = {"--weights": "weights", "--num-classes": "num_classes", "--model-arg": "model_args", "--data": "data"}
     own |= {"--input-size": "input_size", "--mean": "mean", "--std": "std", "--data-root": "data_root"}
     for option, key in own.items():
         if o[key]:
             raise click.UsageError(f"{option} needs --model NAME.")
-    args = {
-        "input_size": defaults.INPUT_SIZE,
-        "mean": defaults.MEAN,
-        "std": defaults.STD,
-        "model_args": defaults.MODEL_ARGS,
-    }
+    o["head"], o["epochs"] = o["head"] or defaults.DIGITS_HEAD, o["epochs"] or defaults.DIGITS_EPOCHS
+    args: dict[str, Any] = {"input_size": defaults.INPUT_SIZE, "mean": defaults.MEAN, "std": defaults.STD}
+    args["model_args"] = defaults.MODEL_ARGS
+    always = o | {"seed": defaults.SEED}  # the network has seen the training images of this split
     file = defaults.digits_weights()
     if not file.is_file():
         click.echo("Training a small network on scikit-learn's handwritten digits, once.")
-        untrained = load_backbone(defaults.MODEL, pretrained=False, **args)  # type: ignore[arg-type]
-        defaults.train_digits_network(_open("digits", untrained, o), file)
-    backbone = load_backbone(defaults.MODEL, weights=file, **args)  # type: ignore[arg-type]
-    return backbone, _open("digits", backbone, o), o["targets"] or "labels"
+        untrained = load_backbone(defaults.MODEL, pretrained=False, **args)
+        defaults.train_digits_network(_open("digits", untrained, always)[0], file)
+    backbone = load_backbone(defaults.MODEL, weights=file, **args)
+    return backbone, _open("digits", backbone, always)[0], o["targets"] or "labels"
 
 
 def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Path, o: dict[str, Any]) -> History:
@@ -426,7 +484,7 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
         model, data.train, data.calibration, targets=targets, loss=o["loss"], cost_weight=o["cost_weight"],
         epochs=o["epochs"], batch_size=o["batch_size"], lr=o["lr"], weight_decay=o["weight_decay"], seed=o["seed"],
         patience=o["patience"], device=device, precision=o["precision"], num_workers=o["workers"],
-        checkpoint=out / "checkpoint.safetensors", resume=o["resume"], on_epoch=say,
+        checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say,
     )  # fmt: skip
     if history.warning:
         click.echo(f"Warning: {history.warning}", err=True)
@@ -448,32 +506,47 @@ def _evaluate(
 ) -> dict[str, Any]:
     from ptee.evaluation import evaluate as measure
 
-    results = measure(model, data, threshold=o["threshold"], batch_size=o["batch_size"], device=device, about=about)
+    results = measure(
+        model,
+        data,
+        threshold=o["threshold"],
+        batch_size=o["batch_size"],
+        num_workers=o["workers"],
+        device=device,
+        about=about,
+    )
     if not quiet:
         click.echo(f"\n{results}")
     return results.to_dict()
 
 
-def _check_out(out: Path, resume: bool) -> None:
-    """A run is written into a new or empty folder, or over an earlier run."""
-    from ptee import runs
-
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """A run is written into a new or empty folder; over an earlier one only if that is said."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Give a folder with --out.")
-    known = (runs.CONFIG, "checkpoint.safetensors")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in known):
-        raise RunError(f"{out} holds something else than a run. Give a new folder with --out.")
-    if resume and not (out / "checkpoint.safetensors").is_file():
+    run, training = (out / runs.CONFIG).is_file(), (out / CHECKPOINT).is_file()
+    if resume and not training:
         raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
+    if resume or not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (run or training):
+        raise RunError(f"{out} holds something else than a run. Give a new folder with --out.")
+    if not overwrite:
+        found = "an interrupted training: --resume goes on with it" if training else "a run"
+        raise RunError(f"{out} holds {found}. Give another folder with --out, or --overwrite.")
+
+
+def _clear(out: Path, resume: bool) -> None:
+    """What an earlier run left must not be taken for this one's."""
+    for name in (runs.CONFIG, runs.HEADS, runs.METRICS, *([] if resume else [CHECKPOINT])):
+        (out / name).unlink(missing_ok=True)
 
 
 def _save(model: EarlyExitModel, history: History, out: Path) -> None:
-    from ptee import runs
-
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
     runs.write_json(out / runs.METRICS, metrics)
     model.save_pretrained(out)
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    (out / CHECKPOINT).unlink(missing_ok=True)
 
 
 def _file_name(model: str) -> str:

@@ -57,6 +57,8 @@ def imagenette() -> Path:
             Imagenette(beside, size="320px", download=True)
             (Path(beside) / folder.name).replace(folder)
     except Exception as why:  # whatever urllib, tarfile and the disk can raise
+        if folder.is_dir():  # another process was faster
+            return folder
         raise DataError(
             f"No --data is given, and Imagenette, which is used then, cannot be downloaded: {first_line(why)} "
             "Give images of your own: --data FOLDER."

@@ -12,7 +12,7 @@ from ptee.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.devices import resolve_device
 from ptee.model import EarlyExitModel, Thresholds
 from ptee.tables import table
-from ptee.traces import Score, Traces, record
+from ptee.traces import Traces, record
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Row:
         accuracy: share of answers equal to the label; None without labels.
         fidelity: share of answers equal to the backbone's.
         cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
+        paper_cost: the same without the heads passed on the way, or None where the plan does not ask for it.
         images_per_s: measured, or None.
         speedup: the bare backbone's time over this one's, measured in turn with it, or None.
     """
@@ -34,6 +35,7 @@ class Row:
     accuracy: float | None
     fidelity: float
     cost: float
+    paper_cost: float | None = None
     images_per_s: float | None = None
     speedup: float | None = None
 
@@ -72,7 +74,8 @@ class Results:
         return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        title = ("", "module", "accuracy", "fidelity", "cost", "leaving", "images/s", "speed")
+        paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
+        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "images/s", "speed")
         walls = " ".join(f"{t:g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
         names = {self.early_exit.name: f"early exit, T = {walls}"}
         lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
@@ -92,7 +95,8 @@ class Results:
 def _cells(row: Row, leaving: str) -> tuple[str, ...]:
     shown = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
     return (
-        shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}", leaving,
+        shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}",
+        *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving,
         shown(row.images_per_s, ",.0f"), "-" if row.speedup is None else f"{row.speedup:.2f}x",
     )  # fmt: skip
 
@@ -103,6 +107,7 @@ def evaluate(
     *,
     threshold: Thresholds | None = None,
     batch_size: int = 128,
+    num_workers: int = 0,
     device: str | torch.device | None = None,
     speed: bool = True,
     about: str = "",
@@ -116,6 +121,7 @@ def evaluate(
         data: a map-style data set of (image, label) or (image,), or a loader.
         threshold: one number or one per exit; None: the model's own, which is left as it is.
         batch_size: for a data set.
+        num_workers: processes that load a data set.
         device: None: where the model is.
         speed: measure images per second.
         about: a sentence about the data, kept with the results.
@@ -129,7 +135,7 @@ def evaluate(
         model.to(place)
         if threshold is not None:
             model.threshold = threshold
-        traces = record(model, data, batch_size=batch_size)
+        traces = record(model, data, batch_size=batch_size, num_workers=num_workers)
         rows, leaving = _rows(model, traces)
         if speed:
             rows = _timed(model, traces, rows, batch_size)
@@ -152,14 +158,17 @@ def evaluate(
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
     leaving = traces.leaving(model.threshold)
     last = len(model.exits)
-    bare = traces.score(traces.at(last))
-    rows = [_row("backbone", "", Score(bare.accuracy, bare.fidelity, 1.0))]
-    rows += [_row(f"exit {n}", e.name, traces.score(traces.at(n))) for n, e in enumerate(model.exits)]
-    return [*rows, _row("early exit", "", traces.score(leaving))], traces.shares(leaving)
-
-
-def _row(name: str, module: str, score: Score, images_per_s: float | None = None, speedup: float | None = None) -> Row:
-    return Row(name, module, score.accuracy, score.fidelity, score.cost, images_per_s, speedup)
+    ways = {"backbone": ("", traces.at(last))}
+    ways |= {f"exit {n}": (e.name, traces.at(n)) for n, e in enumerate(model.exits)}
+    ways["early exit"] = ("", leaving)
+    paper = torch.tensor(model.plan.paper_costs) if model.plan.convention == "paper" else None
+    rows = []
+    for name, (module, where) in ways.items():
+        score = traces.score(where)
+        cost = 1.0 if name == "backbone" else score.cost  # bare: it passes no head
+        priced = None if paper is None else paper[where].mean().item()
+        rows.append(Row(name, module, score.accuracy, score.fidelity, cost, priced))
+    return rows, traces.shares(leaving)
 
 
 def _timed(model: EarlyExitModel, traces: Traces, rows: list[Row], batch_size: int) -> list[Row]:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrozenState:
-    """How a module was before `freeze`, by the names of its parameters and parts; survives copying and pickling."""
+    """How a module was before `freeze`, by the names of its parameters and parts; survives copying and pickling.
+
+    Several may hold one module: it stays frozen until the last of them gives it back.
+    """
 
     requires_grad: dict[str, bool]
     training: dict[str, bool]
 
     def restore(self, module: nn.Module) -> None:
         """Put gradients and modes back as they were; parts that came later are left as they are."""
+        holders = _HOLDERS.get(module, WeakSet())
+        holders.discard(self)
+        if holders:
+            return
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         set_modes(module, self.training)
@@ -24,10 +32,19 @@ class FrozenState:
 
 def freeze(module: nn.Module) -> FrozenState:
     """Take all gradients off a module and put all of it in eval mode; what it was before is returned."""
-    state = FrozenState({name: p.requires_grad for name, p in module.named_parameters()}, modes(module))
+    holders = _HOLDERS.setdefault(module, WeakSet())
+    first = next(iter(holders), None)
+    if first is None:
+        state = FrozenState({name: p.requires_grad for name, p in module.named_parameters()}, modes(module))
+    else:
+        state = FrozenState(first.requires_grad, first.training)
+    holders.add(state)
     module.requires_grad_(False)
     module.eval()
     return state
+
+
+_HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[FrozenState]] = WeakKeyDictionary()
 
 
 def modes(module: nn.Module) -> dict[str, bool]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ptee.errors import PteeError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -27,6 +29,7 @@ class Layout:
         height: h, 1 for a vector.
         width: w, 1 for a vector.
         prefix: class and register tokens before the h * w positions; tokens behind those are dropped too.
+        tokens: how many there are in all, of a token layout.
     """
 
     order: str
@@ -34,6 +37,7 @@ class Layout:
     height: int
     width: int
     prefix: int = 0
+    tokens: int = 0
 
     def to_map(self, z: Tensor) -> Tensor:
         """Read a tensor of this layout as a map.
@@ -45,12 +49,12 @@ class Layout:
             (b, c, h, w), a view where possible.
 
         Raises:
-            ValueError: if the tensor has another rank, another number of channels, or tokens that do not fill the grid.
+            PteeError: if the tensor has another rank, another number of channels, or another number of tokens.
         """
         axis = self.order.index("c")
         if z.dim() != len(self.order) or z.shape[axis] != self.channels:
-            raise ValueError(
-                f"expected a feature map {tuple(self.order)} with {self.channels} channels, got {tuple(z.shape)}"
+            raise PteeError(
+                f"Expected a feature map {tuple(self.order)} with {self.channels} channels, got {tuple(z.shape)}"
             )
         if self.order == "bchw":
             return z
@@ -60,10 +64,10 @@ class Layout:
             return z[:, :, None, None]
         tokens = z.transpose(1, 2) if self.order == "bnc" else z
         positions = self.height * self.width
-        if tokens.shape[2] < self.prefix + positions:
-            raise ValueError(
-                f"expected {self.prefix} + {self.height} x {self.width} tokens, got {tokens.shape[2]}: "
-                "the input has another size than the one the exits were planned for"
+        if tokens.shape[2] != self.tokens:
+            raise PteeError(
+                f"Expected {self.tokens} tokens, a grid of {self.height} x {self.width} among them, got {tokens.shape[2]}: "
+                "the images have another size than the one the exits were planned for. Plan anew with that input_size."
             )
         return tokens[:, :, self.prefix : self.prefix + positions].unflatten(2, (self.height, self.width))
 
@@ -108,9 +112,9 @@ def layout_of(axes: Axes, shape: Sequence[int]) -> Layout | None:
     if letters in ("bnc", "bcn"):
         tokens = axes[letters.index("n")]
         if len(tokens) == 2:  # (h, w), joined
-            return Layout(letters, size["c"], tokens[0].size, tokens[1].size)
+            return Layout(letters, size["c"], tokens[0].size, tokens[1].size, 0, size["n"])
         if tokens[0].grid is not None:
-            return Layout(letters, size["c"], *tokens[0].grid, tokens[0].prefix)
+            return Layout(letters, size["c"], *tokens[0].grid, tokens[0].prefix, size["n"])
     return None
 
 

@@ -142,6 +142,7 @@ class EarlyExitModel(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
                 "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
             )
+        self._stay_frozen()
         call = Leaving(self._hooks, list(self.heads), self.plan, self._per_exit(threshold, len(x)))
         if len(x) == 0:
             return call.result(self._no_rows(x))
@@ -167,6 +168,7 @@ class EarlyExitModel(
             return AllExits(
                 empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
             )
+        self._stay_frozen()
         call = Watching(self._hooks, list(self.heads), self.plan)
         with running(call):
             answer = self.backbone(x)
@@ -193,6 +195,11 @@ class EarlyExitModel(
         self._frozen.restore(self.backbone)
         return self.backbone
 
+    def _stay_frozen(self) -> None:
+        """Somebody may have called backbone.train() past the wrapper."""
+        if self.backbone.training:
+            self.backbone.eval()
+
     def _no_rows(self, x: Tensor) -> Tensor:
         like = next(self.heads.parameters())
         return torch.zeros(0, self.num_classes, device=x.device, dtype=like.dtype)
@@ -212,9 +219,10 @@ class EarlyExitModel(
             )
         if wide.isnan().any():
             _refuse_nan([math.nan])
-        if wide.dim() < 2:
-            return wide.expand(exits).tolist() if wide.device.type == "cpu" else list(wide.expand(exits))
-        return list(wide.expand(rows, exits).unbind(1))
+        if wide.dim() < 2 and wide.device.type == "cpu":
+            return wide.expand(exits).tolist()
+        here = wide.to(next(self.heads.parameters()).device)  # once, not at each exit
+        return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
 
     # -------------------------------------------------------------------------------------------- saving
 
@@ -246,7 +254,7 @@ class EarlyExitModel(
 
 def _as_tensor(threshold: Thresholds) -> Tensor:
     if isinstance(threshold, Tensor):
-        return threshold.detach()
+        return threshold.detach() if threshold.is_floating_point() else threshold.double()
     try:
         return torch.as_tensor(threshold, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as why:
@@ -331,13 +339,10 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
         BackboneError: if the backbone cannot be built from what config.json says.
     """
     run = runs.read(folder, **hub)
+    if backbone is not None:
+        _check_hash(run, backbone)
     network = _network(run, backbone)
-    found = weights_hash(network.module)
-    if found != run.backbone_hash:
-        raise RunError(
-            f"{folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
-            f"{found[:16]}. Give the backbone it was trained on."
-        )
+    _check_hash(run, network.module)
     heads = set(run.heads)
     if len(heads) != 1:
         raise RunError(
@@ -348,6 +353,15 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
     model.threshold = run.threshold
     model.results = run.results
     return model.eval()
+
+
+def _check_hash(run: runs.Run, module: nn.Module) -> None:
+    found = weights_hash(module)
+    if found != run.backbone_hash:
+        raise RunError(
+            f"{run.folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
+            f"{found[:16]}. Give the backbone it was trained on, in the same number type."
+        )
 
 
 def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:

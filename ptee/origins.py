@@ -32,7 +32,8 @@ def checked_record(source: Mapping[str, Any]) -> tuple[str, Wish]:
     _require_keys(source, "library name args num_classes weights input", "source")
     library, name, args, classes = (source[key] for key in ("library", "name", "args", "num_classes"))
     _require(library in ("timm", "torchvision"), "library", library)
-    _require(isinstance(name, str), "name", name)
+    # `local-dir:` would open a folder of this machine that a stranger names
+    _require(isinstance(name, str) and not name.startswith("local-dir:"), "name", name)
     _require(isinstance(args, dict) and all(isinstance(k, str) and is_plain(v) for k, v in args.items()), "args", args)
     _require(_is_count(classes), "num_classes", classes)
     file, version = _checked_weights(source["weights"], library)

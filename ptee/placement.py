@@ -109,7 +109,7 @@ class Plan:
         final_cost: c_E of a sample that never leaves.
         macs: B, multiply-accumulates of the bare backbone for one sample.
         parameters: of the backbone.
-        convention: "full" or "paper".
+        convention: in which the exits' `cost` and `final_cost` are given: "full" or "paper". `costs` is full in any case.
         classes: K.
         cuts: what the hooks need, one per exit.
     """
@@ -128,8 +128,14 @@ class Plan:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """c_0 .. c_E: what a sample costs that leaves at each exit, as fractions of the bare backbone."""
-        return (*(e.cost for e in self.exits), self.final_cost)
+        """c_0 .. c_E in full count, whatever the plan shows: what is really spent on a sample that leaves there."""
+        passed = list(accumulate(e.head_cost for e in self.exits))
+        return (*(e.backbone_cost + p for e, p in zip(self.exits, passed, strict=True)), 1 + passed[-1])
+
+    @property
+    def paper_costs(self) -> tuple[float, ...]:
+        """The same in the papers' count: (B_n + H_n) / B, and 1."""
+        return (*(e.backbone_cost + e.head_cost for e in self.exits), 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values; "exits" holds a row for each early exit."""
@@ -143,9 +149,11 @@ class Plan:
         return [make_head(self.head, cut.layout, self.classes) for cut in self.cuts]
 
     def __str__(self) -> str:
+        shown = {"cost": self.costs} | ({"paper cost": self.paper_costs} if self.convention == "paper" else {})
+        costs = [[f"{c:.4f}" for c in each] for each in zip(*shown.values(), strict=True)]
         rows = [
             (str(n), e.name, "x".join(map(str, e.shape)), f"{e.backbone_cost:.4f}", f"{e.head_cost:.4f}",
-             f"{e.cost:.4f}", f"{e.parameters:,}")
+             *costs[n], f"{e.parameters:,}")
             for n, e in enumerate(self.exits)
         ]  # fmt: skip
         end = (
@@ -154,10 +162,10 @@ class Plan:
             str(self.classes),
             "1.0000",
             "",
-            f"{self.final_cost:.4f}",
+            *costs[-1],
             f"{self.parameters:,}",
         )
-        title = ("exit", "module", "shape", "backbone", "head", "cost", "parameters")
+        title = ("exit", "module", "shape", "backbone", "head", *shown, "parameters")
         size = "x".join(map(str, self.input_size))
         return (
             f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {self.head} heads\n"
@@ -168,7 +176,7 @@ class Plan:
 
 _CONVENTION_TEXT = {
     "full": "cost counts every head passed on the way.",
-    "paper": "cost leaves out the heads passed on the way (EENet, PTEENet); what is really spent is more.",
+    "paper": "paper cost leaves out the heads passed on the way (EENet, PTEENet); what is really spent is more.",
 }
 
 

@@ -11,17 +11,17 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptee import __version__
 from ptee.errors import RunError, first_line
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 SCHEMA_VERSION = 1
 CONFIG, HEADS, METRICS = "config.json", "heads.safetensors", "metrics.json"
 LARGEST_CONFIG_BYTES = 16 * 2**20
-HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -121,7 +121,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
 
     Args:
         folder: where it lies.
-        hub: for a repo, any of `HUB_OPTIONS`.
+        hub: for a repo: revision, token, cache_dir, force_download, local_files_only.
 
     Raises:
         RunError: if a file is missing, cut off or of a newer schema, a field is missing or of another type, or a path

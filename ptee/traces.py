@@ -83,28 +83,31 @@ class Score:
     cost: float
 
 
-def record(model: EarlyExitModel, data: object, *, batch_size: int = 128, progress: bool = True) -> Traces:
+def record(
+    model: EarlyExitModel, data: object, *, batch_size: int = 128, num_workers: int = 0, progress: bool = True
+) -> Traces:
     """Run a model once over data with nobody leaving.
 
     Args:
         model: in eval mode, on the device it shall run on.
         data: a map-style data set of (image, label) or (image,), or a loader.
         batch_size: for a data set.
+        num_workers: processes that load a data set.
         progress: show a bar, where standard error is a terminal.
 
     Raises:
         DataError: if a label is no class of the backbone, or some images have labels and others none.
     """
-    device = next(model.heads.parameters()).device
+    like = next(model.heads.parameters())
     was_training = model.training
     model.eval()
     parts: list[Traces] = []
-    loader = batches(data, batch_size=batch_size, shuffle=False)
+    loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     kept = math.ceil(SAMPLE / max(1, length_hint(loader, 16)))  # a loader need not know its length
     try:
         for batch in _bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
-            parts.append(_record_batch(model, images, labels, device, kept))
+            parts.append(_record_batch(model, images.to(like.dtype), labels, like.device, kept))
     finally:
         model.train(was_training)
     return _join(parts)
@@ -118,7 +121,9 @@ def _record_batch(
     with torch.inference_mode():
         every = model.all_exits(images.to(device))
     costs = torch.tensor(model.costs, dtype=torch.float64)
-    return Traces(every.logits.argmax(-1).cpu(), every.confidence.cpu(), labels, costs, images[:kept])
+    return Traces(
+        every.logits.argmax(-1).cpu(), every.confidence.cpu(), labels, costs, images[:kept].clone()
+    )  # a slice alone would keep the whole batch
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

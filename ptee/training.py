@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from tqdm.auto import tqdm
 from ptee import runs
 from ptee.batches import batches, split_batch
 from ptee.devices import best_precision, resolve_device
-from ptee.errors import DataError, PteeError, RunError, unknown
+from ptee.errors import DataError, PteeError, RunError, first_line, unknown
 from ptee.losses import get_loss
 from ptee.model import EarlyExitModel
 from ptee.traces import check_labels
+from ptee.weights import weights_hash
 
 TARGETS = ("labels", "pseudo", "soft")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -57,6 +59,11 @@ class Epoch:
     leaving: list[float]
     val_loss: float | None
     seconds: float
+
+    @property
+    def judged(self) -> float:
+        """The loss that early stopping goes by."""
+        return self.loss if self.val_loss is None else self.val_loss
 
 
 @dataclass
@@ -92,8 +99,12 @@ class _Settings:
     weight_decay: float
     seed: int
     precision: str
+    patience: int | None
     exits: list[str]
     head: str
+    classes: int
+    backbone: str  # hash of its weights
+    data: str  # type and length
 
 
 def train(
@@ -147,16 +158,24 @@ def train(
         RunError: if the checkpoint belongs to another training.
     """
     _check(targets, precision, epochs, batch_size, lr)
-    accelerator = _accelerator(device, precision)
-    settings = _Settings(
-        targets, loss, cost_weight, batch_size, lr, weight_decay, seed, accelerator.mixed_precision,
-        [e.name for e in model.exits], model.plan.head,
-    )  # fmt: skip
-    with _on_device(model, accelerator.device), torch.random.fork_rng(devices=[]):
+    with (
+        _accelerator(device, precision) as accelerator,
+        _on_device(model, accelerator.device),
+        torch.random.fork_rng(devices=[]),
+    ):
+        settings = _Settings(
+            targets, loss, cost_weight, batch_size, lr, weight_decay, seed, accelerator.mixed_precision, patience,
+            [e.name for e in model.exits], model.plan.head, model.num_classes, weights_hash(model.backbone),
+            _about(train_data),
+        )  # fmt: skip
         run = _Training(model, accelerator, settings, Path(checkpoint) if checkpoint else None)
         if resume:
             run.resume()
-        return run.fit(train_data, val_data, epochs, patience, num_workers, on_epoch)
+        return run.fit(train_data, val_data, epochs, num_workers, on_epoch)
+
+
+def _about(data: Any) -> str:
+    return f"{type(data).__name__} of {length_hint(data, 0)}"
 
 
 def _check(targets: str, precision: str, epochs: int, batch_size: int, lr: float) -> None:
@@ -178,38 +197,49 @@ class _Training:
         adam = torch.optim.Adam(model.heads.parameters(), settings.lr, weight_decay=settings.weight_decay)
         self.step, self.adam = accelerator.prepare(step, adam, device_placement=[False, False])
         self.history = History()
+        self.best_heads: dict[str, Tensor] = {}
+        self.dtype = next(model.heads.parameters()).dtype
+        if self.dtype not in (torch.float32, torch.float64):
+            raise PteeError(f"Heads in {self.dtype} cannot be trained well. Train model.float(), then convert it.")
+        # Batch norm in the heads has nothing to learn from one row.
+        self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
 
-    def fit(
-        self, train_data: Any, val_data: Any, epochs: int, patience: int | None, workers: int, on_epoch: Any
-    ) -> History:
+    def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, on_epoch: Any) -> History:
         order = torch.Generator()
         loader = self._loader(train_data, True, workers, order)
         val_loader = None if val_data is None else self._loader(val_data, False, workers)
-        best: tuple[float, dict[str, Tensor]] | None = None
         while (number := len(self.history.epochs) + 1) <= epochs:
             order.manual_seed(self.settings.seed * 1_000_003 + number)
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
             complete = copy.deepcopy(self.model.heads.state_dict())
             try:
                 epoch = self._epoch(number, epochs, loader, val_loader)
-            except KeyboardInterrupt:
+            except BaseException as why:
                 self.model.heads.load_state_dict(complete)
+                if not isinstance(why, KeyboardInterrupt):
+                    raise
                 self.history.interrupted = True
                 break
             self.history.epochs.append(epoch)
+            if self.settings.patience is not None and self._best_epoch() is epoch:
+                self.best_heads = copy.deepcopy(self.model.heads.state_dict())
             self._save()
             if on_epoch is not None and self.accelerator.is_main_process:
                 on_epoch(epoch)
-            judged = epoch.loss if epoch.val_loss is None else epoch.val_loss
-            if best is None or judged < best[0] - MIN_DELTA:
-                best = judged, copy.deepcopy(self.model.heads.state_dict())
-                best_number = number
-            elif patience is not None and number - best_number >= patience:
-                self.model.heads.load_state_dict(best[1])
+            if self.settings.patience is not None and number - self._best_epoch().number >= self.settings.patience:
+                self.model.heads.load_state_dict(self.best_heads)
                 self.history.stopped_early = True
                 break
         self._warn_of_collapse()
         return self.history
+
+    def _best_epoch(self) -> Epoch:
+        """The first whose loss no later one beat by `MIN_DELTA`."""
+        best = self.history.epochs[0]
+        for epoch in self.history.epochs[1:]:
+            if epoch.judged < best.judged - MIN_DELTA:
+                best = epoch
+        return best
 
     def _loader(self, data: Any, shuffle: bool, workers: int, order: torch.Generator | None = None) -> Any:
         loader = batches(
@@ -223,9 +253,9 @@ class _Training:
         sums = _Sums()
         bar = tqdm(loader, desc=f"epoch {number}/{epochs}", leave=False, disable=None if self._is_main() else True)
         for images, labels in map(split_batch, bar):
-            if len(images) < 2 and sums.samples:  # batch norm has nothing to learn from one row
+            if len(images) < self.fewest:
                 continue
-            found = self.step(images.to(self.accelerator.device), self._labels(labels))
+            found = self._judge(images, labels)
             self.accelerator.backward(found.loss)
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
@@ -233,7 +263,7 @@ class _Training:
             if not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
-            raise DataError("The training data gave no batch.")
+            raise DataError(f"The training data gave no batch of {self.fewest} images or more.")
         means = self._over_processes(sums)
         if not math.isfinite(means.loss):
             raise PteeError(
@@ -247,8 +277,12 @@ class _Training:
         self.model.eval()
         sums = _Sums()
         for images, labels in map(split_batch, loader):
-            sums.add(self.step(images.to(self.accelerator.device), self._labels(labels)), len(images))
+            sums.add(self._judge(images, labels), len(images))
         return self._over_processes(sums).loss
+
+    def _judge(self, images: Tensor, labels: Tensor | None) -> _Found:
+        found: _Found = self.step(images.to(self.accelerator.device, self.dtype), self._labels(labels))
+        return found
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
         if labels is None:
@@ -267,15 +301,18 @@ class _Training:
     def _warn_of_collapse(self) -> None:
         if not self.history.epochs:
             return
-        share, n = max((share, n) for n, share in enumerate(self.history.epochs[-1].leaving))
+        last = self._best_epoch() if self.history.stopped_early else self.history.epochs[-1]
+        share, n = max((share, n) for n, share in enumerate(last.leaving))
         if share <= COLLAPSED:
             return
         exits = self.model.exits
         where = f"exit {n} ({exits[n].name})" if n < len(exits) else "the backbone's own output"
-        mend = "Lower the cost weight" if n < len(exits) else "Raise the cost weight"
+        mend = f"{'Lower' if n < len(exits) else 'Raise'} the cost weight (it is {self.settings.cost_weight:g})"
+        if self.settings.loss in ("cost", "mc"):
+            mend = f"The loss {self.settings.loss!r} does that by itself: use 'v1' or 'v2'"
         self.history.warning = (
             f"Training collapsed: {share:.0%} of the samples leave at {where} at threshold {self.model.threshold[0]:g}. "
-            f"{mend} (it is {self.settings.cost_weight:g}), train longer, or set other thresholds."
+            f"{mend}, train longer, or set other thresholds."
         )
         if self.accelerator.is_main_process:
             warnings.warn(self.history.warning, stacklevel=4)
@@ -289,6 +326,7 @@ class _Training:
         if self.checkpoint is None or not self.accelerator.is_main_process:
             return
         tensors = {f"heads.{k}": v for k, v in self.model.heads.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_heads.items()}
         for i, state in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -315,13 +353,17 @@ class _Training:
             raise RunError(
                 f"{path} belongs to a training with {', '.join(other)}. Use the same settings, or delete it."
             )
-        self._restore(tensors)
+        try:
+            self._restore(tensors)
+        except (RuntimeError, ValueError, KeyError) as why:
+            raise RunError(f"{path} does not fit these heads ({first_line(why)}) Delete it to begin anew.") from why
         self.history.epochs = epochs
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         self.model.heads.load_state_dict(
             {k.removeprefix("heads."): v for k, v in tensors.items() if k.startswith("heads.")}
         )
+        self.best_heads = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("adam."):
@@ -406,22 +448,33 @@ class _Sums:
 # ---------------------------------------------------------------------------------------------------- device
 
 
-def _accelerator(device: str | torch.device | None, precision: str) -> Any:
-    """An Accelerator for this device and precision, whatever an earlier one in this process was for."""
+@contextmanager
+def _accelerator(device: str | torch.device | None, precision: str) -> Iterator[Any]:
+    """An Accelerator for this device and precision, whatever another one in this process is for.
+
+    accelerate keeps one state for all Accelerators of a process; it is put back afterwards.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    if PartialState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        chosen = resolve_device(device)
-        state = PartialState(cpu=chosen.type == "cpu")
-        state.device = chosen
-    else:
-        chosen = PartialState().device
-    mixed = best_precision(chosen) if precision == "auto" else precision
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
-    return Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
+    shared = (PartialState._shared_state, AcceleratorState._shared_state)
+    before = [dict(state) for state in shared]
+    try:
+        if PartialState().num_processes == 1:
+            chosen = resolve_device(device)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState(cpu=chosen.type == "cpu").device = chosen
+        else:
+            chosen = PartialState().device
+        mixed = best_precision(chosen) if precision == "auto" else precision
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
+        yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
+    finally:
+        if any(before):
+            for state, was in zip(shared, before, strict=True):
+                state.clear()
+                state.update(was)
 
 
 @contextmanager
