@@ -172,18 +172,18 @@ def _leaving(model: EarlyExitModel, b: int, leaving: int, device: torch.device) 
     return wall  # on the CPU: its NaN check then waits for nothing
 
 
-class _ReachedError(Exception):
+class _Reached(BaseException):
     """The backbone has run as far as it was to be timed."""
 
 
 def _up_to_first_exit(model: EarlyExitModel, x: Tensor) -> None:
     def stop(*_: object) -> None:
-        raise _ReachedError
+        raise _Reached
 
     handle = model.backbone.get_submodule(model.exits[0].name).register_forward_hook(stop)
     try:
         model.backbone(x)
-    except _ReachedError:
+    except _Reached:
         pass
     finally:
         handle.remove()

@@ -40,7 +40,7 @@ class _Tree:
     def units(self, name: str) -> list[str]:
         """The outermost cuts that are not to be looked into."""
         if name and name in self.survey.cuts and not self._is_transparent(name):
-            return [name] if self.counts.products.get(name) or self._is_leaf(name) else []
+            return [name] if name in self.counts.until else []  # an identity computes nothing
         prefix = f"{name}." if name else ""
         children = [prefix + child for child, _ in self.modules[name].named_children()]
         return [unit for child in children if child in self.modules for unit in self.units(child)]
@@ -62,15 +62,16 @@ class _Tree:
         if not composite:
             return units[1:]
         classes = [type(self.modules[units[i]]) for i in composite]
-        inner = [i for i, kind in zip(composite, classes, strict=True) if "." in units[i] or classes.count(kind) > 1]
+        # What the network is wrapped in does not count: "0.conv1" of Sequential(normalize, net) is as near the root as conv1.
+        paths = [units[i].split(".") for i in composite]
+        shared = next((n for n, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
+        deep = [len(path) > shared + 1 for path in paths]
+        inner = [i for i, kind, d in zip(composite, classes, deep, strict=True) if d or classes.count(kind) > 1]
         return units[(inner or composite)[0] : composite[-1] + 1]
 
     def is_composite(self, name: str) -> bool:
         """More than one layer."""
         return self.counts.products.get(name, 0) >= 2
-
-    def _is_leaf(self, name: str) -> bool:
-        return not any(True for _ in self.modules[name].children())
 
     def _is_transparent(self, name: str) -> bool:
         inside = self._cuts_inside(name)

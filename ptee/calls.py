@@ -7,7 +7,6 @@ called by itself is the bare backbone.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -125,7 +124,8 @@ class Leaving(Call):
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
         """Take the sure rows out of the batch."""
         h = confidence_of(confidence)
-        stay = ~(h >= self._threshold(n))  # NaN is no answer to "sure enough?"
+        wide = h if h.device.type == "mps" else h.double()  # a threshold that is no float32 must not be rounded to one
+        stay = ~(wide >= self._threshold(n))  # NaN is no answer to "sure enough?"
         staying = int(stay.sum())  # the one host synchronisation of this exit
         if staying == len(h):
             return None
@@ -141,9 +141,7 @@ class Leaving(Call):
 
     def _threshold(self, n: int) -> float | Tensor:
         t = self.thresholds[n]
-        if isinstance(t, float):
-            return math.inf if t > 1 else t  # 1 + 1e-9 would be 1 in float32
-        return t if self.rows is None or t.dim() == 0 else t.index_select(0, self.rows)
+        return t if self.rows is None or isinstance(t, float) or t.dim() == 0 else t.index_select(0, self.rows)
 
     def result(self, answer: Tensor | None) -> ExitOutput:
         """Put the rows back in order; `answer` is the backbone's for those who never left."""

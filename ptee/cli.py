@@ -42,8 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
         status = _failed(why.format_message(), 2, why)
     except (KeyboardInterrupt, click.Abort):
         status = _failed("Interrupted.", 130)
-    except BrokenPipeError:  # `ptee plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as why:
         if type(why).__name__ == "OutOfMemoryError":
             sys.exit(_failed("The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2, why))
@@ -161,7 +159,7 @@ _DATA = _options(
         help="Folder of images (train/, val/, class folders or tar files), or the name of a torchvision data set.",
     ),
     click.option("--data-root", type=click.Path(path_type=Path), help="Where that torchvision data set lies."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True),
+    click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."),
     click.option(
         "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
     ),
@@ -214,9 +212,11 @@ def cli(ctx: click.Context) -> None:
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 40 on the digits.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the heads, the order and the split of the data."
+)
 @click.option("--precision", default="auto", show_default=True, help="auto (bf16 where it is fast), no, bf16 or fp16.")
 @_THRESHOLD
 @_DEVICE
@@ -300,7 +300,13 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
 @cli.command()
 @_BACKBONE
 @_PLACE
-@click.option("--batch-sizes", type=_Numbers(int), default="1,32", show_default=True)
+@click.option(
+    "--batch-sizes",
+    type=_Numbers(int),
+    default="1,32",
+    show_default=True,
+    help="Images per batch, for each measurement.",
+)
 @click.option(
     "--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="Each is timed so often, in turns."
 )
@@ -524,7 +530,7 @@ def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
     """A run is written into a new or empty folder; over an earlier one only if that is said."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Give a folder with --out.")
-    run, training = (out / runs.CONFIG).is_file(), (out / CHECKPOINT).is_file()
+    run, training = runs.is_run(out), (out / CHECKPOINT).is_file()
     if resume and not training:
         raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
     if resume or not out.is_dir() or not any(out.iterdir()):

@@ -170,7 +170,12 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Puts mode, buffers and hooks back, whatever happens inside."""
     modes = {m: m.training for m in module.modules()}
     hooks = {m: (dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in module.modules()}
-    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    buffers = [
+        (m, name, b, b._version, b.detach().clone())
+        for m in module.modules()
+        for name, b in m._buffers.items()
+        if b is not None and not b.is_inference()
+    ]
     try:
         yield
     finally:
@@ -181,6 +186,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
                 for key in set(now) - set(then):
                     del now[key]
         with torch.no_grad():
-            for buffer, version, value in buffers:
+            for m, name, buffer, version, value in buffers:
+                m._buffers[name] = buffer
                 if buffer._version != version:
                     buffer.copy_(value)

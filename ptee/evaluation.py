@@ -129,10 +129,10 @@ def evaluate(
     Raises:
         PteeError: if the threshold, a label or the device cannot be used.
     """
-    home, own = next(model.heads.parameters()).device, model.threshold
+    home, own, was_training = next(model.heads.parameters()).device, model.threshold, model.training
     place = home if device is None else resolve_device(device)
     try:
-        model.to(place)
+        model.to(place).eval()
         if threshold is not None:
             model.threshold = threshold
         traces = record(model, data, batch_size=batch_size, num_workers=num_workers)
@@ -152,7 +152,7 @@ def evaluate(
         )
     finally:
         model.threshold = own
-        model.to(home)
+        model.to(home).train(was_training)
 
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:

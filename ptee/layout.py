@@ -277,8 +277,9 @@ def _reshape(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | 
             have = prod(a.size for a in axis)
             if have > size:
                 whole = axis.pop()
-                need = size * whole.size // have
-                if need == 0 or whole.size % need or have % size or whole.grid:
+                before = have // whole.size
+                need = size // before
+                if size % before or whole.size % need or whole.grid:
                     return None
                 rest = whole.size // need
                 axis.append(replace(whole, size=need, stride=whole.stride * rest))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptee import runs
 from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Watching, running
-from ptee.errors import PteeError, RunError
+from ptee.errors import PteeError, RunError, first_line
 from ptee.freezing import freeze
 from ptee.heads import ExitHead, confidence_of
 from ptee.placement import Exit, Plan, make_plan
@@ -137,6 +137,10 @@ class EarlyExitModel(
             PteeError: if the threshold has NaN or another shape, or the model is in training mode, in which the answer
                 of a row would depend on its neighbours.
         """
+        if torch.jit.is_tracing():
+            raise PteeError(
+                "An early-exit model cannot be traced, nor get exits of its own. Take model.detach() instead."
+            )
         if self.training:
             raise PteeError(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
@@ -225,6 +229,21 @@ class EarlyExitModel(
         return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
 
     # -------------------------------------------------------------------------------------------- saving
+
+    def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
+        """Write config.json and heads.safetensors into a folder; the backbone is not saved.
+
+        Args:
+            save_directory: made where it does not exist.
+            hub: of huggingface_hub's ModelHubMixin, such as push_to_hub=True and repo_id.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        try:
+            return super().save_pretrained(save_directory, **hub)
+        except OSError as why:
+            raise RunError(f"Cannot write {save_directory}: {first_line(why)} Choose another folder.") from why
 
     def _save_pretrained(self, save_directory: Path) -> None:
         network = self.origin
@@ -349,6 +368,10 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
             f"{folder}: its exits have different heads ({', '.join(sorted(heads))}), which this version cannot build."
         )
     model = build(network, exits=list(run.exits), head=heads.pop(), convention=run.convention)
+    if model.num_classes != run.classes:
+        raise RunError(
+            f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
+        )
     runs.fill(model.heads, run)
     model.threshold = run.threshold
     model.results = run.results
@@ -365,8 +388,8 @@ def _check_hash(run: runs.Run, module: nn.Module) -> None:
 
 
 def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:
-    given = run.input
-    if backbone is None:
+    module, label_space = backbone, None
+    if module is None:
         if run.source is None:
             raise RunError(
                 f"{run.folder} was made for {run.backbone_name}, which config.json cannot rebuild (a Python module, or "
@@ -378,8 +401,7 @@ def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:
                 "Load it from Python: ptee.load(folder, backbone=...)."
             )
         rebuilt = rebuild(run.source)
-        return Backbone(
-            rebuilt.module, run.backbone_name, run.classes, InputConfig(**given), run.source, rebuilt.label_space
-        )
-    sized = load_backbone(backbone, input_size=given["input_size"], mean=given["mean"], std=given["std"])
-    return Backbone(sized.module, run.backbone_name, run.classes, InputConfig(**given), run.source, sized.label_space)
+        module, label_space = rebuilt.module, rebuilt.label_space
+    size, mean, std = (run.input[key] for key in ("input_size", "mean", "std"))
+    checked = load_backbone(module, input_size=size, mean=mean, std=std)
+    return Backbone(module, run.backbone_name, checked.num_classes, InputConfig(**run.input), run.source, label_space)

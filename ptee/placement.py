@@ -17,8 +17,8 @@ import torch
 from ptee.backbones import Backbone, load_backbone
 from ptee.blocks import blocks
 from ptee.costs import Counts, count, parameters
-from ptee.cuts import Cut, Survey, prove, random_images, survey
-from ptee.errors import CutError, unknown
+from ptee.cuts import Cut, Survey, prove, random_images, remedy, survey
+from ptee.errors import BackboneError, CutError, unknown
 from ptee.freezing import freeze
 from ptee.heads import ExitHead, make_head
 from ptee.tables import table
@@ -202,6 +202,8 @@ def make_plan(
     """
     if convention not in CONVENTIONS:
         raise unknown("cost convention", convention, CONVENTIONS)
+    if isinstance(backbone.module, torch.jit.ScriptModule) or hasattr(backbone.module, "_orig_mod"):
+        raise BackboneError(f"{backbone.name} is compiled, so its modules cannot be hooked. Give the module itself.")
     size = backbone.input.input_size
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
@@ -279,7 +281,9 @@ class _Placer:
         wanted = {name: self.survey.cut(name, self.backbone.module) for name in names}
         cuts = [cut for name, cut in self.survey.cuts.items() if name in wanted]
         for name, reason in prove(self.backbone.module, cuts, self.backbone.input.input_size).items():
-            raise CutError(f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}.")
+            raise CutError(
+                f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}. {remedy(name, self.survey.cuts)}"
+            )
         for one, two in pairwise(cuts):
             if self.cost(one) >= self.cost(two):
                 raise CutError(

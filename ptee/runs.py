@@ -81,9 +81,13 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     from safetensors.torch import save_file
 
     whole = {"schema_version": SCHEMA_VERSION, "ptee_version": __version__, "heads_file": HEADS, **config}
-    state = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    replace(folder / HEADS, lambda path: save_file(state, path))
+    replace(folder / HEADS, lambda path: save_file(storable(tensors), path))
     write_json(folder / CONFIG, whole)
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, each with memory of its own, as safetensors wants them."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -98,14 +102,18 @@ def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
     Raises:
         RunError: if the file cannot be written (disk full, no permission).
     """
+    from safetensors import SafetensorError
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
-            part = Path(beside) / path.name
+            part, usual = Path(beside) / path.name, Path(beside) / "mode"
             write_to(part)
+            usual.touch()
+            part.chmod(usual.stat().st_mode)  # safetensors writes for its owner alone
             part.replace(path)
-    except OSError as why:
-        raise RunError(f"Cannot write {path}: {why.strerror or why}. Choose another folder.") from why
+    except (OSError, SafetensorError) as why:
+        raise RunError(f"Cannot write {path}: {first_line(why)} Choose another folder.") from why
 
 
 def plain(value: Any) -> dict[str, Any]:
@@ -156,6 +164,14 @@ def read(folder: str | Path, **hub: Any) -> Run:
     )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run's config.json, and not some other program's."""
+    try:
+        return "schema_version" in _config(folder, folder / CONFIG)
+    except (RunError, OSError):
+        return False
+
+
 def fill(heads: nn.Module, run: Run) -> None:
     """Load a run's tensors into heads built for it.
 
@@ -187,6 +203,8 @@ def _config(folder: str | Path, path: Path) -> dict[str, Any]:
     version = config.get("schema_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise RunError(f"{folder}: {CONFIG} has no schema_version; it was not written by ptee.")
+    if version < 1:
+        raise RunError(f"{folder} has schema version {version}, which no ptee ever wrote.")
     if version > SCHEMA_VERSION:
         raise RunError(
             f"{folder} has schema version {version}, this ptee {__version__} reads up to {SCHEMA_VERSION}. Upgrade ptee."
@@ -222,9 +240,9 @@ def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
 def _refuse_outside(folder: str | Path, name: str) -> None:
     """A file of the run is a plain name in its folder, on any system."""
     for kind in (PurePosixPath, PureWindowsPath):
-        if kind(name).is_absolute() or len(kind(name).parts) != 1 or ".." in kind(name).parts:
+        if len(name) > 255 or kind(name).is_absolute() or len(kind(name).parts) != 1 or ".." in kind(name).parts:
             raise RunError(
-                f"{folder}: {CONFIG} names the file {name!r}, which is not in the folder itself. It is not read."
+                f"{folder}: {CONFIG} names the file {name!r:.80}, which is not in the folder itself. It is not read."
             )
 
 
@@ -270,7 +288,8 @@ class _Fields:
 
     def numbers(self, key: str, length: int) -> list[Any]:
         values = self.get(key, list)
-        if len(values) != length or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        odd = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or abs(v) > 1e300]
+        if len(values) != length or odd:
             raise RunError(
                 f"{self.folder}: {CONFIG} should have {length} numbers at {self.prefix}{key}, it has {values!r:.60}."
             )

@@ -110,6 +110,8 @@ def record(
             parts.append(_record_batch(model, images.to(like.dtype), labels, like.device, kept))
     finally:
         model.train(was_training)
+    if not parts:
+        raise DataError("The data gave no batch: it is empty.")
     return _join(parts)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ptee import runs
@@ -104,7 +105,7 @@ class _Settings:
     head: str
     classes: int
     backbone: str  # hash of its weights
-    data: str  # type and length
+    data: str  # how long
 
 
 def train(
@@ -157,11 +158,13 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used.
         RunError: if the checkpoint belongs to another training.
     """
-    _check(targets, precision, epochs, batch_size, lr)
+    _check(targets, precision, epochs, batch_size, lr, weight_decay)
     with (
         _accelerator(device, precision) as accelerator,
         _on_device(model, accelerator.device),
         torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
     ):
         settings = _Settings(
             targets, loss, cost_weight, batch_size, lr, weight_decay, seed, accelerator.mixed_precision, patience,
@@ -175,10 +178,10 @@ def train(
 
 
 def _about(data: Any) -> str:
-    return f"{type(data).__name__} of {length_hint(data, 0)}"
+    return f"{length_hint(data, 0)} long"
 
 
-def _check(targets: str, precision: str, epochs: int, batch_size: int, lr: float) -> None:
+def _check(targets: str, precision: str, epochs: int, batch_size: int, lr: float, weight_decay: float) -> None:
     if targets not in TARGETS:
         raise unknown("targets", targets, TARGETS)
     if precision not in PRECISIONS:
@@ -186,6 +189,8 @@ def _check(targets: str, precision: str, epochs: int, batch_size: int, lr: float
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0:
             raise PteeError(f"The {name} {value} must be positive.")
+    if not weight_decay >= 0:
+        raise PteeError(f"The weight_decay {weight_decay} must not be negative.")
 
 
 class _Training:
@@ -245,6 +250,8 @@ class _Training:
         loader = batches(
             data, batch_size=self.settings.batch_size, shuffle=shuffle, generator=order, num_workers=workers
         )
+        if not isinstance(loader, DataLoader):  # somebody's own: its batches are his
+            return loader
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
     def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any) -> Epoch:
@@ -264,6 +271,7 @@ class _Training:
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
             raise DataError(f"The training data gave no batch of {self.fewest} images or more.")
+        self._share_statistics()
         means = self._over_processes(sums)
         if not math.isfinite(means.loss):
             raise PteeError(
@@ -271,6 +279,14 @@ class _Training:
             )
         val_loss = None if val_loader is None else self._loss_on(val_loader)
         return replace(means, number=number, val_loss=val_loss, seconds=time.perf_counter() - start)
+
+    def _share_statistics(self) -> None:
+        """Batch norm saw other rows in each process; all go on with those of the first."""
+        from accelerate.utils import broadcast
+
+        if self.accelerator.num_processes > 1:
+            for buffer in self.model.heads.buffers():
+                buffer.copy_(broadcast(buffer))
 
     @torch.no_grad()
     def _loss_on(self, loader: Any) -> float:
@@ -329,9 +345,8 @@ class _Training:
         tensors |= {f"best.{k}": v for k, v in self.best_heads.items()}
         for i, state in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         about = {"settings": json.dumps(asdict(self.settings)), "history": json.dumps(self.history.to_dict())}
-        runs.replace(self.checkpoint, lambda path: save_file(tensors, path, about))
+        runs.replace(self.checkpoint, lambda path: save_file(runs.storable(tensors), path, about))
 
     def resume(self) -> None:
         """Go on where the checkpoint stopped; without one, begin."""
@@ -344,7 +359,7 @@ class _Training:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            settings, history = json.loads(about["settings"]), json.loads(about["history"])
+            settings, history = dict(json.loads(about["settings"])), json.loads(about["history"])
             epochs = [Epoch(**epoch) for epoch in history["epochs"]]
         except (SafetensorError, KeyError, TypeError, ValueError) as why:
             raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to begin anew.") from why
@@ -355,8 +370,8 @@ class _Training:
             )
         try:
             self._restore(tensors)
-        except (RuntimeError, ValueError, KeyError) as why:
-            raise RunError(f"{path} does not fit these heads ({first_line(why)}) Delete it to begin anew.") from why
+        except (RuntimeError, ValueError, KeyError, AttributeError) as why:
+            raise RunError(f"{path} does not fit these heads: {first_line(why)} Delete it to begin anew.") from why
         self.history.epochs = epochs
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
