@@ -80,10 +80,10 @@ class Call(ABC):
     def check_all_passed(self) -> None:
         """Nobody may reach the end around an exit: a compiled or changed backbone does not run its hooks."""
         if self.passed < len(self.plan.exits):
-            name = self.plan.exits[self.passed].name if self.hooks else "all of them"
+            name = self.plan.exits[self.passed].name
             raise PteeError(
                 f"The backbone gave its answer without passing exit {self.passed} ({name}): its hooks did not run. "
-                "Was the model detached, or the backbone compiled or changed after augment()?"
+                "Was the backbone compiled or changed after augment()?"
             )
 
 

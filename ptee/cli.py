@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HEAD, EPOCHS = "pool", 5  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
+PLACES = ("pareto", "fine", "golden", "linear", "quadratic")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -147,7 +148,9 @@ _PLACE = _options(
         show_default=True,
         help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2.",
     ),
-    click.option("--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5."),
+    click.option(
+        "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."
+    ),
     click.option("--head", help="plain, pool, bnpool, conv1, conv2, ... convX. Default: pool; conv1 on the digits."),
     click.option(
         "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
@@ -210,7 +213,7 @@ def cli(ctx: click.Context) -> None:
 @click.option(
     "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 40 on the digits.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 30 on the digits.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
@@ -464,6 +467,8 @@ def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
         if o[key]:
             raise click.UsageError(f"{option} needs --model NAME.")
     o["head"], o["epochs"] = o["head"] or defaults.DIGITS_HEAD, o["epochs"] or defaults.DIGITS_EPOCHS
+    if o["exits"] in PLACES:
+        o["num_exits"] = o["num_exits"] or defaults.DIGITS_EXITS
     args: dict[str, Any] = {"input_size": defaults.INPUT_SIZE, "mean": defaults.MEAN, "std": defaults.STD}
     args["model_args"] = defaults.MODEL_ARGS
     always = o | {"seed": defaults.SEED}  # the network has seen the training images of this split

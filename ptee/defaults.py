@@ -23,7 +23,7 @@ from ptee.errors import DataError, first_line
 MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}
 INPUT_SIZE, MEAN, STD = (1, 8, 8), (0.3,), (0.38,)
 EPOCHS, BATCH, SEED = 12, 64, 0
-DIGITS_HEAD, DIGITS_EPOCHS = "conv1", 40  # of the exits: few images, so many epochs
+DIGITS_HEAD, DIGITS_EXITS, DIGITS_EPOCHS = "conv1", 3, 30  # of the exits: few images, so many epochs
 
 
 def cache_folder() -> Path:

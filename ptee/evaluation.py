@@ -26,6 +26,8 @@ class Row:
         fidelity: share of answers equal to the backbone's.
         cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
         paper_cost: the same without the heads passed on the way, or None where the plan does not ask for it.
+        right: of the samples that leave here at the model's thresholds, the share whose answer is the label (without
+            labels: the backbone's); None where nobody leaves.
         images_per_s: measured, or None.
         speedup: the bare backbone's time over this one's, measured in turn with it, or None.
     """
@@ -36,6 +38,7 @@ class Row:
     fidelity: float
     cost: float
     paper_cost: float | None = None
+    right: float | None = None
     images_per_s: float | None = None
     speedup: float | None = None
 
@@ -75,15 +78,16 @@ class Results:
 
     def __str__(self) -> str:
         paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
-        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "images/s", "speed")
+        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", "images/s", "speed")
         walls = " ".join(f"{t:g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
         names = {self.early_exit.name: f"early exit, T = {walls}"}
         lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
         return (
             f"{self.backbone}, {self.samples} images\n"
             + table([title, *lines], left={0, 1})
-            + f"\ncost: multiply-accumulates, heads included, over the bare backbone's. speed: measured in turns with it on "
-            f"{self.device}, batch {self.batch_size}."
+            + "\nRows of exits: everybody leaves there; but leaving, of them right: who does at T (first row: at the end). "
+            "fidelity: share of answers\nequal to the backbone's. cost: multiply-accumulates, heads included, over the bare "
+            f"backbone's. speed: over the bare backbone's,\nmeasured in turns with it on {self.device}, batch {self.batch_size}."
         )
 
     def _leaving(self, i: int) -> str:
@@ -96,7 +100,7 @@ def _cells(row: Row, leaving: str) -> tuple[str, ...]:
     shown = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
     return (
         shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}",
-        *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving,
+        *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving, shown(row.right, ".4f"),
         shown(row.images_per_s, ",.0f"), "-" if row.speedup is None else f"{row.speedup:.2f}x",
     )  # fmt: skip
 
@@ -162,12 +166,14 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
     ways |= {f"exit {n}": (e.name, traces.at(n)) for n, e in enumerate(model.exits)}
     ways["early exit"] = ("", leaving)
     paper = torch.tensor(model.plan.paper_costs) if model.plan.convention == "paper" else None
+    order = [*(f"exit {n}" for n in range(last)), "backbone"]
+    right = {name: traces.right(leaving, n) for n, name in enumerate(order)} | {"early exit": None}
     rows = []
     for name, (module, where) in ways.items():
         score = traces.score(where)
         cost = 1.0 if name == "backbone" else score.cost  # bare: it passes no head
         priced = None if paper is None else paper[where].mean().item()
-        rows.append(Row(name, module, score.accuracy, score.fidelity, cost, priced))
+        rows.append(Row(name, module, score.accuracy, score.fidelity, cost, priced, right[name]))
     return rows, traces.shares(leaving)
 
 

@@ -200,7 +200,9 @@ class EarlyExitModel(
         return self.backbone
 
     def _stay_frozen(self) -> None:
-        """Somebody may have called backbone.train() past the wrapper."""
+        """Somebody may have called backbone.train() past the wrapper, or taken the backbone back."""
+        if not self._hooks:
+            raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
         if self.backbone.training:
             self.backbone.eval()
 

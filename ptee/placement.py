@@ -171,6 +171,11 @@ class Plan:
             f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {self.head} heads\n"
             + table([title, *rows, end], left={1})
             + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
+            + "".join(
+                f"\nExit {n} ({e.name}) costs more than the bare backbone: it cannot pay. Take fewer exits or cheaper heads."
+                for n, e in enumerate(self.exits)
+                if self.costs[n] >= 1
+            )
         )
 
 

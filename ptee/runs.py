@@ -113,7 +113,8 @@ def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
             part.chmod(usual.stat().st_mode)  # safetensors writes for its owner alone
             part.replace(path)
     except (OSError, SafetensorError) as why:
-        raise RunError(f"Cannot write {path}: {first_line(why)} Choose another folder.") from why
+        reason = getattr(why, "strerror", None) or first_line(why).rstrip(".")
+        raise RunError(f"Cannot write {path}: {reason}. Choose another folder.") from why
 
 
 def plain(value: Any) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def _download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
 
     from huggingface_hub import hf_hub_download
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith("."):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith(".") or Path(repo).parent.is_dir():
         raise RunError(
             f"There is no folder {repo}. Give a folder that `ptee augment --out` wrote, or user/repo on the hub."
         )

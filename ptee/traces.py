@@ -19,7 +19,7 @@ from ptee.batches import batches, split_batch
 from ptee.errors import DataError
 from ptee.model import EarlyExitModel
 
-SAMPLE = 256  # images kept to measure speed on
+SAMPLE = 128  # images kept to measure speed on
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class Traces:
         accuracy = None if self.targets is None else (answers == self.targets).double().mean().item()
         fidelity = (answers == self.answers[-1]).double().mean().item()
         return Score(accuracy, fidelity, self.costs[leaving].mean().item())
+
+    def right(self, leaving: Tensor, exit_index: int) -> float | None:
+        """Of those who leave at an exit, the share that is right there (without labels: that agrees with the backbone)."""
+        here = leaving == exit_index
+        wanted = self.answers[-1] if self.targets is None else self.targets
+        return (self.answers[exit_index] == wanted)[here].double().mean().item() if here.any() else None
 
     def at(self, exit_index: int) -> Tensor:
         """(n,) everybody leaves at one exit."""
