@@ -125,6 +125,10 @@ def load_backbone(
     file = None if weights is None else str(weights)
     name = model if isinstance(model, str) else type(model).__name__
     wish = Wish(name, file, pretrained and not file, num_classes, size, mean, std, dict(model_args or {}))
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise BackboneError(
+            f"{type(model).__name__} is compiled, so its modules cannot be hooked. Give the module itself."
+        )
     if isinstance(model, nn.Module):
         return _wrap(model, wish)
     library, name = find_model(model)

@@ -131,7 +131,7 @@ class Leaving(Call):
             return None
         if staying == 0:
             self.parts.append(_Part(self.rows, n, logits, h))
-            raise AllLeft(self)
+            raise AllLeft
         order = stay.to(torch.uint8).argsort(stable=True)  # leavers first; their number is known, so no second look
         leavers, stayers = order[: len(h) - staying], order[len(h) - staying :]
         here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
@@ -165,10 +165,6 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 class AllLeft(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
     """Nobody is left, so the rest of the backbone need not run."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__("every row of the batch has left")
-        self.call = call
 
 
 _CALL: ContextVar[Call | None] = ContextVar("the call of an early-exit model that is going on", default=None)

@@ -23,6 +23,8 @@ def resolve_device(wish: str | torch.device | None) -> torch.device:
         device = torch.device(wish)
     except RuntimeError:
         device = None
+    if device is not None and device.type == "cpu":
+        return torch.device("cpu")
     first = torch.device("cuda:0") if device == torch.device("cuda") else device
     if first is None or str(first) not in there:
         raise DeviceError(f"There is no device {str(wish)!r} on this machine. Possible: {', '.join(there)}.")

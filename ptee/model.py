@@ -141,7 +141,7 @@ class EarlyExitModel(
             raise PteeError(
                 "An early-exit model cannot be traced, nor get exits of its own. Take model.detach() instead."
             )
-        if self.training:
+        if self.training or any(head.training for head in self.heads):
             raise PteeError(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
                 "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
@@ -153,9 +153,7 @@ class EarlyExitModel(
         try:
             with running(call):
                 answer = self.backbone(x)
-        except AllLeft as left:
-            if left.call is not call:  # a model inside of another's head or backbone
-                raise
+        except AllLeft:
             return call.result(None)
         call.check_all_passed()
         return call.result(answer)

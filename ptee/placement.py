@@ -18,7 +18,7 @@ from ptee.backbones import Backbone, load_backbone
 from ptee.blocks import blocks
 from ptee.costs import Counts, count, parameters
 from ptee.cuts import Cut, Survey, prove, random_images, remedy, survey
-from ptee.errors import BackboneError, CutError, unknown
+from ptee.errors import CutError, unknown
 from ptee.freezing import freeze
 from ptee.heads import ExitHead, make_head
 from ptee.tables import table
@@ -170,12 +170,12 @@ class Plan:
         return (
             f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {self.head} heads\n"
             + table([title, *rows, end], left={1})
-            + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
             + "".join(
                 f"\nExit {n} ({e.name}) costs more than the bare backbone: it cannot pay. Take fewer exits or cheaper heads."
                 for n, e in enumerate(self.exits)
                 if self.costs[n] >= 1
             )
+            + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
         )
 
 
@@ -207,8 +207,6 @@ def make_plan(
     """
     if convention not in CONVENTIONS:
         raise unknown("cost convention", convention, CONVENTIONS)
-    if isinstance(backbone.module, torch.jit.ScriptModule) or hasattr(backbone.module, "_orig_mod"):
-        raise BackboneError(f"{backbone.name} is compiled, so its modules cannot be hooked. Give the module itself.")
     size = backbone.input.input_size
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))

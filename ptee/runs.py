@@ -289,7 +289,11 @@ class _Fields:
 
     def numbers(self, key: str, length: int) -> list[Any]:
         values = self.get(key, list)
-        odd = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or abs(v) > 1e300]
+        odd = [
+            v
+            for v in values
+            if isinstance(v, bool) or not isinstance(v, int | float) or (isinstance(v, int) and abs(v) > 2**64)
+        ]
         if len(values) != length or odd:
             raise RunError(
                 f"{self.folder}: {CONFIG} should have {length} numbers at {self.prefix}{key}, it has {values!r:.60}."

@@ -158,7 +158,7 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used.
         RunError: if the checkpoint belongs to another training.
     """
-    _check(targets, precision, epochs, batch_size, lr, weight_decay)
+    _check(targets, precision, epochs, batch_size, lr, weight_decay, patience)
     with (
         _accelerator(device, precision) as accelerator,
         _on_device(model, accelerator.device),
@@ -181,7 +181,9 @@ def _about(data: Any) -> str:
     return f"{length_hint(data, 0)} long"
 
 
-def _check(targets: str, precision: str, epochs: int, batch_size: int, lr: float, weight_decay: float) -> None:
+def _check(
+    targets: str, precision: str, epochs: int, batch_size: int, lr: float, weight_decay: float, patience: int | None
+) -> None:
     if targets not in TARGETS:
         raise unknown("targets", targets, TARGETS)
     if precision not in PRECISIONS:
@@ -189,6 +191,8 @@ def _check(targets: str, precision: str, epochs: int, batch_size: int, lr: float
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0:
             raise PteeError(f"The {name} {value} must be positive.")
+    if patience is not None and patience < 1:
+        raise PteeError(f"The patience {patience} must be one epoch at least, or None.")
     if not weight_decay >= 0:
         raise PteeError(f"The weight_decay {weight_decay} must not be negative.")
 
@@ -486,7 +490,7 @@ def _accelerator(device: str | torch.device | None, precision: str) -> Iterator[
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
         yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
     finally:
-        if any(before):
+        if any(before) or PartialState().num_processes == 1:
             for state, was in zip(shared, before, strict=True):
                 state.clear()
                 state.update(was)

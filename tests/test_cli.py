@@ -1,0 +1,678 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import ptee
+from ptee import defaults, training
+from ptee.backbones import load_backbone
+from ptee.cli import cli, main
+from ptee.data import Data
+from ptee.errors import PteeError
+
+MODEL = ("--model", "cifar_resnet20", "--exits", "layer1,layer2", "--input-size", "3,16,16")
+RANDOM = (*MODEL, "--no-pretrained")
+SHORT = ("--epochs", 2, "--batch-size", 8, "--precision", "no")
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, empty caches, and no way to the network."""
+    from huggingface_hub import constants
+
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def run(capsys) -> Run:
+    """The command, in this process."""
+
+    def run(*words: object) -> Done:
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        return Done(end.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory) -> Path:
+    """Weights of a network, images of ten classes in one folder, of two in train/ and val/, and an empty folder."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("things")
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), place / "weights.safetensors")
+    pictures(place / "ten", [f"class{k}" for k in range(10)], 3)
+    for part in ("train", "val"):
+        pictures(place / "two" / part, ["cat", "dog"], 6)
+    (place / "empty").mkdir()
+    return place
+
+
+def pictures(folder: Path, classes: list[str], count: int) -> None:
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for n in range(count):
+            pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{n}.png")
+
+
+@pytest.fixture
+def known(things) -> tuple[object, ...]:
+    """Options for a network with weights, and data whose labels are the network's."""
+    return (*MODEL, "--weights", things / "weights.safetensors", "--data", things / "ten")
+
+
+def assert_refused(done: Done, said: str) -> None:
+    assert done.status == 2, done
+    assert done.err.endswith("\n")
+    assert len(done.err.splitlines()) == 1, done.err
+    assert re.search(said, done.err), done.err
+
+
+# help
+
+
+@pytest.mark.parametrize("words", [["--help"], ["augment", "--help"], ["--version"]], ids=" ".join)
+def test_help_comes_without_the_heavy_libraries(words):
+    source = f"""
+import sys
+from ptee.cli import main
+try:
+    main({words})
+finally:
+    print([name for name in ("torch", "timm", "numpy", "accelerate", "safetensors") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done
+
+
+def test_help_names_every_command_in_the_order_of_use(run):
+    done = run("--help")
+    assert done.status == 0
+    assert re.search(r"augment.*plan.*evaluate.*bench", done.out[done.out.index("Commands") :], re.DOTALL)
+
+
+OPTIONS = [(name, option) for name, command in cli.commands.items() for option in command.params]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(o, id=f"{name} {o.name}") for name, o in OPTIONS if isinstance(o, click.Option)],
+)
+def test_every_option_has_a_help_text(option):
+    assert option.help
+    assert option.help.strip().endswith(".")
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_every_command_has_a_help_text(command, run):
+    done = run(command, "--help")
+    assert done.status == 0
+    assert done.out.startswith(f"Usage: ptee {command}")
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version").out.strip().endswith(ptee.__version__)
+
+
+def test_without_a_command_the_help_is_shown_in_lines(run):
+    done = run()
+    assert len((done.out + done.err).splitlines()) > 10
+
+
+# plan
+
+
+def test_plan_prints_a_line_for_each_exit_and_writes_nothing(run, elsewhere):
+    done = run("plan", *RANDOM)
+    assert (done.status, done.err) == (0, "")
+    assert [line.split()[1] for line in done.out.splitlines()[3:6]] == ["layer1", "layer2", "(backbone)"]
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_plan_as_json_is_all_there_is_on_standard_output(run):
+    done = run("plan", *RANDOM, "--head", "conv1", "--json")
+    network = load_backbone("cifar_resnet20", pretrained=False, input_size=(3, 16, 16)).module
+    want = ptee.plan(network, exits=["layer1", "layer2"], head="conv1", input_size=(3, 16, 16))
+    assert json.loads(done.out)["exits"] == json.loads(json.dumps(want.to_dict()))["exits"]
+
+
+PLACES = {
+    "a rule": ("linear", ["--num-exits", 2], 2),
+    "fractions": ("0.3,0.6", [], 2),
+    "one fraction": ("0.5", [], 1),
+    "modules": ("layer1.0,layer2, layer3.0", [], 3),
+    "one module": ("layer2", [], 1),
+}
+
+
+@pytest.mark.parametrize(("exits", "more", "count"), PLACES.values(), ids=PLACES)
+def test_exits_may_be_a_rule_fractions_or_modules(exits, more, count, run):
+    rows = json.loads(run("plan", *RANDOM, "--exits", exits, *more, "--json").out)["exits"]
+    assert len(rows) == count
+    if exits.startswith("layer"):
+        assert [row["name"] for row in rows] == exits.replace(" ", "").split(",")
+
+
+def test_the_papers_costs_leave_out_the_heads_passed_on_the_way(run):
+    full, paper = (
+        json.loads(run("plan", *RANDOM, "--head", "conv2", "--cost-convention", c, "--json").out)
+        for c in ("full", "paper")
+    )
+    first = full["exits"][0]["head_cost"]
+    assert full["exits"][1]["cost"] - paper["exits"][1]["cost"] == pytest.approx(first)
+    assert paper["final_cost"] == 1
+
+
+@pytest.mark.parametrize(("size", "want"), [("32", [3, 32, 32]), ("3,16,24", [3, 16, 24])])
+def test_an_input_size_is_one_number_or_three(size, want, run):
+    assert json.loads(run("plan", *RANDOM, "--input-size", size, "--json").out)["input_size"] == want
+
+
+@pytest.mark.parametrize(("value", "channels"), [("in_chans=1", 1), ("in_chans=4", 4)])
+def test_arguments_of_the_model_are_read_as_numbers(value, channels, run):
+    size = f"{channels},16,16"
+    done = run(
+        "plan", "--model", "cifar_resnet20", "--no-pretrained", "--model-arg", value, "--input-size", size, "--json"
+    )
+    assert json.loads(done.out)["input_size"][0] == channels
+
+
+# what is refused
+
+WORDS = {
+    "an unknown command": (["agument"], "agument"),
+    "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
+    "an option without its value": (["plan", "--model"], "--model"),
+    "a number that is none": (["plan", *RANDOM, "--num-exits", "two"], "--num-exits.*two"),
+    "no model": (["plan"], "--model"),
+    "an unknown model": (["plan", "--model", "resnet5000", "--no-pretrained"], "resnet5000.*Did you mean"),
+    "an unknown placement": (["plan", *RANDOM, "--exits", "paretto"], "paretto.*Did you mean 'pareto'"),
+    "an unknown module": (["plan", *RANDOM, "--exits", "layer1,layer9"], "layer9"),
+    "no exits": (["plan", *RANDOM, "--exits", ","], "No exit"),
+    "a fraction beyond the end": (["plan", *RANDOM, "--exits", "0.5,1.5"], "1.5"),
+    "too many exits": (["plan", *RANDOM, "--exits", "linear", "--num-exits", 99], "99"),
+    "an unknown head": (["plan", *RANDOM, "--head", "poool"], "poool.*Did you mean 'pool'"),
+    "an unknown convention": (["plan", *RANDOM, "--cost-convention", "papers"], "papers.*Did you mean 'paper'"),
+    "a size of two numbers": (["plan", *RANDOM, "--input-size", "16,16"], "16,16.*3,224,224"),
+    "a size of words": (["plan", *RANDOM, "--input-size", "big"], "big"),
+    "an argument without a value": (["plan", *RANDOM, "--model-arg", "pad_type"], "KEY=VALUE"),
+    "an argument that the model has not": (["plan", *RANDOM, "--model-arg", "nonsense=1"], "nonsense"),
+    "an unknown device": (["bench", *RANDOM, "--device", "tpu"], "tpu.*cpu"),
+    "batches of nothing": (["bench", *RANDOM, "--batch-sizes", "0"], "positive"),
+    "batches of words": (["bench", *RANDOM, "--batch-sizes", "1,many"], "1,many"),
+    "an evaluation of nothing": (["evaluate"], "RUN"),
+    "an evaluation of no run": (["evaluate", "EMPTY"], "config.json"),
+    "an evaluation of a folder that is not there": (["evaluate", "nowhere"], "nowhere"),
+    "an evaluation of a repository, offline": (["evaluate", "runs/nowhere"], "runs/nowhere"),
+    "a resumption of nothing": (["augment", "--resume"], "runs/digits.*--resume"),
+    "data without a model": (["augment", "--data", "TEN"], "--data needs --model"),
+    "weights without a model": (["augment", "--weights", "WEIGHTS"], "--weights needs --model"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), WORDS.values(), ids=WORDS)
+def test_refused_in_one_line_with_status_two(words, said, run, things, elsewhere):
+    places = {"EMPTY": things / "empty", "TEN": things / "ten", "WEIGHTS": things / "weights.safetensors"}
+    done = run(*(places.get(word, word) for word in words))
+    assert_refused(done, said)
+    assert done.out == ""
+    assert list(elsewhere.iterdir()) == []
+
+
+AUGMENT = {
+    "no data for a network of other classes": (RANDOM, "--data FOLDER"),
+    "no network at all, and Imagenette out of reach": (["--model", "resnet18", "--no-pretrained"], "Imagenette.*--data"),
+    "weights that cannot be had": (["--model", "resnet18", "--data", "TEN"], "resnet18.*(--weights|--no-pretrained)"),
+    "weights that are not there": ([*MODEL, "--data", "TEN", "--weights", "none.pth"], "none.pth"),
+    "a folder without images": ([*RANDOM, "--data", "EMPTY"], "empty"),
+    "a folder that is not there": ([*RANDOM, "--data", "nowhere"], "nowhere"),
+    "labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--targets", "labels"], "cat, dog.*--targets pseudo"),
+    "unknown targets": ([*RANDOM, "--data", "TEN", "--targets", "pseudos"], "pseudos.*Did you mean 'pseudo'"),
+    "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "v3.*Did you mean"),
+    "an unknown precision": ([*RANDOM, "--data", "TEN", "--precision", "bf61"], "bf61.*Did you mean"),
+    "an unknown device": ([*RANDOM, "--data", "TEN", "--device", "cuda:99"], "cuda:99.*cpu"),
+    "no epochs": ([*RANDOM, "--data", "TEN", "--epochs", 0], "--epochs"),
+    "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "lr"),
+    "thresholds for other exits": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
+    "a threshold of NaN": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,nan"], "NaN"),
+    "a threshold of words": ([*RANDOM, "--data", "TEN", "--threshold", "high"], "high"),
+    "a negative weight decay": ([*RANDOM, "--data", "TEN", "--weight-decay", -1], "weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), AUGMENT.values(), ids=AUGMENT)
+def test_augment_refuses_in_one_line_and_writes_nothing(words, said, run, things, elsewhere):
+    places = {"EMPTY": things / "empty", "TEN": things / "ten", "TWO": things / "two"}
+    assert_refused(run("augment", *(places.get(word, word) for word in words), "--out", "out"), said)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_an_error_of_ours_is_one_line_with_status_one_and_a_way_to_see_more(run, monkeypatch):
+    def fail(**_: object) -> None:
+        raise LookupError("deep\ninside")
+
+    monkeypatch.setattr(cli.commands["plan"], "callback", fail)
+    done = run("plan")
+    assert done.status == 1
+    assert done.err == "ptee failed: LookupError: deep inside. PTEE_DEBUG=1 shows where; please report it.\n"
+    monkeypatch.setenv("PTEE_DEBUG", "1")
+    assert "Traceback" in run("plan").err
+
+
+def test_a_refusal_of_several_lines_is_printed_in_one(run, monkeypatch):
+    def fail(**_: object) -> None:
+        raise PteeError("one\n  two")
+
+    monkeypatch.setattr(cli.commands["plan"], "callback", fail)
+    assert run("plan") == Done(2, "", "one two\n")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, click.Abort], ids=lambda e: e.__name__)
+def test_ctrl_c_ends_with_status_130(error, run, monkeypatch):
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.commands["plan"], "callback", fail)
+    done = run("plan")
+    assert (done.status, done.out, done.err.strip()) == (130, "", "Interrupted.")
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptee", "plan", *map(str, RANDOM)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) in (0, 1)  # click's own, and no traceback
+
+
+# augment, then evaluate
+
+
+def test_augment_leaves_a_run_that_says_what_was_measured(run, known, things):
+    done = run("augment", *known, *SHORT, "--threshold", "0.9,0.8", "--out", "out")
+    assert done.status == 0, done
+    assert sorted(p.name for p in Path("out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "heads.safetensors",
+        "metrics.json",
+    ]
+    config, metrics = (json.loads(Path("out", name).read_text()) for name in ("config.json", "metrics.json"))
+    assert config["threshold"] == [0.9, 0.8]
+    assert config["results"] == metrics["results"]
+    assert [row["name"] for row in metrics["results"]["rows"]] == ["backbone", "exit 0", "exit 1", "early exit"]
+    assert len(metrics["training"]["epochs"]) == 2
+    for line in ("epoch 1/2", "epoch 2/2", "early exit, T = 0.9 0.8", "Saved in out", "10 classes"):
+        assert line in done.out
+
+
+def test_the_saved_model_is_the_one_that_was_trained(run, known, things):
+    run("augment", *known, *SHORT, "--out", "out")
+    model = ptee.load("out")
+    backbone = load_backbone("cifar_resnet20", weights=things / "weights.safetensors").module
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model.predict(x, 2).logits, backbone(x))
+    assert model.results["samples"] == 3
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(run, known):
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        run("augment", *known, *SHORT, "--seed", seed, "--out", name)
+    one, same, other = (load_file(Path(name, "heads.safetensors")) for name in ("one", "same", "other"))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert not all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_labels_that_cannot_be_mapped_make_way_for_the_backbones_answers(run, things):
+    weights = ("--weights", things / "weights.safetensors")
+    done = run("augment", *MODEL, *weights, "--data", things / "two", *SHORT, "--out", "out")
+    assert done.status == 0
+    assert re.search("cat, dog.*cannot be mapped.*pseudo", done.out)
+    rows = json.loads(Path("out", "metrics.json").read_text())["results"]["rows"]
+    assert {row["accuracy"] for row in rows} == {None}
+
+
+def test_a_collapse_is_told_on_standard_error(run, known):
+    done = run("augment", *known, *SHORT, "--loss", "cost", "--lr", 0.5, "--out", "out")
+    assert done.status == 0
+    assert "Warning: Training collapsed" in done.err
+
+
+@pytest.fixture(scope="module")
+def original(things, tmp_path_factory) -> Path:
+    """A run whose validation images were drawn with a seed of its own, to be left as it is."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    source = ("--weights", things / "weights.safetensors", "--data", things / "ten")
+    with pytest.raises(SystemExit) as end, redirect_stdout(StringIO()):
+        main([str(word) for word in ("augment", *MODEL, *source, *SHORT, "--seed", 3, "--out", out)])
+    assert end.value.code == 0
+    return out
+
+
+@pytest.fixture
+def finished(original) -> Path:
+    """That run, to be changed at will."""
+    return Path(shutil.copytree(original, "out"))
+
+
+def figures(results: dict) -> list[tuple]:
+    return [(row["name"], row["accuracy"], row["fidelity"], row["cost"]) for row in results["rows"]]
+
+
+def test_evaluate_repeats_what_augment_measured_on_the_same_images(run, finished):
+    done = run("evaluate", finished, "--json")
+    assert done.status == 0
+    assert "drawn with seed 3" in done.err
+    recorded = json.loads((finished / "metrics.json").read_text())["results"]
+    again = json.loads(done.out)
+    assert figures(again) == figures(recorded)
+    assert again["about"] == recorded["about"]
+
+
+@pytest.mark.parametrize(("threshold", "used"), [("0.7", [0.7, 0.7]), ("0,2", [0, 2]), ("2", [2, 2])])
+def test_evaluate_takes_any_threshold_and_leaves_the_run_alone(threshold, used, run, finished):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    results = json.loads(run("evaluate", finished, "--threshold", threshold, "--json").out)
+    assert results["threshold"] == used
+    if used[0] != 0.7:
+        assert results["leaving"] == ([1, 0, 0] if used[0] == 0 else [0, 0, 1])
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_evaluate_prints_a_table_for_people(run, finished):
+    done = run("evaluate", finished, "--threshold", "0.25")
+    assert done.status == 0
+    assert re.search("backbone.*exit 0.*exit 1.*early exit, T = 0.25", done.out, re.DOTALL)
+
+
+def test_evaluate_takes_other_data(run, finished, things):
+    results = json.loads(run("evaluate", finished, "--data", things / "ten", "--json").out)
+    assert results["samples"] == 3
+
+
+def test_evaluate_as_json_is_json_even_where_labels_cannot_be_mapped(run, finished, things):
+    results = json.loads(run("evaluate", finished, "--data", things / "two", "--json").out)
+    assert results["samples"] == 12
+
+
+def test_evaluate_finds_the_data_from_another_folder(run, known, things, monkeypatch, elsewhere):
+    monkeypatch.chdir(things)
+    assert run("augment", *known[:-1], "ten", *SHORT, "--out", elsewhere / "out").status == 0
+    monkeypatch.chdir(elsewhere)
+    assert run("evaluate", "out").status == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([1], []),
+        ({"source": 1}, []),
+        ({"source": "ten", "split": [1]}, ["--data", "TEN"]),
+        ({"root": 1}, ["--data", "TEN"]),
+    ],
+    ids=str,
+)
+def test_what_a_run_says_of_its_data_is_not_trusted(data, words, run, finished, things):
+    config = json.loads((finished / "config.json").read_text())
+    config["results"]["data"] = data
+    (finished / "config.json").write_text(json.dumps(config))
+    done = run("evaluate", finished, *(things / "ten" if word == "TEN" else word for word in words))
+    assert done.status in (0, 2), done.err
+
+
+def test_weights_that_were_moved_are_named_to_evaluate(run, known, things, tmp_path):
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    shutil.copy(things / "weights.safetensors", old)
+    data = ("--data", things / "ten")
+    assert run("augment", *MODEL, "--weights", old, *data, *SHORT, "--out", "out").status == 0
+    old.rename(new)
+    assert_refused(run("evaluate", "out"), "old.safetensors")
+    assert run("evaluate", "out", "--weights", new).status == 0
+
+
+def test_evaluate_asks_for_data_where_none_were_recorded(run, finished):
+    config = json.loads((finished / "config.json").read_text())
+    config["results"] = None
+    (finished / "config.json").write_text(json.dumps(config))
+    assert_refused(run("evaluate", finished), "--data FOLDER")
+
+
+# --out
+
+
+def test_a_file_is_no_folder_for_a_run(run, known):
+    Path("out").write_text("mine")
+    assert_refused(run("augment", *known, *SHORT, "--out", "out"), "out is a file")
+    assert Path("out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "metrics.json", "config.json"])
+def test_a_folder_with_something_else_in_it_is_left_alone(name, run, known):
+    Path("out").mkdir()
+    Path("out", name).write_text('{"model_type": "bert"}')
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert [p.name for p in Path("out").iterdir()] == [name]
+    assert Path("out", name).read_text() == '{"model_type": "bert"}'
+    assert_refused(done, "out.*--out")
+
+
+@pytest.mark.parametrize("folder", ["out", "deep/er/out"])
+def test_an_empty_or_new_folder_is_used(folder, run, known):
+    Path("out").mkdir()
+    assert run("augment", *known, *SHORT, "--out", folder).status == 0
+    assert Path(folder, "config.json").is_file()
+
+
+def test_an_earlier_run_is_left_alone(run, known, finished):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    assert_refused(run("augment", *known, *SHORT, "--out", finished), "out holds a run.*--overwrite")
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_an_earlier_run_is_written_over_where_that_is_said(run, known, finished):
+    assert run("augment", *known, *SHORT, "--exits", "layer3.0", "--out", finished, "--overwrite").status == 0
+    assert [e.name for e in ptee.load(finished).exits] == ["layer3.0"]
+
+
+def test_without_out_the_run_is_called_after_its_model(run, known):
+    assert run("augment", *known, *SHORT).status == 0
+    assert Path("runs", "cifar_resnet20", "config.json").is_file()
+
+
+# Ctrl-C, and --resume
+
+
+@pytest.fixture
+def interrupt(monkeypatch) -> Callable[[int], None]:
+    """Presses Ctrl-C in that epoch of the next training."""
+
+    def interrupt(number: int) -> None:
+        undisturbed = training._Training._epoch
+
+        def epoch(self, n: int, *more: object) -> training.Epoch:
+            if n == number:
+                monkeypatch.setattr(training._Training, "_epoch", undisturbed)
+                raise KeyboardInterrupt
+            return undisturbed(self, n, *more)
+
+        monkeypatch.setattr(training._Training, "_epoch", epoch)
+
+    return interrupt
+
+
+def test_an_interrupted_training_ends_with_status_130_and_resume_goes_on_to_the_same_end(run, known, interrupt):
+    words = ("augment", *known, *SHORT, "--epochs", 3)
+    assert run(*words, "--out", "whole").status == 0
+    interrupt(2)
+    done = run(*words, "--out", "broken")
+    assert done.status == 130
+    assert re.search(r"1 complete epoch.* broken.*--resume", done.err)
+    assert [p.name for p in Path("broken").iterdir()] == ["checkpoint.safetensors"]
+    done = run(*words, "--out", "broken", "--resume")
+    assert done.status == 0
+    assert "epoch 1/3" not in done.out
+    whole, broken = (load_file(Path(name, "heads.safetensors")) for name in ("whole", "broken"))
+    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
+    assert not Path("broken", "checkpoint.safetensors").exists()
+
+
+def test_interrupted_in_the_first_epoch_nothing_is_written(run, known, interrupt, elsewhere):
+    interrupt(1)
+    assert run("augment", *known, *SHORT, "--out", "out")[::2] == (130, "Interrupted.\n")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_interrupted_while_it_measures_resume_has_only_to_measure(run, known, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ptee.evaluation.evaluate", fail)
+        assert run("augment", *known, *SHORT, "--out", "out").status == 130
+    done = run("augment", *known, *SHORT, "--out", "out", "--resume")
+    assert done.status == 0
+    assert "epoch " not in done.out
+    assert Path("out", "config.json").is_file()
+
+
+def test_resume_without_a_training_to_go_on_with_is_refused(run, known, finished):
+    assert_refused(run("augment", *known, *SHORT, "--out", finished, "--resume"), "no interrupted training in out")
+
+
+def test_resume_with_other_settings_is_refused_and_the_checkpoint_kept(run, known, interrupt):
+    interrupt(2)
+    run("augment", *known, *SHORT, "--out", "out")
+    before = Path("out", "checkpoint.safetensors").read_bytes()
+    assert_refused(run("augment", *known, *SHORT, "--loss", "v2", "--out", "out", "--resume"), "loss v1.*now v2")
+    assert_refused(run("augment", *known, *SHORT, "--out", "out"), "interrupted training.*--resume.*--overwrite")
+    assert Path("out", "checkpoint.safetensors").read_bytes() == before
+    assert run("augment", *known, *SHORT, "--loss", "v2", "--out", "out", "--overwrite").status == 0
+
+
+# where nothing is given
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """The network on the digits is trained for one epoch."""
+    monkeypatch.setattr(defaults, "EPOCHS", 1)
+
+
+def test_with_nothing_given_a_network_learns_the_digits_once_and_gets_exits(run, hasty, monkeypatch):
+    done = run("augment", "--epochs", 1, "--exits", "layer1,layer2")
+    assert done.status == 0, done
+    assert "handwritten digits, once" in done.out
+    metrics = json.loads(Path("runs", "digits", "metrics.json").read_text())
+    assert metrics["results"]["rows"][0]["accuracy"] > 0.5
+    monkeypatch.setattr(defaults, "train_digits_network", None)  # not called again
+    assert run("evaluate", "runs/digits").status == 0
+    assert run("augment", "--epochs", 1, "--exits", "layer1", "--head", "pool", "--out", "again").status == 0
+    assert ptee.load("again").plan.head == "pool"
+
+
+def test_the_digits_network_never_saw_the_images_it_is_measured_on(run, hasty, monkeypatch):
+    parts: list[set[int]] = []
+    train = defaults.train_digits_network
+
+    def note(data: Data, file: Path) -> None:
+        parts.append(indices(data.train))
+        train(data, file)
+
+    def stop(model: ptee.EarlyExitModel, data: Data, *_: object) -> None:
+        parts.append(indices(data.validation))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(defaults, "train_digits_network", note)
+    monkeypatch.setattr("ptee.cli._train", stop)
+    for seed in (0, 1):
+        run("augment", "--seed", seed)
+    learnt, *measured = parts
+    assert [len(learnt & images) for images in measured] == [0, 0]
+
+
+def indices(part: Any) -> set[int]:
+    """Which of the source's images are in this part."""
+    return set(part.dataset.indices)
+
+
+def test_imagenette_is_downloaded_once_and_whole(monkeypatch, tmp_path):
+    class Fake:
+        def __init__(self, root: str, **_: object) -> None:
+            print("Downloading")
+            Path(root, "imagenette2-320", "train").mkdir(parents=True)
+
+    monkeypatch.setattr("torchvision.datasets.Imagenette", Fake)
+    assert (defaults.imagenette() / "train").is_dir()
+    monkeypatch.setattr("torchvision.datasets.Imagenette", None)
+    assert (defaults.imagenette() / "train").is_dir()
+    assert [p.name for p in defaults.cache_folder().iterdir()] == ["imagenette2-320"]
+
+
+def test_a_broken_download_of_imagenette_leaves_nothing(monkeypatch, capsys):
+    class Fake:
+        def __init__(self, root: str, **_: object) -> None:
+            Path(root, "imagenette2-320").mkdir(parents=True)
+            raise ConnectionError("cut off\nin the middle")
+
+    monkeypatch.setattr("torchvision.datasets.Imagenette", Fake)
+    with pytest.raises(PteeError, match=r"cut off.*--data FOLDER") as refusal:
+        defaults.imagenette()
+    assert "\n" not in str(refusal.value)
+    assert list(defaults.cache_folder().iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+# bench
+
+
+def test_bench_times_every_batch_size_and_prints_a_table_or_json(run):
+    words = ("bench", *RANDOM, "--batch-sizes", "1,2", "--rounds", 3)
+    assert "nobody" in run(*words).out
+    cases = json.loads(run(*words, "--json").out)["cases"]
+    assert [case["batch"] for case in cases] == [1, 1, 2, 2, 2]
+
+
+def test_bench_takes_a_number_of_threads(run):
+    before = torch.get_num_threads()
+    try:
+        found = json.loads(run("bench", *RANDOM, "--batch-sizes", "1", "--rounds", 3, "--threads", 1, "--json").out)
+    finally:
+        torch.set_num_threads(before)
+    assert found["threads"] == 1

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ptee
+from ptee import evaluation
+from ptee.errors import DataError, DeviceError, PteeError
+from ptee.evaluation import Results, evaluate
+
+SIZE, K, N = (3, 8, 8), 4, 24
+NEVER, ALWAYS = 2.0, 0.0
+
+
+def made(head: str = "pool") -> ptee.EarlyExitModel:
+    """A small model whose heads differ from row to row."""
+    stages = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = ptee.augment(nn.Sequential(*stages, nn.Linear(6, K)), exits=["0", "2"], head=head, input_size=SIZE)
+    with torch.no_grad():
+        for p in model.heads.parameters():
+            p += torch.randn_like(p)
+    return model
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(N, *SIZE, generator=generator), torch.randint(K, (N,), generator=generator)
+
+
+def middle(model: ptee.EarlyExitModel) -> list[float]:
+    """Thresholds that about half of the images reach at each exit."""
+    with torch.no_grad():
+        return model.all_exits(labelled()[0]).confidence[:-1].median(1).values.tolist()
+
+
+def test_there_is_a_row_for_the_backbone_each_exit_and_the_early_exit_model():
+    results = evaluate(made(), TensorDataset(*labelled()), speed=False)
+    assert [(row.name, row.module) for row in results.rows] == [
+        ("backbone", ""), ("exit 0", "0"), ("exit 1", "2"), ("early exit", ""),
+    ]  # fmt: skip
+    assert results.early_exit is results.rows[-1]
+    assert results.samples == N
+
+
+def test_every_figure_is_what_running_the_model_gives():
+    model, (x, y) = made(), labelled()
+    threshold = middle(model)
+    results = evaluate(model, TensorDataset(x, y), threshold=threshold, speed=False)
+    with torch.no_grad():
+        bare = model.backbone(x).argmax(1)
+        runs = [NEVER, [ALWAYS, NEVER], [NEVER, ALWAYS], threshold]
+        outs = [model.predict(x, t) for t in runs]
+    costs = [1.0, *(out.cost.mean().item() for out in outs[1:])]  # the bare backbone has no heads to pay for
+    for row, out, cost in zip(results.rows, outs, costs, strict=True):
+        answers = out.logits.argmax(1)
+        assert row.accuracy == pytest.approx((answers == y).double().mean().item())
+        assert row.fidelity == pytest.approx((answers == bare).double().mean().item())
+        assert row.cost == pytest.approx(cost)
+    shares = torch.bincount(outs[-1].exit_index, minlength=3) / N
+    assert results.leaving == pytest.approx(shares.tolist())
+    assert min(results.leaving) > 0
+
+
+def test_shares_sum_to_one():
+    model = made()
+    for threshold in (ALWAYS, middle(model), NEVER):
+        results = evaluate(model, TensorDataset(*labelled()), threshold=threshold, speed=False)
+        assert sum(results.leaving) == pytest.approx(1)
+
+
+def test_without_labels_accuracy_is_none_and_all_else_is_the_same():
+    model, (x, y) = made(), labelled()
+    with_labels = evaluate(model, TensorDataset(x, y), speed=False)
+    without = evaluate(model, TensorDataset(x), speed=False)
+    assert [row.accuracy for row in without.rows] == [None] * 4
+    assert [(r.fidelity, r.cost) for r in without.rows] == [(r.fidelity, r.cost) for r in with_labels.rows]
+    assert without.leaving == with_labels.leaving
+    assert " - " in str(without)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 128])
+@pytest.mark.parametrize("loader", [False, True], ids=["a data set", "a loader"])
+def test_batches_of_any_size_give_the_same_figures(batch_size, loader):
+    model, data = made(), TensorDataset(*labelled())
+    want = evaluate(model, data, speed=False)
+    got = evaluate(model, DataLoader(data, batch_size) if loader else data, batch_size=batch_size, speed=False)
+    assert got.rows == want.rows
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize(
+    ("threshold", "used"), [(None, [0.3, 0.6]), (0.9, [0.9, 0.9]), ([0.2, 0.8], [0.2, 0.8])], ids=str
+)
+def test_the_model_is_left_as_it_was(threshold, used, training):
+    model = made("bnpool").train(training)
+    model.threshold = [0.3, 0.6]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    results = evaluate(model, TensorDataset(*labelled()), threshold=threshold, device="cpu")
+    assert results.threshold == used
+    assert model.threshold == [0.3, 0.6]
+    assert model.training is training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.results is None
+
+
+REFUSED = {
+    "a threshold too many": ({"threshold": [0.1] * 3}, 0, PteeError),
+    "NaN": ({"threshold": math.nan}, 0, PteeError),
+    "no such device": ({"device": "cuda:99"}, 0, DeviceError),
+    "labels of other classes": ({"threshold": 0.1}, K, DataError),
+}
+
+
+@pytest.mark.parametrize(("request_", "shift", "error"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_leaves_the_model_as_it_was(request_, shift, error):
+    model, (x, y) = made(), labelled()
+    model.threshold = [0.3, 0.6]
+    with pytest.raises(error):
+        evaluate(model, TensorDataset(x, y + shift), **request_)
+    assert model.threshold == [0.3, 0.6]
+    assert not model.training
+
+
+def test_speed_stands_beside_the_bare_backbones_measured_in_turn(monkeypatch):
+    seconds = {"backbone": [2.0, 4, 3], "exit 0": [1.0, 2, 1.5], "exit 1": [2.0, 4, 3], "early exit": [4.0, 8, 6]}
+
+    def in_turns(calls, device, **_):
+        for call in calls.values():
+            call()
+        return {name: seconds[name] for name in calls}
+
+    monkeypatch.setattr(evaluation, "in_turns", in_turns)
+    results = evaluate(made(), TensorDataset(*labelled()))
+    assert [row.speedup for row in results.rows] == [1, 2, 1, 0.5]
+    assert [row.images_per_s for row in results.rows] == [N / 3, N / 1.5, N / 3, N / 6]
+
+
+def test_measured_speed_is_positive_and_of_the_whole_table():
+    results = evaluate(made(), TensorDataset(*labelled()), batch_size=7)
+    assert all(row.images_per_s > 0 and row.speedup > 0 for row in results.rows)
+    assert results.rows[0].speedup == 1
+    assert (results.device, results.batch_size) == ("cpu", 7)
+
+
+def test_the_table_has_a_line_for_each_row_with_the_thresholds_in_it():
+    model = made()
+    text = str(evaluate(model, TensorDataset(*labelled()), threshold=[0.25, 0.5], speed=False))
+    lines = [line for line in text.splitlines() if line.startswith(("backbone", "exit", "early exit"))]
+    assert [line.split("  ")[0] for line in lines] == ["backbone", "exit 0", "exit 1", "early exit, T = 0.25 0.5"]
+    assert "T = 0.25 " in str(evaluate(model, TensorDataset(*labelled()), threshold=0.25, speed=False))
+
+
+def test_the_table_says_at_each_exit_who_leaves_there_and_at_the_backbone_who_never_left():
+    rows = tuple(evaluation.Row(name, "", None, 1.0, 1.0) for name in ("backbone", "exit 0", "exit 1", "early exit"))
+    text = str(Results("net", 10, [0.5, 0.5], rows, [0.2, 0.3, 0.5], "cpu", 10))
+    shown = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "50.0%" in shown["backbone"]
+    assert "20.0%" in shown["exit 0"]
+    assert "30.0%" in shown["exit 1"]
+    assert "%" not in shown["early exit, T = 0.5"]
+
+
+def test_results_are_ready_for_json():
+    results = evaluate(made(), TensorDataset(*labelled()), speed=False, about="Noise.")
+    values = json.loads(json.dumps(results.to_dict()))
+    assert values["rows"][1]["module"] == "0"
+    assert values["leaving"] == results.leaving
+    assert values["about"] == "Noise."
+
+
+def test_a_model_in_half_precision_is_evaluated():
+    results = evaluate(made().bfloat16(), TensorDataset(*labelled()), speed=False)
+    assert results.samples == N

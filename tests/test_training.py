@@ -1,0 +1,737 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import pickle
+import random
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import ptee
+from ptee import training
+from ptee.errors import DataError, DeviceError, PteeError, RunError, UnknownName
+from ptee.losses import v1_loss
+from ptee.training import Epoch, History, train
+from ptee.weights import weights_hash
+
+SIZE, K, N = (3, 16, 16), 4, 48
+EXITS = ["one", "two"]
+
+
+class Net(nn.Module):
+    """A user's network with what training could disturb: batch norm and dropout."""
+
+    def __init__(self, num_classes: int = K) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU())
+        self.two = nn.Conv2d(6, 8, 3, 2)
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.two(self.one(x)).mean((2, 3))))
+
+
+def made(head: str = "conv1", net: nn.Module | None = None, seed: int = 0) -> ptee.EarlyExitModel:
+    """The same backbone each time; the heads begin as `seed` says."""
+    torch.manual_seed(0)
+    net = net or Net()
+    torch.manual_seed(seed)
+    model = ptee.augment(net, exits=EXITS, head=head, input_size=SIZE)
+    with torch.no_grad():
+        for p in model.heads.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+@functools.cache
+def images() -> Tensor:
+    noise = torch.randn(N, *SIZE, generator=torch.Generator().manual_seed(5))
+    return noise * torch.linspace(0.3, 3, N)[:, None, None, None]
+
+
+def labels() -> Tensor:
+    return torch.arange(N) % K
+
+
+def data() -> TensorDataset:
+    return TensorDataset(images(), labels())
+
+
+def fit(model: ptee.EarlyExitModel, train_data: Any = None, *more: Any, **settings: Any) -> History:
+    """A short training in float32, without the warning of a collapse."""
+    settings = {"epochs": 3, "batch_size": 16, "lr": 1e-2, "precision": "no", "device": "cpu"} | settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return train(model, data() if train_data is None else train_data, *more, **settings)
+
+
+def heads(model: ptee.EarlyExitModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.heads.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+class Interrupted(Dataset):
+    """The data, until somebody presses Ctrl-C after so many items."""
+
+    def __init__(self, items: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.left, self.error = items, error
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return images()[index], labels()[index]
+
+
+# what changes, and what does not
+
+
+@pytest.mark.parametrize("targets", training.TARGETS)
+@pytest.mark.parametrize("head", ["pool", "bnpool", "conv1"])
+def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
+    model = made(head)
+    backbone, before = weights_hash(model.backbone), heads(model)
+    history = fit(model, targets=targets)
+    assert weights_hash(model.backbone) == backbone
+    assert not any(torch.equal(value, before[name]) for name, value in heads(model).items() if value.dim())
+    assert not any(p.requires_grad or p.grad is not None for p in model.backbone.parameters())
+    assert history.epochs[-1].loss < history.epochs[0].loss
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_in_eval_mode_afterwards(training):
+    model = made().train(training)
+    fit(model, epochs=1)
+    assert not any(part.training for part in model.modules())
+
+
+def test_the_model_stays_on_its_device_with_its_thresholds():
+    model = made()
+    model.threshold = [0.2, 0.8]
+    fit(model, epochs=1)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model.threshold == [0.2, 0.8]
+
+
+def test_one_seed_gives_one_result_and_another_seed_another():
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(random.randrange(1000))  # what was drawn before does not matter
+        model = made()
+        torch.manual_seed(random.randrange(1000))
+        fit(model, seed=seed)
+        runs.append(heads(model))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    model = made()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    fit(model, DataLoader(data(), 16, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def test_a_resting_backbone_gives_the_pseudo_labels():
+    model = made()
+    want = model.backbone(images()).argmax(1)
+    pseudo, told = made(), made()
+    fit(pseudo, TensorDataset(images()), targets="pseudo")
+    fit(told, TensorDataset(images(), want), targets="labels")
+    assert same(heads(pseudo), heads(told))
+
+
+# what is reported
+
+
+def test_each_epoch_tells_its_means_before_each_update():
+    model = made()
+    model.threshold = 0.5
+    with torch.no_grad():
+        every = copy.deepcopy(model).train().all_exits(images())  # one batch: judged before the only update
+    epoch = fit(model, batch_size=N, epochs=1).epochs[0]
+    answers = every.logits.argmax(-1)
+    assert epoch.accuracy == pytest.approx((answers == labels()).double().mean(1).tolist())
+    assert epoch.fidelity == pytest.approx((answers == answers[-1]).double().mean(1).tolist())
+    first = torch.cat([every.confidence[:-1] >= 0.5, torch.ones(1, N, dtype=torch.bool)]).int().argmax(0)
+    assert epoch.leaving == pytest.approx((torch.bincount(first, minlength=3) / N).tolist())
+    assert sum(epoch.leaving) == pytest.approx(1)
+    assert (epoch.number, epoch.val_loss) == (1, None)
+    assert epoch.seconds > 0
+
+
+def test_without_labels_there_is_no_accuracy():
+    assert fit(made(), TensorDataset(images()), targets="soft").epochs[0].accuracy is None
+
+
+def test_the_loss_on_other_data_is_taken_in_eval_mode_after_the_epoch():
+    model = made("bnpool")
+    history = fit(model, None, data(), epochs=2)
+    with torch.no_grad():
+        every = model.all_exits(images())
+    want = v1_loss(every.logits, every.confidence_logits, torch.tensor(model.costs), labels()).item()
+    assert history.epochs[-1].val_loss == pytest.approx(want, rel=1e-5)
+
+
+def test_each_epoch_is_told_when_it_is_over():
+    told: list[Epoch] = []
+    history = fit(made(), on_epoch=told.append)
+    assert told == history.epochs
+    assert [epoch.number for epoch in told] == [1, 2, 3]
+    assert json.loads(json.dumps(history.to_dict()))["epochs"][2]["number"] == 3
+
+
+@pytest.mark.parametrize(("loss", "where"), [("cost", r"exit 0 \(one\)"), ("mc", "backbone's own output")])
+def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
+    net = Net()
+    with torch.no_grad():
+        net.fc.weight *= 300  # so sure of its answers that no exit is as good
+    model = made("pool", net)
+    with pytest.warns(UserWarning, match=f"collapsed: .*{where}"):
+        history = train(model, data(), targets="pseudo", loss=loss, epochs=6, batch_size=16, lr=0.1, precision="no")
+    assert "collapsed" in history.warning
+
+
+def test_no_collapse_is_seen_where_images_leave_in_several_places():
+    model = made("pool")
+    with torch.no_grad():
+        model.threshold = model.all_exits(images()).confidence[:-1].median(1).values
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert train(model, data(), epochs=1, lr=1e-6, precision="no").warning is None
+
+
+# data
+
+
+class Own:
+    """A loader that is not torch's."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(images().split(16), labels().split(16), strict=True))
+
+
+class Stream(IterableDataset):
+    def __init__(self, items: int = N) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(list(zip(images(), labels(), strict=True))[: self.items])
+
+
+IN_ORDER = {
+    "a loader": lambda: DataLoader(data(), 16),
+    "a loader of a stream": lambda: DataLoader(Stream(), 16),
+    "a loader of mappings": lambda: DataLoader([{"image": i, "label": y} for i, y in data()], 16),
+    "a loader with a sampler of batches": lambda: DataLoader(data(), batch_sampler=[*torch.arange(N).split(16)]),
+    "a loader of one's own": Own,
+}
+
+
+@pytest.mark.parametrize("source", IN_ORDER)
+def test_a_loaders_own_batches_and_order_are_used(source):
+    got, want = made(), made()
+    fit(got, IN_ORDER[source](), batch_size=5)
+    fit(want, DataLoader(data(), 16))
+    assert same(heads(got), heads(want))
+
+
+SHUFFLED = {
+    "a list of pairs": lambda: [(i, int(y)) for i, y in data()],
+    "a list of mappings": lambda: [{"pixel_values": i, "labels": y} for i, y in data()],
+    "another data set": lambda: Interrupted(10**6),
+}
+
+
+@pytest.mark.parametrize("source", SHUFFLED.values(), ids=SHUFFLED)
+def test_every_kind_of_data_set_is_shuffled_alike(source):
+    got, want, straight = made(), made(), made()
+    fit(got, source())
+    fit(want, data())
+    fit(straight, DataLoader(data(), 16))
+    assert same(heads(got), heads(want))
+    assert not same(heads(want), heads(straight))
+
+
+@pytest.mark.parametrize(
+    "source", [lambda: [(i,) for i in images()], lambda: list(images())], ids=["(image,)", "image"]
+)
+@pytest.mark.parametrize("targets", ["pseudo", "soft"])
+def test_images_without_labels_are_enough_for_the_backbones_own_answers(source, targets):
+    got, want = made(), made()
+    fit(got, source(), targets=targets)
+    fit(want, TensorDataset(images()), targets=targets)
+    assert same(heads(got), heads(want))
+
+
+def test_labels_that_are_missing_are_asked_for_with_the_way_around():
+    with pytest.raises(DataError, match="targets='pseudo'"):
+        fit(made(), TensorDataset(images()))
+
+
+@pytest.mark.parametrize("label", [K, -2, 1000])
+@pytest.mark.parametrize("targets", training.TARGETS)
+def test_a_label_that_is_no_class_is_refused_whatever_the_targets(label, targets):
+    with pytest.raises(DataError, match=str(label)):
+        fit(made(), TensorDataset(images(), labels().where(labels() > 0, label)), targets=targets)
+
+
+@pytest.mark.parametrize("head", ["bnpool", "conv1"])
+def test_a_last_batch_of_one_row_is_left_out(head):
+    got, want = made(head), made(head)
+    history = fit(got, DataLoader(TensorDataset(images()[:33], labels()[:33]), 16))
+    fit(want, DataLoader(TensorDataset(images()[:32], labels()[:32]), 16))
+    assert same(heads(got), heads(want))
+    assert all(math.isfinite(epoch.loss) for epoch in history.epochs)
+
+
+EMPTY = {
+    "a data set": lambda: TensorDataset(images()[:0], labels()[:0]),
+    "a list": list,
+    "a loader of a stream": lambda: DataLoader(Stream(0)),
+}
+
+
+@pytest.mark.parametrize("source", EMPTY.values(), ids=EMPTY)
+def test_data_without_images_are_refused(source):
+    with pytest.raises(DataError):
+        fit(made(), source())
+
+
+# what is refused
+
+
+REFUSED = {
+    "targets": ({"targets": "pseudos"}, UnknownName, "pseudos.*Did you mean 'pseudo'"),
+    "a loss": ({"loss": "v3"}, UnknownName, "v3.*Did you mean 'v2'"),
+    "a precision": ({"precision": "bf61"}, UnknownName, "bf61.*Did you mean 'bf16'"),
+    "a device": ({"device": "cuda:99"}, DeviceError, "cuda:99"),
+    "no epochs": ({"epochs": 0}, PteeError, "epochs 0"),
+    "no batch": ({"batch_size": 0}, PteeError, "batch_size 0"),
+    "no learning rate": ({"lr": 0.0}, PteeError, "lr 0"),
+    "NaN for a learning rate": ({"lr": math.nan}, PteeError, "lr nan"),
+    "no patience at all": ({"patience": 0}, PteeError, "patience 0"),
+    "a negative weight decay": ({"weight_decay": -1.0}, PteeError, "weight_decay"),
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [pytest.param(*case, id=name) for name, case in REFUSED.items()],
+)
+def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(settings, error, said):
+    model = made()
+    before = heads(model)
+    with pytest.raises(error, match=said) as refusal:
+        fit(model, **settings)
+    assert isinstance(refusal.value, PteeError)
+    assert same(heads(model), before)
+
+
+def test_a_loss_that_is_no_number_is_refused_with_a_lower_learning_rate():
+    with pytest.raises(PteeError, match=r"nan.*1e\+29"):
+        fit(made(), lr=1e30)
+
+
+def test_after_a_loss_that_is_no_number_a_lower_learning_rate_helps():
+    model = made()
+    with pytest.raises(PteeError):
+        fit(model, lr=1e30)
+    fit(model, lr=1e-3)
+
+
+def test_an_error_in_the_data_reaches_the_caller_and_keeps_the_last_complete_epoch():
+    model, want = made(), made()
+    with pytest.raises(ZeroDivisionError):
+        fit(model, Interrupted(N + 20, ZeroDivisionError))
+    fit(want, epochs=1)
+    assert same(heads(model), heads(want))
+    assert not model.training
+
+
+def test_heads_in_half_precision_are_refused_with_the_way_around():
+    with pytest.raises(PteeError, match=r"bfloat16.*model\.float\(\)"):
+        fit(made().bfloat16())
+
+
+def test_a_model_in_double_precision_learns_from_images_in_single_precision():
+    model = made().double()
+    history = fit(model)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_training_switches_gradients_on(mode):
+    model = made()
+    with mode():
+        fit(model, epochs=1)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_training_in_mixed_precision_lowers_the_loss_and_keeps_float32_heads(precision):
+    model = made()
+    history = fit(model, precision=precision)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    assert {value.dtype for value in model.heads.parameters()} == {torch.float32}
+
+
+def test_mixed_precision_is_really_used():
+    rough, fine = made(), made()
+    fit(rough, precision="bf16")
+    fit(fine, precision="no")
+    assert not same(heads(rough), heads(fine))
+
+
+def test_settings_of_one_training_do_not_reach_into_the_next():
+    first, second = made(), made()
+    fit(first)
+    fit(made(), precision="bf16")
+    fit(second)
+    assert same(heads(first), heads(second))
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Callable[[], Any]]:
+    """Makes an Accelerator for bfloat16, as a caller's own program may; accelerate allows one precision per process."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield functools.partial(Accelerator, mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_accelerator_of_the_callers_keeps_its_precision(accelerator):
+    mine = accelerator()
+    fit(made(), epochs=1)
+    assert mine.mixed_precision == "bf16"
+
+
+def test_after_training_the_caller_can_make_an_accelerator(accelerator):
+    fit(made(), epochs=1)
+    assert accelerator().mixed_precision == "bf16"
+
+
+# early stopping
+
+
+def stubborn() -> TensorDataset:
+    """Images on which training makes the loss rise sooner or later."""
+    generator = torch.Generator().manual_seed(6)
+    return TensorDataset(torch.randn(32, *SIZE, generator=generator), torch.randint(K, (32,), generator=generator))
+
+
+def stopping(model: ptee.EarlyExitModel, train_data: Any = None, **settings: Any) -> History:
+    return fit(model, train_data, stubborn(), **{"epochs": 30, "lr": 0.1, "patience": 3} | settings)
+
+
+def test_training_stops_when_nothing_gets_better_and_goes_back_to_the_best():
+    seen: list[dict[str, Tensor]] = []
+    model = made()
+    history = stopping(model, on_epoch=lambda _: seen.append(heads(model)))
+    assert history.stopped_early
+    assert len(history.epochs) < 30
+    best = len(seen) - 1 - 3
+    losses = [epoch.val_loss for epoch in history.epochs]
+    assert min(losses[best + 1 :]) > losses[best] - training.MIN_DELTA
+    assert same(heads(model), seen[best])
+
+
+def test_without_patience_all_epochs_are_done_and_the_last_one_counts():
+    seen: list[dict[str, Tensor]] = []
+    model = made()
+    history = stopping(model, epochs=12, patience=None, on_epoch=lambda _: seen.append(heads(model)))
+    assert len(history.epochs) == 12
+    assert not history.stopped_early
+    assert same(heads(model), seen[-1])
+
+
+# Ctrl-C, and going on
+
+
+@pytest.mark.parametrize("head", ["pool", "conv1"])
+def test_ctrl_c_keeps_the_heads_of_the_last_complete_epoch(head):
+    model, want = made(head), made(head)
+    history = fit(model, Interrupted(N + 20))
+    fit(want, epochs=1)
+    assert history.interrupted
+    assert len(history.epochs) == 1
+    assert same(heads(model), heads(want))
+    assert not model.training
+
+
+def test_ctrl_c_in_the_first_epoch_keeps_the_heads_as_they_came(tmp_path):
+    model = made()
+    before = heads(model)
+    history = fit(model, Interrupted(20), checkpoint=tmp_path / "kept" / "checkpoint.safetensors")
+    assert (history.interrupted, history.epochs) == (True, [])
+    assert same(heads(model), before)
+    assert not (tmp_path / "kept").exists()
+
+
+def on_time(history: History) -> list[Epoch]:
+    """The epochs without the time they took."""
+    return [dataclasses.replace(epoch, seconds=0.0) for epoch in history.epochs]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loss": "v2"}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
+    ids=lambda s: ", ".join(s) or "as it is",
+)  # fmt: skip
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_resumed_training_ends_with_exactly_the_heads_of_one_that_was_never_interrupted(epoch, settings, tmp_path):
+    whole, broken, resumed = made(), made(), made(seed=9)
+    want = fit(whole, **settings)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    assert fit(broken, Interrupted(epoch * N + 20), checkpoint=checkpoint, **settings).interrupted
+    history = fit(resumed, checkpoint=checkpoint, resume=True, **settings)
+    assert same(heads(resumed), heads(whole))
+    assert on_time(history) == on_time(want)
+    assert not history.interrupted
+
+
+@pytest.mark.parametrize("when", ["before the best epoch", "after it"])
+def test_a_resumed_training_stops_where_one_that_was_never_interrupted_stops(when, tmp_path):
+    whole, resumed = made(), made(seed=9)
+    want = stopping(whole)
+    done = len(want.epochs) - (4 if when == "before the best epoch" else 2)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    stopping(made(), Interrupted(done * N + 20), checkpoint=checkpoint)
+    history = stopping(resumed, checkpoint=checkpoint, resume=True)
+    assert len(history.epochs) == len(want.epochs)
+    assert same(heads(resumed), heads(whole))
+
+
+def test_more_epochs_can_be_added_later(tmp_path):
+    whole, model = made(), made()
+    fit(whole, epochs=4)
+    for epochs in (2, 4):
+        fit(model, epochs=epochs, checkpoint=tmp_path / "c.safetensors", resume=True)
+    assert same(heads(model), heads(whole))
+
+
+def test_where_nothing_was_kept_resuming_begins_anew(tmp_path):
+    begun, want = made(), made()
+    fit(begun, checkpoint=tmp_path / "none.safetensors", resume=True)
+    fit(want)
+    assert same(heads(begun), heads(want))
+
+
+def test_without_resume_an_old_checkpoint_is_written_over(tmp_path):
+    checkpoint = tmp_path / "c.safetensors"
+    fit(made(seed=9), checkpoint=checkpoint)
+    model, want = made(), made()
+    history = fit(model, checkpoint=checkpoint)
+    fit(want)
+    assert same(heads(model), heads(want))
+    assert len(history.epochs) == 3
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """What one epoch leaves behind."""
+    fit(made(), epochs=1, checkpoint=tmp_path / "checkpoint.safetensors")
+    return tmp_path / "checkpoint.safetensors"
+
+
+OTHER = [
+    ("targets", "soft"), ("loss", "v2"), ("cost_weight", 0.5), ("batch_size", 8), ("lr", 0.5), ("weight_decay", 0.5), ("seed", 3),
+    ("precision", "bf16"), ("patience", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER, ids=lambda v: str(v))
+def test_another_setting_is_refused_with_both_values(name, value, checkpoint):
+    model = made()
+    before = heads(model)
+    with pytest.raises(RunError, match=f"{name}.*now {value}"):
+        fit(model, checkpoint=checkpoint, resume=True, **{name: value})
+    assert same(heads(model), before)
+
+
+def test_the_checkpoint_of_other_heads_is_refused(checkpoint):
+    with pytest.raises(RunError, match=r"conv1.*now pool"):
+        fit(made("pool"), checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_data_of_another_length_is_refused(checkpoint):
+    with pytest.raises(RunError, match=f"{N}.*now 32"):
+        fit(made(), TensorDataset(images()[:32], labels()[:32]), checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_other_exits_is_refused(checkpoint):
+    model = ptee.augment(Net(), exits=["one"], head="conv1", input_size=SIZE)
+    with pytest.raises(RunError, match="exits"):
+        fit(model, checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_another_number_of_classes_is_refused(checkpoint):
+    with pytest.raises(RunError):
+        fit(made(net=Net(K + 1)), checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
+    net = Net()
+    with torch.no_grad():
+        net.fc.bias += 1
+    with pytest.raises(RunError, match="backbone"):
+        fit(made(net=net), checkpoint=checkpoint, resume=True)
+
+
+def text(file: Path) -> None:
+    file.write_text("hello")
+
+
+def pickled(file: Path) -> None:
+    file.write_bytes(pickle.dumps({"a": 1}))
+
+
+def nothing(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def plain_tensors(file: Path) -> None:
+    save_file({"a": torch.zeros(1)}, file)
+
+
+def rewritten(file: Path, about: dict[str, str] | None = None, drop: str = "-", **add: Tensor) -> None:
+    with safe_open(file, "pt") as old:
+        tensors = {key: old.get_tensor(key) for key in old.keys() if not key.startswith(drop)}  # noqa: SIM118
+        about = old.metadata() | (about or {})
+    save_file(tensors | {key.replace("__", "."): value for key, value in add.items()}, file, about)
+
+
+def no_history(file: Path) -> None:
+    rewritten(file, {"history": "{}"})
+
+
+def odd_epochs(file: Path) -> None:
+    rewritten(file, {"history": '{"epochs": [{"number": 1}]}'})
+
+
+def odd_settings(file: Path) -> None:
+    rewritten(file, {"settings": "[]"})
+
+
+def no_heads(file: Path) -> None:
+    rewritten(file, drop="heads.")
+
+
+def odd_heads(file: Path) -> None:
+    rewritten(file, **{"heads__0__logits__bias": torch.zeros(99)})
+
+
+def odd_optimiser(file: Path) -> None:
+    rewritten(file, adam__x=torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [text, pickled, nothing, cut_off, plain_tensors, no_history, odd_epochs, odd_settings, no_heads, odd_heads, odd_optimiser],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(damage, checkpoint):
+    damage(checkpoint)
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors.*[Dd]elete it"):
+        fit(made(), checkpoint=checkpoint, resume=True)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file"):
+        fit(made(), checkpoint=tmp_path / "file" / "checkpoint.safetensors")
+
+
+def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:  # word for word what safetensors 0.8 raises
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(RunError, match="space"):
+        fit(made(), checkpoint=tmp_path / "checkpoint.safetensors")
+
+
+def test_heads_that_share_weights_are_kept_too(tmp_path):
+    model = made("pool")
+    model.heads[1].confidence.bias = model.heads[0].confidence.bias
+    fit(model, checkpoint=tmp_path / "checkpoint.safetensors")
+
+
+# several processes
+
+
+ONE_OF_TWO = """
+import sys
+import torch
+from test_training import N, data, fit, heads, made
+from torch.utils.data import TensorDataset
+
+for val_data in (data(), None):
+    model = made(seed=int(sys.argv[1]))  # the heads begin differently: the first process's are everybody's
+    history = fit(model, TensorDataset(*data()[: N - 3]), val_data, epochs=2, batch_size=8)
+    state = {name: value.tolist() for name, value in heads(model).items()}
+    print("FOUND", [state, [[e.loss, e.val_loss, e.leaving] for e in history.epochs]])
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> list[list[str]]:
+    """What each of two processes that train together printed: with validation data, and without."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", ONE_OF_TWO, rank], cwd=Path(__file__).parent, text=True,
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+        found.append([line for line in out.splitlines() if line.startswith("FOUND")])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("val_data", [True, False], ids=["with validation data", "without"])
+def test_two_processes_end_with_the_same_heads_and_figures(val_data, two_processes):
+    one, two = (found[0 if val_data else 1] for found in two_processes)
+    assert one == two
