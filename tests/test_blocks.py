@@ -200,6 +200,16 @@ def test_a_stage_is_divided_into_its_blocks():
     assert find(net, (3, 8, 8)).blocks == ["1.0", "1.1", "2.0"]
 
 
+class OtherResidual(Residual):
+    pass
+
+
+def test_a_stem_of_several_layers_is_no_block_even_where_all_blocks_are_of_different_classes():
+    stem = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    net = nn.Sequential(stem, nn.Sequential(Residual(), OtherResidual()), nn.Conv2d(8, 5, 8), nn.Flatten())
+    assert find(net, (3, 8, 8)).blocks == ["1.0", "1.1"]
+
+
 def test_what_follows_a_block_without_layers_leaves_the_block_its_name():
     net = nn.Sequential(
         nn.Conv2d(3, 8, 1), Residual(), nn.ReLU(), Residual(), nn.ReLU(), nn.Conv2d(8, 5, 8), nn.Flatten()

@@ -270,6 +270,25 @@ def test_a_refused_module_that_no_cut_holds_points_to_the_plan():
         survey(net, SIZE).cut("1", net)
 
 
+class Afterwards(Net):
+    """Runs a module on its answer and does not look at what that gives."""
+
+    def __init__(self) -> None:
+        super().__init__(conv())
+        self.later = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = super().forward(x)
+        self.later(answer)
+        return answer
+
+
+def test_what_runs_when_the_answer_is_ready_is_no_cut():
+    net = Afterwards()
+    with pytest.raises(CutError, match=r"'later': what comes later also reads the output of 'classifier'"):
+        survey(net, SIZE).cut("later", net)
+
+
 @pytest.mark.parametrize("name", ["part.onne", "", "nothing.like.it"])
 def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
     net = Net(Skip())
@@ -304,6 +323,14 @@ class BatchSizeInValues(Two):
         return x * (rows / len(x))
 
 
+class SkipThroughNumpy(Two):
+    """A skip connection that torch does not see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x.numpy(force=True).copy()
+        return self.two(self.one(x)) + torch.from_numpy(before)
+
+
 class Halves(nn.Module):
     """One half of the channels passes through `first`, the other around it, in the same memory."""
 
@@ -328,6 +355,7 @@ class Remembering(Two):
 SEEN_BY_THE_PROOF = {
     "a batch size kept in Python": (BatchSize, "part.one", "fails with fewer rows .RuntimeError"),
     "a batch size that scales the values": (BatchSizeInValues, "part.two", "gives logits off by"),
+    "a skip connection through numpy": (SkipThroughNumpy, "part.one", "fails with fewer rows"),
     "another view of the same memory": (Halves, "part.first", "fails with fewer rows"),
     "values kept in Python": (Remembering, "part.one", "gives logits off by"),
 }
