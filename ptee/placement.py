@@ -245,8 +245,12 @@ class _Placer:
     counts: Counts
 
     def place(self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None) -> list[Cut]:
-        if num_exits is not None and num_exits < 1:
-            raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+        if num_exits is not None and (not isinstance(num_exits, int) or num_exits < 1):
+            raise CutError(f"Cannot place {num_exits!r} exits: ask for a whole number, one at least.")
+        if not isinstance(exits, str | Sequence):
+            raise CutError(
+                f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
+            )
         if isinstance(exits, str):
             return self._by_rule(exits, num_exits)
         wanted: list[Any] = list(exits)
