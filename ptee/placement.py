@@ -245,8 +245,10 @@ class _Placer:
     counts: Counts
 
     def place(self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None) -> list[Cut]:
-        if num_exits is not None and (not isinstance(num_exits, int) or num_exits < 1):
-            raise CutError(f"Cannot place {num_exits!r} exits: ask for a whole number, one at least.")
+        if num_exits is not None and not isinstance(num_exits, int):
+            raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.")
+        if num_exits is not None and num_exits < 1:
+            raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
         if not isinstance(exits, str | Sequence):
             raise CutError(
                 f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
