@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import click
 
 from ptee import __version__, runs
 from ptee.errors import DataError, PteeError, RunError
+from ptee.options import BACKBONE, DATA, DEVICE, JSON, PLACE, THRESHOLD, Numbers
 
 if TYPE_CHECKING:
     from ptee.backbones import Backbone
@@ -66,112 +66,6 @@ def _failed(message: str, status: int, why: BaseException | None = None) -> int:
     return status
 
 
-# ---------------------------------------------------------------------------------------------------- options
-
-
-def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-class _Numbers(click.ParamType):
-    """Numbers between commas, such as 0.9,0.8."""
-
-    name = "numbers"
-
-    def __init__(self, kind: type = float) -> None:
-        self.kind = kind
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
-        if isinstance(value, list):
-            return value
-        try:
-            return [self.kind(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is no list of numbers between commas.", param, ctx)
-
-
-class _Size(_Numbers):
-    """Channels, height, width: 3,224,224; one number is the side of a colour image."""
-
-    name = "c,h,w"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        numbers = [int(n) for n in super().convert(value, param, ctx)]
-        size = [3, numbers[0], numbers[0]] if len(numbers) == 1 else numbers
-        if len(size) != 3 or min(size) < 1:
-            self.fail(f"{value!r} is no image size. Give c,h,w, such as 3,224,224.", param, ctx)
-        return size
-
-
-class _KeyValue(click.ParamType):
-    """KEY=VALUE; the value is read as YAML would read a number, true or null, or else as a word."""
-
-    name = "key=value"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = value.partition("=")
-        if not (key and equals):
-            self.fail(f"{value!r} is not KEY=VALUE.", param, ctx)
-        try:
-            return key, json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-        except ValueError:
-            return key, text
-
-
-_BACKBONE = _options(
-    click.option(
-        "--model", metavar="NAME", help="timm or torchvision classifier: resnet50, timm/NAME, torchvision/NAME."
-    ),
-    click.option(
-        "--weights", type=click.Path(path_type=Path), help="A file of weights (.safetensors, .pth, .pt, .th)."
-    ),
-    click.option("--pretrained/--no-pretrained", default=True, help="Load the published weights, or take random ones."),
-    click.option("--num-classes", type=int, help="Number of classes, where it is not the model's own."),
-    click.option(
-        "--model-arg", "model_args", type=_KeyValue(), multiple=True, help="An argument of the model. Repeatable."
-    ),
-    click.option("--input-size", type=_Size(int), help="Size of the images. Default: the model's own."),
-    click.option("--mean", type=_Numbers(), help="Mean of the pixels, per channel. Default: the model's own."),
-    click.option("--std", type=_Numbers(), help="Deviation of the pixels, per channel. Default: the model's own."),
-)
-_PLACE = _options(
-    click.option(
-        "--exits",
-        default="pareto",
-        show_default=True,
-        help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2.",
-    ),
-    click.option(
-        "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."
-    ),
-    click.option("--head", help="plain, pool, bnpool, conv1, conv2, ... convX. Default: pool; conv1 on the digits."),
-    click.option(
-        "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
-    ),
-)
-_DATA = _options(
-    click.option(
-        "--data",
-        help="Folder of images (train/, val/, class folders or tar files), or the name of a torchvision data set.",
-    ),
-    click.option("--data-root", type=click.Path(path_type=Path), help="Where that torchvision data set lies."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."),
-    click.option(
-        "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
-    ),
-)
-_DEVICE = click.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
-_THRESHOLD = click.option("--threshold", type=_Numbers(), help="T: one number, or one per exit between commas.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-
-
 class _InOrder(click.Group):
     """Commands are listed as they are written."""
 
@@ -202,9 +96,9 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command()
-@_BACKBONE
-@_PLACE
-@_DATA
+@BACKBONE
+@PLACE
+@DATA
 @click.option(
     "--targets",
     help="labels, pseudo (the backbone's answers) or soft (its probabilities). Default: labels where there are any.",
@@ -221,8 +115,8 @@ def cli(ctx: click.Context) -> None:
     "--seed", type=int, default=0, show_default=True, help="Of the heads, the order and the split of the data."
 )
 @click.option("--precision", default="auto", show_default=True, help="auto (bf16 where it is fast), no, bf16 or fp16.")
-@_THRESHOLD
-@_DEVICE
+@THRESHOLD
+@DEVICE
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/NAME.")
 @click.option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
@@ -256,9 +150,9 @@ def augment(**o: Any) -> None:
 
 
 @cli.command()
-@_BACKBONE
-@_PLACE
-@_JSON
+@BACKBONE
+@PLACE
+@JSON
 def plan(as_json: bool, **o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""
     from ptee.placement import make_plan
@@ -272,10 +166,10 @@ def plan(as_json: bool, **o: Any) -> None:
 @cli.command()
 @click.argument("run")
 @click.option("--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved.")
-@_DATA
-@_THRESHOLD
-@_DEVICE
-@_JSON
+@DATA
+@THRESHOLD
+@DEVICE
+@JSON
 def evaluate(run: str, as_json: bool, **o: Any) -> None:
     """Measure a saved RUN (a folder, or user/repo on the hub) again, at any threshold."""
     from ptee.devices import resolve_device
@@ -301,11 +195,11 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
 
 
 @cli.command()
-@_BACKBONE
-@_PLACE
+@BACKBONE
+@PLACE
 @click.option(
     "--batch-sizes",
-    type=_Numbers(int),
+    type=Numbers(int),
     default="1,32",
     show_default=True,
     help="Images per batch, for each measurement.",
@@ -314,8 +208,8 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     "--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="Each is timed so often, in turns."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
-@_DEVICE
-@_JSON
+@DEVICE
+@JSON
 def bench(as_json: bool, **o: Any) -> None:
     """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs."""
     import torch

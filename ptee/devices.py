@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from ptee.errors import DeviceError
@@ -40,3 +44,32 @@ def best_precision(device: torch.device) -> str:
         has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return "bf16" if fast and has() else "no"
     return "no"
+
+
+@contextmanager
+def accelerator_on(device: str | torch.device | None, precision: str) -> Iterator[Any]:
+    """An Accelerator for this device and precision, whatever another one in this process is for.
+
+    accelerate keeps one state for all Accelerators of a process; it is put back afterwards.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    shared = (PartialState._shared_state, AcceleratorState._shared_state)
+    before = [dict(state) for state in shared]
+    try:
+        if PartialState().num_processes == 1:
+            chosen = resolve_device(device)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState(cpu=chosen.type == "cpu").device = chosen
+        else:
+            chosen = PartialState().device
+        mixed = best_precision(chosen) if precision == "auto" else precision
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
+        yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
+    finally:
+        if any(before) or PartialState().num_processes == 1:
+            for state, was in zip(shared, before, strict=True):
+                state.clear()
+                state.update(was)

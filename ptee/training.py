@@ -8,11 +8,10 @@ all answers and confidences together. The loop is accelerate's: the same on a CP
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from operator import length_hint
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ptee import runs
+from ptee import checkpoint
 from ptee.batches import batches, split_batch
-from ptee.devices import best_precision, resolve_device
+from ptee.checkpoint import Reached
+from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line, unknown
 from ptee.losses import get_loss
 from ptee.model import EarlyExitModel
@@ -160,7 +160,7 @@ def train(
     """
     _check(targets, precision, epochs, batch_size, lr, weight_decay, patience)
     with (
-        _accelerator(device, precision) as accelerator,
+        accelerator_on(device, precision) as accelerator,
         _on_device(model, accelerator.device),
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
@@ -340,55 +340,25 @@ class _Training:
     # ---------------------------------------------------------------------------------------- the checkpoint
 
     def _save(self) -> None:
-        """Heads, optimiser and history in one file, so that it is whole or not there."""
-        from safetensors.torch import save_file
-
         if self.checkpoint is None or not self.accelerator.is_main_process:
             return
-        tensors = {f"heads.{k}": v for k, v in self.model.heads.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best_heads.items()}
-        for i, state in self.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        about = {"settings": json.dumps(asdict(self.settings)), "history": json.dumps(self.history.to_dict())}
-        runs.replace(self.checkpoint, lambda path: save_file(runs.storable(tensors), path, about))
+        heads = self.model.heads.state_dict()
+        reached = Reached(heads, self.best_heads, self.adam.state_dict()["state"], self.history.to_dict())
+        checkpoint.write(self.checkpoint, reached, asdict(self.settings))
 
     def resume(self) -> None:
         """Go on where the checkpoint stopped; without one, begin."""
-        from safetensors import SafetensorError, safe_open
-
         path = self.checkpoint
         if path is None or not path.is_file():
             return
+        reached = checkpoint.read(path, asdict(self.settings))
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            settings, history = dict(json.loads(about["settings"])), json.loads(about["history"])
-            epochs = [Epoch(**epoch) for epoch in history["epochs"]]
-        except (SafetensorError, KeyError, TypeError, ValueError) as why:
-            raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to begin anew.") from why
-        own = asdict(self.settings)
-        if other := [f"{k} {settings.get(k)} (now {v})" for k, v in own.items() if settings.get(k) != v]:
-            raise RunError(
-                f"{path} belongs to a training with {', '.join(other)}. Use the same settings, or delete it."
-            )
-        try:
-            self._restore(tensors)
-        except (RuntimeError, ValueError, KeyError, AttributeError) as why:
+            epochs = [Epoch(**epoch) for epoch in reached.history["epochs"]]
+            self.model.heads.load_state_dict(reached.heads)
+            self.adam.load_state_dict(self.adam.state_dict() | {"state": reached.adam})
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
             raise RunError(f"{path} does not fit these heads: {first_line(why)} Delete it to begin anew.") from why
-        self.history.epochs = epochs
-
-    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self.model.heads.load_state_dict(
-            {k.removeprefix("heads."): v for k, v in tensors.items() if k.startswith("heads.")}
-        )
-        self.best_heads = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = value
-        self.adam.load_state_dict(self.adam.state_dict() | {"state": state})
+        self.best_heads, self.history.epochs = reached.best_heads, epochs
 
 
 @dataclass(frozen=True)
@@ -462,38 +432,6 @@ class _Sums:
         samples, _, loss, *counts = sums.tolist()
         right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
         return Epoch(0, loss / samples, right if self.labelled else None, faithful, leaving, None, 0.0)
-
-
-# ---------------------------------------------------------------------------------------------------- device
-
-
-@contextmanager
-def _accelerator(device: str | torch.device | None, precision: str) -> Iterator[Any]:
-    """An Accelerator for this device and precision, whatever another one in this process is for.
-
-    accelerate keeps one state for all Accelerators of a process; it is put back afterwards.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    shared = (PartialState._shared_state, AcceleratorState._shared_state)
-    before = [dict(state) for state in shared]
-    try:
-        if PartialState().num_processes == 1:
-            chosen = resolve_device(device)
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState(cpu=chosen.type == "cpu").device = chosen
-        else:
-            chosen = PartialState().device
-        mixed = best_precision(chosen) if precision == "auto" else precision
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
-        yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
-    finally:
-        if any(before) or PartialState().num_processes == 1:
-            for state, was in zip(shared, before, strict=True):
-                state.clear()
-                state.update(was)
 
 
 @contextmanager

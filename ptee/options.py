@@ -1,0 +1,116 @@
+"""Options that several commands share, and how their words are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+class Numbers(click.ParamType):
+    """Numbers between commas, such as 0.9,0.8."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type = float) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
+        """As click asks for it."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.kind(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers between commas.", param, ctx)
+
+
+class Size(Numbers):
+    """Channels, height, width: 3,224,224; one number is the side of a colour image."""
+
+    name = "c,h,w"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        """As click asks for it."""
+        numbers = [int(n) for n in super().convert(value, param, ctx)]
+        size = [3, numbers[0], numbers[0]] if len(numbers) == 1 else numbers
+        if len(size) != 3 or min(size) < 1:
+            self.fail(f"{value!r} is no image size. Give c,h,w, such as 3,224,224.", param, ctx)
+        return size
+
+
+class KeyValue(click.ParamType):
+    """KEY=VALUE; the value is read as YAML would read a number, true or null, or else as a word."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        """As click asks for it."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (key and equals):
+            self.fail(f"{value!r} is not KEY=VALUE.", param, ctx)
+        try:
+            return key, json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except ValueError:
+            return key, text
+
+
+BACKBONE = _options(
+    click.option(
+        "--model", metavar="NAME", help="timm or torchvision classifier: resnet50, timm/NAME, torchvision/NAME."
+    ),
+    click.option(
+        "--weights", type=click.Path(path_type=Path), help="A file of weights (.safetensors, .pth, .pt, .th)."
+    ),
+    click.option("--pretrained/--no-pretrained", default=True, help="Load the published weights, or take random ones."),
+    click.option("--num-classes", type=int, help="Number of classes, where it is not the model's own."),
+    click.option(
+        "--model-arg", "model_args", type=KeyValue(), multiple=True, help="An argument of the model. Repeatable."
+    ),
+    click.option("--input-size", type=Size(int), help="Size of the images. Default: the model's own."),
+    click.option("--mean", type=Numbers(), help="Mean of the pixels, per channel. Default: the model's own."),
+    click.option("--std", type=Numbers(), help="Deviation of the pixels, per channel. Default: the model's own."),
+)
+PLACE = _options(
+    click.option(
+        "--exits",
+        default="pareto",
+        show_default=True,
+        help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2.",
+    ),
+    click.option(
+        "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."
+    ),
+    click.option("--head", help="plain, pool, bnpool, conv1, conv2, ... convX. Default: pool; conv1 on the digits."),
+    click.option(
+        "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
+    ),
+)
+DATA = _options(
+    click.option(
+        "--data",
+        help="Folder of images (train/, val/, class folders or tar files), or the name of a torchvision data set.",
+    ),
+    click.option("--data-root", type=click.Path(path_type=Path), help="Where that torchvision data set lies."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."),
+    click.option(
+        "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
+    ),
+)
+DEVICE = click.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
+THRESHOLD = click.option("--threshold", type=Numbers(), help="T: one number, or one per exit between commas.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
