@@ -112,7 +112,11 @@ def cli(ctx: click.Context) -> None:
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the heads, the order and the split of the data."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the heads, the order and the split of the data.",
 )
 @click.option("--precision", default="auto", show_default=True, help="auto (bf16 where it is fast), no, bf16 or fp16.")
 @THRESHOLD

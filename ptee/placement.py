@@ -286,7 +286,7 @@ class _Placer:
 
     def _by_name(self, names: list[str]) -> list[Cut]:
         if len(set(names)) < len(names):
-            raise CutError(f"The exits {', '.join(names)} name one module twice.")
+            raise CutError(f"The exits {', '.join(names)} name one module twice. Leave one of the two out.")
         wanted = {name: self.survey.cut(name, self.backbone.module) for name in names}
         cuts = [cut for name, cut in self.survey.cuts.items() if name in wanted]
         for name, reason in prove(self.backbone.module, cuts, self.backbone.input.input_size).items():
@@ -296,7 +296,8 @@ class _Placer:
         for one, two in pairwise(cuts):
             if self.cost(one) >= self.cost(two):
                 raise CutError(
-                    f"Exits {one.name!r} and {two.name!r} stand at the same point, nothing is computed between them."
+                    f"Exits {one.name!r} and {two.name!r} stand at the same point, nothing is computed between them. "
+                    "Leave one of the two out."
                 )
         return cuts
 

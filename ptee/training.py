@@ -36,6 +36,7 @@ from ptee.weights import weights_hash
 TARGETS = ("labels", "pseudo", "soft")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (thesis 4.2)
+LARGEST_SEED = 2**32
 COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
 
 
@@ -158,7 +159,7 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used.
         RunError: if the checkpoint belongs to another training.
     """
-    _check(targets, precision, epochs, batch_size, lr, weight_decay, patience)
+    _check(targets, precision, epochs, batch_size, lr, weight_decay, cost_weight, seed, patience)
     with (
         accelerator_on(device, precision) as accelerator,
         _on_device(model, accelerator.device),
@@ -182,19 +183,30 @@ def _about(data: Any) -> str:
 
 
 def _check(
-    targets: str, precision: str, epochs: int, batch_size: int, lr: float, weight_decay: float, patience: int | None
+    targets: str,
+    precision: str,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    cost_weight: float,
+    seed: int,
+    patience: int | None,
 ) -> None:
     if targets not in TARGETS:
         raise unknown("targets", targets, TARGETS)
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise PteeError(f"The {name} {value} must be positive.")
     if patience is not None and patience < 1:
         raise PteeError(f"The patience {patience} must be one epoch at least, or None.")
-    if not weight_decay >= 0:
-        raise PteeError(f"The weight_decay {weight_decay} must not be negative.")
+    for name, value in (("weight_decay", weight_decay), ("cost_weight", cost_weight)):
+        if not 0 <= value < math.inf:
+            raise PteeError(f"The {name} {value} must be a number, not negative.")
+    if not 0 <= seed < LARGEST_SEED:
+        raise PteeError(f"The seed {seed} must lie between 0 and {LARGEST_SEED - 1}.")
 
 
 class _Training:

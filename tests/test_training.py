@@ -340,6 +340,10 @@ REFUSED = {
     "NaN for a learning rate": ({"lr": math.nan}, PteeError, "lr nan"),
     "no patience at all": ({"patience": 0}, PteeError, "patience 0"),
     "a negative weight decay": ({"weight_decay": -1.0}, PteeError, "weight_decay"),
+    "a cost weight that is no number": ({"cost_weight": float("nan")}, PteeError, "cost_weight nan"),
+    "an endless learning rate": ({"lr": float("inf")}, PteeError, "lr inf"),
+    "a seed that no generator takes": ({"seed": 10**18}, PteeError, "seed 1000000000000000000"),
+    "a negative seed": ({"seed": -1}, PteeError, "seed -1"),
 }
 
 
