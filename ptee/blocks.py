@@ -59,8 +59,8 @@ class _Tree:
         last = max(self.counts.products_until.values())
         units = [name for name in units if self.counts.products_until.get(name, 0) < last]  # the classifier
         composite = [i for i, name in enumerate(units) if self.is_composite(name)]
-        if not composite:
-            return units[1:]
+        if sum(self.counts.inside.get(units[i], 0) for i in composite) < LARGE * self.counts.total:
+            return units[1:]  # a chain of single layers
         classes = [type(self.modules[units[i]]) for i in composite]
         # What the network is wrapped in does not count: "0.conv1" of Sequential(normalize, net) is as near the root as conv1.
         paths = [units[i].split(".") for i in composite]

@@ -209,7 +209,7 @@ class _Recorder(TorchDispatchMode):
         self._inside: list[str] = []
         self._values: list[_Value] = []
         self._current: dict[int, _Value] = {}
-        self._axes = AxisTracker()
+        self._axes = AxisTracker(len(images))
         self._axes.set(images, image_axes(images.shape))
         self._make(images)
 

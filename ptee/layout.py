@@ -24,12 +24,14 @@ class Layout:
     """How a feature map lies in its tensor, and how to read it as (b, c, h, w).
 
     Attributes:
-        order: "bchw", "bhwc", "bnc" (tokens), "bcn" or "bc" (a vector).
+        order: "bchw", "bhwc", "bnc" (tokens), "bnnc" (windows of tokens, in any number of axes), "bcn" or "bc" (a vector).
         channels: c.
         height: h, 1 for a vector.
         width: w, 1 for a vector.
         prefix: class and register tokens before the h * w positions; tokens behind those are dropped too.
         tokens: how many there are in all, of a token layout.
+        folds: (letter, size, stride) of the pieces in which h and w lie in the tokens, major to minor, where they were
+            put in another order (windows after windows); empty for one line of the grid after another.
     """
 
     order: str
@@ -38,6 +40,7 @@ class Layout:
     width: int
     prefix: int = 0
     tokens: int = 0
+    folds: tuple[tuple[str, int, int], ...] = ()
 
     def to_map(self, z: Tensor) -> Tensor:
         """Read a tensor of this layout as a map.
@@ -62,14 +65,20 @@ class Layout:
             return z.permute(0, 3, 1, 2)
         if self.order == "bc":
             return z[:, :, None, None]
-        tokens = z.transpose(1, 2) if self.order == "bnc" else z
+        flat = z.flatten(1, -2) if "nn" in self.order else z
+        tokens = flat if self.order == "bcn" else flat.transpose(1, 2)
         positions = self.height * self.width
         if tokens.shape[2] != self.tokens:
             raise PteeError(
                 f"Expected {self.tokens} tokens, a grid of {self.height} x {self.width} among them, got {tokens.shape[2]}: "
                 "the images have another size than the one the exits were planned for. Plan anew with that input_size."
             )
-        return tokens[:, :, self.prefix : self.prefix + positions].unflatten(2, (self.height, self.width))
+        grid = tokens[:, :, self.prefix : self.prefix + positions]
+        if self.folds:
+            pieces = sorted(range(len(self.folds)), key=lambda i: (self.folds[i][0], -self.folds[i][2]))
+            sizes = [size for _, size, _ in self.folds]
+            grid = grid.unflatten(2, sizes).permute(0, 1, *(2 + i for i in pieces)).flatten(2)
+        return grid.unflatten(2, (self.height, self.width))
 
 
 @dataclass(frozen=True)
@@ -109,13 +118,24 @@ def layout_of(axes: Axes, shape: Sequence[int]) -> Layout | None:
             return Layout(order, size["c"], size.get("h", 1), size.get("w", 1))
     if letters == "bc":
         return Layout("bc", size["c"], 1, 1)
-    if letters in ("bnc", "bcn"):
-        tokens = axes[letters.index("n")]
-        if len(tokens) == 2:  # (h, w), joined
-            return Layout(letters, size["c"], tokens[0].size, tokens[1].size, 0, size["n"])
-        if tokens[0].grid is not None:
-            return Layout(letters, size["c"], *tokens[0].grid, tokens[0].prefix, size["n"])
+    if letters[0] == "b" and letters[1:].endswith("c"):
+        return _token_layout("b" + "n" * (len(axes) - 2) + "c", axes[1:-1], size["c"])
+    if letters == "bcn":
+        return _token_layout(letters, axes[2:], size["c"])
     return None
+
+
+def _token_layout(order: str, positions: Axes, channels: int) -> Layout | None:
+    """All positions, in whatever order, in one axis or in several side by side."""
+    tokens = _join(tuple(atom for axis in positions for atom in axis))
+    count = prod(a.size for a in tokens)
+    if len(tokens) == 1 and tokens[0].grid is not None:
+        return Layout(order, channels, *tokens[0].grid, tokens[0].prefix, count)
+    if not _is_tiling(tokens):
+        return None
+    height, width = (prod(a.size for a in tokens if a.letter == letter) for letter in "hw")
+    folds = () if _is_grid(tokens) else tuple((a.letter, a.size, a.stride) for a in tokens)
+    return Layout(order, channels, height, width, 0, count, folds)
 
 
 def _letter(axis: Axis) -> str:
@@ -127,7 +147,23 @@ def _letter(axis: Axis) -> str:
         return "c"  # in any order: channels have no neighbours
     if len(whole) == 1 and whole[0].stride == 1:
         return whole[0].letter
-    return "n" if [(a.letter, a.stride) for a in whole] == [("h", 1), ("w", 1)] else UNKNOWN
+    return "n" if _is_tiling(whole) else UNKNOWN
+
+
+def _is_grid(axis: Axis) -> bool:
+    """Lines of positions, one after another."""
+    return [(a.letter, a.stride) for a in axis] == [("h", 1), ("w", 1)]
+
+
+def _is_tiling(axis: Axis) -> bool:
+    """All positions, in whatever order their pieces lie: the steps of each letter fill one another."""
+    for letter in "hw":
+        reached = 1
+        for atom in sorted((a for a in axis if a.letter == letter), key=lambda a: a.stride):
+            if atom.stride != reached:
+                return False
+            reached *= atom.size
+    return {a.letter for a in axis} == {"h", "w"}
 
 
 def _join(axis: Axis) -> Axis:
@@ -150,10 +186,15 @@ class AxisTracker:
 
     Tensors are known by where they lie in memory, so that a tensor and its alias have the same axes. Whoever drives the
     tracker tells it when memory is used anew (`forget`).
+
+    Args:
+        rows: of the batch. A convolution says what all its axes are but for the first; where that was lost on the way, as
+            many entries as there are rows are taken to be the rows, and the proof of the cut tells whether they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int | None = None) -> None:
         self._axes: dict[int, dict[tuple[object, ...], Axes]] = {}
+        self._rows = rows
 
     def set(self, tensor: Tensor, axes: Axes) -> None:
         """Remember the axes of a tensor."""
@@ -184,6 +225,8 @@ class AxisTracker:
         if op == "cat":
             return self._cat(args, shape)
         first = self.get(args[0]) if args else None
+        if op == "convolution":
+            return self._convolution(first, shape)
         if op in ("mm", "bmm", "addmm", "baddbmm", "linear"):
             return self._product(op, args, shape)
         if first is None or op not in _RULES:
@@ -204,7 +247,7 @@ class AxisTracker:
         known = [(i, axes) for i, t in enumerate(tensors) if (axes := self.get(t)) is not None]
         if not known:
             return None
-        grids = [(i, axes) for i, axes in known if _letter(axes[dim]) == "n"]
+        grids = [(i, axes) for i, axes in known if _is_grid(axes[dim]) or any(a.grid for a in axes[dim])]
         place, axes = (grids or known)[0]
         if len(grids) == 1:
             before = sum(t.shape[dim] for t in tensors[:place])
@@ -212,6 +255,18 @@ class AxisTracker:
         else:
             new = _resized(axes[dim], shape[dim])
         return (*axes[:dim], new, *axes[dim + 1 :])
+
+    def _convolution(self, axes: Axes | None, shape: tuple[int, ...]) -> Axes | None:
+        """New channels in second place, new positions behind; the batch as it was."""
+        batch = axes[0] if axes else ()
+        if _letter(batch) in (".", UNKNOWN) and shape[0] == self._rows:
+            batch = _axis("b", shape[0])
+        if len(shape) == 4:
+            return (batch, *(_axis(letter, size) for letter, size in zip("chw", shape[1:], strict=True)))
+        if axes is None:
+            return None
+        behind = zip(axes[2:], shape[2:], strict=True)
+        return (batch, _axis("c", shape[1]), *(_best([(axis, prod(a.size for a in axis))], n) for axis, n in behind))
 
     def _like(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """Anything else: each dimension is the most telling one of that size among the operands."""
@@ -259,7 +314,7 @@ def _resized(axis: Axis, size: int) -> Axis:
 
 def _tokens(axis: Axis, size: int, before: int) -> Atom:
     """A grid of tokens with others around it."""
-    if len(axis) == 2:
+    if _is_grid(axis):
         return Atom("n", size, 1, before, (axis[0].size, axis[1].size))
     return replace(axis[0], size=size, prefix=before + axis[0].prefix)
 
@@ -340,22 +395,9 @@ def _slice(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
     return tuple(out)
 
 
-def _convolution(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
-    """New channels in second place, new positions behind; the batch as it was."""
-    batch, channels = axes[0], _axis("c", shape[1])
-    if len(shape) == 4:
-        return (batch, channels, _axis("h", shape[2]), _axis("w", shape[3]))
-    return (
-        batch,
-        channels,
-        *(_best([(axis, prod(a.size for a in axis))], n) for axis, n in zip(axes[2:], shape[2:], strict=True)),
-    )
-
-
 _RULES = {
     "view": _reshape, "_unsafe_view": _reshape, "reshape": _reshape, "_reshape_alias": _reshape,
     "permute": _permute, "transpose": _transpose, "t": _transpose,
     "unsqueeze": _unsqueeze, "squeeze": _squeeze, "select": _drop, "unbind": _unbind, "slice": _slice,
     "mean": _drop, "sum": _drop, "amax": _drop, "amin": _drop, "max": _drop,
-    "convolution": _convolution,
 }  # fmt: skip

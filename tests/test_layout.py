@@ -171,9 +171,9 @@ def test_a_token_stands_in_the_map_where_its_patch_stands_in_the_image(grid):
 class Following(TorchDispatchMode):
     """Drives a tracker through everything that runs; all tensors stay alive, so no memory is used twice."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, rows: int | None) -> None:
         super().__init__()
-        self.tracker, self.alive = AxisTracker(), [images]
+        self.tracker, self.alive = AxisTracker(rows), [images]
         self.tracker.set(images, image_axes(images.shape))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -198,9 +198,11 @@ def within_seconds(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def follow(images: Tensor, operate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Layout | None]:
+def follow(
+    images: Tensor, operate: Callable[[Tensor], Tensor], rows: int | None = None
+) -> tuple[Tensor, Layout | None]:
     """What comes out, and the layout found for it."""
-    with within_seconds(10), torch.no_grad(), Following(images) as mode:
+    with within_seconds(10), torch.no_grad(), Following(images, rows) as mode:
         z = operate(images)
     axes = mode.tracker.get(z)
     return z, None if axes is None else layout_of(axes, z.shape)
@@ -240,16 +242,17 @@ def test_windows_cut_apart_and_put_together_are_the_whole_map_again(rows, c, gh,
 
 @settings(deadline=None)
 @given(rows=several, c=several, g=several, height=several, width=several)
-def test_windows_put_together_in_a_wrong_order_have_no_layout(rows, c, g, height, width):
+def test_windows_put_together_in_another_order_are_read_as_they_were(rows, c, g, height, width):
     images = torch.randn(rows, c, g * height, g * width)
     for order in ((0, 1, 2, 3, 4, 5), (0, 2, 3, 1, 4, 5), (0, 3, 1, 2, 4, 5), (0, 1, 3, 4, 2, 5)):
-        _, layout = follow(
+        z, layout = follow(
             images,
             lambda x, order=order: put_together(
                 windows(x.permute(0, 2, 3, 1), height, width), height, width, g * height, g * width, order
             ),
         )
-        assert layout is None
+        assert layout is not None
+        assert torch.equal(layout.to_map(z), images)
 
 
 def test_windows_with_the_batch_folded_in_have_no_layout():
@@ -292,8 +295,6 @@ def test_a_layout_never_puts_a_value_in_another_place(shape, steps):
 UNTOLD = {
     "rows and positions in one axis": lambda x: x.permute(0, 2, 3, 1).flatten(0, 2),
     "channels and positions in one axis": lambda x: x.flatten(1),
-    "positions column by column": lambda x: x.permute(0, 3, 2, 1).flatten(1, 2),
-    "width before height": lambda x: x.permute(0, 3, 2, 1),
     "rows behind": lambda x: x.permute(1, 2, 3, 0),
     "the mean over channels": lambda x: x.mean(1),
     "the mean over the height alone": lambda x: x.mean(2),
@@ -301,7 +302,7 @@ UNTOLD = {
     "half of the batch": lambda x: x[:2],
     "pieces of the height as channels": lambda x: x.view(4, 5, 2, 2, 6).permute(0, 2, 4, 1, 3).flatten(3),
     "unfolded patches": lambda x: torch.nn.functional.unfold(x, 2),
-    "two axes more": lambda x: x.view(4, 5, 2, 2, 3, 2),
+    "two axes more, channels between": lambda x: x.view(4, 5, 2, 2, 3, 2).permute(0, 2, 3, 1, 4, 5),
     "values that do not come from the image": lambda x: torch.randn(4, 5, 4, 6),
 }
 
@@ -313,6 +314,18 @@ def test_what_cannot_be_told_has_no_layout(name):
 
 FOLLOWED = {
     "an addition": (lambda x: x + torch.ones(5, 1, 1), Layout("bchw", 5, 4, 6)),
+    "positions column by column": (
+        lambda x: x.permute(0, 3, 2, 1).flatten(1, 2),
+        Layout("bnc", 5, 4, 6, 0, 24, (("w", 6, 1), ("h", 4, 1))),
+    ),
+    "width before height": (
+        lambda x: x.permute(0, 3, 2, 1),
+        Layout("bnnc", 5, 4, 6, 0, 24, (("w", 6, 1), ("h", 4, 1))),
+    ),
+    "windows of tokens in an axis of their own": (
+        lambda x: x.view(4, 5, 2, 2, 3, 2).permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2),
+        Layout("bnnc", 5, 4, 6, 0, 24, (("h", 2, 2), ("w", 3, 2), ("h", 2, 1), ("w", 2, 1))),
+    ),
     "a crop": (lambda x: x[:, :, 1:, 1:], Layout("bchw", 5, 3, 5)),
     "a cyclic shift": (lambda x: x.permute(0, 2, 3, 1).roll((1, 1), (1, 2)), Layout("bhwc", 5, 4, 6)),
     "padding": (lambda x: torch.nn.functional.pad(x, (0, 2, 0, 1)), Layout("bchw", 5, 5, 8)),
@@ -353,7 +366,31 @@ def test_the_layout_is_followed_through(name):
 def test_equal_sizes_are_told_apart():
     images = torch.randn(4, 4, 4, 4)
     assert follow(images, lambda x: x.permute(0, 2, 3, 1))[1] == Layout("bhwc", 4, 4, 4)
-    assert follow(images, lambda x: x.permute(0, 3, 2, 1))[1] is None
+    turned = Layout("bnnc", 4, 4, 4, 0, 16, (("w", 4, 1), ("h", 4, 1)))
+    assert follow(images, lambda x: x.permute(0, 3, 2, 1))[1] == turned
+    assert torch.equal(turned.to_map(images.permute(0, 3, 2, 1)), images)
+
+
+def test_a_convolution_says_where_everything_is_but_the_rows_which_are_as_many_as_there_are():
+    def lose_all_axes(x):
+        return torch.nn.functional.conv2d(torch.nn.functional.unfold(x, 1).view(x.shape), torch.ones(7, 5, 1, 1))
+
+    images = torch.randn(4, 5, 4, 6)
+    assert follow(images, lose_all_axes, rows=4)[1] == Layout("bchw", 7, 4, 6)
+    assert follow(images, lose_all_axes, rows=3)[1] is None
+
+
+def test_positions_in_hieras_order_of_windows_are_read_in_the_images_order():
+    net = timm.create_model("hiera_tiny_224", img_size=(64, 96), embed_dim=8, stages=(1, 1, 1, 1)).eval()
+    cuts = survey(net, (3, 64, 96)).cuts
+    images = torch.randn(2, 3, 64, 96)
+    kept: dict[int, Tensor] = {}
+    for i, block in enumerate(net.blocks):
+        block.register_forward_hook(lambda _m, _i, out, i=i: kept.setdefault(i, out))
+    with torch.no_grad():
+        _, maps = net.forward_intermediates(images)
+    for i, expected in enumerate(maps):
+        assert torch.equal(cuts[f"blocks.{i}"].layout.to_map(kept[i]), expected)
 
 
 def test_a_tensor_never_seen_has_no_axes():
