@@ -59,8 +59,8 @@ class _Tree:
         last = max(self.counts.products_until.values())
         units = [name for name in units if self.counts.products_until.get(name, 0) < last]  # the classifier
         composite = [i for i, name in enumerate(units) if self.is_composite(name)]
-        if sum(self.counts.inside.get(units[i], 0) for i in composite) < LARGE * self.counts.total:
-            return units[1:]  # a chain of single layers
+        if not composite or self._is_chain(units, composite):
+            return units[1:]
         classes = [type(self.modules[units[i]]) for i in composite]
         # What the network is wrapped in does not count: "0.conv1" of Sequential(normalize, net) is as near the root as conv1.
         paths = [units[i].split(".") for i in composite]
@@ -68,6 +68,11 @@ class _Tree:
         deep = [len(path) > shared + 1 for path in paths]
         inner = [i for i, kind, d in zip(composite, classes, deep, strict=True) if d or classes.count(kind) > 1]
         return units[(inner or composite)[0] : composite[-1] + 1]
+
+    def _is_chain(self, units: list[str], composite: list[int]) -> bool:
+        """Single layers, one after another, do nearly all the work: what is composite then comes behind them."""
+        cost = sum(self.counts.inside.get(units[i], 0) for i in composite)
+        return composite[0] > len(composite) and cost < LARGE * self.counts.total
 
     def is_composite(self, name: str) -> bool:
         """More than one layer."""

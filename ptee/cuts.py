@@ -3,15 +3,16 @@
 One forward pass over three random images is enough to find them all. `survey` notes every operator of it, who made each
 value that depends on the images and when it was read last. A module's output is a cut when nothing else that depends
 on the images is read after it. What such a reading cannot see (a row count kept in a Python number, views of one memory)
-the proof sees: `prove` lets rows go at the cut and requires that the rest of the pass answers exactly those that are left.
+of one memory) the proof sees (`proof`).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ptee.errors import BackboneError, CutError, first_line, unknown
-from ptee.layout import AxisTracker, Layout, image_axes, layout_of
+from ptee.layout import Axes, AxisTracker, Layout, image_axes, layout_of
+from ptee.replay import Step, take
 
 SURVEY_ROWS = 3
-TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4}  # of the largest logit; half precision: 3e-2
-KEPT = 2  # rows left in a proof: one alone would broadcast past a skip connection that carries the old rows
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Cut:
         layout: how to read that tensor as (b, c, h, w).
         main: which of the output's tensors that is, counted through nested tuples, lists and dicts.
         carried: all tensors of the output that carry the batch; they shrink together.
+        folds: of each of these, as in `rows.take`.
         overwritten: something later writes into that memory, so a head that keeps it needs a copy.
+        steps: what need not run again where the forward pass must begin anew when rows go here (`replay`); none where
+            the rows can go at the output itself.
     """
 
     name: str
@@ -46,7 +49,9 @@ class Cut:
     layout: Layout
     main: int
     carried: tuple[int, ...]
+    folds: tuple[int, ...]
     overwritten: bool
+    steps: tuple[Step, ...] = ()
 
     def feature_map(self, output: Any) -> Tensor:
         """The tensor that the head reads, out of what the module gave."""
@@ -60,8 +65,8 @@ class Cut:
             rows: (kept,) positions in the batch as it is at this module.
         """
         leaves, spec = tree_flatten(output)
-        for i in self.carried:
-            leaves[i] = leaves[i][rows]  # index_select would lose channels_last
+        for i, fold in zip(self.carried, self.folds, strict=True):
+            leaves[i] = take(leaves[i], rows, fold)
         return tree_unflatten(leaves, spec)
 
 
@@ -71,18 +76,27 @@ class Survey:
 
     Attributes:
         cuts: by module name, in order of execution.
+        bypassed: modules past whose output something else is read, at which the pass can begin anew; for networks that
+            have nothing better. In order of execution.
+        cells: those of them past which only modules beside them are read, as a cell reads the two before it.
+        steps: of each cut, should the rest of the pass remember the old batch; none where it cannot begin anew.
         refused: why each other module that ran is no cut.
+        order: all modules that ran, in order of execution.
         classes: K, the width of the answer.
     """
 
     cuts: dict[str, Cut]
+    bypassed: dict[str, Cut]
+    cells: set[str]
+    steps: dict[str, tuple[Step, ...]]
     refused: dict[str, str]
+    order: tuple[str, ...]
     classes: int
 
     def cut(self, name: str, backbone: nn.Module) -> Cut:
         """The cut at a module, or a CutError that says why there is none."""
-        if name in self.cuts:
-            return self.cuts[name]
+        if name in self.cuts or name in self.bypassed:
+            return (self.cuts | self.bypassed)[name]
         if name not in dict(backbone.named_modules(remove_duplicate=False)) or not name:
             raise unknown("module", name, self.cuts)
         reason = self.refused.get(name, "it is not called in the forward pass")
@@ -97,46 +111,26 @@ def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
         input_size: (c, h, w).
 
     Raises:
-        BackboneError: if the forward pass fails, or gives something else than one tensor (b, K).
+        BackboneError: as of `logits_of`.
     """
     images = random_images(module, SURVEY_ROWS, input_size)
     recorder = _Recorder(images)
     names = {m: n for n, m in module.named_modules() if n}
+    compound = {n for n, m in module.named_modules() if n and next(m.children(), None) is not None}
     with torch.no_grad(), recorder.listening(names):
-        answer = _answer(module, images)
-        recorder.read(answer)
-    cuts, refused = {}, {}
-    for event in recorder.events:
-        verdict = recorder.verdict(event)
-        if isinstance(verdict, Cut):
-            cuts[event.name] = verdict
-        else:
-            refused[event.name] = verdict
-    return Survey(cuts, refused, answer.shape[1])
-
-
-def prove(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
-    """Let rows go at each cut, and require that the network answers exactly those that are left.
-
-    All cuts are tried in one pass, each of which takes one row away; only if that fails are they tried one by one.
-
-    Args:
-        module: the network in eval mode.
-        cuts: what to prove, in order of execution.
-        input_size: (c, h, w).
-
-    Returns:
-        Why each cut that failed is none, by name; empty when all are proven.
-
-    Raises:
-        BackboneError: if rows of one batch change one another's answers even without a cut.
-    """
-    reference = _Reference.of(module, random_images(module, len(cuts) + KEPT, input_size))
-    reference.check_independence()
-    if not cuts or reference.objection(cuts) is None:
-        return {}
-    reference = _Reference.of(module, random_images(module, KEPT + 2, input_size))
-    return {cut.name: reason for cut in cuts if (reason := reference.objection([cut])) is not None}
+        logits = logits_of(module, images)
+        recorder.read(logits)
+    verdicts = {event.name: recorder.verdict(event, bypass=event.name in compound) for event in recorder.events}
+    found = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, Cut)}
+    return Survey(
+        cuts={name: cut for name, cut in found.items() if not cut.steps},
+        bypassed={name: cut for name, cut in found.items() if cut.steps},
+        cells={event.name for event in recorder.events if event.name in found and recorder.is_cell(event)},
+        steps={event.name: recorder.steps(event) for event in recorder.events if event.name in found},
+        refused={name: verdict for name, verdict in verdicts.items() if isinstance(verdict, str)},
+        order=tuple(verdicts),
+        classes=logits.shape[1],
+    )
 
 
 def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]) -> Tensor:
@@ -147,21 +141,26 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
     return noise.to(like.device, like.dtype)
 
 
-def _answer(module: nn.Module, images: Tensor) -> Tensor:
+def logits_of(module: nn.Module, images: Tensor) -> Tensor:
+    """What a classifier answers: (b, K).
+
+    Raises:
+        BackboneError: if the pass fails, or gives something else than one tensor (b, K).
+    """
     kind, size = type(module).__name__, tuple(images.shape[1:])
     try:
-        answer = module(images)
+        logits = module(images)
     except Exception as why:
         raise BackboneError(
             f"{kind} fails on images of size {size}: {first_line(why)} Give the size it takes: input_size=(c, h, w)."
         ) from why
-    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(images):
-        got = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise BackboneError(
             f"{kind} gives {got} for {len(images)} images; a classifier gives one tensor (b, K). "
             "Wrap it in a module that returns its logits."
         )
-    return answer
+    return logits
 
 
 def remedy(name: str, cuts: dict[str, Cut]) -> str:
@@ -191,11 +190,22 @@ class _Event:
     """A module has given its output."""
 
     name: str
+    around: tuple[int, ...]  # numbers of the calls inside of which it was called
     time: int
     leaves: list[Any]
     values: list[_Value | None]  # of each leaf; None: no tensor, or one that does not depend on the images
     layouts: list[Layout | None]
-    calls: list[int] = field(default_factory=lambda: [1])
+    folds: list[int]  # of each leaf, as in `take`; 0: it does not carry the rows in front
+
+    @property
+    def own(self) -> list[int]:
+        """The leaves that depend on the images."""
+        return [i for i, value in enumerate(self.values) if value is not None]
+
+    @property
+    def overwritten(self) -> bool:
+        """Something writes into its memory later."""
+        return any(v is not None and v.last_write > self.time for v in self.values)
 
 
 class _Recorder(TorchDispatchMode):
@@ -204,9 +214,10 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.time = 0
-        self.events: list[_Event] = []
-        self._by_name: dict[str, _Event] = {}
-        self._inside: list[str] = []
+        self.events: list[_Event] = []  # of the first call of each module
+        self._ended: list[_Event] = []  # of all calls, in the order of their ends
+        self._calls: Counter[str] = Counter()
+        self._inside: list[tuple[str, int]] = []  # modules that are running, and the numbers of their calls
         self._values: list[_Value] = []
         self._current: dict[int, _Value] = {}
         self._axes = AxisTracker(len(images))
@@ -219,7 +230,7 @@ class _Recorder(TorchDispatchMode):
         handles = []
         try:
             for module, name in names.items():
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._inside.append(name)))
+                handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
                 handles.append(module.register_forward_hook(lambda _m, _i, out, name=name: self._leave(name, out)))
             with self:
                 yield
@@ -263,7 +274,7 @@ class _Recorder(TorchDispatchMode):
                 self._make(t)
 
     def _make(self, tensor: Tensor) -> _Value:
-        value = _Value(self.time, self._inside[-1] if self._inside else "", self.time, self.time)
+        value = _Value(self.time, self._inside[-1][0] if self._inside else "", self.time, self.time)
         self._values.append(value)
         self._current[_memory(tensor)] = value
         return value
@@ -271,127 +282,103 @@ class _Recorder(TorchDispatchMode):
     def _find(self, tensor: Tensor) -> _Value | None:
         return self._current.get(_memory(tensor))
 
+    def _enter(self, name: str) -> None:
+        self._calls[name] += 1
+        self._inside.append((name, self._calls.total()))
+
     def _leave(self, name: str, output: Any) -> None:
         self._inside.pop()
-        if name in self._by_name:
-            self._by_name[name].calls[0] += 1
-            return
         leaves = tree_flatten(output)[0]
-        values = [self._find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
         axes = [self._axes.get(leaf) for leaf in leaves]
-        layouts = [layout_of(a, leaf.shape) if a is not None else None for a, leaf in zip(axes, leaves, strict=True)]
-        shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        event = _Event(name, self.time, shapes, values, layouts)
-        self.events.append(event)
-        self._by_name[name] = event
+        event = _Event(
+            name,
+            tuple(number for _, number in self._inside),
+            self.time,
+            [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+            [self._find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
+            [layout_of(a, leaf.shape) if a is not None else None for a, leaf in zip(axes, leaves, strict=True)],
+            [_fold(leaf, a) if isinstance(leaf, Tensor) else 0 for leaf, a in zip(leaves, axes, strict=True)],
+        )
+        self._ended.append(event)
+        if self._calls[name] == 1:
+            self.events.append(event)
 
-    def verdict(self, event: _Event) -> Cut | str:
-        """The cut at this module's output, or why there is none."""
-        if event.calls[0] > 1:
-            return f"it is called {event.calls[0]} times in one forward pass, and its exit would fire each time"
-        own = [i for i, value in enumerate(event.values) if value is not None]
-        if not own:
+    def verdict(self, event: _Event, bypass: bool) -> Cut | str:
+        """The cut at this module's output, or why there is none; `bypass`: other values may be read past it."""
+        if self._calls[event.name] > 1:
+            return (
+                f"it is called {self._calls[event.name]} times in one forward pass, and its exit would fire each time"
+            )
+        if not event.own:
             return "its output does not depend on the images"
-        stale = self._stale(event, {id(event.values[i]) for i in own})
-        if stale is not None:
-            made = f"the output of {stale.maker!r}" if stale.maker else "what was made outside of any module"
-            made = "the image itself" if stale.birth == 0 else made
+        stale = self._stale(event)
+        steps = self.steps(event) if stale and bypass else ()
+        if stale and not steps:
+            made = f"the output of {stale[0].maker!r}" if stale[0].maker else "what was made outside of any module"
+            made = "the image itself" if stale[0].birth == 0 else made
             return f"what comes later also reads {made}, which passes around it"
-        odd = [event.leaves[i] for i in own if not event.leaves[i] or event.leaves[i][0] != SURVEY_ROWS]
-        if odd:
+        if odd := [event.leaves[i] for i in event.own if not event.folds[i]]:
             return f"its output has a tensor of shape {odd[0]} that does not carry the {SURVEY_ROWS} rows in front"
-        readable = [i for i in own if event.layouts[i] is not None]
+        readable = [i for i in event.own if event.layouts[i] is not None]
         if not readable:
-            return f"no rows, channels and positions could be told apart in its output of shape {event.leaves[own[0]]}"
+            shape = event.leaves[event.own[0]]
+            return f"no rows, channels and positions could be told apart in its output of shape {shape}"
         # Of several tensors the head reads the largest; of equals, the last.
         main = max(readable, key=lambda i: (np.prod(event.leaves[i]), i))
         layout = event.layouts[main]
         assert layout is not None
-        overwritten = any(v is not None and v.last_write > event.time for v in event.values)
-        return Cut(event.name, event.leaves[main][1:], layout, main, tuple(own), overwritten)
+        folds = tuple(event.folds[i] for i in event.own)
+        shape = event.leaves[main][1:]
+        return Cut(event.name, shape, layout, main, tuple(event.own), folds, event.overwritten, steps)
 
-    def _stale(self, event: _Event, own: set[int]) -> _Value | None:
-        """A value made before this output and read after it, though not part of it."""
-        if not hasattr(self, "_times"):
-            self._times = np.array([(v.birth, v.last_read) for v in self._values]).T
+    def steps(self, event: _Event) -> tuple[Step, ...]:
+        """What is over when this module has given its output, outermost modules only; none where that holds no rows."""
+        over = self._ended[: self._ended.index(event) + 1]
+        over = [e for e in over if e.own and e.around == event.around[: len(e.around)]]
+        if any(not e.folds[i] for e in over for i in e.own):
+            return ()
+        read = {id(value) for value in self._stale(event) if value.birth} | {id(event.values[i]) for i in event.own}
+        given = {id(e.values[i]) for e in over for i in e.own}
+        return tuple(
+            Step(
+                e.name,
+                tuple(e.own),
+                tuple(e.folds[i] for i in e.own),
+                needed=not read <= given or any(id(e.values[i]) in read for i in e.own),
+                overwritten=e.overwritten,
+            )
+            for e in over
+        )
+
+    def is_cell(self, event: _Event) -> bool:
+        """Past it, only outputs of modules beside it are read."""
+        beside = {id(v) for e in self._ended if _parent(e.name) == _parent(event.name) for v in e.values}
+        return all(id(value) in beside for value in self._stale(event))
+
+    @cached_property
+    def _times(self) -> np.ndarray[Any, Any]:
+        return np.array([(v.birth, v.last_read) for v in self._values]).T
+
+    def _stale(self, event: _Event) -> list[_Value]:
+        """Values made before this output and read after it, though not part of it."""
         born, read = self._times
         alive = np.flatnonzero((born <= event.time) & (read > event.time))
-        return next((self._values[i] for i in alive if id(self._values[i]) not in own), None)
+        own = {id(event.values[i]) for i in event.own}
+        return [self._values[i] for i in alive if id(self._values[i]) not in own]
+
+
+def _fold(tensor: Tensor, axes: Axes | None) -> int:
+    """Entries of a tensor's first axis for each row, 0 where rows do not lie in front, each in one piece."""
+    packed, rest = divmod(tensor.shape[0], SURVEY_ROWS) if tensor.dim() else (0, 1)
+    if rest or packed <= 1:
+        return packed if not rest else 0
+    known = axes is not None and axes[0] and axes[0][0]  # where nothing is known, the proof will tell
+    return packed if not known or (known.letter, known.size) == ("b", SURVEY_ROWS) else 0
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-# ---------------------------------------------------------------------------------------------------- the proof
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The answers of a whole batch, and how near to them the same rows must come."""
-
-    module: nn.Module
-    images: Tensor
-    answers: Tensor
-    tolerance: float
-
-    @classmethod
-    def of(cls, module: nn.Module, images: Tensor) -> _Reference:
-        reference = cls._in_own_precision(module, images)
-        if reference._rows_differ():
-            return reference
-        # Untrained networks can answer almost the same for every image; float64 still tells the rows apart.
-        try:
-            return cls._in_own_precision(copy.deepcopy(module).double(), images.double())
-        except BackboneError:  # it casts to a type of its own
-            return reference
-
-    @classmethod
-    def _in_own_precision(cls, module: nn.Module, images: Tensor) -> _Reference:
-        with torch.no_grad():
-            answers = _answer(module, images)
-        tolerance = TOLERANCES.get(answers.dtype, 3e-2) * max(answers.abs().max().item(), 1e-30)
-        return cls(module, images, answers, tolerance)
-
-    def _rows_differ(self) -> bool:
-        n = len(self.answers)
-        gaps = [(self.answers[i] - self.answers[j]).abs().max().item() for i in range(n) for j in range(i)]
-        return min(gaps) > 10 * self.tolerance
-
-    def check_independence(self) -> None:
-        """The same rows in a smaller batch must get the same answers."""
-        with torch.no_grad():
-            gap = (self.answers[-KEPT:] - _answer(self.module, self.images[-KEPT:])).abs().max().item()
-        if not gap <= self.tolerance:
-            raise BackboneError(
-                f"{type(self.module).__name__} answers the same image differently in another batch (off by {gap:.1e}): "
-                "its rows influence one another, so none of them can leave early."
-            )
-
-    def objection(self, cuts: Sequence[Cut]) -> str | None:
-        """Why these are no cuts, or None where the proof succeeds: the first rows leave, as many at each."""
-        images = self.images
-        leaving = (len(images) - KEPT) // len(cuts)
-
-        def hook(cut: Cut) -> Any:
-            def drop(_module: nn.Module, _args: Any, output: Any) -> Any:
-                here = len(cut.feature_map(output))
-                return cut.select(output, torch.arange(leaving, here, device=images.device))
-
-            return self.module.get_submodule(cut.name).register_forward_hook(drop)
-
-        handles = [hook(cut) for cut in cuts]
-        try:
-            with torch.no_grad():
-                got = self.module(images)
-        except Exception as why:  # whatever the network's own code raises on fewer rows
-            return f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})"
-        finally:
-            for handle in handles:
-                handle.remove()
-        if got.shape != self.answers[-KEPT:].shape:
-            return f"with {KEPT} rows left the network still answers with shape {tuple(got.shape)}"
-        gap = (got - self.answers[-KEPT:]).abs().max().item()
-        if not gap <= self.tolerance:
-            return f"resuming from it gives logits off by {gap:.1e} (allowed: {self.tolerance:.1e})"
-        return None

@@ -395,9 +395,20 @@ def _slice(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
     return tuple(out)
 
 
+def _unfold(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+    """Patches: (b, channels and places in a patch, lines of patches)."""
+    _, kernel, dilation, padding, stride = args
+    if len(axes) != 4 or any(_letter(axis) not in (letter, ".") for axis, letter in zip(axes[2:], "hw", strict=True)):
+        return None
+    sizes = [prod(a.size for a in axis) for axis in axes[2:]]
+    steps = zip(sizes, kernel, dilation, padding, stride, strict=True)
+    h, w = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, d, p, s in steps)
+    return (axes[0], (Atom(UNKNOWN, shape[1]),), (*_axis("h", h), *_axis("w", w)))
+
+
 _RULES = {
     "view": _reshape, "_unsafe_view": _reshape, "reshape": _reshape, "_reshape_alias": _reshape,
     "permute": _permute, "transpose": _transpose, "t": _transpose,
     "unsqueeze": _unsqueeze, "squeeze": _squeeze, "select": _drop, "unbind": _unbind, "slice": _slice,
-    "mean": _drop, "sum": _drop, "amax": _drop, "amin": _drop, "max": _drop,
+    "im2col": _unfold, "mean": _drop, "sum": _drop, "amax": _drop, "amin": _drop, "max": _drop,
 }  # fmt: skip

@@ -8,7 +8,8 @@ the tables of the EENet thesis, which calls those shares cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from ptee.backbones import Backbone, load_backbone
 from ptee.blocks import blocks
 from ptee.costs import Counts, count, parameters
-from ptee.cuts import Cut, Survey, prove, random_images, remedy, survey
+from ptee.cuts import Cut, Survey, random_images, remedy, survey
 from ptee.errors import CutError, unknown
 from ptee.freezing import freeze
 from ptee.heads import ExitHead, make_head
+from ptee.proof import prove
 from ptee.tables import table
 
 MOST_EXITS = 5  # as many as an unnumbered scheme places
@@ -28,6 +30,7 @@ LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing l
 CONVENTIONS = ("full", "paper")
 
 Rule = Callable[[Sequence[float], int], list[int]]
+Choice = Callable[[Sequence[float]], list[int]]  # a rule that knows how many exits it places
 
 
 # ---------------------------------------------------------------------------------------------------- the rules
@@ -243,6 +246,8 @@ class _Placer:
     backbone: Backbone
     survey: Survey
     counts: Counts
+    proven: dict[str, Cut] = field(default_factory=dict)  # by name; or tried in vain
+    failed: dict[str, str] = field(default_factory=dict)  # why
 
     def place(self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None) -> list[Cut]:
         if num_exits is not None and not isinstance(num_exits, int):
@@ -271,28 +276,50 @@ class _Placer:
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
         if rule not in PLACEMENTS:
             raise unknown("placement", rule, PLACEMENTS)
+
+        def choose(exits: int) -> Choice:
+            return lambda costs: PLACEMENTS[rule](costs, exits)
+
         if num_exits is not None:
-            return self._proven(lambda costs: PLACEMENTS[rule](costs, num_exits), num_exits, rule)
+            return self._somehow(choose(num_exits), num_exits, rule)
         for exits in range(MOST_EXITS, 0, -1):
-            try:
-                return self._by_rule(rule, exits)
-            except _NoRoomError:
-                if exits == 1:
-                    raise
-        raise AssertionError("unreachable")
+            for places in (self._blocks, self._cells):
+                if found := self._proven(choose(exits), exits, places, LATEST):
+                    return found
+        raise self._no_room(1, rule)
 
     def _by_wish(self, wishes: list[float]) -> list[Cut]:
-        return self._proven(lambda costs: first_behind(costs, wishes), len(wishes), f"at {', '.join(map(str, wishes))}")
+        words = f"at {', '.join(map(str, wishes))}"
+
+        def choose(costs: Sequence[float]) -> list[int]:
+            return first_behind(costs, wishes)
+
+        for places in (self._blocks, self._cells, self._parts):
+            if found := self._proven(choose, len(wishes), places, LATEST):
+                return found
+        raise self._no_room(len(wishes), words)
+
+    def _somehow(self, choose: Choice, wanted: int, words: str) -> list[Cut]:
+        """As the rule says; where it runs out of blocks, as near to it as leaves a block for each exit."""
+        for places in (self._blocks, self._cells, self._parts):
+            for rule in (choose, _with_room_for_all(choose, wanted)):
+                if found := self._proven(rule, wanted, places, LATEST):
+                    return found
+        if found := self._proven(_with_room_for_all(choose, wanted), wanted, self._blocks, 1.0):
+            return found
+        raise self._no_room(wanted, words)
 
     def _by_name(self, names: list[str]) -> list[Cut]:
         if len(set(names)) < len(names):
             raise CutError(f"The exits {', '.join(names)} name one module twice. Leave one of the two out.")
         wanted = {name: self.survey.cut(name, self.backbone.module) for name in names}
-        cuts = [cut for name, cut in self.survey.cuts.items() if name in wanted]
-        for name, reason in prove(self.backbone.module, cuts, self.backbone.input.input_size).items():
+        cuts = [wanted[name] for name in self.survey.order if name in wanted]
+        self._prove(cuts)
+        for name, reason in self.failed.items():
             raise CutError(
                 f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}. {remedy(name, self.survey.cuts)}"
             )
+        cuts = [self.proven[cut.name] for cut in cuts]
         for one, two in pairwise(cuts):
             if self.cost(one) >= self.cost(two):
                 raise CutError(
@@ -303,42 +330,80 @@ class _Placer:
 
     def cost(self, cut: Cut) -> float:
         """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
-        order = list(self.survey.cuts)
+        order = self.survey.order
         before = reversed(order[: order.index(cut.name) + 1])
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
 
-    def _proven(self, rule: Callable[[Sequence[float]], list[int]], wanted: int, words: str) -> list[Cut]:
-        """Let the rule choose among the blocks, and again without those whose proof fails."""
-        places = [self.survey.cuts[name] for name in blocks(self.backbone.module, self.survey, self.counts)]
-        proven: set[str] = set()
-        while True:
-            chosen = [places[i] for i in rule([self.cost(cut) for cut in places])]
-            chosen = [cut for cut in chosen if self.cost(cut) <= LATEST]
-            if len(chosen) < wanted:
-                raise self._no_room(places, wanted, words)
-            untried = [cut for cut in chosen if cut.name not in proven]
-            failed = prove(self.backbone.module, untried, self.backbone.input.input_size)
-            if not failed:
-                return chosen
-            proven |= {cut.name for cut in untried} - set(failed)
-            places = [cut for cut in places if cut.name not in failed]
+    @cached_property
+    def _blocks(self) -> list[Cut]:
+        """The cuts that end a block."""
+        return [self.survey.cuts[name] for name in blocks(self.backbone.module, self.survey, self.counts)]
 
-    def _no_room(self, places: list[Cut], wanted: int, words: str) -> CutError:
-        early = [cut for cut in places if self.cost(cut) <= LATEST]
+    @cached_property
+    def _cells(self) -> list[Cut]:
+        """Likewise, where a block may read the outputs of others beside it: cells of networks found by search."""
+        if not self.survey.cells & self.survey.bypassed.keys():
+            return []
+        names = self.survey.cuts.keys() | (self.survey.cells & self.survey.bypassed.keys())
+        cuts = self.survey.cuts | self.survey.bypassed
+        wider = replace(self.survey, cuts={name: cuts[name] for name in self.survey.order if name in names})
+        return [cuts[name] for name in blocks(self.backbone.module, wider, self.counts)]
+
+    @cached_property
+    def _parts(self) -> list[Cut]:
+        """Likewise, with whole modules around which anything may pass: branches that run one after another."""
+        names = [n for n in self.survey.bypassed if self.counts.products.get(n, 0) >= 2]
+        outermost = {n for n in names if not any(n.startswith(f"{other}.") for other in names)}
+        cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
+        return [cuts[name] for name in self.survey.order if name in cuts]
+
+    def _proven(self, rule: Choice, wanted: int, places: list[Cut], latest: float) -> list[Cut] | None:
+        """Let the rule choose among the places, and again without those whose proof fails; None if too few are left."""
+        while True:
+            places = [cut for cut in places if self.cost(cut) <= latest and cut.name not in self.failed]
+            costs = [self.cost(cut) for cut in places]
+            chosen = [places[i] for i in rule(costs)]
+            if len(chosen) < wanted:
+                return None
+            self._prove([cut for cut in chosen if cut.name not in self.proven])
+            if not any(cut.name in self.failed for cut in chosen):
+                return [self.proven[cut.name] for cut in chosen]
+
+    def _prove(self, cuts: Sequence[Cut]) -> None:
+        """As they are; what fails because the rest of the pass remembers the old batch, by beginning anew."""
+        size = self.backbone.input.input_size
+        failed = prove(self.backbone.module, cuts, size)
+        anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
+        anew = [cut for cut in anew if cut.steps]
+        still = prove(self.backbone.module, anew, size) if anew else {}
+        self.proven |= {cut.name: cut for cut in (*cuts, *anew)}
+        self.failed |= {name: why for name, why in failed.items() if name in still or not self.proven[name].steps}
+
+    def _no_room(self, wanted: int, words: str) -> CutError:
+        early = [cut for cut in self._blocks if self.cost(cut) <= LATEST]
         if not early:
-            return _NoRoomError(
+            return CutError(
                 f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its "
                 "cost. Name a module with --exits MODULE if you know one."
             )
-        return _NoRoomError(
+        return CutError(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
             f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
             f"Ask for fewer (--num-exits), another placement, or name fractions or modules."
         )
 
 
-class _NoRoomError(CutError):
-    """The rule found fewer blocks than exits."""
+def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
+    """The rule, with each exit moved forward as far as those behind it need to find a block of their own."""
+
+    def choose(costs: Sequence[float]) -> list[int]:
+        last = len(costs) - wanted
+        if last < 0:
+            return []
+        chosen = [*rule(costs), *[len(costs)] * wanted]
+        return [min(block, last + n) for n, block in enumerate(chosen[:wanted])]
+
+    return choose
 
 
 def plan(

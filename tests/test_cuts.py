@@ -13,8 +13,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ptee.cuts import Cut, Survey, prove, random_images, survey
+from ptee.cuts import Cut, Survey, random_images, survey
 from ptee.errors import BackboneError, CutError, PteeError, UnknownName
+from ptee.proof import prove
 
 SIZE = (3, 16, 16)
 
@@ -248,7 +249,7 @@ REFUSED = {
     "the image not in its output": (Constant, "part.table", "does not depend on the images"),
     "an output that nobody reads": (Unread, "part.one", "the output of 'entry'"),
     "never called": (Never, "part.one", "not called"),
-    "windows in place of rows": (Windows, "part.inside", r"shape \(6, 8, 4, 8\) that does not carry the 3 rows"),
+    "windows in place of rows": (Windows, "part.inside", r"could be told apart in its output of shape \(6, 8, 4, 8\)"),
     "axes that cannot be told apart": (Mixed, "part.inside", r"could be told apart in its output of shape \(3, 512\)"),
 }
 
@@ -297,10 +298,10 @@ def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
     assert "part.one" not in str(refusal.value), "a module that is no cut must not be suggested"
 
 
-def test_a_dense_layer_is_refused_and_its_block_is_offered():
+def test_a_layer_inside_a_dense_layer_is_refused_and_the_block_is_offered():
     net = timm.create_model("densenet121", num_classes=5).eval()
-    with pytest.raises(CutError, match=r"'features\.denseblock1\.denselayer2'.*Use 'features\.denseblock1', which"):
-        survey(net, (3, 32, 32)).cut("features.denseblock1.denselayer2", net)
+    with pytest.raises(CutError, match=r"denselayer2\.conv1'.*Use 'features\.denseblock1', which"):
+        survey(net, (3, 32, 32)).cut("features.denseblock1.denselayer2.conv1", net)
 
 
 # ---------------------------------------------------------------------------------------------------- only the proof sees

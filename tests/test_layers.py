@@ -17,9 +17,9 @@ PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options",
-    1: "costs layout losses batches data cifar_resnet weights origins freezing devices",
+    1: "costs layout replay losses batches data cifar_resnet weights origins freezing devices",
     2: "labels heads cuts backbones",
-    3: "blocks runs",
+    3: "blocks proof runs",
     4: "placement checkpoint",
     5: "calls",
     6: "model",
@@ -87,7 +87,9 @@ def test_only_the_command_prints_or_ends_the_program(module):
     assert module == "cli" or not said
 
 
-@pytest.mark.parametrize("module", ["losses", "heads", "placement", "blocks", "layout", "costs", "cuts"])
+@pytest.mark.parametrize(
+    "module", ["losses", "heads", "placement", "blocks", "layout", "replay", "costs", "cuts", "proof"]
+)
 def test_the_method_knows_no_file_and_no_arguments(module):
     names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
     assert not names & {"open", "Path", "os", "argparse", "click", "json"}

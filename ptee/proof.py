@@ -1,0 +1,125 @@
+"""The proof of a cut: rows go there, and the rest of the forward pass must answer exactly those that are left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptee.cuts import Cut, logits_of, random_images
+from ptee.errors import BackboneError, first_line
+from ptee.replay import Again, Memory, make_plain, make_recallable, merged, run
+
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4}  # of the largest logit; half precision: 3e-2
+KEPT = 2  # rows left in a proof: one alone would broadcast past a skip connection that carries the old rows
+
+
+def prove(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
+    """Let rows go at each cut, and require that the network answers exactly those that are left.
+
+    All cuts are tried in one pass, each of which takes one row away; only if that fails are they tried one by one.
+
+    Args:
+        module: the network in eval mode.
+        cuts: what to prove, in order of execution.
+        input_size: (c, h, w).
+
+    Returns:
+        Why each cut that failed is none, by name; empty when all are proven.
+
+    Raises:
+        BackboneError: if rows of one batch change one another's answers even without a cut.
+    """
+    reference = _Reference.of(module, random_images(module, len(cuts) + KEPT, input_size))
+    reference.check_independence()
+    if not cuts or reference.objection(cuts) is None:
+        return {}
+    reference = _Reference.of(module, random_images(module, KEPT + 2, input_size))
+    return {cut.name: reason for cut in cuts if (reason := reference.objection([cut])) is not None}
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The answers of a whole batch, and how near to them the same rows must come."""
+
+    module: nn.Module
+    images: Tensor
+    answers: Tensor
+    tolerance: float
+
+    @classmethod
+    def of(cls, module: nn.Module, images: Tensor) -> _Reference:
+        reference = cls._in_own_precision(module, images)
+        if reference._rows_differ():
+            return reference
+        # Untrained networks can answer almost the same for every image; float64 still tells the rows apart.
+        try:
+            return cls._in_own_precision(copy.deepcopy(module).double(), images.double())
+        except BackboneError:  # it casts to a type of its own
+            return reference
+
+    @classmethod
+    def _in_own_precision(cls, module: nn.Module, images: Tensor) -> _Reference:
+        with torch.no_grad():
+            answers = logits_of(module, images)
+        tolerance = TOLERANCES.get(answers.dtype, 3e-2) * max(answers.abs().max().item(), 1e-30)
+        return cls(module, images, answers, tolerance)
+
+    def _rows_differ(self) -> bool:
+        n = len(self.answers)
+        gaps = [(self.answers[i] - self.answers[j]).abs().max().item() for i in range(n) for j in range(i)]
+        return min(gaps) > 10 * self.tolerance
+
+    def check_independence(self) -> None:
+        """The same rows in a smaller batch must get the same answers."""
+        with torch.no_grad():
+            gap = (self.answers[-KEPT:] - logits_of(self.module, self.images[-KEPT:])).abs().max().item()
+        if not gap <= self.tolerance:
+            raise BackboneError(
+                f"{type(self.module).__name__} answers the same image differently in another batch (off by {gap:.1e}): "
+                "its rows influence one another, so none of them can leave early."
+            )
+
+    def objection(self, cuts: Sequence[Cut]) -> str | None:
+        """Why these are no cuts, or None where the proof succeeds: the first rows leave, as many at each."""
+        images = self.images
+        leaving = (len(images) - KEPT) // len(cuts)
+
+        steps = {self.module.get_submodule(n): step for n, step in merged([cut.steps for cut in cuts]).items()}
+        memory = Memory(steps)
+        passed: set[str] = set()
+
+        def drop(cut: Cut, output: Any) -> Any:
+            if cut.name in passed:  # the pass was begun anew
+                return None
+            passed.add(cut.name)
+            staying = torch.arange(leaving, len(cut.feature_map(output)), device=images.device)
+            memory.keep_rows(staying)
+            if cut.steps:
+                raise Again
+            return cut.select(output, staying)
+
+        handles = [
+            self.module.get_submodule(cut.name).register_forward_hook(lambda _m, _i, out, cut=cut: drop(cut, out))
+            for cut in cuts
+        ]
+        make_recallable(list(steps))
+        try:
+            with torch.no_grad():
+                got = run(self.module, images, memory)
+        except Exception as why:  # whatever the network's own code raises on fewer rows
+            return f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})"
+        finally:
+            make_plain(list(steps))
+            for handle in handles:
+                handle.remove()
+        if got.shape != self.answers[-KEPT:].shape:
+            return f"with {KEPT} rows left the network still answers with shape {tuple(got.shape)}"
+        gap = (got - self.answers[-KEPT:]).abs().max().item()
+        if not gap <= self.tolerance:
+            return f"resuming from it gives logits off by {gap:.1e} (allowed: {self.tolerance:.1e})"
+        return None
