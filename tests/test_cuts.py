@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -462,6 +463,12 @@ def test_other_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
     cut = survey(net, (3, 32, 32)).cuts["features.2"]
     assert prove(net, [cut], (3, 32, 32)) == {}
     assert "off by" in prove(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
+
+
+def test_a_nearly_constant_network_that_cannot_be_copied_is_proven_in_its_own_precision():
+    net = nearly_constant(1e-8)
+    net.lock = threading.Lock()
+    assert prove(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
