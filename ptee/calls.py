@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee.cuts import Cut
-from ptee.errors import PteeError
+from ptee.errors import PteeError, first_line
 from ptee.heads import confidence_of
 from ptee.placement import Plan
 
@@ -26,7 +26,7 @@ class ExitOutput(NamedTuple):
     """What `predict` answers, one entry for each row of the batch.
 
     Attributes:
-        logits: (b, K) of the exit at which the row left.
+        logits: (b, K) of the exit at which the row left, in the type of the backbone's own answer.
         exit_index: (b,) that exit, 0..E; E is the backbone's own output.
         confidence: (b,) h of that exit, float32; 1 at E.
         cost: (b,) what the row cost, as a fraction of the bare backbone.
@@ -69,9 +69,22 @@ class Call(ABC):
         z = cut.feature_map(output)
         if cut.overwritten and torch.is_grad_enabled():
             z = z.clone()  # the backward pass needs it as it is now
-        with running(None):
-            logits, confidence = self.heads[n](z)
-        return self.visit(n, cut, output, logits, confidence)
+        return self.visit(n, cut, output, *self._ask(n, cut, z))
+
+    def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head says, which runs outside of this call."""
+        try:
+            with running(None):
+                logits, confidence = self.heads[n](z)
+        except RuntimeError as why:
+            if z.shape[1:] == cut.shape:
+                raise
+            raise PteeError(
+                f"Exit {n} ({self.plan.exits[n].name}) was planned for a feature map {tuple(cut.shape)} and its head cannot "
+                f"read this one, {tuple(z.shape[1:])} ({first_line(why).rstrip('.')}): the images have another size than "
+                f"{self.plan.input_size}. Plan anew with their input_size."
+            ) from why
+        return logits, confidence
 
     @abstractmethod
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
@@ -143,13 +156,18 @@ class Leaving(Call):
         t = self.thresholds[n]
         return t if self.rows is None or isinstance(t, float) or t.dim() == 0 else t.index_select(0, self.rows)
 
-    def result(self, answer: Tensor | None) -> ExitOutput:
-        """Put the rows back in order; `answer` is the backbone's for those who never left."""
+    def result(self, answer: Tensor | None, dtype: torch.dtype | None = None) -> ExitOutput:
+        """Put the rows back in order.
+
+        Args:
+            answer: the backbone's for those who never left; None where all did.
+            dtype: of the logits; None for that of the answer, or of the last exit.
+        """
         if answer is not None:
             sure = torch.ones(len(answer), device=answer.device)
             self.parts.append(_Part(self.rows, len(self.plan.exits), answer, sure))
         costs = self.plan.costs
-        logits = _joined([p.logits for p in self.parts]).to(self.parts[-1].logits.dtype)
+        logits = _joined([p.logits for p in self.parts]).to(dtype or self.parts[-1].logits.dtype)
         confidence = _joined([p.confidence for p in self.parts])
         index = _joined([torch.full_like(p.confidence, p.exit, dtype=torch.int64) for p in self.parts])
         cost = _joined([torch.full_like(p.confidence, costs[p.exit]) for p in self.parts])
