@@ -1,6 +1,6 @@
 """One call of an early-exit model: what happens at each cut while the backbone runs.
 
-The hooks stay on the backbone for good and know nothing. What a call knows (who is still in the batch, who left where) lives
+The hooks stay on the backbone between calls and know nothing. What a call knows (who is still in the batch, who left where) lives
 in the call, and hooks find the call of their own thread; so two threads may use one model at once, and a backbone that is
 called by itself is the bare backbone.
 """
