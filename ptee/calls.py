@@ -1,6 +1,6 @@
 """One call of an early-exit model: what happens at each cut while the backbone runs.
 
-The hooks stay on the backbone for good and know nothing. What a call knows (who is still in the batch, who left where) lives
+The hooks stay on the backbone between calls and know nothing. What a call knows (who is still in the batch, who left where) lives
 in the call, and hooks find the call of their own thread; so two threads may use one model at once, and a backbone that is
 called by itself is the bare backbone.
 """
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ptee.cuts import Cut
-from ptee.errors import PteeError
+from ptee.errors import PteeError, first_line
 from ptee.heads import confidence_of
 from ptee.placement import Plan
+from ptee.replay import Again, Memory
 
 
 class ExitOutput(NamedTuple):
     """What `predict` answers, one entry for each row of the batch.
 
     Attributes:
-        logits: (b, K) of the exit at which the row left.
+        logits: (b, K) of the exit at which the row left, in the type of the backbone's own answer.
         exit_index: (b,) that exit, 0..E; E is the backbone's own output.
         confidence: (b,) h of that exit, float32; 1 at E.
         cost: (b,) what the row cost, as a fraction of the bare backbone.
@@ -53,12 +54,15 @@ class Call(ABC):
     def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan) -> None:
         self.hooks, self.heads, self.plan = hooks, heads, plan
         self.passed = 0
+        self.memory = Memory({})
 
     def arrive(self, hook: ExitHook, output: Any) -> Any:
         """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""
         n = next((i for i, own in enumerate(self.hooks) if own is hook), None)
         if n is None:
             return None  # another model's, on the same backbone
+        if n < self.passed and self.memory.begun_anew:
+            return None  # the rows that left here are gone
         if n != self.passed:
             raise PteeError(
                 f"Exit {n} ({self.plan.exits[n].name}) was reached when exit {self.passed} was expected: this input "
@@ -69,9 +73,22 @@ class Call(ABC):
         z = cut.feature_map(output)
         if cut.overwritten and torch.is_grad_enabled():
             z = z.clone()  # the backward pass needs it as it is now
-        with running(None):
-            logits, confidence = self.heads[n](z)
-        return self.visit(n, cut, output, logits, confidence)
+        return self.visit(n, cut, output, *self._ask(n, cut, z))
+
+    def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head says, which runs outside of this call."""
+        try:
+            with running(None):
+                logits, confidence = self.heads[n](z)
+        except RuntimeError as why:
+            if z.shape[1:] == cut.shape:
+                raise
+            raise PteeError(
+                f"Exit {n} ({self.plan.exits[n].name}) was planned for a feature map {tuple(cut.shape)} and its head cannot "
+                f"read this one, {tuple(z.shape[1:])} ({first_line(why).rstrip('.')}): the images have another size than "
+                f"{self.plan.input_size}. Plan anew with their input_size."
+            ) from why
+        return logits, confidence
 
     @abstractmethod
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
@@ -114,9 +131,15 @@ class Leaving(Call):
     """Rows leave at the first exit n with h_n >= T_n."""
 
     def __init__(
-        self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, thresholds: Sequence[float | Tensor]
+        self,
+        hooks: Sequence[ExitHook],
+        heads: Sequence[nn.Module],
+        plan: Plan,
+        thresholds: Sequence[float | Tensor],
+        memory: Memory | None = None,
     ) -> None:
         super().__init__(hooks, heads, plan)
+        self.memory = memory or Memory({})
         self.thresholds = thresholds
         self.rows: Tensor | None = None  # who is still here, as positions in the batch; None for all
         self.parts: list[_Part] = []
@@ -137,19 +160,27 @@ class Leaving(Call):
         here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
         self.parts.append(_Part(here[leavers], n, logits.index_select(0, leavers), h.index_select(0, leavers)))
         self.rows = here[stayers]
+        self.memory.keep_rows(stayers)
+        if cut.steps:
+            raise Again
         return cut.select(output, stayers)
 
     def _threshold(self, n: int) -> float | Tensor:
         t = self.thresholds[n]
         return t if self.rows is None or isinstance(t, float) or t.dim() == 0 else t.index_select(0, self.rows)
 
-    def result(self, answer: Tensor | None) -> ExitOutput:
-        """Put the rows back in order; `answer` is the backbone's for those who never left."""
+    def result(self, answer: Tensor | None, dtype: torch.dtype | None = None) -> ExitOutput:
+        """Put the rows back in order.
+
+        Args:
+            answer: the backbone's for those who never left; None where all did.
+            dtype: of the logits; None for that of the answer, or of the last exit.
+        """
         if answer is not None:
             sure = torch.ones(len(answer), device=answer.device)
             self.parts.append(_Part(self.rows, len(self.plan.exits), answer, sure))
         costs = self.plan.costs
-        logits = _joined([p.logits for p in self.parts]).to(self.parts[-1].logits.dtype)
+        logits = _joined([p.logits for p in self.parts]).to(dtype or self.parts[-1].logits.dtype)
         confidence = _joined([p.confidence for p in self.parts])
         index = _joined([torch.full_like(p.confidence, p.exit, dtype=torch.int64) for p in self.parts])
         cost = _joined([torch.full_like(p.confidence, costs[p.exit]) for p in self.parts])

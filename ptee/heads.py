@@ -148,7 +148,7 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
 
     Raises:
         UnknownName: if there is no such head.
-        PteeError: if a registered head does not give one vector for each row.
+        PteeError: if a registered head does not give one vector for each row, overwrites its input, or mixes rows.
     """
     factory = HEADS.get(name)
     if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", name)):
@@ -161,10 +161,36 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
 
 def _width(name: str, features: nn.Module, layout: Layout) -> int:
     """F, found by trying."""
-    with torch.no_grad():
-        v = features.eval()(torch.zeros(2, layout.channels, layout.height, layout.width))
-    features.train()
-    if not isinstance(v, Tensor) or v.dim() != 2 or len(v) != 2:
+    rows = torch.randn(2, layout.channels, layout.height, layout.width, generator=torch.Generator().manual_seed(0))
+    rows[1] *= 2  # of other contrast, so that statistics of both are those of neither
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+        features.eval()
+        together = _vectors(name, features, rows)
+        alone = torch.cat([_vectors(name, features, row) for row in rows.split(1)])
+        buffers = [(buffer, buffer.clone()) for buffer in features.buffers()]
+        _vectors(name, features.train(), rows)  # dropout may work in place, too
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    near = torch.finfo(rows.dtype).eps ** 0.5
+    largest = max(together.abs().max().item(), 1e-3)  # below is the noise of what should be zero
+    if not torch.allclose(alone, together, rtol=0, atol=near * largest, equal_nan=True):
+        raise PteeError(
+            f"The head {name!r} answers a row differently when it is alone: its rows influence one another, so none of "
+            "them can leave early. Use layers that keep rows apart in eval mode, such as a batch norm with running statistics."
+        )
+    return int(together.shape[1])
+
+
+def _vectors(name: str, features: nn.Module, rows: Tensor) -> Tensor:
+    """(b, F) of these rows, or the refusal of a head that gives something else or harms the backbone."""
+    given = rows.clone()
+    v = features(given)
+    if not torch.equal(given, rows):
+        raise PteeError(
+            f"The head {name!r} overwrites the feature map that it is given, with which the backbone goes on. "
+            "Use inplace=False in it, or let it begin with x.clone()."
+        )
+    if not isinstance(v, Tensor) or v.dim() != 2 or len(v) != len(rows):
         got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         raise PteeError(f"The head {name!r} must map (b, c, h, w) to one vector for each row (b, F); it gave {got}.")
-    return int(v.shape[1])
+    return v

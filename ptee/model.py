@@ -19,9 +19,10 @@ from ptee import runs
 from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Watching, running
 from ptee.errors import PteeError, RunError, first_line
-from ptee.freezing import freeze
+from ptee.freezing import Hold, freeze
 from ptee.heads import ExitHead, confidence_of
 from ptee.placement import Exit, Plan, make_plan
+from ptee.replay import Memory, merged, run
 from ptee.weights import weights_hash
 
 Thresholds = float | Sequence[float] | Tensor
@@ -53,7 +54,8 @@ class EarlyExitModel(
     """A classifier whose sure rows leave early. Made by `augment` and `load`.
 
     The backbone is the module that was given, not a copy: frozen, always in eval mode, with one hook at each cut that
-    does nothing unless this model is called. Only the heads train.
+    does nothing unless this model is called. Only the heads train. `detach` gives the backbone back as it was, and so
+    does the model's end.
 
     Attributes:
         backbone: the user's module.
@@ -66,20 +68,19 @@ class EarlyExitModel(
         super().__init__()
         self.plan = plan
         self.origin = network
-        self._frozen = freeze(network.module)
+        self._hooks = [ExitHook() for _ in plan.cuts]
+        self._steps = merged([cut.steps for cut in plan.cuts])
+        hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self._hooks, strict=True)}
+        self._hold = Hold(network.module, hooks, list(self._steps))
         self.backbone = network.module
-        like = next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.zeros(()))
+        like = self._like()
         self.heads = nn.ModuleList(exit_heads).to(like.device, like.dtype)
         self.results: dict[str, Any] | None = None
         self._thresholds: tuple[float, ...] = ()
         self.threshold = DEFAULT_THRESHOLD
-        self._hooks = [ExitHook() for _ in plan.cuts]
-        # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
-        self._handles = [
-            self.backbone.get_submodule(cut.name).register_forward_hook(hook)
-            for cut, hook in zip(plan.cuts, self._hooks, strict=True)
-        ]
         self.eval()
+        self._answer_types: dict[tuple[torch.dtype | None, ...], torch.dtype] = {}
+        self._answer_type(like.new_zeros(1, *plan.input_size))
 
     # -------------------------------------------------------------------------------------------- what it is
 
@@ -109,13 +110,13 @@ class EarlyExitModel(
 
     @threshold.setter
     def threshold(self, value: Thresholds) -> None:
-        given = _as_tensor(value).double().flatten().tolist()
-        if len(given) not in (1, len(self.plan.exits)):
-            raise PteeError(
-                f"{len(given)} thresholds for {len(self.plan.exits)} exits. Give one, or one for each exit."
-            )
-        _refuse_nan(given)
-        self._thresholds = tuple(given * len(self.plan.exits) if len(given) == 1 else given)
+        given, exits = _as_tensor(value), len(self.plan.exits)
+        if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
+            many = " x ".join(map(str, given.shape))
+            raise PteeError(f"{many} thresholds for {exits} exits. Give one number, or one for each exit.")
+        thresholds = given.expand(1, exits)[0].tolist()
+        _refuse_nan(thresholds)
+        self._thresholds = tuple(thresholds)
 
     # -------------------------------------------------------------------------------------------- what it does
 
@@ -141,20 +142,21 @@ class EarlyExitModel(
             raise PteeError(
                 "An early-exit model cannot be traced, nor get exits of its own. Take model.detach() instead."
             )
-        if self.training or any(head.training for head in self.heads):
+        if self.training or any(part.training for part in self.heads.modules()):
             raise PteeError(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
                 "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
             )
         self._stay_frozen()
-        call = Leaving(self._hooks, list(self.heads), self.plan, self._per_exit(threshold, len(x)))
+        memory = Memory({self.backbone.get_submodule(name): step for name, step in self._steps.items()})
+        call = Leaving(self._hooks, list(self.heads), self.plan, self._per_exit(threshold, len(x)), memory)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
             with running(call):
-                answer = self.backbone(x)
+                answer = run(self.backbone, x, memory)
         except AllLeft:
-            return call.result(None)
+            return call.result(None, self._answer_type(x))
         call.check_all_passed()
         return call.result(answer)
 
@@ -165,12 +167,12 @@ class EarlyExitModel(
         Args:
             x: (b, c, h, w) images on the model's device.
         """
+        self._stay_frozen()
         if len(x) == 0:
             empty, none = self._no_rows(x), x.new_zeros(len(self.exits), 0, dtype=torch.float32)
             return AllExits(
                 empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
             )
-        self._stay_frozen()
         call = Watching(self._hooks, list(self.heads), self.plan)
         with running(call):
             answer = self.backbone(x)
@@ -185,28 +187,39 @@ class EarlyExitModel(
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
-        super().train(mode)
+        for part in self.children():
+            if part is not self.backbone:  # which another thread may be running: not even for a moment
+                part.train(mode)
         self.backbone.eval()
+        self.training = mode
         return self
 
     def detach(self) -> nn.Module:
         """Take the backbone back: no hook left, gradients and modes as they were before `augment`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._hooks = [], []
-        self._frozen.restore(self.backbone)
+        self._hold.release()
         return self.backbone
 
     def _stay_frozen(self) -> None:
-        """Somebody may have called backbone.train() past the wrapper, or taken the backbone back."""
-        if not self._hooks:
+        """Somebody may have called train() on a part of the backbone past the wrapper, or taken the backbone back."""
+        if self._hold.released:
             raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
-        if self.backbone.training:
-            self.backbone.eval()
+        self._hold.keep()
+
+    def _like(self) -> Tensor:
+        return next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.zeros(()))
+
+    def _answer_type(self, x: Tensor) -> torch.dtype:
+        """Of the backbone's answer to such images, which may be another than the exits'; asked once in each precision."""
+        kind = x.device.type
+        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        precision = (x.dtype, self._like().dtype, around)
+        if precision not in self._answer_types:
+            with torch.no_grad(), running(None):
+                self._answer_types[precision] = self.backbone(x.new_zeros(1, *x.shape[1:])).dtype
+        return self._answer_types[precision]
 
     def _no_rows(self, x: Tensor) -> Tensor:
-        like = next(self.heads.parameters())
-        return torch.zeros(0, self.num_classes, device=x.device, dtype=like.dtype)
+        return torch.zeros(0, self.num_classes, device=x.device, dtype=self._answer_type(x))
 
     def _per_exit(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
         """One threshold for each exit: a number, or a tensor (b,)."""
@@ -225,7 +238,7 @@ class EarlyExitModel(
             _refuse_nan([math.nan])
         if wide.dim() < 2 and wide.device.type == "cpu":
             return wide.expand(exits).tolist()
-        here = wide.to(next(self.heads.parameters()).device)  # once, not at each exit
+        here = _moved(wide, next(self.heads.parameters()).device)  # once, not at each exit
         return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
 
     # -------------------------------------------------------------------------------------------- saving
@@ -272,12 +285,23 @@ class EarlyExitModel(
 
 
 def _as_tensor(threshold: Thresholds) -> Tensor:
-    if isinstance(threshold, Tensor):
-        return threshold.detach() if threshold.is_floating_point() else threshold.double()
     try:
-        return torch.as_tensor(threshold, dtype=torch.float64)
+        given = torch.as_tensor(threshold)
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError(f"{given.dtype} is no threshold")
+        if not isinstance(threshold, Tensor):
+            return torch.as_tensor(threshold, dtype=torch.float64)  # not rounded to float32 first
     except (TypeError, ValueError, RuntimeError) as why:
         raise PteeError(f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}.") from why
+    return given.detach() if given.is_floating_point() else given.to(_widest(given.device))
+
+
+def _moved(threshold: Tensor, device: torch.device) -> Tensor:
+    return threshold.to(device, min(threshold.dtype, _widest(device), key=lambda dtype: dtype.itemsize))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _refuse_nan(values: Sequence[float]) -> None:

@@ -84,10 +84,12 @@ class Memory:
         self._given: dict[nn.Module, list[tuple[int, Any]]] = {}  # how many had gone before, and the output
         self._asked: dict[nn.Module, int] = {}
         self._gone: list[Tensor] = []
+        self.begun_anew = False
 
     def begin_anew(self) -> None:
         """The forward pass starts again."""
         self._asked.clear()
+        self.begun_anew = True
 
     def keep_rows(self, rows: Tensor) -> None:
         """Only these rows go on.

@@ -34,7 +34,10 @@ class Says(nn.Module):
 class Whole:
     """A cut whose output is one tensor (b, C)."""
 
+    steps = ()
+
     overwritten = False
+    shape: tuple[int, ...] = (C,)
 
     def feature_map(self, output: Tensor) -> Tensor:
         return output
@@ -148,6 +151,33 @@ def test_an_exit_that_was_not_passed_is_named():
         call.hooks[0](nn.Identity(), (), rows(1, 1))
     with pytest.raises(PteeError, match=r"exit 1 \(two\)"):
         call.check_all_passed()
+
+
+class Fails(nn.Module):
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize(
+    ("planned", "error", "said"),
+    [
+        ((C + 1,), PteeError, r"Exit 0 \(one\) was planned.*\(3,\).*\(2,\).*mat1.*Plan anew with their input_size"),
+        ((C,), RuntimeError, "^mat1 and mat2 shapes cannot be multiplied$"),
+    ],
+    ids=["a feature map of another size", "any other failure"],
+)
+def test_a_head_that_fails_is_explained_where_the_size_is_another(planned, error, said):
+    call = call_of(Leaving, ALWAYS, ALWAYS)
+    call.plan.cuts[0].shape, call.plan.input_size, call.heads[0] = planned, (3, 8, 8), Fails()
+    with pytest.raises(error, match=said), running(call):
+        call.hooks[0](nn.Identity(), (), rows(1, 1))
+
+
+def test_the_logits_have_the_type_that_was_asked_for_even_where_the_backbone_gave_none():
+    call = call_of(Leaving, ALWAYS, ALWAYS)
+    with suppress(AllLeft):
+        run(call, rows(1, 1))
+    assert call.result(None, torch.float64).logits.dtype == torch.float64
 
 
 class HostSyncs(TorchDispatchMode):

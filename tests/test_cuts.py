@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import threading
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -372,6 +374,20 @@ def test_what_the_survey_cannot_see_the_proof_sees(case):
     assert re.search(reason, failed[name])
 
 
+# What Python keeps of the values of a batch, and torch does not see, is lost: only what torch reads again is kept.
+VALUES_LOST = {"a skip connection through numpy", "values kept in Python"}
+
+
+@pytest.mark.parametrize("case", SEEN_BY_THE_PROOF)
+def test_where_the_rest_of_a_pass_remembers_the_old_batch_it_can_begin_anew(case):
+    part, name, _ = SEEN_BY_THE_PROOF[case]
+    net = Net(part())
+    found = survey(net, SIZE)
+    cuts = [found.cuts["entry"], replace(found.cuts[name], steps=found.steps[name]), found.cuts["part"]]
+    assert list(prove(net, cuts, SIZE)) == ([name] if case in VALUES_LOST else [])
+    assert not any("forward" in vars(module) for module in net.modules()), "the network is as it was"
+
+
 class FixedAnswer(nn.Module):
     """Answers for as many rows as came in, whatever became of them."""
 
@@ -463,6 +479,12 @@ def test_other_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
     cut = survey(net, (3, 32, 32)).cuts["features.2"]
     assert prove(net, [cut], (3, 32, 32)) == {}
     assert "off by" in prove(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
+
+
+def test_a_nearly_constant_network_that_cannot_be_copied_is_proven_in_its_own_precision():
+    net = nearly_constant(1e-8)
+    net.lock = threading.Lock()
+    assert prove(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

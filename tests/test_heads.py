@@ -260,6 +260,76 @@ def test_a_head_that_gives_no_vector_for_each_row_is_refused(registry, what):
         make_head("bad", MAP, K)
 
 
+def in_place(channels: int, height: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def in_place_in_training(channels: int, height: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.Flatten()).insert(0, nn.Dropout(0.5, inplace=True))
+
+
+@pytest.mark.parametrize("factory", [in_place, in_place_in_training], ids=lambda f: f.__name__)
+def test_a_head_that_overwrites_the_backbones_feature_map_is_refused(registry, factory):
+    register_head("hasty")(factory)
+    with pytest.raises(PteeError, match=r"'hasty' overwrites the feature map.*inplace=False.*clone\(\)"):
+        make_head("hasty", MAP, K)
+
+
+def test_a_head_may_work_in_place_behind_a_copy(registry):
+    class Copies(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clone().relu_().mean((2, 3))
+
+    register_head("tidy")(lambda channels, height, width: Copies())
+    assert count(make_head("tidy", MAP, K)) == TWO_LAYERS["vector"]
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0, keepdim=True)).flatten(1)
+
+
+class Squeezed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).squeeze()
+
+
+MIXING = {
+    "batch norm without statistics": nn.Sequential(
+        nn.BatchNorm2d(C, track_running_stats=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ),
+    "batch mean": Centred(),
+}
+
+
+@pytest.mark.parametrize("what", MIXING)
+def test_a_head_whose_rows_influence_one_another_is_refused(registry, what):
+    register_head("mixing")(lambda channels, height, width: MIXING[what])
+    with pytest.raises(PteeError, match="'mixing' answers a row differently when it is alone"):
+        make_head("mixing", MAP, K)
+
+
+def test_a_head_that_gives_no_row_for_one_row_alone_is_refused(registry):
+    register_head("squeezed")(lambda channels, height, width: Squeezed())
+    with pytest.raises(PteeError, match=r"'squeezed' must map.*gave \(6,\)"):
+        make_head("squeezed", MAP, K)
+
+
+def test_trying_a_head_draws_no_random_numbers(registry):
+    register_head("drawing")(lambda channels, height, width: nn.Sequential(nn.Dropout(0.5), nn.Flatten()))
+    first = []
+    for name in ("drawing", "plain"):
+        torch.manual_seed(1)
+        first.append(make_head(name, MAP, K).logits.weight)
+    assert torch.equal(*first)
+
+
+@each_head
+def test_heads_are_made_alike_under_autocast(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert count(make_head(name, MAP, K)) == PARAMETERS[name]
+
+
 def test_an_unknown_head_is_refused_with_those_registered(registry):
     add_maxpool()
     with pytest.raises(UnknownName, match=re.escape("Did you mean 'maxpool'")):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import pickle
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee.errors import CutError, PteeError, UnknownName
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, _moved
 from ptee.traces import record
 from ptee.weights import weights_hash
 
@@ -301,6 +303,10 @@ REFUSED = {
     "a word": ("high", "'high'"),
     "a list with None": ([0.5, None, 0.5], "None"),
     "a complex number": (1j, "1j"),
+    "a complex tensor": (torch.tensor(1j), "number"),
+    "a truth": (True, "True"),
+    "truths": ([True, False, True], "True"),
+    "a tensor of truths": (torch.ones(3) > 0, "True"),
 }
 
 
@@ -319,6 +325,28 @@ def test_a_bad_threshold_is_refused_and_the_one_in_force_stays(threshold, said):
 def test_a_threshold_that_does_not_broadcast_is_refused_with_both_shapes(shape):
     with pytest.raises(PteeError, match=rf"\({', '.join(map(str, shape))},?\).*\({b}, {E}\)"):
         shared().predict(images(), torch.full(shape, 0.5))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (2, 4)], ids=str)
+def test_the_threshold_is_set_by_one_number_for_each_exit_and_not_by_a_table(shape):
+    model = make(exits=("stem", "body", "pair", "last"))
+    with pytest.raises(PteeError, match=f"{shape[0]} x {shape[1]} thresholds for 4 exits"):
+        model.threshold = torch.full(shape, 0.1).tolist()
+    assert model.threshold == [0.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "sent"),
+    [
+        ("mps", torch.float64, torch.float32),  # there is no float64
+        ("mps", torch.float32, torch.float32),
+        ("mps", torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float64, torch.float64),
+    ],
+)
+def test_a_threshold_goes_to_a_device_in_a_type_that_is_there(device, given, sent):
+    recorder = SimpleNamespace(dtype=given, to=lambda *where: where)
+    assert _moved(recorder, torch.device(device)) == (torch.device(device), sent)
 
 
 def test_the_list_that_is_read_is_a_copy():
@@ -409,12 +437,13 @@ def test_a_refused_request_leaves_the_backbone_as_it_was(request_, mode):
     assert as_it_is(net) == before
 
 
+@pytest.mark.parametrize("rows", [b, 0])
 @pytest.mark.parametrize("call", ["predict", "all_exits"])
-def test_a_detached_model_refuses_to_answer(call):
+def test_a_detached_model_refuses_to_answer(call, rows):
     model = make()
     model.detach()
     with pytest.raises(PteeError, match="detached"):
-        getattr(model, call)(images())
+        getattr(model, call)(images()[:rows])
 
 
 def test_a_detached_backbone_can_be_augmented_again():
@@ -451,6 +480,99 @@ def test_a_shared_backbone_is_frozen_until_the_last_model_is_detached(first):
     assert not any(p.requires_grad for p in net.parameters())
     left.detach()
     assert as_it_is(net) == before
+
+
+def kept_by_a_circle(net: nn.Module) -> None:
+    model = make(net)
+    model.me = [model]
+
+
+@pytest.mark.parametrize(
+    "use", [make, kept_by_a_circle, lambda net: copy.copy(make(net))], ids=["model", "circle", "copy"]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_nobody_holds_any_more_gives_its_backbone_back_as_it_was(mode, use):
+    net = in_mode(mode)
+    before = as_it_is(net)
+    use(net)
+    gc.collect()
+    assert as_it_is(net) == before
+
+
+def test_a_model_made_in_place_of_another_leaves_nothing_of_either():
+    net = Net()
+    before = as_it_is(net)
+    model = make(net)
+    model = make(net, ("body", "last"))
+    assert_hooks(net, 2)
+    del model
+    assert as_it_is(net) == before
+    model = make(net)
+    model.detach()
+    assert as_it_is(net) == before
+
+
+def assert_hooks(net: nn.Module, count: int) -> None:
+    assert sum(len(part._forward_hooks) for part in net.modules()) == count
+
+
+def test_the_end_of_one_model_leaves_the_other_on_the_same_backbone_alone():
+    net, x = Net(), images()
+    before = as_it_is(net)
+    one, two = make(net), make(net, ("body", "pair", "last"))
+    del one
+    assert_hooks(net, 3)
+    assert not any(p.requires_grad for p in net.parameters())
+    assert_works(two, x, copy.deepcopy(net))
+    del two
+    assert as_it_is(net) == before
+
+
+def test_the_end_of_a_detached_model_changes_nothing():
+    model = make()
+    net = model.detach().requires_grad_(False).eval()
+    hook = net.stem.register_forward_hook(lambda *_: None)
+    before = as_it_is(net)
+    model.detach()
+    del model
+    assert as_it_is(net) == before
+    hook.remove()
+
+
+def test_the_end_of_a_shallow_copy_leaves_the_model_as_it_is():
+    model, x = make(), images()
+    copy.copy(model)
+    gc.collect()
+    assert_works(model, x, copy.deepcopy(model.backbone))
+
+
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_the_end_of_a_copy_gives_its_own_backbone_back_and_no_other(twin_of):
+    net, x = Net(), images()
+    before = as_it_is(net)
+    model = make(net)
+    frozen = as_it_is(net)
+    twin = twin_of(model)
+    other = make(twin.backbone, ("body", "last"))
+    net_of_twin = twin.backbone
+    del twin
+    assert_hooks(net_of_twin, 2)
+    del other
+    assert as_it_is(net_of_twin) == before
+    assert as_it_is(net) == frozen
+    assert_works(model, x, copy.deepcopy(net))
+
+
+def test_a_copy_of_a_detached_model_holds_no_backbone():
+    model = make()
+    model.detach().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    again = make(twin.backbone)
+    del twin
+    again.detach()
+    assert not any(p.requires_grad for p in again.backbone.parameters())
 
 
 def test_a_copy_of_the_backbone_is_a_bare_backbone_even_inside_a_call():
@@ -623,6 +745,13 @@ def test_threads_call_one_model_at_once_with_thresholds_of_their_own():
                 torch.testing.assert_close(out.logits, expected.logits)
 
 
+@pytest.mark.parametrize("call", ["predict", "all_exits"])
+def test_a_head_that_cannot_read_images_of_another_size_is_named_with_both_sizes(call):
+    model = make(head="plain")
+    with pytest.raises(PteeError, match=r"Exit 0 \(stem\).*\(8, 8, 8\).*\(8, 16, 16\).*\(3, 16, 16\).*input_size"):
+        getattr(model, call)(torch.randn(2, 3, 32, 32))
+
+
 def test_an_input_that_takes_another_way_through_the_backbone_is_refused():
     class Switch(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -650,6 +779,54 @@ def test_training_mode_reaches_the_heads_alone_and_predict_refuses_it():
     assert torch.equal(model.all_exits(x).logits[-1], want)
     assert weights_hash(model.backbone) == before
     assert not model.eval().heads[0].training
+
+
+def test_the_backbone_is_not_put_into_training_mode_even_for_a_moment():
+    class Noting(Net):
+        def train(self, mode: bool = True) -> nn.Module:
+            asked.append(mode)
+            return super().train(mode)
+
+    asked: list[bool] = []
+    model = make(Noting())
+    model.train().eval().train()
+    assert model.training and asked and not any(asked)
+
+
+def itself(model: EarlyExitModel) -> EarlyExitModel:
+    return model
+
+
+def unpickled(model: EarlyExitModel) -> EarlyExitModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+each_twin = pytest.mark.parametrize("twin", [itself, copy.deepcopy, unpickled], ids=lambda f: f.__name__)
+
+
+@each_twin
+@pytest.mark.parametrize("part", ["", "stem", "stem.1", "dropout"])
+@pytest.mark.parametrize("call", ["predict", "all_exits"])
+def test_a_part_of_the_backbone_put_into_training_mode_past_the_model_is_put_back(twin, part, call):
+    model, x = twin(make()), images()
+    want, before = getattr(model, call)(x).logits, weights_hash(model.backbone)
+    model.backbone.get_submodule(part).train()
+    assert torch.equal(getattr(model, call)(x).logits, want)
+    assert weights_hash(model.backbone) == before
+    assert not any(p.training for p in model.backbone.modules())
+
+
+@each_twin
+@pytest.mark.parametrize("part", ["", "features", "features.1"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["its own head", "a head put there later"])
+def test_a_part_of_a_head_in_training_mode_is_refused_until_eval(twin, part, replaced):
+    model, x = twin(make(head="conv1")), images()
+    if replaced:
+        model.heads[1] = copy.deepcopy(model.heads[1])
+    model.heads[1].get_submodule(part).train()
+    with pytest.raises(PteeError, match=r"eval\(\)"):
+        model.predict(x)
+    assert model.eval().predict(x).logits.shape == (b, K)
 
 
 def half(model: EarlyExitModel, x: Tensor) -> tuple[EarlyExitModel, Tensor]:
@@ -688,6 +865,27 @@ def test_the_model_works_under_autocast_with_confidences_in_float32():
     assert out.exit_index.tolist() == [0, 1, 2, 3, 2, 1]
     assert out.confidence.dtype == torch.float32
     assert not torch.equal(out.confidence, out.confidence.bfloat16().float())
+
+
+class Widened(Net):
+    """Gives its answers in float32, whatever it computes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("around", ["bfloat16", "autocast", "both alike"])
+@pytest.mark.parametrize("first", [ALWAYS, NEVER], ids=["all leave", "none leaves"])
+def test_the_type_of_an_answer_does_not_depend_on_who_leaves(around, first):
+    model, x = make(Net() if around == "both alike" else Widened()), images()
+    if around != "autocast":
+        model, x = model.bfloat16(), x.bfloat16()
+    want = torch.bfloat16 if around == "both alike" else torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=around == "autocast"), torch.no_grad():
+        for threshold in (first, ALWAYS, NEVER, sending([0, 1, 2, 3, 2, 1]), sending([0, 1, 2, 0, 2, 1])):
+            assert model.predict(x, threshold).logits.dtype == want
+        assert model.predict(x[:0]).logits.dtype == model.all_exits(x[:0]).logits.dtype == want
+        assert torch.equal(model.predict(x, NEVER).logits, model.backbone(x))
 
 
 def test_the_model_works_in_inference_mode_and_trains_afterwards():
