@@ -119,9 +119,13 @@ def require_writable(folder: Path) -> None:
     """
     try:
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        tempfile.TemporaryDirectory(dir=place, prefix=".writing-").cleanup()
+        reason = f"{place} is a file" if place.is_file() else ""
+        if not reason:
+            tempfile.TemporaryDirectory(dir=place, prefix=".writing-").cleanup()
     except OSError as why:
-        raise RunError(f"Cannot write {folder}: {why.strerror}. Choose another folder.") from why
+        reason = str(why.strerror)
+    if reason:
+        raise RunError(f"Cannot write {folder}: {reason}. Choose another folder.")
 
 
 def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
