@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -31,6 +33,7 @@ HUB_FILES = (  # where timm finds weights in a hub repository, and its configura
     "config.json",
 )
 HUB_TIMEOUT_S = 10
+_ENVIRONMENT = threading.RLock()
 RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
 OTHERWISE = "Give a file with --weights FILE, or take random weights with --no-pretrained."
 NO_CLASSIFIER = "{} has no classifier. Give it one: --num-classes K and --weights FILE."
@@ -375,7 +378,7 @@ def _building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterat
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), _nothing_unpickled():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
@@ -387,6 +390,24 @@ def _building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterat
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _nothing_unpickled() -> Iterator[None]:
+    """torch reads files as data meanwhile, even where a library asks it to unpickle them.
+
+    torchvision asks for that, and so did timm before 1.0.26 where a repository on the hub names its file. The environment
+    is the one way to overrule them; it belongs to the whole process, so one thread at a time changes it.
+    """
+    safe, unsafe = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch refuses to have both
+    with _ENVIRONMENT:
+        before = {name: os.environ.pop(name) for name in (safe, unsafe) if name in os.environ}
+        os.environ[safe] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[safe]
+            os.environ.update(before)
 
 
 def _reach_hub(hub: str) -> None:
@@ -423,7 +444,9 @@ def rebuild(source: Mapping[str, Any]) -> Backbone:
             raise BackboneError(f"There is no {library} model {wish.name!r} in the version installed here.")
         return _load(library, wish, label)
     except PteeError as error:
-        raise BackboneError(f"The backbone cannot be rebuilt: {error} Or give it itself: backbone=.") from error
+        raise BackboneError(
+            f"The backbone cannot be rebuilt: {error} Say where its weights are (--weights FILE), or give it (backbone=)."
+        ) from error
 
 
 def _record(library: str, wish: Wish, built: _Built, config: InputConfig, classes: int) -> dict[str, Any] | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,26 +129,31 @@ def augment(**o: Any) -> None:
 
     Without --model: a small network on handwritten digits, no data and no connection needed.
     """
+    with _threads(tiny=o["model"] is None):
+        _augment(o)
+
+
+def _augment(o: dict[str, Any]) -> None:
     from ptee.devices import resolve_device
 
     device = resolve_device(o["device"])
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
     _check_out(out, o["resume"], o["overwrite"])
+    _check_settings(o)
     backbone, data, targets = _digits(o) if o["model"] is None else _model_and_data(o)
     o["epochs"] = o["epochs"] or EPOCHS
     model = _build(backbone, o)
     if o["threshold"]:
         model.threshold = o["threshold"]
     click.echo(f"{data.summary}\n\n{model.plan}\n")
-    _clear(out, o["resume"])
     history = _train(model, data, targets, device, out, o)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
     if history.interrupted:
         _interrupted(history, out)
     results = _evaluate(model, data.validation, device, o, data.summary)
-    origin = {"source": _place(data.source), "root": _place(o["data_root"] or ""), "split": data.split}
-    model.results = results | {"data": origin}
+    root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
+    model.results = results | {"data": {"source": _place(data), "root": root, "split": data.split}}
     _save(model, history, out)
     click.echo(f"\nSaved in {out}. Another threshold: ptee evaluate {out} --threshold 0.7")
 
@@ -164,7 +169,7 @@ def plan(as_json: bool, **o: Any) -> None:
     backbone = _backbone(o)
     backbone.module.requires_grad_(False).eval()
     found = make_plan(backbone, _exits(o["exits"], backbone), o["num_exits"], o["head"] or HEAD, o["cost_convention"])
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 
 @cli.command()
@@ -176,6 +181,7 @@ def plan(as_json: bool, **o: Any) -> None:
 @JSON
 def evaluate(run: str, as_json: bool, **o: Any) -> None:
     """Measure a saved RUN (a folder, or user/repo on the hub) again, at any threshold."""
+    from ptee.defaults import INPUT_SIZE
     from ptee.devices import resolve_device
     from ptee.model import load
 
@@ -187,15 +193,15 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
         raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
     o["data_root"] = o["data_root"] or recorded.get("root") or None
     o["seed"] = recorded.get("seed", 0)
-    data, labels = _open(source, model.origin, o)
-    part, words = data.validation, data.summary
-    if "validation" not in data.split["parts"] and _place(source) != recorded.get("source"):
-        part, words = _all_parts(data), f"{source}: all {sum(data.split['sizes'].values()):,} images."
+    named = not o["data"] and not Path(source).is_absolute()  # of folders the whole path is recorded
+    data, labels = _open(source, model.origin, o, named)
+    part, words = _unseen(data, recorded, run)
     accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
     click.echo(f"{words} {accuracy}", err=as_json)
-    results = _evaluate(model, part, device, o, words, quiet=as_json)
+    with _threads(tiny=model.origin.input.input_size == INPUT_SIZE):
+        results = _evaluate(model, part, device, o, words, quiet=as_json)
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        click.echo(runs.to_json(results))
 
 
 @cli.command()
@@ -226,10 +232,17 @@ def bench(as_json: bool, **o: Any) -> None:
         torch.set_num_threads(o["threads"])
     model = _build(_backbone(o), o).to(device)
     found = measure(model, o["batch_sizes"], rounds=o["rounds"])
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 
 # ---------------------------------------------------------------------------------------------------- steps
+
+
+def _threads(tiny: bool) -> AbstractContextManager[None]:
+    """One CPU thread for a network as tiny as that on the digits, else as many as torch takes."""
+    from ptee.devices import one_thread
+
+    return one_thread() if tiny else nullcontext()
 
 
 def _backbone(o: dict[str, Any]) -> Backbone:
@@ -279,41 +292,54 @@ def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
     )
 
 
-def _open(source: str, backbone: Backbone, o: dict[str, Any]) -> tuple[Data, LabelMap]:
-    """The data as this backbone takes it, with its labels."""
+def _open(source: str, backbone: Backbone, o: dict[str, Any], named: bool = False) -> tuple[Data, LabelMap]:
+    """The data as this backbone takes it, with its labels; folders are not looked for where it is `named`."""
     from dataclasses import replace
 
-    from ptee.data import image_transform, open_data
+    from ptee.data import image_transform, open_data, open_named
     from ptee.labels import map_labels, with_labels
 
     view = backbone.input
     transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
-    data = open_data(source, transform=transform, root=o["data_root"] and Path(o["data_root"]), seed=o.get("seed", 0))
+    find = open_named if named else open_data
+    data = find(source, transform=transform, root=o["data_root"] and Path(o["data_root"]), seed=o.get("seed", 0))
     labels = map_labels(data.class_names, backbone.num_classes)
     parts: dict[str, Any] = {n: with_labels(getattr(data, n), labels) for n in ("train", "calibration", "validation")}
     return replace(data, **parts), labels
 
 
-def _all_parts(data: Data) -> Any:
+def _place(data: Data) -> str:
+    """A folder as it is found from anywhere; a name as it is."""
+    folder = data.split["kind"] in ("folder", "tar")
+    return str(Path(data.source).expanduser().resolve()) if folder else data.source
+
+
+def _unseen(data: Data, recorded: dict[str, Any], run: str) -> tuple[Any, str]:
+    """The images to measure a run on, none of which its heads were trained on; and what they are, in a sentence."""
     from torch.utils.data import ConcatDataset
 
-    return ConcatDataset([data.train, data.calibration, data.validation])
-
-
-def _place(source: Any) -> str:
-    """A folder as it is found from anywhere; a name as it is."""
-    return str(Path(source).resolve()) if str(source) and Path(source).exists() else str(source)
+    here, files = _place(data) == recorded.get("source"), recorded.get("files_sha256")
+    same = here if files is None else files == data.split.get("files_sha256")
+    if same or "validation" in data.split["parts"]:
+        return data.validation, data.summary
+    if here:  # with other files, others are drawn
+        raise DataError(
+            f"{data.source} has other files than when {run} was trained, so those that it has not seen cannot be told. "
+            "Put them back as they were, or give other images: --data FOLDER."
+        )
+    every: Any = ConcatDataset([data.train, data.calibration, data.validation])
+    return every, f"{data.source}: all {len(every):,} images."
 
 
 def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
-    """source, root and seed of the data that a run was measured on; nothing where a stranger recorded them."""
+    """source, root, seed and files_sha256 of what a run was measured on; nothing where a stranger recorded them."""
     found = (model.results or {}).get("data")
     if not Path(run).is_dir() or not isinstance(found, dict):
         return {}
-    split = found.get("split")
-    recorded = {key: found[key] for key in ("source", "root") if isinstance(found.get(key), str)}
-    seed = split.get("seed") if isinstance(split, dict) else None
-    return recorded | ({"seed": seed} if isinstance(seed, int) else {})
+    split: Any = found.get("split") if isinstance(found.get("split"), dict) else {}
+    said = {key: found.get(key) for key in ("source", "root")}
+    said |= {key: split.get(key) for key in ("seed", "files_sha256")}
+    return {key: value for key, value in said.items() if isinstance(value, int if key == "seed" else str)}
 
 
 def _moved_backbone(run: str, weights: Path | None) -> Any:
@@ -370,19 +396,20 @@ def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     args: dict[str, Any] = {"input_size": defaults.INPUT_SIZE, "mean": defaults.MEAN, "std": defaults.STD}
     args["model_args"] = defaults.MODEL_ARGS
     always = o | {"seed": defaults.SEED}  # the network has seen the training images of this split
-    file = defaults.digits_weights()
+    untrained = load_backbone(defaults.MODEL, pretrained=False, **args)
+    data, _ = _open("digits", untrained, always, named=True)
+    file = defaults.digits_weights(data)
     if not file.is_file():
         click.echo("Training a small network on scikit-learn's handwritten digits, once.")
-        untrained = load_backbone(defaults.MODEL, pretrained=False, **args)
-        defaults.train_digits_network(_open("digits", untrained, always)[0], file)
-    backbone = load_backbone(defaults.MODEL, weights=file, **args)
-    return backbone, _open("digits", backbone, always)[0], o["targets"] or "labels"
+        defaults.train_digits_network(data, file)
+    return load_backbone(defaults.MODEL, weights=file, **args), data, o["targets"] or "labels"
 
 
 def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Path, o: dict[str, Any]) -> History:
     from ptee.training import train
 
     def say(epoch: Epoch) -> None:
+        _clear(out)
         fidelity = " ".join(f"{f:.3f}" for f in epoch.fidelity[:-1])
         val = "" if epoch.val_loss is None else f"  held-out {epoch.val_loss:.4f}"
         click.echo(
@@ -429,10 +456,16 @@ def _evaluate(
     return results.to_dict()
 
 
+def _check_settings(o: dict[str, Any]) -> None:
+    from ptee.training import check_settings
+
+    given = {key: o[key] for key in ("loss", "cost_weight", "batch_size", "lr", "weight_decay", "seed", "patience")}
+    check_settings(targets=o["targets"] or "labels", epochs=o["epochs"] or EPOCHS, precision=o["precision"], **given)
+
+
 def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
     """A run is written into a new or empty folder; over an earlier one only if that is said."""
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is a file. Give a folder with --out.")
+    runs.require_writable(out)
     run, training = runs.is_run(out), (out / CHECKPOINT).is_file()
     if resume and not training:
         raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
@@ -445,13 +478,14 @@ def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
         raise RunError(f"{out} holds {found}. Give another folder with --out, or --overwrite.")
 
 
-def _clear(out: Path, resume: bool) -> None:
-    """What an earlier run left must not be taken for this one's."""
-    for name in (runs.CONFIG, runs.HEADS, runs.METRICS, *([] if resume else [CHECKPOINT])):
+def _clear(out: Path) -> None:
+    """What an earlier run left must not be taken for this one's; but until an epoch is complete, nothing is lost."""
+    for name in (runs.CONFIG, runs.HEADS, runs.METRICS):
         (out / name).unlink(missing_ok=True)
 
 
 def _save(model: EarlyExitModel, history: History, out: Path) -> None:
+    _clear(out)
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
     runs.write_json(out / runs.METRICS, metrics)
     model.save_pretrained(out)

@@ -122,12 +122,27 @@ def open_data(
         DataError: if the source cannot be read, has too few images, or its parts disagree on the classes.
         UnknownName: if it is neither a folder nor the name of a data set.
     """
-    listing = _list(source, root or Path())
+    return _split(_list(source, root or Path()), source, transform, seed)
+
+
+def open_named(name: str, *, transform: Callable[[Image], Tensor], root: Path | None = None, seed: int = 0) -> Data:
+    """Open "digits" or a data set of torchvision as `open_data` does, whatever folders of that name there are.
+
+    Raises:
+        DataError: if it cannot be read.
+        UnknownName: if there is no data set of that name.
+    """
+    return _split(_list_named(name, root or Path()), name, transform, seed)
+
+
+def _split(listing: _Listing, source: str | Path, transform: Callable[[Image], Tensor], seed: int) -> Data:
     parts, rule = _complete({part: _Pictures(files, transform) for part, files in listing.parts.items()}, source, seed)
     sizes = {part: len(parts[part]) for part in PARTS}
     split = {"kind": listing.kind, "parts": listing.origin, "rule": rule, "seed": seed, "sizes": sizes}
     if listing.kind in ("folder", "tar"):
         split["files_sha256"] = _hash_of_names(listing)
+        for part in parts.values():
+            part.files_sha256 = split["files_sha256"]  # for a training that is resumed, which is given a part alone
     return Data(**parts, class_names=listing.class_names, source=str(source), split=split)
 
 
@@ -167,11 +182,13 @@ def _list(source: str | Path, root: Path) -> _Listing:
         return _list_files(path)
     if path.exists():
         raise DataError(f"'{name}' is a file, not a folder: give the folder around it, which should hold {LAYOUTS}.")
-    if name == "digits":
-        return _list_digits()
     if isinstance(source, Path) or os.sep in name or name.startswith((".", "~")):
         raise DataError(f"Data folder '{name}' does not exist: {GIVE}.")
-    return _list_torchvision(name, root)
+    return _list_named(name, root)
+
+
+def _list_named(name: str, root: Path) -> _Listing:
+    return _list_digits() if name == "digits" else _list_torchvision(name, root)
 
 
 def _list_files(folder: Path) -> _Listing:

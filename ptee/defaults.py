@@ -6,6 +6,7 @@ once and kept. It shows the whole way through ptee in less than two minutes and 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from contextlib import redirect_stdout
@@ -23,6 +24,7 @@ from ptee.errors import DataError, first_line
 MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}
 INPUT_SIZE, MEAN, STD = (1, 8, 8), (0.3,), (0.38,)
 EPOCHS, BATCH, SEED = 12, 64, 0
+LR, HIGHEST_LR, WEIGHT_DECAY = 3e-3, 1e-2, 0.01
 DIGITS_HEAD, DIGITS_EXITS, DIGITS_EPOCHS = "conv1", 3, 30  # of the exits: few images, so many epochs
 
 
@@ -31,9 +33,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptee"
 
 
-def digits_weights() -> Path:
-    """The file that keeps the network trained on the digits."""
-    return cache_folder() / "digits_cifar_resnet20.safetensors"
+def digits_weights(data: Data) -> Path:
+    """The file that keeps the network trained on these digits; another recipe, or split of them, has another.
+
+    Args:
+        data: the digits.
+    """
+    network = (MODEL, MODEL_ARGS, INPUT_SIZE, MEAN, STD)
+    recipe = repr((network, EPOCHS, BATCH, SEED, LR, HIGHEST_LR, WEIGHT_DECAY, data.split))
+    return cache_folder() / f"digits_{MODEL}_{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
 
 
 def imagenette() -> Path:
@@ -82,8 +90,8 @@ def train_digits_network(data: Data, file: Path) -> None:
         torch.manual_seed(SEED)
         net = load_backbone(MODEL, pretrained=False, input_size=INPUT_SIZE, model_args=MODEL_ARGS).module.train()
         loader: Any = torch.utils.data.DataLoader(data.train, BATCH, shuffle=True)
-        adam = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.01)
-        plan = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-2, total_steps=EPOCHS * len(loader))
+        adam = torch.optim.AdamW(net.parameters(), LR, weight_decay=WEIGHT_DECAY)
+        plan = torch.optim.lr_scheduler.OneCycleLR(adam, HIGHEST_LR, total_steps=EPOCHS * len(loader))
         for _ in tqdm(range(EPOCHS), desc="training a network on the digits", leave=False, disable=None):
             for images, labels in loader:
                 loss = F.cross_entropy(net(images), labels)

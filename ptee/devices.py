@@ -1,4 +1,4 @@
-"""Where to compute: a device that is there, and the precision it is good at."""
+"""Where to compute: a device that is there, the precision it is good at, and with how many threads."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def best_precision(device: torch.device) -> str:
         has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return "bf16" if fast and has() else "no"
     return "no"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes in one CPU thread meanwhile: on tiny tensors several spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

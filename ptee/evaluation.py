@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -56,6 +57,7 @@ class Results:
         device: where speed was measured.
         batch_size: at which speed was measured.
         about: where the data came from, in a sentence.
+        note: why there is no accuracy though the data has labels, in a sentence; else empty.
     """
 
     backbone: str
@@ -66,6 +68,7 @@ class Results:
     device: str
     batch_size: int
     about: str = field(default="")
+    note: str = field(default="")
 
     @property
     def early_exit(self) -> Row:
@@ -84,6 +87,7 @@ class Results:
         lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
         return (
             f"{self.backbone}, {self.samples} images\n"
+            + (f"{self.note}\n" if self.note else "")
             + table([title, *lines], left={0, 1})
             + "\nRows of exits: everybody leaves there; but leaving, of them right: who does at T (first row: at the end). "
             "fidelity: share of answers\nequal to the backbone's. cost: multiply-accumulates, heads included, over the bare "
@@ -122,7 +126,8 @@ def evaluate(
 
     Args:
         model: any early-exit model.
-        data: a map-style data set of (image, label) or (image,), or a loader.
+        data: a map-style data set of (image, label) or (image,), or a loader. With labels that are no classes of the
+            backbone there is no accuracy, and the results say so.
         threshold: one number or one per exit; None: the model's own, which is left as it is.
         batch_size: for a data set.
         num_workers: processes that load a data set.
@@ -131,31 +136,31 @@ def evaluate(
         about: a sentence about the data, kept with the results.
 
     Raises:
-        PteeError: if the threshold, a label or the device cannot be used.
+        PteeError: if the threshold, the data or the device cannot be used.
     """
-    home, own, was_training = next(model.heads.parameters()).device, model.threshold, model.training
+    home, was_training = next(model.heads.parameters()).device, model.training
     place = home if device is None else resolve_device(device)
+    view = copy.copy(model)  # the same modules with a threshold of its own: other threads see nothing of it
+    if threshold is not None:
+        view.threshold = threshold
     try:
-        model.to(place).eval()
-        if threshold is not None:
-            model.threshold = threshold
-        traces = record(model, data, batch_size=batch_size, num_workers=num_workers)
-        rows, leaving = _rows(model, traces)
+        view.to(place).eval()
+        traces = record(view, data, batch_size=batch_size, num_workers=num_workers)
+        rows, leaving = _rows(view, traces)
         if speed:
-            rows = _timed(model, traces, rows, batch_size)
-        n = traces.answers.shape[1]
+            rows = _timed(view, traces, rows, batch_size)
         return Results(
             model.plan.backbone,
-            n,
-            model.threshold,
+            traces.answers.shape[1],
+            view.threshold,
             tuple(rows),
             leaving,
             place.type,
             min(batch_size, len(traces.sample)),
             about,
+            traces.note,
         )
     finally:
-        model.threshold = own
         model.to(home).train(was_training)
 
 

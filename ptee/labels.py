@@ -36,17 +36,23 @@ class LabelMap:
 def map_labels(class_names: Sequence[str], num_classes: int) -> LabelMap:
     """How the classes of the data become the backbone's.
 
-    WordNet ids go to their places in ImageNet-1k if the backbone has 1000 classes. Names that are class numbers of the
-    backbone go to these. Else as many classes as the backbone has keep their order.
+    WordNet ids go to their places in ImageNet-1k if the backbone has 1000 classes. Else as many classes as the backbone
+    has keep their order, which for folders is that of their names as text: 1, 10, 2. So torchvision's ImageFolder had
+    numbered them when the backbone was trained on them. Fewer classes whose names are numbers go to these classes of the
+    backbone; so do a thousand numbers, which are more often ImageNet's than ever ImageFolder's.
     """
     n, named = len(class_names), some(class_names)
     if num_classes == 1000 and all(re.fullmatch(r"n[0-9]{8}", name) for name in class_names):
         return _map_wordnet(class_names)
     numbers = tuple(int(name) for name in class_names if re.fullmatch("[0-9]+", name) and int(name) < num_classes)
-    if len(set(numbers)) == n:  # '7' and '07' would be one class
+    are_numbers = len(set(numbers)) == n  # '7' and '07' would be one class
+    if are_numbers and (n < num_classes or num_classes == 1000):
         return LabelMap(numbers, f"The {n} class names are taken for numbers of the backbone's {num_classes} classes.")
     if n == num_classes:
-        return LabelMap(tuple(range(n)), f"The {n} classes are taken for the backbone's, in this order: {named}.")
+        reason = f"The {n} classes are taken for the backbone's, in this order: {named}"
+        if are_numbers and numbers != tuple(range(n)):
+            reason += ", as torchvision's ImageFolder sorts them; if the names are the numbers, write 02 for 2"
+        return LabelMap(tuple(range(n)), f"{reason}.")
     return LabelMap(None, f"The {n} classes ({named}) cannot be mapped to the backbone's {num_classes}.")
 
 
@@ -64,6 +70,7 @@ def _map_wordnet(class_names: Sequence[str]) -> LabelMap:
 class _Relabelled(Labelled):
     def __init__(self, dataset: Any, label_map: LabelMap) -> None:
         self.dataset, self.label_map = dataset, label_map
+        self.files_sha256: str | None = getattr(dataset, "files_sha256", None)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -7,6 +7,7 @@ unpickled, no path may lead out of the folder, and every field is checked before
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 CONFIG, HEADS, METRICS = "config.json", "heads.safetensors", "metrics.json"
 LARGEST_CONFIG_BYTES = 16 * 2**20
+ENDLESS = {"Infinity": math.inf, "-Infinity": -math.inf}  # numbers that JSON has no other way to say
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -92,8 +94,38 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON for people and programs, whole or not at all."""
-    text = json.dumps(values, indent=2) + "\n"
+    text = to_json(values) + "\n"
     replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def to_json(values: Any) -> str:
+    """JSON by the letter: it has no endless numbers and no NaN, so these become words ("Infinity")."""
+    return json.dumps(_finite(values), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that could not be made or written; it is left as it was.
+
+    Raises:
+        RunError: saying why.
+    """
+    try:
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        reason = f"{place} is a file" if place.is_file() else ""
+        if not reason:
+            tempfile.TemporaryDirectory(dir=place, prefix=".writing-").cleanup()
+    except OSError as why:
+        reason = str(why.strerror)
+    if reason:
+        raise RunError(f"Cannot write {folder}: {reason}. Choose another folder.")
 
 
 def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
@@ -219,11 +251,10 @@ def _input(fields: _Fields) -> dict[str, Any]:
         raise RunError(
             f"{fields.folder}: {CONFIG} has backbone.input.input_size {sizes}; three positive whole numbers belong there."
         )
-    mean, std = (fields.get(f"backbone.input.{key}", list) for key in ("mean", "std"))
-    for key, values in (("mean", mean), ("std", std)):
-        fields.numbers(f"backbone.input.{key}", len(values))
+    places = [f"backbone.input.{key}" for key in ("mean", "std")]
+    mean, std = (tuple(fields.numbers(place, len(fields.get(place, list)))) for place in places)
     interpolation = fields.get("backbone.input.interpolation", str)
-    return {"input_size": tuple(sizes), "mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
+    return {"input_size": tuple(sizes), "mean": mean, "std": std, "interpolation": interpolation}
 
 
 def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
@@ -288,7 +319,7 @@ class _Fields:
         return value
 
     def numbers(self, key: str, length: int) -> list[Any]:
-        values = self.get(key, list)
+        values = [ENDLESS.get(v, v) if isinstance(v, str) else v for v in self.get(key, list)]
         odd = [
             v
             for v in values

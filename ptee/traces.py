@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptee.batches import batches, split_batch
+from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError
 from ptee.model import EarlyExitModel
 
@@ -29,9 +29,10 @@ class Traces:
     Attributes:
         answers: (E+1, n) the class each exit chose.
         confidence: (E+1, n) h, float32; the last are 1.
-        targets: (n,) labels, or None where there are none.
+        targets: (n,) labels, or None where there are none, or none that could be answers.
         costs: (E+1,) float64, what leaving there costs, as a fraction of the bare backbone.
         sample: (s, c, h, w) some of the images, spread over the data set.
+        note: why labels that are there are no targets, in a sentence; else empty.
     """
 
     answers: Tensor
@@ -39,6 +40,7 @@ class Traces:
     targets: Tensor | None
     costs: Tensor
     sample: Tensor
+    note: str = ""
 
     def leaving(self, threshold: Sequence[float] | Tensor) -> Tensor:
         """Where each image leaves: (n,) the first exit n with h_n >= T_n, E at the latest.
@@ -92,7 +94,7 @@ class Score:
 def record(
     model: EarlyExitModel, data: object, *, batch_size: int = 128, num_workers: int = 0, progress: bool = True
 ) -> Traces:
-    """Run a model once over data with nobody leaving.
+    """Run a model once over data with nobody leaving. Labels that are no classes of the backbone are taken for none.
 
     Args:
         model: in eval mode, on the device it shall run on.
@@ -102,7 +104,7 @@ def record(
         progress: show a bar, where standard error is a terminal.
 
     Raises:
-        DataError: if a label is no class of the backbone, or some images have labels and others none.
+        DataError: if some images have labels and others none.
     """
     like = next(model.heads.parameters())
     was_training = model.training
@@ -118,14 +120,12 @@ def record(
         model.train(was_training)
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
-    return _join(parts)
+    return _join(parts, model.num_classes)
 
 
 def _record_batch(
     model: EarlyExitModel, images: Tensor, labels: Tensor | None, device: torch.device, kept: int
 ) -> Traces:
-    if labels is not None:
-        check_labels(labels, model.num_classes)
     with torch.inference_mode():
         every = model.all_exits(images.to(device))
     costs = torch.tensor(model.costs, dtype=torch.float64)
@@ -134,25 +134,27 @@ def _record_batch(
     )  # a slice alone would keep the whole batch
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels that are no class of the backbone."""
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise DataError(
-            f"The data has labels from {int(labels.min())} to {int(labels.max())}, the backbone has classes 0 to "
-            f"{classes - 1}. Map the labels, or train without them: targets='pseudo'."
-        )
+def odd_labels(labels: Tensor, classes: int) -> str:
+    """What is wrong with labels of which some are no class of the backbone; empty where nothing is."""
+    if not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        return ""
+    found = f"its labels are {int(labels.min())} to {int(labels.max())}"
+    return f"{found}, the backbone's classes 0 to {classes - 1}"
 
 
-def _join(parts: list[Traces]) -> Traces:
+def _join(parts: list[Traces], classes: int) -> Traces:
     labels = [p.targets for p in parts if p.targets is not None]
-    if labels and len(labels) < len(parts):
-        raise DataError("Some batches have labels and others have none. Give labels to all of them, or to none.")
+    targets = torch.cat(labels) if labels else None
+    if targets is not None and (len(labels) < len(parts) or (targets == UNKNOWN_LABEL).any()):
+        raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
+    fault = "" if targets is None else odd_labels(targets, classes)
     return replace(
         parts[0],
         answers=torch.cat([p.answers for p in parts], 1),
         confidence=torch.cat([p.confidence for p in parts], 1),
-        targets=torch.cat(labels) if labels else None,
+        targets=None if fault else targets,
         sample=torch.cat([p.sample for p in parts])[:SAMPLE],
+        note=fault and f"There is no accuracy for this data: {fault}.",
     )
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral, Real
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line, unknown
 from ptee.losses import get_loss
 from ptee.model import EarlyExitModel
-from ptee.traces import check_labels
+from ptee.traces import odd_labels
 from ptee.weights import weights_hash
 
 TARGETS = ("labels", "pseudo", "soft")
@@ -106,7 +107,7 @@ class _Settings:
     head: str
     classes: int
     backbone: str  # hash of its weights
-    data: str  # how long
+    data: str  # how long, and of which files
 
 
 def train(
@@ -139,7 +140,8 @@ def train(
         train_data: a map-style data set of (image (c, h, w), label) or, but for targets="labels", (image,); or a loader,
             whose own batches and order are used.
         val_data: likewise; its loss is recorded after each epoch.
-        targets: "labels", "pseudo" (the backbone's own answers: no labels needed) or "soft" (its probabilities).
+        targets: "labels", "pseudo" (the backbone's own answers) or "soft" (its probabilities). The last two need no
+            labels; with labels that are no classes of the backbone there is no accuracy.
         loss: "v1", "v2", "mc" or "cost".
         cost_weight: lambda, what a unit of cost is worth in cross-entropy.
         epochs: number of passes over the data.
@@ -159,7 +161,10 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used.
         RunError: if the checkpoint belongs to another training.
     """
-    _check(targets, precision, epochs, batch_size, lr, weight_decay, cost_weight, seed, patience)
+    check_settings(
+        targets=targets, loss=loss, precision=precision, epochs=epochs, batch_size=batch_size, seed=seed,
+        patience=patience, lr=lr, weight_decay=weight_decay, cost_weight=cost_weight,
+    )  # fmt: skip
     with (
         accelerator_on(device, precision) as accelerator,
         _on_device(model, accelerator.device),
@@ -168,7 +173,8 @@ def train(
         torch.enable_grad(),
     ):
         settings = _Settings(
-            targets, loss, cost_weight, batch_size, lr, weight_decay, seed, accelerator.mixed_precision, patience,
+            targets, loss, float(cost_weight), int(batch_size), float(lr), float(weight_decay), int(seed),
+            accelerator.mixed_precision, patience and int(patience),
             [e.name for e in model.exits], model.plan.head, model.num_classes, weights_hash(model.backbone),
             _about(train_data),
         )  # fmt: skip
@@ -179,34 +185,54 @@ def train(
 
 
 def _about(data: Any) -> str:
-    return f"{length_hint(data, 0)} long"
+    """How long it is and, where it is files, which: with one more, others are drawn for training."""
+    files = getattr(data, "files_sha256", None)
+    return f"{length_hint(data, 0)} long" + (f" of files {files[:16]}" if files else "")
 
 
-def _check(
+def check_settings(
+    *,
     targets: str,
+    loss: str,
     precision: str,
     epochs: int,
     batch_size: int,
+    seed: int,
+    patience: int | None,
     lr: float,
     weight_decay: float,
     cost_weight: float,
-    seed: int,
-    patience: int | None,
 ) -> None:
+    """Refuse by name what `train` cannot work with, before anything is read or written. Arguments are those of `train`.
+
+    Raises:
+        PteeError: naming the argument.
+    """
     if targets not in TARGETS:
         raise unknown("targets", targets, TARGETS)
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    get_loss(loss)
+    _require_numbers(Integral, "a whole number", epochs=epochs, batch_size=batch_size, seed=seed)
+    _require_numbers(Real, "a number", lr=lr, weight_decay=weight_decay, cost_weight=cost_weight)
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
         if not 0 < value < math.inf:
             raise PteeError(f"The {name} {value} must be positive.")
-    if patience is not None and patience < 1:
-        raise PteeError(f"The patience {patience} must be one epoch at least, or None.")
+    if patience is not None:
+        _require_numbers(Integral, "a whole number", patience=patience)
+        if patience < 1:
+            raise PteeError(f"The patience {patience} must be one epoch at least, or None.")
     for name, value in (("weight_decay", weight_decay), ("cost_weight", cost_weight)):
         if not 0 <= value < math.inf:
             raise PteeError(f"The {name} {value} must be a number, not negative.")
     if not 0 <= seed < LARGEST_SEED:
         raise PteeError(f"The seed {seed} must lie between 0 and {LARGEST_SEED - 1}.")
+
+
+def _require_numbers(kind: type, words: str, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise PteeError(f"The {name} {value!r} must be {words}.")
 
 
 class _Training:
@@ -229,7 +255,7 @@ class _Training:
         order = torch.Generator()
         loader = self._loader(train_data, True, workers, order)
         val_loader = None if val_data is None else self._loader(val_data, False, workers)
-        while (number := len(self.history.epochs) + 1) <= epochs:
+        while not self._nothing_gets_better() and (number := len(self.history.epochs) + 1) <= epochs:
             order.manual_seed(self.settings.seed * 1_000_003 + number)
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
             complete = copy.deepcopy(self.model.heads.state_dict())
@@ -247,12 +273,15 @@ class _Training:
             self._save()
             if on_epoch is not None and self.accelerator.is_main_process:
                 on_epoch(epoch)
-            if self.settings.patience is not None and number - self._best_epoch().number >= self.settings.patience:
-                self.model.heads.load_state_dict(self.best_heads)
-                self.history.stopped_early = True
-                break
+        if self._nothing_gets_better():
+            self.model.heads.load_state_dict(self.best_heads)
+            self.history.stopped_early = True
         self._warn_of_collapse()
         return self.history
+
+    def _nothing_gets_better(self) -> bool:
+        patience, epochs = self.settings.patience, self.history.epochs
+        return patience is not None and bool(epochs) and len(epochs) - self._best_epoch().number >= patience
 
     def _best_epoch(self) -> Epoch:
         """The first whose loss no later one beat by `MIN_DELTA`."""
@@ -317,15 +346,19 @@ class _Training:
         return found
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
-        if labels is None:
-            if self.settings.targets == "labels":
-                raise DataError("The data has no labels. Train on the backbone's answers instead: targets='pseudo'.")
-            return None
-        check_labels(labels, self.model.num_classes)
-        return labels.to(self.accelerator.device)
+        """On the device; None where there are none, or where they are no classes and only accuracy would need them."""
+        fault = "it has no labels" if labels is None else odd_labels(labels, self.model.num_classes)
+        if not fault:
+            return None if labels is None else labels.to(self.accelerator.device)
+        if self.settings.targets == "labels":
+            raise DataError(f"The data cannot be learnt from: {fault}. Use the backbone's answers: targets='pseudo'.")
+        return None
 
     def _over_processes(self, sums: _Sums) -> Epoch:
-        return sums.mean(self.accelerator.reduce(sums.tensor(self.accelerator.device), "sum"))
+        total = sums.tensor()
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
+        return sums.mean(total)
 
     def _is_main(self) -> bool:
         return bool(self.accelerator.is_local_main_process)
@@ -366,6 +399,8 @@ class _Training:
         reached = checkpoint.read(path, asdict(self.settings))
         try:
             epochs = [Epoch(**epoch) for epoch in reached.history["epochs"]]
+            if self.settings.patience is not None:
+                self.model.heads.load_state_dict(reached.best_heads)  # fits, where it is gone back to later
             self.model.heads.load_state_dict(reached.heads)
             self.adam.load_state_dict(self.adam.state_dict() | {"state": reached.adam})
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
@@ -433,17 +468,16 @@ class _Sums:
         shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fid%": percent(faithful)}
         return shown | ({"acc%": percent(right)} if self.labelled else {})
 
-    def tensor(self, device: torch.device) -> Tensor:
-        """All sums in one vector, to be added up over processes."""
-        counts = torch.as_tensor(self.counts).double().flatten().to(device)
-        head = torch.tensor([self.samples, float(self.labelled), float(self.loss)], dtype=torch.float64, device=device)
-        return torch.cat([head, counts])
+    def tensor(self) -> Tensor:
+        """All sums in one vector, to be added up over processes; on the CPU, as MPS has no float64."""
+        head = torch.tensor([self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64)
+        return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
 
     def mean(self, sums: Tensor) -> Epoch:
         """The means out of the added-up vector; number, val_loss and seconds are the caller's."""
-        samples, _, loss, *counts = sums.tolist()
+        samples, unlabelled, loss, *counts = sums.tolist()
         right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
-        return Epoch(0, loss / samples, right if self.labelled else None, faithful, leaving, None, 0.0)
+        return Epoch(0, loss / samples, None if unlabelled else right, faithful, leaving, None, 0.0)
 
 
 @contextmanager

@@ -543,6 +543,42 @@ def test_torchvisions_weights_come_from_its_cache_and_the_record_names_their_tag
     assert weights_hash(rebuild(backbone.source).module) == weights_hash(trained)
 
 
+@pytest.fixture(params=["as it is", "told to unpickle"])
+def environment(request, monkeypatch) -> None:
+    """torch as it is, and where its user has told it to unpickle whatever it reads."""
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    if request.param == "told to unpickle":
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+
+def test_torchvisions_weights_that_would_run_code_are_refused_and_the_code_not_run(tmp_path, monkeypatch, environment):
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    torch.save({"fc.bias": RunsCodeWhenUnpickled(tmp_path / "harm")}, file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    before = dict(os.environ)
+    with pytest.raises(BackboneError, match="squeezenet1_1 cannot be downloaded or loaded") as refusal:
+        load_backbone("squeezenet1_1")
+    one_line(refusal)
+    assert not (tmp_path / "harm").exists()
+    assert dict(os.environ) == before
+
+
+def test_weights_on_the_hub_that_would_run_code_are_refused_and_the_code_not_run(
+    hub, tmp_path, monkeypatch, environment
+):
+    cfg = {"num_classes": 6, "classifier": "fc", "first_conv": "conv1", "hf_hub_filename": "hostile.bin"}
+    hub("someone/six", {}, {"architecture": "cifar_resnet20", "num_classes": 6, "pretrained_cfg": cfg})
+    file = tmp_path / "hub" / "models--someone--six" / "snapshots" / COMMIT / "hostile.bin"
+    torch.save({"fc.bias": RunsCodeWhenUnpickled(tmp_path / "harm")}, file)
+    # as timm did before 1.0.26
+    monkeypatch.setattr("timm.models._hub._torch_load", lambda file, **_: torch.load(file, weights_only=False))
+    with pytest.raises(BackboneError, match="someone/six cannot be downloaded or loaded") as refusal:
+        load_backbone("hf-hub:someone/six")
+    one_line(refusal)
+    assert not (tmp_path / "harm").exists()
+
+
 @pytest.mark.parametrize("name", ["cifar_resnet56", "resnet10t.untrained"])
 def test_a_model_without_pretrained_weights_says_so(name):
     with pytest.raises((BackboneError, UnknownName)) as refusal:

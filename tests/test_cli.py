@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
 
 import ptee
-from ptee import defaults, training
+from ptee import defaults, evaluation, training
 from ptee.backbones import load_backbone
 from ptee.cli import cli, main
-from ptee.data import Data
+from ptee.data import Data, open_named
 from ptee.errors import PteeError
 
 MODEL = ("--model", "cifar_resnet20", "--exits", "layer1,layer2", "--input-size", "3,16,16")
@@ -467,6 +468,56 @@ def test_weights_that_were_moved_are_named_to_evaluate(run, known, things, tmp_p
     assert run("evaluate", "out", "--weights", new).status == 0
 
 
+def test_weights_that_were_moved_are_asked_for_in_the_commands_words(run, known, things, tmp_path):
+    weights = shutil.copy(things / "weights.safetensors", tmp_path / "old.safetensors")
+    done = run("augment", *MODEL, "--weights", weights, "--data", things / "ten", *SHORT, "--out", "out")
+    assert done.status == 0
+    Path(weights).unlink()
+    assert_refused(run("evaluate", "out"), r"old\.safetensors.*--weights FILE")
+
+
+@pytest.fixture
+def changed(run, things) -> Path:
+    """Images of which some were drawn for a run's validation, and to which one was added afterwards."""
+    images = Path(shutil.copytree(things / "ten", "images"))
+    weights = ("--weights", things / "weights.safetensors")
+    assert run("augment", *MODEL, *weights, "--data", images, *SHORT, "--out", "out").status == 0
+    shutil.copy(images / "class0" / "0.png", images / "class0" / "new.png")
+    return images
+
+
+def test_with_an_image_more_the_unseen_ones_cannot_be_drawn_again_and_others_are_asked_for(run, changed):
+    for words in ((), ("--data", changed)):
+        assert_refused(run("evaluate", "out", *words), r"images.*Put .* back.*--data FOLDER")
+
+
+def test_with_the_image_gone_again_the_same_ones_are_measured(run, changed):
+    (changed / "class0" / "new.png").unlink()
+    recorded = json.loads(Path("out", "metrics.json").read_text())["results"]
+    again = json.loads(run("evaluate", "out", "--json").out)
+    assert figures(again) == figures(recorded)
+
+
+def test_other_images_are_measured_all(run, changed, things):
+    pictures(Path("others"), [f"class{k}" for k in range(10)], 2)
+    assert json.loads(run("evaluate", "out", "--data", "others", "--json").out)["samples"] == 20
+
+
+def test_the_same_images_in_another_place_are_measured_on_the_unseen_ones_alone(run, changed):
+    (changed / "class0" / "new.png").unlink()
+    changed.rename("moved")
+    recorded = json.loads(Path("out", "metrics.json").read_text())["results"]
+    assert figures(json.loads(run("evaluate", "out", "--data", "moved", "--json").out)) == figures(recorded)
+
+
+def test_evaluate_as_json_is_json_by_the_letter(run, finished):
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    results = json.loads(run("evaluate", finished, "--threshold", "inf", "--json").out, parse_constant=refuse)
+    assert results["leaving"] == [0, 0, 1]
+
+
 def test_evaluate_asks_for_data_where_none_were_recorded(run, finished):
     config = json.loads((finished / "config.json").read_text())
     config["results"] = None
@@ -481,6 +532,20 @@ def test_a_file_is_no_folder_for_a_run(run, known):
     Path("out").write_text("mine")
     assert_refused(run("augment", *known, *SHORT, "--out", "out"), "out is a file")
     assert Path("out").read_text() == "mine"
+
+
+def test_a_folder_below_a_file_cannot_be(run, known):
+    Path("file").write_text("mine")
+    assert_refused(run("augment", *known, *SHORT, "--out", "file/run"), "file/run.*file is a file")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(run, known, monkeypatch):
+    def fail(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr("ptee.runs.tempfile.TemporaryDirectory", fail)
+    assert_refused(run("augment", *known, *SHORT, "--out", "out"), "Cannot write out: Permission denied")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "metrics.json", "config.json"])
@@ -504,6 +569,44 @@ def test_an_earlier_run_is_left_alone(run, known, finished):
     before = {file.name: file.read_bytes() for file in finished.iterdir()}
     assert_refused(run("augment", *known, *SHORT, "--out", finished), "out holds a run.*--overwrite")
     assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+MISTAKES = {
+    "an unknown loss": ["--loss", "v3"],
+    "a negative learning rate": ["--lr", "-1"],
+    "an unknown precision": ["--precision", "fp17"],
+    "unknown targets": ["--targets", "foo"],
+    "a weight decay of NaN": ["--weight-decay", "nan"],
+    "a price of NaN": ["--cost-weight", "nan"],
+    "an unknown head": ["--head", "poool"],
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_costs_no_earlier_run(words, run, known, finished):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    assert_refused(run("augment", *known, *SHORT, *words, "--out", finished, "--overwrite"), words[-1])
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_a_damaged_image_costs_no_earlier_run(run, known, things, finished):
+    images = Path(shutil.copytree(things / "ten", "images"))
+    for image in images.glob("*/0.png"):
+        image.write_text("damaged")
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    assert_refused(run("augment", *known, "--data", images, *SHORT, "--out", finished, "--overwrite"), "decoded")
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_settings_are_checked_before_any_model_is_built(run, known, monkeypatch):
+    monkeypatch.setattr("ptee.backbones.load_backbone", None)
+    assert_refused(run("augment", *known, "--loss", "v3"), "v3")
+
+
+def test_once_an_epoch_is_complete_nothing_of_an_earlier_run_is_left(run, known, finished, interrupt):
+    interrupt(2)
+    assert run("augment", *known, *SHORT, "--out", finished, "--overwrite").status == 130
+    assert {p.name for p in finished.iterdir()} == {"README.md", "checkpoint.safetensors"}
 
 
 def test_an_earlier_run_is_written_over_where_that_is_said(run, known, finished):
@@ -576,6 +679,14 @@ def test_resume_without_a_training_to_go_on_with_is_refused(run, known, finished
     assert_refused(run("augment", *known, *SHORT, "--out", finished, "--resume"), "no interrupted training in out")
 
 
+def test_resume_with_an_image_in_place_of_another_is_refused(run, known, things, interrupt):
+    images = Path(shutil.copytree(things / "ten", "images"))
+    interrupt(2)
+    run("augment", *known, *SHORT, "--data", images, "--out", "out")
+    (images / "class0" / "0.png").rename(images / "class0" / "new.png")
+    assert_refused(run("augment", *known, *SHORT, "--data", images, "--out", "out", "--resume"), "data.*files.*now")
+
+
 def test_resume_with_other_settings_is_refused_and_the_checkpoint_kept(run, known, interrupt):
     interrupt(2)
     run("augment", *known, *SHORT, "--out", "out")
@@ -605,6 +716,72 @@ def test_with_nothing_given_a_network_learns_the_digits_once_and_gets_exits(run,
     assert run("evaluate", "runs/digits").status == 0
     assert run("augment", "--epochs", 1, "--exits", "layer1", "--head", "pool", "--out", "again").status == 0
     assert ptee.load("again").plan.head == "pool"
+
+
+def test_with_nothing_given_folders_called_digits_are_no_data(run, hasty, things):
+    words = ("augment", "--epochs", 1, "--exits", "layer1", "--head", "pool")
+    shutil.copytree(things / "ten", "digits")
+    for out in ("runs/digits", "digits"):
+        assert run(*words, "--out", out).status == 0
+        recorded = json.loads(Path(out, "metrics.json").read_text())["results"]
+        assert (recorded["data"]["source"], recorded["data"]["split"]["kind"]) == ("digits", "digits")
+        assert figures(json.loads(run("evaluate", out, "--json").out)) == figures(recorded)
+        shutil.rmtree("digits")
+
+
+class Toys(Dataset):
+    """As torchvision makes them: ten pictures in train, five in test."""
+
+    def __init__(self, root: str, train: bool = True, transform: Any = None) -> None:
+        assert (Path(root) / "toys.bin").is_file()
+        self.labels = list(range(10 if train else 5))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (16, 16), (20 * index, 0, 0)), self.labels[index]
+
+
+def test_the_name_of_a_data_set_stays_its_name_when_a_folder_is_called_so_later(run, known, monkeypatch, tmp_path):
+    monkeypatch.setattr("torchvision.datasets.Toys", Toys, raising=False)
+    Path("toys.bin").touch()
+    assert run("augment", *known[:-1], "toys", *SHORT, "--out", "out").status == 0
+    recorded = json.loads(Path("out", "metrics.json").read_text())["results"]
+    (tmp_path / "later").mkdir()
+    shutil.move("out", tmp_path / "later")
+    monkeypatch.chdir(tmp_path / "later")
+    pictures(Path("toys"), [f"class{k}" for k in range(10)], 3)
+    assert figures(json.loads(run("evaluate", "out", "--json").out)) == figures(recorded)
+
+
+def test_another_recipe_or_split_of_the_digits_is_another_file(monkeypatch):
+    digits = [open_named("digits", transform=torch.as_tensor, seed=seed) for seed in (0, 0, 1)]
+    files = [defaults.digits_weights(data) for data in digits]
+    monkeypatch.setattr(defaults, "EPOCHS", 1)
+    assert files[0] == files[1]
+    assert len({*files, defaults.digits_weights(digits[0])}) == 3
+
+
+def test_the_digits_are_learnt_with_one_thread_and_others_with_all(run, known, hasty, monkeypatch):
+    seen: list[int] = []
+    learn, train = defaults.train_digits_network, training.train
+
+    def note(what: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *words, **more: (seen.append(torch.get_num_threads()), what(*words, **more))[1]
+
+    monkeypatch.setattr(defaults, "train_digits_network", note(learn))
+    monkeypatch.setattr(training, "train", note(train))
+    monkeypatch.setattr(evaluation, "evaluate", note(evaluation.evaluate))
+    try:
+        torch.set_num_threads(2)
+        assert run("augment", "--epochs", 1, "--exits", "layer1", "--head", "pool", "--out", "tiny").status == 0
+        assert run("evaluate", "tiny").status == 0
+        assert run("augment", *known, *SHORT, "--out", "other").status == 0
+        assert run("evaluate", "other").status == 0
+        assert (seen, torch.get_num_threads()) == ([1, 1, 1, 1, 2, 2, 2], 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_digits_network_never_saw_the_images_it_is_measured_on(run, hasty, monkeypatch):

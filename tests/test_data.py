@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
-from ptee.data import Data, image_transform, open_data
+from ptee.data import Data, image_transform, open_data, open_named
 from ptee.errors import DataError, UnknownName
 from ptee.labels import map_labels, with_labels
 
@@ -207,6 +208,14 @@ def test_split_record_survives_json_and_tells_files_apart(folder):
     assert before.split["seed"] == 5
     (folder / "train" / "a" / "000.png").rename(folder / "train" / "a" / "new.png")
     assert opened(folder).split["files_sha256"] != before.split["files_sha256"]
+
+
+def test_every_part_of_a_folder_knows_the_hash_of_its_files(folder):
+    data = opened(folder)
+    label_map = map_labels(data.class_names, 2)
+    for part in PARTS:
+        assert with_labels(getattr(data, part), label_map).files_sha256 == data.split["files_sha256"]
+    assert with_labels(opened("digits").train, label_map).files_sha256 is None
 
 
 def test_summary_says_source_sizes_and_rule(folder):
@@ -456,6 +465,20 @@ def test_folder_goes_before_name(tmp_path, monkeypatch):
     assert opened("digits").split["kind"] == "folder"
 
 
+@pytest.mark.parametrize(("name", "kind"), [("digits", "digits"), ("Toys", "torchvision"), ("toys", "torchvision")])
+def test_a_name_alone_is_no_folder_of_that_name(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / name, numbered(5))
+    data = open_named(name, transform=TRANSFORM, seed=3)
+    assert (data.source, data.split["kind"], data.split["seed"]) == (name, kind, 3)
+
+
+def test_a_name_alone_that_is_none_is_unknown(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(UnknownName, match="images"):
+        open_named("images", transform=TRANSFORM)
+
+
 def test_digits_are_grey_pictures_of_ten_classes():
     data = open_data("digits", transform=image_transform((1, 8, 8), (0,), (1,)))
     assert data.split["sizes"] == {"train": 1437, "calibration": 180, "validation": 180}
@@ -645,7 +668,11 @@ def test_wordnet_id_outside_of_imagenet_cannot_be_mapped():
     ("class_names", "num_classes", "indices"),
     [
         (["0", "7"], 10, (0, 7)),
-        (["0", "1", "10", "2"], 1000, (0, 1, 10, 2)),
+        (["0", "1", "10", "2"], 100, (0, 1, 10, 2)),
+        (sorted(map(str, range(1000))), 1000, tuple(map(int, sorted(map(str, range(1000)))))),
+        (sorted(map(str, range(12))), 12, tuple(range(12))),
+        ([f"{i:02}" for i in range(12)], 12, tuple(range(12))),
+        (list(map(str, range(12))), 12, tuple(range(12))),
         (["1", "2"], 2, (0, 1)),
         (["07", "7"], 10, None),
         (["cat", "dog"], 2, (0, 1)),
@@ -659,6 +686,34 @@ def test_names_become_the_backbones_classes(class_names, num_classes, indices):
     label_map = map_labels(class_names, num_classes)
     assert label_map.indices == indices
     assert label_map.reason.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("class_names", "num_classes", "said"),
+    [
+        (sorted(map(str, range(12))), 12, r"in this order: 0, 1, 10, 11, 2 .*ImageFolder.*write 02 for 2\.$"),
+        ([f"{i:02}" for i in range(12)], 12, r"in this order: 00, 01, 02, 03, 04 and 7 more\.$"),
+        (sorted(map(str, range(10))), 10, r"in this order: 0, 1, 2, 3, 4 and 5 more\.$"),
+        (["1", "10", "2"], 12, "names are taken for numbers of the backbone's 12"),
+        (sorted(map(str, range(1000))), 1000, "names are taken for numbers of the backbone's 1000"),
+    ],
+    ids=["numbers as text", "padded numbers", "ten numbers", "some of the classes", "ImageNet"],
+)
+def test_the_reason_says_how_numbers_were_read(class_names, num_classes, said):
+    reason = map_labels(class_names, num_classes).reason
+    assert re.search(said, reason)
+    assert "\n" not in reason
+
+
+def test_folders_of_numbers_get_the_classes_that_image_folder_gave_them(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    write_folder(tmp_path, [f"{i}/{i}.png" for i in range(12)])
+    data = opened(tmp_path)
+    mapped = with_labels(data.train, map_labels(data.class_names, 12))
+    trained = dict(ImageFolder(str(tmp_path)).samples)
+    for i, level in enumerate(levels(data.train)):
+        assert mapped[i][1] == trained[str(tmp_path / f"{level}" / f"{level}.png")]
 
 
 def test_digits_are_no_class_numbers_of_a_larger_backbone():

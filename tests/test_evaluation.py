@@ -83,6 +83,15 @@ def test_without_labels_accuracy_is_none_and_all_else_is_the_same():
     assert " - " in str(without)
 
 
+@pytest.mark.parametrize("batch_size", [5, N])
+def test_labels_that_are_no_classes_are_none_and_the_results_say_so(batch_size):
+    model, (x, y) = made(), labelled()
+    results = evaluate(model, TensorDataset(x, y.where(y > 0, K)), batch_size=batch_size, speed=False)
+    assert results.rows == evaluate(model, TensorDataset(x), speed=False).rows
+    for said in (str(results), json.dumps(results.to_dict())):
+        assert f"no accuracy for this data: its labels are 1 to {K}, the backbone's classes 0 to {K - 1}." in said
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 128])
 @pytest.mark.parametrize("loader", [False, True], ids=["a data set", "a loader"])
 def test_batches_of_any_size_give_the_same_figures(batch_size, loader):
@@ -108,11 +117,38 @@ def test_the_model_is_left_as_it_was(threshold, used, training):
     assert model.results is None
 
 
+class Watched(TensorDataset):
+    """Notes the model's thresholds whenever an image is read."""
+
+    def __init__(self, model: ptee.EarlyExitModel) -> None:
+        super().__init__(*labelled())
+        self.model, self.seen = model, []
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.seen.append(self.model.threshold)
+        return super().__getitem__(index)
+
+
+def test_other_threads_see_nothing_of_the_threshold_that_is_tried(monkeypatch):
+    model, timed = made(), evaluation._timed
+    model.threshold = [0.3, 0.6]
+    data = Watched(model)
+
+    def watch(*arguments):
+        data.seen.append(model.threshold)
+        return timed(*arguments)
+
+    monkeypatch.setattr(evaluation, "_timed", watch)
+    results = evaluate(model, data, threshold=0.9)
+    assert results.threshold == [0.9, 0.9]
+    assert data.seen == [[0.3, 0.6]] * (N + 1)
+
+
 REFUSED = {
     "a threshold too many": ({"threshold": [0.1] * 3}, 0, PteeError),
     "NaN": ({"threshold": math.nan}, 0, PteeError),
     "no such device": ({"device": "cuda:99"}, 0, DeviceError),
-    "labels of other classes": ({"threshold": 0.1}, K, DataError),
+    "labels for some images only": ({"threshold": 0.1}, -1, DataError),
 }
 
 

@@ -146,11 +146,34 @@ def test_the_cost_convention_comes_back(convention, tmp_path):
     assert ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)).costs == model.costs
 
 
-def test_thresholds_that_nobody_ever_reaches_come_back(tmp_path):
+def strictly(text: str) -> Any:
+    """What JSON holds, by the letter of its standard."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("wall", [math.inf, -math.inf])
+def test_endless_thresholds_come_back_out_of_json_by_the_letter(wall, tmp_path):
     model = make()
-    model.threshold = [0.5, math.inf]
+    model.threshold = [0.5, wall]
+    model.results = {"threshold": model.threshold}
     model.save_pretrained(tmp_path)
-    assert ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)).threshold == [0.5, math.inf]
+    assert strictly((tmp_path / "config.json").read_text())["threshold"][0] == 0.5
+    assert ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)).threshold == [0.5, wall]
+
+
+def test_endless_thresholds_that_were_written_as_numbers_are_read_too(folder, net):
+    edit(folder, "threshold", [0.5, math.inf])
+    assert ptee.load(folder, backbone=net).threshold == [0.5, math.inf]
+
+
+def test_json_is_json_by_the_letter():
+    values = {"a": [1, math.inf, (math.nan, {"b": -math.inf})], "c": None, "d": "Infinity", "e": True}
+    want = {"a": [1, "Infinity", ["NaN", {"b": "-Infinity"}]], "c": None, "d": "Infinity", "e": True}
+    assert strictly(runs.to_json(values)) == want
 
 
 def test_a_model_in_half_precision_comes_back_in_half_precision(tmp_path):
@@ -261,6 +284,20 @@ def test_a_failed_replacement_keeps_the_old_file_and_leaves_no_rubbish(error, tm
 def test_writing_json_makes_the_folders_it_needs(tmp_path):
     runs.write_json(tmp_path / "a" / "b" / "metrics.json", {"share": 0.5})
     assert json.loads((tmp_path / "a" / "b" / "metrics.json").read_text()) == {"share": 0.5}
+
+
+@pytest.mark.parametrize("place", [".", "new", "deep/er/new"])
+def test_a_folder_that_can_be_written_is_known_and_left_as_it_was(place, tmp_path):
+    runs.require_writable(tmp_path / place)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "file/deep/run"])
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"Cannot write .*{place}: .*Choose another folder") as refusal:
+        runs.require_writable(tmp_path / place)
+    assert "\n" not in str(refusal.value)
 
 
 # what is missing or damaged

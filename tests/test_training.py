@@ -169,6 +169,23 @@ def test_a_resting_backbone_gives_the_pseudo_labels():
 # what is reported
 
 
+class OnMps(Tensor):
+    """A tensor on a device without float64."""
+
+    def double(self) -> Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_an_epoch_is_added_up_without_float64_on_the_device():
+    sums = training._Sums()
+    counts = [torch.tensor(n).as_subclass(OnMps) for n in ([1, 2], [3, 4], [0, 4])]
+    sums.add(training._Found(torch.tensor(0.5).as_subclass(OnMps), *counts), rows=4)
+    assert sums.tensor().tolist() == [4, 0, 2, 1, 2, 3, 4, 0, 4]
+
+
 def test_each_epoch_tells_its_means_before_each_update():
     model = made()
     model.threshold = 0.5
@@ -297,11 +314,24 @@ def test_labels_that_are_missing_are_asked_for_with_the_way_around():
         fit(made(), TensorDataset(images()))
 
 
+def with_odd_labels(label: int) -> TensorDataset:
+    return TensorDataset(images(), labels().where(labels() > 0, label))
+
+
 @pytest.mark.parametrize("label", [K, -2, 1000])
-@pytest.mark.parametrize("targets", training.TARGETS)
-def test_a_label_that_is_no_class_is_refused_whatever_the_targets(label, targets):
-    with pytest.raises(DataError, match=str(label)):
-        fit(made(), TensorDataset(images(), labels().where(labels() > 0, label)), targets=targets)
+def test_a_label_that_is_no_class_is_refused_as_a_target(label):
+    with pytest.raises(DataError, match=f"{label}.*targets='pseudo'"):
+        fit(made(), with_odd_labels(label))
+
+
+@pytest.mark.parametrize("label", [K, -1, 1000])
+@pytest.mark.parametrize("targets", ["pseudo", "soft"])
+def test_labels_that_are_no_classes_are_none_where_the_backbones_answers_are_the_target(label, targets):
+    got, want = made(), made()
+    history = fit(got, with_odd_labels(label), with_odd_labels(label), targets=targets)
+    fit(want, TensorDataset(images()), targets=targets)
+    assert same(heads(got), heads(want))
+    assert [epoch.accuracy for epoch in history.epochs] == [None] * 3
 
 
 @pytest.mark.parametrize("head", ["bnpool", "conv1"])
@@ -344,6 +374,14 @@ REFUSED = {
     "an endless learning rate": ({"lr": float("inf")}, PteeError, "lr inf"),
     "a seed that no generator takes": ({"seed": 10**18}, PteeError, "seed 1000000000000000000"),
     "a negative seed": ({"seed": -1}, PteeError, "seed -1"),
+    "half an epoch": ({"epochs": 1.5}, PteeError, "epochs 1.5.*whole number"),
+    "epochs in words": ({"epochs": "3"}, PteeError, "epochs '3'.*whole number"),
+    "half an image": ({"batch_size": 2.5}, PteeError, "batch_size 2.5.*whole number"),
+    "half a seed": ({"seed": 1.5}, PteeError, "seed 1.5.*whole number"),
+    "half a patience": ({"patience": 1.5}, PteeError, "patience 1.5.*whole number"),
+    "true for a number": ({"epochs": True}, PteeError, "epochs True.*whole number"),
+    "a learning rate in words": ({"lr": "0.1"}, PteeError, "lr '0.1'.*number"),
+    "no weight decay at all": ({"weight_decay": None}, PteeError, "weight_decay None.*number"),
 }
 
 
@@ -358,6 +396,14 @@ def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(setting
         fit(model, **settings)
     assert isinstance(refusal.value, PteeError)
     assert same(heads(model), before)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    got, want = made(), made()
+    settings = {"epochs": np.int64(2), "batch_size": np.int32(16), "seed": np.uint8(3), "lr": np.float32(0.5)}
+    fit(got, checkpoint=tmp_path / "checkpoint.safetensors", **settings)
+    fit(want, epochs=2, batch_size=16, seed=3, lr=0.5)
+    assert same(heads(got), heads(want))
 
 
 def test_a_loss_that_is_no_number_is_refused_with_a_lower_learning_rate():
@@ -536,6 +582,16 @@ def test_a_resumed_training_stops_where_one_that_was_never_interrupted_stops(whe
     assert same(heads(resumed), heads(whole))
 
 
+@pytest.mark.parametrize("more", [0, 5], ids=["the same epochs", "more epochs"])
+def test_a_training_that_stopped_early_is_over_when_it_is_resumed(more, tmp_path):
+    whole, resumed, checkpoint = made(), made(seed=9), tmp_path / "checkpoint.safetensors"
+    want = stopping(whole, checkpoint=checkpoint)
+    history = stopping(resumed, epochs=len(want.epochs) + more, checkpoint=checkpoint, resume=True)
+    assert history.epochs == want.epochs
+    assert history.stopped_early
+    assert same(heads(resumed), heads(whole))
+
+
 def test_more_epochs_can_be_added_later(tmp_path):
     whole, model = made(), made()
     fit(whole, epochs=4)
@@ -591,6 +647,22 @@ def test_the_checkpoint_of_other_heads_is_refused(checkpoint):
 def test_the_checkpoint_of_data_of_another_length_is_refused(checkpoint):
     with pytest.raises(RunError, match=f"{N}.*now 32"):
         fit(made(), TensorDataset(images()[:32], labels()[:32]), checkpoint=checkpoint, resume=True)
+
+
+class Files(TensorDataset):
+    """A data set of files, as `open_data` makes them."""
+
+    def __init__(self, files_sha256: str) -> None:
+        super().__init__(images(), labels())
+        self.files_sha256 = files_sha256
+
+
+def test_the_checkpoint_of_other_files_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(made(), Files("1" * 64), epochs=1, checkpoint=checkpoint)
+    fit(made(), Files("1" * 64), checkpoint=checkpoint, resume=True)
+    with pytest.raises(RunError, match=r"data 48 long.*1111 \(now 48 long.*2222\)"):
+        fit(made(), Files("2" * 64), checkpoint=checkpoint, resume=True)
 
 
 def test_the_checkpoint_of_other_exits_is_refused(checkpoint):
