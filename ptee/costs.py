@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -59,7 +59,7 @@ class _Step:
     product: bool
 
 
-def count(module: nn.Module, example: Tensor) -> Counts:
+def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Counts:
     """Count what one forward pass of `module` costs, and how much of it has run at each module's output.
 
     The module is left as it was: mode, buffers and hooks.
@@ -67,9 +67,12 @@ def count(module: nn.Module, example: Tensor) -> Counts:
     Args:
         module: anything with forward(x). Counted in eval mode.
         example: (1, ...) one sample on the module's device; counts grow with the batch.
+        products_only: leave out all but convolutions and matrix products, as torch's own FlopCounterMode does.
     """
     with _left_as_it_was(module), torch.no_grad(), _visible_attention():
         steps = _steps(module.eval(), example)
+    if products_only:
+        steps = [step if step.product else replace(step, macs=0) for step in steps]
     macs = list(accumulate((s.macs for s in steps), initial=0))
     products = list(accumulate((s.product for s in steps), initial=0))
     last: dict[str, int] = {}
