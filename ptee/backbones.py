@@ -132,6 +132,8 @@ def load_backbone(
         raise BackboneError(
             f"{type(model).__name__} is compiled, so its modules cannot be hooked. Give the module itself."
         )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise BackboneError(f"{type(model).__name__} runs copies of a network, which have no hooks. Give its .module.")
     if isinstance(model, nn.Module):
         return _wrap(model, wish)
     library, name = find_model(model)
@@ -256,8 +258,11 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
             return logits.shape[1]
         raise BackboneError(NO_CLASSIFIER.format(name))
     what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    inside = hasattr(logits, "logits") or (isinstance(logits, Mapping) and "logits" in logits)
+    field = ".logits" if hasattr(logits, "logits") else '["logits"]'
+    mend = f"those: forward(self, x): return self.net(x){field}" if inside else "those"
     raise BackboneError(
-        f"{name} gives {what} for two images, not logits (2, K) with K >= 2. Wrap it in a module that gives those."
+        f"{name} gives {what} for two images, not logits (2, K) with K >= 2. Wrap it in a module that gives {mend}."
     )
 
 

@@ -235,6 +235,27 @@ def bench(as_json: bool, **o: Any) -> None:
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 
+@cli.command()
+@click.argument("family", nargs=-1)
+@JSON
+def zoo(family: tuple[str, ...], as_json: bool) -> None:
+    """Give every architecture family of timm and torchvision exits, and check them: minutes to an hour.
+
+    FAMILY is a library's module of models, such as resnet or torchvision/resnet; without any, all of them.
+    """
+    from ptee.tables import line
+    from ptee.zoo import TITLE, WIDTHS, check_all, families, summary
+
+    verdicts = []
+    if not as_json:
+        click.echo(line(TITLE, WIDTHS))
+    for verdict in check_all(families(family)):
+        verdicts.append(verdict)
+        if not as_json:
+            click.echo(line(verdict.row, WIDTHS))
+    click.echo(runs.to_json([v.to_dict() for v in verdicts]) if as_json else f"\n{summary(verdicts)}")
+
+
 # ---------------------------------------------------------------------------------------------------- steps
 
 

@@ -4,10 +4,10 @@ fvcore traces one forward pass and adds up its operators module by module. ptee 
 exit behind a module has paid for everything that ran before that module's output, wherever it ran. The trace keeps
 that order, so the count listens to fvcore while it walks along.
 
-What fvcore gets wrong alone is put right here: it has no handler for scaled_dot_product_attention, cannot see into
-the fused paths of nn.MultiheadAttention and nn.TransformerEncoderLayer, runs the model in the mode it finds, and leaves
-its hooks on when the forward pass raises. It counts a multiplication with its addition as one, but not in batch norm,
-whose scale and shift it counts as two; here they are one as everywhere else.
+What fvcore gets wrong alone is put right here: it has no handler for scaled_dot_product_attention nor for convolutions
+with padding="same", cannot see into the fused paths of nn.MultiheadAttention and nn.TransformerEncoderLayer, runs the
+model in the mode it finds, and leaves its hooks on when the forward pass raises. It counts a multiplication with its
+addition as one, but not in batch norm, whose scale and shift it counts as two; here they are one as everywhere else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 # Convolutions and matrix products: what makes a layer a layer. Normalisation, activation and pooling belong to it.
 PRODUCTS = frozenset({
-    "aten::_convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
+    "aten::_convolution", "aten::_convolution_mode", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
     "aten::einsum", "aten::scaled_dot_product_attention",
 })  # fmt: skip
 
@@ -109,6 +109,7 @@ def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
             extra = {
                 "aten::scaled_dot_product_attention": _attention_macs,
                 "aten::baddbmm": _baddbmm_macs,
+                "aten::_convolution_mode": _convolution_macs,
                 "aten::batch_norm": _batch_norm_macs,
             }
             for op, handle in (self._op_handles | extra).items():
@@ -150,6 +151,11 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
 def _batch_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """In eval mode x * scale + shift, the statistics folded into both: one for each element."""
     return prod(_shape(inputs[0]))
+
+
+def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """With padding="same", an operator of its own, which fvcore does not know. The weight has c / groups inputs."""
+    return prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:])
 
 
 def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:

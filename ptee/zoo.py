@@ -119,6 +119,21 @@ class Verdict:
 
 
 TITLE = ["library", "family", "model", "layout", "exits at", "gap", "seconds", "verdict"]
+WIDTHS = [11, 25, 33, 9, 14, 4, 7, 0]
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many families of each library have exits that work."""
+    by_library: dict[str, list[bool]] = {}
+    for v in verdicts:
+        by_library.setdefault(v.family.library, []).append(not v.refusal)
+    counts = ", ".join(f"{sum(good)} of {len(good)} of {library}" for library, good in by_library.items())
+    return (
+        f"Families with {EXITS} working exits: {counts}. exits at: shares of the backbone's multiply-accumulates; gap: the "
+        "largest between two of them, or one and an end; seconds: to plan. ok: with T > 1 the backbone's answers bit for "
+        "bit, in batches the answers of rows alone, and torch's own count at each exit within 1 %; begin anew: where rows "
+        "leave, the forward pass starts again without computing anything twice."
+    )
 
 
 def families(only: Sequence[str] = ()) -> list[Family]:

@@ -1,0 +1,238 @@
+"""The zoo: a sample of every kind of architecture gets exits that work, and what does not work is found out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import ptee
+from ptee import zoo
+from ptee.backbones import load_backbone
+from ptee.cuts import Cut, random_images
+from ptee.errors import BackboneError, UnknownName
+from ptee.model import build
+
+# Of every kind: plain and residual chains, dense and branched networks, cells, tokens with and without class token,
+# windows, (b, h, w, c), rows packed with tokens, networks that remember the batch.
+SAMPLE = [
+    *("timm/byobnet", "timm/convit", "timm/convnext", "timm/crossvit", "timm/cspnet", "timm/deit"),
+    *("timm/densenet", "timm/dla", "timm/efficientnet", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
+    *("timm/levit", "timm/mambaout", "timm/maxxvit", "timm/mobilenetv3", "timm/nest", "timm/nfnet", "timm/pit"),
+    *("timm/regnet", "timm/repghost", "timm/resnet", "timm/starnet", "timm/tnt"),
+    *("timm/twins", "timm/vision_transformer", "timm/vision_transformer_relpos", "timm/xcit"),
+    *("torchvision/mobilenetv3", "torchvision/shufflenetv2", "torchvision/squeezenet"),
+]
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_a_family_gets_three_exits_that_work(family):
+    verdict = zoo.check(zoo.families([family])[0])
+    assert verdict.refusal == ""
+    assert len(verdict.exits) == 3
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("family", zoo.families(), ids=lambda f: f"{f.library}/{f.name}")
+def test_no_family_gives_wrong_answers(family):
+    verdict = zoo.check(family)
+    assert not verdict.refusal.startswith(("wrong", "not tried"))
+    assert verdict.refusal or len(verdict.exits) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- the checks find faults
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet").eval()
+    return build(load_backbone(net, input_size=(3, 64, 64)), exits="pareto", num_exits=3)
+
+
+def images(model: ptee.EarlyExitModel) -> Tensor:
+    return random_images(model.backbone, zoo.ROWS, model.plan.input_size)
+
+
+def test_a_sound_model_has_no_fault(model):
+    assert zoo.failure(model, images(model)) == ""
+
+
+def test_answers_that_are_not_the_backbones_are_found(model):
+    def overwrite(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
+        args[0].add_(1)
+
+    model.heads[0].register_forward_hook(overwrite)
+    assert "not the backbone's" in zoo.failure(model, images(model))
+
+
+def test_other_rows_than_those_that_stayed_are_found(model, monkeypatch):
+    select = Cut.select
+    monkeypatch.setattr(Cut, "select", lambda cut, output, rows: select(cut, output, (rows + 1) % len(output)))
+    assert zoo.failure(model, images(model)).startswith(("wrong", "not tried"))
+
+
+def test_a_wrong_count_is_found(model, monkeypatch):
+    def twice(module: nn.Module, example: Tensor, products_only: bool = False):
+        counts = count(module, example, products_only)
+        return replace(counts, until={name: 2 * macs for name, macs in counts.until.items()})
+
+    count = zoo.count
+    monkeypatch.setattr(zoo, "count", twice)
+    assert "torch counts" in zoo.failure(model, images(model))
+
+
+def test_a_family_that_is_refused_says_why():
+    verdict = zoo.check(zoo.Family("timm", "resnet", "resnet18d_but_not_really"))
+    assert "Unknown timm model" in verdict.refusal
+    assert "Unknown timm model" in verdict.row[-1]
+    assert "0 of 1 of timm" in zoo.summary([verdict])
+
+
+# ---------------------------------------------------------------------------------------------------- which families
+
+
+def test_every_module_of_models_is_a_family():
+    found = zoo.families()
+    assert [f.name for f in found if f.library == "timm"] == sorted(timm.list_modules())
+    assert len({f.name for f in found if f.library == "torchvision"}) == len(zoo.TORCHVISION)
+
+
+def test_an_unknown_family_is_refused_with_those_like_it():
+    with pytest.raises(UnknownName, match="resnet"):
+        zoo.families(["resnett"])
+
+
+def test_the_smallest_model_is_the_one_with_the_fewest_parameters():
+    assert zoo.smallest(["resnet34", "resnet18", "resnet50"]) == "resnet18"
+
+
+def test_the_gap_is_the_largest_stretch_without_an_exit():
+    family = zoo.Family("timm", "resnet", "resnet18")
+    assert zoo.Verdict(family, exits=[("a", 0.2), ("b", 0.3)]).gap == pytest.approx(0.7)
+    assert zoo.Verdict(family, exits=[("a", 0.5), ("b", 0.9)]).gap == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- what people wrap around
+
+
+class Normalize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5) / 0.25
+
+
+class Lightning(nn.Module):
+    """As a LightningModule: the network inside, the loss beside it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = net, nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class Lora(nn.Module):
+    """As PEFT puts it in the place of a linear layer."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_a = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.lora_b = nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_b(self.lora_a(x))
+
+
+def with_lora(net: nn.Module) -> nn.Module:
+    for block in net.blocks:
+        block.attn.qkv = Lora(block.attn.qkv)
+    return net
+
+
+def resnet(**args) -> nn.Module:
+    return timm.create_model("test_resnet", **args)
+
+
+def vit(**args) -> nn.Module:
+    return timm.create_model("test_vit", **args)
+
+
+SMALL = (3, 64, 64)
+WORKS = {
+    "behind a normalisation": (lambda: nn.Sequential(Normalize(), resnet()), SMALL),
+    "in a LightningModule": (lambda: Lightning(resnet()), SMALL),
+    "in both": (lambda: Lightning(nn.Sequential(Normalize(), vit())), (3, 160, 160)),
+    "with LoRA injected": (lambda: with_lora(vit()), (3, 160, 160)),
+    "of one channel and ten classes": (lambda: resnet(in_chans=1, num_classes=10), (1, 64, 64)),
+    "on larger images, not square": (resnet, (3, 224, 128)),
+    "of dynamic image size": (lambda: vit(dynamic_img_size=True), (3, 192, 128)),
+    "with dropout": (lambda: vit(drop_rate=0.5, attn_drop_rate=0.5), (3, 160, 160)),
+    "with stochastic depth": (lambda: vit(drop_path_rate=0.5), (3, 160, 160)),
+    "in half precision": (lambda: resnet().bfloat16(), SMALL),
+}
+
+
+@pytest.mark.parametrize("case", WORKS)
+def test_a_network_works(case):
+    make, size = WORKS[case]
+    model = ptee.augment(make(), input_size=size, num_exits=2)
+    x = random_images(model.backbone, 4, size)
+    with torch.no_grad():
+        expected = model.backbone(x)
+    model.threshold = 2.0
+    assert torch.equal(model(x), expected)
+    model.threshold = 0.0
+    assert model.predict(x).exit_index.tolist() == [0] * 4
+
+
+@dataclass
+class Output:
+    """As of Hugging Face's ForImageClassification."""
+
+    logits: Tensor
+
+
+class Answering(nn.Module):
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.net, self.answer = resnet(), answer
+
+    def forward(self, pixel_values: Tensor):
+        return self.answer(self.net(pixel_values))
+
+
+REFUSED = {
+    "an output with logits in it": (lambda: Answering(Output), r"gives a Output.*return self\.net\(x\)\.logits"),
+    "a dict with logits in it": (
+        lambda: Answering(lambda y: {"logits": y}),
+        r'gives a dict.*self\.net\(x\)\["logits"\]',
+    ),
+    "a tuple": (lambda: Answering(lambda y: (y,)), r"gives a tuple.*Wrap it in a module that gives those\."),
+    "no classifier": (lambda: resnet(num_classes=0), "has no classifier"),
+    "feature maps": (lambda: resnet(features_only=True), "gives a list for two images"),
+    "copies of a network": (lambda: nn.DataParallel(resnet()), r"DataParallel.*Give its \.module"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_network_is_refused_with_what_to_do(case):
+    make, said = REFUSED[case]
+    with pytest.raises(BackboneError, match=said):
+        ptee.augment(make(), input_size=SMALL)
+
+
+def test_a_network_wrapped_as_the_refusal_says_works():
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Answering(Output)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).logits
+
+    assert len(ptee.augment(Logits(), input_size=SMALL, num_exits=2).exits) == 2
