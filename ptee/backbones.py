@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ptee.errors import BackboneError, PteeError, first_line, unknown
 from ptee.freezing import modes, set_modes
 from ptee.origins import COMMIT, Wish, checked_record, checked_size, is_plain, plain
+from ptee.shadow import on_shadow
 from ptee.weights import load_weights
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
@@ -245,7 +246,7 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
     try:
         module.eval()
         with torch.no_grad():
-            logits = module(images)
+            logits = on_shadow(lambda network, batch: network(batch), module, images)
     except Exception as error:
         raise BackboneError(
             f"{name} cannot take an image of size {input_size}: {first_line(error)} Give the (c, h, w) that it takes "

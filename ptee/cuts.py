@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ptee.errors import BackboneError, CutError, first_line, unknown
 from ptee.layout import Axes, AxisTracker, Layout, image_axes, layout_of
 from ptee.replay import Step, take
+from ptee.shadow import on_shadow
 
 SURVEY_ROWS = 3
 
@@ -104,7 +105,7 @@ class Survey:
 
 
 def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
-    """Find all cuts of a network in one forward pass.
+    """Find all cuts of a network in one forward pass; of a heavy one, without computing it.
 
     Args:
         module: a classifier in eval mode: (b, c, h, w) -> (b, K).
@@ -113,7 +114,10 @@ def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
     Raises:
         BackboneError: as of `logits_of`.
     """
-    images = random_images(module, SURVEY_ROWS, input_size)
+    return on_shadow(_survey, module, random_images(module, SURVEY_ROWS, input_size))
+
+
+def _survey(module: nn.Module, images: Tensor) -> Survey:
     recorder = _Recorder(images)
     names = {m: n for n, m in module.named_modules() if n}
     compound = {n for n, m in module.named_modules() if n and next(m.children(), None) is not None}

@@ -16,7 +16,7 @@ import ptee
 PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
-    0: "errors tables options replay",
+    0: "errors tables options replay shadow",
     1: "costs layout losses batches data cifar_resnet weights origins freezing devices",
     2: "labels heads cuts backbones",
     3: "blocks proof runs",
