@@ -27,7 +27,7 @@ def batches(
         raise DataError(f"Data is a {kind}, which can be read only once: pass the DataLoader or data set it came from.")
     if isinstance(data, IterableDataset):
         raise DataError(f"Data is a {kind}, which is an iterable data set: pass a DataLoader of it.")
-    if _is_loader(data):
+    if is_loader(data):
         return _not_empty(data)
     if isinstance(data, (str, bytes, tuple, Mapping)) or not (
         hasattr(data, "__getitem__") and hasattr(data, "__len__")
@@ -39,7 +39,7 @@ def batches(
     return DataLoader(_not_empty(data), batch_size, shuffle, generator=generator, num_workers=num_workers)
 
 
-def _is_loader(data: Any) -> bool:
+def is_loader(data: Any) -> bool:
     """Those of timm and others look like torch's, but need not be one."""
     looks_so = hasattr(data, "__iter__") and hasattr(data, "__len__") and not hasattr(data, "__getitem__")
     return looks_so or isinstance(data, DataLoader)

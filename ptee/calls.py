@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptee.cuts import Cut
 from ptee.errors import PteeError, first_line
-from ptee.heads import confidence_of
+from ptee.heads import ExitHead, confidence_of
 from ptee.placement import Plan
 from ptee.replay import Again, Memory
 
@@ -116,6 +116,24 @@ class Watching(Call):
         """Keep what the head said; everybody goes on."""
         self.logits.append(logits)
         self.confidence_logits.append(confidence)
+
+
+class Read(Call):
+    """Nobody leaves, and no head answers."""
+
+    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan) -> None:
+        super().__init__(hooks, heads, plan)
+        self.inputs: list[Tensor] = []
+
+    def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.heads[n]
+        assert isinstance(head, ExitHead)
+        read = head.read(z)
+        return (read.clone() if cut.overwritten else read), z  # there is no confidence
+
+    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> None:
+        """Keep what the head read; everybody goes on."""
+        self.inputs.append(logits)
 
 
 class _Part(NamedTuple):

@@ -108,6 +108,12 @@ def cli(ctx: click.Context) -> None:
     "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 30 on the digits.")
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Run the backbone once and keep what the heads read, or run it in every epoch.",
+)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
@@ -440,7 +446,7 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
     history = train(
         model, data.train, data.calibration, targets=targets, loss=o["loss"], cost_weight=o["cost_weight"],
         epochs=o["epochs"], batch_size=o["batch_size"], lr=o["lr"], weight_decay=o["weight_decay"], seed=o["seed"],
-        patience=o["patience"], device=device, precision=o["precision"], num_workers=o["workers"],
+        patience=o["patience"], device=device, precision=o["precision"], num_workers=o["workers"], cache=o["cache"],
         checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say,
     )  # fmt: skip
     if history.warning:

@@ -45,11 +45,41 @@ class ExitHead(nn.Module):
         Returns:
             Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
         """
-        v = self.features(self.layout.to_map(z))
-        with torch.autocast(z.device.type, enabled=False):
+        return self.answer(self.read(z))
+
+    def read(self, z: Tensor) -> Tensor:
+        """What is left of a feature map after the part of the head that has nothing to learn: a pooled vector, or all.
+
+        Args:
+            z: the cut's tensor, in its own layout.
+        """
+        x = self.layout.to_map(z)
+        for part in self._parts()[0]:
+            x = part(x)
+        return x
+
+    def answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Answer from what was read.
+
+        Args:
+            x: what `read` gave.
+
+        Returns:
+            As `forward`.
+        """
+        v = x
+        for part in self._parts()[1]:
+            v = part(v)
+        with torch.autocast(v.device.type, enabled=False):
             wide = torch.promote_types(v.dtype, torch.float32)
             confidence = F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))
         return self.logits(v), confidence[:, 0]
+
+    def _parts(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The layers of `features` in front that neither learn nor draw lots, and the others."""
+        layers = list(self.features) if type(self.features) is nn.Sequential else [self.features]
+        n = next((n for n, layer in enumerate(layers) if not isinstance(layer, NOTHING_TO_LEARN)), len(layers))
+        return layers[:n], layers[n:]
 
 
 def confidence_of(logit: Tensor) -> Tensor:
@@ -69,6 +99,17 @@ class _MeanPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
+
+
+NOTHING_TO_LEARN = (
+    _MeanPool,
+    nn.Flatten,
+    nn.Identity,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+)
 
 
 def _plain(channels: int, height: int, width: int) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptee import runs
 from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
-from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Watching, running
+from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line
 from ptee.freezing import Hold, freeze
 from ptee.heads import ExitHead, confidence_of
@@ -41,6 +41,18 @@ class AllExits(NamedTuple):
     logits: Tensor
     confidence: Tensor
     confidence_logits: Tensor
+
+
+class Reading(NamedTuple):
+    """What the backbone has to say of some images, however often the heads are trained on it.
+
+    Attributes:
+        inputs: for each exit, what its head reads, after the part of the head that has nothing to learn.
+        logits: (b, K) of the backbone.
+    """
+
+    inputs: tuple[Tensor, ...]
+    logits: Tensor
 
 
 class EarlyExitModel(
@@ -177,13 +189,32 @@ class EarlyExitModel(
         with running(call):
             answer = self.backbone(x)
         call.check_all_passed()
-        confidence_logits = torch.stack(call.confidence_logits)
-        confidence = confidence_of(confidence_logits)
-        return AllExits(
-            torch.stack([*(y.to(answer.dtype) for y in call.logits), answer]),
-            torch.cat([confidence, torch.ones_like(confidence[:1])]),
-            confidence_logits,
-        )
+        return _all_exits(call.logits, call.confidence_logits, answer)
+
+    def read(self, x: Tensor) -> Reading:
+        """What the heads read of some images, and the backbone's answer: all that training needs of the backbone.
+
+        Args:
+            x: (b, c, h, w) images on the model's device.
+        """
+        self._stay_frozen()
+        call = Read(self._hooks, list(self.heads), self.plan)
+        with running(call):
+            answer = self.backbone(x)
+        call.check_all_passed()
+        return Reading(tuple(call.inputs), answer)
+
+    def answer(self, reading: Reading) -> AllExits:
+        """Every exit's answer to what was read; as `all_exits` of the images. Differentiable in the heads.
+
+        Args:
+            reading: what `read` gave, or rows of it.
+        """
+        said = [head.answer(x) for head, x in zip(self._exit_heads(), reading.inputs, strict=True)]
+        return _all_exits([logits for logits, _ in said], [h for _, h in said], reading.logits)
+
+    def _exit_heads(self) -> list[ExitHead]:
+        return [head for head in self.heads if isinstance(head, ExitHead)]
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
@@ -282,6 +313,16 @@ class EarlyExitModel(
     ) -> EarlyExitModel:
         """`load`, under the hub's usual name."""
         return load(pretrained_model_name_or_path, backbone, **hub)
+
+
+def _all_exits(logits: Sequence[Tensor], confidence_logits: Sequence[Tensor], answer: Tensor) -> AllExits:
+    stacked = torch.stack(list(confidence_logits))
+    confidence = confidence_of(stacked)
+    return AllExits(
+        torch.stack([*(y.to(answer.dtype) for y in logits), answer]),
+        torch.cat([confidence, torch.ones_like(confidence[:1])]),
+        stacked,
+    )
 
 
 def _as_tensor(threshold: Thresholds) -> Tensor:

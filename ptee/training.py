@@ -1,6 +1,6 @@
 """Training: the heads learn, the backbone does not.
 
-Each batch runs through the frozen backbone once; every head answers, and one of the joint losses (EENet eqs. 6-12) judges
+Each batch runs through the frozen backbone once, or once for all epochs (`cache`); every head answers, and one of the joint losses (EENet eqs. 6-12) judges
 all answers and confidences together. The loop is accelerate's: the same on a CPU, on a GPU and, under
 `accelerate launch`, on several.
 """
@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from operator import length_hint
@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ptee import checkpoint
-from ptee.batches import batches, split_batch
+from ptee.batches import batches, is_loader
+from ptee.cache import Cache, entries, fill
 from ptee.checkpoint import Reached
 from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line, unknown
 from ptee.losses import get_loss
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, Reading
 from ptee.traces import odd_labels
 from ptee.weights import weights_hash
 
@@ -127,6 +128,7 @@ def train(
     device: str | torch.device | None = None,
     precision: str = "auto",
     num_workers: int = 0,
+    cache: bool = False,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -153,6 +155,8 @@ def train(
         device: None: accelerate's choice, a GPU where there is one.
         precision: "auto" (bf16 where the device computes in it), "no", "bf16" or "fp16".
         num_workers: processes that load a data set.
+        cache: run the backbone once over the data instead of in each epoch, and keep what the heads read; right where
+            the data set gives the same image each time. Ignored for loaders and under several processes.
         checkpoint: a file to keep the last complete epoch in.
         resume: go on from that file, where it exists.
         on_epoch: called after each epoch, on the main process.
@@ -181,7 +185,7 @@ def train(
         run = _Training(model, accelerator, settings, Path(checkpoint) if checkpoint else None)
         if resume:
             run.resume()
-        return run.fit(train_data, val_data, epochs, num_workers, on_epoch)
+        return run.fit(train_data, val_data, epochs, num_workers, cache, on_epoch)
 
 
 def _about(data: Any) -> str:
@@ -251,7 +255,31 @@ class _Training:
         # Batch norm in the heads has nothing to learn from one row.
         self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
 
-    def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, on_epoch: Any) -> History:
+    def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, cache: bool, on_epoch: Any) -> History:
+        with ExitStack() as stack:
+            if cache and self.accelerator.num_processes == 1 and epochs > len(self.history.epochs):
+                train_data = self._cached(train_data, "training images", workers, stack)
+                val_data = None if val_data is None else self._cached(val_data, "held-out images", workers, stack)
+            return self._fit(train_data, val_data, epochs, workers, on_epoch)
+
+    def _cached(self, data: Any, words: str, workers: int, stack: ExitStack) -> Any:
+        """What the heads read of a data set, until the stack is left; a loader as it is."""
+        if is_loader(data):
+            return data
+        self.model.eval()
+        filled = fill(
+            self.model,
+            data,
+            batch_size=self.settings.batch_size,
+            num_workers=workers,
+            prepare=lambda images: images.to(self.accelerator.device, self.dtype),
+            around=self.accelerator.autocast,
+            words=f"backbone, once over the {words}",
+        )
+        stack.callback(filled.close)
+        return filled
+
+    def _fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, on_epoch: Any) -> History:
         order = torch.Generator()
         loader = self._loader(train_data, True, workers, order)
         val_loader = None if val_data is None else self._loader(val_data, False, workers)
@@ -292,6 +320,8 @@ class _Training:
         return best
 
     def _loader(self, data: Any, shuffle: bool, workers: int, order: torch.Generator | None = None) -> Any:
+        if isinstance(data, Cache):
+            return data.loader(self.settings.batch_size, shuffle, order)
         loader = batches(
             data, batch_size=self.settings.batch_size, shuffle=shuffle, generator=order, num_workers=workers
         )
@@ -304,14 +334,14 @@ class _Training:
         self.model.train()
         sums = _Sums()
         bar = tqdm(loader, desc=f"epoch {number}/{epochs}", leave=False, disable=None if self._is_main() else True)
-        for images, labels in map(split_batch, bar):
-            if len(images) < self.fewest:
+        for seen, labels in entries(bar):
+            if _rows(seen) < self.fewest:
                 continue
-            found = self._judge(images, labels)
+            found = self._judge(seen, labels)
             self.accelerator.backward(found.loss)
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
-            sums.add(found, len(images))
+            sums.add(found, _rows(seen))
             if not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
@@ -337,12 +367,12 @@ class _Training:
     def _loss_on(self, loader: Any) -> float:
         self.model.eval()
         sums = _Sums()
-        for images, labels in map(split_batch, loader):
-            sums.add(self._judge(images, labels), len(images))
+        for seen, labels in entries(loader):
+            sums.add(self._judge(seen, labels), _rows(seen))
         return self._over_processes(sums).loss
 
-    def _judge(self, images: Tensor, labels: Tensor | None) -> _Found:
-        found: _Found = self.step(images.to(self.accelerator.device, self.dtype), self._labels(labels))
+    def _judge(self, seen: Tensor | Reading, labels: Tensor | None) -> _Found:
+        found: _Found = self.step(_moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
         return found
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
@@ -426,23 +456,34 @@ class _Step(nn.Module):
         self.model, self.targets, self.cost_weight = model, settings.targets, settings.cost_weight
         self.loss = get_loss(settings.loss)
 
-    def forward(self, images: Tensor, labels: Tensor | None) -> _Found:
-        every = self.model.all_exits(images)
+    def forward(self, seen: Tensor | Reading, labels: Tensor | None) -> _Found:
+        every = self.model.answer(seen) if isinstance(seen, Reading) else self.model.all_exits(seen)
+        device = every.logits.device
         final = every.logits[-1].detach()
         target = {
             "labels": lambda: labels,
             "pseudo": lambda: final.argmax(-1),
             "soft": lambda: final.float().softmax(-1),
         }
-        costs = torch.tensor(self.model.costs, device=images.device, dtype=torch.float32)
+        costs = torch.tensor(self.model.costs, device=device, dtype=torch.float32)
         loss = self.loss(every.logits, every.confidence_logits, costs, target[self.targets](), self.cost_weight)
         with torch.no_grad():
             answers = every.logits.argmax(-1)
-            wall = torch.tensor(self.model.threshold, device=images.device)[:, None]
+            wall = torch.tensor(self.model.threshold, device=device)[:, None]
             sure = torch.cat([every.confidence[:-1] >= wall, torch.ones_like(answers[:1], dtype=torch.bool)])
             first = sure.int().argmax(0)
             right = None if labels is None else (answers == labels).sum(1)
             return _Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
+
+
+def _rows(seen: Tensor | Reading) -> int:
+    return len(seen.logits if isinstance(seen, Reading) else seen)
+
+
+def _moved(seen: Tensor | Reading, device: torch.device, dtype: torch.dtype) -> Tensor | Reading:
+    if isinstance(seen, Reading):
+        return Reading(tuple(x.to(device, dtype) for x in seen.inputs), seen.logits.to(device, dtype))
+    return seen.to(device, dtype)
 
 
 class _Sums:

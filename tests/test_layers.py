@@ -23,7 +23,7 @@ LAYERS = {  # a module imports from lower layers only
     4: "placement checkpoint",
     5: "calls",
     6: "model",
-    7: "traces benchmark zoo",
+    7: "traces cache benchmark zoo",
     8: "evaluation training",
     9: "defaults",
     10: "cli",
