@@ -130,7 +130,7 @@ class Cache(Dataset[Entry]):
         return Entry(Reading(tuple(inputs), logits), self.labels[torch.as_tensor(rows)])
 
     def loader(self, batch_size: int, shuffle: bool, order: torch.Generator | None = None) -> DataLoader[Entry]:
-        """Batches, in the order in which `batches` would give them."""
+        """Batches, in the order in which `batches` gives them."""
         sampler = RandomSampler(self, generator=order) if shuffle else SequentialSampler(self)
         whole = BatchSampler(sampler, batch_size, drop_last=False)
         return DataLoader(self, batch_size=None, sampler=whole, generator=order)

@@ -320,12 +320,11 @@ class _Training:
         return best
 
     def _loader(self, data: Any, shuffle: bool, workers: int, order: torch.Generator | None = None) -> Any:
+        size = self.settings.batch_size
         if isinstance(data, Cache):
-            return data.loader(self.settings.batch_size, shuffle, order)
-        loader = batches(
-            data, batch_size=self.settings.batch_size, shuffle=shuffle, generator=order, num_workers=workers
-        )
-        if not isinstance(loader, DataLoader):  # somebody's own: its batches are his
+            return data.loader(size, shuffle, order)
+        loader = batches(data, batch_size=size, shuffle=shuffle, generator=order, num_workers=workers)
+        if not isinstance(loader, DataLoader) or self.accelerator.num_processes == 1:  # or somebody's own batches
             return loader
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 

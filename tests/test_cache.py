@@ -51,8 +51,8 @@ def losses(head: str, **args: Any) -> tuple[list[float], list[float | None]]:
 def test_training_on_a_cache_goes_the_same_way(head, targets):
     expected = losses(head, targets=targets)
     assert losses(head, targets=targets, cache=True) == (
-        pytest.approx(expected[0], rel=1e-3),
-        pytest.approx(expected[1], rel=1e-3),
+        pytest.approx(expected[0], rel=1e-5),
+        pytest.approx(expected[1], rel=1e-5),
     )
 
 
