@@ -165,6 +165,11 @@ class Leaving(Call):
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
         """Take the sure rows out of the batch."""
         h = confidence_of(confidence)
+        if self.memory.batch not in (None, len(h)):
+            raise PteeError(
+                f"Exit {n} ({self.plan.exits[n].name}) was reached with {len(h)} rows where {self.memory.batch} are left: the "
+                "backbone takes its batch apart. Give it smaller batches."
+            )
         wide = h if h.device.type == "mps" else h.double()  # a threshold that is no float32 must not be rounded to one
         stay = ~(wide >= self._threshold(n))  # NaN is no answer to "sure enough?"
         staying = int(stay.sum())  # the one host synchronisation of this exit
@@ -178,6 +183,8 @@ class Leaving(Call):
         here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
         self.parts.append(_Part(here[leavers], n, logits.index_select(0, leavers), h.index_select(0, leavers)))
         self.rows = here[stayers]
+        if cut.steps:
+            self.memory.require(cut.steps)
         self.memory.keep_rows(stayers)
         if cut.steps:
             raise Again

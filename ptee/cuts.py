@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from ptee.errors import BackboneError, CutError, first_line, unknown
 from ptee.layout import Axes, AxisTracker, Layout, image_axes, layout_of
-from ptee.replay import Step, take
+from ptee.replay import Step, select
 from ptee.shadow import on_shadow
 
 SURVEY_ROWS = 3
@@ -39,7 +39,6 @@ class Cut:
         layout: how to read that tensor as (b, c, h, w).
         main: which of the output's tensors that is, counted through nested tuples, lists and dicts.
         carried: all tensors of the output that carry the batch; they shrink together.
-        folds: of each of these, as in `rows.take`.
         overwritten: something later writes into that memory, so a head that keeps it needs a copy.
         steps: what need not run again where the forward pass must begin anew when rows go here (`replay`); none where
             the rows can go at the output itself.
@@ -50,7 +49,6 @@ class Cut:
     layout: Layout
     main: int
     carried: tuple[int, ...]
-    folds: tuple[int, ...]
     overwritten: bool
     steps: tuple[Step, ...] = ()
 
@@ -65,10 +63,7 @@ class Cut:
             output: what the module gave: a tensor, or nested tuples, lists and dicts of tensors.
             rows: (kept,) positions in the batch as it is at this module.
         """
-        leaves, spec = tree_flatten(output)
-        for i, fold in zip(self.carried, self.folds, strict=True):
-            leaves[i] = take(leaves[i], rows, fold)
-        return tree_unflatten(leaves, spec)
+        return select(output, self.carried, rows, len(self.feature_map(output)))
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ class _Event:
     leaves: list[Any]
     values: list[_Value | None]  # of each leaf; None: no tensor, or one that does not depend on the images
     layouts: list[Layout | None]
-    folds: list[int]  # of each leaf, as in `take`; 0: it does not carry the rows in front
+    carries: list[bool]  # of each leaf: whether the rows lie in front, each in one piece
 
     @property
     def own(self) -> list[int]:
@@ -301,7 +296,7 @@ class _Recorder(TorchDispatchMode):
             [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
             [self._find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
             [layout_of(a, leaf.shape) if a is not None else None for a, leaf in zip(axes, leaves, strict=True)],
-            [_fold(leaf, a) if isinstance(leaf, Tensor) else 0 for leaf, a in zip(leaves, axes, strict=True)],
+            [isinstance(leaf, Tensor) and _carries_rows(leaf, a) for leaf, a in zip(leaves, axes, strict=True)],
         )
         self._ended.append(event)
         if self._calls[name] == 1:
@@ -321,7 +316,7 @@ class _Recorder(TorchDispatchMode):
             made = f"the output of {stale[0].maker!r}" if stale[0].maker else "what was made outside of any module"
             made = "the image itself" if stale[0].birth == 0 else made
             return f"what comes later also reads {made}, which passes around it"
-        if odd := [event.leaves[i] for i in event.own if not event.folds[i]]:
+        if odd := [event.leaves[i] for i in event.own if not event.carries[i]]:
             return f"its output has a tensor of shape {odd[0]} that does not carry the {SURVEY_ROWS} rows in front"
         readable = [i for i in event.own if event.layouts[i] is not None]
         if not readable:
@@ -331,15 +326,13 @@ class _Recorder(TorchDispatchMode):
         main = max(readable, key=lambda i: (np.prod(event.leaves[i]), i))
         layout = event.layouts[main]
         assert layout is not None
-        folds = tuple(event.folds[i] for i in event.own)
-        shape = event.leaves[main][1:]
-        return Cut(event.name, shape, layout, main, tuple(event.own), folds, event.overwritten, steps)
+        return Cut(event.name, event.leaves[main][1:], layout, main, tuple(event.own), event.overwritten, steps)
 
     def steps(self, event: _Event) -> tuple[Step, ...]:
         """What is over when this module has given its output, outermost modules only; none where that holds no rows."""
         over = self._ended[: self._ended.index(event) + 1]
         over = [e for e in over if e.own and e.around == event.around[: len(e.around)]]
-        if any(not e.folds[i] for e in over for i in e.own):
+        if any(not e.carries[i] for e in over for i in e.own):
             return ()
         read = {id(value) for value in self._stale(event) if value.birth} | {id(event.values[i]) for i in event.own}
         given = {id(e.values[i]) for e in over for i in e.own}
@@ -347,7 +340,6 @@ class _Recorder(TorchDispatchMode):
             Step(
                 e.name,
                 tuple(e.own),
-                tuple(e.folds[i] for i in e.own),
                 needed=not read <= given or any(id(e.values[i]) in read for i in e.own),
                 overwritten=e.overwritten,
             )
@@ -371,13 +363,12 @@ class _Recorder(TorchDispatchMode):
         return [self._values[i] for i in alive if id(self._values[i]) not in own]
 
 
-def _fold(tensor: Tensor, axes: Axes | None) -> int:
-    """Entries of a tensor's first axis for each row, 0 where rows do not lie in front, each in one piece."""
+def _carries_rows(tensor: Tensor, axes: Axes | None) -> bool:
     packed, rest = divmod(tensor.shape[0], SURVEY_ROWS) if tensor.dim() else (0, 1)
     if rest or packed <= 1:
-        return packed if not rest else 0
+        return not rest and packed == 1
     known = axes is not None and axes[0] and axes[0][0]  # where nothing is known, the proof will tell
-    return packed if not known or (known.letter, known.size) == ("b", SURVEY_ROWS) else 0
+    return not known or (known.letter, known.size) == ("b", SURVEY_ROWS)
 
 
 def _parent(name: str) -> str:

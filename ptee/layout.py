@@ -226,7 +226,7 @@ class AxisTracker:
             return self._cat(args, shape)
         first = self.get(args[0]) if args else None
         if op == "convolution":
-            return self._convolution(first, shape)
+            return self._convolution(first, args, shape)
         if op in ("mm", "bmm", "addmm", "baddbmm", "linear"):
             return self._product(op, args, shape)
         if first is None or op not in _RULES:
@@ -256,17 +256,19 @@ class AxisTracker:
             new = _resized(axes[dim], shape[dim])
         return (*axes[:dim], new, *axes[dim + 1 :])
 
-    def _convolution(self, axes: Axes | None, shape: tuple[int, ...]) -> Axes | None:
+    def _convolution(self, axes: Axes | None, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """New channels in second place, new positions behind; the batch as it was."""
         batch = axes[0] if axes else ()
         if _letter(batch) in (".", UNKNOWN) and shape[0] == self._rows:
             batch = _axis("b", shape[0])
-        if len(shape) == 4:
-            return (batch, *(_axis(letter, size) for letter, size in zip("chw", shape[1:], strict=True)))
+        channels = _axis("c", shape[1])
+        if len(shape) == 4 and (axes is None or (_may_be(axes[2], "h") and _may_be(axes[3], "w"))):
+            return (batch, channels, _axis("h", shape[2]), _axis("w", shape[3]))
         if axes is None:
             return None
-        behind = zip(axes[2:], shape[2:], strict=True)
-        return (batch, _axis("c", shape[1]), *(_best([(axis, prod(a.size for a in axis))], n) for axis, n in behind))
+        if all(k == 1 for k in args[1].shape[2:]) and all(s == 1 for s in args[3]):
+            return (batch, channels, *axes[2:])
+        return (batch, channels, *(_resized(axis, n) for axis, n in zip(axes[2:], shape[2:], strict=True)))
 
     def _like(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """Anything else: each dimension is the most telling one of that size among the operands."""
@@ -275,6 +277,11 @@ class AxisTracker:
         if not operands:
             return None
         return tuple(_best([(axes[d], s[d]) for axes, s in operands], size) for d, size in enumerate(shape))
+
+
+def _may_be(axis: Axis, letter: str) -> bool:
+    """Whether these are all positions along h (or w), or have been lost so that a convolution's word must do."""
+    return _letter(axis) in (letter, ".") or any(a.letter == UNKNOWN for a in axis)
 
 
 def _compact(axes: Axes) -> Axes:
@@ -395,6 +402,27 @@ def _slice(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
     return tuple(out)
 
 
+def _lost(axes: Axes, shape: tuple[int, ...], dims: Sequence[int]) -> Axes | None:
+    """Entries along these dimensions are in another order, or are others."""
+    if len(shape) != len(axes):
+        return None
+    moved = {d % len(axes) for d in dims}
+    return tuple(
+        (Atom(UNKNOWN, n),) if d in moved and n > 1 else a for d, (a, n) in enumerate(zip(axes, shape, strict=True))
+    )
+
+
+def _along(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+    """gather, index_select, sort, flip: along the dimensions named."""
+    named = args[1] if len(args) > 1 else -1
+    return _lost(axes, shape, named if isinstance(named, list | tuple) else [int(named)])
+
+
+def _index(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+    """x[:, numbers]: along the dimensions that have numbers."""
+    return _lost(axes, shape, [d for d, numbers in enumerate(args[1]) if numbers is not None])
+
+
 def _unfold(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     """Patches: (b, channels and places in a patch, lines of patches)."""
     _, kernel, dilation, padding, stride = args
@@ -410,5 +438,6 @@ _RULES = {
     "view": _reshape, "_unsafe_view": _reshape, "reshape": _reshape, "_reshape_alias": _reshape,
     "permute": _permute, "transpose": _transpose, "t": _transpose,
     "unsqueeze": _unsqueeze, "squeeze": _squeeze, "select": _drop, "unbind": _unbind, "slice": _slice,
+    "index": _index, "index_select": _along, "gather": _along, "take_along_dim": _along, "flip": _along, "sort": _along,
     "im2col": _unfold, "mean": _drop, "sum": _drop, "amax": _drop, "amin": _drop, "max": _drop,
 }  # fmt: skip

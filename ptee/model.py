@@ -19,8 +19,9 @@ from ptee import runs
 from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line
-from ptee.freezing import Hold, freeze
+from ptee.freezing import freeze
 from ptee.heads import ExitHead, confidence_of
+from ptee.hold import Hold
 from ptee.placement import Exit, Plan, make_plan
 from ptee.replay import Memory, merged, run
 from ptee.weights import weights_hash

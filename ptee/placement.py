@@ -27,6 +27,7 @@ from ptee.tables import table
 
 MOST_EXITS = 5  # as many as an unnumbered scheme places
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
+MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass begins anew
 CONVENTIONS = ("full", "paper")
 
 Rule = Callable[[Sequence[float], int], list[int]]
@@ -334,6 +335,11 @@ class _Placer:
         before = reversed(order[: order.index(cut.name) + 1])
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
 
+    def _outside(self, cut: Cut) -> float:
+        """Share of the backbone's work before a cut that is in none of the modules that need not run again."""
+        within = sum(self.counts.inside.get(name, 0) for name in {step.name for step in cut.steps})
+        return self.cost(cut) - within / self.counts.total
+
     @cached_property
     def _blocks(self) -> list[Cut]:
         """The cuts that end a block."""
@@ -376,8 +382,15 @@ class _Placer:
         anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
         anew = [cut for cut in anew if cut.steps]
         still = prove(self.backbone.module, anew, size) if anew else {}
+        for cut in (*cuts, *anew):
+            if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:
+                failed[cut.name] = still[cut.name] = (
+                    f"the pass would begin anew there, and {share:.0%} of its work lies outside of modules and would be done "
+                    "twice"
+                )
         self.proven |= {cut.name: cut for cut in (*cuts, *anew)}
-        self.failed |= {name: why for name, why in failed.items() if name in still or not self.proven[name].steps}
+        mended = {cut.name for cut in anew} - still.keys()
+        self.failed |= {name: why for name, why in failed.items() if name not in mended}
 
     def _no_room(self, wanted: int, words: str) -> CutError:
         early = [cut for cut in self._blocks if self.cost(cut) <= LATEST]

@@ -65,7 +65,7 @@ class _Reference:
     @classmethod
     def _in_own_precision(cls, module: nn.Module, images: Tensor) -> _Reference:
         with torch.no_grad():
-            answers = torch.cat([logits_of(module, image[None]) for image in images[-KEPT:]])
+            answers = torch.cat([logits_of(module, image[None].clone()) for image in images[-KEPT:]])
         tolerance = TOLERANCES.get(answers.dtype, 3e-2) * max(answers.abs().max().item(), 1e-30)
         return cls(module, images, answers, tolerance)
 
@@ -77,7 +77,7 @@ class _Reference:
     def check_independence(self) -> None:
         """The same rows in a batch must get the same answers."""
         with torch.no_grad():
-            gap = (self.answers - logits_of(self.module, self.images)[-KEPT:]).abs().max().item()
+            gap = (self.answers - logits_of(self.module, self.images.clone())[-KEPT:]).abs().max().item()
         if not gap <= self.tolerance:
             raise BackboneError(
                 f"{type(self.module).__name__} answers the same image differently in another batch (off by {gap:.1e}): "
@@ -98,6 +98,8 @@ class _Reference:
                 return None
             passed.add(cut.name)
             staying = torch.arange(leaving, len(cut.feature_map(output)), device=images.device)
+            if cut.steps:
+                memory.require(cut.steps)
             memory.keep_rows(staying)
             if cut.steps:
                 raise Again
@@ -110,7 +112,7 @@ class _Reference:
         make_recallable(list(steps))
         try:
             with torch.no_grad():
-                got = run(self.module, images, memory)
+                got = run(self.module, images.clone(), memory)  # it may write into them
         except Exception as why:  # whatever the network's own code raises on fewer rows
             return f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})"
         finally:

@@ -8,6 +8,7 @@ without computing it again; what its surroundings remember then fits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,59 +18,84 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ptee.errors import PteeError
+
+ANOTHER_WAY = (
+    "This input takes another way through the backbone than the one the exits were planned for, or the backbone was changed "
+    "after augment(). Plan anew."
+)
+
 
 @dataclass(frozen=True)
 class Step:
-    """A module whose calls are over when a cut is reached, so that it need not run again.
+    """A call of a module that is over when a cut is reached, so that it need not run again.
 
     Attributes:
         name: the module.
         leaves: which of its output's tensors carry rows, counted through nested tuples, lists and dicts.
-        folds: of each of these, as in `take`.
         needed: its values are read behind the cut; else only their shapes matter.
         overwritten: something later writes into them, so a copy is kept.
     """
 
     name: str
     leaves: tuple[int, ...]
-    folds: tuple[int, ...]
     needed: bool
     overwritten: bool
 
-    def select(self, output: Any, rows: Tensor) -> Any:
-        """The module's output with only these rows of the batch.
 
-        Args:
-            output: what the module gave: a tensor, or nested tuples, lists and dicts of tensors.
-            rows: (kept,) positions in the batch as it was at this module.
-        """
-        leaves, spec = tree_flatten(output)
-        for i, fold in zip(self.leaves, self.folds, strict=True):
-            leaves[i] = take(leaves[i], rows, fold)
-        return tree_unflatten(leaves, spec)
-
-
-def take(tensor: Tensor, rows: Tensor, fold: int = 1) -> Tensor:
+def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
     """Some rows of a batch.
 
     Args:
-        tensor: (b * fold, ...), the rows in front, each with `fold` entries of its own.
+        tensor: (batch * fold, ...), the rows in front, each with as many entries of its own: one, or the tokens or windows
+            that share the first axis with the batch.
         rows: (kept,) positions in the batch.
-        fold: tokens or windows packed into one axis with the batch; 1 for none.
+        batch: number of rows.
+
+    Raises:
+        PteeError: if the tensor does not hold so many rows.
     """
-    if fold == 1:
+    if len(tensor) == batch:
         return tensor[rows]  # index_select would lose channels_last
-    return tensor.unflatten(0, (-1, fold))[rows].flatten(0, 1)
+    if len(tensor) % batch:
+        raise PteeError(
+            f"A tensor of shape {tuple(tensor.shape)} does not carry the {batch} rows that are here. {ANOTHER_WAY}"
+        )
+    return tensor.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+
+
+def select(output: Any, leaves: Sequence[int], rows: Tensor, batch: int) -> Any:
+    """A module's output with only these rows of the batch.
+
+    Args:
+        output: what the module gave: a tensor, or nested tuples, lists and dicts of tensors.
+        leaves: which of its tensors carry rows.
+        rows: (kept,) positions in the batch as it was at this module.
+        batch: how many rows it had there.
+    """
+    flat, spec = tree_flatten(output)
+    for i in leaves:
+        flat[i] = take(flat[i], rows, batch)
+    return tree_unflatten(flat, spec)
 
 
 def merged(plans: Sequence[Sequence[Step]]) -> dict[str, Step]:
-    """The steps of several cuts of one network, by module."""
+    """The steps of several cuts of one network, by module: what any call of it and any cut needs."""
     steps: dict[str, Step] = {}
     for step in (step for plan in plans for step in plan):
         other = steps.get(step.name, step)
         needed, overwritten = step.needed or other.needed, step.overwritten or other.overwritten
-        steps[step.name] = Step(step.name, step.leaves, step.folds, needed, overwritten)
+        steps[step.name] = Step(step.name, tuple(sorted({*step.leaves, *other.leaves})), needed, overwritten)
     return steps
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a call of a module gave: how many parties had gone before, how many rows were there, the output."""
+
+    gone: int
+    batch: int
+    output: Any
 
 
 class Memory:
@@ -81,15 +107,23 @@ class Memory:
 
     def __init__(self, steps: Mapping[nn.Module, Step]) -> None:
         self._steps = steps
-        self._given: dict[nn.Module, list[tuple[int, Any]]] = {}  # how many had gone before, and the output
-        self._asked: dict[nn.Module, int] = {}
+        self._given: dict[nn.Module, list[_Given]] = {}
+        self._asked: Counter[nn.Module] = Counter()
+        self._inside: list[list[nn.Module]] = []  # for each step that is running, what was kept meanwhile
         self._gone: list[Tensor] = []
+        self.batch: int | None = None  # rows that are here
         self.begun_anew = False
 
-    def begin_anew(self) -> None:
-        """The forward pass starts again."""
+    def begin(self, images: Tensor) -> Tensor:
+        """A forward pass begins. Returns what is left of the images with which the call began."""
         self._asked.clear()
-        self.begun_anew = True
+        self._inside.clear()
+        rows = self._since(0)
+        self.begun_anew = rows is not None
+        self.batch = len(images) if rows is None else len(rows)
+        if rows is not None:
+            return images[rows]
+        return images.clone() if self._steps else images  # the backbone may write into it, and it is needed again
 
     def keep_rows(self, rows: Tensor) -> None:
         """Only these rows go on.
@@ -98,11 +132,21 @@ class Memory:
             rows: (kept,) positions in the batch as it was.
         """
         self._gone.append(rows)
+        self.batch = len(rows)
 
-    def left(self, batch: Tensor) -> Tensor:
-        """What is left of the batch that the call began with."""
-        rows = self._since(0)
-        return batch if rows is None else batch[rows]
+    def require(self, steps: Sequence[Step]) -> None:
+        """Refuse to begin anew where other modules ran than those of the plan, or more often.
+
+        Raises:
+            PteeError: naming one of them.
+        """
+        planned = Counter(step.name for step in steps)
+        for module, step in self._steps.items():
+            if len(self._given.get(module, ())) != planned[step.name]:
+                raise PteeError(
+                    f"{step.name} ran {len(self._given.get(module, ()))} times before an exit, {planned[step.name]} times when "
+                    f"the exits were planned. {ANOTHER_WAY}"
+                )
 
     def _since(self, gone: int) -> Tensor | None:
         """Who is left of those who were there when so many parties had gone; None for all."""
@@ -114,23 +158,35 @@ class Memory:
     def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called: it gives what it gave, or runs."""
         step = self._steps.get(module)
-        if step is None:
+        if step is None or self.batch is None:
             return forward(*args, **kwargs)
         given = self._given.setdefault(module, [])
-        number = self._asked[module] = self._asked.get(module, 0) + 1
-        if number <= len(given):
-            return self._recall(step, *given[number - 1])
-        output = forward(*args, **kwargs)
-        given.append((len(self._gone), _kept(step, output)))
+        self._asked[module] += 1
+        if self._asked[module] <= len(given):
+            output = self._recall(step, given[self._asked[module] - 1])
+        else:
+            output = self._run(step, module, forward, args, kwargs)
+        if self._inside:
+            self._inside[-1].append(module)
         return output
 
-    def _recall(self, step: Step, before: int, output: Any) -> Any:
-        rows = self._since(before)
-        leaves, spec = tree_flatten(output)
-        if not step.needed:
-            leaves = [_like(leaf) if isinstance(leaf, _Shape) else leaf for leaf in leaves]
-        whole = tree_unflatten(leaves, spec)
-        return whole if rows is None else step.select(whole, rows)
+    def _run(self, step: Step, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._inside.append([])
+        output = forward(*args, **kwargs)
+        for inner in self._inside.pop():  # it will not be called again: this module gives its output without
+            self._given[inner].pop()
+            self._asked[inner] -= 1
+        # Somebody's own hooks on the module see what it gives; they are not to see zeros.
+        needed = step.needed or bool(module._forward_hooks)
+        assert self.batch is not None
+        self._given[module].append(_Given(len(self._gone), self.batch, _kept(step, output, needed)))
+        return output
+
+    def _recall(self, step: Step, given: _Given) -> Any:
+        rows = self._since(given.gone)
+        leaves, spec = tree_flatten(given.output)
+        whole = tree_unflatten([_like(leaf) if isinstance(leaf, _Shape) else leaf for leaf in leaves], spec)
+        return whole if rows is None else select(whole, step.leaves, rows, given.batch)
 
 
 @dataclass(frozen=True)
@@ -141,11 +197,11 @@ class _Shape:
     shape: tuple[int, ...]
 
 
-def _kept(step: Step, output: Any) -> Any:
+def _kept(step: Step, output: Any, needed: bool) -> Any:
     leaves, spec = tree_flatten(output)
     for i in step.leaves:
         leaf = leaves[i]
-        if not step.needed:
+        if not needed:
             leaves[i] = _Shape(leaf.new_zeros(()), tuple(leaf.shape))
         elif step.overwritten:
             leaves[i] = leaf.clone()
@@ -223,8 +279,8 @@ def run(backbone: nn.Module, images: Tensor, memory: Memory) -> Tensor:
     try:
         while True:
             try:
-                return backbone(memory.left(images))
+                return backbone(memory.begin(images))
             except Again:
-                memory.begin_anew()
+                continue
     finally:
         _MEMORY.reset(token)

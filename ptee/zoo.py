@@ -83,7 +83,7 @@ class Verdict:
         exits: name and share of the backbone's cost of each exit.
         anew: how many of them the forward pass begins anew at (`replay`).
         heads_read: the layout that each head reads.
-        seconds: for planning: search, proof, count.
+        seconds: from its name to a model with exits: build, search, proof, count.
         refusal: why there are no exits, as the user would read it; or which check failed. Empty where all is well.
     """
 
@@ -130,7 +130,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     counts = ", ".join(f"{sum(good)} of {len(good)} of {library}" for library, good in by_library.items())
     return (
         f"Families with {EXITS} working exits: {counts}. exits at: shares of the backbone's multiply-accumulates; gap: the "
-        "largest between two of them, or one and an end; seconds: to plan. ok: with T > 1 the backbone's answers bit for "
+        "largest between two of them, or one and an end; seconds: from the model's name to its exits. ok: with T > 1 the backbone's answers bit for "
         "bit, in batches the answers of rows alone, and torch's own count at each exit within 1 %; begin anew: where rows "
         "leave, the forward pass starts again without computing anything twice."
     )
@@ -191,11 +191,10 @@ def check(family: Family) -> Verdict:
     start = time.perf_counter()
     try:
         backbone = load_backbone(f"{family.library}/{family.model}", pretrained=False, num_classes=_classes(family))
-        built = time.perf_counter()
         model = build(backbone, exits=PLACEMENT, num_exits=EXITS, head=HEAD)
     except PteeError as why:
         return Verdict(family, seconds=time.perf_counter() - start, refusal=str(why))
-    seconds = time.perf_counter() - built
+    seconds = time.perf_counter() - start
     return Verdict(
         family,
         backbone.input.input_size,
@@ -243,6 +242,8 @@ def _rows_alone(model: EarlyExitModel, images: Tensor) -> str:
     if sorted(set(together.exit_index.tolist())) != list(range(len(model.exits) + 1)):
         return f"not tried: rows left at exits {sorted(set(together.exit_index.tolist()))} only"
     every = model.all_exits(images).logits
+    if wrong := _rows_at_one_exit(model, images, every):
+        return wrong
     for i in range(len(images)):
         alone = model.predict(images[i : i + 1])
         n = int(together.exit_index[i])
@@ -252,6 +253,20 @@ def _rows_alone(model: EarlyExitModel, images: Tensor) -> str:
             gap = (together.logits[i] - other).abs().max().item()
             if not gap <= TOLERANCE * max(1.0, other.abs().max().item()):
                 return f"wrong: a row's answer at exit {n} is off by {gap:.1e} from its answer {words}"
+    return ""
+
+
+def _rows_at_one_exit(model: EarlyExitModel, images: Tensor, every: Tensor) -> str:
+    """Every second row leaves at one exit, the others at none."""
+    here = torch.arange(len(images)) % 2 == 0
+    for n in range(len(model.exits)):
+        thresholds = torch.full((len(images), len(model.exits)), 2.0)
+        thresholds[here, n] = 0.0
+        got = model.predict(images, thresholds)
+        expected = torch.where(here[:, None], every[n], every[-1])
+        gap = (got.logits - expected).abs().max().item()
+        if not gap <= TOLERANCE * max(1.0, expected.abs().max().item()):
+            return f"wrong: where every second row leaves at exit {n}, answers are off by {gap:.1e}"
     return ""
 
 

@@ -16,11 +16,11 @@ import ptee
 PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
-    0: "errors tables options replay shadow",
-    1: "costs layout losses batches data cifar_resnet weights origins freezing devices",
+    0: "errors tables options shadow",
+    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices",
     2: "labels heads cuts backbones",
     3: "blocks proof runs",
-    4: "placement checkpoint",
+    4: "placement checkpoint hold",
     5: "calls",
     6: "model",
     7: "traces cache benchmark zoo",

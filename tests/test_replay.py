@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import itertools
 import threading
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ptee
+from ptee.errors import PteeError
 from ptee.replay import Again, Memory, Recallable, Step, make_plain, make_recallable, merged, run, take
 
 SIZE = (3, 16, 16)
@@ -169,24 +172,173 @@ def test_a_forward_that_somebody_else_put_in_place_still_runs_and_is_put_back(ne
     assert model.detach().cells[0].forward is theirs
 
 
+def test_hooks_of_others_see_what_the_module_gave_and_no_zeros(net):
+    model, x = early(net, EXITS), torch.randn(16, *SIZE)
+    model.threshold = thresholds(model, x)
+    seen: list[float] = []
+    net.entry.register_forward_hook(lambda _m, _i, out: seen.append(out.abs().min(0).values.max().item()))
+    model.predict(x)
+    assert len(seen) > 1
+    assert min(seen) > 0
+
+
+class Shared(Cells):
+    """One activation serves inside of the cells and between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+        for cell in self.cells:
+            cell.act = self.act
+            cell.forward = functools.partial(self.inside, cell)
+
+    @staticmethod
+    def inside(cell: Cell, x: Tensor, before: Tensor) -> Tensor:
+        return cell.act(cell.one(x)) + cell.two(before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        before = x = self.act(self.entry(x))
+        for cell in self.cells:
+            before, x = x, self.act(cell(x, before)).view(rows, 8, 16, 16)
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_a_module_that_serves_inside_of_others_and_between_them_gives_what_it_gave_there():
+    torch.manual_seed(0)
+    model, x = early(Shared().eval(), EXITS), torch.randn(16, *SIZE)
+    expected = model.all_exits(x).logits
+    model.threshold = thresholds(model, x)
+    got = model.predict(x)
+    assert len(set(got.exit_index.tolist())) == 4
+    assert torch.allclose(got.logits, expected[got.exit_index, range(16)], atol=1e-5)
+
+
+def all_patterns(model: ptee.EarlyExitModel, x: Tensor) -> float:
+    """The largest error over all ways in which every second row leaves at some of the exits, and the others never."""
+    every, worst = model.all_exits(x).logits.detach(), 0.0
+    for leaves in itertools.product([False, True], repeat=len(model.exits)):
+        open_to = [n for n, here in enumerate(leaves) if here]
+        where = [open_to[i % len(open_to)] if open_to and i % 2 else len(model.exits) for i in range(len(x))]
+        t = torch.full((len(x), len(model.exits)), 2.0)
+        for i, n in enumerate(where):
+            t[i, n : n + 1] = 0.0
+        got = model.predict(x, t)
+        assert got.exit_index.tolist() == where
+        worst = max(worst, (got.logits - every[where, range(len(x))]).abs().max().item())
+    return worst
+
+
+def test_whoever_leaves_wherever_the_others_get_their_own_answers(net):
+    assert all_patterns(early(net, EXITS), torch.randn(12, *SIZE)) < 1e-5
+
+
+def test_two_models_on_one_backbone_begin_anew_at_cuts_of_their_own(net):
+    one, two = early(net, EXITS), early(net, ["cells.0", "cells.2"])
+    x = torch.randn(12, *SIZE)
+    assert max(all_patterns(one, x), all_patterns(two, x), all_patterns(one, x)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def leave(model: ptee.EarlyExitModel, x: Tensor) -> Tensor:
+    """Every second row leaves at the last exit."""
+    t = torch.full((len(x), len(model.exits)), 2.0)
+    t[::2, -1] = 0.0
+    return model.predict(x, t).logits
+
+
+def test_a_module_put_in_after_augment_is_noticed(net):
+    model = early(net, ["cells.1", "cells.4"])
+    net.cells[2] = Cell().eval()
+    with pytest.raises(PteeError, match=r"cells\.2 ran 0 times before an exit, 1 times when"):
+        leave(model, torch.randn(4, *SIZE))
+
+
+class Either(Cells):
+    """Large images take another entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, entry = len(x), self.entry if x.shape[-1] <= 16 else self.large
+        before = x = entry(x)
+        for cell in self.cells:
+            before, x = x, cell(x, before).view(rows, *x.shape[1:])
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_another_way_through_the_backbone_is_noticed():
+    model = early(Either().eval(), EXITS)
+    with pytest.raises(PteeError, match=r"entry ran 0 times.*another way"):
+        leave(model, torch.randn(4, 3, 32, 32))
+
+
+class Chunks(Cells):
+    """Takes its batch apart where it is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Chunks, self).forward(part) for part in x.split(8)])
+
+
+def test_a_backbone_that_takes_its_batch_apart_is_noticed():
+    model = early(Chunks().eval(), EXITS)
+    leave(model, torch.randn(8, *SIZE))
+    with pytest.raises(PteeError, match=r"smaller batches|another way"):
+        leave(model, torch.randn(12, *SIZE))
+
+
+def test_a_cell_whose_proof_fails_gets_no_exit(net, monkeypatch):
+    monkeypatch.setattr("ptee.placement.prove", lambda _module, cuts, _size: {cut.name: "so" for cut in cuts})
+    with pytest.raises(PteeError, match=r"cells\.1.*cannot be proven: so"):
+        early(net, ["cells.1"])
+
+
+class Outside(Cells):
+    """Works outside of modules, where nothing can be remembered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x = torch.nn.functional.conv2d(self.entry(x), self.weight, padding=1)
+        for cell in self.cells:
+            before, x = x, cell(x, before)
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_work_that_would_be_done_twice_is_refused():
+    with pytest.raises(PteeError, match=r"of its work lies outside of modules and would be done twice"):
+        early(Outside().eval(), ["cells.1"])
+
+
 # ---------------------------------------------------------------------------------------------------- the memory alone
 
 
 def test_rows_that_share_an_axis_with_their_tokens_go_together():
     x = torch.arange(12).view(6, 2)  # three rows of two tokens each
-    assert take(x, torch.tensor([2, 0]), 2).tolist() == [[8, 9], [10, 11], [0, 1], [2, 3]]
+    assert take(x, torch.tensor([2, 0]), 3).tolist() == [[8, 9], [10, 11], [0, 1], [2, 3]]
 
 
 def test_the_steps_of_several_cuts_keep_what_any_of_them_needs():
-    one, other = Step("a", (0,), (1,), False, True), Step("a", (0,), (1,), True, False)
-    assert merged([[one], [other]]) == {"a": Step("a", (0,), (1,), True, True)}
+    one, other = Step("a", (0,), False, True), Step("a", (0, 1), True, False)
+    assert merged([[one], [other]]) == {"a": Step("a", (0, 1), True, True)}
+
+
+def test_a_tensor_that_does_not_carry_the_rows_is_refused():
+    with pytest.raises(PteeError, match=r"shape \(5, 2\) does not carry the 3 rows"):
+        take(torch.zeros(5, 2), torch.tensor([0]), 3)
 
 
 @pytest.mark.parametrize("needed", [True, False])
 def test_what_nobody_reads_again_keeps_its_shape_alone(needed):
     module = nn.Identity()
     make_recallable([module])
-    memory = Memory({module: Step("m", (0,), (1,), needed, False)})
+    memory = Memory({module: Step("m", (0,), needed, False)})
     seen: list[Tensor] = []
 
     class Net(nn.Module):
@@ -207,7 +359,7 @@ def test_what_nobody_reads_again_keeps_its_shape_alone(needed):
 def test_what_is_overwritten_later_is_kept_as_it_was():
     module = nn.Identity()
     make_recallable([module])
-    memory = Memory({module: Step("m", (0,), (1,), True, True)})
+    memory = Memory({module: Step("m", (0,), True, True)})
     seen: list[Tensor] = []
 
     class Net(nn.Module):

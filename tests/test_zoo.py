@@ -37,10 +37,10 @@ def test_a_family_gets_three_exits_that_work(family):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("family", zoo.families(), ids=lambda f: f"{f.library}/{f.name}")
-def test_no_family_gives_wrong_answers(family):
+def test_every_family_gets_three_exits_that_work(family):
     verdict = zoo.check(family)
-    assert not verdict.refusal.startswith(("wrong", "not tried"))
-    assert verdict.refusal or len(verdict.exits) == 3
+    assert verdict.refusal == ""
+    assert len(verdict.exits) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- the checks find faults
@@ -181,13 +181,15 @@ WORKS = {
 def test_a_network_works(case):
     make, size = WORKS[case]
     model = ptee.augment(make(), input_size=size, num_exits=2)
+    if model.heads[0].logits.weight.dtype == torch.float32:
+        assert zoo.failure(model, random_images(model.backbone, 6, size)) == ""
     x = random_images(model.backbone, 4, size)
     with torch.no_grad():
         expected = model.backbone(x)
     model.threshold = 2.0
     assert torch.equal(model(x), expected)
-    model.threshold = 0.0
-    assert model.predict(x).exit_index.tolist() == [0] * 4
+    out = model.predict(x, torch.tensor([[0.0, 2.0], [2.0, 0.0], [2.0, 2.0], [2.0, 0.0]]))
+    assert out.exit_index.tolist() == [0, 1, 2, 1]
 
 
 @dataclass

@@ -1,0 +1,71 @@
+"""Holding a user's module: frozen, with hooks on it, until it is given back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import finalize, ref
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ptee.freezing import FrozenState, freeze
+from ptee.replay import make_plain, make_recallable
+
+
+class Hold:
+    """A module kept frozen with hooks on it, until `release`, or until nobody has this any more.
+
+    Shallow copies of its owner share it; deep copies and pickles hold their own copy of the module.
+
+    Args:
+        module: to freeze.
+        hooks: a forward hook for each of these parts of it.
+        recallable: parts that can be asked for what they gave (`replay`).
+    """
+
+    def __init__(
+        self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], recallable: Sequence[str] = ()
+    ) -> None:
+        self._module, self._state = module, freeze(module)
+        # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
+        self._handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+        self._recallable = list(recallable)
+        make_recallable([module.get_submodule(name) for name in recallable])
+        self._parts = list(module.modules())  # to look at them at each call; walking the tree takes ten times as long
+        self._watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.released:
+            self._state.hold(self._module)
+            self._watch()
+
+    def _watch(self) -> None:
+        finalize(self, _release, ref(self._module), self._state, self._handles, self._recallable).atexit = False
+
+    @property
+    def released(self) -> bool:
+        """Whether the module was given back."""
+        return not self._handles
+
+    def release(self) -> None:
+        """Take the hooks off and give the module back as it was."""
+        _release(ref(self._module), self._state, self._handles, self._recallable)
+
+    def keep(self) -> None:
+        """Put the module back into eval mode if any part of it was taken out."""
+        if any(part.training for part in self._parts):
+            self._module.eval()
+
+
+def _release(
+    module: ref[nn.Module], state: FrozenState, handles: list[RemovableHandle], recallable: Sequence[str]
+) -> None:
+    held = module()
+    if held is not None and handles:
+        make_plain([held.get_submodule(name) for name in recallable])
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+        state.restore(held)
