@@ -103,7 +103,7 @@ class Results:
         if own.cost >= 1:
             yield (
                 f"It does not pay: it costs {own.cost:.3f} times the bare backbone, as the heads cost more than leaving "
-                "saves. Lower T, train longer, or take cheaper heads (pool) or fewer."
+                "saves. Lower T, train longer, or take cheaper or fewer heads."
             )
 
     def __str__(self) -> str:
