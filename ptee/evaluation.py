@@ -18,7 +18,7 @@ from ptee.tables import table
 from ptee.traces import COLLAPSED, Traces, record
 
 LOST = 0.05  # share of the answers that are not the backbone's above which an early-exit model is called bad
-PROBE, FEWEST = 8, 32  # images: to see how long they take; that are timed at least
+PROBE, FEWEST = 8, 16  # images: to see how long they take; that are timed at least
 ROUND_SECONDS = 8.0  # that one round of timing may take, where FEWEST do not take longer
 
 
