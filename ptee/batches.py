@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ptee.errors import DataError, some
 
@@ -36,7 +36,23 @@ def batches(
             f"Data is a {kind}, which is neither a map-style data set nor a DataLoader: "
             "of tensors, make a torch.utils.data.TensorDataset(images, labels)."
         )
-    return DataLoader(_not_empty(data), batch_size, shuffle, generator=generator, num_workers=num_workers)
+    return DataLoader(
+        _not_empty(data), batch_size, shuffle, generator=generator, num_workers=num_workers, collate_fn=_collate
+    )
+
+
+def _collate(samples: list[Any]) -> Any:
+    """A batch, or the refusal of what is no tensor yet."""
+    try:
+        return default_collate(samples)
+    except TypeError as why:
+        if "PIL" in str(why):
+            raise DataError(
+                "The data set gives PIL images: give it transform=ToTensor(), with the backbone's size and normalisation."
+            ) from why
+        raise DataError(
+            f"The data set gives a {_describe(samples[0])}, of which no batch can be made: give (image tensor, class number)."
+        ) from why
 
 
 def is_loader(data: Any) -> bool:

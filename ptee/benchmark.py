@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ptee.errors import PteeError
 from ptee.model import EarlyExitModel
@@ -30,13 +31,13 @@ def in_turns(
 
     Args:
         calls: what to time, by name.
-        device: waited for before the clock is read.
+        device: waited for before the clock is read. Progress is shown where standard error is a terminal.
         rounds: how often, after one round that is not counted.
         seconds: start no further round after so long, but do three.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), _bar((rounds + 1) * len(calls)) as bar:
         for i in range(rounds + 1):
             for name, call in calls.items():
                 _wait(device)
@@ -45,9 +46,14 @@ def in_turns(
                 _wait(device)
                 if i:
                     times[name].append(time.perf_counter() - start)
+                bar.update()
             if i >= 3 and time.perf_counter() - begun > seconds:
                 break
     return times
+
+
+def _bar(steps: int) -> tqdm[Any]:
+    return tqdm(total=steps, desc="measuring speed", leave=False, disable=None)
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ import click
 
 from ptee import __version__, runs
 from ptee.errors import DataError, PteeError, RunError
-from ptee.options import BACKBONE, DATA, DEVICE, JSON, PLACE, THRESHOLD, Numbers
+from ptee.options import BACKBONE, DATA, DEVICE, JSON, PLACE, SPEED, THRESHOLD, Numbers
 
 if TYPE_CHECKING:
     from ptee.backbones import Backbone
@@ -126,6 +126,7 @@ def cli(ctx: click.Context) -> None:
 )
 @click.option("--precision", default="auto", show_default=True, help="auto (bf16 where it is fast), no, bf16 or fp16.")
 @THRESHOLD
+@SPEED
 @DEVICE
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/NAME.")
 @click.option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out.")
@@ -144,24 +145,38 @@ def _augment(o: dict[str, Any]) -> None:
 
     device = resolve_device(o["device"])
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
-    _check_out(out, o["resume"], o["overwrite"])
+    _check_out(out, o)
     _check_settings(o)
+    _note_threshold(o["threshold"])
     backbone, data, targets = _digits(o) if o["model"] is None else _model_and_data(o)
     o["epochs"] = o["epochs"] or EPOCHS
     model = _build(backbone, o)
     if o["threshold"]:
         model.threshold = o["threshold"]
     click.echo(f"{data.summary}\n\n{model.plan}\n")
+    if backbone.source is None:
+        click.echo(
+            "The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n"
+        )
     history = _train(model, data, targets, device, out, o)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
+    again = backbone.source is not None
     if history.interrupted:
-        _interrupted(history, out)
-    results = _evaluate(model, data.validation, device, o, data.summary)
+        _interrupted(history, out, again)
     root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
-    model.results = results | {"data": {"source": _place(data), "root": root, "split": data.split}}
+    model.results = {"data": {"source": _place(data), "root": root, "split": data.split}}
+    _clear(out)
+    model.save_pretrained(out)  # whatever becomes of the measurement, which may take long
+    try:
+        model.results |= _evaluate(model, data.validation, device, o, data.summary)
+    except KeyboardInterrupt:
+        hint = f" ptee evaluate {out} measures it." if again else ""
+        click.echo(f"Interrupted: the run in {out} is complete but for its results.{hint}", err=True)
+        sys.exit(130)
     _save(model, history, out)
-    click.echo(f"\nSaved in {out}. Another threshold: ptee evaluate {out} --threshold 0.7")
+    hint = f" Another threshold: ptee evaluate {out} --threshold 0.7" if again else ""
+    click.echo(f"\nSaved in {out}.{hint}")
 
 
 @cli.command()
@@ -183,6 +198,7 @@ def plan(as_json: bool, **o: Any) -> None:
 @click.option("--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved.")
 @DATA
 @THRESHOLD
+@SPEED
 @DEVICE
 @JSON
 def evaluate(run: str, as_json: bool, **o: Any) -> None:
@@ -192,6 +208,7 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     from ptee.model import load
 
     device = resolve_device(o["device"])
+    _note_threshold(o["threshold"])
     model = load(run, _moved_backbone(run, o["weights"]))
     recorded = _recorded_data(run, model)
     source = o["data"] or recorded.get("source")
@@ -291,6 +308,7 @@ def _backbone(o: dict[str, Any]) -> Backbone:
 
 def _exits(text: str, backbone: Backbone) -> Any:
     """A placement, fractions, or modules: what the words between the commas are."""
+    from ptee.cuts import survey
     from ptee.errors import unknown
     from ptee.placement import PLACEMENTS
 
@@ -303,7 +321,10 @@ def _exits(text: str, backbone: Backbone) -> Any:
     if len(parts) != 1 or parts[0] in names:
         return parts
     if parts[0] not in PLACEMENTS:
-        raise unknown("placement or module", parts[0], [*PLACEMENTS, *names])
+        cuts = survey(backbone.module.eval(), backbone.input.input_size).cuts
+        blocks = [name for name in cuts if any(other.startswith(f"{name}.") for other in names)]
+        first = [*PLACEMENTS, *blocks][:12]
+        raise unknown("placement or module", parts[0], cuts, first=first)
     return parts[0]
 
 
@@ -454,13 +475,11 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
     return history
 
 
-def _interrupted(history: History, out: Path) -> None:
+def _interrupted(history: History, out: Path, again: bool) -> None:
     if not history.epochs:
         raise click.Abort
-    click.echo(
-        f"Interrupted: {len(history.epochs)} complete epochs are kept in {out}. The same command with --resume goes on.",
-        err=True,
-    )
+    hint = " The same command with --resume goes on." if again else ""
+    click.echo(f"Interrupted: {len(history.epochs)} complete epochs are kept in {out}.{hint}", err=True)
     sys.exit(130)
 
 
@@ -476,6 +495,7 @@ def _evaluate(
         batch_size=o["batch_size"],
         num_workers=o["workers"],
         device=device,
+        speed=o["speed"],
         about=about,
     )
     if not quiet:
@@ -490,19 +510,28 @@ def _check_settings(o: dict[str, Any]) -> None:
     check_settings(targets=o["targets"] or "labels", epochs=o["epochs"] or EPOCHS, precision=o["precision"], **given)
 
 
-def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+def _note_threshold(threshold: list[float] | None) -> None:
+    """T is compared with a confidence between 0 and 1; a percentage keeps everybody in."""
+    if threshold and min(threshold) > 1:
+        click.echo("T above 1: nobody leaves.", err=True)
+    elif threshold and threshold[0] <= 0:
+        click.echo("T at or below 0: everybody leaves at exit 0.", err=True)
+
+
+def _check_out(out: Path, o: dict[str, Any]) -> None:
     """A run is written into a new or empty folder; over an earlier one only if that is said."""
     runs.require_writable(out)
     run, training = runs.is_run(out), (out / CHECKPOINT).is_file()
-    if resume and not training:
+    if o["resume"] and not training:
         raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
-    if resume or not out.is_dir() or not any(out.iterdir()):
+    if o["resume"] or not out.is_dir() or not any(out.iterdir()):
         return
     if not (run or training):
         raise RunError(f"{out} holds something else than a run. Give a new folder with --out.")
-    if not overwrite:
-        found = "an interrupted training: --resume goes on with it" if training else "a run"
-        raise RunError(f"{out} holds {found}. Give another folder with --out, or --overwrite.")
+    if not o["overwrite"]:
+        command = "ptee augment " if o["model"] is None and o["out"] is None else ""
+        found = f"an interrupted training: {command}--resume goes on with it" if training else "a run"
+        raise RunError(f"{out} holds {found}. Give another folder with --out, or {command}--overwrite.")
 
 
 def _clear(out: Path) -> None:
@@ -512,7 +541,6 @@ def _clear(out: Path) -> None:
 
 
 def _save(model: EarlyExitModel, history: History, out: Path) -> None:
-    _clear(out)
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
     runs.write_json(out / runs.METRICS, metrics)
     model.save_pretrained(out)

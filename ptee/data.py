@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ptee.errors import DataError, some, unknown
+from ptee.errors import DataError, UnknownName, possible, some, unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -192,14 +192,37 @@ def _list_named(name: str, root: Path) -> _Listing:
 
 
 def _list_files(folder: Path) -> _Listing:
-    tars = _find_parts({path.stem: path for path in _visible(folder) if path.suffix == ".tar"})
+    tars, folders = _tars(folder), _part_folders(folder)
     if "train" in tars:
         return _number_classes("tar", {part: _read_tar(path) for part, path in tars.items()}, tars)
-    # a part holds class folders; pictures may be in a class that is called 'train'
-    folders = _find_parts({path.name: path for path in _visible(folder) if any(map(Path.is_dir, _visible(path)))})
     if "train" not in folders:
+        _refuse_data_sets(folder)
         folders = {"train": folder}
     return _number_classes("folder", {part: _read_folder(path) for part, path in folders.items()}, folders)
+
+
+def _tars(folder: Path) -> dict[str, Path]:
+    return _find_parts({path.stem: path for path in _visible(folder) if path.suffix == ".tar"})
+
+
+def _part_folders(folder: Path) -> dict[str, Path]:
+    """A part holds class folders; pictures may be in a class that is called 'train'."""
+    return _find_parts({path.name: path for path in _visible(folder) if any(map(Path.is_dir, _visible(path)))})
+
+
+def _refuse_data_sets(folder: Path) -> None:
+    """Its folders would be taken for classes; but where some are whole data sets, one of those was meant."""
+    candidates = [path for path in _visible(folder) if any((path / name).exists() for name in ("train", "train.tar"))]
+    found = {path: _tars(path) | _part_folders(path) for path in candidates}
+    whole = [
+        f"'{path}' ({', '.join(part.name for part in parts.values())})"
+        for path, parts in found.items()
+        if {"train", "validation"} <= parts.keys()
+    ]
+    if whole:
+        raise DataError(
+            f"'{folder}' does not hold classes, but data sets with parts of their own: did you mean {' or '.join(whole)}?"
+        )
 
 
 def _find_parts(paths: dict[str, Path]) -> dict[str, Path]:
@@ -308,7 +331,8 @@ def _list_torchvision(name: str, root: Path) -> _Listing:
     makers = {key: make for key, make in vars(datasets).items() if inspect.isclass(make) and _has_training_part(make)}
     lower = {key.lower(): key for key in makers}
     if name.lower() not in lower:
-        raise unknown("data folder or data set", name, ["digits", *(lower if name.islower() else makers)])
+        names = possible(name, lower if name.islower() else makers, first=["digits"], most=len(lower) + 1)
+        raise UnknownName(f"There is no folder {name!r}, and no data set of that name.{names}")
     make = makers[lower[name.lower()]]
     try:
         parts, origin = _open_parts(make, root)
@@ -355,7 +379,7 @@ def _not_read(make: type, root: Path, error: Exception) -> str:
     fetch = f", or fetch it once with torchvision.datasets.{make.__name__}('{root}', download=True)"
     hint = fetch if "download" in inspect.signature(make).parameters else ""
     looked = f"torchvision's {make.__name__} was looked for in '{root.absolute()}'"
-    return f"{looked}: {why}. Give the folder that holds it as root{hint}."
+    return f"{looked}: {why}. Give the folder that holds it (--data-root FOLDER; in Python root=){hint}."
 
 
 def _class_names(parts: dict[str, Any]) -> tuple[str, ...]:

@@ -47,26 +47,32 @@ class DeviceError(PteeError):
     """A device that is not there."""
 
 
-def unknown(kind: str, name: str, choices: Iterable[str], *, most: int = 12) -> UnknownName:
+def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> UnknownName:
     """The error for a name that is not among `choices`, nearest first.
 
     Args:
         kind: what the name should have named, as the message calls it: "placement", "head".
         name: what was given.
         choices: all that is possible.
-        most: how many choices to list at most when none is near.
+        first: more choices, which are listed in any case, before the others.
+        most: how many choices to list at most, and only when none is near.
 
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
     """
-    choices = sorted(set(choices))
+    return UnknownName(f"Unknown {kind} {name!r}.{possible(name, choices, first=first, most=most)}")
+
+
+def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> str:
+    """The sentences about what `name` could have been, as `unknown` puts them; each begins with a blank."""
+    choices = [*first, *sorted(set(choices).difference(first))]
     near = get_close_matches(name, choices, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     if len(choices) <= most:
-        hint += f" Choices: {', '.join(choices)}."
-    elif not near:
-        hint += f" There are {len(choices)} choices, among them {', '.join(choices[:most])}."
-    return UnknownName(f"Unknown {kind} {name!r}.{hint}")
+        return f"{hint} Choices: {', '.join(choices)}."
+    if first or not near:
+        hint += f" There are {len(choices)} choices, among them {', '.join(choices[: max(most, len(first))])}."
+    return hint
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

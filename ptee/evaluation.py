@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +15,11 @@ from ptee.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.devices import resolve_device
 from ptee.model import EarlyExitModel, Thresholds
 from ptee.tables import table
-from ptee.traces import Traces, record
+from ptee.traces import COLLAPSED, Traces, record
+
+LOST = 0.05  # share of the answers that are not the backbone's above which an early-exit model is called bad
+PROBE, FEWEST = 8, 16  # images: to see how long they take; that are timed at least
+ROUND_SECONDS = 8.0  # that one round of timing may take, where FEWEST do not take longer
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,33 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows], "verdict": self.verdict}
+
+    @property
+    def verdict(self) -> list[str]:
+        """What is wrong with the early-exit model, a sentence each; nothing where T above 1 keeps everybody in."""
+        return [] if min(self.threshold) > 1 else list(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        backbone, own = self.rows[0], self.early_exit
+        share, n = max((share, n) for n, share in enumerate(self.leaving[:-1]))
+        if share > COLLAPSED:
+            where = f"exit {n} ({self.rows[1 + n].module})"
+            yield f"{share:.0%} of the images leave at {where}: this is a shorter network, not an adaptive one. Raise T."
+        worse = own.accuracy is None or backbone.accuracy is None or own.accuracy < backbone.accuracy
+        if 1 - own.fidelity > LOST and worse:
+            right = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
+            yield f"{1 - own.fidelity:.1%} of the answers are not the backbone's{right}. Raise T, or train longer."
+        if own.cost >= 1:
+            yield (
+                f"It does not pay: it costs {own.cost:.3f} times the bare backbone, as the heads cost more than leaving "
+                "saves. Lower T, train longer, or take cheaper or fewer heads."
+            )
 
     def __str__(self) -> str:
         paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
-        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", "images/s", "speed")
+        timed = ["images/s", "speed"] if self.early_exit.speedup is not None else []
+        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", *timed)
         walls = " ".join(f"{t:g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
         names = {self.early_exit.name: f"early exit, T = {walls}"}
         lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
@@ -91,8 +119,14 @@ class Results:
             + table([title, *lines], left={0, 1})
             + "\nRows of exits: everybody leaves there; but leaving, of them right: who does at T (first row: at the end). "
             "fidelity: share of answers\nequal to the backbone's. cost: multiply-accumulates, heads included, over the bare "
-            f"backbone's. speed: over the bare backbone's,\nmeasured in turns with it on {self.device}, batch {self.batch_size}."
+            "backbone's."
+            + (f" speed: over the bare backbone's,\n{self._where_timed}" if timed else "")
+            + "".join(f"\n{sentence}" for sentence in self.verdict)
         )
+
+    @property
+    def _where_timed(self) -> str:
+        return f"measured in turns with it on {self.device}, batch {self.batch_size}."
 
     def _leaving(self, i: int) -> str:
         """The share that leaves at the exit of this row; the backbone's is for those who never left."""
@@ -105,7 +139,7 @@ def _cells(row: Row, leaving: str) -> tuple[str, ...]:
     return (
         shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}",
         *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving, shown(row.right, ".4f"),
-        shown(row.images_per_s, ",.0f"), "-" if row.speedup is None else f"{row.speedup:.2f}x",
+        *([] if row.speedup is None else [shown(row.images_per_s, ",.0f"), f"{row.speedup:.2f}x"]),
     )  # fmt: skip
 
 
@@ -147,8 +181,10 @@ def evaluate(
         view.to(place).eval()
         traces = record(view, data, batch_size=batch_size, num_workers=num_workers)
         rows, leaving = _rows(view, traces)
+        images = traces.sample.to(place)
         if speed:
-            rows = _timed(view, traces, rows, batch_size)
+            images = _few_enough(view, images)
+            rows = _timed(view, images, rows, batch_size)
         return Results(
             model.plan.backbone,
             traces.answers.shape[1],
@@ -156,7 +192,7 @@ def evaluate(
             tuple(rows),
             leaving,
             place.type,
-            min(batch_size, len(traces.sample)),
+            min(batch_size, len(images)),
             about,
             traces.note,
         )
@@ -182,21 +218,30 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
     return rows, traces.shares(leaving)
 
 
-def _timed(model: EarlyExitModel, traces: Traces, rows: list[Row], batch_size: int) -> list[Row]:
+def _few_enough(model: EarlyExitModel, images: torch.Tensor) -> torch.Tensor:
+    """Some of the images, spread over all, so that timing every way to answer them does not take long."""
+    if len(images) <= FEWEST:
+        return images
+    some = {"backbone": lambda: model.backbone(images[:PROBE])}
+    each = in_turns(some, images.device, rounds=1)["backbone"][0] / PROBE
+    affordable = ROUND_SECONDS / (each * (len(model.exits) + 2))
+    return images[:: math.ceil(len(images) / max(affordable, FEWEST))]
+
+
+def _timed(model: EarlyExitModel, images: torch.Tensor, rows: list[Row], batch_size: int) -> list[Row]:
     """Add images per second, each row timed in turn with the bare backbone on images of the data set."""
-    like = next(model.heads.parameters())
-    chunks = traces.sample.to(like.device).split(batch_size)
+    chunks = images.split(batch_size)
     exits = len(model.exits)
     walls: list[Any] = [[NEVER] * n + [ALWAYS] + [NEVER] * (exits - n - 1) for n in range(exits)]
     calls: dict[str, Any] = {"backbone": lambda: [model.backbone(x) for x in chunks]}
     for row, wall in zip(rows[1:], [*walls, None], strict=True):
         calls[row.name] = partial(_predict_all, model, chunks, wall)
-    times = in_turns(calls, like.device)
+    times = in_turns(calls, images.device)
     base = times["backbone"]
     timed = []
     for row in rows:
         relative = ratio(times[row.name], base)
-        rate = len(traces.sample) / (sorted(base)[len(base) // 2] * relative)
+        rate = len(images) / (sorted(base)[len(base) // 2] * relative)
         timed.append(Row(**(asdict(row) | {"images_per_s": rate, "speedup": 1 / relative})))
     return timed
 

@@ -183,7 +183,7 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
     """Build a head by name.
 
     Args:
-        name: one of `HEADS`, or convX with X blocks.
+        name: one of `HEADS`, or convN with N blocks.
         layout: of the cut it will read.
         num_classes: K.
 
@@ -195,7 +195,7 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
     if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", name)):
         factory = _conv(int(match[1]))
     if factory is None:
-        raise unknown("head", name, [*HEADS, "convX"])
+        raise unknown("head", name, [*HEADS, "convN with a number, such as conv4"])
     features = factory(layout.channels, layout.height, layout.width)
     return ExitHead(layout, features, _width(name, features, layout), num_classes)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptee import runs
 from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
-from ptee.errors import PteeError, RunError, first_line
+from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
 from ptee.heads import ExitHead, confidence_of
 from ptee.hold import Hold
@@ -422,7 +422,11 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
         RunError: if a file is missing, cut off, of a newer schema, or names a path outside; if the backbone's weights
             are not those the heads were trained on (both hashes are given).
         BackboneError: if the backbone cannot be built from what config.json says.
+        UnknownName: if there is no such argument.
     """
+    known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    for name in hub.keys() - known:
+        raise unknown("argument of ptee.load", name, known, first=["backbone"])
     run = runs.read(folder, **hub)
     if backbone is not None:
         _check_hash(run, backbone)

@@ -95,7 +95,9 @@ PLACE = _options(
     click.option(
         "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."
     ),
-    click.option("--head", help="plain, pool, bnpool, conv1, conv2, ... convX. Default: pool; conv1 on the digits."),
+    click.option(
+        "--head", help="plain, pool, bnpool, or convN with a number, such as conv2. Default: pool; conv1 on the digits."
+    ),
     click.option(
         "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
     ),
@@ -113,4 +115,7 @@ DATA = _options(
 )
 DEVICE = click.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
 THRESHOLD = click.option("--threshold", type=Numbers(), help="T: one number, or one per exit between commas.")
+SPEED = click.option(
+    "--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")

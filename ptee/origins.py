@@ -95,6 +95,6 @@ def plain(value: Any) -> Any:
 
 def checked_size(size: Sequence[int]) -> tuple[int, int, int]:
     """(c, h, w) of positive whole numbers, or a BackboneError."""
-    if isinstance(size, str) or len(size) != 3 or not all(_is_count(n) for n in size):
-        raise BackboneError(f"An input size is (channels, height, width), such as 3,224,224, not {size!r}.")
+    if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 3 or not all(map(_is_count, size)):
+        raise BackboneError(f"An input size is (channels, height, width), such as (3, 224, 224), not {size!r}.")
     return (size[0], size[1], size[2])

@@ -20,6 +20,7 @@ from ptee.errors import DataError
 from ptee.model import EarlyExitModel
 
 SAMPLE = 128  # images kept to measure speed on
+COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
 
 
 @dataclass(frozen=True)

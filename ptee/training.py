@@ -11,7 +11,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
@@ -32,14 +32,14 @@ from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line, unknown
 from ptee.losses import get_loss
 from ptee.model import EarlyExitModel, Reading
-from ptee.traces import odd_labels
+from ptee.tables import table
+from ptee.traces import COLLAPSED, odd_labels
 from ptee.weights import weights_hash
 
 TARGETS = ("labels", "pseudo", "soft")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (thesis 4.2)
 LARGEST_SEED = 2**32
-COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Epoch:
 
 @dataclass
 class History:
-    """What happened in training.
+    """What happened in training. Prints as a table.
 
     Attributes:
         epochs: the complete ones.
@@ -89,6 +89,21 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        title = ("epoch", "loss", "held-out", "accuracy", "fidelity", "leaving", "seconds")
+        lines = [
+            (str(e.number), f"{e.loss:.4f}", "-" if e.val_loss is None else f"{e.val_loss:.4f}",
+             _each(e.accuracy), _each(e.fidelity), _each(e.leaving), f"{e.seconds:.0f}")
+            for e in self.epochs
+        ]  # fmt: skip
+        end = "Interrupted." if self.interrupted else "Stopped early." if self.stopped_early else None
+        legend = "accuracy, fidelity, leaving: of each exit, the backbone's own output last."
+        return "\n".join(filter(None, [table([title, *lines]), legend, end, self.warning]))
+
+
+def _each(shares: Sequence[float] | None) -> str:
+    return "-" if shares is None else " ".join(f"{share:.3f}" for share in shares)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import ptee
 from ptee import cache
 from ptee.cache import Cache, Estimate, estimate, fill
 from ptee.errors import DataError
+from ptee.heads import HEADS
 from ptee.model import Reading
 
 SIZE = (3, 64, 64)
@@ -124,11 +125,11 @@ def test_a_pooled_head_keeps_a_vector_and_a_convolution_the_whole_map():
     assert [r.shape[1:] for r in early("conv1").read(x).inputs] == [e.shape for e in early("conv1").exits]
 
 
-def test_what_draws_lots_or_learns_is_not_kept_but_done_anew():
-    @ptee.register_head("dropped first")
+def test_what_draws_lots_or_learns_is_not_kept_but_done_anew(monkeypatch):
     def dropped(channels: int, height: int, width: int) -> nn.Module:
         return nn.Sequential(nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
+    monkeypatch.setitem(HEADS, "dropped first", dropped)
     model = early("dropped first")
     assert model.read(images(2).tensors[0]).inputs[0].shape[1:] == model.exits[0].shape
 

@@ -219,6 +219,10 @@ WORDS = {
     "no model": (["plan"], "--model"),
     "an unknown model": (["plan", "--model", "resnet5000", "--no-pretrained"], "resnet5000.*Did you mean"),
     "an unknown placement": (["plan", *RANDOM, "--exits", "paretto"], "paretto.*Did you mean 'pareto'"),
+    "neither placement nor module": (
+        ["plan", *RANDOM, "--exits", "nonsense"],
+        r"among them pareto, fine, golden, linear, quadratic, layer1\.0, layer1\.1, layer1\.2, layer1, ",
+    ),
     "an unknown module": (["plan", *RANDOM, "--exits", "layer1,layer9"], "layer9"),
     "no exits": (["plan", *RANDOM, "--exits", ","], "No exit"),
     "a fraction beyond the end": (["plan", *RANDOM, "--exits", "0.5,1.5"], "1.5"),
@@ -257,7 +261,8 @@ AUGMENT = {
     "weights that cannot be had": (["--model", "resnet18", "--data", "TEN"], "resnet18.*(--weights|--no-pretrained)"),
     "weights that are not there": ([*MODEL, "--data", "TEN", "--weights", "none.pth"], "none.pth"),
     "a folder without images": ([*RANDOM, "--data", "EMPTY"], "empty"),
-    "a folder that is not there": ([*RANDOM, "--data", "nowhere"], "nowhere"),
+    "a folder that is not there": ([*RANDOM, "--data", "nowhere"], "no folder 'nowhere', and no data set.*digits, "),
+    "a data set that lies elsewhere": ([*RANDOM, "--data", "CIFAR10"], "CIFAR10.*--data-root"),
     "labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--targets", "labels"], "cat, dog.*--targets pseudo"),
     "unknown targets": ([*RANDOM, "--data", "TEN", "--targets", "pseudos"], "pseudos.*Did you mean 'pseudo'"),
     "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "v3.*Did you mean"),
@@ -415,6 +420,40 @@ def test_evaluate_takes_any_threshold_and_leaves_the_run_alone(threshold, used, 
     if used[0] != 0.7:
         assert results["leaving"] == ([1, 0, 0] if used[0] == 0 else [0, 0, 1])
     assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+NOTES = [("70", "T above 1: nobody leaves."), ("-1", "T at or below 0: everybody leaves at exit 0."), ("0.5", "")]
+
+
+@pytest.mark.parametrize(("threshold", "said"), NOTES)
+def test_a_threshold_that_no_confidence_decides_is_remarked_on(threshold, said, run, finished):
+    done = run("evaluate", finished, f"--threshold={threshold}")
+    assert (done.status, done.err.strip()) == (0, said)
+
+
+def test_a_run_whose_images_all_leave_at_once_is_called_a_shorter_network(run, finished):
+    done = run("evaluate", finished, "--threshold", 0)
+    assert "100% of the images leave at exit 0 (layer1): this is a shorter network" in done.out
+
+
+def test_augment_remarks_on_such_a_threshold_before_it_trains(run, monkeypatch):
+    monkeypatch.setattr("ptee.cli._digits", None)
+    assert run("augment", "--threshold", 70).err.startswith("T above 1: nobody leaves.\n")
+
+
+def test_speed_need_not_be_measured(run, known, monkeypatch):
+    monkeypatch.setattr(evaluation, "in_turns", None)
+    assert run("augment", *known, *SHORT, "--no-speed", "--out", "out").status == 0
+    done = run("evaluate", "out", "--no-speed", "--json")
+    assert [row["speedup"] for row in json.loads(done.out)["rows"]] == [None] * 4
+
+
+def test_a_run_of_random_weights_is_said_to_be_lost_to_the_command_before_training(run, things, monkeypatch):
+    done = run("augment", *RANDOM, "--data", things / "ten", *SHORT, "--out", "out")
+    assert done.status == 0
+    assert re.search(r"weights are random.*cannot load.*--weights FILE.*epoch 1/2", done.out, re.DOTALL)
+    assert "ptee evaluate" not in done.out
+    assert_refused(run("evaluate", "out"), "random")
 
 
 def test_evaluate_prints_a_table_for_people(run, finished):
@@ -609,6 +648,17 @@ def test_once_an_epoch_is_complete_nothing_of_an_earlier_run_is_left(run, known,
     assert {p.name for p in finished.iterdir()} == {"README.md", "checkpoint.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("config.json", "--overwrite"), ("checkpoint.safetensors", "--resume")],
+    ids=["run", "training"],
+)
+def test_where_nothing_is_given_the_second_run_is_told_what_to_type(name, option, run):
+    Path("runs/digits").mkdir(parents=True)
+    Path("runs/digits", name).write_text('{"schema_version": 1}')
+    assert_refused(run("augment"), f"runs/digits holds.*ptee augment {option}")
+
+
 def test_an_earlier_run_is_written_over_where_that_is_said(run, known, finished):
     assert run("augment", *known, *SHORT, "--exits", "layer3.0", "--out", finished, "--overwrite").status == 0
     assert [e.name for e in ptee.load(finished).exits] == ["layer3.0"]
@@ -668,11 +718,23 @@ def test_interrupted_while_it_measures_resume_has_only_to_measure(run, known, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("ptee.evaluation.evaluate", fail)
-        assert run("augment", *known, *SHORT, "--out", "out").status == 130
+        broken = run("augment", *known, *SHORT, "--out", "out")
+    assert broken.status == 130
+    assert "ptee evaluate out" in broken.err
+    early = json.loads(run("evaluate", "out", "--json").out)
     done = run("augment", *known, *SHORT, "--out", "out", "--resume")
     assert done.status == 0
     assert "epoch " not in done.out
-    assert Path("out", "config.json").is_file()
+    assert not Path("out", "checkpoint.safetensors").exists()
+    for name in ("config.json", "metrics.json"):
+        assert figures(json.loads(Path("out", name).read_text())["results"]) == figures(early)
+
+
+def test_interrupted_with_random_weights_no_resumption_is_promised(run, things, interrupt):
+    words = ("augment", *RANDOM, "--data", things / "ten", *SHORT, "--out", "out")
+    interrupt(2)
+    assert "--resume" not in run(*words).err
+    assert_refused(run(*words, "--resume"), "backbone")
 
 
 def test_resume_without_a_training_to_go_on_with_is_refused(run, known, finished):

@@ -343,6 +343,25 @@ def test_folder_without_images_in_classes_is_refused(tmp_path, names, words):
         opened(write_folder(tmp_path, names))
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"), [("folder", r"images' \(train, val\)"), ("tars", r"tars' \(train\.tar, validation\.tar\)")]
+)
+def test_folder_of_data_sets_is_refused_with_the_one_to_give(kind, said, request):
+    place = request.getfixturevalue(kind).parent
+    write_folder(place / "other", ["0.png"])
+    with pytest.raises(DataError, match=f"did you mean '{place}/{said}\\?"):
+        opened(place)
+
+
+def test_class_folders_may_have_folders_of_images_called_train_and_val(tmp_path):
+    write_folder(tmp_path, [f"{name}/{part}/{n}.png" for name in "ab" for part in ("train", "val") for n in range(5)])
+    assert opened(tmp_path).class_names == ("a", "b")
+
+
+def test_one_folder_of_images_is_one_class(tmp_path):
+    assert opened(write_folder(tmp_path, numbered(10, "a"))).class_names == ("a",)
+
+
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"Data folder '.*/nowhere' does not exist: give a folder"):
         opened(tmp_path / "nowhere")
@@ -363,8 +382,13 @@ def test_empty_name_is_not_the_current_folder():
     [("CIFR10", "'CIFAR10'"), ("mnits", "'mnist'"), ("digit", "'digits'"), ("FashonMNIST", "'FashionMNIST'")],
 )
 def test_unknown_name_suggests_closest(name, near):
-    with pytest.raises(UnknownName, match=f"Unknown data folder or data set '{name}'. Did you mean .*{near}"):
+    with pytest.raises(UnknownName, match=f"no folder '{name}', and no data set of that name. Did you mean .*{near}"):
         opened(name)
+
+
+def test_unknown_name_gets_all_names_with_the_digits_first():
+    with pytest.raises(UnknownName, match=r"no folder 'nope', .*Choices: digits, .*cifar10,.*mnist.*\.$"):
+        opened("nope")
 
 
 @pytest.mark.parametrize("name", ["CocoDetection", "FakeData", "ImageFolder", "EMNIST"])
@@ -561,6 +585,29 @@ def test_shuffling_follows_the_generator():
         return next(iter(loader)).tolist()
 
     assert order() == order() != list(range(50))
+
+
+class Samples(Dataset):
+    """Twice the same."""
+
+    def __init__(self, sample: object) -> None:
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> object:
+        return self.sample
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [((picture(), 1), "gives PIL images: give it transform=ToTensor()"), ((IMAGES[0], None), "gives a tuple (Tensor")],
+    ids=["pictures", "no label"],
+)
+def test_samples_of_which_no_batch_can_be_made_are_refused(sample, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        next(iter(batches(Samples(sample), batch_size=2, shuffle=False)))
 
 
 class OtherLoader:

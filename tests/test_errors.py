@@ -73,6 +73,13 @@ def test_of_many_choices_none_of_which_is_near_some_are_named():
     assert "There are 100 choices, among them layer0, layer1, layer10" in str(unknown("module", "zzz", MANY))
 
 
+def test_first_choices_are_named_before_the_others_in_any_case():
+    near, far = (str(unknown("module", name, MANY, first=["pareto", "fine"], most=3)) for name in ("layer7x", "zzz"))
+    for message in (near, far):
+        assert message.endswith("There are 102 choices, among them pareto, fine, layer0.")
+    assert "Did you mean 'layer7'" in near
+
+
 def test_without_any_choice_the_message_still_reads():
     assert str(unknown("split", "test", [])).startswith("Unknown split 'test'.")
 

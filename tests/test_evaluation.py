@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -171,6 +172,7 @@ def test_speed_stands_beside_the_bare_backbones_measured_in_turn(monkeypatch):
         return {name: seconds[name] for name in calls}
 
     monkeypatch.setattr(evaluation, "in_turns", in_turns)
+    monkeypatch.setattr(evaluation, "_few_enough", lambda _, images: images)
     results = evaluate(made(), TensorDataset(*labelled()))
     assert [row.speedup for row in results.rows] == [1, 2, 1, 0.5]
     assert [row.images_per_s for row in results.rows] == [N / 3, N / 1.5, N / 3, N / 6]
@@ -212,3 +214,72 @@ def test_results_are_ready_for_json():
 def test_a_model_in_half_precision_is_evaluated():
     results = evaluate(made().bfloat16(), TensorDataset(*labelled()), speed=False)
     assert results.samples == N
+
+
+# what is said of a bad model
+
+GOOD = {"fidelity": 0.99, "cost": 0.7, "leaving": [0.5, 0.3, 0.2], "accuracy": (0.8, 0.79)}
+SAID = {
+    "a good one": ({}, []),
+    "all at one exit": ({"leaving": [0.01, 0.98, 0.01]}, [r"98% of the images leave at exit 1 \(two\).*Raise T"]),
+    "all at the end": ({"leaving": [0.0, 0.0, 1.0]}, []),
+    "other answers": (
+        {"fidelity": 0.9, "accuracy": (0.8, 0.75)},
+        [r"10\.0% of the answers .*\(accuracy 0\.7500 instead of 0\.8000\)"],
+    ),
+    "other answers, and no labels": ({"fidelity": 0.9, "accuracy": (None, None)}, [r"10\.0% of the answers .*'s\. "]),
+    "other answers, which are better": ({"fidelity": 0.9, "accuracy": (0.7, 0.75)}, []),
+    "as dear as the backbone": ({"cost": 1.0}, ["does not pay: it costs 1.000"]),
+    "everything": (
+        {"fidelity": 0.1, "cost": 1.2, "leaving": [1.0, 0.0, 0.0]},
+        ["exit 0 .one", "90.0% of the answers", "not pay"],
+    ),
+    "T above 1": ({"cost": 1.2, "leaving": [0.0, 0.0, 1.0], "threshold": [1.5, 2.0]}, []),
+}
+
+
+def results_with(
+    fidelity: float,
+    cost: float,
+    leaving: list[float],
+    accuracy: tuple[float | None, float | None],
+    threshold: tuple[float, ...] = (0.5, 0.5),
+) -> Results:
+    backbone, own = accuracy
+    exits = [evaluation.Row(f"exit {n}", module, own, 0.5, 0.5) for n, module in enumerate(["one", "two"])]
+    first, last = evaluation.Row("backbone", "", backbone, 1, 1), evaluation.Row("early exit", "", own, fidelity, cost)
+    return Results("net", 100, list(threshold), (first, *exits, last), leaving, "cpu", 10)
+
+
+@pytest.mark.parametrize(("change", "said"), SAID.values(), ids=SAID)
+def test_what_is_wrong_with_an_early_exit_model_is_said_in_words(change, said):
+    results = results_with(**(GOOD | change))
+    assert len(results.verdict) == len(said)
+    for sentence, want in zip(results.verdict, said, strict=True):
+        assert re.search(want, sentence)
+        assert sentence in str(results).splitlines()
+    assert json.loads(json.dumps(results.to_dict()))["verdict"] == results.verdict
+
+
+# the time that measuring takes
+
+
+def test_where_speed_was_not_measured_nothing_is_said_of_it():
+    text = str(evaluate(made(), TensorDataset(*labelled()), speed=False))
+    assert "images/s" not in text
+    assert "speed" not in text
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.001, 128), (0.1, 128), (8 * 8 / 4 / 64, 64), (100.0, 16)])
+def test_speed_is_measured_on_so_few_images_that_a_round_is_short(seconds, count, monkeypatch):
+    """With two exits four ways are timed in a round of eight seconds; eight images are tried."""
+    monkeypatch.setattr(evaluation, "in_turns", lambda calls, *_, **__: {name: [seconds] for name in calls})
+    images = torch.arange(128.0)[:, None, None, None].expand(128, *SIZE)
+    chosen = evaluation._few_enough(made(), images)
+    assert chosen[:, 0, 0, 0].tolist() == list(range(0, 128, 128 // count))
+
+
+def test_the_batch_at_which_speed_was_measured_is_reported(monkeypatch):
+    monkeypatch.setattr(evaluation, "in_turns", lambda calls, *_, **__: {name: [100.0] for name in calls})
+    images = torch.randn(100, *SIZE)
+    assert evaluate(made(), TensorDataset(images)).batch_size == 15  # every seventh

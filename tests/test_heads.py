@@ -129,8 +129,9 @@ def test_conv_heads_keep_channels_and_size():
 
 @pytest.mark.parametrize("name", ["conv0", "conv", "conv100", "convX", "conv-1", "pol", ""])
 def test_a_head_that_does_not_exist_is_unknown(name):
-    with pytest.raises(UnknownName, match=f"Unknown head '{name}'.*convX"):
+    with pytest.raises(UnknownName, match=f"Unknown head '{name}'.*convN with a number, such as conv4") as error:
         make_head(name, MAP, K)
+    assert not re.search(f"Did you mean.*'{name}'", str(error.value))
 
 
 # ---------------------------------------------------------------------------------------------------- confidence

@@ -618,6 +618,12 @@ def test_a_run_is_loaded_from_the_hub(load, hub, folder, net, original):
     assert hub["asked"] == [("user/repo", name, options) for name in ("config.json", "heads.safetensors")]
 
 
+@pytest.mark.parametrize("load", [ptee.load, EarlyExitModel.from_pretrained], ids=["load", "from_pretrained"])
+def test_an_argument_that_there_is_not_is_refused_by_name(load, folder, net):
+    with pytest.raises(PteeError, match=r"'weights'.*backbone, cache_dir, .*revision"):
+        load(folder, backbone=net, weights="x")
+
+
 def test_a_run_from_the_hub_names_no_file_outside_of_its_repository(hub, folder, net):
     hub["user/repo"] = folder
     edit(folder, "heads_file", "../../heads.safetensors")

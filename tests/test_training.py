@@ -223,6 +223,17 @@ def test_each_epoch_is_told_when_it_is_over():
     assert json.loads(json.dumps(history.to_dict()))["epochs"][2]["number"] == 3
 
 
+def test_a_history_prints_as_a_table_of_epochs():
+    told = [
+        Epoch(1, 1.5, [0.25, 0.5], [0.5, 1.0], [0.75, 0.25], None, 3.2),
+        Epoch(2, 1.25, None, [1, 1], [0, 1], 2.0, 3),
+    ]
+    lines = str(History(told, stopped_early=True, warning="It collapsed.")).splitlines()
+    assert lines[2].split() == ["1", "1.5000", "-", "0.250", "0.500", "0.500", "1.000", "0.750", "0.250", "3"]
+    assert lines[3].split() == ["2", "1.2500", "2.0000", "-", "1.000", "1.000", "0.000", "1.000", "3"]
+    assert lines[-2:] == ["Stopped early.", "It collapsed."]
+
+
 @pytest.mark.parametrize(("loss", "where"), [("cost", r"exit 0 \(one\)"), ("mc", "backbone's own output")])
 def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
     net = Net()
