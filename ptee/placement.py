@@ -145,18 +145,32 @@ class Plan:
         """The plan as JSON-able values; "exits" holds a row for each early exit."""
         plain = {k: v for k, v in asdict(self).items() if k != "cuts"}
         plain["input_size"] = list(self.input_size)
-        plain["exits"] = [asdict(e) | {"shape": list(e.shape), "head": self.head} for e in self.exits]
+        plain["exits"] = [
+            asdict(e)
+            | {"shape": list(e.shape), "head": self.head}
+            | {"tensor": c.main, "tensors": len(c.carried), "begins_anew": bool(c.steps)}
+            for e, c in zip(self.exits, self.cuts, strict=True)
+        ]
         return plain
 
     def make_heads(self) -> list[ExitHead]:
         """New heads for these exits, in train mode, on the CPU in float32."""
         return [make_head(self.head, cut.layout, self.classes) for cut in self.cuts]
 
+    def _begun_anew(self) -> str:
+        exits = [str(n) for n, cut in enumerate(self.cuts) if cut.steps]
+        if not exits:
+            return ""
+        return (
+            f"\nWhere rows leave at {', '.join(exits)}, the pass begins anew with the others, for the backbone's code remembers "
+            "the whole batch; no module computes anything twice."
+        )
+
     def __str__(self) -> str:
         shown = {"cost": self.costs} | ({"paper cost": self.paper_costs} if self.convention == "paper" else {})
         costs = [[f"{c:.4f}" for c in each] for each in zip(*shown.values(), strict=True)]
         rows = [
-            (str(n), e.name, "x".join(map(str, e.shape)), f"{e.backbone_cost:.4f}", f"{e.head_cost:.4f}",
+            (str(n), e.name, _shape(e, self.cuts[n]), f"{e.backbone_cost:.4f}", f"{e.head_cost:.4f}",
              *costs[n], f"{e.parameters:,}")
             for n, e in enumerate(self.exits)
         ]  # fmt: skip
@@ -179,8 +193,15 @@ class Plan:
                 for n, e in enumerate(self.exits)
                 if self.costs[n] >= 1
             )
+            + self._begun_anew()
             + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
         )
+
+
+def _shape(exit_: Exit, cut: Cut) -> str:
+    """Of the tensor that the head reads, and which one that is where the module gives several."""
+    which = f" ({cut.main + 1} of {len(cut.carried)})" if len(cut.carried) > 1 else ""
+    return "x".join(map(str, exit_.shape)) + which
 
 
 _CONVENTION_TEXT = {

@@ -238,3 +238,9 @@ def test_a_network_wrapped_as_the_refusal_says_works():
             return self.net(x).logits
 
     assert len(ptee.augment(Logits(), input_size=SMALL, num_exits=2).exits) == 2
+
+
+def test_the_plan_says_which_of_several_tensors_a_head_reads():
+    plan = ptee.plan("hrnet_w18_small", pretrained=False, input_size=SMALL, num_exits=2)
+    assert "(1 of 2)" in str(plan)
+    assert [(row["tensor"], row["tensors"]) for row in plan.to_dict()["exits"]] == [(0, 2), (0, 4)]
