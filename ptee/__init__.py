@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from ptee.model import EarlyExitModel as EarlyExitModel
     from ptee.model import augment as augment
     from ptee.model import load as load
-    from ptee.placement import Exit as Exit
-    from ptee.placement import Plan as Plan
-    from ptee.placement import plan as plan
+    from ptee.plans import Exit as Exit
+    from ptee.plans import Plan as Plan
+    from ptee.plans import plan as plan
     from ptee.training import train as train
 
 __version__ = "0.1.0"
 _HOMES = {
     "AllExits": "model",
     "EarlyExitModel": "model",
-    "Exit": "placement",
+    "Exit": "plans",
     "ExitOutput": "calls",
-    "Plan": "placement",
+    "Plan": "plans",
     "PteeError": "errors",
     "augment": "model",
     "evaluate": "evaluation",
     "load": "model",
-    "plan": "placement",
+    "plan": "plans",
     "register_head": "heads",
     "train": "training",
 }

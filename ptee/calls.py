@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ptee.cuts import Cut
 from ptee.errors import PteeError, first_line
 from ptee.heads import ExitHead, confidence_of
-from ptee.placement import Plan
+from ptee.plans import Plan
 from ptee.replay import Again, Memory
 
 

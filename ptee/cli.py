@@ -185,7 +185,7 @@ def _augment(o: dict[str, Any]) -> None:
 @JSON
 def plan(as_json: bool, **o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""
-    from ptee.placement import make_plan
+    from ptee.plans import make_plan
 
     backbone = _backbone(o)
     backbone.module.requires_grad_(False).eval()

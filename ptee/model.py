@@ -22,7 +22,7 @@ from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
 from ptee.heads import ExitHead, confidence_of
 from ptee.hold import Hold
-from ptee.placement import Exit, Plan, make_plan
+from ptee.plans import Exit, Plan, make_plan
 from ptee.replay import Memory, merged, run
 from ptee.weights import weights_hash
 

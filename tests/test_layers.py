@@ -21,12 +21,13 @@ LAYERS = {  # a module imports from lower layers only
     2: "labels heads cuts backbones",
     3: "blocks proof runs",
     4: "placement checkpoint hold",
-    5: "calls",
-    6: "model",
-    7: "traces cache benchmark zoo",
-    8: "evaluation training",
-    9: "defaults",
-    10: "cli",
+    5: "plans",
+    6: "calls",
+    7: "model",
+    8: "traces cache benchmark zoo",
+    9: "evaluation training",
+    10: "defaults",
+    11: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
@@ -88,7 +89,7 @@ def test_only_the_command_prints_or_ends_the_program(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["losses", "heads", "placement", "blocks", "layout", "replay", "costs", "cuts", "proof"]
+    "module", ["losses", "heads", "placement", "plans", "blocks", "layout", "replay", "costs", "cuts", "proof"]
 )
 def test_the_method_knows_no_file_and_no_arguments(module):
     names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
@@ -145,7 +146,7 @@ def test_importing_it_imports_nothing_heavy(module):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("module", ["placement", "model", "training", "evaluation"])
+@pytest.mark.parametrize("module", ["placement", "plans", "model", "training", "evaluation"])
 def test_importing_the_library_leaves_the_libraries_of_models_for_later(module):
     late = ("timm", "torchvision", "fvcore", "accelerate", "sklearn")
     top = {

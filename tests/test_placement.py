@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import ptee
 from ptee.backbones import load_backbone
 from ptee.errors import CutError, PteeError, UnknownName
-from ptee.placement import CONVENTIONS, LATEST, MOST_EXITS, PLACEMENTS, Plan, first_behind, make_plan
+from ptee.placement import LATEST, MOST_EXITS, PLACEMENTS, first_behind
+from ptee.plans import CONVENTIONS, Plan, make_plan
 
 each_rule = pytest.mark.parametrize("rule", list(PLACEMENTS))
 each_convention = pytest.mark.parametrize("convention", CONVENTIONS)
