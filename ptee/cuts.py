@@ -76,7 +76,7 @@ class Survey:
             have nothing better. In order of execution.
         cells: those of them past which only modules beside them are read, as a cell reads the two before it.
         steps: of each cut, should the rest of the pass remember the old batch; none where it cannot begin anew.
-        refused: why each other module that ran is no cut.
+        refused: why each module that ran is none of `cuts`.
         order: all modules that ran, in order of execution.
         classes: K, the width of the answer.
     """
@@ -89,10 +89,18 @@ class Survey:
     order: tuple[str, ...]
     classes: int
 
-    def cut(self, name: str, backbone: nn.Module) -> Cut:
-        """The cut at a module, or a CutError that says why there is none."""
-        if name in self.cuts or name in self.bypassed:
-            return (self.cuts | self.bypassed)[name]
+    def cut(self, name: str, backbone: nn.Module, bypassed: bool = False) -> Cut:
+        """The cut at a module, or a CutError that says why there is none.
+
+        Args:
+            name: of the module.
+            backbone: that was surveyed.
+            bypassed: anything may be read past it, not only what a cell reads.
+        """
+        if name in self.cuts:
+            return self.cuts[name]
+        if name in self.bypassed and (bypassed or name in self.cells):
+            return self.bypassed[name]
         if name not in dict(backbone.named_modules(remove_duplicate=False)) or not name:
             raise unknown("module", name, self.cuts)
         reason = self.refused.get(name, "it is not called in the forward pass")
@@ -121,12 +129,13 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
         recorder.read(logits)
     verdicts = {event.name: recorder.verdict(event, bypass=event.name in compound) for event in recorder.events}
     found = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, Cut)}
+    refused = {event.name: recorder.verdict(event, bypass=False) for event in recorder.events}
     return Survey(
         cuts={name: cut for name, cut in found.items() if not cut.steps},
         bypassed={name: cut for name, cut in found.items() if cut.steps},
         cells={event.name for event in recorder.events if event.name in found and recorder.is_cell(event)},
         steps={event.name: recorder.steps(event) for event in recorder.events if event.name in found},
-        refused={name: verdict for name, verdict in verdicts.items() if isinstance(verdict, str)},
+        refused={name: why for name, why in refused.items() if isinstance(why, str)},
         order=tuple(verdicts),
         classes=logits.shape[1],
     )

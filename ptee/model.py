@@ -397,11 +397,12 @@ def build(
     num_exits: int | None = None,
     head: str = "pool",
     convention: str = "full",
+    placed: bool = False,
 ) -> EarlyExitModel:
     """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
     state = freeze(backbone.module)
     try:
-        plan = make_plan(backbone, exits, num_exits, head, convention)
+        plan = make_plan(backbone, exits, num_exits, head, convention, placed)
     finally:
         state.restore(backbone.module)
     return EarlyExitModel(backbone, plan, plan.make_heads())
@@ -437,7 +438,7 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
         raise RunError(
             f"{folder}: its exits have different heads ({', '.join(sorted(heads))}), which this version cannot build."
         )
-    model = build(network, exits=list(run.exits), head=heads.pop(), convention=run.convention)
+    model = build(network, exits=list(run.exits), head=heads.pop(), convention=run.convention, placed=True)
     if model.num_classes != run.classes:
         raise RunError(
             f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."

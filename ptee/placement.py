@@ -80,6 +80,7 @@ class Placer:
     backbone: Backbone
     survey: Survey
     counts: Counts
+    placed: bool = False  # names are those that a rule gave before: they may be of modules past which much is read
     proven: dict[str, Cut] = field(default_factory=dict)  # by name; or tried in vain
     failed: dict[str, str] = field(default_factory=dict)  # why
 
@@ -156,7 +157,7 @@ class Placer:
     def _by_name(self, names: list[str]) -> list[Cut]:
         if len(set(names)) < len(names):
             raise CutError(f"The exits {', '.join(names)} name one module twice. Leave one of the two out.")
-        wanted = {name: self.survey.cut(name, self.backbone.module) for name in names}
+        wanted = {name: self.survey.cut(name, self.backbone.module, self.placed) for name in names}
         cuts = [wanted[name] for name in self.survey.order if name in wanted]
         self._prove(cuts)
         for name, reason in self.failed.items():

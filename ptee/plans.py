@@ -158,6 +158,7 @@ def make_plan(
     num_exits: int | None = None,
     head: str = "pool",
     convention: str = "full",
+    placed: bool = False,
 ) -> Plan:
     """Place exits on a backbone, prove their cuts and count what they cost.
 
@@ -167,6 +168,7 @@ def make_plan(
         num_exits: E; None for as many as the rule can place, at most five.
         head: a name of `HEADS`.
         convention: of the costs: "full" counts heads passed on the way, "paper" does not.
+        placed: `exits` are names that a plan gave, of a saved run.
 
     Raises:
         CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
@@ -177,7 +179,7 @@ def make_plan(
     size = backbone.input.input_size
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
-    placer = Placer(backbone, found, counts)
+    placer = Placer(backbone, found, counts, placed)
     cuts = placer.place(exits, num_exits)
     heads = [make_head(head, cut.layout, found.classes) for cut in cuts]
     rows = _priced(cuts, [placer.cost(cut) for cut in cuts], heads, counts.total, convention)

@@ -300,10 +300,11 @@ def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
     assert "part.one" not in str(refusal.value), "a module that is no cut must not be suggested"
 
 
-def test_a_layer_inside_a_dense_layer_is_refused_and_the_block_is_offered():
+@pytest.mark.parametrize("inside", ["denselayer2", "denselayer2.conv1"])
+def test_a_dense_layer_and_what_is_in_it_are_refused_and_the_block_is_offered(inside):
     net = timm.create_model("densenet121", num_classes=5).eval()
-    with pytest.raises(CutError, match=r"denselayer2\.conv1'.*Use 'features\.denseblock1', which"):
-        survey(net, (3, 32, 32)).cut("features.denseblock1.denselayer2.conv1", net)
+    with pytest.raises(CutError, match=rf"{inside}'.*passes around it.*Use 'features\.denseblock1', which"):
+        survey(net, (3, 32, 32)).cut(f"features.denseblock1.{inside}", net)
 
 
 # ---------------------------------------------------------------------------------------------------- only the proof sees

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import ptee
+from ptee.backbones import load_backbone
 from ptee.errors import PteeError
+from ptee.model import build
 from ptee.replay import Again, Memory, Recallable, Step, make_plain, make_recallable, merged, run, take
 
 SIZE = (3, 16, 16)
@@ -55,7 +57,7 @@ def net() -> Cells:
 
 
 def early(net: nn.Module, exits: list[str]) -> ptee.EarlyExitModel:
-    return ptee.augment(net, exits=exits, input_size=SIZE)
+    return build(load_backbone(net, input_size=SIZE), exits=exits, placed=True)
 
 
 EXITS = ["cells.0", "cells.1", "cells.3"]
