@@ -45,7 +45,7 @@ class ExitHead(nn.Module):
         Returns:
             Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
         """
-        return self.answer(self.read(z))
+        return self._say(self.features(self.layout.to_map(z)))
 
     def read(self, z: Tensor) -> Tensor:
         """What is left of a feature map after the part of the head that has nothing to learn: a pooled vector, or all.
@@ -70,6 +70,9 @@ class ExitHead(nn.Module):
         v = x
         for part in self._parts()[1]:
             v = part(v)
+        return self._say(v)
+
+    def _say(self, v: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(v.device.type, enabled=False):
             wide = torch.promote_types(v.dtype, torch.float32)
             confidence = F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))
