@@ -211,6 +211,15 @@ class _Event:
         return [i for i, value in enumerate(self.values) if value is not None]
 
     @property
+    def repeated(self) -> tuple[int, ...]:
+        """The leaves that do not depend on the images but have as many rows: positions, masks."""
+        return tuple(
+            i
+            for i, (leaf, value) in enumerate(zip(self.leaves, self.values, strict=True))
+            if value is None and isinstance(leaf, tuple) and leaf[:1] == (SURVEY_ROWS,)
+        )
+
+    @property
     def overwritten(self) -> bool:
         """Something writes into its memory later."""
         return any(v is not None and v.last_write > self.time for v in self.values)
@@ -351,6 +360,7 @@ class _Recorder(TorchDispatchMode):
                 tuple(e.own),
                 needed=not read <= given or any(id(e.values[i]) in read for i in e.own),
                 overwritten=e.overwritten,
+                repeated=e.repeated,
             )
             for e in over
         )

@@ -35,12 +35,14 @@ class Step:
         leaves: which of its output's tensors carry rows, counted through nested tuples, lists and dicts.
         needed: its values are read behind the cut; else only their shapes matter.
         overwritten: something later writes into them, so a copy is kept.
+        repeated: which tensors hold the same for every row, whatever the image: positions, masks. Their values matter.
     """
 
     name: str
     leaves: tuple[int, ...]
     needed: bool
     overwritten: bool
+    repeated: tuple[int, ...] = ()
 
 
 def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
@@ -85,7 +87,9 @@ def merged(plans: Sequence[Sequence[Step]]) -> dict[str, Step]:
     for step in (step for plan in plans for step in plan):
         other = steps.get(step.name, step)
         needed, overwritten = step.needed or other.needed, step.overwritten or other.overwritten
-        steps[step.name] = Step(step.name, tuple(sorted({*step.leaves, *other.leaves})), needed, overwritten)
+        leaves = tuple(sorted({*step.leaves, *other.leaves}))
+        repeated = tuple(sorted({*step.repeated, *other.repeated} - {*leaves}))
+        steps[step.name] = Step(step.name, leaves, needed, overwritten, repeated)
     return steps
 
 
@@ -186,7 +190,7 @@ class Memory:
         rows = self._since(given.gone)
         leaves, spec = tree_flatten(given.output)
         whole = tree_unflatten([_like(leaf) if isinstance(leaf, _Shape) else leaf for leaf in leaves], spec)
-        return whole if rows is None else select(whole, step.leaves, rows, given.batch)
+        return whole if rows is None else select(whole, step.leaves + step.repeated, rows, given.batch)
 
 
 @dataclass(frozen=True)
@@ -199,9 +203,9 @@ class _Shape:
 
 def _kept(step: Step, output: Any, needed: bool) -> Any:
     leaves, spec = tree_flatten(output)
-    for i in step.leaves:
+    for i in step.leaves + step.repeated:
         leaf = leaves[i]
-        if not needed:
+        if not needed and i in step.leaves:
             leaves[i] = _Shape(leaf.new_zeros(()), tuple(leaf.shape))
         elif step.overwritten:
             leaves[i] = leaf.clone()

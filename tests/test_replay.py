@@ -299,6 +299,44 @@ def test_a_cell_whose_proof_fails_gets_no_exit(net, monkeypatch):
         early(net, ["cells.1"])
 
 
+class Positions(nn.Module):
+    """Gives its rows together with where each of their tokens stands, which is the same in each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return tokens, torch.arange(tokens.shape[1]).expand(len(x), -1)
+
+
+class Turned(nn.Module):
+    """Every block reads an embedding of those positions, made once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.classifier = Positions(), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, positions = self.patches(x)
+        turn = (positions[..., None] * torch.arange(1, 9)).cos()
+        for block in self.blocks:
+            x = x + block(x * turn)
+        return self.classifier(x.mean(1))
+
+
+def test_what_is_the_same_for_every_row_shrinks_with_the_rows():
+    torch.manual_seed(0)
+    model, x = early(Turned().eval(), ["patches", "blocks.0", "blocks.2"]), torch.randn(16, *SIZE)
+    assert [cut.steps[0].repeated for cut in model.plan.cuts] == [(1,)] * 3
+    model.threshold = thresholds(model, x)
+    together = model(x)
+    assert set(model.predict(x).exit_index.tolist()) == {0, 1, 2, 3}
+    assert torch.allclose(together, torch.cat([model(image[None]) for image in x]), atol=1e-5)
+
+
 class Outside(Cells):
     """Works outside of modules, where nothing can be remembered."""
 
@@ -327,8 +365,8 @@ def test_rows_that_share_an_axis_with_their_tokens_go_together():
 
 
 def test_the_steps_of_several_cuts_keep_what_any_of_them_needs():
-    one, other = Step("a", (0,), False, True), Step("a", (0, 1), True, False)
-    assert merged([[one], [other]]) == {"a": Step("a", (0, 1), True, True)}
+    one, other = Step("a", (0,), False, True, (1, 2)), Step("a", (0, 1), True, False, (2,))
+    assert merged([[one], [other]]) == {"a": Step("a", (0, 1), True, True, (2,))}
 
 
 def test_a_tensor_that_does_not_carry_the_rows_is_refused():
