@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptee.cuts import Cut
 from ptee.errors import PteeError, first_line
-from ptee.heads import ExitHead, confidence_of
+from ptee.heads import ExitHead, Trail, confidence_of
 from ptee.plans import Plan
 from ptee.replay import Again, Memory
 
@@ -55,6 +55,9 @@ class Call(ABC):
         self.hooks, self.heads, self.plan = hooks, heads, plan
         self.passed = 0
         self.memory = Memory({})
+        self.trail: Trail | None = None  # kept only for heads that look back
+        if any(getattr(head, "looks_back", False) for head in heads):
+            self.trail = Trail()
 
     def arrive(self, hook: ExitHook, output: Any) -> Any:
         """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""
@@ -79,7 +82,12 @@ class Call(ABC):
         """What the head says, which runs outside of this call."""
         try:
             with running(None):
-                logits, confidence = self.heads[n](z)
+                head: Any = self.heads[n]
+                if self.trail is None:
+                    logits, confidence = head(z)
+                else:
+                    logits, confidence, self.trail = head.follow(z, self.trail)
+                return logits, confidence
         except RuntimeError as why:
             if z.shape[1:] == cut.shape:
                 raise
@@ -88,7 +96,6 @@ class Call(ABC):
                 f"read this one, {tuple(z.shape[1:])} ({first_line(why).rstrip('.')}): the images have another size than "
                 f"{self.plan.input_size}. Plan anew with their input_size."
             ) from why
-        return logits, confidence
 
     @abstractmethod
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
@@ -183,6 +190,7 @@ class Leaving(Call):
         here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
         self.parts.append(_Part(here[leavers], n, logits.index_select(0, leavers), h.index_select(0, leavers)))
         self.rows = here[stayers]
+        self.trail = self.trail and self.trail.keep_rows(stayers)
         if cut.steps:
             self.memory.require(cut.steps)
         self.memory.keep_rows(stayers)

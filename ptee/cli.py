@@ -189,7 +189,14 @@ def plan(as_json: bool, **o: Any) -> None:
 
     backbone = _backbone(o)
     backbone.module.requires_grad_(False).eval()
-    found = make_plan(backbone, _exits(o["exits"], backbone), o["num_exits"], o["head"] or HEAD, o["cost_convention"])
+    found = make_plan(
+        backbone,
+        _exits(o["exits"], backbone),
+        o["num_exits"],
+        _heads(o),
+        o["cost_convention"],
+        head_budget=o["head_budget"],
+    )
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 
@@ -334,10 +341,18 @@ def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
     from ptee.model import build
 
     torch.manual_seed(o.get("seed", 0))
-    exits = _exits(o["exits"], backbone)
     return build(
-        backbone, exits=exits, num_exits=o["num_exits"], head=o["head"] or HEAD, convention=o["cost_convention"]
+        backbone,
+        exits=_exits(o["exits"], backbone),
+        num_exits=o["num_exits"],
+        head=_heads(o),
+        convention=o["cost_convention"],
+        head_budget=o["head_budget"],
     )
+
+
+def _heads(o: dict[str, Any]) -> list[str]:
+    return (o["head"] or HEAD).split(",")
 
 
 def _open(source: str, backbone: Backbone, o: dict[str, Any], named: bool = False) -> tuple[Data, LabelMap]:

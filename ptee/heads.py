@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,46 @@ from ptee.layout import Layout
 FeatureFactory = Callable[[int, int, int], nn.Module]
 
 
+class Trail(NamedTuple):
+    """What the exits so far have said of the rows that are here, for heads that build on it.
+
+    Attributes:
+        answers: (b, K) logits of each.
+        map: (b, c, h, w) what the last of them made on its way, where it is one that passes something on.
+    """
+
+    answers: tuple[Tensor, ...] = ()
+    map: Tensor | None = None
+
+    def keep_rows(self, rows: Tensor) -> Trail:
+        """Only these rows go on.
+
+        Args:
+            rows: (kept,) positions in the batch as it was.
+        """
+        return Trail(tuple(y[rows] for y in self.answers), None if self.map is None else self.map[rows])
+
+
+class Said(NamedTuple):
+    """What a head says of some rows.
+
+    Attributes:
+        logits: (b, K).
+        confidence: (b,) confidence logit, in float32 at least.
+        trail: for the next head.
+    """
+
+    logits: Tensor
+    confidence: Tensor
+    trail: Trail
+
+
 class ExitHead(nn.Module):
     """A head on one cut: any layout in, logits and a confidence logit out.
+
+    Attributes:
+        looks_back: it reads what the exits before it said, or the next one what this one did.
+        passes_on: (c, h, w) of the map that it makes for the next head; None where it makes none.
 
     Args:
         layout: how the cut's tensor lies in memory.
@@ -28,6 +67,9 @@ class ExitHead(nn.Module):
         num_features: F.
         num_classes: K.
     """
+
+    looks_back: bool = False
+    passes_on: tuple[int, int, int] | None = None
 
     def __init__(self, layout: Layout, features: nn.Module, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -58,19 +100,28 @@ class ExitHead(nn.Module):
             x = part(x)
         return x
 
-    def answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Answer from what was read.
+    def follow(self, z: Tensor, trail: Trail) -> Said:
+        """Answer from a feature map, after other exits.
+
+        Args:
+            z: the cut's tensor, in its own layout.
+            trail: what they said.
+        """
+        logits, confidence = self(z)
+        return Said(logits, confidence, Trail((*trail.answers, logits)))
+
+    def answer(self, x: Tensor, trail: Trail) -> Said:
+        """Answer from what was read, as `follow` from the feature map.
 
         Args:
             x: what `read` gave.
-
-        Returns:
-            As `forward`.
+            trail: what the exits before said.
         """
         v = x
         for part in self._parts()[1]:
             v = part(v)
-        return self._say(v)
+        logits, confidence = self._say(v)
+        return Said(logits, confidence, Trail((*trail.answers, logits)))
 
     def _say(self, v: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(v.device.type, enabled=False):

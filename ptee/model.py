@@ -20,7 +20,7 @@ from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
-from ptee.heads import ExitHead, confidence_of
+from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
 from ptee.plans import Exit, Plan, make_plan
 from ptee.replay import Memory, merged, run
@@ -211,8 +211,10 @@ class EarlyExitModel(
         Args:
             reading: what `read` gave, or rows of it.
         """
-        said = [head.answer(x) for head, x in zip(self._exit_heads(), reading.inputs, strict=True)]
-        return _all_exits([logits for logits, _ in said], [h for _, h in said], reading.logits)
+        said: list[Said] = []
+        for head, x in zip(self._exit_heads(), reading.inputs, strict=True):
+            said.append(head.answer(x, said[-1].trail if said else Trail()))
+        return _all_exits([s.logits for s in said], [s.confidence for s in said], reading.logits)
 
     def _exit_heads(self) -> list[ExitHead]:
         return [head for head in self.heads if isinstance(head, ExitHead)]
@@ -359,7 +361,8 @@ def augment(
     *,
     exits: str | Sequence[float] | Sequence[str] = "pareto",
     num_exits: int | None = None,
-    head: str = "pool",
+    head: str | Sequence[str] = "pool",
+    head_budget: float | Sequence[float] | None = None,
     input_size: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
     pretrained: bool = True,
@@ -372,7 +375,9 @@ def augment(
         exits: where: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
             cost, or a list of module names.
         num_exits: E; None for as many as the rule can place, at most five.
-        head: "pool", "bnpool", "plain", "conv1", "conv2", ... or one of yours (`register_head`).
+        head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a learned one
+            (`res-32x2-64x2`), or "auto", learned ones as large as their budget allows; one for all exits or one for each.
+        head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each.
         input_size: (c, h, w); None: the model's own, where it says so.
         num_classes: K, where the model does not say.
         pretrained: for a name: load its published weights.
@@ -387,7 +392,7 @@ def augment(
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
-    return build(backbone, exits=exits, num_exits=num_exits, head=head)
+    return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget)
 
 
 def build(
@@ -395,14 +400,15 @@ def build(
     *,
     exits: str | Sequence[float] | Sequence[str] = "pareto",
     num_exits: int | None = None,
-    head: str = "pool",
+    head: str | Sequence[str] = "pool",
     convention: str = "full",
     placed: bool = False,
+    head_budget: float | Sequence[float] | None = None,
 ) -> EarlyExitModel:
     """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
     state = freeze(backbone.module)
     try:
-        plan = make_plan(backbone, exits, num_exits, head, convention, placed)
+        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget)
     finally:
         state.restore(backbone.module)
     return EarlyExitModel(backbone, plan, plan.make_heads())
@@ -433,12 +439,7 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
         _check_hash(run, backbone)
     network = _network(run, backbone)
     _check_hash(run, network.module)
-    heads = set(run.heads)
-    if len(heads) != 1:
-        raise RunError(
-            f"{folder}: its exits have different heads ({', '.join(sorted(heads))}), which this version cannot build."
-        )
-    model = build(network, exits=list(run.exits), head=heads.pop(), convention=run.convention, placed=True)
+    model = build(network, exits=list(run.exits), head=list(run.heads), convention=run.convention, placed=True)
     if model.num_classes != run.classes:
         raise RunError(
             f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."

@@ -96,7 +96,14 @@ PLACE = _options(
         "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."
     ),
     click.option(
-        "--head", help="plain, pool, bnpool, or convN with a number, such as conv2. Default: pool; conv1 on the digits."
+        "--head",
+        help="auto (learned, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a learned one by "
+        "name (res-32x2-64x2); one, or one for each exit with commas between. Default: pool; conv1 on the digits.",
+    ),
+    click.option(
+        "--head-budget",
+        type=Numbers(),
+        help="Share of the backbone that each auto head may cost; one, or one for each exit. Default: 0.05.",
     ),
     click.option(
         "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."

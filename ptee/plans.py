@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -12,13 +13,15 @@ import torch
 from ptee.backbones import Backbone, load_backbone
 from ptee.costs import count, parameters
 from ptee.cuts import Cut, random_images, survey
-from ptee.errors import unknown
+from ptee.errors import PteeError, unknown
 from ptee.freezing import freeze
-from ptee.heads import ExitHead, make_head
+from ptee.heads import ExitHead
+from ptee.learned import AUTO, AfterOthers, make_heads, recipes
 from ptee.placement import Placer
 from ptee.tables import table
 
 CONVENTIONS = ("full", "paper")
+HEAD_BUDGET = 0.05  # share of the backbone that an "auto" head may cost where nothing is said
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Exit:
         cost: c_n of a sample that leaves here: all heads passed on the way are counted, unless the plan says "paper".
         shape: of the tensor its head reads, of one sample.
         parameters: of its head.
+        head: name of its head.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Exit:
     cost: float
     shape: tuple[int, ...]
     parameters: int
+    head: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Plan:
 
     Attributes:
         backbone: its name.
-        head: name of the exits' heads.
+        head: name of the exits' heads; of each, with commas between, where they differ.
         placement: the rule, or how the exits were named.
         input_size: (c, h, w) for which everything was counted.
         exits: in order of execution.
@@ -89,7 +94,7 @@ class Plan:
         plain["input_size"] = list(self.input_size)
         plain["exits"] = [
             asdict(e)
-            | {"shape": list(e.shape), "head": self.head}
+            | {"shape": list(e.shape)}
             | {"tensor": c.main, "tensors": len(c.carried), "begins_anew": bool(c.steps)}
             for e, c in zip(self.exits, self.cuts, strict=True)
         ]
@@ -97,7 +102,7 @@ class Plan:
 
     def make_heads(self) -> list[ExitHead]:
         """New heads for these exits, in train mode, on the CPU in float32."""
-        return [make_head(self.head, cut.layout, self.classes) for cut in self.cuts]
+        return make_heads([e.head for e in self.exits], [cut.layout for cut in self.cuts], self.classes)
 
     def _begun_anew(self) -> str:
         exits = [str(n) for n, cut in enumerate(self.cuts) if cut.steps]
@@ -111,24 +116,36 @@ class Plan:
     def __str__(self) -> str:
         shown = {"cost": self.costs} | ({"paper cost": self.paper_costs} if self.convention == "paper" else {})
         costs = [[f"{c:.4f}" for c in each] for each in zip(*shown.values(), strict=True)]
+        differ = len({e.head for e in self.exits}) > 1
         rows = [
-            (str(n), e.name, _shape(e, self.cuts[n]), f"{e.backbone_cost:.4f}", f"{e.head_cost:.4f}",
-             *costs[n], f"{e.parameters:,}")
+            (str(n), e.name, _shape(e, self.cuts[n]), *([e.head] if differ else []), f"{e.backbone_cost:.4f}",
+             f"{e.head_cost:.4f}", *costs[n], f"{e.parameters:,}")
             for n, e in enumerate(self.exits)
         ]  # fmt: skip
         end = (
             str(len(self.exits)),
             "(backbone)",
             str(self.classes),
+            *([""] if differ else []),
             "1.0000",
             "",
             *costs[-1],
             f"{self.parameters:,}",
         )
-        title = ("exit", "module", "shape", "backbone", "head", *shown, "parameters")
+        title = (
+            "exit",
+            "module",
+            "shape",
+            *(["head"] if differ else []),
+            "backbone",
+            "head cost" if differ else "head",
+            *shown,
+            "parameters",
+        )
         size = "x".join(map(str, self.input_size))
         return (
-            f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {self.head} heads\n"
+            f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, "
+            f"{'several' if differ else self.head} heads\n"
             + table([title, *rows, end], left={1})
             + "".join(
                 f"\nExit {n} ({e.name}) costs more than the bare backbone: it cannot pay. Take fewer exits or cheaper heads."
@@ -156,9 +173,10 @@ def make_plan(
     backbone: Backbone,
     exits: str | Sequence[float] | Sequence[str] = "pareto",
     num_exits: int | None = None,
-    head: str = "pool",
+    head: str | Sequence[str] = "pool",
     convention: str = "full",
     placed: bool = False,
+    head_budget: float | Sequence[float] | None = None,
 ) -> Plan:
     """Place exits on a backbone, prove their cuts and count what they cost.
 
@@ -166,9 +184,11 @@ def make_plan(
         backbone: frozen, in eval mode.
         exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
         num_exits: E; None for as many as the rule can place, at most five.
-        head: a name of `HEADS`.
+        head: a name of `HEADS`, of a learned head (`res-32x2-64x2`), or "auto" for learned heads as large as their budget
+            allows; one for all exits or one for each.
         convention: of the costs: "full" counts heads passed on the way, "paper" does not.
         placed: `exits` are names that a plan gave, of a saved run.
+        head_budget: what each "auto" head may cost, as a share of the backbone; one for all exits or one for each.
 
     Raises:
         CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
@@ -181,11 +201,22 @@ def make_plan(
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
     cuts = placer.place(exits, num_exits)
-    heads = [make_head(head, cut.layout, found.classes) for cut in cuts]
-    rows = _priced(cuts, [placer.cost(cut) for cut in cuts], heads, counts.total, convention)
+    names: list[str] = _one_each("head", head, len(cuts))
+    if AUTO in names:
+        budgets = _one_each("head budget", HEAD_BUDGET if head_budget is None else head_budget, len(cuts))
+        for budget in budgets:
+            if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
+                raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
+        names = recipes(names, [cut.layout for cut in cuts], [b * counts.total for b in budgets], found.classes)
+    elif head_budget is not None:
+        raise PteeError(
+            f"A head budget sizes auto heads, and the heads are {', '.join(names)}. Take head auto, or leave it out."
+        )
+    heads = make_heads(names, [cut.layout for cut in cuts], found.classes)
+    rows = _priced(cuts, [placer.cost(cut) for cut in cuts], heads, names, counts.total, convention)
     end = 1 + sum(row.head_cost for row in rows) if convention == "full" else 1.0
     return Plan(
-        backbone.name, head, _words(exits), size, rows, end, counts.total, parameters(backbone.module), convention,
+        backbone.name, names[0] if len(set(names)) == 1 else ", ".join(names), _words(exits), size, rows, end, counts.total, parameters(backbone.module), convention,
         found.classes, tuple(cuts),
     )  # fmt: skip
 
@@ -194,14 +225,28 @@ def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
     return exits if isinstance(exits, str) else "exits at " + ", ".join(map(str, exits))
 
 
+def _one_each(what: str, given: Any, exits: int) -> list[Any]:
+    """One for each exit."""
+    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if len(each) not in (1, exits):
+        raise PteeError(f"{len(each)} values of {what} for {exits} exits. Give one, or one for each exit.")
+    return each * (exits if len(each) == 1 else 1)
+
+
 def _priced(
-    cuts: Sequence[Cut], spent: Sequence[float], heads: Sequence[ExitHead], macs: int, convention: str
+    cuts: Sequence[Cut],
+    spent: Sequence[float],
+    heads: Sequence[ExitHead],
+    names: Sequence[str],
+    macs: int,
+    convention: str,
 ) -> tuple[Exit, ...]:
-    added = [count(head, torch.zeros(1, *cut.shape)).total / macs for head, cut in zip(heads, cuts, strict=True)]
+    behind = [AfterOthers(head, before) for head, before in zip(heads, [None, *heads], strict=False)]
+    added = [count(head, torch.zeros(1, *cut.shape)).total / macs for head, cut in zip(behind, cuts, strict=True)]
     passed = list(accumulate(added)) if convention == "full" else added
     return tuple(
-        Exit(cut.name, b, h, b + p, cut.shape, parameters(head))
-        for cut, b, h, p, head in zip(cuts, spent, added, passed, heads, strict=True)
+        Exit(cut.name, b, h, b + p, cut.shape, parameters(head), name)
+        for cut, b, h, p, head, name in zip(cuts, spent, added, passed, heads, names, strict=True)
     )
 
 
@@ -210,7 +255,8 @@ def plan(
     *,
     exits: str | Sequence[float] | Sequence[str] = "pareto",
     num_exits: int | None = None,
-    head: str = "pool",
+    head: str | Sequence[str] = "pool",
+    head_budget: float | Sequence[float] | None = None,
     input_size: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
     pretrained: bool = True,
@@ -225,6 +271,6 @@ def plan(
     )
     state = freeze(backbone.module)
     try:
-        return make_plan(backbone, exits, num_exits, head)
+        return make_plan(backbone, exits, num_exits, head, head_budget=head_budget)
     finally:
         state.restore(backbone.module)
