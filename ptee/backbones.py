@@ -437,8 +437,12 @@ def _hub_revision(hub: str) -> str | None:
     return None
 
 
-def rebuild(source: Mapping[str, Any]) -> Backbone:
+def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
     """The backbone that a `Backbone.source` tells of. The record may come from a stranger: each field is checked.
+
+    Args:
+        source: the record.
+        weights: load its weights; else they are random, to be overwritten.
 
     Raises:
         BackboneError: the record is not of that form, names a model or file that is not there, or cannot be followed.
@@ -448,7 +452,7 @@ def rebuild(source: Mapping[str, Any]) -> Backbone:
         label = wish.name if library == "timm" else f"{library}/{wish.name}"
         if not _has_model(library, wish.name):
             raise BackboneError(f"There is no {library} model {wish.name!r} in the version installed here.")
-        return _load(library, wish, label)
+        return _load(library, wish if weights else replace(wish, weights=None, pretrained=False), label)
     except PteeError as error:
         raise BackboneError(
             f"The backbone cannot be rebuilt: {error} Say where its weights are (--weights FILE), or give it (backbone=)."

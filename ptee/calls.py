@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptee.cuts import Cut
 from ptee.errors import PteeError, first_line
+from ptee.front import INPUT
 from ptee.heads import ExitHead, Trail, confidence_of
 from ptee.plans import Plan
 from ptee.replay import Again, Memory
@@ -58,6 +59,13 @@ class Call(ABC):
         self.trail: Trail | None = None  # kept only for heads that look back
         if any(getattr(head, "looks_back", False) for head in heads):
             self.trail = Trail()
+
+    def enter(self, images: Tensor) -> None:
+        """The images are there: the exit at the input, if there is one, is the first."""
+        if self.plan.exits[0].name == INPUT:
+            self.passed = 1
+            cut = self.plan.cuts[0]
+            self.visit(0, cut, images, *self._ask(0, cut, images))
 
     def arrive(self, hook: ExitHook, output: Any) -> Any:
         """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""

@@ -185,9 +185,11 @@ def _augment(o: dict[str, Any]) -> None:
 @JSON
 def plan(as_json: bool, **o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""
+    from ptee.backbones import Backbone
+    from ptee.front import FrontHead
     from ptee.plans import make_plan
 
-    backbone = _backbone(o)
+    backbone, front = _backbone(o), _front(o)
     backbone.module.requires_grad_(False).eval()
     found = make_plan(
         backbone,
@@ -196,6 +198,7 @@ def plan(as_json: bool, **o: Any) -> None:
         _heads(o),
         o["cost_convention"],
         head_budget=o["head_budget"],
+        front=FrontHead(front, backbone.input, backbone.num_classes) if isinstance(front, Backbone) else front,
     )
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
@@ -317,21 +320,22 @@ def _exits(text: str, backbone: Backbone) -> Any:
     """A placement, fractions, or modules: what the words between the commas are."""
     from ptee.cuts import survey
     from ptee.errors import unknown
+    from ptee.front import INPUT
     from ptee.placement import PLACEMENTS
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
+    first = [part for part in parts[:1] if part == INPUT]
     try:
-        return [float(part) for part in parts]
+        return [*first, *(float(part) for part in parts[len(first) :])]
     except ValueError:
         pass
     names = [name for name, _ in backbone.module.named_modules() if name]
-    if len(parts) != 1 or parts[0] in names:
+    if len(parts) != 1 or parts[0] in (INPUT, *names):
         return parts
     if parts[0] not in PLACEMENTS:
         cuts = survey(backbone.module.eval(), backbone.input.input_size).cuts
         blocks = [name for name in cuts if any(other.startswith(f"{name}.") for other in names)]
-        first = [*PLACEMENTS, *blocks][:12]
-        raise unknown("placement or module", parts[0], cuts, first=first)
+        raise unknown("placement or module", parts[0], cuts, first=[*PLACEMENTS, *blocks][:12])
     return parts[0]
 
 
@@ -348,7 +352,22 @@ def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
         head=_heads(o),
         convention=o["cost_convention"],
         head_budget=o["head_budget"],
+        front=_front(o),
     )
+
+
+def _front(o: dict[str, Any]) -> Backbone | str | None:
+    """The network in front of the backbone, `auto`, or None."""
+    from ptee.backbones import load_backbone
+
+    given = {key: o[f"front_{key}"] for key in ("weights", "mean", "std") if o[f"front_{key}"]}
+    if o["front"] in (None, "auto"):
+        for key in given:
+            raise PteeError(
+                f"--front-{key} says something of a network that --front does not name. Name it, or leave it out."
+            )
+        return str(o["front"]) if o["front"] else None
+    return load_backbone(o["front"], pretrained=o["pretrained"] and "weights" not in given, **given)
 
 
 def _heads(o: dict[str, Any]) -> list[str]:

@@ -75,7 +75,8 @@ class ExitHead(nn.Module):
         super().__init__()
         self.layout = layout
         self.features = features
-        self.logits = nn.Linear(num_features, num_classes)
+        self.num_classes = num_classes
+        self.logits: nn.Module = nn.Linear(num_features, num_classes)
         self.confidence = nn.Linear(num_features, 1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +250,9 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
     if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", name)):
         factory = _conv(int(match[1]))
     if factory is None:
-        raise unknown("head", name, [*HEADS, "convN with a number, such as conv4"])
+        raise unknown(
+            "head", name, [*HEADS, "convN with a number, such as conv4", "auto", "res-32x2-64x2 and its likes"]
+        )
     features = factory(layout.channels, layout.height, layout.width)
     return ExitHead(layout, features, _width(name, features, layout), num_classes)
 

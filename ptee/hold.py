@@ -31,6 +31,7 @@ class Hold:
         # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
         self._handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
         self._recallable = list(recallable)
+        self._held = [True]  # empty when the module was given back; shared with the finalizer
         make_recallable([module.get_submodule(name) for name in recallable])
         self._parts = list(module.modules())  # to look at them at each call; walking the tree takes ten times as long
         self._watch()
@@ -42,16 +43,17 @@ class Hold:
             self._watch()
 
     def _watch(self) -> None:
-        finalize(self, _release, ref(self._module), self._state, self._handles, self._recallable).atexit = False
+        arguments = (ref(self._module), self._state, self._handles, self._recallable, self._held)
+        finalize(self, _release, *arguments).atexit = False
 
     @property
     def released(self) -> bool:
         """Whether the module was given back."""
-        return not self._handles
+        return not self._held
 
     def release(self) -> None:
         """Take the hooks off and give the module back as it was."""
-        _release(ref(self._module), self._state, self._handles, self._recallable)
+        _release(ref(self._module), self._state, self._handles, self._recallable, self._held)
 
     def keep(self) -> None:
         """Put the module back into eval mode if any part of it was taken out."""
@@ -60,12 +62,16 @@ class Hold:
 
 
 def _release(
-    module: ref[nn.Module], state: FrozenState, handles: list[RemovableHandle], recallable: Sequence[str]
+    module: ref[nn.Module],
+    state: FrozenState,
+    handles: Sequence[RemovableHandle],
+    recallable: Sequence[str],
+    held: list[bool],
 ) -> None:
-    held = module()
-    if held is not None and handles:
-        make_plain([held.get_submodule(name) for name in recallable])
+    own = module()
+    if own is not None and held:
+        make_plain([own.get_submodule(name) for name in recallable])
         for handle in handles:
             handle.remove()
-        handles.clear()
-        state.restore(held)
+        held.clear()
+        state.restore(own)

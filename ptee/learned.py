@@ -105,7 +105,7 @@ class Recipe:
             total += positions * wide * (channels * _side(stage.stride) ** 2 + 9 * wide * (2 * stage.blocks - 1))
             total += positions * wide * channels * (stage.stride > 1 or channels != wide)
             if i == 0 and self.linked and before is not None:
-                total += positions * wide * before[0]
+                total += min(positions, before[1] * before[2]) * wide * before[0]
             channels = wide
         return total + channels * (classes + 1)
 
@@ -164,8 +164,7 @@ class LearnedHead(ExitHead):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """As of an `ExitHead`, where no exit stands before it."""
-        said = self.follow(z, Trail())
-        return said.logits, said.confidence
+        return self.follow(z, Trail())[:2]
 
     def read(self, z: Tensor) -> Tensor:
         """The map itself: every part of the head learns."""
@@ -181,12 +180,18 @@ class LearnedHead(ExitHead):
         assert isinstance(features, nn.ModuleDict)
         y = features["entry"](x)
         if self.link is not None and trail.map is not None:
-            y = y + self.link(_resized(trail.map, y.shape[-2:]))
+            y = y + _linked(self.link, trail.map, y.shape[-2:])
         y = features["rest"](y)
         logits, confidence = self._say(y.mean((2, 3)))
         if self.trust is not None and trail.answers:
             logits = logits + self.trust * trail.answers[-1].log_softmax(-1).to(logits.dtype)
         return Said(logits, confidence, Trail((*trail.answers, logits), y))
+
+
+def _linked(link: nn.Module, made: Tensor, size: torch.Size) -> Tensor:
+    """What another head made, for a map of another size; the smaller of the two is the one that is computed on."""
+    smaller = made.shape[-2:].numel() <= size.numel()
+    return _resized(link(made), size) if smaller else link(_resized(made, size))
 
 
 def _resized(x: Tensor, size: torch.Size) -> Tensor:
@@ -200,20 +205,23 @@ def _resized(x: Tensor, size: torch.Size) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- any heads
 
 
-def make_heads(names: Sequence[str], layouts: Sequence[Layout], num_classes: int) -> list[ExitHead]:
+def make_heads(
+    names: Sequence[str], layouts: Sequence[Layout], num_classes: int, first: ExitHead | None = None
+) -> list[ExitHead]:
     """Heads by name, learned or of the registry, each built on the one before where it says so.
 
     Args:
         names: one for each exit.
         layouts: of the cuts they will read.
         num_classes: K.
+        first: the first of them, where it is made already.
 
     Raises:
         UnknownName: if there is no such head.
-        PteeError: as of `make_head`, or if a head builds on one that passes nothing on.
+        PteeError: as of `make_head`, or if the first head builds on another.
     """
-    heads: list[ExitHead] = []
-    for name, layout in zip(names, layouts, strict=True):
+    heads = [] if first is None else [first]
+    for name, layout in list(zip(names, layouts, strict=True))[len(heads) :]:
         before = heads[-1].passes_on if heads else None
         recipe = Recipe.of(name)
         if recipe is None:
@@ -241,7 +249,7 @@ class AfterOthers(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the head says after answers of zeros."""
-        answers = () if self._first else (z.new_zeros(len(z), self.head.logits.out_features),)
+        answers = () if self._first else (z.new_zeros(len(z), self.head.num_classes),)
         made = None if self._map is None else z.new_zeros(len(z), *self._map)
         said = self.head.follow(z, Trail(answers, made))
         return said.logits, said.confidence
@@ -250,7 +258,13 @@ class AfterOthers(nn.Module):
 # ---------------------------------------------------------------------------------------------------- sizes
 
 
-def recipes(names: Sequence[str], layouts: Sequence[Layout], macs: Sequence[float], num_classes: int) -> list[str]:
+def recipes(
+    names: Sequence[str],
+    layouts: Sequence[Layout],
+    macs: Sequence[float],
+    num_classes: int,
+    before: Shape | None = None,
+) -> list[str]:
     """The names, with each "auto" replaced by the learned head that its budget allows, or by "pool" if it allows none.
 
     Args:
@@ -258,14 +272,14 @@ def recipes(names: Sequence[str], layouts: Sequence[Layout], macs: Sequence[floa
         layouts: of the cuts.
         macs: multiply-accumulates that each may cost.
         num_classes: K.
+        before: (c, h, w) of the map that the first of them makes, where that is known already.
     """
     found: list[str] = []
-    before: Shape | None = None
     for name, layout, budget in zip(names, layouts, macs, strict=True):
         shape = (layout.channels, layout.height, layout.width)
         found.append(str(recipe_for(shape, budget, num_classes, before) or "pool") if name == AUTO else name)
         recipe = Recipe.of(found[-1])
-        before = None if recipe is None else recipe.map_of(shape)
+        before = recipe.map_of(shape) if recipe is not None else before if len(found) == 1 else None
     return found
 
 
@@ -303,10 +317,10 @@ def _recipes(strides: Sequence[int], before: Shape | None) -> Iterator[Recipe]:
 def _strides(shape: Shape, before: Shape | None) -> list[list[int]]:
     """Of the stages, best first: halves down to a small map, or there in fewer steps.
 
-    Where the head before made a map, there is one stage, to the size of that map.
+    Where the head before made a map (and no mere vector), there is one stage, to the size of that map.
     """
     side = min(shape[1:])
-    if before is not None:
+    if before is not None and min(before[1:]) > 1:
         return [[max(1, min(16, round(side / min(before[1:]))))]]
     halvings = 0
     while side > SMALLEST:

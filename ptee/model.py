@@ -20,8 +20,10 @@ from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
+from ptee.front import INPUT, FrontHead
 from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
+from ptee.learned import AUTO
 from ptee.plans import Exit, Plan, make_plan
 from ptee.replay import Memory, merged, run
 from ptee.weights import weights_hash
@@ -83,7 +85,7 @@ class EarlyExitModel(
         self.origin = network
         self._hooks = [ExitHook() for _ in plan.cuts]
         self._steps = merged([cut.steps for cut in plan.cuts])
-        hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self._hooks, strict=True)}
+        hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self._hooks, strict=True) if cut.name != INPUT}
         self._hold = Hold(network.module, hooks, list(self._steps))
         self.backbone = network.module
         like = self._like()
@@ -167,6 +169,7 @@ class EarlyExitModel(
             return call.result(self._no_rows(x))
         try:
             with running(call):
+                call.enter(x)
                 answer = run(self.backbone, x, memory)
         except AllLeft:
             return call.result(None, self._answer_type(x))
@@ -188,6 +191,7 @@ class EarlyExitModel(
             )
         call = Watching(self._hooks, list(self.heads), self.plan)
         with running(call):
+            call.enter(x)
             answer = self.backbone(x)
         call.check_all_passed()
         return _all_exits(call.logits, call.confidence_logits, answer)
@@ -201,6 +205,7 @@ class EarlyExitModel(
         self._stay_frozen()
         call = Read(self._hooks, list(self.heads), self.plan)
         with running(call):
+            call.enter(x)
             answer = self.backbone(x)
         call.check_all_passed()
         return Reading(tuple(call.inputs), answer)
@@ -302,6 +307,7 @@ class EarlyExitModel(
                 "classes": self.num_classes,
                 "input": runs.plain(network.input),
             },
+            "front": _about_front(self.heads[0]),
             "placement": self.plan.placement,
             "convention": self.plan.convention,
             "exits": self.plan.to_dict()["exits"],
@@ -316,6 +322,13 @@ class EarlyExitModel(
     ) -> EarlyExitModel:
         """`load`, under the hub's usual name."""
         return load(pretrained_model_name_or_path, backbone, **hub)
+
+
+def _about_front(head: nn.Module) -> dict[str, Any] | None:
+    """What `load` needs to build the front network anew; its weights lie with the heads."""
+    if not isinstance(head, FrontHead):
+        return None
+    return {"name": head.origin.name, "source": head.origin.source, "input": runs.plain(head.origin.input)}
 
 
 def _all_exits(logits: Sequence[Tensor], confidence_logits: Sequence[Tensor], answer: Tensor) -> AllExits:
@@ -363,6 +376,8 @@ def augment(
     num_exits: int | None = None,
     head: str | Sequence[str] = "pool",
     head_budget: float | Sequence[float] | None = None,
+    front: str | nn.Module | None = None,
+    front_weights: str | Path | None = None,
     input_size: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
     pretrained: bool = True,
@@ -378,6 +393,9 @@ def augment(
         head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a learned one
             (`res-32x2-64x2`), or "auto", learned ones as large as their budget allows; one for all exits or one for each.
         head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each.
+        front: a small classifier with weights of its own, by name or as a module: the head of an exit at the input, before
+            all others. Rows that it is sure of never reach the backbone. "auto": a learned head there.
+        front_weights: for a name: a file of its weights.
         input_size: (c, h, w); None: the model's own, where it says so.
         num_classes: K, where the model does not say.
         pretrained: for a name: load its published weights.
@@ -392,7 +410,10 @@ def augment(
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
-    return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget)
+    first: Backbone | str | None = None
+    if front is not None:
+        first = AUTO if front == AUTO else load_backbone(front, weights=front_weights, pretrained=pretrained)
+    return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
 
 
 def build(
@@ -404,17 +425,21 @@ def build(
     convention: str = "full",
     placed: bool = False,
     head_budget: float | Sequence[float] | None = None,
+    front: Backbone | str | None = None,
 ) -> EarlyExitModel:
     """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
     state = freeze(backbone.module)
     try:
-        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget)
+        first = FrontHead(front, backbone.input, backbone.num_classes) if isinstance(front, Backbone) else front
+        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget, first)
     finally:
         state.restore(backbone.module)
-    return EarlyExitModel(backbone, plan, plan.make_heads())
+    return EarlyExitModel(backbone, plan, plan.make_heads(first if isinstance(first, FrontHead) else None))
 
 
-def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> EarlyExitModel:
+def load(
+    folder: str | Path, backbone: nn.Module | None = None, front: nn.Module | None = None, **hub: Any
+) -> EarlyExitModel:
     """Load a saved early-exit model.
 
     The exits are placed, proven and counted anew on the backbone; the folder is trusted for nothing but the numbers in
@@ -423,6 +448,7 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
     Args:
         folder: what `save_pretrained` or `ptee augment --out` wrote, or "user/repo" on the hub.
         backbone: the module to hang the heads on; None: built as config.json says.
+        front: the network of the exit at the input, which gets the weights that were saved; None: built as config.json says.
         hub: for a repo: revision, token, cache_dir, force_download, local_files_only.
 
     Raises:
@@ -433,13 +459,20 @@ def load(folder: str | Path, backbone: nn.Module | None = None, **hub: Any) -> E
     """
     known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     for name in hub.keys() - known:
-        raise unknown("argument of ptee.load", name, known, first=["backbone"])
+        raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
     run = runs.read(folder, **hub)
     if backbone is not None:
         _check_hash(run, backbone)
     network = _network(run, backbone)
     _check_hash(run, network.module)
-    model = build(network, exits=list(run.exits), head=list(run.heads), convention=run.convention, placed=True)
+    model = build(
+        network,
+        exits=list(run.exits),
+        head=list(run.heads),
+        convention=run.convention,
+        placed=True,
+        front=_front(run, front) if run.front is not None else None,
+    )
     if model.num_classes != run.classes:
         raise RunError(
             f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
@@ -457,6 +490,22 @@ def _check_hash(run: runs.Run, module: nn.Module) -> None:
             f"{run.folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
             f"{found[:16]}. Give the backbone it was trained on, in the same number type."
         )
+
+
+def _front(run: runs.Run, module: nn.Module | None) -> Backbone:
+    """The network of the exit at the input; its weights come with the heads'."""
+    about = run.front
+    assert about is not None
+    if module is None and about.source is None:
+        raise RunError(
+            f"{run.folder} has the front network {about.name}, which config.json cannot rebuild (a Python module, or random "
+            "weights). Load it from Python: ptee.load(folder, front=...)."
+        )
+    if module is None and about.source is not None:
+        module = rebuild(about.source, weights=False).module
+    assert module is not None
+    found = load_backbone(module, **{key: about.input[key] for key in ("input_size", "mean", "std")})
+    return Backbone(found.module, about.name, found.num_classes, InputConfig(**about.input), about.source)
 
 
 def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:

@@ -106,6 +106,14 @@ PLACE = _options(
         help="Share of the backbone that each auto head may cost; one, or one for each exit. Default: 0.05.",
     ),
     click.option(
+        "--front",
+        help="A small classifier before the backbone, as the first exit: a name like --model's, or auto for a learned head "
+        "at the input.",
+    ),
+    click.option("--front-weights", help="A file of its weights."),
+    click.option("--front-mean", type=Numbers(), help="Of its images, where its configuration says otherwise."),
+    click.option("--front-std", type=Numbers(), help="Likewise."),
+    click.option(
         "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
     ),
 )

@@ -13,8 +13,9 @@ import torch
 from ptee.backbones import Backbone, load_backbone
 from ptee.costs import count, parameters
 from ptee.cuts import Cut, random_images, survey
-from ptee.errors import PteeError, unknown
+from ptee.errors import CutError, PteeError, unknown
 from ptee.freezing import freeze
+from ptee.front import FRONT, INPUT, FrontHead, input_cut
 from ptee.heads import ExitHead
 from ptee.learned import AUTO, AfterOthers, make_heads, recipes
 from ptee.placement import Placer
@@ -100,9 +101,13 @@ class Plan:
         ]
         return plain
 
-    def make_heads(self) -> list[ExitHead]:
-        """New heads for these exits, in train mode, on the CPU in float32."""
-        return make_heads([e.head for e in self.exits], [cut.layout for cut in self.cuts], self.classes)
+    def make_heads(self, front: FrontHead | None = None) -> list[ExitHead]:
+        """New heads for these exits, in train mode, on the CPU in float32.
+
+        Args:
+            front: that of the exit at the input, where it is a network of its own.
+        """
+        return _heads([e.head for e in self.exits], self.cuts, self.classes, front)
 
     def _begun_anew(self) -> str:
         exits = [str(n) for n, cut in enumerate(self.cuts) if cut.steps]
@@ -177,6 +182,7 @@ def make_plan(
     convention: str = "full",
     placed: bool = False,
     head_budget: float | Sequence[float] | None = None,
+    front: FrontHead | str | None = None,
 ) -> Plan:
     """Place exits on a backbone, prove their cuts and count what they cost.
 
@@ -189,6 +195,8 @@ def make_plan(
         convention: of the costs: "full" counts heads passed on the way, "paper" does not.
         placed: `exits` are names that a plan gave, of a saved run.
         head_budget: what each "auto" head may cost, as a share of the backbone; one for all exits or one for each.
+        front: a network that stands in front of the backbone, as the head of an exit at the input, before all others;
+            "auto" for a learned head there.
 
     Raises:
         CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
@@ -200,25 +208,65 @@ def make_plan(
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
-    cuts = placer.place(exits, num_exits)
-    names: list[str] = _one_each("head", head, len(cuts))
+    at_input, behind = _with_input(exits, front is not None)
+    front = _known_front(front)
+    if num_exits is not None and len(behind) < len(exits):
+        num_exits -= 1  # it counts the exits that are named
+    cuts = [input_cut(size)] * at_input + (placer.place(behind, num_exits) if behind or not at_input else [])
+    spent = [0.0] * at_input + [placer.cost(cut) for cut in cuts[at_input:]]
+    names = _names(head, len(cuts), front)
     if AUTO in names:
-        budgets = _one_each("head budget", HEAD_BUDGET if head_budget is None else head_budget, len(cuts))
-        for budget in budgets:
-            if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
-                raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
-        names = recipes(names, [cut.layout for cut in cuts], [b * counts.total for b in budgets], found.classes)
+        budgets = _budgets(head_budget, len(cuts), front)
+        first = front.passes_on if front else None
+        layouts = [cut.layout for cut in cuts]
+        names = recipes(names, layouts, [share * counts.total for share in budgets], found.classes, first)
     elif head_budget is not None:
         raise PteeError(
             f"A head budget sizes auto heads, and the heads are {', '.join(names)}. Take head auto, or leave it out."
         )
-    heads = make_heads(names, [cut.layout for cut in cuts], found.classes)
-    rows = _priced(cuts, [placer.cost(cut) for cut in cuts], heads, names, counts.total, convention)
+    heads = _heads(names, cuts, found.classes, front)
+    rows = _priced(cuts, spent, heads, names, counts.total, convention)
     end = 1 + sum(row.head_cost for row in rows) if convention == "full" else 1.0
     return Plan(
         backbone.name, names[0] if len(set(names)) == 1 else ", ".join(names), _words(exits), size, rows, end, counts.total, parameters(backbone.module), convention,
         found.classes, tuple(cuts),
     )  # fmt: skip
+
+
+def _known_front(front: FrontHead | str | None) -> FrontHead | None:
+    if isinstance(front, str) and front != AUTO:
+        raise PteeError(f"The front {front!r} is neither a network nor {AUTO!r}. Load it with load_backbone.")
+    return None if isinstance(front, str) else front
+
+
+def _with_input(exits: Any, front: bool) -> tuple[bool, Any]:
+    """Whether there is an exit at the input, and what was asked of the others."""
+    named = isinstance(exits, Sequence) and not isinstance(exits, str) and INPUT in exits
+    if named and exits[0] != INPUT:
+        raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
+    return named or front, list(exits[1:]) if named else exits
+
+
+def _names(head: str | Sequence[str], exits: int, front: FrontHead | None) -> list[str]:
+    """Of the heads; the front network's goes without saying."""
+    if front is None:
+        return _one_each("head", head, exits)
+    if isinstance(head, Sequence) and not isinstance(head, str) and len(head) == exits and head[0] == FRONT:
+        head = head[1:]
+    return [FRONT, *(_one_each("head", head, exits - 1) if exits > 1 else [])]
+
+
+def _budgets(given: float | Sequence[float] | None, exits: int, front: FrontHead | None) -> list[float]:
+    """Of the heads; a front network has none."""
+    own = _one_each("head budget", HEAD_BUDGET if given is None else given, exits - (front is not None))
+    for budget in own:
+        if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
+            raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
+    return [0.0] * (front is not None) + own
+
+
+def _heads(names: Sequence[str], cuts: Sequence[Cut], classes: int, front: FrontHead | None) -> list[ExitHead]:
+    return make_heads(names, [cut.layout for cut in cuts], classes, front)
 
 
 def _words(exits: str | Sequence[float] | Sequence[str]) -> str:

@@ -35,6 +35,21 @@ its weights. `model.threshold` trades accuracy for cost at any time.
 
 
 @dataclass(frozen=True)
+class FrontRecord:
+    """What a run says of the network of its exit at the input.
+
+    Attributes:
+        name: for messages.
+        source: how to rebuild it, or None.
+        input: input_size, mean, std, interpolation.
+    """
+
+    name: str
+    source: dict[str, Any] | None
+    input: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run folder says, checked for type and size but for nothing else.
 
@@ -52,6 +67,7 @@ class Run:
         results: what was measured, or None.
         tensors: the heads' parameters and buffers, by name.
         remote: it came from the hub, so no file it names on this machine is meant.
+        front: the network of the exit at the input, or None.
     """
 
     folder: str
@@ -67,6 +83,7 @@ class Run:
     results: dict[str, Any] | None
     tensors: dict[str, Tensor]
     remote: bool
+    front: FrontRecord | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -185,7 +202,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
         backbone_name=fields.get("backbone.name", str),
         backbone_hash=fields.get("backbone.hash", str),
         source=fields.get("backbone.source", dict, optional=True),
-        input=_input(fields),
+        input=_input(fields, "backbone"),
         classes=fields.get("backbone.classes", int),
         exits=tuple(row.get("name", str) for row in rows),
         heads=tuple(row.get("head", str) for row in rows),
@@ -194,6 +211,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
         results=fields.get("results", dict, optional=True),
         tensors=_tensors(folder, path),
         remote=not local.is_dir(),
+        front=_front(fields),
     )
 
 
@@ -245,15 +263,22 @@ def _config(folder: str | Path, path: Path) -> dict[str, Any]:
     return config
 
 
-def _input(fields: _Fields) -> dict[str, Any]:
-    sizes = fields.numbers("backbone.input.input_size", 3)
+def _front(fields: _Fields) -> FrontRecord | None:
+    if fields.get("front", dict, optional=True) is None:
+        return None
+    source = fields.get("front.source", dict, optional=True)
+    return FrontRecord(fields.get("front.name", str), source, _input(fields, "front"))
+
+
+def _input(fields: _Fields, of: str) -> dict[str, Any]:
+    sizes = fields.numbers(f"{of}.input.input_size", 3)
     if not all(isinstance(n, int) and 0 < n < 2**16 for n in sizes):
         raise RunError(
-            f"{fields.folder}: {CONFIG} has backbone.input.input_size {sizes}; three positive whole numbers belong there."
+            f"{fields.folder}: {CONFIG} has {of}.input.input_size {sizes}; three positive whole numbers belong there."
         )
-    places = [f"backbone.input.{key}" for key in ("mean", "std")]
+    places = [f"{of}.input.{key}" for key in ("mean", "std")]
     mean, std = (tuple(fields.numbers(place, len(fields.get(place, list)))) for place in places)
-    interpolation = fields.get("backbone.input.interpolation", str)
+    interpolation = fields.get(f"{of}.input.interpolation", str)
     return {"input_size": tuple(sizes), "mean": mean, "std": std, "interpolation": interpolation}
 
 

@@ -19,7 +19,7 @@ LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
     1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices",
     2: "labels heads cuts backbones",
-    3: "blocks proof runs learned",
+    3: "blocks proof runs learned front",
     4: "placement checkpoint hold",
     5: "plans",
     6: "calls",

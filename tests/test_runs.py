@@ -620,7 +620,7 @@ def test_a_run_is_loaded_from_the_hub(load, hub, folder, net, original):
 
 @pytest.mark.parametrize("load", [ptee.load, EarlyExitModel.from_pretrained], ids=["load", "from_pretrained"])
 def test_an_argument_that_there_is_not_is_refused_by_name(load, folder, net):
-    with pytest.raises(PteeError, match=r"'weights'.*backbone, cache_dir, .*revision"):
+    with pytest.raises(PteeError, match=r"'weights'.*backbone, front, cache_dir, .*revision"):
         load(folder, backbone=net, weights="x")
 
 

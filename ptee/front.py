@@ -1,0 +1,146 @@
+"""The exit at the input: a whole small network in front of the backbone, whose sure answers spare the backbone altogether.
+
+The input is a cut, too: everything depends on it alone, and nothing is spent before it. Its head may be any head; here it is
+a classifier with weights of its own, of which nothing is trained but the confidence. A cascade of two networks is this
+exit alone. What it computed (logits, the vector that its classifier reads) is there for the heads behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptee.backbones import Backbone, InputConfig
+from ptee.cuts import Cut, logits_of, random_images
+from ptee.errors import PteeError
+from ptee.heads import ExitHead, Said, Trail
+from ptee.layout import Layout
+
+INPUT = "input"  # the exit's name, and that of its cut
+FRONT = "front"  # its head's name
+
+
+def input_cut(input_size: tuple[int, int, int]) -> Cut:
+    """The images as a cut.
+
+    Args:
+        input_size: (c, h, w).
+    """
+    return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
+
+
+class FrontHead(ExitHead):
+    """A frozen classifier as the head of the exit at the input.
+
+    Its network is always in eval mode and has no gradients, whatever is asked of the heads.
+
+    Args:
+        network: the classifier.
+        images: how the images are prepared, for the backbone; they are prepared anew for this one.
+        num_classes: K of the backbone.
+
+    Raises:
+        PteeError: if it has other classes, or its images other channels.
+    """
+
+    def __init__(self, network: Backbone, images: InputConfig, num_classes: int) -> None:
+        if network.num_classes != num_classes:
+            raise PteeError(
+                f"The front network {network.name} has {network.num_classes} classes, the backbone {num_classes}. "
+                "Both must answer the same question."
+            )
+        if network.input.input_size[0] != images.input_size[0]:
+            raise PteeError(
+                f"The front network {network.name} takes images of {network.input.input_size[0]} channels, the backbone "
+                f"{images.input_size[0]}. Both must take the same images."
+            )
+        module = network.module.requires_grad_(False).eval()
+        reader, width = _last_layer(module, network.input.input_size)
+        super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
+        self.logits = nn.Identity()  # the network's own
+        self.confidence = nn.Linear(num_classes + width, 1)
+        self.network, self.origin = module, network
+        self.looks_back = True
+        self.passes_on = (width, 1, 1) if width else None
+        self._reader = reader
+        self._prepare = _Prepare(images, network.input)
+
+    def train(self, mode: bool = True) -> FrontHead:
+        """Training mode, but for the network."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's answer to images (b, c, h, w), and the confidence logit (b,)."""
+        return self.follow(z, Trail())[:2]
+
+    def read(self, z: Tensor) -> Tensor:
+        """(b, K + F): the network's logits, and the vector that its classifier read."""
+        seen: list[Tensor] = []
+        handle = None
+        if self._reader is not None:
+            layer = self.network.get_submodule(self._reader)
+            handle = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        try:
+            logits = self.network(self._prepare(z))
+        finally:
+            if handle is not None:
+                handle.remove()
+        return torch.cat([logits, *seen], 1)
+
+    def follow(self, z: Tensor, trail: Trail) -> Said:
+        """Answer images."""
+        return self.answer(self.read(z), trail)
+
+    def answer(self, x: Tensor, trail: Trail) -> Said:
+        """Answer from what was read."""
+        logits, vector = x[:, : self.num_classes], x[:, self.num_classes :]
+        sureness = logits.float().softmax(-1).to(logits.dtype)
+        confidence = self._say(torch.cat([sureness, vector], 1))[1]
+        made = None if self.passes_on is None else vector[:, :, None, None]
+        return Said(logits, confidence, Trail((*trail.answers, logits), made))
+
+
+class _Prepare(nn.Module):
+    """Images prepared for one network as another takes them."""
+
+    def __init__(self, given: InputConfig, wanted: InputConfig) -> None:
+        super().__init__()
+        self.size = None if given.input_size == wanted.input_size else wanted.input_size[1:]
+        pairs = zip(given.mean, given.std, wanted.mean, wanted.std, strict=True)
+        steps = [(std / own_std, (mean - own_mean) / own_std) for mean, std, own_mean, own_std in pairs]
+        self.same = all(step == (1.0, 0.0) for step in steps)
+        scale, shift = torch.tensor(steps).T[:, :, None, None]
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.same:
+            x = x * self.scale + self.shift
+        return x if self.size is None else F.interpolate(x, self.size, mode="bilinear", antialias=True)
+
+
+def _last_layer(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str | None, int]:
+    """The linear layer that gives the logits, and how many numbers it reads; (None, 0) where there is none."""
+    made: dict[str, Any] = {}
+    handles = [
+        part.register_forward_hook(lambda _m, args, out, name=name: made.update({name: (args[0], out)}))
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            logits = logits_of(module, random_images(module, 2, input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (read, given) in made.items():
+        if read.dim() == 2 and given.shape == logits.shape and torch.equal(given, logits):
+            return name, read.shape[1]
+    return None, 0

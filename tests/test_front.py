@@ -1,0 +1,223 @@
+"""The exit at the input: a whole network in front of the backbone is one more exit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ptee
+from ptee.backbones import InputConfig, load_backbone
+from ptee.costs import count
+from ptee.errors import CutError, PteeError, RunError
+from ptee.front import FrontHead
+from ptee.model import build
+
+K = 10
+SIZE = (3, 32, 32)
+
+
+class Small(nn.Module):
+    """A classifier of its own."""
+
+    def __init__(self, classes: int = K, channels: int = 3) -> None:
+        super().__init__()
+        self.conv, self.norm, self.classifier = nn.Conv2d(channels, 6, 3, 2), nn.BatchNorm2d(6), nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def early(front: nn.Module | None = None, **wish) -> ptee.EarlyExitModel:
+    torch.manual_seed(0)
+    wish = {"exits": ["layer1.0", "layer3.0"], "head": ["res-8x1-16x1+", "conv1"]} | wish
+    return build(
+        load_backbone("cifar_resnet20", pretrained=False),
+        front=load_backbone(front or Small(), input_size=SIZE, mean=(0.5,), std=(0.5,)),
+        **wish,
+    )
+
+
+@pytest.fixture
+def model() -> ptee.EarlyExitModel:
+    return early()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return (
+        torch.randn(24, *SIZE, generator=torch.Generator().manual_seed(1))
+        * torch.linspace(0.2, 2, 24)[:, None, None, None]
+    )
+
+
+def split_evenly(model: ptee.EarlyExitModel, x: Tensor) -> None:
+    """At each exit some rows leave and some stay."""
+    left = torch.arange(len(x))
+    thresholds = []
+    for h in model.all_exits(x).confidence[:-1]:
+        order = h[left].sort(descending=True)
+        thresholds.append(order.values[5:7].mean().item())
+        left = left[order.indices[6:]]
+    model.threshold = thresholds
+
+
+def test_the_front_network_is_the_first_exit_and_costs_what_it_costs(model):
+    first, *others = model.exits
+    assert (first.name, first.backbone_cost, first.head) == ("input", 0.0, "front")
+    assert [e.name for e in others] == ["layer1.0", "layer3.0"]
+    whole = count(Small().eval(), torch.zeros(1, *SIZE)).total / model.plan.macs
+    assert first.head_cost == pytest.approx(whole, rel=0.01)
+    assert "input" in str(model.plan)
+
+
+def test_who_leaves_there_gets_the_answer_of_the_front_network(x):
+    front = Small()
+    model = early(front)
+    own = load_backbone("cifar_resnet20", pretrained=False).input
+    mean, std = (torch.tensor(v)[:, None, None] for v in (own.mean, own.std))
+    as_it_takes_them = ((x * std + mean) - 0.5) / 0.5
+    out = model.predict(x, 0)
+    assert out.exit_index.tolist() == [0] * len(x)
+    torch.testing.assert_close(out.logits, front.eval()(as_it_takes_them))
+
+
+def test_whoever_leaves_in_front_never_reaches_the_backbone(model, x):
+    split_evenly(model, x)
+    seen = []
+    handle = model.backbone.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    leaving = int((model.predict(x).exit_index == 0).sum())
+    model.predict(x, 0)
+    handle.remove()
+    assert 0 < leaving < len(x)
+    assert seen == [len(x) - leaving]
+
+
+def test_every_row_gets_the_answer_that_it_gets_alone(model, x):
+    split_evenly(model, x)
+    together, every = model.predict(x), model.all_exits(x)
+    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
+    alone = [model.predict(image[None]) for image in x]
+    assert torch.equal(together.exit_index, torch.cat([a.exit_index for a in alone]))
+    torch.testing.assert_close(together.logits, torch.cat([a.logits for a in alone]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.logits, every.logits[together.exit_index, range(len(x))], rtol=1e-4, atol=1e-4)
+
+
+def test_where_nobody_leaves_the_answer_is_the_backbones(model, x):
+    model.threshold = 2.0
+    assert torch.equal(model(x), model.backbone(x))
+
+
+def test_it_may_be_the_only_exit(x):
+    model = early(exits=["input"], head="front")
+    h = model.all_exits(x).confidence[0]
+    model.threshold = h.median().item()
+    assert sorted(set(model.predict(x).exit_index.tolist())) == [0, 1]
+    assert len(model.costs) == 2
+
+
+def test_the_head_behind_it_reads_what_it_computed(model, x):
+    before = model.all_exits(x).logits
+    with torch.no_grad():
+        model.heads[0].network.norm.bias.add_(1.0)
+    after = model.all_exits(x).logits
+    assert not torch.allclose(before[1], after[1])
+    assert torch.equal(before[-1], after[-1])
+
+
+def test_what_was_read_is_answered_as_the_images(model, x):
+    torch.testing.assert_close(model.answer(model.read(x)), model.all_exits(x), rtol=1e-4, atol=1e-4)
+
+
+def test_training_leaves_every_byte_of_it_as_it_was(x):
+    model = early()
+    before = copy.deepcopy(model.heads[0].network.state_dict())
+    ptee.train(model, [(image, 1) for image in x], epochs=2, batch_size=8)
+    after = model.heads[0].network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not model.train().heads[0].network.training
+
+
+def test_a_head_that_learns_may_stand_at_the_input(x):
+    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    model = build(backbone, exits=["input", "layer2.0"], head="auto", head_budget=[0.3, 0.1])
+    assert [e.name for e in model.exits] == ["input", "layer2.0"]
+    assert 0.1 < model.exits[0].head_cost <= 0.31
+    split_evenly(model, x)
+    assert set(model.predict(x).exit_index.tolist()) == {0, 1, 2}
+
+
+def test_images_are_resized_for_a_network_of_another_size(x):
+    torch.manual_seed(0)
+    front = load_backbone("test_resnet", pretrained=False, num_classes=K, input_size=(3, 64, 64))
+    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0"], front=front)
+    assert model.predict(x, 0).logits.shape == (len(x), K)
+
+
+# ---------------------------------------------------------------------------------------------------- kept
+
+
+def test_copies_and_pickles_answer_alike(model, x):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.all_exits(x).logits, model.all_exits(x).logits)
+
+
+def test_a_saved_run_brings_the_front_network_with_it(tmp_path, x):
+    torch.manual_seed(0)
+    weights = tmp_path / "front.safetensors"
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    backbone = load_backbone("cifar_resnet32", pretrained=False).module
+    model = ptee.augment(backbone, front="cifar_resnet20", front_weights=weights, exits=["layer2.0"], input_size=SIZE)
+    model.save_pretrained(tmp_path / "run")
+    expected = model.all_exits(x).logits
+    weights.unlink()
+    back = ptee.load(tmp_path / "run", model.detach())
+    assert torch.equal(back.all_exits(x).logits, expected)
+
+
+def test_a_front_network_of_ones_own_is_given_again(model, tmp_path, x):
+    model.save_pretrained(tmp_path)
+    expected = model.all_exits(x).logits
+    backbone = model.detach()
+    with pytest.raises(RunError, match=r"front network Small.*ptee.load\(folder, front=...\)"):
+        ptee.load(tmp_path, backbone)
+    torch.testing.assert_close(ptee.load(tmp_path, backbone, front=Small()).all_exits(x).logits, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [(Small(classes=7), "7 classes, the backbone 10"), (Small(channels=1), "images of 1 channels, the backbone 3")],
+    ids=["other classes", "other channels"],
+)
+def test_a_network_that_answers_something_else_is_refused(front, said):
+    channels = front.conv.in_channels
+    network = load_backbone(front, input_size=(channels, 32, 32))
+    with pytest.raises(PteeError, match=said):
+        build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0"], front=network)
+
+
+def test_the_input_comes_first():
+    with pytest.raises(CutError, match=r"'input' is the first of all\. Name it in front of 'layer1\.0'"):
+        build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0", "input"])
+
+
+def test_the_vector_that_the_classifier_reads_is_found():
+    network = load_backbone(Small(), input_size=SIZE)
+    head = FrontHead(network, InputConfig(SIZE, (0.5,) * 3, (0.5,) * 3), K)
+    assert head.passes_on == (6, 1, 1)
+    without = nn.Sequential(nn.Conv2d(3, K, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert FrontHead(load_backbone(without, input_size=SIZE), network.input, K).passes_on is None
+
+
+def test_a_learned_head_is_put_in_front_by_a_word(x):
+    model = ptee.augment("cifar_resnet20", pretrained=False, exits="pareto", num_exits=2, head="auto", front="auto")
+    assert model.exits[0].name == "input"
+    assert len(model.exits) == 3
+    assert model.exits[0].head.startswith("res-")
