@@ -504,10 +504,10 @@ def _evaluate(
 
 
 def _check_settings(o: dict[str, Any]) -> None:
-    from ptee.training import check_settings
+    from ptee.settings import Settings
 
     given = {key: o[key] for key in ("loss", "cost_weight", "batch_size", "lr", "weight_decay", "seed", "patience")}
-    check_settings(targets=o["targets"] or "labels", epochs=o["epochs"] or EPOCHS, precision=o["precision"], **given)
+    Settings(targets=o["targets"] or "labels", precision=o["precision"], **given).checked()
 
 
 def _note_threshold(threshold: list[float] | None) -> None:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Integral, Real
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,15 @@ from ptee.batches import batches, is_loader
 from ptee.cache import Cache, entries, fill
 from ptee.checkpoint import Reached
 from ptee.devices import accelerator_on
-from ptee.errors import DataError, PteeError, RunError, first_line, unknown
-from ptee.losses import get_loss
+from ptee.errors import DataError, PteeError, RunError, first_line
 from ptee.model import EarlyExitModel, Reading
+from ptee.settings import Settings, check_epochs
+from ptee.steps import Found, Means, Step, Sums, moved, rows_of
 from ptee.tables import table
 from ptee.traces import COLLAPSED, odd_labels
 from ptee.weights import weights_hash
 
-TARGETS = ("labels", "pseudo", "soft")
-PRECISIONS = ("auto", "no", "bf16", "fp16")
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (thesis 4.2)
-LARGEST_SEED = 2**32
 
 
 @dataclass(frozen=True)
@@ -106,26 +103,6 @@ def _each(shares: Sequence[float] | None) -> str:
     return "-" if shares is None else " ".join(f"{share:.3f}" for share in shares)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What must be the same for a training to be continued."""
-
-    targets: str
-    loss: str
-    cost_weight: float
-    batch_size: int
-    lr: float
-    weight_decay: float
-    seed: int
-    precision: str
-    patience: int | None
-    exits: list[str]
-    head: str
-    classes: int
-    backbone: str  # hash of its weights
-    data: str  # how long, and of which files
-
-
 def train(
     model: EarlyExitModel,
     train_data: Any,
@@ -180,10 +157,8 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used.
         RunError: if the checkpoint belongs to another training.
     """
-    check_settings(
-        targets=targets, loss=loss, precision=precision, epochs=epochs, batch_size=batch_size, seed=seed,
-        patience=patience, lr=lr, weight_decay=weight_decay, cost_weight=cost_weight,
-    )  # fmt: skip
+    check_epochs(epochs)
+    settings = Settings(targets, loss, cost_weight, batch_size, lr, weight_decay, seed, precision, patience).checked()
     with (
         accelerator_on(device, precision) as accelerator,
         _on_device(model, accelerator.device),
@@ -191,75 +166,43 @@ def train(
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        settings = _Settings(
-            targets, loss, float(cost_weight), int(batch_size), float(lr), float(weight_decay), int(seed),
-            accelerator.mixed_precision, patience and int(patience),
-            [e.name for e in model.exits], model.plan.head, model.num_classes, weights_hash(model.backbone),
-            _about(train_data),
-        )  # fmt: skip
-        run = _Training(model, accelerator, settings, Path(checkpoint) if checkpoint else None)
+        settings = replace(settings, precision=accelerator.mixed_precision)
+        same = asdict(settings) | _about(model, train_data)
+        run = _Training(model, accelerator, settings, same, Path(checkpoint) if checkpoint else None)
         if resume:
             run.resume()
         return run.fit(train_data, val_data, epochs, num_workers, cache, on_epoch)
 
 
-def _about(data: Any) -> str:
-    """How long it is and, where it is files, which: with one more, others are drawn for training."""
-    files = getattr(data, "files_sha256", None)
-    return f"{length_hint(data, 0)} long" + (f" of files {files[:16]}" if files else "")
+def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:
+    """What else must be the same for a training to be continued: the model, the data's length and, of files, which.
 
-
-def check_settings(
-    *,
-    targets: str,
-    loss: str,
-    precision: str,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    patience: int | None,
-    lr: float,
-    weight_decay: float,
-    cost_weight: float,
-) -> None:
-    """Refuse by name what `train` cannot work with, before anything is read or written. Arguments are those of `train`.
-
-    Raises:
-        PteeError: naming the argument.
+    With one file more, others are drawn for training.
     """
-    if targets not in TARGETS:
-        raise unknown("targets", targets, TARGETS)
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    get_loss(loss)
-    _require_numbers(Integral, "a whole number", epochs=epochs, batch_size=batch_size, seed=seed)
-    _require_numbers(Real, "a number", lr=lr, weight_decay=weight_decay, cost_weight=cost_weight)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
-        if not 0 < value < math.inf:
-            raise PteeError(f"The {name} {value} must be positive.")
-    if patience is not None:
-        _require_numbers(Integral, "a whole number", patience=patience)
-        if patience < 1:
-            raise PteeError(f"The patience {patience} must be one epoch at least, or None.")
-    for name, value in (("weight_decay", weight_decay), ("cost_weight", cost_weight)):
-        if not 0 <= value < math.inf:
-            raise PteeError(f"The {name} {value} must be a number, not negative.")
-    if not 0 <= seed < LARGEST_SEED:
-        raise PteeError(f"The seed {seed} must lie between 0 and {LARGEST_SEED - 1}.")
-
-
-def _require_numbers(kind: type, words: str, **values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise PteeError(f"The {name} {value!r} must be {words}.")
+    files = getattr(data, "files_sha256", None)
+    return {
+        "exits": [e.name for e in model.exits],
+        "head": model.plan.head,
+        "classes": model.num_classes,
+        "backbone": weights_hash(model.backbone),
+        "data": f"{length_hint(data, 0)} long" + (f" of files {files[:16]}" if files else ""),
+    }
 
 
 class _Training:
     """One training: the step, its optimiser, and what has been reached."""
 
-    def __init__(self, model: EarlyExitModel, accelerator: Any, settings: _Settings, checkpoint: Path | None) -> None:
-        self.model, self.accelerator, self.settings, self.checkpoint = model, accelerator, settings, checkpoint
-        step = _Step(model, settings)
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        accelerator: Any,
+        settings: Settings,
+        same: dict[str, Any],
+        checkpoint: Path | None,
+    ) -> None:
+        self.model, self.accelerator, self.settings = model, accelerator, settings
+        self.checkpoint, self.same = checkpoint, same  # and what must be the same for it to be continued
+        step = Step(model, settings)
         adam = torch.optim.Adam(model.heads.parameters(), settings.lr, weight_decay=settings.weight_decay)
         self.step, self.adam = accelerator.prepare(step, adam, device_placement=[False, False])
         self.history = History()
@@ -346,16 +289,16 @@ class _Training:
     def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any) -> Epoch:
         start = time.perf_counter()
         self.model.train()
-        sums = _Sums()
+        sums = Sums()
         bar = tqdm(loader, desc=f"epoch {number}/{epochs}", leave=False, disable=None if self._is_main() else True)
         for seen, labels in entries(bar):
-            if _rows(seen) < self.fewest:
+            if rows_of(seen) < self.fewest:
                 continue
             found = self._judge(seen, labels)
             self.accelerator.backward(found.loss)
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
-            sums.add(found, _rows(seen))
+            sums.add(found, rows_of(seen))
             if not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
@@ -367,7 +310,7 @@ class _Training:
                 f"The loss is {means.loss} in epoch {number}. Lower the learning rate (--lr {self.settings.lr / 10:g})."
             )
         val_loss = None if val_loader is None else self._loss_on(val_loader)
-        return replace(means, number=number, val_loss=val_loss, seconds=time.perf_counter() - start)
+        return Epoch(number, *means, val_loss, time.perf_counter() - start)
 
     def _share_statistics(self) -> None:
         """Batch norm saw other rows in each process; all go on with those of the first."""
@@ -380,13 +323,13 @@ class _Training:
     @torch.no_grad()
     def _loss_on(self, loader: Any) -> float:
         self.model.eval()
-        sums = _Sums()
+        sums = Sums()
         for seen, labels in entries(loader):
-            sums.add(self._judge(seen, labels), _rows(seen))
+            sums.add(self._judge(seen, labels), rows_of(seen))
         return self._over_processes(sums).loss
 
-    def _judge(self, seen: Tensor | Reading, labels: Tensor | None) -> _Found:
-        found: _Found = self.step(_moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
+    def _judge(self, seen: Tensor | Reading, labels: Tensor | None) -> Found:
+        found: Found = self.step(moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
         return found
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
@@ -398,7 +341,7 @@ class _Training:
             raise DataError(f"The data cannot be learnt from: {fault}. Use the backbone's answers: targets='pseudo'.")
         return None
 
-    def _over_processes(self, sums: _Sums) -> Epoch:
+    def _over_processes(self, sums: Sums) -> Means:
         total = sums.tensor()
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
@@ -433,14 +376,14 @@ class _Training:
             return
         heads = self.model.heads.state_dict()
         reached = Reached(heads, self.best_heads, self.adam.state_dict()["state"], self.history.to_dict())
-        checkpoint.write(self.checkpoint, reached, asdict(self.settings))
+        checkpoint.write(self.checkpoint, reached, self.same)
 
     def resume(self) -> None:
         """Go on where the checkpoint stopped; without one, begin."""
         path = self.checkpoint
         if path is None or not path.is_file():
             return
-        reached = checkpoint.read(path, asdict(self.settings))
+        reached = checkpoint.read(path, self.same)
         try:
             epochs = [Epoch(**epoch) for epoch in reached.history["epochs"]]
             if self.settings.patience is not None:
@@ -450,89 +393,6 @@ class _Training:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
             raise RunError(f"{path} does not fit these heads: {first_line(why)} Delete it to begin anew.") from why
         self.best_heads, self.history.epochs = reached.best_heads, epochs
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one batch showed, as sums over its rows; tensors on the device."""
-
-    loss: Tensor  # the mean
-    right: Tensor | None  # (E+1,)
-    faithful: Tensor  # (E+1,)
-    leaving: Tensor  # (E+1,)
-
-
-class _Step(nn.Module):
-    """One batch to its loss, in one forward pass, so that DistributedDataParallel sees it."""
-
-    def __init__(self, model: EarlyExitModel, settings: _Settings) -> None:
-        super().__init__()
-        self.model, self.targets, self.cost_weight = model, settings.targets, settings.cost_weight
-        self.loss = get_loss(settings.loss)
-
-    def forward(self, seen: Tensor | Reading, labels: Tensor | None) -> _Found:
-        every = self.model.answer(seen) if isinstance(seen, Reading) else self.model.all_exits(seen)
-        device = every.logits.device
-        final = every.logits[-1].detach()
-        target = {
-            "labels": lambda: labels,
-            "pseudo": lambda: final.argmax(-1),
-            "soft": lambda: final.float().softmax(-1),
-        }
-        costs = torch.tensor(self.model.costs, device=device, dtype=torch.float32)
-        loss = self.loss(every.logits, every.confidence_logits, costs, target[self.targets](), self.cost_weight)
-        with torch.no_grad():
-            answers = every.logits.argmax(-1)
-            wall = torch.tensor(self.model.threshold, device=device)[:, None]
-            sure = torch.cat([every.confidence[:-1] >= wall, torch.ones_like(answers[:1], dtype=torch.bool)])
-            first = sure.int().argmax(0)
-            right = None if labels is None else (answers == labels).sum(1)
-            return _Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
-
-
-def _rows(seen: Tensor | Reading) -> int:
-    return len(seen.logits if isinstance(seen, Reading) else seen)
-
-
-def _moved(seen: Tensor | Reading, device: torch.device, dtype: torch.dtype) -> Tensor | Reading:
-    if isinstance(seen, Reading):
-        return Reading(tuple(x.to(device, dtype) for x in seen.inputs), seen.logits.to(device, dtype))
-    return seen.to(device, dtype)
-
-
-class _Sums:
-    """Sums over the rows of an epoch."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self.labelled = True
-        self.loss: Tensor | float = 0.0
-        self.counts: Tensor | int = 0  # (3, E+1) right, faithful, leaving
-
-    def add(self, found: _Found, rows: int) -> None:
-        self.samples += rows
-        self.labelled &= found.right is not None
-        self.loss = self.loss + found.loss.detach().float() * rows
-        right = torch.zeros_like(found.faithful) if found.right is None else found.right
-        self.counts = self.counts + torch.stack([right, found.faithful, found.leaving])
-
-    def postfix(self) -> dict[str, str]:
-        """For the progress bar: loss, and accuracy (or fidelity) of each exit."""
-        right, faithful, _ = (torch.as_tensor(self.counts) / self.samples).tolist()
-        percent = lambda shares: "/".join(f"{100 * s:.0f}" for s in shares)  # noqa: E731
-        shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fid%": percent(faithful)}
-        return shown | ({"acc%": percent(right)} if self.labelled else {})
-
-    def tensor(self) -> Tensor:
-        """All sums in one vector, to be added up over processes; on the CPU, as MPS has no float64."""
-        head = torch.tensor([self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64)
-        return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
-
-    def mean(self, sums: Tensor) -> Epoch:
-        """The means out of the added-up vector; number, val_loss and seconds are the caller's."""
-        samples, unlabelled, loss, *counts = sums.tolist()
-        right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
-        return Epoch(0, loss / samples, None if unlabelled else right, faithful, leaving, None, 0.0)
 
 
 @contextmanager

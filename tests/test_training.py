@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ptee
-from ptee import training
+from ptee import steps, training
 from ptee.errors import DataError, DeviceError, PteeError, RunError, UnknownName
 from ptee.losses import v1_loss
+from ptee.settings import TARGETS
 from ptee.training import Epoch, History, train
 from ptee.weights import weights_hash
 
@@ -110,7 +111,7 @@ class Interrupted(Dataset):
 # what changes, and what does not
 
 
-@pytest.mark.parametrize("targets", training.TARGETS)
+@pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("head", ["pool", "bnpool", "conv1"])
 def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
     model = made(head)
@@ -180,9 +181,9 @@ class OnMps(Tensor):
 
 
 def test_an_epoch_is_added_up_without_float64_on_the_device():
-    sums = training._Sums()
+    sums = steps.Sums()
     counts = [torch.tensor(n).as_subclass(OnMps) for n in ([1, 2], [3, 4], [0, 4])]
-    sums.add(training._Found(torch.tensor(0.5).as_subclass(OnMps), *counts), rows=4)
+    sums.add(steps.Found(torch.tensor(0.5).as_subclass(OnMps), *counts), rows=4)
     assert sums.tensor().tolist() == [4, 0, 2, 1, 2, 3, 4, 0, 4]
 
 
