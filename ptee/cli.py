@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 HEAD, EPOCHS = "pool", 5  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
+LEARNING = (  # options that are arguments of `train` as they are
+    *("temperature", "loss", "cost_weight", "reach", "batch_size", "lr", "weight_decay", "seed", "patience"),
+    *("precision",),
+)
 PLACES = ("pareto", "fine", "golden", "linear", "quadratic")
 
 
@@ -103,10 +107,19 @@ def cli(ctx: click.Context) -> None:
     "--targets",
     help="labels, pseudo (the backbone's answers) or soft (its probabilities). Default: labels where there are any.",
 )
-@click.option("--loss", default="v1", show_default=True, help="v1, v2, mc or cost.")
+@click.option(
+    "--temperature", type=float, default=1.0, show_default=True, help="Of --targets soft, for --loss each: such as 2."
+)
+@click.option(
+    "--loss",
+    default="v1",
+    show_default=True,
+    help="v1, v2, mc or cost: the exits learn together; each: every exit for itself.",
+)
 @click.option(
     "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
 )
+@click.option("--reach", is_flag=True, help="Weight each image at an exit by the chance to get there; for --loss each.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 30 on the digits.")
 @click.option(
     "--cache/--no-cache",
@@ -465,10 +478,8 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
         )
 
     history = train(
-        model, data.train, data.calibration, targets=targets, loss=o["loss"], cost_weight=o["cost_weight"],
-        epochs=o["epochs"], batch_size=o["batch_size"], lr=o["lr"], weight_decay=o["weight_decay"], seed=o["seed"],
-        patience=o["patience"], device=device, precision=o["precision"], num_workers=o["workers"], cache=o["cache"],
-        checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say,
+        model, data.train, data.calibration, targets=targets, epochs=o["epochs"], device=device, num_workers=o["workers"],
+        cache=o["cache"], checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say, **{key: o[key] for key in LEARNING},
     )  # fmt: skip
     if history.warning:
         click.echo(f"Warning: {history.warning}", err=True)
@@ -506,8 +517,7 @@ def _evaluate(
 def _check_settings(o: dict[str, Any]) -> None:
     from ptee.settings import Settings
 
-    given = {key: o[key] for key in ("loss", "cost_weight", "batch_size", "lr", "weight_decay", "seed", "patience")}
-    Settings(targets=o["targets"] or "labels", precision=o["precision"], **given).checked()
+    Settings(targets=o["targets"] or "labels", **{key: o[key] for key in LEARNING}).checked()
 
 
 def _note_threshold(threshold: list[float] | None) -> None:

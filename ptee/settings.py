@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ptee.errors import PteeError, unknown
-from ptee.losses import get_loss
+from ptee.losses import ALONE, get_loss
 
 TARGETS = ("labels", "pseudo", "soft")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -29,6 +29,8 @@ class Settings:
     seed: int = 0
     precision: str = "auto"
     patience: int | None = None
+    temperature: float = 1.0
+    reach: bool = False
 
     def checked(self) -> Settings:
         """These settings in Python's own numbers.
@@ -39,6 +41,7 @@ class Settings:
         self._check_words()
         self._check_kinds()
         self._check_sizes()
+        self._check_together()
         return replace(self, **{field.name: self._plain(field) for field in fields(self)})
 
     def _plain(self, field: Any) -> Any:
@@ -63,9 +66,11 @@ class Settings:
                 require_number(field.name, value, Integral, "a whole number")
             if kind == "float":
                 require_number(field.name, value, Real, "a number")
+            if kind == "bool" and not isinstance(value, bool):
+                raise PteeError(f"The {field.name} {value!r} must be True or False.")
 
     def _check_sizes(self) -> None:
-        for name, value in (("batch_size", self.batch_size), ("lr", self.lr)):
+        for name, value in (("batch_size", self.batch_size), ("lr", self.lr), ("temperature", self.temperature)):
             if not 0 < value < math.inf:
                 raise PteeError(f"The {name} {value} must be positive.")
         if self.patience is not None and self.patience < 1:
@@ -75,6 +80,20 @@ class Settings:
                 raise PteeError(f"The {name} {value} must be a number, not negative.")
         if not 0 <= self.seed < LARGEST_SEED:
             raise PteeError(f"The seed {self.seed} must lie between 0 and {LARGEST_SEED - 1}.")
+
+    def _check_together(self) -> None:
+        alone = {"temperature": self.temperature != 1, "reach": self.reach}
+        for name, given in alone.items():
+            if given and self.loss != ALONE:
+                raise PteeError(
+                    f"The {name} {getattr(self, name)} needs heads that learn each for itself: take the loss {ALONE!r} "
+                    f"(it is {self.loss!r}), or leave it out."
+                )
+        if self.temperature != 1 and self.targets != "soft":
+            raise PteeError(
+                f"The temperature {self.temperature:g} needs probabilities: take the targets 'soft' (they are "
+                f"{self.targets!r}), or leave it out."
+            )
 
 
 def check_epochs(epochs: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ptee.losses import get_loss
+from ptee.losses import ALONE, each_loss, get_loss
 from ptee.model import EarlyExitModel, Reading
 from ptee.settings import Settings
 
@@ -44,8 +45,10 @@ class Step(nn.Module):
 
     def __init__(self, model: EarlyExitModel, settings: Settings) -> None:
         super().__init__()
-        self.model, self.targets, self.cost_weight = model, settings.targets, settings.cost_weight
+        self.model, self.settings = model, settings
         self.loss = get_loss(settings.loss)
+        if settings.loss == ALONE:
+            self.loss = partial(each_loss, temperature=settings.temperature, reach=settings.reach)
 
     def forward(self, seen: Tensor | Reading, labels: Tensor | None) -> Found:
         """Judge a batch.
@@ -56,14 +59,9 @@ class Step(nn.Module):
         """
         every = self.model.answer(seen) if isinstance(seen, Reading) else self.model.all_exits(seen)
         device = every.logits.device
-        final = every.logits[-1].detach()
-        target = {
-            "labels": lambda: labels,
-            "pseudo": lambda: final.argmax(-1),
-            "soft": lambda: final.float().softmax(-1),
-        }
         costs = torch.tensor(self.model.costs, device=device, dtype=torch.float32)
-        loss = self.loss(every.logits, every.confidence_logits, costs, target[self.targets](), self.cost_weight)
+        target = self._target(every.logits[-1].detach(), labels)
+        loss = self.loss(every.logits, every.confidence_logits, costs, target, self.settings.cost_weight)
         with torch.no_grad():
             answers = every.logits.argmax(-1)
             wall = torch.tensor(self.model.threshold, device=device)[:, None]
@@ -71,6 +69,15 @@ class Step(nn.Module):
             first = sure.int().argmax(0)
             right = None if labels is None else (answers == labels).sum(1)
             return Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
+
+    def _target(self, final: Tensor, labels: Tensor | None) -> Tensor:
+        """(b,) labels or (b, K) probabilities, of the backbone's answer (b, K) where no labels are to be learnt."""
+        if self.settings.targets == "soft":
+            return (final.float() / self.settings.temperature).softmax(-1)
+        if self.settings.targets == "pseudo":
+            return final.argmax(-1)
+        assert labels is not None  # the training has asked for them
+        return labels
 
 
 def rows_of(seen: Tensor | Reading) -> int:

@@ -29,6 +29,7 @@ from ptee.cache import Cache, entries, fill
 from ptee.checkpoint import Reached
 from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line
+from ptee.losses import ALONE
 from ptee.model import EarlyExitModel, Reading
 from ptee.settings import Settings, check_epochs
 from ptee.steps import Found, Means, Step, Sums, moved, rows_of
@@ -109,8 +110,10 @@ def train(
     val_data: Any = None,
     *,
     targets: str = "labels",
+    temperature: float = 1.0,
     loss: str = "v1",
     cost_weight: float = 1.0,
+    reach: bool = False,
     epochs: int = 5,
     batch_size: int = 128,
     lr: float = 1e-3,
@@ -136,8 +139,12 @@ def train(
         val_data: likewise; its loss is recorded after each epoch.
         targets: "labels", "pseudo" (the backbone's own answers) or "soft" (its probabilities). The last two need no
             labels; with labels that are no classes of the backbone there is no accuracy.
-        loss: "v1", "v2", "mc" or "cost".
-        cost_weight: lambda, what a unit of cost is worth in cross-entropy.
+        temperature: divides the logits of which targets="soft" makes probabilities, and the heads' too (Hinton). Only for
+            loss="each".
+        loss: "v1", "v2", "mc" or "cost", which blend all exits' answers by h; or "each", in which every head learns for
+            itself and h learns whether its head is right.
+        cost_weight: lambda, what a unit of cost is worth in cross-entropy; no part of "each".
+        reach: weight each sample at an exit by the chance that it gets there. Only for loss="each".
         epochs: number of passes over the data.
         batch_size: samples per update, on each process.
         lr: of Adam.
@@ -158,7 +165,10 @@ def train(
         RunError: if the checkpoint belongs to another training.
     """
     check_epochs(epochs)
-    settings = Settings(targets, loss, cost_weight, batch_size, lr, weight_decay, seed, precision, patience).checked()
+    settings = Settings(
+        targets=targets, loss=loss, cost_weight=cost_weight, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+        seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach,
+    ).checked()  # fmt: skip
     with (
         accelerator_on(device, precision) as accelerator,
         _on_device(model, accelerator.device),
@@ -360,6 +370,8 @@ class _Training:
         exits = self.model.exits
         where = f"exit {n} ({exits[n].name})" if n < len(exits) else "the backbone's own output"
         mend = f"{'Lower' if n < len(exits) else 'Raise'} the cost weight (it is {self.settings.cost_weight:g})"
+        if self.settings.loss == ALONE:
+            return  # h says who is right, not who should leave
         if self.settings.loss in ("cost", "mc"):
             mend = f"The loss {self.settings.loss!r} does that by itself: use 'v1' or 'v2'"
         self.history.warning = (

@@ -123,6 +123,19 @@ def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
     assert history.epochs[-1].loss < history.epochs[0].loss
 
 
+@pytest.mark.parametrize("head", ["pool", "conv1"])
+@pytest.mark.parametrize("settings", [{}, {"targets": "soft", "temperature": 2.0}, {"reach": True}], ids=str)
+def test_heads_that_learn_each_for_itself_come_nearer_to_their_targets_and_know_it(settings, head):
+    model = made(head)
+    history = fit(model, loss="each", epochs=40, **settings)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    with torch.no_grad():
+        every = model.all_exits(images())
+    best = every.logits[-1].argmax(-1) if settings.get("targets") else labels()
+    right = (every.logits[:-1].argmax(-1) == best).double().mean(1)
+    assert every.confidence[:-1].double().mean(1).tolist() == pytest.approx(right.tolist(), abs=0.25)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_in_eval_mode_afterwards(training):
     model = made().train(training)
@@ -393,6 +406,15 @@ REFUSED = {
     "half a patience": ({"patience": 1.5}, PteeError, "patience 1.5.*whole number"),
     "true for a number": ({"epochs": True}, PteeError, "epochs True.*whole number"),
     "a learning rate in words": ({"lr": "0.1"}, PteeError, "lr '0.1'.*number"),
+    "no temperature": ({"loss": "each", "targets": "soft", "temperature": 0.0}, PteeError, "temperature 0.0"),
+    "a temperature for exits that learn together": (
+        {"targets": "soft", "temperature": 2},
+        PteeError,
+        "temperature 2.*'each'.*'v1'",
+    ),
+    "a temperature for labels": ({"loss": "each", "temperature": 2}, PteeError, "temperature 2.*'soft'.*'labels'"),
+    "weights for exits that learn together": ({"reach": True}, PteeError, "reach True.*'each'.*'v1'"),
+    "weights in words": ({"loss": "each", "reach": "yes"}, PteeError, "reach 'yes'.*True or False"),
     "no weight decay at all": ({"weight_decay": None}, PteeError, "weight_decay None.*number"),
 }
 
@@ -567,7 +589,7 @@ def on_time(history: History) -> list[Epoch]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss": "v2"}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
+    [{}, {"loss": "v2"}, {"loss": "each", "reach": True}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
     ids=lambda s: ", ".join(s) or "as it is",
 )  # fmt: skip
 @pytest.mark.parametrize("epoch", [1, 2])
