@@ -27,7 +27,7 @@ HEAD, EPOCHS = "pool", 5  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
 LEARNING = (  # options that are arguments of `train` as they are
     *("temperature", "loss", "cost_weight", "reach", "batch_size", "lr", "weight_decay", "seed", "patience"),
-    *("precision",),
+    *("precision", "schedule"),
 )
 PLACES = ("pareto", "fine", "golden", "linear", "quadratic")
 
@@ -128,6 +128,7 @@ def cli(ctx: click.Context) -> None:
     help="Run the backbone once and keep what the heads read, or run it in every epoch.",
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
+@click.option("--schedule", default="constant", show_default=True, help="Of the learning rate: constant or cosine.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
 @click.option(

@@ -12,6 +12,7 @@ from ptee.losses import ALONE, get_loss
 
 TARGETS = ("labels", "pseudo", "soft")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+SCHEDULES = ("constant", "cosine")
 LARGEST_SEED = 2**32
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
 
@@ -31,6 +32,7 @@ class Settings:
     patience: int | None = None
     temperature: float = 1.0
     reach: bool = False
+    schedule: str = "constant"
 
     def checked(self) -> Settings:
         """These settings in Python's own numbers.
@@ -54,6 +56,8 @@ class Settings:
             raise unknown("targets", self.targets, TARGETS)
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
         get_loss(self.loss)
 
     def _check_kinds(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -117,6 +118,7 @@ def train(
     epochs: int = 5,
     batch_size: int = 128,
     lr: float = 1e-3,
+    schedule: str = "constant",
     weight_decay: float = 0.0,
     seed: int = 0,
     patience: int | None = None,
@@ -147,7 +149,9 @@ def train(
         reach: weight each sample at an exit by the chance that it gets there. Only for loss="each".
         epochs: number of passes over the data.
         batch_size: samples per update, on each process.
-        lr: of Adam.
+        lr: of Adam, at the beginning.
+        schedule: "constant", or "cosine": from lr to 0 along half a cosine, a step with each batch. A training that is
+            resumed then has the same number of epochs.
         weight_decay: of Adam.
         seed: of the order of the data.
         patience: stop after so many epochs without a lower loss (of val_data, where given), and go back to the best.
@@ -167,7 +171,7 @@ def train(
     check_epochs(epochs)
     settings = Settings(
         targets=targets, loss=loss, cost_weight=cost_weight, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-        seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach,
+        seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach, schedule=schedule,
     ).checked()  # fmt: skip
     with (
         accelerator_on(device, precision) as accelerator,
@@ -178,6 +182,8 @@ def train(
     ):
         settings = replace(settings, precision=accelerator.mixed_precision)
         same = asdict(settings) | _about(model, train_data)
+        if settings.schedule == "cosine":
+            same["epochs"] = int(epochs)  # of which each learning rate depends
         run = _Training(model, accelerator, settings, same, Path(checkpoint) if checkpoint else None)
         if resume:
             run.resume()
@@ -251,12 +257,13 @@ class _Training:
         order = torch.Generator()
         loader = self._loader(train_data, True, workers, order)
         val_loader = None if val_data is None else self._loader(val_data, False, workers)
+        rates = self._rates(loader, epochs)
         while not self._nothing_gets_better() and (number := len(self.history.epochs) + 1) <= epochs:
             order.manual_seed(self.settings.seed * 1_000_003 + number)
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
             complete = copy.deepcopy(self.model.heads.state_dict())
             try:
-                epoch = self._epoch(number, epochs, loader, val_loader)
+                epoch = self._epoch(number, epochs, loader, val_loader, rates)
             except BaseException as why:
                 self.model.heads.load_state_dict(complete)
                 if not isinstance(why, KeyboardInterrupt):
@@ -296,7 +303,23 @@ class _Training:
             return loader
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
-    def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any) -> Epoch:
+    def _rates(self, loader: Any, epochs: int) -> LambdaLR | None:
+        """The learning rate of each batch, from the one after the last complete epoch on; None where it is constant."""
+        if self.settings.schedule == "constant":
+            return None
+        steps = length_hint(loader, 0)
+        if not steps:
+            raise DataError(
+                "The schedule 'cosine' must know how many batches there are, and this loader has no length. "
+                "Take the schedule 'constant'."
+            )
+        adam = self.adam.optimizer  # torch's, inside accelerate's
+        for group in adam.param_groups:
+            group["initial_lr"] = self.settings.lr
+        done = len(self.history.epochs) * steps
+        return LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / (epochs * steps))) / 2, last_epoch=done - 1)
+
+    def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any, rates: LambdaLR | None) -> Epoch:
         start = time.perf_counter()
         self.model.train()
         sums = Sums()
@@ -308,6 +331,8 @@ class _Training:
             self.accelerator.backward(found.loss)
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
+            if rates is not None:
+                rates.step()
             sums.add(found, rows_of(seen))
             if not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)

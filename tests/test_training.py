@@ -163,6 +163,27 @@ def test_one_seed_gives_one_result_and_another_seed_another():
     assert not same(runs[0], runs[2])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "want"), [("constant", [1.0] * 6), ("cosine", [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])]
+)
+def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, monkeypatch):
+    rates = []
+
+    class Telling(torch.optim.Adam):
+        def step(self, *args: Any, **more: Any) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args, **more)
+
+    monkeypatch.setattr(torch.optim, "Adam", Telling)
+    fit(made(), epochs=2, lr=0.01, schedule=schedule)  # three batches each
+    assert rates == pytest.approx([0.01 * rate for rate in want])
+
+
+def test_a_cosine_over_batches_without_number_is_refused():
+    with pytest.raises(DataError, match=r"'cosine'.*'constant'"):
+        fit(made(), DataLoader(Stream(), 16), schedule="cosine")
+
+
 def test_the_callers_random_numbers_are_left_alone():
     model = made()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -406,6 +427,7 @@ REFUSED = {
     "half a patience": ({"patience": 1.5}, PteeError, "patience 1.5.*whole number"),
     "true for a number": ({"epochs": True}, PteeError, "epochs True.*whole number"),
     "a learning rate in words": ({"lr": "0.1"}, PteeError, "lr '0.1'.*number"),
+    "a schedule": ({"schedule": "cosin"}, UnknownName, "cosin.*Did you mean 'cosine'"),
     "no temperature": ({"loss": "each", "targets": "soft", "temperature": 0.0}, PteeError, "temperature 0.0"),
     "a temperature for exits that learn together": (
         {"targets": "soft", "temperature": 2},
@@ -589,7 +611,7 @@ def on_time(history: History) -> list[Epoch]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss": "v2"}, {"loss": "each", "reach": True}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
+    [{}, {"loss": "v2"}, {"loss": "each", "reach": True}, {"schedule": "cosine"}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
     ids=lambda s: ", ".join(s) or "as it is",
 )  # fmt: skip
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -634,6 +656,13 @@ def test_more_epochs_can_be_added_later(tmp_path):
     assert same(heads(model), heads(whole))
 
 
+def test_more_epochs_would_be_another_cosine(tmp_path):
+    settings = {"schedule": "cosine", "checkpoint": tmp_path / "c.safetensors"}
+    fit(made(), epochs=2, **settings)
+    with pytest.raises(RunError, match=r"epochs 2 \(now 4\)"):
+        fit(made(), epochs=4, resume=True, **settings)
+
+
 def test_where_nothing_was_kept_resuming_begins_anew(tmp_path):
     begun, want = made(), made()
     fit(begun, checkpoint=tmp_path / "none.safetensors", resume=True)
@@ -660,7 +689,7 @@ def checkpoint(tmp_path) -> Path:
 
 OTHER = [
     ("targets", "soft"), ("loss", "v2"), ("cost_weight", 0.5), ("batch_size", 8), ("lr", 0.5), ("weight_decay", 0.5), ("seed", 3),
-    ("precision", "bf16"), ("patience", 3),
+    ("precision", "bf16"), ("patience", 3), ("schedule", "cosine"),
 ]  # fmt: skip
 
 
