@@ -27,7 +27,7 @@ HEAD, EPOCHS = "pool", 5  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
 LEARNING = (  # options that are arguments of `train` as they are
     *("temperature", "loss", "cost_weight", "reach", "batch_size", "lr", "weight_decay", "seed", "patience"),
-    *("precision", "schedule"),
+    *("precision", "schedule", "augment", "shift", "mixup"),
 )
 PLACES = ("pareto", "fine", "golden", "linear", "quadratic")
 
@@ -126,6 +126,28 @@ def cli(ctx: click.Context) -> None:
     default=True,
     show_default=True,
     help="Run the backbone once and keep what the heads read, or run it in every epoch.",
+)
+@click.option(
+    "--augment",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Views of each training image: itself, its mirror image, then random crops.",
+)
+@click.option("--mirror/--no-mirror", default=True, help="Mirror images among the views; never of digits or signs.")
+@click.option(
+    "--shift",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Move feature maps by up to so many pixels of the input.",
+)
+@click.option(
+    "--mixup",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Mix two samples' features and targets, weights from Beta(X, X); for --loss each.",
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
 @click.option("--schedule", default="constant", show_default=True, help="Of the learning rate: constant or cosine.")
@@ -479,7 +501,7 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
         )
 
     history = train(
-        model, data.train, data.calibration, targets=targets, epochs=o["epochs"], device=device, num_workers=o["workers"],
+        model, data.train, data.calibration, targets=targets, mirror=o["mirror"] and data.mirror, epochs=o["epochs"], device=device, num_workers=o["workers"],
         cache=o["cache"], checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say, **{key: o[key] for key in LEARNING},
     )  # fmt: skip
     if history.warning:

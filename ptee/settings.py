@@ -33,6 +33,10 @@ class Settings:
     temperature: float = 1.0
     reach: bool = False
     schedule: str = "constant"
+    augment: int = 1
+    mirror: bool = True
+    shift: int = 0
+    mixup: float = 0.0
 
     def checked(self) -> Settings:
         """These settings in Python's own numbers.
@@ -74,19 +78,29 @@ class Settings:
                 raise PteeError(f"The {field.name} {value!r} must be True or False.")
 
     def _check_sizes(self) -> None:
-        for name, value in (("batch_size", self.batch_size), ("lr", self.lr), ("temperature", self.temperature)):
+        for name, value in (
+            ("batch_size", self.batch_size),
+            ("augment", self.augment),
+            ("lr", self.lr),
+            ("temperature", self.temperature),
+        ):
             if not 0 < value < math.inf:
                 raise PteeError(f"The {name} {value} must be positive.")
         if self.patience is not None and self.patience < 1:
             raise PteeError(f"The patience {self.patience} must be one epoch at least, or None.")
-        for name, value in (("weight_decay", self.weight_decay), ("cost_weight", self.cost_weight)):
+        for name, value in (
+            ("weight_decay", self.weight_decay),
+            ("cost_weight", self.cost_weight),
+            ("shift", self.shift),
+            ("mixup", self.mixup),
+        ):
             if not 0 <= value < math.inf:
                 raise PteeError(f"The {name} {value} must be a number, not negative.")
         if not 0 <= self.seed < LARGEST_SEED:
             raise PteeError(f"The seed {self.seed} must lie between 0 and {LARGEST_SEED - 1}.")
 
     def _check_together(self) -> None:
-        alone = {"temperature": self.temperature != 1, "reach": self.reach}
+        alone = {"temperature": self.temperature != 1, "reach": self.reach, "mixup": self.mixup != 0}
         for name, given in alone.items():
             if given and self.loss != ALONE:
                 raise PteeError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee.losses import ALONE, each_loss, get_loss
+from ptee.mixing import Mixture, as_probabilities, displacements, mix, mixture, shift
 from ptee.model import EarlyExitModel, Reading
 from ptee.settings import Settings
 
@@ -57,10 +58,15 @@ class Step(nn.Module):
             seen: images (b, c, h, w), or what was read of them.
             labels: (b,) or None.
         """
+        mixed: Mixture | None = None
+        if self.model.training and (self.settings.shift or self.settings.mixup):
+            seen, mixed = self._changed(seen if isinstance(seen, Reading) else self.model.read(seen))
         every = self.model.answer(seen) if isinstance(seen, Reading) else self.model.all_exits(seen)
         device = every.logits.device
         costs = torch.tensor(self.model.costs, device=device, dtype=torch.float32)
         target = self._target(every.logits[-1].detach(), labels)
+        if mixed is not None:
+            target = mix(as_probabilities(target, self.model.num_classes), mixed)
         loss = self.loss(every.logits, every.confidence_logits, costs, target, self.settings.cost_weight)
         with torch.no_grad():
             answers = every.logits.argmax(-1)
@@ -69,6 +75,17 @@ class Step(nn.Module):
             first = sure.int().argmax(0)
             right = None if labels is None else (answers == labels).sum(1)
             return Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
+
+    def _changed(self, reading: Reading) -> tuple[Reading, Mixture | None]:
+        """What the heads read, shifted and mixed; the backbone's answer stays that to the image as it was."""
+        inputs, b = reading.inputs, len(reading.logits)
+        if self.settings.shift:
+            by, (_, height, width) = displacements(b, self.settings.shift), self.model.plan.input_size
+            inputs = tuple(shift(x, by, (height, width)) for x in inputs)
+        if not self.settings.mixup:
+            return reading._replace(inputs=inputs), None
+        mixed = mixture(b, self.settings.mixup)
+        return reading._replace(inputs=tuple(mix(x, mixed) for x in inputs)), mixed
 
     def _target(self, final: Tensor, labels: Tensor | None) -> Tensor:
         """(b,) labels or (b, K) probabilities, of the backbone's answer (b, K) where no labels are to be learnt."""

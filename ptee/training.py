@@ -36,6 +36,7 @@ from ptee.settings import Settings, check_epochs
 from ptee.steps import Found, Means, Step, Sums, moved, rows_of
 from ptee.tables import table
 from ptee.traces import COLLAPSED, odd_labels
+from ptee.views import Views
 from ptee.weights import weights_hash
 
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (thesis 4.2)
@@ -122,6 +123,10 @@ def train(
     weight_decay: float = 0.0,
     seed: int = 0,
     patience: int | None = None,
+    augment: int = 1,
+    mirror: bool = True,
+    shift: int = 0,
+    mixup: float = 0.0,
     device: str | torch.device | None = None,
     precision: str = "auto",
     num_workers: int = 0,
@@ -155,6 +160,13 @@ def train(
         weight_decay: of Adam.
         seed: of the order of the data.
         patience: stop after so many epochs without a lower loss (of val_data, where given), and go back to the best.
+        augment: views of each training image, of which each epoch draws one: the image, its mirror image, and others cut
+            out of the padded image at random, all made of the tensors that the data set gives. A cache keeps them all.
+        mirror: whether mirror images show the same class; False for digits, letters and traffic signs.
+        shift: move what the heads read of each sample by up to so many pixels of the input, at random, all heads alike;
+            zeros come in. Only maps (b, c, h, w) are moved, and tokens that a head reads as a grid; pooled vectors are not.
+        mixup: mix what the heads read of two samples, and their targets, with weights from Beta(mixup, mixup). The figures
+            of an epoch are then those of mixtures, against the heavier sample. Only for loss="each".
         device: None: accelerate's choice, a GPU where there is one.
         precision: "auto" (bf16 where the device computes in it), "no", "bf16" or "fp16".
         num_workers: processes that load a data set.
@@ -172,6 +184,7 @@ def train(
     settings = Settings(
         targets=targets, loss=loss, cost_weight=cost_weight, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
         seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach, schedule=schedule,
+        augment=augment, mirror=mirror, shift=shift, mixup=mixup,
     ).checked()  # fmt: skip
     with (
         accelerator_on(device, precision) as accelerator,
@@ -226,15 +239,41 @@ class _Training:
         self.dtype = next(model.heads.parameters()).dtype
         if self.dtype not in (torch.float32, torch.float64):
             raise PteeError(f"Heads in {self.dtype} cannot be trained well. Train model.float(), then convert it.")
+        if settings.shift:
+            self._require_maps()
         # Batch norm in the heads has nothing to learn from one row.
         self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
 
+    @torch.no_grad()
+    def _require_maps(self) -> None:
+        like = next(self.model.heads.parameters())
+        self.model.eval()
+        read = self.model.read(torch.zeros(2, *self.model.plan.input_size, dtype=like.dtype, device=like.device))
+        if not any(x.dim() == 4 for x in read.inputs):
+            raise PteeError(
+                f"The shift {self.settings.shift} moves feature maps, but {self.model.plan.head!r} heads read pooled vectors: "
+                "take others, such as 'conv1', or augment images instead (--augment)."
+            )
+
     def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, cache: bool, on_epoch: Any) -> History:
+        train_data = self._with_views(train_data)
         with ExitStack() as stack:
             if cache and self.accelerator.num_processes == 1 and epochs > len(self.history.epochs):
                 train_data = self._cached(train_data, "training images", workers, stack)
                 val_data = None if val_data is None else self._cached(val_data, "held-out images", workers, stack)
             return self._fit(train_data, val_data, epochs, workers, on_epoch)
+
+    def _with_views(self, data: Any) -> Any:
+        settings = self.settings
+        if settings.augment == 1:
+            return data
+        batches(data, batch_size=1, shuffle=False)  # refuses what is neither data set nor loader
+        if is_loader(data):
+            raise DataError(
+                f"{settings.augment} views (augment) need a data set, and this is a {type(data).__name__}, which yields its "
+                "own batches: pass its data set, or leave augment out."
+            )
+        return Views(data, settings.augment, seed=settings.seed, mirror=settings.mirror)
 
     def _cached(self, data: Any, words: str, workers: int, stack: ExitStack) -> Any:
         """What the heads read of a data set, until the stack is left; a loader as it is."""
@@ -248,7 +287,7 @@ class _Training:
             num_workers=workers,
             prepare=lambda images: images.to(self.accelerator.device, self.dtype),
             around=self.accelerator.autocast,
-            words=f"backbone, once over the {words}",
+            words=f"backbone, once over the {words}" + (f", {data.views} views" if isinstance(data, Views) else ""),
         )
         stack.callback(filled.close)
         return filled
@@ -261,6 +300,8 @@ class _Training:
         while not self._nothing_gets_better() and (number := len(self.history.epochs) + 1) <= epochs:
             order.manual_seed(self.settings.seed * 1_000_003 + number)
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
+            if isinstance(train_data, (Cache, Views)):
+                train_data.begin(number)
             complete = copy.deepcopy(self.model.heads.state_dict())
             try:
                 epoch = self._epoch(number, epochs, loader, val_loader, rates)

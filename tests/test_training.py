@@ -427,6 +427,7 @@ REFUSED = {
     "half a patience": ({"patience": 1.5}, PteeError, "patience 1.5.*whole number"),
     "true for a number": ({"epochs": True}, PteeError, "epochs True.*whole number"),
     "a learning rate in words": ({"lr": "0.1"}, PteeError, "lr '0.1'.*number"),
+    "no view": ({"augment": 0}, PteeError, "augment 0"),
     "a schedule": ({"schedule": "cosin"}, UnknownName, "cosin.*Did you mean 'cosine'"),
     "no temperature": ({"loss": "each", "targets": "soft", "temperature": 0.0}, PteeError, "temperature 0.0"),
     "a temperature for exits that learn together": (
@@ -436,6 +437,9 @@ REFUSED = {
     ),
     "a temperature for labels": ({"loss": "each", "temperature": 2}, PteeError, "temperature 2.*'soft'.*'labels'"),
     "weights for exits that learn together": ({"reach": True}, PteeError, "reach True.*'each'.*'v1'"),
+    "a mixture for exits that learn together": ({"mixup": 0.2}, PteeError, "mixup 0.2.*'each'.*'v1'"),
+    "a negative shift": ({"shift": -1}, PteeError, "shift -1"),
+    "half a pixel": ({"shift": 0.5}, PteeError, "shift 0.5.*whole number"),
     "weights in words": ({"loss": "each", "reach": "yes"}, PteeError, "reach 'yes'.*True or False"),
     "no weight decay at all": ({"weight_decay": None}, PteeError, "weight_decay None.*number"),
 }
@@ -611,7 +615,7 @@ def on_time(history: History) -> list[Epoch]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss": "v2"}, {"loss": "each", "reach": True}, {"schedule": "cosine"}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
+    [{}, {"loss": "v2"}, {"loss": "each", "reach": True}, {"schedule": "cosine"}, {"loss": "each", "shift": 3, "mixup": 0.5}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
     ids=lambda s: ", ".join(s) or "as it is",
 )  # fmt: skip
 @pytest.mark.parametrize("epoch", [1, 2])
