@@ -274,23 +274,38 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     help="Images per batch, for each measurement.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="Each is timed so often, in turns."
+    "--training",
+    is_flag=True,
+    help="Time training instead, on random images: with the cache, and with the backbone in each epoch.",
+)
+@click.option("--images", type=click.IntRange(min=2), default=512, show_default=True, help="For --training.")
+@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="For --training.")
+@click.option(
+    "--rounds", type=click.IntRange(min=3), help="Each is timed so often, in turns. Default: 7; 3 for --training."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @DEVICE
 @JSON
 def bench(as_json: bool, **o: Any) -> None:
-    """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs."""
+    """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs.
+
+    With --training: what training costs with and without the cache.
+    """
     import torch
 
     from ptee.benchmark import bench as measure
     from ptee.devices import resolve_device
+    from ptee.training_speed import bench_training
 
     device = resolve_device(o["device"])
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     model = _build(_backbone(o), o).to(device)
-    found = measure(model, o["batch_sizes"], rounds=o["rounds"])
+    found: Any = (
+        bench_training(model, images=o["images"], epochs=o["epochs"], rounds=o["rounds"] or 3)
+        if o["training"]
+        else measure(model, o["batch_sizes"], rounds=o["rounds"] or 7)
+    )
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 

@@ -26,7 +26,7 @@ LAYERS = {  # a module imports from lower layers only
     7: "model",
     8: "traces cache steps benchmark zoo",
     9: "evaluation training",
-    10: "defaults",
+    10: "defaults training_speed",
     11: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
