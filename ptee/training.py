@@ -1,8 +1,8 @@
 """Training: the heads learn, the backbone does not.
 
-Each batch runs through the frozen backbone once, or once for all epochs (`cache`); every head answers, and one of the joint losses (EENet eqs. 6-12) judges
-all answers and confidences together. The loop is accelerate's: the same on a CPU, on a GPU and, under
-`accelerate launch`, on several.
+Each batch runs through the frozen backbone once, or once for all epochs (`cache`); every head answers, and a loss (`losses`)
+judges all answers and confidences. The loop is accelerate's: the same on a CPU, on a GPU and, under `accelerate launch`, on
+several.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -30,80 +30,16 @@ from ptee.cache import Cache, entries, fill
 from ptee.checkpoint import Reached
 from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line
+from ptee.history import Epoch, History
 from ptee.losses import ALONE
 from ptee.model import EarlyExitModel, Reading
 from ptee.settings import Settings, check_epochs
 from ptee.steps import Found, Means, Step, Sums, moved, rows_of
-from ptee.tables import table
 from ptee.traces import COLLAPSED, odd_labels
 from ptee.views import Views
 from ptee.weights import weights_hash
 
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (thesis 4.2)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Means over one epoch, each batch judged before its own update.
-
-    Attributes:
-        number: from 1.
-        loss: what was minimised.
-        accuracy: (E+1) of each exit against the labels; None without labels.
-        fidelity: (E+1) share of each exit's answers that are the backbone's.
-        leaving: (E+1) share of the samples that would leave at each exit at the model's threshold.
-        val_loss: the loss on val_data after the epoch, or None.
-        seconds: the epoch took.
-    """
-
-    number: int
-    loss: float
-    accuracy: list[float] | None
-    fidelity: list[float]
-    leaving: list[float]
-    val_loss: float | None
-    seconds: float
-
-    @property
-    def judged(self) -> float:
-        """The loss that early stopping goes by."""
-        return self.loss if self.val_loss is None else self.val_loss
-
-
-@dataclass
-class History:
-    """What happened in training. Prints as a table.
-
-    Attributes:
-        epochs: the complete ones.
-        interrupted: Ctrl-C ended it; the heads are those of the last complete epoch.
-        stopped_early: the loss no longer fell; the heads are those of the best epoch.
-        warning: a sentence about a collapse, or None.
-    """
-
-    epochs: list[Epoch] = field(default_factory=list)
-    interrupted: bool = False
-    stopped_early: bool = False
-    warning: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        title = ("epoch", "loss", "held-out", "accuracy", "fidelity", "leaving", "seconds")
-        lines = [
-            (str(e.number), f"{e.loss:.4f}", "-" if e.val_loss is None else f"{e.val_loss:.4f}",
-             _each(e.accuracy), _each(e.fidelity), _each(e.leaving), f"{e.seconds:.0f}")
-            for e in self.epochs
-        ]  # fmt: skip
-        end = "Interrupted." if self.interrupted else "Stopped early." if self.stopped_early else None
-        legend = "accuracy, fidelity, leaving: of each exit, the backbone's own output last."
-        return "\n".join(filter(None, [table([title, *lines]), legend, end, self.warning]))
-
-
-def _each(shares: Sequence[float] | None) -> str:
-    return "-" if shares is None else " ".join(f"{share:.3f}" for share in shares)
 
 
 def train(

@@ -17,7 +17,7 @@ PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
-    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices views mixing",
+    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices views mixing history",
     2: "labels heads cuts backbones settings",
     3: "blocks proof runs",
     4: "placement checkpoint hold",
