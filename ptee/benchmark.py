@@ -40,10 +40,10 @@ def in_turns(
     with torch.inference_mode(), _bar((rounds + 1) * len(calls)) as bar:
         for i in range(rounds + 1):
             for name, call in calls.items():
-                _wait(device)
+                wait(device)
                 start = time.perf_counter()
                 call()
-                _wait(device)
+                wait(device)
                 if i:
                     times[name].append(time.perf_counter() - start)
                 bar.update()
@@ -61,7 +61,8 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until it has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

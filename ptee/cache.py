@@ -4,6 +4,8 @@ The backbone is frozen, so its feature maps of an image never change. Each head 
 part (a pooled head: one vector), so the cache of a whole data set is small for pooled heads, and large for convolutional
 ones. It lives in memory or, above a size, in files of its own folder, which is deleted with it: nothing of it outlasts a
 training, so nothing unfinished can be taken for something complete.
+
+Of a data set with views (`views`) all are kept, and each epoch reads one of each image.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from tqdm.auto import tqdm
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError
 from ptee.model import EarlyExitModel, Reading
+from ptee.views import EveryView, Views
 
 IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision it was computed in
 LIMIT = 32 * 2**30  # bytes above which none is made
@@ -51,11 +54,18 @@ class Estimate:
         samples: in the data.
         shapes: of what each head reads of one sample, and of the logits.
         dtype: in which it was computed.
+        views: of each sample.
     """
 
     samples: int
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
+    views: int = 1
+
+    @property
+    def rows(self) -> int:
+        """All views of all samples."""
+        return self.samples * self.views
 
     @property
     def stored(self) -> torch.dtype:
@@ -68,7 +78,7 @@ class Estimate:
         return self._bytes(self.stored)
 
     def _bytes(self, dtype: torch.dtype) -> int:
-        return self.samples * sum(shape.numel() for shape in self.shapes) * dtype.itemsize
+        return self.rows * sum(shape.numel() for shape in self.shapes) * dtype.itemsize
 
 
 class Cache(Dataset[Entry]):
@@ -77,17 +87,18 @@ class Cache(Dataset[Entry]):
     Args:
         estimate: of its size.
         folder: where files go if it is large.
+        of: the data set, where its samples have several views.
 
     Raises:
         DataError: if it is larger than the limit, or the disk is full.
     """
 
-    def __init__(self, estimate: Estimate, folder: Path | None = None) -> None:
-        self.estimate = estimate
+    def __init__(self, estimate: Estimate, folder: Path | None = None, of: Views | None = None) -> None:
+        self.estimate, self.of = estimate, of
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if estimate.size > LIMIT:
             raise DataError(
-                f"What the heads read of {estimate.samples:,} images takes {_gib(estimate.size)}, and a cache may take "
+                f"What the heads read of {_images(estimate)} takes {_gib(estimate.size)}, and a cache may take "
                 f"{_gib(LIMIT)}. Run the backbone in every epoch (--no-cache), or take heads that pool first."
             )
         if estimate.size > IN_MEMORY:
@@ -97,10 +108,10 @@ class Cache(Dataset[Entry]):
         except BaseException:
             self.close()
             raise
-        self.labels = torch.full((estimate.samples,), UNKNOWN_LABEL)
+        self.labels = torch.full((estimate.rows,), UNKNOWN_LABEL)
 
     def _empty(self, number: int, shape: torch.Size) -> Tensor:
-        whole = torch.Size((self.estimate.samples, *shape))
+        whole = torch.Size((self.estimate.rows, *shape))
         if self._folder is None:
             return torch.empty(whole, dtype=self.estimate.stored)
         path = Path(self._folder.name) / f"{number}.bin"
@@ -125,9 +136,17 @@ class Cache(Dataset[Entry]):
         return self.estimate.samples
 
     def __getitem__(self, rows: Sequence[int]) -> Entry:
-        """A batch: these samples, in this order."""
-        *inputs, logits = (tensor[torch.as_tensor(rows)] for tensor in self._tensors)
-        return Entry(Reading(tuple(inputs), logits), self.labels[torch.as_tensor(rows)])
+        """A batch: these samples, in this order, each in the view that is drawn for this epoch."""
+        at = torch.as_tensor(rows)
+        if self.of is not None:
+            at = at + len(self) * self.of.drawn[at]
+        *inputs, logits = (tensor[at] for tensor in self._tensors)
+        return Entry(Reading(tuple(inputs), logits), self.labels[at])
+
+    def begin(self, epoch: int) -> None:
+        """Draw each sample's view for an epoch of this number."""
+        if self.of is not None:
+            self.of.begin(epoch)
 
     def loader(self, batch_size: int, shuffle: bool, order: torch.Generator | None = None) -> DataLoader[Entry]:
         """Batches, in the order in which `batches` gives them."""
@@ -158,7 +177,7 @@ def fill(
 
     Args:
         model: in eval mode.
-        data: map-style, of images that are the same each time.
+        data: map-style, of images that are the same each time; of `Views` all views.
         batch_size: images per batch.
         num_workers: processes that load images.
         prepare: brings images to the model's device and type.
@@ -169,7 +188,9 @@ def fill(
     Raises:
         DataError: if the cache would be too large, or the disk is full.
     """
-    loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    of = data if isinstance(data, Views) else None
+    every = EveryView(of) if of else data
+    loader = batches(every, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     cache: Cache | None = None
     start = 0
     try:
@@ -177,27 +198,32 @@ def fill(
             with around():
                 reading = model.read(prepare(images))
             if cache is None:
-                cache = Cache(estimate(reading, len(data)), folder)
+                cache = Cache(estimate(reading, len(data), of.views if of else 1), folder, of)
             cache.put(start, reading, labels)
             start += len(images)
     except BaseException:
         if cache is not None:
             cache.close()
         raise
-    assert cache is not None and start == len(data)
+    assert cache is not None and start == len(every)
     return cache
 
 
-def estimate(reading: Reading, samples: int) -> Estimate:
+def estimate(reading: Reading, samples: int, views: int = 1) -> Estimate:
     """How large a cache of so many samples would be, from one batch.
 
     Args:
         reading: of any batch.
         samples: in the data.
+        views: of each sample.
     """
     tensors = (*reading.inputs, reading.logits)
     dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
-    return Estimate(samples, tuple(t.shape[1:] for t in tensors), dtype)
+    return Estimate(samples, tuple(t.shape[1:] for t in tensors), dtype, views)
+
+
+def _images(estimate: Estimate) -> str:
+    return f"{estimate.samples:,} images" + (f" in {estimate.views} views each" if estimate.views > 1 else "")
 
 
 def _no_room(folder: Path, size: int) -> str:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 HEAD, EPOCHS = "pool", 5  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
+LEARNING = (  # options that are arguments of `train` as they are
+    *("temperature", "loss", "cost_weight", "reach", "batch_size", "lr", "weight_decay", "seed", "patience"),
+    *("precision", "schedule", "augment", "shift", "mixup"),
+)
 PLACES = ("pareto", "fine", "golden", "linear", "quadratic")
 
 
@@ -103,10 +107,19 @@ def cli(ctx: click.Context) -> None:
     "--targets",
     help="labels, pseudo (the backbone's answers) or soft (its probabilities). Default: labels where there are any.",
 )
-@click.option("--loss", default="v1", show_default=True, help="v1, v2, mc or cost.")
+@click.option(
+    "--temperature", type=float, default=1.0, show_default=True, help="Of --targets soft, for --loss each: such as 2."
+)
+@click.option(
+    "--loss",
+    default="v1",
+    show_default=True,
+    help="v1, v2, mc or cost: the exits learn together; each: every exit for itself.",
+)
 @click.option(
     "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
 )
+@click.option("--reach", is_flag=True, help="Weight each image at an exit by the chance to get there; for --loss each.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 30 on the digits.")
 @click.option(
     "--cache/--no-cache",
@@ -114,7 +127,30 @@ def cli(ctx: click.Context) -> None:
     show_default=True,
     help="Run the backbone once and keep what the heads read, or run it in every epoch.",
 )
+@click.option(
+    "--augment",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Views of each training image: itself, its mirror image, then random crops.",
+)
+@click.option("--mirror/--no-mirror", default=True, help="Mirror images among the views; never of digits or signs.")
+@click.option(
+    "--shift",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Move feature maps by up to so many pixels of the input.",
+)
+@click.option(
+    "--mixup",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Mix two samples' features and targets, weights from Beta(X, X); for --loss each.",
+)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
+@click.option("--schedule", default="constant", show_default=True, help="Of the learning rate: constant or cosine.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
 @click.option(
@@ -248,23 +284,38 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     help="Images per batch, for each measurement.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="Each is timed so often, in turns."
+    "--training",
+    is_flag=True,
+    help="Time training instead, on random images: with the cache, and with the backbone in each epoch.",
+)
+@click.option("--images", type=click.IntRange(min=2), default=512, show_default=True, help="For --training.")
+@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="For --training.")
+@click.option(
+    "--rounds", type=click.IntRange(min=3), help="Each is timed so often, in turns. Default: 7; 3 for --training."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @DEVICE
 @JSON
 def bench(as_json: bool, **o: Any) -> None:
-    """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs."""
+    """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs.
+
+    With --training: what training costs with and without the cache.
+    """
     import torch
 
     from ptee.benchmark import bench as measure
     from ptee.devices import resolve_device
+    from ptee.training_speed import bench_training
 
     device = resolve_device(o["device"])
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     model = _build(_backbone(o), o).to(device)
-    found = measure(model, o["batch_sizes"], rounds=o["rounds"])
+    found: Any = (
+        bench_training(model, images=o["images"], epochs=o["epochs"], rounds=o["rounds"] or 3)
+        if o["training"]
+        else measure(model, o["batch_sizes"], rounds=o["rounds"] or 7)
+    )
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 
@@ -499,10 +550,8 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
         )
 
     history = train(
-        model, data.train, data.calibration, targets=targets, loss=o["loss"], cost_weight=o["cost_weight"],
-        epochs=o["epochs"], batch_size=o["batch_size"], lr=o["lr"], weight_decay=o["weight_decay"], seed=o["seed"],
-        patience=o["patience"], device=device, precision=o["precision"], num_workers=o["workers"], cache=o["cache"],
-        checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say,
+        model, data.train, data.calibration, targets=targets, mirror=o["mirror"] and data.mirror, epochs=o["epochs"], device=device, num_workers=o["workers"],
+        cache=o["cache"], checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say, **{key: o[key] for key in LEARNING},
     )  # fmt: skip
     if history.warning:
         click.echo(f"Warning: {history.warning}", err=True)
@@ -538,10 +587,9 @@ def _evaluate(
 
 
 def _check_settings(o: dict[str, Any]) -> None:
-    from ptee.training import check_settings
+    from ptee.settings import Settings
 
-    given = {key: o[key] for key in ("loss", "cost_weight", "batch_size", "lr", "weight_decay", "seed", "patience")}
-    check_settings(targets=o["targets"] or "labels", epochs=o["epochs"] or EPOCHS, precision=o["precision"], **given)
+    Settings(targets=o["targets"] or "labels", **{key: o[key] for key in LEARNING}).checked()
 
 
 def _note_threshold(threshold: list[float] | None) -> None:

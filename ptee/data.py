@@ -37,6 +37,8 @@ PARTS = {
 }
 # The same for torchvision's `split` argument. 'trainval' contains 'val', so it goes with 'test' alone.
 SPLIT_PAIRS = (("train", "val"), ("train", "valid"), ("train", "test"), ("trainval", "test"), ("train-standard", "val"))
+# Data sets whose mirror images are of another class or of none.
+SIDED = ("digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
@@ -57,6 +59,7 @@ class Data:
         class_names: in the order of the labels.
         source: what was asked for; `open_data` takes it again.
         split: for JSON: kind and parts of the source, rule, seed, sizes, and for files a hash of their names.
+        mirror: whether a mirror image shows the same class; false for data known to be of digits, letters or signs.
     """
 
     train: Labelled
@@ -65,6 +68,7 @@ class Data:
     class_names: tuple[str, ...]
     source: str
     split: dict[str, Any]
+    mirror: bool = True
 
     @property
     def summary(self) -> str:
@@ -143,7 +147,8 @@ def _split(listing: _Listing, source: str | Path, transform: Callable[[Image], T
         split["files_sha256"] = _hash_of_names(listing)
         for part in parts.values():
             part.files_sha256 = split["files_sha256"]  # for a training that is resumed, which is given a part alone
-    return Data(**parts, class_names=listing.class_names, source=str(source), split=split)
+    mirror = listing.kind in ("folder", "tar") or str(source).lower() not in SIDED
+    return Data(**parts, class_names=listing.class_names, source=str(source), split=split, mirror=mirror)
 
 
 def _complete(delivered: dict[str, Any], source: str | Path, seed: int) -> tuple[dict[str, Any], str]:

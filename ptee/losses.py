@@ -1,4 +1,4 @@
-"""What training minimises: the loss of the early exits blended by their own confidences, eqs. 6-12 of the thesis.
+"""What training minimises: the exits blended by their own confidences (thesis, eqs. 6-12), or each for itself.
 
 With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backbone's own output (h_E = 1):
 
@@ -9,9 +9,13 @@ With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backb
     v1   = CE(target, Y_0) + cost_weight C_0
     v2   = mean over n = 0..E of CE(target, Y_n) + cost_weight C_n
 
+    each = mean over n < E of KL(target || y_n), and of how well h_n tells whether exit n is right
+
 Cross-entropies are computed in log space, from logits: Y itself underflows where a loss is most needed.
 
-Source: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12.
+Sources: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12; for `each`
+Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015 (the temperature), and CalexNet,
+arXiv 2509.08318 (the weight of samples that reach an exit).
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from torch import Tensor
 from ptee.errors import PteeError, unknown
 
 Loss = Callable[..., Tensor]
+ALONE = "each"  # the loss in which no exit hears of the others; temperature, reach and mixup are for it only
+CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `each_loss`
 
 
 def mc_loss(
@@ -84,7 +90,69 @@ def v2_loss(
     return (cross_entropies + cost_weight * _expected_costs(logits, confidence_logits, costs)).mean()
 
 
-LOSSES: dict[str, Loss] = {"mc": mc_loss, "cost": cost_loss, "v1": v1_loss, "v2": v2_loss}
+def each_loss(
+    logits: Tensor,
+    confidence_logits: Tensor,
+    costs: Tensor,
+    target: Tensor,
+    cost_weight: float = 1.0,
+    *,
+    temperature: float = 1.0,
+    reach: bool = False,
+) -> Tensor:
+    """Every exit for itself: the divergence of its answer from the target, mean over the E exits.
+
+    h gets a term of its own, the cross-entropy of "this exit's answer is the target's largest class", and nothing else
+    moves it. The term counts one hundredth, which Adam without weight decay undoes for the confidence layer, where no other
+    gradient arrives; in the features, where the answers' gradient arrives too, it stays a hundredth.
+
+    Takes what `mc_loss` takes. Neither `costs` nor `cost_weight` is used: leaving has no price, a threshold sets it.
+
+    Args:
+        logits: (E+1, b, K); the last, the backbone's, play no part but in a target made of them.
+        confidence_logits: (E, b).
+        costs: not used here.
+        target: (b,) int64 labels, or (b, K) probabilities, at this same temperature.
+        cost_weight: not used here.
+        temperature: divides the exits' logits; the divergence is multiplied by its square, so that gradients keep their
+            size.
+        reach: weight each sample at exit n by the chance that it gets there, the product of 1 - h_i over i < n, as a
+            constant and with mean 1 over the batch.
+
+    Source: Hinton et al. 2015, section 2; CalexNet, arXiv 2509.08318.
+    """
+    _require_exits(logits, confidence_logits)
+    wide = logits[:-1].to(_wide(logits))
+    gates = confidence_logits.to(wide.dtype)
+    divergence = temperature**2 * _divergences((wide / temperature).log_softmax(-1), target)
+    if reach:
+        divergence = divergence * reach_weights(gates)
+    best = target if target.dim() == 1 else target.argmax(-1)
+    right = (wide.argmax(-1) == best).to(wide.dtype)
+    return divergence.mean() + CONFIDENCE_SHARE * F.binary_cross_entropy_with_logits(gates, right)
+
+
+def reach_weights(confidence_logits: Tensor) -> Tensor:
+    """(E, b) how likely each sample is to reach each exit, without gradient, with mean 1 over the batch.
+
+    Args:
+        confidence_logits: (E, b).
+    """
+    stay = F.logsigmoid(-confidence_logits.detach())  # log (1 - h)
+    arrive = torch.cat([torch.zeros_like(stay[:1]), stay[:-1].cumsum(0)])  # of the exits before
+    return arrive.softmax(-1) * arrive.shape[-1]
+
+
+def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
+    """(E, b) KL of each exit's answer from the target; for labels their cross-entropy, which is the same."""
+    if target.dim() == 1:
+        index = target.expand(len(log_y), -1).unsqueeze(-1)
+        return -log_y.gather(-1, index).squeeze(-1)
+    target = target.to(log_y.dtype)
+    return (torch.special.xlogy(target, target) - target * log_y).sum(-1)
+
+
+LOSSES: dict[str, Loss] = {"mc": mc_loss, "cost": cost_loss, "v1": v1_loss, "v2": v2_loss, ALONE: each_loss}
 
 
 def get_loss(name: str) -> Loss:

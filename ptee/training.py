@@ -1,8 +1,8 @@
 """Training: the heads learn, the backbone does not.
 
-Each batch runs through the frozen backbone once, or once for all epochs (`cache`); every head answers, and one of the joint losses (EENet eqs. 6-12) judges
-all answers and confidences together. The loop is accelerate's: the same on a CPU, on a GPU and, under
-`accelerate launch`, on several.
+Each batch runs through the frozen backbone once, or once for all epochs (`cache`); every head answers, and a loss (`losses`)
+judges all answers and confidences. The loop is accelerate's: the same on a CPU, on a GPU and, under `accelerate launch`, on
+several.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from numbers import Integral, Real
+from dataclasses import asdict, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -29,101 +29,17 @@ from ptee.batches import batches, is_loader
 from ptee.cache import Cache, entries, fill
 from ptee.checkpoint import Reached
 from ptee.devices import accelerator_on
-from ptee.errors import DataError, PteeError, RunError, first_line, unknown
-from ptee.losses import get_loss
+from ptee.errors import DataError, PteeError, RunError, first_line
+from ptee.history import Epoch, History
+from ptee.losses import ALONE
 from ptee.model import EarlyExitModel, Reading
-from ptee.tables import table
+from ptee.settings import Settings, check_epochs
+from ptee.steps import Found, Means, Step, Sums, moved, rows_of
 from ptee.traces import COLLAPSED, odd_labels
+from ptee.views import Views
 from ptee.weights import weights_hash
 
-TARGETS = ("labels", "pseudo", "soft")
-PRECISIONS = ("auto", "no", "bf16", "fp16")
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (thesis 4.2)
-LARGEST_SEED = 2**32
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Means over one epoch, each batch judged before its own update.
-
-    Attributes:
-        number: from 1.
-        loss: what was minimised.
-        accuracy: (E+1) of each exit against the labels; None without labels.
-        fidelity: (E+1) share of each exit's answers that are the backbone's.
-        leaving: (E+1) share of the samples that would leave at each exit at the model's threshold.
-        val_loss: the loss on val_data after the epoch, or None.
-        seconds: the epoch took.
-    """
-
-    number: int
-    loss: float
-    accuracy: list[float] | None
-    fidelity: list[float]
-    leaving: list[float]
-    val_loss: float | None
-    seconds: float
-
-    @property
-    def judged(self) -> float:
-        """The loss that early stopping goes by."""
-        return self.loss if self.val_loss is None else self.val_loss
-
-
-@dataclass
-class History:
-    """What happened in training. Prints as a table.
-
-    Attributes:
-        epochs: the complete ones.
-        interrupted: Ctrl-C ended it; the heads are those of the last complete epoch.
-        stopped_early: the loss no longer fell; the heads are those of the best epoch.
-        warning: a sentence about a collapse, or None.
-    """
-
-    epochs: list[Epoch] = field(default_factory=list)
-    interrupted: bool = False
-    stopped_early: bool = False
-    warning: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        title = ("epoch", "loss", "held-out", "accuracy", "fidelity", "leaving", "seconds")
-        lines = [
-            (str(e.number), f"{e.loss:.4f}", "-" if e.val_loss is None else f"{e.val_loss:.4f}",
-             _each(e.accuracy), _each(e.fidelity), _each(e.leaving), f"{e.seconds:.0f}")
-            for e in self.epochs
-        ]  # fmt: skip
-        end = "Interrupted." if self.interrupted else "Stopped early." if self.stopped_early else None
-        legend = "accuracy, fidelity, leaving: of each exit, the backbone's own output last."
-        return "\n".join(filter(None, [table([title, *lines]), legend, end, self.warning]))
-
-
-def _each(shares: Sequence[float] | None) -> str:
-    return "-" if shares is None else " ".join(f"{share:.3f}" for share in shares)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What must be the same for a training to be continued."""
-
-    targets: str
-    loss: str
-    cost_weight: float
-    batch_size: int
-    lr: float
-    weight_decay: float
-    seed: int
-    precision: str
-    patience: int | None
-    exits: list[str]
-    head: str
-    classes: int
-    backbone: str  # hash of its weights
-    data: str  # how long, and of which files
 
 
 def train(
@@ -132,14 +48,21 @@ def train(
     val_data: Any = None,
     *,
     targets: str = "labels",
+    temperature: float = 1.0,
     loss: str = "v1",
     cost_weight: float = 1.0,
+    reach: bool = False,
     epochs: int = 5,
     batch_size: int = 128,
     lr: float = 1e-3,
+    schedule: str = "constant",
     weight_decay: float = 0.0,
     seed: int = 0,
     patience: int | None = None,
+    augment: int = 1,
+    mirror: bool = True,
+    shift: int = 0,
+    mixup: float = 0.0,
     device: str | torch.device | None = None,
     precision: str = "auto",
     num_workers: int = 0,
@@ -159,14 +82,27 @@ def train(
         val_data: likewise; its loss is recorded after each epoch.
         targets: "labels", "pseudo" (the backbone's own answers) or "soft" (its probabilities). The last two need no
             labels; with labels that are no classes of the backbone there is no accuracy.
-        loss: "v1", "v2", "mc" or "cost".
-        cost_weight: lambda, what a unit of cost is worth in cross-entropy.
+        temperature: divides the logits of which targets="soft" makes probabilities, and the heads' too (Hinton). Only for
+            loss="each".
+        loss: "v1", "v2", "mc" or "cost", which blend all exits' answers by h; or "each", in which every head learns for
+            itself and h learns whether its head is right.
+        cost_weight: lambda, what a unit of cost is worth in cross-entropy; no part of "each".
+        reach: weight each sample at an exit by the chance that it gets there. Only for loss="each".
         epochs: number of passes over the data.
         batch_size: samples per update, on each process.
-        lr: of Adam.
+        lr: of Adam, at the beginning.
+        schedule: "constant", or "cosine": from lr to 0 along half a cosine, a step with each batch. A training that is
+            resumed then has the same number of epochs.
         weight_decay: of Adam.
         seed: of the order of the data.
         patience: stop after so many epochs without a lower loss (of val_data, where given), and go back to the best.
+        augment: views of each training image, of which each epoch draws one: the image, its mirror image, and others cut
+            out of the padded image at random, all made of the tensors that the data set gives. A cache keeps them all.
+        mirror: whether mirror images show the same class; False for digits, letters and traffic signs.
+        shift: move what the heads read of each sample by up to so many pixels of the input, at random, all heads alike;
+            zeros come in. Only maps (b, c, h, w) are moved, and tokens that a head reads as a grid; pooled vectors are not.
+        mixup: mix what the heads read of two samples, and their targets, with weights from Beta(mixup, mixup). The figures
+            of an epoch are then those of mixtures, against the heavier sample. Only for loss="each".
         device: None: accelerate's choice, a GPU where there is one.
         precision: "auto" (bf16 where the device computes in it), "no", "bf16" or "fp16".
         num_workers: processes that load a data set.
@@ -180,10 +116,12 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used.
         RunError: if the checkpoint belongs to another training.
     """
-    check_settings(
-        targets=targets, loss=loss, precision=precision, epochs=epochs, batch_size=batch_size, seed=seed,
-        patience=patience, lr=lr, weight_decay=weight_decay, cost_weight=cost_weight,
-    )  # fmt: skip
+    check_epochs(epochs)
+    settings = Settings(
+        targets=targets, loss=loss, cost_weight=cost_weight, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+        seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach, schedule=schedule,
+        augment=augment, mirror=mirror, shift=shift, mixup=mixup,
+    ).checked()  # fmt: skip
     with (
         accelerator_on(device, precision) as accelerator,
         _on_device(model, accelerator.device),
@@ -191,75 +129,45 @@ def train(
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        settings = _Settings(
-            targets, loss, float(cost_weight), int(batch_size), float(lr), float(weight_decay), int(seed),
-            accelerator.mixed_precision, patience and int(patience),
-            [e.name for e in model.exits], model.plan.head, model.num_classes, weights_hash(model.backbone),
-            _about(train_data),
-        )  # fmt: skip
-        run = _Training(model, accelerator, settings, Path(checkpoint) if checkpoint else None)
+        settings = replace(settings, precision=accelerator.mixed_precision)
+        same = asdict(settings) | _about(model, train_data)
+        if settings.schedule == "cosine":
+            same["epochs"] = int(epochs)  # of which each learning rate depends
+        run = _Training(model, accelerator, settings, same, Path(checkpoint) if checkpoint else None)
         if resume:
             run.resume()
         return run.fit(train_data, val_data, epochs, num_workers, cache, on_epoch)
 
 
-def _about(data: Any) -> str:
-    """How long it is and, where it is files, which: with one more, others are drawn for training."""
-    files = getattr(data, "files_sha256", None)
-    return f"{length_hint(data, 0)} long" + (f" of files {files[:16]}" if files else "")
+def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:
+    """What else must be the same for a training to be continued: the model, the data's length and, of files, which.
 
-
-def check_settings(
-    *,
-    targets: str,
-    loss: str,
-    precision: str,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    patience: int | None,
-    lr: float,
-    weight_decay: float,
-    cost_weight: float,
-) -> None:
-    """Refuse by name what `train` cannot work with, before anything is read or written. Arguments are those of `train`.
-
-    Raises:
-        PteeError: naming the argument.
+    With one file more, others are drawn for training.
     """
-    if targets not in TARGETS:
-        raise unknown("targets", targets, TARGETS)
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    get_loss(loss)
-    _require_numbers(Integral, "a whole number", epochs=epochs, batch_size=batch_size, seed=seed)
-    _require_numbers(Real, "a number", lr=lr, weight_decay=weight_decay, cost_weight=cost_weight)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
-        if not 0 < value < math.inf:
-            raise PteeError(f"The {name} {value} must be positive.")
-    if patience is not None:
-        _require_numbers(Integral, "a whole number", patience=patience)
-        if patience < 1:
-            raise PteeError(f"The patience {patience} must be one epoch at least, or None.")
-    for name, value in (("weight_decay", weight_decay), ("cost_weight", cost_weight)):
-        if not 0 <= value < math.inf:
-            raise PteeError(f"The {name} {value} must be a number, not negative.")
-    if not 0 <= seed < LARGEST_SEED:
-        raise PteeError(f"The seed {seed} must lie between 0 and {LARGEST_SEED - 1}.")
-
-
-def _require_numbers(kind: type, words: str, **values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise PteeError(f"The {name} {value!r} must be {words}.")
+    files = getattr(data, "files_sha256", None)
+    return {
+        "exits": [e.name for e in model.exits],
+        "head": model.plan.head,
+        "classes": model.num_classes,
+        "backbone": weights_hash(model.backbone),
+        "data": f"{length_hint(data, 0)} long" + (f" of files {files[:16]}" if files else ""),
+    }
 
 
 class _Training:
     """One training: the step, its optimiser, and what has been reached."""
 
-    def __init__(self, model: EarlyExitModel, accelerator: Any, settings: _Settings, checkpoint: Path | None) -> None:
-        self.model, self.accelerator, self.settings, self.checkpoint = model, accelerator, settings, checkpoint
-        step = _Step(model, settings)
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        accelerator: Any,
+        settings: Settings,
+        same: dict[str, Any],
+        checkpoint: Path | None,
+    ) -> None:
+        self.model, self.accelerator, self.settings = model, accelerator, settings
+        self.checkpoint, self.same = checkpoint, same  # and what must be the same for it to be continued
+        step = Step(model, settings)
         adam = torch.optim.Adam(model.heads.parameters(), settings.lr, weight_decay=settings.weight_decay)
         self.step, self.adam = accelerator.prepare(step, adam, device_placement=[False, False])
         self.history = History()
@@ -267,15 +175,41 @@ class _Training:
         self.dtype = next(model.heads.parameters()).dtype
         if self.dtype not in (torch.float32, torch.float64):
             raise PteeError(f"Heads in {self.dtype} cannot be trained well. Train model.float(), then convert it.")
+        if settings.shift:
+            self._require_maps()
         # Batch norm in the heads has nothing to learn from one row.
         self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
 
+    @torch.no_grad()
+    def _require_maps(self) -> None:
+        like = next(self.model.heads.parameters())
+        self.model.eval()
+        read = self.model.read(torch.zeros(2, *self.model.plan.input_size, dtype=like.dtype, device=like.device))
+        if not any(x.dim() == 4 for x in read.inputs):
+            raise PteeError(
+                f"The shift {self.settings.shift} moves feature maps, but {self.model.plan.head!r} heads read pooled vectors: "
+                "take others, such as 'conv1', or augment images instead (--augment)."
+            )
+
     def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, cache: bool, on_epoch: Any) -> History:
+        train_data = self._with_views(train_data)
         with ExitStack() as stack:
             if cache and self.accelerator.num_processes == 1 and epochs > len(self.history.epochs):
                 train_data = self._cached(train_data, "training images", workers, stack)
                 val_data = None if val_data is None else self._cached(val_data, "held-out images", workers, stack)
             return self._fit(train_data, val_data, epochs, workers, on_epoch)
+
+    def _with_views(self, data: Any) -> Any:
+        settings = self.settings
+        if settings.augment == 1:
+            return data
+        batches(data, batch_size=1, shuffle=False)  # refuses what is neither data set nor loader
+        if is_loader(data):
+            raise DataError(
+                f"{settings.augment} views (augment) need a data set, and this is a {type(data).__name__}, which yields its "
+                "own batches: pass its data set, or leave augment out."
+            )
+        return Views(data, settings.augment, seed=settings.seed, mirror=settings.mirror)
 
     def _cached(self, data: Any, words: str, workers: int, stack: ExitStack) -> Any:
         """What the heads read of a data set, until the stack is left; a loader as it is."""
@@ -289,7 +223,7 @@ class _Training:
             num_workers=workers,
             prepare=lambda images: images.to(self.accelerator.device, self.dtype),
             around=self.accelerator.autocast,
-            words=f"backbone, once over the {words}",
+            words=f"backbone, once over the {words}" + (f", {data.views} views" if isinstance(data, Views) else ""),
         )
         stack.callback(filled.close)
         return filled
@@ -298,12 +232,15 @@ class _Training:
         order = torch.Generator()
         loader = self._loader(train_data, True, workers, order)
         val_loader = None if val_data is None else self._loader(val_data, False, workers)
+        rates = self._rates(loader, epochs)
         while not self._nothing_gets_better() and (number := len(self.history.epochs) + 1) <= epochs:
             order.manual_seed(self.settings.seed * 1_000_003 + number)
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
+            if isinstance(train_data, (Cache, Views)):
+                train_data.begin(number)
             complete = copy.deepcopy(self.model.heads.state_dict())
             try:
-                epoch = self._epoch(number, epochs, loader, val_loader)
+                epoch = self._epoch(number, epochs, loader, val_loader, rates)
             except BaseException as why:
                 self.model.heads.load_state_dict(complete)
                 if not isinstance(why, KeyboardInterrupt):
@@ -343,19 +280,37 @@ class _Training:
             return loader
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
-    def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any) -> Epoch:
+    def _rates(self, loader: Any, epochs: int) -> LambdaLR | None:
+        """The learning rate of each batch, from the one after the last complete epoch on; None where it is constant."""
+        if self.settings.schedule == "constant":
+            return None
+        steps = length_hint(loader, 0)
+        if not steps:
+            raise DataError(
+                "The schedule 'cosine' must know how many batches there are, and this loader has no length. "
+                "Take the schedule 'constant'."
+            )
+        adam = self.adam.optimizer  # torch's, inside accelerate's
+        for group in adam.param_groups:
+            group["initial_lr"] = self.settings.lr
+        done = len(self.history.epochs) * steps
+        return LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / (epochs * steps))) / 2, last_epoch=done - 1)
+
+    def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any, rates: LambdaLR | None) -> Epoch:
         start = time.perf_counter()
         self.model.train()
-        sums = _Sums()
+        sums = Sums()
         bar = tqdm(loader, desc=f"epoch {number}/{epochs}", leave=False, disable=None if self._is_main() else True)
         for seen, labels in entries(bar):
-            if _rows(seen) < self.fewest:
+            if rows_of(seen) < self.fewest:
                 continue
             found = self._judge(seen, labels)
             self.accelerator.backward(found.loss)
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
-            sums.add(found, _rows(seen))
+            if rates is not None:
+                rates.step()
+            sums.add(found, rows_of(seen))
             if not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
@@ -367,7 +322,7 @@ class _Training:
                 f"The loss is {means.loss} in epoch {number}. Lower the learning rate (--lr {self.settings.lr / 10:g})."
             )
         val_loss = None if val_loader is None else self._loss_on(val_loader)
-        return replace(means, number=number, val_loss=val_loss, seconds=time.perf_counter() - start)
+        return Epoch(number, *means, val_loss, time.perf_counter() - start)
 
     def _share_statistics(self) -> None:
         """Batch norm saw other rows in each process; all go on with those of the first."""
@@ -380,13 +335,13 @@ class _Training:
     @torch.no_grad()
     def _loss_on(self, loader: Any) -> float:
         self.model.eval()
-        sums = _Sums()
+        sums = Sums()
         for seen, labels in entries(loader):
-            sums.add(self._judge(seen, labels), _rows(seen))
+            sums.add(self._judge(seen, labels), rows_of(seen))
         return self._over_processes(sums).loss
 
-    def _judge(self, seen: Tensor | Reading, labels: Tensor | None) -> _Found:
-        found: _Found = self.step(_moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
+    def _judge(self, seen: Tensor | Reading, labels: Tensor | None) -> Found:
+        found: Found = self.step(moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
         return found
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
@@ -398,7 +353,7 @@ class _Training:
             raise DataError(f"The data cannot be learnt from: {fault}. Use the backbone's answers: targets='pseudo'.")
         return None
 
-    def _over_processes(self, sums: _Sums) -> Epoch:
+    def _over_processes(self, sums: Sums) -> Means:
         total = sums.tensor()
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
@@ -417,6 +372,8 @@ class _Training:
         exits = self.model.exits
         where = f"exit {n} ({exits[n].name})" if n < len(exits) else "the backbone's own output"
         mend = f"{'Lower' if n < len(exits) else 'Raise'} the cost weight (it is {self.settings.cost_weight:g})"
+        if self.settings.loss == ALONE:
+            return  # h says who is right, not who should leave
         if self.settings.loss in ("cost", "mc"):
             mend = f"The loss {self.settings.loss!r} does that by itself: use 'v1' or 'v2'"
         self.history.warning = (
@@ -433,14 +390,14 @@ class _Training:
             return
         heads = self.model.heads.state_dict()
         reached = Reached(heads, self.best_heads, self.adam.state_dict()["state"], self.history.to_dict())
-        checkpoint.write(self.checkpoint, reached, asdict(self.settings))
+        checkpoint.write(self.checkpoint, reached, self.same)
 
     def resume(self) -> None:
         """Go on where the checkpoint stopped; without one, begin."""
         path = self.checkpoint
         if path is None or not path.is_file():
             return
-        reached = checkpoint.read(path, asdict(self.settings))
+        reached = checkpoint.read(path, self.same)
         try:
             epochs = [Epoch(**epoch) for epoch in reached.history["epochs"]]
             if self.settings.patience is not None:
@@ -450,89 +407,6 @@ class _Training:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
             raise RunError(f"{path} does not fit these heads: {first_line(why)} Delete it to begin anew.") from why
         self.best_heads, self.history.epochs = reached.best_heads, epochs
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one batch showed, as sums over its rows; tensors on the device."""
-
-    loss: Tensor  # the mean
-    right: Tensor | None  # (E+1,)
-    faithful: Tensor  # (E+1,)
-    leaving: Tensor  # (E+1,)
-
-
-class _Step(nn.Module):
-    """One batch to its loss, in one forward pass, so that DistributedDataParallel sees it."""
-
-    def __init__(self, model: EarlyExitModel, settings: _Settings) -> None:
-        super().__init__()
-        self.model, self.targets, self.cost_weight = model, settings.targets, settings.cost_weight
-        self.loss = get_loss(settings.loss)
-
-    def forward(self, seen: Tensor | Reading, labels: Tensor | None) -> _Found:
-        every = self.model.answer(seen) if isinstance(seen, Reading) else self.model.all_exits(seen)
-        device = every.logits.device
-        final = every.logits[-1].detach()
-        target = {
-            "labels": lambda: labels,
-            "pseudo": lambda: final.argmax(-1),
-            "soft": lambda: final.float().softmax(-1),
-        }
-        costs = torch.tensor(self.model.costs, device=device, dtype=torch.float32)
-        loss = self.loss(every.logits, every.confidence_logits, costs, target[self.targets](), self.cost_weight)
-        with torch.no_grad():
-            answers = every.logits.argmax(-1)
-            wall = torch.tensor(self.model.threshold, device=device)[:, None]
-            sure = torch.cat([every.confidence[:-1] >= wall, torch.ones_like(answers[:1], dtype=torch.bool)])
-            first = sure.int().argmax(0)
-            right = None if labels is None else (answers == labels).sum(1)
-            return _Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
-
-
-def _rows(seen: Tensor | Reading) -> int:
-    return len(seen.logits if isinstance(seen, Reading) else seen)
-
-
-def _moved(seen: Tensor | Reading, device: torch.device, dtype: torch.dtype) -> Tensor | Reading:
-    if isinstance(seen, Reading):
-        return Reading(tuple(x.to(device, dtype) for x in seen.inputs), seen.logits.to(device, dtype))
-    return seen.to(device, dtype)
-
-
-class _Sums:
-    """Sums over the rows of an epoch."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self.labelled = True
-        self.loss: Tensor | float = 0.0
-        self.counts: Tensor | int = 0  # (3, E+1) right, faithful, leaving
-
-    def add(self, found: _Found, rows: int) -> None:
-        self.samples += rows
-        self.labelled &= found.right is not None
-        self.loss = self.loss + found.loss.detach().float() * rows
-        right = torch.zeros_like(found.faithful) if found.right is None else found.right
-        self.counts = self.counts + torch.stack([right, found.faithful, found.leaving])
-
-    def postfix(self) -> dict[str, str]:
-        """For the progress bar: loss, and accuracy (or fidelity) of each exit."""
-        right, faithful, _ = (torch.as_tensor(self.counts) / self.samples).tolist()
-        percent = lambda shares: "/".join(f"{100 * s:.0f}" for s in shares)  # noqa: E731
-        shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fid%": percent(faithful)}
-        return shown | ({"acc%": percent(right)} if self.labelled else {})
-
-    def tensor(self) -> Tensor:
-        """All sums in one vector, to be added up over processes; on the CPU, as MPS has no float64."""
-        head = torch.tensor([self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64)
-        return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
-
-    def mean(self, sums: Tensor) -> Epoch:
-        """The means out of the added-up vector; number, val_loss and seconds are the caller's."""
-        samples, unlabelled, loss, *counts = sums.tolist()
-        right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
-        return Epoch(0, loss / samples, None if unlabelled else right, faithful, leaving, None, 0.0)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ptee.cache import Cache, Estimate, estimate, fill
 from ptee.errors import DataError
 from ptee.heads import HEADS
 from ptee.model import Reading
+from ptee.views import Views, draw
 
 SIZE = (3, 64, 64)
 
@@ -145,6 +146,20 @@ def test_a_small_cache_keeps_its_precision_and_a_large_one_half_of_it():
 def test_the_size_is_known_after_one_batch():
     reading = Reading((torch.zeros(4, 8), torch.zeros(4, 2, 3, 3)), torch.zeros(4, 5))
     assert estimate(reading, 10).size == 10 * (8 + 18 + 5) * 4
+
+
+def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn():
+    seen = Views(images(10), 3)
+    kept = fill(early(), seen, batch_size=8, around=nullcontext)
+    assert kept.estimate.size == 3 * estimate(kept[[0]].reading, 10).size
+    kept.begin(4)
+    assert torch.equal(seen.drawn, draw(10, 3, 0, 4))
+    assert len(kept) == 10
+    rows = torch.stack([seen[i][0] for i in (7, 2)])
+    with torch.no_grad():
+        for got, want in zip(kept[[7, 2]].reading.inputs, early().read(rows).inputs, strict=True):
+            torch.testing.assert_close(got, want)
+    assert torch.equal(kept[[7, 2]].labels, images(10).tensors[1][[7, 2]])
 
 
 # ---------------------------------------------------------------------------------------------------- its files

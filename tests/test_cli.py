@@ -926,3 +926,35 @@ def test_bench_takes_a_number_of_threads(run):
     finally:
         torch.set_num_threads(before)
     assert found["threads"] == 1
+
+
+def test_bench_times_training_on_a_cache_and_without(run):
+    words = ("bench", *RANDOM, "--training", "--images", 8, "--epochs", 3)
+    assert re.search(
+        r"3 epochs on the cache cost [\d.]+ times one pass of the backbone, [\d.]+ times less", run(*words).out
+    )
+    found = json.loads(run(*words, "--json").out)
+    assert found["times_less"] == pytest.approx(3 * found["fresh"] / (found["fill"] + 3 * found["cached"]))
+
+
+def test_augment_takes_every_way_of_learning(run, known):
+    how = ("--loss", "each", "--targets", "soft", "--temperature", 2, "--reach", "--schedule", "cosine")
+    more = ("--augment", 2, "--no-mirror", "--mixup", 0.2, "--shift", 2, "--head", "conv1")
+    done = run("augment", *known, *SHORT, *how, *more, "--out", "out", "--no-speed")
+    assert done.status == 0, done.err
+    assert "epoch 2/2" in done.out
+
+
+def test_no_digit_is_mirrored(run, monkeypatch):
+    from ptee import defaults, training
+
+    monkeypatch.setattr(defaults, "EPOCHS", 1)
+    asked = {}
+
+    def train(*_: object, **given: object) -> None:
+        asked.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", train)
+    run("augment", "--augment", 2)
+    assert (asked["augment"], asked["mirror"]) == (2, False)

@@ -795,3 +795,8 @@ def test_real_mnist_opens_by_name(real_data):
     data = opened("MNIST", root=real_data / "mnist")
     assert data.split["sizes"] == {"train": 14_400, "calibration": 1_600, "validation": 10_000}
     assert map_labels(data.class_names, 10).indices == tuple(range(10))
+
+
+@pytest.mark.parametrize(("source", "mirror"), [("folder", True), ("tars", True), ("digits", False)])
+def test_a_mirror_image_of_a_digit_is_no_digit(source, mirror, request):
+    assert opened(source if source == "digits" else request.getfixturevalue(source)).mirror is mirror

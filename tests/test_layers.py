@@ -17,16 +17,16 @@ PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
-    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices",
-    2: "labels heads cuts backbones",
+    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices views mixing history",
+    2: "labels heads cuts backbones settings",
     3: "blocks proof runs learned front",
     4: "placement checkpoint hold",
     5: "plans",
     6: "calls",
     7: "model",
-    8: "traces cache benchmark zoo",
+    8: "traces cache steps benchmark zoo",
     9: "evaluation training",
-    10: "defaults",
+    10: "defaults training_speed",
     11: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
@@ -89,7 +89,8 @@ def test_only_the_command_prints_or_ends_the_program(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["losses", "heads", "placement", "plans", "blocks", "layout", "replay", "costs", "cuts", "proof"]
+    "module",
+    ["losses", "mixing", "heads", "placement", "plans", "blocks", "layout", "replay", "costs", "cuts", "proof"],
 )
 def test_the_method_knows_no_file_and_no_arguments(module):
     names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}

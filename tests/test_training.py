@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ptee
-from ptee import training
+from ptee import steps, training
 from ptee.errors import DataError, DeviceError, PteeError, RunError, UnknownName
 from ptee.losses import v1_loss
+from ptee.settings import TARGETS
 from ptee.training import Epoch, History, train
 from ptee.weights import weights_hash
 
@@ -110,7 +111,7 @@ class Interrupted(Dataset):
 # what changes, and what does not
 
 
-@pytest.mark.parametrize("targets", training.TARGETS)
+@pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("head", ["pool", "bnpool", "conv1"])
 def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
     model = made(head)
@@ -120,6 +121,19 @@ def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
     assert not any(torch.equal(value, before[name]) for name, value in heads(model).items() if value.dim())
     assert not any(p.requires_grad or p.grad is not None for p in model.backbone.parameters())
     assert history.epochs[-1].loss < history.epochs[0].loss
+
+
+@pytest.mark.parametrize("head", ["pool", "conv1"])
+@pytest.mark.parametrize("settings", [{}, {"targets": "soft", "temperature": 2.0}, {"reach": True}], ids=str)
+def test_heads_that_learn_each_for_itself_come_nearer_to_their_targets_and_know_it(settings, head):
+    model = made(head)
+    history = fit(model, loss="each", epochs=40, **settings)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    with torch.no_grad():
+        every = model.all_exits(images())
+    best = every.logits[-1].argmax(-1) if settings.get("targets") else labels()
+    right = (every.logits[:-1].argmax(-1) == best).double().mean(1)
+    assert every.confidence[:-1].double().mean(1).tolist() == pytest.approx(right.tolist(), abs=0.25)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -147,6 +161,27 @@ def test_one_seed_gives_one_result_and_another_seed_another():
         runs.append(heads(model))
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"), [("constant", [1.0] * 6), ("cosine", [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])]
+)
+def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, monkeypatch):
+    rates = []
+
+    class Telling(torch.optim.Adam):
+        def step(self, *args: Any, **more: Any) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args, **more)
+
+    monkeypatch.setattr(torch.optim, "Adam", Telling)
+    fit(made(), epochs=2, lr=0.01, schedule=schedule)  # three batches each
+    assert rates == pytest.approx([0.01 * rate for rate in want])
+
+
+def test_a_cosine_over_batches_without_number_is_refused():
+    with pytest.raises(DataError, match=r"'cosine'.*'constant'"):
+        fit(made(), DataLoader(Stream(), 16), schedule="cosine")
 
 
 def test_the_callers_random_numbers_are_left_alone():
@@ -180,9 +215,9 @@ class OnMps(Tensor):
 
 
 def test_an_epoch_is_added_up_without_float64_on_the_device():
-    sums = training._Sums()
+    sums = steps.Sums()
     counts = [torch.tensor(n).as_subclass(OnMps) for n in ([1, 2], [3, 4], [0, 4])]
-    sums.add(training._Found(torch.tensor(0.5).as_subclass(OnMps), *counts), rows=4)
+    sums.add(steps.Found(torch.tensor(0.5).as_subclass(OnMps), *counts), rows=4)
     assert sums.tensor().tolist() == [4, 0, 2, 1, 2, 3, 4, 0, 4]
 
 
@@ -392,6 +427,20 @@ REFUSED = {
     "half a patience": ({"patience": 1.5}, PteeError, "patience 1.5.*whole number"),
     "true for a number": ({"epochs": True}, PteeError, "epochs True.*whole number"),
     "a learning rate in words": ({"lr": "0.1"}, PteeError, "lr '0.1'.*number"),
+    "no view": ({"augment": 0}, PteeError, "augment 0"),
+    "a schedule": ({"schedule": "cosin"}, UnknownName, "cosin.*Did you mean 'cosine'"),
+    "no temperature": ({"loss": "each", "targets": "soft", "temperature": 0.0}, PteeError, "temperature 0.0"),
+    "a temperature for exits that learn together": (
+        {"targets": "soft", "temperature": 2},
+        PteeError,
+        "temperature 2.*'each'.*'v1'",
+    ),
+    "a temperature for labels": ({"loss": "each", "temperature": 2}, PteeError, "temperature 2.*'soft'.*'labels'"),
+    "weights for exits that learn together": ({"reach": True}, PteeError, "reach True.*'each'.*'v1'"),
+    "a mixture for exits that learn together": ({"mixup": 0.2}, PteeError, "mixup 0.2.*'each'.*'v1'"),
+    "a negative shift": ({"shift": -1}, PteeError, "shift -1"),
+    "half a pixel": ({"shift": 0.5}, PteeError, "shift 0.5.*whole number"),
+    "weights in words": ({"loss": "each", "reach": "yes"}, PteeError, "reach 'yes'.*True or False"),
     "no weight decay at all": ({"weight_decay": None}, PteeError, "weight_decay None.*number"),
 }
 
@@ -566,7 +615,7 @@ def on_time(history: History) -> list[Epoch]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss": "v2"}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
+    [{}, {"loss": "v2"}, {"loss": "each", "reach": True}, {"schedule": "cosine"}, {"loss": "each", "shift": 3, "mixup": 0.5}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
     ids=lambda s: ", ".join(s) or "as it is",
 )  # fmt: skip
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -611,6 +660,13 @@ def test_more_epochs_can_be_added_later(tmp_path):
     assert same(heads(model), heads(whole))
 
 
+def test_more_epochs_would_be_another_cosine(tmp_path):
+    settings = {"schedule": "cosine", "checkpoint": tmp_path / "c.safetensors"}
+    fit(made(), epochs=2, **settings)
+    with pytest.raises(RunError, match=r"epochs 2 \(now 4\)"):
+        fit(made(), epochs=4, resume=True, **settings)
+
+
 def test_where_nothing_was_kept_resuming_begins_anew(tmp_path):
     begun, want = made(), made()
     fit(begun, checkpoint=tmp_path / "none.safetensors", resume=True)
@@ -637,7 +693,7 @@ def checkpoint(tmp_path) -> Path:
 
 OTHER = [
     ("targets", "soft"), ("loss", "v2"), ("cost_weight", 0.5), ("batch_size", 8), ("lr", 0.5), ("weight_decay", 0.5), ("seed", 3),
-    ("precision", "bf16"), ("patience", 3),
+    ("precision", "bf16"), ("patience", 3), ("schedule", "cosine"),
 ]  # fmt: skip
 
 
