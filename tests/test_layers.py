@@ -17,7 +17,7 @@ PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
-    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices",
+    1: "costs layout losses policies solver replay batches data cifar_resnet weights origins freezing devices",
     2: "labels heads cuts backbones",
     3: "blocks proof runs",
     4: "placement checkpoint hold",
@@ -25,9 +25,10 @@ LAYERS = {  # a module imports from lower layers only
     6: "calls",
     7: "model",
     8: "traces cache benchmark zoo",
-    9: "evaluation training",
-    10: "defaults",
-    11: "cli",
+    9: "thresholds",
+    10: "evaluation training",
+    11: "defaults",
+    12: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
@@ -89,7 +90,22 @@ def test_only_the_command_prints_or_ends_the_program(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["losses", "heads", "placement", "plans", "blocks", "layout", "replay", "costs", "cuts", "proof"]
+    "module",
+    [
+        "losses",
+        "policies",
+        "solver",
+        "thresholds",
+        "heads",
+        "placement",
+        "plans",
+        "blocks",
+        "layout",
+        "replay",
+        "costs",
+        "cuts",
+        "proof",
+    ],
 )
 def test_the_method_knows_no_file_and_no_arguments(module):
     names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
