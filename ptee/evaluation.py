@@ -110,7 +110,7 @@ class Results:
         paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
         timed = ["images/s", "speed"] if self.early_exit.speedup is not None else []
         title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", *timed)
-        walls = " ".join(f"{t:g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
+        walls = " ".join(f"{t:.4g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
         names = {self.early_exit.name: f"early exit, T = {walls}"}
         lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
         return (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptee.errors import PteeError
-from ptee.solver import Problem, search
+from ptee.solver import ROUNDING, Problem, search
 from ptee.traces import Score, Traces
 
 WISHES = ("max_drop", "max_fidelity_drop", "max_cost")
@@ -101,7 +101,11 @@ class Solution:
         return asdict(self) | {"threshold": list(self.threshold), "off": list(self.off), "drop": self.drop}
 
     def __str__(self) -> str:
-        off = f" Off, as they do not pay: exit {', '.join(map(str, self.off))}." if self.off else ""
+        off = (
+            f" Off, as they do not pay: exit {', '.join(map(str, self.off))}; cost is without their heads."
+            if self.off
+            else ""
+        )
         accuracy = "" if self.drop is None else f"accuracy {self.score.accuracy:.4f} ({-self.drop:+.4f}), "
         walls = ", ".join(f"{t:.4f}" for t in self.threshold)
         return (
@@ -144,6 +148,7 @@ def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float =
     """`solve` for a wish that was read already."""
     if not 0 <= margin < math.inf:
         raise PteeError(f"margin is {margin:g}: give what to keep in reserve of {wish}, such as {wish.limit / 4:g}.")
+    require_reachable(wish, min(score.cost for score in truncation(traces)), margin)
     limited = "cost" if wish.kind == "max_cost" else "loss"
     heads = torch.zeros_like(traces.costs[:-1]) if traces.head_costs is None else traces.head_costs
     problem = Problem(
@@ -151,7 +156,7 @@ def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float =
     )
     choice = search(problem, one)
     if choice is None:
-        raise _unreachable(traces, wish, margin)
+        raise _unreachable(wish, margin)
     off = tuple(n for n, here in enumerate(choice.on.tolist()) if not here)
     walls = tuple(problem.walls(choice.taken, one))
     return Solution(wish, walls, off, scored(traces, walls, off), _bare(traces), problem.rows)
@@ -167,17 +172,29 @@ def _loss(traces: Traces, wish: Wish) -> Tensor:
     return right[-1] - right
 
 
-def _unreachable(traces: Traces, wish: Wish, margin: float) -> PteeError:
-    if wish.kind != "max_cost":
-        return PteeError(
-            f"{wish} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less."
+def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
+    """Refuse a cost below all that is possible.
+
+    Args:
+        wish: any; drops are never refused.
+        least: what leaving everybody at the cheapest exit costs, with no other head there.
+        margin: to be kept in reserve.
+
+    Raises:
+        PteeError: saying what is possible.
+    """
+    if wish.kind == "max_cost" and wish.limit - margin < least - ROUNDING:
+        asked = f"{wish} less a margin of {margin:g}" if margin else f"{wish}"
+        raise PteeError(
+            f"{asked} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
+            f"backbone. Give {math.ceil((least + margin) * 100) / 100:g} or more."
         )
-    least = min(score.cost for score in truncation(traces))
-    asked = f"{wish} less a margin of {margin:g}" if margin else f"{wish}"
-    return PteeError(
-        f"{asked} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
-        f"backbone. Give {math.ceil((least + margin) * 100) / 100:g} or more."
-    )
+
+
+def _unreachable(wish: Wish, margin: float) -> PteeError:
+    if wish.kind == "max_cost":
+        return PteeError(f"{wish} cannot be reached: too many confidences are no numbers. Train the heads again.")
+    return PteeError(f"{wish} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less.")
 
 
 def scored(traces: Traces, threshold: Sequence[float], off: Sequence[int] = ()) -> Score:

@@ -26,14 +26,14 @@ LAYERS = {  # a module imports from lower layers only
     7: "model",
     8: "traces cache benchmark zoo",
     9: "thresholds",
-    10: "evaluation training",
+    10: "evaluation training tuning",
     11: "defaults",
     12: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
 PUBLIC = {
-    *("augment", "plan", "train", "evaluate", "load", "register_head"),
+    *("augment", "plan", "train", "tune", "evaluate", "load", "register_head"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError"),
 }
 each_module = pytest.mark.parametrize("module", sorted(set(TREES) - ENTRANCES))
