@@ -17,7 +17,7 @@ PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
-    1: "costs layout losses policies solver replay batches data cifar_resnet weights origins freezing devices",
+    1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins freezing devices",
     2: "labels heads cuts backbones",
     3: "blocks proof runs",
     4: "placement checkpoint hold",
@@ -95,6 +95,7 @@ def test_only_the_command_prints_or_ends_the_program(module):
         "losses",
         "policies",
         "solver",
+        "reliability",
         "thresholds",
         "heads",
         "placement",
