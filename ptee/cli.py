@@ -145,7 +145,7 @@ def augment(**o: Any) -> None:
 
 def _augment(o: dict[str, Any]) -> None:
     from ptee.devices import resolve_device
-    from ptee.thresholds import require_reachable
+    from ptee.thresholds import require_labels, require_reachable
 
     device = resolve_device(o["device"])
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
@@ -160,6 +160,7 @@ def _augment(o: dict[str, Any]) -> None:
         model.threshold = o["threshold"]
     if wish:
         require_reachable(wish, min(model.plan.paper_costs[:-1]))
+        require_labels(wish, labelled=data.validation[0][1] >= 0)
     click.echo(f"{data.summary}\n\n{model.plan}\n")
     if backbone.source is None:
         click.echo(

@@ -164,12 +164,26 @@ def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float =
 
 def _loss(traces: Traces, wish: Wish) -> Tensor:
     """(E+1, n) what is lost where a row leaves: 1 for a right answer less than the backbone, -1 for one more."""
-    if wish.kind == "max_drop" and traces.targets is None:
-        why = traces.note or "These images have no labels."
-        raise PteeError(f"{why} So no accuracy can be lost: give max_fidelity_drop or max_cost.")
+    require_labels(wish, labelled=traces.targets is not None, why=traces.note)
     wanted = traces.answers[-1] if wish.kind == "max_fidelity_drop" else traces.targets
     right = traces.answers.eq(traces.answers[-1] if wanted is None else wanted).double()
     return right[-1] - right
+
+
+def require_labels(wish: Wish, labelled: bool, why: str = "") -> None:
+    """Refuse a drop of accuracy where there is none.
+
+    Args:
+        wish: any; the others need no labels.
+        labelled: whether the images have labels that are classes of the backbone.
+        why: they have not, in a sentence.
+
+    Raises:
+        PteeError: saying what is possible.
+    """
+    if wish.kind == "max_drop" and not labelled:
+        why = why or "These images have no labels that are classes of the backbone."
+        raise PteeError(f"{why} So no accuracy can be lost: give max_fidelity_drop or max_cost.")
 
 
 def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:

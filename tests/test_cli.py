@@ -593,6 +593,13 @@ def test_augment_refuses_such_a_cost_before_it_trains(run, known):
     assert "epoch" not in done.out
 
 
+def test_augment_refuses_a_drop_of_accuracy_without_labels_before_it_trains(run, things):
+    known = (*MODEL, "--weights", things / "weights.safetensors", "--data", things / "two", "--targets", "pseudo")
+    done = run("augment", *known, *SHORT, "--max-drop", 0.1)
+    assert_refused_after(done, "no labels.*max_fidelity_drop or max_cost")
+    assert "epoch" not in done.out
+
+
 def assert_refused_after(done: Done, said: str) -> None:
     assert (done.status, len(done.err.splitlines())) == (2, 1), done
     assert re.search(said, done.err)
