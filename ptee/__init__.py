@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ptee.plans import Plan as Plan
     from ptee.plans import plan as plan
     from ptee.training import train as train
+    from ptee.tuning import tune as tune
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "plan": "plans",
     "register_head": "heads",
     "train": "training",
+    "tune": "tuning",
 }
 __all__ = sorted(_HOMES)
 

@@ -14,13 +14,14 @@ import click
 
 from ptee import __version__, runs
 from ptee.errors import DataError, PteeError, RunError
-from ptee.options import BACKBONE, DATA, DEVICE, JSON, PLACE, SPEED, THRESHOLD, Numbers
+from ptee.options import BACKBONE, DATA, DEVICE, JSON, PLACE, SPEED, THRESHOLD, WISH, Numbers
 
 if TYPE_CHECKING:
     from ptee.backbones import Backbone
     from ptee.data import Data
     from ptee.labels import LabelMap
     from ptee.model import EarlyExitModel
+    from ptee.thresholds import Solution, Wish
     from ptee.training import Epoch, History
 
 HEAD, EPOCHS = "pool", 5  # where nothing else is said
@@ -91,6 +92,7 @@ def cli(ctx: click.Context) -> None:
     ptee augment                            a small network on handwritten digits, to see how it goes
     ptee augment --model resnet50 --data FOLDER --exits pareto --out runs/r50
     ptee evaluate runs/r50 --data FOLDER --threshold 0.7
+    ptee tune runs/r50 --max-drop 0.01
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -162,6 +164,7 @@ def cli(ctx: click.Context) -> None:
 )
 @click.option("--precision", default="auto", show_default=True, help="auto (bf16 where it is fast), no, bf16 or fp16.")
 @THRESHOLD
+@WISH
 @SPEED
 @DEVICE
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/NAME.")
@@ -178,17 +181,22 @@ def augment(**o: Any) -> None:
 
 def _augment(o: dict[str, Any]) -> None:
     from ptee.devices import resolve_device
+    from ptee.thresholds import require_labels, require_reachable
 
     device = resolve_device(o["device"])
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
     _check_out(out, o)
     _check_settings(o)
     _note_threshold(o["threshold"])
+    wish = _wish(o)
     backbone, data, targets = _digits(o) if o["model"] is None else _model_and_data(o)
     o["epochs"] = o["epochs"] or EPOCHS
     model = _build(backbone, o)
     if o["threshold"]:
         model.threshold = o["threshold"]
+    if wish:
+        require_reachable(wish, min(model.plan.paper_costs[:-1]))
+        require_labels(wish, labelled=data.validation[0][1] >= 0)
     click.echo(f"{data.summary}\n\n{model.plan}\n")
     if backbone.source is None:
         click.echo(
@@ -205,7 +213,12 @@ def _augment(o: dict[str, Any]) -> None:
     _clear(out)
     model.save_pretrained(out)  # whatever becomes of the measurement, which may take long
     try:
-        model.results |= _evaluate(model, data.validation, device, o, data.summary)
+        part, about, found = data.validation, data.summary, None
+        if wish:
+            part, about, found = _tuned(model, data, part, about, wish, device, o)
+            runs.update(out, threshold=model.threshold, results=model.results)
+        model.results |= _evaluate(model, part, device, o, about)
+        _say_how_kept(model, found)
     except KeyboardInterrupt:
         hint = f" ptee evaluate {out} measures it." if again else ""
         click.echo(f"Interrupted: the run in {out} is complete but for its results.{hint}", err=True)
@@ -251,26 +264,51 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     """Measure a saved RUN (a folder, or user/repo on the hub) again, at any threshold."""
     from ptee.defaults import INPUT_SIZE
     from ptee.devices import resolve_device
-    from ptee.model import load
 
     device = resolve_device(o["device"])
     _note_threshold(o["threshold"])
-    model = load(run, _moved_backbone(run, o["weights"]))
-    recorded = _recorded_data(run, model)
-    source = o["data"] or recorded.get("source")
-    if not source:
-        raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
-    o["data_root"] = o["data_root"] or recorded.get("root") or None
-    o["seed"] = recorded.get("seed", 0)
-    named = not o["data"] and not Path(source).is_absolute()  # of folders the whole path is recorded
-    data, labels = _open(source, model.origin, o, named)
-    part, words = _unseen(data, recorded, run)
-    accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
+    model, data, part, words, accuracy = _run_and_data(run, o)
+    part, words = _left_by_tuning(model, data, part, words, o["seed"])
     click.echo(f"{words} {accuracy}", err=as_json)
     with _threads(tiny=model.origin.input.input_size == INPUT_SIZE):
         results = _evaluate(model, part, device, o, words, quiet=as_json)
     if as_json:
         click.echo(runs.to_json(results))
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved.")
+@DATA
+@WISH
+@SPEED
+@DEVICE
+@JSON
+def tune(run: str, as_json: bool, **o: Any) -> None:
+    """Choose the thresholds of a saved RUN by a wish, measure it on other images, and keep them in the run.
+
+    Give one of --max-drop, --max-fidelity-drop and --max-cost.
+    """
+    from ptee.defaults import INPUT_SIZE
+    from ptee.devices import resolve_device
+    from ptee.thresholds import Wish
+
+    o["threshold"] = None
+    device, wish = resolve_device(o["device"]), _wish(o) or Wish.only({})
+    if not Path(run).is_dir():
+        raise RunError(f"There is no folder {run}, and thresholds are written into one. Give a run on this disk.")
+    model, data, part, words, accuracy = _run_and_data(run, o)
+    model.results = dict(model.results or {})
+    click.echo(f"{words} {accuracy}", err=as_json)
+    with _threads(tiny=model.origin.input.input_size == INPUT_SIZE):
+        part, words, found = _tuned(model, data, part, words, wish, device, o, quiet=as_json)
+        model.results |= _evaluate(model, part, device, o, words, quiet=as_json)
+    runs.update(Path(run), threshold=model.threshold, results=model.results)
+    if as_json:
+        click.echo(runs.to_json(model.results))
+        return
+    _say_how_kept(model, found)
+    click.echo(f"\nThe thresholds are kept in {run}.")
 
 
 @cli.command()
@@ -439,6 +477,76 @@ def _open(source: str, backbone: Backbone, o: dict[str, Any], named: bool = Fals
     labels = map_labels(data.class_names, backbone.num_classes)
     parts: dict[str, Any] = {n: with_labels(getattr(data, n), labels) for n in ("train", "calibration", "validation")}
     return replace(data, **parts), labels
+
+
+def _run_and_data(run: str, o: dict[str, Any]) -> tuple[EarlyExitModel, Data, Any, str, str]:
+    """A saved run, its data or others, what of them its heads have not seen, and two sentences about them."""
+    from ptee.model import load
+
+    model = load(run, _moved_backbone(run, o["weights"]))
+    recorded = _recorded_data(run, model)
+    source = o["data"] or recorded.get("source")
+    if not source:
+        raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
+    o["data_root"] = o["data_root"] or recorded.get("root") or None
+    o["seed"] = recorded.get("seed", 0)
+    named = not o["data"] and not Path(source).is_absolute()  # of folders the whole path is recorded
+    data, labels = _open(source, model.origin, o, named)
+    part, words = _unseen(data, recorded, run)
+    accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
+    return model, data, part, words, accuracy
+
+
+def _wish(o: dict[str, Any]) -> Wish | None:
+    """What thresholds are to be chosen by; None where nothing is asked for."""
+    from ptee.thresholds import WISHES, Wish
+
+    given = {kind: o[kind] for kind in WISHES}
+    options = ", ".join(f"--{kind.replace('_', '-')}" for kind in WISHES)
+    if any(limit is not None for limit in given.values()):
+        if o["threshold"]:
+            raise click.UsageError(f"--threshold gives T, {options} choose it: give one or the other.")
+        return Wish.only(given)
+    if o["one_threshold"]:
+        raise click.UsageError(f"--one-threshold needs one of {options}.")
+    return None
+
+
+def _tuned(
+    model: EarlyExitModel, data: Data, unseen: Any, about: str, wish: Wish, device: Any, o: dict[str, Any],
+    quiet: bool = False,
+) -> tuple[Any, str, Solution]:  # fmt: skip
+    """Set the thresholds; and the images to report on, in a sentence too, and what was found."""
+    from ptee.tuning import parts_for_tuning, tune
+
+    parts = parts_for_tuning(data, unseen, o["seed"])
+    found = tune(
+        model, parts.calibration, **{wish.kind: wish.limit}, one=o["one_threshold"], batch_size=o["batch_size"],
+        num_workers=o["workers"], device=device,
+    )  # fmt: skip
+    model.results = (model.results or {}) | {
+        "tuning": {"source": _place(data), "images": parts.words} | found.to_dict()
+    }
+    click.echo(f"\n{parts.words}\n{found}", err=quiet)
+    return parts.report, f"{about} {parts.words}", found
+
+
+def _say_how_kept(model: EarlyExitModel, found: Solution | None) -> None:
+    if found is not None and model.results:
+        from ptee.tuning import kept
+
+        click.echo(kept(found, model.results))
+
+
+def _left_by_tuning(model: EarlyExitModel, data: Data, part: Any, words: str, seed: int) -> tuple[Any, str]:
+    """Of images that a run's thresholds were chosen on, only those that were left; and a sentence about them."""
+    from ptee.tuning import parts_for_tuning
+
+    tuned = (model.results or {}).get("tuning")
+    if not isinstance(tuned, dict) or tuned.get("source") != _place(data):
+        return part, words
+    parts = parts_for_tuning(data, part, seed)
+    return parts.report, f"{words} {parts.words}"
 
 
 def _place(data: Data) -> str:

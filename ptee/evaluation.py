@@ -14,10 +14,13 @@ import torch
 from ptee.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.devices import resolve_device
 from ptee.model import EarlyExitModel, Thresholds
+from ptee.reliability import calibration_error, failure_auroc
 from ptee.tables import table
-from ptee.traces import COLLAPSED, Traces, record
+from ptee.thresholds import truncation
+from ptee.traces import COLLAPSED, Score, Traces, record
 
 LOST = 0.05  # share of the answers that are not the backbone's above which an early-exit model is called bad
+WIDEST = 16  # characters of thresholds in the table's first column
 PROBE, FEWEST = 8, 16  # images: to see how long they take; that are timed at least
 ROUND_SECONDS = 8.0  # that one round of timing may take, where FEWEST do not take longer
 
@@ -35,6 +38,10 @@ class Row:
         paper_cost: the same without the heads passed on the way, or None where the plan does not ask for it.
         right: of the samples that leave here at the model's thresholds, the share whose answer is the label (without
             labels: the backbone's); None where nobody leaves.
+        calibration_error: of an exit: mean distance of h from the share of answers that are the label (without labels:
+            the backbone's), over 15 bins of h, on all images; None in other rows.
+        failure_auroc: of an exit: the chance that h is lower where the answer is not that than where it is; .5 knows
+            nothing, 1 all. None in other rows, and where all answers are alike.
         images_per_s: measured, or None.
         speedup: the bare backbone's time over this one's, measured in turn with it, or None.
     """
@@ -46,6 +53,8 @@ class Row:
     cost: float
     paper_cost: float | None = None
     right: float | None = None
+    calibration_error: float | None = None
+    failure_auroc: float | None = None
     images_per_s: float | None = None
     speedup: float | None = None
 
@@ -64,6 +73,7 @@ class Results:
         batch_size: at which speed was measured.
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
+        truncation: accuracy, fidelity and cost of the backbone cut off at each exit, whose head is then the only one.
     """
 
     backbone: str
@@ -75,6 +85,7 @@ class Results:
     batch_size: int
     about: str = field(default="")
     note: str = field(default="")
+    truncation: tuple[Score, ...] = ()
 
     @property
     def early_exit(self) -> Row:
@@ -100,6 +111,15 @@ class Results:
         if 1 - own.fidelity > LOST and worse:
             right = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
             yield f"{1 - own.fidelity:.1%} of the answers are not the backbone's{right}. Raise T, or train longer."
+        cut_off = [n for n, score in enumerate(self.truncation) if score.cost <= own.cost and _as_good(score, own)]
+        if cut_off:
+            n = max(cut_off, key=lambda n: (_merit(self.truncation[n]), -n))
+            score = self.truncation[n]
+            reached = f"fidelity {score.fidelity:.4f}" if score.accuracy is None else f"accuracy {score.accuracy:.4f}"
+            yield (
+                f"Cutting the backbone off at exit {n} ({self.rows[1 + n].module}) does as well for less: {reached} at cost "
+                f"{score.cost:.4f}, as everybody leaves there and its head is the only one."
+            )
         if own.cost >= 1:
             yield (
                 f"It does not pay: it costs {own.cost:.3f} times the bare backbone, as the heads cost more than leaving "
@@ -109,17 +129,21 @@ class Results:
     def __str__(self) -> str:
         paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
         timed = ["images/s", "speed"] if self.early_exit.speedup is not None else []
-        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", *timed)
-        walls = " ".join(f"{t:g}" for t in (self.threshold[:1] if len(set(self.threshold)) == 1 else self.threshold))
-        names = {self.early_exit.name: f"early exit, T = {walls}"}
+        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", "AUROC", *timed)
+        walls = "T = " + " ".join(
+            f"{t:.4g}" for t in (self.threshold if len(set(self.threshold)) > 1 else self.threshold[:1])
+        )
+        below = f"\nEarly exit at {walls}." if len(walls) > WIDEST else ""
+        names = {self.early_exit.name: "early exit" if below else f"early exit, {walls}"}
         lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
         return (
             f"{self.backbone}, {self.samples} images\n"
             + (f"{self.note}\n" if self.note else "")
             + table([title, *lines], left={0, 1})
+            + below
             + "\nRows of exits: everybody leaves there; but leaving, of them right: who does at T (first row: at the end). "
             "fidelity: share of answers\nequal to the backbone's. cost: multiply-accumulates, heads included, over the bare "
-            "backbone's."
+            "backbone's. AUROC:\nhow well h tells wrong answers from right ones (.5: not at all)."
             + (f" speed: over the bare backbone's,\n{self._where_timed}" if timed else "")
             + "".join(f"\n{sentence}" for sentence in self.verdict)
         )
@@ -138,9 +162,17 @@ def _cells(row: Row, leaving: str) -> tuple[str, ...]:
     shown = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
     return (
         shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}",
-        *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving, shown(row.right, ".4f"),
+        *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving, shown(row.right, ".4f"), shown(row.failure_auroc, ".3f"),
         *([] if row.speedup is None else [shown(row.images_per_s, ",.0f"), f"{row.speedup:.2f}x"]),
     )  # fmt: skip
+
+
+def _as_good(score: Score, own: Row) -> bool:
+    return _merit(score) >= (own.fidelity if own.accuracy is None else own.accuracy)
+
+
+def _merit(score: Score) -> float:
+    return score.fidelity if score.accuracy is None else score.accuracy
 
 
 def evaluate(
@@ -179,7 +211,7 @@ def evaluate(
         view.threshold = threshold
     try:
         view.to(place).eval()
-        traces = record(view, data, batch_size=batch_size, num_workers=num_workers)
+        traces = record(view, data, batch_size=batch_size, num_workers=num_workers, logits=False)
         rows, leaving = _rows(view, traces)
         images = traces.sample.to(place)
         if speed:
@@ -195,6 +227,7 @@ def evaluate(
             min(batch_size, len(images)),
             about,
             traces.note,
+            truncation(traces),
         )
     finally:
         model.to(home).train(was_training)
@@ -214,8 +247,16 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
         score = traces.score(where)
         cost = 1.0 if name == "backbone" else score.cost  # bare: it passes no head
         priced = None if paper is None else paper[where].mean().item()
-        rows.append(Row(name, module, score.accuracy, score.fidelity, cost, priced, right[name]))
+        known = _reliability(traces, order.index(name)) if name in order[:-1] else (None, None)
+        rows.append(Row(name, module, score.accuracy, score.fidelity, cost, priced, right[name], *known))
     return rows, traces.shares(leaving)
+
+
+def _reliability(traces: Traces, n: int) -> tuple[float, float | None]:
+    """Calibration error and AUROC of an exit's confidence."""
+    wanted = traces.answers[-1] if traces.targets is None else traces.targets
+    h, holds = traces.confidence[n], traces.answers[n].eq(wanted)
+    return calibration_error(h, holds), failure_auroc(h, holds)
 
 
 def _few_enough(model: EarlyExitModel, images: torch.Tensor) -> torch.Tensor:

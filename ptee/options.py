@@ -130,6 +130,16 @@ DATA = _options(
 )
 DEVICE = click.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
 THRESHOLD = click.option("--threshold", type=Numbers(), help="T: one number, or one per exit between commas.")
+WISH = _options(
+    click.option(
+        "--max-drop", type=float, help="Choose T: the least cost that loses so much accuracy, such as 0.01, or less."
+    ),
+    click.option("--max-fidelity-drop", type=float, help="The same for answers that are not the backbone's."),
+    click.option(
+        "--max-cost", type=float, help="Choose T: the best answers at such a mean cost, such as 0.6, or less."
+    ),
+    click.option("--one-threshold", is_flag=True, help="Choose one T for all exits, not one for each."),
+)
 SPEED = click.option(
     "--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone."
 )

@@ -104,6 +104,19 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     write_json(folder / CONFIG, whole)
 
 
+def update(folder: Path, **fields: Any) -> None:
+    """Replace fields of a run's config.json, and of its metrics.json those that it has; the heads stay as they are.
+
+    Args:
+        folder: of a complete run.
+        fields: JSON-able; those that a run has.
+    """
+    write_json(folder / CONFIG, _config(folder, folder / CONFIG) | fields)
+    if (folder / METRICS).is_file():
+        metrics = _json(folder, folder / METRICS)
+        write_json(folder / METRICS, metrics | {key: value for key, value in fields.items() if key in metrics})
+
+
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, each with memory of its own, as safetensors wants them."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -242,15 +255,19 @@ def fill(heads: nn.Module, run: Run) -> None:
     heads.load_state_dict(run.tensors)
 
 
-def _config(folder: str | Path, path: Path) -> dict[str, Any]:
+def _json(folder: str | Path, path: Path) -> Any:
     if path.stat().st_size > LARGEST_CONFIG_BYTES:
         raise RunError(
-            f"{folder}: {CONFIG} is {path.stat().st_size} bytes long; no run writes more than {LARGEST_CONFIG_BYTES}."
+            f"{folder}: {path.name} is {path.stat().st_size} bytes long; no run writes more than {LARGEST_CONFIG_BYTES}."
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as why:
-        raise RunError(f"{folder}: {CONFIG} is no complete JSON ({why}). Copy the run anew.") from why
+        raise RunError(f"{folder}: {path.name} is no complete JSON ({why}). Copy the run anew.") from why
+
+
+def _config(folder: str | Path, path: Path) -> dict[str, Any]:
+    config = _json(folder, path)
     version = config.get("schema_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise RunError(f"{folder}: {CONFIG} has no schema_version; it was not written by ptee.")

@@ -16,10 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
-from ptee.errors import DataError
+from ptee.errors import DataError, PteeError, unknown
 from ptee.model import EarlyExitModel
+from ptee.policies import POLICIES
 
 SAMPLE = 128  # images kept to measure speed on
+MANY_CLASSES = 100  # above which logits are kept in half precision
 COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
 
 
@@ -34,6 +36,10 @@ class Traces:
         costs: (E+1,) float64, what leaving there costs, as a fraction of the bare backbone.
         sample: (s, c, h, w) some of the images, spread over the data set.
         note: why labels that are there are no targets, in a sentence; else empty.
+        logits: (E+1, n, K), float32; float16 for more than 100 classes, each row then shifted so that its largest is 0.
+            None where they were not kept.
+        head_costs: (E,) float64, what each exit's head adds to `costs` from there on; None is for heads that cost
+            nothing.
     """
 
     answers: Tensor
@@ -42,6 +48,31 @@ class Traces:
     costs: Tensor
     sample: Tensor
     note: str = ""
+    logits: Tensor | None = None
+    head_costs: Tensor | None = None
+
+    def under(self, policy: str) -> Traces:
+        """The same with the confidences of a policy of `POLICIES`.
+
+        Raises:
+            UnknownName: if there is no such policy.
+            PteeError: if no logits were kept.
+        """
+        if policy not in POLICIES:
+            raise unknown("policy", policy, POLICIES)
+        if self.logits is None:
+            raise PteeError(
+                "These traces have no logits, of which a policy makes its confidence. Record them with logits."
+            )
+        return replace(self, confidence=POLICIES[policy](self.logits, self.confidence))
+
+    def costs_without(self, off: Sequence[int]) -> Tensor:
+        """(E+1,) `costs` where the heads of some exits do not exist."""
+        if self.head_costs is None:
+            return self.costs
+        gone = torch.tensor([n in off for n in range(len(self.head_costs))])
+        missing = (self.head_costs * gone).cumsum(0)
+        return self.costs - torch.cat([missing, missing[-1:]])
 
     def leaving(self, threshold: Sequence[float] | Tensor) -> Tensor:
         """Where each image leaves: (n,) the first exit n with h_n >= T_n, E at the latest.
@@ -93,7 +124,13 @@ class Score:
 
 
 def record(
-    model: EarlyExitModel, data: object, *, batch_size: int = 128, num_workers: int = 0, progress: bool = True
+    model: EarlyExitModel,
+    data: object,
+    *,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    progress: bool = True,
+    logits: bool = True,
 ) -> Traces:
     """Run a model once over data with nobody leaving. Labels that are no classes of the backbone are taken for none.
 
@@ -103,6 +140,7 @@ def record(
         batch_size: for a data set.
         num_workers: processes that load a data set.
         progress: show a bar, where standard error is a terminal.
+        logits: keep them; for E exits, n images and K classes they take (E+1) n K numbers.
 
     Raises:
         DataError: if some images have labels and others none.
@@ -116,7 +154,8 @@ def record(
     try:
         for batch in _bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
-            parts.append(_record_batch(model, images.to(like.dtype), labels, like.device, kept))
+            part = _record_batch(model, images.to(like.dtype), labels, like.device, kept)
+            parts.append(part if logits else replace(part, logits=None))
     finally:
         model.train(was_training)
     if not parts:
@@ -131,8 +170,20 @@ def _record_batch(
         every = model.all_exits(images.to(device))
     costs = torch.tensor(model.costs, dtype=torch.float64)
     return Traces(
-        every.logits.argmax(-1).cpu(), every.confidence.cpu(), labels, costs, images[:kept].clone()
-    )  # a slice alone would keep the whole batch
+        every.logits.argmax(-1).cpu(),
+        every.confidence.cpu(),
+        labels,
+        costs,
+        images[:kept].clone(),  # a slice alone would keep the whole batch
+        logits=_small(every.logits).cpu(),
+        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
+    )
+
+
+def _small(logits: Tensor) -> Tensor:
+    """Shifted before they are halved, which changes no softmax: so none overflows."""
+    wide = logits.float()
+    return wide if wide.shape[-1] <= MANY_CLASSES else (wide - wide.amax(-1, keepdim=True)).half()
 
 
 def odd_labels(labels: Tensor, classes: int) -> str:
@@ -145,6 +196,7 @@ def odd_labels(labels: Tensor, classes: int) -> str:
 
 def _join(parts: list[Traces], classes: int) -> Traces:
     labels = [p.targets for p in parts if p.targets is not None]
+    logits = [p.logits for p in parts if p.logits is not None]
     targets = torch.cat(labels) if labels else None
     if targets is not None and (len(labels) < len(parts) or (targets == UNKNOWN_LABEL).any()):
         raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
@@ -155,6 +207,7 @@ def _join(parts: list[Traces], classes: int) -> Traces:
         confidence=torch.cat([p.confidence for p in parts], 1),
         targets=None if fault else targets,
         sample=torch.cat([p.sample for p in parts])[:SAMPLE],
+        logits=torch.cat(logits, 1) if logits else None,
         note=fault and f"There is no accuracy for this data: {fault}.",
     )
 

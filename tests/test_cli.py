@@ -120,7 +120,7 @@ finally:
 def test_help_names_every_command_in_the_order_of_use(run):
     done = run("--help")
     assert done.status == 0
-    assert re.search(r"augment.*plan.*evaluate.*bench", done.out[done.out.index("Commands") :], re.DOTALL)
+    assert re.search(r"augment.*plan.*evaluate.*tune.*bench", done.out[done.out.index("Commands") :], re.DOTALL)
 
 
 OPTIONS = [(name, option) for name, command in cli.commands.items() for option in command.params]
@@ -247,6 +247,12 @@ WORDS = {
     "an evaluation of no run": (["evaluate", "EMPTY"], "config.json"),
     "an evaluation of a folder that is not there": (["evaluate", "nowhere"], "nowhere"),
     "an evaluation of a repository, offline": (["evaluate", "runs/nowhere"], "runs/nowhere"),
+    "tuning without a wish": (["tune", "nowhere"], "No wish is given: give one of max_drop"),
+    "two wishes": (["tune", "nowhere", "--max-drop", "0.1", "--max-cost", "0.5"], "max_drop and max_cost are both"),
+    "a drop above 1": (["augment", "--max-drop", "2"], "max_drop is 2: give a fraction"),
+    "T and a wish for T": (["augment", "--threshold", "0.5", "--max-drop", "0.1"], "one or the other"),
+    "one threshold without a wish": (["augment", "--one-threshold"], "--one-threshold needs one of --max-drop"),
+    "tuning no folder": (["tune", "user/run", "--max-drop", "0.1"], "no folder user/run"),
     "a resumption of nothing": (["augment", "--resume"], "runs/digits.*--resume"),
     "data without a model": (["augment", "--data", "TEN"], "--data needs --model"),
     "weights without a model": (["augment", "--weights", "WEIGHTS"], "--weights needs --model"),
@@ -554,6 +560,77 @@ def test_the_same_images_in_another_place_are_measured_on_the_unseen_ones_alone(
     changed.rename("moved")
     recorded = json.loads(Path("out", "metrics.json").read_text())["results"]
     assert figures(json.loads(run("evaluate", "out", "--data", "moved", "--json").out)) == figures(recorded)
+
+
+# thresholds that are chosen
+
+
+def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, finished):
+    before = load_file(finished / "heads.safetensors")
+    done = run("tune", finished, "--max-fidelity-drop", 0.5, "--no-speed")
+    assert done.status == 0
+    assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.out
+    assert "Asked for max_fidelity_drop 0.5" in done.out
+    config, metrics = (json.loads((finished / name).read_text()) for name in ("config.json", "metrics.json"))
+    assert config["results"] == metrics["results"]
+    assert config["threshold"] == config["results"]["threshold"] == config["results"]["tuning"]["threshold"]
+    assert config["results"]["data"]["split"]["seed"] == 3
+    assert metrics["training"]
+    after = load_file(finished / "heads.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    again = json.loads(run("evaluate", finished, "--json").out)
+    assert figures(again) == figures(config["results"])
+
+
+def test_tune_can_speak_json(run, finished):
+    done = run("tune", finished, "--max-cost", 0.9, "--one-threshold", "--json", "--no-speed")
+    assert done.status == 0
+    assert json.loads(done.out)["tuning"]["wish"] == {"kind": "max_cost", "limit": 0.9}
+
+
+def test_a_cost_that_cannot_be_reached_leaves_the_run_as_it_was(run, finished):
+    before = (finished / "config.json").read_bytes()
+    assert_refused_after(run("tune", finished, "--max-cost", 0.01), r"max_cost 0.01 cannot be reached.*or more")
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_augment_refuses_such_a_cost_before_it_trains(run, known):
+    done = run("augment", *known, *SHORT, "--max-cost", 0.01)
+    assert_refused_after(done, r"max_cost 0.01 cannot be reached.*or more")
+    assert "epoch" not in done.out
+
+
+def test_augment_refuses_a_drop_of_accuracy_without_labels_before_it_trains(run, things):
+    known = (*MODEL, "--weights", things / "weights.safetensors", "--data", things / "two", "--targets", "pseudo")
+    done = run("augment", *known, *SHORT, "--max-drop", 0.1)
+    assert_refused_after(done, "no labels.*max_fidelity_drop or max_cost")
+    assert "epoch" not in done.out
+
+
+def assert_refused_after(done: Done, said: str) -> None:
+    assert (done.status, len(done.err.splitlines())) == (2, 1), done
+    assert re.search(said, done.err)
+
+
+def test_validation_images_that_were_delivered_are_halved_and_only_the_rest_is_reported_on(run, things):
+    known = (*MODEL, "--weights", things / "weights.safetensors", "--data", things / "two", "--targets", "pseudo")
+    done = run("augment", *known, *SHORT, "--max-fidelity-drop", 0.1, "--no-speed", "--seed", 5, "--out", "out")
+    assert done.status == 0, done
+    words = "Thresholds are chosen on 6 of the 12 validation images, drawn with seed 5, and reported on the other 6."
+    assert words in done.out
+    recorded = json.loads(Path("out", "config.json").read_text())["results"]
+    assert recorded["tuning"]["images"] == words
+    assert recorded["samples"] == 6
+    again = json.loads(run("evaluate", "out", "--json", "--no-speed").out)
+    assert figures(again) == figures(recorded)
+    assert words in again["about"]
+
+
+def test_other_data_are_halved_too(run, finished, things):
+    done = run("tune", finished, "--max-cost", 0.9, "--data", things / "two", "--no-speed")
+    assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
+    assert json.loads(run("evaluate", finished, "--data", things / "two", "--json", "--no-speed").out)["samples"] == 6
+    assert json.loads(run("evaluate", finished, "--json", "--no-speed").out)["samples"] == 3
 
 
 def test_evaluate_as_json_is_json_by_the_letter(run, finished):

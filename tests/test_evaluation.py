@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import ptee
 from ptee import evaluation
 from ptee.errors import DataError, DeviceError, PteeError
-from ptee.evaluation import Results, evaluate
+from ptee.evaluation import Results, Row, evaluate
+from ptee.traces import Score
 
 SIZE, K, N = (3, 8, 8), 4, 24
 NEVER, ALWAYS = 2.0, 0.0
@@ -143,6 +144,53 @@ def test_other_threads_see_nothing_of_the_threshold_that_is_tried(monkeypatch):
     results = evaluate(model, data, threshold=0.9)
     assert results.threshold == [0.9, 0.9]
     assert data.seen == [[0.3, 0.6]] * (N + 1)
+
+
+def test_many_thresholds_do_not_make_the_table_wide():
+    model = made()
+    text = str(evaluate(model, TensorDataset(*labelled()), threshold=[0.12345678, 0.87654321], speed=False))
+    assert "\nearly exit  " in text
+    assert "\nEarly exit at T = 0.1235 0.8765.\n" in text
+
+
+def test_each_exit_says_what_its_confidence_is_worth():
+    model, (x, y) = made(), labelled()
+    results = evaluate(model, TensorDataset(x, y), speed=False)
+    with torch.no_grad():
+        every = model.all_exits(x)
+    for n, row in enumerate(results.rows[1:3]):
+        holds = every.logits[n].argmax(1) == y
+        pairs = (every.confidence[n][holds][:, None] > every.confidence[n][~holds]).double()
+        assert row.failure_auroc == pytest.approx(pairs.mean().item())
+        assert 0 <= row.calibration_error <= 1
+    assert [results.rows[i].failure_auroc for i in (0, 3)] == [None, None]
+
+
+def test_without_labels_an_answer_that_fails_is_one_that_is_not_the_backbones():
+    model, (x, _) = made(), labelled()
+    with torch.no_grad():
+        bare = model.backbone(x).argmax(1)
+    rows = evaluate(model, TensorDataset(x), speed=False).rows
+    for row, same in zip(rows, evaluate(model, TensorDataset(x, bare), speed=False).rows, strict=True):
+        assert (row.failure_auroc, row.calibration_error) == (same.failure_auroc, same.calibration_error)
+
+
+def results_and_cut_off(cut_off: Score, own: Row) -> Results:
+    """One exit, at which some leave."""
+    backbone, exit_ = Row("backbone", "", 0.9, 1, 1), Row("exit 0", "layer1", 0.8, 0.8, 0.4)
+    return Results("net", 100, [0.5], (backbone, exit_, own), [0.5, 0.5], "cpu", 1, truncation=(cut_off,))
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "told"),
+    [(Score(0.88, 0.96, 0.6), True), (Score(0.89, 0.96, 0.6), True), (Score(0.87, 1, 0.6), False), (Score(1, 1, 0.71), False)],
+    ids=["as good for less", "better for less", "worse", "dearer"],
+)  # fmt: skip
+def test_where_a_cut_off_network_does_as_well_for_less_the_verdict_says_so(cut_off, told):
+    verdict = " ".join(results_and_cut_off(cut_off, Row("early exit", "", 0.88, 0.97, 0.7)).verdict)
+    assert ("Cutting the backbone off at exit 0 (layer1) does as well for less" in verdict) == told
+    if told:
+        assert f"accuracy {cut_off.accuracy:.4f} at cost 0.6000" in verdict
 
 
 REFUSED = {

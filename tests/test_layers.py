@@ -17,7 +17,8 @@ PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
-    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices views mixing history",
+    1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins freezing devices "
+    "views mixing history",
     2: "labels heads cuts backbones settings",
     3: "blocks proof runs learned front",
     4: "placement checkpoint hold",
@@ -25,14 +26,15 @@ LAYERS = {  # a module imports from lower layers only
     6: "calls",
     7: "model",
     8: "traces cache steps benchmark zoo",
-    9: "evaluation training",
-    10: "defaults training_speed",
-    11: "cli",
+    9: "thresholds",
+    10: "evaluation training tuning",
+    11: "defaults training_speed",
+    12: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
 PUBLIC = {
-    *("augment", "plan", "train", "evaluate", "load", "register_head"),
+    *("augment", "plan", "train", "tune", "evaluate", "load", "register_head"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError"),
 }
 each_module = pytest.mark.parametrize("module", sorted(set(TREES) - ENTRANCES))
@@ -90,7 +92,7 @@ def test_only_the_command_prints_or_ends_the_program(module):
 
 @pytest.mark.parametrize(
     "module",
-    ["losses", "mixing", "heads", "placement", "plans", "blocks", "layout", "replay", "costs", "cuts", "proof"],
+    "losses mixing policies solver reliability thresholds heads learned placement plans blocks layout replay costs cuts proof".split(),
 )
 def test_the_method_knows_no_file_and_no_arguments(module):
     names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ptee
-from ptee.errors import DataError
+from ptee.errors import DataError, PteeError
 from ptee.traces import SAMPLE, Traces, record
 
 SIZE, K = (3, 8, 8), 4
@@ -125,6 +125,36 @@ def test_traces_hold_what_every_exit_says_to_every_image():
     assert torch.equal(found.targets, y)
     assert found.costs.tolist() == list(model.costs)
     assert found.confidence.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(100, torch.float32), (101, torch.float16)])
+def test_traces_keep_logits_from_which_the_same_probabilities_follow(classes, dtype):
+    model, x = made(), images(11, *SIZE)
+    wide = nn.Sequential(*model.detach()[:-1], nn.Linear(6, classes))
+    model = ptee.augment(wide, exits=["0", "2"], input_size=SIZE)
+    with torch.no_grad():
+        model.backbone[-1].weight *= 1e6  # beyond half precision
+        want = model.all_exits(x).logits.softmax(-1)
+    found = record(model, TensorDataset(x), batch_size=4)
+    assert (found.logits.dtype, found.logits.shape) == (dtype, (3, 11, classes))
+    torch.testing.assert_close(found.logits.float().softmax(-1), want, atol=1e-3, rtol=0)
+
+
+def test_logits_need_not_be_kept_and_are_missed_by_name():
+    found = record(made(), TensorDataset(images(4, *SIZE)), logits=False)
+    assert found.logits is None
+    with pytest.raises(PteeError, match="no logits"):
+        found.under("margin")
+
+
+@pytest.mark.parametrize("off", [[], [0], [1], [0, 1]], ids=str)
+def test_costs_without_some_heads_are_the_backbones_and_those_of_the_others(off):
+    model = made("conv1")
+    found = record(model, TensorDataset(images(4, *SIZE)))
+    on = [0 if n in off else e.head_cost for n, e in enumerate(model.exits)]
+    cuts = [e.backbone_cost for e in model.exits]
+    want = [cuts[0] + on[0], cuts[1] + on[0] + on[1], 1 + on[0] + on[1]]
+    assert found.costs_without(off).tolist() == pytest.approx(want)
 
 
 class Own:

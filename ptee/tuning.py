@@ -1,0 +1,124 @@
+"""Tuning: thresholds of a model chosen on some images, to be reported on others.
+
+Thresholds want images that neither the heads nor, where that can be had, the backbone were trained on. Where the data
+deliver calibration images, those are taken. Where they deliver validation images alone, half of these are: what was drawn
+from the training images is known to the backbone too well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Subset
+
+from ptee.data import Data
+from ptee.devices import resolve_device
+from ptee.errors import DataError
+from ptee.model import EarlyExitModel
+from ptee.thresholds import Solution, Wish, solve_wish
+from ptee.traces import record
+
+
+def tune(
+    model: EarlyExitModel,
+    data: Any,
+    *,
+    max_drop: float | None = None,
+    max_fidelity_drop: float | None = None,
+    max_cost: float | None = None,
+    one: bool = False,
+    margin: float = 0.0,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    device: str | torch.device | None = None,
+) -> Solution:
+    """Choose a model's thresholds on data, by one wish, and set them. Report on other images than these.
+
+    Args:
+        model: any early-exit model; its heads are trained.
+        data: a map-style data set of (image, label) or (image,), or a loader, of images that nothing was trained on.
+        max_drop: largest loss of accuracy against the bare backbone: 0.01 is one point. Needs labels.
+        max_fidelity_drop: largest share of answers that are not the backbone's.
+        max_cost: largest mean cost, as a fraction of the bare backbone's; what loses least within it is chosen.
+        one: the same threshold for all exits.
+        margin: how much of that limit is kept in reserve, as other images lose more than those it was chosen on.
+        batch_size: for a data set.
+        num_workers: processes that load a data set.
+        device: None: where the model is.
+
+    Returns:
+        The thresholds, the exits that do not pay, and what they come to on these data.
+
+    Raises:
+        PteeError: if there is not exactly one wish, or it cannot be met; then what can be is said.
+    """
+    wish = Wish.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
+    home, was_training = next(model.heads.parameters()).device, model.training
+    try:
+        model.to(home if device is None else resolve_device(device))
+        traces = record(model, data, batch_size=batch_size, num_workers=num_workers, logits=False)
+    finally:
+        model.to(home).train(was_training)
+    found = solve_wish(traces, wish, one=one, margin=margin)
+    model.threshold = found.threshold
+    return found
+
+
+class Parts(NamedTuple):
+    """Images to choose thresholds on, others to report on, and which those are, in a sentence."""
+
+    calibration: Any
+    report: Any
+    words: str
+
+
+def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
+    """Which images thresholds are chosen on, and which are left to report on. The same seed gives the same ones.
+
+    Args:
+        data: as it was opened.
+        unseen: what can be reported on if nothing is tuned: `data.validation`, or all of it.
+        seed: of the halves.
+
+    Raises:
+        DataError: if there are too few images.
+    """
+    whole, delivered = unseen is data.validation, data.split["parts"]
+    if whole and ("calibration" in delivered or "validation" not in delivered):
+        n, m = _size(data.calibration), _size(unseen)
+        words = f"Thresholds are chosen on the {n:,} calibration images and reported on the {m:,} validation images."
+        return Parts(data.calibration, unseen, words)
+    n = _size(unseen)
+    if n < 2:
+        raise DataError(f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}.")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, left = sorted(order[: n // 2]), sorted(order[n // 2 :])
+    kind = "validation images" if whole else "images"
+    words = (
+        f"Thresholds are chosen on {len(chosen):,} of the {n:,} {kind}, drawn with seed {seed}, and reported on the other "
+        f"{len(left):,}."
+    )
+    return Parts(Subset(unseen, chosen), Subset(unseen, left), words)
+
+
+def kept(solution: Solution, results: Mapping[str, Any]) -> str:
+    """How a wish fares on the images that are reported on, in a sentence.
+
+    Args:
+        solution: found on other images.
+        results: JSON-able, of an evaluation on these.
+    """
+    wish, backbone, own = solution.wish, results["rows"][0], results["rows"][-1]
+    found = f"a cost of {own['cost']:.4f}"
+    if wish.kind == "max_drop" and own["accuracy"] is not None:
+        found = f"{backbone['accuracy'] - own['accuracy']:.4f} of accuracy lost"
+    elif wish.kind != "max_cost":
+        found = f"{1 - own['fidelity']:.4f} of fidelity lost"
+    counted = " Heads of exits that are off are still there, and counted in the table." if solution.off else ""
+    return f"Asked for {wish}; on images that the thresholds were not chosen on: {found}.{counted}"
+
+
+def _size(part: Any) -> int:
+    return len(part)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee.data import Data
+from ptee.errors import DataError, PteeError
+from ptee.tuning import parts_for_tuning
+
+SIZE, K, N = (3, 8, 8), 4, 60
+
+
+def made() -> ptee.EarlyExitModel:
+    """A small model whose heads differ from row to row."""
+    stages = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = ptee.augment(nn.Sequential(*stages, nn.Linear(6, K)), exits=["0", "2"], input_size=SIZE)
+    with torch.no_grad():
+        for p in model.heads.parameters():
+            p += torch.randn_like(p)
+    return model
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(N, *SIZE, generator=generator), torch.randint(K, (N,), generator=generator)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_tuning_sets_thresholds_that_meet_the_wish_when_the_model_is_run(training):
+    model, (x, y) = made().train(training), labelled()
+    found = ptee.tune(model, TensorDataset(x, y), max_fidelity_drop=0.25)
+    assert model.threshold == list(found.threshold)
+    assert model.training is training
+    with torch.no_grad():
+        out = model.eval().predict(x)
+        bare = model.backbone(x).argmax(1)
+    assert (out.logits.argmax(1) != bare).double().mean() <= 0.25
+    assert found.fidelity_drop == pytest.approx((out.logits.argmax(1) != bare).double().mean().item())
+
+
+def test_a_wish_that_is_refused_leaves_the_thresholds_alone():
+    model = made()
+    model.threshold = [0.3, 0.6]
+    for wish in ({}, {"max_cost": 0.001}, {"max_drop": 0.1, "max_cost": 0.5}):
+        with pytest.raises(PteeError):
+            ptee.tune(model, TensorDataset(*labelled()), **wish)
+    assert model.threshold == [0.3, 0.6]
+
+
+def data(*delivered: str, n: int = 10) -> Data:
+    sets = [list(range(start, start + n)) for start in (0, 100, 200)]
+    return Data(*sets, ("a", "b"), "source", {"parts": dict.fromkeys(delivered)})
+
+
+@pytest.mark.parametrize(
+    ("delivered", "halved"),
+    [
+        (["train", "calibration", "validation"], False),
+        (
+            ["train", "validation"],
+            True,
+        ),  # calibration images drawn from the training images: the backbone has seen them
+        (["train", "calibration"], False),
+        (["train"], False),
+    ],
+    ids=str,
+)
+def test_images_to_tune_on_are_never_those_to_report_on(delivered, halved):
+    source = data(*delivered)
+    parts = parts_for_tuning(source, source.validation, 0)
+    chosen, left = set(parts.calibration), set(parts.report)
+    assert not chosen & left
+    assert (chosen | left == set(source.validation)) == halved
+    assert parts.words.startswith(f"Thresholds are chosen on {'5 of the 10' if halved else 'the 10'}")
+
+
+def test_halves_are_the_same_for_the_same_seed_only():
+    source, unseen = data("train"), list(range(100))
+    one, same, other = (parts_for_tuning(source, unseen, seed) for seed in (1, 1, 2))
+    assert list(one.calibration) == list(same.calibration) != list(other.calibration)
+    assert sorted([*one.calibration, *one.report]) == unseen
+
+
+def test_one_image_is_too_few_to_choose_and_to_report():
+    source = data("train", "validation", n=1)
+    with pytest.raises(DataError, match="has 1"):
+        parts_for_tuning(source, source.validation, 0)
