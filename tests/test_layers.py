@@ -92,7 +92,24 @@ def test_only_the_command_prints_or_ends_the_program(module):
 
 @pytest.mark.parametrize(
     "module",
-    "losses mixing policies solver reliability thresholds heads learned placement plans blocks layout replay costs cuts proof".split(),
+    [
+        "losses",
+        "mixing",
+        "policies",
+        "solver",
+        "reliability",
+        "thresholds",
+        "heads",
+        "learned",
+        "placement",
+        "plans",
+        "blocks",
+        "layout",
+        "replay",
+        "costs",
+        "cuts",
+        "proof",
+    ],
 )
 def test_the_method_knows_no_file_and_no_arguments(module):
     names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
