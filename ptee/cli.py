@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ptee.model import EarlyExitModel
     from ptee.training import Epoch, History
 
-HEAD, EPOCHS = "pool", 5  # where nothing else is said
+HEAD, EPOCHS, GATE_SHARE = "pool", 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
 PLACES = ("pareto", "fine", "golden", "linear", "quadratic")
 
@@ -116,6 +116,16 @@ def cli(ctx: click.Context) -> None:
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
+@click.option(
+    "--gate",
+    help="Fit gates after the heads, which decide who leaves: agrees (is this answer the backbone's?), right (is it the "
+    "label?) or best (is it the label, or would no later answer be?).",
+)
+@click.option(
+    "--gate-share",
+    type=click.FloatRange(0, 0.5, min_open=True),
+    help="Of the training images, for the gates; the heads do not see them. Default: 0.1.",
+)
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
 @click.option(
     "--seed",
@@ -158,14 +168,16 @@ def _augment(o: dict[str, Any]) -> None:
         click.echo(
             "The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n"
         )
-    history = _train(model, data, targets, device, out, o)
+    for_heads, for_gates = _split(data.train, o)
+    history = _train(model, for_heads, data.calibration, targets, device, out, o)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
     again = backbone.source is not None
     if history.interrupted:
         _interrupted(history, out, again)
+    fits = {} if for_gates is None else {"gates": _fit_gates(model, for_gates, device, o)}
     root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
-    model.results = {"data": {"source": _place(data), "root": root, "split": data.split}}
+    model.results = {"data": {"source": _place(data), "root": root, "split": data.split}} | fits
     _clear(out)
     model.save_pretrained(out)  # whatever becomes of the measurement, which may take long
     try:
@@ -435,6 +447,8 @@ def _model_and_data(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     data, labels = _open(source, backbone, o)
     if labels.indices is None and targets == "labels":
         raise DataError(f"{labels.reason} Use --targets pseudo.")
+    if labels.indices is None and o["gate"] in ("right", "best"):
+        raise DataError(f"{labels.reason} Use --gate agrees.")
     fallback = (
         ""
         if labels.indices is not None or targets
@@ -468,7 +482,34 @@ def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     return load_backbone(defaults.MODEL, weights=file, **args), data, o["targets"] or "labels"
 
 
-def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Path, o: dict[str, Any]) -> History:
+def _split(images: Any, o: dict[str, Any]) -> tuple[Any, Any]:
+    """The training images for the heads, and those for the gates; None where there are no gates."""
+    from ptee.decision import hold_out
+
+    if not o["gate"]:
+        return images, None
+    for_heads, for_gates = hold_out(images, o["gate_share"] or GATE_SHARE, o["seed"])
+    click.echo(
+        f"Of {len(images):,} training images the heads learn on {len(for_heads):,}, and the gates on the other {len(for_gates):,}, "
+        f"drawn with seed {o['seed']}.\n"
+    )
+    return for_heads, for_gates
+
+
+def _fit_gates(model: EarlyExitModel, images: Any, device: Any, o: dict[str, Any]) -> dict[str, Any]:
+    from ptee.decision import fit_gates
+
+    fits = fit_gates(
+        model, images, target=o["gate"], seed=o["seed"], batch_size=o["batch_size"], num_workers=o["workers"],
+        device=device,
+    )  # fmt: skip
+    click.echo(f"\n{fits}")
+    return fits.to_dict()
+
+
+def _train(
+    model: EarlyExitModel, images: Any, held_out: Any, targets: str, device: Any, out: Path, o: dict[str, Any]
+) -> History:
     from ptee.training import train
 
     def say(epoch: Epoch) -> None:
@@ -480,7 +521,7 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
         )
 
     history = train(
-        model, data.train, data.calibration, targets=targets, loss=o["loss"], cost_weight=o["cost_weight"],
+        model, images, held_out, targets=targets, loss=o["loss"], cost_weight=o["cost_weight"],
         epochs=o["epochs"], batch_size=o["batch_size"], lr=o["lr"], weight_decay=o["weight_decay"], seed=o["seed"],
         patience=o["patience"], device=device, precision=o["precision"], num_workers=o["workers"], cache=o["cache"],
         checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say,
@@ -519,8 +560,12 @@ def _evaluate(
 
 
 def _check_settings(o: dict[str, Any]) -> None:
+    from ptee.decision import check_target
     from ptee.training import check_settings
 
+    check_target(o["gate"])
+    if o["gate_share"] and not o["gate"]:
+        raise click.UsageError("--gate-share needs --gate, such as --gate agrees.")
     given = {key: o[key] for key in ("loss", "cost_weight", "batch_size", "lr", "weight_decay", "seed", "patience")}
     check_settings(targets=o["targets"] or "labels", epochs=o["epochs"] or EPOCHS, precision=o["precision"], **given)
 

@@ -17,7 +17,7 @@ PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
-    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices",
+    1: "costs layout losses replay batches data cifar_resnet weights origins freezing devices gates",
     2: "labels heads cuts backbones",
     3: "blocks proof runs learned",
     4: "placement checkpoint hold",
@@ -25,14 +25,14 @@ LAYERS = {  # a module imports from lower layers only
     6: "calls",
     7: "model",
     8: "traces cache benchmark zoo",
-    9: "evaluation training",
+    9: "evaluation training decision",
     10: "defaults",
     11: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
 PUBLIC = {
-    *("augment", "plan", "train", "evaluate", "load", "register_head"),
+    *("augment", "plan", "train", "fit_gates", "evaluate", "load", "register_head"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError"),
 }
 each_module = pytest.mark.parametrize("module", sorted(set(TREES) - ENTRANCES))
@@ -89,7 +89,7 @@ def test_only_the_command_prints_or_ends_the_program(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["losses", "heads", "placement", "plans", "blocks", "layout", "replay", "costs", "cuts", "proof"]
+    "module", ["losses", "heads", "gates", "placement", "plans", "blocks", "layout", "replay", "costs", "cuts", "proof"]
 )
 def test_the_method_knows_no_file_and_no_arguments(module):
     names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
