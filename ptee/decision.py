@@ -204,7 +204,7 @@ def _hear(model: EarlyExitModel, gates: Sequence[Gate], loader: Iterable[Any], p
         reading = model.read(images.to(like.device, like.dtype))
         said = model.said(reading)
         read.append([
-            gate.read(s.logits, s.trail.answers[:-1], s.features).double().cpu()
+            gate.read(s.logits, s.trail.answers[:-1], s.features).cpu().double()
             for gate, s in zip(gates, said, strict=True)
         ])  # fmt: skip
         answers.append(torch.stack([y.argmax(-1) for y in (*(s.logits for s in said), reading.logits)]).cpu())

@@ -233,7 +233,7 @@ def test_labels_that_are_no_classes_cannot_be_asked_for(model, images):
 
 
 def test_too_few_images_are_refused(model, images):
-    with pytest.raises(DataError, match="needs 20 images.*there are 19"):
+    with pytest.raises(DataError, match=r"needs 20 images.*there are 19"):
         fit_gates(model, unlabelled(images[:19]))
 
 
@@ -258,7 +258,7 @@ def test_a_part_still_says_of_which_files_it_is():
 
 @pytest.mark.parametrize("share", [0, -0.1, 0.6, math.nan])
 def test_a_share_that_leaves_one_side_nothing_is_refused(share):
-    with pytest.raises(PteeError, match="share.*above 0, up to 0.5"):
+    with pytest.raises(PteeError, match=r"share.*above 0, up to 0\.5"):
         hold_out(TensorDataset(torch.arange(1000)), share)
 
 
