@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptee.calls import ExitOutput as ExitOutput
+    from ptee.decision import fit_gates as fit_gates
     from ptee.errors import PteeError as PteeError
     from ptee.evaluation import evaluate as evaluate
     from ptee.heads import register_head as register_head
@@ -33,6 +34,7 @@ _HOMES = {
     "PteeError": "errors",
     "augment": "model",
     "evaluate": "evaluation",
+    "fit_gates": "decision",
     "load": "model",
     "plan": "plans",
     "register_head": "heads",

@@ -93,9 +93,10 @@ class Call(ABC):
                 head: Any = self.heads[n]
                 if self.trail is None:
                     logits, confidence = head(z)
-                else:
-                    logits, confidence, self.trail = head.follow(z, self.trail)
-                return logits, confidence
+                    return logits, confidence
+                said = head.follow(z, self.trail)
+                self.trail = said.trail
+                return said.logits, said.confidence
         except RuntimeError as why:
             if z.shape[1:] == cut.shape:
                 raise

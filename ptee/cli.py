@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ptee.thresholds import Solution, Wish
     from ptee.training import Epoch, History
 
-HEAD, EPOCHS = "pool", 5  # where nothing else is said
+HEAD, EPOCHS, GATE_SHARE = "pool", 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
 LEARNING = (  # options that are arguments of `train` as they are
     *("temperature", "loss", "cost_weight", "reach", "batch_size", "lr", "weight_decay", "seed", "patience"),
@@ -154,6 +154,16 @@ def cli(ctx: click.Context) -> None:
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
 @click.option("--schedule", default="constant", show_default=True, help="Of the learning rate: constant or cosine.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
+@click.option(
+    "--gate",
+    help="Fit gates after the heads, which decide who leaves: agrees (is this answer the backbone's?), right (is it the "
+    "label?) or best (is it the label, or would no later answer be?).",
+)
+@click.option(
+    "--gate-share",
+    type=click.FloatRange(0, 0.5, min_open=True),
+    help="Of the training images, for the gates; the heads do not see them. Default: 0.1.",
+)
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
 @click.option(
     "--seed",
@@ -202,14 +212,17 @@ def _augment(o: dict[str, Any]) -> None:
         click.echo(
             "The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n"
         )
-    history = _train(model, data, targets, device, out, o)
+    o["mirror"] = o["mirror"] and data.mirror
+    for_heads, for_gates = _split(data.train, o)
+    history = _train(model, for_heads, data.calibration, targets, device, out, o)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
     again = backbone.source is not None
     if history.interrupted:
         _interrupted(history, out, again)
+    fits = {} if for_gates is None else {"gates": _fit_gates(model, for_gates, device, o)}
     root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
-    model.results = {"data": {"source": _place(data), "root": root, "split": data.split}}
+    model.results = {"data": {"source": _place(data), "root": root, "split": data.split}} | fits
     _clear(out)
     model.save_pretrained(out)  # whatever becomes of the measurement, which may take long
     try:
@@ -613,6 +626,8 @@ def _model_and_data(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     data, labels = _open(source, backbone, o)
     if labels.indices is None and targets == "labels":
         raise DataError(f"{labels.reason} Use --targets pseudo.")
+    if labels.indices is None and o["gate"] in ("right", "best"):
+        raise DataError(f"{labels.reason} Use --gate agrees.")
     fallback = (
         ""
         if labels.indices is not None or targets
@@ -646,7 +661,34 @@ def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     return load_backbone(defaults.MODEL, weights=file, **args), data, o["targets"] or "labels"
 
 
-def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Path, o: dict[str, Any]) -> History:
+def _split(images: Any, o: dict[str, Any]) -> tuple[Any, Any]:
+    """The training images for the heads, and those for the gates; None where there are no gates."""
+    from ptee.decision import hold_out
+
+    if not o["gate"]:
+        return images, None
+    for_heads, for_gates = hold_out(images, o["gate_share"] or GATE_SHARE, o["seed"])
+    click.echo(
+        f"Of {len(images):,} training images the heads learn on {len(for_heads):,}, and the gates on the other {len(for_gates):,}, "
+        f"drawn with seed {o['seed']}.\n"
+    )
+    return for_heads, for_gates
+
+
+def _fit_gates(model: EarlyExitModel, images: Any, device: Any, o: dict[str, Any]) -> dict[str, Any]:
+    from ptee.decision import fit_gates
+
+    fits = fit_gates(
+        model, images, target=o["gate"], seed=o["seed"], batch_size=o["batch_size"], num_workers=o["workers"],
+        device=device,
+    )  # fmt: skip
+    click.echo(f"\n{fits}")
+    return fits.to_dict()
+
+
+def _train(
+    model: EarlyExitModel, images: Any, held_out: Any, targets: str, device: Any, out: Path, o: dict[str, Any]
+) -> History:
     from ptee.training import train
 
     def say(epoch: Epoch) -> None:
@@ -658,8 +700,9 @@ def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Pa
         )
 
     history = train(
-        model, data.train, data.calibration, targets=targets, mirror=o["mirror"] and data.mirror, epochs=o["epochs"], device=device, num_workers=o["workers"],
-        cache=o["cache"], checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say, **{key: o[key] for key in LEARNING},
+        model, images, held_out, targets=targets, mirror=o["mirror"], epochs=o["epochs"], device=device,
+        num_workers=o["workers"], cache=o["cache"], checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say,
+        **{key: o[key] for key in LEARNING},
     )  # fmt: skip
     if history.warning:
         click.echo(f"Warning: {history.warning}", err=True)
@@ -695,8 +738,12 @@ def _evaluate(
 
 
 def _check_settings(o: dict[str, Any]) -> None:
+    from ptee.decision import check_target
     from ptee.settings import Settings
 
+    check_target(o["gate"])
+    if o["gate_share"] and not o["gate"]:
+        raise click.UsageError("--gate-share needs --gate, such as --gate agrees.")
     Settings(targets=o["targets"] or "labels", **{key: o[key] for key in LEARNING}).checked()
 
 

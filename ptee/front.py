@@ -74,10 +74,6 @@ class FrontHead(ExitHead):
         self.network.eval()
         return self
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's answer to images (b, c, h, w), and the confidence logit (b,)."""
-        return self.follow(z, Trail())[:2]
-
     def read(self, z: Tensor) -> Tensor:
         """(b, K + F): the network's logits, and the vector that its classifier read."""
         seen: list[Tensor] = []
@@ -98,11 +94,15 @@ class FrontHead(ExitHead):
 
     def answer(self, x: Tensor, trail: Trail) -> Said:
         """Answer from what was read."""
-        logits, vector = x[:, : self.num_classes], x[:, self.num_classes :]
-        sureness = logits.float().softmax(-1).to(logits.dtype)
-        confidence = self._say(torch.cat([sureness, vector], 1))[1]
-        made = None if self.passes_on is None else vector[:, :, None, None]
-        return Said(logits, confidence, Trail((*trail.answers, logits), made))
+        vector = x[:, self.num_classes :]
+        return self._say(x, trail, None if self.passes_on is None else vector[:, :, None, None])
+
+    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
+        return v[:, : self.num_classes]
+
+    def _confidence(self, v: Tensor) -> Tensor:
+        sureness = v[:, : self.num_classes].float().softmax(-1).to(v.dtype)  # logits may be large
+        return super()._confidence(torch.cat([sureness, v[:, self.num_classes :]], 1))
 
 
 class _Prepare(nn.Module):

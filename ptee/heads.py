@@ -1,7 +1,8 @@
 """Exit heads: small networks that answer from a feature map, and say how sure they are.
 
 Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes) and
-a confidence logit w2 v + b2, with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2). `HEADS` names the ways to make v.
+a confidence logit w2 v + b2, with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2); a gate may take the place of the latter.
+`HEADS` names the ways to make v.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptee.errors import PteeError, unknown
+from ptee.gates import Gate
 from ptee.layout import Layout
 
 FeatureFactory = Callable[[int, int, int], nn.Module]
@@ -47,11 +49,13 @@ class Said(NamedTuple):
         logits: (b, K).
         confidence: (b,) confidence logit, in float32 at least.
         trail: for the next head.
+        features: (b, F), the vector v.
     """
 
     logits: Tensor
     confidence: Tensor
     trail: Trail
+    features: Tensor
 
 
 class ExitHead(nn.Module):
@@ -60,6 +64,7 @@ class ExitHead(nn.Module):
     Attributes:
         looks_back: it reads what the exits before it said, or the next one what this one did.
         passes_on: (c, h, w) of the map that it makes for the next head; None where it makes none.
+        gate: what the confidence comes from instead of the layer of that name; None where it does not.
 
     Args:
         layout: how the cut's tensor lies in memory.
@@ -78,6 +83,16 @@ class ExitHead(nn.Module):
         self.num_classes = num_classes
         self.logits: nn.Module = nn.Linear(num_features, num_classes)
         self.confidence = nn.Linear(num_features, 1)
+        self.gate: Gate | None = None
+
+    def put_gate(self, gate: Gate) -> None:
+        """From now on confidence comes from this gate, in place of an earlier one.
+
+        Args:
+            gate: for the exit where this head stands.
+        """
+        self.gate = gate.to(self.confidence.weight).train(self.training)
+        self.looks_back = True
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Answer from a feature map.
@@ -88,7 +103,8 @@ class ExitHead(nn.Module):
         Returns:
             Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
         """
-        return self._say(self.features(self.layout.to_map(z)))
+        said = self.follow(z, Trail())
+        return said.logits, said.confidence
 
     def read(self, z: Tensor) -> Tensor:
         """What is left of a feature map after the part of the head that has nothing to learn: a pooled vector, or all.
@@ -108,8 +124,7 @@ class ExitHead(nn.Module):
             z: the cut's tensor, in its own layout.
             trail: what they said.
         """
-        logits, confidence = self(z)
-        return Said(logits, confidence, Trail((*trail.answers, logits)))
+        return self._say(self.features(self.layout.to_map(z)), trail)
 
     def answer(self, x: Tensor, trail: Trail) -> Said:
         """Answer from what was read, as `follow` from the feature map.
@@ -121,14 +136,22 @@ class ExitHead(nn.Module):
         v = x
         for part in self._parts()[1]:
             v = part(v)
-        logits, confidence = self._say(v)
-        return Said(logits, confidence, Trail((*trail.answers, logits)))
+        return self._say(v, trail)
 
-    def _say(self, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _say(self, v: Tensor, trail: Trail, made: Tensor | None = None) -> Said:
+        """The one place where logits and confidence come from; `made` is the map for the next head."""
+        logits = self._logits(v, trail)
+        sure = self._confidence(v) if self.gate is None else self.gate(logits, trail.answers, v)
+        return Said(logits, sure, Trail((*trail.answers, logits), made), v)
+
+    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
+        logits: Tensor = self.logits(v)
+        return logits
+
+    def _confidence(self, v: Tensor) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
             wide = torch.promote_types(v.dtype, torch.float32)
-            confidence = F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))
-        return self.logits(v), confidence[:, 0]
+            return F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))[:, 0]
 
     def _parts(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The layers of `features` in front that neither learn nor draw lots, and the others."""

@@ -162,10 +162,6 @@ class LearnedHead(ExitHead):
         # How far its answer begins at the answer before; none at first.
         self.trust = nn.Parameter(torch.zeros(())) if recipe.linked else None
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """As of an `ExitHead`, where no exit stands before it."""
-        return self.follow(z, Trail())[:2]
-
     def read(self, z: Tensor) -> Tensor:
         """The map itself: every part of the head learns."""
         return self.layout.to_map(z)
@@ -182,10 +178,13 @@ class LearnedHead(ExitHead):
         if self.link is not None and trail.map is not None:
             y = y + _linked(self.link, trail.map, y.shape[-2:])
         y = features["rest"](y)
-        logits, confidence = self._say(y.mean((2, 3)))
-        if self.trust is not None and trail.answers:
-            logits = logits + self.trust * trail.answers[-1].log_softmax(-1).to(logits.dtype)
-        return Said(logits, confidence, Trail((*trail.answers, logits), y))
+        return self._say(y.mean((2, 3)), trail, y)
+
+    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
+        logits = super()._logits(v, trail)
+        if self.trust is None or not trail.answers:
+            return logits
+        return logits + self.trust * trail.answers[-1].log_softmax(-1).to(logits.dtype)
 
 
 def _linked(link: nn.Module, made: Tensor, size: torch.Size) -> Tensor:

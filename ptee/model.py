@@ -21,6 +21,7 @@ from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, r
 from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
 from ptee.front import INPUT, FrontHead
+from ptee.gates import Gate
 from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
 from ptee.learned import AUTO
@@ -216,10 +217,39 @@ class EarlyExitModel(
         Args:
             reading: what `read` gave, or rows of it.
         """
+        said = self.said(reading)
+        return _all_exits([s.logits for s in said], [s.confidence for s in said], reading.logits)
+
+    def said(self, reading: Reading) -> list[Said]:
+        """What each head says of what was read, one after another.
+
+        Args:
+            reading: what `read` gave, or rows of it.
+        """
         said: list[Said] = []
         for head, x in zip(self._exit_heads(), reading.inputs, strict=True):
             said.append(head.answer(x, said[-1].trail if said else Trail()))
-        return _all_exits([s.logits for s in said], [s.confidence for s in said], reading.logits)
+        return said
+
+    def new_gate(self, n: int, reads: str) -> Gate:
+        """An untrained gate for an exit.
+
+        Args:
+            n: the exit's number.
+            reads: one of `gates.READS`.
+        """
+        return Gate(reads, self._exit_heads()[n].confidence.in_features, follows=n > 0)
+
+    def put_gates(self, gates: Sequence[Gate | None]) -> None:
+        """Let the confidence of each exit come from its gate, and count it.
+
+        Args:
+            gates: one for each exit; None leaves it as it is.
+        """
+        for head, gate in zip(self._exit_heads(), gates, strict=True):
+            if gate is not None:
+                head.put_gate(gate)
+        self.plan = self.plan.with_heads(self._exit_heads())
 
     def _exit_heads(self) -> list[ExitHead]:
         return [head for head in self.heads if isinstance(head, ExitHead)]
@@ -477,6 +507,8 @@ def load(
         raise RunError(
             f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
         )
+    if any(run.gates):
+        model.put_gates([model.new_gate(n, reads) if reads else None for n, reads in enumerate(run.gates)])
     runs.fill(model.heads, run)
     model.threshold = run.threshold
     model.results = run.results

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -32,11 +33,12 @@ class Exit:
     Attributes:
         name: the module behind which it stands.
         backbone_cost: B_n / B, the backbone up to and with that module.
-        head_cost: H_n / B, its head alone.
+        head_cost: H_n / B, its head alone, with its gate.
         cost: c_n of a sample that leaves here: all heads passed on the way are counted, unless the plan says "paper".
         shape: of the tensor its head reads, of one sample.
         parameters: of its head.
         head: name of its head.
+        gate: what the head's gate reads, "answers" or "features"; None without one.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Exit:
     shape: tuple[int, ...]
     parameters: int
     head: str
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,17 @@ class Plan:
         """
         return _heads([e.head for e in self.exits], self.cuts, self.classes, front)
 
+    def with_heads(self, heads: Sequence[ExitHead]) -> Plan:
+        """The same exits, counted anew with these heads, which may have got gates.
+
+        Args:
+            heads: one for each exit.
+        """
+        here = [copy.deepcopy(head).cpu().float() for head in heads]
+        spent = [e.backbone_cost for e in self.exits]
+        rows = _priced(self.cuts, spent, here, [e.head for e in self.exits], self.macs, self.convention)
+        return replace(self, exits=rows, final_cost=_final_cost(rows, self.convention))
+
     def _begun_anew(self) -> str:
         exits = [str(n) for n, cut in enumerate(self.cuts) if cut.steps]
         if not exits:
@@ -158,6 +172,7 @@ class Plan:
                 if self.costs[n] >= 1
             )
             + self._begun_anew()
+            + ("\nGates decide who leaves; they are counted with the heads." if any(e.gate for e in self.exits) else "")
             + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
         )
 
@@ -226,7 +241,7 @@ def make_plan(
         )
     heads = _heads(names, cuts, found.classes, front)
     rows = _priced(cuts, spent, heads, names, counts.total, convention)
-    end = 1 + sum(row.head_cost for row in rows) if convention == "full" else 1.0
+    end = _final_cost(rows, convention)
     return Plan(
         backbone.name, names[0] if len(set(names)) == 1 else ", ".join(names), _words(exits), size, rows, end, counts.total, parameters(backbone.module), convention,
         found.classes, tuple(cuts),
@@ -293,9 +308,13 @@ def _priced(
     added = [count(head, torch.zeros(1, *cut.shape)).total / macs for head, cut in zip(behind, cuts, strict=True)]
     passed = list(accumulate(added)) if convention == "full" else added
     return tuple(
-        Exit(cut.name, b, h, b + p, cut.shape, parameters(head), name)
+        Exit(cut.name, b, h, b + p, cut.shape, parameters(head), name, None if head.gate is None else head.gate.reads)
         for cut, b, h, p, head, name in zip(cuts, spent, added, passed, heads, names, strict=True)
     )
+
+
+def _final_cost(exits: Sequence[Exit], convention: str) -> float:
+    return 1 + sum(e.head_cost for e in exits) if convention == "full" else 1.0
 
 
 def plan(

@@ -62,6 +62,7 @@ class Run:
         classes: K.
         exits: names of the modules behind which the exits stand.
         heads: name of the head at each.
+        gates: what the gate of each reads; None where there is none.
         convention: of the costs, "full" or "paper".
         threshold: one for each exit.
         results: what was measured, or None.
@@ -78,6 +79,7 @@ class Run:
     classes: int
     exits: tuple[str, ...]
     heads: tuple[str, ...]
+    gates: tuple[str | None, ...]
     convention: str
     threshold: list[float]
     results: dict[str, Any] | None
@@ -219,6 +221,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
         classes=fields.get("backbone.classes", int),
         exits=tuple(row.get("name", str) for row in rows),
         heads=tuple(row.get("head", str) for row in rows),
+        gates=tuple(_gate(row) for row in rows),
         convention=fields.get("convention", str),
         threshold=[float(t) for t in fields.numbers("threshold", len(rows))],
         results=fields.get("results", dict, optional=True),
@@ -297,6 +300,18 @@ def _input(fields: _Fields, of: str) -> dict[str, Any]:
     mean, std = (tuple(fields.numbers(place, len(fields.get(place, list)))) for place in places)
     interpolation = fields.get(f"{of}.input.interpolation", str)
     return {"input_size": tuple(sizes), "mean": mean, "std": std, "interpolation": interpolation}
+
+
+def _gate(row: _Fields) -> str | None:
+    """Runs of before there were gates have none."""
+    from ptee.gates import READS
+
+    reads: str | None = row.get("gate", str, optional=True)
+    if reads not in (None, *READS):
+        raise RunError(
+            f"{row.folder}: {CONFIG} has {row.prefix}gate {reads!r:.60}, and gates read {' or '.join(READS)}. Upgrade ptee."
+        )
+    return reads
 
 
 def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:

@@ -281,6 +281,11 @@ AUGMENT = {
     "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "v3.*Did you mean"),
     "an unknown precision": ([*RANDOM, "--data", "TEN", "--precision", "bf61"], "bf61.*Did you mean"),
     "an unknown device": ([*RANDOM, "--data", "TEN", "--device", "cuda:99"], "cuda:99.*cpu"),
+    "an unknown gate": ([*RANDOM, "--data", "TEN", "--gate", "agree"], "agree.*Did you mean 'agrees'"),
+    "a gate that needs labels": ([*RANDOM, "--data", "TWO", "--gate", "best"], "cat, dog.*--gate agrees"),
+    "images for gates that there are not": ([*RANDOM, "--data", "TEN", "--gate-share", 0.1], "--gate-share needs --gate"),
+    "too few images for gates": ([*RANDOM, "--data", "TEN", "--gate", "agrees"], "0.1 of 24 .* are 2.*--gate-share"),
+    "a share of all images": ([*RANDOM, "--data", "TEN", "--gate", "agrees", "--gate-share", 1], "--gate-share"),
     "no epochs": ([*RANDOM, "--data", "TEN", "--epochs", 0], "--epochs"),
     "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "lr"),
     "thresholds for other exits": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
@@ -751,6 +756,49 @@ def test_an_earlier_run_is_written_over_where_that_is_said(run, known, finished)
 def test_without_out_the_run_is_called_after_its_model(run, known):
     assert run("augment", *known, *SHORT).status == 0
     assert Path("runs", "cifar_resnet20", "config.json").is_file()
+
+
+# gates
+
+
+@pytest.fixture(scope="module")
+def many(things) -> Path:
+    pictures(things / "many", [f"class{k}" for k in range(10)], 10)
+    return things / "many"
+
+
+GATED = ("--gate", "agrees", "--gate-share", 0.3)
+
+
+def test_gates_learn_on_images_of_their_own_and_are_saved(run, known, many):
+    done = run("augment", *known, "--data", many, *SHORT, *GATED, "--out", "out")
+    assert done.status == 0, done
+    assert "Of 80 training images the heads learn on 56, and the gates on the other 24" in done.out
+    assert "Gates on 24 images. Is the answer the backbone's?" in done.out
+    config = json.loads(Path("out", "config.json").read_text())
+    assert [row["gate"] for row in config["exits"]] == ["features", "features"]
+    assert config["results"]["gates"]["images"] == 24
+    assert [e.gate for e in ptee.load("out").exits] == ["features", "features"]
+    assert run("evaluate", "out").status == 0
+
+
+def test_without_gates_nothing_is_said_of_them(run, known):
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert "Gates" not in done.out
+    assert "gates" not in json.loads(Path("out", "config.json").read_text())["results"]
+
+
+def test_a_training_is_resumed_on_the_same_images_and_its_gates_are_fitted_after_it(run, known, many, interrupt):
+    words = ("augment", *known, "--data", many, *SHORT, *GATED)
+    assert run(*words, "--out", "whole").status == 0
+    interrupt(2)
+    assert run(*words, "--out", "broken").status == 130
+    without = ("augment", *known, "--data", many, *SHORT)
+    assert_refused(run(*without, "--out", "broken", "--resume"), "belongs to a training with data")
+    assert run(*words, "--out", "broken", "--resume").status == 0
+    whole, broken = (load_file(Path(name, "heads.safetensors")) for name in ("whole", "broken"))
+    assert any("gate" in name for name in whole)
+    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
 
 
 # Ctrl-C, and --resume

@@ -18,7 +18,7 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob(
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
     1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins freezing devices "
-    "views mixing history",
+    "views mixing history gates",
     2: "labels heads cuts backbones settings",
     3: "blocks proof runs learned front",
     4: "placement checkpoint hold",
@@ -27,14 +27,14 @@ LAYERS = {  # a module imports from lower layers only
     7: "model",
     8: "traces cache steps benchmark zoo",
     9: "thresholds",
-    10: "evaluation training tuning",
+    10: "evaluation training decision tuning",
     11: "defaults training_speed",
     12: "cli",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
 PUBLIC = {
-    *("augment", "plan", "train", "tune", "evaluate", "load", "register_head"),
+    *("augment", "plan", "train", "fit_gates", "tune", "evaluate", "load", "register_head"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError"),
 }
 each_module = pytest.mark.parametrize("module", sorted(set(TREES) - ENTRANCES))
@@ -100,6 +100,7 @@ def test_only_the_command_prints_or_ends_the_program(module):
         "reliability",
         "thresholds",
         "heads",
+        "gates",
         "learned",
         "placement",
         "plans",

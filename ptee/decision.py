@@ -1,0 +1,271 @@
+"""The decision: gates are fitted after the heads, on images that neither the heads nor the backbone should have seen.
+
+The heads run once over the images with nobody leaving, and what each gate reads is kept: a few numbers for each image. Then
+every gate is a small regression against one question, by cross-entropy, so that h is the probability of a yes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
+from ptee.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.devices import resolve_device
+from ptee.errors import DataError, PteeError, unknown
+from ptee.gates import READS, Gate
+from ptee.model import EarlyExitModel
+from ptee.tables import table
+from ptee.traces import odd_labels
+
+QUESTIONS = {
+    "agrees": "Is the answer the backbone's?",
+    "right": "Is it the label?",
+    "best": "Is it the label, or would no later answer be?",
+}
+FEWEST = 20  # images to fit a gate on
+HELD_OUT = 5  # every fifth image says when to stop
+PENALTY = 1e-4  # on the squares of the weights
+ROUNDS, STEPS, PATIENCE = 40, 5, 5  # of L-BFGS; rounds without a better held-out loss
+LARGEST_SHARE = 0.5  # of the training images, for the gates
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """How well the gate of one exit answers its question, on the held-out fifth of the images.
+
+    Attributes:
+        exit: the module behind which it stands.
+        yes: share of all images for which the answer is yes.
+        loss: cross-entropy of h.
+        blind: cross-entropy of that share, which is what h is worth if it says the same of every image.
+    """
+
+    exit: str
+    yes: float
+    loss: float
+    blind: float
+
+
+@dataclass(frozen=True)
+class GateFits:
+    """What came of fitting. Prints as a table.
+
+    Attributes:
+        target: a key of `QUESTIONS`.
+        images: how many there were.
+        exits: one for each early exit.
+    """
+
+    target: str
+    images: int
+    exits: tuple[GateFit, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [(str(n), e.exit, f"{e.yes:.4f}", f"{e.loss:.4f}", f"{e.blind:.4f}") for n, e in enumerate(self.exits)]
+        return (
+            f"Gates on {self.images:,} images. {QUESTIONS[self.target]}\n"
+            + table([("exit", "module", "yes", "loss", "blind"), *rows], left={1})
+            + "\nloss: cross-entropy of h on a held-out fifth; blind: of an h that is the same for all."
+        )
+
+
+def check_target(target: str | None) -> None:
+    """Refuse what is no question to a gate.
+
+    Raises:
+        UnknownName: naming those that are.
+    """
+    if target is not None and target not in QUESTIONS:
+        raise unknown("gate target", target, QUESTIONS)
+
+
+def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
+    """Split a map-style data set into images for the heads and images for the gates.
+
+    Args:
+        data: the training images.
+        share: of them, for the gates.
+        seed: which ones.
+
+    Raises:
+        DataError: if too few would be left to either.
+    """
+    if not 0 < share <= LARGEST_SHARE:
+        raise PteeError(f"A share {share!r} of the images for gates must lie above 0, up to {LARGEST_SHARE}.")
+    n = len(data)
+    size = round(share * n)
+    if size < FEWEST:
+        raise DataError(
+            f"{share:g} of {n:,} training images are {size}, and gates need {FEWEST} at least. Give a larger share "
+            "(--gate-share), or train without gates."
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = Subset(data, sorted(order[size:])), Subset(data, sorted(order[:size]))
+    for part in parts:  # a training that is resumed asks which files they are of
+        part.files_sha256 = getattr(data, "files_sha256", None)  # type: ignore[attr-defined]
+    return parts
+
+
+def fit_gates(
+    model: EarlyExitModel,
+    data: Any,
+    *,
+    target: str | None = None,
+    reads: str = "features",
+    seed: int = 0,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> GateFits:
+    """Give every exit a gate that decides who leaves there, fitted after the heads. No answer changes, only h does.
+
+    Take images that the heads were not trained on. On images that the backbone itself was trained on it is nearly always
+    right, so gates that learn from them are too sure. Heads that are trained further want new gates.
+
+    Args:
+        model: with trained heads. In eval mode, on the device it was on, afterwards.
+        data: a map-style data set of (image (c, h, w), label) or (image,), or a loader.
+        target: the question: "agrees" (is this answer the backbone's?), "right" (is it the label?) or "best" (is it the
+            label, or would no later answer be? then leaving loses nothing). None: "best" with labels, "agrees" without.
+        reads: "features" (the head's feature vector and numbers on the answers so far) or "answers" (the numbers alone).
+        seed: of the gates and of the fifth that is held out.
+        batch_size: for a data set.
+        num_workers: processes that load a data set.
+        device: for the heads; None: where the model is.
+        progress: show a bar, where standard error is a terminal.
+
+    Raises:
+        UnknownName: if there is no such target or no such thing to read.
+        DataError: if there are too few images, or no labels where they are asked for.
+    """
+    check_target(target)
+    if reads not in READS:
+        raise unknown("thing for a gate to read", reads, READS)
+    home = next(model.heads.parameters()).device
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(seed)
+        gates = [model.new_gate(n, reads) for n in range(len(model.exits))]
+        model.to(home if device is None else resolve_device(device)).eval()
+        try:
+            heard = _hear(
+                model, gates, batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers), progress
+            )
+        finally:
+            model.to(home)
+        target = target or ("best" if heard.labels is not None else "agrees")
+        yes = heard.yes(target)
+        fits = [_fit(gate, x, y, seed) for gate, x, y in zip(gates, heard.read, yes, strict=True)]
+    model.put_gates(gates)
+    rows = [GateFit(e.name, *fit) for e, fit in zip(model.exits, fits, strict=True)]
+    return GateFits(target, len(heard.answers[0]), tuple(rows))
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What the heads said of all images, as far as gates need it."""
+
+    read: tuple[Tensor, ...]  # for each early exit (n, ...), what its gate reads
+    answers: Tensor  # (E+1, n)
+    labels: Tensor | None  # (n,)
+    fault: str  # why there are none
+
+    def yes(self, target: str) -> Tensor:
+        """(E, n) whether the answer to the question is yes."""
+        if target == "agrees":
+            return self.answers[:-1] == self.answers[-1]
+        if self.labels is None:
+            raise DataError(f"The question {target!r} needs labels: {self.fault}. Ask a gate for target 'agrees'.")
+        right = self.answers == self.labels
+        if target == "right":
+            return right[:-1]
+        later = torch.stack([right[n + 1 :].any(0) for n in range(len(right) - 1)])
+        return right[:-1] | ~later
+
+
+@torch.no_grad()
+def _hear(model: EarlyExitModel, gates: Sequence[Gate], loader: Iterable[Any], progress: bool) -> _Heard:
+    like = next(model.heads.parameters())
+    read, answers, labels = [], [], []
+    for batch in tqdm(loader, desc="asking the heads", leave=False, disable=None if progress else True):
+        images, known = split_batch(batch)
+        reading = model.read(images.to(like.device, like.dtype))
+        said = model.said(reading)
+        read.append([
+            gate.read(s.logits, s.trail.answers[:-1], s.features).cpu().double()
+            for gate, s in zip(gates, said, strict=True)
+        ])  # fmt: skip
+        answers.append(torch.stack([y.argmax(-1) for y in (*(s.logits for s in said), reading.logits)]).cpu())
+        labels.append(torch.full((len(images),), UNKNOWN_LABEL) if known is None else known)
+    if not answers:
+        raise DataError("The data gave no batch: it is empty.")
+    every = torch.cat(labels)
+    none = bool((every == UNKNOWN_LABEL).all())
+    fault = "the data has none" if none else odd_labels(every, model.num_classes)
+    kept = tuple(torch.cat(parts) for parts in zip(*read, strict=True))
+    return _Heard(kept, torch.cat(answers, 1), None if fault else every, fault)
+
+
+def _fit(gate: Gate, x: Tensor, yes: Tensor, seed: int) -> tuple[float, float, float]:
+    """Fit one gate in float64, and say the share of yes, its held-out loss and that of a blind one."""
+    known = x.isfinite().all(-1)
+    x, y = x[known], yes[known].to(x.dtype)
+    if len(x) < FEWEST:
+        raise DataError(f"A gate needs {FEWEST} images with finite answers at least; there are {len(x)}. Give more.")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held, learnt = order[: len(x) // HELD_OUT], order[len(x) // HELD_OUT :]
+    gate.double().standardise(x[learnt])
+    share = (y[learnt].sum().item() + 1) / (len(learnt) + 2)  # not 0, not 1
+    with torch.no_grad():
+        gate.outer.weight.zero_()  # begins blind, so what it ends with is no worse
+        gate.outer.bias.fill_(math.log(share / (1 - share)))
+    blind = _loss(gate, x[held], y[held])
+    best = _descend(gate, (x[learnt], y[learnt]), (x[held], y[held]))
+    return y.mean().item(), best, blind
+
+
+def _descend(gate: Gate, learnt: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> float:
+    """L-BFGS on all images at once, back to where the held-out loss was lowest; that loss."""
+    weights = [p for p in gate.parameters() if p.dim() > 1]
+    optimiser = torch.optim.LBFGS(gate.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        x, y = learnt
+        loss = F.binary_cross_entropy_with_logits(gate.judge(x), y) + PENALTY * sum(w.square().sum() for w in weights)
+        loss.backward()
+        return loss
+
+    lowest, best, waited = _loss(gate, *held), _copy(gate), 0
+    for _ in range(ROUNDS):
+        optimiser.step(closure)
+        loss = _loss(gate, *held)
+        if loss < lowest:
+            lowest, best, waited = loss, _copy(gate), 0
+        else:
+            waited += 1
+        if waited == PATIENCE:
+            break
+    gate.load_state_dict(best)
+    return lowest
+
+
+@torch.no_grad()
+def _loss(gate: Gate, x: Tensor, y: Tensor) -> float:
+    return F.binary_cross_entropy_with_logits(gate.judge(x), y).item()
+
+
+def _copy(gate: Gate) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in gate.state_dict().items()}

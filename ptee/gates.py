@@ -1,0 +1,125 @@
+"""Gates: may a row leave here? Asked of what the exits have answered so far.
+
+A head's own confidence learns together with its logits. A gate is fitted when the heads are done (`decision`); it reads a
+few numbers on the answers, which do not say which class it is, and where wished the head's feature vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptee.errors import PteeError
+
+READS = ("answers", "features")  # the second: the feature vector, too
+HIDDEN, BOTTLENECK = 32, 16  # widths; saved runs have them
+FARTHEST = 6.0  # standard deviations from the mean; what lies beyond was not seen in fitting
+NARROWEST = 1e-3  # a standard deviation below says nothing, and half precision could not hold it
+
+
+class Gate(nn.Module):
+    """From answers to a confidence logit: standardised numbers, then one hidden layer.
+
+    Args:
+        reads: one of `READS`.
+        features: F, the length of the head's feature vector.
+        follows: there are exits before this one.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, reads: str, features: int, follows: bool) -> None:
+        super().__init__()
+        self.reads, self.follows = reads, follows
+        self.numbers = len(OWN) + follows * len(COMPARED)
+        width = self.numbers
+        self.bottleneck: nn.Linear | None = None
+        if reads == "features":
+            width += features
+            self.bottleneck = nn.Linear(features, BOTTLENECK)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.inner = nn.Linear(self.numbers + BOTTLENECK * (reads == "features"), HIDDEN)
+        self.outer = nn.Linear(HIDDEN, 1)
+
+    def forward(self, logits: Tensor, earlier: Sequence[Tensor], v: Tensor) -> Tensor:
+        """How sure the exit may be, (b,), in float32 at least whatever the precision around; NaN on what is not finite.
+
+        Args:
+            logits: (b, K) of this exit.
+            earlier: (b, K) of each exit before it.
+            v: (b, F) the head's feature vector.
+        """
+        with torch.autocast(v.device.type, enabled=False):
+            return self.judge(self.read(logits, earlier, v))
+
+    def read(self, logits: Tensor, earlier: Sequence[Tensor], v: Tensor) -> Tensor:
+        """The numbers that decide, (b, n), before they are standardised. Arguments are those of `forward`."""
+        if self.follows and not earlier:
+            raise PteeError("This head's gate reads what the exits before it said. Call the model, or head.follow.")
+        found = [_own(_log_p(logits))]
+        if self.follows:
+            found.append(_compared(_log_p(logits), torch.stack([_log_p(y) for y in earlier])))
+        if self.bottleneck is not None:
+            found.append(_wide(v))
+        return torch.cat(found, -1)
+
+    def standardise(self, x: Tensor) -> None:
+        """Take mean and standard deviation from what was read.
+
+        Args:
+            x: (n, ...) what `read` gave for many rows.
+        """
+        std = x.std(0)
+        self.mean.copy_(x.mean(0))
+        self.std.copy_(torch.where(std > NARROWEST, std, 1))
+
+    def judge(self, x: Tensor) -> Tensor:
+        """The confidence logit (b,) of what was read.
+
+        Args:
+            x: what `read` gave.
+        """
+        known = x.isfinite().all(-1)
+        x = ((x - self.mean.to(x.dtype)) / self.std.to(x.dtype)).clamp(-FARTHEST, FARTHEST)
+        if self.bottleneck is not None:
+            x = torch.cat([x[:, : self.numbers], _linear(self.bottleneck, x[:, self.numbers :])], -1)
+        sure = _linear(self.outer, F.silu(_linear(self.inner, x)))[:, 0]
+        return torch.where(known, sure, torch.nan)
+
+
+OWN = ("max probability", "entropy", "margin", "log-probability gap")
+COMPARED = ("max probability before", "agrees with the one before", "share that agrees", "mean log-probability")
+
+
+def _own(log_p: Tensor) -> Tensor:
+    """(b, K) -> (b, 4): what one answer says of itself."""
+    first, second = log_p.topk(2).values.unbind(-1)
+    p = first.exp()
+    entropy = torch.special.entr(log_p.exp()).sum(-1) / math.log(log_p.shape[-1])
+    return torch.stack([p, entropy, p - second.exp(), first - second], -1)
+
+
+def _compared(log_p: Tensor, before: Tensor) -> Tensor:
+    """(b, K), (n, b, K) -> (b, 4): what the answers before say of this one."""
+    chosen = log_p.argmax(-1)  # (b,)
+    agree = (before.argmax(-1) == chosen).to(log_p.dtype)  # (n, b)
+    support = before.gather(-1, chosen.expand(len(before), -1)[..., None])[..., 0]  # (n, b)
+    return torch.stack([before[-1].amax(-1).exp(), agree[-1], agree.mean(0), support.mean(0)], -1)
+
+
+def _log_p(logits: Tensor) -> Tensor:
+    return _wide(logits).log_softmax(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

@@ -1,0 +1,267 @@
+"""Fitting gates: the question is answered, by the images alone and the seed, and nothing but h changes."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ptee
+from ptee.backbones import load_backbone
+from ptee.decision import QUESTIONS, GateFits, fit_gates, hold_out
+from ptee.errors import DataError, PteeError, UnknownName
+from ptee.gates import READS
+from ptee.model import build
+
+n, K, SIZE = 400, 5, (3, 8, 8)
+
+
+class Net(nn.Module):
+    """Three convolutions whose answers differ from image to image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8 * 2 * 2, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.three(self.two(self.one(x).relu()).relu()).relu()
+        return 20 * self.fc(x.flatten(1))
+
+
+def make(exits: tuple[str, ...] = ("one", "two")) -> ptee.EarlyExitModel:
+    made = build(load_backbone(Net(), input_size=SIZE), exits=list(exits), head="plain")
+    with torch.no_grad():
+        for head in made.heads:
+            head.logits.weight.mul_(5)
+    return made
+
+
+@pytest.fixture
+def model() -> ptee.EarlyExitModel:
+    return make()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(n, *SIZE)
+
+
+def unlabelled(images: Tensor) -> TensorDataset:
+    return TensorDataset(images)
+
+
+def random_labels(images: Tensor) -> TensorDataset:
+    return TensorDataset(images, torch.randint(K, (len(images),)))
+
+
+def right_where_the_margin_is_large(model: ptee.EarlyExitModel, images: Tensor) -> Tensor:
+    """Labels by which exit 0 is right on one half of the images."""
+    logits = model.all_exits(images).logits[0].detach()
+    top = logits.softmax(-1).topk(2)
+    margin, answer = top.values[:, 0] - top.values[:, 1], top.indices[:, 0]
+    return torch.where(margin > margin.median(), answer, (answer + 1) % K)
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_a_gate_finds_out_that_answers_of_large_margin_are_right(reads, images):
+    model = make(("one",))
+    labels = right_where_the_margin_is_large(model, torch.cat([images, torch.randn(n, *SIZE)]))
+    seen, other = labels[:n], torch.randn(n, *SIZE)
+    fits = fit_gates(model, TensorDataset(images, seen), target="right", reads=reads)
+    wanted = right_where_the_margin_is_large(model, other)
+    every = model.all_exits(other)
+    right = every.logits[0].argmax(-1) == wanted
+    assert roc_auc_score(right, every.confidence[0].detach()) > 0.95
+    assert fits.exits[0].loss < fits.exits[0].blind / 2
+    assert every.confidence[0].mean().item() == pytest.approx(right.double().mean().item(), abs=0.1)
+
+
+def test_what_cannot_be_known_leaves_h_at_the_share_of_yes(model, images):
+    fits = fit_gates(model, random_labels(images), target="right")
+    h = model.all_exits(images).confidence
+    for exit_, sure in zip(fits.exits, h, strict=False):
+        assert exit_.loss <= exit_.blind
+        assert sure.mean().item() == pytest.approx(exit_.yes, abs=0.08)
+
+
+@pytest.mark.parametrize("target", QUESTIONS)
+def test_the_share_of_yes_is_that_of_the_question(target, model, images):
+    labels = torch.randint(K, (n,))
+    answers = model.all_exits(images).logits.argmax(-1).tolist()
+    fits = fit_gates(model, TensorDataset(images, labels), target=target)
+    for e in range(2):
+        yes = 0
+        for i, label in enumerate(labels.tolist()):
+            right = [answers[later][i] == label for later in range(3)]
+            yes += {
+                "agrees": answers[e][i] == answers[2][i],
+                "right": right[e],
+                "best": right[e] or not any(right[e + 1 :]),
+            }[target]
+        assert fits.exits[e].yes == pytest.approx(yes / n)
+
+
+def test_an_exit_that_is_always_as_good_as_the_rest_is_always_sure(model, images):
+    with torch.no_grad():
+        for head in model.heads:
+            head.logits.weight.zero_()
+            head.logits.bias.copy_(10 * torch.eye(K)[0])
+        model.backbone.fc.weight.zero_()
+        model.backbone.fc.bias.copy_(10 * torch.eye(K)[0])
+    fit_gates(model, unlabelled(images))
+    assert model.all_exits(images).confidence.min().item() > 0.98
+
+
+def test_labels_make_the_question_and_without_them_the_backbone_does(model, images):
+    assert fit_gates(model, random_labels(images)).target == "best"
+    assert fit_gates(model, unlabelled(images)).target == "agrees"
+    assert fit_gates(model, TensorDataset(images, torch.full((n,), K))).target == "agrees"
+    assert fit_gates(model, TensorDataset(images, torch.full((n,), -1))).target == "agrees"
+
+
+def test_no_answer_changes_and_neither_does_the_backbone(model, images):
+    before, weights = model.all_exits(images), copy.deepcopy(model.backbone.state_dict())
+    fit_gates(model, unlabelled(images))
+    after = model.all_exits(images)
+    assert torch.equal(before.logits, after.logits)
+    assert not torch.equal(before.confidence, after.confidence)
+    assert all(torch.equal(value, weights[name]) for name, value in model.backbone.state_dict().items())
+    assert not model.training
+
+
+def test_one_seed_gives_the_same_gates_in_any_batches_and_another_seed_others(images):
+    found = []
+    for seed, size in ((0, 128), (0, 37), (1, 128)):
+        torch.manual_seed(0)
+        model = make()
+        before = torch.get_rng_state()
+        fit_gates(model, unlabelled(images), seed=seed, batch_size=size)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(model.all_exits(images).confidence)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(found[0], found[2], rtol=1e-3, atol=1e-3)
+
+
+def test_a_loader_and_gradients_switched_off_are_as_good(images):
+    found = []
+    for data in (unlabelled(images), DataLoader(unlabelled(images), 128)):
+        torch.manual_seed(0)
+        model = make()
+        with torch.inference_mode():
+            fit_gates(model, data)
+            found.append(model.all_exits(images).confidence)
+    assert torch.equal(*found)
+
+
+def test_gates_that_are_there_make_way_for_new_ones(model, images):
+    fit_gates(model, unlabelled(images))
+    first, costs = model.all_exits(images).confidence, model.costs
+    fit_gates(model, random_labels(images), target="right")
+    assert not torch.equal(model.all_exits(images).confidence, first)
+    assert model.costs == costs
+
+
+def test_gates_are_counted_and_read_features_or_not(model, images):
+    bare = model.costs
+    fit_gates(model, unlabelled(images), reads="answers")
+    assert [e.gate for e in model.exits] == ["answers"] * 2
+    little = model.costs
+    fit_gates(model, unlabelled(images))
+    assert bare != little
+    assert little[-1] < model.costs[-1]
+
+
+def test_a_model_with_gates_can_be_trained_on(model, images):
+    fit_gates(model, unlabelled(images))
+    history = ptee.train(model, unlabelled(images), targets="pseudo", epochs=1, precision="no", device="cpu")
+    assert math.isfinite(history.epochs[0].loss)
+
+
+def test_an_image_whose_answers_are_not_finite_teaches_nothing(model, images):
+    images[3] = math.nan
+    fit_gates(model, unlabelled(images))
+    confidence = model.all_exits(images).confidence[:-1]
+    assert confidence[:, 3].isnan().all()
+    assert confidence.isnan().sum() == len(confidence)
+
+
+def test_half_precision_models_get_gates_that_decide_alike(images):
+    torch.manual_seed(0)
+    model = make()
+    half = copy.deepcopy(model).bfloat16()
+    fit_gates(model, unlabelled(images))
+    fit_gates(half, unlabelled(images))
+    assert next(half.heads[0].gate.parameters()).dtype == torch.bfloat16
+    agree = (
+        half.all_exits(images.bfloat16()).confidence[:-1] >= 0.5
+    ) == (model.all_exits(images).confidence[:-1] >= 0.5)  # fmt: skip
+    assert agree.double().mean().item() > 0.8
+
+
+def test_the_table_says_how_many_images_and_which_question(model, images):
+    fits = fit_gates(model, unlabelled(images))
+    assert isinstance(fits, GateFits)
+    assert "400 images. Is the answer the backbone's?" in str(fits)
+    assert [row.split()[:2] for row in str(fits).splitlines()[3:5]] == [["0", "one"], ["1", "two"]]
+    assert fits.to_dict()["exits"][1]["exit"] == "two"
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "said"),
+    [
+        ({"target": "agree"}, UnknownName, "'agree'.*Did you mean 'agrees'"),
+        ({"reads": "feature"}, UnknownName, "'feature'.*Did you mean 'features'"),
+        ({"target": "right"}, DataError, "'right' needs labels: the data has none"),
+        ({"device": "cuda:99"}, PteeError, "cuda:99"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_and_no_gate_is_hung(more, kind, said, model, images):
+    with pytest.raises(kind, match=said):
+        fit_gates(model, unlabelled(images), **more)
+    assert all(head.gate is None for head in model.heads)
+
+
+def test_labels_that_are_no_classes_cannot_be_asked_for(model, images):
+    with pytest.raises(DataError, match=f"its labels are {K} to {K}"):
+        fit_gates(model, TensorDataset(images, torch.full((n,), K)), target="best")
+
+
+def test_too_few_images_are_refused(model, images):
+    with pytest.raises(DataError, match=r"needs 20 images.*there are 19"):
+        fit_gates(model, unlabelled(images[:19]))
+
+
+# ---------------------------------------------------------------------------------------------------- images of their own
+
+
+def test_images_for_gates_are_drawn_by_the_seed_and_kept_from_the_heads():
+    data = TensorDataset(torch.arange(1000))
+    heads, gates = hold_out(data, 0.1, seed=3)
+    rows = [{int(part[i][0]) for i in range(len(part))} for part in (heads, gates)]
+    assert [len(r) for r in rows] == [900, 100]
+    assert rows[0] | rows[1] == set(range(1000))
+    assert hold_out(data, 0.1, seed=3)[1].indices == gates.indices
+    assert hold_out(data, 0.1, seed=4)[1].indices != gates.indices
+
+
+def test_a_part_still_says_of_which_files_it_is():
+    data = TensorDataset(torch.arange(100))
+    data.files_sha256 = "abc"
+    assert [part.files_sha256 for part in hold_out(data, 0.3)] == ["abc", "abc"]
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 0.6, math.nan])
+def test_a_share_that_leaves_one_side_nothing_is_refused(share):
+    with pytest.raises(PteeError, match=r"share.*above 0, up to 0\.5"):
+        hold_out(TensorDataset(torch.arange(1000)), share)
+
+
+def test_a_share_too_small_for_gates_is_refused():
+    with pytest.raises(DataError, match=r"0.1 of 100 training images are 10.*--gate-share"):
+        hold_out(TensorDataset(torch.arange(100)), 0.1)
