@@ -55,6 +55,7 @@ class Call(ABC):
     def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan) -> None:
         self.hooks, self.heads, self.plan = hooks, heads, plan
         self.passed = 0
+        self.skipped: tuple[int, ...] = ()  # exits whose heads are not run
         self.memory = Memory({})
         self.trail: Trail | None = None  # kept only for heads that look back
         if any(getattr(head, "looks_back", False) for head in heads):
@@ -63,9 +64,7 @@ class Call(ABC):
     def enter(self, images: Tensor) -> None:
         """The images are there: the exit at the input, if there is one, is the first."""
         if self.plan.exits[0].name == INPUT:
-            self.passed = 1
-            cut = self.plan.cuts[0]
-            self.visit(0, cut, images, *self._ask(0, cut, images))
+            self._pass(0, images)
 
     def arrive(self, hook: ExitHook, output: Any) -> Any:
         """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""
@@ -79,7 +78,12 @@ class Call(ABC):
                 f"Exit {n} ({self.plan.exits[n].name}) was reached when exit {self.passed} was expected: this input "
                 "takes another way through the backbone than the one the exits were planned for."
             )
+        return self._pass(n, output)
+
+    def _pass(self, n: int, output: Any) -> Any:
         self.passed += 1
+        if n in self.skipped:
+            return None
         cut = self.plan.cuts[n]
         z = cut.feature_map(output)
         if cut.overwritten and torch.is_grad_enabled():
@@ -174,12 +178,15 @@ class Leaving(Call):
     ) -> None:
         super().__init__(hooks, heads, plan)
         self.memory = memory or Memory({})
+        self.skipped, self.off = plan.skipped, plan.off
         self.thresholds = thresholds
         self.rows: Tensor | None = None  # who is still here, as positions in the batch; None for all
         self.parts: list[_Part] = []
 
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
         """Take the sure rows out of the batch."""
+        if n in self.off:
+            return None
         h = confidence_of(confidence)
         if self.memory.batch not in (None, len(h)):
             raise PteeError(

@@ -229,7 +229,7 @@ def _augment(o: dict[str, Any]) -> None:
         part, about, found = data.validation, data.summary, None
         if wish:
             part, about, found = _tuned(model, data, part, about, wish, device, o)
-            runs.update(out, threshold=model.threshold, results=model.results)
+            runs.update(out, threshold=model.threshold, off=list(model.off), results=model.results)
         model.results |= _evaluate(model, part, device, o, about)
         _say_how_kept(model, found)
     except KeyboardInterrupt:
@@ -316,7 +316,7 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     with _threads(tiny=model.origin.input.input_size == INPUT_SIZE):
         part, words, found = _tuned(model, data, part, words, wish, device, o, quiet=as_json)
         model.results |= _evaluate(model, part, device, o, words, quiet=as_json)
-    runs.update(Path(run), threshold=model.threshold, results=model.results)
+    runs.update(Path(run), threshold=model.threshold, off=list(model.off), results=model.results)
     if as_json:
         click.echo(runs.to_json(model.results))
         return

@@ -135,7 +135,10 @@ class Results:
         )
         below = f"\nEarly exit at {walls}." if len(walls) > WIDEST else ""
         names = {self.early_exit.name: "early exit" if below else f"early exit, {walls}"}
-        lines = [(names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i))) for i, r in enumerate(self.rows)]
+        lines = [
+            (names.get(r.name, r.name), r.module, *_cells(r, self._leaving(i), bool(timed)))
+            for i, r in enumerate(self.rows)
+        ]
         return (
             f"{self.backbone}, {self.samples} images\n"
             + (f"{self.note}\n" if self.note else "")
@@ -158,12 +161,12 @@ class Results:
         return "" if i == last else f"{self.leaving[-1 if i == 0 else i - 1]:.1%}"
 
 
-def _cells(row: Row, leaving: str) -> tuple[str, ...]:
+def _cells(row: Row, leaving: str, timed: bool) -> tuple[str, ...]:
     shown = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
     return (
         shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}",
         *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving, shown(row.right, ".4f"), shown(row.failure_auroc, ".3f"),
-        *([] if row.speedup is None else [shown(row.images_per_s, ",.0f"), f"{row.speedup:.2f}x"]),
+        *([shown(row.images_per_s, ",.0f"), shown(row.speedup, ".2f") + "x" * (row.speedup is not None)] if timed else []),
     )  # fmt: skip
 
 
@@ -234,7 +237,7 @@ def evaluate(
 
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
-    leaving = traces.leaving(model.threshold)
+    leaving = traces.leaving([NEVER if n in model.off else t for n, t in enumerate(model.threshold)])
     last = len(model.exits)
     ways = {"backbone": ("", traces.at(last))}
     ways |= {f"exit {n}": (e.name, traces.at(n)) for n, e in enumerate(model.exits)}
@@ -245,7 +248,9 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
     rows = []
     for name, (module, where) in ways.items():
         score = traces.score(where)
-        cost = 1.0 if name == "backbone" else score.cost  # bare: it passes no head
+        here = order.index(name) if name in order else None
+        costs = traces.costs_without([n for n in model.off if n != here])  # alone, an exit that is off has its head
+        cost = 1.0 if name == "backbone" else costs[where].mean().item()  # bare: it passes no head
         priced = None if paper is None else paper[where].mean().item()
         known = _reliability(traces, order.index(name)) if name in order[:-1] else (None, None)
         rows.append(Row(name, module, score.accuracy, score.fidelity, cost, priced, right[name], *known))
@@ -275,12 +280,16 @@ def _timed(model: EarlyExitModel, images: torch.Tensor, rows: list[Row], batch_s
     exits = len(model.exits)
     walls: list[Any] = [[NEVER] * n + [ALWAYS] + [NEVER] * (exits - n - 1) for n in range(exits)]
     calls: dict[str, Any] = {"backbone": lambda: [model.backbone(x) for x in chunks]}
-    for row, wall in zip(rows[1:], [*walls, None], strict=True):
-        calls[row.name] = partial(_predict_all, model, chunks, wall)
+    for n, (row, wall) in enumerate(zip(rows[1:], [*walls, None], strict=True)):
+        if n not in model.off:
+            calls[row.name] = partial(_predict_all, model, chunks, wall)
     times = in_turns(calls, images.device)
     base = times["backbone"]
     timed = []
     for row in rows:
+        if row.name not in times:
+            timed.append(row)
+            continue
         relative = ratio(times[row.name], base)
         rate = len(images) / (sorted(base)[len(base) // 2] * relative)
         timed.append(Row(**(asdict(row) | {"images_per_s": rate, "speedup": 1 / relative})))

@@ -134,6 +134,24 @@ class EarlyExitModel(
         _refuse_nan(thresholds)
         self._thresholds = tuple(thresholds)
 
+    @property
+    def off(self) -> tuple[int, ...]:
+        """Exits that are switched off: nobody leaves there, whatever T is.
+
+        Their heads are not run and cost nothing, unless a later one that is on reads what they say. Set it to the numbers
+        of exits, at any time. Raises PteeError for what is no exit.
+        """
+        return self.plan.off
+
+    @off.setter
+    def off(self, value: Sequence[int]) -> None:
+        wrong = [n for n in value if n not in range(len(self.exits)) or isinstance(n, bool)]
+        if wrong or len(set(value)) < len(value):
+            raise PteeError(
+                f"Exits {list(value)} cannot be off: exits have the numbers 0 to {len(self.exits) - 1}, each once."
+            )
+        self.plan = self.plan.switched_off(tuple(value))
+
     # -------------------------------------------------------------------------------------------- what it does
 
     def forward(self, x: Tensor) -> Tensor:
@@ -342,6 +360,7 @@ class EarlyExitModel(
             "convention": self.plan.convention,
             "exits": self.plan.to_dict()["exits"],
             "threshold": self.threshold,
+            "off": list(self.off),
             "results": self.results,
         }
         runs.write(save_directory, config, self.heads.state_dict())
@@ -511,6 +530,7 @@ def load(
         model.put_gates([model.new_gate(n, reads) if reads else None for n, reads in enumerate(run.gates)])
     runs.fill(model.heads, run)
     model.threshold = run.threshold
+    model.off = run.off
     model.results = run.results
     return model.eval()
 

@@ -20,6 +20,7 @@ from ptee.front import FRONT, INPUT, FrontHead, input_cut
 from ptee.heads import ExitHead
 from ptee.learned import AUTO, AfterOthers, make_heads, recipes
 from ptee.placement import Placer
+from ptee.solver import run
 from ptee.tables import table
 
 CONVENTIONS = ("full", "paper")
@@ -39,6 +40,7 @@ class Exit:
         parameters: of its head.
         head: name of its head.
         gate: what the head's gate reads, "answers" or "features"; None without one.
+        looks_back: it reads what the heads before it said.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Exit:
     parameters: int
     head: str
     gate: str | None = None
+    looks_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Plan:
         convention: in which the exits' `cost` and `final_cost` are given: "full" or "paper". `costs` is full in any case.
         classes: K.
         cuts: what the hooks need, one per exit.
+        off: exits at which nobody leaves; their heads are not run, unless a later one reads what they say.
     """
 
     backbone: str
@@ -80,12 +84,38 @@ class Plan:
     convention: str
     classes: int
     cuts: tuple[Cut, ...] = field(repr=False)
+    off: tuple[int, ...] = ()
 
     @property
     def costs(self) -> tuple[float, ...]:
         """c_0 .. c_E in full count, whatever the plan shows: what is really spent on a sample that leaves there."""
-        passed = list(accumulate(e.head_cost for e in self.exits))
+        passed = list(accumulate(0.0 if n in self.skipped else e.head_cost for n, e in enumerate(self.exits)))
         return (*(e.backbone_cost + p for e, p in zip(self.exits, passed, strict=True)), 1 + passed[-1])
+
+    @property
+    def looks_back(self) -> list[bool]:
+        """(E) heads that read what those before them said."""
+        return [e.looks_back for e in self.exits]
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Exits whose heads are not run."""
+        on = torch.tensor([n not in self.off for n in range(len(self.exits))])
+        return tuple(n for n, here in enumerate(run(on, torch.tensor(self.looks_back)).tolist()) if not here)
+
+    def switched_off(self, off: Sequence[int]) -> Plan:
+        """The same plan with these exits off, and no others.
+
+        Args:
+            off: their numbers.
+        """
+        plan = replace(self, off=tuple(sorted(off)))
+        if self.convention == "paper":
+            return plan
+        costs = plan.costs
+        return replace(
+            plan, exits=tuple(replace(e, cost=c) for e, c in zip(self.exits, costs, strict=False)), final_cost=costs[-1]
+        )
 
     @property
     def paper_costs(self) -> tuple[float, ...]:
@@ -121,7 +151,7 @@ class Plan:
         here = [copy.deepcopy(head).cpu().float() for head in heads]
         spent = [e.backbone_cost for e in self.exits]
         rows = _priced(self.cuts, spent, here, [e.head for e in self.exits], self.macs, self.convention)
-        return replace(self, exits=rows, final_cost=_final_cost(rows, self.convention))
+        return replace(self, exits=rows, final_cost=_final_cost(rows, self.convention)).switched_off(self.off)
 
     def _begun_anew(self) -> str:
         exits = [str(n) for n, cut in enumerate(self.cuts) if cut.steps]
@@ -131,6 +161,13 @@ class Plan:
             f"\nWhere rows leave at {', '.join(exits)}, the pass begins anew with the others, for the backbone's code remembers "
             "the whole batch; no module computes anything twice."
         )
+
+    def _switched_off(self) -> str:
+        if not self.off:
+            return ""
+        needed = [str(n) for n in self.off if n not in self.skipped]
+        run_all_the_same = f", but for {', '.join(needed)}, which later heads read" if needed else ""
+        return f"\nOff: exit {', '.join(map(str, self.off))}. Nobody leaves there, and no head is run there{run_all_the_same}."
 
     def __str__(self) -> str:
         shown = {"cost": self.costs} | ({"paper cost": self.paper_costs} if self.convention == "paper" else {})
@@ -169,9 +206,10 @@ class Plan:
             + "".join(
                 f"\nExit {n} ({e.name}) costs more than the bare backbone: it cannot pay. Take fewer exits or cheaper heads."
                 for n, e in enumerate(self.exits)
-                if self.costs[n] >= 1
+                if self.costs[n] >= 1 and n not in self.off
             )
             + self._begun_anew()
+            + self._switched_off()
             + ("\nGates decide who leaves; they are counted with the heads." if any(e.gate for e in self.exits) else "")
             + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
         )
@@ -308,7 +346,17 @@ def _priced(
     added = [count(head, torch.zeros(1, *cut.shape)).total / macs for head, cut in zip(behind, cuts, strict=True)]
     passed = list(accumulate(added)) if convention == "full" else added
     return tuple(
-        Exit(cut.name, b, h, b + p, cut.shape, parameters(head), name, None if head.gate is None else head.gate.reads)
+        Exit(
+            cut.name,
+            b,
+            h,
+            b + p,
+            cut.shape,
+            parameters(head),
+            name,
+            None if head.gate is None else head.gate.reads,
+            head.looks_back,
+        )
         for cut, b, h, p, head, name in zip(cuts, spent, added, passed, heads, names, strict=True)
     )
 

@@ -69,6 +69,7 @@ class Run:
         tensors: the heads' parameters and buffers, by name.
         remote: it came from the hub, so no file it names on this machine is meant.
         front: the network of the exit at the input, or None.
+        off: exits that are switched off.
     """
 
     folder: str
@@ -86,6 +87,7 @@ class Run:
     tensors: dict[str, Tensor]
     remote: bool
     front: FrontRecord | None = None
+    off: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -228,6 +230,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
         tensors=_tensors(folder, path),
         remote=not local.is_dir(),
         front=_front(fields),
+        off=_off(fields, len(rows)),
     )
 
 
@@ -281,6 +284,16 @@ def _config(folder: str | Path, path: Path) -> dict[str, Any]:
             f"{folder} has schema version {version}, this ptee {__version__} reads up to {SCHEMA_VERSION}. Upgrade ptee."
         )
     return config
+
+
+def _off(fields: _Fields, exits: int) -> tuple[int, ...]:
+    """Runs of before exits could be off have none."""
+    off: list[Any] = fields.get("off", list, optional=True) or []
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < exits for n in off) or len({*off}) < len(
+        off
+    ):
+        raise RunError(f"{fields.folder}: {CONFIG} has exits {off!r:.60} off, of {exits}. Copy the run anew.")
+    return tuple(off)
 
 
 def _front(fields: _Fields) -> FrontRecord | None:

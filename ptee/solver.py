@@ -49,7 +49,15 @@ class Problem:
     """Rows, exits, and a limit on the mean of loss or cost; the other one is minimised."""
 
     def __init__(
-        self, confidence: Tensor, loss: Tensor, costs: Tensor, head_costs: Tensor, *, limited: str, limit: float
+        self,
+        confidence: Tensor,
+        loss: Tensor,
+        costs: Tensor,
+        head_costs: Tensor,
+        looks_back: Tensor,
+        *,
+        limited: str,
+        limit: float,
     ) -> None:
         """Sort each exit's rows.
 
@@ -58,20 +66,22 @@ class Problem:
             loss: (E+1, n) of leaving there.
             costs: (E+1,) with all heads there.
             head_costs: (E,) what each head adds to the costs from its exit on.
+            looks_back: (E,) bool, heads that read what those before them said.
             limited: "loss" or "cost".
             limit: of its mean.
         """
         self.exits, self.rows = confidence.shape
         h = confidence.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         self.h, self.loss, self.costs, self.head_costs = h, loss.double(), costs, head_costs
+        self.looks_back = looks_back
         self.limited, self.limit = limited, limit
         self.sorted, self.order = h.sort(dim=1, descending=True, stable=True)
         self.rank = self.order.argsort(1).int()
         self.ends = _ends(self.sorted)
 
     def priced(self, on: Tensor) -> Tensor:
-        """(S, E+1) costs where only the heads that are on (S, E) exist."""
-        missing = (self.head_costs * ~on).cumsum(1)
+        """(S, E+1) costs where only the heads that are on (S, E), and those that they read, are run."""
+        missing = (self.head_costs * ~run(on, self.looks_back)).cumsum(1)
         return self.costs - torch.cat([missing, missing[:, -1:]], 1)
 
     def walls(self, taken: Tensor, one: bool) -> list[float]:
@@ -108,6 +118,17 @@ class Problem:
         for n in reversed(range(self.exits)):
             left = torch.where(self.rank[n] < taken[:, n, None], n, left)
         return price.gather(1, left).mean(1), self.loss.gather(0, left).mean(1)
+
+
+def run(on: Tensor, looks_back: Tensor) -> Tensor:
+    """Which heads are run: those that are on, and those that one behind them reads which is on.
+
+    Args:
+        on: (..., E) bool, exits where rows may leave.
+        looks_back: (E,) bool, heads that read what those before them said.
+    """
+    reads = (on & looks_back).flip(-1).cumsum(-1).flip(-1) > 0  # this one or a later one
+    return on | torch.cat([reads[..., 1:], torch.zeros_like(reads[..., :1])], -1)
 
 
 def search(problem: Problem, one: bool = False) -> Choice | None:

@@ -152,7 +152,13 @@ def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float =
     limited = "cost" if wish.kind == "max_cost" else "loss"
     heads = torch.zeros_like(traces.costs[:-1]) if traces.head_costs is None else traces.head_costs
     problem = Problem(
-        traces.confidence[:-1], _loss(traces, wish), traces.costs, heads, limited=limited, limit=wish.limit - margin
+        traces.confidence[:-1],
+        _loss(traces, wish),
+        traces.costs,
+        heads,
+        traces.reading,
+        limited=limited,
+        limit=wish.limit - margin,
     )
     choice = search(problem, one)
     if choice is None:

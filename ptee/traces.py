@@ -19,6 +19,7 @@ from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError, PteeError, unknown
 from ptee.model import EarlyExitModel
 from ptee.policies import POLICIES
+from ptee.solver import run
 
 SAMPLE = 128  # images kept to measure speed on
 MANY_CLASSES = 100  # above which logits are kept in half precision
@@ -40,6 +41,7 @@ class Traces:
             None where they were not kept.
         head_costs: (E,) float64, what each exit's head adds to `costs` from there on; None is for heads that cost
             nothing.
+        looks_back: (E,) bool, heads that read what those before them said; None is for none.
     """
 
     answers: Tensor
@@ -50,6 +52,13 @@ class Traces:
     note: str = ""
     logits: Tensor | None = None
     head_costs: Tensor | None = None
+    looks_back: Tensor | None = None
+
+    @property
+    def reading(self) -> Tensor:
+        """(E,) bool, which heads read what those before them said."""
+        none = torch.zeros(len(self.costs) - 1, dtype=torch.bool)
+        return none if self.looks_back is None else self.looks_back
 
     def under(self, policy: str) -> Traces:
         """The same with the confidences of a policy of `POLICIES`.
@@ -67,11 +76,11 @@ class Traces:
         return replace(self, confidence=POLICIES[policy](self.logits, self.confidence))
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
-        """(E+1,) `costs` where the heads of some exits do not exist."""
+        """(E+1,) `costs` where some exits are off: their heads are run only if one behind them reads what they say."""
         if self.head_costs is None:
             return self.costs
-        gone = torch.tensor([n in off for n in range(len(self.head_costs))])
-        missing = (self.head_costs * gone).cumsum(0)
+        on = torch.tensor([n not in off for n in range(len(self.head_costs))])
+        missing = (self.head_costs * ~run(on, self.reading)).cumsum(0)
         return self.costs - torch.cat([missing, missing[-1:]])
 
     def leaving(self, threshold: Sequence[float] | Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def _record_batch(
 ) -> Traces:
     with torch.inference_mode():
         every = model.all_exits(images.to(device))
-    costs = torch.tensor(model.costs, dtype=torch.float64)
+    costs = torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64)  # of all heads, whichever are off now
     return Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
@@ -177,6 +186,7 @@ def _record_batch(
         images[:kept].clone(),  # a slice alone would keep the whole batch
         logits=_small(every.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
+        looks_back=torch.tensor(model.plan.looks_back),
     )
 
 

@@ -34,7 +34,9 @@ def tune(
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Solution:
-    """Choose a model's thresholds on data, by one wish, and set them. Report on other images than these.
+    """Choose a model's thresholds on data, by one wish, and set them; exits that do not pay are switched off.
+
+    Report on other images than these.
 
     Args:
         model: any early-exit model; its heads are trained.
@@ -62,7 +64,7 @@ def tune(
     finally:
         model.to(home).train(was_training)
     found = solve_wish(traces, wish, one=one, margin=margin)
-    model.threshold = found.threshold
+    model.threshold, model.off = found.threshold, found.off
     return found
 
 
@@ -116,8 +118,7 @@ def kept(solution: Solution, results: Mapping[str, Any]) -> str:
         found = f"{backbone['accuracy'] - own['accuracy']:.4f} of accuracy lost"
     elif wish.kind != "max_cost":
         found = f"{1 - own['fidelity']:.4f} of fidelity lost"
-    counted = " Heads of exits that are off are still there, and counted in the table." if solution.off else ""
-    return f"Asked for {wish}; on images that the thresholds were not chosen on: {found}.{counted}"
+    return f"Asked for {wish}; on images that the thresholds were not chosen on: {found}."
 
 
 def _size(part: Any) -> int:

@@ -53,7 +53,11 @@ def rows(*sureness: float) -> Tensor:
 
 def call_of(kind: type = Leaving, *threshold: float | Tensor):
     plan = SimpleNamespace(
-        exits=[SimpleNamespace(name="one"), SimpleNamespace(name="two")], costs=COSTS, cuts=[Whole()] * 2
+        exits=[SimpleNamespace(name="one"), SimpleNamespace(name="two")],
+        costs=COSTS,
+        cuts=[Whole()] * 2,
+        off=(),
+        skipped=(),
     )
     hooks = [ExitHook(), ExitHook()]
     return kind(hooks, [Says(0), Says(1)], plan, *([threshold] if kind is Leaving else []))
