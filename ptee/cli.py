@@ -213,8 +213,8 @@ def _augment(o: dict[str, Any]) -> None:
             "The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n"
         )
     o["mirror"] = o["mirror"] and data.mirror
-    for_heads, for_gates = _split(data.train, o)
-    history = _train(model, for_heads, data.calibration, targets, device, out, o)
+    data, for_gates = _split(data, o)
+    history = _train(model, data, targets, device, out, o)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
     again = backbone.source is not None
@@ -661,18 +661,21 @@ def _digits(o: dict[str, Any]) -> tuple[Backbone, Data, str]:
     return load_backbone(defaults.MODEL, weights=file, **args), data, o["targets"] or "labels"
 
 
-def _split(images: Any, o: dict[str, Any]) -> tuple[Any, Any]:
-    """The training images for the heads, and those for the gates; None where there are no gates."""
+def _split(data: Data, o: dict[str, Any]) -> tuple[Data, Any]:
+    """The data whose training images are for the heads, and the images for the gates; None where there are none."""
+    from dataclasses import replace
+
     from ptee.decision import hold_out
 
     if not o["gate"]:
-        return images, None
-    for_heads, for_gates = hold_out(images, o["gate_share"] or GATE_SHARE, o["seed"])
+        return data, None
+    every: Any = data.train
+    for_heads, for_gates = hold_out(every, o["gate_share"] or GATE_SHARE, o["seed"])
     click.echo(
-        f"Of {len(images):,} training images the heads learn on {len(for_heads):,}, and the gates on the other {len(for_gates):,}, "
+        f"Of {len(every):,} training images the heads learn on {len(for_heads):,}, and the gates on the other {len(for_gates):,}, "
         f"drawn with seed {o['seed']}.\n"
     )
-    return for_heads, for_gates
+    return replace(data, train=for_heads), for_gates
 
 
 def _fit_gates(model: EarlyExitModel, images: Any, device: Any, o: dict[str, Any]) -> dict[str, Any]:
@@ -686,9 +689,7 @@ def _fit_gates(model: EarlyExitModel, images: Any, device: Any, o: dict[str, Any
     return fits.to_dict()
 
 
-def _train(
-    model: EarlyExitModel, images: Any, held_out: Any, targets: str, device: Any, out: Path, o: dict[str, Any]
-) -> History:
+def _train(model: EarlyExitModel, data: Data, targets: str, device: Any, out: Path, o: dict[str, Any]) -> History:
     from ptee.training import train
 
     def say(epoch: Epoch) -> None:
@@ -700,11 +701,11 @@ def _train(
         )
 
     history = train(
-        model, images, held_out, targets=targets, mirror=o["mirror"], epochs=o["epochs"], device=device,
+        model, data.train, data.calibration, targets=targets, mirror=o["mirror"], epochs=o["epochs"], device=device,
         num_workers=o["workers"], cache=o["cache"], checkpoint=out / CHECKPOINT, resume=o["resume"], on_epoch=say,
         **{key: o[key] for key in LEARNING},
     )  # fmt: skip
-    if history.warning:
+    if history.warning and not o["gate"]:  # whose exits are decided by gates, which are still to come
         click.echo(f"Warning: {history.warning}", err=True)
     return history
 

@@ -32,7 +32,7 @@ QUESTIONS = {
 }
 FEWEST = 20  # images to fit a gate on
 HELD_OUT = 5  # every fifth image says when to stop
-PENALTY = 1e-4  # on the squares of the weights
+PENALTY = 1e-3  # on the squares of the weights
 ROUNDS, STEPS, PATIENCE = 40, 5, 5  # of L-BFGS; rounds without a better held-out loss
 LARGEST_SHARE = 0.5  # of the training images, for the gates
 
@@ -123,7 +123,7 @@ def fit_gates(
     data: Any,
     *,
     target: str | None = None,
-    reads: str = "features",
+    reads: str = "answers",
     seed: int = 0,
     batch_size: int = 128,
     num_workers: int = 0,
@@ -140,7 +140,8 @@ def fit_gates(
         data: a map-style data set of (image (c, h, w), label) or (image,), or a loader.
         target: the question: "agrees" (is this answer the backbone's?), "right" (is it the label?) or "best" (is it the
             label, or would no later answer be? then leaving loses nothing). None: "best" with labels, "agrees" without.
-        reads: "features" (the head's feature vector and numbers on the answers so far) or "answers" (the numbers alone).
+        reads: "answers" (a few numbers on the answers so far) or "features" (the head's feature vector, too, which wants
+            many images).
         seed: of the gates and of the fifth that is held out.
         batch_size: for a data set.
         num_workers: processes that load a data set.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptee.errors import PteeError
 
 READS = ("answers", "features")  # the second: the feature vector, too
-HIDDEN, BOTTLENECK = 32, 16  # widths; saved runs have them
+HIDDEN, BOTTLENECK = 16, 16  # widths; saved runs have them
 FARTHEST = 6.0  # standard deviations from the mean; what lies beyond was not seen in fitting
 NARROWEST = 1e-3  # a standard deviation below says nothing, and half precision could not hold it
 
