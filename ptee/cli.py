@@ -106,18 +106,16 @@ def cli(ctx: click.Context) -> None:
 @PLACE
 @DATA
 @click.option(
+    "--recipe",
+    help="What to take for options that are not given: ptee (learned heads, each for itself, and gates), pteenet or eenet (the "
+    "papers').",
+)
+@click.option(
     "--targets",
     help="labels, pseudo (the backbone's answers) or soft (its probabilities). Default: labels where there are any.",
 )
-@click.option(
-    "--temperature", type=float, default=1.0, show_default=True, help="Of --targets soft, for --loss each: such as 2."
-)
-@click.option(
-    "--loss",
-    default="v1",
-    show_default=True,
-    help="v1, v2, mc or cost: the exits learn together; each: every exit for itself.",
-)
+@click.option("--temperature", type=float, help="Of --targets soft, for --loss each: such as 2. Default: 1.")
+@click.option("--loss", help="v1, v2, mc or cost: the exits learn together; each: every exit for itself. Default: v1.")
 @click.option(
     "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
 )
@@ -152,7 +150,7 @@ def cli(ctx: click.Context) -> None:
     help="Mix two samples' features and targets, weights from Beta(X, X); for --loss each.",
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate of Adam.")
-@click.option("--schedule", default="constant", show_default=True, help="Of the learning rate: constant or cosine.")
+@click.option("--schedule", help="Of the learning rate: constant or cosine. Default: constant.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of Adam.")
 @click.option(
     "--gate",
@@ -191,8 +189,10 @@ def augment(**o: Any) -> None:
 
 def _augment(o: dict[str, Any]) -> None:
     from ptee.devices import resolve_device
+    from ptee.recipes import followed
     from ptee.thresholds import require_labels, require_reachable
 
+    o = followed(o)
     device = resolve_device(o["device"])
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
     _check_out(out, o)
@@ -418,14 +418,14 @@ def _backbone(o: dict[str, Any]) -> Backbone:
     )
 
 
-def _exits(text: str, backbone: Backbone) -> Any:
+def _exits(text: str | None, backbone: Backbone) -> Any:
     """A placement, fractions, or modules: what the words between the commas are."""
     from ptee.cuts import survey
     from ptee.errors import unknown
     from ptee.front import INPUT
     from ptee.placement import PLACEMENTS
 
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in (text or "pareto").split(",") if part.strip()]
     first = [part for part in parts[:1] if part == INPUT]
     try:
         return [*first, *(float(part) for part in parts[len(first) :])]

@@ -88,9 +88,7 @@ BACKBONE = _options(
 PLACE = _options(
     click.option(
         "--exits",
-        default="pareto",
-        show_default=True,
-        help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2.",
+        help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2. Default: pareto.",
     ),
     click.option(
         "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."

@@ -707,6 +707,7 @@ MISTAKES = {
     "a weight decay of NaN": ["--weight-decay", "nan"],
     "a price of NaN": ["--cost-weight", "nan"],
     "an unknown head": ["--head", "poool"],
+    "an unknown recipe": ["--recipe", "ptee-net"],
 }
 
 

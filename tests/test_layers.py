@@ -18,7 +18,7 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob(
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
     1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins freezing devices "
-    "views mixing history gates",
+    "views mixing history gates recipes",
     2: "labels heads cuts backbones settings",
     3: "blocks proof runs learned front",
     4: "placement checkpoint hold",
