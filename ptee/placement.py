@@ -103,6 +103,8 @@ class Placer:
             raise CutError(
                 f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
             )
+        if isinstance(exits, str) and exits not in PLACEMENTS and exits in self.survey.order:
+            exits = [exits]
         if isinstance(exits, str):
             return self._by_rule(exits, num_exits)
         wanted: list[Any] = list(exits)

@@ -425,3 +425,7 @@ def test_a_plan_is_the_same_whatever_mode_the_module_was_in():
     module = Steps(*[nn.Sequential(block(), nn.BatchNorm2d(C), nn.Dropout()) for _ in range(4)])
     plans = [ptee.plan(module.train(mode), exits="linear", num_exits=2, input_size=SIZE) for mode in (True, False)]
     assert plans[0] == plans[1]
+
+
+def test_one_module_may_be_named_without_a_list():
+    assert [e.name for e in plan("blocks.1").exits] == ["blocks.1"]
