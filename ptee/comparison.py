@@ -122,6 +122,7 @@ class Comparison:
         samples: number of images that are reported on.
         accuracy: the bare backbone's on those; None without labels, and then every drop is one of fidelity.
         about: where the images came from, in a sentence.
+        note: why there is no accuracy though there are labels, in a sentence; else empty.
     """
 
     backbone: str
@@ -131,6 +132,7 @@ class Comparison:
     samples: int
     accuracy: float | None
     about: str = ""
+    note: str = ""
 
     @property
     def verdict(self) -> list[str]:
@@ -172,6 +174,7 @@ class Comparison:
         title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "as it is")
         return (
             f"{self.backbone}, {self.samples:,} images{own}\n"
+            + (f"{self.note}\n" if self.note else "")
             + table([title, *map(self._cells, self.lines)], left={0})
             + f"\nThresholds, exits that are off and places to cut off are chosen on {self.calibration:,} other images, for the drop "
             f"of {measure} over each column.\nIn each cell: cost, multiply-accumulates over the bare backbone's, heads "
@@ -231,20 +234,23 @@ def compare(
     for data in (calibration, report):
         _require_order(data)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
-    given = _Images(calibration, report, place, batch_size, num_workers, progress)
+    images = _Images(calibration, report, place, batch_size, num_workers, progress)
     lines: list[Line] = []
     pair = None
     for name, model in models.items():
-        pair = _recorded(model, given)
+        pair = _recorded(model, images)
         lines += _bar(_of_run(name, pair, allowed), f"thresholds of {name}", progress)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
-        beside = Pair(*(_beside(logits, t, cost) for logits, t in zip(_said(network, first, given), pair, strict=True)))
+        beside = Pair(
+            *(_beside(logits, t, cost) for logits, t in zip(_said(network, first, images), pair, strict=True))
+        )
         lines += _of_network(name, first.plan.backbone, beside, allowed)
     accuracy = pair.report.score(pair.report.at(len(pair.report.costs) - 1)).accuracy
     chosen_on, samples = (t.answers.shape[1] for t in pair)
-    return Comparison(first.plan.backbone, allowed, tuple(lines), chosen_on, samples, accuracy, about)
+    note = pair.calibration.note or pair.report.note
+    return Comparison(first.plan.backbone, allowed, tuple(lines), chosen_on, samples, accuracy, about, note)
 
 
 def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:

@@ -124,6 +124,10 @@ def test_the_cascade_is_a_model_with_that_network_in_front_under_maximum_probabi
         assert entry.drop == pytest.approx(lost(score, here.score(here.at(1))))
         assert entry.cost == pytest.approx(score.cost, rel=0.02)  # a front network has a small layer for h besides
 
+    own = compare({"it": model}, images(1), images(2), drops=DROPS, progress=False)
+    figures = [(e.drop, pytest.approx(e.cost, rel=0.02)) for e in entries]
+    assert [(e.drop, e.cost) for e in line(own, "it, max probability").entries] == figures
+
 
 def test_the_oracle_loses_nothing_and_truncation_is_everybody_at_one_exit():
     found = compared()
@@ -158,6 +162,13 @@ def test_without_labels_in_both_parts_every_drop_is_one_of_fidelity(parts):
     model.threshold, model.off = entry.threshold, entry.off
     other = model.predict(x).logits.argmax(1) != model.backbone(x).argmax(1)
     assert entry.drop == pytest.approx(other.double().mean().item())
+
+
+def test_labels_that_are_no_classes_are_none_and_it_says_so():
+    x, y = images(2).tensors
+    found = compare({"one": made(1)}, images(1), TensorDataset(x, y + K), drops=[0.1], progress=False)
+    assert found.accuracy is None
+    assert "There is no accuracy for this data: its labels are 4 to 7" in str(found)
 
 
 def test_the_networks_are_left_as_they_were():
