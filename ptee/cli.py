@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ptee.model import EarlyExitModel
     from ptee.thresholds import Solution, Wish
     from ptee.training import Epoch, History
+    from ptee.tuning import Unseen
 
 HEAD, EPOCHS, GATE_SHARE = "pool", 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
@@ -93,6 +94,7 @@ def cli(ctx: click.Context) -> None:
     ptee augment --model resnet50 --data FOLDER --exits pareto --out runs/r50
     ptee evaluate runs/r50 --data FOLDER --threshold 0.7
     ptee tune runs/r50 --max-drop 0.01
+    ptee compare runs/r50 runs/other --static resnet18
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -325,6 +327,58 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
 
 
 @cli.command()
+@click.argument("run", nargs=-1, required=True)
+@click.option(
+    "--static",
+    metavar="NAME[=FILE]",
+    multiple=True,
+    help="A smaller network to compare with, and a file of its weights. Default: the published ones. Repeatable.",
+)
+@click.option(
+    "--drops",
+    type=Numbers(),
+    default="0,0.005,0.01,0.02",
+    show_default=True,
+    help="Of accuracy (without labels: fidelity) that are allowed; 0.01 is one point.",
+)
+@click.option("--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved.")
+@DATA
+@DEVICE
+@JSON
+def compare(run: tuple[str, ...], as_json: bool, **o: Any) -> None:
+    """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
+
+    Thresholds are chosen on the calibration images; everything is reported on others.
+    """
+    from ptee.comparison import checked_drops, named_networks, names_of
+    from ptee.comparison import compare as measure
+    from ptee.defaults import INPUT_SIZE
+    from ptee.devices import resolve_device
+    from ptee.tuning import parts_for_all
+
+    device, drops = resolve_device(o["device"]), checked_drops(o["drops"])
+    static = named_networks(o["static"])
+    opened = [_opened(name, o) for name in run]
+    parts = parts_for_all([unseen for _, unseen, _ in opened])
+    model, first, accuracy = opened[0]
+    about = f"{first.data.source}. {parts.words}"
+    with _threads(tiny=model.origin.input.input_size == INPUT_SIZE):
+        found = measure(
+            dict(zip(names_of(run), (model for model, *_ in opened), strict=True)),
+            parts.calibration,
+            parts.report,
+            static=static,
+            drops=drops,
+            batch_size=o["batch_size"],
+            num_workers=o["workers"],
+            device=device,
+            about=about,
+        )
+    click.echo(f"{about} {accuracy}", err=as_json)
+    click.echo(runs.to_json(found.to_dict()) if as_json else f"\n{found}")
+
+
+@cli.command()
 @BACKBONE
 @PLACE
 @click.option(
@@ -508,6 +562,15 @@ def _run_and_data(run: str, o: dict[str, Any]) -> tuple[EarlyExitModel, Data, An
     part, words = _unseen(data, recorded, run)
     accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
     return model, data, part, words, accuracy
+
+
+def _opened(run: str, o: dict[str, Any]) -> tuple[EarlyExitModel, Unseen, str]:
+    """A saved run, its data, and a sentence about its labels."""
+    from ptee.tuning import Unseen
+
+    own = dict(o)
+    model, data, part, _, accuracy = _run_and_data(run, own)
+    return model, Unseen(run, data, part, own["seed"]), accuracy
 
 
 def _wish(o: dict[str, Any]) -> Wish | None:

@@ -47,16 +47,7 @@ class FrontHead(ExitHead):
     """
 
     def __init__(self, network: Backbone, images: InputConfig, num_classes: int) -> None:
-        if network.num_classes != num_classes:
-            raise PteeError(
-                f"The front network {network.name} has {network.num_classes} classes, the backbone {num_classes}. "
-                "Both must answer the same question."
-            )
-        if network.input.input_size[0] != images.input_size[0]:
-            raise PteeError(
-                f"The front network {network.name} takes images of {network.input.input_size[0]} channels, the backbone "
-                f"{images.input_size[0]}. Both must take the same images."
-            )
+        require_same_question(f"The front network {network.name}", network, images, num_classes)
         module = network.module.requires_grad_(False).eval()
         reader, width = _last_layer(module, network.input.input_size)
         super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
@@ -66,7 +57,7 @@ class FrontHead(ExitHead):
         self.looks_back = True
         self.passes_on = (width, 1, 1) if width else None
         self._reader = reader
-        self._prepare = _Prepare(images, network.input)
+        self._prepare = Prepare(images, network.input)
 
     def train(self, mode: bool = True) -> FrontHead:
         """Training mode, but for the network."""
@@ -105,8 +96,36 @@ class FrontHead(ExitHead):
         return super()._confidence(torch.cat([sureness, v[:, self.num_classes :]], 1))
 
 
-class _Prepare(nn.Module):
-    """Images prepared for one network as another takes them."""
+def require_same_question(name: str, network: Backbone, images: InputConfig, num_classes: int) -> None:
+    """Refuse a network that answers something else than the backbone.
+
+    Args:
+        name: of the network, as the message begins.
+        network: a classifier.
+        images: the backbone's.
+        num_classes: the backbone's.
+
+    Raises:
+        PteeError: if it has other classes, or its images other channels.
+    """
+    if network.num_classes != num_classes:
+        raise PteeError(
+            f"{name} has {network.num_classes} classes, the backbone {num_classes}. Both must answer the same question."
+        )
+    if network.input.input_size[0] != images.input_size[0]:
+        raise PteeError(
+            f"{name} takes images of {network.input.input_size[0]} channels, the backbone {images.input_size[0]}. "
+            "Both must take the same images."
+        )
+
+
+class Prepare(nn.Module):
+    """Images prepared for one network as another takes them.
+
+    Args:
+        given: how they are prepared.
+        wanted: how the network takes them.
+    """
 
     def __init__(self, given: InputConfig, wanted: InputConfig) -> None:
         super().__init__()
@@ -121,6 +140,7 @@ class _Prepare(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (b, c, h, w)."""
         if not self.same:
             x = x * self.scale + self.shift
         return x if self.size is None else F.interpolate(x, self.size, mode="bilinear", antialias=True)

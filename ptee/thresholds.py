@@ -260,9 +260,19 @@ def oracle(traces: Traces, wanted: Tensor | None = None) -> Score:
         traces: of all exits, whose heads are all counted.
         wanted: (n,) answers; None: the backbone's.
     """
-    given = traces.answers == (traces.answers[-1] if wanted is None else wanted)
+    return traces.score(first_to_give(traces, traces.answers[-1] if wanted is None else wanted))
+
+
+def first_to_give(traces: Traces, wanted: Tensor) -> Tensor:
+    """(n,) the first exit that gives the wanted answer, E where none does.
+
+    Args:
+        traces: of all exits.
+        wanted: (n,) answers.
+    """
+    given = traces.answers == wanted
     given[-1] = True
-    return traces.score(given.int().argmax(0))
+    return given.int().argmax(0)
 
 
 def curve(traces: Traces, drops: Sequence[float], *, one: bool = False) -> tuple[Solution, ...]:

@@ -184,14 +184,14 @@ def _record_batch(
         labels,
         costs,
         images[:kept].clone(),  # a slice alone would keep the whole batch
-        logits=_small(every.logits).cpu(),
+        logits=compact(every.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
         looks_back=torch.tensor(model.plan.looks_back),
     )
 
 
-def _small(logits: Tensor) -> Tensor:
-    """Shifted before they are halved, which changes no softmax: so none overflows."""
+def compact(logits: Tensor) -> Tensor:
+    """Logits as traces keep them. Shifted before they are halved, which changes no softmax: so none overflows."""
     wide = logits.float()
     return wide if wide.shape[-1] <= MANY_CLASSES else (wide - wide.amax(-1, keepdim=True)).half()
 

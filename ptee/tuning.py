@@ -7,7 +7,7 @@ from the training images is known to the backbone too well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +103,45 @@ def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
         f"{len(left):,}."
     )
     return Parts(Subset(unseen, chosen), Subset(unseen, left), words)
+
+
+class Unseen(NamedTuple):
+    """What a run has not seen of its data.
+
+    Attributes:
+        run: its name.
+        data: as it was opened.
+        images: that can be reported on: `data.validation`, or all of it.
+        seed: of the halves, and of what was drawn.
+    """
+
+    run: str
+    data: Data
+    images: Any
+    seed: int
+
+
+def parts_for_all(runs: Sequence[Unseen]) -> Parts:
+    """As `parts_for_tuning`, of images that none of several runs has seen.
+
+    Raises:
+        DataError: if they were made with other data, or other images of theirs were drawn for each.
+    """
+    strict = [own for own in runs if own.images is own.data.validation] or list(runs)
+    first = strict[0]
+    for own in runs:
+        if own.data.source != first.data.source:
+            raise DataError(
+                f"{first.run} was measured on {first.data.source}, {own.run} on {own.data.source}. Give the same images "
+                "to all: --data FOLDER."
+            )
+    for own in strict:
+        if "validation" not in own.data.split["parts"] and own.data.split["rule"] != first.data.split["rule"]:
+            raise DataError(
+                f"{own.data.source} delivers no validation images, and {first.run} and {own.run} drew theirs with other "
+                f"seeds ({first.seed}, {own.seed}), so each was trained on the other's. Give images of their own: --data FOLDER."
+            )
+    return parts_for_tuning(first.data, first.images, first.seed)
 
 
 def kept(solution: Solution, results: Mapping[str, Any]) -> str:

@@ -253,6 +253,18 @@ WORDS = {
     "T and a wish for T": (["augment", "--threshold", "0.5", "--max-drop", "0.1"], "one or the other"),
     "one threshold without a wish": (["augment", "--one-threshold"], "--one-threshold needs one of --max-drop"),
     "tuning no folder": (["tune", "user/run", "--max-drop", "0.1"], "no folder user/run"),
+    "a comparison of nothing": (["compare"], "RUN"),
+    "a comparison of no run": (["compare", "EMPTY"], "config.json"),
+    "a drop that is no fraction": (["compare", "EMPTY", "--drops", "0.01,2"], "A drop of 2 cannot be: give fractions"),
+    "drops of words": (["compare", "EMPTY", "--drops", "low"], "low"),
+    "a comparison with an unknown network": (
+        ["compare", "EMPTY", "--static", "resnet81=x"],
+        "'resnet81'.*Did you mean",
+    ),
+    "a comparison with no weights": (
+        ["compare", "EMPTY", "--static", "cifar_resnet20"],
+        "--static cifar_resnet20=FILE",
+    ),
     "a resumption of nothing": (["augment", "--resume"], "runs/digits.*--resume"),
     "data without a model": (["augment", "--data", "TEN"], "--data needs --model"),
     "weights without a model": (["augment", "--weights", "WEIGHTS"], "--weights needs --model"),
@@ -636,6 +648,47 @@ def test_other_data_are_halved_too(run, finished, things):
     assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
     assert json.loads(run("evaluate", finished, "--data", things / "two", "--json", "--no-speed").out)["samples"] == 6
     assert json.loads(run("evaluate", finished, "--json", "--no-speed").out)["samples"] == 3
+
+
+# runs side by side
+
+
+def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, things):
+    shutil.copytree(finished, "twin")
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    static = ("--static", f"cifar_resnet20={things / 'weights.safetensors'}")
+    done = run("compare", finished, "twin", *static, "--drops", "0,0.5", "--json")
+    assert done.status == 0, done
+    assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.err
+    found = json.loads(done.out)
+    lines = {each["name"]: each["entries"] for each in found["lines"]}
+    assert lines["out"] == lines["twin"]
+    assert [each["allowed"] for each in lines["out"]] == [0, 0.5]
+    assert len(lines["cifar_resnet20"]) == 1
+    assert len(found["verdict"]) == 2
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_compare_prints_a_table_for_people(run, finished, things):
+    done = run("compare", finished, "--drops", "0.1", "--data", things / "two")
+    assert (done.status, done.err) == (0, "")
+    assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
+    for words in ("cannot be mapped", "<= 0.1 lost", "out, oracle", "drop of fidelity", "At most 0.1 lost: "):
+        assert words in done.out
+
+
+def test_runs_of_another_backbone_are_not_compared(run, finished, things):
+    torch.manual_seed(1)
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), "other.safetensors")
+    other = (*MODEL, "--weights", "other.safetensors", "--data", things / "ten", *SHORT, "--no-speed")
+    assert run("augment", *other, "--seed", 3, "--out", "other").status == 0
+    assert_refused(run("compare", finished, "other"), "other stands on another backbone")
+
+
+def test_runs_that_drew_their_images_with_other_seeds_are_not_compared(run, finished, known, things):
+    assert run("augment", *known, *SHORT, "--no-speed", "--seed", 4, "--out", "other").status == 0
+    assert_refused(run("compare", finished, "other"), r"other seeds \(3, 4\).*--data FOLDER")
+    assert run("compare", finished, "other", "--data", things / "two").status == 0
 
 
 def test_evaluate_as_json_is_json_by_the_letter(run, finished):

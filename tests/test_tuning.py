@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee.data import Data
 from ptee.errors import DataError, PteeError
-from ptee.tuning import parts_for_tuning
+from ptee.tuning import Unseen, parts_for_all, parts_for_tuning
 
 SIZE, K, N = (3, 8, 8), 4, 60
 
@@ -88,3 +88,31 @@ def test_one_image_is_too_few_to_choose_and_to_report():
     source = data("train", "validation", n=1)
     with pytest.raises(DataError, match="has 1"):
         parts_for_tuning(source, source.validation, 0)
+
+
+def unseen(source: Data, seed: int = 0, *, whole: bool = True) -> Unseen:
+    source.split["rule"] = f"drawn with seed {seed}"
+    return Unseen(f"run{seed}", source, source.validation if whole else list(range(1000)), seed)
+
+
+def test_runs_that_were_made_with_other_seeds_share_validation_images_that_were_delivered():
+    source = data("train", "validation")
+    parts = parts_for_all([unseen(source, 1), unseen(source, 2)])
+    assert sorted([*parts.calibration, *parts.report]) == source.validation
+
+
+def test_images_that_were_drawn_for_one_run_are_no_other_runs_to_report_on():
+    with pytest.raises(DataError, match=r"run1 and run2 drew theirs with other seeds \(1, 2\).*--data FOLDER"):
+        parts_for_all([unseen(data("train"), 1), unseen(data("train"), 2)])
+
+
+def test_a_run_of_other_data_keeps_to_what_the_others_have_not_seen():
+    source = data("train")
+    parts = parts_for_all([unseen(source, 2, whole=False), unseen(source, 1)])
+    assert (parts.calibration, parts.report) == (source.calibration, source.validation)
+
+
+def test_runs_of_other_data_want_the_same_images():
+    other = Data(*[[1, 2, 3]] * 3, ("a", "b"), "elsewhere", {"parts": {"train": None}})
+    with pytest.raises(DataError, match="run1 was measured on source, run2 on elsewhere"):
+        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])

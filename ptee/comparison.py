@@ -1,0 +1,497 @@
+"""Comparison: early-exit models of one backbone, and what a user would take instead of them, on the same images.
+
+Instead of them: a smaller network alone; that network first and the backbone where it is not sure; the backbone cut off at
+one exit. Whatever can be chosen (thresholds, exits that do not pay, where to cut off) is chosen on the calibration
+images, and every figure is of the report images, so a drop that was allowed is not the drop that is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+from tqdm.auto import tqdm
+
+from ptee.backbones import OTHERWISE, Backbone, load_backbone
+from ptee.batches import batches, split_batch
+from ptee.costs import count
+from ptee.devices import resolve_device
+from ptee.errors import BackboneError, PteeError
+from ptee.freezing import modes, set_modes
+from ptee.front import Prepare, require_same_question
+from ptee.model import EarlyExitModel
+from ptee.tables import table
+from ptee.thresholds import curve, first_to_give, truncation
+from ptee.traces import Score, Traces, compact, record
+from ptee.weights import weights_hash
+
+DROPS = (0.0, 0.005, 0.01, 0.02)
+RESAMPLES, SEED = 2000, 0  # of the bootstrap
+COVERED = 0.95  # by an interval
+WAYS = {  # of a run to decide who leaves: policy, and whether all exits have the same threshold
+    "": ("learned", False),
+    ", one T": ("learned", True),
+    ", max probability": ("max_prob", False),
+    ", entropy (BranchyNet)": ("entropy", False),
+    ", patience": ("patience", False),
+}
+INSTEAD = {  # of early exits: kinds of lines
+    "static": "a smaller network alone",
+    "cascade": "two networks one after the other",
+    "truncation": "a backbone that is cut off",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting, chosen on the calibration images and measured on the report images.
+
+    Attributes:
+        allowed: the drop that thresholds were chosen for; None where there are none.
+        cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
+        drop: accuracy (without labels: fidelity) lost against the bare backbone; below 0 it is gained.
+        interval: of the drop, 95 %, by bootstrap over the images.
+        drop_in_calibration: the same drop on the calibration images.
+        threshold: (E) T of each exit, or None.
+        off: exits whose heads are not there.
+    """
+
+    allowed: float | None
+    cost: float
+    drop: float
+    interval: tuple[float, float]
+    drop_in_calibration: float
+    threshold: tuple[float, ...] | None = None
+    off: tuple[int, ...] = ()
+
+    def within(self, drop: float) -> bool:
+        """Whether no more is lost, on the calibration and on the report images."""
+        return max(self.drop, self.drop_in_calibration) <= drop + 1e-9  # of rounding
+
+    @property
+    def words(self) -> str:
+        """Cost and drop, and how well it is known."""
+        low, high = self.interval
+        verb = "gaining" if self.drop < 0 else "losing"
+        return f"{self.cost:.4f}, {verb} {abs(self.drop):.4f} (95 %: {_signed(low)} to {_signed(high)} lost)"
+
+    def __str__(self) -> str:
+        return f"{self.cost:.4f} ({_signed(self.drop)})"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way to answer.
+
+    Attributes:
+        name: of the run or the network, and what is done with it.
+        kind: "adaptive", "static", "cascade", "truncation" or "oracle".
+        entries: one for each allowed drop; a single one where there is nothing to choose.
+    """
+
+    name: str
+    kind: str
+    entries: tuple[Entry, ...]
+
+
+class Found(NamedTuple):
+    """A line, and its entry that costs least within a drop."""
+
+    line: Line
+    entry: Entry
+
+    def __str__(self) -> str:
+        return f"{self.line.name} ({self.entry.cost:.4f})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs and what could be taken instead, on the same images. Prints as a table.
+
+    Attributes:
+        backbone: its name.
+        drops: that were allowed, ascending.
+        lines: one for each way to answer.
+        calibration: number of images that thresholds were chosen on.
+        samples: number of images that are reported on.
+        accuracy: the bare backbone's on those; None without labels, and then every drop is one of fidelity.
+        about: where the images came from, in a sentence.
+        note: why there is no accuracy though there are labels, in a sentence; else empty.
+    """
+
+    backbone: str
+    drops: tuple[float, ...]
+    lines: tuple[Line, ...]
+    calibration: int
+    samples: int
+    accuracy: float | None
+    about: str = ""
+    note: str = ""
+
+    @property
+    def verdict(self) -> list[str]:
+        """For each allowed drop, what costs least within it, in words."""
+        return [f"At most {drop:g} lost: {self._verdict(drop)}" for drop in self.drops]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self) | {"verdict": self.verdict}
+
+    def _within(self, drop: float) -> list[Found]:
+        """What saves anything within a drop, the cheapest first. The oracle is no way to answer."""
+        found = []
+        for line in self.lines:
+            inside = [e for e in line.entries if e.within(drop) and e.cost < 1]
+            if inside and line.kind != "oracle":
+                found.append(Found(line, min(inside, key=lambda e: e.cost)))
+        return sorted(found, key=lambda f: f.entry.cost)
+
+    def _verdict(self, drop: float) -> str:
+        found = self._within(drop)
+        if not found:
+            return "nothing costs less than the bare backbone."
+        ahead = [f for f in found if f.line.kind == "adaptive"][:1]
+        instead = found[: found.index(ahead[0])] if ahead else found
+        best = f"{found[0].line.name} costs least, {found[0].entry.words}."
+        if not instead:
+            return best
+        runs = f", the best of which is {ahead[0]}" if ahead else ", none of which saves anything within it"
+        others = ", ".join(map(str, instead[1:]))
+        return f"{best} That is {INSTEAD[found[0].line.kind]}, and better than the runs with early exits{runs}." + (
+            f" Better than those, too: {others}." if others else ""
+        )
+
+    def __str__(self) -> str:
+        measure = "fidelity" if self.accuracy is None else "accuracy"
+        own = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
+        widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
+        title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "as it is")
+        return (
+            f"{self.backbone}, {self.samples:,} images{own}\n"
+            + (f"{self.note}\n" if self.note else "")
+            + table([title, *map(self._cells, self.lines)], left={0})
+            + f"\nThresholds, exits that are off and places to cut off are chosen on {self.calibration:,} other images, for the drop "
+            f"of {measure} over each column.\nIn each cell: cost, multiply-accumulates over the bare backbone's, heads "
+            "included; and in parentheses the drop that it really has\non the images that are reported on, with 95 % "
+            f"intervals of up to {widest / 2:.4f} to each side. Below, what keeps to a drop keeps to it on both."
+            + "\nOracle: everybody leaves at the first exit that agrees with the backbone, which nothing can know."
+            + "".join(f"\n{sentence}" for sentence in self.verdict)
+        )  # fmt: skip
+
+    def _cells(self, line: Line) -> tuple[str, ...]:
+        if line.entries[0].allowed is None:
+            return (line.name, *[""] * len(self.drops), str(line.entries[0]))
+        return (line.name, *map(str, line.entries), "")
+
+
+def _signed(drop: float) -> str:
+    return f"{round(drop, 4) + 0.0:+.4f}"  # no -0.0000
+
+
+def compare(
+    models: Mapping[str, EarlyExitModel],
+    calibration: Any,
+    report: Any,
+    *,
+    static: Mapping[str, str | nn.Module | Backbone] | None = None,
+    drops: Sequence[float] = DROPS,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    about: str = "",
+) -> Comparison:
+    """Compare early-exit models of one backbone with each other, with smaller networks and with a cut-off backbone.
+
+    Each model answers all images once, each at every exit; the rest is arithmetic.
+
+    Args:
+        models: names, and models with the same backbone.
+        calibration: what thresholds are chosen on: a map-style data set of (image, label) or (image,), or a loader that
+            gives them in the same order each time. Images that nothing was trained on.
+        report: other images, for every figure.
+        static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
+            `ptee.backbones.load_backbone` gave, or a module that takes images as the backbone does.
+        drops: of accuracy (without labels: fidelity) that are allowed; .01 is one point.
+        batch_size: for a data set.
+        num_workers: processes that load a data set.
+        device: None: where the first model is.
+        progress: show bars, where standard error is a terminal.
+        about: a sentence about the data, kept with the results.
+
+    Raises:
+        PteeError: if the backbones differ, a network cannot take part, or a drop or the data cannot be used.
+    """
+    allowed = checked_drops(drops)
+    first = _of_one_backbone(models)
+    networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
+    for data in (calibration, report):
+        _require_order(data)
+    place = next(first.heads.parameters()).device if device is None else resolve_device(device)
+    images = _Images(calibration, report, place, batch_size, num_workers, progress)
+    lines: list[Line] = []
+    pair = None
+    for name, model in models.items():
+        pair = _recorded(model, images)
+        lines += _bar(_of_run(name, pair, allowed), f"thresholds of {name}", progress)
+    assert pair is not None
+    for name, network in networks.items():
+        cost = _macs(network) / first.plan.macs
+        beside = Pair(
+            *(_beside(logits, t, cost) for logits, t in zip(_said(network, first, images), pair, strict=True))
+        )
+        lines += _of_network(name, first.plan.backbone, beside, allowed)
+    accuracy = pair.report.score(pair.report.at(len(pair.report.costs) - 1)).accuracy
+    chosen_on, samples = (t.answers.shape[1] for t in pair)
+    note = pair.calibration.note or pair.report.note
+    return Comparison(first.plan.backbone, allowed, tuple(lines), chosen_on, samples, accuracy, about, note)
+
+
+def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:
+    """Allowed drops in ascending order, each once.
+
+    Raises:
+        PteeError: if there is none, or one is no fraction.
+    """
+    wrong = [drop for drop in drops if not 0 <= drop <= 1]
+    if wrong or not drops:
+        found = f"A drop of {wrong[0]:g} cannot be" if wrong else "No drop is given"
+        raise PteeError(f"{found}: give fractions between 0 and 1, such as 0.01 for one point.")
+    return tuple(sorted({float(drop) for drop in drops}))
+
+
+def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
+    """Smaller networks as the command names them.
+
+    Args:
+        texts: NAME with its published weights, or NAME=FILE; each name once.
+
+    Raises:
+        PteeError: if there is no such model, its weights cannot be had, or two have one name.
+    """
+    found: dict[str, Backbone] = {}
+    for name, file in (text.partition("=")[::2] for text in texts):
+        if name in found:
+            raise PteeError(f"--static {name} is given twice. Give each network once.")
+        try:
+            found[name] = load_backbone(name, weights=file or None)
+        except BackboneError as why:
+            raise BackboneError(str(why).replace(OTHERWISE, f"Give a file: --static {name}=FILE.")) from why
+    return found
+
+
+def names_of(runs: Sequence[str]) -> list[str]:
+    """What to call runs: the last part of each path, or the whole path where two end alike."""
+    ends = [run.rstrip("/").rpartition("/")[-1] for run in runs]
+    return [end if ends.count(end) == 1 else run for run, end in zip(runs, ends, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------- what is compared
+
+
+class Pair(NamedTuple):
+    """Traces of the two parts."""
+
+    calibration: Traces
+    report: Traces
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Both parts, and how they are gone through."""
+
+    calibration: Any
+    report: Any
+    device: torch.device
+    batch_size: int
+    num_workers: int
+    progress: bool
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        return self.calibration, self.report
+
+
+def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
+    """The first model, where all stand on the same backbone and take the same images."""
+    if not models:
+        raise PteeError("There is no model to compare. Give one or more, each with its name.")
+    (first, one), *others = models.items()
+    own = weights_hash(one.backbone) if others else ""
+    for name, other in others:
+        found = own if other.backbone is one.backbone else weights_hash(other.backbone)
+        if found != own:
+            raise PteeError(
+                f"{name} stands on another backbone ({other.origin.name}, weights {found[:16]}) than {first} "
+                f"({one.origin.name}, weights {own[:16]}). Compare models of one backbone."
+            )
+        if _view(other) != _view(one):
+            raise PteeError(
+                f"{name} takes images of another size, mean or deviation than {first}. Compare like models."
+            )
+    return one
+
+
+def _view(model: EarlyExitModel) -> list[tuple[float, ...]]:
+    images = model.origin.input
+    return [tuple(images.input_size), tuple(images.mean), tuple(images.std)]
+
+
+def _network(name: str, given: str | nn.Module | Backbone, model: EarlyExitModel) -> Backbone:
+    if not isinstance(given, Backbone):
+        view = model.origin.input if isinstance(given, nn.Module) else None
+        like: dict[str, Any] = (
+            {} if view is None else {"input_size": view.input_size, "mean": view.mean, "std": view.std}
+        )
+        given = load_backbone(given, **like)
+    require_same_question(f"The network {name}", given, model.origin.input, model.num_classes)
+    return given
+
+
+def _require_order(data: Any) -> None:
+    """Networks go over the images one after another, and their answers are put side by side."""
+    if isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise PteeError(
+            "The loader shuffles, so no two networks would see the images in the same order: shuffle=False."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- what they say
+
+
+def _recorded(model: EarlyExitModel, images: _Images) -> Pair:
+    """Labels count only where both parts have them."""
+    home, was_training = next(model.heads.parameters()).device, model.training
+    how: dict[str, Any] = {
+        "batch_size": images.batch_size,
+        "num_workers": images.num_workers,
+        "progress": images.progress,
+    }
+    try:
+        model.to(images.device)
+        pair = Pair(*(record(model, part, **how) for part in images.parts))
+    finally:
+        model.to(home).train(was_training)
+    if any(traces.targets is None for traces in pair):
+        return Pair(*(replace(traces, targets=None) for traces in pair))
+    return pair
+
+
+def _said(network: Backbone, model: EarlyExitModel, images: _Images) -> list[Tensor]:
+    """(n, K) logits of a network for both parts."""
+    prepare = Prepare(model.origin.input, network.input).to(images.device)
+    with _at_work(network.module, images.device) as like, torch.inference_mode():
+        said = []
+        for part in images.parts:
+            loader = batches(part, batch_size=images.batch_size, shuffle=False, num_workers=images.num_workers)
+            bar = _bar(loader, network.name, images.progress)
+            seen = (prepare(split_batch(batch)[0].to(images.device)).to(like.dtype) for batch in bar)
+            said.append(torch.cat([network.module(x).float().cpu() for x in seen]))
+        return said
+
+
+def _bar(steps: Iterable[Any], words: str, progress: bool) -> Iterable[Any]:
+    return tqdm(steps, desc=words, leave=False, disable=None if progress else True)
+
+
+@contextmanager
+def _at_work(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
+    """A network in eval mode on a device, and one of its tensors; put back as it was."""
+    like, before = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(())), modes(module)
+    home = like.device
+    try:
+        module.to(device).eval()
+        yield like
+    finally:
+        set_modes(module.to(home), before)
+
+
+def _macs(network: Backbone) -> int:
+    like = next((p for p in network.module.parameters() if p.is_floating_point()), torch.zeros(()))
+    return count(network.module, like.new_zeros(1, *network.input.input_size)).total
+
+
+def _beside(logits: Tensor, whole: Traces, cost: float) -> Traces:
+    """The cascade: a network whose sure answers spare the backbone, and the backbone."""
+    assert whole.logits is not None
+    return Traces(
+        torch.stack([logits.argmax(-1), whole.answers[-1]]),
+        torch.ones(2, len(logits)),
+        whole.targets,
+        torch.tensor([cost, 1 + cost], dtype=torch.float64),
+        whole.sample,
+        logits=torch.stack([compact(logits), whole.logits[-1]]),
+        head_costs=torch.tensor([cost], dtype=torch.float64),
+    ).under("max_prob")
+
+
+# ---------------------------------------------------------------------------------------------------- what it comes to
+
+
+def _of_run(name: str, pair: Pair, drops: Sequence[float]) -> Iterator[Line]:
+    for words, (policy, one) in WAYS.items():
+        yield _tuned(name + words, "adaptive", Pair(*(t.under(policy) for t in pair)), drops, one)
+    last = pair.report.answers.shape[0] - 1
+    agreeing = _entry(pair, lambda t: first_to_give(t, t.answers[last]))
+    yield Line(f"{name}, oracle", "oracle", (agreeing,))
+    for n in _worth_cutting_at(truncation(pair.calibration)):
+        yield Line(f"{name}, truncation at exit {n}", "truncation", (_cut_off(pair, n),))
+
+
+def _of_network(name: str, backbone: str, pair: Pair, drops: Sequence[float]) -> Iterator[Line]:
+    yield Line(name, "static", (_cut_off(pair, 0),))
+    yield _tuned(f"{name}, then {backbone}", "cascade", pair, drops)
+
+
+def _tuned(name: str, kind: str, pair: Pair, drops: Sequence[float], one: bool = False) -> Line:
+    """Thresholds for each allowed drop, from the calibration images."""
+    solutions = zip(drops, curve(pair.calibration, drops, one=one), strict=True)
+    return Line(name, kind, tuple(_at(pair, drop, found.threshold, found.off) for drop, found in solutions))
+
+
+def _at(pair: Pair, allowed: float, threshold: tuple[float, ...], off: tuple[int, ...]) -> Entry:
+    return replace(_entry(pair, lambda t: t.leaving(threshold), off), allowed=allowed, threshold=threshold)
+
+
+def _cut_off(pair: Pair, n: int) -> Entry:
+    """Everybody leaves at exit n, whose head is the only one, but for those that it reads."""
+    return _entry(pair, lambda t: t.at(n), tuple(m for m in range(len(pair.report.costs) - 1) if m != n))
+
+
+def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] = ()) -> Entry:
+    """What it comes to if rows leave where they are told to."""
+    there, here = (_losses(traces, leave(traces)) for traces in pair)
+    cost = pair.report.costs_without(off)[leave(pair.report)].mean().item()
+    return Entry(None, cost, here.mean().item(), _interval(here), there.mean().item(), off=off)
+
+
+def _losses(traces: Traces, leaving: Tensor) -> Tensor:
+    """(n,) 1 for a right answer less than the bare backbone, -1 for one more."""
+    wanted = traces.answers[-1] if traces.targets is None else traces.targets
+    right = traces.answers.eq(wanted).double()
+    return right[-1] - right.gather(0, leaving[None])[0]
+
+
+def _interval(losses: Tensor) -> tuple[float, float]:
+    """Of the mean, by bootstrap. As each is -1, 0 or 1, how often they are drawn is all that counts."""
+    n = len(losses)
+    shares = [(losses == value).double().mean().item() for value in (1, -1)]
+    drawn = np.random.default_rng(SEED).multinomial(n, [*shares, max(0.0, 1 - sum(shares))], RESAMPLES)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / n, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return float(low), float(high)
+
+
+def _worth_cutting_at(scores: Sequence[Score]) -> list[int]:
+    """Exits that no other one beats, at the same cost or less."""
+    merits = [(-s.cost, s.fidelity if s.accuracy is None else s.accuracy) for s in scores]
+    return [n for n, own in enumerate(merits) if not any(_beats(other, own) for other in merits)]
+
+
+def _beats(other: tuple[float, float], own: tuple[float, float]) -> bool:
+    return other != own and all(theirs >= ours for theirs, ours in zip(other, own, strict=True))
