@@ -38,9 +38,10 @@ from ptee.thresholds import Solution, Wish, solve_wish
 from ptee.traces import Traces, record
 from ptee.training import train
 
-MOST_PLACES = 24  # probes
+PROBE, MOST_PLACES = "pool", 24
 IMAGES, FEWEST, HELD_OUT = 5_000, 20, 4  # every fourth is held out
-UPDATES, BATCH, RATE = 300, 256, 1e-2
+UPDATES, BATCH, RATE = 300, 256, 1e-2  # of Adam, on numbers that are standardised
+FEWEST_BATCHES = 15  # an epoch
 LEAST_GAIN = 0.002  # of the backbone's cost: what one exit more must spare to be worth having
 ROUNDING = 1e-9
 
@@ -97,13 +98,25 @@ class Choice:
     def __str__(self) -> str:
         rows = [(r.rule, " ".join(f"{c:.3f}" for c in r.backbone_costs), f"{r.cost:.4f}") for r in self.rows]
         best = self.rows[0]
-        pays = "" if best.cost < 1 else f" By these probes no exit pays at a drop of {self.max_drop:g}."
+        pays = (
+            ""
+            if len(best.off) < len(best.modules)
+            else f" By these probes no exit pays at a drop of {self.max_drop:g}."
+        )
         return (
             table([("exits", "share of the backbone up to each", "cost"), *rows], left={0, 1})
             + f"\nChosen: {', '.join(best.modules)}; heads {', '.join(best.heads)}.{pays}"
             + f"\nCost at {self.max_drop:g} of other answers than the backbone's, by linear probes at {self.places} places: "
             + f"trained on {self.images[0]:,} images, held against {self.images[1]:,} others. It ranks places; trained heads "
-            + "do better.\nA greedy search: no exit moved alone costs less, but other sets may."
+            + f"do better.{self._unlike_probes()}\nA greedy search: no exit moved alone costs less, but other sets may."
+        )
+
+    def _unlike_probes(self) -> str:
+        if set(self.rows[0].heads) == {PROBE}:
+            return ""
+        return (
+            " These heads are priced as they are and judged as linear ones: the more they learn, the earlier and the more exits "
+            "pay than are chosen here."
         )
 
 
@@ -273,9 +286,11 @@ def _probed(
     backbone: Backbone, names: list[str], learnt: Any, held: Any, seed: int, device: Any, num_workers: int
 ) -> Traces:
     """What trained probes at these modules say of the images that were held out."""
-    model = build(backbone, exits=names, head="pool", placed=True)
-    batch = min(BATCH, len(learnt))
-    epochs = math.ceil(UPDATES * batch / len(learnt))
+    model = build(backbone, exits=names, head=PROBE, placed=True)
+    for head in model.heads:
+        _standardise(head)
+    batch = min(BATCH, math.ceil(len(learnt) / FEWEST_BATCHES))
+    epochs = math.ceil(UPDATES / math.ceil(len(learnt) / batch))
     try:
         train(
             model, learnt, targets="soft", loss="each", epochs=epochs, batch_size=batch, lr=RATE, schedule="cosine", seed=seed,
@@ -284,6 +299,12 @@ def _probed(
         return _recorded(model, held, device, num_workers)
     finally:
         model.detach()
+
+
+def _standardise(head: Any) -> None:
+    """Let a pooled head read numbers of mean 0 and deviation 1: still linear, and learnt in few updates."""
+    norm = nn.BatchNorm1d(head.logits.in_features, affine=False).to(head.logits.weight)
+    head.features = nn.Sequential(head.features, norm).train(head.training)
 
 
 def _recorded(model: EarlyExitModel, held: Any, device: Any, num_workers: int) -> Traces:

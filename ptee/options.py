@@ -90,7 +90,8 @@ PLACE = _options(
         "--exits",
         default="pareto",
         show_default=True,
-        help="pareto, fine, golden, linear or quadratic; or fractions 0.2,0.5; or modules layer1,layer2.",
+        help="pareto, fine, golden, linear or quadratic; or auto, chosen with the training images (augment only); or fractions "
+        "0.2,0.5; or modules layer1,layer2.",
     ),
     click.option(
         "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."
