@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptee.calls import ExitOutput as ExitOutput
+    from ptee.choosing import choose_exits as choose_exits
     from ptee.comparison import compare as compare
     from ptee.decision import fit_gates as fit_gates
     from ptee.errors import PteeError as PteeError
@@ -34,6 +35,7 @@ _HOMES = {
     "Plan": "plans",
     "PteeError": "errors",
     "augment": "model",
+    "choose_exits": "choosing",
     "compare": "comparison",
     "evaluate": "evaluation",
     "fit_gates": "decision",

@@ -18,6 +18,7 @@ from ptee.options import BACKBONE, DATA, DEVICE, JSON, PLACE, SPEED, THRESHOLD, 
 
 if TYPE_CHECKING:
     from ptee.backbones import Backbone
+    from ptee.choosing import Choice
     from ptee.data import Data
     from ptee.labels import LabelMap
     from ptee.model import EarlyExitModel
@@ -190,6 +191,8 @@ def augment(**o: Any) -> None:
 
 
 def _augment(o: dict[str, Any]) -> None:
+    from dataclasses import replace
+
     from ptee.devices import resolve_device
     from ptee.recipes import followed
     from ptee.thresholds import require_labels, require_reachable
@@ -203,7 +206,10 @@ def _augment(o: dict[str, Any]) -> None:
     wish = _wish(o)
     backbone, data, targets = _digits(o) if o["model"] is None else _model_and_data(o)
     o["epochs"] = o["epochs"] or EPOCHS
+    choice = _choice(backbone, data.train, device, o)
     model = _build(backbone, o)
+    if choice:
+        model.plan = replace(model.plan, placement="exits auto")
     if o["threshold"]:
         model.threshold = o["threshold"]
     if wish:
@@ -223,6 +229,7 @@ def _augment(o: dict[str, Any]) -> None:
     if history.interrupted:
         _interrupted(history, out, again)
     fits = {} if for_gates is None else {"gates": _fit_gates(model, for_gates, device, o)}
+    fits |= {"choice": choice.to_dict()} if choice else {}
     root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
     model.results = {"data": {"source": _place(data), "root": root, "split": data.split}} | fits
     _clear(out)
@@ -477,7 +484,7 @@ def _exits(text: str | None, backbone: Backbone) -> Any:
     from ptee.cuts import survey
     from ptee.errors import unknown
     from ptee.front import INPUT
-    from ptee.placement import PLACEMENTS
+    from ptee.placement import CHOSEN, PLACEMENTS, needs_images
 
     parts = [part.strip() for part in (text or "pareto").split(",") if part.strip()]
     first = [part for part in parts[:1] if part == INPUT]
@@ -488,11 +495,31 @@ def _exits(text: str | None, backbone: Backbone) -> Any:
     names = [name for name, _ in backbone.module.named_modules() if name]
     if len(parts) != 1 or parts[0] in (INPUT, *names):
         return parts
+    if parts[0] == CHOSEN:
+        raise needs_images()
     if parts[0] not in PLACEMENTS:
         cuts = survey(backbone.module.eval(), backbone.input.input_size).cuts
         blocks = [name for name in cuts if any(other.startswith(f"{name}.") for other in names)]
-        raise unknown("placement or module", parts[0], cuts, first=[*PLACEMENTS, *blocks][:12])
+        raise unknown("placement or module", parts[0], [CHOSEN, *cuts], first=[*PLACEMENTS, *blocks][:12])
     return parts[0]
+
+
+def _choice(backbone: Backbone, images: Any, device: Any, o: dict[str, Any]) -> Choice | None:
+    """With --exits auto: the exits are chosen, and named from here on. None: they are placed as --exits says."""
+    from ptee.choosing import choose_exits
+    from ptee.placement import CHOSEN
+
+    if o["exits"] != CHOSEN:
+        return None
+    drops = [o[kind] for kind in ("max_fidelity_drop", "max_drop") if o[kind] is not None]
+    one: Any = [given[0] if given and len(given) == 1 else given for given in (_heads(o), o["head_budget"])]
+    found = choose_exits(
+        backbone, images, num_exits=o["num_exits"], head=one[0], head_budget=one[1], seed=o["seed"], device=device,
+        num_workers=o["workers"], **({"max_drop": drops[0]} if drops else {}),
+    )  # fmt: skip
+    click.echo(f"{found}\n")
+    o["exits"], o["num_exits"] = ",".join(found.modules), None
+    return found
 
 
 def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:

@@ -267,16 +267,7 @@ def make_plan(
         num_exits -= 1  # it counts the exits that are named
     cuts = [input_cut(size)] * at_input + (placer.place(behind, num_exits) if behind or not at_input else [])
     spent = [0.0] * at_input + [placer.cost(cut) for cut in cuts[at_input:]]
-    names = _names(head, len(cuts), front)
-    if AUTO in names:
-        budgets = _budgets(head_budget, len(cuts), front)
-        first = front.passes_on if front else None
-        layouts = [cut.layout for cut in cuts]
-        names = recipes(names, layouts, [share * counts.total for share in budgets], found.classes, first)
-    elif head_budget is not None:
-        raise PteeError(
-            f"A head budget sizes auto heads, and the heads are {', '.join(names)}. Take head auto, or leave it out."
-        )
+    names = head_names(head, head_budget, cuts, counts.total, found.classes, front)
     heads = _heads(names, cuts, found.classes, front)
     rows = _priced(cuts, spent, heads, names, counts.total, convention)
     end = _final_cost(rows, convention)
@@ -298,6 +289,39 @@ def _with_input(exits: Any, front: bool) -> tuple[bool, Any]:
     if named and exits[0] != INPUT:
         raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
     return named or front, list(exits[1:]) if named else exits
+
+
+def head_names(
+    head: str | Sequence[str],
+    budget: float | Sequence[float] | None,
+    cuts: Sequence[Cut],
+    macs: int,
+    classes: int,
+    front: FrontHead | None = None,
+) -> list[str]:
+    """The name of each exit's head; "auto" heads are sized.
+
+    Args:
+        head: as of `make_plan`.
+        budget: as of `make_plan`.
+        cuts: where the exits stand.
+        macs: B.
+        classes: K.
+        front: the first exit's head, where it is a network of its own.
+
+    Raises:
+        PteeError: if there is a budget and nothing to size, or it is none.
+    """
+    names = _names(head, len(cuts), front)
+    if AUTO in names:
+        shares = _budgets(budget, len(cuts), front)
+        first = front.passes_on if front else None
+        return recipes(names, [cut.layout for cut in cuts], [share * macs for share in shares], classes, first)
+    if budget is not None:
+        raise PteeError(
+            f"A head budget sizes auto heads, and the heads are {', '.join(names)}. Take head auto, or leave it out."
+        )
+    return names
 
 
 def _names(head: str | Sequence[str], exits: int, front: FrontHead | None) -> list[str]:
@@ -334,6 +358,17 @@ def _one_each(what: str, given: Any, exits: int) -> list[Any]:
     return each * (exits if len(each) == 1 else 1)
 
 
+def head_macs(heads: Sequence[ExitHead], cut: Cut) -> int:
+    """Multiply-accumulates of the last of some heads, which may build on the one before it.
+
+    Args:
+        heads: those up to it, in order.
+        cut: where it stands.
+    """
+    before = heads[-2] if len(heads) > 1 else None
+    return count(AfterOthers(heads[-1], before), torch.zeros(1, *cut.shape)).total
+
+
 def _priced(
     cuts: Sequence[Cut],
     spent: Sequence[float],
@@ -342,8 +377,7 @@ def _priced(
     macs: int,
     convention: str,
 ) -> tuple[Exit, ...]:
-    behind = [AfterOthers(head, before) for head, before in zip(heads, [None, *heads], strict=False)]
-    added = [count(head, torch.zeros(1, *cut.shape)).total / macs for head, cut in zip(behind, cuts, strict=True)]
+    added = [head_macs(heads[: n + 1], cut) / macs for n, cut in enumerate(cuts)]
     passed = list(accumulate(added)) if convention == "full" else added
     return tuple(
         Exit(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 import ptee
-from ptee import defaults, evaluation, training
+from ptee import choosing, defaults, evaluation, training
 from ptee.backbones import load_backbone
 from ptee.cli import cli, main
 from ptee.data import Data, open_named
@@ -229,6 +229,11 @@ WORDS = {
     "too many exits": (["plan", *RANDOM, "--exits", "linear", "--num-exits", 99], "99"),
     "an unknown head": (["plan", *RANDOM, "--head", "poool"], "poool.*Did you mean 'pool'"),
     "heads for another number of exits": (["plan", *RANDOM, "--head", "pool,pool,pool"], "3 values of head"),
+    "exits chosen without images": (["plan", *RANDOM, "--exits", "auto"], "images.*ptee augment --exits auto --data"),
+    "exits timed that are still to be chosen": (
+        ["bench", *RANDOM, "--exits", "auto"],
+        "images.*or a placement: pareto",
+    ),
     "a budget for heads that have none": (["plan", *RANDOM, "--head-budget", "0.1"], "heads are pool"),
     "a budget of nothing": (["plan", *RANDOM, "--head", "auto", "--head-budget", "0"], "budget 0"),
     "an unknown front network": (["plan", *RANDOM, "--front", "cifar_resnet200"], "cifar_resnet20"),
@@ -298,6 +303,8 @@ AUGMENT = {
     "images for gates that there are not": ([*RANDOM, "--data", "TEN", "--gate-share", 0.1], "--gate-share needs --gate"),
     "too few images for gates": ([*RANDOM, "--data", "TEN", "--gate", "agrees"], "0.1 of 24 .* are 2.*--gate-share"),
     "a share of all images": ([*RANDOM, "--data", "TEN", "--gate", "agrees", "--gate-share", 1], "--gate-share"),
+    "several heads for exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--head", "pool,conv1"], "2 val.*one"),
+    "no exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--num-exits", 0], "choose 0 exits"),
     "no epochs": ([*RANDOM, "--data", "TEN", "--epochs", 0], "--epochs"),
     "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "lr"),
     "thresholds for other exits": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
@@ -376,6 +383,31 @@ def test_augment_leaves_a_run_that_says_what_was_measured(run, known, things):
     assert len(metrics["training"]["epochs"]) == 2
     for line in ("epoch 1/2", "epoch 2/2", "early exit, T = 0.9 0.8", "Saved in out", "10 classes"):
         assert line in done.out
+
+
+@pytest.fixture
+def few_updates(monkeypatch) -> None:
+    monkeypatch.setattr(choosing, "UPDATES", 10)
+
+
+def test_exits_are_chosen_with_the_training_images_and_named_in_the_run(run, known, few_updates):
+    done = run(
+        "augment", *known, *SHORT, "--exits", "auto", "--num-exits", 2, "--max-fidelity-drop", 0.5, "--out", "out"
+    )
+    assert done.status == 0, done
+    config, metrics = (json.loads(Path("out", name).read_text()) for name in ("config.json", "metrics.json"))
+    choice = metrics["results"]["choice"]
+    assert config["placement"] == "exits auto"
+    assert [e["name"] for e in config["exits"]] == choice["rows"][0]["modules"]
+    assert choice["max_drop"] == 0.5
+    assert all(f"{line} " in done.out for line in ("\nauto", "\npareto", "\nquadratic"))
+    assert [e.name for e in ptee.load("out").exits] == choice["rows"][0]["modules"]
+
+
+def test_a_front_network_stands_before_the_chosen_exits(run, known, few_updates):
+    run("augment", *known, *SHORT, "--exits", "auto", "--num-exits", 1, "--front", "auto", "--out", "out")
+    config, metrics = (json.loads(Path("out", name).read_text()) for name in ("config.json", "metrics.json"))
+    assert [e["name"] for e in config["exits"]] == ["input", *metrics["results"]["choice"]["rows"][0]["modules"]]
 
 
 def test_the_saved_model_is_the_one_that_was_trained(run, known, things):
