@@ -127,6 +127,8 @@ def load_backbone(
         raise BackboneError(f"A classifier has two classes or more, not {num_classes}. Give --num-classes again.")
     size = None if input_size is None else checked_size(input_size)
     file = None if weights is None else str(weights)
+    if not isinstance(model, str | nn.Module):
+        raise BackboneError(f"A model is a name such as 'resnet50' or an nn.Module, not a {type(model).__name__}.")
     name = model if isinstance(model, str) else type(model).__name__
     wish = Wish(name, file, pretrained and not file, num_classes, size, mean, std, dict(model_args or {}))
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):

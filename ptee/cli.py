@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ptee.backbones import Backbone
     from ptee.choosing import Choice
     from ptee.data import Data
+    from ptee.front import FrontHead
     from ptee.labels import LabelMap
     from ptee.model import EarlyExitModel
     from ptee.thresholds import Solution, Wish
@@ -256,11 +257,9 @@ def _augment(o: dict[str, Any]) -> None:
 @JSON
 def plan(as_json: bool, **o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""
-    from ptee.backbones import Backbone
-    from ptee.front import FrontHead
     from ptee.plans import make_plan
 
-    backbone, front = _backbone(o), _front(o)
+    backbone = _backbone(o)
     backbone.module.requires_grad_(False).eval()
     found = make_plan(
         backbone,
@@ -269,7 +268,7 @@ def plan(as_json: bool, **o: Any) -> None:
         _heads(o),
         o["cost_convention"],
         head_budget=o["head_budget"],
-        front=FrontHead(front, backbone.input, backbone.num_classes) if isinstance(front, Backbone) else front,
+        front=_front(o, backbone),
     )
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
@@ -535,22 +534,21 @@ def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
         head=_heads(o),
         convention=o["cost_convention"],
         head_budget=o["head_budget"],
-        front=_front(o),
+        front=_front(o, backbone),
     )
 
 
-def _front(o: dict[str, Any]) -> Backbone | str | None:
+def _front(o: dict[str, Any], backbone: Backbone) -> FrontHead | str | None:
     """The network in front of the backbone, `auto`, or None."""
-    from ptee.backbones import load_backbone
+    from ptee.front import AUTO, named_front
 
     given = {key: o[f"front_{key}"] for key in ("weights", "mean", "std") if o[f"front_{key}"]}
-    if o["front"] in (None, "auto"):
+    if o["front"] in (None, AUTO):
         for key in given:
             raise PteeError(
                 f"--front-{key} says something of a network that --front does not name. Name it, or leave it out."
             )
-        return str(o["front"]) if o["front"] else None
-    return load_backbone(o["front"], pretrained=o["pretrained"] and "weights" not in given, **given)
+    return named_front(o["front"], backbone, pretrained=o["pretrained"], **given)
 
 
 def _heads(o: dict[str, Any]) -> list[str]:

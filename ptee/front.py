@@ -7,18 +7,21 @@ exit alone. What it computed (logits, the vector that its classifier reads) is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptee.backbones import Backbone, InputConfig
+from ptee.backbones import Backbone, InputConfig, load_backbone
 from ptee.cuts import Cut, logits_of, random_images
 from ptee.errors import PteeError
 from ptee.heads import ExitHead, Said, Trail
 from ptee.layout import Layout
 
+AUTO = "auto"  # a learned head at the input
 INPUT = "input"  # the exit's name, and that of its cut
 FRONT = "front"  # its head's name
 
@@ -30,6 +33,44 @@ def input_cut(input_size: tuple[int, int, int]) -> Cut:
         input_size: (c, h, w).
     """
     return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
+
+
+def named_front(
+    front: str | nn.Module | None,
+    behind: Backbone,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> FrontHead | str | None:
+    """What stands in front of a backbone: the head of a classifier by name or as a module, "auto", or None.
+
+    Args:
+        front: a name as of `load_backbone`, a module, "auto" or None.
+        behind: the backbone, whose classes it shares.
+        weights: for a name: a file of its weights.
+        pretrained: for a name: take the library's own weights if no file is given.
+        mean: per channel, where its configuration says otherwise.
+        std: likewise.
+
+    Raises:
+        PteeError: if it cannot be loaded, or answers something else than the backbone.
+    """
+    if front is None or (isinstance(front, str) and front == AUTO):
+        return front
+    published = isinstance(front, str) and pretrained and weights is None
+    says_its_size = isinstance(front, str) or hasattr(front, "pretrained_cfg")
+    network = load_backbone(
+        front,
+        weights=weights,
+        pretrained=published,
+        num_classes=None if published else behind.num_classes,
+        input_size=None if says_its_size else behind.input.input_size,
+        mean=mean,
+        std=std,
+    )
+    return FrontHead(network, behind.input, behind.num_classes)
 
 
 class FrontHead(ExitHead):
@@ -110,7 +151,8 @@ def require_same_question(name: str, network: Backbone, images: InputConfig, num
     """
     if network.num_classes != num_classes:
         raise PteeError(
-            f"{name} has {network.num_classes} classes, the backbone {num_classes}. Both must answer the same question."
+            f"{name} has {network.num_classes} classes, the backbone {num_classes}. Both must answer the same question: "
+            "give one with as many classes, by name with a file of its weights, or as a module."
         )
     if network.input.input_size[0] != images.input_size[0]:
         raise PteeError(

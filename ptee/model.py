@@ -20,11 +20,10 @@ from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
-from ptee.front import INPUT, FrontHead
+from ptee.front import INPUT, FrontHead, named_front
 from ptee.gates import Gate
 from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
-from ptee.learned import AUTO
 from ptee.plans import Exit, Plan, make_plan
 from ptee.replay import Memory, merged, run
 from ptee.weights import weights_hash
@@ -459,9 +458,7 @@ def augment(
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
-    first: Backbone | str | None = None
-    if front is not None:
-        first = AUTO if front == AUTO else load_backbone(front, weights=front_weights, pretrained=pretrained)
+    first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
     return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
 
 
@@ -474,16 +471,15 @@ def build(
     convention: str = "full",
     placed: bool = False,
     head_budget: float | Sequence[float] | None = None,
-    front: Backbone | str | None = None,
+    front: FrontHead | str | None = None,
 ) -> EarlyExitModel:
     """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
     state = freeze(backbone.module)
     try:
-        first = FrontHead(front, backbone.input, backbone.num_classes) if isinstance(front, Backbone) else front
-        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget, first)
+        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget, front)
     finally:
         state.restore(backbone.module)
-    return EarlyExitModel(backbone, plan, plan.make_heads(first if isinstance(first, FrontHead) else None))
+    return EarlyExitModel(backbone, plan, plan.make_heads(front if isinstance(front, FrontHead) else None))
 
 
 def load(
@@ -520,7 +516,7 @@ def load(
         head=list(run.heads),
         convention=run.convention,
         placed=True,
-        front=_front(run, front) if run.front is not None else None,
+        front=_front(run, front, network) if run.front is not None else None,
     )
     if model.num_classes != run.classes:
         raise RunError(
@@ -544,7 +540,7 @@ def _check_hash(run: runs.Run, module: nn.Module) -> None:
         )
 
 
-def _front(run: runs.Run, module: nn.Module | None) -> Backbone:
+def _front(run: runs.Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
     """The network of the exit at the input; its weights come with the heads'."""
     about = run.front
     assert about is not None
@@ -557,7 +553,8 @@ def _front(run: runs.Run, module: nn.Module | None) -> Backbone:
         module = rebuild(about.source, weights=False).module
     assert module is not None
     found = load_backbone(module, **{key: about.input[key] for key in ("input_size", "mean", "std")})
-    return Backbone(found.module, about.name, found.num_classes, InputConfig(**about.input), about.source)
+    network = Backbone(found.module, about.name, found.num_classes, InputConfig(**about.input), about.source)
+    return FrontHead(network, behind.input, behind.num_classes)
 
 
 def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:

@@ -89,7 +89,7 @@ PLACE = _options(
     click.option(
         "--exits",
         help="pareto, fine, golden, linear or quadratic; or auto, chosen with the training images (augment only); or fractions "
-        "0.2,0.5; or modules layer1,layer2. Default: pareto.",
+        "0.2,0.5 (the first block that ends there or behind); or modules layer1,layer2. Default: pareto.",
     ),
     click.option(
         "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."

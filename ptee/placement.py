@@ -291,14 +291,21 @@ class Placer:
         early = [cut for cut in self._blocks if self.cost(cut) <= LATEST]
         if not early:
             return CutError(
-                f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its "
-                "cost. Name a module with --exits MODULE if you know one."
+                f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its cost."
+                f"{self._for_example()} Name a module as an exit if you know one that is."
             )
         return CutError(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
             f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
             f"Ask for fewer (--num-exits), another placement, or name fractions or modules."
         )
+
+    def _for_example(self) -> str:
+        """Why the largest module that is no cut is none."""
+        names = [n for n in self.survey.refused if n in self.counts.inside]
+        early = [n for n in names if self.counts.until[n] <= LATEST * self.counts.total]
+        largest = max(early or names, key=lambda n: self.counts.inside[n], default=None)
+        return "" if largest is None else f" Not at {largest!r}, for one: {self.survey.refused[largest]}."
 
 
 def _with_room_for_all(rule: Choice, wanted: int) -> Choice:

@@ -10,13 +10,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
 
 from ptee.backbones import Backbone, load_backbone
 from ptee.costs import count, parameters
 from ptee.cuts import Cut, random_images, survey
 from ptee.errors import CutError, PteeError, unknown
 from ptee.freezing import freeze
-from ptee.front import FRONT, INPUT, FrontHead, input_cut
+from ptee.front import FRONT, INPUT, FrontHead, input_cut, named_front
 from ptee.heads import ExitHead
 from ptee.learned import AUTO, AfterOthers, make_heads, recipes
 from ptee.placement import Placer
@@ -262,11 +263,14 @@ def make_plan(
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
     at_input, behind = _with_input(exits, front is not None)
+    learned = isinstance(front, str)
     front = _known_front(front)
     if num_exits is not None and len(behind) < len(exits):
         num_exits -= 1  # it counts the exits that are named
     cuts = [input_cut(size)] * at_input + (placer.place(behind, num_exits) if behind or not at_input else [])
     spent = [0.0] * at_input + [placer.cost(cut) for cut in cuts[at_input:]]
+    if learned and len(_as_list(head)) == 1:
+        head = [AUTO, *_as_list(head) * (len(cuts) - 1)]
     names = head_names(head, head_budget, cuts, counts.total, found.classes, front)
     heads = _heads(names, cuts, found.classes, front)
     rows = _priced(cuts, spent, heads, names, counts.total, convention)
@@ -350,9 +354,13 @@ def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
     return exits if isinstance(exits, str) else "exits at " + ", ".join(map(str, exits))
 
 
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
 def _one_each(what: str, given: Any, exits: int) -> list[Any]:
     """One for each exit."""
-    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    each = _as_list(given)
     if len(each) not in (1, exits):
         raise PteeError(f"{len(each)} values of {what} for {exits} exits. Give one, or one for each exit.")
     return each * (exits if len(each) == 1 else 1)
@@ -406,6 +414,8 @@ def plan(
     num_exits: int | None = None,
     head: str | Sequence[str] = "pool",
     head_budget: float | Sequence[float] | None = None,
+    front: str | nn.Module | None = None,
+    front_weights: str | None = None,
     input_size: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
     pretrained: bool = True,
@@ -420,6 +430,7 @@ def plan(
     )
     state = freeze(backbone.module)
     try:
-        return make_plan(backbone, exits, num_exits, head, head_budget=head_budget)
+        first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
+        return make_plan(backbone, exits, num_exits, head, head_budget=head_budget, front=first)
     finally:
         state.restore(backbone.module)

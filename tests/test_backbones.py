@@ -767,3 +767,11 @@ def test_an_argument_that_json_cannot_say_leaves_no_record(tmp_path):
         "test_resnet", weights=tmp_path / "w.safetensors", model_args={"norm_layer": nn.BatchNorm2d}
     )
     assert backbone.source is None
+
+
+@pytest.mark.parametrize(
+    "model", [None, nn.Linear, [nn.Linear(2, 2)], len], ids=["None", "a class", "a list", "a function"]
+)
+def test_what_is_neither_a_name_nor_a_module_is_refused(model):
+    with pytest.raises(BackboneError, match=r"a name such as 'resnet50' or an nn\.Module, not a"):
+        load_backbone(model)

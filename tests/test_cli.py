@@ -237,7 +237,6 @@ WORDS = {
     "a budget for heads that have none": (["plan", *RANDOM, "--head-budget", "0.1"], "heads are pool"),
     "a budget of nothing": (["plan", *RANDOM, "--head", "auto", "--head-budget", "0"], "budget 0"),
     "an unknown front network": (["plan", *RANDOM, "--front", "cifar_resnet200"], "cifar_resnet20"),
-    "a front network of other classes": (["plan", *RANDOM, "--front", "test_resnet"], "1000 classes"),
     "weights of no front network": (["plan", *RANDOM, "--front-weights", "x.safetensors"], "--front-weights"),
     "the input behind another exit": (["plan", *RANDOM, "--exits", "layer1,input"], "first of all"),
     "an unknown convention": (["plan", *RANDOM, "--cost-convention", "papers"], "papers.*Did you mean 'paper'"),

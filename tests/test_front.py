@@ -14,7 +14,7 @@ import ptee
 from ptee.backbones import InputConfig, load_backbone
 from ptee.costs import count
 from ptee.errors import CutError, PteeError, RunError
-from ptee.front import FrontHead
+from ptee.front import FrontHead, named_front
 from ptee.model import build
 
 K = 10
@@ -35,11 +35,8 @@ class Small(nn.Module):
 def early(front: nn.Module | None = None, **wish) -> ptee.EarlyExitModel:
     torch.manual_seed(0)
     wish = {"exits": ["layer1.0", "layer3.0"], "head": ["res-8x1-16x1+", "conv1"]} | wish
-    return build(
-        load_backbone("cifar_resnet20", pretrained=False),
-        front=load_backbone(front or Small(), input_size=SIZE, mean=(0.5,), std=(0.5,)),
-        **wish,
-    )
+    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    return build(backbone, front=named_front(front or Small(), backbone, mean=(0.5,), std=(0.5,)), **wish)
 
 
 @pytest.fixture
@@ -153,8 +150,9 @@ def test_a_head_that_learns_may_stand_at_the_input(x):
 
 def test_images_are_resized_for_a_network_of_another_size(x):
     torch.manual_seed(0)
-    front = load_backbone("test_resnet", pretrained=False, num_classes=K, input_size=(3, 64, 64))
-    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0"], front=front)
+    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    small = load_backbone("test_resnet", pretrained=False, num_classes=K, input_size=(3, 64, 64))
+    model = build(backbone, exits=["layer1.0"], front=FrontHead(small, backbone.input, K))
     assert model.predict(x, 0).logits.shape == (len(x), K)
 
 
@@ -200,7 +198,21 @@ def test_a_network_that_answers_something_else_is_refused(front, said):
     channels = front.conv.in_channels
     network = load_backbone(front, input_size=(channels, 32, 32))
     with pytest.raises(PteeError, match=said):
-        build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0"], front=network)
+        FrontHead(network, load_backbone("cifar_resnet20", pretrained=False).input, K)
+
+
+def test_a_front_network_by_name_has_the_backbones_classes():
+    backbone = load_backbone("cifar_resnet20", pretrained=False, num_classes=7)
+    head = named_front("test_resnet", backbone, pretrained=False)
+    assert isinstance(head, FrontHead)
+    assert head.num_classes == 7
+
+
+@pytest.mark.parametrize("head", ["pool", "conv1"])
+def test_a_learned_front_is_learned_whatever_the_other_heads_are(head):
+    plan = ptee.plan("cifar_resnet20", pretrained=False, exits=["layer1.0"], head=head, front="auto", head_budget=0.3)
+    assert plan.exits[0].head.startswith("res-")
+    assert plan.exits[1].head == head
 
 
 def test_the_input_comes_first():

@@ -427,5 +427,18 @@ def test_a_plan_is_the_same_whatever_mode_the_module_was_in():
     assert plans[0] == plans[1]
 
 
+def test_where_no_exit_can_stand_the_reason_at_one_module_is_told():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.classifier = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.block(self.block(x)).mean((2, 3)))
+
+    with pytest.raises(CutError, match="Not at 'block', for one: it is called 2 times in one forward pass"):
+        make_plan(load_backbone(Twice().eval(), input_size=(3, 8, 8)))
+
+
 def test_one_module_may_be_named_without_a_list():
     assert [e.name for e in plan("blocks.1").exits] == ["blocks.1"]
