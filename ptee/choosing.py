@@ -6,8 +6,9 @@ one; all of them learn together from one pass of the backbone over some of the i
 not learnt makes traces, and of any set of places the solver (`thresholds`) tells what leaving would cost, with the price of
 the heads that will stand there.
 
-Probes rank places; they do not predict accuracies. The heads that are trained later say more than they do, above all early
-in the network, so the costs found here are too high.
+Probes rank places; they do not predict what a trained model will cost. Heads that learn more than a linear layer say more,
+above all early in the network: for them earlier exits, and more of them, pay than are found here. Images that the backbone
+has not seen cost more than those that it was trained on.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Rated:
 class Choice:
     """The exits that were chosen, beside those of the placement rules, as many and by the same probes. Prints as a table.
 
+    The rules choose among the places that have probes, which on a deep network are not all.
+
     Attributes:
         max_drop: share of the answers that may be others than the backbone's.
         places: how many there were to choose from.
@@ -107,8 +110,8 @@ class Choice:
             table([("exits", "share of the backbone up to each", "cost"), *rows], left={0, 1})
             + f"\nChosen: {', '.join(best.modules)}; heads {', '.join(best.heads)}.{pays}"
             + f"\nCost at {self.max_drop:g} of other answers than the backbone's, by linear probes at {self.places} places: "
-            + f"trained on {self.images[0]:,} images, held against {self.images[1]:,} others. It ranks places; trained heads "
-            + f"do better.{self._unlike_probes()}\nA greedy search: no exit moved alone costs less, but other sets may."
+            + f"trained on {self.images[0]:,} images, held against {self.images[1]:,} others. It ranks places; what trained heads "
+            + f"cost is another thing.{self._unlike_probes()}\nThe search is greedy: other sets may cost less."
         )
 
     def _unlike_probes(self) -> str:
@@ -148,8 +151,9 @@ def choose_exits(
     shown are of one for each. The result costs no more than that of any placement rule with as many exits, by these probes, and
     there is no bound on what other sets may cost.
 
-    Probes are weaker than the heads that are trained later, so they rank places and predict no accuracies. On images that
-    the backbone was trained on it is surer than elsewhere, which holds for all places alike.
+    Probes rank places and predict neither accuracies nor costs. For "pool" heads, which are what the probes are, the choice is
+    sound; heads that learn more are priced as they are and judged as linear ones, so too few and too late exits are chosen
+    for them. On images that the backbone was trained on everything looks cheaper than elsewhere, at all places.
 
     Args:
         model: as of `augment`.
