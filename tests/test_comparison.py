@@ -18,6 +18,7 @@ from ptee.backbones import load_backbone
 from ptee.comparison import Comparison, Entry, Line, compare, named_networks, names_of
 from ptee.costs import count
 from ptee.errors import PteeError, UnknownName
+from ptee.front import named_front
 from ptee.model import build
 from ptee.thresholds import curve, lost
 from ptee.traces import record
@@ -115,7 +116,7 @@ def test_a_static_network_is_what_it_answers_and_costs_alone():
 
 def test_the_cascade_is_a_model_with_that_network_in_front_under_maximum_probability():
     backbone = load_backbone(copy.deepcopy(network()), input_size=SIZE)
-    model = build(backbone, exits=["input"], head="front", front=load_backbone(small(), input_size=SIZE))
+    model = build(backbone, exits=["input"], head="front", front=named_front(small(), backbone))
     there, here = (record(model, images(seed), progress=False).under("max_prob") for seed in (1, 2))
     entries = line(compared(), "small, then Sequential").entries
     for entry, solution in zip(entries, curve(there, DROPS), strict=True):
