@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptee.errors import PteeError
+from ptee.front import INPUT
 from ptee.model import EarlyExitModel
 from ptee.tables import table
 
@@ -184,6 +185,9 @@ class _Reached(BaseException):
 
 
 def _up_to_first_exit(model: EarlyExitModel, x: Tensor) -> None:
+    if model.exits[0].name == INPUT:  # nothing of the backbone comes before it
+        return
+
     def stop(*_: object) -> None:
         raise _Reached
 

@@ -148,7 +148,8 @@ class Read(Call):
     def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
         head = self.heads[n]
         assert isinstance(head, ExitHead)
-        read = head.read(z)
+        with running(None):
+            read = head.read(z)
         return (read.clone() if cut.overwritten else read), z  # there is no confidence
 
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> None:

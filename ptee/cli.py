@@ -552,7 +552,7 @@ def _front(o: dict[str, Any], backbone: Backbone) -> FrontHead | str | None:
 
 
 def _heads(o: dict[str, Any]) -> list[str]:
-    return (o["head"] or HEAD).split(",")
+    return [name.strip() for name in (o["head"] or HEAD).split(",")]
 
 
 def _open(source: str, backbone: Backbone, o: dict[str, Any], named: bool = False) -> tuple[Data, LabelMap]:

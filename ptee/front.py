@@ -8,6 +8,7 @@ exit alone. What it computed (logits, the vector that its classifier reads) is t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,24 @@ class FrontHead(ExitHead):
     def __init__(self, network: Backbone, images: InputConfig, num_classes: int) -> None:
         require_same_question(f"The front network {network.name}", network, images, num_classes)
         module = network.module.requires_grad_(False).eval()
+        _require_rows_apart(network)
         reader, width = _last_layer(module, network.input.input_size)
         super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
         self.logits = nn.Identity()  # the network's own
         self.confidence = nn.Linear(num_classes + width, 1)
+        if (like := next(module.parameters(), None)) is not None:
+            self.confidence.to(like.device, like.dtype)
         self.network, self.origin = module, network
-        self.looks_back = True
         self.passes_on = (width, 1, 1) if width else None
-        self._reader = reader
+        if reader is not None:
+            module.get_submodule(reader).register_forward_pre_hook(_note_what_is_read)
         self._prepare = Prepare(images, network.input)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrontHead:
+        """Gradients, but not for the network."""
+        super().requires_grad_(requires_grad)
+        self.network.requires_grad_(False)
+        return self
 
     def train(self, mode: bool = True) -> FrontHead:
         """Training mode, but for the network."""
@@ -108,17 +118,16 @@ class FrontHead(ExitHead):
 
     def read(self, z: Tensor) -> Tensor:
         """(b, K + F): the network's logits, and the vector that its classifier read."""
+        if any(part.training for part in self.network.modules()):  # somebody called train() on it past the head
+            self.network.eval()
         seen: list[Tensor] = []
-        handle = None
-        if self._reader is not None:
-            layer = self.network.get_submodule(self._reader)
-            handle = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        token = _READ.set(seen)
         try:
-            logits = self.network(self._prepare(z))
+            with torch.no_grad():
+                logits = self.network(self._prepare(z))
         finally:
-            if handle is not None:
-                handle.remove()
-        return torch.cat([logits, *seen], 1)
+            _READ.reset(token)
+        return torch.cat([logits, *seen[-1:]], 1)  # a classifier may be asked twice; the last time counts
 
     def follow(self, z: Tensor, trail: Trail) -> Said:
         """Answer images."""
@@ -161,6 +170,18 @@ def require_same_question(name: str, network: Backbone, images: InputConfig, num
         )
 
 
+_READ: ContextVar[list[Tensor] | None] = ContextVar(
+    "what the classifiers of front networks read in this call", default=None
+)
+
+
+def _note_what_is_read(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Stands before a front network's classifier for good, so that threads do not put up and take down one another's."""
+    seen = _READ.get()
+    if seen is not None and args:
+        seen.append(args[0])
+
+
 class Prepare(nn.Module):
     """Images prepared for one network as another takes them.
 
@@ -185,7 +206,28 @@ class Prepare(nn.Module):
         """Images (b, c, h, w)."""
         if not self.same:
             x = x * self.scale + self.shift
-        return x if self.size is None else F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        if self.size is None:
+            return x
+        return F.interpolate(x.float(), self.size, mode="bilinear", antialias=True).to(
+            x.dtype
+        )  # no half precision there
+
+
+def _require_rows_apart(network: Backbone) -> None:
+    """Refuse a network whose rows influence one another, or which writes into the images that the backbone goes on with."""
+    images = random_images(network.module, 2, network.input.input_size)
+    given = images.clone()
+    with torch.no_grad():
+        together = logits_of(network.module, given)
+        alone = torch.cat([logits_of(network.module, image) for image in images.clone().split(1)])
+    if not torch.equal(given, images):
+        raise PteeError(f"The front network {network.name} overwrites the images. Let it begin with x = x.clone().")
+    near = torch.finfo(together.dtype).eps ** 0.5 * max(together.abs().max().item(), 1e-3)
+    if not torch.allclose(together, alone, rtol=0, atol=near):
+        raise PteeError(
+            f"The front network {network.name} answers a row differently when it is alone: its rows influence one another, so "
+            "none of them can leave early."
+        )
 
 
 def _last_layer(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str | None, int]:

@@ -7,6 +7,7 @@ the call that is going on what to do (`calls`).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
-from ptee.front import INPUT, FrontHead, named_front
+from ptee.front import FRONT, INPUT, FrontHead, named_front
 from ptee.gates import Gate
 from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
@@ -144,12 +145,16 @@ class EarlyExitModel(
 
     @off.setter
     def off(self, value: Sequence[int]) -> None:
-        wrong = [n for n in value if n not in range(len(self.exits)) or isinstance(n, bool)]
-        if wrong or len(set(value)) < len(value):
+        given = [value] if isinstance(value, int) else list(value)
+        try:
+            off = [operator.index(n) for n in given if not isinstance(n, bool)]
+        except TypeError:
+            off = []
+        if len({n for n in off if n in range(len(self.exits))}) < len(given):
             raise PteeError(
-                f"Exits {list(value)} cannot be off: exits have the numbers 0 to {len(self.exits) - 1}, each once."
+                f"Exits {given} cannot be off: exits have the numbers 0 to {len(self.exits) - 1}, each once."
             )
-        self.plan = self.plan.switched_off(tuple(value))
+        self.plan = self.plan.switched_off(off)
 
     # -------------------------------------------------------------------------------------------- what it does
 
@@ -544,6 +549,8 @@ def _front(run: runs.Run, module: nn.Module | None, behind: Backbone) -> FrontHe
     """The network of the exit at the input; its weights come with the heads'."""
     about = run.front
     assert about is not None
+    if run.heads[:1] != (FRONT,):
+        raise RunError(f"{run.folder} tells of a front network, but has no exit for it. Copy the run anew.")
     if module is None and about.source is None:
         raise RunError(
             f"{run.folder} has the front network {about.name}, which config.json cannot rebuild (a Python module, or random "
@@ -553,7 +560,7 @@ def _front(run: runs.Run, module: nn.Module | None, behind: Backbone) -> FrontHe
         module = rebuild(about.source, weights=False).module
     assert module is not None
     found = load_backbone(module, **{key: about.input[key] for key in ("input_size", "mean", "std")})
-    network = Backbone(found.module, about.name, found.num_classes, InputConfig(**about.input), about.source)
+    network = Backbone(found.module, about.name, found.num_classes, found.input, about.source)
     return FrontHead(network, behind.input, behind.num_classes)
 
 

@@ -16,13 +16,14 @@ from typing import Any
 from ptee.backbones import Backbone
 from ptee.blocks import blocks
 from ptee.costs import Counts
-from ptee.cuts import Cut, Survey, remedy
-from ptee.errors import CutError, unknown
+from ptee.cuts import Cut, Survey, remedy, survey
+from ptee.errors import BackboneError, CutError, unknown
 from ptee.proof import prove
 
 MOST_EXITS = 5  # as many as an unnumbered scheme places
 CHOSEN = "auto"  # no rule: places that a search chooses with images
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
+HEAVY = 1e11  # multiply-accumulates of one image above which a proof looks for a smaller one
 MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass begins anew
 
 Rule = Callable[[Sequence[float], int], list[int]]
@@ -272,7 +273,7 @@ class Placer:
 
     def _prove(self, cuts: Sequence[Cut]) -> None:
         """As they are; what fails because the rest of the pass remembers the old batch, by beginning anew."""
-        size = self.backbone.input.input_size
+        size = self._size_to_prove_at
         failed = prove(self.backbone.module, cuts, size)
         anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
         anew = [cut for cut in anew if cut.steps]
@@ -286,6 +287,25 @@ class Placer:
         self.proven |= {cut.name: cut for cut in (*cuts, *anew)}
         mended = {cut.name for cut in anew} - still.keys()
         self.failed |= {name: why for name, why in failed.items() if name not in mended}
+
+    @cached_property
+    def _size_to_prove_at(self) -> tuple[int, int, int]:
+        """The images' own, unless that takes long and a smaller one takes the same way through the network.
+
+        The same way: the same modules in the same order, the same cuts, and the same values alive past each of them.
+        """
+        channels, height, width = size = self.backbone.input.input_size
+        if self.counts.total < HEAVY:
+            return size
+        for part in (n for n in range(8, 1, -1) if not (height % n or width % n)):
+            small = (channels, height // part, width // part)
+            try:
+                found = survey(self.backbone.module, small)
+            except BackboneError:  # it takes no such images
+                continue
+            if _way(found) == _way(self.survey):
+                return small
+        return size
 
     def _no_room(self, wanted: int, words: str) -> CutError:
         early = [cut for cut in self._blocks if self.cost(cut) <= LATEST]
@@ -306,6 +326,10 @@ class Placer:
         early = [n for n in names if self.counts.until[n] <= LATEST * self.counts.total]
         largest = max(early or names, key=lambda n: self.counts.inside[n], default=None)
         return "" if largest is None else f" Not at {largest!r}, for one: {self.survey.refused[largest]}."
+
+
+def _way(survey: Survey) -> tuple[Any, ...]:
+    return survey.order, survey.refused, survey.steps, list(survey.cuts), list(survey.bypassed)
 
 
 def _with_room_for_all(rule: Choice, wanted: int) -> Choice:

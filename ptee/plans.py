@@ -268,6 +268,11 @@ def make_plan(
     if num_exits is not None and len(behind) < len(exits):
         num_exits -= 1  # it counts the exits that are named
     cuts = [input_cut(size)] * at_input + (placer.place(behind, num_exits) if behind or not at_input else [])
+    if any(cut.name == INPUT for cut in cuts[at_input:]):
+        raise CutError(
+            f"{backbone.name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
+            "Name the exits, without it."
+        )
     spent = [0.0] * at_input + [placer.cost(cut) for cut in cuts[at_input:]]
     if learned and len(_as_list(head)) == 1:
         head = [AUTO, *_as_list(head) * (len(cuts) - 1)]
@@ -374,7 +379,8 @@ def head_macs(heads: Sequence[ExitHead], cut: Cut) -> int:
         cut: where it stands.
     """
     before = heads[-2] if len(heads) > 1 else None
-    return count(AfterOthers(heads[-1], before), torch.zeros(1, *cut.shape)).total
+    like = next(heads[-1].parameters())
+    return count(AfterOthers(heads[-1], before), torch.zeros(1, *cut.shape, device=like.device, dtype=like.dtype)).total
 
 
 def _priced(

@@ -116,14 +116,15 @@ class Memory:
         self._inside: list[list[nn.Module]] = []  # for each step that is running, what was kept meanwhile
         self._gone: list[Tensor] = []
         self.batch: int | None = None  # rows that are here
-        self.begun_anew = False
+        self.begun_anew = self._begun = False
 
     def begin(self, images: Tensor) -> Tensor:
         """A forward pass begins. Returns what is left of the images with which the call began."""
         self._asked.clear()
         self._inside.clear()
         rows = self._since(0)
-        self.begun_anew = rows is not None
+        self.begun_anew = rows is not None and self._begun  # rows may have gone before the first pass, at the input
+        self._begun = True
         self.batch = len(images) if rows is None else len(rows)
         if rows is not None:
             return images[rows]

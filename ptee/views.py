@@ -44,7 +44,7 @@ class Views(Dataset[Any]):
 
     def see(self, index: int, number: int) -> Any:
         """One sample in its view of this number."""
-        lots = torch.Generator().manual_seed((self.seed * PRIME + index) * PRIME + number)
+        lots = torch.Generator().manual_seed(((self.seed * PRIME + index) * PRIME + number) % 2**63)
         return _with_image(self.data[index], lambda image: view(image, number, lots, mirror=self.mirror))
 
 

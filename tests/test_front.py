@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -233,3 +234,103 @@ def test_a_learned_head_is_put_in_front_by_a_word(x):
     assert model.exits[0].name == "input"
     assert len(model.exits) == 3
     assert model.exits[0].head.startswith("res-")
+
+
+# ---------------------------------------------------------------------------------------------------- in every setting
+
+
+def test_two_threads_may_call_one_model_at_once(model, x):
+    expected, wrong = model.all_exits(x).logits, []
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                wrong.extend(
+                    "another answer" for _ in range(20) if not torch.equal(model.all_exits(x).logits, expected)
+                )
+        except Exception as why:
+            wrong.append(str(why))
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_backbone_at_another_size_may_stand_in_front_of_itself(x):
+    net = load_backbone("cifar_resnet20", pretrained=False).module
+    behind = load_backbone(net, input_size=SIZE)
+    front = FrontHead(load_backbone(net, input_size=(3, 16, 16)), behind.input, K)
+    model = build(behind, exits=["layer1.0", "layer3.0"], head="pool", front=front)
+    torch.testing.assert_close(model.answer(model.read(x)), model.all_exits(x))
+    assert torch.equal(model.predict(x, 2.0).logits, net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_it_works_in_the_backbones_number_type(dtype, x):
+    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    small = load_backbone(Small(), input_size=(3, 16, 16))
+    model = build(backbone, exits=["layer1.0"], front=FrontHead(small, backbone.input, K)).to(dtype)
+    assert model.predict(x.to(dtype), 0.0).logits.dtype == dtype
+
+
+def test_a_network_in_float64_is_counted_in_float64(x):
+    backbone = load_backbone(load_backbone("cifar_resnet20", pretrained=False).module.double(), input_size=SIZE)
+    model = build(
+        backbone,
+        exits=["layer1.0"],
+        front=FrontHead(load_backbone(Small().double(), input_size=SIZE), backbone.input, K),
+    )
+    assert model.predict(x.double(), 0.0).exit_index.tolist() == [0] * len(x)
+
+
+def test_gradients_that_are_asked_of_all_heads_do_not_reach_it(model, x):
+    before = copy.deepcopy(model.heads[0].network.state_dict())
+    model.heads.requires_grad_(True)
+    model.heads[0].network.train()
+    ptee.train(model, [(image, 1) for image in x], epochs=1, batch_size=8)
+    after = model.heads[0].network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class Mixing(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+class Overwriting(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(1.0))
+
+
+@pytest.mark.parametrize(
+    ("network", "said"), [(Mixing, "influence one another"), (Overwriting, "overwrites the images")]
+)
+def test_a_network_that_could_change_other_answers_is_refused(network, said):
+    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    with pytest.raises(PteeError, match=said):
+        named_front(network().eval(), backbone)
+
+
+def test_a_module_of_the_backbone_that_is_called_input_is_no_exit():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.body = (nn.Sequential(nn.Conv2d(c, 8, 3), nn.Conv2d(8, 8, 3)) for c in (3, 8))
+            self.rest, self.classifier = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), nn.Linear(8, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.rest(self.body(self.input(x))).mean((2, 3)))
+
+    network = load_backbone(Named().eval(), input_size=SIZE)
+    with pytest.raises(CutError, match="a module called 'input'"):
+        build(network, exits="linear", num_exits=2)
+    assert [e.name for e in build(network, exits=["body"]).exits] == ["body"]
+
+
+def test_the_benchmark_takes_it(model):
+    from ptee.benchmark import bench
+
+    assert "exit 0" in str(bench(model, [2], rounds=3))

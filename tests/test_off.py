@@ -116,6 +116,19 @@ def test_what_is_no_exit_cannot_be_off(model, off):
         model.off = off
 
 
+def test_any_whole_numbers_will_do(model):
+    model.off = torch.tensor([1, 2])
+    assert model.off == (1, 2)
+    model.off = 0
+    assert model.off == (0,)
+
+
+def test_learned_heads_that_read_nothing_run_for_themselves_alone():
+    model = early(["res-8x1", "res-8x1", "res-16x1"])
+    model.off = [0, 1]
+    assert model.plan.skipped == (0, 1)
+
+
 def test_traces_are_of_all_exits_and_the_table_of_those_that_are_on(model, x):
     data = [(image, 1) for image in x]
     every = record(model, data)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ptee
+from ptee import placement
 from ptee.backbones import load_backbone
 from ptee.errors import CutError, PteeError, UnknownName
 from ptee.placement import LATEST, MOST_EXITS, PLACEMENTS, first_behind
@@ -442,3 +443,26 @@ def test_where_no_exit_can_stand_the_reason_at_one_module_is_told():
 
 def test_one_module_may_be_named_without_a_list():
     assert [e.name for e in plan("blocks.1").exits] == ["blocks.1"]
+
+
+class Wide(Steps):
+    """Takes another way where images are large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.blocks(x)
+        return self.classifier((y if x.shape[-1] < SIZE[-1] else y + x.mean((1, 2, 3), keepdim=True)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "heavy", "side"),
+    [(Steps, False, 1), (Steps, True, 8), (Wide, True, 1)],
+    ids=["a light one is proven on its own", "a heavy one on an eighth", "but not where that takes another way"],
+)
+def test_a_heavy_network_is_proven_on_smaller_images(network, heavy, side, monkeypatch):
+    seen = []
+    own = placement.prove
+    monkeypatch.setattr(placement, "HEAVY", 0 if heavy else 1e11)
+    monkeypatch.setattr(placement, "prove", lambda module, cuts, size: seen.append(size) or own(module, cuts, size))
+    plan(["blocks.1"] if network is Steps else ["stem"], module=network().eval())
+    assert {size[-1] for size in seen} == {SIZE[-1] // side}

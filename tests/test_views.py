@@ -149,3 +149,9 @@ def test_a_resumed_training_goes_on_with_the_same_views(tmp_path):
 def test_a_loader_yields_its_own_images_and_gets_no_views():
     with pytest.raises(DataError, match=r"4 views.*DataLoader.*pass its data set"):
         ptee.train(made(), DataLoader(data(), 4), epochs=1, device="cpu", augment=4)
+
+
+@pytest.mark.parametrize("seed", [20_240_615, 2**32 - 1])
+def test_any_seed_will_do(seed):
+    seen = Views([(torch.randn(3, 8, 8), 0)], 4, seed=seed)
+    assert seen.see(0, 3)[0].shape == (3, 8, 8)
