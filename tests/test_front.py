@@ -315,11 +315,18 @@ def test_a_network_that_could_change_other_answers_is_refused(network, said):
 
 
 def test_a_module_of_the_backbone_that_is_called_input_is_no_exit():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.two(self.one(x))
+
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.input, self.body = (nn.Sequential(nn.Conv2d(c, 8, 3), nn.Conv2d(8, 8, 3)) for c in (3, 8))
-            self.rest, self.classifier = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), nn.Linear(8, K)
+            self.input, self.body, self.rest, self.classifier = Block(), Block(), Block(), nn.Linear(3, K)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.classifier(self.rest(self.body(self.input(x))).mean((2, 3)))
