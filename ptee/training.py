@@ -302,16 +302,15 @@ class _Training:
         sums = Sums()
         bar = tqdm(loader, desc=f"epoch {number}/{epochs}", leave=False, disable=None if self._is_main() else True)
         for seen, labels in entries(bar):
-            if rows_of(seen) < self.fewest:
-                continue
-            found = self._judge(seen, labels)
-            self.accelerator.backward(found.loss)
-            self.adam.step()
-            self.adam.zero_grad(set_to_none=True)
+            if rows_of(seen) >= self.fewest:
+                found = self._judge(seen, labels)
+                self.accelerator.backward(found.loss)
+                self.adam.step()
+                self.adam.zero_grad(set_to_none=True)
+                sums.add(found, rows_of(seen))
             if rates is not None:
-                rates.step()
-            sums.add(found, rows_of(seen))
-            if not bar.disable:  # reading the sums waits for the device
+                rates.step()  # after a batch that was too small, too: the plan counts them all
+            if sums.samples and not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
             raise DataError(f"The training data gave no batch of {self.fewest} images or more.")

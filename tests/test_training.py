@@ -179,6 +179,20 @@ def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, 
     assert rates == pytest.approx([0.01 * rate for rate in want])
 
 
+def test_a_batch_that_is_too_small_counts_in_the_schedule(monkeypatch):
+    rates = []
+
+    class Telling(torch.optim.Adam):
+        def step(self, *args: Any, **more: Any) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args, **more)
+
+    monkeypatch.setattr(torch.optim, "Adam", Telling)
+    some = TensorDataset(*(part[:17] for part in data().tensors))  # of which one row is left over for batch norm
+    fit(made(head="conv1"), some, epochs=2, lr=0.01, schedule="cosine", batch_size=16)
+    assert rates == pytest.approx([0.01, 0.005])  # the first and third of four places
+
+
 def test_a_cosine_over_batches_without_number_is_refused():
     with pytest.raises(DataError, match=r"'cosine'.*'constant'"):
         fit(made(), DataLoader(Stream(), 16), schedule="cosine")
