@@ -29,7 +29,8 @@ from ptee.cuts import Cut, random_images, survey
 from ptee.devices import resolve_device
 from ptee.errors import CutError, DataError, PteeError
 from ptee.freezing import freeze
-from ptee.learned import AUTO, make_heads
+from ptee.heads import AUTO
+from ptee.learned import make_heads
 from ptee.model import EarlyExitModel, build
 from ptee.placement import CHOSEN, MOST_EXITS, PLACEMENTS, Placer, places
 from ptee.plans import head_macs, head_names

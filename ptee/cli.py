@@ -540,7 +540,8 @@ def _build(backbone: Backbone, o: dict[str, Any]) -> EarlyExitModel:
 
 def _front(o: dict[str, Any], backbone: Backbone) -> FrontHead | str | None:
     """The network in front of the backbone, `auto`, or None."""
-    from ptee.front import AUTO, named_front
+    from ptee.front import named_front
+    from ptee.heads import AUTO
 
     given = {key: o[f"front_{key}"] for key in ("weights", "mean", "std") if o[f"front_{key}"]}
     if o["front"] in (None, AUTO):

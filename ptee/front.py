@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from ptee.backbones import Backbone, InputConfig, load_backbone
 from ptee.cuts import Cut, logits_of, random_images
 from ptee.errors import PteeError
-from ptee.heads import ExitHead, Said, Trail
+from ptee.heads import AUTO, ExitHead, Said, Trail
 from ptee.layout import Layout
 
-AUTO = "auto"  # a learned head at the input
 INPUT = "input"  # the exit's name, and that of its cut
 FRONT = "front"  # its head's name
 
@@ -99,6 +98,7 @@ class FrontHead(ExitHead):
         if (like := next(module.parameters(), None)) is not None:
             self.confidence.to(like.device, like.dtype)
         self.network, self.origin = module, network
+        self._inside = list(module.modules())  # to look at them at each call; walking the tree takes ten times as long
         self.passes_on = (width, 1, 1) if width else None
         if reader is not None:
             module.get_submodule(reader).register_forward_pre_hook(_note_what_is_read)
@@ -118,7 +118,7 @@ class FrontHead(ExitHead):
 
     def read(self, z: Tensor) -> Tensor:
         """(b, K + F): the network's logits, and the vector that its classifier read."""
-        if any(part.training for part in self.network.modules()):  # somebody called train() on it past the head
+        if any(part.training for part in self._inside):  # somebody called train() on it past the head
             self.network.eval()
         seen: list[Tensor] = []
         token = _READ.set(seen)

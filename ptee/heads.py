@@ -19,6 +19,8 @@ from ptee.errors import PteeError, unknown
 from ptee.gates import Gate
 from ptee.layout import Layout
 
+AUTO = "auto"  # the name of a head that is sized when exits are planned (`learned`)
+
 FeatureFactory = Callable[[int, int, int], nn.Module]
 
 

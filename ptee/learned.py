@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptee.errors import PteeError
-from ptee.heads import ExitHead, Said, Trail, make_head
+from ptee.heads import AUTO, ExitHead, Said, Trail, make_head
 from ptee.layout import Layout
 
 Shape = tuple[int, int, int]  # (c, h, w) of a map
-
-AUTO = "auto"  # a learned head as large as its budget allows
 
 SMALLEST = 8  # positions a side below which a map is not halved again
 DEEPEST = 4  # blocks a stage

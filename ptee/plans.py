@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -18,8 +19,8 @@ from ptee.cuts import Cut, random_images, survey
 from ptee.errors import CutError, PteeError, unknown
 from ptee.freezing import freeze
 from ptee.front import FRONT, INPUT, FrontHead, input_cut, named_front
-from ptee.heads import ExitHead
-from ptee.learned import AUTO, AfterOthers, make_heads, recipes
+from ptee.heads import AUTO, ExitHead
+from ptee.learned import AfterOthers, make_heads, recipes
 from ptee.placement import Placer
 from ptee.solver import run
 from ptee.tables import table
@@ -98,7 +99,7 @@ class Plan:
         """(E) heads that read what those before them said."""
         return [e.looks_back for e in self.exits]
 
-    @property
+    @cached_property  # each call of a model asks for it
     def skipped(self) -> tuple[int, ...]:
         """Exits whose heads are not run."""
         on = torch.tensor([n not in self.off for n in range(len(self.exits))])
@@ -141,7 +142,7 @@ class Plan:
         Args:
             front: that of the exit at the input, where it is a network of its own.
         """
-        return _heads([e.head for e in self.exits], self.cuts, self.classes, front)
+        return make_heads([e.head for e in self.exits], [cut.layout for cut in self.cuts], self.classes, front)
 
     def with_heads(self, heads: Sequence[ExitHead]) -> Plan:
         """The same exits, counted anew with these heads, which may have got gates.
@@ -277,7 +278,7 @@ def make_plan(
     if learned and len(_as_list(head)) == 1:
         head = [AUTO, *_as_list(head) * (len(cuts) - 1)]
     names = head_names(head, head_budget, cuts, counts.total, found.classes, front)
-    heads = _heads(names, cuts, found.classes, front)
+    heads = make_heads(names, [cut.layout for cut in cuts], found.classes, front)
     rows = _priced(cuts, spent, heads, names, counts.total, convention)
     end = _final_cost(rows, convention)
     return Plan(
@@ -349,10 +350,6 @@ def _budgets(given: float | Sequence[float] | None, exits: int, front: FrontHead
         if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
             raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
     return [0.0] * (front is not None) + own
-
-
-def _heads(names: Sequence[str], cuts: Sequence[Cut], classes: int, front: FrontHead | None) -> list[ExitHead]:
-    return make_heads(names, [cut.layout for cut in cuts], classes, front)
 
 
 def _words(exits: str | Sequence[float] | Sequence[str]) -> str:

@@ -163,11 +163,10 @@ def test_one_seed_gives_one_result_and_another_seed_another():
     assert not same(runs[0], runs[2])
 
 
-@pytest.mark.parametrize(
-    ("schedule", "want"), [("constant", [1.0] * 6), ("cosine", [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])]
-)
-def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, monkeypatch):
-    rates = []
+@pytest.fixture
+def rates(monkeypatch) -> list[float]:
+    """The learning rate of each step that Adam takes."""
+    rates: list[float] = []
 
     class Telling(torch.optim.Adam):
         def step(self, *args: Any, **more: Any) -> Any:
@@ -175,19 +174,18 @@ def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, 
             return super().step(*args, **more)
 
     monkeypatch.setattr(torch.optim, "Adam", Telling)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"), [("constant", [1.0] * 6), ("cosine", [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])]
+)
+def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, rates):
     fit(made(), epochs=2, lr=0.01, schedule=schedule)  # three batches each
     assert rates == pytest.approx([0.01 * rate for rate in want])
 
 
-def test_a_batch_that_is_too_small_counts_in_the_schedule(monkeypatch):
-    rates = []
-
-    class Telling(torch.optim.Adam):
-        def step(self, *args: Any, **more: Any) -> Any:
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*args, **more)
-
-    monkeypatch.setattr(torch.optim, "Adam", Telling)
+def test_a_batch_that_is_too_small_counts_in_the_schedule(rates):
     some = TensorDataset(*(part[:17] for part in data().tensors))  # of which one row is left over for batch norm
     fit(made(head="conv1"), some, epochs=2, lr=0.01, schedule="cosine", batch_size=16)
     assert rates == pytest.approx([0.01, 0.005])  # the first and third of four places
