@@ -48,7 +48,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Blueprint:
     """What a learned head is made of.
 
     Attributes:
@@ -63,7 +63,7 @@ class Recipe:
         return "-".join(("res", *map(str, self.stages))) + ("+" if self.linked else "")
 
     @classmethod
-    def of(cls, name: str) -> Recipe | None:
+    def of(cls, name: str) -> Blueprint | None:
         """What a name says; None if it is no learned head's.
 
         Raises:
@@ -137,28 +137,28 @@ class LearnedHead(ExitHead):
     """A residual network on one cut, which may build on the exit before it.
 
     Args:
-        recipe: what it is made of.
+        blueprint: what it is made of.
         layout: of the cut.
         num_classes: K.
         before: (c, h, w) of the map that the head before makes; None where there is none.
     """
 
-    def __init__(self, recipe: Recipe, layout: Layout, num_classes: int, before: Shape | None) -> None:
-        widths = [layout.channels, *(s.channels for s in recipe.stages)]
+    def __init__(self, blueprint: Blueprint, layout: Layout, num_classes: int, before: Shape | None) -> None:
+        widths = [layout.channels, *(s.channels for s in blueprint.stages)]
         blocks: list[list[nn.Module]] = [
             [_Block(before_, s.channels, s.stride), *(_Block(s.channels, s.channels, 1) for _ in range(s.blocks - 1))]
-            for before_, s in zip(widths, recipe.stages, strict=False)
+            for before_, s in zip(widths, blueprint.stages, strict=False)
         ]
         first, rest = blocks[0][0], [block for stage in blocks for block in stage][1:]
         entry = nn.Sequential(nn.BatchNorm2d(layout.channels), first)
         super().__init__(layout, nn.ModuleDict({"entry": entry, "rest": nn.Sequential(*rest)}), widths[-1], num_classes)
-        self.looks_back = recipe.linked
-        self.passes_on = recipe.map_of((layout.channels, layout.height, layout.width))
+        self.looks_back = blueprint.linked
+        self.passes_on = blueprint.map_of((layout.channels, layout.height, layout.width))
         self.link: nn.Module | None = None
-        if recipe.linked and before is not None:
+        if blueprint.linked and before is not None:
             self.link = nn.Sequential(nn.Conv2d(before[0], widths[1], 1, bias=False), nn.BatchNorm2d(widths[1]))
         # How far its answer begins at the answer before; none at first.
-        self.trust = nn.Parameter(torch.zeros(())) if recipe.linked else None
+        self.trust = nn.Parameter(torch.zeros(())) if blueprint.linked else None
 
     def read(self, z: Tensor) -> Tensor:
         """The map itself: every part of the head learns."""
@@ -220,13 +220,13 @@ def make_heads(
     heads = [] if first is None else [first]
     for name, layout in list(zip(names, layouts, strict=True))[len(heads) :]:
         before = heads[-1].passes_on if heads else None
-        recipe = Recipe.of(name)
-        if recipe is None:
+        blueprint = Blueprint.of(name)
+        if blueprint is None:
             heads.append(make_head(name, layout, num_classes))
-        elif recipe.linked and not heads:
+        elif blueprint.linked and not heads:
             raise PteeError(f"The first head {name!r} has none before it to build on. Leave out the +.")
         else:
-            heads.append(LearnedHead(recipe, layout, num_classes, before))
+            heads.append(LearnedHead(blueprint, layout, num_classes, before))
     return heads
 
 
@@ -255,7 +255,7 @@ class AfterOthers(nn.Module):
 # ---------------------------------------------------------------------------------------------------- sizes
 
 
-def recipes(
+def sized_names(
     names: Sequence[str],
     layouts: Sequence[Layout],
     macs: Sequence[float],
@@ -274,13 +274,13 @@ def recipes(
     found: list[str] = []
     for name, layout, budget in zip(names, layouts, macs, strict=True):
         shape = (layout.channels, layout.height, layout.width)
-        found.append(str(recipe_for(shape, budget, num_classes, before) or "pool") if name == AUTO else name)
-        recipe = Recipe.of(found[-1])
-        before = recipe.map_of(shape) if recipe is not None else before if len(found) == 1 else None
+        found.append(str(blueprint_for(shape, budget, num_classes, before) or "pool") if name == AUTO else name)
+        blueprint = Blueprint.of(found[-1])
+        before = blueprint.map_of(shape) if blueprint is not None else before if len(found) == 1 else None
     return found
 
 
-def recipe_for(shape: Shape, macs: float, classes: int, before: Shape | None) -> Recipe | None:
+def blueprint_for(shape: Shape, macs: float, classes: int, before: Shape | None) -> Blueprint | None:
     """The head that a budget allows: first as wide as is usual there, then deeper, at last wider. None if none fits.
 
     Args:
@@ -290,10 +290,10 @@ def recipe_for(shape: Shape, macs: float, classes: int, before: Shape | None) ->
         before: (c, h, w) of the map that the head before makes; None for the first.
     """
     for strides in _strides(shape, before):
-        fitting = [r for r in _recipes(strides, before) if r.macs(shape, classes, before) <= macs]
+        fitting = [one for one in _blueprints(strides, before) if one.macs(shape, classes, before) <= macs]
         if fitting:
             usual = min(USUAL_CHANNELS, shape[0] * 2 ** len(strides))
-            return max(fitting, key=lambda r: _merit(r.stages[-1], usual))
+            return max(fitting, key=lambda one: _merit(one.stages[-1], usual))
     return None
 
 
@@ -301,14 +301,14 @@ def _merit(last: Stage, usual: int) -> tuple[int, int, int]:
     return min(last.channels, usual), last.blocks, last.channels
 
 
-def _recipes(strides: Sequence[int], before: Shape | None) -> Iterator[Recipe]:
+def _blueprints(strides: Sequence[int], before: Shape | None) -> Iterator[Blueprint]:
     halvings = len(strides) - 1
     for width in _widths():
         if width >> halvings < FEWEST_CHANNELS:
             continue
         for blocks in range(1, DEEPEST + 1):
             stages = tuple(Stage(width >> (halvings - i), blocks, s) for i, s in enumerate(strides))
-            yield Recipe(stages, before is not None)
+            yield Blueprint(stages, before is not None)
 
 
 def _strides(shape: Shape, before: Shape | None) -> list[list[int]]:

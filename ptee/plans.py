@@ -20,7 +20,7 @@ from ptee.errors import CutError, PteeError, unknown
 from ptee.freezing import freeze
 from ptee.front import FRONT, INPUT, FrontHead, input_cut, named_front
 from ptee.heads import AUTO, ExitHead
-from ptee.learned import AfterOthers, make_heads, recipes
+from ptee.learned import AfterOthers, make_heads, sized_names
 from ptee.placement import Placer
 from ptee.solver import run
 from ptee.tables import table
@@ -326,7 +326,7 @@ def head_names(
     if AUTO in names:
         shares = _budgets(budget, len(cuts), front)
         first = front.passes_on if front else None
-        return recipes(names, [cut.layout for cut in cuts], [share * macs for share in shares], classes, first)
+        return sized_names(names, [cut.layout for cut in cuts], [share * macs for share in shares], classes, first)
     if budget is not None:
         raise PteeError(
             f"A head budget sizes auto heads, and the heads are {', '.join(names)}. Take head auto, or leave it out."

@@ -15,7 +15,7 @@ from ptee.cuts import random_images
 from ptee.errors import PteeError, UnknownName
 from ptee.heads import Trail
 from ptee.layout import Layout
-from ptee.learned import AfterOthers, LearnedHead, Recipe, make_heads, recipe_for, recipes
+from ptee.learned import AfterOthers, Blueprint, LearnedHead, blueprint_for, make_heads, sized_names
 from ptee.model import build
 
 b, K = 5, 7
@@ -28,59 +28,61 @@ def layout(channels: int, side: int) -> Layout:
 
 @pytest.mark.parametrize("name", ["res-32x2-64x2", "res-16x3s1-32x3-64x3", "res-64x1+", "res-8x1s4+"])
 def test_a_name_says_what_a_head_is_made_of_and_back(name):
-    assert str(Recipe.of(name)) == name
+    assert str(Blueprint.of(name)) == name
 
 
 @pytest.mark.parametrize(
     "name", ["pool", "res", "res-", "res-32", "res-32x", "res-x2", "res-32x2s", "res-32x2++", "res-32x2-"]
 )
 def test_other_names_are_no_learned_heads(name):
-    assert Recipe.of(name) is None
+    assert Blueprint.of(name) is None
 
 
 @pytest.mark.parametrize("name", ["res-2048x1", "res-0x1", "res-8x0", "res-8x9", "res-8x1s17", "res-8x1s0"])
 def test_a_head_larger_than_heads_are_is_refused(name):
     with pytest.raises(PteeError, match=f"{name}.*1 to 1024 channels"):
-        Recipe.of(name)
+        Blueprint.of(name)
 
 
 @pytest.mark.parametrize("shape", [(16, 32, 32), (32, 15, 17), (64, 7, 7), (8, 1, 1), (192, 14, 14)])
 @pytest.mark.parametrize("name", ["res-16x2-32x1", "res-24x1s1", "res-16x1s4+"])
-def test_what_a_recipe_costs_and_gives_is_what_its_head_costs_and_gives(shape, name):
-    recipe, before = Recipe.of(name), (12, 4, 4)
-    assert recipe is not None
-    first = LearnedHead(Recipe.of("res-12x1"), layout(16, 8), K, None)
-    head = LearnedHead(recipe, Layout("bchw", *shape, 0, shape[1] * shape[2], ()), K, before if recipe.linked else None)
-    behind = AfterOthers(head, first if recipe.linked else None).eval()
+def test_what_a_blueprint_costs_and_gives_is_what_its_head_costs_and_gives(shape, name):
+    blueprint, before = Blueprint.of(name), (12, 4, 4)
+    assert blueprint is not None
+    first = LearnedHead(Blueprint.of("res-12x1"), layout(16, 8), K, None)
+    head = LearnedHead(
+        blueprint, Layout("bchw", *shape, 0, shape[1] * shape[2], ()), K, before if blueprint.linked else None
+    )
+    behind = AfterOthers(head, first if blueprint.linked else None).eval()
     said = head.eval().follow(torch.randn(2, *shape), Trail((torch.zeros(2, K),), torch.randn(2, *before)))
     assert said.trail.map is not None
-    assert tuple(said.trail.map.shape[1:]) == recipe.map_of(shape) == head.passes_on
+    assert tuple(said.trail.map.shape[1:]) == blueprint.map_of(shape) == head.passes_on
     products = count(behind, torch.zeros(1, *shape), products_only=True).total
-    assert recipe.macs(shape, K, before if recipe.linked else None) == pytest.approx(products, rel=0.01)
+    assert blueprint.macs(shape, K, before if blueprint.linked else None) == pytest.approx(products, rel=0.01)
 
 
 @pytest.mark.parametrize("before", [None, (64, 8, 8)])
 @pytest.mark.parametrize("shape", [(16, 32, 32), (32, 16, 16), (64, 8, 8), (192, 14, 14), (24, 56, 56), (3, 32, 32)])
 @pytest.mark.parametrize("macs", [1.5e6, 6e6, 2.5e7, 1e8])
 def test_a_head_fills_its_budget_and_keeps_within_it(shape, before, macs):
-    cost = recipe_for(shape, macs, K, before).macs(shape, K, before)
+    cost = blueprint_for(shape, macs, K, before).macs(shape, K, before)
     assert 0.35 * macs <= cost <= macs
 
 
 def test_a_larger_budget_never_buys_a_smaller_head():
-    costs = [recipe_for((32, 16, 16), m * 1e6, K, None).macs((32, 16, 16), K, None) for m in (1, 2, 4, 8, 16, 32)]
+    costs = [blueprint_for((32, 16, 16), m * 1e6, K, None).macs((32, 16, 16), K, None) for m in (1, 2, 4, 8, 16, 32)]
     assert costs == sorted(costs)
 
 
 def test_where_no_learned_head_fits_the_budget_the_head_pools():
-    assert recipes(["auto"], [layout(16, 32)], [1000], K) == ["pool"]
+    assert sized_names(["auto"], [layout(16, 32)], [1000], K) == ["pool"]
 
 
 def test_only_the_heads_that_are_left_to_the_budget_are_sized():
     layouts = [layout(16, 32), layout(32, 16), layout(64, 8)]
-    names = recipes(["auto", "pool", "auto"], layouts, [5e6] * 3, K)
+    names = sized_names(["auto", "pool", "auto"], layouts, [5e6] * 3, K)
     assert names[1] == "pool"
-    assert [Recipe.of(name) is not None for name in names] == [True, False, True]
+    assert [Blueprint.of(name) is not None for name in names] == [True, False, True]
     assert not names[2].endswith("+")  # a pooled head passes nothing on
 
 
