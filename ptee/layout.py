@@ -30,7 +30,7 @@ class Layout:
         width: w, 1 for a vector.
         prefix: class and register tokens before the h * w positions; tokens behind those are dropped too.
         tokens: how many there are in all, of a token layout.
-        folds: (letter, size, stride) of the pieces in which h and w lie in the tokens, major to minor, where they were
+        pieces: (letter, size, stride) of the parts in which h and w lie in the tokens, major to minor, where they were
             put in another order (windows after windows); empty for one line of the grid after another.
     """
 
@@ -40,7 +40,7 @@ class Layout:
     width: int
     prefix: int = 0
     tokens: int = 0
-    folds: tuple[tuple[str, int, int], ...] = ()
+    pieces: tuple[tuple[str, int, int], ...] = ()
 
     def to_map(self, z: Tensor) -> Tensor:
         """Read a tensor of this layout as a map.
@@ -74,10 +74,10 @@ class Layout:
                 "the images have another size than the one the exits were planned for. Plan anew with that input_size."
             )
         grid = tokens[:, :, self.prefix : self.prefix + positions]
-        if self.folds:
-            pieces = sorted(range(len(self.folds)), key=lambda i: (self.folds[i][0], -self.folds[i][2]))
-            sizes = [size for _, size, _ in self.folds]
-            grid = grid.unflatten(2, sizes).permute(0, 1, *(2 + i for i in pieces)).flatten(2)
+        if self.pieces:
+            in_order = sorted(range(len(self.pieces)), key=lambda i: (self.pieces[i][0], -self.pieces[i][2]))
+            sizes = [size for _, size, _ in self.pieces]
+            grid = grid.unflatten(2, sizes).permute(0, 1, *(2 + i for i in in_order)).flatten(2)
         return grid.unflatten(2, (self.height, self.width))
 
 
@@ -134,8 +134,8 @@ def _token_layout(order: str, positions: Axes, channels: int) -> Layout | None:
     if not _is_tiling(tokens):
         return None
     height, width = (prod(a.size for a in tokens if a.letter == letter) for letter in "hw")
-    folds = () if _is_grid(tokens) else tuple((a.letter, a.size, a.stride) for a in tokens)
-    return Layout(order, channels, height, width, 0, count, folds)
+    pieces = () if _is_grid(tokens) else tuple((a.letter, a.size, a.stride) for a in tokens)
+    return Layout(order, channels, height, width, 0, count, pieces)
 
 
 def _letter(axis: Axis) -> str:
