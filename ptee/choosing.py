@@ -32,8 +32,9 @@ from ptee.freezing import freeze
 from ptee.heads import AUTO
 from ptee.learned import make_heads
 from ptee.model import EarlyExitModel, build
+from ptee.naming import head_names
 from ptee.placement import CHOSEN, MOST_EXITS, PLACEMENTS, Placer, places
-from ptee.plans import head_macs, head_names
+from ptee.plans import head_macs
 from ptee.settings import Settings
 from ptee.tables import table
 from ptee.thresholds import Solution, Wish, solve_wish

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptee.backbones import Backbone, InputConfig, load_backbone
 from ptee.cuts import Cut, logits_of, random_images
-from ptee.errors import PteeError
+from ptee.errors import CutError, PteeError
 from ptee.heads import AUTO, ExitHead, Said, Trail
 from ptee.layout import Layout
 
@@ -33,6 +33,53 @@ def input_cut(input_size: tuple[int, int, int]) -> Cut:
         input_size: (c, h, w).
     """
     return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
+
+
+def beside_input(exits: Any, num_exits: int | None, front: bool) -> tuple[bool, Any, int | None]:
+    """Whether there is an exit at the input, and what was asked of the others: where, and how many.
+
+    Args:
+        exits: as of `make_plan`.
+        num_exits: as of `make_plan`; it counts the exits that are named.
+        front: something stands in front of the backbone.
+
+    Raises:
+        CutError: if the input is named behind another exit.
+    """
+    named = isinstance(exits, Sequence) and not isinstance(exits, str) and INPUT in exits
+    if not named:
+        return front, exits, num_exits
+    if exits[0] != INPUT:
+        raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
+    return True, list(exits[1:]), None if num_exits is None else num_exits - 1
+
+
+def refuse_namesake(name: str, cuts: Sequence[Cut]) -> None:
+    """Refuse a module that is called as the exit at the images.
+
+    Args:
+        name: of the backbone.
+        cuts: at its modules.
+
+    Raises:
+        CutError: if one of them is.
+    """
+    if any(cut.name == INPUT for cut in cuts):
+        raise CutError(
+            f"{name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
+            "Name the exits, without it."
+        )
+
+
+def front_network(front: FrontHead | str | None) -> FrontHead | None:
+    """The front where it is a network of its own, and not "auto" for a learned head.
+
+    Raises:
+        PteeError: if it is another word.
+    """
+    if isinstance(front, str) and front != AUTO:
+        raise PteeError(f"The front {front!r} is neither a network nor {AUTO!r}. Load it with load_backbone.")
+    return None if isinstance(front, str) else front
 
 
 def named_front(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -16,17 +15,17 @@ from torch import nn
 from ptee.backbones import Backbone, load_backbone
 from ptee.costs import count, parameters
 from ptee.cuts import Cut, random_images, survey
-from ptee.errors import CutError, PteeError, unknown
+from ptee.errors import unknown
 from ptee.freezing import freeze
-from ptee.front import FRONT, INPUT, FrontHead, input_cut, named_front
-from ptee.heads import AUTO, ExitHead
-from ptee.learned import AfterOthers, make_heads, sized_names
+from ptee.front import FrontHead, beside_input, front_network, input_cut, named_front, refuse_namesake
+from ptee.heads import ExitHead
+from ptee.learned import AfterOthers, make_heads
+from ptee.naming import head_names
 from ptee.placement import Placer
 from ptee.solver import run
 from ptee.tables import table
 
 CONVENTIONS = ("full", "paper")
-HEAD_BUDGET = 0.05  # share of the backbone that an "auto" head may cost where nothing is said
 
 
 @dataclass(frozen=True)
@@ -263,22 +262,14 @@ def make_plan(
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
-    at_input, behind = _with_input(exits, front is not None)
-    learned = isinstance(front, str)
-    front = _known_front(front)
-    if num_exits is not None and len(behind) < len(exits):
-        num_exits -= 1  # it counts the exits that are named
-    cuts = [input_cut(size)] * at_input + (placer.place(behind, num_exits) if behind or not at_input else [])
-    if any(cut.name == INPUT for cut in cuts[at_input:]):
-        raise CutError(
-            f"{backbone.name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
-            "Name the exits, without it."
-        )
-    spent = [0.0] * at_input + [placer.cost(cut) for cut in cuts[at_input:]]
-    if learned and len(_as_list(head)) == 1:
-        head = [AUTO, *_as_list(head) * (len(cuts) - 1)]
+    at_input, behind, number = beside_input(exits, num_exits, front is not None)
+    network = front_network(front)
+    others = placer.place(behind, number) if behind or not at_input else []
+    refuse_namesake(backbone.name, others)
+    cuts = [input_cut(size)] * at_input + others
+    spent = [0.0] * at_input + [placer.cost(cut) for cut in others]
     names = head_names(head, head_budget, cuts, counts.total, found.classes, front)
-    heads = make_heads(names, [cut.layout for cut in cuts], found.classes, front)
+    heads = make_heads(names, [cut.layout for cut in cuts], found.classes, network)
     rows = _priced(cuts, spent, heads, names, counts.total, convention)
     end = _final_cost(rows, convention)
     return Plan(
@@ -287,85 +278,8 @@ def make_plan(
     )  # fmt: skip
 
 
-def _known_front(front: FrontHead | str | None) -> FrontHead | None:
-    if isinstance(front, str) and front != AUTO:
-        raise PteeError(f"The front {front!r} is neither a network nor {AUTO!r}. Load it with load_backbone.")
-    return None if isinstance(front, str) else front
-
-
-def _with_input(exits: Any, front: bool) -> tuple[bool, Any]:
-    """Whether there is an exit at the input, and what was asked of the others."""
-    named = isinstance(exits, Sequence) and not isinstance(exits, str) and INPUT in exits
-    if named and exits[0] != INPUT:
-        raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
-    return named or front, list(exits[1:]) if named else exits
-
-
-def head_names(
-    head: str | Sequence[str],
-    budget: float | Sequence[float] | None,
-    cuts: Sequence[Cut],
-    macs: int,
-    classes: int,
-    front: FrontHead | None = None,
-) -> list[str]:
-    """The name of each exit's head; "auto" heads are sized.
-
-    Args:
-        head: as of `make_plan`.
-        budget: as of `make_plan`.
-        cuts: where the exits stand.
-        macs: B.
-        classes: K.
-        front: the first exit's head, where it is a network of its own.
-
-    Raises:
-        PteeError: if there is a budget and nothing to size, or it is none.
-    """
-    names = _names(head, len(cuts), front)
-    if AUTO in names:
-        shares = _budgets(budget, len(cuts), front)
-        first = front.passes_on if front else None
-        return sized_names(names, [cut.layout for cut in cuts], [share * macs for share in shares], classes, first)
-    if budget is not None:
-        raise PteeError(
-            f"A head budget sizes auto heads, and the heads are {', '.join(names)}. Take head auto, or leave it out."
-        )
-    return names
-
-
-def _names(head: str | Sequence[str], exits: int, front: FrontHead | None) -> list[str]:
-    """Of the heads; the front network's goes without saying."""
-    if front is None:
-        return _one_each("head", head, exits)
-    if isinstance(head, Sequence) and not isinstance(head, str) and len(head) == exits and head[0] == FRONT:
-        head = head[1:]
-    return [FRONT, *(_one_each("head", head, exits - 1) if exits > 1 else [])]
-
-
-def _budgets(given: float | Sequence[float] | None, exits: int, front: FrontHead | None) -> list[float]:
-    """Of the heads; a front network has none."""
-    own = _one_each("head budget", HEAD_BUDGET if given is None else given, exits - (front is not None))
-    for budget in own:
-        if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
-            raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
-    return [0.0] * (front is not None) + own
-
-
 def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
     return exits if isinstance(exits, str) else "exits at " + ", ".join(map(str, exits))
-
-
-def _as_list(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-
-
-def _one_each(what: str, given: Any, exits: int) -> list[Any]:
-    """One for each exit."""
-    each = _as_list(given)
-    if len(each) not in (1, exits):
-        raise PteeError(f"{len(each)} values of {what} for {exits} exits. Give one, or one for each exit.")
-    return each * (exits if len(each) == 1 else 1)
 
 
 def head_macs(heads: Sequence[ExitHead], cut: Cut) -> int:
