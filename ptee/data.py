@@ -76,6 +76,12 @@ class Data:
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items())
         return f"{self.source}: images of {len(self.class_names)} classes, {sizes}; {self.split['rule']}."
 
+    @property
+    def place(self) -> str:
+        """A folder as it is found from anywhere; a name as it is."""
+        folder = self.split["kind"] in ("folder", "tar")
+        return str(Path(self.source).expanduser().resolve()) if folder else self.source
+
 
 class _File(NamedTuple):
     """An encoded picture: `size` bytes of the file `path`, from `offset` on."""

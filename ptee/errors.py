@@ -8,7 +8,8 @@
      +-- RunError                   a saved run that cannot be trusted or does not fit
      +-- DeviceError                a device that is not there
 
-Every message is one line: what was given, why it cannot be, what to type instead.
+Every message is one line: what was given, why it cannot be, what to type instead. Interrupted is no error, but the wish of
+a person to end something.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class RunError(PteeError):
 
 class DeviceError(PteeError):
     """A device that is not there."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is none
+    """A person ended it; what has become of it until then, in a sentence."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> UnknownName:

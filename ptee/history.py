@@ -36,6 +36,16 @@ class Epoch:
         """The loss that early stopping goes by."""
         return self.loss if self.val_loss is None else self.val_loss
 
+    def line(self, epochs: int) -> str:
+        """What to say of it while the training goes on.
+
+        Args:
+            epochs: how many there are to be.
+        """
+        fidelity = " ".join(f"{f:.3f}" for f in self.fidelity[:-1])
+        val = "" if self.val_loss is None else f"  held-out {self.val_loss:.4f}"
+        return f"epoch {self.number}/{epochs}  loss {self.loss:.4f}{val}  fidelity {fidelity}  {self.seconds:.0f} s"
+
 
 @dataclass
 class History:

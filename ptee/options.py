@@ -127,6 +127,9 @@ DATA = _options(
         "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
     ),
 )
+MOVED_WEIGHTS = click.option(
+    "--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved."
+)
 DEVICE = click.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
 THRESHOLD = click.option("--threshold", type=Numbers(), help="T: one number, or one per exit between commas.")
 WISH = _options(

@@ -217,6 +217,15 @@ def _unreachable(wish: Wish, margin: float) -> PteeError:
     return PteeError(f"{wish} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less.")
 
 
+def remark(threshold: Sequence[float] | None) -> str | None:
+    """A sentence about T that no confidence, between 0 and 1, decides: a percentage keeps everybody in."""
+    if threshold and min(threshold) > 1:
+        return "T above 1: nobody leaves."
+    if threshold and threshold[0] <= 0:
+        return "T at or below 0: everybody leaves at exit 0."
+    return None
+
+
 def scored(traces: Traces, threshold: Sequence[float], off: Sequence[int] = ()) -> Score:
     """Accuracy, fidelity and cost of thresholds; heads of the exits that are off are not counted."""
     leaving = traces.leaving(threshold)

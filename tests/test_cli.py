@@ -498,7 +498,7 @@ def test_a_run_whose_images_all_leave_at_once_is_called_a_shorter_network(run, f
 
 
 def test_augment_remarks_on_such_a_threshold_before_it_trains(run, monkeypatch):
-    monkeypatch.setattr("ptee.cli._digits", None)
+    monkeypatch.setattr("ptee.augmenting._digits", None)
     assert run("augment", "--threshold", 70).err.startswith("T above 1: nobody leaves.\n")
 
 
@@ -1080,7 +1080,7 @@ def test_the_digits_network_never_saw_the_images_it_is_measured_on(run, hasty, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(defaults, "train_digits_network", note)
-    monkeypatch.setattr("ptee.cli._train", stop)
+    monkeypatch.setattr("ptee.augmenting._train", stop)
     for seed in (0, 1):
         run("augment", "--seed", seed)
     learnt, *measured = parts

@@ -1,0 +1,151 @@
+"""What the options of a command ask for, as values: a backbone, its exits and heads, images, a wish.
+
+`o` are the options by name, as `options` and `cli` declare them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptee import backbones
+from ptee.backbones import Backbone
+from ptee.cuts import survey
+from ptee.data import Data, image_transform, open_data, open_named
+from ptee.errors import PteeError, unknown
+from ptee.front import INPUT, FrontHead, named_front
+from ptee.heads import AUTO
+from ptee.labels import LabelMap, map_labels, with_labels
+from ptee.model import EarlyExitModel, build
+from ptee.placement import CHOSEN, PLACEMENTS, needs_images
+from ptee.thresholds import WISHES, Wish
+
+HEAD = "pool"  # where nothing else is said
+
+Options = dict[str, Any]
+Say = Callable[..., None]  # prints a text; with err=True to the standard error
+
+
+def backbone(o: Options) -> Backbone:
+    """The one that is named.
+
+    Raises:
+        PteeError: if none is.
+    """
+    if o["model"] is None:
+        raise PteeError("Which model? Give --model NAME, such as --model resnet50.")
+    return backbones.load_backbone(
+        o["model"],
+        weights=o["weights"],
+        pretrained=o["pretrained"],
+        num_classes=o["num_classes"],
+        input_size=o["input_size"],
+        mean=o["mean"],
+        std=o["std"],
+        model_args=dict(o["model_args"]),
+    )
+
+
+def placing(network: Backbone, o: Options) -> dict[str, Any]:
+    """Where exits are to stand and what is to stand there, as arguments of `make_plan` and `build`."""
+    return {
+        "exits": exits(o["exits"], network),
+        "num_exits": o["num_exits"],
+        "head": heads(o),
+        "convention": o["cost_convention"],
+        "head_budget": o["head_budget"],
+        "front": front(network, o),
+    }
+
+
+def untrained(network: Backbone, o: Options) -> EarlyExitModel:
+    """The model with its exits; the same seed gives the same heads."""
+    torch.manual_seed(o.get("seed", 0))
+    return build(network, **placing(network, o))
+
+
+def exits(text: str | None, network: Backbone) -> Any:
+    """A placement, fractions, or modules: what the words between the commas are.
+
+    Raises:
+        UnknownName: if a single word is nothing of these.
+        PteeError: if the exits are to be chosen with images.
+    """
+    parts = [part.strip() for part in (text or "pareto").split(",") if part.strip()]
+    first = [part for part in parts[:1] if part == INPUT]
+    try:
+        return [*first, *(float(part) for part in parts[len(first) :])]
+    except ValueError:
+        pass
+    names = [name for name, _ in network.module.named_modules() if name]
+    if len(parts) != 1 or parts[0] in (INPUT, *names):
+        return parts
+    if parts[0] == CHOSEN:
+        raise needs_images()
+    if parts[0] not in PLACEMENTS:
+        cuts = survey(network.module.eval(), network.input.input_size).cuts
+        blocks = [name for name in cuts if any(other.startswith(f"{name}.") for other in names)]
+        raise unknown("placement or module", parts[0], [CHOSEN, *cuts], first=[*PLACEMENTS, *blocks][:12])
+    return parts[0]
+
+
+def heads(o: Options) -> list[str]:
+    """Their names: one for all exits, or one for each."""
+    return [name.strip() for name in (o["head"] or HEAD).split(",")]
+
+
+def front(network: Backbone, o: Options) -> FrontHead | str | None:
+    """What is to stand in front of the backbone, "auto", or None.
+
+    Raises:
+        PteeError: if something is said of a front that is not named.
+    """
+    given = {key: o[f"front_{key}"] for key in ("weights", "mean", "std") if o[f"front_{key}"]}
+    if o["front"] in (None, AUTO):
+        for key in given:
+            raise PteeError(
+                f"--front-{key} says something of a network that --front does not name. Name it, or leave it out."
+            )
+    return named_front(o["front"], network, pretrained=o["pretrained"], **given)
+
+
+def images(
+    source: str, network: Backbone, *, seed: int, root: str | Path | None = None, named: bool = False
+) -> tuple[Data, LabelMap]:
+    """The data as this backbone takes it, with its labels.
+
+    Args:
+        source: a folder, or the name of a data set.
+        network: the backbone.
+        seed: of what is drawn.
+        root: where a torchvision data set lies.
+        named: it is a name, even if a folder is called so.
+    """
+    view = network.input
+    transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
+    find = open_named if named else open_data
+    data = find(source, transform=transform, root=Path(root) if root else None, seed=seed)
+    labels = map_labels(data.class_names, network.num_classes)
+    parts: dict[str, Any] = {n: with_labels(getattr(data, n), labels) for n in ("train", "calibration", "validation")}
+    return replace(data, **parts), labels
+
+
+def wish(o: Options) -> Wish | None:
+    """What thresholds are to be chosen by; None where nothing is asked for.
+
+    Raises:
+        PteeError: if thresholds are given and asked for, or there are several wishes.
+    """
+    given = {kind: o[kind] for kind in WISHES}
+    options = ", ".join(f"--{kind.replace('_', '-')}" for kind in WISHES)
+    if any(limit is not None for limit in given.values()):
+        if o["threshold"]:
+            raise PteeError(f"--threshold gives T, {options} choose it: give one or the other.")
+        return Wish.only(given)
+    if o["one_threshold"]:
+        raise PteeError(f"--one-threshold needs one of {options}.")
+    return None
