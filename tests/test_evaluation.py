@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 
 import pytest
+import small
 import torch
-from torch import Tensor, nn
+from small import SIZE, K, made
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
@@ -15,23 +18,9 @@ from ptee.errors import DataError, DeviceError, PteeError
 from ptee.evaluation import Results, Row, evaluate
 from ptee.traces import Score
 
-SIZE, K, N = (3, 8, 8), 4, 24
+N = 24
+labelled = partial(small.labelled, N)
 NEVER, ALWAYS = 2.0, 0.0
-
-
-def made(head: str = "pool") -> ptee.EarlyExitModel:
-    """A small model whose heads differ from row to row."""
-    stages = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = ptee.augment(nn.Sequential(*stages, nn.Linear(6, K)), exits=["0", "2"], head=head, input_size=SIZE)
-    with torch.no_grad():
-        for p in model.heads.parameters():
-            p += torch.randn_like(p)
-    return model
-
-
-def labelled() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    return torch.randn(N, *SIZE, generator=generator), torch.randint(K, (N,), generator=generator)
 
 
 def middle(model: ptee.EarlyExitModel) -> list[float]:

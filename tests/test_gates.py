@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from small import EXITS, HEADS, leaving_everywhere, linked
 from torch import Tensor
 
 import ptee
@@ -23,7 +24,6 @@ from ptee.runs import CONFIG
 
 b, K, F = 6, 7, 5
 SIZE = (3, 32, 32)
-EXITS, HEADS = ["layer1.0", "layer2.0", "layer3.0"], ["res-8x1-16x1", "conv1", "res-16x1s1+"]
 each_kind = pytest.mark.parametrize("reads", READS)
 
 
@@ -42,11 +42,10 @@ def gate(reads: str = "features", follows: bool = True) -> Gate:
 @pytest.fixture
 def model() -> ptee.EarlyExitModel:
     """The middle exit has none."""
-    made = build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head=HEADS)
+    made = linked()
     made.put_gates([made.new_gate(0, "features"), None, made.new_gate(2, "answers")])
     x = random_images(made.backbone, 24, SIZE)
     with torch.no_grad():
-        made.heads[2].trust.fill_(0.7)
         said = made.said(made.read(x))
         for n in (0, 2):
             g = made.heads[n].gate
@@ -156,12 +155,7 @@ def test_a_gate_changes_confidence_and_no_answer(model):
 
 def test_every_row_leaves_in_a_batch_as_it_leaves_alone(model):
     x = random_images(model.backbone, 24, SIZE)
-    every = model.all_exits(x)
-    model.threshold = [
-        h.sort().values[n - 1 : n + 1].mean().item() for h, n in zip(every.confidence[:-1], (19, 14, 6), strict=True)
-    ]
-    together = model.predict(x)
-    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
+    every, together = leaving_everywhere(model, x)
     alone = [model.predict(image[None]) for image in x]
     assert torch.equal(together.exit_index, torch.cat([a.exit_index for a in alone]))
     torch.testing.assert_close(together.confidence, torch.cat([a.confidence for a in alone]), rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from small import leaving_everywhere, linked
 from torch import Tensor, nn
 
 import ptee
@@ -98,12 +99,7 @@ def test_the_first_head_has_none_to_build_on():
 
 @pytest.fixture
 def model() -> ptee.EarlyExitModel:
-    torch.manual_seed(0)
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
-    made = build(backbone, exits=["layer1.0", "layer2.0", "layer3.0"], head=["res-8x1-16x1", "conv1", "res-16x1s1+"])
-    with torch.no_grad():
-        made.heads[2].trust.fill_(0.7)
-    return made
+    return linked()
 
 
 def test_a_linked_head_reads_the_map_before_and_its_answer_begins_at_the_answer_before():
@@ -120,12 +116,7 @@ def test_a_linked_head_reads_the_map_before_and_its_answer_begins_at_the_answer_
 
 def test_every_row_gets_the_answer_that_it_gets_alone(model):
     x = random_images(model.backbone, 24, SIZE)
-    every = model.all_exits(x)
-    model.threshold = [
-        h.sort().values[n - 1 : n + 1].mean().item() for h, n in zip(every.confidence[:-1], (19, 14, 6), strict=True)
-    ]
-    together = model.predict(x)
-    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
+    every, together = leaving_everywhere(model, x)
     alone = [model.predict(image[None]) for image in x]
     assert torch.equal(together.exit_index, torch.cat([a.exit_index for a in alone]))
     torch.testing.assert_close(together.logits, torch.cat([a.logits for a in alone]), rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import SIZE, K, made
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -18,18 +19,7 @@ import ptee
 from ptee.errors import DataError, PteeError
 from ptee.traces import SAMPLE, Traces, record
 
-SIZE, K = (3, 8, 8), 4
 images = functools.partial(torch.randn, generator=torch.Generator().manual_seed(3))
-
-
-def made(head: str = "pool") -> ptee.EarlyExitModel:
-    """A small model whose heads differ from row to row."""
-    stages = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = ptee.augment(nn.Sequential(*stages, nn.Linear(6, K)), exits=["0", "2"], head=head, input_size=SIZE)
-    with torch.no_grad():
-        for p in model.heads.parameters():
-            p += torch.randn_like(p)
-    return model
 
 
 # arithmetic, by hand: two exits and the backbone, four images

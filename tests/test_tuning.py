@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import small
 import torch
-from torch import Tensor, nn
+from small import made
 from torch.utils.data import TensorDataset
 
 import ptee
@@ -10,22 +13,7 @@ from ptee.data import Data
 from ptee.errors import DataError, PteeError
 from ptee.tuning import Unseen, parts_for_all, parts_for_tuning
 
-SIZE, K, N = (3, 8, 8), 4, 60
-
-
-def made() -> ptee.EarlyExitModel:
-    """A small model whose heads differ from row to row."""
-    stages = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = ptee.augment(nn.Sequential(*stages, nn.Linear(6, K)), exits=["0", "2"], input_size=SIZE)
-    with torch.no_grad():
-        for p in model.heads.parameters():
-            p += torch.randn_like(p)
-    return model
-
-
-def labelled() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    return torch.randn(N, *SIZE, generator=generator), torch.randint(K, (N,), generator=generator)
+labelled = partial(small.labelled, 60)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])

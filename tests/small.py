@@ -1,0 +1,49 @@
+"""Small models that several test files try things on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import ptee
+from ptee.backbones import load_backbone
+from ptee.calls import ExitOutput
+from ptee.model import AllExits, build
+
+SIZE, K = (3, 8, 8), 4
+EXITS, HEADS = ["layer1.0", "layer2.0", "layer3.0"], ["res-8x1-16x1", "conv1", "res-16x1s1+"]
+
+
+def made(head: str = "pool") -> ptee.EarlyExitModel:
+    """A small model whose heads differ from row to row."""
+    stages = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = ptee.augment(nn.Sequential(*stages, nn.Linear(6, K)), exits=["0", "2"], head=head, input_size=SIZE)
+    with torch.no_grad():
+        for p in model.heads.parameters():
+            p += torch.randn_like(p)
+    return model
+
+
+def labelled(n: int) -> tuple[Tensor, Tensor]:
+    """Images for it, always the same, and labels."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(n, *SIZE, generator=generator), torch.randint(K, (n,), generator=generator)
+
+
+def linked() -> ptee.EarlyExitModel:
+    """A model for images of (3, 32, 32) with learned heads, the last of which builds on what the others say."""
+    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head=HEADS)
+    with torch.no_grad():
+        model.heads[2].trust.fill_(0.7)
+    return model
+
+
+def leaving_everywhere(model: ptee.EarlyExitModel, x: Tensor) -> tuple[AllExits, ExitOutput]:
+    """What all exits say of 24 images, and where they leave, with thresholds at which some leave at each of three exits."""
+    every = model.all_exits(x)
+    model.threshold = [
+        h.sort().values[n - 1 : n + 1].mean().item() for h, n in zip(every.confidence[:-1], (19, 14, 6), strict=True)
+    ]
+    together = model.predict(x)
+    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
+    return every, together
