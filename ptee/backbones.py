@@ -17,13 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ptee.classifiers import TWO_LOGITS, count_classes, require_runnable
 from ptee.errors import BackboneError, PteeError, first_line, unknown
-from ptee.freezing import modes, set_modes
 from ptee.origins import COMMIT, Wish, checked_record, checked_size, is_plain, plain
-from ptee.shadow import on_shadow
 from ptee.weights import load_weights
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
@@ -36,11 +34,8 @@ HUB_FILES = (  # where timm finds weights in a hub repository, and its configura
 HUB_TIMEOUT_S = 10
 _ENVIRONMENT = threading.RLock()
 RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
-OTHERWISE = "Give a file with --weights FILE, or take random weights with --no-pretrained."
-NO_CLASSIFIER = "{} has no classifier. Give it one: --num-classes K and --weights FILE."
-ON_THE_HUB = (
-    "Its configuration is on the hub: go online once, or name another model and give a file with --weights FILE."
-)
+OTHERWISE = "Give a file with weights=FILE, or take random weights with pretrained=False."
+ON_THE_HUB = "Its configuration is on the hub: go online once, or name another model and give a file with weights=FILE."
 
 
 @dataclass(frozen=True)
@@ -124,20 +119,16 @@ def load_backbone(
         BackboneError: it cannot be built, its weights cannot be had or do not fit, or it is no image classifier.
     """
     if num_classes is not None and num_classes < 2:
-        raise BackboneError(f"A classifier has two classes or more, not {num_classes}. Give --num-classes again.")
+        one = f" {TWO_LOGITS}" if num_classes == 1 else ""
+        raise BackboneError(f"A classifier has two classes or more, not {num_classes}. Give num_classes= again.{one}")
     size = None if input_size is None else checked_size(input_size)
     file = None if weights is None else str(weights)
     if not isinstance(model, str | nn.Module):
         raise BackboneError(f"A model is a name such as 'resnet50' or an nn.Module, not a {type(model).__name__}.")
     name = model if isinstance(model, str) else type(model).__name__
     wish = Wish(name, file, pretrained and not file, num_classes, size, mean, std, dict(model_args or {}))
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise BackboneError(
-            f"{type(model).__name__} is compiled, so its modules cannot be hooked. Give the module itself."
-        )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise BackboneError(f"{type(model).__name__} runs copies of a network, which have no hooks. Give its .module.")
     if isinstance(model, nn.Module):
+        require_runnable(model)
         return _wrap(model, wish)
     library, name = find_model(model)
     return _load(library, replace(wish, name=name), label=model)
@@ -188,7 +179,7 @@ def _has_model(library: str, name: str) -> bool:
 def _load(library: str, wish: Wish, label: str) -> Backbone:
     for key in wish.args:
         if key in RESERVED_ARGS or key.startswith("pretrained"):
-            raise BackboneError(f"{key} is not an argument of {label} itself. Use --weights, --num-classes and so on.")
+            raise BackboneError(f"{key} is not an argument of {label} itself. Use weights=, num_classes= and so on.")
     built = (_build_timm if library == "timm" else _build_torchvision)(wish, label)
     built.module.eval()
     if wish.weights:
@@ -196,7 +187,7 @@ def _load(library: str, wish: Wish, label: str) -> Backbone:
     config = _override(built.input, wish)
     classes = count_classes(built.module, config.input_size, label)
     if wish.num_classes not in (None, classes):
-        raise BackboneError(f"{label} has {classes} classes, not {wish.num_classes}. Leave --num-classes out.")
+        raise BackboneError(f"{label} has {classes} classes, not {wish.num_classes}. Leave num_classes= out.")
     source = _record(library, wish, built, config, classes)
     return Backbone(built.module, label, classes, config, source, _label_space(built.classes, classes))
 
@@ -214,7 +205,7 @@ def _wrap(module: nn.Module, wish: Wish) -> Backbone:
     if wish.input_size is None and _is_torchvisions(module) and classes != promised:
         raise BackboneError(f"{wish.name} of {classes} classes may take any input size. Give input_size=(c, h, w).")
     if wish.num_classes not in (None, classes):
-        raise BackboneError(f"{wish.name} has {classes} classes, not {wish.num_classes}. Leave num_classes out.")
+        raise BackboneError(f"{wish.name} has {classes} classes, not {wish.num_classes}. Leave num_classes= out.")
     return Backbone(module, wish.name, classes, config, None, _label_space(promised, classes))
 
 
@@ -236,46 +227,13 @@ def _label_space(promised: int | None, classes: int) -> str | None:
     return IMAGENET if promised == classes == 1000 else None
 
 
-def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str) -> int:
-    """K, from a pass in eval mode with two images of zeros; the modes are put back, even if the pass fails.
-
-    Raises:
-        BackboneError: if the pass fails, or what it gives is not (b, K) with a row for each image and K >= 2.
-    """
-    like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0))
-    images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
-    before = modes(module)
-    try:
-        module.eval()
-        with torch.no_grad():
-            logits = on_shadow(lambda network, batch: network(batch), module, images)
-    except Exception as error:
-        raise BackboneError(
-            f"{name} cannot take an image of size {input_size}: {first_line(error)} Give the (c, h, w) that it takes "
-            f"as --input-size c,h,w (input_size=), or build it for this one."
-        ) from error
-    finally:
-        set_modes(module, before)
-    if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 2 and logits.shape[1] >= 2:
-        if getattr(module, "num_classes", None) != 0:  # timm's way to say that these are features
-            return logits.shape[1]
-        raise BackboneError(NO_CLASSIFIER.format(name))
-    what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    inside = hasattr(logits, "logits") or (isinstance(logits, Mapping) and "logits" in logits)
-    field = ".logits" if hasattr(logits, "logits") else '["logits"]'
-    mend = f"those: forward(self, x): return self.net(x){field}" if inside else "those"
-    raise BackboneError(
-        f"{name} gives {what} for two images, not logits (2, K) with K >= 2. Wrap it in a module that gives {mend}."
-    )
-
-
 def _build_timm(wish: Wish, label: str) -> _Built:
     timm = _timm()
     cfg = None if ":" in wish.name else _timm_config(wish.name)
     if wish.pretrained and cfg is not None:
         _require_trained(label, cfg.num_classes if cfg.has_weights else None, wish.num_classes)
     if cfg is not None and cfg.num_classes == 0 and wish.num_classes is None:  # before building what may be large
-        raise BackboneError(NO_CLASSIFIER.format(label))
+        raise BackboneError(f"{label} has no classifier. Give it one: num_classes=K and weights=FILE.")
     args = _timm_size(cfg, wish.input_size) | wish.args
     name, hub, pin = _timm_origin(wish, cfg)
     remedy = OTHERWISE if wish.pretrained else None
@@ -393,7 +351,7 @@ def _building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterat
         if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take
             raise BackboneError(f"{label} cannot be downloaded or loaded: {first_line(error)} {remedy}") from error
         given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
-        change = "Change --model-arg or --input-size." if args else "Choose another model."
+        change = "Change model_args= or input_size=." if args else "Choose another model."
         raise BackboneError(f"{label} cannot be built{given}: {first_line(error)} {change}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -457,7 +415,7 @@ def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
         return _load(library, wish if weights else replace(wish, weights=None, pretrained=False), label)
     except PteeError as error:
         raise BackboneError(
-            f"The backbone cannot be rebuilt: {error} Say where its weights are (--weights FILE), or give it (backbone=)."
+            f"The backbone cannot be rebuilt: {error} Give it (backbone=), or tell the command where its weights are (--weights FILE)."
         ) from error
 
 
@@ -482,7 +440,7 @@ def _override(config: InputConfig, wish: Wish) -> InputConfig:
     mean = _per_channel("mean", wish.mean, config.mean, size[0])
     std = _per_channel("std", wish.std, config.std, size[0])
     if min(std) <= 0:
-        raise BackboneError(f"Pixels are divided by std, so it must be positive, not {std}. Give --std again.")
+        raise BackboneError(f"Pixels are divided by std, so it must be positive, not {std}. Give std= again.")
     return InputConfig(size, mean, std, config.interpolation)
 
 
@@ -496,4 +454,4 @@ def _per_channel(
         return (sum(values) / len(values),) * channels
     if len(values) == 1:
         return values * channels
-    raise BackboneError(f"Images of {channels} channels need {channels} numbers for --{what}, or one, not {values}.")
+    raise BackboneError(f"Images of {channels} channels need {channels} numbers for {what}=, or one, not {values}.")

@@ -99,7 +99,7 @@ class Cache(Dataset[Entry]):
         if estimate.size > LIMIT:
             raise DataError(
                 f"What the heads read of {_images(estimate)} takes {_gib(estimate.size)}, and a cache may take "
-                f"{_gib(LIMIT)}. Run the backbone in every epoch (--no-cache), or take heads that pool first."
+                f"{_gib(LIMIT)}. Run the backbone in every epoch (cache=False), or take heads that pool first."
             )
         if estimate.size > IN_MEMORY:
             self._folder = tempfile.TemporaryDirectory(prefix="ptee-cache-", dir=folder)
@@ -229,7 +229,7 @@ def _images(estimate: Estimate) -> str:
 def _no_room(folder: Path, size: int) -> str:
     return (
         f"The disk of {folder.parent} has no room for {_gib(size)} of what the heads read. Free some, set TMPDIR to another "
-        "disk, or run the backbone in every epoch (--no-cache)."
+        "disk, or run the backbone in every epoch (cache=False)."
     )
 
 

@@ -15,7 +15,19 @@ import click
 
 from ptee import __version__, runs
 from ptee.errors import Interrupted, PteeError, RunError
-from ptee.options import BACKBONE, DATA, DEVICE, JSON, MOVED_WEIGHTS, PLACE, SPEED, THRESHOLD, WISH, Numbers
+from ptee.options import (
+    BACKBONE,
+    DATA,
+    DEVICE,
+    JSON,
+    MOVED_WEIGHTS,
+    PLACE,
+    SPEED,
+    THRESHOLD,
+    WISH,
+    Numbers,
+    in_options,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
     except PteeError as why:
-        status = _failed(_without_worker_traceback(str(why)), 2, why)
+        status = _failed(in_options(_without_worker_traceback(str(why)), cli.commands.values()), 2, why)
     except click.ClickException as why:
         status = _failed(why.format_message(), 2, why)
     except Interrupted as why:

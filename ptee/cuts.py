@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ptee.errors import BackboneError, CutError, first_line, unknown
+from ptee.classifiers import logits_of
+from ptee.errors import CutError, unknown
 from ptee.layout import Axes, AxisTracker, Layout, image_axes, layout_of
 from ptee.replay import Step, select
 from ptee.shadow import on_shadow
@@ -147,28 +148,6 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
     noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0))
     noise = noise * torch.linspace(0.5, 1.5, rows)[:, None, None, None]
     return noise.to(like.device, like.dtype)
-
-
-def logits_of(module: nn.Module, images: Tensor) -> Tensor:
-    """What a classifier answers: (b, K).
-
-    Raises:
-        BackboneError: if the pass fails, or gives something else than one tensor (b, K).
-    """
-    kind, size = type(module).__name__, tuple(images.shape[1:])
-    try:
-        logits = module(images)
-    except Exception as why:
-        raise BackboneError(
-            f"{kind} fails on images of size {size}: {first_line(why)} Give the size it takes: input_size=(c, h, w)."
-        ) from why
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise BackboneError(
-            f"{kind} gives {got} for {len(images)} images; a classifier gives one tensor (b, K). "
-            "Wrap it in a module that returns its logits."
-        )
-    return logits
 
 
 def remedy(name: str, cuts: dict[str, Cut]) -> str:

@@ -71,13 +71,25 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str
 def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> str:
     """The sentences about what `name` could have been, as `unknown` puts them; each begins with a blank."""
     choices = [*first, *sorted(set(choices).difference(first))]
-    near = get_close_matches(name, choices, n=3, cutoff=0.5)
+    near = _near(name, choices)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     if len(choices) <= most:
         return f"{hint} Choices: {', '.join(choices)}."
     if first or not near:
         hint += f" There are {len(choices)} choices, among them {', '.join(choices[: max(most, len(first))])}."
     return hint
+
+
+def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
+    """Names that begin so, the shortest first; then those spelt much alike. Capitals and underscores do not matter."""
+    asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
+    begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))
+    alike = get_close_matches(asked, spelt, n=most, cutoff=0.5)
+    return [spelt[c] for c in dict.fromkeys([*begin[:most], *alike])][:most]
+
+
+def _letters(name: str) -> str:
+    return name.lower().replace("_", "")
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

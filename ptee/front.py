@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptee.backbones import Backbone, InputConfig, load_backbone
-from ptee.cuts import Cut, logits_of, random_images
+from ptee.classifiers import logits_of
+from ptee.cuts import Cut, random_images
 from ptee.errors import CutError, PteeError
 from ptee.heads import AUTO, ExitHead, Said, Trail
 from ptee.layout import Layout

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+
+ARGUMENT = re.compile(r"(?<![\w./-])([a-z]\w*)=(\(.*?\)|\w*(?:[./-]\w+)*)")  # name=, name=value, name=(a, b)
 
 
 def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,6 +20,29 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
         return command
 
     return add
+
+
+def in_options(message: str, commands: Iterable[click.Command]) -> str:
+    """A message that speaks of Python's arguments, with the options that they are on the command line.
+
+    `num_classes=10` becomes `--num-classes 10`, `pretrained=False` `--no-pretrained`, and a bare `weights=` `--weights`.
+
+    Args:
+        message: of a `PteeError`.
+        commands: whose options these may be.
+    """
+    options = {p.name: p for command in commands for p in command.params if isinstance(p, click.Option)}
+
+    def typed(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in options:
+            return found[0]
+        option = options[name]
+        if option.is_flag:
+            return (option.secondary_opts if value == "False" and option.secondary_opts else option.opts)[0]
+        return f"{option.opts[0]} {value.strip('()').replace(', ', ',')}".strip()
+
+    return ARGUMENT.sub(typed, message)
 
 
 class Numbers(click.ParamType):

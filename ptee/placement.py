@@ -317,7 +317,7 @@ class Placer:
         return CutError(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
             f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
-            f"Ask for fewer (--num-exits), another placement, or name fractions or modules."
+            f"Ask for fewer (num_exits=), another placement, or name fractions or modules."
         )
 
     def _for_example(self) -> str:

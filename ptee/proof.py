@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee.cuts import Cut, logits_of, random_images
+from ptee.classifiers import logits_of
+from ptee.cuts import Cut, random_images
 from ptee.errors import BackboneError, first_line
 from ptee.replay import Again, Memory, make_plain, make_recallable, merged, run
 

@@ -188,7 +188,7 @@ class _Training:
         if not any(x.dim() == 4 for x in read.inputs):
             raise PteeError(
                 f"The shift {self.settings.shift} moves feature maps, but {self.model.plan.head!r} heads read pooled vectors: "
-                "take others, such as 'conv1', or augment images instead (--augment)."
+                "take others, such as 'conv1', or augment images instead (augment=)."
             )
 
     def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, cache: bool, on_epoch: Any) -> History:
@@ -318,7 +318,7 @@ class _Training:
         means = self._over_processes(sums)
         if not math.isfinite(means.loss):
             raise PteeError(
-                f"The loss is {means.loss} in epoch {number}. Lower the learning rate (--lr {self.settings.lr / 10:g})."
+                f"The loss is {means.loss} in epoch {number}. Lower the learning rate (lr={self.settings.lr / 10:g})."
             )
         val_loss = None if val_loader is None else self._loss_on(val_loader)
         return Epoch(number, *means, val_loss, time.perf_counter() - start)

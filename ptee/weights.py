@@ -111,7 +111,7 @@ def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str 
     if missing or extra:
         extra.sort(key=lambda key: key.endswith("num_batches_tracked"))  # last: these say least
         faults = [f"{what} {some(keys, 3)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
-        raise BackboneError(f"{file} is of another model: it {' and '.join(faults)}. Check --model and --model-arg.")
+        raise BackboneError(f"{file} is of another model: it {' and '.join(faults)}. Check model= and model_args=.")
     wrong = [key for key in own if isinstance(own[key], Tensor) and own[key].shape != state[key].shape]
     if not wrong:
         return
@@ -119,10 +119,10 @@ def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str 
     if len(classes) == 1 and all(state[key].shape[1:] == own[key].shape[1:] for key in wrong):
         there, here = classes.pop()
         raise BackboneError(
-            f"{file} has {there} classes ({some(wrong)}), the model has {here}. Try --num-classes {there}."
+            f"{file} has {there} classes ({some(wrong)}), the model has {here}. Try num_classes={there}."
         )
     shapes = [f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]
-    raise BackboneError(f"{file} has other shapes: {some(shapes)}. Check --model, --model-arg and --input-size.")
+    raise BackboneError(f"{file} has other shapes: {some(shapes)}. Check model=, model_args= and input_size=.")
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -200,7 +200,7 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path, in_files):
 
 def test_a_cache_above_the_limit_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(cache, "LIMIT", 1000)
-    with pytest.raises(DataError, match=r"20 images takes .* GiB.*--no-cache"):
+    with pytest.raises(DataError, match=r"20 images takes .* GiB.*cache=False"):
         filled(Path(), images(20))
 
 

@@ -24,6 +24,7 @@ from ptee.backbones import load_backbone
 from ptee.cli import cli, main
 from ptee.data import Data, open_named
 from ptee.errors import PteeError
+from ptee.options import in_options
 
 MODEL = ("--model", "cifar_resnet20", "--exits", "layer1,layer2", "--input-size", "3,16,16")
 RANDOM = (*MODEL, "--no-pretrained")
@@ -243,7 +244,18 @@ WORDS = {
     "a size of two numbers": (["plan", *RANDOM, "--input-size", "16,16"], "16,16.*3,224,224"),
     "a size of words": (["plan", *RANDOM, "--input-size", "big"], "big"),
     "an argument without a value": (["plan", *RANDOM, "--model-arg", "pad_type"], "KEY=VALUE"),
-    "an argument that the model has not": (["plan", *RANDOM, "--model-arg", "nonsense=1"], "nonsense"),
+    "an argument that the model has not": (
+        ["plan", *RANDOM, "--model-arg", "nonsense=1"],
+        r"nonsense=1.*Change --model-arg or --input-size\.",
+    ),
+    "a model without classifier": (
+        ["plan", "--model", "vit_small_patch16_dinov3", "--no-pretrained"],
+        "Give it one: --num-classes K and --weights FILE",
+    ),
+    "a size that the model does not take": (
+        ["plan", "--model", "test_vit", "--no-pretrained", "--model-arg", "img_size=100"],
+        "100.*--input-size",
+    ),
     "an unknown device": (["bench", *RANDOM, "--device", "tpu"], "tpu.*cpu"),
     "batches of nothing": (["bench", *RANDOM, "--batch-sizes", "0"], "positive"),
     "batches of words": (["bench", *RANDOM, "--batch-sizes", "1,many"], "1,many"),
@@ -282,6 +294,21 @@ def test_refused_in_one_line_with_status_two(words, said, run, things, elsewhere
     assert_refused(done, said)
     assert done.out == ""
     assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("in_python", "typed"),
+    [
+        ("Give weights=FILE, or pretrained=False.", "Give --weights FILE, or --no-pretrained."),
+        ("Try num_classes=10, or input_size=(c, h, w).", "Try --num-classes 10, or --input-size c,h,w."),
+        ("Check model= and model_args=.", "Check --model and --model-arg."),
+        ("Lower it (lr=0.0001), cache=False.", "Lower it (--lr 0.0001), --no-cache."),
+        ("There is no runs/weights=3.pth, give backbone=.", "There is no runs/weights=3.pth, give backbone=."),
+        ("cannot be built with img_size=100.", "cannot be built with img_size=100."),
+    ],
+)
+def test_a_message_about_pythons_arguments_speaks_of_options_on_the_command_line(in_python, typed):
+    assert in_options(in_python, cli.commands.values()) == typed
 
 
 AUGMENT = {

@@ -56,6 +56,25 @@ def test_two_near_names_are_both_offered():
     assert "Did you mean 'pool' or 'bnpool'?" in str(unknown("head", "pol", ["conv1", "bnpool", "pool"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        ("resnet", "'resnet18' or 'resnet50' or 'resnet101'"),
+        ("Res_Net", "'resnet18' or 'resnet50' or 'resnet101'"),
+        ("resnet5", "'resnet50' or"),
+        ("reznet50", "'resnet50' or"),
+    ],
+    ids=["the beginning of a name", "in other letters", "nearly whole", "misspelt"],
+)
+def test_names_that_begin_so_are_offered_first_the_shortest_of_them_before_the_others(name, suggested):
+    choices = ["legacy_resnet", "resnet101", "resnet18", "resnet50", "resnet50_clip_gap", "resnest50"]
+    assert f"Did you mean {suggested}" in str(unknown("model", name, choices, most=3))
+
+
+def test_no_name_is_the_beginning_of_none():
+    assert "Did you mean" not in str(unknown("model", "", MANY))
+
+
 def test_a_name_unlike_all_others_gets_the_choices_alone():
     assert str(unknown("head", "zzz", ["pool", "plain"])) == "Unknown head 'zzz'. Choices: plain, pool."
 

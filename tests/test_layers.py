@@ -16,8 +16,8 @@ import ptee
 PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
-    0: "errors tables options shadow",
-    1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins freezing devices "
+    0: "errors tables options shadow freezing",
+    1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins devices classifiers "
     "views mixing history gates recipes",
     2: "labels heads cuts backbones settings",
     3: "blocks proof runs learned front",

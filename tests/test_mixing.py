@@ -135,7 +135,7 @@ def test_what_is_read_from_a_cache_is_changed_as_what_is_read_on_the_way(change,
 
 
 def test_heads_that_read_only_vectors_are_told_that_a_shift_would_do_nothing():
-    with pytest.raises(PteeError, match=r"shift 4.*'pool' heads.*'conv1'.*--augment"):
+    with pytest.raises(PteeError, match=r"shift 4.*'pool' heads.*'conv1'.*augment="):
         losses("pool", shift=4)
 
 

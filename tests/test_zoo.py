@@ -208,15 +208,49 @@ class Answering(nn.Module):
         return self.answer(self.net(pixel_values))
 
 
+class Masked(nn.Module):
+    """Is never called with its images alone."""
+
+    def forward(self, x: Tensor, mask: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+        return x * mask * scale + shift
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return resnet()
+
+
+def quantised() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), torch.ao.nn.quantized.dynamic.Linear(3 * 64 * 64, 5))
+
+
 REFUSED = {
     "an output with logits in it": (lambda: Answering(Output), r"gives a Output.*return self\.net\(x\)\.logits"),
     "a dict with logits in it": (
         lambda: Answering(lambda y: {"logits": y}),
         r'gives a dict.*self\.net\(x\)\["logits"\]',
     ),
-    "a tuple": (lambda: Answering(lambda y: (y,)), r"gives a tuple.*Wrap it in a module that gives those\."),
-    "no classifier": (lambda: resnet(num_classes=0), "has no classifier"),
-    "feature maps": (lambda: resnet(features_only=True), "gives a list for two images"),
+    "a tuple": (
+        lambda: Answering(lambda y: (y,)),
+        r"gives a tuple.*Wrap it in a module that gives those: .*self\.net\(x\)\[0\]\.",
+    ),
+    "features alone": (lambda: resnet(num_classes=0), r"has no classifier.*net\.reset_classifier\(10\)"),
+    "feature maps": (
+        lambda: resnet(features_only=True),
+        r"gives a list for 2 images.*self\.fc\(self\.net\(x\)\[4\]\.mean\(\(2, 3\)\)\)",
+    ),
+    "one logit": (lambda: resnet(num_classes=1), r"gives a tensor \(2, 1\).*One logit z of a binary network is two"),
+    "one number": (
+        lambda: Answering(lambda y: y[:, 0]),
+        r"gives a tensor \(2,\).*One logit z of a binary network is two",
+    ),
+    "a forward of two arguments": (
+        lambda: nn.Sequential(Normalize(), Masked()),
+        r"called with images alone, and Masked.forward\(\) wants mask and scale too.*self\.net\(x, mask=\.\.\., scale=\.\.\.\)",
+    ),
+    "numbers that are not there": (on_meta, "is on the meta device .*to_empty"),
+    "shapes that are not there": (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "has lazy parameters .*Run it once"),
+    "a quantised layer": (quantised, "is quantised .*as it was before"),
     "copies of a network": (lambda: nn.DataParallel(resnet()), r"DataParallel.*Give its \.module"),
 }
 
@@ -224,8 +258,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_network_is_refused_with_what_to_do(case):
     make, said = REFUSED[case]
-    with pytest.raises(BackboneError, match=said):
-        ptee.augment(make(), input_size=SMALL)
+    for command in (ptee.augment, ptee.plan):
+        with pytest.raises(BackboneError, match=said):
+            command(make(), input_size=SMALL)
 
 
 def test_a_network_wrapped_as_the_refusal_says_works():
