@@ -18,11 +18,12 @@ from ptee.data import Data
 from ptee.decision import check_target, fit_gates, hold_out
 from ptee.devices import resolve_device
 from ptee.errors import DataError, Interrupted, PteeError, RunError
+from ptee.heads import AUTO
 from ptee.history import Epoch, History
 from ptee.measuring import measured, tuned
 from ptee.model import EarlyExitModel
 from ptee.placement import CHOSEN, PLACEMENTS
-from ptee.recipes import followed
+from ptee.recipes import epochs_for, followed, shift_for
 from ptee.settings import Settings
 from ptee.thresholds import Wish, remark, require_labels, require_reachable
 from ptee.tuning import Unseen, kept
@@ -30,8 +31,8 @@ from ptee.tuning import Unseen, kept
 EPOCHS, GATE_SHARE = 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
 LEARNING = (  # options that are arguments of `train` as they are
-    *("temperature", "loss", "cost_weight", "reach", "batch_size", "lr", "weight_decay", "seed", "patience"),
-    *("precision", "schedule", "augment", "shift", "mixup"),
+    *("temperature", "loss", "cost_weight", "reach", "batch_size", "optimizer", "lr", "weight_decay", "seed"),
+    *("patience", "precision", "schedule", "augment", "shift", "mixup"),
 )
 
 
@@ -54,6 +55,8 @@ def augment(o: Options, say: Say) -> None:
         say(said, err=True)
     wish = asked.wish(o)
     backbone, data, targets = _digits(o, say) if o["model"] is None else _model_and_data(o, say)
+    if o["epochs"] == AUTO:
+        o["epochs"] = epochs_for(len(data.train), o["batch_size"])
     o["epochs"] = o["epochs"] or EPOCHS
     choice = _choice(backbone, data.train, o, say)
     model = _planned(backbone, choice, o)
@@ -65,6 +68,8 @@ def augment(o: Options, say: Say) -> None:
     if not again:
         say("The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n")
     o["mirror"] = o["mirror"] and data.mirror
+    if o["shift"] == AUTO:
+        o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
     data, for_gates = _split(data, o, say)
     history = _train(model, data, targets, o, say)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
@@ -114,7 +119,8 @@ def _check_settings(o: Options) -> None:
     check_target(o["gate"])
     if o["gate_share"] and not o["gate"]:
         raise PteeError("--gate-share needs --gate, such as --gate agrees.")
-    Settings(targets=o["targets"] or "labels", **{key: o[key] for key in LEARNING}).checked()
+    own = {key: o[key] for key in LEARNING if o[key] != AUTO}
+    Settings(targets=o["targets"] or "labels", **own).checked()
 
 
 # ---------------------------------------------------------------------------------------------------- data

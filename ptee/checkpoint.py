@@ -22,13 +22,13 @@ class Reached:
     Attributes:
         heads: state of the heads.
         best_heads: their state after the best epoch; empty where none is kept.
-        adam: state of the optimiser, by number of the parameter and by name.
+        optimizer: state of the optimiser, by number of the parameter and by name.
         history: as JSON-able values.
     """
 
     heads: dict[str, Tensor]
     best_heads: dict[str, Tensor]
-    adam: dict[int, dict[str, Any]]
+    optimizer: dict[int, dict[str, Any]]
     history: dict[str, Any]
 
 
@@ -44,8 +44,8 @@ def write(path: Path, reached: Reached, settings: Mapping[str, Any]) -> None:
 
     tensors = {f"heads.{k}": v for k, v in reached.heads.items()}
     tensors |= {f"best.{k}": v for k, v in reached.best_heads.items()}
-    for i, state in reached.adam.items():
-        tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    for i, state in reached.optimizer.items():
+        tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
     about = {"settings": json.dumps(settings), "history": json.dumps(reached.history)}
     runs.replace(path, lambda beside: save_file(runs.storable(tensors), beside, about))
 
@@ -63,21 +63,21 @@ def read(path: Path, settings: Mapping[str, Any]) -> Reached:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         written, history = dict(json.loads(about["settings"])), dict(json.loads(about["history"]))
-        adam = _adam(tensors)
+        optimizer = _optimizer(tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as why:
         raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to begin anew.") from why
     if other := [f"{k} {written.get(k)} (now {v})" for k, v in settings.items() if written.get(k) != v]:
         raise RunError(f"{path} belongs to a training with {', '.join(other)}. Use the same settings, or delete it.")
-    return Reached(_under("heads.", tensors), _under("best.", tensors), adam, history)
+    return Reached(_under("heads.", tensors), _under("best.", tensors), optimizer, history)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _adam(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def _optimizer(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in _under("adam.", tensors).items():
+    for key, value in _under("optimizer.", tensors).items():
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = value
     return state

@@ -24,7 +24,7 @@ from ptee.layout import Layout
 
 Shape = tuple[int, int, int]  # (c, h, w) of a map
 
-SMALLEST = 8  # positions a side below which a map is not halved again
+SMALLEST = 4  # positions a side below which a map is not halved again
 DEEPEST = 4  # blocks a stage
 MOST_CHANNELS, FEWEST_CHANNELS, USUAL_CHANNELS = 1024, 8, 128
 
@@ -172,7 +172,7 @@ class LearnedHead(ExitHead):
         """Answer from a map (b, c, h, w), after other exits."""
         features = self.features
         assert isinstance(features, nn.ModuleDict)
-        y = features["entry"](x)
+        y = features["entry"](x.contiguous(memory_format=torch.channels_last))  # in which convolutions are fastest
         if self.link is not None and trail.map is not None:
             y = y + _linked(self.link, trail.map, y.shape[-2:])
         y = features["rest"](y)
@@ -314,13 +314,11 @@ def _blueprints(strides: Sequence[int], before: Shape | None) -> Iterator[Bluepr
 def _strides(shape: Shape, before: Shape | None) -> list[list[int]]:
     """Of the stages, best first: halves down to a small map, or there in fewer steps.
 
-    Where the head before made a map (and no mere vector), there is one stage, to the size of that map.
+    Where the head before made a map (and no mere vector), down to the size of that map.
     """
-    side = min(shape[1:])
-    if before is not None and min(before[1:]) > 1:
-        return [[max(1, min(16, round(side / min(before[1:]))))]]
-    halvings = 0
-    while side > SMALLEST:
+    side, halvings = min(shape[1:]), 0
+    goal = min(before[1:]) if before is not None and min(before[1:]) > 1 else SMALLEST
+    while side > goal:
         side, halvings = -(-side // 2), halvings + 1
     return [[2 ** (1 + skipped), *[2] * (halvings - 1 - skipped)] for skipped in range(min(halvings, 4))] or [[1]]
 

@@ -6,20 +6,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptee.errors import PteeError, unknown
+from ptee.heads import AUTO
 
 # Without a recipe. `targets` then depends on whether there are labels, `head` and `epochs` on the data.
-PLAIN: dict[str, Any] = {"loss": "v1", "temperature": 1.0, "schedule": "constant", "exits": "pareto"}
+PLAIN: dict[str, Any] = {
+    "loss": "v1", "temperature": 1.0, "exits": "pareto", "augment": 1, "shift": 0,
+    "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant",
+}  # fmt: skip
+FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 100, 5_000  # of a recipe that leaves the epochs to the number of images
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # Heads sized by a budget, each taught by the backbone's probabilities alone; then gates decide who leaves.
+    # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then gates
+    # decide who leaves. What the first cannot learn from few images, the later ones can; thresholds switch it off then.
     "ptee": {
-        "head": "auto", "loss": "each", "targets": "soft", "temperature": 2.0, "schedule": "cosine", "gate": "agrees",
+        "exits": "0.03,0.4,0.7", "head": "auto", "head_budget": (0.15, 0.05, 0.05),
+        "loss": "each", "targets": "soft", "temperature": 2.0, "gate": "agrees", "augment": 2, "shift": AUTO, "epochs": AUTO,
+        "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.05, "schedule": "cosine",
     },
     # Lahiany & Aperstein, IEEE Access 10, 2022: joint loss on the backbone's answers, threshold .5.
     "pteenet": {"exits": "fine", "head": "conv2", "loss": "v1", "targets": "pseudo"},
     # Demir & Akbas, thesis 2019 and arXiv 2409.05336: the smallest heads, every blended answer judged.
     "eenet": {"exits": "pareto", "head": "bnpool", "loss": "v2"},
 }  # fmt: skip
+
+
+def epochs_for(images: int, batch_size: int) -> int:
+    """How many a recipe takes that leaves them to the data: enough updates, and not too many passes.
+
+    Args:
+        images: to learn from.
+        batch_size: of an update.
+    """
+    return min(max(FEWEST_EPOCHS, -(-UPDATES * batch_size // images)), MOST_EPOCHS)
+
+
+def shift_for(input_size: tuple[int, int, int]) -> int:
+    """How many pixels a recipe shifts by: an eighth of a side, as crops of padded images commonly do.
+
+    Args:
+        input_size: (c, h, w).
+    """
+    return min(input_size[1:]) // 8
 
 
 def followed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,6 +64,10 @@ def followed(given: Mapping[str, Any]) -> dict[str, Any]:
         raise unknown("recipe", name, RECIPES)
     says = dict(RECIPES.get(name, {}))
     own = {key for key in says if given[key] is not None}
+    if name == "ptee" and given["front"] is not None:
+        says["exits"] = "0.4,0.7"  # the front stands for the first
+    if own & {"exits", "head"} or given["front"] not in (None, AUTO):
+        says.pop("head_budget", None)  # it is of the recipe's own three heads
     if says.get("loss") == "each" and given["loss"] not in (None, "each"):
         raise PteeError(
             f"The recipe {name!r} is heads that learn each for itself, and --loss {given['loss']} has them learn together. "

@@ -12,6 +12,7 @@ from ptee.losses import ALONE, get_loss
 
 TARGETS = ("labels", "pseudo", "soft")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "muon": "nmuon"}  # names here and in timm
 SCHEDULES = ("constant", "cosine")
 LARGEST_SEED = 2**32
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
@@ -25,6 +26,7 @@ class Settings:
     loss: str = "v1"
     cost_weight: float = 1.0
     batch_size: int = 128
+    optimizer: str = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     seed: int = 0
@@ -60,6 +62,8 @@ class Settings:
             raise unknown("targets", self.targets, TARGETS)
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         get_loss(self.loss)

@@ -33,7 +33,7 @@ from ptee.errors import DataError, PteeError, RunError, first_line
 from ptee.history import Epoch, History
 from ptee.losses import ALONE
 from ptee.model import EarlyExitModel, Reading
-from ptee.settings import Settings, check_epochs
+from ptee.settings import OPTIMIZERS, Settings, check_epochs
 from ptee.steps import Found, Means, Step, Sums, moved, rows_of
 from ptee.traces import COLLAPSED, odd_labels
 from ptee.views import Views
@@ -54,6 +54,7 @@ def train(
     reach: bool = False,
     epochs: int = 5,
     batch_size: int = 128,
+    optimizer: str = "adam",
     lr: float = 1e-3,
     schedule: str = "constant",
     weight_decay: float = 0.0,
@@ -71,7 +72,7 @@ def train(
     resume: bool = False,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> History:
-    """Train the heads of an early-exit model with Adam; not a byte of the backbone changes.
+    """Train the heads of an early-exit model; not a byte of the backbone changes.
 
     Ctrl-C ends it after the last complete epoch, whose heads are kept.
 
@@ -90,10 +91,12 @@ def train(
         reach: weight each sample at an exit by the chance that it gets there. Only for loss="each".
         epochs: number of passes over the data.
         batch_size: samples per update, on each process.
-        lr: of Adam, at the beginning.
+        optimizer: "adam", "adamw", or "muon" (orthogonal updates of every matrix and convolution, AdamW for the rest), with
+            which convolutions learn in far fewer epochs.
+        lr: learning rate, at the beginning.
         schedule: "constant", or "cosine": from lr to 0 along half a cosine, a step with each batch. A training that is
             resumed then has the same number of epochs.
-        weight_decay: of Adam.
+        weight_decay: of matrices and convolutions, not of biases and norms.
         seed: of the order of the data.
         patience: stop after so many epochs without a lower loss (of val_data, where given), and go back to the best.
         augment: views of each training image, of which each epoch draws one: the image, its mirror image, and others cut
@@ -120,7 +123,7 @@ def train(
     settings = Settings(
         targets=targets, loss=loss, cost_weight=cost_weight, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
         seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach, schedule=schedule,
-        augment=augment, mirror=mirror, shift=shift, mixup=mixup,
+        optimizer=optimizer, augment=augment, mirror=mirror, shift=shift, mixup=mixup,
     ).checked()  # fmt: skip
     with (
         accelerator_on(device, precision) as accelerator,
@@ -154,6 +157,26 @@ def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def reads_maps(model: EarlyExitModel) -> bool:
+    """Whether some head learns from a map (b, c, h, w), which can be shifted.
+
+    Args:
+        model: as `augment` made it. In eval mode afterwards.
+    """
+    like = next(model.heads.parameters())
+    read = model.eval().read(torch.zeros(2, *model.plan.input_size, dtype=like.dtype, device=like.device))
+    return any(x.dim() == 4 for x in read.inputs)
+
+
+def _optimizer(heads: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2
+
+    name = OPTIMIZERS[settings.optimizer]
+    made: torch.optim.Optimizer = create_optimizer_v2(heads, name, lr=settings.lr, weight_decay=settings.weight_decay)
+    return made
+
+
 class _Training:
     """One training: the step, its optimiser, and what has been reached."""
 
@@ -168,28 +191,20 @@ class _Training:
         self.model, self.accelerator, self.settings = model, accelerator, settings
         self.checkpoint, self.same = checkpoint, same  # and what must be the same for it to be continued
         step = Step(model, settings)
-        adam = torch.optim.Adam(model.heads.parameters(), settings.lr, weight_decay=settings.weight_decay)
-        self.step, self.adam = accelerator.prepare(step, adam, device_placement=[False, False])
+        optimizer = _optimizer(model.heads, settings)
+        self.step, self.optimizer = accelerator.prepare(step, optimizer, device_placement=[False, False])
         self.history = History()
         self.best_heads: dict[str, Tensor] = {}
         self.dtype = next(model.heads.parameters()).dtype
         if self.dtype not in (torch.float32, torch.float64):
             raise PteeError(f"Heads in {self.dtype} cannot be trained well. Train model.float(), then convert it.")
-        if settings.shift:
-            self._require_maps()
-        # Batch norm in the heads has nothing to learn from one row.
-        self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
-
-    @torch.no_grad()
-    def _require_maps(self) -> None:
-        like = next(self.model.heads.parameters())
-        self.model.eval()
-        read = self.model.read(torch.zeros(2, *self.model.plan.input_size, dtype=like.dtype, device=like.device))
-        if not any(x.dim() == 4 for x in read.inputs):
+        if settings.shift and not reads_maps(model):
             raise PteeError(
-                f"The shift {self.settings.shift} moves feature maps, but {self.model.plan.head!r} heads read pooled vectors: "
+                f"The shift {settings.shift} moves feature maps, but {model.plan.head!r} heads read pooled vectors: "
                 "take others, such as 'conv1', or augment images instead (augment=)."
             )
+        # Batch norm in the heads has nothing to learn from one row.
+        self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
 
     def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, cache: bool, on_epoch: Any) -> History:
         train_data = self._with_views(train_data)
@@ -290,11 +305,13 @@ class _Training:
                 "The schedule 'cosine' must know how many batches there are, and this loader has no length. "
                 "Take the schedule 'constant'."
             )
-        adam = self.adam.optimizer  # torch's, inside accelerate's
-        for group in adam.param_groups:
+        optimizer = self.optimizer.optimizer  # torch's, inside accelerate's
+        for group in optimizer.param_groups:
             group["initial_lr"] = self.settings.lr
         done = len(self.history.epochs) * steps
-        return LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / (epochs * steps))) / 2, last_epoch=done - 1)
+        return LambdaLR(
+            optimizer, lambda step: (1 + math.cos(math.pi * step / (epochs * steps))) / 2, last_epoch=done - 1
+        )
 
     def _epoch(self, number: int, epochs: int, loader: Any, val_loader: Any, rates: LambdaLR | None) -> Epoch:
         start = time.perf_counter()
@@ -305,8 +322,8 @@ class _Training:
             if rows_of(seen) >= self.fewest:
                 found = self._judge(seen, labels)
                 self.accelerator.backward(found.loss)
-                self.adam.step()
-                self.adam.zero_grad(set_to_none=True)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
                 sums.add(found, rows_of(seen))
             if rates is not None:
                 rates.step()  # after a batch that was too small, too: the plan counts them all
@@ -388,7 +405,7 @@ class _Training:
         if self.checkpoint is None or not self.accelerator.is_main_process:
             return
         heads = self.model.heads.state_dict()
-        reached = Reached(heads, self.best_heads, self.adam.state_dict()["state"], self.history.to_dict())
+        reached = Reached(heads, self.best_heads, self.optimizer.state_dict()["state"], self.history.to_dict())
         checkpoint.write(self.checkpoint, reached, self.same)
 
     def resume(self) -> None:
@@ -402,7 +419,7 @@ class _Training:
             if self.settings.patience is not None:
                 self.model.heads.load_state_dict(reached.best_heads)  # fits, where it is gone back to later
             self.model.heads.load_state_dict(reached.heads)
-            self.adam.load_state_dict(self.adam.state_dict() | {"state": reached.adam})
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": reached.optimizer})
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
             raise RunError(f"{path} does not fit these heads: {first_line(why)} Delete it to begin anew.") from why
         self.best_heads, self.history.epochs = reached.best_heads, epochs
