@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -303,9 +302,8 @@ def _merit(last: Stage, usual: int) -> tuple[int, int, int]:
 
 def _blueprints(strides: Sequence[int], before: Shape | None) -> Iterator[Blueprint]:
     halvings = len(strides) - 1
-    for width in _widths():
-        if width >> halvings < FEWEST_CHANNELS:
-            continue
+    step = FEWEST_CHANNELS << halvings  # each stage is twice as wide as the one before, and as wide as hardware likes
+    for width in range(step, MOST_CHANNELS + 1, step):
         for blocks in range(1, DEEPEST + 1):
             stages = tuple(Stage(width >> (halvings - i), blocks, s) for i, s in enumerate(strides))
             yield Blueprint(stages, before is not None)
@@ -321,8 +319,3 @@ def _strides(shape: Shape, before: Shape | None) -> list[list[int]]:
     while side > goal:
         side, halvings = -(-side // 2), halvings + 1
     return [[2 ** (1 + skipped), *[2] * (halvings - 1 - skipped)] for skipped in range(min(halvings, 4))] or [[1]]
-
-
-def _widths() -> list[int]:
-    steps = accumulate(range(24), lambda w, _: max(w + 8, int(w * 1.2) // 8 * 8), initial=FEWEST_CHANNELS)
-    return [w for w in steps if w <= MOST_CHANNELS]

@@ -19,7 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then gates
     # decide who leaves. What the first cannot learn from few images, the later ones can; thresholds switch it off then.
     "ptee": {
-        "exits": "0.03,0.4,0.7", "head": "auto", "head_budget": (0.15, 0.05, 0.05),
+        "exits": "0.03,0.4,0.7", "head": "auto", "head_budget": (0.15, 0.03, 0.03),
         "loss": "each", "targets": "soft", "temperature": 2.0, "gate": "agrees", "augment": 2, "shift": AUTO, "epochs": AUTO,
         "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.05, "schedule": "cosine",
     },
