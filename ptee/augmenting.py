@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ptee import asked, choosing, defaults, runs, training
+from ptee import asked, choosing, decision, defaults, runs, training
 from ptee.asked import Options, Say
 from ptee.backbones import IMAGENET, Backbone, load_backbone
 from ptee.choosing import Choice
@@ -47,6 +47,7 @@ def augment(o: Options, say: Say) -> None:
         PteeError: if something that is asked for cannot be; where possible before the training.
         Interrupted: if the user ends it while it trains or measures.
     """
+    asked_for_gates = o["gate"] is not None
     o = followed(o)
     o["device"] = resolve_device(o["device"])
     o["out"] = _folder(o)
@@ -71,7 +72,7 @@ def augment(o: Options, say: Say) -> None:
     o["mirror"] = o["mirror"] and data.mirror
     if o["shift"] == AUTO:
         o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
-    data, for_gates = _split(data, o, say)
+    data, for_gates = _split(data, o, say, asked_for_gates)
     history = _train(model, data, targets, o, say)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
@@ -181,11 +182,14 @@ def _digits(o: Options, say: Say) -> tuple[Backbone, Data, str]:
     return load_backbone(defaults.MODEL, weights=file, **args), data, o["targets"] or "labels"
 
 
-def _split(data: Data, o: Options, say: Say) -> tuple[Data, Any]:
+def _split(data: Data, o: Options, say: Say, asked_for_gates: bool) -> tuple[Data, Any]:
     """The data whose training images are for the heads, and the images for the gates; None where there are none."""
+    every: Any = data.train
+    if o["gate"] and not asked_for_gates and len(every) * (o["gate_share"] or GATE_SHARE) < decision.FEWEST:
+        say(f"{len(every):,} training images are too few for gates as well: the heads learn on all, and their own h decides.\n")
+        o["gate"] = None
     if not o["gate"]:
         return data, None
-    every: Any = data.train
     for_heads, for_gates = hold_out(every, o["gate_share"] or GATE_SHARE, o["seed"])
     say(
         f"Of {len(every):,} training images the heads learn on {len(for_heads):,}, and the gates on the other {len(for_gates):,}, "
