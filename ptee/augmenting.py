@@ -47,7 +47,7 @@ def augment(o: Options, say: Say) -> None:
         PteeError: if something that is asked for cannot be; where possible before the training.
         Interrupted: if the user ends it while it trains or measures.
     """
-    asked_for_gates = o["gate"] is not None
+    asked_for_gates = (o["gate"] or o["gate_share"]) is not None
     o = followed(o)
     o["device"] = resolve_device(o["device"])
     o["out"] = _folder(o)
@@ -186,7 +186,9 @@ def _split(data: Data, o: Options, say: Say, asked_for_gates: bool) -> tuple[Dat
     """The data whose training images are for the heads, and the images for the gates; None where there are none."""
     every: Any = data.train
     if o["gate"] and not asked_for_gates and len(every) * (o["gate_share"] or GATE_SHARE) < decision.FEWEST:
-        say(f"{len(every):,} training images are too few for gates as well: the heads learn on all, and their own h decides.\n")
+        say(
+            f"{len(every):,} training images are too few for gates as well: the heads learn on all, and their own h decides.\n"
+        )
         o["gate"] = None
     if not o["gate"]:
         return data, None

@@ -235,7 +235,10 @@ WORDS = {
         ["bench", *RANDOM, "--exits", "auto"],
         "images.*or a placement: pareto",
     ),
-    "a budget for heads that have none": (["plan", *RANDOM, "--head-budget", "0.1"], "heads are pool"),
+    "a budget for heads that have none": (
+        ["plan", *RANDOM, "--head", "pool", "--head-budget", "0.1"],
+        "heads are pool",
+    ),
     "a budget of nothing": (["plan", *RANDOM, "--head", "auto", "--head-budget", "0"], "budget 0"),
     "an unknown front network": (["plan", *RANDOM, "--front", "cifar_resnet200"], "cifar_resnet20"),
     "weights of no front network": (["plan", *RANDOM, "--front-weights", "x.safetensors"], "--front-weights"),
@@ -326,7 +329,7 @@ AUGMENT = {
     "an unknown device": ([*RANDOM, "--data", "TEN", "--device", "cuda:99"], "cuda:99.*cpu"),
     "an unknown gate": ([*RANDOM, "--data", "TEN", "--gate", "agree"], "agree.*Did you mean 'agrees'"),
     "a gate that needs labels": ([*RANDOM, "--data", "TWO", "--gate", "best"], "cat, dog.*--gate agrees"),
-    "images for gates that there are not": ([*RANDOM, "--data", "TEN", "--gate-share", 0.1], "--gate-share needs --gate"),
+    "images for gates that there are not": ([*RANDOM, "--recipe", "eenet", "--data", "TEN", "--gate-share", 0.1], "--gate-share needs --gate"),
     "too few images for gates": ([*RANDOM, "--data", "TEN", "--gate", "agrees"], "0.1 of 24 .* are 2.*--gate-share"),
     "a share of all images": ([*RANDOM, "--data", "TEN", "--gate", "agrees", "--gate-share", 1], "--gate-share"),
     "several heads for exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--head", "pool,conv1"], "2 val.*one"),
@@ -456,7 +459,7 @@ def test_one_seed_gives_one_run_and_another_seed_another(run, known):
 
 def test_labels_that_cannot_be_mapped_make_way_for_the_backbones_answers(run, things):
     weights = ("--weights", things / "weights.safetensors")
-    done = run("augment", *MODEL, *weights, "--data", things / "two", *SHORT, "--out", "out")
+    done = run("augment", *MODEL, *weights, "--data", things / "two", *SHORT, "--loss", "v1", "--out", "out")
     assert done.status == 0
     assert re.search("cat, dog.*cannot be mapped.*pseudo", done.out)
     rows = json.loads(Path("out", "metrics.json").read_text())["results"]["rows"]
@@ -997,10 +1000,10 @@ def test_resume_with_other_settings_is_refused_and_the_checkpoint_kept(run, know
     interrupt(2)
     run("augment", *known, *SHORT, "--out", "out")
     before = Path("out", "checkpoint.safetensors").read_bytes()
-    assert_refused(run("augment", *known, *SHORT, "--loss", "v2", "--out", "out", "--resume"), "loss v1.*now v2")
+    assert_refused(run("augment", *known, *SHORT, "--lr", 0.5, "--out", "out", "--resume"), "lr 0.01.*now 0.5")
     assert_refused(run("augment", *known, *SHORT, "--out", "out"), "interrupted training.*--resume.*--overwrite")
     assert Path("out", "checkpoint.safetensors").read_bytes() == before
-    assert run("augment", *known, *SHORT, "--loss", "v2", "--out", "out", "--overwrite").status == 0
+    assert run("augment", *known, *SHORT, "--lr", 0.5, "--out", "out", "--overwrite").status == 0
 
 
 # where nothing is given
