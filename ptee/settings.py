@@ -9,10 +9,10 @@ from typing import Any
 
 from ptee.errors import PteeError, unknown
 from ptee.losses import ALONE, get_loss
+from ptee.optimizers import OPTIMIZERS
 
 TARGETS = ("labels", "pseudo", "soft")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
-OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "muon": "nmuon"}  # names here and in timm
 SCHEDULES = ("constant", "cosine")
 LARGEST_SEED = 2**32
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}

@@ -33,7 +33,8 @@ from ptee.errors import DataError, PteeError, RunError, first_line
 from ptee.history import Epoch, History
 from ptee.losses import ALONE
 from ptee.model import EarlyExitModel, Reading
-from ptee.settings import OPTIMIZERS, Settings, check_epochs
+from ptee.optimizers import make_optimizer
+from ptee.settings import Settings, check_epochs
 from ptee.steps import Found, Means, Step, Sums, moved, rows_of
 from ptee.traces import COLLAPSED, odd_labels
 from ptee.views import Views
@@ -169,14 +170,6 @@ def reads_maps(model: EarlyExitModel) -> bool:
     return any(x.dim() == 4 for x in read.inputs)
 
 
-def _optimizer(heads: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    from timm.optim import create_optimizer_v2
-
-    name = OPTIMIZERS[settings.optimizer]
-    made: torch.optim.Optimizer = create_optimizer_v2(heads, name, lr=settings.lr, weight_decay=settings.weight_decay)
-    return made
-
-
 class _Training:
     """One training: the step, its optimiser, and what has been reached."""
 
@@ -191,7 +184,13 @@ class _Training:
         self.model, self.accelerator, self.settings = model, accelerator, settings
         self.checkpoint, self.same = checkpoint, same  # and what must be the same for it to be continued
         step = Step(model, settings)
-        optimizer = _optimizer(model.heads, settings)
+        optimizer = make_optimizer(
+            settings.optimizer,
+            model.heads,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            device=accelerator.device,
+        )
         self.step, self.optimizer = accelerator.prepare(step, optimizer, device_placement=[False, False])
         self.history = History()
         self.best_heads: dict[str, Tensor] = {}

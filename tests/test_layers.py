@@ -18,9 +18,9 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob(
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow freezing",
     1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins devices classifiers "
-    "views mixing history gates recipes",
-    2: "labels heads cuts backbones settings",
-    3: "blocks proof runs learned front",
+    "views mixing history gates",
+    2: "labels heads cuts backbones optimizers",
+    3: "recipes blocks proof runs learned front settings",
     4: "placement naming checkpoint hold",
     5: "plans",
     6: "calls",

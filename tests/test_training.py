@@ -29,7 +29,8 @@ import ptee
 from ptee import steps, training
 from ptee.errors import DataError, DeviceError, PteeError, RunError, UnknownName
 from ptee.losses import v1_loss
-from ptee.settings import OPTIMIZERS, TARGETS
+from ptee.optimizers import OPTIMIZERS
+from ptee.settings import TARGETS
 from ptee.training import Epoch, History, train
 from ptee.weights import weights_hash
 
