@@ -107,8 +107,8 @@ def cli(ctx: click.Context) -> None:
 @DATA
 @click.option(
     "--recipe",
-    help="What to take for options that are not given: ptee (learned heads, each for itself, and gates), pteenet or eenet (the "
-    "papers'). Their values take the place of the defaults below.",
+    help="What to take for options that are not given: ptee (learned heads, each for itself, and gates), pteenet, eenet, ztw or "
+    "branchynet (the papers'). Their values take the place of the defaults below.",
 )
 @click.option(
     "--targets",
