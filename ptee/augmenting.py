@@ -23,7 +23,7 @@ from ptee.history import Epoch, History
 from ptee.measuring import measured, tuned
 from ptee.model import EarlyExitModel
 from ptee.placement import CHOSEN, PLACEMENTS
-from ptee.recipes import epochs_for, followed, shift_for
+from ptee.recipes import MAY_LOSE, RECIPE, epochs_for, followed, shift_for
 from ptee.settings import Settings
 from ptee.thresholds import Wish, remark, require_labels, require_reachable
 from ptee.tuning import Unseen, kept
@@ -55,6 +55,7 @@ def augment(o: Options, say: Say) -> None:
         say(said, err=True)
     wish = asked.wish(o)
     backbone, data, targets = _digits(o, say) if o["model"] is None else _model_and_data(o, say)
+    wish = wish or _usual_wish(data, o)
     if o["epochs"] == AUTO:
         o["epochs"] = epochs_for(len(data.train), o["batch_size"])
     o["epochs"] = o["epochs"] or EPOCHS
@@ -113,6 +114,13 @@ def _folder(o: Options) -> Path:
 
 def _file_name(model: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
+
+
+def _usual_wish(data: Data, o: Options) -> Wish | None:
+    """What thresholds are chosen by where nothing is said of them; None: the exits keep T as it is."""
+    if o["threshold"] or o["recipe"] != RECIPE:
+        return None
+    return Wish("max_drop" if data.validation[0][1] >= 0 else "max_fidelity_drop", MAY_LOSE)
 
 
 def _check_settings(o: Options) -> None:

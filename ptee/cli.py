@@ -106,21 +106,16 @@ def cli(ctx: click.Context) -> None:
 @PLACE
 @DATA
 @click.option(
-    "--recipe",
-    help="What to take for options that are not given: ptee (learned heads, each for itself, and gates), pteenet, eenet, ztw or "
-    "branchynet (the papers'). Their values take the place of the defaults below.",
-)
-@click.option(
     "--targets",
-    help="labels, pseudo (the backbone's answers) or soft (its probabilities). Default: labels where there are any.",
+    help="labels, pseudo (the backbone's answers) or soft (its probabilities).",
 )
-@click.option("--temperature", type=float, help="Of --targets soft, for --loss each: such as 2. Default: 1.")
-@click.option("--loss", help="v1, v2, mc or cost: the exits learn together; each: every exit for itself. Default: v1.")
+@click.option("--temperature", type=float, help="Of --targets soft, for --loss each: such as 2.")
+@click.option("--loss", help="v1, v2, mc or cost: the exits learn together; each: every exit for itself.")
 @click.option(
     "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
 )
 @click.option("--reach", is_flag=True, help="Weight each image at an exit by the chance to get there; for --loss each.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Default: 5; 30 on the digits.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images.")
 @click.option(
     "--cache/--no-cache",
     default=True,
@@ -130,13 +125,13 @@ def cli(ctx: click.Context) -> None:
 @click.option(
     "--augment",
     type=click.IntRange(min=1),
-    help="Views of each training image: itself, its mirror image, then random crops. Default: 1.",
+    help="Views of each training image: itself, its mirror image, then random crops.",
 )
 @click.option("--mirror/--no-mirror", default=True, help="Mirror images among the views; never of digits or signs.")
 @click.option(
     "--shift",
     type=click.IntRange(min=0),
-    help="Move feature maps by up to so many pixels of the input. Default: 0.",
+    help="Move feature maps by up to so many pixels of the input.",
 )
 @click.option(
     "--mixup",
@@ -145,10 +140,10 @@ def cli(ctx: click.Context) -> None:
     show_default=True,
     help="Mix two samples' features and targets, weights from Beta(X, X); for --loss each.",
 )
-@click.option("--optimizer", help="adam, adamw or muon, with which learned heads learn in fewer epochs. Default: adam.")
-@click.option("--lr", type=float, help="Learning rate. Default: 0.001.")
-@click.option("--schedule", help="Of the learning rate: constant or cosine. Default: constant.")
-@click.option("--weight-decay", type=float, help="Of matrices and convolutions. Default: 0.")
+@click.option("--optimizer", help="adam, adamw or muon, with which learned heads learn in fewer epochs.")
+@click.option("--lr", type=float, help="Learning rate.")
+@click.option("--schedule", help="Of the learning rate: constant or cosine.")
+@click.option("--weight-decay", type=float, help="Of matrices and convolutions.")
 @click.option(
     "--gate",
     help="Fit gates after the heads, which decide who leaves: agrees (is this answer the backbone's?), right (is it the "
@@ -194,7 +189,9 @@ def plan(as_json: bool, **o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""
     from ptee import asked
     from ptee.plans import make_plan
+    from ptee.recipes import followed
 
+    o = followed(o)
     backbone = asked.backbone(o)
     backbone.module.requires_grad_(False).eval()
     found = make_plan(backbone, **asked.placing(backbone, o))

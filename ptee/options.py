@@ -113,18 +113,22 @@ BACKBONE = _options(
 )
 PLACE = _options(
     click.option(
-        "--exits",
-        help="pareto, fine, golden, linear or quadratic; or auto, chosen with the training images (augment only); or fractions "
-        "0.2,0.5 (the first block that ends there or behind); or modules layer1,layer2. Default: pareto.",
+        "--recipe",
+        help="What is taken for exits, heads and training where the options below are not given: ptee (three learned heads, each "
+        "for itself, and gates; the default), or the papers' pteenet, eenet, ztw or branchynet. With --loss v1, v2, mc or cost: "
+        "none.",
     ),
     click.option(
-        "--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5; 3 on the digits."
+        "--exits",
+        help="pareto, fine, golden, linear or quadratic; or auto, chosen with the training images (augment only); or fractions "
+        "0.2,0.5 (the first block that ends there or behind); or modules layer1,layer2.",
     ),
+    click.option("--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5."),
     click.option(
         "--head",
         help="auto (learned, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a learned one by "
         "name (res-32x2-64x2); one, or one for each exit with commas between. With a + behind it (conv2+) a head builds on the "
-        "one before it. Default: pool; conv1 on the digits.",
+        "one before it.",
     ),
     click.option(
         "--head-budget",

@@ -8,12 +8,14 @@ from typing import Any
 from ptee.errors import PteeError, unknown
 from ptee.heads import AUTO
 
+RECIPE = "ptee"  # where none is named
+MAY_LOSE = 0.01  # of accuracy, or of the answers where there are no labels, by the thresholds that RECIPE is given
 # Without a recipe. `targets` then depends on whether there are labels, `head` and `epochs` on the data.
 PLAIN: dict[str, Any] = {
     "loss": "v1", "temperature": 1.0, "exits": "pareto", "augment": 1, "shift": 0,
     "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant",
 }  # fmt: skip
-FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 100, 5_000  # of a recipe that leaves the epochs to the number of images
+FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 40, 5_000  # of a recipe that leaves the epochs to the number of images
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then gates
@@ -58,22 +60,25 @@ def followed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options with what the recipe among them says in place of those that are None.
 
     Args:
-        given: options of `ptee augment` by name, "recipe" among them, which may be None.
+        given: options of `ptee augment` or `ptee plan` by name, "recipe" among them. None there is `RECIPE`, but for a loss that all heads
+            have together, which is another way altogether: nothing is then taken of any recipe.
 
     Raises:
         UnknownName: if there is no such recipe.
         PteeError: if an option that was given stands against the recipe.
     """
-    name = given["recipe"]
+    name = given["recipe"] or (RECIPE if given.get("loss") in (None, "each") else None)
     if name is not None and name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    says = dict(RECIPES.get(name, {}))
-    own = {key for key in says if given[key] is not None}
-    if name == "ptee" and given["front"] is not None:
+    says = dict(RECIPES.get(name, {}), recipe=name)
+    own = {key for key in says if given.get(key) is not None}
+    if name == RECIPE and given["num_exits"] is not None:
+        says["exits"] = PLAIN["exits"]  # and not the recipe's own three
+    elif name == RECIPE and given["front"] is not None:
         says["exits"] = "0.4,0.7"  # the front stands for the first
-    if own & {"exits", "head"} or given["front"] not in (None, AUTO):
+    if own & {"exits", "head"} or given["num_exits"] is not None or given["front"] not in (None, AUTO):
         says.pop("head_budget", None)  # it is of the recipe's own three heads
-    if says.get("loss") == "each" and given["loss"] not in (None, "each"):
+    if says.get("loss") == "each" and given.get("loss") not in (None, "each"):
         raise PteeError(
             f"The recipe {name!r} is heads that learn each for itself, and --loss {given['loss']} has them learn together. "
             "Leave one of the two out."

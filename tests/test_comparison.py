@@ -37,8 +37,9 @@ def network() -> nn.Module:
 
 def made(seed: int = 0) -> ptee.EarlyExitModel:
     """Exits on a copy of one backbone, whose heads differ from row to row and from seed to seed."""
+    backbone = copy.deepcopy(network())  # which sets a seed of its own, the first time
     torch.manual_seed(seed)
-    model = ptee.augment(copy.deepcopy(network()), exits=["0", "2"], input_size=SIZE)
+    model = ptee.augment(backbone, exits=["0", "2"], input_size=SIZE)
     with torch.no_grad():
         for p in model.heads.parameters():
             p += torch.randn_like(p)

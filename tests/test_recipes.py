@@ -7,14 +7,34 @@ import inspect
 import pytest
 
 from ptee.errors import PteeError, UnknownName
-from ptee.recipes import PLAIN, RECIPES, followed
+from ptee.recipes import FEWEST_EPOCHS, MOST_EPOCHS, PLAIN, RECIPE, RECIPES, epochs_for, followed, shift_for
 from ptee.training import train
 
-NONE = dict.fromkeys(("recipe", "exits", "head", "loss", "targets", "temperature", "schedule", "gate", "epochs"), None)
+OPTIONS = (
+    *(
+        "recipe",
+        "exits",
+        "num_exits",
+        "head",
+        "head_budget",
+        "front",
+        "loss",
+        "targets",
+        "temperature",
+        "schedule",
+        "gate",
+    ),
+    *("epochs", "augment", "shift", "optimizer", "lr", "weight_decay"),
+)
+NONE = dict.fromkeys(OPTIONS)
 
 
-def test_without_a_recipe_the_plain_way_is_gone():
-    assert followed(NONE) == NONE | PLAIN
+def test_where_no_recipe_is_named_it_is_ours():
+    assert followed(NONE) == NONE | PLAIN | RECIPES[RECIPE] | {"recipe": RECIPE}
+
+
+def test_a_loss_of_all_heads_together_is_another_way_and_takes_nothing_of_a_recipe():
+    assert followed(NONE | {"loss": "v1"}) == NONE | PLAIN | {"loss": "v1"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -37,6 +57,43 @@ def test_papers_whose_exits_learn_from_labels_each_for_itself(name, head):
         followed(NONE | {"recipe": name, "loss": "v1"})
 
 
+@pytest.mark.parametrize(
+    "said", [{"exits": "layer1,layer2"}, {"head": "pool"}, {"num_exits": 4}, {"front": "cifar_resnet20"}], ids=str
+)
+def test_the_budgets_of_three_heads_go_with_those_three(said):
+    assert followed(NONE | {"recipe": "ptee"})["head_budget"] == (0.15, 0.03, 0.03)
+    assert followed(NONE | {"recipe": "ptee"} | said)["head_budget"] is None
+
+
+def test_another_number_of_exits_is_placed_by_a_rule():
+    assert followed(NONE | {"num_exits": 4})["exits"] == "pareto"
+
+
+@pytest.mark.parametrize("front", ["cifar_resnet20", "auto"])
+def test_a_front_stands_for_the_first_exit(front):
+    assert followed(NONE | {"front": front})["exits"] == "0.4,0.7"
+
+
+def test_a_front_that_is_learnt_has_the_budget_of_the_first():
+    assert followed(NONE | {"front": "auto"})["head_budget"] == (0.15, 0.03, 0.03)
+
+
+def test_options_of_plan_alone_can_follow_a_recipe():
+    some = dict.fromkeys(("recipe", "exits", "num_exits", "head", "head_budget", "front"))
+    assert followed(some)["head"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"), [(50_000, 13), (640_000, FEWEST_EPOCHS), (1_800, MOST_EPOCHS), (20_000, 32)]
+)
+def test_epochs_are_as_many_as_give_enough_updates(images, epochs):
+    assert epochs_for(images, 128) == epochs
+
+
+def test_images_are_shifted_by_an_eighth_of_a_side():
+    assert shift_for((3, 32, 48)) == 4
+
+
 def test_a_temperature_goes_with_the_probabilities_it_is_of():
     got = followed(NONE | {"recipe": "ptee", "targets": "labels"})
     assert (got["targets"], got["temperature"]) == ("labels", 1.0)
@@ -57,4 +114,4 @@ def test_the_plain_way_is_that_of_train():
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     shared = PLAIN.keys() & defaults.keys()
     assert {name: PLAIN[name] for name in shared} == {name: defaults[name] for name in shared}
-    assert shared >= {"loss", "temperature", "schedule"}
+    assert shared >= {"loss", "temperature", "schedule", "optimizer", "lr", "weight_decay", "augment", "shift"}

@@ -22,13 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ptee
 from ptee import steps, training
 from ptee.errors import DataError, DeviceError, PteeError, RunError, UnknownName
 from ptee.losses import v1_loss
-from ptee.settings import TARGETS
+from ptee.settings import OPTIMIZERS, TARGETS
 from ptee.training import Epoch, History, train
 from ptee.weights import weights_hash
 
@@ -164,17 +165,12 @@ def test_one_seed_gives_one_result_and_another_seed_another():
 
 
 @pytest.fixture
-def rates(monkeypatch) -> list[float]:
-    """The learning rate of each step that Adam takes."""
+def rates() -> Iterator[list[float]]:
+    """The learning rate of each step that the optimiser takes."""
     rates: list[float] = []
-
-    class Telling(torch.optim.Adam):
-        def step(self, *args: Any, **more: Any) -> Any:
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*args, **more)
-
-    monkeypatch.setattr(torch.optim, "Adam", Telling)
-    return rates
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    yield rates
+    hook.remove()
 
 
 @pytest.mark.parametrize(
@@ -440,6 +436,7 @@ REFUSED = {
     "true for a number": ({"epochs": True}, PteeError, "epochs True.*whole number"),
     "a learning rate in words": ({"lr": "0.1"}, PteeError, "lr '0.1'.*number"),
     "no view": ({"augment": 0}, PteeError, "augment 0"),
+    "an optimiser": ({"optimizer": "muonn"}, UnknownName, "muonn.*Did you mean 'muon'"),
     "a schedule": ({"schedule": "cosin"}, UnknownName, "cosin.*Did you mean 'cosine'"),
     "no temperature": ({"loss": "each", "targets": "soft", "temperature": 0.0}, PteeError, "temperature 0.0"),
     "a temperature for exits that learn together": (
@@ -672,6 +669,27 @@ def test_more_epochs_can_be_added_later(tmp_path):
     assert same(heads(model), heads(whole))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimiser_learns_and_goes_on_where_it_was_interrupted(optimizer, tmp_path):
+    settings = {"optimizer": optimizer, "weight_decay": 0.05, "loss": "each"}
+    whole, model = made("conv1"), made("conv1")
+    history = fit(whole, epochs=4, **settings)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    for epochs in (2, 4):
+        fit(model, epochs=epochs, checkpoint=tmp_path / "c.safetensors", resume=True, **settings)
+    assert same(heads(model), heads(whole))
+
+
+def test_optimisers_differ():
+    made_by = {}
+    for optimizer in OPTIMIZERS:
+        model = made("conv1")
+        fit(model, optimizer=optimizer, weight_decay=0.05)
+        made_by[optimizer] = heads(model)
+    assert not same(made_by["adam"], made_by["adamw"])
+    assert not same(made_by["adamw"], made_by["muon"])
+
+
 def test_more_epochs_would_be_another_cosine(tmp_path):
     settings = {"schedule": "cosine", "checkpoint": tmp_path / "c.safetensors"}
     fit(made(), epochs=2, **settings)
@@ -705,7 +723,7 @@ def checkpoint(tmp_path) -> Path:
 
 OTHER = [
     ("targets", "soft"), ("loss", "v2"), ("cost_weight", 0.5), ("batch_size", 8), ("lr", 0.5), ("weight_decay", 0.5), ("seed", 3),
-    ("precision", "bf16"), ("patience", 3), ("schedule", "cosine"),
+    ("precision", "bf16"), ("patience", 3), ("schedule", "cosine"), ("optimizer", "muon"),
 ]  # fmt: skip
 
 
@@ -811,7 +829,7 @@ def odd_heads(file: Path) -> None:
 
 
 def odd_optimiser(file: Path) -> None:
-    rewritten(file, adam__x=torch.zeros(1))
+    rewritten(file, optimizer__x=torch.zeros(1))
 
 
 @pytest.mark.parametrize(
