@@ -279,6 +279,12 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     show_default=True,
     help="Of accuracy (without labels: fidelity) that are allowed; 0.01 is one point.",
 )
+@click.option(
+    "--lines",
+    default="learned,one_threshold,max_prob,entropy,patience,oracle,truncation",
+    show_default=True,
+    help="Which lines each run gets, for a short table of many runs. What is said in words is of these.",
+)
 @MOVED_WEIGHTS
 @DATA
 @DEVICE
@@ -288,13 +294,14 @@ def compare(run: tuple[str, ...], as_json: bool, **o: Any) -> None:
 
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
-    from ptee.comparison import checked_drops, named_networks, names_of
+    from ptee.comparison import checked_drops, checked_lines, named_networks, names_of
     from ptee.comparison import compare as measure
     from ptee.devices import resolve_device
     from ptee.reopening import reopened
     from ptee.tuning import parts_for_all
 
     device, drops = resolve_device(o["device"]), checked_drops(o["drops"])
+    lines = checked_lines([name.strip() for name in o["lines"].split(",")])
     static = named_networks(o["static"])
     opened = [reopened(name, o) for name in run]
     parts = parts_for_all([each.unseen for each in opened])
@@ -306,6 +313,7 @@ def compare(run: tuple[str, ...], as_json: bool, **o: Any) -> None:
             parts.report,
             static=static,
             drops=drops,
+            lines=lines,
             batch_size=o["batch_size"],
             num_workers=o["workers"],
             device=device,

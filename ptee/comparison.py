@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from ptee.backbones import OTHERWISE, Backbone, load_backbone
 from ptee.batches import batches, split_batch
 from ptee.costs import count
 from ptee.devices import resolve_device
-from ptee.errors import BackboneError, PteeError
+from ptee.errors import BackboneError, PteeError, unknown
 from ptee.freezing import modes, set_modes
 from ptee.front import Prepare, require_same_question
 from ptee.model import EarlyExitModel
@@ -34,13 +35,15 @@ from ptee.weights import weights_hash
 DROPS = (0.0, 0.005, 0.01, 0.02)
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
-WAYS = {  # of a run to decide who leaves: policy, and whether all exits have the same threshold
-    "": ("learned", False),
-    ", one T": ("learned", True),
-    ", max probability": ("max_prob", False),
-    ", entropy (BranchyNet)": ("entropy", False),
-    ", patience": ("patience", False),
+ROUNDING = 1e-9  # of sums of shares
+WAYS = {  # of a run to decide who leaves: words behind its name, policy, and whether all exits have the same threshold
+    "learned": ("", "learned", False),
+    "one_threshold": (", one T", "learned", True),
+    "max_prob": (", max probability", "max_prob", False),
+    "entropy": (", entropy (BranchyNet)", "entropy", False),
+    "patience": (", patience", "patience", False),
 }
+LINES = (*WAYS, "oracle", "truncation")  # of a run
 INSTEAD = {  # of early exits: kinds of lines
     "static": "a smaller network alone",
     "cascade": "two networks one after the other",
@@ -72,7 +75,7 @@ class Entry:
 
     def within(self, drop: float) -> bool:
         """Whether no more is lost, on the calibration and on the report images."""
-        return max(self.drop, self.drop_in_calibration) <= drop + 1e-9  # of rounding
+        return max(self.drop, self.drop_in_calibration) <= drop + ROUNDING
 
     @property
     def words(self) -> str:
@@ -147,7 +150,7 @@ class Comparison:
         """What saves anything within a drop, the cheapest first. The oracle is no way to answer."""
         found = []
         for line in self.lines:
-            inside = [e for e in line.entries if e.within(drop) and e.cost < 1]
+            inside = [e for e in line.entries if e.within(drop) and e.cost < 1 - ROUNDING]
             if inside and line.kind != "oracle":
                 found.append(Found(line, min(inside, key=lambda e: e.cost)))
         return sorted(found, key=lambda f: f.entry.cost)
@@ -180,9 +183,14 @@ class Comparison:
             f"of {measure} over each column.\nIn each cell: cost, multiply-accumulates over the bare backbone's, heads "
             "included; and in parentheses the drop that it really has\non the images that are reported on, with 95 % "
             f"intervals of up to {widest / 2:.4f} to each side. Below, what keeps to a drop keeps to it on both."
-            + "\nOracle: everybody leaves at the first exit that agrees with the backbone, which nothing can know."
+            + self._of_oracles()
             + "".join(f"\n{sentence}" for sentence in self.verdict)
         )  # fmt: skip
+
+    def _of_oracles(self) -> str:
+        if not any(line.kind == "oracle" for line in self.lines):
+            return ""
+        return "\nOracle: everybody leaves at the first exit that agrees with the backbone, which nothing can know."
 
     def _cells(self, line: Line) -> tuple[str, ...]:
         if line.entries[0].allowed is None:
@@ -201,6 +209,7 @@ def compare(
     *,
     static: Mapping[str, str | nn.Module | Backbone] | None = None,
     drops: Sequence[float] = DROPS,
+    lines: Sequence[str] = LINES,
     batch_size: int = 128,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -219,6 +228,7 @@ def compare(
         static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
             `ptee.backbones.load_backbone` gave, or a module that takes images as the backbone does.
         drops: of accuracy (without labels: fidelity) that are allowed; .01 is one point.
+        lines: which of `LINES` each model gets; fewer make a short table of many models. What is said in words is of these.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the first model is.
@@ -226,31 +236,31 @@ def compare(
         about: a sentence about the data, kept with the results.
 
     Raises:
-        PteeError: if the backbones differ, a network cannot take part, or a drop or the data cannot be used.
+        PteeError: if the backbones differ, a network cannot take part, or a drop, a line or the data cannot be used.
     """
-    allowed = checked_drops(drops)
+    allowed, wanted = checked_drops(drops), checked_lines(lines)
     first = _of_one_backbone(models)
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
     for data in (calibration, report):
         _require_order(data)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
     images = _Images(calibration, report, place, batch_size, num_workers, progress)
-    lines: list[Line] = []
+    found: list[Line] = []
     pair = None
     for name, model in models.items():
         pair = _recorded(model, images)
-        lines += _bar(_of_run(name, pair, allowed), f"thresholds of {name}", progress)
+        found += _bar(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", progress)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
         beside = Pair(
             *(_beside(logits, t, cost) for logits, t in zip(_said(network, first, images), pair, strict=True))
         )
-        lines += _of_network(name, first.plan.backbone, beside, allowed)
+        found += _of_network(name, first.plan.backbone, beside, allowed)
     accuracy = pair.report.score(pair.report.at(len(pair.report.costs) - 1)).accuracy
     chosen_on, samples = (t.answers.shape[1] for t in pair)
     note = pair.calibration.note or pair.report.note
-    return Comparison(first.plan.backbone, allowed, tuple(lines), chosen_on, samples, accuracy, about, note)
+    return Comparison(first.plan.backbone, allowed, tuple(found), chosen_on, samples, accuracy, about, note)
 
 
 def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:
@@ -264,6 +274,23 @@ def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:
         found = f"A drop of {wrong[0]:g} cannot be" if wrong else "No drop is given"
         raise PteeError(f"{found}: give fractions between 0 and 1, such as 0.01 for one point.")
     return tuple(sorted({float(drop) for drop in drops}))
+
+
+def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
+    """Names of a run's lines, in the order of the table.
+
+    Raises:
+        UnknownName: if one is none of `LINES`.
+        PteeError: if there is no way to decide who leaves among them, so that nothing could be said of the run.
+    """
+    for name in lines:
+        if name not in LINES:
+            raise unknown("line", name, LINES)
+    if not set(lines) & set(WAYS):
+        raise PteeError(
+            f"No way to decide who leaves is among the lines ({', '.join(lines) or 'none'}). Add one or more of {', '.join(WAYS)}."
+        )
+    return tuple(name for name in LINES if name in lines)
 
 
 def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
@@ -287,8 +314,8 @@ def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
 
 
 def names_of(runs: Sequence[str]) -> list[str]:
-    """What to call runs: the last part of each path, or the whole path where two end alike."""
-    ends = [run.rstrip("/").rpartition("/")[-1] for run in runs]
+    """What to call runs: the name of each one's folder, or the whole path where two are called alike."""
+    ends = [Path(run).absolute().name for run in runs]
     return [end if ends.count(end) == 1 else run for run, end in zip(runs, ends, strict=True)]
 
 
@@ -434,13 +461,14 @@ def _beside(logits: Tensor, whole: Traces, cost: float) -> Traces:
 # ---------------------------------------------------------------------------------------------------- what it comes to
 
 
-def _of_run(name: str, pair: Pair, drops: Sequence[float]) -> Iterator[Line]:
-    for words, (policy, one) in WAYS.items():
+def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]) -> Iterator[Line]:
+    for words, policy, one in (way for key, way in WAYS.items() if key in wanted):
         yield _tuned(name + words, "adaptive", Pair(*(t.under(policy) for t in pair)), drops, one)
-    last = pair.report.answers.shape[0] - 1
-    agreeing = _entry(pair, lambda t: first_to_give(t, t.answers[last]))
-    yield Line(f"{name}, oracle", "oracle", (agreeing,))
-    for n in _worth_cutting_at(truncation(pair.calibration)):
+    if "oracle" in wanted:
+        last = pair.report.answers.shape[0] - 1
+        agreeing = _entry(pair, lambda t: first_to_give(t, t.answers[last]))
+        yield Line(f"{name}, oracle", "oracle", (agreeing,))
+    for n in _worth_cutting_at(truncation(pair.calibration)) if "truncation" in wanted else []:
         yield Line(f"{name}, truncation at exit {n}", "truncation", (_cut_off(pair, n),))
 
 

@@ -3,6 +3,13 @@
 Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes) and
 a confidence logit w2 v + b2, with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2); a gate may take the place of the latter.
 `HEADS` names the ways to make v.
+
+A name with a `+` behind it, such as `conv2+`, is a head that builds on the answer of the exit before it: that answer's
+log-probabilities are added to the head's own logits, times one number which is learnt with the head and is 0 at first. So
+what it answers is a weighted geometric mean of the answers so far, as in Zero Time Waste (ZTW: Wołczyk et al., NeurIPS
+2021), and as there no gradient flows from it into the exit before. What is not done of ZTW: its heads read the answer
+before among their features, with a weight for each pair of classes; and the weights of its mean are learnt when the heads
+are done, for each earlier exit freely. Here an earlier exit weighs the product of the numbers between.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from ptee.gates import Gate
 from ptee.layout import Layout
 
 AUTO = "auto"  # the name of a head that is sized when exits are planned (`learned`)
+BUILDS_ON = "+"  # behind the name of a head that builds on the one before it
 
 FeatureFactory = Callable[[int, int, int], nn.Module]
 
@@ -67,6 +75,8 @@ class ExitHead(nn.Module):
         looks_back: it reads what the exits before it said, or the next one what this one did.
         passes_on: (c, h, w) of the map that it makes for the next head; None where it makes none.
         gate: what the confidence comes from instead of the layer of that name; None where it does not.
+        trust: (), how much of the answer before is added to its own; None where it builds on none.
+        teaches_back: its gradient flows through that answer into the exit before.
 
     Args:
         layout: how the cut's tensor lies in memory.
@@ -77,6 +87,7 @@ class ExitHead(nn.Module):
 
     looks_back: bool = False
     passes_on: tuple[int, int, int] | None = None
+    teaches_back: bool = False
 
     def __init__(self, layout: Layout, features: nn.Module, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -86,6 +97,12 @@ class ExitHead(nn.Module):
         self.logits: nn.Module = nn.Linear(num_features, num_classes)
         self.confidence = nn.Linear(num_features, 1)
         self.gate: Gate | None = None
+        self.trust: nn.Parameter | None = None
+
+    def build_on_answers(self) -> None:
+        """From now on its answer begins at that of the exit before it, where there is one; not at once, as trust is 0."""
+        self.trust = nn.Parameter(torch.zeros(()))
+        self.looks_back = True
 
     def put_gate(self, gate: Gate) -> None:
         """From now on confidence comes from this gate, in place of an earlier one.
@@ -148,7 +165,10 @@ class ExitHead(nn.Module):
 
     def _logits(self, v: Tensor, trail: Trail) -> Tensor:
         logits: Tensor = self.logits(v)
-        return logits
+        if self.trust is None or not trail.answers:
+            return logits
+        before = trail.answers[-1] if self.teaches_back else trail.answers[-1].detach()
+        return logits + self.trust * before.log_softmax(-1).to(logits.dtype)
 
     def _confidence(self, v: Tensor) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
@@ -230,14 +250,14 @@ def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
     """Add a head of your own, to be named wherever a head is named.
 
     Args:
-        name: the new head's name; one that exists is refused.
+        name: the new head's name; one that exists is refused, and one with a + at its end.
 
     Returns:
         A decorator for a function or class `(channels, height, width) -> nn.Module` whose module maps a feature map
         (b, c, h, w) to a feature vector (b, F). ptee puts the two linear layers behind it.
 
     Raises:
-        PteeError: if the name is taken.
+        PteeError: if the name is taken, or ends in +.
 
     >>> @register_head("maxpool")
     ... def maxpool(channels, height, width):
@@ -247,6 +267,11 @@ def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
     def add(factory: FeatureFactory) -> FeatureFactory:
         own = HEADS.get(name)
         again = own is not None and _where(own) == _where(factory)  # a notebook cell that is run twice
+        if name.endswith(BUILDS_ON):
+            raise PteeError(
+                f"The head name {name!r} ends in {BUILDS_ON}, which says that a head builds on the one before it. Register "
+                f"{name.rstrip(BUILDS_ON)!r}, and name it with the {BUILDS_ON} where it shall."
+            )
         if (own is not None and not again) or re.fullmatch(r"conv\d+", name):
             raise PteeError(f"The head name {name!r} is taken. Register yours under another name.")
         HEADS[name] = factory
@@ -263,7 +288,7 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
     """Build a head by name.
 
     Args:
-        name: one of `HEADS`, or convN with N blocks.
+        name: one of `HEADS`, or convN with N blocks; with a + behind it, one that builds on the answer before.
         layout: of the cut it will read.
         num_classes: K.
 
@@ -271,15 +296,19 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
         UnknownName: if there is no such head.
         PteeError: if a registered head does not give one vector for each row, overwrites its input, or mixes rows.
     """
-    factory = HEADS.get(name)
-    if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", name)):
+    own = name.removesuffix(BUILDS_ON)
+    factory = HEADS.get(own)
+    if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", own)):
         factory = _conv(int(match[1]))
     if factory is None:
         raise unknown(
             "head", name, [*HEADS, "convN with a number, such as conv4", "auto", "res-32x2-64x2 and its likes"]
         )
     features = factory(layout.channels, layout.height, layout.width)
-    return ExitHead(layout, features, _width(name, features, layout), num_classes)
+    head = ExitHead(layout, features, _width(own, features, layout), num_classes)
+    if own != name:
+        head.build_on_answers()
+    return head
 
 
 def _width(name: str, features: nn.Module, layout: Layout) -> int:

@@ -1,10 +1,9 @@
 """Learned heads: small residual networks, as large as a budget allows, which build on the exit before them.
 
 A head's name says what it is: `res-32x2-64x2+` has two stages, of two residual blocks each with 32 and 64 channels, and each
-stage halves the sides of the map; `16x3s1` would leave them. `+`: it also reads the map that the head before it made on
-its way, so what an earlier exit computed is not thrown away by a later one, and its answer begins at the answer before
-(heads that build on one another, and the weighted geometric mean of their answers: Zero Time Waste, Wołczyk et al.,
-NeurIPS 2021).
+stage halves the sides of the map; `16x3s1` would leave them. `+`: its answer begins at the answer before, as with every
+head (`heads`), and it also reads the map that the head before it made on its way, so what an earlier exit computed is not
+thrown away by a later one. Such heads are one network along the backbone, and learn as one: gradients flow back.
 """
 
 from __future__ import annotations
@@ -142,6 +141,8 @@ class LearnedHead(ExitHead):
         before: (c, h, w) of the map that the head before makes; None where there is none.
     """
 
+    teaches_back = True  # as its link does
+
     def __init__(self, blueprint: Blueprint, layout: Layout, num_classes: int, before: Shape | None) -> None:
         widths = [layout.channels, *(s.channels for s in blueprint.stages)]
         blocks: list[list[nn.Module]] = [
@@ -151,13 +152,12 @@ class LearnedHead(ExitHead):
         first, rest = blocks[0][0], [block for stage in blocks for block in stage][1:]
         entry = nn.Sequential(nn.BatchNorm2d(layout.channels), first)
         super().__init__(layout, nn.ModuleDict({"entry": entry, "rest": nn.Sequential(*rest)}), widths[-1], num_classes)
-        self.looks_back = blueprint.linked
         self.passes_on = blueprint.map_of((layout.channels, layout.height, layout.width))
         self.link: nn.Module | None = None
         if blueprint.linked and before is not None:
             self.link = nn.Sequential(nn.Conv2d(before[0], widths[1], 1, bias=False), nn.BatchNorm2d(widths[1]))
-        # How far its answer begins at the answer before; none at first.
-        self.trust = nn.Parameter(torch.zeros(())) if blueprint.linked else None
+        if blueprint.linked:
+            self.build_on_answers()
 
     def read(self, z: Tensor) -> Tensor:
         """The map itself: every part of the head learns."""
@@ -176,12 +176,6 @@ class LearnedHead(ExitHead):
             y = y + _linked(self.link, trail.map, y.shape[-2:])
         y = features["rest"](y)
         return self._say(y.mean((2, 3)), trail, y)
-
-    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
-        logits = super()._logits(v, trail)
-        if self.trust is None or not trail.answers:
-            return logits
-        return logits + self.trust * trail.answers[-1].log_softmax(-1).to(logits.dtype)
 
 
 def _linked(link: nn.Module, made: Tensor, size: torch.Size) -> Tensor:
@@ -218,14 +212,15 @@ def make_heads(
     """
     heads = [] if first is None else [first]
     for name, layout in list(zip(names, layouts, strict=True))[len(heads) :]:
-        before = heads[-1].passes_on if heads else None
-        blueprint = Blueprint.of(name)
-        if blueprint is None:
-            heads.append(make_head(name, layout, num_classes))
-        elif blueprint.linked and not heads:
+        blueprint, before = Blueprint.of(name), heads[-1].passes_on if heads else None
+        head = (
+            make_head(name, layout, num_classes)
+            if blueprint is None
+            else LearnedHead(blueprint, layout, num_classes, before)
+        )
+        if head.trust is not None and not heads:
             raise PteeError(f"The first head {name!r} has none before it to build on. Leave out the +.")
-        else:
-            heads.append(LearnedHead(blueprint, layout, num_classes, before))
+        heads.append(head)
     return heads
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ptee.cuts import Cut
 from ptee.errors import PteeError
 from ptee.front import FRONT, FrontHead
-from ptee.heads import AUTO
+from ptee.heads import AUTO, BUILDS_ON
 from ptee.learned import sized_names
 
 HEAD_BUDGET = 0.05  # share of the backbone that an "auto" head may cost where nothing is said
@@ -50,9 +50,10 @@ def head_names(
 
 
 def _names(head: str | Sequence[str], exits: int, front: FrontHead | str | None) -> list[str]:
-    """Of the heads; what stands in front goes without saying."""
+    """Of the heads; what stands in front goes without saying. One name for all: the first head has none to build on."""
     if front is None:
-        return _one_each("head", head, exits)
+        first, *others = _one_each("head", head, exits)
+        return [first.removesuffix(BUILDS_ON) if len(_as_list(head)) == 1 else first, *others]
     if isinstance(front, str):
         given = _as_list(head)
         return [AUTO, *given * (exits - 1)] if len(given) == 1 else _one_each("head", head, exits)

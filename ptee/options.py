@@ -115,7 +115,8 @@ PLACE = _options(
     click.option(
         "--recipe",
         help="What is taken for exits, heads and training where the options below are not given: ptee (three learned heads, each "
-        "for itself, and gates; the default), or the papers' pteenet or eenet. With --loss v1, v2, mc or cost: none.",
+        "for itself, and gates; the default), or the papers' pteenet, eenet, ztw or branchynet. With --loss v1, v2, mc or cost: "
+        "none.",
     ),
     click.option(
         "--exits",
@@ -126,7 +127,8 @@ PLACE = _options(
     click.option(
         "--head",
         help="auto (learned, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a learned one by "
-        "name (res-32x2-64x2); one, or one for each exit with commas between.",
+        "name (res-32x2-64x2); one, or one for each exit with commas between. With a + behind it (conv2+) a head builds on the "
+        "one before it.",
     ),
     click.option(
         "--head-budget",

@@ -29,6 +29,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pteenet": {"exits": "fine", "head": "conv2", "loss": "v1", "targets": "pseudo"},
     # Demir & Akbas, thesis 2019 and arXiv 2409.05336: the smallest heads, every blended answer judged.
     "eenet": {"exits": "pareto", "head": "bnpool", "loss": "v2"},
+    # Wołczyk et al., NeurIPS 2021: each answer builds on the one before; `heads` says what is done of it and what is not.
+    "ztw": {"exits": "pareto", "head": "conv2+", "loss": "each", "targets": "labels"},
+    # Teerapittayanon et al., ICPR 2016: the exits' cross-entropies together, here of heads on a frozen backbone. Rows leave
+    # by entropy there: a policy for each run in `ptee compare`.
+    "branchynet": {"exits": "pareto", "head": "conv2", "loss": "each", "targets": "labels"},
 }  # fmt: skip
 
 

@@ -30,9 +30,9 @@ def labelled(n: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, *SIZE, generator=generator), torch.randint(K, (n,), generator=generator)
 
 
-def linked() -> ptee.EarlyExitModel:
-    """A model for images of (3, 32, 32) with learned heads, the last of which builds on what the others say."""
-    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head=HEADS)
+def linked(head: str | list[str] = HEADS) -> ptee.EarlyExitModel:
+    """A model for images of (3, 32, 32), with learned heads if none are named, the last of which builds on the others."""
+    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head=head)
     with torch.no_grad():
         model.heads[2].trust.fill_(0.7)
     return model

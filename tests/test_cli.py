@@ -273,6 +273,10 @@ WORDS = {
     "one threshold without a wish": (["augment", "--one-threshold"], "--one-threshold needs one of --max-drop"),
     "tuning no folder": (["tune", "user/run", "--max-drop", "0.1"], "no folder user/run"),
     "a comparison of nothing": (["compare"], "RUN"),
+    "a line that is none": (
+        ["compare", "EMPTY", "--lines", "learned,max"],
+        "Unknown line 'max'. Did you mean 'max_prob'",
+    ),
     "a comparison of no run": (["compare", "EMPTY"], "config.json"),
     "a drop that is no fraction": (["compare", "EMPTY", "--drops", "0.01,2"], "A drop of 2 cannot be: give fractions"),
     "drops of words": (["compare", "EMPTY", "--drops", "low"], "low"),
@@ -323,6 +327,7 @@ AUGMENT = {
     "a folder that is not there": ([*RANDOM, "--data", "nowhere"], "no folder 'nowhere', and no data set.*digits, "),
     "a data set that lies elsewhere": ([*RANDOM, "--data", "CIFAR10"], "CIFAR10.*--data-root"),
     "labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--targets", "labels"], "cat, dog.*--targets pseudo"),
+    "a recipe for labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--recipe", "ztw"], "cat, dog.*--targets pseudo"),
     "unknown targets": ([*RANDOM, "--data", "TEN", "--targets", "pseudos"], "pseudos.*Did you mean 'pseudo'"),
     "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "v3.*Did you mean"),
     "an unknown precision": ([*RANDOM, "--data", "TEN", "--precision", "bf61"], "bf61.*Did you mean"),
@@ -736,6 +741,14 @@ def test_compare_prints_a_table_for_people(run, finished, things):
     assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
     for words in ("cannot be mapped", "<= 0.1 lost", "out, oracle", "drop of fidelity", "At most 0.1 lost: "):
         assert words in done.out
+
+
+def test_a_run_of_heads_that_build_on_one_another_is_compared_by_the_lines_that_are_asked_for(run, known):
+    assert run("augment", *known, *SHORT, "--recipe", "ztw", "--no-speed", "--out", "runs/ztw").status == 0
+    heads = [each["head"] for each in json.loads(Path("runs/ztw/config.json").read_text())["exits"]]
+    assert heads == ["conv2", "conv2+"]
+    done = run("compare", "runs/ztw", "--lines", "entropy, learned", "--json")
+    assert [each["name"] for each in json.loads(done.out)["lines"]] == ["ztw", "ztw, entropy (BranchyNet)"]
 
 
 def test_runs_of_another_backbone_are_not_compared(run, finished, things):

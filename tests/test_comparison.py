@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
 from ptee.backbones import load_backbone
-from ptee.comparison import Comparison, Entry, Line, compare, named_networks, names_of
+from ptee.cli import cli
+from ptee.comparison import LINES, Comparison, Entry, Line, compare, named_networks, names_of
 from ptee.costs import count
 from ptee.errors import PteeError, UnknownName
 from ptee.front import named_front
@@ -36,8 +37,9 @@ def network() -> nn.Module:
 
 def made(seed: int = 0) -> ptee.EarlyExitModel:
     """Exits on a copy of one backbone, whose heads differ from row to row and from seed to seed."""
+    backbone = copy.deepcopy(network())  # which sets a seed of its own, the first time
     torch.manual_seed(seed)
-    model = ptee.augment(copy.deepcopy(network()), exits=["0", "2"], input_size=SIZE)
+    model = ptee.augment(backbone, exits=["0", "2"], input_size=SIZE)
     with torch.no_grad():
         for p in model.heads.parameters():
             p += torch.randn_like(p)
@@ -247,6 +249,12 @@ def test_where_no_run_saves_anything_it_is_said():
     assert "none of which saves anything" in said(nothing, Line("other", "cascade", (entry(0.4, 0),)))
 
 
+def test_what_costs_less_by_rounding_alone_costs_no_less():
+    assert said(Line("ours", "adaptive", (entry(1 - 2**-52, 0, 0.01),))).endswith(
+        "nothing costs less than the bare backbone."
+    )
+
+
 def test_it_prints_as_a_table_with_a_sentence_for_each_drop():
     found = compared()
     text = str(found).splitlines()
@@ -263,6 +271,44 @@ def test_it_is_json_with_everything_in_it():
     assert [each["name"] for each in back["lines"]] == [each.name for each in found.lines]
     assert back["lines"][0]["entries"][0].keys() >= {"allowed", "cost", "drop", "interval", "threshold", "off"}
     assert back["verdict"] == found.verdict
+
+
+def test_a_run_gets_the_lines_that_are_asked_for_and_they_are_as_before():
+    every, some = compared(), compared(lines=["max_prob", "learned"])
+    names = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
+    assert [each.name for each in some.lines] == [*names, "small", "small, then Sequential"]
+    assert all(line(every, each.name) == each for each in some.lines)
+    assert "Oracle" in str(every)
+    assert "Oracle" not in str(some)
+
+
+def test_the_command_has_every_line_where_none_is_asked_for():
+    option = next(p for p in cli.commands["compare"].params if p.name == "lines")
+    assert option.default.split(",") == list(LINES)
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "said"),
+    [
+        (["learnt"], UnknownName, "Unknown line 'learnt'. Did you mean 'learned'"),
+        (
+            ["oracle"],
+            PteeError,
+            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of learned, ",
+        ),
+        ([], PteeError, r"\(none\). Add"),
+    ],
+    ids=str,
+)
+def test_lines_that_say_nothing_of_a_run_are_refused(lines, error, said):
+    with pytest.raises(error, match=said):
+        compared(lines=lines)
+
+
+def test_a_run_is_called_as_its_folder_is_also_from_within(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert names_of([".", "../other/"]) == ["mine", "other"]
 
 
 def test_drops_are_sorted_and_each_is_there_once():

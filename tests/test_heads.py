@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ptee
 from ptee import heads
 from ptee.errors import PteeError, UnknownName
-from ptee.heads import HEADS, ExitHead, confidence_of, make_head, register_head
+from ptee.heads import HEADS, ExitHead, Trail, confidence_of, make_head, register_head
 from ptee.layout import Layout
 
 b, K, C, H, W = 4, 5, 6, 4, 3
@@ -87,6 +87,54 @@ def test_every_head_is_made_in_training_mode_with_statistics_as_new(name):
     assert all(not norm.running_mean.any() and norm.num_batches_tracked == 0 for norm in norms)
 
 
+# ---------------------------------------------------------------------------------------------------- one upon another
+
+
+def trusting(name: str, trust: float) -> ExitHead:
+    """A head that builds on the answer before, and how far."""
+    head = make_head(f"{name}+", MAP, K).eval()
+    with torch.no_grad():
+        head.trust.fill_(trust)
+    return head
+
+
+@each_head
+def test_the_answer_of_a_head_that_builds_on_another_begins_at_the_answer_before(name):
+    head, z, before = trusting(name, 0.5), torch.randn(b, C, H, W), torch.randn(b, K)
+    alone, built = head.follow(z, Trail()), head.follow(z, Trail((torch.randn(b, K), before)))
+    torch.testing.assert_close(built.logits, alone.logits + 0.5 * before.log_softmax(-1))
+    assert torch.equal(built.trail.answers[-1], built.logits)
+    assert torch.equal(head.answer(head.read(z), Trail((before,))).logits, built.logits)
+
+
+def test_an_answer_is_the_weighted_geometric_mean_of_those_so_far():
+    heads, z = [make_head("pool", MAP, K), trusting("pool", 0.5), trusting("pool", 0.8)], torch.randn(b, C, H, W)
+    trail, own = Trail(), [head.follow(z, Trail()).logits.softmax(-1) for head in heads]
+    for head in heads:
+        said = head.follow(z, trail)
+        trail = said.trail
+    mean = own[2] * own[1] ** 0.8 * own[0] ** (0.8 * 0.5)
+    torch.testing.assert_close(said.logits.softmax(-1), mean / mean.sum(-1, keepdim=True))
+
+
+@each_head
+def test_a_new_head_trusts_nobody_and_learns_to_without_teaching_the_one_before(name):
+    head, z, before = make_head(f"{name}+", MAP, K), torch.randn(b, C, H, W), torch.randn(b, K, requires_grad=True)
+    assert count(head) == count(make_head(name, MAP, K)) + 1
+    logits = head.follow(z, Trail((before,))).logits
+    logits.square().sum().backward()
+    assert before.grad is None
+    assert head.trust.grad != 0
+    assert (head.trust, head.looks_back) == (0, True)
+
+
+def test_a_name_of_ones_own_does_not_end_in_plus(registry):
+    with pytest.raises(PteeError, match=r"'mine\+' ends in \+.*Register 'mine'"):
+        register_head("mine+")(lambda channels, height, width: nn.Flatten())
+    add_maxpool()
+    assert make_head("maxpool+", MAP, K).looks_back
+
+
 # ---------------------------------------------------------------------------------------------------- the papers' heads
 
 TWO_LAYERS = {"vector": C * K + K + C + 1, "map": C * H * W * K + K + C * H * W + 1}  # on v of C, and of C H W numbers
@@ -127,9 +175,11 @@ def test_conv_heads_keep_channels_and_size():
     assert features[:-1](torch.randn(b, C, H, W)).shape == (b, C, H, W)
 
 
-@pytest.mark.parametrize("name", ["conv0", "conv", "conv100", "convX", "conv-1", "pol", ""])
+@pytest.mark.parametrize("name", ["conv0", "conv", "conv100", "convX", "conv-1", "pol", "", "pol+"])
 def test_a_head_that_does_not_exist_is_unknown(name):
-    with pytest.raises(UnknownName, match=f"Unknown head '{name}'.*convN with a number, such as conv4") as error:
+    with pytest.raises(
+        UnknownName, match=f"Unknown head '{re.escape(name)}'.*convN with a number, such as conv4"
+    ) as error:
         make_head(name, MAP, K)
     assert not re.search(f"Did you mean.*'{name}'", str(error.value))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
-from small import leaving_everywhere, linked
+from small import HEADS, leaving_everywhere, linked
 from torch import Tensor, nn
 
 import ptee
@@ -88,8 +89,9 @@ def test_only_the_heads_that_are_left_to_the_budget_are_sized():
 
 
 def test_the_first_head_has_none_to_build_on():
-    with pytest.raises(PteeError, match=r"res-8x1\+.*none before it"):
-        make_heads(["res-8x1+"], [layout(8, 8)], K)
+    for name in ("res-8x1+", "pool+"):
+        with pytest.raises(PteeError, match=rf"{re.escape(name)}.*none before it"):
+            make_heads([name], [layout(8, 8)], K)
     with pytest.raises(UnknownName, match="learned"):
         make_heads(["learned"], [layout(8, 8)], K)
 
@@ -100,6 +102,9 @@ def test_the_first_head_has_none_to_build_on():
 @pytest.fixture
 def model() -> ptee.EarlyExitModel:
     return linked()
+
+
+of_any_kind = pytest.mark.parametrize("head", [HEADS, "conv1+"], ids=["learned", "of the registry"])
 
 
 def test_a_linked_head_reads_the_map_before_and_its_answer_begins_at_the_answer_before():
@@ -114,7 +119,9 @@ def test_a_linked_head_reads_the_map_before_and_its_answer_begins_at_the_answer_
     torch.testing.assert_close(trusting.logits - said.logits, 0.5 * trail.answers[0].log_softmax(-1))
 
 
-def test_every_row_gets_the_answer_that_it_gets_alone(model):
+@of_any_kind
+def test_every_row_gets_the_answer_that_it_gets_alone(head):
+    model = linked(head)
     x = random_images(model.backbone, 24, SIZE)
     every, together = leaving_everywhere(model, x)
     alone = [model.predict(image[None]) for image in x]
@@ -123,7 +130,9 @@ def test_every_row_gets_the_answer_that_it_gets_alone(model):
     torch.testing.assert_close(together.logits, every.logits[together.exit_index, range(24)], rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_read_is_answered_as_the_images(model):
+@of_any_kind
+def test_what_was_read_is_answered_as_the_images(head):
+    model = linked(head)
     x = torch.randn(b, *SIZE)
     torch.testing.assert_close(model.answer(model.read(x)), model.all_exits(x), rtol=1e-4, atol=1e-4)
 
@@ -146,16 +155,36 @@ def test_the_plan_names_each_head_where_they_differ(model):
     assert [row["head"] for row in model.plan.to_dict()["exits"]] == [e.head for e in model.exits]
 
 
-def test_a_saved_run_comes_back_with_its_heads(model, tmp_path):
+@of_any_kind
+def test_a_saved_run_comes_back_with_its_heads(head, tmp_path):
+    model = linked(head)
     model.save_pretrained(tmp_path)
     back = ptee.load(tmp_path, copy.deepcopy(model).detach())
     x = torch.randn(b, *SIZE)
     assert torch.equal(back.all_exits(x).logits, model.all_exits(x).logits)
 
 
+@pytest.mark.parametrize(("name", "first"), [("pool+", "pool"), ("res-8x1+", "res-8x1")])
+def test_of_one_name_for_all_the_first_head_builds_on_none(name, first):
+    plan = linked(name).plan
+    assert [e.head for e in plan.exits] == [first, name, name]
+    assert plan.looks_back == [False, True, True]
+
+
+def test_a_head_that_is_read_is_charged_also_where_nobody_leaves():
+    plan = linked("conv1+").plan
+    costs = [e.head_cost for e in plan.exits]
+    assert plan.switched_off([0, 1]).costs[-1] == pytest.approx(1 + sum(costs))
+    assert plan.switched_off([1, 2]).costs[-1] == pytest.approx(1 + costs[0])
+
+
 @pytest.mark.parametrize(
     ("wish", "said"),
     [
+        (
+            {"head": ["conv1+", "conv1+", "conv1+"]},
+            r"first head 'conv1\+' has none before it to build on. Leave out the \+",
+        ),
         ({"head": ["auto", "auto"]}, "2 values of head for 3 exits"),
         ({"head": "auto", "head_budget": [0.1, 0.1]}, "2 values of head budget for 3 exits"),
         ({"head": "pool", "head_budget": 0.1}, "heads are pool"),

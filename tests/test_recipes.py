@@ -49,6 +49,14 @@ def test_what_was_said_stands():
     assert got["targets"] == "pseudo"
 
 
+@pytest.mark.parametrize(("name", "head"), [("ztw", "conv2+"), ("branchynet", "conv2")])
+def test_papers_whose_exits_learn_from_labels_each_for_itself(name, head):
+    got = followed(NONE | {"recipe": name})
+    assert [got[key] for key in ("exits", "head", "loss", "targets")] == ["pareto", head, "each", "labels"]
+    with pytest.raises(PteeError, match=rf"recipe '{name}' .* --loss v1"):
+        followed(NONE | {"recipe": name, "loss": "v1"})
+
+
 @pytest.mark.parametrize(
     "said", [{"exits": "layer1,layer2"}, {"head": "pool"}, {"num_exits": 4}, {"front": "cifar_resnet20"}], ids=str
 )
