@@ -17,7 +17,6 @@ from ptee.errors import BackboneError, first_line, some
 
 WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net")  # timm, too, prefers the average
 COUNTER = "num_batches_tracked"  # of batch norm; nothing in eval mode reads it
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DistributedDataParallel, torch.compile, trainers
 
 
 def load_weights(module: nn.Module, file: str | Path) -> None:
@@ -97,11 +96,15 @@ def _unreadable(path: Path, error: Exception) -> BackboneError:
 
 
 def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """`state` without what stands before every name, where that makes names fit which did not."""
+    """`state` without what stands before every name, where that makes names fit which did not.
+
+    `module.` of DistributedDataParallel, `_orig_mod.` of torch.compile, a trainer's own name for its network.
+    """
     bare = OrderedDict(state)
     while not bare.keys() & own.keys():
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in bare)), None)
-        if prefix is None:
+        first, dot, _ = next(iter(bare)).partition(".")
+        prefix = first + dot
+        if not dot or not all(key.startswith(prefix) for key in bare):
             return OrderedDict(state)
         bare = OrderedDict((key.removeprefix(prefix), value) for key, value in bare.items())
     return bare
