@@ -381,10 +381,10 @@ def zoo(family: tuple[str, ...], as_json: bool) -> None:
     from ptee.tables import line
     from ptee.zoo import TITLE, WIDTHS, check_all, families, summary
 
-    verdicts = []
+    wanted, verdicts = families(family), []
     if not as_json:
         click.echo(line(TITLE, WIDTHS))
-    for verdict in check_all(families(family)):
+    for verdict in check_all(wanted):
         verdicts.append(verdict)
         if not as_json:
             click.echo(line(verdict.row, WIDTHS))

@@ -27,7 +27,7 @@ from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
 from ptee.plans import Exit, Plan, make_plan
 from ptee.replay import Memory, merged, run
-from ptee.weights import weights_hash
+from ptee.weights import difference, tensor_hashes, weights_hash
 
 Thresholds = float | Sequence[float] | Tensor
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
@@ -366,6 +366,7 @@ class EarlyExitModel(
             "threshold": self.threshold,
             "off": list(self.off),
             "results": self.results,
+            "backbone_tensors": tensor_hashes(self.backbone),
         }
         runs.write(save_directory, config, self.heads.state_dict())
 
@@ -539,10 +540,17 @@ def load(
 
 def _check_hash(run: runs.Run, module: nn.Module) -> None:
     found = weights_hash(module)
-    if found != run.backbone_hash:
+    if found == run.backbone_hash:
+        return
+    why = (
+        difference(run.backbone_tensors, tensor_hashes(module))
+        if run.backbone_tensors
+        else "which differ was not recorded"
+    )
+    if why:
         raise RunError(
             f"{run.folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
-            f"{found[:16]}. Give the backbone it was trained on, in the same number type."
+            f"{found[:16]}: {why}. Give the backbone it was trained on, in the same number type."
         )
 
 

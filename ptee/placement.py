@@ -23,7 +23,8 @@ from ptee.proof import prove
 MOST_EXITS = 5  # as many as an unnumbered scheme places
 CHOSEN = "auto"  # no rule: places that a search chooses with images
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
-HEAVY = 1e11  # multiply-accumulates of one image above which a proof looks for a smaller one
+HEAVY = 2e10  # multiply-accumulates of one image above which a proof looks for a smaller one
+SMALLEST_SIDE = 40  # pixels of that; three patches of 14 still fit
 MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass begins anew
 
 Rule = Callable[[Sequence[float], int], list[int]]
@@ -297,7 +298,9 @@ class Placer:
         channels, height, width = size = self.backbone.input.input_size
         if self.counts.total < HEAVY:
             return size
-        for part in (n for n in range(8, 1, -1) if not (height % n or width % n)):
+        most = min(height, width) // SMALLEST_SIDE
+        whole = [n for n in range(most, 1, -1) if not (height % n or width % n)]
+        for part in whole or [most] * (most > 1):  # of a prime side there is no part but for what takes any size
             small = (channels, height // part, width // part)
             try:
                 found = survey(self.backbone.module, small)

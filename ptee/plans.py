@@ -163,6 +163,19 @@ class Plan:
             "the whole batch; no module computes anything twice."
         )
 
+    def _too_dear(self) -> str:
+        dear = [n for n in range(len(self.exits)) if self.costs[n] >= 1 and n not in self.off]
+        return "".join(f"\n{self._why_too_dear(n)}" for n in dear)
+
+    def _why_too_dear(self, n: int) -> str:
+        """Its own head, or those passed on the way; whatever it takes, an earlier exit does it."""
+        e = self.exits[n]
+        alone = e.backbone_cost + e.head_cost
+        mend = f"Take a cheaper head than {e.head} there, or an earlier exit."
+        if alone < 1:
+            mend = f"Without the heads before it, it would cost {alone:.4f}: take fewer exits or cheaper heads."
+        return f"Exit {n} ({e.name}) costs {self.costs[n]:.4f}, no less than the bare backbone: it cannot pay. {mend}"
+
     def _switched_off(self) -> str:
         if not self.off:
             return ""
@@ -204,11 +217,7 @@ class Plan:
             f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, "
             f"{'several' if differ else self.head} heads\n"
             + table([title, *rows, end], left={1})
-            + "".join(
-                f"\nExit {n} ({e.name}) costs more than the bare backbone: it cannot pay. Take fewer exits or cheaper heads."
-                for n, e in enumerate(self.exits)
-                if self.costs[n] >= 1 and n not in self.off
-            )
+            + self._too_dear()
             + self._begun_anew()
             + self._switched_off()
             + ("\nGates decide who leaves; they are counted with the heads." if any(e.gate for e in self.exits) else "")
@@ -280,7 +289,10 @@ def make_plan(
 
 
 def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
-    return exits if isinstance(exits, str) else "exits at " + ", ".join(map(str, exits))
+    if isinstance(exits, str):
+        return exits
+    where = ", ".join(map(str, exits))
+    return f"exits at {where}" if any(isinstance(e, str) for e in exits) else f"exits at or behind {where} of the cost"
 
 
 def head_macs(heads: Sequence[ExitHead], cut: Cut) -> int:

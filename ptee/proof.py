@@ -33,7 +33,7 @@ def prove(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, in
         Why each cut that failed is none, by name; empty when all are proven.
 
     Raises:
-        BackboneError: if rows of one batch change one another's answers even without a cut.
+        BackboneError: if the network is random, or rows of one batch change one another's answers even without a cut.
     """
     reference = _Reference.of(module, random_images(module, len(cuts) + KEPT, input_size))
     if cuts and reference.objection(cuts) is None:
@@ -76,12 +76,23 @@ class _Reference:
         return min(gaps) > 10 * self.tolerance
 
     def check_independence(self) -> None:
-        """The same rows in a batch must get the same answers."""
+        """The same rows must get the same answers, in the same batch and in another."""
+        kind = type(self.module).__name__
         with torch.no_grad():
-            gap = (self.answers - logits_of(self.module, self.images.clone())[-KEPT:]).abs().max().item()
+            together, again = (logits_of(self.module, self.images.clone()) for _ in range(2))
+        if not self.answers.isfinite().all():
+            raise BackboneError(
+                f"{kind} answers noise with what is no finite number. Check its weights and its number type."
+            )
+        if (together - again).abs().max().item() > self.tolerance:
+            raise BackboneError(
+                f"{kind} answers the same batch differently each time: something in it is random in eval mode, too (dropout that is "
+                "always on, torch.rand in a forward). Make that depend on self.training."
+            )
+        gap = (self.answers - together[-KEPT:]).abs().max().item()
         if not gap <= self.tolerance:
             raise BackboneError(
-                f"{type(self.module).__name__} answers the same image differently in another batch (off by {gap:.1e}): "
+                f"{kind} answers the same image differently in another batch (off by {gap:.1e}): "
                 "its rows influence one another, so none of them can leave early."
             )
 

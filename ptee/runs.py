@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -70,6 +70,7 @@ class Run:
         remote: it came from the hub, so no file it names on this machine is meant.
         front: the network of the exit at the input, or None.
         off: exits that are switched off.
+        backbone_tensors: short hashes of the backbone's weights, each, by name; to say which differ. Older runs have none.
     """
 
     folder: str
@@ -88,6 +89,7 @@ class Run:
     remote: bool
     front: FrontRecord | None = None
     off: tuple[int, ...] = ()
+    backbone_tensors: dict[str, Any] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -231,6 +233,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
         remote=not local.is_dir(),
         front=_front(fields),
         off=_off(fields, len(rows)),
+        backbone_tensors=fields.get("backbone_tensors", dict, optional=True) or {},
     )
 
 

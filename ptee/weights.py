@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptee.errors import BackboneError, first_line, some
 
 WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net")  # timm, too, prefers the average
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of DistributedDataParallel, torch.compile, trainers
+COUNTER = "num_batches_tracked"  # of batch norm; nothing in eval mode reads it
 
 
 def load_weights(module: nn.Module, file: str | Path) -> None:
@@ -31,7 +31,7 @@ def load_weights(module: nn.Module, file: str | Path) -> None:
     state, own = read_weights(file), module.state_dict()
     bare = _without_prefix(state, own)
     for key in own.keys() - bare.keys():
-        if key.endswith("num_batches_tracked"):  # older files lack it, and nothing in eval mode reads it
+        if key.endswith(COUNTER):  # older files lack it
             bare[key] = own[key]
     _require_fit(bare, own, file)
     # some modules, torchvision's MNASNet one, read old formats by a version number that safetensors cannot hold
@@ -96,11 +96,15 @@ def _unreadable(path: Path, error: Exception) -> BackboneError:
 
 
 def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """`state` without what stands before every name, where that makes names fit which did not."""
+    """`state` without what stands before every name, where that makes names fit which did not.
+
+    `module.` of DistributedDataParallel, `_orig_mod.` of torch.compile, a trainer's own name for its network.
+    """
     bare = OrderedDict(state)
     while not bare.keys() & own.keys():
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in bare)), None)
-        if prefix is None:
+        first, dot, _ = next(iter(bare)).partition(".")
+        prefix = first + dot
+        if not dot or not all(key.startswith(prefix) for key in bare):
             return OrderedDict(state)
         bare = OrderedDict((key.removeprefix(prefix), value) for key, value in bare.items())
     return bare
@@ -109,7 +113,7 @@ def _without_prefix(state: OrderedDict[str, Tensor], own: Mapping[str, Tensor]) 
 def _require_fit(state: Mapping[str, Tensor], own: Mapping[str, Any], file: str | Path) -> None:
     missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
     if missing or extra:
-        extra.sort(key=lambda key: key.endswith("num_batches_tracked"))  # last: these say least
+        extra.sort(key=lambda key: key.endswith(COUNTER))  # last: these say least
         faults = [f"{what} {some(keys, 3)}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys]
         raise BackboneError(f"{file} is of another model: it {' and '.join(faults)}. Check model= and model_args=.")
     wrong = [key for key in own if isinstance(own[key], Tensor) and own[key].shape != state[key].shape]
@@ -132,11 +136,54 @@ def weights_hash(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        if not isinstance(value, Tensor):  # what a part's get_extra_state gave
-            digest.update(f"{name}\0{value!r}\0".encode())
-            continue
-        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        # as bytes: NumPy has no bfloat16. No copy is made of what lies in the CPU's memory already
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        _add(digest, name, value)
     return digest.hexdigest()
+
+
+def tensor_hashes(module: nn.Module) -> dict[str, str]:
+    """The same of each tensor of the state_dict alone, shortened, by name: to say which differ."""
+    hashes = {}
+    for name, value in module.state_dict().items():
+        digest = hashlib.sha256()
+        _add(digest, "", value)
+        hashes[name] = digest.hexdigest()[:16]
+    return hashes
+
+
+def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """In words, how the weights of a backbone differ from those recorded; empty where nothing does that is ever read.
+
+    Args:
+        theirs: `tensor_hashes` of the backbone that was recorded.
+        ours: of this one.
+    """
+    for longer, shorter, place in ((ours, theirs, "of this one"), (theirs, ours, "of that one")):
+        name = next(iter(shorter), "")
+        prefix = next((n.removesuffix(name) for n in longer if n.endswith(f".{name}")), "")
+        if prefix and _relevant({n.removeprefix(prefix): h for n, h in longer.items()}) == _relevant(shorter):
+            return f"the weights are the same, but each name {place} begins with {prefix!r}"
+    theirs, ours = _relevant(theirs), _relevant(ours)
+    names = theirs.keys() & ours.keys()
+    kinds = {
+        "differs": [n for n in ours if n in names and ours[n] != theirs[n]],
+        "is missing": [n for n in theirs if n not in names],
+        "is new": [n for n in ours if n not in names],
+    }
+    return "; ".join(
+        f"of {len(ours)} tensors {len(found)} {what}: {some(found, 3)}" for what, found in kinds.items() if found
+    )
+
+
+def _relevant(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Without counters, which nothing in eval mode reads."""
+    return {name: found for name, found in hashes.items() if not name.endswith(COUNTER)}
+
+
+def _add(digest: hashlib._Hash, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):  # what a part's get_extra_state gave
+        digest.update(f"{name}\0{value!r}\0".encode())
+        return
+    digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+    # as bytes: NumPy has no bfloat16. No copy is made of what lies in the CPU's memory already
+    flat = value.detach().cpu().contiguous().flatten()
+    digest.update(flat.view(torch.uint8).numpy().data)

@@ -147,7 +147,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 
 def families(only: Sequence[str] = ()) -> list[Family]:
-    """All families of both libraries, or those named (`resnet`, `timm/resnet`), in alphabetical order.
+    """All families of both libraries, or those named (`resnet`, `timm/resnet`, in any case), in alphabetical order.
 
     Raises:
         UnknownName: if there is no such family.
@@ -159,10 +159,11 @@ def families(only: Sequence[str] = ()) -> list[Family]:
         home = sys.modules[models.get_model_builder(name).__module__].__name__
         found.append(Family("torchvision", home.rpartition(".")[2], name))
     names = {key for f in found for key in (f.name, f"{f.library}/{f.name}")}
+    asked = {name.lower() for name in only}
     for name in only:
-        if name not in names:
+        if name.lower() not in names:
             raise unknown("family", name, sorted(names))
-    return [f for f in found if not only or f.name in only or f"{f.library}/{f.name}" in only]
+    return [f for f in found if not only or asked & {f.name, f"{f.library}/{f.name}"}]
 
 
 def _timm_models() -> dict[str, str]:

@@ -341,6 +341,7 @@ def test_a_module_of_another_type_is_tried_in_its_own(dtype):
         (lambda s: {f"module.{k}": v for k, v in s.items()}, ".pth"),
         (lambda s: {"state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}}, ".ckpt"),
         (lambda s: {f"model.{k}": v for k, v in s.items()}, ".safetensors"),
+        (lambda s: {"state_dict": {f"net.encoder.{k}": v for k, v in s.items()}}, ".ckpt"),
         (lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()}, ".safetensors"),
         (lambda s: {k: v.bfloat16() if v.is_floating_point() else v for k, v in s.items()}, ".pth"),
         (lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")}, ".safetensors"),
@@ -348,7 +349,15 @@ def test_a_module_of_another_type_is_tried_in_its_own(dtype):
     ],
     ids=[
         *("plain pth", "safetensors", "state_dict", "model", "model_state_dict", "average first", "module."),
-        *("module._orig_mod.", "model.", "float16", "bfloat16", "no batch counters", "capitals"),
+        *(
+            "module._orig_mod.",
+            "model.",
+            "a prefix of one's own",
+            "float16",
+            "bfloat16",
+            "no batch counters",
+            "capitals",
+        ),
     ],
 )
 def test_weights_as_they_are_found_in_the_wild_load(wrap, suffix, tmp_path):

@@ -432,6 +432,27 @@ def test_rows_that_influence_one_another_are_refused(part, name):
         prove(net, [cut], SIZE)
 
 
+class AlwaysDropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class Dividing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x - x)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [(AlwaysDropping, r"random in eval mode, too.*self\.training"), (Dividing, "no finite number")],
+    ids=["dropout", "not a number"],
+)
+def test_a_network_without_an_answer_to_prove_against_is_refused_for_what_it_is(part, said):
+    net = Net(part())
+    with pytest.raises(BackboneError, match=f"Net answers .*{said}"):
+        prove(net, [survey(net, SIZE).cuts["entry"]], SIZE)
+
+
 # ---------------------------------------------------------------------------------------------------- proofs that tell rows apart
 
 

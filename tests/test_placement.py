@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import ptee
 from ptee import placement
 from ptee.backbones import load_backbone
+from ptee.costs import count
+from ptee.cuts import survey
 from ptee.errors import CutError, PteeError, UnknownName
-from ptee.placement import LATEST, MOST_EXITS, PLACEMENTS, first_behind
+from ptee.placement import LATEST, MOST_EXITS, PLACEMENTS, Placer, first_behind
 from ptee.plans import CONVENTIONS, Plan, make_plan
 
 each_rule = pytest.mark.parametrize("rule", list(PLACEMENTS))
@@ -361,6 +363,24 @@ def test_a_network_without_a_place_for_an_exit_is_refused_under_every_number():
 # ---------------------------------------------------------------------------------------------------- the plan as a value
 
 
+@pytest.mark.parametrize(
+    ("exits", "said"),
+    [([0.2, 0.5], "; exits at or behind 0.2, 0.5 of the cost, pool heads"), (["stem"], "; exits at stem, pool heads")],
+    ids=["fractions", "modules"],
+)
+def test_the_title_says_how_exits_were_named(exits, said):
+    assert str(plan(exits)).splitlines()[0].endswith(said)
+
+
+def test_an_exit_that_cannot_pay_says_whether_its_own_head_is_too_dear():
+    own = str(plan(["stem", "blocks.1"], head=["pool", "conv20"]))
+    assert "Exit 1 (blocks.1) costs" in own
+    assert "Take a cheaper head than conv20 there, or an earlier exit." in own
+    others = str(plan(["stem", "blocks.1"], head=["conv20", "pool"]))
+    assert "Exit 1 (blocks.1) costs" in others
+    assert "Without the heads before it, it would cost 0." in others
+
+
 def test_the_table_has_a_row_for_each_exit_and_one_for_the_backbone():
     p = plan(["stem", "blocks.1"], head="conv1")
     title, columns, _, *rows, footnote = str(p).splitlines()
@@ -455,14 +475,28 @@ class Wide(Steps):
 
 
 @pytest.mark.parametrize(
-    ("network", "heavy", "side"),
-    [(Steps, False, 1), (Steps, True, 8), (Wide, True, 1)],
-    ids=["a light one is proven on its own", "a heavy one on an eighth", "but not where that takes another way"],
+    ("network", "heavy", "smallest", "side"),
+    [(Steps, False, 1, 8), (Steps, True, 1, 1), (Steps, True, 3, 4), (Wide, True, 1, 8)],
+    ids=[
+        "a light one is proven on its own",
+        "a heavy one on the least",
+        "or on a part",
+        "but not where that takes another way",
+    ],
 )
-def test_a_heavy_network_is_proven_on_smaller_images(network, heavy, side, monkeypatch):
+def test_a_heavy_network_is_proven_on_smaller_images(network, heavy, smallest, side, monkeypatch):
     seen = []
     own = placement.prove
     monkeypatch.setattr(placement, "HEAVY", 0 if heavy else 1e11)
+    monkeypatch.setattr(placement, "SMALLEST_SIDE", smallest)
     monkeypatch.setattr(placement, "prove", lambda module, cuts, size: seen.append(size) or own(module, cuts, size))
     plan(["blocks.1"] if network is Steps else ["stem"], module=network().eval())
-    assert {size[-1] for size in seen} == {SIZE[-1] // side}
+    assert {size[-1] for size in seen} == {side}
+
+
+def test_a_heavy_network_on_images_of_a_prime_side_is_proven_on_smaller_ones_if_it_takes_them(monkeypatch):
+    monkeypatch.setattr(placement, "HEAVY", 0)
+    monkeypatch.setattr(placement, "SMALLEST_SIDE", 5)
+    backbone = load_backbone(Steps().eval(), input_size=(3, 13, 13))
+    placer = Placer(backbone, survey(backbone.module, (3, 13, 13)), count(backbone.module, torch.zeros(1, 3, 13, 13)))
+    assert placer._size_to_prove_at == (3, 6, 6)

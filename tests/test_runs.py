@@ -502,10 +502,34 @@ def test_other_weights_are_refused_with_both_hashes(folder, net):
     assert {wanted[:16], weights_hash(net)[:16]} <= set(re.findall(r"[0-9a-f]{16}", refused(folder, net)))
 
 
-@pytest.mark.parametrize("buffer", ["one.1.running_mean", "one.1.num_batches_tracked"])
-def test_other_statistics_of_batch_norm_are_other_weights(buffer, folder, net):
-    net.get_buffer(buffer).add_(1)
-    assert "weights" in refused(folder, net)
+def test_other_statistics_of_batch_norm_are_other_weights_and_are_named(folder, net):
+    net.get_buffer("one.1.running_mean").add_(1)
+    assert re.search(r"of \d+ tensors 1 differs: one\.1\.running_mean\. ", refused(folder, net))
+
+
+def test_another_count_of_batches_is_the_same_backbone(folder, net):
+    net.get_buffer("one.1.num_batches_tracked").add_(1)
+    assert ptee.load(folder, backbone=net).exits
+
+
+def test_the_same_weights_in_a_module_around_them_are_told_apart_by_their_prefix(folder, net):
+    class Lightning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    net.get_buffer("one.1.num_batches_tracked").add_(1)
+    assert "the weights are the same, but each name of this one begins with 'net.'" in refused(folder, Lightning())
+
+
+def test_a_run_of_before_single_tensors_were_recorded_is_compared_as_a_whole(folder, net):
+    edit(folder, "backbone_tensors", None)
+    assert ptee.load(folder, backbone=net).exits
+    net.get_buffer("one.1.num_batches_tracked").add_(1)
+    assert "which differ was not recorded" in refused(folder, net)
 
 
 @pytest.mark.parametrize(

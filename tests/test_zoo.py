@@ -106,6 +106,10 @@ def test_an_unknown_family_is_refused_with_those_like_it():
         zoo.families(["resnett"])
 
 
+def test_a_family_may_be_written_in_capitals():
+    assert zoo.families(["TIMM/ResNet"]) == zoo.families(["timm/resnet"])
+
+
 def test_the_smallest_model_is_the_one_with_the_fewest_parameters():
     assert zoo.smallest(["resnet34", "resnet18", "resnet50"]) == "resnet18"
 
