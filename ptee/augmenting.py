@@ -58,7 +58,8 @@ def augment(o: Options, say: Say) -> None:
     backbone, data, targets = _digits(o, say) if o["model"] is None else _model_and_data(o, say)
     wish = wish or _usual_wish(data, o)
     if o["epochs"] == AUTO:
-        o["epochs"] = epochs_for(len(data.train), o["batch_size"])
+        every: Any = data.train
+        o["epochs"] = epochs_for(len(every), o["batch_size"])
     o["epochs"] = o["epochs"] or EPOCHS
     choice = _choice(backbone, data.train, o, say)
     model = _planned(backbone, choice, o)

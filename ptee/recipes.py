@@ -70,7 +70,7 @@ def followed(given: Mapping[str, Any]) -> dict[str, Any]:
     name = given["recipe"] or (RECIPE if given.get("loss") in (None, "each") else None)
     if name is not None and name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    says = dict(RECIPES.get(name, {}), recipe=name)
+    says = {**(RECIPES[name] if name else {}), "recipe": name}
     own = {key for key in says if given.get(key) is not None}
     if name == RECIPE and given["num_exits"] is not None:
         says["exits"] = PLAIN["exits"]  # and not the recipe's own three
