@@ -64,7 +64,7 @@ class ExitHead(nn.Module):
     """A head on one cut: any layout in, logits and a confidence logit out.
 
     Attributes:
-        looks_back: it reads what the exits before it said, or the next one what this one did.
+        linked: the head itself reads what the exits before it said.
         passes_on: (c, h, w) of the map that it makes for the next head; None where it makes none.
         gate: what the confidence comes from instead of the layer of that name; None where it does not.
 
@@ -75,7 +75,7 @@ class ExitHead(nn.Module):
         num_classes: K.
     """
 
-    looks_back: bool = False
+    linked: bool = False
     passes_on: tuple[int, int, int] | None = None
 
     def __init__(self, layout: Layout, features: nn.Module, num_features: int, num_classes: int) -> None:
@@ -87,14 +87,18 @@ class ExitHead(nn.Module):
         self.confidence = nn.Linear(num_features, 1)
         self.gate: Gate | None = None
 
-    def put_gate(self, gate: Gate) -> None:
+    @property
+    def looks_back(self) -> bool:
+        """Whether it, or its gate, reads what the exits before it said."""
+        return self.linked or self.gate is not None
+
+    def put_gate(self, gate: Gate | None) -> None:
         """From now on confidence comes from this gate, in place of an earlier one.
 
         Args:
-            gate: for the exit where this head stands.
+            gate: for the exit where this head stands; None: confidence comes from the layer of that name again.
         """
-        self.gate = gate.to(self.confidence.weight).train(self.training)
-        self.looks_back = True
+        self.gate = None if gate is None else gate.to(self.confidence.weight).train(self.training)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Answer from a feature map.

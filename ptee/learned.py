@@ -152,7 +152,7 @@ class LearnedHead(ExitHead):
         first, rest = blocks[0][0], [block for stage in blocks for block in stage][1:]
         entry = nn.Sequential(nn.BatchNorm2d(layout.channels), first)
         super().__init__(layout, nn.ModuleDict({"entry": entry, "rest": nn.Sequential(*rest)}), widths[-1], num_classes)
-        self.looks_back = recipe.linked
+        self.linked = recipe.linked
         self.passes_on = recipe.map_of((layout.channels, layout.height, layout.width))
         self.link: nn.Module | None = None
         if recipe.linked and before is not None:

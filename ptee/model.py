@@ -273,6 +273,24 @@ class EarlyExitModel(
                 head.put_gate(gate)
         self.plan = self.plan.with_heads(self._exit_heads())
 
+    def remove_gates(self) -> None:
+        """Let the confidence of each exit come from its head again, as before `ptee.fit_gates`."""
+        for head in self._exit_heads():
+            head.put_gate(None)
+        self.plan = self.plan.with_heads(self._exit_heads())
+
+    def require_all_on(self) -> None:
+        """Refuse to go on while exits are off: heads and gates learn for all exits together.
+
+        Raises:
+            PteeError: naming those that are off.
+        """
+        if self.off:
+            raise PteeError(
+                f"{_exits(self.off)} off, and heads and gates learn for all exits together. Switch all on first "
+                "(model.off = []), and tune anew afterwards (ptee.tune)."
+            )
+
     def _exit_heads(self) -> list[ExitHead]:
         return [head for head in self.heads if isinstance(head, ExitHead)]
 
@@ -375,6 +393,10 @@ class EarlyExitModel(
     ) -> EarlyExitModel:
         """`load`, under the hub's usual name."""
         return load(pretrained_model_name_or_path, backbone, **hub)
+
+
+def _exits(numbers: Sequence[int]) -> str:
+    return f"Exit{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} {'are' if len(numbers) > 1 else 'is'}"
 
 
 def _about_front(head: nn.Module) -> dict[str, Any] | None:
