@@ -275,15 +275,29 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
         UnknownName: if there is no such head.
         PteeError: if a registered head does not give one vector for each row, overwrites its input, or mixes rows.
     """
-    factory = HEADS.get(name)
-    if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", name)):
-        factory = _conv(int(match[1]))
+    factory = HEADS.get(name) or _conv_of(name)
     if factory is None:
         raise unknown(
             "head", name, [*HEADS, "convN with a number, such as conv4", "auto", "res-32x2-64x2 and its likes"]
         )
     features = factory(layout.channels, layout.height, layout.width)
     return ExitHead(layout, features, _width(name, features, layout), num_classes)
+
+
+def _conv_of(name: str) -> FeatureFactory | None:
+    match = re.fullmatch(r"conv([1-9]\d?)", name)
+    return _conv(int(match[1])) if match else None
+
+
+def conv_features(name: str, channels: int) -> nn.Module | None:
+    """Of a head convN, all but the linear layers; None for the others.
+
+    Args:
+        name: of any head.
+        channels: of the map that it reads.
+    """
+    factory = _conv_of(name)
+    return None if factory is None else nn.ModuleDict({"features": factory(channels, 1, 1)})
 
 
 def _width(name: str, features: nn.Module, layout: Layout) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptee.backbones import Backbone, load_backbone
 from ptee.costs import count, parameters
@@ -20,7 +20,7 @@ from ptee.errors import CutError, PteeError, unknown
 from ptee.freezing import freeze
 from ptee.front import FRONT, INPUT, FrontHead, input_cut, named_front
 from ptee.heads import AUTO, ExitHead
-from ptee.learned import AfterOthers, make_heads, recipes
+from ptee.learned import AfterOthers, make_heads, recipes, require_tensors
 from ptee.placement import Placer
 from ptee.solver import run
 from ptee.tables import table
@@ -238,6 +238,7 @@ def make_plan(
     placed: bool = False,
     head_budget: float | Sequence[float] | None = None,
     front: FrontHead | str | None = None,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Place exits on a backbone, prove their cuts and count what they cost.
 
@@ -252,6 +253,7 @@ def make_plan(
         head_budget: what each "auto" head may cost, as a share of the backbone; one for all exits or one for each.
         front: a network that stands in front of the backbone, as the head of an exit at the input, before all others;
             "auto" for a learned head there.
+        saved: the tensors of a saved run's heads; heads that would have others are refused before they are made.
 
     Raises:
         CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
@@ -278,7 +280,10 @@ def make_plan(
     if learned and len(_as_list(head)) == 1:
         head = [AUTO, *_as_list(head) * (len(cuts) - 1)]
     names = head_names(head, head_budget, cuts, counts.total, found.classes, front)
-    heads = make_heads(names, [cut.layout for cut in cuts], found.classes, front)
+    layouts = [cut.layout for cut in cuts]
+    if saved is not None:
+        require_tensors(names, layouts, found.classes, front, saved)
+    heads = make_heads(names, layouts, found.classes, front)
     rows = _priced(cuts, spent, heads, names, counts.total, convention)
     end = _final_cost(rows, convention)
     return Plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -157,7 +158,55 @@ def test_images_are_resized_for_a_network_of_another_size(x):
     assert model.predict(x, 0).logits.shape == (len(x), K)
 
 
+def test_it_is_as_sure_of_half_precise_logits_as_of_precise_ones(model):
+    head = model.heads[0]
+    logits = torch.zeros(2, K)
+    logits[:, 0] = torch.tensor([7.5, 8.375])  # probabilities .995 and .998, both .996 in bfloat16
+    read = torch.cat([logits, torch.zeros(2, 6)], 1)
+    with torch.no_grad():
+        head.confidence.weight.zero_()[0, 0] = 1000.0
+        precise = head._confidence(read)
+        head.to(torch.bfloat16)
+        torch.testing.assert_close(head._confidence(read.bfloat16()), precise, rtol=0, atol=0.5)
+
+
+def test_its_classifier_may_be_called_by_keyword(x):
+    class ByKeyword(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(input=self.norm(self.conv(x)).relu().mean((2, 3)))
+
+    model = early(ByKeyword())
+    assert model.heads[0].passes_on is None
+    assert model.predict(x, 0).exit_index.tolist() == [0] * len(x)
+
+
 # ---------------------------------------------------------------------------------------------------- kept
+
+
+def state_of(network: nn.Module) -> tuple[list[bool], list[bool], int]:
+    """Gradients, modes and hooks."""
+    parts = list(network.modules())
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
+    return [p.requires_grad for p in network.parameters()], [part.training for part in parts], hooks
+
+
+def test_detach_gives_the_front_network_back_as_it_was(x):
+    front = Small().train()
+    front.conv.weight.requires_grad_(False)
+    before = state_of(front)
+    model = early(front)
+    model.all_exits(x)
+    assert state_of(front) != before
+    model.detach()
+    assert state_of(front) == before
+
+
+def test_the_models_end_gives_the_front_network_back_too():
+    front = Small().train()
+    before = state_of(front)
+    early(front)
+    gc.collect()
+    assert state_of(front) == before
 
 
 def test_copies_and_pickles_answer_alike(model, x):
@@ -207,6 +256,42 @@ def test_a_front_network_by_name_has_the_backbones_classes():
     head = named_front("test_resnet", backbone, pretrained=False)
     assert isinstance(head, FrontHead)
     assert head.num_classes == 7
+
+
+@pytest.mark.parametrize(
+    "wish", [{"weights": "none.pth"}, {"mean": (0.5, 0.5)}, {"std": (0.0,)}], ids=["weights", "mean", "std"]
+)
+def test_what_is_wrong_with_its_options_is_said_of_its_own(wish):
+    (option,) = wish
+    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    with pytest.raises(PteeError, match=r"^The front network: ") as said:
+        named_front("cifar_resnet20", backbone, pretrained=False, **wish)
+    assert f"--{option}" not in str(said.value)
+
+
+def test_only_options_that_it_has_are_named(tmp_path):
+    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    with pytest.raises(PteeError, match=r"no pretrained weights.*--front-weights FILE\.$"):
+        named_front("cifar_resnet20", backbone)
+    save_file(
+        load_backbone("cifar_resnet20", pretrained=False, num_classes=7).module.state_dict(), tmp_path / "w.safetensors"
+    )
+    with pytest.raises(PteeError, match=r"has 7 classes .*the model has 10\. Name another network or file") as said:
+        named_front("cifar_resnet20", backbone, weights=tmp_path / "w.safetensors")
+    assert "--num-classes" not in str(said.value)
+
+
+def test_a_front_network_for_huge_images_is_refused():
+    images = load_backbone("cifar_resnet20", pretrained=False).input
+    with pytest.raises(PteeError, match="4096 x 32 pixels; the sides may have 2048 at most"):
+        FrontHead(load_backbone(Small(), input_size=(3, 4096, 32)), images, K)
+
+
+def test_a_run_that_has_none_takes_none(tmp_path):
+    model = ptee.augment("cifar_resnet20", pretrained=False, exits=["layer1.0"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="has no front network, and one is given"):
+        ptee.load(tmp_path, model.detach(), front=Small())
 
 
 @pytest.mark.parametrize("head", ["pool", "conv1"])
@@ -309,9 +394,11 @@ class Overwriting(Small):
     ("network", "said"), [(Mixing, "influence one another"), (Overwriting, "overwrites the images")]
 )
 def test_a_network_that_could_change_other_answers_is_refused(network, said):
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone, front = load_backbone("cifar_resnet20", pretrained=False), network()
+    before = state_of(front)
     with pytest.raises(PteeError, match=said):
-        named_front(network().eval(), backbone)
+        named_front(front, backbone)
+    assert state_of(front) == before
 
 
 def test_a_module_of_the_backbone_that_is_called_input_is_no_exit():

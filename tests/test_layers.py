@@ -19,9 +19,9 @@ LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow",
     1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins freezing devices "
     "views mixing history gates recipes",
-    2: "labels heads cuts backbones settings",
+    2: "labels heads cuts backbones settings hold",
     3: "blocks proof runs learned front",
-    4: "placement checkpoint hold",
+    4: "placement checkpoint",
     5: "plans",
     6: "calls",
     7: "model",
