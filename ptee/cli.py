@@ -214,19 +214,25 @@ def _augment(o: dict[str, Any]) -> None:
     if o["threshold"]:
         model.threshold = o["threshold"]
     if wish:
-        require_reachable(wish, min(model.plan.paper_costs[:-1]))
+        require_reachable(wish, model.least_cost("answers" if o["gate"] else None))
         require_labels(wish, labelled=data.validation[0][1] >= 0)
     click.echo(f"{data.summary}\n\n{model.plan}\n")
     if backbone.source is None:
         click.echo(
             "The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n"
         )
+    front = getattr(model.heads[0], "origin", None)  # of a network in front
+    if front and front.source is None:
+        click.echo(
+            "The front network's weights are random, and nothing trains them: its answers are worth nothing, and the command "
+            "cannot load this run again. Give --front-weights FILE.\n"
+        )
     o["mirror"] = o["mirror"] and data.mirror
     data, for_gates = _split(data, o)
     history = _train(model, data, targets, device, out, o)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
         return
-    again = backbone.source is not None
+    again = all(network.source is not None for network in (backbone, front) if network)
     if history.interrupted:
         _interrupted(history, out, again)
     fits = {} if for_gates is None else {"gates": _fit_gates(model, for_gates, device, o)}
@@ -308,7 +314,7 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
 def tune(run: str, as_json: bool, **o: Any) -> None:
     """Choose the thresholds of a saved RUN by a wish, measure it on other images, and keep them in the run.
 
-    Give one of --max-drop, --max-fidelity-drop and --max-cost.
+    Which exits are on is chosen anew, too. Give one of --max-drop, --max-fidelity-drop and --max-cost.
     """
     from ptee.defaults import INPUT_SIZE
     from ptee.devices import resolve_device

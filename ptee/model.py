@@ -6,6 +6,7 @@ the call that is going on what to do (`calls`).
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -278,6 +279,21 @@ class EarlyExitModel(
         for head in self._exit_heads():
             head.put_gate(None)
         self.plan = self.plan.with_heads(self._exit_heads())
+
+    def least_cost(self, gates: str | None = None) -> float:
+        """What the cheapest way to answer costs: everybody leaves at one exit, and the others are off.
+
+        Args:
+            gates: what gates will read that the exits are to get; None: the exits stay as they are.
+        """
+        plan, heads = self.plan, self._exit_heads()
+        if gates is not None:
+            heads = copy.deepcopy(heads)
+            with torch.random.fork_rng(devices=[]):
+                for n, head in enumerate(heads):
+                    head.put_gate(self.new_gate(n, gates))
+            plan = plan.with_heads(heads)
+        return plan.least_cost
 
     def require_all_on(self) -> None:
         """Refuse to go on while exits are off: heads and gates learn for all exits together.

@@ -21,7 +21,7 @@ from ptee.freezing import freeze
 from ptee.front import FRONT, INPUT, FrontHead, input_cut, named_front
 from ptee.heads import AUTO, ExitHead
 from ptee.learned import AfterOthers, make_heads, recipes, require_tensors
-from ptee.placement import Placer
+from ptee.placement import CHOSEN, PLACEMENTS, Placer
 from ptee.solver import run
 from ptee.tables import table
 
@@ -118,6 +118,12 @@ class Plan:
         return replace(
             plan, exits=tuple(replace(e, cost=c) for e, c in zip(self.exits, costs, strict=False)), final_cost=costs[-1]
         )
+
+    @property
+    def least_cost(self) -> float:
+        """What it costs where everybody leaves at one exit and the others are off, at the cheapest of them."""
+        every = range(len(self.exits))
+        return min(self.switched_off([m for m in every if m != n]).costs[n] for n in every)
 
     @property
     def paper_costs(self) -> tuple[float, ...]:
@@ -265,11 +271,10 @@ def make_plan(
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
-    at_input, behind = _with_input(exits, front is not None)
+    named, behind, num_exits = _with_input(exits, num_exits)
+    at_input = named or front is not None
     learned = isinstance(front, str)
     front = _known_front(front)
-    if num_exits is not None and len(behind) < len(exits):
-        num_exits -= 1  # it counts the exits that are named
     cuts = [input_cut(size)] * at_input + (placer.place(behind, num_exits) if behind or not at_input else [])
     if any(cut.name == INPUT for cut in cuts[at_input:]):
         raise CutError(
@@ -298,12 +303,25 @@ def _known_front(front: FrontHead | str | None) -> FrontHead | None:
     return None if isinstance(front, str) else front
 
 
-def _with_input(exits: Any, front: bool) -> tuple[bool, Any]:
-    """Whether there is an exit at the input, and what was asked of the others."""
-    named = isinstance(exits, Sequence) and not isinstance(exits, str) and INPUT in exits
-    if named and exits[0] != INPUT:
+def _with_input(exits: Any, num_exits: int | None) -> tuple[bool, Any, int | None]:
+    """Whether an exit at the input is named, what was asked of the others, and how many those are."""
+    exits = [INPUT] if isinstance(exits, str) and exits == INPUT else exits
+    if not isinstance(exits, Sequence) or isinstance(exits, str) or INPUT not in exits:
+        return False, exits, num_exits
+    if exits[0] != INPUT:
         raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
-    return named or front, list(exits[1:]) if named else exits
+    behind: Any = list(exits[1:])
+    if len(behind) == 1 and behind[0] in (*PLACEMENTS, CHOSEN):
+        behind = behind[0]
+    if not isinstance(num_exits, int):
+        return True, behind, num_exits
+    if isinstance(behind, list) and num_exits != len(exits):
+        raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+    if num_exits < 2 and behind:
+        raise CutError(
+            f"{INPUT!r} is one exit, and {num_exits} are asked for. Ask for 2 or more, or leave out {behind!r}."
+        )
+    return True, behind, num_exits - 1
 
 
 def head_names(

@@ -301,6 +301,48 @@ def test_a_learned_front_is_learned_whatever_the_other_heads_are(head):
     assert plan.exits[1].head == head
 
 
+def test_the_input_stands_before_what_a_rule_places():
+    wish = {"pretrained": False, "head": "pool"}
+    alone = ptee.plan("cifar_resnet20", exits="pareto", num_exits=2, **wish)
+    plan = ptee.plan("cifar_resnet20", exits=["input", "pareto"], num_exits=3, **wish)
+    assert [e.name for e in plan.exits] == ["input", *(e.name for e in alone.exits)]
+    assert len(ptee.plan("cifar_resnet20", exits=["input", "pareto"], **wish).exits) > 3
+    assert [e.name for e in ptee.plan("cifar_resnet20", exits="input", num_exits=1, **wish).exits] == ["input"]
+
+
+@pytest.mark.parametrize(
+    ("exits", "num_exits", "said"),
+    [
+        ("input", 5, "1 exits are named, 5 are asked for"),
+        (["input", "pareto"], 1, "'input' is one exit, and 1 are asked for. Ask for 2 or more"),
+        (["input", "layer1.0"], 1, "2 exits are named, 1 are asked for"),
+        (["input", "layer1.0"], 3, "2 exits are named, 3 are asked for"),
+        (["input", "auto"], None, "chosen with images"),
+    ],
+)
+def test_numbers_and_words_that_do_not_go_with_the_input_are_refused(exits, num_exits, said):
+    with pytest.raises(CutError, match=said):
+        ptee.plan("cifar_resnet20", pretrained=False, exits=exits, num_exits=num_exits)
+
+
+@pytest.mark.parametrize(("second", "cheapest"), [("pool", 1), ("res-8x1s4+", 0)], ids=["alone", "reads the first"])
+def test_the_least_cost_is_that_of_one_exit_and_of_the_heads_that_it_needs(second, cheapest):
+    plan = ptee.plan("cifar_resnet20", pretrained=False, exits=["input", "layer1.0"], head=["res-64x2", second])
+    first, later = plan.exits
+    own = [first.head_cost, later.backbone_cost + later.head_cost]
+    assert own[1] < own[0]
+    assert plan.least_cost == pytest.approx(own[cheapest])
+
+
+def test_gates_to_come_raise_the_least_cost():
+    exits, head = ["input", "layer1.0"], ["res-64x2", "pool"]
+    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=exits, head=head)
+    alone, gated = model.least_cost(), model.least_cost(gates="answers")
+    assert not any(e.gate for e in model.exits)
+    model.put_gates([model.new_gate(n, "answers") for n in range(2)])
+    assert alone < gated == model.least_cost()
+
+
 def test_the_input_comes_first():
     with pytest.raises(CutError, match=r"'input' is the first of all\. Name it in front of 'layer1\.0'"):
         build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0", "input"])
