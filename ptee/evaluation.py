@@ -173,7 +173,7 @@ class Results:
         return "" if i == last else f"{self.leaving[-1 if i == 0 else i - 1]:.1%}"
 
 
-_ON_AGAIN = "ptee tune chooses anew which exits are on (in Python: model.off = [])."
+_ON_AGAIN = "ptee tune chooses anew which exits are on (from Python: model.off = [], and a new model.threshold)."
 
 
 def _cells(row: Row, leaving: str, timed: bool) -> tuple[str, ...]:

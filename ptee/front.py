@@ -63,6 +63,10 @@ def named_front(
         PteeError: if it cannot be loaded, or answers something else than the backbone.
     """
     if front is None or (isinstance(front, str) and front == AUTO):
+        if weights is not None or mean is not None or std is not None:
+            raise PteeError(
+                "Weights, mean and std of a front network are given, but no such network. Name it, or leave them out."
+            )
         return front
     published = isinstance(front, str) and pretrained and weights is None
     says_its_size = isinstance(front, str) or hasattr(front, "pretrained_cfg")

@@ -55,6 +55,7 @@ POLICIES: dict[str, Policy] = {
     "margin": margin,
     "patience": patience,
 }
+LOOKING_BACK = ("patience",)  # their h is made of what the exits before said, too
 
 
 def _probabilities(logits: Tensor) -> Tensor:

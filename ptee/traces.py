@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError, PteeError, unknown
 from ptee.model import EarlyExitModel
-from ptee.policies import POLICIES
+from ptee.policies import LOOKING_BACK, POLICIES
 from ptee.solver import run
 
 SAMPLE = 128  # images kept to measure speed on
@@ -61,7 +61,7 @@ class Traces:
         return none if self.looks_back is None else self.looks_back
 
     def under(self, policy: str) -> Traces:
-        """The same with the confidences of a policy of `POLICIES`.
+        """The same with the confidences of a policy of `POLICIES`. What it asks of earlier exits, their heads must say.
 
         Raises:
             UnknownName: if there is no such policy.
@@ -73,7 +73,8 @@ class Traces:
             raise PteeError(
                 "These traces have no logits, of which a policy makes its confidence. Record them with logits."
             )
-        return replace(self, confidence=POLICIES[policy](self.logits, self.confidence))
+        reading = torch.ones_like(self.reading) if policy in LOOKING_BACK else self.looks_back
+        return replace(self, confidence=POLICIES[policy](self.logits, self.confidence), looks_back=reading)
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
         """(E+1,) `costs` where some exits are off: their heads are run only if one behind them reads what they say."""

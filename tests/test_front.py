@@ -269,6 +269,12 @@ def test_what_is_wrong_with_its_options_is_said_of_its_own(wish):
     assert f"--{option}" not in str(said.value)
 
 
+@pytest.mark.parametrize("front", [None, "auto"])
+def test_weights_of_no_front_network_are_refused(front):
+    with pytest.raises(PteeError, match="Weights, mean and std of a front network are given, but no such network"):
+        ptee.augment("cifar_resnet20", pretrained=False, front=front, front_weights="w.safetensors")
+
+
 def test_only_options_that_it_has_are_named(tmp_path):
     backbone = load_backbone("cifar_resnet20", pretrained=False)
     with pytest.raises(PteeError, match=r"no pretrained weights.*--front-weights FILE\.$"):
