@@ -42,7 +42,8 @@ class Exit:
         parameters: of its head.
         head: name of its head.
         gate: what the head's gate reads, "answers" or "features"; None without one.
-        looks_back: it reads what the heads before it said.
+        looks_back: it, or its gate, reads what the heads before it said.
+        linked: it does, whatever its gate reads.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Exit:
     head: str
     gate: str | None = None
     looks_back: bool = False
+    linked: bool = False
 
 
 @dataclass(frozen=True)
@@ -424,6 +426,7 @@ def _priced(
             name,
             None if head.gate is None else head.gate.reads,
             head.looks_back,
+            head.linked,
         )
         for cut, b, h, p, head, name in zip(cuts, spent, added, passed, heads, names, strict=True)
     )
