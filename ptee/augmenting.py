@@ -64,12 +64,10 @@ def augment(o: Options, say: Say) -> None:
     choice = _choice(backbone, data.train, o, say)
     model = _planned(backbone, choice, o)
     if wish:
-        require_reachable(wish, min(model.plan.paper_costs[:-1]))
+        require_reachable(wish, model.least_cost("answers" if o["gate"] else None))
         require_labels(wish, labelled=data.validation[0][1] >= 0)
-    again = backbone.source is not None  # the command can load the run
     say(f"{data.summary}\n\n{model.plan}\n")
-    if not again:
-        say("The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n")
+    again = _told_of_random_weights(model, say)
     o["mirror"] = o["mirror"] and data.mirror
     if o["shift"] == AUTO:
         o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
@@ -232,6 +230,19 @@ def _planned(backbone: Backbone, choice: Choice | None, o: Options) -> EarlyExit
     if o["threshold"]:
         model.threshold = o["threshold"]
     return model
+
+
+def _told_of_random_weights(model: EarlyExitModel, say: Say) -> bool:
+    """Whether the command can load the run again: not where a network of it has no weights but those drawn here."""
+    front = getattr(model.heads[0], "origin", None)  # of a network in front
+    if model.origin.source is None:
+        say("The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n")
+    if front and front.source is None:
+        say(
+            "The front network's weights are random, and nothing trains them: its answers are worth nothing, and the command "
+            "cannot load this run again. Give --front-weights FILE.\n"
+        )
+    return all(network.source is not None for network in (model.origin, front) if network)
 
 
 def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say) -> History:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import threading
 import warnings
@@ -402,7 +403,7 @@ def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
 
     Args:
         source: the record.
-        weights: load its weights; else they are random, to be overwritten.
+        weights: load its weights; else they are random, to be overwritten, as those of a front network are.
 
     Raises:
         BackboneError: the record is not of that form, names a model or file that is not there, or cannot be followed.
@@ -414,9 +415,10 @@ def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
             raise BackboneError(f"There is no {library} model {wish.name!r} in the version installed here.")
         return _load(library, wish if weights else replace(wish, weights=None, pretrained=False), label)
     except PteeError as error:
-        raise BackboneError(
-            f"The backbone cannot be rebuilt: {error} Give it (backbone=), or tell the command where its weights are (--weights FILE)."
-        ) from error
+        at_command = "tell the command where its weights are (--weights FILE)"
+        mend = f"Give it (backbone=), or {at_command}." if weights else "Give it from Python, to ptee.load."
+        what = "backbone" if weights else "front network"
+        raise BackboneError(f"The {what} cannot be rebuilt: {error} {mend}") from error
 
 
 def _record(library: str, wish: Wish, built: _Built, config: InputConfig, classes: int) -> dict[str, Any] | None:
@@ -439,8 +441,10 @@ def _override(config: InputConfig, wish: Wish) -> InputConfig:
     size = wish.input_size or config.input_size
     mean = _per_channel("mean", wish.mean, config.mean, size[0])
     std = _per_channel("std", wish.std, config.std, size[0])
-    if min(std) <= 0:
+    if not all(math.isfinite(s) and s > 0 for s in std):
         raise BackboneError(f"Pixels are divided by std, so it must be positive, not {std}. Give std= again.")
+    if not all(map(math.isfinite, mean)):
+        raise BackboneError(f"The mean of pixels must be numbers, not {mean}. Give mean= again.")
     return InputConfig(size, mean, std, config.interpolation)
 
 

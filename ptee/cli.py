@@ -235,7 +235,7 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
 def tune(run: str, as_json: bool, **o: Any) -> None:
     """Choose the thresholds of a saved RUN by a wish, measure it on other images, and keep them in the run.
 
-    Give one of --max-drop, --max-fidelity-drop and --max-cost.
+    Which exits are on is chosen anew, too. Give one of --max-drop, --max-fidelity-drop and --max-cost.
     """
     from ptee import asked
     from ptee.devices import resolve_device

@@ -489,7 +489,8 @@ def _at(pair: Pair, allowed: float, threshold: tuple[float, ...], off: tuple[int
 
 def _cut_off(pair: Pair, n: int) -> Entry:
     """Everybody leaves at exit n, whose head is the only one, but for those that it reads."""
-    return _entry(pair, lambda t: t.at(n), tuple(m for m in range(len(pair.report.costs) - 1) if m != n))
+    alone = Pair(*(traces.without_gates() for traces in pair))
+    return _entry(alone, lambda t: t.at(n), tuple(m for m in range(len(pair.report.costs) - 1) if m != n))
 
 
 def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] = ()) -> Entry:

@@ -151,8 +151,10 @@ def fit_gates(
     Raises:
         UnknownName: if there is no such target or no such thing to read.
         DataError: if there are too few images, or no labels where they are asked for.
+        PteeError: if exits are off.
     """
     check_target(target)
+    model.require_all_on()
     if reads not in READS:
         raise unknown("thing for a gate to read", reads, READS)
     home = next(model.heads.parameters()).device

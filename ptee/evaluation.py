@@ -74,6 +74,7 @@ class Results:
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
         truncation: accuracy, fidelity and cost of the backbone cut off at each exit, whose head is then the only one.
+        off: exits at which nobody leaves, whatever the threshold.
     """
 
     backbone: str
@@ -86,6 +87,7 @@ class Results:
     about: str = field(default="")
     note: str = field(default="")
     truncation: tuple[Score, ...] = ()
+    off: tuple[int, ...] = ()
 
     @property
     def early_exit(self) -> Row:
@@ -94,11 +96,14 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows], "verdict": self.verdict}
+        rows = [asdict(row) for row in self.rows]
+        return asdict(self) | {"rows": rows, "off": list(self.off), "verdict": self.verdict}
 
     @property
     def verdict(self) -> list[str]:
         """What is wrong with the early-exit model, a sentence each; nothing where T above 1 keeps everybody in."""
+        if len(self.off) == len(self.leaving) - 1:
+            return [f"Every exit is off, so the backbone answers all images, whatever T is. {_ON_AGAIN}"]
         return [] if min(self.threshold) > 1 else list(self._faults())
 
     def _faults(self) -> Iterator[str]:
@@ -144,12 +149,19 @@ class Results:
             + (f"{self.note}\n" if self.note else "")
             + table([title, *lines], left={0, 1})
             + below
+            + self._switched_off
             + "\nRows of exits: everybody leaves there; but leaving, of them right: who does at T (first row: at the end). "
             "fidelity: share of answers\nequal to the backbone's. cost: multiply-accumulates, heads included, over the bare "
             "backbone's. AUROC:\nhow well h tells wrong answers from right ones (.5: not at all)."
             + (f" speed: over the bare backbone's,\n{self._where_timed}" if timed else "")
             + "".join(f"\n{sentence}" for sentence in self.verdict)
         )
+
+    @property
+    def _switched_off(self) -> str:
+        some = 0 < len(self.off) < len(self.leaving) - 1
+        exits = f"exit{'s' * (len(self.off) > 1)} {', '.join(map(str, self.off))}"
+        return f"\nOff: {exits}. Nobody leaves there, whatever T is. {_ON_AGAIN}" if some else ""
 
     @property
     def _where_timed(self) -> str:
@@ -159,6 +171,9 @@ class Results:
         """The share that leaves at the exit of this row; the backbone's is for those who never left."""
         last = len(self.rows) - 1
         return "" if i == last else f"{self.leaving[-1 if i == 0 else i - 1]:.1%}"
+
+
+_ON_AGAIN = "ptee tune chooses anew which exits are on (from Python: model.off = [], and a new model.threshold)."
 
 
 def _cells(row: Row, leaving: str, timed: bool) -> tuple[str, ...]:
@@ -231,6 +246,7 @@ def evaluate(
             about,
             traces.note,
             truncation(traces),
+            view.off,
         )
     finally:
         model.to(home).train(was_training)

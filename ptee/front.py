@@ -7,6 +7,7 @@ exit alone. What it computed (logits, the vector that its classifier reads) is t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,15 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptee.backbones import Backbone, InputConfig, load_backbone
+from ptee.backbones import OTHERWISE, Backbone, InputConfig, load_backbone
 from ptee.classifiers import logits_of
 from ptee.cuts import Cut, random_images
-from ptee.errors import CutError, PteeError
+from ptee.errors import BackboneError, CutError, PteeError
+from ptee.freezing import freeze
 from ptee.heads import AUTO, ExitHead, Said, Trail
+from ptee.hold import Hold
 from ptee.layout import Layout
 
 INPUT = "input"  # the exit's name, and that of its cut
 FRONT = "front"  # its head's name
+LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may come from a stranger
+NOT_ITS_OWN = r"\b(num_classes|input_size|model_args)="  # arguments that a front network has not
 
 
 def input_cut(input_size: tuple[int, int, int]) -> Cut:
@@ -36,23 +41,35 @@ def input_cut(input_size: tuple[int, int, int]) -> Cut:
     return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
 
 
-def beside_input(exits: Any, num_exits: int | None, front: bool) -> tuple[bool, Any, int | None]:
+def beside_input(exits: Any, num_exits: int | None, front: bool, rules: Sequence[str]) -> tuple[bool, Any, int | None]:
     """Whether there is an exit at the input, and what was asked of the others: where, and how many.
 
     Args:
         exits: as of `make_plan`.
-        num_exits: as of `make_plan`; it counts the exits that are named.
+        num_exits: as of `make_plan`; it counts the exit at the input where that is named.
         front: something stands in front of the backbone.
+        rules: words of which one behind the input places all others.
 
     Raises:
-        CutError: if the input is named behind another exit.
+        CutError: if the input is named behind another exit, or the number is not that of the exits.
     """
-    named = isinstance(exits, Sequence) and not isinstance(exits, str) and INPUT in exits
-    if not named:
+    exits = [INPUT] if isinstance(exits, str) and exits == INPUT else exits
+    if not isinstance(exits, Sequence) or isinstance(exits, str) or INPUT not in exits:
         return front, exits, num_exits
     if exits[0] != INPUT:
         raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
-    return True, list(exits[1:]), None if num_exits is None else num_exits - 1
+    behind: Any = list(exits[1:])
+    if len(behind) == 1 and behind[0] in rules:
+        behind = behind[0]
+    if not isinstance(num_exits, int):
+        return True, behind, num_exits
+    if isinstance(behind, list) and num_exits != len(exits):
+        raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+    if num_exits < 2 and behind:
+        raise CutError(
+            f"{INPUT!r} is one exit, and {num_exits} are asked for. Ask for 2 or more, or leave out {behind!r}."
+        )
+    return True, behind, num_exits - 1
 
 
 def refuse_namesake(name: str, cuts: Sequence[Cut]) -> None:
@@ -106,25 +123,41 @@ def named_front(
         PteeError: if it cannot be loaded, or answers something else than the backbone.
     """
     if front is None or (isinstance(front, str) and front == AUTO):
+        if weights is not None or mean is not None or std is not None:
+            raise PteeError(
+                "Weights, mean and std of a front network are given, but no such network. Name it, or leave them out."
+            )
         return front
     published = isinstance(front, str) and pretrained and weights is None
     says_its_size = isinstance(front, str) or hasattr(front, "pretrained_cfg")
-    network = load_backbone(
-        front,
-        weights=weights,
-        pretrained=published,
-        num_classes=None if published else behind.num_classes,
-        input_size=None if says_its_size else behind.input.input_size,
-        mean=mean,
-        std=std,
-    )
+    try:
+        network = load_backbone(
+            front,
+            weights=weights,
+            pretrained=published,
+            num_classes=None if published else behind.num_classes,
+            input_size=None if says_its_size else behind.input.input_size,
+            mean=mean,
+            std=std,
+        )
+    except BackboneError as why:
+        raise BackboneError(f"The front network: {_with_its_options(str(why))}") from why
     return FrontHead(network, behind.input, behind.num_classes)
+
+
+def _with_its_options(message: str) -> str:
+    """What was said of a backbone's arguments, said of those of the network in front."""
+    sentences = re.split(r"(?<=\.) (?=[A-Z])", message.replace(OTHERWISE, "Give a file with weights=FILE."))
+    known = [sentence for sentence in sentences if not re.search(NOT_ITS_OWN, sentence)]
+    if len(known) < len(sentences):
+        known.append("Name another network or file, or give a module of yours from Python.")
+    return re.sub(r"\b(weights|mean|std)=", r"front_\1=", " ".join(known))
 
 
 class FrontHead(ExitHead):
     """A frozen classifier as the head of the exit at the input.
 
-    Its network is always in eval mode and has no gradients, whatever is asked of the heads.
+    Its network is always in eval mode and has no gradients, whatever is asked of the heads, until `release`.
 
     Args:
         network: the classifier.
@@ -132,24 +165,29 @@ class FrontHead(ExitHead):
         num_classes: K of the backbone.
 
     Raises:
-        PteeError: if it has other classes, or its images other channels.
+        PteeError: if it has other classes, its images have other channels or are very large, or its rows influence one
+            another; then the network is left as it was.
     """
 
     def __init__(self, network: Backbone, images: InputConfig, num_classes: int) -> None:
         require_same_question(f"The front network {network.name}", network, images, num_classes)
-        module = network.module.requires_grad_(False).eval()
-        _require_rows_apart(network)
-        reader, width = _last_layer(module, network.input.input_size)
+        require_small(network.name, network.input.input_size)
+        module = network.module
+        state = freeze(module)
+        try:
+            _require_rows_apart(network)
+            reader, width = _last_layer(module, network.input.input_size)
+            hold = Hold(module, {} if reader is None else {reader: _note_what_is_read})
+        finally:
+            state.restore(module)
         super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
         self.logits = nn.Identity()  # the network's own
         self.confidence = nn.Linear(num_classes + width, 1)
         if (like := next(module.parameters(), None)) is not None:
             self.confidence.to(like.device, like.dtype)
         self.network, self.origin = module, network
-        self._inside = list(module.modules())  # to look at them at each call; walking the tree takes ten times as long
+        self._hold = hold
         self.passes_on = (width, 1, 1) if width else None
-        if reader is not None:
-            module.get_submodule(reader).register_forward_pre_hook(_note_what_is_read)
         self._prepare = Prepare(images, network.input)
 
     def requires_grad_(self, requires_grad: bool = True) -> FrontHead:
@@ -164,10 +202,13 @@ class FrontHead(ExitHead):
         self.network.eval()
         return self
 
+    def release(self) -> None:
+        """Give the network back: no hook left, gradients and modes as they were."""
+        self._hold.release()
+
     def read(self, z: Tensor) -> Tensor:
         """(b, K + F): the network's logits, and the vector that its classifier read."""
-        if any(part.training for part in self._inside):  # somebody called train() on it past the head
-            self.network.eval()
+        self._hold.keep()
         seen: list[Tensor] = []
         token = _READ.set(seen)
         try:
@@ -190,8 +231,9 @@ class FrontHead(ExitHead):
         return v[:, : self.num_classes]
 
     def _confidence(self, v: Tensor) -> Tensor:
-        sureness = v[:, : self.num_classes].float().softmax(-1).to(v.dtype)  # logits may be large
-        return super()._confidence(torch.cat([sureness, v[:, self.num_classes :]], 1))
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))  # in half precision .995 and .998 would be one number
+        sureness = wide[:, : self.num_classes].softmax(-1)  # logits may be large
+        return super()._confidence(torch.cat([sureness, wide[:, self.num_classes :]], 1))
 
 
 def require_same_question(name: str, network: Backbone, images: InputConfig, num_classes: int) -> None:
@@ -218,13 +260,31 @@ def require_same_question(name: str, network: Backbone, images: InputConfig, num
         )
 
 
+def require_small(name: str, input_size: tuple[int, int, int]) -> None:
+    """Refuse a front network for images that are larger than any should be.
+
+    Args:
+        name: of the network.
+        input_size: (c, h, w) of its images.
+
+    Raises:
+        PteeError: saying what is possible.
+    """
+    if max(input_size[1:]) > LARGEST_SIDE:
+        height, width = input_size[1:]
+        raise PteeError(
+            f"The front network {name} takes images of {height} x {width} pixels; the sides may have {LARGEST_SIDE} at most. "
+            "Give one for smaller images: they are resized for it."
+        )
+
+
 _READ: ContextVar[list[Tensor] | None] = ContextVar(
     "what the classifiers of front networks read in this call", default=None
 )
 
 
-def _note_what_is_read(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Stands before a front network's classifier for good, so that threads do not put up and take down one another's."""
+def _note_what_is_read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Stands behind a front network's classifier for good, so that threads do not put up and take down one another's."""
     seen = _READ.get()
     if seen is not None and args:
         seen.append(args[0])
@@ -282,7 +342,7 @@ def _last_layer(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[st
     """The linear layer that gives the logits, and how many numbers it reads; (None, 0) where there is none."""
     made: dict[str, Any] = {}
     handles = [
-        part.register_forward_hook(lambda _m, args, out, name=name: made.update({name: (args[0], out)}))
+        part.register_forward_hook(lambda _m, args, out, name=name: made.update({name: (*args[:1], out)}))
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear)
     ]
@@ -292,7 +352,7 @@ def _last_layer(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[st
     finally:
         for handle in handles:
             handle.remove()
-    for name, (read, given) in made.items():
+    for name, (read, given) in ((name, each) for name, each in made.items() if len(each) == 2):  # else by keyword
         if read.dim() == 2 and given.shape == logits.shape and torch.equal(given, logits):
             return name, read.shape[1]
     return None, 0

@@ -72,7 +72,6 @@ class ExitHead(nn.Module):
     """A head on one cut: any layout in, logits and a confidence logit out.
 
     Attributes:
-        looks_back: it reads what the exits before it said, or the next one what this one did.
         passes_on: (c, h, w) of the map that it makes for the next head; None where it makes none.
         gate: what the confidence comes from instead of the layer of that name; None where it does not.
         trust: (), how much of the answer before is added to its own; None where it builds on none.
@@ -85,7 +84,6 @@ class ExitHead(nn.Module):
         num_classes: K.
     """
 
-    looks_back: bool = False
     passes_on: tuple[int, int, int] | None = None
     teaches_back: bool = False
 
@@ -102,16 +100,24 @@ class ExitHead(nn.Module):
     def build_on_answers(self) -> None:
         """From now on its answer begins at that of the exit before it, where there is one; not at once, as trust is 0."""
         self.trust = nn.Parameter(torch.zeros(()))
-        self.looks_back = True
 
-    def put_gate(self, gate: Gate) -> None:
+    @property
+    def linked(self) -> bool:
+        """Whether the head itself reads what the exits before it said."""
+        return self.trust is not None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it, or its gate, reads what the exits before it said."""
+        return self.linked or self.gate is not None
+
+    def put_gate(self, gate: Gate | None) -> None:
         """From now on confidence comes from this gate, in place of an earlier one.
 
         Args:
-            gate: for the exit where this head stands.
+            gate: for the exit where this head stands; None: confidence comes from the layer of that name again.
         """
-        self.gate = gate.to(self.confidence.weight).train(self.training)
-        self.looks_back = True
+        self.gate = None if gate is None else gate.to(self.confidence.weight).train(self.training)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Answer from a feature map.
@@ -297,9 +303,7 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
         PteeError: if a registered head does not give one vector for each row, overwrites its input, or mixes rows.
     """
     own = name.removesuffix(BUILDS_ON)
-    factory = HEADS.get(own)
-    if factory is None and (match := re.fullmatch(r"conv([1-9]\d?)", own)):
-        factory = _conv(int(match[1]))
+    factory = HEADS.get(own) or _conv_of(own)
     if factory is None:
         raise unknown(
             "head", name, [*HEADS, "convN with a number, such as conv4", "auto", "res-32x2-64x2 and its likes"]
@@ -309,6 +313,22 @@ def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
     if own != name:
         head.build_on_answers()
     return head
+
+
+def _conv_of(name: str) -> FeatureFactory | None:
+    match = re.fullmatch(r"conv([1-9]\d?)", name)
+    return _conv(int(match[1])) if match else None
+
+
+def conv_features(name: str, channels: int) -> nn.Module | None:
+    """Of a head convN or convN+, all but what every head has; None for the others.
+
+    Args:
+        name: of any head.
+        channels: of the map that it reads.
+    """
+    factory = _conv_of(name.removesuffix(BUILDS_ON))
+    return None if factory is None else nn.ModuleDict({"features": factory(channels, 1, 1)})
 
 
 def _width(name: str, features: nn.Module, layout: Layout) -> int:

@@ -9,15 +9,15 @@ thrown away by a later one. Such heads are one network along the backbone, and l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptee.errors import PteeError
-from ptee.heads import AUTO, ExitHead, Said, Trail, make_head
+from ptee.errors import PteeError, RunError
+from ptee.heads import AUTO, ExitHead, Said, Trail, conv_features, make_head
 from ptee.layout import Layout
 
 Shape = tuple[int, int, int]  # (c, h, w) of a map
@@ -222,6 +222,42 @@ def make_heads(
             raise PteeError(f"The first head {name!r} has none before it to build on. Leave out the +.")
         heads.append(head)
     return heads
+
+
+def require_tensors(
+    names: Sequence[str],
+    layouts: Sequence[Layout],
+    num_classes: int,
+    first: ExitHead | None,
+    saved: Mapping[str, Tensor],
+) -> None:
+    """Refuse heads whose name says that they have other tensors than were saved, before any memory is taken for them.
+
+    Args:
+        names: one for each exit.
+        layouts: of the cuts they will read.
+        num_classes: K.
+        first: the first of them, where it is made already.
+        saved: each with the number of its head in front of its name.
+
+    Raises:
+        RunError: naming the head; a stranger may have written its name.
+    """
+    before = first.passes_on if first else None
+    for n, (name, layout) in list(enumerate(zip(names, layouts, strict=True)))[first is not None :]:
+        with torch.device("meta"):  # shapes alone
+            blueprint, head = Blueprint.of(name), conv_features(name, layout.channels)
+            if blueprint is not None:
+                head = LearnedHead(blueprint, layout, num_classes, before)
+        before = getattr(head, "passes_on", None)
+        for key, tensor in ({} if head is None else head.state_dict(prefix=f"{n}.")).items():
+            found = saved.get(key)
+            if found is None or found.shape != tensor.shape:
+                has = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+                raise RunError(
+                    f"The head {name!r} of exit {n} wants a tensor {key!r} of shape {tuple(tensor.shape)}, and in the run it {has}. "
+                    "Copy the run anew."
+                )
 
 
 class AfterOthers(nn.Module):

@@ -6,9 +6,10 @@ the call that is going on what to do (`calls`).
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
-from ptee.front import FRONT, INPUT, FrontHead, named_front
+from ptee.front import FRONT, INPUT, FrontHead, named_front, require_small
 from ptee.gates import Gate
 from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
@@ -273,6 +274,39 @@ class EarlyExitModel(
                 head.put_gate(gate)
         self.plan = self.plan.with_heads(self._exit_heads())
 
+    def remove_gates(self) -> None:
+        """Let the confidence of each exit come from its head again, as before `ptee.fit_gates`."""
+        for head in self._exit_heads():
+            head.put_gate(None)
+        self.plan = self.plan.with_heads(self._exit_heads())
+
+    def least_cost(self, gates: str | None = None) -> float:
+        """What the cheapest way to answer costs: everybody leaves at one exit, and the others are off.
+
+        Args:
+            gates: what gates will read that the exits are to get; None: the exits stay as they are.
+        """
+        plan, heads = self.plan, self._exit_heads()
+        if gates is not None:
+            heads = copy.deepcopy(heads)
+            with torch.random.fork_rng(devices=[]):
+                for n, head in enumerate(heads):
+                    head.put_gate(self.new_gate(n, gates))
+            plan = plan.with_heads(heads)
+        return plan.least_cost
+
+    def require_all_on(self) -> None:
+        """Refuse to go on while exits are off: heads and gates learn for all exits together.
+
+        Raises:
+            PteeError: naming those that are off.
+        """
+        if self.off:
+            raise PteeError(
+                f"{_exits(self.off)} off, and heads and gates learn for all exits together. Switch all on first "
+                "(model.off = []), and tune anew afterwards (ptee.tune)."
+            )
+
     def _exit_heads(self) -> list[ExitHead]:
         return [head for head in self.heads if isinstance(head, ExitHead)]
 
@@ -286,8 +320,14 @@ class EarlyExitModel(
         return self
 
     def detach(self) -> nn.Module:
-        """Take the backbone back: no hook left, gradients and modes as they were before `augment`."""
+        """Take the backbone back: no hook left, gradients and modes as they were before `augment`.
+
+        A network in front of it is given back likewise.
+        """
         self._hold.release()
+        for head in self.heads:
+            if isinstance(head, FrontHead):
+                head.release()
         return self.backbone
 
     def _stay_frozen(self) -> None:
@@ -376,6 +416,10 @@ class EarlyExitModel(
     ) -> EarlyExitModel:
         """`load`, under the hub's usual name."""
         return load(pretrained_model_name_or_path, backbone, **hub)
+
+
+def _exits(numbers: Sequence[int]) -> str:
+    return f"Exit{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} {'are' if len(numbers) > 1 else 'is'}"
 
 
 def _about_front(head: nn.Module) -> dict[str, Any] | None:
@@ -479,11 +523,12 @@ def build(
     placed: bool = False,
     head_budget: float | Sequence[float] | None = None,
     front: FrontHead | str | None = None,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> EarlyExitModel:
     """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
     state = freeze(backbone.module)
     try:
-        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget, front)
+        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget, front, saved)
     finally:
         state.restore(backbone.module)
     return EarlyExitModel(backbone, plan, plan.make_heads(front if isinstance(front, FrontHead) else None))
@@ -505,7 +550,7 @@ def load(
 
     Raises:
         RunError: if a file is missing, cut off, of a newer schema, or names a path outside; if the backbone's weights
-            are not those the heads were trained on (both hashes are given).
+            are not those the heads were trained on (both hashes are given); if a front network is given and it has none.
         BackboneError: if the backbone cannot be built from what config.json says.
         UnknownName: if there is no such argument.
     """
@@ -515,6 +560,8 @@ def load(
     run = runs.read(folder, **hub)
     if backbone is not None:
         _check_hash(run, backbone)
+    if front is not None and run.front is None:
+        raise RunError(f"{folder} has no front network, and one is given. Leave out front=.")
     network = _network(run, backbone)
     _check_hash(run, network.module)
     model = build(
@@ -523,6 +570,7 @@ def load(
         head=list(run.heads),
         convention=run.convention,
         placed=True,
+        saved=run.tensors,
         front=_front(run, front, network) if run.front is not None else None,
     )
     if model.num_classes != run.classes:
@@ -568,6 +616,7 @@ def _front(run: runs.Run, module: nn.Module | None, behind: Backbone) -> FrontHe
     if module is None and about.source is not None:
         module = rebuild(about.source, weights=False).module
     assert module is not None
+    require_small(about.name, about.input["input_size"])
     found = load_backbone(module, **{key: about.input[key] for key in ("input_size", "mean", "std")})
     network = Backbone(found.module, about.name, found.num_classes, found.input, about.source)
     return FrontHead(network, behind.input, behind.num_classes)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptee.backbones import Backbone, load_backbone
 from ptee.costs import count, parameters
@@ -19,9 +19,9 @@ from ptee.errors import unknown
 from ptee.freezing import freeze
 from ptee.front import FrontHead, beside_input, front_network, input_cut, named_front, refuse_namesake
 from ptee.heads import ExitHead
-from ptee.learned import AfterOthers, make_heads
+from ptee.learned import AfterOthers, make_heads, require_tensors
 from ptee.naming import head_names
-from ptee.placement import Placer
+from ptee.placement import CHOSEN, PLACEMENTS, Placer
 from ptee.solver import run
 from ptee.tables import table
 
@@ -41,7 +41,8 @@ class Exit:
         parameters: of its head.
         head: name of its head.
         gate: what the head's gate reads, "answers" or "features"; None without one.
-        looks_back: it reads what the heads before it said.
+        looks_back: it, or its gate, reads what the heads before it said.
+        linked: it does, whatever its gate reads.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Exit:
     head: str
     gate: str | None = None
     looks_back: bool = False
+    linked: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,12 @@ class Plan:
         return replace(
             plan, exits=tuple(replace(e, cost=c) for e, c in zip(self.exits, costs, strict=False)), final_cost=costs[-1]
         )
+
+    @property
+    def least_cost(self) -> float:
+        """What it costs where everybody leaves at one exit and the others are off, at the cheapest of them."""
+        every = range(len(self.exits))
+        return min(self.switched_off([m for m in every if m != n]).costs[n] for n in every)
 
     @property
     def paper_costs(self) -> tuple[float, ...]:
@@ -246,6 +254,7 @@ def make_plan(
     placed: bool = False,
     head_budget: float | Sequence[float] | None = None,
     front: FrontHead | str | None = None,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Place exits on a backbone, prove their cuts and count what they cost.
 
@@ -261,6 +270,7 @@ def make_plan(
         head_budget: what each "auto" head may cost, as a share of the backbone; one for all exits or one for each.
         front: a network that stands in front of the backbone, as the head of an exit at the input, before all others;
             "auto" for a learned head there.
+        saved: the tensors of a saved run's heads; heads that would have others are refused before they are made.
 
     Raises:
         CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
@@ -272,14 +282,17 @@ def make_plan(
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
-    at_input, behind, number = beside_input(exits, num_exits, front is not None)
+    at_input, behind, number = beside_input(exits, num_exits, front is not None, (*PLACEMENTS, CHOSEN))
     network = front_network(front)
     others = placer.place(behind, number) if behind or not at_input else []
     refuse_namesake(backbone.name, others)
     cuts = [input_cut(size)] * at_input + others
     spent = [0.0] * at_input + [placer.cost(cut) for cut in others]
     names = head_names(head, head_budget, cuts, counts.total, found.classes, front)
-    heads = make_heads(names, [cut.layout for cut in cuts], found.classes, network)
+    layouts = [cut.layout for cut in cuts]
+    if saved is not None:
+        require_tensors(names, layouts, found.classes, network, saved)
+    heads = make_heads(names, layouts, found.classes, network)
     rows = _priced(cuts, spent, heads, names, counts.total, convention)
     end = _final_cost(rows, convention)
     return Plan(
@@ -328,6 +341,7 @@ def _priced(
             name,
             None if head.gate is None else head.gate.reads,
             head.looks_back,
+            head.linked,
         )
         for cut, b, h, p, head, name in zip(cuts, spent, added, passed, heads, names, strict=True)
     )

@@ -55,6 +55,8 @@ POLICIES: dict[str, Policy] = {
     "margin": margin,
     "patience": patience,
 }
+LEARNED = "learned"  # h as the model's own heads or gates give it
+LOOKING_BACK = ("patience",)  # their h is made of what the exits before said, too
 
 
 def _probabilities(logits: Tensor) -> Tensor:

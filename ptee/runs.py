@@ -224,7 +224,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
         input=_input(fields, "backbone"),
         classes=fields.get("backbone.classes", int),
         exits=tuple(row.get("name", str) for row in rows),
-        heads=tuple(row.get("head", str) for row in rows),
+        heads=tuple(_head(row) for row in rows),
         gates=tuple(_gate(row) for row in rows),
         convention=fields.get("convention", str),
         threshold=[float(t) for t in fields.numbers("threshold", len(rows))],
@@ -314,8 +314,22 @@ def _input(fields: _Fields, of: str) -> dict[str, Any]:
         )
     places = [f"{of}.input.{key}" for key in ("mean", "std")]
     mean, std = (tuple(fields.numbers(place, len(fields.get(place, list)))) for place in places)
+    if not all(map(math.isfinite, (*mean, *std))) or not all(s > 0 for s in std):
+        raise RunError(
+            f"{fields.folder}: {CONFIG} has {places[0]} {mean} and std {std}; finite numbers belong there, std above 0."
+        )
     interpolation = fields.get(f"{of}.input.interpolation", str)
     return {"input_size": tuple(sizes), "mean": mean, "std": std, "interpolation": interpolation}
+
+
+def _head(row: _Fields) -> str:
+    """A name; not the word for heads that are still to be sized, which no run has."""
+    from ptee.heads import AUTO
+
+    name: str = row.get("head", str)
+    if name == AUTO:
+        raise RunError(f"{row.folder}: {CONFIG} has {row.prefix}head {name!r}, which says no size. Copy the run anew.")
+    return name
 
 
 def _gate(row: _Fields) -> str | None:

@@ -148,7 +148,7 @@ def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float =
     """`solve` for a wish that was read already."""
     if not 0 <= margin < math.inf:
         raise PteeError(f"margin is {margin:g}: give what to keep in reserve of {wish}, such as {wish.limit / 4:g}.")
-    require_reachable(wish, min(score.cost for score in truncation(traces)), margin)
+    require_reachable(wish, min(_costs_alone(traces)), margin)
     limited = "cost" if wish.kind == "max_cost" else "loss"
     heads = torch.zeros_like(traces.costs[:-1]) if traces.head_costs is None else traces.head_costs
     problem = Problem(
@@ -250,14 +250,16 @@ def _bare(traces: Traces) -> Score:
 
 
 def truncation(traces: Traces) -> tuple[Score, ...]:
-    """Everybody leaves at one exit, whose head is the only one: what a cut-off network reaches, for each exit."""
+    """Everybody leaves at one exit, whose head is the only one, and no gate is asked: a cut-off network, for each exit."""
+    costs = _costs_alone(traces.without_gates())
+    scores = [traces.score(traces.at(n)) for n in range(len(costs))]
+    return tuple(Score(score.accuracy, score.fidelity, cost) for score, cost in zip(scores, costs, strict=True))
+
+
+def _costs_alone(traces: Traces) -> list[float]:
+    """(E) of leaving at each exit where the others are off."""
     exits = range(len(traces.costs) - 1)
-    return tuple(_cut_off(traces, n, [m for m in exits if m != n]) for n in exits)
-
-
-def _cut_off(traces: Traces, exit_index: int, others: Sequence[int]) -> Score:
-    score = traces.score(traces.at(exit_index))
-    return Score(score.accuracy, score.fidelity, traces.costs_without(others)[exit_index].item())
+    return [traces.costs_without([m for m in exits if m != n])[n].item() for n in exits]
 
 
 def oracle(traces: Traces, wanted: Tensor | None = None) -> Score:

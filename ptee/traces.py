@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError, PteeError, unknown
 from ptee.model import EarlyExitModel
-from ptee.policies import POLICIES
+from ptee.policies import LEARNED, LOOKING_BACK, POLICIES
 from ptee.solver import run
 
 SAMPLE = 128  # images kept to measure speed on
@@ -41,7 +41,8 @@ class Traces:
             None where they were not kept.
         head_costs: (E,) float64, what each exit's head adds to `costs` from there on; None is for heads that cost
             nothing.
-        looks_back: (E,) bool, heads that read what those before them said; None is for none.
+        looks_back: (E,) bool, heads that read what those before them said, or whose gates do; None is for none.
+        linked: (E,) bool, heads that do so without a gate; None is for the same.
     """
 
     answers: Tensor
@@ -53,6 +54,7 @@ class Traces:
     logits: Tensor | None = None
     head_costs: Tensor | None = None
     looks_back: Tensor | None = None
+    linked: Tensor | None = None
 
     @property
     def reading(self) -> Tensor:
@@ -61,7 +63,7 @@ class Traces:
         return none if self.looks_back is None else self.looks_back
 
     def under(self, policy: str) -> Traces:
-        """The same with the confidences of a policy of `POLICIES`.
+        """The same with the confidences of a policy of `POLICIES`. What it asks of earlier exits, their heads must say.
 
         Raises:
             UnknownName: if there is no such policy.
@@ -73,7 +75,13 @@ class Traces:
             raise PteeError(
                 "These traces have no logits, of which a policy makes its confidence. Record them with logits."
             )
-        return replace(self, confidence=POLICIES[policy](self.logits, self.confidence))
+        asked = self if policy == LEARNED else self.without_gates()
+        reading = torch.ones_like(self.reading) if policy in LOOKING_BACK else asked.looks_back
+        return replace(self, confidence=POLICIES[policy](self.logits, self.confidence), looks_back=reading)
+
+    def without_gates(self) -> Traces:
+        """The same where no gate decides, so that none reads what earlier exits said; what gates cost is hardly anything."""
+        return self if self.linked is None else replace(self, looks_back=self.linked)
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
         """(E+1,) `costs` where some exits are off: their heads are run only if one behind them reads what they say."""
@@ -187,6 +195,7 @@ def _record_batch(
         logits=compact(every.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
         looks_back=torch.tensor(model.plan.looks_back),
+        linked=torch.tensor([e.linked for e in model.exits]),
     )
 
 

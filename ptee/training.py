@@ -30,12 +30,14 @@ from ptee.cache import Cache, entries, fill
 from ptee.checkpoint import Reached
 from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line
+from ptee.front import FrontHead
 from ptee.history import Epoch, History
 from ptee.losses import ALONE
 from ptee.model import EarlyExitModel, Reading
 from ptee.optimizers import make_optimizer
+from ptee.runs import plain
 from ptee.settings import Settings, check_epochs
-from ptee.steps import Found, Means, Step, Sums, moved, rows_of
+from ptee.steps import Found, Step, Sums, moved, rows_of
 from ptee.traces import COLLAPSED, odd_labels
 from ptee.views import Views
 from ptee.weights import weights_hash
@@ -117,10 +119,12 @@ def train(
         on_epoch: called after each epoch, on the main process.
 
     Raises:
-        PteeError: naming the argument, the label or the device that cannot be used.
+        PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or have gates.
         RunError: if the checkpoint belongs to another training.
     """
     check_epochs(epochs)
+    model.require_all_on()
+    _require_no_gates(model)
     settings = Settings(
         targets=targets, loss=loss, cost_weight=cost_weight, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
         seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach, schedule=schedule,
@@ -143,6 +147,14 @@ def train(
         return run.fit(train_data, val_data, epochs, num_workers, cache, on_epoch)
 
 
+def _require_no_gates(model: EarlyExitModel) -> None:
+    if any(e.gate for e in model.exits):
+        raise PteeError(
+            "This model has gates, which were fitted to its heads as they are; training would move both. Take them off first "
+            "(model.remove_gates()), and fit new ones afterwards (ptee.fit_gates)."
+        )
+
+
 def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:
     """What else must be the same for a training to be continued: the model, the data's length and, of files, which.
 
@@ -154,8 +166,17 @@ def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:
         "head": model.plan.head,
         "classes": model.num_classes,
         "backbone": weights_hash(model.backbone),
+        "input": plain(model.origin.input),
+        "front": _about_front(model.heads[0]),
         "data": f"{length_hint(data, 0)} long" + (f" of files {files[:16]}" if files else ""),
     }
+
+
+def _about_front(head: nn.Module) -> dict[str, Any] | None:
+    """The network of the exit at the input, whose weights lie among the heads' and would be taken for theirs."""
+    if not isinstance(head, FrontHead):
+        return None
+    return {"weights": weights_hash(head.network)[:16], "input": plain(head.origin.input)}
 
 
 @torch.no_grad()
@@ -292,6 +313,8 @@ class _Training:
         loader = batches(data, batch_size=size, shuffle=shuffle, generator=order, num_workers=workers)
         if not isinstance(loader, DataLoader) or self.accelerator.num_processes == 1:  # or somebody's own batches
             return loader
+        # Who learns goes in step, so the last batches are filled up with other rows; who judges counts each row once.
+        self.accelerator.even_batches = shuffle
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
     def _rates(self, loader: Any, epochs: int) -> LambdaLR | None:
@@ -331,7 +354,7 @@ class _Training:
         if not sums.samples:
             raise DataError(f"The training data gave no batch of {self.fewest} images or more.")
         self._share_statistics()
-        means = self._over_processes(sums)
+        means = Sums.mean(self._over_processes(sums.tensor()))
         if not math.isfinite(means.loss):
             raise PteeError(
                 f"The loss is {means.loss} in epoch {number}. Lower the learning rate (lr={self.settings.lr / 10:g})."
@@ -351,12 +374,15 @@ class _Training:
     def _loss_on(self, loader: Any) -> float:
         self.model.eval()
         sums = Sums()
+        alone = self.accelerator.unwrap_model(self.step)  # another process may have no batch left to go along with
         for seen, labels in entries(loader):
-            sums.add(self._judge(seen, labels), rows_of(seen))
-        return self._over_processes(sums).loss
+            sums.add(self._judge(seen, labels, alone), rows_of(seen))
+        samples, _, loss = self._over_processes(sums.tensor()[:3]).tolist()
+        return float(loss / samples)
 
-    def _judge(self, seen: Tensor | Reading, labels: Tensor | None) -> Found:
-        found: Found = self.step(moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
+    def _judge(self, seen: Tensor | Reading, labels: Tensor | None, step: nn.Module | None = None) -> Found:
+        step = step or self.step
+        found: Found = step(moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
         return found
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
@@ -368,11 +394,10 @@ class _Training:
             raise DataError(f"The data cannot be learnt from: {fault}. Use the backbone's answers: targets='pseudo'.")
         return None
 
-    def _over_processes(self, sums: Sums) -> Means:
-        total = sums.tensor()
+    def _over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
-        return sums.mean(total)
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
+        return sums
 
     def _is_main(self) -> bool:
         return bool(self.accelerator.is_local_main_process)

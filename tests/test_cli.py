@@ -439,6 +439,14 @@ def test_exits_are_chosen_with_the_training_images_and_named_in_the_run(run, kno
     assert [e.name for e in ptee.load("out").exits] == choice["rows"][0]["modules"]
 
 
+def test_a_front_network_of_random_weights_is_told_of(run, known, few_updates):
+    done = run("augment", *known, *SHORT, "--no-pretrained", "--front", "cifar_resnet20", "--no-speed", "--out", "out")
+    assert done.status == 0
+    assert "The front network's weights are random" in done.out
+    assert "--front-weights FILE" in done.out
+    assert "ptee evaluate" not in done.out
+
+
 def test_a_front_network_stands_before_the_chosen_exits(run, known, few_updates):
     run("augment", *known, *SHORT, "--exits", "auto", "--num-exits", 1, "--front", "auto", "--out", "out")
     config, metrics = (json.loads(Path("out", name).read_text()) for name in ("config.json", "metrics.json"))

@@ -298,6 +298,25 @@ def test_what_is_wrong_with_an_early_exit_model_is_said_in_words(change, said):
     assert json.loads(json.dumps(results.to_dict()))["verdict"] == results.verdict
 
 
+@pytest.mark.parametrize(
+    ("off", "said", "verdict"),
+    [
+        ((1,), r"Off: exit 1\. Nobody leaves there, whatever T is\. ptee tune", []),
+        ((0, 1), r"Every exit is off, so the backbone answers all images, whatever T is\. ptee tune", [0]),
+    ],
+    ids=["one of them", "all"],
+)
+def test_exits_that_are_off_are_told_of_and_how_they_come_back(off, said, verdict):
+    model = made()
+    model.off = off
+    results = evaluate(model, TensorDataset(*labelled()), threshold=0, speed=False)
+    assert re.search(said, str(results))
+    assert [i for i, sentence in enumerate(results.verdict) if re.search(said, sentence)] == verdict
+    assert results.to_dict()["off"] == list(off)
+    model.off = ()
+    assert "Off:" not in str(evaluate(model, TensorDataset(*labelled()), threshold=0, speed=False))
+
+
 # the time that measuring takes
 
 

@@ -21,6 +21,8 @@ from ptee.heads import Trail, confidence_of
 from ptee.learned import AfterOthers
 from ptee.model import build
 from ptee.runs import CONFIG
+from ptee.thresholds import solve, truncation
+from ptee.traces import record
 
 b, K, F = 6, 7, 5
 SIZE = (3, 32, 32)
@@ -250,3 +252,16 @@ def test_trails_reach_heads_without_gates_too(model):
     for head, z in zip(model.heads, model.read(random_images(model.backbone, b, SIZE)).inputs, strict=True):
         trail = head.answer(z, trail).trail
     assert len(trail.answers) == 3
+
+
+def test_a_network_that_is_cut_off_asks_no_gate_and_runs_no_head_but_its_own():
+    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head="conv1")
+    images = [(image, 1) for image in torch.randn(4, *SIZE)]
+    model.put_gates([model.new_gate(n, "answers") for n in range(3)])
+    traces = record(model, images)
+    alone = [e.backbone_cost + e.head_cost for e in model.exits]
+    assert [score.cost for score in truncation(traces)] == pytest.approx(alone)
+    assert traces.under("max_prob").costs_without([0, 1])[2] == pytest.approx(alone[2])
+    assert traces.under("learned").costs_without([0, 1])[2] == pytest.approx(model.costs[2])  # its gate reads them all
+    with pytest.raises(PteeError, match="cannot be reached"):
+        solve(traces, max_cost=alone[0] - 0.01)

@@ -19,9 +19,9 @@ LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow freezing",
     1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins devices classifiers "
     "views mixing history gates",
-    2: "labels heads cuts backbones optimizers",
+    2: "labels heads cuts backbones optimizers hold",
     3: "recipes blocks proof runs learned front settings",
-    4: "placement naming checkpoint hold",
+    4: "placement naming checkpoint",
     5: "plans",
     6: "calls",
     7: "model",

@@ -117,6 +117,14 @@ def test_what_is_no_exit_cannot_be_off(model, off):
         model.off = off
 
 
+@pytest.mark.parametrize("off", [[1], [0, 2]])
+def test_heads_and_gates_learn_with_all_exits_on_or_not_at_all(model, x, off):
+    model.off = off
+    for learn in (ptee.train, ptee.fit_gates):
+        with pytest.raises(PteeError, match=rf"{', '.join(map(str, off))} (is|are) off.*model\.off = \[\]"):
+            learn(model, [(image, 1) for image in x])
+
+
 def test_any_whole_numbers_will_do(model):
     model.off = torch.tensor([1, 2])
     assert model.off == (1, 2)

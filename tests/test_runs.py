@@ -395,13 +395,13 @@ WRONG = [
     ("backbone.classes", [None, "4", 4.0, True]),
     ("backbone.input", [None, [], 16]),
     ("backbone.input.input_size", [None, 16, [16], [3, 16], [3, 16, 16, 16], [3, 16, 16.5], [3, "16", 16], [3, 0, 16], [3, -16, 16], [3, True, 16], [3, 2**20, 16]]),
-    ("backbone.input.mean", [None, 0.5, ["0.5"] * 3, [None] * 3, [True] * 3, [0.5, 0.5]]),
-    ("backbone.input.std", [None, {}, ["1"] * 3, [0, 1, 1], [-1, 1, 1], [1, 1]]),
+    ("backbone.input.mean", [None, 0.5, ["0.5"] * 3, [None] * 3, [True] * 3, [0.5, 0.5], ["Infinity"] * 3]),
+    ("backbone.input.std", [None, {}, ["1"] * 3, [0, 1, 1], [-1, 1, 1], [1, 1], ["Infinity", 1, 1], [float("nan"), 1, 1]]),
     ("backbone.input.interpolation", [None, 1, []]),
     ("convention", [None, 1, "half"]),
     ("exits", [None, {}, "one", ["one", "two"], [1, 2], [], [[]], [{}]]),
     ("exits.0.name", [None, 1, "", "nowhere", "two", "one.0.weight"]),
-    ("exits.0.head", [None, 1, "", "nothing", "pool"]),
+    ("exits.0.head", [None, 1, "", "nothing", "pool", "auto"]),
     ("threshold", [None, 0.5, "0.5", [], [0.5], [0.5, 0.5, 0.5], ["0.5", "0.5"], [True, False], [None, 0.5], [[0.5], [0.5]], [float("nan"), 0.5]]),
     ("results", [[], "none", 1]),
 ]  # fmt: skip
@@ -411,6 +411,13 @@ WRONG = [
 def test_a_field_of_another_type_or_without_meaning_is_refused(key, value, folder, net):
     edit(folder, key, value)
     assert len(refused(folder, net, PteeError)) < 400
+
+
+@pytest.mark.parametrize("head", ["conv99", "res-1024x8-1024x8-1024x8-1024x8-1024x8", "res-8x1s16"])
+def test_a_head_that_the_tensors_are_not_of_is_refused_before_it_is_made(head, folder, net, monkeypatch):
+    monkeypatch.setattr("ptee.plans.make_heads", lambda *_: pytest.fail("the head was made"))
+    edit(folder, "exits.0.head", head)
+    assert f"The head '{head}' of exit 0 wants a tensor" in refused(folder, net)
 
 
 HUGE = 10**400

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -249,3 +250,9 @@ def test_the_sample_is_of_the_data_and_nearly_as_large_as_it_may_be(n, batch_siz
     assert sample.shape[1:] == SIZE
     assert min(n, SAMPLE) / 2 <= len(sample) <= SAMPLE
     assert len(set(sample[:, 0, 0, 0].tolist()) & set(range(n))) == len(sample)
+
+
+@pytest.mark.parametrize(("policy", "cost"), [("max_prob", 0.4), ("patience", 0.5)])
+def test_a_policy_that_asks_earlier_exits_pays_for_their_heads(policy, cost):
+    found = replace(traces(), logits=torch.rand(3, 4, K), head_costs=torch.tensor([0.1, 0.1], dtype=torch.float64))
+    assert found.under(policy).costs_without([0])[1].item() == pytest.approx(cost)

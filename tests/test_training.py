@@ -27,8 +27,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ptee
 from ptee import steps, training
+from ptee.backbones import load_backbone
 from ptee.errors import DataError, DeviceError, PteeError, RunError, UnknownName
+from ptee.front import FrontHead
 from ptee.losses import v1_loss
+from ptee.model import build
 from ptee.optimizers import OPTIMIZERS
 from ptee.settings import TARGETS
 from ptee.training import Epoch, History, train
@@ -774,6 +777,52 @@ def test_the_checkpoint_of_another_number_of_classes_is_refused(checkpoint):
         fit(made(net=Net(K + 1)), checkpoint=checkpoint, resume=True)
 
 
+def with_front(seed: int, size: tuple[int, int, int] = SIZE) -> ptee.EarlyExitModel:
+    """With a network in front, whose weights lie among the heads'."""
+    torch.manual_seed(seed)
+    front = load_backbone(Net(), input_size=size)
+    torch.manual_seed(0)
+    backbone = load_backbone(Net(), input_size=SIZE)
+    return build(backbone, exits=EXITS, front=FrontHead(front, backbone.input, K))
+
+
+@pytest.mark.parametrize(("seed", "size"), [(2, SIZE), (1, (3, 24, 24))], ids=["other weights", "another size"])
+def test_the_checkpoint_of_another_front_network_is_refused_and_leaves_it_as_it_is(seed, size, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(with_front(1), epochs=1, checkpoint=checkpoint)
+    fit(with_front(1), checkpoint=checkpoint, resume=True)
+    model = with_front(seed, size)
+    before = heads(model)
+    with pytest.raises(RunError, match="front"):
+        fit(model, checkpoint=checkpoint, resume=True)
+    assert same(heads(model), before)
+
+
+def test_the_checkpoint_of_other_images_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    models = [
+        build(load_backbone(made().detach(), input_size=SIZE, mean=(mean,)), exits=EXITS, head="conv1")
+        for mean in (0.4, 0.5)
+    ]
+    fit(models[0], epochs=1, checkpoint=checkpoint)
+    with pytest.raises(RunError, match="input"):
+        fit(models[1], checkpoint=checkpoint, resume=True)
+
+
+def test_gates_are_not_moved_they_are_taken_off_first():
+    model = made()
+    before = model.costs
+    ptee.fit_gates(model, data(), progress=False)
+    gates = heads(model)
+    with pytest.raises(PteeError, match=r"has gates.*model\.remove_gates\(\).*ptee\.fit_gates"):
+        fit(model)
+    assert same(heads(model), gates)
+    model.remove_gates()
+    assert model.costs == before
+    assert not any(e.gate for e in model.exits)
+    assert len(fit(model).epochs) == 3
+
+
 def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
     net = Net()
     with torch.no_grad():
@@ -869,16 +918,22 @@ def test_heads_that_share_weights_are_kept_too(tmp_path):
 
 
 ONE_OF_TWO = """
+import json
 import sys
 import torch
-from test_training import N, data, fit, heads, made
+from test_training import N, data, fit, heads, images, labels, made
 from torch.utils.data import TensorDataset
+from ptee.losses import v1_loss
 
-for val_data in (data(), None):
+for val_data in (TensorDataset(*data()[:20]), None):
     model = made(seed=int(sys.argv[1]))  # the heads begin differently: the first process's are everybody's
     history = fit(model, TensorDataset(*data()[: N - 3]), val_data, epochs=2, batch_size=8)
     state = {name: value.tolist() for name, value in heads(model).items()}
-    print("FOUND", [state, [[e.loss, e.val_loss, e.leaving] for e in history.epochs]])
+    with torch.no_grad():
+        logits, _, confidence = model.all_exits(images()[:20])
+        in_one = v1_loss(logits, confidence, torch.tensor(model.costs), labels()[:20]).item()
+    found = {"heads": state, "epochs": [[e.loss, e.val_loss, e.leaving] for e in history.epochs], "loss in one": in_one}
+    print("FOUND", json.dumps(found))
 """
 
 
@@ -909,3 +964,9 @@ def two_processes() -> list[list[str]]:
 def test_two_processes_end_with_the_same_heads_and_figures(val_data, two_processes):
     one, two = (found[0 if val_data else 1] for found in two_processes)
     assert one == two
+
+
+@pytest.mark.slow
+def test_two_processes_count_each_held_out_image_once(two_processes):
+    found = json.loads(two_processes[0][0].removeprefix("FOUND"))
+    assert found["epochs"][-1][1] == pytest.approx(found["loss in one"], rel=1e-5)
