@@ -57,10 +57,6 @@ def augment(o: Options, say: Say) -> None:
     wish = asked.wish(o)
     backbone, data, targets = _digits(o, say) if o["model"] is None else _model_and_data(o, say)
     wish = wish or _usual_wish(data, o)
-    if o["epochs"] == AUTO:
-        every: Any = data.train
-        o["epochs"] = epochs_for(len(every), o["batch_size"])
-    o["epochs"] = o["epochs"] or EPOCHS
     choice = _choice(backbone, data.train, o, say)
     model = _planned(backbone, choice, o)
     if wish:
@@ -68,9 +64,7 @@ def augment(o: Options, say: Say) -> None:
         require_labels(wish, labelled=data.validation[0][1] >= 0)
     say(f"{data.summary}\n\n{model.plan}\n")
     again = _told_of_random_weights(model, say)
-    o["mirror"] = o["mirror"] and data.mirror
-    if o["shift"] == AUTO:
-        o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
+    _settle(o, data, model)
     data, for_gates = _split(data, o, say, asked_for_gates)
     history = _train(model, data, targets, o, say)
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
@@ -243,6 +237,17 @@ def _told_of_random_weights(model: EarlyExitModel, say: Say) -> bool:
             "cannot load this run again. Give --front-weights FILE.\n"
         )
     return all(network.source is not None for network in (model.origin, front) if network)
+
+
+def _settle(o: Options, data: Data, model: EarlyExitModel) -> None:
+    """Put numbers in place of what is left to the data and the model."""
+    every: Any = data.train
+    if o["epochs"] == AUTO:
+        o["epochs"] = epochs_for(len(every), o["batch_size"])
+    o["epochs"] = o["epochs"] or EPOCHS
+    o["mirror"] = o["mirror"] and data.mirror
+    if o["shift"] == AUTO:
+        o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
 
 
 def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say) -> History:
