@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,16 +16,18 @@ from ptee import backbones
 from ptee.backbones import Backbone
 from ptee.cuts import survey
 from ptee.data import Data, image_transform, open_data, open_named
-from ptee.errors import PteeError, unknown
+from ptee.errors import CutError, PteeError, unknown
 from ptee.front import INPUT, FrontHead, named_front
 from ptee.heads import AUTO
 from ptee.labels import LabelMap, map_labels, with_labels
 from ptee.model import EarlyExitModel, build
 from ptee.placement import CHOSEN, PLACEMENTS, needs_images
+from ptee.recipes import PLAIN, RECIPE, RECIPES
 from ptee.thresholds import WISHES, Wish
 
 HEAD = "pool"  # where nothing else is said
 
+Made = TypeVar("Made")
 Options = dict[str, Any]
 Say = Callable[..., None]  # prints a text; with err=True to the standard error
 
@@ -62,10 +64,23 @@ def placing(network: Backbone, o: Options) -> dict[str, Any]:
     }
 
 
+def placed(make: Callable[..., Made], network: Backbone, o: Options) -> Made:
+    """What `make_plan` or `build` makes of the network and what is asked for.
+
+    A network that has no room for the recipe's own places gets as many by pareto as it has room for.
+    """
+    try:
+        return make(network, **placing(network, o))
+    except CutError:
+        if o["recipe"] != RECIPE or o["exits"] != RECIPES[RECIPE]["exits"]:
+            raise
+        return make(network, **placing(network, o | {"exits": PLAIN["exits"], "head_budget": None}))
+
+
 def untrained(network: Backbone, o: Options) -> EarlyExitModel:
     """The model with its exits; the same seed gives the same heads."""
     torch.manual_seed(o.get("seed", 0))
-    return build(network, **placing(network, o))
+    return placed(build, network, o)
 
 
 def exits(text: str | None, network: Backbone) -> Any:
@@ -146,6 +161,6 @@ def wish(o: Options) -> Wish | None:
         if o["threshold"]:
             raise PteeError(f"--threshold gives T, {options} choose it: give one or the other.")
         return Wish.only(given)
-    if o["one_threshold"]:
+    if o["one_threshold"] and (o["threshold"] or o.get("recipe") != RECIPE):  # which has a wish of its own
         raise PteeError(f"--one-threshold needs one of {options}.")
     return None

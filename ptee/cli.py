@@ -111,9 +111,7 @@ def cli(ctx: click.Context) -> None:
 )
 @click.option("--temperature", type=float, help="Of --targets soft, for --loss each: such as 2.")
 @click.option("--loss", help="v1, v2, mc or cost: the exits learn together; each: every exit for itself.")
-@click.option(
-    "--cost-weight", type=float, default=1.0, show_default=True, help="Lambda: the price of cost in the loss."
-)
+@click.option("--cost-weight", type=float, help="Lambda: the price of cost in the losses v1, v2 and cost. Default: 1.")
 @click.option("--reach", is_flag=True, help="Weight each image at an exit by the chance to get there; for --loss each.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images.")
 @click.option(
@@ -147,7 +145,7 @@ def cli(ctx: click.Context) -> None:
 @click.option(
     "--gate",
     help="Fit gates after the heads, which decide who leaves: agrees (is this answer the backbone's?), right (is it the "
-    "label?) or best (is it the label, or would no later answer be?).",
+    "label?) or best (is it the label, or would no later answer be?); none.",
 )
 @click.option(
     "--gate-share",
@@ -194,7 +192,7 @@ def plan(as_json: bool, **o: Any) -> None:
     o = followed(o)
     backbone = asked.backbone(o)
     backbone.module.requires_grad_(False).eval()
-    found = make_plan(backbone, **asked.placing(backbone, o))
+    found = asked.placed(make_plan, backbone, o)
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 
@@ -349,18 +347,21 @@ def compare(run: tuple[str, ...], as_json: bool, **o: Any) -> None:
 def bench(as_json: bool, **o: Any) -> None:
     """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs.
 
-    With --training: what training costs with and without the cache.
+    With --training: what training costs with and without the cache. Without --recipe: pareto, pool heads.
     """
     import torch
 
     from ptee import asked
     from ptee.benchmark import bench as measure
     from ptee.devices import resolve_device
+    from ptee.recipes import followed
     from ptee.training_speed import bench_training
 
     device = resolve_device(o["device"])
     if o["threads"]:
         torch.set_num_threads(o["threads"])
+    if o["recipe"] is not None:
+        o = followed(o)
     model = asked.untrained(asked.backbone(o), o).to(device)
     found: Any = (
         bench_training(model, images=o["images"], epochs=o["epochs"], rounds=o["rounds"] or 3)

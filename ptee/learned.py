@@ -67,7 +67,7 @@ class Blueprint:
         Raises:
             PteeError: if it is one that is larger than any head should be.
         """
-        match = re.fullmatch(r"res((?:-\d{1,5}x\d{1,3}(?:s\d{1,2})?){1,5})(\+?)", name)
+        match = re.fullmatch(r"res((?:-\d{1,5}x\d{1,3}(?:s\d{1,2})?){1,8})(\+?)", name)
         if match is None:
             return None
         parts = re.findall(r"-(\d+)x(\d+)(?:s(\d+))?", match[1])

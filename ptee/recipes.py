@@ -9,10 +9,11 @@ from ptee.errors import PteeError, unknown
 from ptee.heads import AUTO
 
 RECIPE = "ptee"  # where none is named
+NO_GATE = "none"  # the word of who wants none though a recipe has them
 MAY_LOSE = 0.01  # of accuracy, or of the answers where there are no labels, by the thresholds that RECIPE is given
 # Without a recipe. `targets` then depends on whether there are labels, `head` and `epochs` on the data.
 PLAIN: dict[str, Any] = {
-    "loss": "v1", "temperature": 1.0, "exits": "pareto", "augment": 1, "shift": 0,
+    "loss": "v1", "temperature": 1.0, "cost_weight": 1.0, "exits": "pareto", "augment": 1, "shift": 0,
     "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant",
 }  # fmt: skip
 FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 40, 5_000  # of a recipe that leaves the epochs to the number of images
@@ -56,12 +57,25 @@ def shift_for(input_size: tuple[int, int, int]) -> int:
     return min(input_size[1:]) // 8
 
 
+def _make_room(says: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Places and budgets of `RECIPE` go where others are given."""
+    if given["exits"] == AUTO:
+        says["head"] = "pool"  # for which the choice is sound
+    if given["num_exits"] is not None:
+        says["exits"] = PLAIN["exits"]
+    elif given["front"] is not None:
+        says["exits"] = "0.4,0.7"  # the front stands for the first
+    others = given["exits"] not in (None, says["exits"]) or given["head"] not in (None, AUTO)
+    if others or given["num_exits"] is not None or given["front"] not in (None, AUTO):
+        says.pop("head_budget")
+
+
 def followed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options with what the recipe among them says in place of those that are None.
 
     Args:
-        given: options of `ptee augment` or `ptee plan` by name, "recipe" among them. None there is `RECIPE`, but for a loss that all heads
-            have together, which is another way altogether: nothing is then taken of any recipe.
+        given: options of `ptee augment` or `ptee plan` by name, "recipe" among them. None there is `RECIPE`, but for a loss
+            that all heads have together, which is another way altogether: nothing is then taken of any recipe.
 
     Raises:
         UnknownName: if there is no such recipe.
@@ -71,18 +85,23 @@ def followed(given: Mapping[str, Any]) -> dict[str, Any]:
     if name is not None and name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     says = {**(RECIPES[name] if name else {}), "recipe": name}
-    own = {key for key in says if given.get(key) is not None}
-    if name == RECIPE and given["num_exits"] is not None:
-        says["exits"] = PLAIN["exits"]  # and not the recipe's own three
-    elif name == RECIPE and given["front"] is not None:
-        says["exits"] = "0.4,0.7"  # the front stands for the first
-    if own & {"exits", "head"} or given["num_exits"] is not None or given["front"] not in (None, AUTO):
-        says.pop("head_budget", None)  # it is of the recipe's own three heads
+    own = {key for key in says if given.get(key) not in (None, says[key])}
+    if name == RECIPE:
+        _make_room(says, given)
     if says.get("loss") == "each" and given.get("loss") not in (None, "each"):
         raise PteeError(
             f"The recipe {name!r} is heads that learn each for itself, and --loss {given['loss']} has them learn together. "
             "Leave one of the two out."
         )
-    if "targets" in own and given["targets"] != "soft":
+    if says.get("loss") == "each" and given.get("cost_weight") is not None:
+        raise PteeError(
+            f"A cost weight is of heads that learn together, and those of the recipe {name!r} learn each for itself: thresholds "
+            "set the price. Leave --cost-weight out, or give --loss v1."
+        )
+    if "targets" in own:
         says.pop("temperature", None)  # it is of probabilities
+    if "optimizer" in own:
+        says = {key: value for key, value in says.items() if key not in ("lr", "weight_decay")}  # they are Muon's
+    if given.get("gate") == NO_GATE:
+        given, says = {**given, "gate": None}, {key: value for key, value in says.items() if key != "gate"}
     return {key: says.get(key, PLAIN.get(key)) if value is None else value for key, value in given.items()}

@@ -230,3 +230,10 @@ def test_tokens_get_learned_heads_on_their_grid():
     )
     assert [cut.layout.order for cut in made.plan.cuts] == ["bnc", "bnc"]
     assert made(torch.randn(2, *SIZE)).shape == (2, K)
+
+
+@pytest.mark.parametrize("side", [4, 7, 32, 112, 144, 160, 256, 512])
+def test_a_head_that_was_sized_can_be_read_back_by_its_name(side):
+    found = blueprint_for((24, side, side), 1e9, 1000, None)
+    assert found is not None
+    assert Blueprint.of(str(found)) == found

@@ -24,7 +24,7 @@ OPTIONS = (
         "schedule",
         "gate",
     ),
-    *("epochs", "augment", "shift", "optimizer", "lr", "weight_decay"),
+    *("epochs", "augment", "shift", "optimizer", "lr", "weight_decay", "cost_weight"),
 )
 NONE = dict.fromkeys(OPTIONS)
 
@@ -115,3 +115,30 @@ def test_the_plain_way_is_that_of_train():
     shared = PLAIN.keys() & defaults.keys()
     assert {name: PLAIN[name] for name in shared} == {name: defaults[name] for name in shared}
     assert shared >= {"loss", "temperature", "schedule", "optimizer", "lr", "weight_decay", "augment", "shift"}
+
+
+def test_a_loss_weight_that_nothing_would_read_is_refused():
+    with pytest.raises(PteeError, match=r"cost weight .* --loss v1"):
+        followed(NONE | {"cost_weight": 0.2})
+    assert followed(NONE | {"cost_weight": 0.2, "loss": "v1"})["cost_weight"] == 0.2
+
+
+def test_the_rate_of_muon_goes_with_muon():
+    got = followed(NONE | {"optimizer": "adam"})
+    assert (got["lr"], got["weight_decay"]) == (PLAIN["lr"], PLAIN["weight_decay"])
+    assert followed(NONE | {"optimizer": "adam", "lr": 0.5})["lr"] == 0.5
+    assert followed(NONE | {"optimizer": "muon"})["lr"] == RECIPES["ptee"]["lr"]
+
+
+@pytest.mark.parametrize("said", [{"head": "auto"}, {"exits": "0.03,0.4,0.7"}, {"gate": "agrees"}], ids=str)
+def test_saying_what_is_taken_anyway_changes_nothing(said):
+    assert followed(NONE | said) == followed(NONE)
+
+
+def test_exits_that_are_chosen_get_the_heads_for_which_the_choice_is_sound():
+    assert followed(NONE | {"exits": "auto"})["head"] == "pool"
+    assert followed(NONE | {"exits": "auto", "head": "conv1"})["head"] == "conv1"
+
+
+def test_gates_can_be_left_out():
+    assert followed(NONE | {"gate": "none"})["gate"] is None
