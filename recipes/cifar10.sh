@@ -1,10 +1,11 @@
 #!/bin/sh
 # Early exits on a frozen cifar_resnet56, the papers' recipes and smaller networks, on CIFAR-10; three seeds.
 # Run from the project's root: sh recipes/cifar10.sh. About six hours on one core; runs that are there already are kept.
+set -e
 data=${DATA:-../shared/data/cifar10} weights=${WEIGHTS:-../shared/weights} out=${OUT:-runs}
 
 augment() { # seed name options...
-    run=$out/$2-$1 seed=$1
+    run=$out/$2$1 seed=$1
     shift 2
     [ -f "$run/metrics.json" ] || ptee augment --model cifar_resnet56 --weights "$weights/cifar_resnet56.safetensors" \
         --data "$data" --seed "$seed" --no-speed --out "$run" --overwrite "$@"
@@ -16,8 +17,8 @@ for seed in ${SEEDS:-0 1 2}; do
     for recipe in pteenet eenet branchynet ztw; do
         augment "$seed" "$recipe" --recipe "$recipe"
     done
-    ptee compare "$out/ours-$seed" "$out/front-$seed" "$out/pteenet-$seed" \
-        "$out/eenet-$seed" "$out/branchynet-$seed" "$out/ztw-$seed" --data "$data" \
+    ptee compare "$out/ours$seed" "$out/front$seed" "$out/pteenet$seed" \
+        "$out/eenet$seed" "$out/branchynet$seed" "$out/ztw$seed" --data "$data" \
         --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
-        --static cifar_resnet32="$weights/cifar_resnet32.safetensors"
+        --static cifar_resnet32="$weights/cifar_resnet32.safetensors" | tee "$out/compare-$seed.txt"
 done

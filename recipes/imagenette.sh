@@ -1,6 +1,7 @@
 #!/bin/sh
 # Early exits on every ImageNet backbone whose weights are there, on Imagenette, at most two points of fidelity lost.
 # Run from the project's root: sh recipes/imagenette.sh. Runs that are there already are kept.
+set -e
 data=${DATA:-../shared/data/imagenette} weights=${WEIGHTS:-../shared/weights} out=${OUT:-runs}
 
 augment() { # name options...
