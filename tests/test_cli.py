@@ -271,7 +271,10 @@ WORDS = {
     "two wishes": (["tune", "nowhere", "--max-drop", "0.1", "--max-cost", "0.5"], "max_drop and max_cost are both"),
     "a drop above 1": (["augment", "--max-drop", "2"], "max_drop is 2: give a fraction"),
     "T and a wish for T": (["augment", "--threshold", "0.5", "--max-drop", "0.1"], "one or the other"),
-    "one threshold without a wish": (["augment", "--one-threshold"], "--one-threshold needs one of --max-drop"),
+    "one threshold without a wish": (
+        ["augment", "--recipe", "eenet", "--one-threshold"],
+        "--one-threshold needs one of --max-drop",
+    ),
     "tuning no folder": (["tune", "user/run", "--max-drop", "0.1"], "no folder user/run"),
     "a comparison of nothing": (["compare"], "RUN"),
     "a line that is none": (
@@ -841,7 +844,7 @@ MISTAKES = {
     "an unknown precision": ["--precision", "fp17"],
     "unknown targets": ["--targets", "foo"],
     "a weight decay of NaN": ["--weight-decay", "nan"],
-    "a price of NaN": ["--cost-weight", "nan"],
+    "a price of NaN": ["--loss", "v1", "--cost-weight", "nan"],
     "an unknown head": ["--head", "poool"],
     "an unknown recipe": ["--recipe", "ptee-net"],
 }
