@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-ARGUMENT = re.compile(r"(?<![\w./-])([a-z]\w*)=(\(.*?\)|\w*(?:[./-]\w+)*)")  # name=, name=value, name=(a, b)
+ARGUMENT = re.compile(
+    r"(?<![\w./-])([a-z]\w*)=(?!\.{3})(\(.*?\)|\w*(?:[./-]\w+)*)"
+)  # name=, name=value, name=(a, b); not code
 
 
 def _options(*options: Callable[..., Any]) -> Callable[..., Any]:

@@ -316,6 +316,8 @@ def test_refused_in_one_line_with_status_two(words, said, run, things, elsewhere
         ("Lower it (lr=0.0001), cache=False.", "Lower it (--lr 0.0001), --no-cache."),
         ("There is no runs/weights=3.pth, give backbone=.", "There is no runs/weights=3.pth, give backbone=."),
         ("cannot be built with img_size=100.", "cannot be built with img_size=100."),
+        ("From Python: ptee.load(folder, front=...).", "From Python: ptee.load(folder, front=...)."),
+        ("Give front_weights=FILE.", "Give --front-weights FILE."),
     ],
 )
 def test_a_message_about_pythons_arguments_speaks_of_options_on_the_command_line(in_python, typed):
