@@ -15,7 +15,7 @@ for seed in ${SEEDS:-0 1 2}; do
     augment "$seed" ours --max-drop 0.005
     augment "$seed" front --front cifar_resnet20 --front-weights "$weights/cifar_resnet20.safetensors" --max-drop 0.005
     for recipe in pteenet eenet branchynet ztw; do
-        augment "$seed" "$recipe" --recipe "$recipe"
+        augment "$seed" "$recipe" --recipe "$recipe" --epochs 13 # as many as ours
     done
     ptee compare "$out/ours$seed" "$out/front$seed" "$out/pteenet$seed" \
         "$out/eenet$seed" "$out/branchynet$seed" "$out/ztw$seed" --data "$data" \
