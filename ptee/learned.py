@@ -24,7 +24,7 @@ Shape = tuple[int, int, int]  # (c, h, w) of a map
 
 SMALLEST = 4  # positions a side below which a map is not halved again
 DEEPEST = 4  # blocks a stage
-MOST_CHANNELS, FEWEST_CHANNELS, USUAL_CHANNELS = 1024, 8, 128
+MOST_CHANNELS, FEWEST_CHANNELS, USUAL_CHANNELS = 256, 8, 128
 
 
 @dataclass(frozen=True)
