@@ -322,7 +322,9 @@ def blueprint_for(shape: Shape, macs: float, classes: int, before: Shape | None)
     for strides in _strides(shape, before):
         fitting = [one for one in _blueprints(strides, before) if one.macs(shape, classes, before) <= macs]
         if fitting:
-            usual = min(USUAL_CHANNELS, shape[0] * 2 ** len(strides))
+            usual = min(
+                USUAL_CHANNELS, max(shape[0], 2 * FEWEST_CHANNELS) * 2 ** len(strides)
+            )  # images have few of their own
             return max(fitting, key=lambda one: _merit(one.stages[-1], usual))
     return None
 
