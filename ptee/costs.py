@@ -21,12 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Convolutions and matrix products: what makes a layer a layer. Normalisation, activation and pooling belong to it.
 PRODUCTS = frozenset({
     "aten::_convolution", "aten::_convolution_mode", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
     "aten::einsum", "aten::scaled_dot_product_attention",
 })  # fmt: skip
+
+LARGE = 10**8  # parameters above which a network is counted without being computed where that can be
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Co
         products_only: leave out all but convolutions and matrix products, as torch's own FlopCounterMode does.
     """
     with _left_as_it_was(module), torch.no_grad(), _visible_attention():
-        steps = _steps(module.eval(), example)
+        steps = _steps_of(module.eval(), example)
     if products_only:
         steps = [step if step.product else replace(step, macs=0) for step in steps]
     macs = list(accumulate((s.macs for s in steps), initial=0))
@@ -95,6 +98,16 @@ def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Co
 def parameters(module: nn.Module) -> int:
     """Number of parameters, batch norm's weight and bias included."""
     return sum(p.numel() for p in module.parameters())
+
+
+def _steps_of(module: nn.Module, example: Tensor) -> list[_Step]:
+    if parameters(module) > LARGE:
+        try:
+            with _idle(module):
+                return _steps(module, example)
+        except _UntracedError:
+            pass
+    return _steps(module, example)
 
 
 def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
@@ -172,6 +185,59 @@ def _visible_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _UntracedError(Exception):
+    """A convolution ran under a dispatch mode, where the trace does not record it."""
+
+
+class _Idle(TorchDispatchMode):
+    """Matrix products and attention give zeros of their shape: the trace has them, nobody works them out."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            left, right = args[-2:]
+            return left.new_zeros(*left.shape[:-1], right.shape[-1])
+        if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            query, value = args[0], args[2]
+            return torch.zeros_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]), query.new_zeros(
+                query.shape[:-1]
+            )
+        if func is aten.convolution.default:
+            raise _UntracedError
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _idle(module: nn.Module) -> Iterator[None]:
+    """Keeps the parts of a network that hold no convolution from computing their products."""
+    parts = [m for m in _outermost(module) if "forward" not in vars(m)]
+
+    def idle(part: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Idle():
+                return type(part).forward(part, *args, **kwargs)
+
+        return forward
+
+    try:
+        for part in parts:
+            part.forward = idle(part)
+        yield
+    finally:
+        for part in parts:
+            vars(part).pop("forward", None)
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts without a convolution; of a list its members, for nobody calls a list."""
+    listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    if not listed and not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child)
 
 
 @contextmanager

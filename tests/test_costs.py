@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ptee import costs
 from ptee.costs import count, parameters
 
 NORMS = {nn.BatchNorm2d: 1, nn.LayerNorm: 5}  # per element; torch's counter leaves them out, 5 is fvcore's number
@@ -295,3 +296,32 @@ def test_what_the_forward_pass_raises_reaches_the_caller():
 def test_counting_twice_gives_the_same():
     module, image = timm.create_model("resnet18"), torch.randn(1, 3, 32, 32)
     assert count(module, image) == count(module, image)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "resnet18", "levit_128s", "mixer_s32_224", "coatnet_nano_rw_224", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"],
+)  # fmt: skip
+def test_a_large_network_is_counted_alike_without_being_computed(name, monkeypatch):
+    module = timm.create_model(name).eval()
+    image = torch.rand(1, 3, 224, 224)
+    monkeypatch.setattr(costs, "LARGE", float("inf"))
+    computed = count(module, image)
+    monkeypatch.setattr(costs, "LARGE", 0)
+    answer = module(image)
+    assert count(module, image) == computed
+    assert torch.equal(module(image), answer)
+
+
+def test_a_large_network_with_a_convolution_outside_of_layers_is_computed(monkeypatch):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4, 3, 3, 3))
+            self.dense = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.dense(F.conv2d(x, self.weight).mean((2, 3)))
+
+    monkeypatch.setattr(costs, "LARGE", 0)
+    assert count(Functional(), torch.rand(1, 3, 8, 8)).total == 4 * 3 * 9 * 36 + 8
