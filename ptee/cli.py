@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ptee import __version__, runs
+from ptee.allocation import keep_freed_memory
 from ptee.errors import Interrupted, PteeError, RunError
 from ptee.options import (
     BACKBONE,
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process speaks for all
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    if arguments is None:  # the process is ours
+        keep_freed_memory()
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
     status = 0
     try:
