@@ -23,7 +23,7 @@ from ptee.labels import LabelMap, map_labels, with_labels
 from ptee.model import EarlyExitModel, build
 from ptee.placement import CHOSEN, PLACEMENTS, needs_images
 from ptee.recipes import PLAIN, RECIPE, RECIPES
-from ptee.thresholds import WISHES, Wish
+from ptee.thresholds import WISHES, Wish, checked_margin
 
 HEAD = "pool"  # where nothing else is said
 
@@ -160,7 +160,11 @@ def wish(o: Options) -> Wish | None:
     if any(limit is not None for limit in given.values()):
         if o["threshold"]:
             raise PteeError(f"--threshold gives T, {options} choose it: give one or the other.")
-        return Wish.only(given)
-    if o["one_threshold"] and (o["threshold"] or o.get("recipe") != RECIPE):  # which has a wish of its own
-        raise PteeError(f"--one-threshold needs one of {options}.")
+        wished = Wish.only(given)
+        checked_margin(wished, o["margin"])
+        return wished
+    others = {"--one-threshold": o["one_threshold"], "--margin": o["margin"] != AUTO}
+    for name in [name for name, is_given in others.items() if is_given]:
+        if o["threshold"] or o.get("recipe") != RECIPE:  # which has a wish of its own
+            raise PteeError(f"{name} needs one of {options}.")
     return None

@@ -25,7 +25,7 @@ from ptee.model import EarlyExitModel
 from ptee.placement import CHOSEN, PLACEMENTS
 from ptee.recipes import MAY_LOSE, RECIPE, epochs_for, followed, shift_for
 from ptee.settings import Settings
-from ptee.thresholds import Wish, remark, require_labels, require_reachable
+from ptee.thresholds import Wish, checked_margin, remark, require_labels, require_reachable
 from ptee.tuning import Unseen, kept
 
 EPOCHS, GATE_SHARE = 5, 0.1  # where nothing else is said
@@ -62,6 +62,7 @@ def augment(o: Options, say: Say) -> None:
     if wish:
         require_reachable(wish, model.least_cost("answers" if o["gate"] else None))
         require_labels(wish, labelled=data.validation[0][1] >= 0)
+        checked_margin(wish, o["margin"])
     say(f"{data.summary}\n\n{model.plan}\n")
     again = _told_of_random_weights(model, say)
     _settle(o, data, model)

@@ -28,7 +28,7 @@ from ptee.freezing import modes, set_modes
 from ptee.front import Prepare, require_same_question
 from ptee.model import EarlyExitModel
 from ptee.tables import table
-from ptee.thresholds import curve, first_to_give, truncation
+from ptee.thresholds import AUTO, curve, first_to_give, truncation
 from ptee.traces import Score, Traces, compact, record
 from ptee.weights import weights_hash
 
@@ -56,7 +56,8 @@ class Entry:
     """One setting, chosen on the calibration images and measured on the report images.
 
     Attributes:
-        allowed: the drop that thresholds were chosen for; None where there are none.
+        allowed: the drop that thresholds were chosen for, less what images that were left out lost more; None where there
+            are none.
         cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
         drop: accuracy (without labels: fidelity) lost against the bare backbone; below 0 it is gained.
         interval: of the drop, 95 %, by bootstrap over the images.
@@ -180,9 +181,10 @@ class Comparison:
             + (f"{self.note}\n" if self.note else "")
             + table([title, *map(self._cells, self.lines)], left={0})
             + f"\nThresholds, exits that are off and places to cut off are chosen on {self.calibration:,} other images, for the drop "
-            f"of {measure} over each column.\nIn each cell: cost, multiply-accumulates over the bare backbone's, heads "
-            "included; and in parentheses the drop that it really has\non the images that are reported on, with 95 % "
-            f"intervals of up to {widest / 2:.4f} to each side. Below, what keeps to a drop keeps to it on both."
+            f"of {measure} over each column\nless what is kept in reserve for images like these. In each cell: cost, "
+            "multiply-accumulates over the bare backbone's, heads included;\nand in parentheses the drop that it really has "
+            f"on the images that are reported on, with 95 % intervals of up to {widest / 2:.4f} to\neach side. Below, what "
+            "keeps to a drop keeps to it on both."
             + self._of_oracles()
             + "".join(f"\n{sentence}" for sentence in self.verdict)
         )  # fmt: skip
@@ -479,7 +481,7 @@ def _of_network(name: str, backbone: str, pair: Pair, drops: Sequence[float]) ->
 
 def _tuned(name: str, kind: str, pair: Pair, drops: Sequence[float], one: bool = False) -> Line:
     """Thresholds for each allowed drop, from the calibration images."""
-    solutions = zip(drops, curve(pair.calibration, drops, one=one), strict=True)
+    solutions = zip(drops, curve(pair.calibration, drops, one=one, margin=AUTO), strict=True)
     return Line(name, kind, tuple(_at(pair, drop, found.threshold, found.off) for drop, found in solutions))
 
 

@@ -24,8 +24,8 @@ def tuned(model: EarlyExitModel, unseen: Unseen, wish: Wish, o: Options, say: Sa
     """
     parts = parts_for_tuning(unseen.data, unseen.images, unseen.seed)
     found = tune(
-        model, parts.calibration, **{wish.kind: wish.limit}, one=o["one_threshold"], batch_size=o["batch_size"],
-        num_workers=o["workers"], device=o["device"],
+        model, parts.calibration, **{wish.kind: wish.limit}, one=o["one_threshold"],
+        margin=o["margin"], batch_size=o["batch_size"], num_workers=o["workers"], device=o["device"],
     )  # fmt: skip
     record = {"source": unseen.data.place, "images": parts.words} | found.to_dict()
     model.results = (model.results or {}) | {"tuning": record}

@@ -65,6 +65,21 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is no list of numbers between commas.", param, ctx)
 
 
+class NumberOrAuto(click.ParamType):
+    """A number, or the word auto."""
+
+    name = "number|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """As click asks for it."""
+        if value == "auto":
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'auto'.", param, ctx)
+
+
 class Size(Numbers):
     """Channels, height, width: 3,224,224; one number is the side of a colour image."""
 
@@ -174,6 +189,14 @@ WISH = _options(
         "--max-cost", type=float, help="Choose T: the best answers at such a mean cost, such as 0.6, or less."
     ),
     click.option("--one-threshold", is_flag=True, help="Choose one T for all exits, not one for each."),
+    click.option(
+        "--margin",
+        type=NumberOrAuto(),
+        default="auto",
+        show_default=True,
+        help="How much of an allowed drop to keep in reserve, as other images lose more than those that T is chosen on; auto: "
+        "as much more as images lose that are left out.",
+    ),
 )
 SPEED = click.option(
     "--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone."

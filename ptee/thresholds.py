@@ -19,6 +19,8 @@ from ptee.solver import ROUNDING, Problem, search
 from ptee.traces import Score, Traces
 
 WISHES = ("max_drop", "max_fidelity_drop", "max_cost")
+AUTO = "auto"  # a margin that the traces themselves say
+FOLDS = 4  # of the traces, each once left out while thresholds are chosen
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Solution:
         score: accuracy, fidelity and cost on those traces; heads of exits that are off are not counted.
         backbone: the same of the bare backbone.
         samples: n.
+        margin: how much of the wish's limit was kept in reserve for other images.
     """
 
     wish: Wish
@@ -76,6 +79,7 @@ class Solution:
     score: Score
     backbone: Score
     samples: int
+    margin: float = 0.0
 
     @property
     def cost(self) -> float:
@@ -108,8 +112,9 @@ class Solution:
         )
         accuracy = "" if self.drop is None else f"accuracy {self.score.accuracy:.4f} ({-self.drop:+.4f}), "
         walls = ", ".join(f"{t:.4f}" for t in self.threshold)
+        reserve = f" less {self.margin:.4f}, which other images are likely to lose more," if self.margin else ""
         return (
-            f"T = {walls} for {self.wish}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
+            f"T = {walls} for {self.wish}{reserve}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
             f"on the {self.samples:,} images they were found on.{off}"
         )
 
@@ -121,7 +126,7 @@ def solve(
     max_fidelity_drop: float | None = None,
     max_cost: float | None = None,
     one: bool = False,
-    margin: float = 0.0,
+    margin: float | str = 0.0,
 ) -> Solution:
     """The thresholds that meet a wish best on these traces, and the exits that are better off.
 
@@ -135,7 +140,8 @@ def solve(
         max_cost: largest mean cost, as a fraction of the bare backbone's.
         one: the same T for all exits that are on.
         margin: how much of the limit is kept in reserve: thresholds found on a few images fit their noise, and other
-            images lose more.
+            images lose more. "auto": as much more as images lost that were left out, by a share of these at a time (at most
+            all of it; nothing of a cost). One T for all exits is then tried too, as it needs less in reserve.
 
     Raises:
         PteeError: if there is not exactly one wish, or it cannot be met; then what can be is said.
@@ -144,10 +150,11 @@ def solve(
     return solve_wish(traces, wish, one=one, margin=margin)
 
 
-def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float = 0.0) -> Solution:
+def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float | str = 0.0) -> Solution:
     """`solve` for a wish that was read already."""
-    if not 0 <= margin < math.inf:
-        raise PteeError(f"margin is {margin:g}: give what to keep in reserve of {wish}, such as {wish.limit / 4:g}.")
+    if margin == AUTO:
+        return _with_reserve(traces, wish, one)
+    margin = checked_margin(wish, margin)
     require_reachable(wish, min(_costs_alone(traces)), margin)
     limited = "cost" if wish.kind == "max_cost" else "loss"
     heads = torch.zeros_like(traces.costs[:-1]) if traces.head_costs is None else traces.head_costs
@@ -162,10 +169,37 @@ def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float =
     )
     choice = search(problem, one)
     if choice is None:
-        raise _unreachable(wish, margin)
+        raise PteeError(f"{wish} cannot be reached: too many confidences are no numbers. Train the heads again.")
     off = tuple(n for n, here in enumerate(choice.on.tolist()) if not here)
     walls = tuple(problem.walls(choice.taken, one))
-    return Solution(wish, walls, off, scored(traces, walls, off), _bare(traces), problem.rows)
+    return Solution(wish, walls, off, scored(traces, walls, off), _bare(traces), problem.rows, margin)
+
+
+def _with_reserve(traces: Traces, wish: Wish, one: bool) -> Solution:
+    """What costs least of one T and, if that is allowed, of one for each exit, both less what they would lose elsewhere."""
+    if wish.kind == "max_cost":
+        return solve_wish(traces, wish, one=one)
+    found = []
+    for way in (True,) if one or len(traces.costs) == 2 else (True, False):
+        margin = min(max(_optimism(traces, wish, way), 0.0), wish.limit)
+        found.append(solve_wish(traces, wish, one=way, margin=margin))
+    kept = [s for s in found if s.margin < wish.limit]  # of the others even a margin of all may be too little
+    return min(kept or found[:1], key=lambda s: s.cost)
+
+
+def _optimism(traces: Traces, wish: Wish, one: bool) -> float:
+    """How much more than the wish allows is lost on images that the thresholds were not chosen on."""
+    rows = traces.answers.shape[1]
+    if rows < 2 * FOLDS:
+        return 0.0
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    loss = 0.0
+    for fold in range(FOLDS):
+        left_out = order % FOLDS == fold
+        found = solve_wish(traces.rows(~left_out), wish, one=one)
+        other = traces.rows(left_out)
+        loss += _loss(other, wish).gather(0, other.leaving(found.threshold)[None]).sum().item()
+    return loss / rows - wish.limit
 
 
 def _loss(traces: Traces, wish: Wish) -> Tensor:
@@ -192,6 +226,23 @@ def require_labels(wish: Wish, labelled: bool, why: str = "") -> None:
         raise PteeError(f"{why} So no accuracy can be lost: give max_fidelity_drop or max_cost.")
 
 
+def checked_margin(wish: Wish, margin: float | str) -> float:
+    """What is kept in reserve of a wish, as a number; of "auto" nothing is known before the traces are.
+
+    Raises:
+        PteeError: if it is none, or leaves nothing of an allowed drop.
+    """
+    if margin == AUTO:
+        return 0.0
+    if isinstance(margin, str) or not 0 <= margin < math.inf:
+        raise PteeError(
+            f"margin is {margin}: give what to keep in reserve of {wish}, such as {wish.limit / 4:g}, or {AUTO!r}."
+        )
+    if wish.kind != "max_cost" and margin > wish.limit:
+        raise PteeError(f"{wish} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less.")
+    return margin
+
+
 def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
     """Refuse a cost below all that is possible.
 
@@ -209,12 +260,6 @@ def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
             f"{asked} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
             f"backbone. Give {math.ceil((least + margin) * 100) / 100:g} or more."
         )
-
-
-def _unreachable(wish: Wish, margin: float) -> PteeError:
-    if wish.kind == "max_cost":
-        return PteeError(f"{wish} cannot be reached: too many confidences are no numbers. Train the heads again.")
-    return PteeError(f"{wish} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less.")
 
 
 def remark(threshold: Sequence[float] | None) -> str | None:
@@ -286,7 +331,9 @@ def first_to_give(traces: Traces, wanted: Tensor) -> Tensor:
     return given.int().argmax(0)
 
 
-def curve(traces: Traces, drops: Sequence[float], *, one: bool = False) -> tuple[Solution, ...]:
-    """The best thresholds at each allowed drop of accuracy (without labels: of fidelity)."""
+def curve(
+    traces: Traces, drops: Sequence[float], *, one: bool = False, margin: float | str = 0.0
+) -> tuple[Solution, ...]:
+    """The best thresholds at each allowed drop of accuracy (without labels: of fidelity), each less a margin."""
     kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
-    return tuple(solve_wish(traces, Wish.only({kind: drop}), one=one) for drop in drops)
+    return tuple(solve_wish(traces, Wish.only({kind: drop}), one=one, margin=margin) for drop in drops)

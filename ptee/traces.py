@@ -62,6 +62,20 @@ class Traces:
         none = torch.zeros(len(self.costs) - 1, dtype=torch.bool)
         return none if self.looks_back is None else self.looks_back
 
+    def rows(self, which: Tensor) -> Traces:
+        """Of some of the images.
+
+        Args:
+            which: (n,) bool, or indices.
+        """
+        return replace(
+            self,
+            answers=self.answers[:, which],
+            confidence=self.confidence[:, which],
+            targets=None if self.targets is None else self.targets[which],
+            logits=None if self.logits is None else self.logits[:, which],
+        )
+
     def under(self, policy: str) -> Traces:
         """The same with the confidences of a policy of `POLICIES`. What it asks of earlier exits, their heads must say.
 

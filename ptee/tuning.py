@@ -29,7 +29,7 @@ def tune(
     max_fidelity_drop: float | None = None,
     max_cost: float | None = None,
     one: bool = False,
-    margin: float = 0.0,
+    margin: float | str = 0.0,
     batch_size: int = 128,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -45,7 +45,8 @@ def tune(
         max_fidelity_drop: largest share of answers that are not the backbone's.
         max_cost: largest mean cost, as a fraction of the bare backbone's; what loses least within it is chosen.
         one: the same threshold for all exits.
-        margin: how much of that limit is kept in reserve, as other images lose more than those it was chosen on.
+        margin: how much of that limit is kept in reserve, as other images lose more than those it was chosen on; "auto" as
+            in `solve`.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.

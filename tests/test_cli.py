@@ -275,6 +275,15 @@ WORDS = {
         ["augment", "--recipe", "eenet", "--one-threshold"],
         "--one-threshold needs one of --max-drop",
     ),
+    "a margin without a wish": (
+        ["augment", "--recipe", "eenet", "--margin", "0.1"],
+        "--margin needs one of --max-drop",
+    ),
+    "a margin that is none": (["augment", "--margin", "much"], "'much' is neither a number nor 'auto'"),
+    "a margin above the drop": (
+        ["augment", "--max-drop", "0.1", "--margin", "0.2"],
+        "max_drop 0.1 leaves nothing after a margin of 0.2",
+    ),
     "tuning no folder": (["tune", "user/run", "--max-drop", "0.1"], "no folder user/run"),
     "a comparison of nothing": (["compare"], "RUN"),
     "a line that is none": (

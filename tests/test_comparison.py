@@ -121,7 +121,7 @@ def test_the_cascade_is_a_model_with_that_network_in_front_under_maximum_probabi
     model = build(backbone, exits=["input"], head="front", front=named_front(small(), backbone))
     there, here = (record(model, images(seed), progress=False).under("max_prob") for seed in (1, 2))
     entries = line(compared(), "small, then Sequential").entries
-    for entry, solution in zip(entries, curve(there, DROPS), strict=True):
+    for entry, solution in zip(entries, curve(there, DROPS, margin="auto"), strict=True):
         score = solution.on(here)
         assert entry.threshold == pytest.approx(solution.threshold)
         assert entry.drop == pytest.approx(lost(score, here.score(here.at(1))))

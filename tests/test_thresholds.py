@@ -196,6 +196,36 @@ def test_a_margin_leaves_room():
     assert tight.cost > wide.cost
 
 
+@pytest.mark.parametrize("kind", ["max_drop", "max_fidelity_drop"])
+def test_a_margin_that_the_traces_say_keeps_the_wish_on_other_images_on_average(kind):
+    wish = Wish(kind, 0.05)
+
+    def mean_drop(margin):
+        drops = []
+        for seed in range(6):
+            other = easy_and_hard(100 + seed, 3, 4000)
+            score = solve_wish(easy_and_hard(seed, 3, 300), wish, margin=margin).on(other)
+            drops.append(1 - score.fidelity if kind == "max_fidelity_drop" else lost(score, other.score(other.at(3))))
+        return sum(drops) / len(drops)
+
+    assert mean_drop(0.0) > 0.06
+    assert mean_drop("auto") < 0.052
+
+
+def test_a_margin_that_the_traces_say_is_told_and_never_above_the_wish():
+    found = solve(easy_and_hard(0, 4, 400), max_drop=0.02, margin="auto")
+    assert 0 < found.margin <= 0.02
+    assert found.drop <= 0.02 - found.margin + TOLERANCE
+    assert f"less {found.margin:.4f}" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["margin"] == found.margin
+
+
+def test_nothing_is_kept_in_reserve_of_a_cost_or_of_a_handful_of_rows():
+    traces = easy_and_hard(0, 3, 200)
+    assert solve(traces, max_cost=0.6, margin="auto") == solve(traces, max_cost=0.6)
+    assert solve(traces.rows(torch.arange(7)), max_drop=0.5, margin="auto").margin == 0
+
+
 def test_what_is_chosen_on_some_images_nearly_holds_on_others():
     found = solve(easy_and_hard(0, 4, 2000), max_drop=0.02)
     other = easy_and_hard(1, 4, 2000)
@@ -214,6 +244,10 @@ REFUSED = {
     "no cost": ({"max_cost": 0}, "max_cost is 0"),
     "an endless cost": ({"max_cost": math.inf}, "max_cost is inf"),
     "a negative margin": ({"max_drop": 0.1, "margin": -1}, "margin is -1"),
+    "a margin of words": (
+        {"max_drop": 0.1, "margin": "much"},
+        "margin is much: give what to keep in reserve.*or 'auto'",
+    ),
     "a margin larger than the drop": ({"max_fidelity_drop": 0.1, "margin": 0.2}, "margin of 0.1 or less"),
 }
 
