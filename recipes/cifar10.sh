@@ -15,10 +15,12 @@ for seed in ${SEEDS:-0 1 2}; do
     augment "$seed" ours --max-drop 0.005
     augment "$seed" front --front cifar_resnet20 --front-weights "$weights/cifar_resnet20.safetensors" --max-drop 0.005
     for recipe in pteenet eenet branchynet ztw; do
-        augment "$seed" "$recipe" --recipe "$recipe" --epochs 13 # as many as ours
+        augment "$seed" "$recipe" --recipe "$recipe" --epochs "${EPOCHS:-13}" # ours takes 13
     done
     ptee compare "$out/ours$seed" "$out/front$seed" "$out/pteenet$seed" \
         "$out/eenet$seed" "$out/branchynet$seed" "$out/ztw$seed" --data "$data" \
         --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
-        --static cifar_resnet32="$weights/cifar_resnet32.safetensors" | tee "$out/compare-$seed.txt"
+        --static cifar_resnet32="$weights/cifar_resnet32.safetensors" --json > "$out/compare-$seed.json"
+    python recipes/spread.py "$out/compare-$seed.json"
 done
+python recipes/spread.py "$out"/compare-*.json

@@ -6,6 +6,10 @@ import copy
 import functools
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -410,3 +414,17 @@ def test_labels_stay_with_their_images():
     for one, other in zip(*found, strict=True):
         assert one.entries[0].drop == pytest.approx(other.entries[0].drop)
         assert one.entries[0].cost == pytest.approx(other.entries[0].cost)
+
+
+def test_the_recipes_give_mean_and_spread_of_comparisons_with_several_seeds(tmp_path):
+    script = Path(__file__).parent.parent / "recipes" / "spread.py"
+    files = [tmp_path / f"compare-{seed}.json" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        entries = [{"allowed": 0.01, "cost": 0.4 + 0.2 * seed, "drop": 0.01 * seed}]
+        lines = [{"name": f"ours{seed}, one T", "kind": "adaptive", "entries": entries}]
+        lines += [{"name": "resnet20", "kind": "static", "entries": [{"allowed": None, "cost": 0.3, "drop": 0.02}]}]
+        file.write_text(json.dumps({"backbone": "b", "samples": 9, "drops": [0.01], "lines": lines}))
+    done = subprocess.run([sys.executable, str(script), *map(str, files)], capture_output=True, text=True, check=True)
+    assert "2 seeds" in done.stdout
+    assert "ours, one T  0.5000 ± 0.1414 (+0.0050 ± 0.0071)" in done.stdout
+    assert re.search(r"resnet20 +0.3000 ± 0.0000 \(\+0.0200 ± 0.0000\)", done.stdout)

@@ -1,0 +1,54 @@
+"""Mean and spread of comparisons that differ in their seed: python recipes/spread.py runs/compare-*.json.
+
+Each file is what `ptee compare ... --json` printed, of runs that are called the same but for the seed at the end of their
+names: ours0, ours1, ours2 become ours. In each cell: cost, and in parentheses the drop on the images that are reported on;
+each with its standard deviation over the files, where there are several.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+
+from ptee.tables import table
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):{sign}.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def without_seed(name: str) -> str:
+    """What a line is called in all files: "ours0, one T" becomes "ours, one T"."""
+    run, comma, way = name.partition(",")
+    return re.sub(r"(?<=[a-z])\d$", "", run) + comma + way if comma or name[-1:].isdigit() else name
+
+
+@click.command(help=__doc__)
+@click.argument("comparisons", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(comparisons: tuple[Path, ...]) -> None:
+    found = [json.loads(path.read_text()) for path in comparisons]
+    cells: dict[tuple[str, Any], list[tuple[float, float]]] = defaultdict(list)
+    for each in found:
+        static = {line["name"] for line in each["lines"] if line["kind"] in ("static", "cascade")}
+        for line in each["lines"]:
+            name = line["name"] if line["name"] in static else without_seed(line["name"])
+            for entry in line["entries"]:
+                cells[name, entry["allowed"]].append((entry["cost"], entry["drop"]))
+    drops = [*found[0]["drops"], None]
+    rows = [("", *(f"<= {drop:g} lost" for drop in drops[:-1]), "as it is")]
+    for name in dict.fromkeys(name for name, _ in cells):
+        here = [list(zip(*cells[name, drop], strict=True)) for drop in drops]
+        rows.append((name, *(f"{spread(list(c[0]))} ({spread(list(c[1]), '+')})" if c else "" for c in here)))
+    click.echo(f"{found[0]['backbone']}, {found[0]['samples']:,} images, {len(found)} seed{'s' * (len(found) > 1)}")
+    click.echo(table(rows, left={0}))
+
+
+if __name__ == "__main__":
+    main()
