@@ -33,6 +33,7 @@ def without_seed(name: str) -> str:
 @click.command(help=__doc__)
 @click.argument("comparisons", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(comparisons: tuple[Path, ...]) -> None:
+    """Print the table."""
     found = [json.loads(path.read_text()) for path in comparisons]
     cells: dict[tuple[str, Any], list[tuple[float, float]]] = defaultdict(list)
     for each in found:
