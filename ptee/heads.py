@@ -28,6 +28,7 @@ from ptee.layout import Layout
 
 AUTO = "auto"  # the name of a head that is sized when exits are planned (`learned`)
 BUILDS_ON = "+"  # behind the name of a head that builds on the one before it
+SIZED = (AUTO, AUTO + BUILDS_ON)  # names that stand for another
 
 FeatureFactory = Callable[[int, int, int], nn.Module]
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptee.errors import PteeError, RunError
-from ptee.heads import AUTO, ExitHead, Said, Trail, conv_features, make_head
+from ptee.heads import BUILDS_ON, SIZED, ExitHead, Said, Trail, conv_features, make_head
 from ptee.layout import Layout
 
 Shape = tuple[int, int, int]  # (c, h, w) of a map
@@ -295,7 +295,7 @@ def sized_names(
     """The names, with each "auto" replaced by the learned head that its budget allows, or by "pool" if it allows none.
 
     Args:
-        names: one for each exit.
+        names: one for each exit; "auto+" for one that builds on the head before it, where that makes a map.
         layouts: of the cuts.
         macs: multiply-accumulates that each may cost.
         num_classes: K.
@@ -304,7 +304,8 @@ def sized_names(
     found: list[str] = []
     for name, layout, budget in zip(names, layouts, macs, strict=True):
         shape = (layout.channels, layout.height, layout.width)
-        found.append(str(blueprint_for(shape, budget, num_classes, before) or "pool") if name == AUTO else name)
+        reads = before if name.endswith(BUILDS_ON) else None
+        found.append(str(blueprint_for(shape, budget, num_classes, reads) or "pool") if name in SIZED else name)
         blueprint = Blueprint.of(found[-1])
         before = blueprint.map_of(shape) if blueprint is not None else before if len(found) == 1 else None
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from ptee.cuts import Cut
 from ptee.errors import PteeError
 from ptee.front import FRONT, FrontHead
-from ptee.heads import AUTO, BUILDS_ON
+from ptee.heads import AUTO, BUILDS_ON, SIZED
 from ptee.learned import sized_names
 
 HEAD_BUDGET = 0.05  # share of the backbone that an "auto" head may cost where nothing is said
@@ -38,7 +38,7 @@ def head_names(
     """
     network = front if isinstance(front, FrontHead) else None
     names = _names(head, len(cuts), front)
-    if AUTO in names:
+    if set(SIZED) & set(names):
         shares = _budgets(budget, len(cuts), network)
         first = network.passes_on if network else None
         return sized_names(names, [cut.layout for cut in cuts], [share * macs for share in shares], classes, first)

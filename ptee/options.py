@@ -144,7 +144,7 @@ PLACE = _options(
     click.option(
         "--head",
         help="auto (learned, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a learned one by "
-        "name (res-32x2-64x2); one, or one for each exit with commas between. With a + behind it (conv2+) a head builds on the "
+        "name (res-32x2-64x2); one, or one for each exit with commas between. With a + behind it (auto+, conv2+) a head builds on the "
         "one before it.",
     ),
     click.option(

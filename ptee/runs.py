@@ -324,10 +324,10 @@ def _input(fields: _Fields, of: str) -> dict[str, Any]:
 
 def _head(row: _Fields) -> str:
     """A name; not the word for heads that are still to be sized, which no run has."""
-    from ptee.heads import AUTO
+    from ptee.heads import SIZED
 
     name: str = row.get("head", str)
-    if name == AUTO:
+    if name in SIZED:
         raise RunError(f"{row.folder}: {CONFIG} has {row.prefix}head {name!r}, which says no size. Copy the run anew.")
     return name
 

@@ -88,6 +88,13 @@ def test_only_the_heads_that_are_left_to_the_budget_are_sized():
     assert not names[2].endswith("+")  # a pooled head passes nothing on
 
 
+def test_sized_heads_build_on_one_another_where_the_name_says_so():
+    layouts = [layout(16, 32), layout(32, 16), layout(64, 8)]
+    alone, linked = (sized_names([name] * 3, layouts, [5e6] * 3, K) for name in ("auto", "auto+"))
+    assert [name.endswith("+") for name in alone] == [False, False, False]
+    assert [name.endswith("+") for name in linked] == [False, True, True]
+
+
 def test_the_first_head_has_none_to_build_on():
     for name in ("res-8x1+", "pool+"):
         with pytest.raises(PteeError, match=rf"{re.escape(name)}.*none before it"):
@@ -200,7 +207,7 @@ def test_heads_that_cannot_be_met_are_refused(wish, said):
 def test_auto_heads_cost_what_each_may(model):
     model.detach()
     backbone = load_backbone("cifar_resnet20", pretrained=False)
-    made = build(backbone, exits=["layer1.0", "layer2.0"], head="auto", head_budget=[0.3, 0.1])
+    made = build(backbone, exits=["layer1.0", "layer2.0"], head="auto+", head_budget=[0.3, 0.1])
     first, second = made.exits
     assert 0.15 < first.head_cost <= 0.31
     assert 0.04 < second.head_cost <= 0.105

@@ -80,7 +80,7 @@ def test_a_front_that_is_learnt_has_the_budget_of_the_first():
 
 def test_options_of_plan_alone_can_follow_a_recipe():
     some = dict.fromkeys(("recipe", "exits", "num_exits", "head", "head_budget", "front"))
-    assert followed(some)["head"] == "auto"
+    assert followed(some)["head"] == "auto+"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_the_rate_of_muon_goes_with_muon():
     assert followed(NONE | {"optimizer": "muon"})["lr"] == RECIPES["ptee"]["lr"]
 
 
-@pytest.mark.parametrize("said", [{"head": "auto"}, {"exits": "0.03,0.4,0.7"}, {"gate": "agrees"}], ids=str)
+@pytest.mark.parametrize("said", [{"head": "auto+"}, {"exits": "0.03,0.4,0.7"}, {"gate": "agrees"}], ids=str)
 def test_saying_what_is_taken_anyway_changes_nothing(said):
     assert followed(NONE | said) == followed(NONE)
 

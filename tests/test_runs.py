@@ -401,7 +401,7 @@ WRONG = [
     ("convention", [None, 1, "half"]),
     ("exits", [None, {}, "one", ["one", "two"], [1, 2], [], [[]], [{}]]),
     ("exits.0.name", [None, 1, "", "nowhere", "two", "one.0.weight"]),
-    ("exits.0.head", [None, 1, "", "nothing", "pool", "auto"]),
+    ("exits.0.head", [None, 1, "", "nothing", "pool", "auto", "auto+"]),
     ("threshold", [None, 0.5, "0.5", [], [0.5], [0.5, 0.5, 0.5], ["0.5", "0.5"], [True, False], [None, 0.5], [[0.5], [0.5]], [float("nan"), 0.5]]),
     ("results", [[], "none", 1]),
 ]  # fmt: skip
