@@ -17,10 +17,8 @@ for seed in ${SEEDS:-0 1 2}; do
     for recipe in pteenet eenet branchynet ztw; do
         augment "$seed" "$recipe" --recipe "$recipe" --epochs "${EPOCHS:-13}" # ours takes 13
     done
-    ptee compare "$out/ours$seed" "$out/front$seed" "$out/pteenet$seed" \
-        "$out/eenet$seed" "$out/branchynet$seed" "$out/ztw$seed" --data "$data" \
-        --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
-        --static cifar_resnet32="$weights/cifar_resnet32.safetensors" --json > "$out/compare-$seed.json"
-    python recipes/spread.py "$out/compare-$seed.json"
 done
-python recipes/spread.py "$out"/compare-*.json
+ptee compare "$out"/ours? "$out"/front? "$out"/pteenet? "$out"/eenet? "$out"/branchynet? "$out"/ztw? --data "$data" \
+    --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
+    --static cifar_resnet32="$weights/cifar_resnet32.safetensors" --json > "$out/compare.json"
+python recipes/spread.py "$out/compare.json"

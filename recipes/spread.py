@@ -1,8 +1,8 @@
-"""Mean and spread of comparisons that differ in their seed: python recipes/spread.py runs/compare-*.json.
+"""Mean and spread over seeds of what was compared: python recipes/spread.py runs/compare.json.
 
-Each file is what `ptee compare ... --json` printed, of runs that are called the same but for the seed at the end of their
-names: ours0, ours1, ours2 become ours. In each cell: cost, and in parentheses the drop on the images that are reported on;
-each with its standard deviation over the files, where there are several.
+The file is what `ptee compare RUN RUN ... --json` printed; there may be several. Runs that are called the same but for the
+seed at the end of their names are one: ours0, ours1, ours2 become ours. In each cell: cost, and in parentheses the drop on
+the images that are reported on; each with its standard deviation over the seeds, where there are several.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def main(comparisons: tuple[Path, ...]) -> None:
     for name in dict.fromkeys(name for name, _ in cells):
         here = [list(zip(*cells[name, drop], strict=True)) for drop in drops]
         rows.append((name, *(f"{spread(list(c[0]))} ({spread(list(c[1]), '+')})" if c else "" for c in here)))
-    click.echo(f"{found[0]['backbone']}, {found[0]['samples']:,} images, {len(found)} seed{'s' * (len(found) > 1)}")
+    seeds = max(map(len, cells.values()))
+    click.echo(f"{found[0]['backbone']}, {found[0]['samples']:,} images, {seeds} seed{'s' * (seeds > 1)}")
     click.echo(table(rows, left={0}))
 
 
