@@ -112,7 +112,7 @@ class Solution:
         )
         accuracy = "" if self.drop is None else f"accuracy {self.score.accuracy:.4f} ({-self.drop:+.4f}), "
         walls = ", ".join(f"{t:.4f}" for t in self.threshold)
-        reserve = f" less {self.margin:.4f}, which other images are likely to lose more," if self.margin else ""
+        reserve = f", of which {self.margin:.4f} are kept in reserve for other images" if self.margin else ""
         return (
             f"T = {walls} for {self.wish}{reserve}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
             f"on the {self.samples:,} images they were found on.{off}"

@@ -216,7 +216,7 @@ def test_a_margin_that_the_traces_say_is_told_and_never_above_the_wish():
     found = solve(easy_and_hard(0, 4, 400), max_drop=0.02, margin="auto")
     assert 0 < found.margin <= 0.02
     assert found.drop <= 0.02 - found.margin + TOLERANCE
-    assert f"less {found.margin:.4f}" in str(found)
+    assert f"{found.margin:.4f} are kept in reserve" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["margin"] == found.margin
 
 
