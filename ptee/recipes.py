@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptee.errors import PteeError, unknown
-from ptee.heads import AUTO, SIZED
+from ptee.heads import AUTO, BUILDS_ON, SIZED
 
 RECIPE = "ptee"  # where none is named
 NO_GATE = "none"  # the word of who wants none though a recipe has them
@@ -20,9 +20,10 @@ FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 40, 5_000  # of a recipe that leaves t
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then gates
-    # decide who leaves. What the first cannot learn from few images, the later ones can; thresholds switch it off then.
+    # decide who leaves. What the first cannot learn from few images, the later ones can; thresholds switch it off then,
+    # and as none builds on another, what is off costs nothing.
     "ptee": {
-        "exits": "0.03,0.4,0.7", "head": "auto+", "head_budget": (0.15, 0.03, 0.03),
+        "exits": "0.03,0.4,0.7", "head": AUTO, "head_budget": (0.15, 0.03, 0.03),
         "loss": "each", "targets": "soft", "temperature": 2.0, "gate": "agrees", "augment": 2, "shift": AUTO, "epochs": AUTO,
         "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.05, "schedule": "cosine",
     },
@@ -59,12 +60,13 @@ def shift_for(input_size: tuple[int, int, int]) -> int:
 
 def _make_room(says: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Places and budgets of `RECIPE` go where others are given."""
-    if given["exits"] == AUTO:
-        says["head"] = "pool"  # for which the choice is sound
     if given["num_exits"] is not None:
         says["exits"] = PLAIN["exits"]
     elif given["front"] is not None:
         says["exits"] = "0.4,0.7"  # the front stands for the first
+        says["head"] = AUTO + BUILDS_ON  # what it computed is there to be read
+    if given["exits"] == AUTO:
+        says["head"] = "pool"  # for which the choice is sound
     others = given["exits"] not in (None, says["exits"]) or given["head"] not in (None, *SIZED)
     if others or given["num_exits"] is not None or given["front"] not in (None, AUTO):
         says.pop("head_budget")

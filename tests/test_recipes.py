@@ -72,6 +72,7 @@ def test_another_number_of_exits_is_placed_by_a_rule():
 @pytest.mark.parametrize("front", ["cifar_resnet20", "auto"])
 def test_a_front_stands_for_the_first_exit(front):
     assert followed(NONE | {"front": front})["exits"] == "0.4,0.7"
+    assert followed(NONE | {"front": front})["head"] == "auto+"
 
 
 def test_a_front_that_is_learnt_has_the_budget_of_the_first():
@@ -80,7 +81,7 @@ def test_a_front_that_is_learnt_has_the_budget_of_the_first():
 
 def test_options_of_plan_alone_can_follow_a_recipe():
     some = dict.fromkeys(("recipe", "exits", "num_exits", "head", "head_budget", "front"))
-    assert followed(some)["head"] == "auto+"
+    assert followed(some)["head"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -130,13 +131,14 @@ def test_the_rate_of_muon_goes_with_muon():
     assert followed(NONE | {"optimizer": "muon"})["lr"] == RECIPES["ptee"]["lr"]
 
 
-@pytest.mark.parametrize("said", [{"head": "auto+"}, {"exits": "0.03,0.4,0.7"}, {"gate": "agrees"}], ids=str)
+@pytest.mark.parametrize("said", [{"head": "auto"}, {"exits": "0.03,0.4,0.7"}, {"gate": "agrees"}], ids=str)
 def test_saying_what_is_taken_anyway_changes_nothing(said):
     assert followed(NONE | said) == followed(NONE)
 
 
 def test_exits_that_are_chosen_get_the_heads_for_which_the_choice_is_sound():
     assert followed(NONE | {"exits": "auto"})["head"] == "pool"
+    assert followed(NONE | {"exits": "auto", "front": "auto"})["head"] == "pool"
     assert followed(NONE | {"exits": "auto", "head": "conv1"})["head"] == "conv1"
 
 
