@@ -60,9 +60,9 @@ def augment(o: Options, say: Say) -> None:
     choice = _choice(backbone, data.train, o, say)
     model = _planned(backbone, choice, o)
     if wish:
-        require_reachable(wish, model.least_cost("answers" if o["gate"] else None))
+        least = model.least_cost("answers" if o["gate"] else None)
+        require_reachable(wish, least, checked_margin(wish, o["margin"]))
         require_labels(wish, labelled=data.validation[0][1] >= 0)
-        checked_margin(wish, o["margin"])
     say(f"{data.summary}\n\n{model.plan}\n")
     again = _told_of_random_weights(model, say)
     _settle(o, data, model)

@@ -56,8 +56,8 @@ class Entry:
     """One setting, chosen on the calibration images and measured on the report images.
 
     Attributes:
-        allowed: the drop that thresholds were chosen for, less what images that were left out lost more; None where there
-            are none.
+        allowed: the drop that thresholds were chosen for, with some of it in reserve as by the margin "auto" of `solve`; None
+            where there are none.
         cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
         drop: accuracy (without labels: fidelity) lost against the bare backbone; below 0 it is gained.
         interval: of the drop, 95 %, by bootstrap over the images.

@@ -105,7 +105,7 @@ def _steps_of(module: nn.Module, example: Tensor) -> list[_Step]:
         try:
             with _idle(module):
                 return _steps(module, example)
-        except _UntracedError:
+        except Exception:  # a convolution that no trace would show, or what the network cannot do with zeros
             pass
     return _steps(module, example)
 
@@ -201,9 +201,9 @@ class _Idle(TorchDispatchMode):
             return left.new_zeros(*left.shape[:-1], right.shape[-1])
         if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
             query, value = args[0], args[2]
-            return torch.zeros_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]), query.new_zeros(
-                query.shape[:-1]
-            )
+            b, heads, length = query.shape[:-1]
+            answer = query.new_zeros(b, length, heads, value.shape[-1]).transpose(1, 2)  # as it lies in memory there
+            return answer, query.new_zeros(b, heads, length)
         if func is aten.convolution.default:
             raise _UntracedError
         return func(*args, **(kwargs or {}))

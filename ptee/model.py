@@ -490,7 +490,7 @@ def augment(
         num_exits: E; None for as many as the rule can place, at most five.
         head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a learned one
             (`res-32x2-64x2`), or "auto", learned ones as large as their budget allows; one for all exits or one for each. With
-            a + behind its name (`conv2+`) a head builds on the one before it; one name for all leaves the + out at the first.
+            a + behind its name (`auto+`, `conv2+`) a head builds on the one before it; one name for all leaves the + out at the first.
         head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each.
         front: a small classifier with weights of its own, by name or as a module: the head of an exit at the input, before
             all others. Rows that it is sure of never reach the backbone. "auto": a learned head there.

@@ -194,8 +194,8 @@ WISH = _options(
         type=NumberOrAuto(),
         default="auto",
         show_default=True,
-        help="How much of an allowed drop to keep in reserve, as other images lose more than those that T is chosen on; auto: "
-        "as much more as images lose that are left out.",
+        help="How much of the limit to keep in reserve, as other images lose more than those that T is chosen on; auto: as "
+        "much more as images lose that are left out, and nothing of a cost.",
     ),
 )
 SPEED = click.option(

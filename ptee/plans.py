@@ -263,7 +263,7 @@ def make_plan(
         exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
         num_exits: E; None for as many as the rule can place, at most five.
         head: a name of `HEADS`, of a learned head (`res-32x2-64x2`), or "auto" for learned heads as large as their budget
-            allows; one for all exits or one for each. With a + behind it (`conv2+`) it builds on the head before it; one name for
+            allows; one for all exits or one for each. With a + behind it (`auto+`, `conv2+`) it builds on the head before it; one name for
             all leaves the + out at the first.
         convention: of the costs: "full" counts heads passed on the way, "paper" does not.
         placed: `exits` are names that a plan gave, of a saved run.

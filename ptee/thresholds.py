@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class Solution:
         )
         accuracy = "" if self.drop is None else f"accuracy {self.score.accuracy:.4f} ({-self.drop:+.4f}), "
         walls = ", ".join(f"{t:.4f}" for t in self.threshold)
-        reserve = f", of which {self.margin:.4f} are kept in reserve for other images" if self.margin else ""
+        reserve = f" less {self.margin:.4f} in reserve" if self.margin else ""
         return (
             f"T = {walls} for {self.wish}{reserve}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
             f"on the {self.samples:,} images they were found on.{off}"
@@ -140,8 +140,9 @@ def solve(
         max_cost: largest mean cost, as a fraction of the bare backbone's.
         one: the same T for all exits that are on.
         margin: how much of the limit is kept in reserve: thresholds found on a few images fit their noise, and other
-            images lose more. "auto": as much more as images lost that were left out, by a share of these at a time (at most
-            all of it; nothing of a cost). One T for all exits is then tried too, as it needs less in reserve.
+            images lose more. "auto": as much more as images lost that were left out, by a quarter of these at a time (at most
+            all of it; nothing of a cost, or on fewer than 8 images). One T for all exits is then tried too, as it needs
+            less in reserve.
 
     Raises:
         PteeError: if there is not exactly one wish, or it cannot be met; then what can be is said.
@@ -179,11 +180,12 @@ def _with_reserve(traces: Traces, wish: Wish, one: bool) -> Solution:
     """What costs least of one T and, if that is allowed, of one for each exit, both less what they would lose elsewhere."""
     if wish.kind == "max_cost":
         return solve_wish(traces, wish, one=one)
-    found = []
+    traces = replace(traces, logits=None)  # they are large, and nobody asks for them
+    found, kept = [], []
     for way in (True,) if one or len(traces.costs) == 2 else (True, False):
-        margin = min(max(_optimism(traces, wish, way), 0.0), wish.limit)
-        found.append(solve_wish(traces, wish, one=way, margin=margin))
-    kept = [s for s in found if s.margin < wish.limit]  # of the others even a margin of all may be too little
+        more = _optimism(traces, wish, way)
+        found.append(solve_wish(traces, wish, one=way, margin=min(max(more, 0.0), wish.limit)))
+        kept += found[-1:] if more <= wish.limit else []  # of the others even a margin of all may be too little
     return min(kept or found[:1], key=lambda s: s.cost)
 
 

@@ -700,9 +700,16 @@ def test_a_cost_that_cannot_be_reached_leaves_the_run_as_it_was(run, finished):
     assert (finished / "config.json").read_bytes() == before
 
 
-def test_augment_refuses_such_a_cost_before_it_trains(run, known):
-    done = run("augment", *known, *SHORT, "--max-cost", 0.01)
-    assert_refused_after(done, r"max_cost 0.01 cannot be reached.*or more")
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (["--max-cost", 0.01], "max_cost 0.01 cannot be reached.*or more"),
+        (["--max-cost", 0.9, "--margin", 0.89], "max_cost 0.9 less a margin of 0.89 cannot be reached.*or more"),
+    ],
+)
+def test_augment_refuses_such_a_cost_before_it_trains(run, known, wish, said):
+    done = run("augment", *known, *SHORT, *wish)
+    assert_refused_after(done, said)
     assert "epoch" not in done.out
 
 

@@ -440,3 +440,23 @@ def test_the_recipes_give_mean_and_spread_of_comparisons_with_several_seeds(tmp_
     assert "2 seeds" in done.stdout
     assert "ours, one T  0.5000 ± 0.1414 (+0.0050 ± 0.0071)" in done.stdout
     assert re.search(r"resnet20 +0.3000 ± 0.0000 \(\+0.0200 ± 0.0000\)", done.stdout)
+
+
+def spread_of(folder, *comparisons):
+    """What the recipe prints of comparisons with such lines: name to cost."""
+    script = Path(__file__).parent.parent / "recipes" / "spread.py"
+    for n, lines in enumerate(comparisons):
+        lines = [
+            {"name": name, "kind": "adaptive", "entries": [{"allowed": None, "cost": cost, "drop": 0}]}
+            for name, cost in lines.items()
+        ]
+        (folder / f"{n}.json").write_text(json.dumps({"backbone": "b", "samples": 9, "drops": [], "lines": lines}))
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, sorted(folder.iterdir()))], capture_output=True, text=True
+    )
+
+
+def test_a_seed_may_have_two_digits_and_a_line_that_some_seeds_lack_says_so(tmp_path):
+    done = spread_of(tmp_path, {"ours9": 0.2, "ours9, truncation at exit 1": 0.5}, {"ours10": 0.4})
+    assert re.search(r"^ours +0.3000 ± 0.1414", done.stdout, re.M)
+    assert re.search(r"^ours, truncation at exit 1 \(1 of 2\) +0.5000 \(", done.stdout, re.M)

@@ -310,6 +310,39 @@ def test_a_large_network_is_counted_alike_without_being_computed(name, monkeypat
     assert torch.equal(module(image), answer)
 
 
+class Heads(nn.Module):
+    """Attention whose heads are put side by side as they lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.dense(x).view(*x.shape[:2], 2, 4).transpose(1, 2)
+        joined = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).view(x.shape)
+        return self.last(joined.mean(1))
+
+
+class Selective(nn.Module):
+    """Goes on with the first token that is not 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dense(x)
+        return self.last(x[:, int(x.abs().sum((0, 2)).nonzero()[0])])
+
+
+@pytest.mark.parametrize("module", [Heads(), Selective()], ids=["views its heads", "fails on zeros"])
+def test_a_large_network_that_minds_what_products_are_is_counted_all_the_same(module, monkeypatch):
+    x = torch.rand(1, 5, 8)
+    computed = count(module, x)
+    monkeypatch.setattr(costs, "LARGE", 0)
+    assert count(module, x) == computed
+
+
 def test_a_large_network_with_a_convolution_outside_of_layers_is_computed(monkeypatch):
     class Functional(nn.Module):
         def __init__(self):

@@ -216,8 +216,31 @@ def test_a_margin_that_the_traces_say_is_told_and_never_above_the_wish():
     found = solve(easy_and_hard(0, 4, 400), max_drop=0.02, margin="auto")
     assert 0 < found.margin <= 0.02
     assert found.drop <= 0.02 - found.margin + TOLERANCE
-    assert f"{found.margin:.4f} are kept in reserve" in str(found)
+    assert f"less {found.margin:.4f} in reserve" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["margin"] == found.margin
+
+
+def test_where_images_that_are_left_out_lose_nothing_none_of_a_drop_of_0_needs_be_in_reserve():
+    h = torch.tensor([0.9, 0.5, 0.1]).repeat(2, 40)
+    right = torch.stack([h[0] > 0.8, h[1] > 0.4])
+    every = torch.ones(1, 120)
+    costs = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    traces = Traces(torch.cat([right, every]).int(), torch.cat([h, every]), every[0].int(), costs, torch.empty(0))
+    assert solve(traces, max_drop=0.0, margin="auto").threshold == pytest.approx((0.7, 0.3))
+
+
+def test_logits_are_not_copied_to_choose_thresholds(monkeypatch):
+    traces, seen = replace(easy_and_hard(0, 2, 40), logits=torch.zeros(3, 40, K)), []
+    rows = Traces.rows
+    monkeypatch.setattr(Traces, "rows", lambda self, which: seen.append(self.logits) or rows(self, which))
+    solve(traces, max_drop=0.1, margin="auto")
+    assert seen
+    assert all(logits is None for logits in seen)
+
+
+def test_a_margin_that_was_given_is_told_as_such():
+    said = str(solve(easy_and_hard(0, 3, 200), max_cost=0.7, margin=0.1))
+    assert "for max_cost 0.7 less 0.1000 in reserve: accuracy" in said
 
 
 def test_nothing_is_kept_in_reserve_of_a_cost_or_of_a_handful_of_rows():
