@@ -77,7 +77,8 @@ class GateFits:
         return (
             f"Gates on {self.images:,} images. {QUESTIONS[self.target]}\n"
             + table([("exit", "module", "yes", "loss", "blind"), *rows], left={1})
-            + "\nloss: cross-entropy of h on a held-out fifth; blind: of an h that is the same for all."
+            + "\nloss: cross-entropy of h on a held-out fifth; blind: of an h that is the same for all. Where that is as good, the "
+            "exit keeps\nthe h of its head and gets no gate."
         )
 
 
@@ -132,6 +133,9 @@ def fit_gates(
 ) -> GateFits:
     """Give every exit a gate that decides who leaves there, fitted after the heads. No answer changes, only h does.
 
+    An exit whose gate learns nothing from these images keeps the h of its head. Gates ask what earlier exits said only where
+    heads build on one another, so that exits that are off cost nothing where they do not.
+
     Take images that the heads were not trained on. On images that the backbone itself was trained on it is nearly always
     right, so gates that learn from them are too sure. Heads that are trained further want new gates.
 
@@ -171,7 +175,9 @@ def fit_gates(
         target = target or ("best" if heard.labels is not None else "agrees")
         yes = heard.yes(target)
         fits = [_fit(gate, x, y, seed) for gate, x, y in zip(gates, heard.read, yes, strict=True)]
-    model.put_gates(gates)
+    worth = [gate if loss < blind else None for gate, (_, loss, blind) in zip(gates, fits, strict=True)]
+    model.remove_gates()
+    model.put_gates(worth)
     rows = [GateFit(e.name, *fit) for e, fit in zip(model.exits, fits, strict=True)]
     return GateFits(target, len(heard.answers[0]), tuple(rows))
 

@@ -110,7 +110,7 @@ class ExitHead(nn.Module):
     @property
     def looks_back(self) -> bool:
         """Whether it, or its gate, reads what the exits before it said."""
-        return self.linked or self.gate is not None
+        return self.linked or (self.gate is not None and self.gate.follows)
 
     def put_gate(self, gate: Gate | None) -> None:
         """From now on confidence comes from this gate, in place of an earlier one.

@@ -255,13 +255,14 @@ class EarlyExitModel(
         return said
 
     def new_gate(self, n: int, reads: str) -> Gate:
-        """An untrained gate for an exit.
+        """An untrained gate for an exit. It asks what earlier exits said if the head does: else their heads need not be run.
 
         Args:
             n: the exit's number.
             reads: one of `gates.READS`.
         """
-        return Gate(reads, self._exit_heads()[n].confidence.in_features, follows=n > 0)
+        head = self._exit_heads()[n]
+        return Gate(reads, head.confidence.in_features, follows=head.linked)
 
     def put_gates(self, gates: Sequence[Gate | None]) -> None:
         """Let the confidence of each exit come from its gate, and count it.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
+from ptee import decision
 from ptee.backbones import load_backbone
 from ptee.decision import QUESTIONS, GateFits, fit_gates, hold_out
 from ptee.errors import DataError, PteeError, UnknownName
@@ -90,6 +91,24 @@ def test_what_cannot_be_known_leaves_h_at_the_share_of_yes(model, images):
         assert sure.mean().item() == pytest.approx(exit_.yes, abs=0.08)
 
 
+def test_an_exit_whose_gate_learns_nothing_keeps_the_h_of_its_head(model, images, monkeypatch):
+    own = model.all_exits(images).confidence
+    monkeypatch.setattr(decision, "_descend", lambda gate, learnt, held: decision._loss(gate, *held))
+    fits = fit_gates(model, random_labels(images), target="right")
+    assert [e.loss == e.blind for e in fits.exits] == [True, True]
+    assert [head.gate for head in model.heads] == [None, None]
+    assert torch.equal(model.all_exits(images).confidence, own)
+
+
+def test_gates_of_heads_that_stand_alone_need_no_earlier_head(images):
+    model = make()
+    fit_gates(model, TensorDataset(images, right_where_the_margin_is_large(model, images)), target="right")
+    assert [head.looks_back for head in model.heads] == [False, False]
+    costs = model.costs
+    model.off = [0]
+    assert model.predict(images, 0).cost[0] < costs[1]
+
+
 @pytest.mark.parametrize("target", QUESTIONS)
 def test_the_share_of_yes_is_that_of_the_question(target, model, images):
     labels = torch.randint(K, (n,))
@@ -140,8 +159,9 @@ def test_one_seed_gives_the_same_gates_in_any_batches_and_another_seed_others(im
     for seed, size in ((0, 128), (0, 37), (1, 128)):
         torch.manual_seed(0)
         model = make()
+        labels = right_where_the_margin_is_large(model, images)
         before = torch.get_rng_state()
-        fit_gates(model, unlabelled(images), seed=seed, batch_size=size)
+        fit_gates(model, TensorDataset(images, labels), target="right", seed=seed, batch_size=size)
         assert torch.equal(torch.get_rng_state(), before)
         found.append(model.all_exits(images).confidence)
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
@@ -189,8 +209,9 @@ def test_half_precision_models_get_gates_that_decide_alike(images):
     torch.manual_seed(0)
     model = make()
     half = copy.deepcopy(model).bfloat16()
-    fit_gates(model, unlabelled(images))
-    fit_gates(half, unlabelled(images))
+    data = TensorDataset(images, right_where_the_margin_is_large(model, images))
+    fit_gates(model, data, target="right")
+    fit_gates(half, data, target="right")
     assert next(half.heads[0].gate.parameters()).dtype == torch.bfloat16
     agree = (
         half.all_exits(images.bfloat16()).confidence[:-1] >= 0.5

@@ -262,6 +262,6 @@ def test_a_network_that_is_cut_off_asks_no_gate_and_runs_no_head_but_its_own():
     alone = [e.backbone_cost + e.head_cost for e in model.exits]
     assert [score.cost for score in truncation(traces)] == pytest.approx(alone)
     assert traces.under("max_prob").costs_without([0, 1])[2] == pytest.approx(alone[2])
-    assert traces.under("learned").costs_without([0, 1])[2] == pytest.approx(model.costs[2])  # its gate reads them all
+    assert traces.under("learned").costs_without([0, 1])[2] == pytest.approx(alone[2], rel=1e-3)
     with pytest.raises(PteeError, match="cannot be reached"):
         solve(traces, max_cost=alone[0] - 0.01)
