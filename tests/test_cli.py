@@ -951,9 +951,12 @@ def test_gates_learn_on_images_of_their_own_and_are_saved(run, known, many):
     assert "Of 80 training images the heads learn on 56, and the gates on the other 24" in done.out
     assert "Gates on 24 images. Is the answer the backbone's?" in done.out
     config = json.loads(Path("out", "config.json").read_text())
-    assert [row["gate"] for row in config["exits"]] == ["answers", "answers"]
-    assert config["results"]["gates"]["images"] == 24
-    assert [e.gate for e in ptee.load("out").exits] == ["answers", "answers"]
+    fits = config["results"]["gates"]
+    worth = ["answers" if e["loss"] < e["blind"] else None for e in fits["exits"]]
+    assert any(worth)
+    assert [row["gate"] for row in config["exits"]] == worth
+    assert fits["images"] == 24
+    assert [e.gate for e in ptee.load("out").exits] == worth
     assert run("evaluate", "out").status == 0
 
 
