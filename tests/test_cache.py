@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from small import once
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -30,10 +31,10 @@ def images(n: int = 40, seed: int = 0) -> TensorDataset:
     return TensorDataset(torch.randn(n, *SIZE, generator=order), torch.randint(0, 5, (n,), generator=order))
 
 
-def early(head: str = "pool", **args: Any) -> ptee.EarlyExitModel:
-    torch.manual_seed(0)
+@once
+def early(head: str = "pool") -> ptee.EarlyExitModel:
     net = timm.create_model("test_resnet", num_classes=5)
-    return ptee.augment(net, head=head, input_size=SIZE, num_exits=2, **args)
+    return ptee.augment(net, head=head, input_size=SIZE, num_exits=2)
 
 
 def losses(head: str, **args: Any) -> tuple[list[float], list[float | None]]:

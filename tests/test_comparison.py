@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from small import once
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -35,6 +36,7 @@ def network() -> nn.Module:
     return nn.Sequential(*stages, nn.Linear(6, K))
 
 
+@once
 def made(seed: int = 0) -> ptee.EarlyExitModel:
     """Exits on a copy of one backbone, whose heads differ from row to row and from seed to seed."""
     backbone = copy.deepcopy(network())  # which sets a seed of its own, the first time

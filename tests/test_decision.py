@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from small import once
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,6 +35,7 @@ class Net(nn.Module):
         return 20 * self.fc(x.flatten(1))
 
 
+@once
 def make(exits: tuple[str, ...] = ("one", "two")) -> ptee.EarlyExitModel:
     made = build(load_backbone(Net(), input_size=SIZE), exits=list(exits), head="plain")
     with torch.no_grad():

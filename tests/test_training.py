@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from small import once
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -55,10 +56,13 @@ class Net(nn.Module):
         return self.fc(self.dropout(self.two(self.one(x)).mean((2, 3))))
 
 
-def made(head: str = "conv1", net: nn.Module | None = None, seed: int = 0) -> ptee.EarlyExitModel:
+@once
+def made(head: str = "conv1", seed: int = 0) -> ptee.EarlyExitModel:
     """The same backbone each time; the heads begin as `seed` says."""
-    torch.manual_seed(0)
-    net = net or Net()
+    return on(Net(), head, seed)
+
+
+def on(net: nn.Module, head: str = "conv1", seed: int = 0) -> ptee.EarlyExitModel:
     torch.manual_seed(seed)
     model = ptee.augment(net, exits=EXITS, head=head, input_size=SIZE)
     with torch.no_grad():
@@ -286,7 +290,7 @@ def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
     net = Net()
     with torch.no_grad():
         net.fc.weight *= 300  # so sure of its answers that no exit is as good
-    model = made("pool", net)
+    model = on(net, "pool")
     with pytest.warns(UserWarning, match=f"collapsed: .*{where}"):
         history = train(model, data(), targets="pseudo", loss=loss, epochs=6, batch_size=16, lr=0.1, precision="no")
     assert "collapsed" in history.warning
@@ -774,7 +778,7 @@ def test_the_checkpoint_of_other_exits_is_refused(checkpoint):
 
 def test_the_checkpoint_of_another_number_of_classes_is_refused(checkpoint):
     with pytest.raises(RunError):
-        fit(made(net=Net(K + 1)), checkpoint=checkpoint, resume=True)
+        fit(on(Net(K + 1)), checkpoint=checkpoint, resume=True)
 
 
 def with_front(seed: int, size: tuple[int, int, int] = SIZE) -> ptee.EarlyExitModel:
@@ -828,7 +832,7 @@ def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
     with torch.no_grad():
         net.fc.bias += 1
     with pytest.raises(RunError, match="backbone"):
-        fit(made(net=net), checkpoint=checkpoint, resume=True)
+        fit(on(net), checkpoint=checkpoint, resume=True)
 
 
 def text(file: Path) -> None:
