@@ -23,7 +23,7 @@ from ptee.heads import HEADS
 from ptee.model import Reading
 from ptee.views import Views, draw
 
-SIZE = (3, 64, 64)
+SIZE = (3, 32, 32)
 
 
 def images(n: int = 40, seed: int = 0) -> TensorDataset:
@@ -41,7 +41,7 @@ def losses(head: str, **args: Any) -> tuple[list[float], list[float | None]]:
     model = early(head)
     # Small steps: large ones of a head with many inputs blow the last bit of a sum up to something one sees.
     history = ptee.train(
-        model, images(), images(20, 1), epochs=3, batch_size=16, lr=1e-4, seed=3, device="cpu", precision="no", **args
+        model, images(), images(20, 1), epochs=2, batch_size=16, lr=1e-4, seed=3, device="cpu", precision="no", **args
     )
     return [e.loss for e in history.epochs], [e.val_loss for e in history.epochs]
 

@@ -71,6 +71,11 @@ def compared(**wish) -> Comparison:
     return compare({"one": made(1), "two": made(2)}, images(1), images(2), **wish)
 
 
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    return compared()
+
+
 def line(found: Comparison, name: str) -> Line:
     return next(each for each in found.lines if each.name == name)
 
@@ -78,8 +83,7 @@ def line(found: Comparison, name: str) -> Line:
 # ---------------------------------------------------------------------------------------------------- the figures
 
 
-def test_there_is_a_line_for_each_way_to_decide_and_for_what_could_be_taken_instead():
-    found = compared()
+def test_there_is_a_line_for_each_way_to_decide_and_for_what_could_be_taken_instead(found):
     names = [each.name for each in found.lines]
     for run in ("one", "two"):
         ways = ("", ", one T", ", max probability", ", entropy (BranchyNet)", ", patience", ", oracle")
@@ -99,8 +103,7 @@ def answered(model: ptee.EarlyExitModel, entry: Entry, data: TensorDataset) -> t
     return out.cost.mean().item(), drop.item()
 
 
-def test_every_figure_of_a_run_is_what_running_it_gives():
-    found = compared()
+def test_every_figure_of_a_run_is_what_running_it_gives(found):
     for name, seed in (("one", 1), ("one, one T", 1), ("two", 2)):
         for entry in line(found, name).entries:
             cost, drop = answered(made(seed), entry, images(2))
@@ -109,8 +112,8 @@ def test_every_figure_of_a_run_is_what_running_it_gives():
             assert answered(made(seed), entry, images(1))[1] == pytest.approx(entry.drop_in_calibration)
 
 
-def test_a_static_network_is_what_it_answers_and_costs_alone():
-    (entry,) = line(compared(), "small").entries
+def test_a_static_network_is_what_it_answers_and_costs_alone(found):
+    (entry,) = line(found, "small").entries
     (x, y), net = images(2).tensors, small().eval()
     with torch.no_grad():
         own, bare = net(x).argmax(1), network().eval()(x).argmax(1)
@@ -118,11 +121,11 @@ def test_a_static_network_is_what_it_answers_and_costs_alone():
     assert entry.cost == pytest.approx(count(net, x[:1]).total / count(network(), x[:1]).total)
 
 
-def test_the_cascade_is_a_model_with_that_network_in_front_under_maximum_probability():
+def test_the_cascade_is_a_model_with_that_network_in_front_under_maximum_probability(found):
     backbone = load_backbone(copy.deepcopy(network()), input_size=SIZE)
     model = build(backbone, exits=["input"], head="front", front=named_front(small(), backbone))
     there, here = (record(model, images(seed), progress=False).under("max_prob") for seed in (1, 2))
-    entries = line(compared(), "small, then Sequential").entries
+    entries = line(found, "small, then Sequential").entries
     for entry, solution in zip(entries, curve(there, DROPS), strict=True):
         score = solution.on(here)
         assert entry.threshold == pytest.approx(solution.threshold)
@@ -134,8 +137,7 @@ def test_the_cascade_is_a_model_with_that_network_in_front_under_maximum_probabi
     assert [(e.drop, e.cost) for e in line(own, "it, max probability").entries] == figures
 
 
-def test_the_oracle_loses_nothing_and_truncation_is_everybody_at_one_exit():
-    found = compared()
+def test_the_oracle_loses_nothing_and_truncation_is_everybody_at_one_exit(found):
     assert line(found, "one, oracle").entries[0].drop == 0
     model, (x, y) = made(1), images(2).tensors
     for each in found.lines:
@@ -187,9 +189,8 @@ def test_the_networks_are_left_as_they_were():
 # ---------------------------------------------------------------------------------------------------- how sure it is
 
 
-def test_an_interval_holds_its_drop_and_is_the_same_each_time():
-    found, again = compared(), compared()
-    assert found == again
+def test_an_interval_holds_its_drop_and_is_the_same_each_time(found):
+    assert found == compared()
     for each in found.lines:
         for entry in each.entries:
             low, high = entry.interval
@@ -257,8 +258,7 @@ def test_what_costs_less_by_rounding_alone_costs_no_less():
     )
 
 
-def test_it_prints_as_a_table_with_a_sentence_for_each_drop():
-    found = compared()
+def test_it_prints_as_a_table_with_a_sentence_for_each_drop(found):
     text = str(found).splitlines()
     assert text[0].startswith("Sequential, 80 images, accuracy ")
     assert text[1].split("  ")[-1] == "as it is"
@@ -275,12 +275,12 @@ def test_it_is_json_with_everything_in_it():
     assert back["verdict"] == found.verdict
 
 
-def test_a_run_gets_the_lines_that_are_asked_for_and_they_are_as_before():
-    every, some = compared(), compared(lines=["max_prob", "learned"])
+def test_a_run_gets_the_lines_that_are_asked_for_and_they_are_as_before(found):
+    some = compared(lines=["max_prob", "learned"])
     names = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
     assert [each.name for each in some.lines] == [*names, "small", "small, then Sequential"]
-    assert all(line(every, each.name) == each for each in some.lines)
-    assert "Oracle" in str(every)
+    assert all(line(found, each.name) == each for each in some.lines)
+    assert "Oracle" in str(found)
     assert "Oracle" not in str(some)
 
 
@@ -314,7 +314,7 @@ def test_a_run_is_called_as_its_folder_is_also_from_within(tmp_path, monkeypatch
 
 
 def test_drops_are_sorted_and_each_is_there_once():
-    assert compared(drops=[0.1, 0, 0.1]).drops == (0, 0.1)
+    assert compared(drops=[0.1, 0, 0.1], lines=["learned"]).drops == (0, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -366,9 +366,11 @@ def test_a_loader_that_shuffles_is_refused():
         compare({"one": made()}, DataLoader(images(1), shuffle=True), images(2))
 
 
-def test_a_loader_in_order_will_do():
-    found = [compared(), compare({"one": made(1)}, DataLoader(images(1), 32), images(2), drops=DROPS, progress=False)]
-    one, other = (line(each, "one").entries for each in found)
+def test_a_loader_in_order_will_do(found):
+    loaded = compare(
+        {"one": made(1)}, DataLoader(images(1), 32), images(2), drops=DROPS, progress=False, lines=["learned"]
+    )
+    one, other = (line(each, "one").entries for each in (found, loaded))
     assert [e.cost for e in one] == pytest.approx([e.cost for e in other])
 
 

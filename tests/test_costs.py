@@ -299,11 +299,14 @@ def test_counting_twice_gives_the_same():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["vit_tiny_patch16_224", "resnet18", "levit_128s", "mixer_s32_224", "coatnet_nano_rw_224", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"],
+    ("name", "args"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 3}), ("resnet18", {}), ("levit_128s", {}), ("mixer_s32_224", {}), ("test_coatnet", {"img_size": 224}),
+        ("swin_tiny_patch4_window7_224", {"depths": (2, 2), "num_heads": (3, 6)}), ("xcit_nano_12_p16_224", {"depth": 2}),
+    ],
 )  # fmt: skip
-def test_a_large_network_is_counted_alike_without_being_computed(name, monkeypatch):
-    module = timm.create_model(name).eval()
+def test_a_large_network_is_counted_alike_without_being_computed(name, args, monkeypatch):
+    module = timm.create_model(name, **args).eval()
     image = torch.rand(1, 3, 224, 224)
     monkeypatch.setattr(costs, "LARGE", float("inf"))
     computed = count(module, image)

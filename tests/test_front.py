@@ -378,6 +378,7 @@ def test_a_learned_head_is_put_in_front_by_a_word(x):
 
 
 def test_two_threads_may_call_one_model_at_once(model, x):
+    x = x[:4]
     expected, wrong = model.all_exits(x).logits, []
 
     def call() -> None:

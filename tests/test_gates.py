@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from small import EXITS, HEADS, leaving_everywhere, linked
+from small import EXITS, HEADS, leaving_everywhere, linked, made
 from torch import Tensor
 
 import ptee
@@ -35,10 +35,10 @@ def answers(*shape: int) -> Tensor:
 
 def gate(reads: str = "features", follows: bool = True) -> Gate:
     """One that says something."""
-    made = Gate(reads, F, follows)
+    found = Gate(reads, F, follows)
     with torch.no_grad():
-        made.outer.weight.mul_(5)
-    return made.eval()
+        found.outer.weight.mul_(5)
+    return found.eval()
 
 
 @pytest.fixture
@@ -233,14 +233,16 @@ def test_a_run_of_before_there_were_gates_is_loaded_without(tmp_path):
 @pytest.mark.parametrize(
     ("gates", "said"),
     [
-        (["features", None, "tea leaves"], r"exits\[2\].gate 'tea leaves'.*answers or features"),
-        (["features", None, True], r"should have a str at exits\[2\].gate"),
-        (["features", None, None], "'2.gate.*belongs to no head"),
-        (["features", "answers", "answers"], "'1.gate.*is missing"),
-        (["answers", None, "answers"], "'0.gate.*(belongs to no head|has shape)"),
+        (["features", "tea leaves"], r"exits\[1\].gate 'tea leaves'.*answers or features"),
+        (["features", True], r"should have a str at exits\[1\].gate"),
+        ([None, None], "'0.gate.*belongs to no head"),
+        (["features", "answers"], "'1.gate.*is missing"),
+        (["answers", None], "'0.gate.*(belongs to no head|has shape)"),
     ],
 )
-def test_a_run_whose_gates_do_not_fit_is_refused(gates, said, model, tmp_path):
+def test_a_run_whose_gates_do_not_fit_is_refused(gates, said, tmp_path):
+    model = made()
+    model.put_gates([model.new_gate(0, "features"), None])
     model.save_pretrained(tmp_path)
     edit(tmp_path, lambda exits: [row.update(gate=g) for row, g in zip(exits, gates, strict=True)])
     with pytest.raises(RunError, match=said):
