@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from torch.utils.hooks import RemovableHandle
 
 import ptee
 from ptee.errors import CutError, PteeError, UnknownName
@@ -626,11 +627,16 @@ def dynamo() -> Iterator[None]:
 
 
 def test_compiling_the_backbone_after_augment_changes_no_answer(dynamo):
-    model, x = make(), images()
-    bare = copy.deepcopy(model.backbone)
+    model, x = make(exits=("pair",)), images()  # each exit is compiled with the backbone, which takes seconds
+    bare, every = copy.deepcopy(model.backbone), model.all_exits(x).logits
+    leaving = torch.tensor([ALWAYS, NEVER]).repeat(b // 2)
     model.backbone.compile(backend="eager")
     assert torch.equal(model.backbone(x), bare(x))
-    assert_works(model, x, bare)
+    assert torch.equal(model.predict(x, NEVER).logits, bare(x))
+    out = model.predict(x, leaving[:, None])
+    assert out.exit_index.tolist() == [0, 1] * (b // 2)
+    torch.testing.assert_close(out.logits, every[out.exit_index, range(b)], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.all_exits(x).logits, every, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -661,8 +667,9 @@ def test_a_model_compiled_into_one_graph_fails_loudly(dynamo):
 
 AGAIN = """
 import ptee
-from test_model import SIZE, make, nn
-model = make()
+from small import SIZE, made
+from torch import nn
+model = made()
 model.threshold = 0
 for backbone in (model, nn.Sequential(model)):
     try:
@@ -933,32 +940,30 @@ def test_a_pickle_round_trip_changes_nothing():
     assert_works(back, x, copy.deepcopy(model.backbone))
 
 
-UNPICKLES = """
-import pickle, sys, torch
-from pathlib import Path
-model, x, want = pickle.loads(Path(sys.argv[1]).read_bytes())
-first = model.backbone[0]
-ours, called = max(first._forward_hooks), []
-handles = [first.register_forward_hook(lambda *_: called.append(1)) for _ in range(ours + 2)]
-torch.testing.assert_close(model.predict(x, 0.0), want)
-model.predict(x, 2.0)
-assert len(called) == len(handles), "a hook registered here did not run"
-for handle in handles:
-    handle.remove()
-torch.testing.assert_close(model.predict(x, 0.0), want)
-"""
+@pytest.fixture
+def new_numbers(monkeypatch) -> Callable[[], None]:
+    """Hooks are numbered from zero again, as in a new process."""
+    return functools.partial(monkeypatch.setattr, RemovableHandle, "next_id", 0)
 
 
-def test_a_model_pickled_here_keeps_its_hooks_in_a_new_process_that_adds_some(tmp_path):
-    # Hooks are known by numbers, which each process gives out from zero: as many are added as could reach ours.
+def test_a_pickled_model_keeps_its_hooks_where_others_are_given_their_numbers(new_numbers):
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, K)
     )
+    new_numbers()
     model, x = make(net, ("0", "2")), images()
-    file = tmp_path / "model.pickle"
-    file.write_bytes(pickle.dumps((model, x, model.predict(x, ALWAYS))))
-    done = subprocess.run([sys.executable, "-c", UNPICKLES, file], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    want, pickled = model.predict(x, ALWAYS), pickle.dumps(model)
+    new_numbers()
+    model = pickle.loads(pickled)
+    first, called = model.backbone[0], []
+    ours = max(first._forward_hooks)
+    handles = [first.register_forward_hook(lambda *_: called.append(1)) for _ in range(ours + 2)]
+    torch.testing.assert_close(model.predict(x, ALWAYS), want)
+    model.predict(x, NEVER)
+    assert len(called) == len(handles), "a hook registered here did not run"
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(model.predict(x, ALWAYS), want)
 
 
 def test_the_state_of_one_model_fits_another_of_the_same_make():

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from small import once
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -55,10 +56,13 @@ class Net(nn.Module):
         return self.fc(self.dropout(self.two(self.one(x)).mean((2, 3))))
 
 
-def made(head: str = "conv1", net: nn.Module | None = None, seed: int = 0) -> ptee.EarlyExitModel:
+@once
+def made(head: str = "conv1", seed: int = 0) -> ptee.EarlyExitModel:
     """The same backbone each time; the heads begin as `seed` says."""
-    torch.manual_seed(0)
-    net = net or Net()
+    return on(Net(), head, seed)
+
+
+def on(net: nn.Module, head: str = "conv1", seed: int = 0) -> ptee.EarlyExitModel:
     torch.manual_seed(seed)
     model = ptee.augment(net, exits=EXITS, head=head, input_size=SIZE)
     with torch.no_grad():
@@ -286,7 +290,7 @@ def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
     net = Net()
     with torch.no_grad():
         net.fc.weight *= 300  # so sure of its answers that no exit is as good
-    model = made("pool", net)
+    model = on(net, "pool")
     with pytest.warns(UserWarning, match=f"collapsed: .*{where}"):
         history = train(model, data(), targets="pseudo", loss=loss, epochs=6, batch_size=16, lr=0.1, precision="no")
     assert "collapsed" in history.warning
@@ -626,19 +630,29 @@ def on_time(history: History) -> list[Epoch]:
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in history.epochs]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"loss": "v2"}, {"loss": "each", "reach": True}, {"schedule": "cosine"}, {"loss": "each", "shift": 3, "mixup": 0.5}, {"targets": "soft"}, {"weight_decay": 0.1}, {"precision": "bf16"}, {"seed": 7}, {"val_data": data()}],
-    ids=lambda s: ", ".join(s) or "as it is",
-)  # fmt: skip
+SETTINGS = {
+    "as it is": {}, "loss": {"loss": "v2"}, "reach": {"loss": "each", "reach": True}, "schedule": {"schedule": "cosine"},
+    "shift and mixup": {"loss": "each", "shift": 3, "mixup": 0.5}, "targets": {"targets": "soft"},
+    "weight_decay": {"weight_decay": 0.1}, "precision": {"precision": "bf16"}, "seed": {"seed": 7}, "val_data": {"val_data": data()},
+}  # fmt: skip
+
+
+@functools.cache
+def never_interrupted(name: str) -> tuple[dict[str, Tensor], History]:
+    model = made()
+    history = fit(model, **SETTINGS[name])
+    return heads(model), history
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_a_resumed_training_ends_with_exactly_the_heads_of_one_that_was_never_interrupted(epoch, settings, tmp_path):
-    whole, broken, resumed = made(), made(), made(seed=9)
-    want = fit(whole, **settings)
+def test_a_resumed_training_ends_with_exactly_the_heads_of_one_that_was_never_interrupted(epoch, name, tmp_path):
+    broken, resumed, settings = made(), made(seed=9), SETTINGS[name]
+    whole, want = never_interrupted(name)
     checkpoint = tmp_path / "checkpoint.safetensors"
     assert fit(broken, Interrupted(epoch * N + 20), checkpoint=checkpoint, **settings).interrupted
     history = fit(resumed, checkpoint=checkpoint, resume=True, **settings)
-    assert same(heads(resumed), heads(whole))
+    assert same(heads(resumed), whole)
     assert on_time(history) == on_time(want)
     assert not history.interrupted
 
@@ -774,7 +788,7 @@ def test_the_checkpoint_of_other_exits_is_refused(checkpoint):
 
 def test_the_checkpoint_of_another_number_of_classes_is_refused(checkpoint):
     with pytest.raises(RunError):
-        fit(made(net=Net(K + 1)), checkpoint=checkpoint, resume=True)
+        fit(on(Net(K + 1)), checkpoint=checkpoint, resume=True)
 
 
 def with_front(seed: int, size: tuple[int, int, int] = SIZE) -> ptee.EarlyExitModel:
@@ -828,7 +842,7 @@ def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
     with torch.no_grad():
         net.fc.bias += 1
     with pytest.raises(RunError, match="backbone"):
-        fit(made(net=net), checkpoint=checkpoint, resume=True)
+        fit(on(net), checkpoint=checkpoint, resume=True)
 
 
 def text(file: Path) -> None:
