@@ -180,11 +180,11 @@ class Comparison:
             f"{self.backbone}, {self.samples:,} images{own}\n"
             + (f"{self.note}\n" if self.note else "")
             + table([title, *map(self._cells, self.lines)], left={0})
-            + f"\nThresholds, exits that are off and places to cut off are chosen on {self.calibration:,} other images, for the drop "
-            f"of {measure} over each column\nless what is kept in reserve for images like these. In each cell: cost, "
-            "multiply-accumulates over the bare backbone's, heads included;\nand in parentheses the drop that it really has "
-            f"on the images that are reported on, with 95 % intervals of up to {widest / 2:.4f} to\neach side. Below, what "
-            "keeps to a drop keeps to it on both."
+            + f"\nThresholds and exits that are off are chosen on {self.calibration:,} other images, for the drop of {measure} "
+            "over each column less what is\nkept in reserve for images like these; where to cut off, too: wherever no other "
+            "place is both cheaper and better there.\nIn each cell: cost, multiply-accumulates over the bare backbone's, heads "
+            "included; and in parentheses the drop that it really\nhas on the images that are reported on, with 95 % "
+            f"intervals of up to {widest / 2:.4f} to each side. Below, what keeps to a drop\nkeeps to it on both."
             + self._of_oracles()
             + "".join(f"\n{sentence}" for sentence in self.verdict)
         )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -237,13 +238,13 @@ def checked_margin(wish: Wish, margin: float | str) -> float:
     """
     if margin == AUTO:
         return 0.0
-    if isinstance(margin, str) or not 0 <= margin < math.inf:
+    if isinstance(margin, bool) or not isinstance(margin, Real) or not 0 <= margin < math.inf:
         raise PteeError(
             f"margin is {margin}: give what to keep in reserve of {wish}, such as {wish.limit / 4:g}, or {AUTO!r}."
         )
     if wish.kind != "max_cost" and margin > wish.limit:
         raise PteeError(f"{wish} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less.")
-    return margin
+    return float(margin)
 
 
 def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:

@@ -272,6 +272,7 @@ REFUSED = {
         {"max_drop": 0.1, "margin": "much"},
         "margin is much: give what to keep in reserve.*or 'auto'",
     ),
+    "no margin at all": ({"max_drop": 0.1, "margin": None}, "margin is None: give what to keep in reserve"),
     "a margin larger than the drop": ({"max_fidelity_drop": 0.1, "margin": 0.2}, "margin of 0.1 or less"),
 }
 
