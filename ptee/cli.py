@@ -286,21 +286,30 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     show_default=True,
     help="Which lines each run gets, for a short table of many runs. What is said in words is of these.",
 )
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    help="Draw cost against accuracy, too: one page, such as curve.html.",
+)
 @MOVED_WEIGHTS
 @DATA
 @DEVICE
 @JSON
-def compare(run: tuple[str, ...], as_json: bool, **o: Any) -> None:
+def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) -> None:
     """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
 
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
+    from ptee import report
     from ptee.comparison import checked_drops, checked_lines, named_networks, names_of
     from ptee.comparison import compare as measure
     from ptee.devices import resolve_device
     from ptee.reopening import reopened
     from ptee.tuning import parts_for_all
 
+    if page is not None:
+        report.require_page(page)
     device, drops = resolve_device(o["device"]), checked_drops(o["drops"])
     lines = checked_lines([name.strip() for name in o["lines"].split(",")])
     static = named_networks(o["static"])
@@ -321,7 +330,11 @@ def compare(run: tuple[str, ...], as_json: bool, **o: Any) -> None:
             about=about,
         )
     click.echo(f"{about} {opened[0].accuracy}", err=as_json)
+    if page is not None:
+        report.write(found, page)
     click.echo(runs.to_json(found.to_dict()) if as_json else f"\n{found}")
+    if page is not None:
+        click.echo(f"\nDrawn in {page}", err=as_json)
 
 
 @cli.command()

@@ -97,11 +97,13 @@ class Line:
         name: of the run or the network, and what is done with it.
         kind: "adaptive", "static", "cascade", "truncation" or "oracle".
         entries: one for each allowed drop; a single one where there is nothing to choose.
+        of: the run or the network that it is a way to use.
     """
 
     name: str
     kind: str
     entries: tuple[Entry, ...]
+    of: str = ""
 
 
 class Found(NamedTuple):
@@ -465,24 +467,24 @@ def _beside(logits: Tensor, whole: Traces, cost: float) -> Traces:
 
 def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]) -> Iterator[Line]:
     for words, policy, one in (way for key, way in WAYS.items() if key in wanted):
-        yield _tuned(name + words, "adaptive", Pair(*(t.under(policy) for t in pair)), drops, one)
+        yield _tuned(name, words, "adaptive", Pair(*(t.under(policy) for t in pair)), drops, one)
     if "oracle" in wanted:
         last = pair.report.answers.shape[0] - 1
         agreeing = _entry(pair, lambda t: first_to_give(t, t.answers[last]))
-        yield Line(f"{name}, oracle", "oracle", (agreeing,))
+        yield Line(f"{name}, oracle", "oracle", (agreeing,), name)
     for n in _worth_cutting_at(truncation(pair.calibration)) if "truncation" in wanted else []:
-        yield Line(f"{name}, truncation at exit {n}", "truncation", (_cut_off(pair, n),))
+        yield Line(f"{name}, truncation at exit {n}", "truncation", (_cut_off(pair, n),), name)
 
 
 def _of_network(name: str, backbone: str, pair: Pair, drops: Sequence[float]) -> Iterator[Line]:
-    yield Line(name, "static", (_cut_off(pair, 0),))
-    yield _tuned(f"{name}, then {backbone}", "cascade", pair, drops)
+    yield Line(name, "static", (_cut_off(pair, 0),), name)
+    yield _tuned(name, f", then {backbone}", "cascade", pair, drops)
 
 
-def _tuned(name: str, kind: str, pair: Pair, drops: Sequence[float], one: bool = False) -> Line:
+def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], one: bool = False) -> Line:
     """Thresholds for each allowed drop, from the calibration images."""
     solutions = zip(drops, curve(pair.calibration, drops, one=one, margin=AUTO), strict=True)
-    return Line(name, kind, tuple(_at(pair, drop, found.threshold, found.off) for drop, found in solutions))
+    return Line(of + words, kind, tuple(_at(pair, drop, found.threshold, found.off) for drop, found in solutions), of)
 
 
 def _at(pair: Pair, allowed: float, threshold: tuple[float, ...], off: tuple[int, ...]) -> Entry:

@@ -19,7 +19,7 @@ augment() { # name options...
     shift
     [ -f "$run/metrics.json" ] || ptee augment --model cifar_resnet56 --weights "$weights/cifar_resnet56.safetensors" \
         --data "$small" --exits 0.4,0.7 --head auto --head-budget 0.03 --augment 2 --shift 4 --epochs 16 \
-        --optimizer muon --lr 0.01 --weight-decay 0.05 --schedule cosine --no-speed --out "$run" --overwrite "$@"
+        --optimizer muon --lr 0.01 --weight-decay 0.05 --schedule cosine --gate none --no-speed --out "$run" --overwrite "$@"
 }
 
 augment labels --loss each --targets labels

@@ -28,7 +28,7 @@ LAYERS = {  # a module imports from lower layers only
     8: "traces cache steps benchmark zoo",
     9: "thresholds",
     10: "asked evaluation comparison training decision tuning",
-    11: "defaults training_speed choosing measuring",
+    11: "defaults training_speed choosing measuring report",
     12: "reopening augmenting",
     13: "cli",
 }
