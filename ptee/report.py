@@ -67,7 +67,7 @@ def picture(found: Comparison) -> Any:
     from plotly.colors import qualitative
 
     of = dict.fromkeys(line.of for line in found.lines)
-    colours = dict(zip(of, cycle(qualitative.Safe), strict=False))
+    colours = dict(zip(of, cycle(qualitative.T10), strict=False))
     bare = 1.0 if found.accuracy is None else found.accuracy
     figure = graph_objects.Figure()
     figure.add_hline(bare, line={"dash": "dot", "color": "black", "width": 1})
@@ -78,24 +78,33 @@ def picture(found: Comparison) -> Any:
         _add(figure, lines, bare, colours[lines[0].of], dash)
     measure = "fidelity" if found.accuracy is None else "accuracy"
     figure.update_layout(
-        title=f"{found.backbone}, {found.samples:,} images: {measure} and cost", template="plotly_white", height=640,
+        title={
+            "text": f"{html.escape(found.backbone)}, {found.samples:,} images: {measure} and cost",
+            "subtitle": {"text": "with 95 % intervals; a double click shows all, a click in the legend hides a line"},
+        },
+        template="plotly_white", height=640,
         xaxis={"title": "cost: multiply-accumulates over the bare backbone's, heads included", "rangemode": "tozero"},
-        yaxis={"title": measure}, hovermode="closest",
+        yaxis={"title": measure, "range": _range(found, bare)}, hovermode="closest",
     )  # fmt: skip
     return figure
 
 
+def _range(found: Comparison, bare: float) -> list[float]:
+    """Of what is asked about; a place to cut off may lie far below, and there the page is zoomed out by a double click."""
+    aside = [entry for line in found.lines if line.kind != "truncation" for entry in line.entries]
+    ends = [bare - loss for entry in aside for loss in (entry.drop, *entry.interval)] + [bare]
+    room = 0.1 * (max(ends) - min(ends)) + 0.002
+    return [min(ends) - room, max(ends) + room]
+
+
 def _traces(lines: tuple[Line, ...]) -> Iterator[tuple[list[Line], str]]:
     """Lines that are drawn as one, and how: all places to cut a run off are one; each other way has a dash of its own."""
-    ways: dict[str, int] = {}
-    cut_off: dict[str, list[Line]] = {}
-    for line in lines:
-        if line.kind == "truncation":
-            cut_off.setdefault(line.of, []).append(line)
-            continue
-        yield [line], DASHES[ways.setdefault(line.of, 0) % len(DASHES)]
-        ways[line.of] += line.kind == "adaptive"
-    yield from ((places, "dot") for places in cut_off.values())
+    for of in dict.fromkeys(line.of for line in lines):
+        own = [line for line in lines if line.of == of]
+        ways = [line for line in own if line.kind != "truncation"]
+        yield from (([line], dash) for line, dash in zip(ways, cycle(DASHES), strict=False))
+        if places := [line for line in own if line.kind == "truncation"]:
+            yield places, "dot"
 
 
 def _add(figure: Any, lines: list[Line], bare: float, colour: str, dash: str) -> None:

@@ -788,6 +788,14 @@ def test_compare_prints_a_table_for_people(run, finished, things):
         assert words in done.out
 
 
+def test_a_comparison_is_drawn_on_a_page_where_one_is_asked_for(run, finished):
+    done = run("compare", finished, "--drops", "0.1", "--html", "curve.html")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.endswith("Drawn in curve.html\n")
+    assert "At most 0.1 lost: " in Path("curve.html").read_text()
+    assert run("compare", finished, "--html", "curve.png").status == 2
+
+
 def test_a_run_of_heads_that_build_on_one_another_is_compared_by_the_lines_that_are_asked_for(run, known):
     assert run("augment", *known, *BRIEF, "--recipe", "ztw", "--no-speed", "--out", "runs/ztw").status == 0
     heads = [each["head"] for each in json.loads(Path("runs/ztw/config.json").read_text())["exits"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ptee import report
@@ -51,6 +53,13 @@ def test_ways_to_use_one_run_share_its_colour_and_differ_in_their_dashes(drawn):
 def test_all_places_to_cut_a_run_off_are_one_trace(drawn):
     assert [name for name in drawn if "truncation" in name] == ["a&lt;b&gt;, truncation"]
     assert len(drawn["a&lt;b&gt;, truncation"].x) == 2
+
+
+def test_a_place_to_cut_off_that_is_far_below_does_not_flatten_the_others():
+    far = Line("a<b>, truncation at exit 0", "truncation", (Entry(None, 0.1, 0.8, (0.7, 0.9), 0.8),), "a<b>")
+    low, high = report.picture(replace(FOUND, lines=(*FOUND.lines, far))).layout.yaxis.range
+    assert 0.8 < low < 0.84
+    assert 0.9 < high < 1
 
 
 def test_without_labels_fidelity_is_drawn():
