@@ -54,7 +54,9 @@ class Wish:
         if kind == "max_cost" and not 0 < limit <= 1:
             raise PteeError(f"max_cost is {limit:g}: give a fraction of the bare backbone's cost, such as 0.6.")
         if kind != "max_cost" and not 0 <= limit < 1:
-            raise PteeError(f"{kind} is {limit:g}: give a fraction of at least 0 and below 1, such as 0.01 for one point.")
+            raise PteeError(
+                f"{kind} is {limit:g}: give a fraction of at least 0 and below 1, such as 0.01 for one point."
+            )
         return cls(kind, float(limit))
 
     def __str__(self) -> str:

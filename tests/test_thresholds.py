@@ -262,8 +262,14 @@ REFUSED = {
     "no wish": ({}, "No wish is given: give one of max_drop=, max_fidelity_drop=, max_cost="),
     "two": ({"max_drop": 0.1, "max_cost": 0.5}, "max_drop and max_cost are both given"),
     "three": ({"max_drop": 0.1, "max_cost": 0.5, "max_fidelity_drop": 0.1}, "are all given"),
-    "a percentage": ({"max_drop": 2}, "max_drop is 2: give a fraction of at least 0 and below 1, such as 0.01 for one point"),
-    "one for a point": ({"max_drop": 1}, "max_drop is 1: give a fraction of at least 0 and below 1, such as 0.01 for one point"),
+    "a percentage": (
+        {"max_drop": 2},
+        "max_drop is 2: give a fraction of at least 0 and below 1, such as 0.01 for one point",
+    ),
+    "one for a point": (
+        {"max_drop": 1},
+        "max_drop is 1: give a fraction of at least 0 and below 1, such as 0.01 for one point",
+    ),
     "a negative drop": ({"max_fidelity_drop": -0.1}, "fraction of at least 0 and below 1"),
     "NaN": ({"max_drop": math.nan}, "max_drop is nan"),
     "no cost": ({"max_cost": 0}, "max_cost is 0"),
