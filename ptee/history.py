@@ -43,8 +43,8 @@ class Epoch:
             epochs: how many there are to be.
         """
         fidelity = " ".join(f"{f:.3f}" for f in self.fidelity[:-1])
-        val = "" if self.val_loss is None else f"  held-out {self.val_loss:.4f}"
-        return f"epoch {self.number}/{epochs}  loss {self.loss:.4f}{val}  fidelity {fidelity}  {self.seconds:.0f} s"
+        val = "" if self.val_loss is None else f"  held-out loss {self.val_loss:.4f}"
+        return f"epoch {self.number}/{epochs}  loss {self.loss:.4f}  fidelity in training {fidelity}{val}  {self.seconds:.0f} s"
 
 
 @dataclass
@@ -68,14 +68,17 @@ class History:
         return asdict(self)
 
     def __str__(self) -> str:
-        title = ("epoch", "loss", "held-out", "accuracy", "fidelity", "leaving", "seconds")
+        title = ("epoch", "loss", "accuracy", "fidelity", "leaving", "held-out loss", "seconds")
         lines = [
-            (str(e.number), f"{e.loss:.4f}", "-" if e.val_loss is None else f"{e.val_loss:.4f}",
-             _each(e.accuracy), _each(e.fidelity), _each(e.leaving), f"{e.seconds:.0f}")
+            (str(e.number), f"{e.loss:.4f}", _each(e.accuracy), _each(e.fidelity), _each(e.leaving),
+             "-" if e.val_loss is None else f"{e.val_loss:.4f}", f"{e.seconds:.0f}")
             for e in self.epochs
         ]  # fmt: skip
         end = "Interrupted." if self.interrupted else "Stopped early." if self.stopped_early else None
-        legend = "accuracy, fidelity, leaving: of each exit, the backbone's own output last."
+        legend = (
+            "accuracy, fidelity, leaving: of each exit, the backbone's own output last. All but the held-out loss are of the "
+            "training images."
+        )
         return "\n".join(filter(None, [table([title, *lines]), legend, end, self.warning]))
 
 

@@ -49,12 +49,14 @@ class Wish:
         if len(given) != 1:
             found = f"{' and '.join(given)} are all given" if given else "No wish is given"
             found = found.replace("all", "both") if len(given) == 2 else found
-            raise PteeError(f"{found}: give one of {', '.join(WISHES)}.")
+            raise PteeError(f"{found}: give one of {', '.join(f'{kind}=' for kind in WISHES)}.")
         ((kind, limit),) = given.items()
-        if kind == "max_cost" and not (0 < limit < math.inf):
+        if kind == "max_cost" and not 0 < limit <= 1:
             raise PteeError(f"max_cost is {limit:g}: give a fraction of the bare backbone's cost, such as 0.6.")
-        if kind != "max_cost" and not 0 <= limit <= 1:
-            raise PteeError(f"{kind} is {limit:g}: give a fraction between 0 and 1, such as 0.01 for one point.")
+        if kind != "max_cost" and not 0 <= limit < 1:
+            raise PteeError(
+                f"{kind} is {limit:g}: give a fraction of at least 0 and below 1, such as 0.01 for one point."
+            )
         return cls(kind, float(limit))
 
     def __str__(self) -> str:
@@ -227,7 +229,7 @@ def require_labels(wish: Wish, labelled: bool, why: str = "") -> None:
     """
     if wish.kind == "max_drop" and not labelled:
         why = why or "These images have no labels that are classes of the backbone."
-        raise PteeError(f"{why} So no accuracy can be lost: give max_fidelity_drop or max_cost.")
+        raise PteeError(f"{why} So no accuracy can be lost: give max_fidelity_drop= or max_cost=.")
 
 
 def checked_margin(wish: Wish, margin: float | str) -> float:

@@ -270,7 +270,10 @@ WORDS = {
     "an evaluation of no run": (["evaluate", "EMPTY"], "config.json"),
     "an evaluation of a folder that is not there": (["evaluate", "nowhere"], "nowhere"),
     "an evaluation of a repository, offline": (["evaluate", "runs/nowhere"], "runs/nowhere"),
-    "tuning without a wish": (["tune", "nowhere"], "No wish is given: give one of max_drop"),
+    "tuning without a wish": (
+        ["tune", "nowhere"],
+        "No wish is given: give one of --max-drop, --max-fidelity-drop, --max-cost",
+    ),
     "two wishes": (["tune", "nowhere", "--max-drop", "0.1", "--max-cost", "0.5"], "max_drop and max_cost are both"),
     "a drop above 1": (["augment", "--max-drop", "2"], "max_drop is 2: give a fraction"),
     "T and a wish for T": (["augment", "--threshold", "0.5", "--max-drop", "0.1"], "one or the other"),
@@ -731,7 +734,7 @@ def test_augment_refuses_such_a_cost_before_it_trains(run, known, wish, said):
 def test_augment_refuses_a_drop_of_accuracy_without_labels_before_it_trains(run, things):
     known = (*MODEL, "--weights", things / "weights.safetensors", "--data", things / "two", "--targets", "pseudo")
     done = run("augment", *known, *SHORT, "--max-drop", 0.1)
-    assert_refused_after(done, "no labels.*max_fidelity_drop or max_cost")
+    assert_refused_after(done, "no labels.*give --max-fidelity-drop or --max-cost")
     assert "epoch" not in done.out
 
 

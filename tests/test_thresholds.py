@@ -259,13 +259,21 @@ def test_what_is_chosen_on_some_images_nearly_holds_on_others():
 
 
 REFUSED = {
-    "no wish": ({}, "No wish is given: give one of max_drop, max_fidelity_drop, max_cost"),
+    "no wish": ({}, "No wish is given: give one of max_drop=, max_fidelity_drop=, max_cost="),
     "two": ({"max_drop": 0.1, "max_cost": 0.5}, "max_drop and max_cost are both given"),
     "three": ({"max_drop": 0.1, "max_cost": 0.5, "max_fidelity_drop": 0.1}, "are all given"),
-    "a percentage": ({"max_drop": 2}, "max_drop is 2: give a fraction between 0 and 1"),
-    "a negative drop": ({"max_fidelity_drop": -0.1}, "fraction between 0 and 1"),
+    "a percentage": (
+        {"max_drop": 2},
+        "max_drop is 2: give a fraction of at least 0 and below 1, such as 0.01 for one point",
+    ),
+    "one for a point": (
+        {"max_drop": 1},
+        "max_drop is 1: give a fraction of at least 0 and below 1, such as 0.01 for one point",
+    ),
+    "a negative drop": ({"max_fidelity_drop": -0.1}, "fraction of at least 0 and below 1"),
     "NaN": ({"max_drop": math.nan}, "max_drop is nan"),
     "no cost": ({"max_cost": 0}, "max_cost is 0"),
+    "a cost in percent": ({"max_cost": 60}, "max_cost is 60: give a fraction of the bare backbone's cost, such as 0.6"),
     "an endless cost": ({"max_cost": math.inf}, "max_cost is inf"),
     "a negative margin": ({"max_drop": 0.1, "margin": -1}, "margin is -1"),
     "a margin of words": (

@@ -280,9 +280,15 @@ def test_a_history_prints_as_a_table_of_epochs():
         Epoch(2, 1.25, None, [1, 1], [0, 1], 2.0, 3),
     ]
     lines = str(History(told, stopped_early=True, warning="It collapsed.")).splitlines()
-    assert lines[2].split() == ["1", "1.5000", "-", "0.250", "0.500", "0.500", "1.000", "0.750", "0.250", "3"]
-    assert lines[3].split() == ["2", "1.2500", "2.0000", "-", "1.000", "1.000", "0.000", "1.000", "3"]
+    assert lines[2].split() == ["1", "1.5000", "0.250", "0.500", "0.500", "1.000", "0.750", "0.250", "-", "3"]
+    assert lines[3].split() == ["2", "1.2500", "-", "1.000", "1.000", "0.000", "1.000", "2.0000", "3"]
+    assert lines[-3].endswith("All but the held-out loss are of the training images.")
     assert lines[-2:] == ["Stopped early.", "It collapsed."]
+
+
+def test_the_line_of_an_epoch_does_not_pass_off_what_the_training_images_say_as_held_out():
+    said = Epoch(1, 1.5, None, [0.5, 0.25, 1.0], [1, 0, 0], 2.0, 3).line(5)
+    assert said == "epoch 1/5  loss 1.5000  fidelity in training 0.500 0.250  held-out loss 2.0000  3 s"
 
 
 @pytest.mark.parametrize(("loss", "where"), [("cost", r"exit 0 \(one\)"), ("mc", "backbone's own output")])
