@@ -7,6 +7,7 @@ images, and every figure is of the report images, so a drop that was allowed is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -313,7 +314,8 @@ def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
         try:
             found[name] = load_backbone(name, weights=file or None)
         except BackboneError as why:
-            raise BackboneError(str(why).replace(OTHERWISE, f"Give a file: --static {name}=FILE.")) from why
+            words = str(why).replace(OTHERWISE, f"Give a file: --static {name}=FILE.")
+            raise BackboneError(re.sub(r"Check model=.*\.", f"Check --static {name}=FILE.", words)) from why
     return found
 
 

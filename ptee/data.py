@@ -74,7 +74,8 @@ class Data:
     def summary(self) -> str:
         """One sentence: where the images come from, how many there are, how they were split."""
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items())
-        return f"{self.source}: images of {len(self.class_names)} classes, {sizes}; {self.split['rule']}."
+        n = len(self.class_names)
+        return f"{self.source}: images of {n} class{'es' * (n != 1)}, {sizes}; {self.split['rule']}."
 
     @property
     def place(self) -> str:
@@ -250,6 +251,11 @@ def _read_folder(folder: Path) -> list[tuple[_File, str]]:
     """The pictures below each class folder, and their classes."""
     files = {path.name: _pictures_below(path) for path in _visible(folder) if path.is_dir()}
     if not any(files.values()):
+        if any(path.suffix.lower() in EXTENSIONS for path in _visible(folder)):
+            raise DataError(
+                f"The images of '{folder}' lie in no class folder. Where they have no labels, move them into a single one: "
+                f"{folder / 'all'}."
+            )
         raise DataError(f"No images in class folders of '{folder}': it should hold {LAYOUTS}.")
     if {name for names in PARTS.values() for name in names}.issuperset(files):
         raise DataError(f"'{folder}' holds {' and '.join(files)} without class folders: it should hold {LAYOUTS}.")

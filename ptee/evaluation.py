@@ -135,7 +135,7 @@ class Results:
         paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
         timed = ["images/s", "speed"] if self.early_exit.speedup is not None else []
         title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", "AUROC", *timed)
-        walls = "T = " + " ".join(
+        walls = "T = " + ", ".join(
             f"{t:.4g}" for t in (self.threshold if len(set(self.threshold)) > 1 else self.threshold[:1])
         )
         below = f"\nEarly exit at {walls}." if len(walls) > WIDEST else ""
@@ -150,7 +150,8 @@ class Results:
             + table([title, *lines], left={0, 1})
             + below
             + self._switched_off
-            + "\nRows of exits: everybody leaves there; but leaving, of them right: who does at T (first row: at the end). "
+            + "\nRows of exits: everybody leaves there; but leaving, of them right: who does at T (first row: at the end"
+            f"{'' if self.early_exit.accuracy is not None else '; right: as the backbone'}). "
             "fidelity: share of answers\nequal to the backbone's. cost: multiply-accumulates, heads included, over the bare "
             "backbone's. AUROC:\nhow well h tells wrong answers from right ones (.5: not at all)."
             + (f" speed: over the bare backbone's,\n{self._where_timed}" if timed else "")

@@ -53,7 +53,7 @@ def map_labels(class_names: Sequence[str], num_classes: int) -> LabelMap:
         if are_numbers and numbers != tuple(range(n)):
             reason += ", as torchvision's ImageFolder sorts them; if the names are the numbers, write 02 for 2"
         return LabelMap(tuple(range(n)), f"{reason}.")
-    return LabelMap(None, f"The {n} classes ({named}) cannot be mapped to the backbone's {num_classes}.")
+    return LabelMap(None, f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}.")
 
 
 def _map_wordnet(class_names: Sequence[str]) -> LabelMap:

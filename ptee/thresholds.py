@@ -20,6 +20,7 @@ from ptee.solver import ROUNDING, Problem, search
 from ptee.traces import Score, Traces
 
 WISHES = ("max_drop", "max_fidelity_drop", "max_cost")
+PERCENTAGE = 10  # a limit of this or more was not meant as a fraction of the bare backbone
 AUTO = "auto"  # a margin that the traces themselves say
 FOLDS = 4  # of the traces, each once left out while thresholds are chosen
 MOST_ROWS = 10_000  # of which that is found out; of more it takes minutes, and they lose no more than these

@@ -438,7 +438,7 @@ def test_augment_leaves_a_run_that_says_what_was_measured(run, known, things):
     assert all(row["speedup"] > 0 for row in metrics["results"]["rows"])
     assert all(exit_["head"].startswith("res-") for exit_ in config["exits"])
     assert len(metrics["training"]["epochs"]) == 2
-    for line in ("epoch 1/2", "epoch 2/2", "early exit, T = 0.9 0.8", "Saved in out", "10 classes"):
+    for line in ("epoch 1/2", "epoch 2/2", "early exit, T = 0.9, 0.8", "Saved in out", "10 classes"):
         assert line in done.out
 
 

@@ -405,6 +405,13 @@ def test_a_network_that_the_command_cannot_have_is_refused(texts, error, said):
         named_networks(texts)
 
 
+def test_weights_of_another_network_are_refused_by_the_option_that_gave_them(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), file)
+    with pytest.raises(PteeError, match=r"is of another model.*Check --static cifar_resnet32=FILE\.$"):
+        named_networks([f"cifar_resnet32={file}"])
+
+
 def test_a_network_that_is_named_twice_is_refused(tmp_path):
     file = tmp_path / "a.safetensors"
     save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), file)

@@ -332,15 +332,19 @@ def test_classes_unknown_in_training_are_refused_by_name(kind, request):
     ("names", "words"),
     [
         ([], "No images in class folders of"),
-        (["0.png"], "No images in class folders of"),
         (["a/notes.txt"], "No images in class folders of"),
         (["train/0.png", "val/0.png"], "holds train and val without class folders"),
     ],
-    ids=["empty", "no class folders", "no pictures", "parts without classes"],
+    ids=["empty", "no pictures", "parts without classes"],
 )
 def test_folder_without_images_in_classes_is_refused(tmp_path, names, words):
     with pytest.raises(DataError, match=f"{words}.*it should hold train/CLASS"):
         opened(write_folder(tmp_path, names))
+
+
+def test_images_without_a_class_folder_are_refused_with_what_to_do_where_they_have_no_labels(tmp_path):
+    with pytest.raises(DataError, match=r"lie in no class folder\. Where they have no labels, move them .*/all\."):
+        opened(write_folder(tmp_path, ["0.png", "1.png"]))
 
 
 @pytest.mark.parametrize(

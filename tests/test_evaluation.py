@@ -139,7 +139,7 @@ def test_many_thresholds_do_not_make_the_table_wide():
     model = made()
     text = str(evaluate(model, TensorDataset(*labelled()), threshold=[0.12345678, 0.87654321], speed=False))
     assert "\nearly exit  " in text
-    assert "\nEarly exit at T = 0.1235 0.8765.\n" in text
+    assert "\nEarly exit at T = 0.1235, 0.8765.\n" in text
 
 
 def test_each_exit_says_what_its_confidence_is_worth():
@@ -226,7 +226,7 @@ def test_the_table_has_a_line_for_each_row_with_the_thresholds_in_it():
     model = made()
     text = str(evaluate(model, TensorDataset(*labelled()), threshold=[0.25, 0.5], speed=False))
     lines = [line for line in text.splitlines() if line.startswith(("backbone", "exit", "early exit"))]
-    assert [line.split("  ")[0] for line in lines] == ["backbone", "exit 0", "exit 1", "early exit, T = 0.25 0.5"]
+    assert [line.split("  ")[0] for line in lines] == ["backbone", "exit 0", "exit 1", "early exit, T = 0.25, 0.5"]
     assert "T = 0.25 " in str(evaluate(model, TensorDataset(*labelled()), threshold=0.25, speed=False))
 
 
