@@ -1,6 +1,6 @@
 #!/bin/sh
 # Early exits on a frozen cifar_resnet56, the papers' recipes and smaller networks, on CIFAR-10; three seeds.
-# Run from the project's root: sh recipes/cifar10.sh. About six hours on one core; runs that are there already are kept.
+# Run from the project's root: sh recipes/cifar10.sh. About four hours a seed on one core; runs that are there already are kept.
 set -e
 data=${DATA:-../shared/data/cifar10} weights=${WEIGHTS:-../shared/weights} out=${OUT:-runs}
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Early exits on every ImageNet backbone whose weights are there, on Imagenette, at most two points of fidelity lost.
-# Run from the project's root: sh recipes/imagenette.sh. Runs that are there already are kept.
+# Run from the project's root: sh recipes/imagenette.sh. About half an hour each on one core; runs that are there already are kept.
 set -e
 data=${DATA:-../shared/data/imagenette} weights=${WEIGHTS:-../shared/weights} out=${OUT:-runs}
 
