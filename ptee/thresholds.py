@@ -51,6 +51,8 @@ class Wish:
             found = found.replace("all", "both") if len(given) == 2 else found
             raise PteeError(f"{found}: give one of {', '.join(WISHES)}.")
         ((kind, limit),) = given.items()
+        if isinstance(limit, bool) or not isinstance(limit, Real | Tensor):
+            raise PteeError(f"{kind} is {limit!r}: give a number, such as {0.6 if kind == 'max_cost' else 0.01}.")
         if kind == "max_cost" and not (0 < limit < math.inf):
             raise PteeError(f"max_cost is {limit:g}: give a fraction of the bare backbone's cost, such as 0.6.")
         if kind != "max_cost" and not 0 <= limit <= 1:

@@ -620,6 +620,20 @@ class OtherLoader:
         return 1
 
 
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"batch_size": 0}, "The batch_size 0 must be a whole number, 1 at least"),
+        ({"batch_size": 2.5}, "The batch_size 2.5 must be a whole number"),
+        ({"num_workers": -1}, "The num_workers -1 must be a whole number, 0 at least"),
+    ],
+    ids=str,
+)
+def test_batches_of_no_number_are_refused(wish, said):
+    with pytest.raises(DataError, match=said):
+        batches(TensorDataset(IMAGES), **{"batch_size": 2, "shuffle": False} | wish)
+
+
 @pytest.mark.parametrize("loader", [DataLoader(TensorDataset(IMAGES), batch_size=2), OtherLoader()])
 def test_loader_keeps_its_own_batches(loader):
     assert batches(loader, batch_size=64, shuffle=True) is loader

@@ -265,6 +265,8 @@ REFUSED = {
     "a percentage": ({"max_drop": 2}, "max_drop is 2: give a fraction between 0 and 1"),
     "a negative drop": ({"max_fidelity_drop": -0.1}, "fraction between 0 and 1"),
     "NaN": ({"max_drop": math.nan}, "max_drop is nan"),
+    "words": ({"max_drop": "0.1"}, "max_drop is '0.1': give a number, such as 0.01"),
+    "yes": ({"max_cost": True}, "max_cost is True: give a number, such as 0.6"),
     "no cost": ({"max_cost": 0}, "max_cost is 0"),
     "an endless cost": ({"max_cost": math.inf}, "max_cost is inf"),
     "a negative margin": ({"max_drop": 0.1, "margin": -1}, "margin is -1"),
