@@ -54,6 +54,13 @@ def _collate(samples: list[Any]) -> Any:
     """A batch, or the refusal of what is no tensor yet."""
     try:
         return default_collate(samples)
+    except RuntimeError as why:
+        if "equal size" not in str(why):
+            raise
+        raise DataError(
+            "The data set gives images of several sizes, of which no batch can be made: give it a transform that resizes them to "
+            "the backbone's."
+        ) from why
     except TypeError as why:
         if "PIL" in str(why):
             raise DataError(

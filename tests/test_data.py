@@ -610,6 +610,12 @@ def test_samples_of_which_no_batch_can_be_made_are_refused(sample, said):
         next(iter(batches(Samples(sample), batch_size=2, shuffle=False)))
 
 
+def test_images_of_several_sizes_are_refused():
+    samples = [(IMAGES[0], 1), (IMAGES[0][:, 1:], 1)]
+    with pytest.raises(DataError, match=r"images of several sizes.*resizes them"):
+        next(iter(batches(samples, batch_size=2, shuffle=False)))
+
+
 class OtherLoader:
     """Neither torch's nor indexable, like timm's PrefetchLoader."""
 

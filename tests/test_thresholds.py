@@ -286,6 +286,17 @@ def test_a_wish_that_is_none_is_refused_in_one_line(words, said):
     assert "\n" not in str(refused.value)
 
 
+def test_where_every_exit_costs_more_than_the_backbone_all_are_off_for_a_cost_of_one():
+    traces = easy_and_hard(0, 3, 50)
+    first_is_dear = traces.head_costs + torch.tensor([2, 0, 0])
+    all_read_it = torch.tensor([False, True, True])
+    traces = replace(traces, costs=traces.costs + 2, head_costs=first_is_dear, looks_back=all_read_it)
+    found = solve(traces, max_cost=1.2)
+    assert (found.off, found.cost) == ((0, 1, 2), pytest.approx(1))
+    with pytest.raises(PteeError, match=r"max_cost 0.9 cannot be reached.*Give 1 or more"):
+        solve(traces, max_cost=0.9)
+
+
 def test_a_cost_below_all_is_refused_with_what_is_possible():
     traces = easy_and_hard(0, 3, 50)
     assert traces.costs[0] == pytest.approx(0.18)
