@@ -249,7 +249,7 @@ def compare(
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
     images = _Images(calibration, report, place, batch_size, num_workers, progress)
     found: list[Line] = []
-    pair = None
+    pair: Pair | None = None
     for name, model in models.items():
         before, pair = pair, _recorded(model, images)
         for earlier, now in zip(before or pair, pair, strict=True):
