@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ def batches(
     """The batches of a map-style data set; a loader is returned as it is, its own batches and order included.
 
     Raises:
-        DataError: if `data` is empty, can be gone through only once, or is something else.
+        DataError: if `data` is empty, can be gone through only once, or is something else; or a number is none.
     """
+    for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
+            raise DataError(f"The {name} {number!r} must be a whole number, {least} at least.")
     kind = type(data).__name__
     if isinstance(data, Iterator):
         raise DataError(f"Data is a {kind}, which can be read only once: pass the DataLoader or data set it came from.")
@@ -37,7 +41,12 @@ def batches(
             "of tensors, make a torch.utils.data.TensorDataset(images, labels)."
         )
     return DataLoader(
-        _not_empty(data), batch_size, shuffle, generator=generator, num_workers=num_workers, collate_fn=_collate
+        _not_empty(data),
+        int(batch_size),
+        shuffle,
+        generator=generator,
+        num_workers=int(num_workers),
+        collate_fn=_collate,
     )
 
 
@@ -45,6 +54,13 @@ def _collate(samples: list[Any]) -> Any:
     """A batch, or the refusal of what is no tensor yet."""
     try:
         return default_collate(samples)
+    except RuntimeError as why:
+        if "equal size" not in str(why):
+            raise
+        raise DataError(
+            "The data set gives images of several sizes, of which no batch can be made: give it a transform that resizes them to "
+            "the backbone's."
+        ) from why
     except TypeError as why:
         if "PIL" in str(why):
             raise DataError(

@@ -25,7 +25,7 @@ def require_runnable(module: nn.Module) -> None:
     """Refuse what cannot be hooked, counted or run.
 
     Raises:
-        BackboneError: it is compiled, runs copies, is quantised, or has parameters without numbers.
+        BackboneError: it is compiled, runs copies, is quantised, or has parameters without numbers or of inference mode.
     """
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
@@ -47,6 +47,11 @@ def require_runnable(module: nn.Module) -> None:
             raise BackboneError(
                 f"{kind} is on the meta device ({name}), where tensors have no numbers. Build it on the CPU, or take "
                 "net.to_empty(device='cpu') and load its weights."
+            )
+        if tensor.is_inference() and tensor.requires_grad:
+            raise BackboneError(
+                f"{kind} was built under torch.inference_mode ({name}), where torch lets nobody switch gradients off and on "
+                "again. Build it outside, or give copy.deepcopy(net), made outside."
             )
 
 

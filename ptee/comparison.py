@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from ptee.front import Prepare, require_same_question
 from ptee.model import EarlyExitModel
 from ptee.tables import table
 from ptee.thresholds import AUTO, curve, first_to_give, truncation
-from ptee.traces import Score, Traces, compact, record
+from ptee.traces import SAMPLE, Score, Traces, compact, kept_of_each_batch, record
 from ptee.weights import weights_hash
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
@@ -251,15 +252,17 @@ def compare(
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
     images = _Images(calibration, report, place, batch_size, num_workers, progress)
     found: list[Line] = []
-    pair = None
+    pair: Pair | None = None
     for name, model in models.items():
-        pair = _recorded(model, images)
+        before, pair = pair, _recorded(model, images)
+        for earlier, now in zip(before or pair, pair, strict=True):
+            _require_same(earlier.sample, now.sample)
         found += _bar(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", progress)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
         beside = Pair(
-            *(_beside(logits, t, cost) for logits, t in zip(_said(network, first, images), pair, strict=True))
+            *(_beside(logits, t, cost) for logits, t in zip(_said(network, first, images, pair), pair, strict=True))
         )
         found += _of_network(name, first.plan.backbone, beside, allowed)
     accuracy = pair.report.score(pair.report.at(len(pair.report.costs) - 1)).accuracy
@@ -274,9 +277,12 @@ def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:
     Raises:
         PteeError: if there is none, or one is no fraction.
     """
-    wrong = [drop for drop in drops if not 0 <= drop <= 1]
+    if isinstance(drops, str) or not isinstance(drops, Iterable):
+        raise PteeError(f"The drops are {drops!r}: give several, such as [0, 0.01].")
+    drops = list(drops)
+    wrong = [drop for drop in drops if not isinstance(drop, Real) or not 0 <= drop <= 1]
     if wrong or not drops:
-        found = f"A drop of {wrong[0]:g} cannot be" if wrong else "No drop is given"
+        found = f"A drop of {wrong[0]!r} cannot be" if wrong else "No drop is given"
         raise PteeError(f"{found}: give fractions between 0 and 1, such as 0.01 for one point.")
     return tuple(sorted({float(drop) for drop in drops}))
 
@@ -395,6 +401,16 @@ def _require_order(data: Any) -> None:
         )
 
 
+def _require_same(seen: Tensor, again: Tensor) -> None:
+    """Refuse data that shuffle, or give other images each time, in ways of their own."""
+    same = seen.shape == again.shape and torch.equal(seen.nan_to_num(), again.nan_to_num())
+    if not same:
+        raise PteeError(
+            "The data give other images, or another order, each time they are gone through, and networks are compared image "
+            "by image. Give them in order (shuffle=False, no sampler that draws), without random transforms."
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- what they say
 
 
@@ -416,17 +432,26 @@ def _recorded(model: EarlyExitModel, images: _Images) -> Pair:
     return pair
 
 
-def _said(network: Backbone, model: EarlyExitModel, images: _Images) -> list[Tensor]:
-    """(n, K) logits of a network for both parts."""
+def _said(network: Backbone, model: EarlyExitModel, images: _Images, pair: Pair) -> list[Tensor]:
+    """(n, K) logits of a network for both parts, of which there are traces."""
     prepare = Prepare(model.origin.input, network.input).to(images.device)
     with _at_work(network.module, images.device) as like, torch.inference_mode():
         said = []
-        for part in images.parts:
-            loader = batches(part, batch_size=images.batch_size, shuffle=False, num_workers=images.num_workers)
-            bar = _bar(loader, network.name, images.progress)
-            seen = (prepare(split_batch(batch)[0].to(images.device)).to(like.dtype) for batch in bar)
+        for part, traces in zip(images.parts, pair, strict=True):
+            again = _again(part, traces.sample, images, network.name)
+            seen = (prepare(x.to(images.device)).to(like.dtype) for x in again)
             said.append(torch.cat([network.module(x).float().cpu() for x in seen]))
         return said
+
+
+def _again(part: Any, sample: Tensor, images: _Images, words: str) -> Iterator[Tensor]:
+    """Images of a part, batch by batch, once it was recorded with this sample of them."""
+    loader = batches(part, batch_size=images.batch_size, shuffle=False, num_workers=images.num_workers)
+    kept, found = kept_of_each_batch(loader), []
+    for x, _ in map(split_batch, _bar(loader, words, images.progress)):
+        found.append(x[:kept].to(sample.dtype, copy=True))
+        yield x
+    _require_same(sample, torch.cat(found)[:SAMPLE])
 
 
 def _bar(steps: Iterable[Any], words: str, progress: bool) -> Iterable[Any]:

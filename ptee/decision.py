@@ -22,6 +22,7 @@ from ptee.devices import resolve_device
 from ptee.errors import DataError, PteeError, unknown
 from ptee.gates import READS, Gate
 from ptee.model import EarlyExitModel
+from ptee.settings import Settings
 from ptee.tables import table
 from ptee.traces import odd_labels
 
@@ -158,6 +159,7 @@ def fit_gates(
         PteeError: if exits are off.
     """
     check_target(target)
+    Settings(seed=seed).checked()
     model.require_all_on()
     if reads not in READS:
         raise unknown("thing for a gate to read", reads, READS)

@@ -65,7 +65,7 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
     """
-    return UnknownName(f"Unknown {kind} {name!r}.{possible(name, choices, first=first, most=most)}")
+    return UnknownName(f"Unknown {kind} {name!r}.{possible(str(name), choices, first=first, most=most)}")
 
 
 def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> str:

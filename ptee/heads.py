@@ -168,6 +168,8 @@ class ExitHead(nn.Module):
         """The one place where logits and confidence come from; `made` is the map for the next head."""
         logits = self._logits(v, trail)
         sure = self._confidence(v) if self.gate is None else self.gate(logits, trail.answers, v)
+        overflown = ~(logits < torch.inf).all(-1)  # as where the answer before did; -inf rules a class out
+        sure = sure.masked_fill(overflown, torch.nan)
         return Said(logits, sure, Trail((*trail.answers, logits), made), v)
 
     def _logits(self, v: Tensor, trail: Trail) -> Tensor:

@@ -52,7 +52,9 @@ class Wish:
             found = found.replace("all", "both") if len(given) == 2 else found
             raise PteeError(f"{found}: give one of {', '.join(f'{kind}=' for kind in WISHES)}.")
         ((kind, limit),) = given.items()
-        if kind == "max_cost" and not 0 < limit <= 1:
+        if isinstance(limit, bool) or not isinstance(limit, Real | Tensor):
+            raise PteeError(f"{kind} is {limit!r}: give a number, such as {0.6 if kind == 'max_cost' else 0.01}.")
+        if kind == "max_cost" and not 0 < limit < PERCENTAGE:
             raise PteeError(f"max_cost is {limit:g}: give a fraction of the bare backbone's cost, such as 0.6.")
         if kind != "max_cost" and not 0 <= limit < 1:
             raise PteeError(
@@ -255,17 +257,18 @@ def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
 
     Args:
         wish: any; drops are never refused.
-        least: what leaving everybody at the cheapest exit costs, with no other head there.
+        least: what leaving everybody at the cheapest exit costs, with no other head there. With all exits off it is 1.
         margin: to be kept in reserve.
 
     Raises:
         PteeError: saying what is possible.
     """
-    if wish.kind == "max_cost" and wish.limit - margin < least - ROUNDING:
+    possible = min(least, 1.0)
+    if wish.kind == "max_cost" and wish.limit - margin < possible - ROUNDING:
         asked = f"{wish} less a margin of {margin:g}" if margin else f"{wish}"
         raise PteeError(
             f"{asked} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
-            f"backbone. Give {math.ceil((least + margin) * 100) / 100:g} or more."
+            f"backbone. Give {math.ceil((possible + margin) * 100) / 100:g} or more."
         )
 
 

@@ -181,7 +181,7 @@ def record(
     model.eval()
     parts: list[Traces] = []
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
-    kept = math.ceil(SAMPLE / max(1, length_hint(loader, 16)))  # a loader need not know its length
+    kept = kept_of_each_batch(loader)
     try:
         for batch in _bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
@@ -192,6 +192,11 @@ def record(
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
     return _join(parts, model.num_classes)
+
+
+def kept_of_each_batch(loader: object) -> int:
+    """How many images of each batch, the first ones, go into a sample; a loader need not know its length."""
+    return math.ceil(SAMPLE / max(1, length_hint(loader, 16)))
 
 
 def _record_batch(

@@ -223,6 +223,12 @@ class _Training:
                 f"The shift {settings.shift} moves feature maps, but {model.plan.head!r} heads read pooled vectors: "
                 "take others, such as 'conv1', or augment images instead (augment=)."
             )
+        if settings.shift >= min(model.plan.input_size[1:]):
+            size = " x ".join(map(str, model.plan.input_size[1:]))
+            raise PteeError(
+                f"The shift {settings.shift} moves what is seen of images of {size} pixels out of sight. Give fewer pixels, such "
+                f"as {max(1, min(model.plan.input_size[1:]) // 8)}."
+            )
         # Batch norm in the heads has nothing to learn from one row.
         self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
 

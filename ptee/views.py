@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -90,7 +91,9 @@ def view(image: Tensor, number: int, lots: torch.Generator, *, mirror: bool = Tr
     """
     from torchvision.transforms.v2 import functional
 
-    if not isinstance(image, Tensor) or number == 0:  # what is no tensor is refused where batches are made
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+    if not isinstance(image, Tensor) or number == 0:  # what is neither is refused where batches are made
         return image
     if number == 1 and mirror:
         return functional.horizontal_flip(image)

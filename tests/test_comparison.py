@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 import ptee
 from ptee.backbones import load_backbone
@@ -364,6 +364,8 @@ def test_other_images_are_refused():
         ({"drops": [-0.1]}, "A drop of -0.1"),
         ({"drops": [math.nan]}, "A drop of nan"),
         ({"drops": []}, "No drop is given"),
+        ({"drops": 0.01}, r"The drops are 0.01: give several, such as \[0, 0.01\]"),
+        ({"drops": ["0.01"]}, "A drop of '0.01' cannot be"),
         ({"static": {"s": small(classes=7)}}, "The network s has 7 classes, the backbone 4"),
         ({"static": {"s": "resnet81"}}, "Unknown model 'resnet81'"),
     ],
@@ -378,6 +380,23 @@ def test_what_cannot_be_compared_is_refused_in_one_line(wish, said):
 def test_a_loader_that_shuffles_is_refused():
     with pytest.raises(PteeError, match="shuffle=False"):
         compare({"one": made()}, DataLoader(images(1), shuffle=True), images(2))
+
+
+@pytest.mark.parametrize("other", [{"models": {"two": made}}, {"static": {"small": small}}], ids=["a run", "a network"])
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda data: {"sampler": SubsetRandomSampler(range(len(data)))},
+        lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 8, drop_last=False)},
+    ],
+    ids=["a sampler", "a sampler of batches"],
+)
+def test_data_that_come_in_another_order_each_time_are_refused(drawn, other):
+    loader = DataLoader(images(1), **drawn(images(1)))
+    models = {"one": made()} | {name: make() for name, make in other.get("models", {}).items()}
+    static = {name: make() for name, make in other.get("static", {}).items()}
+    with pytest.raises(PteeError, match="another order, each time"):
+        compare(models, images(2), loader, static=static, drops=[0.1], progress=False)
 
 
 def test_a_loader_in_order_will_do():

@@ -614,6 +614,12 @@ def test_samples_of_which_no_batch_can_be_made_are_refused(sample, said):
         next(iter(batches(Samples(sample), batch_size=2, shuffle=False)))
 
 
+def test_images_of_several_sizes_are_refused():
+    samples = [(IMAGES[0], 1), (IMAGES[0][:, 1:], 1)]
+    with pytest.raises(DataError, match=r"images of several sizes.*resizes them"):
+        next(iter(batches(samples, batch_size=2, shuffle=False)))
+
+
 class OtherLoader:
     """Neither torch's nor indexable, like timm's PrefetchLoader."""
 
@@ -622,6 +628,20 @@ class OtherLoader:
 
     def __len__(self) -> int:
         return 1
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"batch_size": 0}, "The batch_size 0 must be a whole number, 1 at least"),
+        ({"batch_size": 2.5}, "The batch_size 2.5 must be a whole number"),
+        ({"num_workers": -1}, "The num_workers -1 must be a whole number, 0 at least"),
+    ],
+    ids=str,
+)
+def test_batches_of_no_number_are_refused(wish, said):
+    with pytest.raises(DataError, match=said):
+        batches(TensorDataset(IMAGES), **{"batch_size": 2, "shuffle": False} | wish)
 
 
 @pytest.mark.parametrize("loader", [DataLoader(TensorDataset(IMAGES), batch_size=2), OtherLoader()])

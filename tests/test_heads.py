@@ -238,6 +238,23 @@ def test_a_poisoned_row_has_no_confidence_and_its_neighbours_keep_theirs(name, p
     torch.testing.assert_close(h[[0, 2, 3]], clean[[0, 2, 3]])
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@each_head
+def test_nobody_is_sure_of_an_answer_that_builds_on_a_poisoned_one(name, poison):
+    head, z, before = make_head(f"{name}+", MAP, K).eval(), torch.randn(b, C, H, W), torch.zeros(b, K)
+    before[1, 2] = poison
+    said = head.follow(z, Trail((before,)))
+    assert not said.logits[1].isfinite().any()
+    assert confidence_of(said.confidence).isnan().tolist() == [False, True, False, False]
+
+
+def test_an_answer_may_rule_a_class_out():
+    head = make_head("pool", MAP, K).eval()
+    with torch.no_grad():
+        head.logits.bias[0] = -torch.inf
+    assert head(torch.randn(b, C, H, W))[1].isfinite().all()
+
+
 # ---------------------------------------------------------------------------------------------------- the registry
 
 

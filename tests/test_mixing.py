@@ -145,6 +145,11 @@ def test_heads_that_read_only_vectors_are_told_that_a_shift_would_do_nothing():
         losses("pool", shift=4)
 
 
+def test_a_shift_by_a_whole_image_is_refused():
+    with pytest.raises(PteeError, match=r"shift 1000 moves what is seen of images of .* out of sight"):
+        losses("conv1", shift=1000)
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_what_is_measured_is_not_changed(change):
     model = made().eval()

@@ -272,6 +272,8 @@ REFUSED = {
     ),
     "a negative drop": ({"max_fidelity_drop": -0.1}, "fraction of at least 0 and below 1"),
     "NaN": ({"max_drop": math.nan}, "max_drop is nan"),
+    "words": ({"max_drop": "0.1"}, "max_drop is '0.1': give a number, such as 0.01"),
+    "yes": ({"max_cost": True}, "max_cost is True: give a number, such as 0.6"),
     "no cost": ({"max_cost": 0}, "max_cost is 0"),
     "a cost in percent": ({"max_cost": 60}, "max_cost is 60: give a fraction of the bare backbone's cost, such as 0.6"),
     "an endless cost": ({"max_cost": math.inf}, "max_cost is inf"),
@@ -290,6 +292,17 @@ def test_a_wish_that_is_none_is_refused_in_one_line(words, said):
     with pytest.raises(PteeError, match=said) as refused:
         solve(random_traces(0, 2, 10), **words)
     assert "\n" not in str(refused.value)
+
+
+def test_where_every_exit_costs_more_than_the_backbone_all_are_off_for_a_cost_of_one():
+    traces = easy_and_hard(0, 3, 50)
+    first_is_dear = traces.head_costs + torch.tensor([2, 0, 0])
+    all_read_it = torch.tensor([False, True, True])
+    traces = replace(traces, costs=traces.costs + 2, head_costs=first_is_dear, looks_back=all_read_it)
+    found = solve(traces, max_cost=1.2)
+    assert (found.off, found.cost) == ((0, 1, 2), pytest.approx(1))
+    with pytest.raises(PteeError, match=r"max_cost 0.9 cannot be reached.*Give 1 or more"):
+        solve(traces, max_cost=0.9)
 
 
 def test_a_cost_below_all_is_refused_with_what_is_possible():

@@ -33,6 +33,12 @@ def test_view_zero_is_the_image_and_view_one_its_mirror_image():
     assert torch.equal(view(image, 1, lots()), image.flip(-1))
 
 
+def test_images_of_numpy_have_views_too():
+    image = images()[0]
+    for number in range(4):
+        assert torch.equal(view(image.numpy(), number, lots()), view(image, number, lots()))
+
+
 def test_where_mirrors_are_of_another_class_no_view_is_one():
     ramp = torch.arange(16.0).expand(3, 16, 16)  # grows to the right, also where it is cut out of the padded image
     for number in range(1, 40):

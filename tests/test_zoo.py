@@ -257,6 +257,10 @@ REFUSED = {
     ),
     "numbers that are not there": (on_meta, "is on the meta device .*to_empty"),
     "shapes that are not there": (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "has lazy parameters .*Run it once"),
+    "gradients that cannot be switched": (
+        lambda: torch.inference_mode()(resnet)(),
+        r"was built under torch\.inference_mode .*copy\.deepcopy\(net\)",
+    ),
     "a quantised layer": (quantised, "is quantised .*as it was before"),
     "copies of a network": (lambda: nn.DataParallel(resnet()), r"DataParallel.*Give its \.module"),
 }
