@@ -58,8 +58,8 @@ def _collate(samples: list[Any]) -> Any:
         if "equal size" not in str(why):
             raise
         raise DataError(
-            "The data set gives images of several sizes, of which no batch can be made: give it a transform that resizes them to "
-            "the backbone's."
+            "The data set gives images, or labels, of several sizes, of which no batch can be made: resize images to the "
+            "backbone's size, and give each one class number."
         ) from why
     except TypeError as why:
         if "PIL" in str(why):

@@ -330,10 +330,9 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
             about=about,
         )
     click.echo(f"{about} {opened[0].accuracy}", err=as_json)
-    if page is not None:
-        report.write(found, page)
     click.echo(runs.to_json(found.to_dict()) if as_json else f"\n{found}")
     if page is not None:
+        report.write(found, page)
         click.echo(f"\nDrawn in {page}", err=as_json)
 
 

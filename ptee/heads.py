@@ -168,7 +168,8 @@ class ExitHead(nn.Module):
         """The one place where logits and confidence come from; `made` is the map for the next head."""
         logits = self._logits(v, trail)
         sure = self._confidence(v) if self.gate is None else self.gate(logits, trail.answers, v)
-        overflown = ~(logits < torch.inf).all(-1)  # as where the answer before did; -inf rules a class out
+        # As where the answer before did; -inf rules a class out. The largest is NaN where any is, and far sooner found than `all`.
+        overflown = ~(logits.detach().amax(-1) < torch.inf)
         sure = sure.masked_fill(overflown, torch.nan)
         return Said(logits, sure, Trail((*trail.answers, logits), made), v)
 

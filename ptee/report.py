@@ -72,14 +72,18 @@ def picture(found: Comparison) -> Any:
     figure = graph_objects.Figure()
     figure.add_hline(bare, line={"dash": "dot", "color": "black", "width": 1})
     figure.add_scatter(
-        x=[1.0], y=[bare], name=found.backbone, mode="markers", marker={"symbol": "cross", "size": 11, "color": "black"}
+        x=[1.0],
+        y=[bare],
+        name=_text(found.backbone),
+        mode="markers",
+        marker={"symbol": "cross", "size": 11, "color": "black"},
     )
     for lines, dash in _traces(found.lines):
         _add(figure, lines, bare, colours[lines[0].of], dash)
     measure = "fidelity" if found.accuracy is None else "accuracy"
     figure.update_layout(
         title={
-            "text": f"{html.escape(found.backbone)}, {found.samples:,} images: {measure} and cost",
+            "text": f"{_text(found.backbone)}, {found.samples:,} images: {measure} and cost",
             "subtitle": {"text": "with 95 % intervals; a double click shows all, a click in the legend hides a line"},
         },
         template="plotly_white", height=640,
@@ -119,7 +123,7 @@ def _add(figure: Any, lines: list[Line], bare: float, colour: str, dash: str) ->
             "symmetric": False, "thickness": 0.6, "width": 2,
         },
         mode="lines+markers" if len(points) > 1 else "markers", line={"color": colour, "dash": dash},
-        marker={"symbol": SYMBOLS[kind], "size": 9}, name=html.escape(name), hoverinfo="text",
+        marker={"symbol": SYMBOLS[kind], "size": 9}, name=_text(name), hoverinfo="text",
         hovertext=[_words(line, entry) for line, entry in points],
     )  # fmt: skip
 
@@ -128,4 +132,9 @@ def _words(line: Line, entry: Entry) -> str:
     asked = "" if entry.allowed is None else f"allowed to lose {entry.allowed:g}<br>"
     walls = "" if entry.threshold is None else f"<br>T = {', '.join(f'{t:.4g}' for t in entry.threshold)}"
     off = f"<br>off: exit {', '.join(map(str, entry.off))}" if entry.off and entry.threshold else ""
-    return f"{html.escape(line.name)}<br>{asked}cost {entry.words}{walls}{off}"
+    return f"{_text(line.name)}<br>{asked}cost {entry.words}{walls}{off}"
+
+
+def _text(words: str) -> str:
+    """For plotly, which reads tags in what it draws, but would show &quot; as it is."""
+    return html.escape(words, quote=False)

@@ -10,7 +10,7 @@ if [ ! -f "$small/train.tar" ]; then
     tar tf "$data/train.tar" | awk 'NR % 5 == 1' > "$small/names"
     tar xf "$data/train.tar" -C "$small/images" -T "$small/names"
     tar cf "$small/part" -C "$small/images" -T "$small/names"
-    cp "$data/calibration.tar" "$data/validation.tar" "$small"
+    cp -f "$data/calibration.tar" "$data/validation.tar" "$small"
     mv "$small/part" "$small/train.tar"
 fi
 

@@ -15,7 +15,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import ptee
 from ptee.backbones import load_backbone
@@ -361,6 +369,7 @@ def test_other_images_are_refused():
     ("wish", "said"),
     [
         ({"drops": [0.1, 2]}, "A drop of 2 cannot be: give fractions"),
+        ({"drops": [1]}, "A drop of 1 cannot be: give fractions of at least 0 and below 1"),
         ({"drops": [-0.1]}, "A drop of -0.1"),
         ({"drops": [math.nan]}, "A drop of nan"),
         ({"drops": []}, "No drop is given"),
@@ -397,6 +406,54 @@ def test_data_that_come_in_another_order_each_time_are_refused(drawn, other):
     static = {name: make() for name, make in other.get("static", {}).items()}
     with pytest.raises(PteeError, match="another order, each time"):
         compare(models, images(2), loader, static=static, drops=[0.1], progress=False)
+
+
+class Passes(Dataset):
+    """Images of which something is changed in each pass."""
+
+    def __init__(self, data: TensorDataset, change) -> None:
+        self.data, self.change, self.passes = data, change, 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, n: int):
+        self.passes += n == 0
+        x, y = self.data[n]
+        return self.change(x, self.passes), y
+
+
+@pytest.mark.parametrize("static", [{}, {"small": small}], ids=["runs", "a network"])
+def test_images_that_a_decoder_rounds_otherwise_each_time_will_do(static):
+    models = {"one": made()} if static else {"one": made(), "two": made(1)}
+    data = Passes(images(1), lambda x, passes: x + 0.001 * passes)
+    networks = {name: make() for name, make in static.items()}
+    assert compare(models, images(2), data, static=networks, drops=[0.1], progress=False).lines
+    assert data.passes == 2
+
+
+def test_images_that_are_changed_at_random_are_refused():
+    data = Passes(images(1), lambda x, passes: x.flip(-1) if passes > 1 else x)
+    with pytest.raises(PteeError, match="without random transforms"):
+        compare({"one": made()}, images(2), data, static={"small": small()}, drops=[0.1], progress=False)
+
+
+class Fewer(IterableDataset):
+    """Images of which there are half as many the second time, in a set that does not know how many."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data, self.number = data, 2 * len(data)
+
+    def __iter__(self):
+        self.number //= 2
+        return (self.data[n] for n in range(self.number))
+
+
+@pytest.mark.parametrize("batch", [4, 32])
+def test_data_that_become_fewer_are_refused(batch):
+    data = DataLoader(Fewer(images(1)), batch_size=batch)
+    with pytest.raises(PteeError, match="other images"):
+        compare({"one": made()}, images(2), data, static={"small": small()}, drops=[0.1], progress=False)
 
 
 def test_a_loader_in_order_will_do():

@@ -614,9 +614,12 @@ def test_samples_of_which_no_batch_can_be_made_are_refused(sample, said):
         next(iter(batches(Samples(sample), batch_size=2, shuffle=False)))
 
 
-def test_images_of_several_sizes_are_refused():
-    samples = [(IMAGES[0], 1), (IMAGES[0][:, 1:], 1)]
-    with pytest.raises(DataError, match=r"images of several sizes.*resizes them"):
+@pytest.mark.parametrize(
+    "other", [(IMAGES[0][:, 1:], torch.zeros(1)), (IMAGES[0], torch.zeros(2))], ids=["images", "labels"]
+)
+def test_samples_of_several_sizes_are_refused(other):
+    samples = [(IMAGES[0], torch.zeros(1)), other]
+    with pytest.raises(DataError, match=r"images, or labels, of several sizes.*resize images.*one class number"):
         next(iter(batches(samples, batch_size=2, shuffle=False)))
 
 

@@ -50,6 +50,13 @@ def test_ways_to_use_one_run_share_its_colour_and_differ_in_their_dashes(drawn):
     assert first.dash != second.dash
 
 
+def test_quotes_are_drawn_as_they_are():
+    quoted = replace(FOUND, backbone="a<b>", lines=(Line('it\'s "r"', "adaptive", ENTRIES, "r"),))
+    bare, line = report.picture(quoted).data
+    assert (bare.name, line.name) == ("a&lt;b&gt;", 'it\'s "r"')
+    assert line.hovertext[0].startswith('it\'s "r"<br>')
+
+
 def test_all_places_to_cut_a_run_off_are_one_trace(drawn):
     assert [name for name in drawn if "truncation" in name] == ["a&lt;b&gt;, truncation"]
     assert len(drawn["a&lt;b&gt;, truncation"].x) == 2
