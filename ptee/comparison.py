@@ -283,7 +283,8 @@ def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:
     drops = list(drops)
     wrong = [drop for drop in drops if not isinstance(drop, Real) or not 0 <= drop < 1]
     if wrong or not drops:
-        found = f"A drop of {wrong[0]!r} cannot be" if wrong else "No drop is given"
+        shown = [f"{drop:g}" if isinstance(drop, Real) else repr(drop) for drop in wrong]
+        found = f"A drop of {shown[0]} cannot be" if wrong else "No drop is given"
         raise PteeError(f"{found}: give fractions of at least 0 and below 1, such as 0.01 for one point.")
     return tuple(sorted({float(drop) for drop in drops}))
 
