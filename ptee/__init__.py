@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptee.calls import ExitOutput as ExitOutput
     from ptee.choosing import choose_exits as choose_exits
-    from ptee.comparison import compare as compare
+    from ptee.comparing import compare as compare
     from ptee.decision import fit_gates as fit_gates
     from ptee.errors import PteeError as PteeError
     from ptee.evaluation import evaluate as evaluate
@@ -36,7 +36,7 @@ _HOMES = {
     "PteeError": "errors",
     "augment": "model",
     "choose_exits": "choosing",
-    "compare": "comparison",
+    "compare": "comparing",
     "evaluate": "evaluation",
     "fit_gates": "decision",
     "load": "model",

@@ -7,7 +7,7 @@ what each exit said; what any threshold would give is arithmetic from then on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import length_hint
 
@@ -23,6 +23,7 @@ from ptee.solver import run
 
 SAMPLE = 128  # images kept to measure speed on
 MANY_CLASSES = 100  # above which logits are kept in half precision
+ROUGH = 0.05  # of the deviation of pixels: by no more do they differ in what passes for the same image
 COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
 
 
@@ -181,7 +182,7 @@ def record(
     model.eval()
     parts: list[Traces] = []
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
-    kept = kept_of_each_batch(loader)
+    kept = _kept_of_each_batch(loader)
     try:
         for batch in _bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
@@ -194,7 +195,51 @@ def record(
     return _join(parts, model.num_classes)
 
 
-def kept_of_each_batch(loader: object) -> int:
+def repeated(
+    data: object, traces: Traces, *, words: str, batch_size: int = 128, num_workers: int = 0, progress: bool = True
+) -> Iterator[Tensor]:
+    """Images of data that were recorded before, batch by batch, so that others can answer them, too.
+
+    Args:
+        data: as of `record`.
+        traces: what came of it.
+        words: beside the bar.
+        batch_size: as of `record`.
+        num_workers: as of `record`.
+        progress: as of `record`.
+
+    Raises:
+        PteeError: if they are other images now, or come in another order.
+    """
+    loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    kept, seen = _kept_of_each_batch(loader), 0
+    for images, _ in map(split_batch, _bar(loader, words, progress)):
+        if now := min(kept, len(images), SAMPLE - seen):
+            require_same_images(traces.sample[seen : seen + now], images[:now].to(traces.sample.dtype))
+        seen += now
+        yield images
+    require_same_images(traces.sample, traces.sample[:seen])  # no fewer than before
+
+
+def require_same_images(sample: Tensor, again: Tensor) -> None:
+    """Refuse data that shuffle, or give other images each time, in ways of their own; a decoder may round otherwise.
+
+    Args:
+        sample: (s, c, h, w) of the first time.
+        again: the same of another time.
+
+    Raises:
+        PteeError: if they differ.
+    """
+    one, other = (x.float().nan_to_num(0, 0, 0) for x in (sample, again))
+    if one.shape != other.shape or (one - other).abs().gt(ROUGH * one.std(correction=0)).any():
+        raise PteeError(
+            "The data give other images, or another order, each time they are gone through, and networks are compared image "
+            "by image. Give them in order (shuffle=False, no sampler that draws), without random transforms."
+        )
+
+
+def _kept_of_each_batch(loader: object) -> int:
     """How many images of each batch, the first ones, go into a sample; a loader need not know its length."""
     return math.ceil(SAMPLE / max(1, length_hint(loader, 16)))
 

@@ -28,7 +28,8 @@ from torch.utils.data import (
 import ptee
 from ptee.backbones import load_backbone
 from ptee.cli import cli
-from ptee.comparison import LINES, Comparison, Entry, Line, compare, named_networks, names_of
+from ptee.comparing import LINES, compare, named_networks, names_of
+from ptee.comparison import Comparison, Entry, Line
 from ptee.costs import count
 from ptee.errors import PteeError, UnknownName
 from ptee.front import named_front
@@ -220,7 +221,7 @@ def test_an_interval_holds_its_drop_and_is_the_same_each_time():
 
 
 def test_an_interval_is_as_wide_as_the_drop_varies_from_sample_to_sample():
-    from ptee.comparison import _interval
+    from ptee.comparing import _interval
 
     losses = torch.tensor([1.0] * 100 + [-1.0] * 60 + [0.0] * 840, dtype=torch.float64)
     low, high = _interval(losses)
