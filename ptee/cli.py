@@ -218,7 +218,7 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     if said := remark(o["threshold"]):
         click.echo(said, err=True)
     opened = reopened(run, o)
-    images, words = opened.left_by_tuning()
+    images, words = opened.left_by_tuning(given=o["threshold"] is not None)
     click.echo(f"{words} {opened.accuracy}", err=as_json)
     with _threads(opened.tiny):
         results = measured(opened.model, images, o, words)

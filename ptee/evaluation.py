@@ -111,11 +111,11 @@ class Results:
         share, n = max((share, n) for n, share in enumerate(self.leaving[:-1]))
         if share > COLLAPSED:
             where = f"exit {n} ({self.rows[1 + n].module})"
-            yield f"{share:.0%} of the images leave at {where}: this is a shorter network, not an adaptive one. Raise T."
+            yield f"{share:.0%} of the images leave at {where}: this is a shorter network, not an adaptive one. Raise T, or allow less to be lost."
         worse = own.accuracy is None or backbone.accuracy is None or own.accuracy < backbone.accuracy
         if 1 - own.fidelity > LOST and worse:
             right = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
-            yield f"{1 - own.fidelity:.1%} of the answers are not the backbone's{right}. Raise T, or train longer."
+            yield f"{1 - own.fidelity:.1%} of the answers are not the backbone's{right}. Raise T, allow less to be lost, or train longer."
         cut_off = [n for n, score in enumerate(self.truncation) if score.cost <= own.cost and _as_good(score, own)]
         if cut_off:
             n = max(cut_off, key=lambda n: (_merit(self.truncation[n]), -n))

@@ -40,14 +40,20 @@ class Reopened(NamedTuple):
         """The images are as small as the digits."""
         return self.model.origin.input.input_size == INPUT_SIZE
 
-    def left_by_tuning(self) -> tuple[Any, str]:
-        """Of images that the thresholds were chosen on, only those that were left; and a sentence about them."""
+    def left_by_tuning(self, given: bool) -> tuple[Any, str]:
+        """Of images that the thresholds were chosen on, only those that were left; and a sentence about them.
+
+        Args:
+            given: other thresholds are, which nobody chose on these images.
+        """
         _, data, images, seed = self.unseen
         tuning = (self.model.results or {}).get("tuning")
         if not isinstance(tuning, dict) or tuning.get("source") != data.place:
             return images, self.words
         parts = parts_for_tuning(data, images, seed)
-        return parts.report, f"{self.words} {parts.words}"
+        report: Any = parts.report
+        words = f"Measured on the {len(report):,} of them that the run's own thresholds were not chosen on."
+        return report, f"{self.words} {words if given else parts.words}"
 
 
 def reopened(run: str, o: Options) -> Reopened:

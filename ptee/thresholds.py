@@ -19,7 +19,11 @@ from ptee.errors import PteeError
 from ptee.solver import ROUNDING, Problem, search
 from ptee.traces import Score, Traces
 
-WISHES = ("max_drop", "max_fidelity_drop", "max_cost")
+WISHES = {  # kinds, and what a limit is one of, in words
+    "max_drop": "a drop of accuracy of at most",
+    "max_fidelity_drop": "a drop of fidelity of at most",
+    "max_cost": "a mean cost of at most",
+}
 PERCENTAGE = 10  # a limit of this or more was not meant as a fraction of the bare backbone
 AUTO = "auto"  # a margin that the traces themselves say
 FOLDS = 4  # of the traces, each once left out while thresholds are chosen
@@ -63,7 +67,7 @@ class Wish:
         return cls(kind, float(limit))
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.limit:g}"
+        return f"{WISHES[self.kind]} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,9 @@ def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float |
     )
     choice = search(problem, one)
     if choice is None:
-        raise PteeError(f"{wish} cannot be reached: too many confidences are no numbers. Train the heads again.")
+        raise PteeError(
+            f"{str(wish).capitalize()} cannot be reached: too many confidences are no numbers. Train the heads again."
+        )
     off = tuple(n for n, here in enumerate(choice.on.tolist()) if not here)
     walls = tuple(problem.walls(choice.taken, one))
     return Solution(wish, walls, off, scored(traces, walls, off), _bare(traces), problem.rows, margin)
@@ -248,7 +254,9 @@ def checked_margin(wish: Wish, margin: float | str) -> float:
             f"margin is {margin}: give what to keep in reserve of {wish}, such as {wish.limit / 4:g}, or {AUTO!r}."
         )
     if wish.kind != "max_cost" and margin > wish.limit:
-        raise PteeError(f"{wish} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less.")
+        raise PteeError(
+            f"{str(wish).capitalize()} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less."
+        )
     return float(margin)
 
 
@@ -267,7 +275,7 @@ def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
     if wish.kind == "max_cost" and wish.limit - margin < possible - ROUNDING:
         asked = f"{wish} less a margin of {margin:g}" if margin else f"{wish}"
         raise PteeError(
-            f"{asked} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
+            f"{asked.capitalize()} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
             f"backbone. Give {math.ceil((possible + margin) * 100) / 100:g} or more."
         )
 

@@ -363,7 +363,8 @@ class _Training:
         means = Sums.mean(self._over_processes(sums.tensor()))
         if not math.isfinite(means.loss):
             raise PteeError(
-                f"The loss is {means.loss} in epoch {number}. Lower the learning rate (lr={self.settings.lr / 10:g})."
+                f"The loss is {means.loss} in epoch {number}. Lower the learning rate (lr={self.settings.lr / 10:g}), or leave out "
+                "images with values that are no numbers."
             )
         val_loss = None if val_loader is None else self._loss_on(val_loader)
         return Epoch(number, *means, val_loss, time.perf_counter() - start)

@@ -7,6 +7,7 @@ from the training images is known to the backbone too well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from ptee.errors import DataError
 from ptee.model import EarlyExitModel
 from ptee.thresholds import Solution, Wish, solve_wish
 from ptee.traces import record
+
+BOTH_SIDES = 1.96  # standard deviations, between which are 95 %
 
 
 def tune(
@@ -146,18 +149,22 @@ def parts_for_all(runs: Sequence[Unseen]) -> Parts:
 
 
 def kept(solution: Solution, results: Mapping[str, Any]) -> str:
-    """How a wish fares on the images that are reported on, in a sentence.
+    """How a wish fares on the images that are reported on, and how well that is known, in a sentence.
 
     Args:
         solution: found on other images.
         results: JSON-able, of an evaluation on these.
     """
     wish, backbone, own = solution.wish, results["rows"][0], results["rows"][-1]
-    found = f"a cost of {own['cost']:.4f}"
+    found, n = f"a cost of {own['cost']:.4f}", results["samples"]
     if wish.kind == "max_drop" and own["accuracy"] is not None:
         found = f"{backbone['accuracy'] - own['accuracy']:.4f} of accuracy lost"
     elif wish.kind != "max_cost":
         found = f"{1 - own['fidelity']:.4f} of fidelity lost"
+    if wish.kind != "max_cost":
+        # Other answers lose one each at most. Agresti and Coull: with two more of either kind, none is not taken for never.
+        others = ((1 - own["fidelity"]) * n + 2) / (n + 4)
+        found += f", give or take {BOTH_SIDES * math.sqrt(others / (n + 4)):.4f} on {n:,} images"
     return f"Asked for {wish}; on images that the thresholds were not chosen on: {found}."
 
 

@@ -288,7 +288,7 @@ WORDS = {
     "a margin that is none": (["augment", "--margin", "much"], "'much' is neither a number nor 'auto'"),
     "a margin above the drop": (
         ["augment", "--max-drop", "0.1", "--margin", "0.2"],
-        "max_drop 0.1 leaves nothing after a margin of 0.2",
+        "A drop of accuracy of at most 0.1 leaves nothing after a margin of 0.2",
     ),
     "tuning no folder": (["tune", "user/run", "--max-drop", "0.1"], "no folder user/run"),
     "a comparison of nothing": (["compare"], "RUN"),
@@ -694,7 +694,7 @@ def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, fini
     done = run("tune", finished, "--max-fidelity-drop", 0.5, "--no-speed")
     assert done.status == 0
     assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.out
-    assert "Asked for max_fidelity_drop 0.5" in done.out
+    assert "Asked for a drop of fidelity of at most 0.5; on images" in done.out
     config, metrics = (json.loads((finished / name).read_text()) for name in ("config.json", "metrics.json"))
     assert config["results"] == metrics["results"]
     assert config["threshold"] == config["results"]["threshold"] == config["results"]["tuning"]["threshold"]
@@ -714,15 +714,20 @@ def test_tune_can_speak_json(run, finished):
 
 def test_a_cost_that_cannot_be_reached_leaves_the_run_as_it_was(run, finished):
     before = (finished / "config.json").read_bytes()
-    assert_refused_after(run("tune", finished, "--max-cost", 0.01), r"max_cost 0.01 cannot be reached.*or more")
+    assert_refused_after(
+        run("tune", finished, "--max-cost", 0.01), r"A mean cost of at most 0.01 cannot be reached.*or more"
+    )
     assert (finished / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("wish", "said"),
     [
-        (["--max-cost", 0.01], "max_cost 0.01 cannot be reached.*or more"),
-        (["--max-cost", 0.9, "--margin", 0.89], "max_cost 0.9 less a margin of 0.89 cannot be reached.*or more"),
+        (["--max-cost", 0.01], "A mean cost of at most 0.01 cannot be reached.*or more"),
+        (
+            ["--max-cost", 0.9, "--margin", 0.89],
+            "A mean cost of at most 0.9 less a margin of 0.89 cannot be reached.*or more",
+        ),
     ],
 )
 def test_augment_refuses_such_a_cost_before_it_trains(run, known, wish, said):
@@ -755,6 +760,9 @@ def test_validation_images_that_were_delivered_are_halved_and_only_the_rest_is_r
     again = evaluated(run, "out")
     assert figures(again) == figures(recorded)
     assert words in again["about"]
+    other = evaluated(run, "out", "--threshold", 0.7)
+    assert (other["samples"], words in other["about"]) == (6, False)
+    assert "Measured on the 6 of them that the run's own thresholds were not chosen on." in other["about"]
 
 
 def test_other_data_are_halved_too(run, finished, things):

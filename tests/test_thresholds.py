@@ -241,7 +241,7 @@ def test_logits_are_not_copied_to_choose_thresholds(monkeypatch):
 
 def test_a_margin_that_was_given_is_told_as_such():
     said = str(solve(easy_and_hard(0, 3, 200), max_cost=0.7, margin=0.1))
-    assert "for max_cost 0.7 less 0.1000 in reserve: accuracy" in said
+    assert "for a mean cost of at most 0.7 less 0.1000 in reserve: accuracy" in said
 
 
 def test_nothing_is_kept_in_reserve_of_a_cost_or_of_a_handful_of_rows():
@@ -301,14 +301,14 @@ def test_where_every_exit_costs_more_than_the_backbone_all_are_off_for_a_cost_of
     traces = replace(traces, costs=traces.costs + 2, head_costs=first_is_dear, looks_back=all_read_it)
     found = solve(traces, max_cost=1.2)
     assert (found.off, found.cost) == ((0, 1, 2), pytest.approx(1))
-    with pytest.raises(PteeError, match=r"max_cost 0.9 cannot be reached.*Give 1 or more"):
+    with pytest.raises(PteeError, match=r"A mean cost of at most 0.9 cannot be reached.*Give 1 or more"):
         solve(traces, max_cost=0.9)
 
 
 def test_a_cost_below_all_is_refused_with_what_is_possible():
     traces = easy_and_hard(0, 3, 50)
     assert traces.costs[0] == pytest.approx(0.18)
-    with pytest.raises(PteeError, match=r"max_cost 0.1 cannot be reached.*0.1800.*Give 0.18 or more"):
+    with pytest.raises(PteeError, match=r"A mean cost of at most 0.1 cannot be reached.*0.1800.*Give 0.18 or more"):
         solve(traces, max_cost=0.1)
     assert solve(traces, max_cost=0.18).cost == pytest.approx(0.18)
 
@@ -323,7 +323,7 @@ def test_without_labels_a_drop_of_accuracy_is_refused_and_a_cost_loses_fidelity(
 def test_a_solution_is_values_for_json_and_a_sentence():
     found = solve(easy_and_hard(0, 3, 100), max_drop=0.05)
     assert json.loads(json.dumps(found.to_dict()))["threshold"] == list(found.threshold)
-    assert "max_drop 0.05" in str(found)
+    assert "a drop of accuracy of at most 0.05" in str(found)
     assert "100 images" in str(found)
 
 

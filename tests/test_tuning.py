@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -11,7 +12,9 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee.data import Data
 from ptee.errors import DataError, PteeError
-from ptee.tuning import Unseen, parts_for_all, parts_for_tuning
+from ptee.thresholds import Solution, Wish
+from ptee.traces import Score
+from ptee.tuning import Unseen, kept, parts_for_all, parts_for_tuning
 
 labelled = partial(small.labelled, 60)
 
@@ -104,3 +107,35 @@ def test_runs_of_other_data_want_the_same_images():
     other = Data(*[[1, 2, 3]] * 3, ("a", "b"), "elsewhere", {"parts": {"train": None}})
     with pytest.raises(DataError, match="run1 was measured on source, run2 on elsewhere"):
         parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
+
+
+def fared(fidelity: float, samples: int, kind: str = "max_fidelity_drop") -> str:
+    """What is said of a wish on so many images, of which this share keeps its answer."""
+    score = Score(0.9, fidelity, 0.5)
+    found = Solution(Wish(kind, 0.02), (0.5,), (), score, Score(0.9, 1.0, 1.0), 100)
+    bare = {"accuracy": 0.9, "fidelity": 1.0, "cost": 1.0}
+    own = {"accuracy": 0.88, "fidelity": fidelity, "cost": 0.5}
+    return kept(found, {"samples": samples, "rows": [bare, own]})
+
+
+def give_or_take(said: str) -> float:
+    return float(said.split("give or take ")[1].split(" on ")[0])
+
+
+@pytest.mark.parametrize("n", [50, 500, 5000])
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_how_well_a_loss_is_known_covers_it_on_nearly_all_samples_of_so_many_images(n, share):
+    drawn = np.random.default_rng(0).binomial(n, share, 400) / n
+    within = [abs(lost - share) <= give_or_take(fared(1 - lost, n)) + 0.5 / n for lost in drawn]
+    assert np.mean(within) >= 0.9
+    assert give_or_take(fared(1 - share, n)) < 2.5 * 1.96 * np.sqrt(share * (1 - share) / n) + 1 / n  # and no wider
+
+
+def test_nothing_lost_on_a_few_images_is_not_known_to_be_nothing():
+    assert "0.0000 of fidelity lost" in fared(1.0, 10)
+    assert give_or_take(fared(1.0, 10)) > 0.1
+
+
+def test_of_accuracy_and_cost_it_is_said_what_was_found():
+    assert "0.0200 of accuracy lost, give or take" in fared(0.95, 1000, "max_drop")
+    assert fared(0.95, 1000, "max_cost").endswith("a cost of 0.5000.")
