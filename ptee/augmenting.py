@@ -258,7 +258,7 @@ def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say
 
     history = training.train(
         model, data.train, data.calibration, targets=targets, mirror=o["mirror"], epochs=o["epochs"], device=o["device"],
-        num_workers=o["workers"], cache=o["cache"], checkpoint=o["out"] / CHECKPOINT, resume=o["resume"], on_epoch=tell,
+        num_workers=o["workers"], cache=o["cache"], checkpoint=o["out"] / CHECKPOINT, resume=o["resume"], on_epoch=tell, on_cache=say,
         **{key: o[key] for key in LEARNING},
     )  # fmt: skip
     if history.warning and not o["gate"]:  # whose exits are decided by gates, which are still to come

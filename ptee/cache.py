@@ -11,6 +11,7 @@ Of a data set with views (`views`) all are kept, and each epoch reads one of eac
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -48,7 +49,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """How large a cache would be.
+    """How large a cache would be. Prints as a sentence.
 
     Attributes:
         samples: in the data.
@@ -76,6 +77,12 @@ class Estimate:
     def size(self) -> int:
         """Bytes."""
         return self._bytes(self.stored)
+
+    def __str__(self) -> str:
+        where = "in memory" if self.size <= IN_MEMORY else "in files, until the training ends"
+        return (
+            f"The backbone runs once over {_images(self)}: what the heads read of them takes {_gib(self.size)} {where}."
+        )
 
     def _bytes(self, dtype: torch.dtype) -> int:
         return self.rows * sum(shape.numel() for shape in self.shapes) * dtype.itemsize
@@ -172,6 +179,7 @@ def fill(
     around: Callable[[], AbstractContextManager[Any]],
     folder: Path | None = None,
     words: str = "cache",
+    told: Callable[[Estimate], None] | None = None,
 ) -> Cache:
     """Run the backbone once over a data set, and keep what the heads read.
 
@@ -184,6 +192,7 @@ def fill(
         around: a context for the forward pass, such as autocast.
         folder: for the files of a large cache; None for the system's own place.
         words: for the progress bar.
+        told: called with the size, as soon as it is known and there is room for it.
 
     Raises:
         DataError: if the cache would be too large, or the disk is full.
@@ -199,6 +208,8 @@ def fill(
                 reading = model.read(prepare(images))
             if cache is None:
                 cache = Cache(estimate(reading, len(data), of.views if of else 1), folder, of)
+                if told is not None:
+                    told(cache.estimate)
             cache.put(start, reading, labels)
             start += len(images)
     except BaseException:
@@ -234,7 +245,7 @@ def _no_room(folder: Path, size: int) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{math.ceil(size / 2**20)} MiB"
 
 
 def entries(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:

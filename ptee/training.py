@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ptee import checkpoint
 from ptee.batches import batches, is_loader
-from ptee.cache import Cache, entries, fill
+from ptee.cache import Cache, Estimate, entries, fill
 from ptee.checkpoint import Reached
 from ptee.devices import accelerator_on
 from ptee.errors import DataError, PteeError, RunError, first_line
@@ -74,6 +74,7 @@ def train(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_cache: Callable[[Estimate], None] | None = None,
 ) -> History:
     """Train the heads of an early-exit model; not a byte of the backbone changes.
 
@@ -117,6 +118,7 @@ def train(
         checkpoint: a file to keep the last complete epoch in.
         resume: go on from that file, where it exists.
         on_epoch: called after each epoch, on the main process.
+        on_cache: called with the size of a cache of the training images, before it is filled.
 
     Raises:
         PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or have gates.
@@ -144,7 +146,7 @@ def train(
         run = _Training(model, accelerator, settings, same, Path(checkpoint) if checkpoint else None)
         if resume:
             run.resume()
-        return run.fit(train_data, val_data, epochs, num_workers, cache, on_epoch)
+        return run.fit(train_data, val_data, epochs, num_workers, cache, on_epoch, on_cache)
 
 
 def _require_no_gates(model: EarlyExitModel) -> None:
@@ -232,11 +234,13 @@ class _Training:
         # Batch norm in the heads has nothing to learn from one row.
         self.fewest = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.heads.modules()) else 1
 
-    def fit(self, train_data: Any, val_data: Any, epochs: int, workers: int, cache: bool, on_epoch: Any) -> History:
+    def fit(
+        self, train_data: Any, val_data: Any, epochs: int, workers: int, cache: bool, on_epoch: Any, on_cache: Any
+    ) -> History:
         train_data = self._with_views(train_data)
         with ExitStack() as stack:
             if cache and self.accelerator.num_processes == 1 and epochs > len(self.history.epochs):
-                train_data = self._cached(train_data, "training images", workers, stack)
+                train_data = self._cached(train_data, "training images", workers, stack, on_cache)
                 val_data = None if val_data is None else self._cached(val_data, "held-out images", workers, stack)
             return self._fit(train_data, val_data, epochs, workers, on_epoch)
 
@@ -252,7 +256,7 @@ class _Training:
             )
         return Views(data, settings.augment, seed=settings.seed, mirror=settings.mirror)
 
-    def _cached(self, data: Any, words: str, workers: int, stack: ExitStack) -> Any:
+    def _cached(self, data: Any, words: str, workers: int, stack: ExitStack, told: Any = None) -> Any:
         """What the heads read of a data set, until the stack is left; a loader as it is."""
         if is_loader(data):
             return data
@@ -265,6 +269,7 @@ class _Training:
             prepare=lambda images: images.to(self.accelerator.device, self.dtype),
             around=self.accelerator.autocast,
             words=f"backbone, once over the {words}" + (f", {data.views} views" if isinstance(data, Views) else ""),
+            told=told,
         )
         stack.callback(filled.close)
         return filled

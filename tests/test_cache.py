@@ -201,7 +201,7 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path, in_files):
 
 def test_a_cache_above_the_limit_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(cache, "LIMIT", 1000)
-    with pytest.raises(DataError, match=r"20 images takes .* GiB.*cache=False"):
+    with pytest.raises(DataError, match=r"20 images takes .* [GM]iB.*cache=False"):
         filled(Path(), images(20))
 
 
@@ -220,3 +220,23 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, in_files, monkeypa
     with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
         filled(tmp_path, images(20))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_how_large_the_cache_of_the_training_images_becomes_is_said_before_it_is_filled(monkeypatch):
+    events: list[str] = []
+    put = Cache.put
+    monkeypatch.setattr(Cache, "put", lambda *args: events.append("filled") or put(*args))
+    ptee.train(
+        early(), images(), images(20, 1), epochs=1, batch_size=16, device="cpu", precision="no", cache=True,
+        on_cache=lambda size: events.append(str(size)),
+    )  # fmt: skip
+    said = "The backbone runs once over 40 images: what the heads read of them takes 1 MiB in memory."
+    assert events == [said] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [(1000, "takes 1 MiB in memory"), (4_000_000, "takes 1.9 GiB in files, until the training ends")],
+)
+def test_a_size_reads_well_whether_it_is_small_or_large(samples, said):
+    assert said in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))
