@@ -209,7 +209,8 @@ def fill(
             if cache is None:
                 cache = Cache(estimate(reading, len(data), of.views if of else 1), folder, of)
                 if told is not None:
-                    told(cache.estimate)
+                    with tqdm.external_write_mode():  # or it would be printed behind the bar
+                        told(cache.estimate)
             cache.put(start, reading, labels)
             start += len(images)
     except BaseException:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,18 @@ def test_how_large_the_cache_of_the_training_images_becomes_is_said_before_it_is
     )  # fmt: skip
     said = "The backbone runs once over 40 images: what the heads read of them takes 1 MiB in memory."
     assert events == [said] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
+
+
+def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fill(
+        early().eval(), images(), batch_size=16, around=nullcontext, told=lambda size: terminal.write(f"{size}\n")
+    ).close()
+    first = terminal.getvalue().split("\n")[0]
+    assert "cache:   0%" in first
+    assert first.rpartition("\r")[2].startswith("The backbone runs once")  # what is left to be seen
 
 
 @pytest.mark.parametrize(
