@@ -51,9 +51,7 @@ class Reopened(NamedTuple):
         if not isinstance(tuning, dict) or tuning.get("source") != data.place:
             return images, self.words
         parts = parts_for_tuning(data, images, seed)
-        report: Any = parts.report
-        words = f"Measured on the {len(report):,} of them that the run's own thresholds were not chosen on."
-        return report, f"{self.words} {words if given else parts.words}"
+        return parts.report, f"{self.words} {parts.words_of_others if given else parts.words}"
 
 
 def reopened(run: str, o: Options) -> Reopened:

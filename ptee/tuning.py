@@ -73,11 +73,22 @@ def tune(
 
 
 class Parts(NamedTuple):
-    """Images to choose thresholds on, others to report on, and which those are, in a sentence."""
+    """Images to choose thresholds on, others to report on, and which those are, in words."""
 
     calibration: Any
     report: Any
-    words: str
+    chosen_on: str
+    reported_on: str
+
+    @property
+    def words(self) -> str:
+        """A sentence, where thresholds are chosen on these images."""
+        return f"Thresholds are chosen on {self.chosen_on} and reported on {self.reported_on}."
+
+    @property
+    def words_of_others(self) -> str:
+        """A sentence, where others are given than those that were chosen on these images."""
+        return f"The run's own thresholds were chosen on {self.chosen_on} and those given are measured on {self.reported_on}."
 
 
 def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
@@ -94,19 +105,15 @@ def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
     whole, delivered = unseen is data.validation, data.split["parts"]
     if whole and ("calibration" in delivered or "validation" not in delivered):
         n, m = _size(data.calibration), _size(unseen)
-        words = f"Thresholds are chosen on the {n:,} calibration images and reported on the {m:,} validation images."
-        return Parts(data.calibration, unseen, words)
+        return Parts(data.calibration, unseen, f"the {n:,} calibration images", f"the {m:,} validation images")
     n = _size(unseen)
     if n < 2:
         raise DataError(f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}.")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, left = sorted(order[: n // 2]), sorted(order[n // 2 :])
     kind = "validation images" if whole else "images"
-    words = (
-        f"Thresholds are chosen on {len(chosen):,} of the {n:,} {kind}, drawn with seed {seed}, and reported on the other "
-        f"{len(left):,}."
-    )
-    return Parts(Subset(unseen, chosen), Subset(unseen, left), words)
+    drawn = f"{len(chosen):,} of the {n:,} {kind}, drawn with seed {seed},"
+    return Parts(Subset(unseen, chosen), Subset(unseen, left), drawn, f"the other {len(left):,}")
 
 
 class Unseen(NamedTuple):

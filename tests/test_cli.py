@@ -762,7 +762,8 @@ def test_validation_images_that_were_delivered_are_halved_and_only_the_rest_is_r
     assert words in again["about"]
     other = evaluated(run, "out", "--threshold", 0.7)
     assert (other["samples"], words in other["about"]) == (6, False)
-    assert "Measured on the 6 of them that the run's own thresholds were not chosen on." in other["about"]
+    drawn = "6 of the 12 validation images, drawn with seed 5, and those given are measured on the other 6."
+    assert f"The run's own thresholds were chosen on {drawn}" in other["about"]
 
 
 def test_other_data_are_halved_too(run, finished, things):
@@ -770,6 +771,14 @@ def test_other_data_are_halved_too(run, finished, things):
     assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
     assert evaluated(run, finished, "--data", things / "two")["samples"] == 6
     assert evaluated(run, finished)["samples"] == 3
+
+
+def test_of_calibration_images_that_were_delivered_it_is_said_that_the_runs_own_thresholds_were_chosen_on_them(
+    run, finished
+):
+    assert run("tune", finished, "--max-cost", 0.9, "--no-speed").status == 0
+    said = "The run's own thresholds were chosen on the 3 calibration images and those given are measured on the 3 validation images."
+    assert said in evaluated(run, finished, "--threshold", 0.7)["about"]
 
 
 # runs side by side
