@@ -165,7 +165,8 @@ def kept(solution: Solution, results: Mapping[str, Any]) -> str:
     wish, backbone, own = solution.wish, results["rows"][0], results["rows"][-1]
     found, n = f"a cost of {own['cost']:.4f}", results["samples"]
     if wish.kind == "max_drop" and own["accuracy"] is not None:
-        found = f"{backbone['accuracy'] - own['accuracy']:.4f} of accuracy lost"
+        drop = backbone["accuracy"] - own["accuracy"]
+        found = f"{abs(drop):.4f} of accuracy {'gained' if drop < 0 else 'lost'}"
     elif wish.kind != "max_cost":
         found = f"{1 - own['fidelity']:.4f} of fidelity lost"
     if wish.kind != "max_cost":
