@@ -1,11 +1,12 @@
-"""What the options of a command ask for, as values: a backbone, its exits and heads, images, a wish.
+"""What the words of a command ask for, as values: a backbone, its exits and heads, images, a wish, networks to compare with.
 
 `o` are the options by name, as `options` and `cli` declare them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from ptee import backbones
 from ptee.backbones import Backbone
 from ptee.cuts import survey
 from ptee.data import Data, image_transform, open_data, open_named
-from ptee.errors import CutError, PteeError, unknown
+from ptee.errors import BackboneError, CutError, PteeError, unknown
 from ptee.front import INPUT, FrontHead, named_front
 from ptee.heads import AUTO
 from ptee.labels import LabelMap, map_labels, with_labels
@@ -168,3 +169,30 @@ def wish(o: Options) -> Wish | None:
         if o["threshold"] or o.get("recipe") != RECIPE:  # which has a wish of its own
             raise PteeError(f"{name} needs one of {options}.")
     return None
+
+
+def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
+    """Smaller networks as the command names them.
+
+    Args:
+        texts: NAME with its published weights, or NAME=FILE; each name once.
+
+    Raises:
+        PteeError: if there is no such model, its weights cannot be had, or two have one name.
+    """
+    found: dict[str, Backbone] = {}
+    for name, file in (text.partition("=")[::2] for text in texts):
+        if name in found:
+            raise PteeError(f"--static {name} is given twice. Give each network once.")
+        try:
+            found[name] = backbones.load_backbone(name, weights=file or None)
+        except BackboneError as why:
+            words = str(why).replace(backbones.OTHERWISE, f"Give a file: --static {name}=FILE.")
+            raise BackboneError(re.sub(r"Check model=.*\.", f"Check --static {name}=FILE.", words)) from why
+    return found
+
+
+def names_of(runs: Sequence[str]) -> list[str]:
+    """What to call runs: the name of each one's folder, or the whole path where two are called alike."""
+    ends = [Path(run).absolute().name for run in runs]
+    return [end if ends.count(end) == 1 else run for run, end in zip(runs, ends, strict=True)]

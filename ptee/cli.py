@@ -302,7 +302,8 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     from ptee import report
-    from ptee.comparing import checked_drops, checked_lines, named_networks, names_of
+    from ptee.asked import named_networks, names_of
+    from ptee.comparing import checked_drops, checked_lines
     from ptee.comparing import compare as measure
     from ptee.devices import resolve_device
     from ptee.reopening import reopened

@@ -7,12 +7,10 @@ images, and every figure is of the report images, so a drop that was allowed is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 
-from ptee.backbones import OTHERWISE, Backbone, load_backbone
+from ptee.backbones import Backbone, load_backbone
 from ptee.comparison import Comparison, Entry, Line
 from ptee.costs import count
 from ptee.devices import resolve_device
-from ptee.errors import BackboneError, PteeError, unknown
+from ptee.errors import PteeError, unknown
 from ptee.freezing import modes, set_modes
 from ptee.front import Prepare, require_same_question
 from ptee.model import EarlyExitModel
@@ -141,33 +139,6 @@ def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
             f"No way to decide who leaves is among the lines ({', '.join(lines) or 'none'}). Add one or more of {', '.join(WAYS)}."
         )
     return tuple(name for name in LINES if name in lines)
-
-
-def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
-    """Smaller networks as the command names them.
-
-    Args:
-        texts: NAME with its published weights, or NAME=FILE; each name once.
-
-    Raises:
-        PteeError: if there is no such model, its weights cannot be had, or two have one name.
-    """
-    found: dict[str, Backbone] = {}
-    for name, file in (text.partition("=")[::2] for text in texts):
-        if name in found:
-            raise PteeError(f"--static {name} is given twice. Give each network once.")
-        try:
-            found[name] = load_backbone(name, weights=file or None)
-        except BackboneError as why:
-            words = str(why).replace(OTHERWISE, f"Give a file: --static {name}=FILE.")
-            raise BackboneError(re.sub(r"Check model=.*\.", f"Check --static {name}=FILE.", words)) from why
-    return found
-
-
-def names_of(runs: Sequence[str]) -> list[str]:
-    """What to call runs: the name of each one's folder, or the whole path where two are called alike."""
-    ends = [Path(run).absolute().name for run in runs]
-    return [end if ends.count(end) == 1 else run for run, end in zip(runs, ends, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- what is compared

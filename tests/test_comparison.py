@@ -26,9 +26,10 @@ from torch.utils.data import (
 )
 
 import ptee
+from ptee.asked import named_networks, names_of
 from ptee.backbones import load_backbone
 from ptee.cli import cli
-from ptee.comparing import LINES, compare, named_networks, names_of
+from ptee.comparing import LINES, compare
 from ptee.comparison import Comparison, Entry, Line
 from ptee.costs import count
 from ptee.errors import PteeError, UnknownName
