@@ -173,6 +173,10 @@ class _Images:
 
 def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
     """The first model, where all stand on the same backbone and take the same images."""
+    if not isinstance(models, Mapping):
+        raise PteeError(
+            f"Models are given by name, not as {type(models).__name__}: give each with its name, such as {{'mine': model}}."
+        )
     if not models:
         raise PteeError("There is no model to compare. Give one or more, each with its name.")
     (first, one), *others = models.items()

@@ -125,7 +125,7 @@ class Comparison:
     def _verdict(self, drop: float) -> str:
         found = self._within(drop)
         if not found:
-            return "nothing costs less than the bare backbone."
+            return "nothing that keeps to it costs less than the bare backbone."
         ahead = [f for f in found if f.line.kind == "adaptive"][:1]
         instead = found[: found.index(ahead[0])] if ahead else found
         best = f"{found[0].line.name} costs least, {found[0].entry.words}."

@@ -134,7 +134,7 @@ def fit_gates(
 ) -> GateFits:
     """Give every exit a gate that decides who leaves there, fitted after the heads. No answer changes, only h does.
 
-    An exit whose gate learns nothing from these images keeps the h of its head. Gates ask what earlier exits said only where
+    An exit whose gate learns nothing from these images keeps the h of its head; so does one where all have the same answer. Gates ask what earlier exits said only where
     heads build on one another, so that exits that are off cost nothing where they do not.
 
     Take images that the heads were not trained on. On images that the backbone itself was trained on it is nearly always
@@ -243,6 +243,8 @@ def _fit(gate: Gate, x: Tensor, yes: Tensor, seed: int) -> tuple[float, float, f
         gate.outer.weight.zero_()  # begins blind, so what it ends with is no worse
         gate.outer.bias.fill_(math.log(share / (1 - share)))
     blind = _loss(gate, x[held], y[held])
+    if y[learnt].min() == y[learnt].max():  # nothing tells rows apart; a gate would say the same of all
+        return y.mean().item(), blind, blind
     best = _descend(gate, (x[learnt], y[learnt]), (x[held], y[held]))
     return y.mean().item(), best, blind
 

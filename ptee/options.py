@@ -62,7 +62,8 @@ class Numbers(click.ParamType):
         try:
             return [self.kind(part) for part in str(value).split(",")]
         except ValueError:
-            self.fail(f"{value!r} is no list of numbers between commas.", param, ctx)
+            example = "3,224,224" if self.kind is int else "0.7 or 0.9,0.8"
+            self.fail(f"{value!r} is no list of numbers between commas, such as {example}.", param, ctx)
 
 
 class NumberOrAuto(click.ParamType):

@@ -121,13 +121,17 @@ class Solution:
             if self.off
             else ""
         )
-        accuracy = "" if self.drop is None else f"accuracy {self.score.accuracy:.4f} ({-self.drop:+.4f}), "
+        accuracy = "" if self.drop is None else f"accuracy {self.score.accuracy:.4f} ({_lost(self.drop)}), "
         walls = ", ".join(f"{t:.4f}" for t in self.threshold)
         reserve = f" less {self.margin:.4f} in reserve" if self.margin else ""
         return (
             f"T = {walls} for {self.wish}{reserve}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
             f"on the {self.samples:,} images they were found on.{off}"
         )
+
+
+def _lost(drop: float) -> str:
+    return f"{-drop:.4f} gained" if round(drop, 4) < 0 else f"{abs(drop):.4f} lost"
 
 
 def solve(

@@ -165,12 +165,14 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     theirs, ours = _relevant(theirs), _relevant(ours)
     names = theirs.keys() & ours.keys()
     kinds = {
-        "differs": [n for n in ours if n in names and ours[n] != theirs[n]],
-        "is missing": [n for n in theirs if n not in names],
-        "is new": [n for n in ours if n not in names],
+        ("differs", "differ"): [n for n in ours if n in names and ours[n] != theirs[n]],
+        ("is missing", "are missing"): [n for n in theirs if n not in names],
+        ("is new", "are new"): [n for n in ours if n not in names],
     }
     return "; ".join(
-        f"of {len(ours)} tensors {len(found)} {what}: {some(found, 3)}" for what, found in kinds.items() if found
+        f"of {len(ours)} tensors {len(found)} {one if len(found) == 1 else many}: {some(found, 3)}"
+        for (one, many), found in kinds.items()
+        if found
     )
 
 

@@ -1287,3 +1287,12 @@ def test_no_digit_is_mirrored(run, hasty, monkeypatch):
     monkeypatch.setattr(training, "train", train)
     run("augment", "--augment", 2)
     assert (asked["augment"], asked["mirror"]) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "example"), [(("--threshold", "70%"), "0.7 or 0.9,0.8"), (("--input-size", "8x8"), "3,224,224")]
+)
+def test_what_is_no_list_of_numbers_is_refused_with_an_example(given, example, run):
+    done = run("augment", *given, "--out", "out")
+    assert done.status == 2
+    assert done.err.strip().endswith(f"{given[1]!r} is no list of numbers between commas, such as {example}.")

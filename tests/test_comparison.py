@@ -271,13 +271,13 @@ def test_what_loses_more_on_either_set_of_images_or_costs_more_beats_nothing(oth
 
 def test_where_no_run_saves_anything_it_is_said():
     nothing = Line("ours", "adaptive", (entry(1.0, 0, 0.01),))
-    assert said(nothing) == "At most 0.01 lost: nothing costs less than the bare backbone."
+    assert said(nothing) == "At most 0.01 lost: nothing that keeps to it costs less than the bare backbone."
     assert "none of which saves anything" in said(nothing, Line("other", "cascade", (entry(0.4, 0),)))
 
 
 def test_what_costs_less_by_rounding_alone_costs_no_less():
     assert said(Line("ours", "adaptive", (entry(1 - 2**-52, 0, 0.01),))).endswith(
-        "nothing costs less than the bare backbone."
+        "nothing that keeps to it costs less than the bare backbone."
     )
 
 
@@ -351,6 +351,11 @@ def test_runs_are_called_by_the_end_of_their_path_where_that_is_enough(runs, nam
 
 
 # ---------------------------------------------------------------------------------------------------- refused
+
+
+def test_a_model_without_its_name_is_refused():
+    with pytest.raises(PteeError, match=r"not as EarlyExitModel: give each with its name, such as \{'mine': model\}"):
+        compare(made(), images(1), images(2))
 
 
 def test_another_backbone_is_refused_with_both_weights():

@@ -182,6 +182,11 @@ def test_where_a_cut_off_network_does_as_well_for_less_the_verdict_says_so(cut_o
         assert f"accuracy {cut_off.accuracy:.4f} at cost 0.6000" in verdict
 
 
+def test_where_everybody_leaves_at_one_exit_the_cut_off_network_is_not_said_to_cost_less():
+    verdict = " ".join(results_and_cut_off(Score(0.88, 0.96, 0.6), Row("early exit", "", 0.88, 0.96, 0.6)).verdict)
+    assert "Cutting the backbone off at exit 0 (layer1) does just as well: accuracy 0.8800 at cost 0.6000" in verdict
+
+
 REFUSED = {
     "a threshold too many": ({"threshold": [0.1] * 3}, 0, PteeError),
     "NaN": ({"threshold": math.nan}, 0, PteeError),

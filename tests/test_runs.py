@@ -514,6 +514,12 @@ def test_other_statistics_of_batch_norm_are_other_weights_and_are_named(folder, 
     assert re.search(r"of \d+ tensors 1 differs: one\.1\.running_mean\. ", refused(folder, net))
 
 
+def test_several_other_tensors_are_named_together(folder, net):
+    for name in ("one.1.running_mean", "one.1.running_var"):
+        net.get_buffer(name).add_(1)
+    assert re.search(r"of \d+ tensors 2 differ: one\.1\.running_mean, one\.1\.running_var\. ", refused(folder, net))
+
+
 def test_another_count_of_batches_is_the_same_backbone(folder, net):
     net.get_buffer("one.1.num_batches_tracked").add_(1)
     assert ptee.load(folder, backbone=net).exits

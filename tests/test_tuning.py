@@ -118,6 +118,15 @@ def fared(fidelity: float, samples: int, kind: str = "max_fidelity_drop", accura
     return kept(found, {"samples": samples, "rows": [bare, own]})
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [(0.9, "0.0000 lost"), (0.9 + 1e-12, "0.0000 lost"), (0.88, "0.0200 lost"), (0.905, "0.0050 gained")],
+)
+def test_a_solution_says_in_words_what_is_lost(accuracy, words):
+    found = Solution(Wish("max_drop", 0.02), (0.5,), (), Score(accuracy, 1.0, 0.5), Score(0.9, 1.0, 1.0), 100)
+    assert f"accuracy {accuracy:.4f} ({words}), " in str(found)
+
+
 def give_or_take(said: str) -> float:
     return float(said.split("give or take ")[1].split(" on ")[0])
 
