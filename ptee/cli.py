@@ -317,6 +317,7 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
     opened = [reopened(name, o) for name in run]
     parts = parts_for_all([each.unseen for each in opened])
     about = f"{opened[0].unseen.data.source}. {parts.words}"
+    click.echo(f"{about} {opened[0].accuracy}", err=as_json)
     with _threads(opened[0].tiny):
         found = measure(
             dict(zip(names_of(run), (each.model for each in opened), strict=True)),
@@ -330,7 +331,6 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
             device=device,
             about=about,
         )
-    click.echo(f"{about} {opened[0].accuracy}", err=as_json)
     click.echo(runs.to_json(found.to_dict()) if as_json else f"\n{found}")
     if page is not None:
         report.write(found, page)

@@ -150,7 +150,7 @@ class Comparison:
             "over each column less what is\nkept in reserve for images like these; where to cut off, too: wherever no other "
             "place is both cheaper and better there.\nIn each cell: cost, multiply-accumulates over the bare backbone's, heads "
             "included; and in parentheses the drop that it really\nhas on the images that are reported on, with 95 % "
-            f"intervals of up to {widest / 2:.4f} to each side. Below, what keeps to a drop\nkeeps to it on both."
+            f"intervals of up to {widest / 2:.4f} to each side. Below, what keeps to a drop\nkeeps to it on both, whatever was allowed."
             + self._of_oracles()
             + "".join(f"\n{sentence}" for sentence in self.verdict)
         )  # fmt: skip

@@ -134,8 +134,9 @@ def fit_gates(
 ) -> GateFits:
     """Give every exit a gate that decides who leaves there, fitted after the heads. No answer changes, only h does.
 
-    An exit whose gate learns nothing from these images keeps the h of its head; so does one where all have the same answer. Gates ask what earlier exits said only where
-    heads build on one another, so that exits that are off cost nothing where they do not.
+    An exit whose gate learns nothing from these images keeps the h of its head; so does one where all have the same answer.
+    Gates ask what earlier exits said only where heads build on one another, so that exits that are off cost nothing where
+    they do not.
 
     Take images that the heads were not trained on. On images that the backbone itself was trained on it is nearly always
     right, so gates that learn from them are too sure. Heads that are trained further want new gates.
