@@ -1,6 +1,6 @@
 #!/bin/sh
 # Early exits on a frozen cifar_resnet56, the papers' recipes and smaller networks, on CIFAR-10; three seeds.
-# Run from the project's root: sh recipes/cifar10.sh. About four hours a seed on one core; runs that are there already are kept.
+# Run from the project's root: sh recipes/cifar10.sh. About five hours a seed on one core; runs that are there already are kept.
 set -e
 data=${DATA:-../shared/data/cifar10} weights=${WEIGHTS:-../shared/weights} out=${OUT:-runs}
 
@@ -13,12 +13,27 @@ augment() { # seed name options...
 
 for seed in ${SEEDS:-0 1 2}; do
     augment "$seed" ours --max-drop 0.005
+    augment "$seed" linked --head auto+ --max-drop 0.005
     augment "$seed" front --front cifar_resnet20 --front-weights "$weights/cifar_resnet20.safetensors" --max-drop 0.005
     for recipe in pteenet eenet branchynet ztw; do
         augment "$seed" "$recipe" --recipe "$recipe" --epochs "${EPOCHS:-13}" # ours takes 13
     done
 done
-ptee compare "$out"/ours? "$out"/front? "$out"/pteenet? "$out"/eenet? "$out"/branchynet? "$out"/ztw? --data "$data" \
-    --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
-    --static cifar_resnet32="$weights/cifar_resnet32.safetensors" --json > "$out/compare.json"
+
+compare() { # data file
+    ptee compare "$out"/ours? "$out"/linked? "$out"/front? "$out"/pteenet? "$out"/eenet? "$out"/branchynet? "$out"/ztw? --data "$1" \
+        --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
+        --static cifar_resnet32="$weights/cifar_resnet32.safetensors" --json > "$2"
+}
+
+compare "$data" "$out/compare.json"
 python recipes/spread.py "$out/compare.json"
+
+# The same the other way round: thresholds from the validation images, reported on the calibration images; then both together.
+mkdir -p "$out/exchanged"
+here=$(cd "$data" && pwd)
+ln -sf "$here/train.tar" "$out/exchanged/train.tar"
+ln -sf "$here/calibration.tar" "$out/exchanged/validation.tar"
+ln -sf "$here/validation.tar" "$out/exchanged/calibration.tar"
+compare "$out/exchanged" "$out/exchanged.json"
+python recipes/spread.py "$out/compare.json" "$out/exchanged.json"

@@ -2,8 +2,9 @@
 
 The file is what `ptee compare RUN RUN ... --json` printed; there may be several. Runs that are called the same but for the
 seed at the end of their names are one: ours0, ours1, ours2 become ours. In each cell: cost, and in parentheses the drop on
-the images that are reported on; each with its standard deviation over the seeds, where there are several. Not every run has
-every seed and every line (a backbone is cut off where that is worth it): of how many a mean is stands behind its name then.
+the images that are reported on; each with its standard deviation over the seeds, where there are several. The same runs may be
+in several files, with other images: all are taken together then. Not every run has every seed and every line (a backbone is cut
+off where that is worth it): of how many a mean is stands behind its name then.
 """
 
 from __future__ import annotations
@@ -45,13 +46,18 @@ def main(comparisons: tuple[Path, ...]) -> None:
             cells[name, entry["allowed"]].append((entry["cost"], entry["drop"]))
     drops = [*found[0]["drops"], None]
     rows = [("", *(f"<= {drop:g} lost" for drop in drops[:-1]), "as it is")]
-    seeds = max(map(len, cells.values()))
+    most = max(map(len, cells.values()))
+    runs: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        runs[without_seed(line["name"])].add(line["name"])
+    seeds = max(map(len, runs.values()))
     for name in dict.fromkeys(name for name, _ in cells):
         here = [list(zip(*cells[name, drop], strict=True)) for drop in drops]
         own = max(len(cells[name, drop]) for drop in drops)
-        partly = f" ({own} of {seeds})" * (own < seeds and name not in static)
+        partly = f" ({own} of {most})" * (own < most and name not in static)
         rows.append((name + partly, *(f"{spread(list(c[0]))} ({spread(list(c[1]), '+')})" if c else "" for c in here)))
-    click.echo(f"{found[0]['backbone']}, {found[0]['samples']:,} images, {seeds} seed{'s' * (seeds > 1)}")
+    several = f", {len(found)} comparisons" * (most > seeds)
+    click.echo(f"{found[0]['backbone']}, {found[0]['samples']:,} images, {seeds} seed{'s' * (seeds > 1)}{several}")
     click.echo(table(rows, left={0}))
 
 

@@ -546,6 +546,13 @@ def spread_of(folder, *comparisons):
     )
 
 
+def test_runs_that_are_compared_twice_are_no_more_seeds(tmp_path):
+    done = spread_of(tmp_path, {"ours0": 0.2, "ours1": 0.4}, {"ours0": 0.3, "ours1": 0.5, "front0": 0.1})
+    assert done.stdout.startswith("b, 9 images, 2 seeds, 2 comparisons\n")
+    assert re.search(r"^ours +0.3500 ± 0.1291", done.stdout, re.M)
+    assert re.search(r"^front \(1 of 4\) +0.1000 \(", done.stdout, re.M)
+
+
 def test_a_seed_may_have_two_digits_and_a_line_that_some_seeds_lack_says_so(tmp_path):
     done = spread_of(tmp_path, {"ours9": 0.2, "ours9, truncation at exit 1": 0.5}, {"ours10": 0.4})
     assert re.search(r"^ours +0.3000 ± 0.1414", done.stdout, re.M)
