@@ -507,6 +507,10 @@ def augment(
     Raises:
         PteeError: naming what cannot be met, why, and what is possible.
     """
+    if isinstance(model, EarlyExitModel):
+        raise PteeError(
+            "This model has exits already. Give its backbone for others: ptee.augment(model.detach(), ...)."
+        )
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )

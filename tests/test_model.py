@@ -453,6 +453,11 @@ def test_a_detached_backbone_can_be_augmented_again():
     assert_works(again, images(), copy.deepcopy(again.backbone))
 
 
+def test_a_model_that_has_exits_is_refused_before_anything_else_is_asked_of_it():
+    with pytest.raises(PteeError, match=r"has exits already.*ptee\.augment\(model\.detach\(\)"):
+        ptee.augment(make())
+
+
 def test_two_models_share_one_backbone_and_each_goes_its_own_way():
     net, x = Net(), images()
     one, two = make(net), make(net, ("body", "pair", "last"))
