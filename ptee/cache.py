@@ -81,7 +81,7 @@ class Estimate:
     def __str__(self) -> str:
         where = "in memory" if self.size <= IN_MEMORY else "in files, until the training ends"
         return (
-            f"The backbone runs once over {_images(self)}: what the heads read of them takes {_gib(self.size)} {where}."
+            f"The backbone runs once over {_images(self)}: what the heads read of them takes {_amount(self.size)} {where}."
         )
 
     def _bytes(self, dtype: torch.dtype) -> int:
@@ -105,8 +105,8 @@ class Cache(Dataset[Entry]):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if estimate.size > LIMIT:
             raise DataError(
-                f"What the heads read of {_images(estimate)} takes {_gib(estimate.size)}, and a cache may take "
-                f"{_gib(LIMIT)}. Run the backbone in every epoch (cache=False), or take heads that pool first."
+                f"What the heads read of {_images(estimate)} takes {_amount(estimate.size)}, and a cache may take "
+                f"{_amount(LIMIT)}. Run the backbone in every epoch (cache=False), or take heads that pool first."
             )
         if estimate.size > IN_MEMORY:
             self._folder = tempfile.TemporaryDirectory(prefix="ptee-cache-", dir=folder)
@@ -240,12 +240,12 @@ def _images(estimate: Estimate) -> str:
 
 def _no_room(folder: Path, size: int) -> str:
     return (
-        f"The disk of {folder.parent} has no room for {_gib(size)} of what the heads read. Free some, set TMPDIR to another "
+        f"The disk of {folder.parent} has no room for {_amount(size)} of what the heads read. Free some, set TMPDIR to another "
         "disk, or run the backbone in every epoch (cache=False)."
     )
 
 
-def _gib(size: int) -> str:
+def _amount(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{math.ceil(size / 2**20)} MiB"
 
 
