@@ -80,9 +80,7 @@ class Estimate:
 
     def __str__(self) -> str:
         where = "in memory" if self.size <= IN_MEMORY else "in files, until the training ends"
-        return (
-            f"The backbone runs once over {_images(self)}: what the heads read of them takes {_amount(self.size)} {where}."
-        )
+        return f"The backbone runs once over {_images(self)}: what the heads read of them takes {_amount(self.size)} {where}."
 
     def _bytes(self, dtype: torch.dtype) -> int:
         return self.rows * sum(shape.numel() for shape in self.shapes) * dtype.itemsize
