@@ -13,7 +13,8 @@ import torch
 
 from ptee.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.devices import resolve_device
-from ptee.model import EarlyExitModel, Thresholds
+from ptee.knob import Thresholds
+from ptee.model import EarlyExitModel
 from ptee.reliability import calibration_error, failure_auroc
 from ptee.tables import table
 from ptee.thresholds import truncation

@@ -7,7 +7,6 @@ the call that is going on what to do (`calls`).
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,19 +17,20 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from ptee import runs
-from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
+from ptee.backbones import Backbone, load_backbone
 from ptee.calls import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
 from ptee.errors import PteeError, RunError, first_line, unknown
 from ptee.freezing import freeze
-from ptee.front import FRONT, INPUT, FrontHead, named_front, require_small
+from ptee.front import INPUT, FrontHead, named_front
 from ptee.gates import Gate
 from ptee.heads import ExitHead, Said, Trail, confidence_of
 from ptee.hold import Hold
+from ptee.knob import Thresholds, for_each_exit, for_each_row
 from ptee.plans import Exit, Plan, make_plan
+from ptee.rebuilding import check_weights, front_of, network_of
 from ptee.replay import Memory, merged, run
-from ptee.weights import difference, tensor_hashes, weights_hash
+from ptee.weights import tensor_hashes, weights_hash
 
-Thresholds = float | Sequence[float] | Tensor
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
 
 
@@ -127,13 +127,7 @@ class EarlyExitModel(
 
     @threshold.setter
     def threshold(self, value: Thresholds) -> None:
-        given, exits = _as_tensor(value), len(self.plan.exits)
-        if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
-            many = " x ".join(map(str, given.shape))
-            raise PteeError(f"{many} thresholds for {exits} exits. Give one number, or one for each exit.")
-        thresholds = given.expand(1, exits)[0].tolist()
-        _refuse_nan(thresholds)
-        self._thresholds = tuple(thresholds)
+        self._thresholds = for_each_exit(value, len(self.plan.exits))
 
     @property
     def off(self) -> tuple[int, ...]:
@@ -188,7 +182,7 @@ class EarlyExitModel(
             )
         self._stay_frozen()
         memory = Memory({self.backbone.get_submodule(name): step for name, step in self._steps.items()})
-        call = Leaving(self._hooks, list(self.heads), self.plan, self._per_exit(threshold, len(x)), memory)
+        call = Leaving(self._hooks, list(self.heads), self.plan, self._knob(threshold, len(x)), memory)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
@@ -353,25 +347,11 @@ class EarlyExitModel(
     def _no_rows(self, x: Tensor) -> Tensor:
         return torch.zeros(0, self.num_classes, device=x.device, dtype=self._answer_type(x))
 
-    def _per_exit(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
+    def _knob(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
         """One threshold for each exit: a number, or a tensor (b,)."""
-        exits = len(self.plan.exits)
         if threshold is None:
             return list(self._thresholds)
-        wide = _as_tensor(threshold)
-        if wide.dim() > 2 or any(
-            have not in (1, want) for have, want in zip(reversed(wide.shape), (exits, rows), strict=False)
-        ):
-            raise PteeError(
-                f"A threshold of shape {tuple(wide.shape)} does not broadcast to (b, E) = ({rows}, {exits}). Give a number, "
-                f"one for each of the {exits} exits, or one for each row and exit."
-            )
-        if wide.isnan().any():
-            _refuse_nan([math.nan])
-        if wide.dim() < 2 and wide.device.type == "cpu":
-            return wide.expand(exits).tolist()
-        here = _moved(wide, next(self.heads.parameters()).device)  # once, not at each exit
-        return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
+        return for_each_row(threshold, len(self.exits), rows, next(self.heads.parameters()).device)
 
     # -------------------------------------------------------------------------------------------- saving
 
@@ -438,31 +418,6 @@ def _all_exits(logits: Sequence[Tensor], confidence_logits: Sequence[Tensor], an
         torch.cat([confidence, torch.ones_like(confidence[:1])]),
         stacked,
     )
-
-
-def _as_tensor(threshold: Thresholds) -> Tensor:
-    try:
-        given = torch.as_tensor(threshold)
-        if given.dtype == torch.bool or given.is_complex():
-            raise TypeError(f"{given.dtype} is no threshold")
-        if not isinstance(threshold, Tensor):
-            return torch.as_tensor(threshold, dtype=torch.float64)  # not rounded to float32 first
-    except (TypeError, ValueError, RuntimeError) as why:
-        raise PteeError(f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}.") from why
-    return given.detach() if given.is_floating_point() else given.to(_widest(given.device))
-
-
-def _moved(threshold: Tensor, device: torch.device) -> Tensor:
-    return threshold.to(device, min(threshold.dtype, _widest(device), key=lambda dtype: dtype.itemsize))
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _refuse_nan(values: Sequence[float]) -> None:
-    if any(math.isnan(v) for v in values):
-        raise PteeError("A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7.")
 
 
 # ---------------------------------------------------------------------------------------------------- making, loading
@@ -564,11 +519,11 @@ def load(
         raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
     run = runs.read(folder, **hub)
     if backbone is not None:
-        _check_hash(run, backbone)
+        check_weights(run, backbone)
     if front is not None and run.front is None:
         raise RunError(f"{folder} has no front network, and one is given. Leave out front=.")
-    network = _network(run, backbone)
-    _check_hash(run, network.module)
+    network = network_of(run, backbone)
+    check_weights(run, network.module)
     model = build(
         network,
         exits=list(run.exits),
@@ -576,7 +531,7 @@ def load(
         convention=run.convention,
         placed=True,
         saved=run.tensors,
-        front=_front(run, front, network) if run.front is not None else None,
+        front=front_of(run, front, network) if run.front is not None else None,
     )
     if model.num_classes != run.classes:
         raise RunError(
@@ -589,59 +544,3 @@ def load(
     model.off = run.off
     model.results = run.results
     return model.eval()
-
-
-def _check_hash(run: runs.Run, module: nn.Module) -> None:
-    found = weights_hash(module)
-    if found == run.backbone_hash:
-        return
-    why = (
-        difference(run.backbone_tensors, tensor_hashes(module))
-        if run.backbone_tensors
-        else "which differ was not recorded"
-    )
-    if why:
-        raise RunError(
-            f"{run.folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
-            f"{found[:16]}: {why}. Give the backbone it was trained on, in the same number type."
-        )
-
-
-def _front(run: runs.Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
-    """The network of the exit at the input; its weights come with the heads'."""
-    about = run.front
-    assert about is not None
-    if run.heads[:1] != (FRONT,):
-        raise RunError(f"{run.folder} tells of a front network, but has no exit for it. Copy the run anew.")
-    if module is None and about.source is None:
-        raise RunError(
-            f"{run.folder} has the front network {about.name}, which config.json cannot rebuild (a Python module, or random "
-            "weights). Load it from Python: ptee.load(folder, front=...)."
-        )
-    if module is None and about.source is not None:
-        module = rebuild(about.source, weights=False).module
-    assert module is not None
-    require_small(about.name, about.input["input_size"])
-    found = load_backbone(module, **{key: about.input[key] for key in ("input_size", "mean", "std")})
-    network = Backbone(found.module, about.name, found.num_classes, found.input, about.source)
-    return FrontHead(network, behind.input, behind.num_classes)
-
-
-def _network(run: runs.Run, backbone: nn.Module | None) -> Backbone:
-    module, label_space = backbone, None
-    if module is None:
-        if run.source is None:
-            raise RunError(
-                f"{run.folder} was made for {run.backbone_name}, which config.json cannot rebuild (a Python module, or "
-                "random weights). Load it from Python: ptee.load(folder, backbone=...)."
-            )
-        if run.remote and "file" in (run.source.get("weights") or {}):
-            raise RunError(
-                f"{run.folder} was made with a weights file on somebody's disk, which is not looked for here. "
-                "Load it from Python: ptee.load(folder, backbone=...)."
-            )
-        rebuilt = rebuild(run.source)
-        module, label_space = rebuilt.module, rebuilt.label_space
-    size, mean, std = (run.input[key] for key in ("input_size", "mean", "std"))
-    checked = load_backbone(module, input_size=size, mean=mean, std=std)
-    return Backbone(module, run.backbone_name, checked.num_classes, InputConfig(**run.input), run.source, label_space)

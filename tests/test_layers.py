@@ -18,10 +18,10 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob(
 LAYERS = {  # a module imports from lower layers only
     0: "errors tables options shadow freezing allocation",
     1: "costs layout losses policies solver reliability replay batches data cifar_resnet weights origins devices classifiers "
-    "views mixing history gates",
+    "views mixing history gates knob",
     2: "labels heads cuts backbones optimizers hold",
     3: "recipes blocks proof runs learned front settings",
-    4: "placement naming checkpoint",
+    4: "placement naming checkpoint rebuilding",
     5: "plans",
     6: "calls",
     7: "model",

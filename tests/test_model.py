@@ -29,7 +29,8 @@ from torch.utils.hooks import RemovableHandle
 
 import ptee
 from ptee.errors import CutError, PteeError, UnknownName
-from ptee.model import EarlyExitModel, _moved
+from ptee.knob import _moved
+from ptee.model import EarlyExitModel
 from ptee.traces import record
 from ptee.weights import weights_hash
 
