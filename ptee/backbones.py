@@ -6,34 +6,23 @@ What is read from a file or a record is data: nothing is unpickled, and no recor
 
 from __future__ import annotations
 
-import io
-import logging
 import math
-import os
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ptee.building import building
 from ptee.classifiers import TWO_LOGITS, count_classes, require_runnable
-from ptee.errors import BackboneError, PteeError, first_line, unknown
-from ptee.origins import COMMIT, Wish, checked_record, checked_size, is_plain, plain
+from ptee.errors import BackboneError, PteeError, unknown
+from ptee.origins import Wish, checked_record, checked_size, hub_revision, is_plain, plain, reach_hub
 from ptee.weights import load_weights
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
-HUB_FILES = (  # where timm finds weights in a hub repository, and its configuration
-    *("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-    "config.json",
-)
-HUB_TIMEOUT_S = 10
-_ENVIRONMENT = threading.RLock()
 RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
 OTHERWISE = "Give a file with weights=FILE, or take random weights with pretrained=False."
 ON_THE_HUB = "Its configuration is on the hub: go online once, or name another model and give a file with weights=FILE."
@@ -238,14 +227,14 @@ def _build_timm(wish: Wish, label: str) -> _Built:
     args = _timm_size(cfg, wish.input_size) | wish.args
     name, hub, pin = _timm_origin(wish, cfg)
     remedy = OTHERWISE if wish.pretrained else None
-    with _building(label, args, ON_THE_HUB if hub and cfg is None else remedy):
+    with building(label, args, ON_THE_HUB if hub and cfg is None else remedy):
         if hub:
-            _reach_hub(hub)
+            reach_hub(hub)
         module = timm.create_model(name, pretrained=wish.pretrained, **pin, **args, **_random_classes(wish))
     note = module.pretrained_cfg
     if wish.pretrained and cfg is not None and note.get("tag"):
         name = f"{note['architecture']}.{note['tag']}"  # in another version of timm, the default may be another tag
-    origin = {"tag": note.get("tag"), "hub": hub, "revision": _hub_revision(hub) if hub else None}
+    origin = {"tag": note.get("tag"), "hub": hub, "revision": hub_revision(hub) if hub else None}
     return _Built(module, name, args, origin, _timm_input(module, args), note.get("num_classes"))
 
 
@@ -313,7 +302,7 @@ def _build_torchvision(wish: Wish, label: str) -> _Built:
     if wish.input_size and wish.name.startswith("vit_"):
         args.setdefault("image_size", wish.input_size[1])
     weights = usual if wish.pretrained else None
-    with _building(label, args, OTHERWISE if wish.pretrained else None):
+    with building(label, args, OTHERWISE if wish.pretrained else None):
         module = models.get_model(wish.name, weights=weights, **args, **_random_classes(wish))
     preset = usual.transforms()
     edge = getattr(module, "image_size", preset.crop_size[0])  # only ViTs have one; their default weights may differ
@@ -331,71 +320,6 @@ def _require_trained(label: str, trained: int | None, num_classes: int | None) -
             f"The pretrained classifier of {label} has {trained} classes, not {num_classes}; another would be random. "
             f"{OTHERWISE}"
         )
-
-
-@contextmanager
-def _building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterator[None]:
-    """Turns whatever a library raises into one line, and keeps what it has to say off the terminal.
-
-    torch.hub prints to standard output, which may be promised to JSON; timm and huggingface_hub log their retries.
-    `remedy` is what to do if the fault is in a download; None if there is none.
-    """
-    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub", "httpx", "urllib3", "filelock")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), _nothing_unpickled():
-            warnings.simplefilter("ignore")
-            yield
-    except Exception as error:
-        if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take
-            raise BackboneError(f"{label} cannot be downloaded or loaded: {first_line(error)} {remedy}") from error
-        given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
-        change = "Change model_args= or input_size=." if args else "Choose another model."
-        raise BackboneError(f"{label} cannot be built{given}: {first_line(error)} {change}") from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _nothing_unpickled() -> Iterator[None]:
-    """torch reads files as data meanwhile, even where a library asks it to unpickle them.
-
-    torchvision asks for that, and so did timm before 1.0.26 where a repository on the hub names its file. The environment
-    is the one way to overrule them; it belongs to the whole process, so one thread at a time changes it.
-    """
-    safe, unsafe = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch refuses to have both
-    with _ENVIRONMENT:
-        before = {name: os.environ.pop(name) for name in (safe, unsafe) if name in os.environ}
-        os.environ[safe] = "1"
-        try:
-            yield
-        finally:
-            del os.environ[safe]
-            os.environ.update(before)
-
-
-def _reach_hub(hub: str) -> None:
-    """One request, unless the cache has the weights: the client itself would go on trying for most of a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if not constants.HF_HUB_OFFLINE and _hub_revision(hub) is None:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-
-
-def _hub_revision(hub: str) -> str | None:
-    """The commit of a repository whose weights are in the cache; a repository is user/name or user/name@revision."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repo, _, revision = hub.partition("@")
-    for file in HUB_FILES:
-        path = try_to_load_from_cache(repo, file, revision=revision or None)
-        if isinstance(path, str) and COMMIT.fullmatch(Path(path).parent.name):
-            return Path(path).parent.name
-    return None
 
 
 def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:

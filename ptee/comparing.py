@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from tqdm.auto import tqdm
 
 from ptee.backbones import Backbone, load_backbone
 from ptee.comparison import Comparison, Entry, Line
@@ -28,7 +27,7 @@ from ptee.freezing import modes, set_modes
 from ptee.front import Prepare, require_same_question
 from ptee.model import EarlyExitModel
 from ptee.thresholds import AUTO, curve, first_to_give, truncation
-from ptee.traces import Score, Traces, compact, record, repeated, require_same_images
+from ptee.traces import Score, Traces, compact, record, repeated, require_same_images, with_bar
 from ptee.weights import weights_hash
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
@@ -93,7 +92,7 @@ def compare(
         before, pair = pair, _recorded(model, images)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
-        found += _bar(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", progress)
+        found += with_bar(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", progress)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
@@ -245,10 +244,6 @@ def _said(network: Backbone, model: EarlyExitModel, images: _Images, pair: Pair)
             seen = (prepare(x.to(images.device)).to(like.dtype) for x in again)
             said.append(torch.cat([network.module(x).float().cpu() for x in seen]))
         return said
-
-
-def _bar(steps: Iterable[Any], words: str, progress: bool) -> Iterable[Any]:
-    return tqdm(steps, desc=words, leave=False, disable=None if progress else True)
 
 
 @contextmanager

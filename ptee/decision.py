@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.devices import resolve_device
@@ -24,7 +23,7 @@ from ptee.gates import READS, Gate
 from ptee.model import EarlyExitModel
 from ptee.settings import Settings
 from ptee.tables import table
-from ptee.traces import odd_labels
+from ptee.traces import odd_labels, with_bar
 
 QUESTIONS = {
     "agrees": "Is the answer the backbone's?",
@@ -211,7 +210,7 @@ class _Heard:
 def _hear(model: EarlyExitModel, gates: Sequence[Gate], loader: Iterable[Any], progress: bool) -> _Heard:
     like = next(model.heads.parameters())
     read, answers, labels = [], [], []
-    for batch in tqdm(loader, desc="asking the heads", leave=False, disable=None if progress else True):
+    for batch in with_bar(loader, "asking the heads", progress):
         images, known = split_batch(batch)
         reading = model.read(images.to(like.device, like.dtype))
         said = model.said(reading)

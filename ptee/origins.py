@@ -1,14 +1,23 @@
-"""What is asked of a model library, and the record of it that a run keeps: it may come from a stranger, so it is checked."""
+"""What is asked of a model library, where on the hub it lies, and the record of it that a run keeps.
+
+The record may come from a stranger, so it is checked.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ptee.errors import BackboneError
 
+HUB_FILES = (  # where timm finds weights in a hub repository, and its configuration
+    *("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "config.json",
+)
+HUB_TIMEOUT_S = 10
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -98,3 +107,24 @@ def checked_size(size: Sequence[int]) -> tuple[int, int, int]:
     if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 3 or not all(map(_is_count, size)):
         raise BackboneError(f"An input size is (channels, height, width), such as (3, 224, 224), not {size!r}.")
     return (size[0], size[1], size[2])
+
+
+def reach_hub(hub: str) -> None:
+    """One request, unless the cache has the weights: the client itself would go on trying for most of a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not constants.HF_HUB_OFFLINE and hub_revision(hub) is None:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+
+
+def hub_revision(hub: str) -> str | None:
+    """The commit of a repository whose weights are in the cache; a repository is user/name or user/name@revision."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = hub.partition("@")
+    for file in HUB_FILES:
+        path = try_to_load_from_cache(repo, file, revision=revision or None)
+        if isinstance(path, str) and COMMIT.fullmatch(Path(path).parent.name):
+            return Path(path).parent.name
+    return None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import length_hint
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ SAMPLE = 128  # images kept to measure speed on
 MANY_CLASSES = 100  # above which logits are kept in half precision
 ROUGH = 0.05  # of the deviation of pixels: by no more do they differ in what passes for the same image
 COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
+
+_Step = TypeVar("_Step")
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def record(
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
     try:
-        for batch in _bar(loader, "recording exits", progress):
+        for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
             part = _record_batch(model, images.to(like.dtype), labels, like.device, kept)
             parts.append(part if logits else replace(part, logits=None))
@@ -213,7 +216,7 @@ def repeated(
     """
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     kept, seen = _kept_of_each_batch(loader), 0
-    for images, _ in map(split_batch, _bar(loader, words, progress)):
+    for images, _ in map(split_batch, with_bar(loader, words, progress)):
         if now := min(kept, len(images), SAMPLE - seen):
             require_same_images(traces.sample[seen : seen + now], images[:now].to(traces.sample.dtype))
         seen += now
@@ -295,5 +298,12 @@ def _join(parts: list[Traces], classes: int) -> Traces:
     )
 
 
-def _bar(loader: Iterable[object], words: str, progress: bool) -> Iterable[object]:
-    return tqdm(loader, desc=words, leave=False, disable=None if progress else True)
+def with_bar(steps: Iterable[_Step], words: str, progress: bool) -> Iterable[_Step]:
+    """The steps, with a bar on a terminal.
+
+    Args:
+        steps: what takes long.
+        words: what is being done.
+        progress: show it.
+    """
+    return tqdm(steps, desc=words, leave=False, disable=None if progress else True)
