@@ -239,7 +239,7 @@ class _Training:
     ) -> History:
         train_data = self._with_views(train_data)
         with ExitStack() as stack:
-            if cache and self.accelerator.num_processes == 1 and epochs > len(self.history.epochs):
+            if cache and self.accelerator.num_processes == 1 and self._goes_on(epochs):
                 train_data = self._cached(train_data, "training images", workers, stack, on_cache)
                 val_data = None if val_data is None else self._cached(val_data, "held-out images", workers, stack)
             return self._fit(train_data, val_data, epochs, workers, on_epoch)
@@ -279,7 +279,8 @@ class _Training:
         loader = self._loader(train_data, True, workers, order)
         val_loader = None if val_data is None else self._loader(val_data, False, workers)
         rates = self._rates(loader, epochs)
-        while not self._nothing_gets_better() and (number := len(self.history.epochs) + 1) <= epochs:
+        while self._goes_on(epochs):
+            number = len(self.history.epochs) + 1
             order.manual_seed(self.settings.seed * 1_000_003 + number)
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
             if isinstance(train_data, (Cache, Views)):
@@ -304,6 +305,9 @@ class _Training:
             self.history.stopped_early = True
         self._warn_of_collapse()
         return self.history
+
+    def _goes_on(self, epochs: int) -> bool:
+        return len(self.history.epochs) < epochs and not self._nothing_gets_better()
 
     def _nothing_gets_better(self) -> bool:
         patience, epochs = self.settings.patience, self.history.epochs

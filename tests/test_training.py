@@ -685,6 +685,14 @@ def test_a_training_that_stopped_early_is_over_when_it_is_resumed(more, tmp_path
     assert same(heads(resumed), heads(whole))
 
 
+def test_nothing_is_cached_for_a_training_that_is_over(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    stopping(made(), cache=True, checkpoint=checkpoint)
+    filled: list[object] = []
+    stopping(made(seed=9), cache=True, checkpoint=checkpoint, resume=True, on_cache=filled.append)
+    assert filled == []
+
+
 def test_more_epochs_can_be_added_later(tmp_path):
     whole, model = made(), made()
     fit(whole, epochs=4)
