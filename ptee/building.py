@@ -21,7 +21,14 @@ def building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterato
     """Turns whatever a library raises into one line, and keeps what it has to say off the terminal.
 
     torch.hub prints to standard output, which may be promised to JSON; timm and huggingface_hub log their retries.
-    `remedy` is what to do if the fault is in a download; None if there is none.
+
+    Args:
+        label: what the user calls the model.
+        args: of the library's constructor, to be named in errors.
+        remedy: what to do if the fault is in a download; None if nothing is downloaded.
+
+    Raises:
+        BackboneError: for whatever was raised.
     """
     loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub", "httpx", "urllib3", "filelock")]
     levels = [logger.level for logger in loggers]

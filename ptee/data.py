@@ -28,7 +28,8 @@ from ptee.pictures import LAYOUTS, PARTS, File, Listing, decode, list_files
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The same for torchvision's `split` argument. 'trainval' contains 'val', so it goes with 'test' alone.
+# What torchvision's `split` argument may be for training and validation; the first pair that is there is used.
+# 'trainval' contains 'val', so it goes with 'test' alone.
 SPLIT_PAIRS = (("train", "val"), ("train", "valid"), ("train", "test"), ("trainval", "test"), ("train-standard", "val"))
 # Data sets whose mirror images are of another class or of none.
 SIDED = ("digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")

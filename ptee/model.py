@@ -182,7 +182,7 @@ class EarlyExitModel(
             )
         self._stay_frozen()
         memory = Memory({self.backbone.get_submodule(name): step for name, step in self._steps.items()})
-        call = Leaving(self._hooks, list(self.heads), self.plan, self._knob(threshold, len(x)), memory)
+        call = Leaving(self._hooks, list(self.heads), self.plan, self._in_force(threshold, len(x)), memory)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
@@ -347,8 +347,8 @@ class EarlyExitModel(
     def _no_rows(self, x: Tensor) -> Tensor:
         return torch.zeros(0, self.num_classes, device=x.device, dtype=self._answer_type(x))
 
-    def _knob(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
-        """One threshold for each exit: a number, or a tensor (b,)."""
+    def _in_force(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
+        """Of a call: one threshold for each exit, a number or a tensor (b,)."""
         if threshold is None:
             return list(self._thresholds)
         return for_each_row(threshold, len(self.exits), rows, next(self.heads.parameters()).device)

@@ -49,7 +49,7 @@ def list_files(folder: Path) -> Listing:
     """The pictures of a folder that is a data set, in tar files or class folders.
 
     Raises:
-        DataError: if it holds none, classes that the training images lack, or several data sets.
+        DataError: if it holds none, classes that the training images lack, several data sets, or a damaged tar file.
     """
     tars, folders = _tars(folder), _part_folders(folder)
     if "train" in tars:

@@ -48,14 +48,13 @@ def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
     assert about is not None
     if run.heads[:1] != (FRONT,):
         raise RunError(f"{run.folder} tells of a front network, but has no exit for it. Copy the run anew.")
-    if module is None and about.source is None:
-        raise RunError(
-            f"{run.folder} has the front network {about.name}, which config.json cannot rebuild (a Python module, or random "
-            "weights). Load it from Python: ptee.load(folder, front=...)."
-        )
-    if module is None and about.source is not None:
+    if module is None:
+        if about.source is None:
+            raise RunError(
+                f"{run.folder} has the front network {about.name}, which config.json cannot rebuild (a Python module, or "
+                "random weights). Load it from Python: ptee.load(folder, front=...)."
+            )
         module = rebuild(about.source, weights=False).module
-    assert module is not None
     require_small(about.name, about.input["input_size"])
     found = load_backbone(module, **{key: about.input[key] for key in ("input_size", "mean", "std")})
     network = Backbone(found.module, about.name, found.num_classes, found.input, about.source)

@@ -102,6 +102,7 @@ def test_only_the_command_prints_or_ends_the_program(module):
         "thresholds",
         "heads",
         "gates",
+        "knob",
         "learned",
         "naming",
         "placement",
@@ -169,7 +170,21 @@ def test_importing_it_imports_nothing_heavy(module):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("module", ["placement", "plans", "model", "training", "evaluation"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "backbones",
+        "building",
+        "data",
+        "pictures",
+        "placement",
+        "plans",
+        "rebuilding",
+        "model",
+        "training",
+        "evaluation",
+    ],
+)
 def test_importing_the_library_leaves_the_libraries_of_models_for_later(module):
     late = ("timm", "torchvision", "fvcore", "accelerate", "sklearn")
     top = {

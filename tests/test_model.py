@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +28,6 @@ from torch.utils.hooks import RemovableHandle
 
 import ptee
 from ptee.errors import CutError, PteeError, UnknownName
-from ptee.knob import _moved
 from ptee.model import EarlyExitModel
 from ptee.traces import record
 from ptee.weights import weights_hash
@@ -335,20 +333,6 @@ def test_the_threshold_is_set_by_one_number_for_each_exit_and_not_by_a_table(sha
     with pytest.raises(PteeError, match=f"{shape[0]} x {shape[1]} thresholds for 4 exits"):
         model.threshold = torch.full(shape, 0.1).tolist()
     assert model.threshold == [0.5] * 4
-
-
-@pytest.mark.parametrize(
-    ("device", "given", "sent"),
-    [
-        ("mps", torch.float64, torch.float32),  # there is no float64
-        ("mps", torch.float32, torch.float32),
-        ("mps", torch.bfloat16, torch.bfloat16),
-        ("cuda", torch.float64, torch.float64),
-    ],
-)
-def test_a_threshold_goes_to_a_device_in_a_type_that_is_there(device, given, sent):
-    recorder = SimpleNamespace(dtype=given, to=lambda *where: where)
-    assert _moved(recorder, torch.device(device)) == (torch.device(device), sent)
 
 
 def test_the_list_that_is_read_is_a_copy():
