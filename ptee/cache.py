@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError
 from ptee.model import EarlyExitModel, Reading
+from ptee.progress import with_bar
 from ptee.views import EveryView, Views
 
 IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision it was computed in
@@ -201,7 +202,7 @@ def fill(
     cache: Cache | None = None
     start = 0
     try:
-        for images, labels in map(split_batch, tqdm(loader, desc=words, leave=False, disable=None)):
+        for images, labels in map(split_batch, with_bar(loader, words)):
             with around():
                 reading = model.read(prepare(images))
             if cache is None:

@@ -26,8 +26,9 @@ from ptee.errors import PteeError, unknown
 from ptee.freezing import modes, set_modes
 from ptee.front import Prepare, require_same_question
 from ptee.model import EarlyExitModel
+from ptee.progress import with_bar
 from ptee.thresholds import AUTO, curve, first_to_give, truncation
-from ptee.traces import Score, Traces, compact, record, repeated, require_same_images, with_bar
+from ptee.traces import Score, Traces, compact, record, repeated, require_same_images
 from ptee.weights import weights_hash
 
 DROPS = (0.0, 0.005, 0.01, 0.02)

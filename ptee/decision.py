@@ -21,9 +21,10 @@ from ptee.devices import resolve_device
 from ptee.errors import DataError, PteeError, unknown
 from ptee.gates import READS, Gate
 from ptee.model import EarlyExitModel
+from ptee.progress import with_bar
 from ptee.settings import Settings
 from ptee.tables import table
-from ptee.traces import odd_labels, with_bar
+from ptee.traces import odd_labels
 
 QUESTIONS = {
     "agrees": "Is the answer the backbone's?",

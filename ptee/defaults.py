@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from ptee import runs
 from ptee.data import Data
 from ptee.errors import DataError, first_line
+from ptee.progress import with_bar
 
 MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}
 INPUT_SIZE, MEAN, STD = (1, 8, 8), (0.3,), (0.38,)
@@ -82,7 +83,6 @@ def train_digits_network(data: Data, file: Path) -> None:
         file: to write.
     """
     from safetensors.torch import save_file
-    from tqdm.auto import tqdm
 
     from ptee.backbones import load_backbone
 
@@ -92,7 +92,7 @@ def train_digits_network(data: Data, file: Path) -> None:
         loader: Any = torch.utils.data.DataLoader(data.train, BATCH, shuffle=True)
         adam = torch.optim.AdamW(net.parameters(), LR, weight_decay=WEIGHT_DECAY)
         plan = torch.optim.lr_scheduler.OneCycleLR(adam, HIGHEST_LR, total_steps=EPOCHS * len(loader))
-        for _ in tqdm(range(EPOCHS), desc="training a network on the digits", leave=False, disable=None):
+        for _ in with_bar(range(EPOCHS), "training a network on the digits"):
             for images, labels in loader:
                 loss = F.cross_entropy(net(images), labels)
                 adam.zero_grad(set_to_none=True)

@@ -7,27 +7,24 @@ what each exit said; what any threshold would give is arithmetic from then on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import length_hint
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError, PteeError, unknown
 from ptee.model import EarlyExitModel
 from ptee.policies import LEARNED, LOOKING_BACK, POLICIES
+from ptee.progress import with_bar
 from ptee.solver import run
 
 SAMPLE = 128  # images kept to measure speed on
 MANY_CLASSES = 100  # above which logits are kept in half precision
 ROUGH = 0.05  # of the deviation of pixels: by no more do they differ in what passes for the same image
 COLLAPSED = 0.95  # share of the samples at one exit above which there is nothing adaptive left
-
-_Step = TypeVar("_Step")
 
 
 @dataclass(frozen=True)
@@ -296,14 +293,3 @@ def _join(parts: list[Traces], classes: int) -> Traces:
         logits=torch.cat(logits, 1) if logits else None,
         note=fault and f"There is no accuracy for this data: {fault}.",
     )
-
-
-def with_bar(steps: Iterable[_Step], words: str, progress: bool) -> Iterable[_Step]:
-    """The steps, with a bar on a terminal.
-
-    Args:
-        steps: what takes long.
-        words: what is being done.
-        progress: show it.
-    """
-    return tqdm(steps, desc=words, leave=False, disable=None if progress else True)

@@ -16,7 +16,7 @@ import ptee
 PACKAGE = Path(ptee.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LAYERS = {  # a module imports from lower layers only
-    0: "errors tables options shadow freezing allocation",
+    0: "errors tables options progress shadow freezing allocation",
     1: "costs layout losses policies solver reliability replay batches pictures cifar_resnet weights origins devices classifiers "
     "views mixing history gates knob building",
     2: "data labels heads cuts backbones optimizers hold",
