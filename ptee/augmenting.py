@@ -67,12 +67,16 @@ def augment(o: Options, say: Say) -> None:
     again = _told_of_random_weights(model, say)
     _settle(o, data, model)
     data, for_gates = _split(data, o, say, asked_for_gates)
-    history = _train(model, data, targets, o, say)
-    if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
-        return
-    if history.interrupted:
-        raise _interrupted(history, o["out"], again)
-    model.results = {"data": _about(data, o)} | _fit_gates(model, for_gates, o, say)
+    complete: list[Epoch] = []
+    try:
+        history = _train(model, data, targets, o, say, complete)
+        if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
+            return
+        if history.interrupted:
+            raise KeyboardInterrupt
+        model.results = {"data": _about(data, o)} | _fit_gates(model, for_gates, o, say)
+    except KeyboardInterrupt as why:
+        raise _interrupted(complete, o, again) from why
     model.results |= {"choice": choice.to_dict()} if choice else {}
     _clear(o["out"])
     model.save_pretrained(o["out"])  # whatever becomes of the measurement, which may take long
@@ -251,8 +255,11 @@ def _settle(o: Options, data: Data, model: EarlyExitModel) -> None:
         o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
 
 
-def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say) -> History:
+def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say, complete: list[Epoch]) -> History:
+    """Epochs are added to `complete` once they are kept in the folder."""
+
     def tell(epoch: Epoch) -> None:
+        complete.append(epoch)
         _clear(o["out"])
         say(epoch.line(o["epochs"]))
 
@@ -266,11 +273,13 @@ def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say
     return history
 
 
-def _interrupted(history: History, out: Path, again: bool) -> Interrupted:
-    if not history.epochs:
+def _interrupted(complete: list[Epoch], o: Options, again: bool) -> Interrupted:
+    """What is kept of a training, in epochs that are complete in this run of the command or, resumed, in one before."""
+    if not complete and not o["resume"]:
         return Interrupted("Interrupted.")
+    kept = f"{complete[-1].number} complete epochs are" if complete else "what was trained before is"
     hint = " The same command with --resume goes on." if again else ""
-    return Interrupted(f"Interrupted: {len(history.epochs)} complete epochs are kept in {out}.{hint}")
+    return Interrupted(f"Interrupted: {kept} kept in {o['out']}.{hint}")
 
 
 def _fit_gates(model: EarlyExitModel, images: Any, o: Options, say: Say) -> dict[str, Any]:

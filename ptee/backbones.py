@@ -369,6 +369,11 @@ def _override(config: InputConfig, wish: Wish) -> InputConfig:
         raise BackboneError(f"Pixels are divided by std, so it must be positive, not {std}. Give std= again.")
     if not all(map(math.isfinite, mean)):
         raise BackboneError(f"The mean of pixels must be numbers, not {mean}. Give mean= again.")
+    if not all(0 <= m <= 1 for m in mean):
+        raise BackboneError(
+            f"Pixels lie between 0 and 1, and so does their mean, not {mean}. Numbers of 0 to 255 divide by 255, in std= as "
+            "well as in mean=."
+        )
     return InputConfig(size, mean, std, config.interpolation)
 
 

@@ -53,7 +53,10 @@ def map_labels(class_names: Sequence[str], num_classes: int) -> LabelMap:
         if are_numbers and numbers != tuple(range(n)):
             reason += ", as torchvision's ImageFolder sorts them; if the names are the numbers, write 02 for 2"
         return LabelMap(tuple(range(n)), f"{reason}.")
-    return LabelMap(None, f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}.")
+    # One class, or more than the backbone has, are not to be called by its numbers: there are no labels, or other ones.
+    mend = f": name their folders by its numbers, 0 to {num_classes - 1}" if 1 < n < num_classes else ""
+    reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}{mend}."
+    return LabelMap(None, reason)
 
 
 def _map_wordnet(class_names: Sequence[str]) -> LabelMap:

@@ -511,7 +511,7 @@ def load(
     Raises:
         RunError: if a file is missing, cut off, of a newer schema, or names a path outside; if the backbone's weights
             are not those the heads were trained on (both hashes are given); if a front network is given and it has none.
-        BackboneError: if the backbone cannot be built from what config.json says.
+        BackboneError: if the backbone is no module, or cannot be built from what config.json says.
         UnknownName: if there is no such argument.
     """
     known = ("revision", "token", "cache_dir", "force_download", "local_files_only")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ptee.backbones import Backbone, InputConfig, load_backbone, rebuild
-from ptee.errors import RunError
+from ptee.errors import BackboneError, RunError
 from ptee.front import FRONT, FrontHead, require_small
 from ptee.runs import Run
 from ptee.weights import difference, tensor_hashes, weights_hash
@@ -16,7 +16,13 @@ def check_weights(run: Run, module: nn.Module) -> None:
 
     Raises:
         RunError: with both hashes, and which tensors differ where that was recorded.
+        BackboneError: if it is no module.
     """
+    if not isinstance(module, nn.Module):
+        raise BackboneError(
+            f"The backbone {module!r} is no module. Give one with its weights, such as "
+            "timm.create_model('resnet50', pretrained=True)."
+        )
     found = weights_hash(module)
     if found == run.backbone_hash:
         return

@@ -289,6 +289,8 @@ def test_arguments_for_a_module_that_is_built_already_are_refused():
 
 
 def test_a_timm_module_brings_its_own_input():
+    import ptee.cifar_resnet  # noqa: F401 - registers them
+
     backbone = load_backbone(timm.create_model("cifar_resnet20"))
     assert (backbone.input.input_size, backbone.num_classes, backbone.label_space) == ((3, 32, 32), 10, None)
     assert load_backbone(timm.create_model("test_resnet")).label_space == "imagenet-1k"
@@ -314,6 +316,12 @@ def test_a_timm_model_without_classifier_is_refused():
 def test_means_of_another_number_than_channels_are_refused(mean, std):
     with pytest.raises(BackboneError, match="3 channels need 3 numbers"):
         load_backbone(Tiny(), input_size=(3, 16, 16), mean=mean, std=std)
+
+
+@pytest.mark.parametrize("mean", [(124, 116, 104), (0.5, 0.5, -0.5)], ids=str)
+def test_a_mean_that_no_pixel_has_is_refused(mean):
+    with pytest.raises(BackboneError, match=r"between 0 and 1.*divide"):
+        load_backbone(Tiny(), input_size=(3, 16, 16), mean=mean)
 
 
 def test_a_std_of_zero_is_refused():

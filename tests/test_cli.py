@@ -1050,6 +1050,20 @@ def test_interrupted_in_the_first_epoch_nothing_is_written(run, known, interrupt
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.parametrize("where", ["ptee.augmenting._clear", "ptee.augmenting.fit_gates"])
+def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, known, many, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("augment", *known, "--data", many, *BRIEF, *GATED, "--no-speed", "--out", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        broken = run(*words)
+    assert broken.status == 130
+    assert re.search("Interrupted: .*kept in out.*--resume goes on", broken.err)
+    assert run(*words, "--resume").status == 0
+
+
 def test_interrupted_while_it_measures_resume_has_only_to_measure(run, known, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

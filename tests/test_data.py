@@ -770,10 +770,13 @@ def test_names_become_the_backbones_classes(class_names, num_classes, indices):
         (sorted(map(str, range(10))), 10, r"in this order: 0, 1, 2, 3, 4 and 5 more\.$"),
         (["1", "10", "2"], 12, "names are taken for numbers of the backbone's 12"),
         (sorted(map(str, range(1000))), 1000, "names are taken for numbers of the backbone's 1000"),
+        (["cat", "dog"], 3, r"cannot be mapped to the backbone's 3: name their folders by its numbers, 0 to 2\.$"),
+        (["all"], 3, r"cannot be mapped to the backbone's 3\.$"),  # as where there are no labels
+        (["a", "b", "c"], 2, r"cannot be mapped to the backbone's 2\.$"),
     ],
-    ids=["numbers as text", "padded numbers", "ten numbers", "some of the classes", "ImageNet"],
+    ids=["text", "padded", "ten", "some of the classes", "ImageNet", "no numbers", "no labels", "too many"],
 )
-def test_the_reason_says_how_numbers_were_read(class_names, num_classes, said):
+def test_the_reason_says_how_names_were_read_or_what_to_call_them(class_names, num_classes, said):
     reason = map_labels(class_names, num_classes).reason
     assert re.search(said, reason)
     assert "\n" not in reason

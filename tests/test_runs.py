@@ -502,6 +502,12 @@ def test_nothing_is_unpickled(name, write, folder, net, tmp_path):
 # the backbone
 
 
+@pytest.mark.parametrize("backbone", ["torchvision/resnet18", 3], ids=str)
+def test_a_backbone_that_is_no_module_is_refused(backbone, folder):
+    with pytest.raises(BackboneError, match=f"{backbone}.*is no module.*timm.create_model"):
+        ptee.load(folder, backbone=backbone)
+
+
 def test_other_weights_are_refused_with_both_hashes(folder, net):
     wanted = weights_hash(net)
     with torch.no_grad():
