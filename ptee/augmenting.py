@@ -86,7 +86,8 @@ def augment(o: Options, say: Say) -> None:
         hint = f" ptee evaluate {o['out']} measures it." if again else ""
         raise Interrupted(f"Interrupted: the run in {o['out']} is complete but for its results.{hint}") from why
     _save(model, history, o["out"])
-    hint = f" Another threshold: ptee evaluate {o['out']} --threshold 0.7" if again else ""
+    to_turn = again and len(model.off) < len(model.exits)  # a threshold
+    hint = f" Another threshold: ptee evaluate {o['out']} --threshold 0.7" if to_turn else ""
     say(f"\nSaved in {o['out']}.{hint}")
 
 

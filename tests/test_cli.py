@@ -21,7 +21,7 @@ from sklearn.utils import Bunch
 from torch.utils.data import Dataset
 
 import ptee
-from ptee import choosing, defaults, evaluation, training
+from ptee import augmenting, choosing, defaults, evaluation, training
 from ptee.backbones import load_backbone
 from ptee.cli import cli, main
 from ptee.data import Data, open_named
@@ -440,6 +440,20 @@ def test_augment_leaves_a_run_that_says_what_was_measured(run, known, things):
     assert len(metrics["training"]["epochs"]) == 2
     for line in ("epoch 1/2", "epoch 2/2", "early exit, T = 0.9, 0.8", "Saved in out", "10 classes"):
         assert line in done.out
+
+
+@pytest.mark.parametrize("off", [[], [0], [0, 1]], ids=str)
+def test_another_threshold_is_suggested_where_an_exit_is_on(off, run, known, monkeypatch):
+    measured = augmenting.measured
+
+    def switched_off(model: ptee.EarlyExitModel, *more: Any) -> Any:
+        model.off = off
+        return measured(model, *more)
+
+    monkeypatch.setattr(augmenting, "measured", switched_off)
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert done.status == 0, done
+    assert ("Another threshold" in done.out) == (len(off) < 2)
 
 
 @pytest.fixture
