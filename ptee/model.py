@@ -168,8 +168,8 @@ class EarlyExitModel(
             threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
 
         Raises:
-            PteeError: if the threshold has NaN or another shape, or the model is in training mode, in which the answer
-                of a row would depend on its neighbours.
+            PteeError: if the threshold has NaN or another shape, the images are no batch, or the model is in training mode,
+                in which the answer of a row would depend on its neighbours.
         """
         if torch.jit.is_tracing():
             raise PteeError(
@@ -180,7 +180,7 @@ class EarlyExitModel(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
                 "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
             )
-        self._stay_frozen()
+        self._ready_for(x)
         memory = Memory({self.backbone.get_submodule(name): step for name, step in self._steps.items()})
         call = Leaving(self._hooks, list(self.heads), self.plan, self._in_force(threshold, len(x)), memory)
         if len(x) == 0:
@@ -201,7 +201,7 @@ class EarlyExitModel(
         Args:
             x: (b, c, h, w) images on the model's device.
         """
-        self._stay_frozen()
+        self._ready_for(x)
         if len(x) == 0:
             empty, none = self._no_rows(x), x.new_zeros(len(self.exits), 0, dtype=torch.float32)
             return AllExits(
@@ -220,7 +220,7 @@ class EarlyExitModel(
         Args:
             x: (b, c, h, w) images on the model's device.
         """
-        self._stay_frozen()
+        self._ready_for(x)
         call = Read(self._hooks, list(self.heads), self.plan)
         with running(call):
             call.enter(x)
@@ -325,10 +325,13 @@ class EarlyExitModel(
                 head.release()
         return self.backbone
 
-    def _stay_frozen(self) -> None:
+    def _ready_for(self, x: Tensor) -> None:
         """Somebody may have called train() on a part of the backbone past the wrapper, or taken the backbone back."""
         if self._hold.released:
             raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
+        if x.dim() != 4:  # the axes of one image would be taken for a batch's
+            one = " For one image give x[None]." if x.dim() == 3 else ""
+            raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
         self._hold.keep()
 
     def _like(self) -> Tensor:

@@ -335,6 +335,12 @@ def test_the_threshold_is_set_by_one_number_for_each_exit_and_not_by_a_table(sha
     assert model.threshold == [0.5] * 4
 
 
+@pytest.mark.parametrize("call", ["__call__", "predict", "all_exits", "read"])
+def test_a_single_image_without_a_batch_axis_is_refused(call):
+    with pytest.raises(PteeError, match=r"\(b, c, h, w\).*\(3, 32, 32\).*x\[None\]"):
+        getattr(copy.deepcopy(shared()), call)(torch.zeros(3, 32, 32))
+
+
 def test_the_list_that_is_read_is_a_copy():
     model = copy.deepcopy(shared())
     model.threshold.append(0.1)
