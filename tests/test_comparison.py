@@ -532,6 +532,20 @@ def test_the_recipes_give_mean_and_spread_of_comparisons_with_several_seeds(tmp_
     assert re.search(r"resnet20 +0.3000 ± 0.0000 \(\+0.0200 ± 0.0000\)", done.stdout)
 
 
+def test_the_recipes_give_mean_and_spread_of_runs_with_several_seeds(tmp_path):
+    script = Path(__file__).parent.parent / "recipes" / "means.py"
+    for name, cost in {"lite0": 0.4, "lite1": 0.6, "vit0": 0.3}.items():
+        (tmp_path / name).mkdir()
+        rows = [{"accuracy": 0.8, "fidelity": 1.0, "cost": 1.0}, {"accuracy": 0.7, "fidelity": 0.9, "cost": cost}]
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"results": {"rows": rows}}))
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, sorted(tmp_path.iterdir()))], capture_output=True, text=True, check=True
+    )
+    lite, vit = (line.split() for line in done.stdout.splitlines()[2:])
+    assert lite[:5] == ["lite", "2", "0.5000", "±", "0.1414"]
+    assert vit == ["vit", "1", "0.3000", "0.9000", "0.7000", "0.8000"]
+
+
 def spread_of(folder, *comparisons):
     """What the recipe prints of comparisons with such lines: name to cost."""
     script = Path(__file__).parent.parent / "recipes" / "spread.py"
