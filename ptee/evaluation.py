@@ -121,11 +121,11 @@ class Results:
         if cut_off:
             n = max(cut_off, key=lambda n: (_merit(self.truncation[n]), -n))
             score = self.truncation[n]
-            reached = f"fidelity {score.fidelity:.4f}" if score.accuracy is None else f"accuracy {score.accuracy:.4f}"
+            right = "" if score.accuracy is None else f"accuracy {score.accuracy:.4f}, "
             well = "as well for less" if round(score.cost, 4) < round(own.cost, 4) else "just as well"
             yield (
-                f"Cutting the backbone off at exit {n} ({self.rows[1 + n].module}) does {well}: {reached} at cost "
-                f"{score.cost:.4f}, as everybody leaves there and its head is the only one."
+                f"Cutting the backbone off at exit {n} ({self.rows[1 + n].module}) does {well}: {right}fidelity "
+                f"{score.fidelity:.4f} at cost {score.cost:.4f}, as everybody leaves there and its head is the only one."
             )
         if own.cost >= 1:
             yield (

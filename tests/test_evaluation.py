@@ -179,12 +179,12 @@ def test_where_a_cut_off_network_does_as_well_for_less_the_verdict_says_so(cut_o
     verdict = " ".join(results_and_cut_off(cut_off, Row("early exit", "", 0.88, 0.97, 0.7)).verdict)
     assert ("Cutting the backbone off at exit 0 (layer1) does as well for less" in verdict) == told
     if told:
-        assert f"accuracy {cut_off.accuracy:.4f} at cost 0.6000" in verdict
+        assert f"accuracy {cut_off.accuracy:.4f}, fidelity {cut_off.fidelity:.4f} at cost 0.6000" in verdict
 
 
 def test_where_everybody_leaves_at_one_exit_the_cut_off_network_is_not_said_to_cost_less():
     verdict = " ".join(results_and_cut_off(Score(0.88, 0.96, 0.6), Row("early exit", "", 0.88, 0.96, 0.6)).verdict)
-    assert "Cutting the backbone off at exit 0 (layer1) does just as well: accuracy 0.8800 at cost 0.6000" in verdict
+    assert "exit 0 (layer1) does just as well: accuracy 0.8800, fidelity 0.9600 at cost 0.6000" in verdict
 
 
 REFUSED = {
