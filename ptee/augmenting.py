@@ -182,13 +182,14 @@ def _digits(o: Options, say: Say) -> tuple[Backbone, Data, str]:
 
 
 def _split(data: Data, o: Options, say: Say, asked_for_gates: bool) -> tuple[Data, Any]:
-    """The data whose training images are for the heads, and the images for the gates; None where there are none."""
+    """The data whose training images are for the heads, and the images to fit gates on; None where there are none."""
     every: Any = data.train
     if o["gate"] and not asked_for_gates and len(every) * (o["gate_share"] or GATE_SHARE) < decision.FEWEST:
         say(
-            f"{len(every):,} training images are too few for gates as well: the heads learn on all, and their own h decides.\n"
+            f"{len(every):,} training images are too few to fit gates as well: the heads learn on all, and h is the largest "
+            "probability.\n"
         )
-        o["gate"] = None
+        return data, None
     if not o["gate"]:
         return data, None
     for_heads, for_gates = hold_out(every, o["gate_share"] or GATE_SHARE, o["seed"])
@@ -284,8 +285,11 @@ def _interrupted(complete: list[Epoch], o: Options, again: bool) -> Interrupted:
 
 
 def _fit_gates(model: EarlyExitModel, images: Any, o: Options, say: Say) -> dict[str, Any]:
-    """What is to be recorded of the gates; nothing where there are no images for them."""
+    """What is to be recorded of the gates; nothing where there are no images for them, which leaves them at the max probability."""
+    if not o["gate"]:
+        return {}
     if images is None:
+        model.put_gates([model.new_gate(n, "answers") for n in range(len(model.exits))])
         return {}
     fits = fit_gates(
         model, images, target=o["gate"], seed=o["seed"], batch_size=o["batch_size"], num_workers=o["workers"],

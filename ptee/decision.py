@@ -1,12 +1,13 @@
 """The decision: gates are fitted after the heads, on images that neither the heads nor the backbone should have seen.
 
 The heads run once over the images with nobody leaving, and what each gate reads is kept: a few numbers for each image. Then
-every gate is a small regression against one question, by cross-entropy, so that h is the probability of a yes.
+every gate is a small regression against one question, by cross-entropy, so that h is the probability of a yes. It starts from
+the max probability, scaled (J. Platt, 1999), and goes as far from it as images that are held out in turn bear out.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import Subset
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.devices import resolve_device
 from ptee.errors import DataError, PteeError, unknown
-from ptee.gates import READS, Gate
+from ptee.gates import LOG_ODDS, READS, Gate
 from ptee.model import EarlyExitModel
 from ptee.progress import with_bar
 from ptee.settings import Settings
@@ -32,26 +33,30 @@ QUESTIONS = {
     "best": "Is it the label, or would no later answer be?",
 }
 FEWEST = 20  # images to fit a gate on
-HELD_OUT = 5  # every fifth image says when to stop
+RARER = 10  # of the images, with the rarer answer; fewer only scale the max probability
+FOLDS = 5  # each a fifth of the images, held out in turn to say when to stop
 PENALTY = 1e-3  # on the squares of the weights
 ROUNDS, STEPS, PATIENCE = 40, 5, 5  # of L-BFGS; rounds without a better held-out loss
+SCALING_STEPS = 100
 LARGEST_SHARE = 0.5  # of the training images, for the gates
 
 
 @dataclass(frozen=True)
 class GateFit:
-    """How well the gate of one exit answers its question, on the held-out fifth of the images.
+    """How well the gate of one exit answers its question. Each image is held out once, and judged by what the others taught.
 
     Attributes:
         exit: the module behind which it stands.
         yes: share of all images for which the answer is yes.
         loss: cross-entropy of h.
+        max_prob: cross-entropy of the max probability alone, scaled.
         blind: cross-entropy of that share, which is what h is worth if it says the same of every image.
     """
 
     exit: str
     yes: float
     loss: float
+    max_prob: float
     blind: float
 
 
@@ -74,12 +79,15 @@ class GateFits:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [(str(n), e.exit, f"{e.yes:.4f}", f"{e.loss:.4f}", f"{e.blind:.4f}") for n, e in enumerate(self.exits)]
+        rows = [
+            (str(n), e.exit, *(f"{value:.4f}" for value in (e.yes, e.loss, e.max_prob, e.blind)))
+            for n, e in enumerate(self.exits)
+        ]
         return (
             f"Gates on {self.images:,} images. {QUESTIONS[self.target]}\n"
-            + table([("exit", "module", "yes", "loss", "blind"), *rows], left={1})
-            + "\nloss: cross-entropy of h on a held-out fifth; blind: of an h that is the same for all. Where that is as good, the "
-            "exit keeps\nthe h of its head and gets no gate."
+            + table([("exit", "module", "yes", "loss", "max prob", "blind"), *rows], left={1})
+            + "\nloss: cross-entropy of h, each image held out in turn; max prob: of the largest probability alone, scaled; "
+            "blind: of an\nh that is the same for all. Where all have the same answer, h is the largest probability as it is."
         )
 
 
@@ -134,8 +142,7 @@ def fit_gates(
 ) -> GateFits:
     """Give every exit a gate that decides who leaves there, fitted after the heads. No answer changes, only h does.
 
-    An exit whose gate learns nothing from these images keeps the h of its head; so does one where all have the same answer.
-    Gates ask what earlier exits said only where heads build on one another, so that exits that are off cost nothing where
+    h starts from the largest probability, and where all images have the same answer it stays there. Gates ask what earlier exits said only where heads build on one another, so that exits that are off cost nothing where
     they do not.
 
     Take images that the heads were not trained on. On images that the backbone itself was trained on it is nearly always
@@ -148,7 +155,7 @@ def fit_gates(
             label, or would no later answer be? then leaving loses nothing). None: "best" with labels, "agrees" without.
         reads: "answers" (a few numbers on the answers so far) or "features" (the head's feature vector, too, which wants
             many images).
-        seed: of the gates and of the fifth that is held out.
+        seed: of the gates and of the fifths that are held out.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: for the heads; None: where the model is.
@@ -177,11 +184,11 @@ def fit_gates(
             model.to(home)
         target = target or ("best" if heard.labels is not None else "agrees")
         yes = heard.yes(target)
-        fits = [_fit(gate, x, y, seed) for gate, x, y in zip(gates, heard.read, yes, strict=True)]
-    worth = [gate if loss < blind else None for gate, (_, loss, blind) in zip(gates, fits, strict=True)]
-    model.remove_gates()
-    model.put_gates(worth)
-    rows = [GateFit(e.name, *fit) for e, fit in zip(model.exits, fits, strict=True)]
+        rows = [
+            GateFit(e.name, **_fit(gate, x, y, seed))
+            for e, gate, x, y in zip(model.exits, gates, heard.read, yes, strict=True)
+        ]
+    model.put_gates(gates)
     return GateFits(target, len(heard.answers[0]), tuple(rows))
 
 
@@ -230,56 +237,96 @@ def _hear(model: EarlyExitModel, gates: Sequence[Gate], loader: Iterable[Any], p
     return _Heard(kept, torch.cat(answers, 1), None if fault else every, fault)
 
 
-def _fit(gate: Gate, x: Tensor, yes: Tensor, seed: int) -> tuple[float, float, float]:
-    """Fit one gate in float64, and say the share of yes, its held-out loss and that of a blind one."""
+def _fit(gate: Gate, x: Tensor, yes: Tensor, seed: int) -> dict[str, float]:
+    """Fit one gate in float64; the figures of a `GateFit`."""
     known = x.isfinite().all(-1)
     x, y = x[known], yes[known].to(x.dtype)
     if len(x) < FEWEST:
         raise DataError(f"A gate needs {FEWEST} images with finite answers at least; there are {len(x)}. Give more.")
+    gate.double()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held, learnt = order[: len(x) // HELD_OUT], order[len(x) // HELD_OUT :]
-    gate.double().standardise(x[learnt])
-    share = (y[learnt].sum().item() + 1) / (len(learnt) + 2)  # not 0, not 1
-    with torch.no_grad():
-        gate.outer.weight.zero_()  # begins blind, so what it ends with is no worse
-        gate.outer.bias.fill_(math.log(share / (1 - share)))
-    blind = _loss(gate, x[held], y[held])
-    if y[learnt].min() == y[learnt].max():  # nothing tells rows apart; a gate would say the same of all
-        return y.mean().item(), blind, blind
-    best = _descend(gate, (x[learnt], y[learnt]), (x[held], y[held]))
-    return y.mean().item(), best, blind
+    folds = [_Fold(gate, x, y, order[n::FOLDS]) for n in range(FOLDS)]
+    losses = [sum(fold.loss() for fold in folds) / len(x)]
+    blind = sum(fold.blind() for fold in folds) / len(x)
+    while len(losses) <= ROUNDS and len(losses) - 1 - _best(losses) < PATIENCE:
+        for fold in folds:
+            fold.descent.step()
+        losses.append(sum(fold.loss() for fold in folds) / len(x))
+    descent = _Descent(gate, x, y)
+    for _ in range(_best(losses)):
+        descent.step()
+    return {"yes": y.mean().item(), "loss": min(losses), "max_prob": losses[0], "blind": blind}
 
 
-def _descend(gate: Gate, learnt: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> float:
-    """L-BFGS on all images at once, back to where the held-out loss was lowest; that loss."""
-    weights = [p for p in gate.parameters() if p.dim() > 1]
-    optimiser = torch.optim.LBFGS(gate.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
+def _best(losses: Sequence[float]) -> int:
+    return min(range(len(losses)), key=losses.__getitem__)
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        x, y = learnt
-        loss = F.binary_cross_entropy_with_logits(gate.judge(x), y) + PENALTY * sum(w.square().sum() for w in weights)
+
+class _Descent:
+    """A gate on its way: first scale and shift of the max probability, then round by round the network that adds to it."""
+
+    def __init__(self, gate: Gate, x: Tensor, y: Tensor) -> None:
+        self.gate, self.x, self.y = gate, x, y
+        rarer = int(min(y.sum(), (1 - y).sum()))
+        self.borne_out = rarer >= RARER
+        gate.standardise(x)
+        if rarer:  # else a gate would say the same of all
+            _scale(gate, x, y)
+        network = [p for name, p in gate.named_parameters() if name not in ("scale", "shift")]
+        self.weights = [p for p in network if p.dim() > 1]
+        self.optimiser = torch.optim.LBFGS(network, max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def step(self) -> None:
+        """A few steps of L-BFGS on all images at once."""
+        if self.borne_out:
+            self.optimiser.step(self._closure)
+
+    def _closure(self) -> Tensor:
+        self.optimiser.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(self.gate.judge(self.x), self.y)
+        loss = loss + PENALTY * sum(w.square().sum() for w in self.weights)
         loss.backward()
         return loss
 
-    lowest, best, waited = _loss(gate, *held), _copy(gate), 0
-    for _ in range(ROUNDS):
-        optimiser.step(closure)
-        loss = _loss(gate, *held)
-        if loss < lowest:
-            lowest, best, waited = loss, _copy(gate), 0
-        else:
-            waited += 1
-        if waited == PATIENCE:
-            break
-    gate.load_state_dict(best)
-    return lowest
+
+class _Fold:
+    """A copy of a gate that learns from all images but some, and is asked about these."""
+
+    def __init__(self, gate: Gate, x: Tensor, y: Tensor, held: Tensor) -> None:
+        learnt = torch.ones(len(x), dtype=torch.bool)
+        learnt[held] = False
+        self.descent = _Descent(copy.deepcopy(gate), x[learnt], y[learnt])
+        self.x, self.y = x[held], y[held]
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Cross-entropy, summed over the images held out."""
+        return F.binary_cross_entropy_with_logits(self.descent.gate.judge(self.x), self.y, reduction="sum").item()
+
+    def blind(self) -> float:
+        """The same of the share of yes among those that were not."""
+        y = self.descent.y
+        share = (y.sum() + 1) / (len(y) + 2)  # not 0, not 1
+        return F.binary_cross_entropy(share.expand(len(self.y)), self.y, reduction="sum").item()
 
 
-@torch.no_grad()
-def _loss(gate: Gate, x: Tensor, y: Tensor) -> float:
-    return F.binary_cross_entropy_with_logits(gate.judge(x), y).item()
+def _scale(gate: Gate, x: Tensor, y: Tensor) -> None:
+    """Scale and shift of the log-odds, by maximum likelihood and Platt's targets, the scale positive and near 1 a priori."""
+    yes = y.sum()
+    target = torch.where(
+        y > 0, (yes + 1) / (yes + 2), 1 / (len(y) - yes + 2)
+    )  # not 0, not 1: few images would be too sure
+    log_odds, found = x[:, LOG_ODDS], torch.zeros(2, dtype=x.dtype, requires_grad=True)  # log scale, shift
+    optimiser = torch.optim.LBFGS([found], max_iter=SCALING_STEPS, line_search_fn="strong_wolfe")
 
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        sure = log_odds * found[0].exp() + found[1]
+        loss = F.binary_cross_entropy_with_logits(sure, target) + found[0].square() / (2 * len(y))
+        loss.backward()
+        return loss
 
-def _copy(gate: Gate) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    optimiser.step(closure)
+    with torch.no_grad():
+        gate.scale.copy_(found[0].exp())
+        gate.shift.copy_(found[1])

@@ -1,7 +1,8 @@
 """Gates: may a row leave here? Asked of what the exits have answered so far.
 
 A head's own confidence learns together with its logits. A gate is fitted when the heads are done (`decision`); it reads a
-few numbers on the answers, which do not say which class it is, and where wished the head's feature vector.
+few numbers on the answers, which do not say which class it is, and where wished the head's feature vector. Until it is fitted
+its h is the answer's probability.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ NARROWEST = 1e-3  # a standard deviation below says nothing, and half precision 
 
 
 class Gate(nn.Module):
-    """From answers to a confidence logit: standardised numbers, then one hidden layer.
+    """From answers to a confidence logit: the log-odds of the max probability, scaled and shifted (Platt), plus a small network.
+
+    The network reads standardised numbers, has one hidden layer, and gives 0 before it is fitted.
 
     Args:
         reads: one of `READS`.
@@ -46,6 +49,9 @@ class Gate(nn.Module):
         self.register_buffer("std", torch.ones(width))
         self.inner = nn.Linear(self.numbers + BOTTLENECK * (reads == "features"), HIDDEN)
         self.outer = nn.Linear(HIDDEN, 1)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+        self.scale, self.shift = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
 
     def forward(self, logits: Tensor, earlier: Sequence[Tensor], v: Tensor) -> Tensor:
         """How sure the exit may be, (b,), in float32 at least whatever the precision around; NaN on what is not finite.
@@ -86,23 +92,27 @@ class Gate(nn.Module):
             x: what `read` gave.
         """
         known = x.isfinite().all(-1)
+        scaled = x[:, LOG_ODDS] * self.scale.to(x.dtype) + self.shift.to(x.dtype)
         x = ((x - self.mean.to(x.dtype)) / self.std.to(x.dtype)).clamp(-FARTHEST, FARTHEST)
         if self.bottleneck is not None:
             x = torch.cat([x[:, : self.numbers], _linear(self.bottleneck, x[:, self.numbers :])], -1)
-        sure = _linear(self.outer, F.silu(_linear(self.inner, x)))[:, 0]
-        return torch.where(known, sure, torch.nan)
+        more = _linear(self.outer, F.silu(_linear(self.inner, x)))[:, 0]
+        return torch.where(known, scaled + more, torch.nan)
 
 
-OWN = ("max probability", "entropy", "margin", "log-probability gap")
+OWN = ("max probability", "entropy", "margin", "log-odds of the max probability")
+LOG_ODDS = 3
 COMPARED = ("max probability before", "agrees with the one before", "share that agrees", "mean log-probability")
 
 
 def _own(log_p: Tensor) -> Tensor:
     """(b, K) -> (b, 4): what one answer says of itself."""
-    first, second = log_p.topk(2).values.unbind(-1)
+    top, classes = log_p.topk(2)
+    first, second = top.unbind(-1)
     p = first.exp()
     entropy = torch.special.entr(log_p.exp()).sum(-1) / math.log(log_p.shape[-1])
-    return torch.stack([p, entropy, p - second.exp(), first - second], -1)
+    others = log_p.scatter(-1, classes[:, :1], -math.inf).logsumexp(-1)  # log(1 - p), also where p rounds to 1
+    return torch.stack([p, entropy, p - second.exp(), first - others], -1)
 
 
 def _compared(log_p: Tensor, before: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ import math
 import pytest
 import torch
 from small import EXITS, HEADS, leaving_everywhere, linked
-from torch import Tensor
+from torch import Tensor, nn
 
 import ptee
 from ptee.backbones import load_backbone
 from ptee.costs import count
 from ptee.cuts import random_images
 from ptee.errors import PteeError, RunError
-from ptee.gates import BOTTLENECK, HIDDEN, READS, Gate
+from ptee.gates import BOTTLENECK, HIDDEN, LOG_ODDS, READS, Gate
 from ptee.heads import Trail, confidence_of
 from ptee.learned import AfterOthers
 from ptee.model import build
@@ -36,8 +36,7 @@ def answers(*shape: int) -> Tensor:
 def gate(reads: str = "features", follows: bool = True) -> Gate:
     """One that says something."""
     made = Gate(reads, F, follows)
-    with torch.no_grad():
-        made.outer.weight.mul_(5)
+    nn.init.normal_(made.outer.weight)
     return made.eval()
 
 
@@ -52,7 +51,7 @@ def model() -> ptee.EarlyExitModel:
         for n in (0, 2):
             g = made.heads[n].gate
             g.standardise(g.read(said[n].logits, said[n].trail.answers[:-1], said[n].features))
-            g.outer.weight.mul_(5)
+            nn.init.normal_(g.outer.weight)
     return made
 
 
@@ -65,7 +64,7 @@ def test_what_an_answer_says_of_itself_and_the_answers_before_of_it():
     read = Gate("answers", F, follows=True).read(p.log(), [first.log(), second.log()], torch.zeros(1, F))
     entropy = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
     support = (math.log(0.5) + math.log(0.3)) / 2
-    torch.testing.assert_close(read, torch.tensor([[0.7, entropy, 0.5, math.log(3.5), 0.6, 0.0, 0.5, support]]))
+    torch.testing.assert_close(read, torch.tensor([[0.7, entropy, 0.5, math.log(0.7 / 0.3), 0.6, 0.0, 0.5, support]]))
 
 
 def test_the_first_exit_reads_its_own_answer_and_the_features_as_they_are():
@@ -73,6 +72,21 @@ def test_the_first_exit_reads_its_own_answer_and_the_features_as_they_are():
     read = gate(follows=False).read(answers(b), [], v)
     assert read.shape == (b, 4 + F)
     assert torch.equal(read[:, 4:], v)
+
+
+def test_the_log_odds_tell_rows_apart_whose_probability_rounds_to_one():
+    logits = torch.tensor([[30.0, 0, 0], [40, 0, 0], [0, 300, -100]])
+    assert logits.softmax(-1).amax(-1).tolist() == [1, 1, 1]
+    read = Gate("answers", F, follows=False).read(logits, [], torch.zeros(3, F))
+    torch.testing.assert_close(read[:, LOG_ODDS], torch.tensor([30 - math.log(2), 40 - math.log(2), 300]))
+
+
+@each_kind
+@pytest.mark.parametrize("follows", [False, True])
+def test_before_it_is_fitted_its_h_is_the_max_probability(reads, follows):
+    logits, before = answers(b), list(answers(2, b))
+    h = confidence_of(Gate(reads, F, follows)(logits, before, torch.randn(b, F)))
+    torch.testing.assert_close(h, logits.softmax(-1).amax(-1))
 
 
 @each_kind
