@@ -15,7 +15,7 @@ from ptee.asked import Options, Say
 from ptee.backbones import IMAGENET, Backbone, load_backbone
 from ptee.choosing import Choice
 from ptee.data import Data
-from ptee.decision import check_target, fit_gates, hold_out
+from ptee.decision import check_target, fit_gates, hang_unfitted_gates, hold_out
 from ptee.devices import resolve_device
 from ptee.errors import DataError, Interrupted, PteeError, RunError
 from ptee.heads import AUTO
@@ -74,7 +74,7 @@ def augment(o: Options, say: Say) -> None:
             return
         if history.interrupted:
             raise KeyboardInterrupt
-        model.results = {"data": _about(data, o)} | _fit_gates(model, for_gates, o, say)
+        model.results = {"data": _about(data, o)} | _gates(model, for_gates, o, say)
     except KeyboardInterrupt as why:
         raise _interrupted(complete, o, again) from why
     model.results |= {"choice": choice.to_dict()} if choice else {}
@@ -284,13 +284,12 @@ def _interrupted(complete: list[Epoch], o: Options, again: bool) -> Interrupted:
     return Interrupted(f"Interrupted: {kept} kept in {o['out']}.{hint}")
 
 
-def _fit_gates(model: EarlyExitModel, images: Any, o: Options, say: Say) -> dict[str, Any]:
-    """What is to be recorded of the gates; nothing where there are no images for them, which leaves them at the max probability."""
+def _gates(model: EarlyExitModel, images: Any, o: Options, say: Say) -> dict[str, Any]:
+    """Hang gates, where they are asked for, and say what is to be recorded of them; without images they stay unfitted."""
     if not o["gate"]:
         return {}
     if images is None:
-        model.put_gates([model.new_gate(n, "answers") for n in range(len(model.exits))])
-        return {}
+        return {"gates": hang_unfitted_gates(model, o["gate"]).to_dict()}
     fits = fit_gates(
         model, images, target=o["gate"], seed=o["seed"], batch_size=o["batch_size"], num_workers=o["workers"],
         device=o["device"],

@@ -33,7 +33,7 @@ QUESTIONS = {
     "best": "Is it the label, or would no later answer be?",
 }
 FEWEST = 20  # images to fit a gate on
-RARER = 10  # of the images, with the rarer answer; fewer only scale the max probability
+RARER = 20  # images with the rarer answer; fewer only scale the max probability
 FOLDS = 5  # each a fifth of the images, held out in turn to say when to stop
 PENALTY = 1e-3  # on the squares of the weights
 ROUNDS, STEPS, PATIENCE = 40, 5, 5  # of L-BFGS; rounds without a better held-out loss
@@ -47,8 +47,8 @@ class GateFit:
 
     Attributes:
         exit: the module behind which it stands.
-        yes: share of all images for which the answer is yes.
-        loss: cross-entropy of h.
+        yes: share of the images (with finite answers) for which it is yes.
+        loss: cross-entropy of h, a little rosy: the lowest of those after each round of fitting.
         max_prob: cross-entropy of the max probability alone, scaled.
         blind: cross-entropy of that share, which is what h is worth if it says the same of every image.
     """
@@ -87,7 +87,7 @@ class GateFits:
             f"Gates on {self.images:,} images. {QUESTIONS[self.target]}\n"
             + table([("exit", "module", "yes", "loss", "max prob", "blind"), *rows], left={1})
             + "\nloss: cross-entropy of h, each image held out in turn; max prob: of the largest probability alone, scaled; "
-            "blind: of an\nh that is the same for all. Where all have the same answer, h is the largest probability as it is."
+            f"blind: of an\nh that is the same for all. With fewer than {RARER} images of either answer, h is the largest probability, scaled."
         )
 
 
@@ -142,8 +142,9 @@ def fit_gates(
 ) -> GateFits:
     """Give every exit a gate that decides who leaves there, fitted after the heads. No answer changes, only h does.
 
-    h starts from the largest probability, and where all images have the same answer it stays there. Gates ask what earlier exits said only where heads build on one another, so that exits that are off cost nothing where
-    they do not.
+    h is the largest probability, scaled to be the probability of a yes, and a small network adds to it as far as images that
+    are held out bear out; with fewer than 20 images of either answer it adds nothing. Gates ask what earlier exits said only
+    where heads build on one another, so that exits that are off cost nothing where they do not.
 
     Take images that the heads were not trained on. On images that the backbone itself was trained on it is nearly always
     right, so gates that learn from them are too sure. Heads that are trained further want new gates.
@@ -154,7 +155,7 @@ def fit_gates(
         target: the question: "agrees" (is this answer the backbone's?), "right" (is it the label?) or "best" (is it the
             label, or would no later answer be? then leaving loses nothing). None: "best" with labels, "agrees" without.
         reads: "answers" (a few numbers on the answers so far) or "features" (the head's feature vector, too, which wants
-            many images).
+            many images, and minutes where there are many).
         seed: of the gates and of the fifths that are held out.
         batch_size: for a data set.
         num_workers: processes that load a data set.
@@ -184,12 +185,23 @@ def fit_gates(
             model.to(home)
         target = target or ("best" if heard.labels is not None else "agrees")
         yes = heard.yes(target)
+        exits = list(zip(model.exits, gates, heard.read, yes, strict=True))
         rows = [
-            GateFit(e.name, **_fit(gate, x, y, seed))
-            for e, gate, x, y in zip(model.exits, gates, heard.read, yes, strict=True)
+            GateFit(e.name, **_fit(gate, x, y, seed)) for e, gate, x, y in with_bar(exits, "fitting gates", progress)
         ]
-    model.put_gates(gates)
+        model.put_gates(gates)
     return GateFits(target, len(heard.answers[0]), tuple(rows))
+
+
+def hang_unfitted_gates(model: EarlyExitModel, target: str) -> GateFits:
+    """Give every exit a gate whose h is the largest probability as it is, where there are no images to fit one on.
+
+    Args:
+        model: with trained heads.
+        target: a key of `QUESTIONS`, which is not asked.
+    """
+    model.put_gates([model.new_gate(n, "answers") for n in range(len(model.exits))])
+    return GateFits(target, 0, ())
 
 
 @dataclass(frozen=True)
@@ -245,20 +257,22 @@ def _fit(gate: Gate, x: Tensor, yes: Tensor, seed: int) -> dict[str, float]:
         raise DataError(f"A gate needs {FEWEST} images with finite answers at least; there are {len(x)}. Give more.")
     gate.double()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = order[y[order].argsort(stable=True)]  # as many of either answer in each fold
     folds = [_Fold(gate, x, y, order[n::FOLDS]) for n in range(FOLDS)]
-    losses = [sum(fold.loss() for fold in folds) / len(x)]
     blind = sum(fold.blind() for fold in folds) / len(x)
-    while len(losses) <= ROUNDS and len(losses) - 1 - _best(losses) < PATIENCE:
-        for fold in folds:
-            fold.descent.step()
-        losses.append(sum(fold.loss() for fold in folds) / len(x))
+    losses = [sum(fold.loss() for fold in folds) / len(x)]
+    if min(y.sum(), (1 - y).sum()) >= RARER:
+        while len(losses) <= ROUNDS and len(losses) - 1 - _lowest(losses) < PATIENCE:
+            for fold in folds:
+                fold.descent.step()
+            losses.append(sum(fold.loss() for fold in folds) / len(x))
     descent = _Descent(gate, x, y)
-    for _ in range(_best(losses)):
+    for _ in range(_lowest(losses)):
         descent.step()
     return {"yes": y.mean().item(), "loss": min(losses), "max_prob": losses[0], "blind": blind}
 
 
-def _best(losses: Sequence[float]) -> int:
+def _lowest(losses: Sequence[float]) -> int:
     return min(range(len(losses)), key=losses.__getitem__)
 
 
@@ -266,24 +280,21 @@ class _Descent:
     """A gate on its way: first scale and shift of the max probability, then round by round the network that adds to it."""
 
     def __init__(self, gate: Gate, x: Tensor, y: Tensor) -> None:
-        self.gate, self.x, self.y = gate, x, y
-        rarer = int(min(y.sum(), (1 - y).sum()))
-        self.borne_out = rarer >= RARER
         gate.standardise(x)
-        if rarer:  # else a gate would say the same of all
-            _scale(gate, x, y)
+        _scale(gate, x, y)
+        self.gate, self.y = gate, y
+        self.scaled, self.standard = gate.scaled(x).detach(), gate.standard(x)  # neither changes from here on
         network = [p for name, p in gate.named_parameters() if name not in ("scale", "shift")]
         self.weights = [p for p in network if p.dim() > 1]
         self.optimiser = torch.optim.LBFGS(network, max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def step(self) -> None:
         """A few steps of L-BFGS on all images at once."""
-        if self.borne_out:
-            self.optimiser.step(self._closure)
+        self.optimiser.step(self._closure)
 
     def _closure(self) -> Tensor:
         self.optimiser.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(self.gate.judge(self.x), self.y)
+        loss = F.binary_cross_entropy_with_logits(self.scaled + self.gate.network(self.standard), self.y)
         loss = loss + PENALTY * sum(w.square().sum() for w in self.weights)
         loss.backward()
         return loss

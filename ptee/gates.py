@@ -20,6 +20,7 @@ READS = ("answers", "features")  # the second: the feature vector, too
 HIDDEN, BOTTLENECK = 16, 16  # widths; saved runs have them
 FARTHEST = 6.0  # standard deviations from the mean; what lies beyond was not seen in fitting
 NARROWEST = 1e-3  # a standard deviation below says nothing, and half precision could not hold it
+SUREST = 50.0  # log-odds; a row beyond would outweigh all others, and no h tells it from 1
 
 
 class Gate(nn.Module):
@@ -91,13 +92,22 @@ class Gate(nn.Module):
         Args:
             x: what `read` gave.
         """
-        known = x.isfinite().all(-1)
-        scaled = x[:, LOG_ODDS] * self.scale.to(x.dtype) + self.shift.to(x.dtype)
-        x = ((x - self.mean.to(x.dtype)) / self.std.to(x.dtype)).clamp(-FARTHEST, FARTHEST)
+        sure = self.scaled(x) + self.network(self.standard(x))
+        return torch.where(x.isfinite().all(-1), sure, torch.nan)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The log-odds (b,) of what was read, scaled and shifted."""
+        return x[:, LOG_ODDS] * self.scale.to(x.dtype) + self.shift.to(x.dtype)
+
+    def standard(self, x: Tensor) -> Tensor:
+        """What was read, (b, n), in standard deviations from the mean."""
+        return ((x - self.mean.to(x.dtype)) / self.std.to(x.dtype)).clamp(-FARTHEST, FARTHEST)
+
+    def network(self, x: Tensor) -> Tensor:
+        """What the network adds, (b,), to standardised numbers (b, n)."""
         if self.bottleneck is not None:
             x = torch.cat([x[:, : self.numbers], _linear(self.bottleneck, x[:, self.numbers :])], -1)
-        more = _linear(self.outer, F.silu(_linear(self.inner, x)))[:, 0]
-        return torch.where(known, scaled + more, torch.nan)
+        return _linear(self.outer, F.silu(_linear(self.inner, x)))[:, 0]
 
 
 OWN = ("max probability", "entropy", "margin", "log-odds of the max probability")
@@ -112,14 +122,14 @@ def _own(log_p: Tensor) -> Tensor:
     p = first.exp()
     entropy = torch.special.entr(log_p.exp()).sum(-1) / math.log(log_p.shape[-1])
     others = log_p.scatter(-1, classes[:, :1], -math.inf).logsumexp(-1)  # log(1 - p), also where p rounds to 1
-    return torch.stack([p, entropy, p - second.exp(), first - others], -1)
+    return torch.stack([p, entropy, p - second.exp(), (first - others).clamp(-SUREST, SUREST)], -1)
 
 
 def _compared(log_p: Tensor, before: Tensor) -> Tensor:
     """(b, K), (n, b, K) -> (b, 4): what the answers before say of this one."""
     chosen = log_p.argmax(-1)  # (b,)
     agree = (before.argmax(-1) == chosen).to(log_p.dtype)  # (n, b)
-    support = before.gather(-1, chosen.expand(len(before), -1)[..., None])[..., 0]  # (n, b)
+    support = before.gather(-1, chosen.expand(len(before), -1)[..., None])[..., 0].clamp(min=-SUREST)  # (n, b)
     return torch.stack([before[-1].amax(-1).exp(), agree[-1], agree.mean(0), support.mean(0)], -1)
 
 

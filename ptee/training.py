@@ -152,7 +152,7 @@ def train(
 def _require_no_gates(model: EarlyExitModel) -> None:
     if any(e.gate for e in model.exits):
         raise PteeError(
-            "This model has gates, which were fitted to its heads as they are; training would move both. Take them off first "
+            "This model has gates, which belong to its heads as they are; training would move both. Take them off first "
             "(model.remove_gates()), and fit new ones afterwards (ptee.fit_gates)."
         )
 

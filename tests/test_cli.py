@@ -1007,12 +1007,13 @@ def test_too_few_images_to_fit_gates_leave_h_at_the_largest_probability(run, kno
     assert "24 training images are too few to fit gates as well: the heads learn on all" in done.out
     assert "Gates on" not in done.out
     model = ptee.load("out")
+    assert model.results["gates"]["images"] == 0
     every = model.all_exits(random_images(model.backbone, 5, model.origin.input.input_size))
     torch.testing.assert_close(every.confidence[:-1], every.logits[:-1].softmax(-1).amax(-1))
 
 
 def test_without_gates_nothing_is_said_of_them(run, known):
-    done = run("augment", *known, *SHORT, "--out", "out")
+    done = run("augment", *known, *SHORT, "--gate", "none", "--out", "out")
     assert "Gates" not in done.out
     assert "gates" not in json.loads(Path("out", "config.json").read_text())["results"]
 

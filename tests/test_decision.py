@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import ptee
 from ptee import decision
 from ptee.backbones import load_backbone
-from ptee.decision import QUESTIONS, GateFits, fit_gates, hold_out
+from ptee.decision import QUESTIONS, GateFits, _Descent, fit_gates, hold_out
 from ptee.errors import DataError, PteeError, UnknownName
-from ptee.gates import READS
+from ptee.gates import LOG_ODDS, READS, Gate
 from ptee.model import build
 
 n, K, SIZE = 400, 5, (3, 8, 8)
@@ -141,17 +142,66 @@ def test_the_share_of_yes_is_that_of_the_question(target, model, images):
         assert fits.exits[e].yes == pytest.approx(yes / n)
 
 
-def test_where_every_image_has_the_same_answer_h_is_the_max_probability(model, images):
-    labels = torch.full((n,), K - 1)
+@pytest.mark.parametrize("right", [False, True])
+def test_where_every_image_has_the_same_answer_h_says_so_and_still_tells_rows_apart(right, model, images):
+    labels = model.all_exits(images).logits[0].argmax(-1) if right else torch.full((n,), K - 1)
     with torch.no_grad():
-        for head in model.heads:
-            head.logits.bias.copy_(100 * torch.eye(K)[0])  # never right
+        model.heads[0].logits.bias[K - 1] -= 0 if right else 1000  # never its answer
     fits = fit_gates(model, TensorDataset(images, labels), target="right")
-    assert [(e.yes, e.loss == e.max_prob) for e in fits.exits] == [(0, True), (0, True)]
-    torch.testing.assert_close(model.all_exits(images).confidence[:-1].detach(), max_prob(model, images))
+    assert fits.exits[0].yes == right
+    assert fits.exits[0].loss == fits.exits[0].max_prob
+    h = model.all_exits(images).confidence[0].detach()
+    assert h.mean().item() == pytest.approx(float(right), abs=0.1)
+    assert (h[max_prob(model, images)[0].argsort()].diff() >= 0).all()
+    assert len(h.unique()) > n / 2
 
 
-@pytest.mark.parametrize("wrong", [1, 9])
+def log_odds_and_answers(n: int, scale: float, shift: float, seed: int) -> tuple[Tensor, Tensor]:
+    """What a gate without features or earlier exits reads (n, 4), and whether the answer is yes (n,), by chance."""
+    logits = 3 * torch.randn(n, 10, generator=torch.Generator().manual_seed(seed))
+    read = Gate("answers", 1, follows=False).read(logits, [], torch.zeros(n, 1)).double()
+    chance = (scale * read[:, LOG_ODDS] + shift).sigmoid()
+    return read, chance > torch.rand(n, dtype=torch.double, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def test_scale_and_shift_are_found_and_stay_as_they_are_while_the_network_learns():
+    x, yes = log_odds_and_answers(5000, 0.4, 0.5, 0)
+    descent = _Descent(Gate("answers", 1, follows=False).double(), x, yes.double())
+    found = (descent.gate.scale.item(), descent.gate.shift.item())
+    assert found == pytest.approx((0.4, 0.5), abs=0.08)
+    before = descent.gate.judge(x).detach()
+    descent.step()
+    assert (descent.gate.scale.item(), descent.gate.shift.item()) == found
+    assert not torch.equal(descent.gate.judge(x), before)
+
+
+@pytest.mark.parametrize("size", [20, 400])
+def test_answers_that_can_be_told_apart_entirely_make_nobody_entirely_sure(size):
+    x, _ = log_odds_and_answers(size, 1, 0, 0)
+    gate = Gate("answers", 1, follows=False).double()
+    _Descent(gate, x, (x[:, LOG_ODDS] > x[:, LOG_ODDS].median()).double())
+    assert 0 < gate.scale < 20
+    assert (x[:, LOG_ODDS] * gate.scale + gate.shift).sigmoid().median() < 0.9
+
+
+@pytest.mark.parametrize(("size", "shift"), [(30, 0.5), (60, 0.5), (300, 2.5)])
+def test_few_images_of_the_rarer_answer_cost_little_order_and_no_truth(size, shift):
+    """The answers come from the max probability alone, so any more that a gate believes is wrong. Over ten draws."""
+    fresh, wanted = log_odds_and_answers(5000, 0.4, shift, 1000)
+    for seed in range(10):
+        x, yes = log_odds_and_answers(size, 0.4, shift, 2 * seed)
+        gate = Gate("answers", 1, follows=False)
+        decision._fit(gate, x, yes, seed)
+        with torch.no_grad():
+            h = gate.judge(fresh).sigmoid()
+        best = roc_auc_score(wanted, fresh[:, LOG_ODDS])
+        assert roc_auc_score(wanted, h) > best - 0.05
+        share = wanted.double().mean()
+        blind = F.binary_cross_entropy(share.expand(len(h)), wanted.double())
+        assert F.binary_cross_entropy(h, wanted.double()) < 1.2 * blind
+
+
+@pytest.mark.parametrize("wrong", [1, 19])
 def test_a_few_answers_of_one_kind_change_no_order_even_if_they_were_the_surest(wrong, model, images):
     answers, sure = model.all_exits(images).logits[0].argmax(-1), max_prob(model, images)[0]
     labels = answers.clone()
@@ -201,6 +251,7 @@ def test_a_loader_and_gradients_switched_off_are_as_good(images):
         with torch.inference_mode():
             fit_gates(model, data)
             found.append(model.all_exits(images).confidence)
+        model.all_exits(images).confidence.sum().backward()  # of no use, but nothing is left that forbids it
     assert torch.equal(*found)
 
 

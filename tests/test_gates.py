@@ -16,7 +16,7 @@ from ptee.backbones import load_backbone
 from ptee.costs import count
 from ptee.cuts import random_images
 from ptee.errors import PteeError, RunError
-from ptee.gates import BOTTLENECK, HIDDEN, LOG_ODDS, READS, Gate
+from ptee.gates import BOTTLENECK, HIDDEN, LOG_ODDS, READS, SUREST, Gate
 from ptee.heads import Trail, confidence_of
 from ptee.learned import AfterOthers
 from ptee.model import build
@@ -75,10 +75,10 @@ def test_the_first_exit_reads_its_own_answer_and_the_features_as_they_are():
 
 
 def test_the_log_odds_tell_rows_apart_whose_probability_rounds_to_one():
-    logits = torch.tensor([[30.0, 0, 0], [40, 0, 0], [0, 300, -100]])
-    assert logits.softmax(-1).amax(-1).tolist() == [1, 1, 1]
-    read = Gate("answers", F, follows=False).read(logits, [], torch.zeros(3, F))
-    torch.testing.assert_close(read[:, LOG_ODDS], torch.tensor([30 - math.log(2), 40 - math.log(2), 300]))
+    logits = torch.tensor([[30.0, 0, 0], [40, 0, 0], [0, 300, -100], [0, -math.inf, -math.inf]])
+    assert logits.softmax(-1).amax(-1).tolist() == [1, 1, 1, 1]
+    read = Gate("answers", F, follows=False).read(logits, [], torch.zeros(4, F))
+    torch.testing.assert_close(read[:, LOG_ODDS], torch.tensor([30 - math.log(2), 40 - math.log(2), SUREST, SUREST]))
 
 
 @each_kind
