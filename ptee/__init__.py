@@ -46,13 +46,16 @@ _HOMES = {
     "tune": "tuning",
 }
 __all__ = sorted(_HOMES)
+_ROOMS = ("backbones", "data", "thresholds", "traces")  # modules for who wants more than the names above
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"ptee.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'ptee' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ptee.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, *_ROOMS]

@@ -23,7 +23,7 @@ from ptee.history import Epoch, History
 from ptee.measuring import measured, tuned
 from ptee.model import EarlyExitModel
 from ptee.placement import CHOSEN, PLACEMENTS
-from ptee.recipes import MAY_LOSE, RECIPE, epochs_for, followed, shift_for
+from ptee.recipes import MAY_LOSE, NO_GATE, RECIPE, epochs_for, followed, shift_for
 from ptee.settings import Settings
 from ptee.thresholds import Wish, checked_margin, remark, require_labels, require_reachable
 from ptee.tuning import Unseen, kept
@@ -74,7 +74,7 @@ def augment(o: Options, say: Say) -> None:
             return
         if history.interrupted:
             raise KeyboardInterrupt
-        model.results = {"data": _about(data, o)} | _gates(model, for_gates, o, say)
+        model.results = {"data": asked.whereabouts(data, o) | {"split": data.split}} | _gates(model, for_gates, o, say)
     except KeyboardInterrupt as why:
         raise _interrupted(complete, o, again) from why
     model.results |= {"choice": choice.to_dict()} if choice else {}
@@ -124,7 +124,7 @@ def _usual_wish(data: Data, o: Options) -> Wish | None:
 
 
 def _check_settings(o: Options) -> None:
-    check_target(o["gate"])
+    check_target(o["gate"], NO_GATE)
     if o["gate_share"] and not o["gate"]:
         raise PteeError("--gate-share needs --gate, such as --gate agrees.")
     own = {key: o[key] for key in LEARNING if o[key] != AUTO}
@@ -198,12 +198,6 @@ def _split(data: Data, o: Options, say: Say, asked_for_gates: bool) -> tuple[Dat
         f"drawn with seed {o['seed']}.\n"
     )
     return replace(data, train=for_heads), for_gates
-
-
-def _about(data: Data, o: Options) -> dict[str, Any]:
-    """Where `reopening` finds the data again."""
-    root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
-    return {"source": data.place, "root": root, "split": data.split}
 
 
 # ---------------------------------------------------------------------------------------------------- the model

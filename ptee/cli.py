@@ -15,7 +15,7 @@ import click
 
 from ptee import __version__, runs
 from ptee.allocation import keep_freed_memory
-from ptee.errors import Interrupted, PteeError, RunError
+from ptee.errors import Interrupted, PteeError, RunError, unknown
 from ptee.options import (
     BACKBONE,
     DATA,
@@ -78,6 +78,12 @@ class _InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """As click asks for it; click itself would not say which commands there are."""
+        if args and args[0][:1] != "-" and args[0] not in self.commands:
+            raise unknown("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
@@ -275,7 +281,7 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
 )
 @click.option(
     "--drops",
-    type=Numbers(),
+    type=Numbers(example="0,0.01"),
     default="0,0.005,0.01,0.02",
     show_default=True,
     help="Of accuracy (without labels: fidelity) that are allowed; 0.01 is one point.",
@@ -342,18 +348,16 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
 @PLACE
 @click.option(
     "--batch-sizes",
-    type=Numbers(int),
-    default="1,32",
-    show_default=True,
-    help="Images per batch, for each measurement.",
+    type=Numbers(int, "1,32"),
+    help="Images per batch, for each measurement. Default: 1,32.",
 )
 @click.option(
     "--training",
     is_flag=True,
     help="Time training instead, on random images: with the cache, and with the backbone in each epoch.",
 )
-@click.option("--images", type=click.IntRange(min=2), default=512, show_default=True, help="For --training.")
-@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="For --training.")
+@click.option("--images", type=click.IntRange(min=2), help="For --training. Default: 512.")
+@click.option("--epochs", type=click.IntRange(min=1), help="For --training. Default: 20.")
 @click.option(
     "--rounds", type=click.IntRange(min=3), help="Each is timed so often, in turns. Default: 7; 3 for --training."
 )
@@ -373,6 +377,12 @@ def bench(as_json: bool, **o: Any) -> None:
     from ptee.recipes import followed
     from ptee.training_speed import bench_training
 
+    for option in ("batch_sizes",) if o["training"] else ("images", "epochs"):
+        if o[option] is not None:
+            name = f"--{option.replace('_', '-')}"
+            raise PteeError(
+                f"{name} {'does not go with' if o['training'] else 'needs'} --training. Leave {name} out{'' if o['training'] else ', or add --training'}."
+            )
     device = resolve_device(o["device"])
     if o["threads"]:
         torch.set_num_threads(o["threads"])
@@ -380,9 +390,9 @@ def bench(as_json: bool, **o: Any) -> None:
         o = followed(o)
     model = asked.untrained(asked.backbone(o), o).to(device)
     found: Any = (
-        bench_training(model, images=o["images"], epochs=o["epochs"], rounds=o["rounds"] or 3)
+        bench_training(model, images=o["images"] or 512, epochs=o["epochs"] or 20, rounds=o["rounds"] or 3)
         if o["training"]
-        else measure(model, o["batch_sizes"], rounds=o["rounds"] or 7)
+        else measure(model, o["batch_sizes"] or [1, 32], rounds=o["rounds"] or 7)
     )
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 

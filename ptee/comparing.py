@@ -25,7 +25,7 @@ from ptee.devices import resolve_device
 from ptee.errors import PteeError, unknown
 from ptee.freezing import modes, set_modes
 from ptee.front import Prepare, require_same_question
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, require_early_exit
 from ptee.progress import with_bar
 from ptee.thresholds import AUTO, curve, first_to_give, truncation
 from ptee.traces import Score, Traces, compact, record, repeated, require_same_images
@@ -179,6 +179,8 @@ def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
         )
     if not models:
         raise PteeError("There is no model to compare. Give one or more, each with its name.")
+    for model in models.values():
+        require_early_exit(model)
     (first, one), *others = models.items()
     own = weights_hash(one.backbone) if others else ""
     for name, other in others:

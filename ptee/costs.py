@@ -12,6 +12,7 @@ addition as one, but not in batch norm, whose scale and shift it counts as two; 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -111,7 +112,9 @@ def _steps_of(module: nn.Module, example: Tensor) -> list[_Step]:
 
 
 def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
-    from fvcore.nn import FlopCountAnalysis  # imported late: it costs start-up time
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it scripts functions, which torch calls deprecated
+        from fvcore.nn import FlopCountAnalysis  # imported late: it costs start-up time
 
     class InOrder(FlopCountAnalysis):
         """fvcore's count, which also notes every operator in order of execution."""

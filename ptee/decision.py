@@ -21,7 +21,7 @@ from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.devices import resolve_device
 from ptee.errors import DataError, PteeError, unknown
 from ptee.gates import LOG_ODDS, READS, Gate
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, require_early_exit
 from ptee.progress import with_bar
 from ptee.settings import Settings
 from ptee.tables import table
@@ -91,14 +91,18 @@ class GateFits:
         )
 
 
-def check_target(target: str | None) -> None:
+def check_target(target: str | None, *others: str) -> None:
     """Refuse what is no question to a gate.
+
+    Args:
+        target: a question, or None.
+        others: what else could have been said.
 
     Raises:
         UnknownName: naming those that are.
     """
     if target is not None and target not in QUESTIONS:
-        raise unknown("gate target", target, QUESTIONS)
+        raise unknown("gate target", target, [*QUESTIONS, *others])
 
 
 def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
@@ -167,6 +171,7 @@ def fit_gates(
         DataError: if there are too few images, or no labels where they are asked for.
         PteeError: if exits are off.
     """
+    require_early_exit(model)
     check_target(target)
     Settings(seed=seed).checked()
     model.require_all_on()

@@ -14,7 +14,7 @@ import torch
 from ptee.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.devices import resolve_device
 from ptee.knob import Thresholds
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, require_early_exit
 from ptee.reliability import calibration_error, failure_auroc
 from ptee.tables import table
 from ptee.thresholds import truncation
@@ -132,6 +132,11 @@ class Results:
                 f"It does not pay: it costs {own.cost:.3f} times the bare backbone, as the heads cost more than leaving "
                 "saves. Lower T, train longer, or take cheaper or fewer heads."
             )
+        elif own.speedup is not None and round(own.speedup, 2) < 1:
+            yield (
+                f"Counted it saves {1 - own.cost:.1%}, but measured it takes {1 / own.speedup:.2f} times as long as the bare backbone "
+                f"on {self.device} in batches of {self.batch_size}: here it does not pay. ptee bench times other batch sizes."
+            )
 
     def __str__(self) -> str:
         paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
@@ -225,6 +230,7 @@ def evaluate(
     Raises:
         PteeError: if the threshold, the data or the device cannot be used.
     """
+    require_early_exit(model)
     home, was_training = next(model.heads.parameters()).device, model.training
     place = home if device is None else resolve_device(device)
     view = copy.copy(model)  # the same modules with a threshold of its own: other threads see nothing of it

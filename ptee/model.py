@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +140,10 @@ class EarlyExitModel(
 
     @off.setter
     def off(self, value: Sequence[int]) -> None:
+        if not isinstance(value, int | Iterable):
+            raise PteeError(
+                f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
+            )
         given = [value] if isinstance(value, int) else list(value)
         try:
             off = [operator.index(n) for n in given if not isinstance(n, bool)]
@@ -329,6 +333,8 @@ class EarlyExitModel(
         """Somebody may have called train() on a part of the backbone past the wrapper, or taken the backbone back."""
         if self._hold.released:
             raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
+        if not isinstance(x, Tensor):
+            raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
         if x.dim() != 4:  # the axes of one image would be taken for a batch's
             one = " For one image give x[None]." if x.dim() == 3 else ""
             raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
@@ -400,6 +406,24 @@ class EarlyExitModel(
     ) -> EarlyExitModel:
         """`load`, under the hub's usual name."""
         return load(pretrained_model_name_or_path, backbone, **hub)
+
+
+def require_early_exit(model: Any) -> None:
+    """Refuse what has no exits, before anything of it is asked.
+
+    Raises:
+        PteeError: saying what it is.
+    """
+    if not isinstance(model, EarlyExitModel):
+        raise PteeError(f"This is {_a(model)}, not an early-exit model. Give what ptee.augment or ptee.load returned.")
+
+
+def _a(thing: Any) -> str:
+    return (
+        f"a module of class {type(thing).__name__}"
+        if isinstance(thing, nn.Module)
+        else f"of type {type(thing).__name__}"
+    )
 
 
 def _exits(numbers: Sequence[int]) -> str:

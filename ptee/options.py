@@ -52,8 +52,8 @@ class Numbers(click.ParamType):
 
     name = "numbers"
 
-    def __init__(self, kind: type = float) -> None:
-        self.kind = kind
+    def __init__(self, kind: type = float, example: str = "0.7 or 0.9,0.8") -> None:
+        self.kind, self.example = kind, example
 
     def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
         """As click asks for it."""
@@ -62,8 +62,7 @@ class Numbers(click.ParamType):
         try:
             return [self.kind(part) for part in str(value).split(",")]
         except ValueError:
-            example = "3,224,224" if self.kind is int else "0.7 or 0.9,0.8"
-            self.fail(f"{value!r} is no list of numbers between commas, such as {example}.", param, ctx)
+            self.fail(f"{value!r} is no list of numbers between commas, such as {self.example}.", param, ctx)
 
 
 class NumberOrAuto(click.ParamType):
@@ -125,9 +124,17 @@ BACKBONE = _options(
     click.option(
         "--model-arg", "model_args", type=KeyValue(), multiple=True, help="An argument of the model. Repeatable."
     ),
-    click.option("--input-size", type=Size(int), help="Size of the images. Default: the model's own."),
-    click.option("--mean", type=Numbers(), help="Mean of the pixels, per channel. Default: the model's own."),
-    click.option("--std", type=Numbers(), help="Deviation of the pixels, per channel. Default: the model's own."),
+    click.option("--input-size", type=Size(int, "3,224,224"), help="Size of the images. Default: the model's own."),
+    click.option(
+        "--mean",
+        type=Numbers(example="0.5 or 0.485,0.456,0.406"),
+        help="Mean of the pixels, per channel. Default: the model's own.",
+    ),
+    click.option(
+        "--std",
+        type=Numbers(example="0.5 or 0.229,0.224,0.225"),
+        help="Deviation of the pixels, per channel. Default: the model's own.",
+    ),
 )
 PLACE = _options(
     click.option(
@@ -141,16 +148,20 @@ PLACE = _options(
         help="pareto, fine, golden, linear or quadratic; or auto, chosen with the training images (augment only); or fractions "
         "0.2,0.5 (the first block that ends there or behind); or modules layer1,layer2.",
     ),
-    click.option("--num-exits", type=int, help="How many. Default: as many as can be placed, at most 5."),
+    click.option(
+        "--num-exits",
+        type=int,
+        help="How many. Default: the recipe's; by a rule without one as many as can be placed, at most 5.",
+    ),
     click.option(
         "--head",
         help="auto (learned, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a learned one by "
         "name (res-32x2-64x2); one, or one for each exit with commas between. With a + behind it (auto+, conv2+) a head builds on the "
-        "one before it.",
+        "one before it. Default: the recipe's; without one pool.",
     ),
     click.option(
         "--head-budget",
-        type=Numbers(),
+        type=Numbers(example="0.05 or 0.15,0.03,0.03"),
         help="Share of the backbone that each auto head may cost; one, or one for each exit. Default: 0.05.",
     ),
     click.option(
@@ -159,8 +170,12 @@ PLACE = _options(
         "at the input.",
     ),
     click.option("--front-weights", help="A file of its weights."),
-    click.option("--front-mean", type=Numbers(), help="Of its images, where its configuration says otherwise."),
-    click.option("--front-std", type=Numbers(), help="Likewise."),
+    click.option(
+        "--front-mean",
+        type=Numbers(example="0.5 or 0.485,0.456,0.406"),
+        help="Of its images, where its configuration says otherwise.",
+    ),
+    click.option("--front-std", type=Numbers(example="0.5 or 0.229,0.224,0.225"), help="Likewise."),
     click.option(
         "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
     ),

@@ -15,9 +15,9 @@ from ptee.errors import DataError, some
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What the folders and tar files of a source may be called; the first that is there is used.
+# What the folders and tar files of a source may be called, in any case; the first that is there is used.
 PARTS = {
-    "train": ("train",),
+    "train": ("train", "training"),
     "calibration": ("calibration",),
     "validation": ("val", "valid", "validation", "test"),
 }
@@ -85,7 +85,10 @@ def _refuse_data_sets(folder: Path) -> None:
 
 
 def _find_parts(paths: dict[str, Path]) -> dict[str, Path]:
-    found = {part: next((paths[name] for name in names if name in paths), None) for part, names in PARTS.items()}
+    lower = {
+        name.lower(): path for name, path in paths.items()
+    }  # of 'Train' and 'train' it is the latter, which comes later
+    found = {part: next((lower[name] for name in names if name in lower), None) for part, names in PARTS.items()}
     return {part: path for part, path in found.items() if path}
 
 
@@ -104,7 +107,7 @@ def _read_folder(folder: Path) -> list[tuple[File, str]]:
                 f"{folder / 'all'}."
             )
         raise DataError(f"No images in class folders of '{folder}': it should hold {LAYOUTS}.")
-    if {name for names in PARTS.values() for name in names}.issuperset(files):
+    if {name for names in PARTS.values() for name in names}.issuperset(map(str.lower, files)):
         raise DataError(f"'{folder}' holds {' and '.join(files)} without class folders: it should hold {LAYOUTS}.")
     return [(File(path, os.path.relpath(path, folder)), name) for name in files for path in files[name]]
 

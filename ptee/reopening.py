@@ -47,9 +47,13 @@ class Reopened(NamedTuple):
             given: other thresholds are, which nobody chose on these images.
         """
         _, data, images, seed = self.unseen
-        tuning = (self.model.results or {}).get("tuning")
-        if not isinstance(tuning, dict) or tuning.get("source") != data.place:
+        tuned = _tuned_on(self.model)
+        if not tuned:
             return images, self.words
+        files = data.split.get("files_sha256")
+        if data.place != tuned["source"] and (not files or files != tuned.get("files_sha256")):
+            others = f" The run's thresholds were chosen on images of {tuned['source']!r}; none of those should be among these."
+            return images, self.words + ("" if given else others)
         parts = parts_for_tuning(data, images, seed)
         return parts.report, f"{self.words} {parts.words_of_others if given else parts.words}"
 
@@ -67,10 +71,11 @@ def reopened(run: str, o: Options) -> Reopened:
     """
     model = load(run, _moved_backbone(run, o["weights"]))
     recorded = _recorded_data(run, model)
-    source = o["data"] or recorded.get("source")
+    last = (Path(run).is_dir() and _tuned_on(model)) or recorded  # images that it was measured on
+    source = o["data"] or last.get("source")
     if not source:
         raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
-    root, seed = o["data_root"] or recorded.get("root"), recorded.get("seed", 0)
+    root, seed = o["data_root"] or last.get("root"), recorded.get("seed", 0)
     named = not o["data"] and not Path(source).is_absolute()  # of folders the whole path is recorded
     data, labels = asked.images(source, model.origin, seed=seed, root=root, named=named)
     images, words = _unseen(data, recorded, run)
@@ -97,6 +102,14 @@ def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
     said = {key: found.get(key) for key in ("source", "root")}
     said |= {key: split.get(key) for key in ("seed", "files_sha256")}
     return {key: value for key, value in said.items() if isinstance(value, int if key == "seed" else str)}
+
+
+def _tuned_on(model: EarlyExitModel) -> dict[str, str]:
+    """source, root and files_sha256 of the images that the thresholds were chosen on; nothing where that is not known."""
+    found = (model.results or {}).get("tuning")
+    said = {key: found.get(key) for key in ("source", "root", "files_sha256")} if isinstance(found, dict) else {}
+    known = {key: value for key, value in said.items() if isinstance(value, str) and value}
+    return known if "source" in known else {}
 
 
 def _unseen(data: Data, recorded: dict[str, Any], run: str) -> tuple[Any, str]:

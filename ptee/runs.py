@@ -117,9 +117,10 @@ def update(folder: Path, **fields: Any) -> None:
         folder: of a complete run.
         fields: JSON-able; those that a run has.
     """
-    write_json(folder / CONFIG, _config(folder, folder / CONFIG) | fields)
-    if (folder / METRICS).is_file():
-        metrics = _json(folder, folder / METRICS)
+    config = _config(folder, folder / CONFIG)
+    metrics = _json(folder, folder / METRICS) if (folder / METRICS).is_file() else None
+    write_json(folder / CONFIG, config | fields)
+    if metrics is not None:
         write_json(folder / METRICS, metrics | {key: value for key, value in fields.items() if key in metrics})
 
 

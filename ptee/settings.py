@@ -82,24 +82,24 @@ class Settings:
                 raise PteeError(f"The {field.name} {value!r} must be True or False.")
 
     def _check_sizes(self) -> None:
-        for name, value in (
-            ("batch_size", self.batch_size),
-            ("augment", self.augment),
-            ("lr", self.lr),
-            ("temperature", self.temperature),
+        for name, value, example in (
+            ("batch_size", self.batch_size, 128),
+            ("augment", self.augment, 2),
+            ("lr", self.lr, 0.001),
+            ("temperature", self.temperature, 2),
         ):
             if not 0 < value < math.inf:
-                raise PteeError(f"The {name} {value} must be positive.")
+                raise PteeError(f"The {name} {value} must be positive, such as {example}.")
         if self.patience is not None and self.patience < 1:
             raise PteeError(f"The patience {self.patience} must be one epoch at least, or None.")
-        for name, value in (
-            ("weight_decay", self.weight_decay),
-            ("cost_weight", self.cost_weight),
-            ("shift", self.shift),
-            ("mixup", self.mixup),
+        for name, value, example in (
+            ("weight_decay", self.weight_decay, 0.05),
+            ("cost_weight", self.cost_weight, 1),
+            ("shift", self.shift, 4),
+            ("mixup", self.mixup, 0.2),
         ):
             if not 0 <= value < math.inf:
-                raise PteeError(f"The {name} {value} must be a number, not negative.")
+                raise PteeError(f"The {name} {value} must be 0 or a positive number, such as {example}.")
         if not 0 <= self.seed < LARGEST_SEED:
             raise PteeError(f"The seed {self.seed} must lie between 0 and {LARGEST_SEED - 1}.")
 

@@ -287,7 +287,9 @@ def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
 def remark(threshold: Sequence[float] | None) -> str | None:
     """A sentence about T that no confidence, between 0 and 1, decides: a percentage keeps everybody in."""
     if threshold and min(threshold) > 1:
-        return "T above 1: nobody leaves."
+        percent = 2 < threshold[0] <= 100
+        meant = f" A confidence lies between 0 and 1: did you mean {threshold[0] / 100:g}?" if percent else ""
+        return f"T above 1: nobody leaves.{meant}"
     if threshold and threshold[0] <= 0:
         return "T at or below 0: everybody leaves at exit 0."
     return None
@@ -356,6 +358,17 @@ def first_to_give(traces: Traces, wanted: Tensor) -> Tensor:
 def curve(
     traces: Traces, drops: Sequence[float], *, one: bool = False, margin: float | str = 0.0
 ) -> tuple[Solution, ...]:
-    """The best thresholds at each allowed drop of accuracy (without labels: of fidelity), each less a margin."""
+    """The best thresholds at each allowed drop of accuracy (without labels: of fidelity), each less a margin.
+
+    Where "auto" keeps so much in reserve of a drop that a smaller one costs less, the thresholds are those of the smaller.
+    """
     kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
-    return tuple(solve_wish(traces, Wish.only({kind: drop}), one=one, margin=margin) for drop in drops)
+    wishes = [Wish.only({kind: drop}) for drop in drops]
+    found: dict[Wish, Solution] = {}
+    for wish in sorted(wishes, key=lambda wish: wish.limit):
+        own = solve_wish(traces, wish, one=one, margin=margin)
+        best = min([own, *found.values()], key=lambda s: s.cost)
+        found[wish] = (
+            own if best is own else replace(best, wish=wish, margin=wish.limit - best.wish.limit + best.margin)
+        )
+    return tuple(found[wish] for wish in wishes)

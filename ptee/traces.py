@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptee.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.errors import DataError, PteeError, unknown
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, require_early_exit
 from ptee.policies import LEARNED, LOOKING_BACK, POLICIES
 from ptee.progress import with_bar
 from ptee.solver import run
@@ -177,6 +177,7 @@ def record(
     Raises:
         DataError: if some images have labels and others none.
     """
+    require_early_exit(model)
     like = next(model.heads.parameters())
     was_training = model.training
     model.eval()

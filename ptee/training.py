@@ -33,7 +33,7 @@ from ptee.errors import DataError, PteeError, RunError, first_line
 from ptee.front import FrontHead
 from ptee.history import Epoch, History
 from ptee.losses import ALONE
-from ptee.model import EarlyExitModel, Reading
+from ptee.model import EarlyExitModel, Reading, require_early_exit
 from ptee.optimizers import make_optimizer
 from ptee.runs import plain
 from ptee.settings import Settings, check_epochs
@@ -124,6 +124,7 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or have gates.
         RunError: if the checkpoint belongs to another training.
     """
+    require_early_exit(model)
     check_epochs(epochs)
     model.require_all_on()
     _require_no_gates(model)
@@ -285,21 +286,23 @@ class _Training:
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
             if isinstance(train_data, (Cache, Views)):
                 train_data.begin(number)
-            complete = copy.deepcopy(self.model.heads.state_dict())
+            complete = None
             try:
+                complete = copy.deepcopy(self.model.heads.state_dict())
                 epoch = self._epoch(number, epochs, loader, val_loader, rates)
+                self.history.epochs.append(epoch)
+                if self.settings.patience is not None and self._best_epoch() is epoch:
+                    self.best_heads = copy.deepcopy(self.model.heads.state_dict())
+                self._save()
+                if on_epoch is not None and self.accelerator.is_main_process:
+                    on_epoch(epoch)
             except BaseException as why:
-                self.model.heads.load_state_dict(complete)
+                if complete is not None and len(self.history.epochs) < number:
+                    self.model.heads.load_state_dict(complete)
                 if not isinstance(why, KeyboardInterrupt):
                     raise
                 self.history.interrupted = True
                 break
-            self.history.epochs.append(epoch)
-            if self.settings.patience is not None and self._best_epoch() is epoch:
-                self.best_heads = copy.deepcopy(self.model.heads.state_dict())
-            self._save()
-            if on_epoch is not None and self.accelerator.is_main_process:
-                on_epoch(epoch)
         if self._nothing_gets_better():
             self.model.heads.load_state_dict(self.best_heads)
             self.history.stopped_early = True

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from ptee.data import Data
 from ptee.devices import resolve_device
 from ptee.errors import DataError
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, require_early_exit
 from ptee.thresholds import Solution, Wish, solve_wish
 from ptee.traces import record
 
@@ -60,6 +60,7 @@ def tune(
     Raises:
         PteeError: if there is not exactly one wish, or it cannot be met; then what can be is said.
     """
+    require_early_exit(model)
     wish = Wish.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
     home, was_training = next(model.heads.parameters()).device, model.training
     try:

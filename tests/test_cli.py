@@ -217,7 +217,8 @@ def test_arguments_of_the_model_are_read_as_numbers(value, channels, run):
 # what is refused
 
 WORDS = {
-    "an unknown command": (["agument"], "agument"),
+    "an unknown command": (["agument"], "agument.*Did you mean 'augment'"),
+    "training, which is no command": (["train"], "Choices: .*augment.*evaluate"),
     "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
     "an option without its value": (["plan", "--model"], "--model"),
     "a number that is none": (["plan", *RANDOM, "--num-exits", "two"], "--num-exits.*two"),
@@ -266,7 +267,12 @@ WORDS = {
     ),
     "an unknown device": (["bench", *RANDOM, "--device", "tpu"], "tpu.*cpu"),
     "batches of nothing": (["bench", *RANDOM, "--batch-sizes", "0"], "positive"),
-    "batches of words": (["bench", *RANDOM, "--batch-sizes", "1,many"], "1,many"),
+    "batches of words": (["bench", *RANDOM, "--batch-sizes", "1,many"], "1,many.* such as 1,32"),
+    "images of no training": (["bench", *RANDOM, "--images", 8], "--images needs --training"),
+    "batches of a training": (
+        ["bench", *RANDOM, "--training", "--batch-sizes", 8],
+        "--batch-sizes does not go with --training",
+    ),
     "an evaluation of nothing": (["evaluate"], "RUN"),
     "an evaluation of no run": (["evaluate", "EMPTY"], "config.json"),
     "an evaluation of a folder that is not there": (["evaluate", "nowhere"], "nowhere"),
@@ -298,6 +304,7 @@ WORDS = {
         "Unknown line 'max'. Did you mean 'max_prob'",
     ),
     "a comparison of no run": (["compare", "EMPTY"], "config.json"),
+    "drops of one word": (["compare", "EMPTY", "--drops", "x"], "'x' is no list.* such as 0,0.01"),
     "a drop that is no fraction": (["compare", "EMPTY", "--drops", "0.01,2"], "A drop of 2 cannot be: give fractions"),
     "drops of words": (["compare", "EMPTY", "--drops", "low"], "low"),
     "a comparison with an unknown network": (
@@ -354,7 +361,7 @@ AUGMENT = {
     "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "v3.*Did you mean"),
     "an unknown precision": ([*RANDOM, "--data", "TEN", "--precision", "bf61"], "bf61.*Did you mean"),
     "an unknown device": ([*RANDOM, "--data", "TEN", "--device", "cuda:99"], "cuda:99.*cpu"),
-    "an unknown gate": ([*RANDOM, "--data", "TEN", "--gate", "agree"], "agree.*Did you mean 'agrees'"),
+    "an unknown gate": ([*RANDOM, "--data", "TEN", "--gate", "agree"], "agree.*Did you mean 'agrees'.*none"),
     "a gate that needs labels": ([*RANDOM, "--data", "TWO", "--gate", "best"], "cat, dog.*--gate agrees"),
     "images for gates that there are not": ([*RANDOM, "--recipe", "eenet", "--data", "TEN", "--gate-share", 0.1], "--gate-share needs --gate"),
     "too few images for gates": ([*RANDOM, "--data", "TEN", "--gate", "agrees"], "0.1 of 24 .* are 2.*--gate-share"),
@@ -362,7 +369,7 @@ AUGMENT = {
     "several heads for exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--head", "pool,conv1"], "2 val.*one"),
     "no exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--num-exits", 0], "choose 0 exits"),
     "no epochs": ([*RANDOM, "--data", "TEN", "--epochs", 0], "--epochs"),
-    "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "lr"),
+    "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "lr 0.0 must be positive, such as 0.001"),
     "thresholds for other exits": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
     "a threshold of NaN": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,nan"], "NaN"),
     "a threshold of words": ([*RANDOM, "--data", "TEN", "--threshold", "high"], "high"),
@@ -573,7 +580,12 @@ def test_evaluate_takes_any_threshold_and_leaves_the_run_alone(threshold, used, 
     assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
 
 
-NOTES = [("70", "T above 1: nobody leaves."), ("-1", "T at or below 0: everybody leaves at exit 0."), ("0.5", "")]
+NOTES = [
+    ("2", "T above 1: nobody leaves."),
+    ("70", "T above 1: nobody leaves. A confidence lies between 0 and 1: did you mean 0.7?"),
+    ("-1", "T at or below 0: everybody leaves at exit 0."),
+    ("0.5", ""),
+]
 
 
 @pytest.mark.parametrize(("threshold", "said"), NOTES)
@@ -589,7 +601,7 @@ def test_a_run_whose_images_all_leave_at_once_is_called_a_shorter_network(run, f
 
 def test_augment_remarks_on_such_a_threshold_before_it_trains(run, monkeypatch):
     monkeypatch.setattr("ptee.augmenting._digits", None)
-    assert run("augment", "--threshold", 70).err.startswith("T above 1: nobody leaves.\n")
+    assert run("augment", "--threshold", 70).err.startswith("T above 1: nobody leaves. A")
 
 
 def test_speed_need_not_be_measured(run, known, monkeypatch):
@@ -641,7 +653,7 @@ def test_evaluate_finds_the_data_from_another_folder(run, known, things, monkeyp
 )
 def test_what_a_run_says_of_its_data_is_not_trusted(data, words, run, finished, things):
     config = json.loads((finished / "config.json").read_text())
-    config["results"]["data"] = data
+    config["results"] |= {"data": data, "tuning": data}
     (finished / "config.json").write_text(json.dumps(config))
     done = run("evaluate", finished, *(things / "ten" if word == "TEN" else word for word in words), "--no-speed")
     assert done.status in (0, 2), done.err
@@ -784,8 +796,25 @@ def test_validation_images_that_were_delivered_are_halved_and_only_the_rest_is_r
 def test_other_data_are_halved_too(run, finished, things):
     done = run("tune", finished, "--max-cost", 0.9, "--data", things / "two", "--no-speed")
     assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
-    assert evaluated(run, finished, "--data", things / "two")["samples"] == 6
-    assert evaluated(run, finished)["samples"] == 3
+    for where in ([], ["--data", things / "two"]):
+        assert evaluated(run, finished, *where)["samples"] == 6
+    said = f"The run's thresholds were chosen on images of '{things / 'two'}'; none of those should be among these."
+    assert said in evaluated(run, finished, "--data", things / "ten")["about"]
+
+
+def test_images_that_thresholds_were_chosen_on_are_known_again_in_another_folder(run, finished, things):
+    assert run("tune", finished, "--max-cost", 0.9, "--data", things / "two", "--no-speed").status == 0
+    shutil.copytree(things / "two", "moved")
+    here, there = (evaluated(run, finished, "--data", place) for place in (things / "two", "moved"))
+    assert there["samples"] == 6
+    assert figures(there) == figures(here)
+
+
+def test_a_run_that_is_damaged_is_not_tuned_by_half(run, finished):
+    (finished / "metrics.json").write_text("garbage")
+    before = (finished / "config.json").read_bytes()
+    assert_refused_after(run("tune", finished, "--max-cost", 0.9, "--no-speed"), "metrics.json is no complete JSON")
+    assert (finished / "config.json").read_bytes() == before
 
 
 def test_of_calibration_images_that_were_delivered_it_is_said_that_the_runs_own_thresholds_were_chosen_on_them(

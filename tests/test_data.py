@@ -93,6 +93,16 @@ def test_item_is_float_image_and_plain_int(folder):
     assert type(label) is int
 
 
+@pytest.mark.parametrize("train", ["train", "Train", "training", "TRAINING"])
+@pytest.mark.parametrize("val", ["val", "Val", "Validation"])
+def test_folders_of_parts_may_be_spelt_in_any_case(tmp_path, train, val):
+    write_folder(tmp_path / train, numbered(10))
+    write_folder(tmp_path / val, numbered(3))
+    data = opened(tmp_path)
+    assert data.class_names == ("a", "b")
+    assert data.split["parts"] == {"train": train, "validation": val}
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
 def test_second_folder_may_have_any_usual_name(tmp_path, name):
     write_folder(tmp_path / "train", numbered(10))

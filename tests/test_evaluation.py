@@ -272,6 +272,12 @@ SAID = {
     "other answers, and no labels": ({"fidelity": 0.9, "accuracy": (None, None)}, [r"10\.0% of the answers .*'s\. "]),
     "other answers, which are better": ({"fidelity": 0.9, "accuracy": (0.7, 0.75)}, []),
     "as dear as the backbone": ({"cost": 1.0}, ["does not pay: it costs 1.000"]),
+    "slower than the backbone": (
+        {"speedup": 0.8},
+        [r"saves 30\.0%, but measured it takes 1\.25 times.*on cpu in batches of 10"],
+    ),
+    "as fast as the backbone": ({"speedup": 0.996}, []),
+    "dearer and slower": ({"cost": 1.1, "speedup": 0.8}, ["does not pay: it costs 1.100"]),
     "everything": (
         {"fidelity": 0.1, "cost": 1.2, "leaving": [1.0, 0.0, 0.0]},
         ["exit 0 .one", "90.0% of the answers", "not pay"],
@@ -286,10 +292,12 @@ def results_with(
     leaving: list[float],
     accuracy: tuple[float | None, float | None],
     threshold: tuple[float, ...] = (0.5, 0.5),
+    speedup: float | None = None,
 ) -> Results:
     backbone, own = accuracy
     exits = [evaluation.Row(f"exit {n}", module, own, 0.5, 0.5) for n, module in enumerate(["one", "two"])]
-    first, last = evaluation.Row("backbone", "", backbone, 1, 1), evaluation.Row("early exit", "", own, fidelity, cost)
+    first = evaluation.Row("backbone", "", backbone, 1, 1)
+    last = evaluation.Row("early exit", "", own, fidelity, cost, speedup=speedup)
     return Results("net", 100, list(threshold), (first, *exits, last), leaving, "cpu", 10)
 
 

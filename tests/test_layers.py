@@ -136,6 +136,12 @@ def test_a_public_name_resolves_and_says_what_it_is(name):
     assert name in dir(ptee)
 
 
+@pytest.mark.parametrize("name", ["backbones", "data", "thresholds", "traces"])
+def test_a_module_for_who_wants_more_is_there_without_an_import_of_its_own(name):
+    code = f"import sys, ptee; assert 'ptee.{name}' not in sys.modules; assert ptee.{name}.__name__ == 'ptee.{name}'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_name_that_is_not_public_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'agument'"):
         ptee.agument  # noqa: B018 - reading it is the test

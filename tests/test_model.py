@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small import made
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.hooks import RemovableHandle
@@ -1033,3 +1034,26 @@ def test_a_new_model_is_in_eval_mode_on_its_backbones_device_with_thresholds_of_
     assert model.threshold == [0.5]
     assert model.num_classes == K
     assert model.results is None
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), "resnet50"], ids=["a module", "a name"])
+@pytest.mark.parametrize("name", ["train", "fit_gates", "tune", "evaluate", "compare"])
+def test_what_has_no_exits_is_refused_by_name(name, thing):
+    data = TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))
+    words = {"tune": {"max_cost": 0.9}}.get(name, {})
+    with pytest.raises(PteeError, match=f"{type(thing).__name__}, not an early-exit model. Give what ptee.augment"):
+        if name == "compare":
+            ptee.compare({"a": thing}, data, data)
+        else:
+            getattr(ptee, name)(thing, data, **words)
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 3, 32, 32)), [1], None], ids=["numpy", "a list", "None"])
+def test_images_that_are_no_tensor_are_refused_by_type(images):
+    with pytest.raises(PteeError, match=f"a tensor .b, c, h, w., not as {type(images).__name__}"):
+        made()(images)
+
+
+def test_exits_that_are_off_are_given_by_number():
+    with pytest.raises(PteeError, match=r"such as .1., not as None; .. switches all on"):
+        made().off = None

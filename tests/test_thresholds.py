@@ -362,6 +362,16 @@ def test_the_oracle_leaves_at_the_first_exit_that_agrees_and_goes_to_the_end_whe
     assert (right.cost, right.accuracy) == ((0.25 + 0.25 + 0.75 + 0.25) / 4, 1)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_larger_drop_never_costs_more_whatever_is_kept_in_reserve(seed):
+    traces, drops = easy_and_hard(seed, 3, 200), (0.05, 0.0, 0.005, 0.01, 0.02)
+    found = curve(traces, drops, margin="auto")
+    assert [s.wish.limit for s in found] == list(drops)
+    costs = [s.cost for s in sorted(found, key=lambda s: s.wish.limit)]
+    assert costs == sorted(costs, reverse=True)
+    assert all(s.drop <= s.wish.limit - s.margin + TOLERANCE for s in found)
+
+
 def test_a_curve_costs_less_where_more_may_be_lost():
     drops = [0, 0.01, 0.02, 0.05]
     found = curve(easy_and_hard(0, 3, 300), drops)

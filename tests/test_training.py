@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -620,6 +622,32 @@ def test_ctrl_c_keeps_the_heads_of_the_last_complete_epoch(head):
     assert len(history.epochs) == 1
     assert same(heads(model), heads(want))
     assert not model.training
+
+
+@pytest.mark.parametrize(("place", "complete"), [("deepcopy", 1), ("_save", 2), ("on_epoch", 2)])
+def test_ctrl_c_between_two_epochs_ends_it_as_within_one(place, complete, monkeypatch):
+    model, want, calls, told = made(), made(), itertools.count(), {}
+    fit(want, epochs=complete)
+
+    def second_call(real):
+        def call(*words, **more):
+            if next(calls) == 1:
+                raise KeyboardInterrupt
+            return real(*words, **more)
+
+        return call
+
+    if place == "deepcopy":
+        monkeypatch.setattr(training, "copy", SimpleNamespace(deepcopy=second_call(copy.deepcopy)))
+    elif place == "_save":
+        monkeypatch.setattr(training._Training, "_save", second_call(training._Training._save))
+    else:
+        told = {"on_epoch": second_call(lambda epoch: None)}
+    history = fit(model, epochs=3, **told)
+    monkeypatch.undo()
+    assert history.interrupted
+    assert len(history.epochs) == complete
+    assert same(heads(model), heads(want))
 
 
 def test_ctrl_c_in_the_first_epoch_keeps_the_heads_as_they_came(tmp_path):
