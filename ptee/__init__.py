@@ -58,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__, *_ROOMS]
+    return sorted({*globals(), *__all__, *_ROOMS})

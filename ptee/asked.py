@@ -150,12 +150,6 @@ def images(
     return replace(data, **parts), labels
 
 
-def whereabouts(data: Data, o: Options) -> dict[str, str]:
-    """Where `reopening` finds the data again, and for files what it knows them by."""
-    root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
-    return {"source": data.place, "root": root, "files_sha256": data.split.get("files_sha256", "")}
-
-
 def wish(o: Options) -> Wish | None:
     """What thresholds are to be chosen by; None where nothing is asked for.
 

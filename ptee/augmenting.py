@@ -74,7 +74,7 @@ def augment(o: Options, say: Say) -> None:
             return
         if history.interrupted:
             raise KeyboardInterrupt
-        model.results = {"data": asked.whereabouts(data, o) | {"split": data.split}} | _gates(model, for_gates, o, say)
+        model.results = {"data": _about(data, o)} | _gates(model, for_gates, o, say)
     except KeyboardInterrupt as why:
         raise _interrupted(complete, o, again) from why
     model.results |= {"choice": choice.to_dict()} if choice else {}
@@ -198,6 +198,12 @@ def _split(data: Data, o: Options, say: Say, asked_for_gates: bool) -> tuple[Dat
         f"drawn with seed {o['seed']}.\n"
     )
     return replace(data, train=for_heads), for_gates
+
+
+def _about(data: Data, o: Options) -> dict[str, Any]:
+    """Where `reopening` finds the data again."""
+    root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
+    return {"source": data.place, "root": root, "split": data.split}
 
 
 # ---------------------------------------------------------------------------------------------------- the model

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ptee.errors import PteeError
 from ptee.front import INPUT
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, require_early_exit
 from ptee.tables import table
 
 NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence, and every finite one, reaches
@@ -130,6 +130,7 @@ def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds
         batch_sizes: b of each measurement.
         rounds: how often each is timed; medians of the ratios are given.
     """
+    require_early_exit(model)
     if any(b < 1 for b in batch_sizes):
         raise PteeError(f"Batch sizes {list(batch_sizes)} must be positive.")
     cases = [case for b in batch_sizes for case in _cases(model, b, rounds)]

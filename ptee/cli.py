@@ -81,7 +81,7 @@ class _InOrder(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """As click asks for it; click itself would not say which commands there are."""
-        if args and args[0][:1] != "-" and args[0] not in self.commands:
+        if args and args[0][:1] != "-" and args[0] not in self.commands and not ctx.resilient_parsing:
             raise unknown("command", args[0], self.commands)
         return super().resolve_command(ctx, args)
 

@@ -21,6 +21,7 @@ from ptee.thresholds import truncation
 from ptee.traces import COLLAPSED, Score, Traces, record
 
 LOST = 0.05  # share of the answers that are not the backbone's above which an early-exit model is called bad
+SLOWER = 0.95  # of the bare backbone's speed, below which it is more than noise
 WIDEST = 16  # characters of thresholds in the table's first column
 PROBE, FEWEST = 8, 16  # images: to see how long they take; that are timed at least
 ROUND_SECONDS = 8.0  # that one round of timing may take, where FEWEST do not take longer
@@ -132,7 +133,7 @@ class Results:
                 f"It does not pay: it costs {own.cost:.3f} times the bare backbone, as the heads cost more than leaving "
                 "saves. Lower T, train longer, or take cheaper or fewer heads."
             )
-        elif own.speedup is not None and round(own.speedup, 2) < 1:
+        elif own.speedup is not None and own.speedup < SLOWER:
             yield (
                 f"Counted it saves {1 - own.cost:.1%}, but measured it takes {1 / own.speedup:.2f} times as long as the bare backbone "
                 f"on {self.device} in batches of {self.batch_size}: here it does not pay. ptee bench times other batch sizes."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptee import asked, evaluation
+from ptee import evaluation
 from ptee.asked import Options, Say
 from ptee.evaluation import Results
 from ptee.model import EarlyExitModel
@@ -27,7 +27,8 @@ def tuned(model: EarlyExitModel, unseen: Unseen, wish: Wish, o: Options, say: Sa
         model, parts.calibration, **{wish.kind: wish.limit}, one=o["one_threshold"],
         margin=o["margin"], batch_size=o["batch_size"], num_workers=o["workers"], device=o["device"],
     )  # fmt: skip
-    record = asked.whereabouts(unseen.data, o) | {"images": parts.words} | found.to_dict()
+    record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
+    record |= found.to_dict()
     model.results = (model.results or {}) | {"tuning": record}
     say(f"\n{parts.words}\n{found}")
     return parts, found

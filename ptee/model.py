@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,11 +140,11 @@ class EarlyExitModel(
 
     @off.setter
     def off(self, value: Sequence[int]) -> None:
-        if not isinstance(value, int | Iterable):
-            raise PteeError(
-                f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
-            )
-        given = [value] if isinstance(value, int) else list(value)
+        try:
+            given = [value] if isinstance(value, int) else list(value)
+        except TypeError:
+            words = f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
+            raise PteeError(words) from None
         try:
             off = [operator.index(n) for n in given if not isinstance(n, bool)]
         except TypeError:
@@ -414,7 +414,7 @@ def require_early_exit(model: Any) -> None:
     Raises:
         PteeError: saying what it is.
     """
-    if not isinstance(model, EarlyExitModel):
+    if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
         raise PteeError(f"This is {_a(model)}, not an early-exit model. Give what ptee.augment or ptee.load returned.")
 
 

@@ -61,7 +61,7 @@ def list_files(folder: Path) -> Listing:
 
 
 def _tars(folder: Path) -> dict[str, Path]:
-    return _find_parts({path.stem: path for path in _visible(folder) if path.suffix == ".tar"})
+    return _find_parts({path.stem: path for path in _visible(folder) if path.suffix.lower() == ".tar"})
 
 
 def _part_folders(folder: Path) -> dict[str, Path]:
@@ -71,7 +71,7 @@ def _part_folders(folder: Path) -> dict[str, Path]:
 
 def _refuse_data_sets(folder: Path) -> None:
     """Its folders would be taken for classes; but where some are whole data sets, one of those was meant."""
-    candidates = [path for path in _visible(folder) if any((path / name).exists() for name in ("train", "train.tar"))]
+    candidates = [path for path in _visible(folder) if any(p.stem.lower() in PARTS["train"] for p in _visible(path))]
     found = {path: _tars(path) | _part_folders(path) for path in candidates}
     whole = [
         f"'{path}' ({', '.join(part.name for part in parts.values())})"
@@ -85,9 +85,7 @@ def _refuse_data_sets(folder: Path) -> None:
 
 
 def _find_parts(paths: dict[str, Path]) -> dict[str, Path]:
-    lower = {
-        name.lower(): path for name, path in paths.items()
-    }  # of 'Train' and 'train' it is the latter, which comes later
+    lower = {name.lower(): path for name, path in paths.items()}  # of Train and train the latter, which comes later
     found = {part: next((lower[name] for name in names if name in lower), None) for part, names in PARTS.items()}
     return {part: path for part, path in found.items() if path}
 

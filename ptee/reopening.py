@@ -50,12 +50,27 @@ class Reopened(NamedTuple):
         tuned = _tuned_on(self.model)
         if not tuned:
             return images, self.words
-        files = data.split.get("files_sha256")
-        if data.place != tuned["source"] and (not files or files != tuned.get("files_sha256")):
-            others = f" The run's thresholds were chosen on images of {tuned['source']!r}; none of those should be among these."
-            return images, self.words + ("" if given else others)
+        where, files = f"{tuned['source']:.200}", data.split.get("files_sha256")
+        here = where.casefold() == data.place.casefold() if files is None else where == data.place
+        same = here if None in (files, tuned["files_sha256"]) else files == tuned["files_sha256"]
+        if not (here or same):
+            elsewhere = (
+                f" The run's thresholds were chosen on images of {where!r}; none of those should be among these."
+            )
+            return images, self.words + ("" if given else elsewhere)
         parts = parts_for_tuning(data, images, seed)
-        return parts.report, f"{self.words} {parts.words_of_others if given else parts.words}"
+        if not same and parts.report is not images:  # other halves are drawn
+            if given:
+                return images, self.words
+            raise DataError(
+                f"{data.source} has other files than when the thresholds were chosen, so those that they were chosen on cannot be "
+                "told. Choose them anew (ptee tune), put the files back as they were, or give other images: --data FOLDER."
+            )
+        words = f"{self.words} {parts.words_of_others if given else parts.words}"
+        known = (
+            f" The files are called as those of {where!r}, on which the thresholds were chosen, and are taken for them."
+        )
+        return parts.report, words + ("" if here else known)
 
 
 def reopened(run: str, o: Options) -> Reopened:
@@ -71,11 +86,10 @@ def reopened(run: str, o: Options) -> Reopened:
     """
     model = load(run, _moved_backbone(run, o["weights"]))
     recorded = _recorded_data(run, model)
-    last = (Path(run).is_dir() and _tuned_on(model)) or recorded  # images that it was measured on
-    source = o["data"] or last.get("source")
+    source = o["data"] or recorded.get("source")
     if not source:
         raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
-    root, seed = o["data_root"] or last.get("root"), recorded.get("seed", 0)
+    root, seed = o["data_root"] or recorded.get("root"), recorded.get("seed", 0)
     named = not o["data"] and not Path(source).is_absolute()  # of folders the whole path is recorded
     data, labels = asked.images(source, model.origin, seed=seed, root=root, named=named)
     images, words = _unseen(data, recorded, run)
@@ -104,12 +118,16 @@ def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
     return {key: value for key, value in said.items() if isinstance(value, int if key == "seed" else str)}
 
 
-def _tuned_on(model: EarlyExitModel) -> dict[str, str]:
-    """source, root and files_sha256 of the images that the thresholds were chosen on; nothing where that is not known."""
-    found = (model.results or {}).get("tuning")
-    said = {key: found.get(key) for key in ("source", "root", "files_sha256")} if isinstance(found, dict) else {}
-    known = {key: value for key, value in said.items() if isinstance(value, str) and value}
-    return known if "source" in known else {}
+def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:
+    """source and files_sha256 (or None) of the images that the thresholds were chosen on; nothing where that is not known."""
+    tuning, trained = ((model.results or {}).get(key) for key in ("tuning", "data"))
+    if not isinstance(tuning, dict) or not isinstance(tuning.get("source"), str):
+        return {}
+    files = tuning.get("files_sha256")
+    split = trained.get("split") if isinstance(trained, dict) and trained.get("source") == tuning["source"] else None
+    if "files_sha256" not in tuning and isinstance(split, dict):  # a run of an older ptee
+        files = split.get("files_sha256")
+    return {"source": tuning["source"], "files_sha256": files if isinstance(files, str) else None}
 
 
 def _unseen(data: Data, recorded: dict[str, Any], run: str) -> tuple[Any, str]:

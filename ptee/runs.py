@@ -118,9 +118,12 @@ def update(folder: Path, **fields: Any) -> None:
         fields: JSON-able; those that a run has.
     """
     config = _config(folder, folder / CONFIG)
-    metrics = _json(folder, folder / METRICS) if (folder / METRICS).is_file() else None
+    measured = (folder / METRICS).is_file()
+    metrics = _json(folder, folder / METRICS) if measured else {}
+    if not isinstance(metrics, dict):
+        raise RunError(f"{folder}: {METRICS} is no JSON object. Copy the run anew.")
     write_json(folder / CONFIG, config | fields)
-    if metrics is not None:
+    if measured:
         write_json(folder / METRICS, metrics | {key: value for key, value in fields.items() if key in metrics})
 
 

@@ -287,8 +287,9 @@ def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
 def remark(threshold: Sequence[float] | None) -> str | None:
     """A sentence about T that no confidence, between 0 and 1, decides: a percentage keeps everybody in."""
     if threshold and min(threshold) > 1:
-        percent = 2 < threshold[0] <= 100
-        meant = f" A confidence lies between 0 and 1: did you mean {threshold[0] / 100:g}?" if percent else ""
+        parts = ",".join(f"{t / 100:g}" for t in threshold)
+        percent = min(threshold) > PERCENTAGE and max(threshold) <= 100
+        meant = f" A confidence lies between 0 and 1: did you mean {parts}?" if percent else ""
         return f"T above 1: nobody leaves.{meant}"
     if threshold and threshold[0] <= 0:
         return "T at or below 0: everybody leaves at exit 0."

@@ -303,7 +303,7 @@ class _Training:
                     raise
                 self.history.interrupted = True
                 break
-        if self._nothing_gets_better():
+        if self._nothing_gets_better() and not self.history.interrupted:
             self.model.heads.load_state_dict(self.best_heads)
             self.history.stopped_early = True
         self._warn_of_collapse()

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from ptee.benchmark import ratio, wait
 from ptee.cache import fill
 from ptee.errors import PteeError
-from ptee.model import EarlyExitModel
+from ptee.model import EarlyExitModel, require_early_exit
 from ptee.tables import table
 from ptee.training import train
 
@@ -97,6 +97,7 @@ def bench_training(
         batch_size: images per batch.
         rounds: how often each is timed; medians of the ratios are given.
     """
+    require_early_exit(model)
     if images < 2 or epochs < 1:
         raise PteeError(
             f"{images} images and {epochs} epochs are too few to be timed: give 2 images and 1 epoch at least."

@@ -583,6 +583,7 @@ def test_evaluate_takes_any_threshold_and_leaves_the_run_alone(threshold, used, 
 NOTES = [
     ("2", "T above 1: nobody leaves."),
     ("70", "T above 1: nobody leaves. A confidence lies between 0 and 1: did you mean 0.7?"),
+    ("70,85", "T above 1: nobody leaves. A confidence lies between 0 and 1: did you mean 0.7,0.85?"),
     ("-1", "T at or below 0: everybody leaves at exit 0."),
     ("0.5", ""),
 ]
@@ -796,24 +797,57 @@ def test_validation_images_that_were_delivered_are_halved_and_only_the_rest_is_r
 def test_other_data_are_halved_too(run, finished, things):
     done = run("tune", finished, "--max-cost", 0.9, "--data", things / "two", "--no-speed")
     assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
-    for where in ([], ["--data", things / "two"]):
-        assert evaluated(run, finished, *where)["samples"] == 6
+    assert evaluated(run, finished, "--data", things / "two")["samples"] == 6
+    own = evaluated(run, finished)
+    assert own["samples"] == 3
     said = f"The run's thresholds were chosen on images of '{things / 'two'}'; none of those should be among these."
-    assert said in evaluated(run, finished, "--data", things / "ten")["about"]
+    assert said in own["about"]
+    assert said not in evaluated(run, finished, "--threshold", 0.7)["about"]
 
 
-def test_images_that_thresholds_were_chosen_on_are_known_again_in_another_folder(run, finished, things):
-    assert run("tune", finished, "--max-cost", 0.9, "--data", things / "two", "--no-speed").status == 0
-    shutil.copytree(things / "two", "moved")
-    here, there = (evaluated(run, finished, "--data", place) for place in (things / "two", "moved"))
+@pytest.fixture
+def tuned_on_two(run, finished, things) -> Path:
+    """A run whose thresholds were chosen on half of the images of the folder `two`, which is a copy."""
+    shutil.copytree(things / "two", "two")
+    assert run("tune", finished, "--max-cost", 0.9, "--data", "two", "--no-speed").status == 0
+    return finished
+
+
+def test_images_that_thresholds_were_chosen_on_are_known_again_in_another_folder(run, tuned_on_two):
+    shutil.copytree("two", "moved")
+    here, there = (evaluated(run, tuned_on_two, "--data", place) for place in ("two", "moved"))
     assert there["samples"] == 6
     assert figures(there) == figures(here)
+    said = f"The files are called as those of '{Path('two').resolve()}', on which the thresholds were chosen"
+    assert [said in each["about"] for each in (here, there)] == [False, True]
 
 
-def test_a_run_that_is_damaged_is_not_tuned_by_half(run, finished):
-    (finished / "metrics.json").write_text("garbage")
+def test_where_files_were_added_those_that_thresholds_were_chosen_on_cannot_be_told(run, tuned_on_two):
+    some = next(Path("two", "val").rglob("*.png"))
+    shutil.copy(some, some.with_name("another.png"))
+    said = "two has other files than when the thresholds were chosen.*ptee tune"
+    assert_refused_after(run("evaluate", tuned_on_two, "--data", "two", "--no-speed"), said)
+    assert evaluated(run, tuned_on_two, "--data", "two", "--threshold", 0.7)["samples"] == 13
+
+
+def test_a_run_of_before_the_files_were_recorded_knows_its_own_images_again(run, things):
+    shutil.copytree(things / "two", "two")
+    known = (*MODEL, "--weights", things / "weights.safetensors", "--data", "two", "--targets", "pseudo")
+    assert run("augment", *known, *SHORT, "--max-fidelity-drop", 0.1, "--out", "out").status == 0
+    config = json.loads(Path("out", "config.json").read_text())
+    del config["results"]["tuning"]["files_sha256"]
+    Path("out", "config.json").write_text(json.dumps(config))
+    Path("two").rename("moved")
+    assert evaluated(run, "out", "--data", "moved")["samples"] == 6
+
+
+@pytest.mark.parametrize("text", ["garbage", "[]", "null"])
+def test_a_run_that_is_damaged_is_not_tuned_by_half(text, run, finished):
+    (finished / "metrics.json").write_text(text)
     before = (finished / "config.json").read_bytes()
-    assert_refused_after(run("tune", finished, "--max-cost", 0.9, "--no-speed"), "metrics.json is no complete JSON")
+    assert_refused_after(
+        run("tune", finished, "--max-cost", 0.9, "--no-speed"), "metrics.json is no .*Copy the run anew"
+    )
     assert (finished / "config.json").read_bytes() == before
 
 

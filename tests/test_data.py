@@ -367,6 +367,14 @@ def test_folder_of_data_sets_is_refused_with_the_one_to_give(kind, said, request
         opened(place)
 
 
+def test_a_folder_of_data_sets_is_refused_in_whatever_case_their_parts_are_spelt(tmp_path):
+    write_folder(tmp_path / "pets" / "Train", numbered(4))
+    write_folder(tmp_path / "pets" / "VAL", numbered(4))
+    write_folder(tmp_path / "other", ["0.png"])
+    with pytest.raises(DataError, match=r"did you mean '.*pets' \(Train, VAL\)"):
+        opened(tmp_path)
+
+
 def test_class_folders_may_have_folders_of_images_called_train_and_val(tmp_path):
     write_folder(tmp_path, [f"{name}/{part}/{n}.png" for name in "ab" for part in ("train", "val") for n in range(5)])
     assert opened(tmp_path).class_names == ("a", "b")

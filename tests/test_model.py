@@ -1048,12 +1048,19 @@ def test_what_has_no_exits_is_refused_by_name(name, thing):
             getattr(ptee, name)(thing, data, **words)
 
 
+def test_a_compiled_early_exit_model_is_one():
+    model = made()
+    data = TensorDataset(torch.rand(4, *model.plan.input_size))
+    assert ptee.evaluate(torch.compile(model), data, speed=False) == ptee.evaluate(model, data, speed=False)
+
+
 @pytest.mark.parametrize("images", [np.zeros((1, 3, 32, 32)), [1], None], ids=["numpy", "a list", "None"])
 def test_images_that_are_no_tensor_are_refused_by_type(images):
     with pytest.raises(PteeError, match=f"a tensor .b, c, h, w., not as {type(images).__name__}"):
         made()(images)
 
 
-def test_exits_that_are_off_are_given_by_number():
-    with pytest.raises(PteeError, match=r"such as .1., not as None; .. switches all on"):
-        made().off = None
+@pytest.mark.parametrize("off", [None, 0.5, torch.tensor(1)], ids=str)
+def test_exits_that_are_off_are_given_by_number(off):
+    with pytest.raises(PteeError, match=r"Exits that are off are given by their numbers, such as .1., not as"):
+        made().off = off
