@@ -50,13 +50,12 @@ class Reopened(NamedTuple):
         tuned = _tuned_on(self.model)
         if not tuned:
             return images, self.words
-        where, files = f"{tuned['source']:.200}", data.split.get("files_sha256")
+        where, files = tuned["source"], data.split.get("files_sha256")
+        shown = repr(f"{where:.200}")  # a stranger may have written it
         here = where.casefold() == data.place.casefold() if files is None else where == data.place
         same = here if None in (files, tuned["files_sha256"]) else files == tuned["files_sha256"]
         if not (here or same):
-            elsewhere = (
-                f" The run's thresholds were chosen on images of {where!r}; none of those should be among these."
-            )
+            elsewhere = f" The run's thresholds were chosen on images of {shown}; none of those should be among these."
             return images, self.words + ("" if given else elsewhere)
         parts = parts_for_tuning(data, images, seed)
         if not same and parts.report is not images:  # other halves are drawn
@@ -68,7 +67,7 @@ class Reopened(NamedTuple):
             )
         words = f"{self.words} {parts.words_of_others if given else parts.words}"
         known = (
-            f" The files are called as those of {where!r}, on which the thresholds were chosen, and are taken for them."
+            f" The files are called as those of {shown}, on which the thresholds were chosen, and are taken for them."
         )
         return parts.report, words + ("" if here else known)
 
