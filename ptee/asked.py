@@ -193,6 +193,13 @@ def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
 
 
 def names_of(runs: Sequence[str]) -> list[str]:
-    """What to call runs: the name of each one's folder, or the whole path where two are called alike."""
+    """What to call runs: the name of each one's folder, or the whole path where two are called alike.
+
+    Raises:
+        PteeError: if one is given twice.
+    """
+    for run in runs:
+        if runs.count(run) > 1:
+            raise PteeError(f"The run {run} is given twice. Give each run once.")
     ends = [Path(run).absolute().name for run in runs]
     return [end if ends.count(end) == 1 else run for run, end in zip(runs, ends, strict=True)]

@@ -320,13 +320,14 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
     device, drops = resolve_device(o["device"]), checked_drops(o["drops"])
     lines = checked_lines([name.strip() for name in o["lines"].split(",")])
     static = named_networks(o["static"])
+    names = names_of(run)
     opened = [reopened(name, o) for name in run]
     parts = parts_for_all([each.unseen for each in opened])
     about = f"{opened[0].unseen.data.source}. {parts.words}"
     click.echo(f"{about} {opened[0].accuracy}", err=as_json)
     with _threads(opened[0].tiny):
         found = measure(
-            dict(zip(names_of(run), (each.model for each in opened), strict=True)),
+            dict(zip(names, (each.model for each in opened), strict=True)),
             parts.calibration,
             parts.report,
             static=static,

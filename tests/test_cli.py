@@ -303,6 +303,7 @@ WORDS = {
         ["compare", "EMPTY", "--lines", "learned,max"],
         "Unknown line 'max'. Did you mean 'max_prob'",
     ),
+    "a run beside itself": (["compare", "EMPTY", "EMPTY"], "empty is given twice"),
     "a comparison of no run": (["compare", "EMPTY"], "config.json"),
     "drops of one word": (["compare", "EMPTY", "--drops", "x"], "'x' is no list.* such as 0,0.01"),
     "a drop that is no fraction": (["compare", "EMPTY", "--drops", "0.01,2"], "A drop of 2 cannot be: give fractions"),
