@@ -318,8 +318,10 @@ def _cut_off(pair: Pair, n: int) -> Entry:
 def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] = ()) -> Entry:
     """What it comes to if rows leave where they are told to."""
     there, here = (_losses(traces, leave(traces)) for traces in pair)
-    cost = pair.report.costs_without(off)[leave(pair.report)].mean().item()
-    return Entry(None, cost, here.mean().item(), _interval(here), there.mean().item(), off=off)
+    leaving = leave(pair.report)
+    cost = pair.report.costs_without(off)[leaving].mean().item()
+    some_leave = bool((leaving < len(pair.report.costs) - 1).any())
+    return Entry(None, cost, here.mean().item(), _interval(here, some_leave), there.mean().item(), off=off)
 
 
 def _losses(traces: Traces, leaving: Tensor) -> Tensor:
@@ -329,11 +331,15 @@ def _losses(traces: Traces, leaving: Tensor) -> Tensor:
     return right[-1] - right.gather(0, leaving[None])[0]
 
 
-def _interval(losses: Tensor) -> tuple[float, float]:
-    """Of the mean, by bootstrap. As each is -1, 0 or 1, how often they are drawn is all that counts."""
+def _interval(losses: Tensor, some_leave: bool) -> tuple[float, float]:
+    """Of the mean, by bootstrap. As each is -1, 0 or 1, how often they are drawn is all that counts.
+
+    What none of n images shows is not taken for never: it counts as one of them. Where nobody leaves nothing can be lost.
+    """
     n = len(losses)
-    shares = [(losses == value).double().mean().item() for value in (1, -1)]
-    drawn = np.random.default_rng(SEED).multinomial(n, [*shares, max(0.0, 1 - sum(shares))], RESAMPLES)
+    seen = np.array([(losses == value).sum().item() for value in (1, -1, 0)], dtype=float)
+    seen[:2] = seen[:2].clip(min=float(some_leave))
+    drawn = np.random.default_rng(SEED).multinomial(n, seen / seen.sum(), RESAMPLES)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / n, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(low), float(high)
 

@@ -126,7 +126,7 @@ class Results:
             well = "as well for less" if round(score.cost, 4) < round(own.cost, 4) else "just as well"
             yield (
                 f"Cutting the backbone off at exit {n} ({self.rows[1 + n].module}) does {well}: {right}fidelity "
-                f"{score.fidelity:.4f} at cost {score.cost:.4f}, as everybody leaves there and its head is the only one."
+                f"{score.fidelity:.4f} at cost {score.cost:.4f}, as everybody leaves there and no head is run but its own and those that it builds on."
             )
         if own.cost >= 1:
             yield (

@@ -55,7 +55,7 @@ class Reopened(NamedTuple):
         here = where.casefold() == data.place.casefold() if files is None else where == data.place
         same = here if None in (files, tuned["files_sha256"]) else files == tuned["files_sha256"]
         if not (here or same):
-            elsewhere = f" The run's thresholds were chosen on images of {shown}; none of those should be among these."
+            elsewhere = f" The run's thresholds were chosen on images of {shown}; whether some of them are among these is not known."
             return images, self.words + ("" if given else elsewhere)
         parts = parts_for_tuning(data, images, seed)
         if not same and parts.report is not images:  # other halves are drawn

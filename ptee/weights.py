@@ -170,7 +170,7 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
         ("is new", "are new"): [n for n in ours if n not in names],
     }
     return "; ".join(
-        f"of {len(ours)} tensors {len(found)} {one if len(found) == 1 else many}: {some(found, 3)}"
+        f"of {len(theirs if 'missing' in one else ours)} tensors {len(found)} {one if len(found) == 1 else many}: {some(found, 3)}"
         for (one, many), found in kinds.items()
         if found
     )

@@ -225,10 +225,22 @@ def test_an_interval_is_as_wide_as_the_drop_varies_from_sample_to_sample():
     from ptee.comparing import _interval
 
     losses = torch.tensor([1.0] * 100 + [-1.0] * 60 + [0.0] * 840, dtype=torch.float64)
-    low, high = _interval(losses)
+    low, high = _interval(losses, some_leave=True)
     error = 1.96 * losses.std(correction=0).item() / math.sqrt(1000)
     assert (low, high) == pytest.approx((0.04 - error, 0.04 + error), abs=error / 8)
-    assert _interval(torch.zeros(10, dtype=torch.float64)) == (0, 0)
+    low, high = _interval(losses.clamp(min=0), some_leave=True)
+    assert 0 < low < 0.1 < high
+
+
+def test_that_nothing_was_lost_on_a_few_images_is_no_certainty_but_where_nobody_leaves():
+    from ptee.comparing import _interval
+
+    few, many = torch.zeros(100, dtype=torch.float64), torch.zeros(4000, dtype=torch.float64)
+    low, high = _interval(few, some_leave=True)
+    assert -0.05 < low < -0.01 < 0.01 < high < 0.05
+    assert _interval(many, some_leave=True)[1] < high / 10
+    assert _interval(few, some_leave=False) == (0, 0)
+    assert _interval(few + 1, some_leave=True)[0] < 1
 
 
 # ---------------------------------------------------------------------------------------------------- in words

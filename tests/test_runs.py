@@ -24,7 +24,7 @@ from ptee.backbones import load_backbone
 from ptee.errors import BackboneError, PteeError, RunError, UnknownName
 from ptee.heads import HEADS
 from ptee.model import EarlyExitModel, build
-from ptee.weights import weights_hash
+from ptee.weights import difference, weights_hash
 
 SIZE = (3, 16, 16)
 
@@ -695,3 +695,8 @@ def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(name, hub, net
     monkeypatch.chdir(tmp_path)
     refused(name, net)
     assert hub["asked"] == []
+
+
+def test_tensors_that_are_missing_are_counted_among_those_that_there_were():
+    said = difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "d": "4"})
+    assert said == "of 3 tensors 2 are missing: b, c; of 2 tensors 1 is new: d"
