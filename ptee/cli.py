@@ -378,23 +378,20 @@ def bench(as_json: bool, **o: Any) -> None:
     from ptee.recipes import followed
     from ptee.training_speed import bench_training
 
-    for option in ("batch_sizes",) if o["training"] else ("images", "epochs"):
+    ways: dict[bool, tuple[str, ...]] = {True: ("images", "epochs"), False: ("batch_sizes",)}
+    for option in ways[not o["training"]]:
         if o[option] is not None:
-            name = f"--{option.replace('_', '-')}"
-            raise PteeError(
-                f"{name} {'does not go with' if o['training'] else 'needs'} --training. Leave {name} out{'' if o['training'] else ', or add --training'}."
-            )
+            goes = "does not go with" if o["training"] else "goes only with"
+            raise PteeError(f"--{option.replace('_', '-')} {goes} --training. Leave it out.")
+    # before a recipe says how many epochs it takes
+    given = {option: o[option] for option in (*ways[o["training"]], "rounds") if o[option] is not None}
     device = resolve_device(o["device"])
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     if o["recipe"] is not None:
         o = followed(o)
     model = asked.untrained(asked.backbone(o), o).to(device)
-    found: Any = (
-        bench_training(model, images=o["images"] or 512, epochs=o["epochs"] or 20, rounds=o["rounds"] or 3)
-        if o["training"]
-        else measure(model, o["batch_sizes"] or [1, 32], rounds=o["rounds"] or 7)
-    )
+    found: Any = (bench_training if o["training"] else measure)(model, **given)
     click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
 
 

@@ -317,8 +317,8 @@ def _cut_off(pair: Pair, n: int) -> Entry:
 
 def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] = ()) -> Entry:
     """What it comes to if rows leave where they are told to."""
-    there, here = (_losses(traces, leave(traces)) for traces in pair)
     leaving = leave(pair.report)
+    there, here = _losses(pair.calibration, leave(pair.calibration)), _losses(pair.report, leaving)
     cost = pair.report.costs_without(off)[leaving].mean().item()
     some_leave = bool((leaving < len(pair.report.costs) - 1).any())
     return Entry(None, cost, here.mean().item(), _interval(here, some_leave), there.mean().item(), off=off)

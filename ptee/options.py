@@ -112,6 +112,7 @@ class KeyValue(click.ParamType):
             return key, text
 
 
+MEAN, STD = Numbers(example="0.5 or 0.485,0.456,0.406"), Numbers(example="0.5 or 0.229,0.224,0.225")
 BACKBONE = _options(
     click.option(
         "--model", metavar="NAME", help="timm or torchvision classifier: resnet50, timm/NAME, torchvision/NAME."
@@ -127,12 +128,12 @@ BACKBONE = _options(
     click.option("--input-size", type=Size(int, "3,224,224"), help="Size of the images. Default: the model's own."),
     click.option(
         "--mean",
-        type=Numbers(example="0.5 or 0.485,0.456,0.406"),
+        type=MEAN,
         help="Mean of the pixels, per channel. Default: the model's own.",
     ),
     click.option(
         "--std",
-        type=Numbers(example="0.5 or 0.229,0.224,0.225"),
+        type=STD,
         help="Deviation of the pixels, per channel. Default: the model's own.",
     ),
 )
@@ -172,10 +173,10 @@ PLACE = _options(
     click.option("--front-weights", help="A file of its weights."),
     click.option(
         "--front-mean",
-        type=Numbers(example="0.5 or 0.485,0.456,0.406"),
+        type=MEAN,
         help="Of its images, where its configuration says otherwise.",
     ),
-    click.option("--front-std", type=Numbers(example="0.5 or 0.229,0.224,0.225"), help="Likewise."),
+    click.option("--front-std", type=STD, help="Likewise."),
     click.option(
         "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
     ),

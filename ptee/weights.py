@@ -165,13 +165,13 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     theirs, ours = _relevant(theirs), _relevant(ours)
     names = theirs.keys() & ours.keys()
     kinds = {
-        ("differs", "differ"): [n for n in ours if n in names and ours[n] != theirs[n]],
-        ("is missing", "are missing"): [n for n in theirs if n not in names],
-        ("is new", "are new"): [n for n in ours if n not in names],
+        ("differs", "differ"): (ours, [n for n in ours if n in names and ours[n] != theirs[n]]),
+        ("is missing", "are missing"): (theirs, [n for n in theirs if n not in names]),
+        ("is new", "are new"): (ours, [n for n in ours if n not in names]),
     }
     return "; ".join(
-        f"of {len(theirs if 'missing' in one else ours)} tensors {len(found)} {one if len(found) == 1 else many}: {some(found, 3)}"
-        for (one, many), found in kinds.items()
+        f"of {len(every)} tensors {len(found)} {one if len(found) == 1 else many}: {some(found, 3)}"
+        for (one, many), (every, found) in kinds.items()
         if found
     )
 

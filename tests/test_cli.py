@@ -268,7 +268,7 @@ WORDS = {
     "an unknown device": (["bench", *RANDOM, "--device", "tpu"], "tpu.*cpu"),
     "batches of nothing": (["bench", *RANDOM, "--batch-sizes", "0"], "positive"),
     "batches of words": (["bench", *RANDOM, "--batch-sizes", "1,many"], "1,many.* such as 1,32"),
-    "images of no training": (["bench", *RANDOM, "--images", 8], "--images needs --training"),
+    "images of no training": (["bench", *RANDOM, "--images", 8], "--images goes only with --training"),
     "batches of a training": (
         ["bench", *RANDOM, "--training", "--batch-sizes", 8],
         "--batch-sizes does not go with --training",
@@ -1354,6 +1354,10 @@ def test_bench_times_every_batch_size_and_prints_a_table_or_json(run):
     assert "nobody" in run(*words).out
     cases = json.loads(run(*words, "--json").out)["cases"]
     assert [case["batch"] for case in cases] == [1, 1, 2, 2, 2]
+
+
+def test_bench_times_the_training_of_a_recipe(run):
+    assert run("bench", *RANDOM, "--training", "--images", 8, "--recipe", "ptee").status == 0
 
 
 def test_bench_takes_a_number_of_threads(run):
