@@ -9,53 +9,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptee.calls import ExitOutput as ExitOutput
-    from ptee.choosing import choose_exits as choose_exits
-    from ptee.comparing import compare as compare
-    from ptee.decision import fit_gates as fit_gates
-    from ptee.errors import PteeError as PteeError
-    from ptee.evaluation import evaluate as evaluate
-    from ptee.heads import register_head as register_head
-    from ptee.model import AllExits as AllExits
-    from ptee.model import EarlyExitModel as EarlyExitModel
-    from ptee.model import augment as augment
-    from ptee.model import load as load
-    from ptee.plans import Exit as Exit
-    from ptee.plans import Plan as Plan
-    from ptee.plans import plan as plan
-    from ptee.training import train as train
-    from ptee.tuning import tune as tune
+    from ptee._common.errors import PteeError as PteeError
+    from ptee.evaluation.comparison import compare as compare
+    from ptee.evaluation.results import evaluate as evaluate
+    from ptee.evaluation.tuning import tune as tune
+    from ptee.exits.heads import register_head as register_head
+    from ptee.exits.plan import Exit as Exit
+    from ptee.exits.plan import Plan as Plan
+    from ptee.exits.plan import plan as plan
+    from ptee.model.build import augment as augment
+    from ptee.model.build import load as load
+    from ptee.model.early_exit import AllExits as AllExits
+    from ptee.model.early_exit import EarlyExitModel as EarlyExitModel
+    from ptee.model.forward import ExitOutput as ExitOutput
+    from ptee.pipeline.choosing import choose_exits as choose_exits
+    from ptee.training.calibration import fit_gates as fit_gates
+    from ptee.training.trainer import train as train
 
 __version__ = "0.1.0"
 _HOMES = {
-    "AllExits": "model",
-    "EarlyExitModel": "model",
-    "Exit": "plans",
-    "ExitOutput": "calls",
-    "Plan": "plans",
-    "PteeError": "errors",
-    "augment": "model",
-    "choose_exits": "choosing",
-    "compare": "comparing",
-    "evaluate": "evaluation",
-    "fit_gates": "decision",
-    "load": "model",
-    "plan": "plans",
-    "register_head": "heads",
-    "train": "training",
-    "tune": "tuning",
+    "AllExits": "model.early_exit",
+    "EarlyExitModel": "model.early_exit",
+    "Exit": "exits.plan",
+    "ExitOutput": "model.forward",
+    "Plan": "exits.plan",
+    "PteeError": "_common.errors",
+    "augment": "model.build",
+    "choose_exits": "pipeline.choosing",
+    "compare": "evaluation.comparison",
+    "evaluate": "evaluation.results",
+    "fit_gates": "training.calibration",
+    "load": "model.build",
+    "plan": "exits.plan",
+    "register_head": "exits.heads",
+    "train": "training.trainer",
+    "tune": "evaluation.tuning",
 }
 __all__ = sorted(_HOMES)
-_ROOMS = ("backbones", "data", "thresholds", "traces")  # modules for who wants more than the names above
+_MODULES = {  # for who wants more than the names above
+    "losses": "training.losses",
+    "thresholds": "evaluation.targets",
+    "traces": "evaluation.traces",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"ptee.{name}")
+    if name in _MODULES:
+        return importlib.import_module(f"ptee.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'ptee' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ptee.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -1,5 +1,5 @@
 """`python -m ptee`."""
 
-from ptee.cli import main
+from ptee.cli.main import main
 
 main()

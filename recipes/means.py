@@ -14,7 +14,7 @@ from typing import Any
 import click
 from spread import spread, without_seed
 
-from ptee.tables import table
+from ptee._common.text import table
 
 COLUMNS = ("cost", "fidelity", "accuracy")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from ptee.tables import table
+from ptee._common.text import table
 
 
 def spread(values: list[float], sign: str = "") -> str:

@@ -1,0 +1,86 @@
+"""Where to compute: a device that is there, the precision it is good at, and with how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ptee._common.errors import DeviceError
+
+
+def resolve_device(wish: str | torch.device | None) -> torch.device:
+    """The device of that name; None for a GPU where there is one, else the CPU.
+
+    Raises:
+        DeviceError: if it does not exist on this machine; the message names those that do.
+    """
+    if wish is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        device = None
+    if device is not None and device.type == "cpu":
+        return torch.device("cpu")
+    first = torch.device("cuda:0") if device == torch.device("cuda") else device
+    if first is None or str(first) not in there:
+        raise DeviceError(f"There is no device {str(wish)!r} on this machine. Possible: {', '.join(there)}.")
+    return first
+
+
+def best_precision(device: torch.device) -> str:
+    """ "bf16" where the device has instructions for it, else "no"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cpu":
+        fast = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+        has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return "bf16" if fast and has() else "no"
+    return "no"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes in one CPU thread meanwhile: on tiny tensors several spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def accelerator_on(device: str | torch.device | None, precision: str) -> Iterator[Any]:
+    """An Accelerator for this device and precision, whatever another one in this process is for.
+
+    accelerate keeps one state for all Accelerators of a process; it is put back afterwards.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    shared = (PartialState._shared_state, AcceleratorState._shared_state)
+    before = [dict(state) for state in shared]
+    try:
+        if PartialState().num_processes == 1:
+            chosen = resolve_device(device)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState(cpu=chosen.type == "cpu").device = chosen
+        else:
+            chosen = PartialState().device
+        mixed = best_precision(chosen) if precision == "auto" else precision
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
+        yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
+    finally:
+        if any(before) or PartialState().num_processes == 1:
+            for state, was in zip(shared, before, strict=True):
+                state.clear()
+                state.update(was)

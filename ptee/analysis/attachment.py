@@ -1,0 +1,77 @@
+"""Holding a user's module: frozen, with hooks on it, until it is given back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import finalize, ref
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ptee.analysis.freezing import FrozenState, freeze
+from ptee.analysis.replay import make_plain, make_recallable
+
+
+class Hold:
+    """A module kept frozen with hooks on it, until `release`, or until nobody has this any more.
+
+    Shallow copies of its owner share it; deep copies and pickles hold their own copy of the module.
+
+    Args:
+        module: to freeze.
+        hooks: a forward hook for each of these parts of it.
+        recallable: parts that can be asked for what they gave (`replay`).
+    """
+
+    def __init__(
+        self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], recallable: Sequence[str] = ()
+    ) -> None:
+        self._module, self._state = module, freeze(module)
+        # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
+        self._handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+        self._recallable = list(recallable)
+        self._held = [True]  # empty when the module was given back; shared with the finalizer
+        make_recallable([module.get_submodule(name) for name in recallable])
+        self._parts = list(module.modules())  # to look at them at each call; walking the tree takes ten times as long
+        self._watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.released:
+            self._state.hold(self._module)
+            self._watch()
+
+    def _watch(self) -> None:
+        arguments = (ref(self._module), self._state, self._handles, self._recallable, self._held)
+        finalize(self, _release, *arguments).atexit = False
+
+    @property
+    def released(self) -> bool:
+        """Whether the module was given back."""
+        return not self._held
+
+    def release(self) -> None:
+        """Take the hooks off and give the module back as it was."""
+        _release(ref(self._module), self._state, self._handles, self._recallable, self._held)
+
+    def keep(self) -> None:
+        """Put the module back into eval mode if any part of it was taken out."""
+        if any(part.training for part in self._parts):
+            self._module.eval()
+
+
+def _release(
+    module: ref[nn.Module],
+    state: FrozenState,
+    handles: Sequence[RemovableHandle],
+    recallable: Sequence[str],
+    held: list[bool],
+) -> None:
+    own = module()
+    if own is not None and held:
+        make_plain([own.get_submodule(name) for name in recallable])
+        for handle in handles:
+            handle.remove()
+        held.clear()
+        state.restore(own)

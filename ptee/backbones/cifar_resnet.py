@@ -1,0 +1,165 @@
+"""The residual networks for 32x32 images: 6n+2 layers, three stages of n blocks with 16, 32 and 64 channels.
+
+Importing this module registers them with timm, so that `timm.create_model("cifar_resnet56")` works.
+
+Source: He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2, with option A shortcuts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, register_model
+from torch import Tensor, nn
+
+from ptee._common.errors import BackboneError
+
+__all__ = ["CifarResNet"]  # timm appends the names of the networks
+
+DEPTHS = (20, 32, 44, 56, 110)
+WIDTHS = (16, 32, 64)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters; (b, c, h, w) -> (b, c_out, h/stride, w/stride)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.stride, self.new_channels = stride, c_out - c_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ReLU is a function here, not a module, so that each module is called once and the block's output is its."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Option A: every second pixel, the new channels zero, half of them before the old ones and half after."""
+        if self.stride == 1 and self.new_channels == 0:
+            return x
+        before = self.new_channels // 2
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+
+
+class CifarResNet(nn.Module):
+    """A 6n+2 network in timm's conventions (`forward_features`, `forward_head`, `reset_classifier`).
+
+    Args:
+        depth: 6n + 2 with n >= 1, the number of layers with weights.
+        num_classes: K; 0 leaves the classifier out.
+        in_chans: channels of the images.
+
+    Raises:
+        BackboneError: if the depth is not of the form 6n + 2.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise BackboneError(f"A CIFAR ResNet has 6n+2 layers, not {depth}. Choose 20, 32, 44, 56, 110, or another.")
+        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, WIDTHS[-1]
+        self.head_hidden_size = self.num_features
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2**n, "module": f"layer{n + 1}"} for n, width in enumerate(WIDTHS)
+        ]
+        self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.reset_classifier(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) -> (b, K) logits."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b, in_chans, h, w) -> (b, 64, h/4, w/4)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(b, 64, h, w) -> (b, K) logits, or the (b, 64) means that the classifier reads."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new last layer for so many classes; `global_pool` is timm's argument, and only the average is here."""
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(c_in, c_out, stride)
+    return nn.Sequential(first, *[BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)])
+
+
+default_cfgs = {  # where timm looks for the input of each network; none has weights to download
+    f"cifar_resnet{depth}": {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "mean": (0.485, 0.456, 0.406),  # what the published checkpoints were trained with
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
+    for depth in DEPTHS
+}
+
+
+def _register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """timm's `register_model`, silent when this module is loaded anew: its newest functions are the right ones."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Overwriting cifar_resnet")
+        return register_model(build)
+
+
+def _build(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(CifarResNet, f"cifar_resnet{depth}", pretrained, depth=depth, **kwargs)
+
+
+@_register
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """20 layers, 0.27 million parameters."""
+    return _build(20, pretrained, **kwargs)
+
+
+@_register
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """32 layers, 0.46 million parameters."""
+    return _build(32, pretrained, **kwargs)
+
+
+@_register
+def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """44 layers, 0.66 million parameters."""
+    return _build(44, pretrained, **kwargs)
+
+
+@_register
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """56 layers, 0.85 million parameters."""
+    return _build(56, pretrained, **kwargs)
+
+
+@_register
+def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """110 layers, 1.7 million parameters."""
+    return _build(110, pretrained, **kwargs)

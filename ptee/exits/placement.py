@@ -1,0 +1,348 @@
+"""Placement: where along the backbone the exits stand.
+
+A placement rule sees nothing but the cumulative cost at the end of each block, as fractions of the whole. Fed with
+shares of the operations it places by what is really spent (ptee's default); fed with shares of the parameters it gives
+the tables of the EENet thesis, which calls those shares cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from ptee._common.errors import BackboneError, CutError, unknown
+from ptee.analysis.blocks import blocks
+from ptee.analysis.cut_points import Cut, Survey, remedy, survey
+from ptee.analysis.macs import Counts
+from ptee.analysis.verify import prove
+from ptee.backbones.load import Backbone
+
+MOST_EXITS = 5  # as many as an unnumbered scheme places
+CHOSEN = "auto"  # no rule: places that a search chooses with images
+LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
+HEAVY = 2e10  # multiply-accumulates of one image above which a proof looks for a smaller one
+SMALLEST_SIDE = 40  # pixels of that; three patches of 14 still fit
+MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass begins anew
+
+Rule = Callable[[Sequence[float], int], list[int]]
+Choice = Callable[[Sequence[float]], list[int]]  # a rule that knows how many exits it places
+
+
+# ---------------------------------------------------------------------------------------------------- the rules
+
+
+def first_behind(costs: Sequence[float], wishes: Sequence[float]) -> list[int]:
+    """The first block whose cumulative cost reaches each wish; two wishes never share a block.
+
+    Args:
+        costs: (L,) cumulative cost at the end of each block, as fractions of the whole, growing.
+        wishes: (E,) wanted fractions, growing.
+
+    Returns:
+        Indices of blocks, fewer than E where the blocks run out.
+    """
+    chosen: list[int] = []
+    for wish in wishes:
+        start = chosen[-1] + 1 if chosen else 0
+        block = next((i for i in range(start, len(costs)) if costs[i] >= wish), None)
+        if block is None:
+            break
+        chosen.append(block)
+    return chosen
+
+
+def _by_fraction(fraction: Callable[[int, int], float]) -> Rule:
+    return lambda costs, exits: first_behind(costs, [fraction(n, exits) for n in range(exits)])
+
+
+def _quadratic(costs: Sequence[float], exits: int) -> list[int]:
+    step = round(len(costs) / (exits + 1))
+    return [i for i in range(step - 1, step * exits, step) if i < len(costs)] if step else []
+
+
+# EENet (Demir & Akbas) 3.3. "quadratic" has no formula there; this one gives all rows of the thesis's tables.
+PLACEMENTS: dict[str, Rule] = {
+    "pareto": _by_fraction(lambda n, exits: 1 - 0.8 ** (n + 1)),
+    "fine": _by_fraction(lambda n, exits: 1 - 0.95 ** (n + 1)),
+    "golden": _by_fraction(lambda n, exits: 1.618034 ** (n - exits)),
+    "linear": _by_fraction(lambda n, exits: (n + 1) / (exits + 1)),
+    "quadratic": _quadratic,
+}
+
+
+def places(rule: str, costs: Sequence[float], exits: int) -> list[int]:
+    """The blocks that a rule chooses; where it runs out of them, as near to it as leaves one for each exit.
+
+    Args:
+        rule: of `PLACEMENTS`.
+        costs: (L,) as of `first_behind`.
+        exits: E, at most L.
+    """
+    chosen = PLACEMENTS[rule](costs, exits)
+    return chosen if len(chosen) == exits else _with_room_for_all(lambda _: chosen, exits)(costs)
+
+
+# ---------------------------------------------------------------------------------------------------- placing
+
+
+def needs_images() -> CutError:
+    """The refusal of `CHOSEN` where there is nothing to choose by."""
+    return CutError(
+        f"The exits {CHOSEN!r} are chosen with images, which are not read here. Take `ptee augment --exits auto --data "
+        f"FOLDER`, ptee.choose_exits from Python, or a placement: {', '.join(PLACEMENTS)}."
+    )
+
+
+@dataclass
+class Placer:
+    """Turns a request into proven cuts."""
+
+    backbone: Backbone
+    survey: Survey
+    counts: Counts
+    placed: bool = False  # names are those that a rule gave before: they may be of modules past which much is read
+    proven: dict[str, Cut] = field(default_factory=dict)  # by name; or tried in vain
+    failed: dict[str, str] = field(default_factory=dict)  # why
+
+    def place(self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None) -> list[Cut]:
+        """Proven cuts, in order of execution.
+
+        Args:
+            exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
+            num_exits: E; None for as many as the rule can place, at most five.
+
+        Raises:
+            CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
+            UnknownName: if the rule or a module does not exist.
+        """
+        if num_exits is not None and not isinstance(num_exits, int):
+            raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.")
+        if num_exits is not None and num_exits < 1:
+            raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+        if not isinstance(exits, str | Sequence):
+            raise CutError(
+                f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
+            )
+        if isinstance(exits, str) and exits not in PLACEMENTS and exits in self.survey.order:
+            exits = [exits]
+        if isinstance(exits, str):
+            return self._by_rule(exits, num_exits)
+        wanted: list[Any] = list(exits)
+        if num_exits is not None and num_exits != len(wanted):
+            raise CutError(f"{len(wanted)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+        if not wanted:
+            raise CutError("No exit is named. Give a placement such as 'pareto', fractions, or names of modules.")
+        if all(isinstance(e, str) for e in wanted):
+            return self._by_name([str(e) for e in wanted])
+        if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in wanted):
+            return self._by_wish(sorted(float(e) for e in wanted))
+        raise CutError(
+            f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
+        )
+
+    def candidates(self, most: int) -> list[Cut]:
+        """Proven cuts that end a block and leave something to save, in order of execution.
+
+        Args:
+            most: how many at most; of more blocks, some that lie evenly along the backbone's cost.
+
+        Raises:
+            CutError: if there is none.
+        """
+        for ends in (self._blocks, self._cells):
+            early = self._thinned([cut for cut in ends if self.cost(cut) <= LATEST], most)
+            self._prove([cut for cut in early if cut.name not in self.proven])
+            if found := [self.proven[cut.name] for cut in early if cut.name not in self.failed]:
+                return found
+        raise self._no_room(1, CHOSEN)
+
+    def _thinned(self, cuts: list[Cut], most: int) -> list[Cut]:
+        """At growing costs, and no more than so many."""
+        costs = [self.cost(cut) for cut in cuts]
+        later = [i for i, cost in enumerate(costs) if i == 0 or cost > max(costs[:i])]
+        if len(later) <= most:
+            return [cuts[i] for i in later]
+        first, last = costs[later[0]], costs[later[-1]]
+        wishes = [first + (last - first) * n / most for n in range(most)]
+        return [cuts[later[i]] for i in first_behind([costs[i] for i in later], wishes)]
+
+    def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
+        if rule == CHOSEN:
+            raise needs_images()
+        if rule not in PLACEMENTS:
+            raise unknown("placement", rule, PLACEMENTS)
+
+        def choose(exits: int) -> Choice:
+            return lambda costs: PLACEMENTS[rule](costs, exits)
+
+        if num_exits is not None:
+            return self._somehow(choose(num_exits), num_exits, rule)
+        for exits in range(MOST_EXITS, 0, -1):
+            for places in (self._blocks, self._cells):
+                if found := self._proven(choose(exits), exits, places, LATEST):
+                    return found
+        raise self._no_room(1, rule)
+
+    def _by_wish(self, wishes: list[float]) -> list[Cut]:
+        words = f"at {', '.join(map(str, wishes))}"
+
+        def choose(costs: Sequence[float]) -> list[int]:
+            return first_behind(costs, wishes)
+
+        for places in (self._blocks, self._cells, self._parts):
+            if found := self._proven(choose, len(wishes), places, LATEST):
+                return found
+        raise self._no_room(len(wishes), words)
+
+    def _somehow(self, choose: Choice, wanted: int, words: str) -> list[Cut]:
+        """As the rule says; where it runs out of blocks, as near to it as leaves a block for each exit."""
+        for places in (self._blocks, self._cells, self._parts):
+            for rule in (choose, _with_room_for_all(choose, wanted)):
+                if found := self._proven(rule, wanted, places, LATEST):
+                    return found
+        if found := self._proven(_with_room_for_all(choose, wanted), wanted, self._blocks, 1.0):
+            return found
+        raise self._no_room(wanted, words)
+
+    def _by_name(self, names: list[str]) -> list[Cut]:
+        if len(set(names)) < len(names):
+            raise CutError(f"The exits {', '.join(names)} name one module twice. Leave one of the two out.")
+        wanted = {name: self.survey.cut(name, self.backbone.module, self.placed) for name in names}
+        cuts = [wanted[name] for name in self.survey.order if name in wanted]
+        self._prove(cuts)
+        for name, reason in self.failed.items():
+            raise CutError(
+                f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}. {remedy(name, self.survey.cuts)}"
+            )
+        cuts = [self.proven[cut.name] for cut in cuts]
+        for one, two in pairwise(cuts):
+            if self.cost(one) >= self.cost(two):
+                raise CutError(
+                    f"Exits {one.name!r} and {two.name!r} stand at the same point, nothing is computed between them. "
+                    "Leave one of the two out."
+                )
+        return cuts
+
+    def cost(self, cut: Cut) -> float:
+        """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
+        order = self.survey.order
+        before = reversed(order[: order.index(cut.name) + 1])
+        return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
+
+    def _outside(self, cut: Cut) -> float:
+        """Share of the backbone's work before a cut that is in none of the modules that need not run again."""
+        within = sum(self.counts.inside.get(name, 0) for name in {step.name for step in cut.steps})
+        return self.cost(cut) - within / self.counts.total
+
+    @cached_property
+    def _blocks(self) -> list[Cut]:
+        """The cuts that end a block."""
+        return [self.survey.cuts[name] for name in blocks(self.backbone.module, self.survey, self.counts)]
+
+    @cached_property
+    def _cells(self) -> list[Cut]:
+        """Likewise, where a block may read the outputs of others beside it: cells of networks found by search."""
+        if not self.survey.cells & self.survey.bypassed.keys():
+            return []
+        names = self.survey.cuts.keys() | (self.survey.cells & self.survey.bypassed.keys())
+        cuts = self.survey.cuts | self.survey.bypassed
+        wider = replace(self.survey, cuts={name: cuts[name] for name in self.survey.order if name in names})
+        return [cuts[name] for name in blocks(self.backbone.module, wider, self.counts)]
+
+    @cached_property
+    def _parts(self) -> list[Cut]:
+        """Likewise, with whole modules around which anything may pass: branches that run one after another."""
+        names = [n for n in self.survey.bypassed if self.counts.products.get(n, 0) >= 2]
+        outermost = {n for n in names if not any(n.startswith(f"{other}.") for other in names)}
+        cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
+        return [cuts[name] for name in self.survey.order if name in cuts]
+
+    def _proven(self, rule: Choice, wanted: int, places: list[Cut], latest: float) -> list[Cut] | None:
+        """Let the rule choose among the places, and again without those whose proof fails; None if too few are left."""
+        while True:
+            places = [cut for cut in places if self.cost(cut) <= latest and cut.name not in self.failed]
+            costs = [self.cost(cut) for cut in places]
+            chosen = [places[i] for i in rule(costs)]
+            if len(chosen) < wanted:
+                return None
+            self._prove([cut for cut in chosen if cut.name not in self.proven])
+            if not any(cut.name in self.failed for cut in chosen):
+                return [self.proven[cut.name] for cut in chosen]
+
+    def _prove(self, cuts: Sequence[Cut]) -> None:
+        """As they are; what fails because the rest of the pass remembers the old batch, by beginning anew."""
+        size = self._size_to_prove_at
+        failed = prove(self.backbone.module, cuts, size)
+        anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
+        anew = [cut for cut in anew if cut.steps]
+        still = prove(self.backbone.module, anew, size) if anew else {}
+        for cut in (*cuts, *anew):
+            if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:
+                failed[cut.name] = still[cut.name] = (
+                    f"the pass would begin anew there, and {share:.0%} of its work lies outside of modules and would be done "
+                    "twice"
+                )
+        self.proven |= {cut.name: cut for cut in (*cuts, *anew)}
+        mended = {cut.name for cut in anew} - still.keys()
+        self.failed |= {name: why for name, why in failed.items() if name not in mended}
+
+    @cached_property
+    def _size_to_prove_at(self) -> tuple[int, int, int]:
+        """The images' own, unless that takes long and a smaller one takes the same way through the network.
+
+        The same way: the same modules in the same order, the same cuts, and the same values alive past each of them.
+        """
+        channels, height, width = size = self.backbone.input.input_size
+        if self.counts.total < HEAVY:
+            return size
+        most = min(height, width) // SMALLEST_SIDE
+        whole = [n for n in range(most, 1, -1) if not (height % n or width % n)]
+        for part in whole or [most] * (most > 1):  # of a prime side there is no part but for what takes any size
+            small = (channels, height // part, width // part)
+            try:
+                found = survey(self.backbone.module, small)
+            except BackboneError:  # it takes no such images
+                continue
+            if _way(found) == _way(self.survey):
+                return small
+        return size
+
+    def _no_room(self, wanted: int, words: str) -> CutError:
+        early = [cut for cut in self._blocks if self.cost(cut) <= LATEST]
+        if not early:
+            return CutError(
+                f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its cost."
+                f"{self._for_example()} Name a module as an exit if you know one that is."
+            )
+        return CutError(
+            f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
+            f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
+            f"Ask for fewer (num_exits=), another placement, or name fractions or modules."
+        )
+
+    def _for_example(self) -> str:
+        """Why the largest module that is no cut is none."""
+        names = [n for n in self.survey.refused if n in self.counts.inside]
+        early = [n for n in names if self.counts.until[n] <= LATEST * self.counts.total]
+        largest = max(early or names, key=lambda n: self.counts.inside[n], default=None)
+        return "" if largest is None else f" Not at {largest!r}, for one: {self.survey.refused[largest]}."
+
+
+def _way(survey: Survey) -> tuple[Any, ...]:
+    return survey.order, survey.refused, survey.steps, list(survey.cuts), list(survey.bypassed)
+
+
+def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
+    """The rule, with each exit moved forward as far as those behind it need to find a block of their own."""
+
+    def choose(costs: Sequence[float]) -> list[int]:
+        last = len(costs) - wanted
+        if last < 0:
+            return []
+        chosen = [*rule(costs), *[len(costs)] * wanted]
+        return [min(block, last + n) for n, block in enumerate(chosen[:wanted])]
+
+    return choose

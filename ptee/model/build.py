@@ -1,0 +1,141 @@
+"""Making and loading early-exit models: `augment` hangs untrained heads on a backbone, `load` reads a saved run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ptee._common.errors import PteeError, RunError, unknown
+from ptee.analysis.freezing import freeze
+from ptee.backbones.load import Backbone, load_backbone
+from ptee.exits.front import FrontHead, named_front
+from ptee.exits.plan import make_plan
+from ptee.model import saving as runs
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.rebuilding import check_weights, front_of, network_of
+
+
+def augment(
+    model: str | nn.Module,
+    *,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str | Sequence[str] = "pool",
+    head_budget: float | Sequence[float] | None = None,
+    front: str | nn.Module | None = None,
+    front_weights: str | Path | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+) -> EarlyExitModel:
+    """Hang exit heads on a trained classifier. They are untrained: `ptee.train` comes next.
+
+    Args:
+        model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module (b, c, h, w) -> (b, K).
+        exits: where: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
+            cost, or a list of module names.
+        num_exits: E; None for as many as the rule can place, at most five.
+        head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a learned one
+            (`res-32x2-64x2`), or "auto", learned ones as large as their budget allows; one for all exits or one for each. With
+            a + behind its name (`auto+`, `conv2+`) a head builds on the one before it; one name for all leaves the + out at the first.
+        head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each.
+        front: a small classifier with weights of its own, by name or as a module: the head of an exit at the input, before
+            all others. Rows that it is sure of never reach the backbone. "auto": a learned head there.
+        front_weights: for a name: a file of its weights.
+        input_size: (c, h, w); None: the model's own, where it says so.
+        num_classes: K, where the model does not say.
+        pretrained: for a name: load its published weights.
+        weights: for a name: a file of weights instead.
+
+    Returns:
+        The model in eval mode, on the backbone's device. The backbone itself is used, not a copy.
+
+    Raises:
+        PteeError: naming what cannot be met, why, and what is possible.
+    """
+    if isinstance(model, EarlyExitModel):
+        raise PteeError(
+            "This model has exits already. Give its backbone for others: ptee.augment(model.detach(), ...)."
+        )
+    backbone = load_backbone(
+        model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
+    )
+    first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
+    return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
+
+
+def build(
+    backbone: Backbone,
+    *,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str | Sequence[str] = "pool",
+    convention: str = "full",
+    placed: bool = False,
+    head_budget: float | Sequence[float] | None = None,
+    front: FrontHead | str | None = None,
+    saved: Mapping[str, Tensor] | None = None,
+) -> EarlyExitModel:
+    """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
+    state = freeze(backbone.module)
+    try:
+        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget, front, saved)
+    finally:
+        state.restore(backbone.module)
+    return EarlyExitModel(backbone, plan, plan.make_heads(front if isinstance(front, FrontHead) else None))
+
+
+def load(
+    folder: str | Path, backbone: nn.Module | None = None, front: nn.Module | None = None, **hub: Any
+) -> EarlyExitModel:
+    """Load a saved early-exit model.
+
+    The exits are placed, proven and counted anew on the backbone; the folder is trusted for nothing but the numbers in
+    the heads.
+
+    Args:
+        folder: what `save_pretrained` or `ptee augment --out` wrote, or "user/repo" on the hub.
+        backbone: the module to hang the heads on; None: built as config.json says.
+        front: the network of the exit at the input, which gets the weights that were saved; None: built as config.json says.
+        hub: for a repo: revision, token, cache_dir, force_download, local_files_only.
+
+    Raises:
+        RunError: if a file is missing, cut off, of a newer schema, or names a path outside; if the backbone's weights
+            are not those the heads were trained on (both hashes are given); if a front network is given and it has none.
+        BackboneError: if the backbone is no module, or cannot be built from what config.json says.
+        UnknownName: if there is no such argument.
+    """
+    known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    for name in hub.keys() - known:
+        raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
+    run = runs.read(folder, **hub)
+    if backbone is not None:
+        check_weights(run, backbone)
+    if front is not None and run.front is None:
+        raise RunError(f"{folder} has no front network, and one is given. Leave out front=.")
+    network = network_of(run, backbone)
+    check_weights(run, network.module)
+    model = build(
+        network,
+        exits=list(run.exits),
+        head=list(run.heads),
+        convention=run.convention,
+        placed=True,
+        saved=run.tensors,
+        front=front_of(run, front, network) if run.front is not None else None,
+    )
+    if model.num_classes != run.classes:
+        raise RunError(
+            f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
+        )
+    if any(run.gates):
+        model.put_gates([model.new_gate(n, reads) if reads else None for n, reads in enumerate(run.gates)])
+    runs.fill(model.heads, run)
+    model.threshold = run.threshold
+    model.off = run.off
+    model.results = run.results
+    return model.eval()

@@ -1,0 +1,446 @@
+"""The early-exit model: a frozen backbone with a hook at each cut, a head behind each hook, and a threshold.
+
+One path serves all: `predict`, `forward` and `all_exits` run the backbone's own forward pass; at each cut the hook asks
+the call that is going on what to do (`calls`).
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import PteeError, RunError, first_line
+from ptee.analysis.attachment import Hold
+from ptee.analysis.replay import Memory, merged, run
+from ptee.backbones.load import Backbone
+from ptee.backbones.weights import tensor_hashes, weights_hash
+from ptee.exits.front import INPUT, FrontHead
+from ptee.exits.gates import Gate
+from ptee.exits.heads import ExitHead, Said, Trail, confidence_of
+from ptee.exits.plan import Exit, Plan
+from ptee.model import saving as runs
+from ptee.model.forward import AllLeft, ExitHook, ExitOutput, Leaving, Read, Watching, running
+from ptee.model.thresholds import Thresholds, for_each_exit, for_each_row
+
+DEFAULT_THRESHOLD = 0.5  # PTEENet's
+
+
+class AllExits(NamedTuple):
+    """What every exit would answer.
+
+    Attributes:
+        logits: (E+1, b, K); the last are the backbone's.
+        confidence: (E+1, b) h, float32; the last are 1.
+        confidence_logits: (E, b), of which h is the sigmoid.
+    """
+
+    logits: Tensor
+    confidence: Tensor
+    confidence_logits: Tensor
+
+
+class Reading(NamedTuple):
+    """What the backbone has to say of some images, however often the heads are trained on it.
+
+    Attributes:
+        inputs: for each exit, what its head reads, after the part of the head that has nothing to learn.
+        logits: (b, K) of the backbone.
+    """
+
+    inputs: tuple[Tensor, ...]
+    logits: Tensor
+
+
+class EarlyExitModel(
+    nn.Module,
+    ModelHubMixin,
+    library_name="ptee",
+    tags=["early-exit", "image-classification"],
+    pipeline_tag="image-classification",
+    model_card_template=runs.MODEL_CARD,
+):
+    """A classifier whose sure rows leave early. Made by `augment` and `load`.
+
+    The backbone is the module that was given, not a copy: frozen, always in eval mode, with one hook at each cut that
+    does nothing unless this model is called. Only the heads train. `detach` gives the backbone back as it was, and so
+    does the model's end.
+
+    Attributes:
+        backbone: the user's module.
+        heads: one ExitHead for each early exit.
+        plan: where the exits stand and what they cost.
+        results: what was measured last, JSON-able, or None; saved with the model.
+    """
+
+    def __init__(self, network: Backbone, plan: Plan, exit_heads: Sequence[ExitHead]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.origin = network
+        self._hooks = [ExitHook() for _ in plan.cuts]
+        self._steps = merged([cut.steps for cut in plan.cuts])
+        hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self._hooks, strict=True) if cut.name != INPUT}
+        self._hold = Hold(network.module, hooks, list(self._steps))
+        self.backbone = network.module
+        like = self._like()
+        self.heads = nn.ModuleList(exit_heads).to(like.device, like.dtype)
+        self.results: dict[str, Any] | None = None
+        self._thresholds: tuple[float, ...] = ()
+        self.threshold = DEFAULT_THRESHOLD
+        self.eval()
+        self._answer_types: dict[tuple[torch.dtype | None, ...], torch.dtype] = {}
+        self._answer_type(like.new_zeros(1, *plan.input_size))
+
+    # -------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """The E early exits, in order: name and costs."""
+        return self.plan.exits
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.plan.classes
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """c_0 .. c_E, what a row costs that leaves at each exit, as fractions of the bare backbone."""
+        return self.plan.costs
+
+    @property
+    def threshold(self) -> list[float]:
+        """T of each exit; a row leaves at the first exit n with h_n >= T_n.
+
+        Set it to one number or one per exit, at any time. Above 1 nobody leaves, at 0 everybody does (but for a row
+        whose confidence is not finite, which never leaves). Raises PteeError on NaN and on a wrong number of values.
+        """
+        return list(self._thresholds)
+
+    @threshold.setter
+    def threshold(self, value: Thresholds) -> None:
+        self._thresholds = for_each_exit(value, len(self.plan.exits))
+
+    @property
+    def off(self) -> tuple[int, ...]:
+        """Exits that are switched off: nobody leaves there, whatever T is.
+
+        Their heads are not run and cost nothing, unless a later one that is on reads what they say. Set it to the numbers
+        of exits, at any time. Raises PteeError for what is no exit.
+        """
+        return self.plan.off
+
+    @off.setter
+    def off(self, value: Sequence[int]) -> None:
+        try:
+            given = [value] if isinstance(value, int) else list(value)
+        except TypeError:
+            words = f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
+            raise PteeError(words) from None
+        try:
+            off = [operator.index(n) for n in given if not isinstance(n, bool)]
+        except TypeError:
+            off = []
+        if len({n for n in off if n in range(len(self.exits))}) < len(given):
+            raise PteeError(
+                f"Exits {given} cannot be off: exits have the numbers 0 to {len(self.exits) - 1}, each once."
+            )
+        self.plan = self.plan.switched_off(off)
+
+    # -------------------------------------------------------------------------------------------- what it does
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (b, K) of images (b, c, h, w), each row's from the exit at which it left."""
+        return self.predict(x).logits
+
+    @torch.compiler.disable
+    def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
+        """Answer each row at the first exit that is sure enough; only the others go on.
+
+        One host synchronisation at each exit; a `threshold` tensor on the GPU costs one more, to look for NaN.
+
+        Args:
+            x: (b, c, h, w) images on the model's device.
+            threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
+
+        Raises:
+            PteeError: if the threshold has NaN or another shape, the images are no batch, or the model is in training mode,
+                in which the answer of a row would depend on its neighbours.
+        """
+        if torch.jit.is_tracing():
+            raise PteeError(
+                "An early-exit model cannot be traced, nor get exits of its own. Take model.detach() instead."
+            )
+        if self.training or any(part.training for part in self.heads.modules()):
+            raise PteeError(
+                "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
+                "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
+            )
+        self._ready_for(x)
+        memory = Memory({self.backbone.get_submodule(name): step for name, step in self._steps.items()})
+        call = Leaving(self._hooks, list(self.heads), self.plan, self._in_force(threshold, len(x)), memory)
+        if len(x) == 0:
+            return call.result(self._no_rows(x))
+        try:
+            with running(call):
+                call.enter(x)
+                answer = run(self.backbone, x, memory)
+        except AllLeft:
+            return call.result(None, self._answer_type(x))
+        call.check_all_passed()
+        return call.result(answer)
+
+    @torch.compiler.disable
+    def all_exits(self, x: Tensor) -> AllExits:
+        """Every exit's answer for every row; nobody leaves. Differentiable in the heads.
+
+        Args:
+            x: (b, c, h, w) images on the model's device.
+        """
+        self._ready_for(x)
+        if len(x) == 0:
+            empty, none = self._no_rows(x), x.new_zeros(len(self.exits), 0, dtype=torch.float32)
+            return AllExits(
+                empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
+            )
+        call = Watching(self._hooks, list(self.heads), self.plan)
+        with running(call):
+            call.enter(x)
+            answer = self.backbone(x)
+        call.check_all_passed()
+        return _all_exits(call.logits, call.confidence_logits, answer)
+
+    def read(self, x: Tensor) -> Reading:
+        """What the heads read of some images, and the backbone's answer: all that training needs of the backbone.
+
+        Args:
+            x: (b, c, h, w) images on the model's device.
+        """
+        self._ready_for(x)
+        call = Read(self._hooks, list(self.heads), self.plan)
+        with running(call):
+            call.enter(x)
+            answer = self.backbone(x)
+        call.check_all_passed()
+        return Reading(tuple(call.inputs), answer)
+
+    def answer(self, reading: Reading) -> AllExits:
+        """Every exit's answer to what was read; as `all_exits` of the images. Differentiable in the heads.
+
+        Args:
+            reading: what `read` gave, or rows of it.
+        """
+        said = self.said(reading)
+        return _all_exits([s.logits for s in said], [s.confidence for s in said], reading.logits)
+
+    def said(self, reading: Reading) -> list[Said]:
+        """What each head says of what was read, one after another.
+
+        Args:
+            reading: what `read` gave, or rows of it.
+        """
+        said: list[Said] = []
+        for head, x in zip(self._exit_heads(), reading.inputs, strict=True):
+            said.append(head.answer(x, said[-1].trail if said else Trail()))
+        return said
+
+    def new_gate(self, n: int, reads: str) -> Gate:
+        """An untrained gate for an exit. It asks what earlier exits said if the head does: else their heads need not be run.
+
+        Args:
+            n: the exit's number.
+            reads: one of `gates.READS`.
+        """
+        head = self._exit_heads()[n]
+        return Gate(reads, head.confidence.in_features, follows=head.linked)
+
+    def put_gates(self, gates: Sequence[Gate | None]) -> None:
+        """Let the confidence of each exit come from its gate, and count it.
+
+        Args:
+            gates: one for each exit; None leaves it as it is.
+        """
+        for head, gate in zip(self._exit_heads(), gates, strict=True):
+            if gate is not None:
+                head.put_gate(gate)
+        self.plan = self.plan.with_heads(self._exit_heads())
+
+    def remove_gates(self) -> None:
+        """Let the confidence of each exit come from its head again, as before `ptee.fit_gates`."""
+        for head in self._exit_heads():
+            head.put_gate(None)
+        self.plan = self.plan.with_heads(self._exit_heads())
+
+    def least_cost(self, gates: str | None = None) -> float:
+        """What the cheapest way to answer costs: everybody leaves at one exit, and the others are off.
+
+        Args:
+            gates: what gates will read that the exits are to get; None: the exits stay as they are.
+        """
+        plan, heads = self.plan, self._exit_heads()
+        if gates is not None:
+            heads = copy.deepcopy(heads)
+            with torch.random.fork_rng(devices=[]):
+                for n, head in enumerate(heads):
+                    head.put_gate(self.new_gate(n, gates))
+            plan = plan.with_heads(heads)
+        return plan.least_cost
+
+    def require_all_on(self) -> None:
+        """Refuse to go on while exits are off: heads and gates learn for all exits together.
+
+        Raises:
+            PteeError: naming those that are off.
+        """
+        if self.off:
+            raise PteeError(
+                f"{_exits(self.off)} off, and heads and gates learn for all exits together. Switch all on first "
+                "(model.off = []), and tune anew afterwards (ptee.tune)."
+            )
+
+    def _exit_heads(self) -> list[ExitHead]:
+        return [head for head in self.heads if isinstance(head, ExitHead)]
+
+    def train(self, mode: bool = True) -> EarlyExitModel:
+        """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
+        for part in self.children():
+            if part is not self.backbone:  # which another thread may be running: not even for a moment
+                part.train(mode)
+        self.backbone.eval()
+        self.training = mode
+        return self
+
+    def detach(self) -> nn.Module:
+        """Take the backbone back: no hook left, gradients and modes as they were before `augment`.
+
+        A network in front of it is given back likewise.
+        """
+        self._hold.release()
+        for head in self.heads:
+            if isinstance(head, FrontHead):
+                head.release()
+        return self.backbone
+
+    def _ready_for(self, x: Tensor) -> None:
+        """Somebody may have called train() on a part of the backbone past the wrapper, or taken the backbone back."""
+        if self._hold.released:
+            raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
+        if not isinstance(x, Tensor):
+            raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
+        if x.dim() != 4:  # the axes of one image would be taken for a batch's
+            one = " For one image give x[None]." if x.dim() == 3 else ""
+            raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
+        self._hold.keep()
+
+    def _like(self) -> Tensor:
+        return next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.zeros(()))
+
+    def _answer_type(self, x: Tensor) -> torch.dtype:
+        """Of the backbone's answer to such images, which may be another than the exits'; asked once in each precision."""
+        kind = x.device.type
+        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        precision = (x.dtype, self._like().dtype, around)
+        if precision not in self._answer_types:
+            with torch.no_grad(), running(None):
+                self._answer_types[precision] = self.backbone(x.new_zeros(1, *x.shape[1:])).dtype
+        return self._answer_types[precision]
+
+    def _no_rows(self, x: Tensor) -> Tensor:
+        return torch.zeros(0, self.num_classes, device=x.device, dtype=self._answer_type(x))
+
+    def _in_force(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
+        """Of a call: one threshold for each exit, a number or a tensor (b,)."""
+        if threshold is None:
+            return list(self._thresholds)
+        return for_each_row(threshold, len(self.exits), rows, next(self.heads.parameters()).device)
+
+    # -------------------------------------------------------------------------------------------- saving
+
+    def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
+        """Write config.json and heads.safetensors into a folder; the backbone is not saved.
+
+        Args:
+            save_directory: made where it does not exist.
+            hub: of huggingface_hub's ModelHubMixin, such as push_to_hub=True and repo_id.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        try:
+            return super().save_pretrained(save_directory, **hub)
+        except OSError as why:
+            raise RunError(f"Cannot write {save_directory}: {first_line(why)} Choose another folder.") from why
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        network = self.origin
+        config = {
+            "backbone": {
+                "name": network.name,
+                "source": network.source,
+                "hash": weights_hash(self.backbone),
+                "classes": self.num_classes,
+                "input": runs.plain(network.input),
+            },
+            "front": _about_front(self.heads[0]),
+            "placement": self.plan.placement,
+            "convention": self.plan.convention,
+            "exits": self.plan.to_dict()["exits"],
+            "threshold": self.threshold,
+            "off": list(self.off),
+            "results": self.results,
+            "backbone_tensors": tensor_hashes(self.backbone),
+        }
+        runs.write(save_directory, config, self.heads.state_dict())
+
+    @classmethod
+    def from_pretrained(  # the mixin's would read config.json before it is checked
+        cls, pretrained_model_name_or_path: str | Path, *, backbone: nn.Module | None = None, **hub: Any
+    ) -> EarlyExitModel:
+        """`load`, under the hub's usual name."""
+        return ptee.load(pretrained_model_name_or_path, backbone, **hub)
+
+
+def require_early_exit(model: Any) -> None:
+    """Refuse what has no exits, before anything of it is asked.
+
+    Raises:
+        PteeError: saying what it is.
+    """
+    if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
+        raise PteeError(f"This is {_a(model)}, not an early-exit model. Give what ptee.augment or ptee.load returned.")
+
+
+def _a(thing: Any) -> str:
+    return (
+        f"a module of class {type(thing).__name__}"
+        if isinstance(thing, nn.Module)
+        else f"of type {type(thing).__name__}"
+    )
+
+
+def _exits(numbers: Sequence[int]) -> str:
+    return f"Exit{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} {'are' if len(numbers) > 1 else 'is'}"
+
+
+def _about_front(head: nn.Module) -> dict[str, Any] | None:
+    """What `load` needs to build the front network anew; its weights lie with the heads."""
+    if not isinstance(head, FrontHead):
+        return None
+    return {"name": head.origin.name, "source": head.origin.source, "input": runs.plain(head.origin.input)}
+
+
+def _all_exits(logits: Sequence[Tensor], confidence_logits: Sequence[Tensor], answer: Tensor) -> AllExits:
+    stacked = torch.stack(list(confidence_logits))
+    confidence = confidence_of(stacked)
+    return AllExits(
+        torch.stack([*(y.to(answer.dtype) for y in logits), answer]),
+        torch.cat([confidence, torch.ones_like(confidence[:1])]),
+        stacked,
+    )

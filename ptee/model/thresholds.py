@@ -1,0 +1,86 @@
+"""The knob: thresholds as a person gives them, checked and brought to one for each exit.
+
+A row leaves at the first exit n with h_n >= T_n. A threshold is a number for all exits, one for each of them, or, for a
+single call, one for each row and exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ptee._common.errors import PteeError
+
+Thresholds = float | Sequence[float] | Tensor
+
+
+def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:
+    """One T for each exit (E,).
+
+    Args:
+        threshold: one number, or one for each exit.
+        exits: E.
+
+    Raises:
+        PteeError: for NaN, for what is no number, and for another number of values.
+    """
+    given = _as_tensor(threshold)
+    if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
+        many = " x ".join(map(str, given.shape))
+        raise PteeError(f"{many} thresholds for {exits} exits. Give one number, or one for each exit.")
+    _refuse_nan(given)
+    return tuple(given.expand(1, exits)[0].tolist())
+
+
+def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.device) -> list[float | Tensor]:
+    """For each exit T as a number, or as a tensor (b,) on a device.
+
+    Args:
+        threshold: anything that broadcasts to (b, E).
+        exits: E.
+        rows: b.
+        device: where the confidences are.
+
+    Raises:
+        PteeError: for NaN, for what is no number, and for another shape.
+    """
+    wide = _as_tensor(threshold)
+    if wide.dim() > 2 or any(
+        have not in (1, want) for have, want in zip(reversed(wide.shape), (exits, rows), strict=False)
+    ):
+        raise PteeError(
+            f"A threshold of shape {tuple(wide.shape)} does not broadcast to (b, E) = ({rows}, {exits}). Give a number, "
+            f"one for each of the {exits} exits, or one for each row and exit."
+        )
+    _refuse_nan(wide)
+    if wide.dim() < 2 and wide.device.type == "cpu":
+        return wide.expand(exits).tolist()
+    here = _moved(wide, device)  # once, not at each exit
+    return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
+
+
+def _as_tensor(threshold: Thresholds) -> Tensor:
+    try:
+        given = torch.as_tensor(threshold)
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError(f"{given.dtype} is no threshold")
+        if not isinstance(threshold, Tensor):
+            return torch.as_tensor(threshold, dtype=torch.float64)  # not rounded to float32 first
+    except (TypeError, ValueError, RuntimeError) as why:
+        raise PteeError(f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}.") from why
+    return given.detach() if given.is_floating_point() else given.to(_widest(given.device))
+
+
+def _refuse_nan(threshold: Tensor) -> None:
+    if threshold.isnan().any():
+        raise PteeError("A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7.")
+
+
+def _moved(threshold: Tensor, device: torch.device) -> Tensor:
+    return threshold.to(device, min(threshold.dtype, _widest(device), key=lambda dtype: dtype.itemsize))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

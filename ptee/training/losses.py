@@ -1,0 +1,224 @@
+"""What training minimises: the exits blended by their own confidences (thesis, eqs. 6-12), or each for itself.
+
+With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backbone's own output (h_E = 1):
+
+    Y_E = y_E        Y_n = h_n y_n + (1 - h_n) Y_{n+1}
+    C_E = c_E        C_n = h_n c_n + (1 - h_n) C_{n+1}
+    mc   = CE(target, Y_0)
+    cost = C_0
+    v1   = CE(target, Y_0) + cost_weight C_0
+    v2   = mean over n = 0..E of CE(target, Y_n) + cost_weight C_n
+
+    each = mean over n < E of KL(target || y_n), and of how well h_n tells whether exit n is right
+
+Cross-entropies are computed in log space, from logits: Y itself underflows where a loss is most needed.
+
+Sources: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12; for `each`
+Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015 (the temperature), and CalexNet,
+arXiv 2509.08318 (the weight of samples that reach an exit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptee._common.errors import PteeError, unknown
+
+Loss = Callable[..., Tensor]
+ALONE = "each"  # the loss in which no exit hears of the others; temperature, reach and mixup are for it only
+CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `each_loss`
+
+
+def mc_loss(
+    logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
+) -> Tensor:
+    """Cross-entropy of the blended answer Y_0. What leaving costs plays no part: alone it sends all to the end.
+
+    Args:
+        logits: (E+1, b, K) of every exit; the last are the frozen backbone's and get no gradient.
+        confidence_logits: (E, b), h is their sigmoid.
+        costs: (E+1,) cost of leaving at each exit; not used here.
+        target: (b,) int64 labels, or (b, K) probabilities.
+        cost_weight: not used here.
+
+    Returns:
+        Scalar, mean over the batch, in float32 at least.
+
+    Source: thesis, eqs. 6-12; method.md gives them in the notation used here.
+    """
+    return _cross_entropies(logits, confidence_logits, target)[0]
+
+
+def cost_loss(
+    logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
+) -> Tensor:
+    """The expected cost C_0. Whether answers are right plays no part: alone it sends all to exit 0.
+
+    Takes what `mc_loss` takes. Neither `target` nor `cost_weight` is used, and only the confidences get a gradient.
+
+    Source: thesis, eqs. 6-12.
+    """
+    return _expected_costs(logits, confidence_logits, costs)[0]
+
+
+def v1_loss(
+    logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
+) -> Tensor:
+    """Cross-entropy of Y_0 plus `cost_weight` (the thesis's lambda) times C_0. Takes what `mc_loss` takes.
+
+    Source: thesis, eqs. 6-12; the loss PTEENet trains with, at weight 1.
+    """
+    cross_entropy = _cross_entropies(logits, confidence_logits, target)[0]
+    return cross_entropy + cost_weight * _expected_costs(logits, confidence_logits, costs)[0]
+
+
+def v2_loss(
+    logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
+) -> Tensor:
+    """As `v1_loss`, but asked of every Y_n and C_n, n = 0..E: the MEAN over these E+1 terms.
+
+    The thesis sums them and PTEENet's code divides the sum by E. With the mean, the size of the loss, and so what a
+    learning rate or a least improvement means, does not depend on the number of exits. Takes what `mc_loss` takes.
+
+    Source: thesis, eqs. 6-12.
+    """
+    cross_entropies = _cross_entropies(logits, confidence_logits, target)
+    return (cross_entropies + cost_weight * _expected_costs(logits, confidence_logits, costs)).mean()
+
+
+def each_loss(
+    logits: Tensor,
+    confidence_logits: Tensor,
+    costs: Tensor,
+    target: Tensor,
+    cost_weight: float = 1.0,
+    *,
+    temperature: float = 1.0,
+    reach: bool = False,
+) -> Tensor:
+    """Every exit for itself: the divergence of its answer from the target, mean over the E exits.
+
+    h gets a term of its own, the cross-entropy of "this exit's answer is the target's largest class", and nothing else
+    moves it. The term counts one hundredth, which Adam without weight decay undoes for the confidence layer, where no other
+    gradient arrives; in the features, where the answers' gradient arrives too, it stays a hundredth.
+
+    Takes what `mc_loss` takes. Neither `costs` nor `cost_weight` is used: leaving has no price, a threshold sets it.
+
+    Args:
+        logits: (E+1, b, K); the last, the backbone's, play no part but in a target made of them.
+        confidence_logits: (E, b).
+        costs: not used here.
+        target: (b,) int64 labels, or (b, K) probabilities, at this same temperature.
+        cost_weight: not used here.
+        temperature: divides the exits' logits; the divergence is multiplied by its square, so that gradients keep their
+            size.
+        reach: weight each sample at exit n by the chance that it gets there, the product of 1 - h_i over i < n, as a
+            constant and with mean 1 over the batch.
+
+    Source: Hinton et al. 2015, section 2; CalexNet, arXiv 2509.08318.
+    """
+    _require_exits(logits, confidence_logits)
+    wide = logits[:-1].to(_wide(logits))
+    gates = confidence_logits.to(wide.dtype)
+    divergence = temperature**2 * _divergences((wide / temperature).log_softmax(-1), target)
+    if reach:
+        divergence = divergence * reach_weights(gates)
+    best = target if target.dim() == 1 else target.argmax(-1)
+    right = (wide.argmax(-1) == best).to(wide.dtype)
+    return divergence.mean() + CONFIDENCE_SHARE * F.binary_cross_entropy_with_logits(gates, right)
+
+
+def reach_weights(confidence_logits: Tensor) -> Tensor:
+    """(E, b) how likely each sample is to reach each exit, without gradient, with mean 1 over the batch.
+
+    Args:
+        confidence_logits: (E, b).
+    """
+    stay = F.logsigmoid(-confidence_logits.detach())  # log (1 - h)
+    arrive = torch.cat([torch.zeros_like(stay[:1]), stay[:-1].cumsum(0)])  # of the exits before
+    return arrive.softmax(-1) * arrive.shape[-1]
+
+
+def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
+    """(E, b) KL of each exit's answer from the target; for labels their cross-entropy, which is the same."""
+    if target.dim() == 1:
+        index = target.expand(len(log_y), -1).unsqueeze(-1)
+        return -log_y.gather(-1, index).squeeze(-1)
+    target = target.to(log_y.dtype)
+    return (torch.special.xlogy(target, target) - target * log_y).sum(-1)
+
+
+LOSSES: dict[str, Loss] = {"mc": mc_loss, "cost": cost_loss, "v1": v1_loss, "v2": v2_loss, ALONE: each_loss}
+
+
+def get_loss(name: str) -> Loss:
+    """The loss of that name.
+
+    Raises:
+        UnknownName: if there is none; the message suggests the nearest.
+    """
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    return LOSSES[name]
+
+
+def blend_log_probs(log_y: Tensor, confidence_logits: Tensor) -> Tensor:
+    """log Y_0 .. log Y_E; exp of the first is the soft ensemble of all exits.
+
+    Args:
+        log_y: (E+1, b, K), or (E+1, b) of one class: classes are blended each on its own.
+        confidence_logits: (E, b, 1), or (E, b) for one class.
+
+    Returns:
+        Same shape as `log_y`.
+
+    Source: thesis, eqs. 6-12 (the recursion Y_n), as logarithms.
+    """
+    leave, stay = F.logsigmoid(confidence_logits), F.logsigmoid(-confidence_logits)  # log h, log (1 - h)
+    blended = [log_y[-1]]
+    for n in reversed(range(len(confidence_logits))):
+        blended.append(torch.logaddexp(leave[n] + log_y[n], stay[n] + blended[-1]))
+    return torch.stack(blended[::-1])
+
+
+def _cross_entropies(logits: Tensor, confidence_logits: Tensor, target: Tensor) -> Tensor:
+    """(E+1,) cross-entropy of the target with each Y_n, mean over the batch."""
+    _require_exits(logits, confidence_logits)
+    log_y = logits.to(_wide(logits)).log_softmax(-1)
+    log_y = torch.cat([log_y[:-1], log_y[-1:].detach()])  # the backbone is frozen: nothing flows back into it
+    confidence_logits = confidence_logits.to(log_y.dtype)
+    if target.dim() == 2:
+        blended = blend_log_probs(log_y, confidence_logits.unsqueeze(-1))  # (E+1, b, K)
+        return -(target.to(log_y.dtype) * blended).sum(-1).mean(-1)
+    index = target.expand(len(log_y), -1).unsqueeze(-1)  # (b,) -> (E+1, b, 1)
+    return -blend_log_probs(log_y.gather(-1, index).squeeze(-1), confidence_logits).mean(-1)
+
+
+def _expected_costs(logits: Tensor, confidence_logits: Tensor, costs: Tensor) -> Tensor:
+    """(E+1,) expected costs C_0 .. C_E, mean over the batch."""
+    _require_exits(logits, confidence_logits)
+    confidence_logits = confidence_logits.to(_wide(logits))
+    costs = costs.to(confidence_logits)
+    h, not_h = confidence_logits.sigmoid(), (-confidence_logits).sigmoid()  # 1 - h would round to 0 long before
+    expected = [costs[-1].expand(confidence_logits.shape[1:])]
+    for n in reversed(range(len(h))):
+        expected.append(h[n] * costs[n] + not_h[n] * expected[-1])
+    return torch.stack(expected[::-1]).mean(-1)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    """The type to compute in: half types are too coarse for sums of logarithms over many classes."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _require_exits(logits: Tensor, confidence_logits: Tensor) -> None:
+    """Broadcasting would hide a confidence too many, or the backbone's own h_E = 1 passed along with the others."""
+    if confidence_logits.shape != (len(logits) - 1, *logits.shape[1:2]):
+        raise PteeError(
+            f"Losses need logits (E+1, b, K) and confidence logits (E, b), got {tuple(logits.shape)} and "
+            f"{tuple(confidence_logits.shape)}. Leave out the confidence of the backbone's own output."
+        )

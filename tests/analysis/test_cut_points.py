@@ -1,0 +1,659 @@
+"""Cuts: what the survey calls a cut can be resumed with fewer rows, what it refuses cannot, and each refusal says why."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import threading
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from ptee._common.errors import BackboneError, CutError, PteeError, UnknownName
+from ptee.analysis.cut_points import Cut, Survey, random_images, survey
+from ptee.analysis.verify import prove
+
+SIZE = (3, 16, 16)
+
+
+class Net(nn.Module):
+    """A convolution to (b, 8, 8, 8), the part under test, and a classifier."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.entry, self.part, self.classifier = nn.Conv2d(3, 8, 3, 2, 1), part, nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.part(self.entry(x)).mean((2, 3)))
+
+
+def conv(c_in: int = 8, c_out: int = 8) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+class Two(nn.Module):
+    """Two convolutions, with something of their own between or around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = conv(), conv()
+
+
+# ---------------------------------------------------------------------------------------------------- awkward, but cuts
+
+
+class InPlace(Two):
+    """What `one` gave is overwritten after its hook."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        x.relu_().mul_(-1)
+        return self.two(x)
+
+
+class Pair(Two):
+    """(small map, [large map])"""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.one(x)[:, :, ::2, ::2], [self.two(x)]
+
+
+class FromPair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        small, [large] = self.pair(x)
+        return large + nn.functional.interpolate(small, scale_factor=2)
+
+
+class Named(NamedTuple):
+    constant: Tensor
+    z: Tensor
+    text: str
+
+
+class ManyThings(Two):
+    """A named tuple of a tensor without the batch, one with it, and a text."""
+
+    def forward(self, x: Tensor) -> Named:
+        return Named(torch.ones(8, 1, 1), self.one(x), "no tensor")
+
+
+class FromManyThings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.things = ManyThings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        things = self.things(x)
+        return things.constant * things.z
+
+
+class Dictionary(Two):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"one": self.one(x), "two": self.two(x)}
+
+
+class FromDictionary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dictionary = Dictionary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.dictionary(x).values())
+
+
+class Dense(Two):
+    """Gives its input on, beside what it made of it."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x, self.one(x)]
+
+
+class FromDense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = Dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.dense(x))
+
+
+AWKWARD = {  # the module, the tensors that carry the batch, the one that the head reads
+    "overwritten in place": (InPlace, "part.one", (0,), 0, (8, 8, 8)),
+    "a tuple with a list": (FromPair, "part.pair", (0, 1), 1, (8, 8, 8)),
+    "a named tuple with other things": (FromManyThings, "part.things", (1,), 1, (8, 8, 8)),
+    "a dictionary": (FromDictionary, "part.dictionary", (0, 1), 1, (8, 8, 8)),
+    "its input beside its output": (FromDense, "part.dense", (0, 1), 1, (8, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_an_awkward_output_is_a_cut_and_its_proof_succeeds(case):
+    part, name, carried, main, shape = AWKWARD[case]
+    net = Net(part())
+    cut = survey(net, SIZE).cuts[name]
+    assert (cut.carried, cut.main, cut.shape) == (carried, main, shape)
+    assert prove(net, [cut], SIZE) == {}
+
+
+def test_only_what_is_written_into_later_is_marked_as_overwritten():
+    cuts = survey(Net(InPlace()), SIZE).cuts
+    assert {name for name, cut in cuts.items() if cut.overwritten} == {"part.one"}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_selecting_rows_takes_them_from_every_tensor_that_carries_the_batch(case):
+    part, name, *_ = AWKWARD[case]
+    net, given = Net(part()), []
+    cut = survey(net, SIZE).cuts[name]
+    net.get_submodule(name).register_forward_hook(lambda _m, _i, output: given.append(output))
+    net(torch.randn(3, *SIZE))
+    rows = torch.tensor([2, 0])
+    less = cut.select(given[0], rows)
+    assert type(less) is type(given[0])
+    assert torch.equal(cut.feature_map(less), cut.feature_map(given[0])[rows])
+
+
+# ---------------------------------------------------------------------------------------------------- no cuts
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.same(self.same(x))
+
+
+class Skip(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.one(x))
+
+
+class Stash(Two):
+    """The skip connection goes through an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stashed = x
+        x = self.two(self.one(x)) + self.stashed
+        del self.stashed
+        return x
+
+
+class Masked(Two):
+    """A mask of what came in is read at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x > 0
+        return self.two(self.one(x)) * mask
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.one = nn.Embedding(8, 1), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x + self.table(torch.arange(8)).view(1, 8, 1, 1))
+
+
+class Unread(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        self.one(x)
+        return self.two(x)
+
+
+class Never(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(x)
+
+
+class Windows(nn.Module):
+    """The batch is folded into windows, and back again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inside(x.view(-1, 8, 2, 4, 8).transpose(1, 2).reshape(-1, 8, 4, 8))
+        return x.view(-1, 2, 8, 4, 8).transpose(1, 2).flatten(2, 3)
+
+
+class Mixed(nn.Module):
+    """Rows and columns of the map are folded into its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x.flatten(1)).view(-1, 8, 8, 8)
+
+
+REFUSED = {
+    "called twice": (Twice, "part.same", "called 2 times"),
+    "a skip connection around": (Skip, "part.one", "reads the output of 'entry', which passes around it"),
+    "a skip connection through an attribute": (Stash, "part.one", "the output of 'entry'"),
+    "a mask that passes around": (Masked, "part.two", "passes around it"),
+    "a branch of two": (FromPair, "part.pair.one", "the output of 'entry'"),
+    "the image not in its output": (Constant, "part.table", "does not depend on the images"),
+    "an output that nobody reads": (Unread, "part.one", "the output of 'entry'"),
+    "never called": (Never, "part.one", "not called"),
+    "windows in place of rows": (Windows, "part.inside", r"could be told apart in its output of shape \(6, 8, 4, 8\)"),
+    "axes that cannot be told apart": (Mixed, "part.inside", r"could be told apart in its output of shape \(3, 512\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_module_that_is_no_cut_is_refused_with_its_name_the_reason_and_another_one(case):
+    part, name, reason = REFUSED[case]
+    net = Net(part())
+    with pytest.raises(CutError, match=reason) as refusal:
+        survey(net, SIZE).cut(name, net)
+    assert f"'{name}'" in str(refusal.value)
+    assert "Use 'part" in str(refusal.value)
+
+
+def test_a_refused_module_that_no_cut_holds_points_to_the_plan():
+    net = nn.Sequential(Twice().same, nn.Conv2d(8, 5, 8), nn.Flatten())
+    net = nn.Sequential(nn.Conv2d(3, 8, 9), net[0], net[0], net[1], net[2]).eval()
+    with pytest.raises(CutError, match=r"'1'.*called 2 times.*`ptee plan` lists"):
+        survey(net, SIZE).cut("1", net)
+
+
+class Afterwards(Net):
+    """Runs a module on its answer and does not look at what that gives."""
+
+    def __init__(self) -> None:
+        super().__init__(conv())
+        self.later = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = super().forward(x)
+        self.later(answer)
+        return answer
+
+
+def test_what_runs_when_the_answer_is_ready_is_no_cut():
+    net = Afterwards()
+    with pytest.raises(CutError, match=r"'later': what comes later also reads the output of 'classifier'"):
+        survey(net, SIZE).cut("later", net)
+
+
+@pytest.mark.parametrize("name", ["part.onne", "", "nothing.like.it"])
+def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
+    net = Net(Skip())
+    with pytest.raises(UnknownName, match=rf"Unknown module '{name}'.*part") as refusal:
+        survey(net, SIZE).cut(name, net)
+    assert "part.one" not in str(refusal.value), "a module that is no cut must not be suggested"
+
+
+@pytest.mark.parametrize("inside", ["denselayer2", "denselayer2.conv1"])
+def test_a_dense_layer_and_what_is_in_it_are_refused_and_the_block_is_offered(inside):
+    net = timm.create_model("densenet121", num_classes=5).eval()
+    with pytest.raises(CutError, match=rf"{inside}'.*passes around it.*Use 'features\.denseblock1', which"):
+        survey(net, (3, 32, 32)).cut(f"features.denseblock1.{inside}", net)
+
+
+# ---------------------------------------------------------------------------------------------------- only the proof sees
+
+
+class BatchSize(Two):
+    """The number of rows is kept in a Python number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        return self.two(self.one(x)).view(rows, 8, 8, 8)
+
+
+class BatchSizeInValues(Two):
+    """Right shapes, wrong values: the output is scaled by rows before over rows now."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        x = self.two(self.one(x))
+        return x * (rows / len(x))
+
+
+class SkipThroughNumpy(Two):
+    """A skip connection that torch does not see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x.numpy(force=True).copy()
+        return self.two(self.one(x)) + torch.from_numpy(before)
+
+
+class Halves(nn.Module):
+    """One half of the channels passes through `first`, the other around it, in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        return torch.cat([self.first(left), self.second(right)], 1)
+
+
+class Remembering(Two):
+    """Keeps Python numbers of the first rows: right shapes, the values of other rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = x.mean((1, 2, 3)).tolist()
+        x = self.one(x)
+        return self.two(x * torch.tensor(scales[: len(x)]).view(-1, 1, 1, 1))
+
+
+SEEN_BY_THE_PROOF = {
+    "a batch size kept in Python": (BatchSize, "part.one", "fails with fewer rows .RuntimeError"),
+    "a batch size that scales the values": (BatchSizeInValues, "part.two", "gives logits off by"),
+    "a skip connection through numpy": (SkipThroughNumpy, "part.one", "fails with fewer rows"),
+    "another view of the same memory": (Halves, "part.first", "fails with fewer rows"),
+    "values kept in Python": (Remembering, "part.one", "gives logits off by"),
+}
+
+
+@pytest.mark.parametrize("case", SEEN_BY_THE_PROOF)
+def test_what_the_survey_cannot_see_the_proof_sees(case):
+    part, name, reason = SEEN_BY_THE_PROOF[case]
+    net = Net(part())
+    cuts = survey(net, SIZE).cuts
+    failed = prove(net, [cuts["entry"], cuts[name], cuts["part"]], SIZE)
+    assert list(failed) == [name], "the cuts before and behind it are good"
+    assert re.search(reason, failed[name])
+
+
+# What Python keeps of the values of a batch, and torch does not see, is lost: only what torch reads again is kept.
+VALUES_LOST = {"a skip connection through numpy", "values kept in Python"}
+
+
+@pytest.mark.parametrize("case", SEEN_BY_THE_PROOF)
+def test_where_the_rest_of_a_pass_remembers_the_old_batch_it_can_begin_anew(case):
+    part, name, _ = SEEN_BY_THE_PROOF[case]
+    net = Net(part())
+    found = survey(net, SIZE)
+    cuts = [replace(found.cuts[name], steps=found.steps[name]), found.cuts["part"]]
+    assert list(prove(net, cuts, SIZE)) == ([name] if case in VALUES_LOST else [])
+    assert not any("forward" in vars(module) for module in net.modules()), "the network is as it was"
+
+
+class FixedAnswer(nn.Module):
+    """Answers for as many rows as came in, whatever became of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = torch.zeros(len(x), 5)
+        vectors = self.inner(x).mean((2, 3))
+        answer[: len(vectors)] = vectors
+        return answer
+
+
+def test_a_network_that_still_answers_all_rows_is_seen():
+    net = FixedAnswer().eval()
+    failed = prove(net, [survey(net, SIZE).cuts["inner"]], SIZE)
+    assert re.search(r"still answers with shape \(\d, 5\)", failed["inner"])
+
+
+# ---------------------------------------------------------------------------------------------------- rows must be independent
+
+
+class Centred(nn.Module):
+    """Takes the mean of the batch away from each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+def batch_statistics() -> nn.Module:
+    return nn.BatchNorm2d(8, track_running_stats=False)
+
+
+@pytest.mark.parametrize("part", [Centred, batch_statistics], ids=["batch mean", "batch norm without statistics"])
+@pytest.mark.parametrize("name", ["entry", "part"], ids=["cut before", "cut behind"])
+def test_rows_that_influence_one_another_are_refused(part, name):
+    net = Net(part())
+    cut = survey(net, SIZE).cuts[name]
+    with pytest.raises(BackboneError, match=r"Net.*influence one another"):
+        prove(net, [cut], SIZE)
+
+
+class AlwaysDropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class Dividing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x - x)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [(AlwaysDropping, r"random in eval mode, too.*self\.training"), (Dividing, "no finite number")],
+    ids=["dropout", "not a number"],
+)
+def test_a_network_without_an_answer_to_prove_against_is_refused_for_what_it_is(part, said):
+    net = Net(part())
+    with pytest.raises(BackboneError, match=f"Net answers .*{said}"):
+        prove(net, [survey(net, SIZE).cuts["entry"]], SIZE)
+
+
+# ---------------------------------------------------------------------------------------------------- proofs that tell rows apart
+
+
+class OtherRows(Cut):
+    """A broken cut: it keeps as many rows as asked for, but others."""
+
+    def select(self, output, rows):
+        return super().select(output, rows - 1)
+
+
+def broken(cut: Cut) -> OtherRows:
+    return OtherRows(**vars(cut))
+
+
+def nearly_constant(spread: float) -> nn.Module:
+    """Answers of size 1 that differ from image to image by about `spread`."""
+    net = Net(nn.ReLU())
+    with torch.no_grad():
+        net.classifier.weight.mul_(spread)
+        net.classifier.bias.fill_(1)
+    return net
+
+
+def test_float32_alone_would_not_tell_the_rows_of_a_nearly_constant_network_apart():
+    net = nearly_constant(1e-5)
+    answers = net(random_images(net, 4, SIZE)).detach()
+    assert 0 < (answers - answers.mean(0)).abs().max() < 1e-5, "far below what float32 is trusted with"
+
+
+@pytest.mark.parametrize("spread", [1, 1e-3, 1e-5, 1e-8])
+def test_other_rows_are_noticed_in_a_nearly_constant_network(spread):
+    net = nearly_constant(spread)
+    cut = survey(net, SIZE).cuts["entry"]
+    assert prove(net, [cut], SIZE) == {}
+    assert "off by" in prove(net, [broken(cut)], SIZE)["entry"]
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("efficientnet_b0", 0), ("mobilenet_v2", 0), ("mobilenet_v2", 0.05)],
+    ids=["efficientnet_b0", "mobilenet_v2", "mobilenet_v2 with a bias in its classifier"],
+)
+def test_other_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
+    net = getattr(torchvision.models, name)(num_classes=5).eval()
+    nn.init.uniform_(net.classifier[-1].bias, -bias, bias)  # its answers differ by 1e-9
+    cut = survey(net, (3, 32, 32)).cuts["features.2"]
+    assert prove(net, [cut], (3, 32, 32)) == {}
+    assert "off by" in prove(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
+
+
+def test_a_nearly_constant_network_that_cannot_be_copied_is_proven_in_its_own_precision():
+    net = nearly_constant(1e-8)
+    net.lock = threading.Lock()
+    assert prove(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_cuts_are_found_and_proven_in_other_precisions(dtype):
+    net = Net(InPlace()).to(dtype)
+    cut = survey(net, SIZE).cuts["part.one"]
+    assert prove(net, [cut], SIZE) == {}
+    assert prove(net, [broken(cut)], SIZE)
+
+
+# ---------------------------------------------------------------------------------------------------- real networks
+
+
+REAL_SIZE = (3, 32, 32)
+REAL = {
+    "resnet18": lambda: timm.create_model("resnet18", num_classes=5),
+    "mobilenetv3_small_100": lambda: timm.create_model("mobilenetv3_small_100", num_classes=5),
+    "vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5),
+    "swin_tiny": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 2), num_heads=(3, 6), num_classes=5
+    ),
+    "hrnet_w18_small": lambda: timm.create_model("hrnet_w18_small", num_classes=5),  # lists of tensors
+}
+each_network = pytest.mark.parametrize("name", REAL)
+
+
+@functools.cache
+def real(name: str) -> tuple[nn.Module, Survey]:
+    torch.manual_seed(0)
+    net = REAL[name]().eval()
+    return net, survey(net, REAL_SIZE)
+
+
+@each_network
+def test_every_cut_of_the_survey_is_proven(name):
+    net, found = real(name)
+    assert len(found.cuts) > 5
+    assert prove(net, list(found.cuts.values()), REAL_SIZE) == {}
+
+
+@each_network
+def test_a_proof_of_all_cuts_at_once_finds_the_broken_one(name):
+    net, found = real(name)
+    cuts = list(found.cuts.values())
+    place = len(cuts) // 2
+    failed = prove(net, [*cuts[:place:3], broken(cuts[place]), *cuts[place + 1 :: 3]], REAL_SIZE)
+    assert list(failed) == [cuts[place].name]
+
+
+def rows_can_leave(net: nn.Module, name: str) -> bool:
+    """Whether dropping rows of that module's output, a single tensor, gives the answers of the others."""
+    images = random_images(net, 4, REAL_SIZE)
+    with torch.no_grad():
+        answers = net(images)[2:]
+        handle = net.get_submodule(name).register_forward_hook(lambda _m, _i, out: out[2:])
+        try:
+            less = net(images)
+        except (RuntimeError, AssertionError):
+            return False
+        finally:
+            handle.remove()
+    return less.shape == answers.shape and torch.allclose(less, answers, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
+def test_rows_cannot_leave_at_any_module_that_is_refused(name):
+    net, found = real(name)
+    refused = [part for part, reason in found.refused.items() if "passes around" in reason]
+    assert len(refused) > 5
+    assert [part for part in refused[::3] if rows_can_leave(net, part)] == []
+
+
+def test_cuts_come_in_the_order_of_execution():
+    names = list(real("resnet18")[1].cuts)
+    assert names.index("conv1") < names.index("layer1.1") < names.index("layer1") < names.index("layer2.0")
+
+
+def test_the_number_of_classes_is_that_of_the_answer():
+    assert real("resnet18")[1].classes == 5
+
+
+# ---------------------------------------------------------------------------------------------------- no trace, no classifier
+
+
+class Failing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ZeroDivisionError("on purpose")
+
+
+class FailingWithFewerRows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 2:
+            raise ZeroDivisionError("on purpose")
+        return x
+
+
+def hooks(net: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+
+@pytest.mark.parametrize("part", [Skip, Failing], ids=["forward succeeds", "forward raises"])
+def test_a_survey_leaves_no_hook(part):
+    net = Net(part())
+    try:
+        survey(net, SIZE)
+    except BackboneError as error:
+        assert "ZeroDivisionError: on purpose" in str(error)
+    assert hooks(net) == 0
+
+
+@pytest.mark.parametrize("part", [InPlace, BatchSize, FailingWithFewerRows])
+def test_a_proof_leaves_no_hook(part):
+    net = Net(part())
+    cuts = list(survey(net, SIZE).cuts.values())
+    with contextlib.suppress(PteeError):
+        prove(net, cuts, SIZE)
+    assert hooks(net) == 0
+
+
+class Answering(nn.Module):
+    """Gives what a function makes of its pooled images."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.conv, self.function = conv(3, 8), function
+
+    def forward(self, x: Tensor):
+        return self.function(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda z: (z, z), r"gives a tuple for 3 images.*self\.net\(x\)\[0\]"),
+        (lambda z: z[:, :, None], r"gives a tensor \(3, 8, 1\) for 3 images"),
+        (lambda z: z[:2], r"gives a tensor \(2, 8\) for 3 images"),
+        (lambda z: z.sum(), r"gives a tensor \(\) for 3 images"),
+    ],
+    ids=["a tuple", "a map", "too few rows", "a number"],
+)
+def test_a_network_that_is_no_classifier_is_refused(function, said):
+    with pytest.raises(BackboneError, match=f"Answering {said}"):
+        survey(Answering(function).eval(), SIZE)
+
+
+def test_images_of_a_wrong_size_are_refused_with_what_to_give():
+    with pytest.raises(
+        BackboneError, match=r"Net cannot take an image of size \(4, 16, 16\): .*input_size=\(c, h, w\)"
+    ):
+        survey(Net(Skip()), (4, 16, 16))

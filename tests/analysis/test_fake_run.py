@@ -1,0 +1,75 @@
+"""The shadow of a heavy network: the same findings, without its numbers, and the network is as it was."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from ptee.analysis import fake_run as shadow
+from ptee.analysis.cut_points import survey
+from ptee.analysis.fake_run import on_shadow
+
+
+@pytest.fixture
+def heavy(monkeypatch):
+    """Every network counts as heavy."""
+    monkeypatch.setattr(shadow, "HEAVY", 0)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s", "pit_ti_224", "hrnet_w18_small"])
+def test_a_survey_finds_the_same_on_a_shadow(name, monkeypatch):
+    net = timm.create_model(name).eval()
+    size = net.pretrained_cfg["input_size"]
+    real = survey(net, size)
+    monkeypatch.setattr(shadow, "HEAVY", 0)
+    assert survey(net, size) == real
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed for the next time, as caches of position tables do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 2), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.layer(x.mean((2, 3)))
+        return self.kept
+
+
+def test_nothing_of_a_shadow_stays_in_the_network(heavy):
+    net = Keeping().eval()
+    shapes = on_shadow(lambda network, x: network(x).shape, net, torch.zeros(3, 4, 8, 8))
+    assert shapes == (3, 2)
+    assert net.kept is None
+
+
+class Looking(nn.Module):
+    """Decides by numbers, which a shadow has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+class Locked(nn.Module):
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: object) -> None:
+        raise TypeError("no copies")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("net", [Looking(), Locked()], ids=["decides by numbers", "cannot be copied"])
+def test_a_network_without_a_shadow_is_run_itself(net, heavy):
+    x = torch.ones(1, 1, 2, 2)
+    assert on_shadow(lambda network, images: type(network(images)), net, x) is Tensor
+
+
+def test_a_light_network_is_run_itself():
+    seen = []
+    on_shadow(lambda network, images: seen.append(network), net := nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8))
+    assert seen == [net]

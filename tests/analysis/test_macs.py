@@ -1,0 +1,357 @@
+"""Costs: what fvcore counts at each module's output is what really runs, by torch's own counter and by arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ptee.analysis import macs as costs
+from ptee.analysis.macs import count, parameters
+
+NORMS = {nn.BatchNorm2d: 1, nn.LayerNorm: 5}  # per element; torch's counter leaves them out, 5 is fvcore's number
+NETS = {  # and the edge of their images
+    "resnet50": (lambda: timm.create_model("resnet50", num_classes=10), 64),
+    "vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4), 64),
+    "densenet121": (lambda: timm.create_model("densenet121", num_classes=10), 64),
+    "swin_tiny": (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=4), 64),
+    "torchvision vit_b_16": (lambda: torchvision.models.vit_b_16(image_size=32), 32),
+}
+
+
+class Executed:
+    """Multiply-accumulates done so far while a model runs: FlopCounterMode's half, and the normalisations'."""
+
+    def __init__(self, module: nn.Module, image: Tensor) -> None:
+        self.before, self.until, self._norms = {}, {}, 0
+        self._counter = FlopCounterMode(display=False)
+        handles = []
+        for name, part in module.named_modules():
+            handles.append(part.register_forward_pre_hook(lambda part, args, name=name: self._enter(name, part, args)))
+            handles.append(part.register_forward_hook(lambda *_, name=name: self.until.update({name: self.now()})))
+        # attention as matrix products, which the counter sees: nothing fused
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counter:
+            module(image)
+        for handle in handles:
+            handle.remove()
+
+    def now(self) -> float:
+        return self._counter.get_total_flops() / 2 + self._norms
+
+    def _enter(self, name: str, part: nn.Module, args: tuple[Tensor]) -> None:
+        self.before[name] = self.now()
+        self._norms += sum(macs * args[0].numel() for kind, macs in NORMS.items() if isinstance(part, kind))
+
+
+@pytest.fixture
+def nothing_fused():
+    """torch's own modules of attention on their readable path."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_counts_at_every_module_agree_with_torchs_counter_within_a_percent(name, nothing_fused):
+    make, edge = NETS[name]
+    module, image = make().eval(), torch.randn(1, 3, edge, edge)
+    counts, executed = count(module, image), Executed(module, image)
+    assert counts.total == pytest.approx(executed.now(), rel=0.01)
+    for part, macs in counts.until.items():
+        assert macs == pytest.approx(executed.until[part], rel=0.01), f"until the output of {part!r}"
+        assert macs - counts.inside[part] == pytest.approx(executed.before[part], rel=0.01, abs=0.01 * macs), (
+            f"before the input of {part!r}"
+        )
+
+
+def test_attention_costs_the_same_fused_and_as_matrix_products():
+    make, edge = NETS["vit_tiny"]
+    module, image = make(), torch.randn(1, 3, edge, edge)
+    fused = count(module, image)
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+    unfused = count(module, image)
+    assert all(unfused.until[name] == fused.until[name] for name in ("", "blocks.0.attn", "blocks.0", "blocks.3"))
+
+
+# ---------------------------------------------------------------------------------------------------- by arithmetic
+
+
+class Attention(nn.Module):
+    """Queries of 7 positions and 4 channels, on keys of 5 positions and values of 6 channels, in 3 heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = x[:, :, :7, :4], x[:, :, :5, :4], x[:, :, :5]
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_scaled_dot_product_attention_costs_its_two_matrix_products():
+    counts = count(Attention(), torch.randn(1, 3, 8, 6))
+    assert counts.total == 3 * (7 * 4 * 5 + 7 * 5 * 6)  # q k^T, and its product with v
+    assert counts.products[""] == 1
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, num_heads=2, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multihead_attention_costs_its_projections_and_its_two_matrix_products(need_weights):
+    n, c = 5, 8
+    counts = count(SelfAttention(need_weights), torch.randn(1, n, c))
+    projections, products = 4 * n * c * c, 2 * n * n * c
+    assert counts.total == counts.until["attention"] == projections + products
+
+
+def test_a_transformer_layer_is_counted_inside_though_it_runs_fused_in_eval_mode():
+    n, c, hidden = 5, 8, 16
+    layer = nn.TransformerEncoderLayer(c, 2, hidden, batch_first=True)
+    counts = count(layer, torch.randn(1, n, c))
+    attention, mlp, norm = 4 * n * c * c + 2 * n * n * c, 2 * n * c * hidden, 5 * n * c
+    assert counts.total == attention + mlp + 2 * norm
+    assert counts.until["norm1"] == attention + norm
+    assert counts.inside["linear1"] == mlp / 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Conv2d(3, 8, 3, stride=2, padding=1), (3, 8, 8), 9 * 3 * 8 * 4 * 4),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), (8, 4, 4), 9 * 8 * 4 * 4),
+        (nn.Linear(6, 5), (7, 6), 7 * 6 * 5),
+        (nn.BatchNorm2d(3), (3, 8, 8), 3 * 8 * 8),
+        (nn.ReLU(), (3, 8, 8), 0),
+        (nn.MaxPool2d(2), (3, 8, 8), 0),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_layer_costs_one_multiply_accumulate_per_multiplication(layer, shape, macs):
+    assert count(layer, torch.randn(1, *shape)).total == macs
+
+
+class Biased(nn.Module):
+    """A batch of matrix products with something added, in one operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(torch.zeros(1, 1, 1), x, x.mT)
+
+
+def test_a_batched_product_with_a_sum_costs_its_product():
+    counts = count(Biased(), torch.randn(3, 5, 7))
+    assert (counts.total, counts.products[""]) == (3 * 5 * 7 * 5, 1)
+
+
+def test_batch_norm_in_training_mode_is_counted_in_eval_mode():
+    norm, x = nn.BatchNorm2d(3).train(), torch.randn(1, 3, 8, 8)
+    assert count(norm, x).total == x.numel()
+
+
+class Awkward(nn.Module):
+    """A layer under two names, a ReLU that runs twice, an identity, a function, a layer that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.alias = self.shared
+        self.relu, self.identity, self.negate = nn.ReLU(), nn.Identity(), Negate()
+        self.last, self.unused = nn.Linear(4, 2), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.negate(self.relu(self.shared(x)))
+        return self.last(self.identity(self.relu(self.alias(x))))
+
+
+class Negate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
+
+
+def test_a_module_that_runs_twice_is_counted_twice_and_until_its_last_output():
+    counts = count(Awkward(), torch.randn(1, 4))
+    assert (counts.inside["shared"], counts.until["shared"], counts.products["shared"]) == (32, 32, 2)
+    assert (counts.inside["relu"], counts.until["relu"], counts.products_until["relu"]) == (0, 32, 2)
+    assert counts.total == 16 + 16 + 8
+
+
+def test_a_module_without_multiplications_has_what_ran_before_it():
+    counts = count(Awkward(), torch.randn(1, 4))
+    assert (counts.until["negate"], counts.inside["negate"], counts.products["negate"]) == (16, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["unused", "identity", "alias"])
+def test_a_module_that_runs_no_operator_under_its_name_is_absent(name):
+    counts = count(Awkward(), torch.randn(1, 4))
+    assert not any(name in table for table in (counts.until, counts.inside, counts.products_until, counts.products))
+
+
+def test_a_network_without_any_layer_costs_nothing():
+    counts = count(nn.Sequential(Negate(), nn.Identity()), torch.randn(1, 4))
+    assert (counts.total, counts.until["0"], counts.products[""]) == (0, 0, 0)
+
+
+def test_parameters_counts_batch_norm_and_each_shared_layer_once():
+    assert parameters(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))) == 3 * 8 * 9 + 2 * 8
+    assert parameters(Awkward()) == 2 * (4 * 4 + 4) + (4 * 2 + 2)
+
+
+# ---------------------------------------------------------------------------------------------------- left as it was
+
+
+class Touchy(nn.Module):
+    """Counts its calls in a buffer, has one part in eval mode and one in training mode, and may fail at the end."""
+
+    def __init__(self, fails: bool = False, in_place: bool = True) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout()
+        self.register_buffer("calls", torch.zeros(()))
+        self.fails, self.in_place = fails, in_place
+        self.train()
+        self.drop.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        x = self.drop(self.norm(x))
+        if self.fails:
+            raise ZeroDivisionError("on purpose")
+        return x
+
+
+def count_and_forgive(module: nn.Module, example: Tensor) -> None:
+    try:
+        count(module, example)
+    except ZeroDivisionError:
+        assert module.fails
+
+
+def hooks(module: nn.Module) -> Counter:
+    return Counter(
+        hook for m in module.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )
+
+
+either_way = pytest.mark.parametrize("fails", [False, True], ids=["forward succeeds", "forward raises"])
+
+
+@either_way
+def test_counting_leaves_the_modes_of_all_parts_as_they_were(fails):
+    module = Touchy(fails)
+    count_and_forgive(module, torch.randn(1, 4))
+    assert (module.training, module.norm.training, module.drop.training) == (True, True, False)
+
+
+@either_way
+@pytest.mark.parametrize("in_place", [True, False], ids=["written in place", "replaced"])
+def test_counting_leaves_the_buffers_as_they_were(fails, in_place):
+    module = Touchy(fails, in_place)
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    count_and_forgive(module, torch.randn(1, 4))
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+
+
+@either_way
+def test_counting_leaves_the_users_hooks_and_no_others(fails):
+    module = Touchy(fails)
+    module.norm.register_forward_hook(lambda *_: None)
+    module.register_forward_pre_hook(lambda *_: None)
+    before = hooks(module)
+    count_and_forgive(module, torch.randn(1, 4))
+    assert hooks(module) == before
+
+
+@either_way
+@pytest.mark.parametrize("enabled", [True, False])
+def test_counting_leaves_the_switch_of_fused_attention_as_it_was(fails, enabled):
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        count_and_forgive(Touchy(fails), torch.randn(1, 4))
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_what_the_forward_pass_raises_reaches_the_caller():
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        count(Touchy(fails=True), torch.randn(1, 4))
+
+
+def test_counting_twice_gives_the_same():
+    module, image = timm.create_model("resnet18"), torch.randn(1, 3, 32, 32)
+    assert count(module, image) == count(module, image)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "levit_128s", "mixer_s32_224", "convnext_atto"])
+def test_a_large_network_is_counted_alike_without_being_computed(name, monkeypatch):
+    module = timm.create_model(name).eval()
+    image = torch.rand(1, 3, 224, 224)
+    monkeypatch.setattr(costs, "LARGE", float("inf"))
+    computed = count(module, image)
+    monkeypatch.setattr(costs, "LARGE", 0)
+    answer = module(image)
+    assert count(module, image) == computed
+    assert torch.equal(module(image), answer)
+
+
+class Heads(nn.Module):
+    """Attention whose heads are put side by side as they lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.dense(x).view(*x.shape[:2], 2, 4).transpose(1, 2)
+        joined = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).view(x.shape)
+        return self.last(joined.mean(1))
+
+
+class Selective(nn.Module):
+    """Goes on with the first token that is not 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dense(x)
+        return self.last(x[:, int(x.abs().sum((0, 2)).nonzero()[0])])
+
+
+@pytest.mark.parametrize("module", [Heads(), Selective()], ids=["views its heads", "fails on zeros"])
+def test_a_large_network_that_minds_what_products_are_is_counted_all_the_same(module, monkeypatch):
+    x = torch.rand(1, 5, 8)
+    computed = count(module, x)
+    monkeypatch.setattr(costs, "LARGE", 0)
+    assert count(module, x) == computed
+
+
+def test_a_large_network_with_a_convolution_outside_of_layers_is_computed(monkeypatch):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4, 3, 3, 3))
+            self.dense = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.dense(F.conv2d(x, self.weight).mean((2, 3)))
+
+    monkeypatch.setattr(costs, "LARGE", 0)
+    assert count(Functional(), torch.rand(1, 3, 8, 8)).total == 4 * 3 * 9 * 36 + 8

@@ -1,0 +1,419 @@
+"""A forward pass begun anew with fewer rows: what was done is not done again, and what is remembered fits."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.analysis.replay import Again, Memory, Recallable, Step, make_plain, make_recallable, merged, run, take
+from ptee.backbones.load import load_backbone
+from ptee.model.build import build
+
+SIZE = (3, 16, 16)
+
+
+class Cell(nn.Module):
+    """Reads the two before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        return self.one(x).relu() + self.two(before)
+
+
+class Cells(nn.Module):
+    """A chain of cells; between them a row count, a mask of all rows and the cell before the last are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.classifier = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.cells = nn.ModuleList(Cell() for _ in range(5))
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, mask = len(x), x.new_ones(len(x), 1, 1, 1)
+        before = x = self.entry(x)
+        for cell in self.cells:
+            before, x = x, (cell(x, before) * mask).view(rows, 8, 16, 16)
+        return self.classifier(x.mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> Cells:
+    torch.manual_seed(0)
+    return Cells().eval()
+
+
+def early(net: nn.Module, exits: list[str]) -> ptee.EarlyExitModel:
+    return build(load_backbone(net, input_size=SIZE), exits=exits, placed=True)
+
+
+EXITS = ["cells.0", "cells.1", "cells.3"]
+
+
+def thresholds(model: ptee.EarlyExitModel, x: Tensor) -> list[float]:
+    """At each exit some rows leave and some stay."""
+    h = model.all_exits(x).confidence[:-1]
+    return [row.sort().values[len(x) * 3 // 4].item() for row in h]
+
+
+def test_every_row_gets_the_answer_that_it_gets_alone(net):
+    model, x = early(net, EXITS), torch.randn(16, *SIZE)
+    model.threshold = thresholds(model, x)
+    together = model.predict(x)
+    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
+    for i in range(len(x)):
+        alone = model.predict(x[i : i + 1])
+        assert alone.exit_index.item() == together.exit_index[i].item()
+        assert torch.allclose(alone.logits[0], together.logits[i], atol=1e-5)
+
+
+def test_where_nobody_leaves_the_answer_is_the_backbones(net):
+    x = torch.randn(4, *SIZE)
+    expected = net(x).detach()
+    model = early(net, EXITS)
+    model.threshold = 2.0
+    assert torch.equal(model(x), expected)
+
+
+def test_no_module_computes_anything_twice(net):
+    model, x = early(net, EXITS), torch.randn(16, *SIZE)
+    model.threshold = thresholds(model, x)
+    rows: dict[str, list[int]] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _m, _i, out, name=name: rows.setdefault(name, []).append(len(out)))
+    exits = model.predict(x).exit_index
+    behind = [int((exits >= n).sum()) for n in range(4)]
+    left = {"entry": behind[0], "cells.0": behind[0], "cells.1": behind[1], "cells.2": behind[2], "cells.3": behind[2],
+            "cells.4": behind[3]}  # fmt: skip
+    cells = {f"{name}.{part}": [n] for name, n in left.items() if name != "entry" for part in ("one", "two")}
+    inner = {name: calls for name, calls in rows.items() if name != "entry"}
+    assert inner == cells
+    assert rows["entry"][0] == 16
+
+
+def test_detaching_leaves_no_trace(net):
+    before = {name: set(vars(module)) for name, module in net.named_modules()}
+    one, two = early(net, EXITS), early(net, ["cells.2"])
+    assert any(isinstance(vars(m).get("forward"), Recallable) for m in net.modules())
+    one.detach()
+    x = torch.randn(4, *SIZE)
+    two.threshold = thresholds(two, x)
+    two.predict(x)
+    two.detach()
+    assert {name: set(vars(module)) for name, module in net.named_modules()} == before
+
+
+def test_copies_and_pickles_answer_alike(net):
+    model, x = early(net, EXITS), torch.randn(8, *SIZE)
+    model.threshold = thresholds(model, x)
+    expected = model.predict(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        got = other.predict(x)
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.exit_index, expected.exit_index)
+        assert all(
+            vars(m)["forward"].module is m
+            for m in other.backbone.modules()
+            if isinstance(vars(m).get("forward"), Recallable)
+        )
+
+
+def test_two_threads_may_call_one_model_at_once(net):
+    model = early(net, EXITS)
+    batches = [torch.randn(8, *SIZE) for _ in range(2)]
+    model.threshold = thresholds(model, torch.cat(batches))
+    expected = [model.predict(x).logits for x in batches]
+    wrong: list[Any] = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            got = model.predict(batches[i]).logits
+            if not torch.equal(got, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_forward_that_somebody_else_put_in_place_still_runs_and_is_put_back(net):
+    own = net.cells[0].forward
+    calls = []
+
+    def theirs(*args: Any) -> Any:
+        calls.append(1)
+        return own(*args)
+
+    net.cells[0].forward = theirs
+    model, x = early(net, EXITS), torch.randn(8, *SIZE)
+    calls.clear()
+    model.threshold = thresholds(model, x)
+    calls.clear()
+    model.predict(x)
+    assert calls == [1]
+    assert model.detach().cells[0].forward is theirs
+
+
+def test_hooks_of_others_see_what_the_module_gave_and_no_zeros(net):
+    model, x = early(net, EXITS), torch.randn(16, *SIZE)
+    model.threshold = thresholds(model, x)
+    seen: list[float] = []
+    net.entry.register_forward_hook(lambda _m, _i, out: seen.append(out.abs().min(0).values.max().item()))
+    model.predict(x)
+    assert len(seen) > 1
+    assert min(seen) > 0
+
+
+class Shared(Cells):
+    """One activation serves inside of the cells and between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+        for cell in self.cells:
+            cell.act = self.act
+            cell.forward = functools.partial(self.inside, cell)
+
+    @staticmethod
+    def inside(cell: Cell, x: Tensor, before: Tensor) -> Tensor:
+        return cell.act(cell.one(x)) + cell.two(before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        before = x = self.act(self.entry(x))
+        for cell in self.cells:
+            before, x = x, self.act(cell(x, before)).view(rows, 8, 16, 16)
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_a_module_that_serves_inside_of_others_and_between_them_gives_what_it_gave_there():
+    torch.manual_seed(0)
+    model, x = early(Shared().eval(), EXITS), torch.randn(16, *SIZE)
+    expected = model.all_exits(x).logits
+    model.threshold = thresholds(model, x)
+    got = model.predict(x)
+    assert len(set(got.exit_index.tolist())) == 4
+    assert torch.allclose(got.logits, expected[got.exit_index, range(16)], atol=1e-5)
+
+
+def all_patterns(model: ptee.EarlyExitModel, x: Tensor) -> float:
+    """The largest error over all ways in which every second row leaves at some of the exits, and the others never."""
+    every, worst = model.all_exits(x).logits.detach(), 0.0
+    for leaves in itertools.product([False, True], repeat=len(model.exits)):
+        open_to = [n for n, here in enumerate(leaves) if here]
+        where = [open_to[i % len(open_to)] if open_to and i % 2 else len(model.exits) for i in range(len(x))]
+        t = torch.full((len(x), len(model.exits)), 2.0)
+        for i, n in enumerate(where):
+            t[i, n : n + 1] = 0.0
+        got = model.predict(x, t)
+        assert got.exit_index.tolist() == where
+        worst = max(worst, (got.logits - every[where, range(len(x))]).abs().max().item())
+    return worst
+
+
+def test_whoever_leaves_wherever_the_others_get_their_own_answers(net):
+    assert all_patterns(early(net, EXITS), torch.randn(12, *SIZE)) < 1e-5
+
+
+def test_two_models_on_one_backbone_begin_anew_at_cuts_of_their_own(net):
+    one, two = early(net, EXITS), early(net, ["cells.0", "cells.2"])
+    x = torch.randn(12, *SIZE)
+    assert max(all_patterns(one, x), all_patterns(two, x), all_patterns(one, x)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def leave(model: ptee.EarlyExitModel, x: Tensor) -> Tensor:
+    """Every second row leaves at the last exit."""
+    t = torch.full((len(x), len(model.exits)), 2.0)
+    t[::2, -1] = 0.0
+    return model.predict(x, t).logits
+
+
+def test_a_module_put_in_after_augment_is_noticed(net):
+    model = early(net, ["cells.1", "cells.4"])
+    net.cells[2] = Cell().eval()
+    with pytest.raises(PteeError, match=r"cells\.2 ran 0 times before an exit, 1 times when"):
+        leave(model, torch.randn(4, *SIZE))
+
+
+class Either(Cells):
+    """Large images take another entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, entry = len(x), self.entry if x.shape[-1] <= 16 else self.large
+        before = x = entry(x)
+        for cell in self.cells:
+            before, x = x, cell(x, before).view(rows, *x.shape[1:])
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_another_way_through_the_backbone_is_noticed():
+    model = early(Either().eval(), EXITS)
+    with pytest.raises(PteeError, match=r"entry ran 0 times.*another way"):
+        leave(model, torch.randn(4, 3, 32, 32))
+
+
+class Chunks(Cells):
+    """Takes its batch apart where it is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Chunks, self).forward(part) for part in x.split(8)])
+
+
+def test_a_backbone_that_takes_its_batch_apart_is_noticed():
+    model = early(Chunks().eval(), EXITS)
+    leave(model, torch.randn(8, *SIZE))
+    with pytest.raises(PteeError, match=r"smaller batches|another way"):
+        leave(model, torch.randn(12, *SIZE))
+
+
+def test_a_cell_whose_proof_fails_gets_no_exit(net, monkeypatch):
+    monkeypatch.setattr("ptee.exits.placement.prove", lambda _module, cuts, _size: {cut.name: "so" for cut in cuts})
+    with pytest.raises(PteeError, match=r"cells\.1.*cannot be proven: so"):
+        early(net, ["cells.1"])
+
+
+class Positions(nn.Module):
+    """Gives its rows together with where each of their tokens stands, which is the same in each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return tokens, torch.arange(tokens.shape[1]).expand(len(x), -1)
+
+
+class Turned(nn.Module):
+    """Every block reads an embedding of those positions, made once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.classifier = Positions(), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, positions = self.patches(x)
+        turn = (positions[..., None] * torch.arange(1, 9)).cos()
+        for block in self.blocks:
+            x = x + block(x * turn)
+        return self.classifier(x.mean(1))
+
+
+def test_what_is_the_same_for_every_row_shrinks_with_the_rows():
+    torch.manual_seed(0)
+    model, x = early(Turned().eval(), ["patches", "blocks.0", "blocks.2"]), torch.randn(16, *SIZE)
+    assert [cut.steps[0].repeated for cut in model.plan.cuts] == [(1,)] * 3
+    model.threshold = thresholds(model, x)
+    together = model(x)
+    assert set(model.predict(x).exit_index.tolist()) == {0, 1, 2, 3}
+    assert torch.allclose(together, torch.cat([model(image[None]) for image in x]), atol=1e-5)
+
+
+class Outside(Cells):
+    """Works outside of modules, where nothing can be remembered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x = torch.nn.functional.conv2d(self.entry(x), self.weight, padding=1)
+        for cell in self.cells:
+            before, x = x, cell(x, before)
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_work_that_would_be_done_twice_is_refused():
+    with pytest.raises(PteeError, match=r"of its work lies outside of modules and would be done twice"):
+        early(Outside().eval(), ["cells.1"])
+
+
+# ---------------------------------------------------------------------------------------------------- the memory alone
+
+
+def test_rows_that_share_an_axis_with_their_tokens_go_together():
+    x = torch.arange(12).view(6, 2)  # three rows of two tokens each
+    assert take(x, torch.tensor([2, 0]), 3).tolist() == [[8, 9], [10, 11], [0, 1], [2, 3]]
+
+
+def test_the_steps_of_several_cuts_keep_what_any_of_them_needs():
+    one, other = Step("a", (0,), False, True, (1, 2)), Step("a", (0, 1), True, False, (2,))
+    assert merged([[one], [other]]) == {"a": Step("a", (0, 1), True, True, (2,))}
+
+
+def test_a_tensor_that_does_not_carry_the_rows_is_refused():
+    with pytest.raises(PteeError, match=r"shape \(5, 2\) does not carry the 3 rows"):
+        take(torch.zeros(5, 2), torch.tensor([0]), 3)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_what_nobody_reads_again_keeps_its_shape_alone(needed):
+    module = nn.Identity()
+    make_recallable([module])
+    memory = Memory({module: Step("m", (0,), needed, False)})
+    seen: list[Tensor] = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(module(x))
+            if len(seen) == 1:
+                memory.keep_rows(torch.tensor([1]))
+                raise Again
+            return seen[-1]
+
+    x = torch.tensor([[1.0], [2.0]])
+    run(Net(), x, memory)
+    assert seen[1].tolist() == ([[2.0]] if needed else [[0.0]])
+    make_plain([module])
+    assert "forward" not in vars(module)
+
+
+def test_what_is_overwritten_later_is_kept_as_it_was():
+    module = nn.Identity()
+    make_recallable([module])
+    memory = Memory({module: Step("m", (0,), True, True)})
+    seen: list[Tensor] = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(module(x.clone()).add_(1))
+            if len(seen) == 1:
+                memory.keep_rows(torch.tensor([0]))
+                raise Again
+            return seen[-1]
+
+    assert run(Net(), torch.tensor([[1.0], [2.0]]), memory).tolist() == [[2.0]]
+
+
+def test_the_plan_says_at_which_exits_a_pass_begins_anew(net):
+    plan = early(net, EXITS).plan
+    assert "Where rows leave at 0, 1, 2, the pass begins anew" in str(plan)
+    assert [row["begins_anew"] for row in plan.to_dict()["exits"]] == [True] * 3

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ptee._common.errors import BackboneError
+from ptee.backbones.cifar_resnet import DEPTHS, BasicBlock, CifarResNet
+
+each_depth = pytest.mark.parametrize("depth", DEPTHS)
+
+
+def parameters_by_formula(depth: int, num_classes: int = 10) -> int:
+    """Convolutions without bias, two numbers per channel of batch norm, a linear layer, nothing in the shortcuts."""
+    n, (a, b, c) = (depth - 2) // 6, (16, 32, 64)
+    convolutions = 9 * (3 * a + 2 * n * a * a + a * b + (2 * n - 1) * b * b + b * c + (2 * n - 1) * c * c)
+    norms = 2 * (a + 2 * n * (a + b + c))
+    return convolutions + norms + c * num_classes + num_classes
+
+
+@each_depth
+def test_parameters_are_those_of_the_formula(depth):
+    model = timm.create_model(f"cifar_resnet{depth}")
+    assert sum(p.numel() for p in model.parameters()) == parameters_by_formula(depth)
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_parameters_are_those_of_the_paper(depth, millions):
+    assert parameters_by_formula(depth) == pytest.approx(millions * 1e6, rel=0.025)  # table 6 of He et al.
+
+
+@pytest.mark.parametrize("depth", [20, 32, 56])
+def test_the_trained_weights_load_strictly(depth, weights):
+    model = timm.create_model(f"cifar_resnet{depth}")
+    model.load_state_dict(load_file(weights / f"cifar_resnet{depth}.safetensors"), strict=True)
+
+
+def first_images(file: tarfile.TarFile, count: int) -> tuple[Tensor, Tensor]:
+    """So many pictures spread evenly over a tar of class/name.jpg, as (n, 3, 32, 32) in 0..1, and their labels."""
+    members = sorted((m for m in file.getmembers() if m.isfile()), key=lambda m: m.name)
+    classes = sorted({m.name.split("/")[-2] for m in members})
+    members = members[:: len(members) // count][:count]
+    read = [Image.open(io.BytesIO(file.extractfile(m).read())).convert("RGB") for m in members]
+    x = torch.from_numpy(np.stack([np.asarray(image) for image in read])).permute(0, 3, 1, 2) / 255
+    return x, torch.tensor([classes.index(m.name.split("/")[-2]) for m in members])
+
+
+def test_the_trained_resnet20_is_as_accurate_as_published(weights, real_data):
+    model = timm.create_model("cifar_resnet20").eval()
+    model.load_state_dict(load_file(weights / "cifar_resnet20.safetensors"))
+    with tarfile.open(real_data / "cifar10" / "calibration.tar") as file:
+        x, labels = first_images(file, 500)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        right = (model((x - mean) / std).argmax(1) == labels).float().mean().item()
+    assert right == pytest.approx(0.887, abs=0.04)  # three standard errors of 500 images
+
+
+def test_a_shortcut_takes_every_second_pixel_and_pads_with_zero_channels_on_both_sides():
+    x = torch.randn(2, 16, 8, 8)
+    shortcut = BasicBlock(16, 32, 2).shortcut(x)
+    assert shortcut.shape == (2, 32, 4, 4)
+    for row in range(4):
+        for column in range(4):
+            assert torch.equal(shortcut[:, 8:24, row, column], x[:, :, 2 * row, 2 * column])
+    assert not shortcut[:, :8].any() and not shortcut[:, 24:].any()
+
+
+def test_a_shortcut_without_a_change_is_the_input_itself():
+    x = torch.randn(1, 16, 8, 8)
+    assert BasicBlock(16, 16, 1).shortcut(x) is x
+
+
+def test_each_module_is_called_once_and_a_block_ends_with_its_relu():
+    model, calls = CifarResNet(20).eval(), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, _, output, name=name: calls.append((name, output)))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    assert sorted(name for name, _ in calls) == sorted(dict(model.named_modules()))
+    assert all((output >= 0).all() for name, output in calls if name.startswith("layer") and name.count(".") == 1)
+
+
+@pytest.mark.parametrize("size", [32, 33, 48])
+def test_other_image_sizes_channels_and_classes(size):
+    model = timm.create_model("cifar_resnet20", num_classes=7, in_chans=1).eval()
+    assert model(torch.randn(2, 1, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 18, 21])
+def test_a_depth_of_another_form_is_refused(depth):
+    with pytest.raises(BackboneError, match=f"6n\\+2 layers, not {depth}"):
+        CifarResNet(depth)
+
+
+def test_timm_knows_the_input_and_that_there_are_no_weights():
+    cfg = timm.get_pretrained_cfg("cifar_resnet56")
+    assert (cfg.input_size, cfg.num_classes, cfg.classifier, cfg.crop_pct) == ((3, 32, 32), 10, "fc", 1.0)
+    assert "cifar_resnet56" in timm.list_models("cifar_resnet*")
+    assert "cifar_resnet56" not in timm.list_pretrained("cifar_resnet*")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("cifar_resnet56", pretrained=True)
+
+
+def test_timms_conventions_hold():
+    model = timm.create_model("cifar_resnet20").eval()
+    x = torch.randn(2, 3, 32, 32)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, 8, 8)
+    assert torch.equal(model.forward_head(features), model(x))
+    assert model.get_classifier() is model.fc
+    model.reset_classifier(0)
+    assert torch.equal(model(x), model.forward_head(features, pre_logits=True))
+    maps = timm.create_model("cifar_resnet20", features_only=True, out_indices=(0, 1, 2))(x)
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
+
+
+def test_importing_again_warns_of_nothing_and_still_builds():
+    source = """
+import importlib, timm, warnings
+import ptee.backbones.cifar_resnet as module
+warnings.simplefilter("error")
+importlib.reload(module)
+print(type(timm.create_model("cifar_resnet20")) is module.CifarResNet)
+"""  # in a process of its own: a new class of the same name would disturb the other tests
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.evaluation import benchmark
+from ptee.evaluation.benchmark import bench, in_turns, ratio
+
+SIZE, CPU = (3, 8, 8), torch.device("cpu")
+NEVER, ALWAYS = 2.0, 0.0
+
+
+class Net(nn.Module):
+    """Two stages and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.two(self.one(x)).mean((2, 3)))
+
+
+def made() -> ptee.EarlyExitModel:
+    return ptee.augment(Net(), exits=["one", "two"], input_size=SIZE)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock that tells the seconds put into it, one for each call; it stands still otherwise."""
+    now = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_every_call_has_its_turn_in_every_round_after_one_that_does_not_count():
+    order: list[str] = []
+    times = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, rounds=4)
+    assert order == ["a", "b"] * 5
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4}
+
+
+def test_the_seconds_are_those_of_the_call(clock):
+    lengths = iter([100.0, 1, 2, 3])
+
+    def call() -> None:
+        clock[0] += next(lengths)
+
+    assert in_turns({"call": call}, CPU, rounds=3, seconds=1000) == {"call": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (4.5, 4), (100.0, 7)])
+def test_no_round_is_begun_after_the_time_is_up_but_three_are_done(seconds, rounds, clock):
+    def call() -> None:
+        clock[0] += 1
+
+    assert len(in_turns({"call": call}, CPU, rounds=7, seconds=seconds)["call"]) == rounds
+
+
+def test_nothing_is_differentiated_while_it_is_timed():
+    seen = []
+    in_turns({"call": lambda: seen.append(torch.is_inference_mode_enabled())}, CPU, rounds=1)
+    assert seen == [True, True]
+
+
+def test_the_ratio_is_the_median_of_each_rounds_own():
+    # the machine slows down tenfold in the second round; the ratio of medians would be 40 / 4
+    assert ratio([2.0, 40, 40], [1.0, 10, 4]) == 4
+
+
+def test_rounds_of_unequal_number_are_a_mistake():
+    with pytest.raises(ValueError, match="shorter"):
+        ratio([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("batch", [2, 5, 8])
+def test_counted_is_the_arithmetic_of_the_models_costs(batch):
+    model = made()
+    first, _, last = model.costs
+    half = batch // 2
+    found = bench(model, [batch], rounds=3)
+    assert {case.leaving: case.counted for case in found.cases} == pytest.approx(
+        {
+            "nobody": last,
+            "half at exit 0": (half * first + (batch - half) * last) / batch,
+            "all at exit 0": first,
+        }
+    )
+
+
+def test_every_batch_size_has_every_case_but_one_row_cannot_be_halved():
+    found = bench(made(), [1, 4], rounds=3)
+    assert [(case.batch, case.leaving) for case in found.cases] == [
+        (1, "nobody"), (1, "all at exit 0"), (4, "nobody"), (4, "half at exit 0"), (4, "all at exit 0"),
+    ]  # fmt: skip
+    for case in found.cases:
+        assert case.time > 0
+        assert (case.limit is None) == (case.saved is None) == (case.leaving == "nobody")
+    assert (found.device, found.exits, found.threads) == ("cpu", 2, 1)
+
+
+def test_the_rows_really_leave_where_the_case_says(monkeypatch):
+    seen: dict[str, list[int]] = {}
+    model = made()
+
+    def calls_once(calls, device, **_):
+        rows: list[int] = []
+        handles = [
+            part.register_forward_pre_hook(lambda _m, x: rows.append(len(x[0]))) for part in model.backbone.children()
+        ]
+        for name, call in calls.items():
+            rows.clear()
+            call()
+            seen[name] = list(rows)
+        for handle in handles:
+            handle.remove()
+        return {name: [1 / (i + 1)] for i, name in enumerate(calls)}
+
+    monkeypatch.setattr(benchmark, "in_turns", calls_once)
+    bench(model, [4])
+    assert seen == {
+        "bare": [4, 4, 4], "bare, others": [2, 2, 2], "to exit 0": [4], "to exit 0, others": [2],
+        "nobody": [4, 4, 4], "half at exit 0": [4, 2, 2], "all at exit 0": [4],
+    }  # fmt: skip
+
+
+def test_time_limit_and_saving_are_ratios_to_the_bare_backbone(monkeypatch):
+    times = {
+        "bare": 10.0, "bare, others": 6.0, "to exit 0": 4.0, "to exit 0, others": 3.0,
+        "nobody": 11.0, "half at exit 0": 7.6, "all at exit 0": 5.5,
+    }  # fmt: skip
+    monkeypatch.setattr(benchmark, "in_turns", lambda calls, *_, **__: {name: [times[name]] * 3 for name in calls})
+    nobody, half, everybody = bench(made(), [4]).cases
+    assert (nobody.time, nobody.limit, nobody.saved) == (1.1, None, None)
+    assert half.time == pytest.approx(0.76)
+    assert half.limit == pytest.approx(0.7)  # all rows to exit 0: 4; the others from there: 6 - 3
+    assert half.saved == pytest.approx(0.24 / 0.3)
+    assert (everybody.time, everybody.limit) == (0.55, 0.4)
+    assert everybody.saved == pytest.approx(0.45 / 0.6)
+
+
+def test_timing_leaves_the_model_and_its_hooks_as_they_were():
+    model = made()
+    before = [len(part._forward_hooks) for part in model.modules()]
+    bench(model, [2], rounds=3)
+    assert [len(part._forward_hooks) for part in model.modules()] == before
+    assert model.threshold == [0.5, 0.5]
+
+
+def test_a_backbone_that_catches_exceptions_is_timed_up_to_its_first_exit_too():
+    class Careful(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                x = self.one(x)
+            except Exception:
+                x = torch.zeros(len(x), 6, 6, 6)
+            ran.append("two")
+            return self.fc(self.two(x).mean((2, 3)))
+
+    ran: list[str] = []
+    model = ptee.augment(Careful(), exits=["one"], input_size=SIZE)
+    ran.clear()
+    benchmark._up_to_first_exit(model, torch.zeros(2, *SIZE))
+    assert ran == []
+
+
+@pytest.mark.parametrize("batch_sizes", [[0], [4, -1]], ids=str)
+def test_a_batch_of_no_rows_is_refused(batch_sizes):
+    with pytest.raises(PteeError, match="positive"):
+        bench(made(), batch_sizes)
+
+
+def test_the_table_has_a_line_for_each_case_and_the_values_are_ready_for_json():
+    found = bench(made(), [1, 2], rounds=3)
+    text = str(found)
+    assert sum(line.lstrip().startswith(("1 ", "2 ")) for line in text.splitlines()) == 5
+    assert "1 threads" in text
+    values = json.loads(json.dumps(found.to_dict()))
+    assert [case["leaving"] for case in values["cases"]] == [case.leaving for case in found.cases]

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import SIZE, K, made
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import ptee
+from ptee._common.errors import DataError, PteeError
+from ptee.evaluation.traces import SAMPLE, Traces, record
+
+images = functools.partial(torch.randn, generator=torch.Generator().manual_seed(3))
+
+
+# arithmetic, by hand: two exits and the backbone, four images
+
+
+def traces(targets: Tensor | None = None) -> Traces:
+    return Traces(
+        answers=torch.tensor([[0, 1, 1, 0], [0, 1, 2, 0], [0, 1, 2, 3]]),
+        confidence=torch.tensor([[0.9, 0.2, 0.5, 0.1], [0.1, 0.8, 0.5, 0.4], [1.0, 1.0, 1.0, 1.0]]),
+        targets=targets,
+        costs=torch.tensor([0.25, 0.5, 1.25], dtype=torch.float64),
+        sample=torch.empty(0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("threshold", "leaving"),
+    [
+        ([0, 0], [0, 0, 0, 0]),
+        ([2, 0], [1, 1, 1, 1]),
+        ([2, 2], [2, 2, 2, 2]),
+        ([0.5, 0.5], [0, 1, 0, 2]),
+        ([0.5001, 0.5], [0, 1, 1, 2]),
+        ([0.15, 0.4], [0, 0, 0, 1]),
+        ([math.inf, math.inf], [2, 2, 2, 2]),
+    ],
+    ids=str,
+)
+def test_an_image_leaves_at_the_first_exit_that_reaches_its_threshold(threshold, leaving):
+    assert traces().leaving(threshold).tolist() == leaving
+    assert traces().leaving(torch.tensor(threshold)).tolist() == leaving
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_confidence_that_is_no_number_reaches_no_threshold(n):
+    found = traces()
+    found.confidence[n] = math.nan
+    assert found.leaving([0, 0]).tolist() == [1 - n] * 4
+
+
+@pytest.mark.parametrize(
+    ("leaving", "accuracy", "fidelity", "cost"),
+    [
+        ([0, 0, 0, 0], 1 / 4, 2 / 4, 0.25),
+        ([1, 1, 1, 1], 2 / 4, 3 / 4, 0.5),
+        ([2, 2, 2, 2], 3 / 4, 1, 1.25),
+        ([0, 1, 2, 0], 2 / 4, 3 / 4, (0.25 + 0.5 + 1.25 + 0.25) / 4),
+    ],
+    ids=str,
+)
+def test_scores_are_shares_of_right_and_faithful_answers_and_the_mean_cost(leaving, accuracy, fidelity, cost):
+    score = traces(torch.tensor([0, 0, 2, 3])).score(torch.tensor(leaving))
+    assert (score.accuracy, score.fidelity, score.cost) == (accuracy, fidelity, cost)
+
+
+def test_without_labels_there_is_no_accuracy():
+    assert traces().score(traces().at(0)).accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("leaving", "shares"),
+    [([0, 1, 0, 2], [0.5, 0.25, 0.25]), ([1, 1, 1, 1], [0, 1, 0]), ([2, 2, 2, 0], [0.25, 0, 0.75])],
+)
+def test_shares_tell_where_images_leave(leaving, shares):
+    assert traces().shares(torch.tensor(leaving)) == shares
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=50))
+def test_shares_sum_to_one(leaving):
+    assert sum(traces().shares(torch.tensor(leaving))) == pytest.approx(1)
+
+
+@given(st.tuples(*[st.floats(0, 1.5)] * 2), st.tuples(*[st.floats(0, 1)] * 2))
+def test_a_higher_threshold_lets_nobody_leave_sooner(low, more):
+    high = [one + two for one, two in zip(low, more, strict=True)]
+    assert (traces().leaving(low) <= traces().leaving(high)).all()
+
+
+def test_at_sends_everybody_to_one_exit():
+    assert traces().at(1).tolist() == [1, 1, 1, 1]
+
+
+# recording
+
+
+def test_traces_hold_what_every_exit_says_to_every_image():
+    model, x, y = made(), images(11, *SIZE), torch.arange(11) % K
+    found = record(model, TensorDataset(x, y), batch_size=4)
+    with torch.no_grad():
+        every = model.all_exits(x)
+    assert torch.equal(found.answers, every.logits.argmax(-1))
+    torch.testing.assert_close(found.confidence, every.confidence)
+    assert torch.equal(found.targets, y)
+    assert found.costs.tolist() == list(model.costs)
+    assert found.confidence.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(100, torch.float32), (101, torch.float16)])
+def test_traces_keep_logits_from_which_the_same_probabilities_follow(classes, dtype):
+    model, x = made(), images(11, *SIZE)
+    wide = nn.Sequential(*model.detach()[:-1], nn.Linear(6, classes))
+    model = ptee.augment(wide, exits=["0", "2"], input_size=SIZE)
+    with torch.no_grad():
+        model.backbone[-1].weight *= 1e6  # beyond half precision
+        want = model.all_exits(x).logits.softmax(-1)
+    found = record(model, TensorDataset(x), batch_size=4)
+    assert (found.logits.dtype, found.logits.shape) == (dtype, (3, 11, classes))
+    torch.testing.assert_close(found.logits.float().softmax(-1), want, atol=1e-3, rtol=0)
+
+
+def test_logits_need_not_be_kept_and_are_missed_by_name():
+    found = record(made(), TensorDataset(images(4, *SIZE)), logits=False)
+    assert found.logits is None
+    with pytest.raises(PteeError, match="no logits"):
+        found.under("margin")
+
+
+@pytest.mark.parametrize("off", [[], [0], [1], [0, 1]], ids=str)
+def test_costs_without_some_heads_are_the_backbones_and_those_of_the_others(off):
+    model = made("conv1")
+    found = record(model, TensorDataset(images(4, *SIZE)))
+    on = [0 if n in off else e.head_cost for n, e in enumerate(model.exits)]
+    cuts = [e.backbone_cost for e in model.exits]
+    want = [cuts[0] + on[0], cuts[1] + on[0] + on[1], 1 + on[0] + on[1]]
+    assert found.costs_without(off).tolist() == pytest.approx(want)
+
+
+class Own:
+    """A loader that is not torch's."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.parts = list(zip(x.split(4), y.split(4), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.parts)
+
+
+class Stream(IterableDataset):
+    """Images one after another, nobody knows how many."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.items = list(zip(x, y, strict=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+SOURCES = {
+    "a data set": lambda x, y: TensorDataset(x, y),
+    "a list": lambda x, y: list(zip(x, y.tolist(), strict=True)),
+    "a loader": lambda x, y: DataLoader(TensorDataset(x, y), 3),
+    "a loader of a stream": lambda x, y: DataLoader(Stream(x, y), 5),
+    "a loader of one's own": Own,
+    "mappings": lambda x, y: [{"image": image, "label": label} for image, label in zip(x, y, strict=True)],
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_data_sets_and_loaders_give_the_same_traces(source):
+    model, x, y = made(), images(11, *SIZE), torch.arange(11) % K
+    want = record(model, TensorDataset(x, y))
+    got = record(model, SOURCES[source](x, y), batch_size=2)
+    assert torch.equal(got.answers, want.answers)
+    assert torch.equal(got.targets, want.targets)
+    torch.testing.assert_close(got.confidence, want.confidence)
+
+
+UNLABELLED = {
+    "images in tuples": lambda x: [(image,) for image in x],
+    "images alone": list,
+    "labels of -1": lambda x: TensorDataset(x, torch.full((len(x),), -1)),
+}
+
+
+@pytest.mark.parametrize("make", UNLABELLED.values(), ids=UNLABELLED)
+def test_data_without_labels_have_no_targets(make):
+    assert record(made(), make(images(3, *SIZE))).targets is None
+
+
+@pytest.mark.parametrize(("labels", "said"), [([0, 1, K], "0 to 4.*0 to 3"), ([0, -2, 1], "-2 to 1")], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_labels_of_which_one_is_no_class_of_the_backbone_are_no_targets_and_a_note_says_why(labels, said, batch_size):
+    found = record(made(), TensorDataset(images(3, *SIZE), torch.tensor(labels)), batch_size=batch_size)
+    assert found.targets is None
+    assert re.search(said, found.note)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4], ids=["between batches", "in one batch"])
+def test_labels_for_some_images_only_are_refused(batch_size):
+    data = TensorDataset(images(4, *SIZE), torch.tensor([0, 1, -1, -1]))
+    with pytest.raises(DataError, match="Some images have labels"):
+        record(made(), data, batch_size=batch_size)
+
+
+def test_a_loader_that_turns_out_to_be_empty_is_refused():
+    with pytest.raises(DataError):
+        record(made(), DataLoader(Stream(images(0, *SIZE), torch.empty(0))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recording_leaves_the_mode_and_the_statistics_as_they_were(training):
+    model = made("bnpool").train(training)
+    before = copy.deepcopy(model.state_dict())
+    record(model, TensorDataset(images(6, *SIZE)))
+    assert model.training is training
+    assert model.heads[0].training is training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_mode_comes_back_even_if_recording_fails():
+    model = made().train()
+    with pytest.raises(DataError):
+        record(model, TensorDataset(images(2, *SIZE).flatten(1)))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size"), [(1, 1), (7, 1), (SAMPLE, 1), (SAMPLE - 1, 16), (3 * SAMPLE, 16), (300, 500)]
+)
+def test_the_sample_is_of_the_data_and_nearly_as_large_as_it_may_be(n, batch_size):
+    x = torch.arange(float(n))[:, None, None, None].expand(n, *SIZE)
+    sample = record(made(), TensorDataset(x), batch_size=batch_size).sample
+    assert sample.shape[1:] == SIZE
+    assert min(n, SAMPLE) / 2 <= len(sample) <= SAMPLE
+    assert len(set(sample[:, 0, 0, 0].tolist()) & set(range(n))) == len(sample)
+
+
+@pytest.mark.parametrize(("policy", "cost"), [("max_prob", 0.4), ("patience", 0.5)])
+def test_a_policy_that_asks_earlier_exits_pays_for_their_heads(policy, cost):
+    found = replace(traces(), logits=torch.rand(3, 4, K), head_costs=torch.tensor([0.1, 0.1], dtype=torch.float64))
+    assert found.under(policy).costs_without([0])[1].item() == pytest.approx(cost)

@@ -1,0 +1,502 @@
+"""Placement: the thesis's tables, the rules as properties, what exits cost by hand, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import CutError, PteeError, UnknownName
+from ptee.analysis.cut_points import survey
+from ptee.analysis.macs import count
+from ptee.backbones.load import load_backbone
+from ptee.exits import placement
+from ptee.exits.placement import LATEST, MOST_EXITS, PLACEMENTS, Placer, first_behind
+from ptee.exits.plan import CONVENTIONS, Plan, make_plan
+
+each_rule = pytest.mark.parametrize("rule", list(PLACEMENTS))
+each_convention = pytest.mark.parametrize("convention", CONVENTIONS)
+
+
+# ---------------------------------------------------------------------------------------------------- the thesis
+
+# EENet thesis, tables 4.5 and 4.8: per cent of the cost at each exit.
+THESIS = {
+    ("pareto", 110): [21, 40, 53, 62, 70, 74],
+    ("pareto", 32): [20, 36, 52, 68, 84],
+    ("fine", 110): [6, 10, 14, 19, 23, 27, 32, 36, 40, 44],
+    ("golden", 110): [6, 10, 15, 24, 40, 66],
+    ("linear", 110): [10, 19, 27, 40, 49, 57, 66, 74, 83, 91],
+    ("quadratic", 20): [4, 11, 24],
+    ("quadratic", 32): [3, 8, 20, 52],
+    ("quadratic", 44): [2, 4, 10, 19, 33, 66],
+    ("quadratic", 110): [2, 4, 11, 20, 40, 74],
+}
+# One exit of each of these two is a per cent lower here: 61.49 (the thesis: 62), 18.43 (the thesis: 19).
+OFF_BY_ONE = {("pareto", 110): 3, ("quadratic", 44): 3}
+
+
+def parameter_shares(depth: int) -> list[float]:
+    """Share of a CIFAR ResNet's parameters up to the end of each block; batch norm counts, 1x1 convolutions as shortcuts."""
+    n, c_in, classes = (depth - 2) // 6, 16, 10
+    stem = 9 * 3 * 16 + 2 * 16
+    blocks = []
+    for c in (16, 32, 64):
+        for _ in range(n):
+            shortcut = c_in * c if c_in != c else 0
+            blocks.append(9 * c_in * c + 2 * c + 9 * c * c + 2 * c + shortcut)
+            c_in = c
+    total = stem + sum(blocks) + 64 * classes + classes
+    return [(stem + so_far) / total for so_far in accumulate(blocks)]
+
+
+@pytest.mark.parametrize(("rule", "depth"), THESIS, ids=[f"{rule} ResNet-{depth}" for rule, depth in THESIS])
+def test_fed_with_shares_of_parameters_the_rules_give_the_tables_of_the_thesis(rule, depth):
+    shares, published = parameter_shares(depth), THESIS[rule, depth]
+    placed = PLACEMENTS[rule](shares, len(published))
+    differences = [theirs - round(100 * shares[i]) for i, theirs in zip(placed, published, strict=True)]
+    expected = [0] * len(published)
+    if (rule, depth) in OFF_BY_ONE:
+        expected[OFF_BY_ONE[rule, depth]] = 1
+    assert differences == expected
+
+
+def test_resnet_110_has_as_many_parameters_as_the_thesis_says():
+    fc, total = 64 * 10 + 10, 1.73e6
+    assert 1 - parameter_shares(110)[-1] == pytest.approx(fc / total, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------- the rules
+
+shares = st.lists(st.floats(0.01, 1), min_size=1, max_size=30).map(
+    lambda parts: [so_far / sum(parts) for so_far in accumulate(parts)]
+)
+wishes = st.lists(st.floats(0, 1), max_size=10).map(sorted)
+
+
+@settings(deadline=None)
+@given(costs=shares, wishes=wishes)
+def test_each_wish_gets_the_first_free_block_that_reaches_it(costs, wishes):
+    chosen = first_behind(costs, wishes)
+    assert all(one < two for one, two in pairwise(chosen)), "in order, no block twice"
+    for block, wish, before in zip(chosen, wishes, [-1, *chosen], strict=False):
+        assert costs[block] >= wish
+        assert all(costs[i] < wish for i in range(before + 1, block)), "an earlier free block reaches the wish"
+    if len(chosen) < len(wishes):
+        start = chosen[-1] + 1 if chosen else 0
+        assert all(cost < wishes[len(chosen)] for cost in costs[start:]), "a free block was left"
+
+
+@settings(deadline=None)
+@given(costs=shares, exits=st.integers(1, 10), rule=st.sampled_from(list(PLACEMENTS)))
+def test_every_rule_places_at_most_what_is_asked_for_at_growing_costs(costs, exits, rule):
+    chosen = PLACEMENTS[rule](costs, exits)
+    assert len(chosen) <= exits
+    assert all(0 <= i < len(costs) for i in chosen)
+    assert all(one < two for one, two in pairwise(chosen))
+
+
+FINE_GRAINED = [(i + 1) / 10_000 for i in range(10_000)]  # blocks so small that every wish is met exactly
+
+
+@pytest.mark.parametrize(
+    ("rule", "fractions"),
+    [
+        ("pareto", [0.2, 0.36, 0.488, 0.59, 0.672, 0.738]),
+        ("fine", [0.05, 0.098, 0.143, 0.185]),
+        ("golden", [0.056, 0.09, 0.146, 0.236, 0.382, 0.618]),
+        ("linear", [1 / 4, 2 / 4, 3 / 4]),
+        ("quadratic", [0.25, 0.5, 0.75]),
+    ],
+)
+def test_the_wanted_fractions_are_those_of_the_papers(rule, fractions):
+    placed = PLACEMENTS[rule](FINE_GRAINED, len(fractions))
+    assert [FINE_GRAINED[i] for i in placed] == pytest.approx(fractions, abs=1e-3)
+
+
+def test_golden_fractions_have_the_ratio_phi():
+    placed = [FINE_GRAINED[i] for i in PLACEMENTS["golden"](FINE_GRAINED, 5)]
+    assert [two / one for one, two in pairwise(placed)] == pytest.approx([(1 + 5**0.5) / 2] * 4, rel=0.01)
+
+
+def test_two_wishes_for_one_block_get_that_block_and_the_next():
+    assert first_behind([0.5, 0.6, 0.7, 1.0], [0.1, 0.2, 0.65]) == [0, 1, 2]
+
+
+def test_a_wish_that_is_met_exactly_is_met():
+    assert first_behind([0.25, 0.5, 1.0], [0.5]) == [1]
+
+
+def test_wishes_beyond_the_last_block_get_none():
+    assert first_behind([0.25, 0.5], [0.4, 0.9]) == [1]
+
+
+# ---------------------------------------------------------------------------------------------------- costs by hand
+
+HW, C, K, BLOCKS = 8 * 8, 8, 5, 4
+STEM, BLOCK, CLASSIFIER = 9 * 3 * C * HW, 9 * C * C * HW, C * K
+B = STEM + BLOCKS * BLOCK + CLASSIFIER
+HEAD = {  # on a map of C channels and HW positions
+    "plain": C * HW * (K + 1),
+    "pool": C * (K + 1),
+    "bnpool": C * HW + C * (K + 1),
+    "conv1": BLOCK + C * HW + C * (K + 1),
+    "conv2": 2 * (BLOCK + C * HW) + C * (K + 1),
+}
+
+
+def block(_: int = 0) -> nn.Module:
+    return nn.Conv2d(C, C, 3, padding=1)
+
+
+class Steps(nn.Module):
+    """A stem, equal blocks, a classifier."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, C, 3, padding=1)
+        self.blocks = nn.Sequential(*(blocks or map(block, range(BLOCKS))))
+        self.classifier = nn.Linear(C, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+SIZE = (3, 8, 8)
+
+
+def plan(exits="linear", num_exits=None, module=None, **wish) -> Plan:
+    return make_plan(load_backbone(module or Steps().eval(), input_size=SIZE), exits, num_exits, **wish)
+
+
+def at(n: int) -> float:
+    """B_n / B behind block n."""
+    return (STEM + (n + 1) * BLOCK) / B
+
+
+@each_convention
+@pytest.mark.parametrize("head", HEAD)
+def test_an_exit_costs_the_backbone_so_far_and_the_heads_that_its_convention_counts(head, convention):
+    p = plan(["blocks.0", "blocks.2"], head=head, convention=convention)
+    h = HEAD[head] / B
+    assert [e.backbone_cost for e in p.exits] == pytest.approx([at(0), at(2)])
+    assert [e.head_cost for e in p.exits] == pytest.approx([h, h])
+    full, paper = [at(0) + h, at(2) + 2 * h, 1 + 2 * h], [at(0) + h, at(2) + h, 1]
+    assert [*(e.cost for e in p.exits), p.final_cost] == pytest.approx({"full": full, "paper": paper}[convention])
+    assert p.costs == pytest.approx(full), "what is really spent, whatever the plan shows"
+    assert p.paper_costs == pytest.approx(paper)
+    assert (p.macs, p.parameters) == (B, sum(p.numel() for p in Steps().parameters()))
+
+
+def test_the_conventions_agree_at_the_first_exit_and_on_where_exits_stand():
+    full, paper = (plan("linear", 3, head="conv1", convention=c) for c in CONVENTIONS)
+    assert [e.name for e in full.exits] == [e.name for e in paper.exits]
+    assert full.exits[0] == paper.exits[0]
+    assert all(one.cost > other.cost for one, other in zip(full.exits[1:], paper.exits[1:], strict=True))
+    assert full.final_cost > paper.final_cost == 1
+
+
+def test_an_exit_behind_an_identity_costs_what_was_there_before_it():
+    module = Steps(block(), nn.Sequential(block(), nn.Identity()), block(), block()).eval()
+    assert plan(["blocks.1.1"], module=module).exits[0].backbone_cost == pytest.approx(at(1))
+
+
+# ---------------------------------------------------------------------------------------------------- where exits stand
+
+
+@pytest.mark.parametrize(
+    ("exits", "num_exits", "expected"),
+    [
+        ("linear", 3, [0, 1, 2]),
+        ("linear", 1, [1]),
+        ("golden", 2, [1, 2]),
+        ("pareto", 1, [0]),
+        ("pareto", 2, [0, 1]),
+        ("quadratic", 3, [0, 1, 2]),
+        ([0.7, 0.2], None, [0, 2]),
+        ([0.1, 0.1], None, [0, 1]),
+    ],
+    ids=str,
+)
+def test_exits_stand_behind_the_first_blocks_that_reach_their_fractions(exits, num_exits, expected):
+    assert [e.name for e in plan(exits, num_exits).exits] == [f"blocks.{i}" for i in expected]
+
+
+def test_exits_named_in_any_order_stand_in_the_order_of_execution():
+    assert [e.name for e in plan(["blocks.2", "stem"]).exits] == ["stem", "blocks.2"]
+
+
+@each_rule
+def test_a_stem_is_no_candidate_unless_named(rule):
+    assert "stem" not in [e.name for e in plan(rule).exits]
+    assert [e.name for e in plan(["stem"]).exits] == ["stem"]
+
+
+@each_rule
+def test_without_a_number_a_rule_places_as_many_as_it_can(rule):
+    assert len(plan(rule).exits) == 3, "the last of the four blocks is beyond the latest place"
+
+
+@pytest.mark.parametrize("rule", ["pareto", "linear", "quadratic"])
+def test_without_a_number_at_most_five_exits_are_placed(rule):
+    deep = Steps(*map(block, range(20))).eval()
+    assert len(plan(rule, module=deep).exits) == MOST_EXITS == 5
+
+
+@each_rule
+def test_no_rule_places_an_exit_where_nothing_is_left_to_save(rule):
+    assert all(e.backbone_cost <= LATEST for e in plan(rule).exits)
+
+
+class Counter(nn.Module):
+    """Writes down how many rows it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.rows = block(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows = len(x)
+        return self.conv(x)
+
+
+class RowCount(nn.Module):
+    """Reads the number of rows where a module before `conv` wrote it down: no cut, but only the proof sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.last = Counter(), block(), block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.conv(self.first(x)).view(self.first.rows, C, 8, 8))
+
+
+def deceiving() -> nn.Module:
+    """Five layers; behind the second stands no cut, but it looks like one."""
+    return Steps(block(), RowCount(), block(), block()).eval()
+
+
+def test_an_exit_stands_further_behind_when_a_proof_fails():
+    # two fifths are reached behind `blocks.1.conv`, about half of the whole
+    assert [e.name for e in plan([0.4], module=deceiving()).exits] == ["blocks.1.last"]
+
+
+def test_a_named_module_whose_proof_fails_is_refused_with_the_reason():
+    with pytest.raises(CutError, match=r"'blocks\.1\.conv' of Steps cannot be proven: .*fewer rows"):
+        plan(["blocks.0", "blocks.1.conv"], module=deceiving())
+
+
+def test_a_named_module_whose_proof_fails_is_refused_with_another_one():
+    with pytest.raises(CutError, match=r"cannot be proven.*\. Use 'blocks\.1', which holds it"):
+        plan(["blocks.1.conv"], module=deceiving())
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+NEITHER = "neither names of modules nor fractions"
+REFUSALS = {
+    "too many exits": (("linear", 40), CutError, r"40 exits on Steps \(linear\): 3 of its blocks"),
+    "too many fractions": (([0.1, 0.2, 0.3, 0.4],), CutError, r"4 exits on Steps .*0\.1, 0\.2.*: 3 of its blocks"),
+    "a fraction that nothing reaches": (([0.94],), CutError, r"1 exits on Steps \(at 0\.94\).*the last at 0\.7"),
+    "no exit": (("linear", 0), CutError, r"0 exits: ask for one"),
+    "fewer than none": (("linear", -1), CutError, r"-1 exits: ask for one"),
+    "an empty list": (([],), CutError, r"No exit is named.*'pareto', fractions, or names"),
+    "an unknown rule": (("golde",), UnknownName, r"Unknown placement 'golde'\. Did you mean 'golden'\?"),
+    "an unknown module": ((["blocks.7"],), UnknownName, r"Unknown module 'blocks\.7'\. Did you mean 'blocks\."),
+    "the fraction 1": (([0.2, 1.0],), CutError, NEITHER),
+    "the fraction 0": (([0.0],), CutError, NEITHER),
+    "a negative fraction": (([-0.2],), CutError, NEITHER),
+    "NaN": (([float("nan")],), CutError, NEITHER),
+    "True": (([True],), CutError, NEITHER),
+    "a name and a fraction": ((["stem", 0.5],), CutError, NEITHER),
+    "one module twice": ((["stem", "stem"],), CutError, r"stem, stem name one module twice"),
+    "two modules at one point": (
+        (["blocks.3", "blocks"],),
+        CutError,
+        r"'blocks.3' and 'blocks' stand at the same point",
+    ),
+    "another number than names": (
+        (["stem", "blocks.0"], 3),
+        CutError,
+        r"2 exits are named, 3 are asked for.*Leave one",
+    ),
+    "another number than fractions": (([0.2], 2), CutError, r"1 exits are named, 2 are asked for"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_request_that_cannot_be_met_is_refused_with_what_is_possible(case):
+    wish, error, said = REFUSALS[case]
+    with pytest.raises(error, match=said) as refusal:
+        plan(*wish)
+    assert isinstance(refusal.value, PteeError)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"head": "poool"}, r"Unknown head 'poool'\. Did you mean 'pool'"),
+        ({"convention": "papr"}, r"Unknown cost convention 'papr'\. Did you mean 'paper'\?"),
+    ],
+    ids=["head", "convention"],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(wish, said):
+    with pytest.raises(UnknownName, match=said):
+        plan("linear", 1, **wish)
+
+
+def test_a_network_without_a_place_for_an_exit_is_refused_under_every_number():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
+    for num_exits in (None, 1):
+        with pytest.raises(CutError, match="No exit can stand on Sequential: none of its blocks"):
+            plan("pareto", num_exits, module=net)
+
+
+# ---------------------------------------------------------------------------------------------------- the plan as a value
+
+
+@pytest.mark.parametrize(
+    ("exits", "said"),
+    [([0.2, 0.5], "; exits at or behind 0.2, 0.5 of the cost, pool heads"), (["stem"], "; exits at stem, pool heads")],
+    ids=["fractions", "modules"],
+)
+def test_the_title_says_how_exits_were_named(exits, said):
+    assert str(plan(exits)).splitlines()[0].endswith(said)
+
+
+def test_an_exit_that_cannot_pay_says_whether_its_own_head_is_too_dear():
+    own = str(plan(["stem", "blocks.1"], head=["pool", "conv20"]))
+    assert "Exit 1 (blocks.1) costs" in own
+    assert "Take a cheaper head than conv20 there, or an earlier exit." in own
+    others = str(plan(["stem", "blocks.1"], head=["conv20", "pool"]))
+    assert "Exit 1 (blocks.1) costs" in others
+    assert "Without the heads before it, it would cost 0." in others
+
+
+def test_the_table_has_a_row_for_each_exit_and_one_for_the_backbone():
+    p = plan(["stem", "blocks.1"], head="conv1")
+    title, columns, _, *rows, footnote = str(p).splitlines()
+    assert title.startswith("Steps, 3x8x8, 0.2 M multiply-accumulates; exits at stem, blocks.1, conv1 heads")
+    assert columns.split() == ["exit", "module", "shape", "backbone", "head", "cost", "parameters"]
+    for row, e in zip(rows, p.exits, strict=False):
+        assert row.split()[1:3] == [e.name, "8x8x8"]
+        assert [float(cell) for cell in row.split()[3:6]] == pytest.approx(
+            [e.backbone_cost, e.head_cost, e.cost], abs=1e-4
+        )
+        assert row.split()[6] == f"{e.parameters:,}"
+    assert rows[2].split() == ["2", "(backbone)", "5", "1.0000", f"{p.final_cost:.4f}", f"{p.parameters:,}"]
+    assert "every head passed" in footnote
+
+
+def test_the_papers_costs_stand_beside_what_is_really_spent():
+    p = plan(["stem", "blocks.1"], head="conv1", convention="paper")
+    _, columns, _, *rows, footnote = str(p).splitlines()
+    assert columns.split()[3:] == ["backbone", "head", "cost", "paper", "cost", "parameters"]
+    shown = [[float(cell) for cell in row.split()[-3:-1]] for row in rows if not row.startswith("Exit ")]
+    assert shown == [pytest.approx(pair, abs=1e-4) for pair in zip(p.costs, p.paper_costs, strict=True)]
+    assert "what is really spent is more" in footnote
+
+
+@each_convention
+def test_to_dict_is_json_with_a_row_for_each_exit(convention):
+    p = plan(["stem", "blocks.1"], head="conv1", convention=convention)
+    read = json.loads(json.dumps(p.to_dict()))
+    assert [row["name"] for row in read["exits"]] == ["stem", "blocks.1"]
+    assert [row["cost"] for row in read["exits"]] == [e.cost for e in p.exits]
+    assert set(read["exits"][0]) >= {"backbone_cost", "head_cost", "shape", "parameters"}
+    assert (read["final_cost"], read["macs"], read["input_size"]) == (p.final_cost, B, [3, 8, 8])
+    assert (read["convention"], read["classes"], read["head"], read["backbone"]) == (convention, K, "conv1", "Steps")
+
+
+def test_a_plan_survives_pickling():
+    p = plan("linear", 2)
+    assert pickle.loads(pickle.dumps(p)) == p
+
+
+def test_the_plan_makes_the_heads_that_it_counted():
+    p = plan(["stem", "blocks.1"], head="conv1")
+    assert [sum(q.numel() for q in head.parameters()) for head in p.make_heads()] == [e.parameters for e in p.exits]
+
+
+@pytest.mark.parametrize("exits", ["linear", ["no.such.module"]], ids=["placed", "refused"])
+def test_planning_leaves_the_users_module_as_it_was(exits):
+    module = Steps().train()
+    module.stem.weight.requires_grad_(False)
+    module.classifier.eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    try:
+        ptee.plan(module, exits=exits, input_size=SIZE)
+    except UnknownName:
+        assert exits != "linear"
+    assert (module.training, module.blocks.training, module.classifier.training) == (True, True, False)
+    assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_a_plan_is_the_same_whatever_mode_the_module_was_in():
+    module = Steps(*[nn.Sequential(block(), nn.BatchNorm2d(C), nn.Dropout()) for _ in range(4)])
+    plans = [ptee.plan(module.train(mode), exits="linear", num_exits=2, input_size=SIZE) for mode in (True, False)]
+    assert plans[0] == plans[1]
+
+
+def test_where_no_exit_can_stand_the_reason_at_one_module_is_told():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.classifier = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.block(self.block(x)).mean((2, 3)))
+
+    with pytest.raises(CutError, match="Not at 'block', for one: it is called 2 times in one forward pass"):
+        make_plan(load_backbone(Twice().eval(), input_size=(3, 8, 8)))
+
+
+def test_one_module_may_be_named_without_a_list():
+    assert [e.name for e in plan("blocks.1").exits] == ["blocks.1"]
+
+
+class Wide(Steps):
+    """Takes another way where images are large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.blocks(x)
+        return self.classifier((y if x.shape[-1] < SIZE[-1] else y + x.mean((1, 2, 3), keepdim=True)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "heavy", "smallest", "side"),
+    [(Steps, False, 1, 8), (Steps, True, 1, 1), (Steps, True, 3, 4), (Wide, True, 1, 8)],
+    ids=[
+        "a light one is proven on its own",
+        "a heavy one on the least",
+        "or on a part",
+        "but not where that takes another way",
+    ],
+)
+def test_a_heavy_network_is_proven_on_smaller_images(network, heavy, smallest, side, monkeypatch):
+    seen = []
+    own = placement.prove
+    monkeypatch.setattr(placement, "HEAVY", 0 if heavy else 1e11)
+    monkeypatch.setattr(placement, "SMALLEST_SIDE", smallest)
+    monkeypatch.setattr(placement, "prove", lambda module, cuts, size: seen.append(size) or own(module, cuts, size))
+    plan(["blocks.1"] if network is Steps else ["stem"], module=network().eval())
+    assert {size[-1] for size in seen} == {side}
+
+
+def test_a_heavy_network_on_images_of_a_prime_side_is_proven_on_smaller_ones_if_it_takes_them(monkeypatch):
+    monkeypatch.setattr(placement, "HEAVY", 0)
+    monkeypatch.setattr(placement, "SMALLEST_SIDE", 5)
+    backbone = load_backbone(Steps().eval(), input_size=(3, 13, 13))
+    placer = Placer(backbone, survey(backbone.module, (3, 13, 13)), count(backbone.module, torch.zeros(1, 3, 13, 13)))
+    assert placer._size_to_prove_at == (3, 6, 6)

@@ -1,0 +1,703 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
+from ptee.backbones.load import load_backbone
+from ptee.backbones.weights import difference, weights_hash
+from ptee.exits.heads import HEADS
+from ptee.model import saving as runs
+from ptee.model.build import build
+from ptee.model.early_exit import EarlyExitModel
+
+SIZE = (3, 16, 16)
+
+
+class Net(nn.Module):
+    """A user's network."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+        self.two = nn.Conv2d(8, 16, 3, 2)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.two(self.one(x)).mean((2, 3)))
+
+
+def make(head: str = "conv1", net: nn.Module | None = None, convention: str = "full") -> EarlyExitModel:
+    """A model with exits behind both stages, its heads moved off their initial values and one threshold per exit."""
+    backbone = load_backbone(net or Net(), input_size=SIZE)
+    model = build(backbone, exits=["one", "two"], head=head, convention=convention)
+    with torch.no_grad():
+        for tensor in model.heads.state_dict().values():
+            tensor += torch.rand(tensor.shape).to(tensor.dtype)
+    model.threshold = [0.75, 0.625]
+    return model
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> tuple[EarlyExitModel, Path]:
+    """A model and the folder it was saved in, to be left as they are."""
+    torch.manual_seed(0)
+    model, folder = make(), tmp_path_factory.mktemp("runs") / "original"
+    model.results = {"rows": [], "samples": 3}
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def net(original) -> nn.Module:
+    """The backbone that the run was made for."""
+    return copy.deepcopy(original[0].backbone)
+
+
+@pytest.fixture
+def folder(original, tmp_path) -> Path:
+    """A saved run, to be changed at will."""
+    return shutil.copytree(original[1], tmp_path / "run")
+
+
+def edit(folder: Path, key: str, value: Any) -> None:
+    """Put a value at a dotted key of config.json; numbers index lists."""
+    config = json.loads((folder / "config.json").read_text())
+    *outer, last = (int(part) if part.isdigit() else part for part in key.split("."))
+    place = config
+    for part in outer:
+        place = place[part]
+    place[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refused(folder: Path | str, net: nn.Module | None, kind: type[Exception] = RunError) -> str:
+    """What loading says, in one line, when it refuses."""
+    with pytest.raises(kind) as refusal:
+        ptee.load(folder, backbone=net)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def answers(model: EarlyExitModel) -> tuple[Tensor, ...]:
+    x = torch.randn(6, *SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return (*model.predict(x), *model.all_exits(x))
+
+
+def assert_same(one: EarlyExitModel, two: EarlyExitModel) -> None:
+    for got, want in zip(answers(one), answers(two), strict=True):
+        assert torch.equal(got, want)
+    assert one.threshold == two.threshold
+    assert one.exits == two.exits
+    assert one.costs == two.costs
+
+
+# there and back
+
+
+@pytest.mark.parametrize("head", ["plain", "pool", "bnpool", "conv2"])
+def test_a_loaded_model_is_the_saved_one_bit_for_bit(head, tmp_path):
+    model = make(head)
+    model.save_pretrained(tmp_path)
+    assert_same(ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)), model)
+
+
+def test_results_and_modes_come_back_too(original, folder, net):
+    loaded = ptee.load(folder, backbone=net)
+    assert loaded.results == {"rows": [], "samples": 3}
+    assert not loaded.training
+    assert loaded.backbone is net
+
+
+def test_what_was_loaded_can_be_saved_and_loaded_again(original, folder, net, tmp_path):
+    loaded = ptee.load(folder, backbone=net)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(ptee.load(tmp_path / "again", backbone=copy.deepcopy(net)), original[0])
+    written = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "again")]
+    assert written[0] == written[1]
+
+
+def test_saving_over_an_older_run_replaces_it(folder):
+    model = make("pool")
+    model.save_pretrained(folder)
+    assert_same(ptee.load(folder, backbone=copy.deepcopy(model.backbone)), model)
+
+
+@pytest.mark.parametrize("convention", ["full", "paper"])
+def test_the_cost_convention_comes_back(convention, tmp_path):
+    model = make(convention=convention)
+    model.save_pretrained(tmp_path)
+    assert ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)).costs == model.costs
+
+
+def strictly(text: str) -> Any:
+    """What JSON holds, by the letter of its standard."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("wall", [math.inf, -math.inf])
+def test_endless_thresholds_come_back_out_of_json_by_the_letter(wall, tmp_path):
+    model = make()
+    model.threshold = [0.5, wall]
+    model.results = {"threshold": model.threshold}
+    model.save_pretrained(tmp_path)
+    assert strictly((tmp_path / "config.json").read_text())["threshold"][0] == 0.5
+    assert ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)).threshold == [0.5, wall]
+
+
+def test_endless_thresholds_that_were_written_as_numbers_are_read_too(folder, net):
+    edit(folder, "threshold", [0.5, math.inf])
+    assert ptee.load(folder, backbone=net).threshold == [0.5, math.inf]
+
+
+def test_json_is_json_by_the_letter():
+    values = {"a": [1, math.inf, (math.nan, {"b": -math.inf})], "c": None, "d": "Infinity", "e": True}
+    want = {"a": [1, "Infinity", ["NaN", {"b": "-Infinity"}]], "c": None, "d": "Infinity", "e": True}
+    assert strictly(runs.to_json(values)) == want
+
+
+def test_a_model_in_half_precision_comes_back_in_half_precision(tmp_path):
+    model = make(net=Net().bfloat16())
+    model.save_pretrained(tmp_path)
+    loaded = ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone))
+    assert {t.dtype for t in loaded.heads.parameters()} == {torch.bfloat16}
+    for got, want in zip(loaded.heads.state_dict().values(), model.heads.state_dict().values(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_from_pretrained_loads_a_folder(original, folder, net):
+    assert_same(EarlyExitModel.from_pretrained(folder, backbone=net), original[0])
+
+
+def test_the_folder_holds_the_heads_alone_and_tells_where_they_belong(original, folder):
+    model = original[0]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "heads.safetensors"]
+    stored = safetensors.torch.load_file(folder / "heads.safetensors")
+    assert stored.keys() == model.heads.state_dict().keys()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["schema_version"] == runs.SCHEMA_VERSION
+    assert config["ptee_version"] == ptee.__version__
+    assert config["backbone"]["hash"] == weights_hash(model.backbone)
+    assert [row["name"] for row in config["exits"]] == ["one", "two"]
+    assert config["threshold"] == [0.75, 0.625]
+    assert "ptee.load(" in (folder / "README.md").read_text()
+
+
+def test_a_run_reads_without_any_model(folder, original):
+    run = runs.read(folder)
+    assert (run.exits, run.heads, run.classes, run.convention) == (("one", "two"), ("conv1", "conv1"), 4, "full")
+    assert run.input["input_size"] == SIZE
+    assert run.threshold == [0.75, 0.625]
+    assert not run.remote
+    for name, tensor in original[0].heads.state_dict().items():
+        assert torch.equal(run.tensors[name], tensor)
+
+
+def test_heads_that_share_weights_are_saved(tmp_path):
+    model = make("pool")
+    model.heads[1].confidence.bias = model.heads[0].confidence.bias
+    model.save_pretrained(tmp_path)
+    assert_same(ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)), model)
+
+
+# writing
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+def test_whoever_may_read_the_config_may_read_the_heads(tmp_path):
+    make().save_pretrained(tmp_path)
+    modes = [(tmp_path / name).stat().st_mode for name in ("config.json", "heads.safetensors")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError], ids=lambda e: e.__name__)
+def test_whatever_happens_to_the_heads_no_config_says_that_they_are_there(error, folder, net, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(error):
+        make("pool", net).save_pretrained(folder)
+    assert not (folder / "config.json").exists()
+    assert not list(folder.glob(".*"))
+    assert "no run was completed" in refused(folder, net)
+
+
+def test_config_is_written_after_the_heads(monkeypatch, tmp_path):
+    order = []
+    replace = runs.replace
+    monkeypatch.setattr(runs, "replace", lambda path, write_to: (order.append(path.name), replace(path, write_to)))
+    make().save_pretrained(tmp_path)
+    assert order == ["heads.safetensors", "config.json"]
+
+
+def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:  # word for word what safetensors 0.8 raises
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(RunError, match=r"heads\.safetensors.*space"):
+        make().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file"):
+        make().save_pretrained(tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")], ids=str
+)
+def test_a_failed_replacement_keeps_the_old_file_and_leaves_no_rubbish(error, tmp_path):
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(RunError, match=f"file: .*{error.strerror}"):
+        runs.replace(tmp_path / "file", fail)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_writing_json_makes_the_folders_it_needs(tmp_path):
+    runs.write_json(tmp_path / "a" / "b" / "metrics.json", {"share": 0.5})
+    assert json.loads((tmp_path / "a" / "b" / "metrics.json").read_text()) == {"share": 0.5}
+
+
+@pytest.mark.parametrize("place", [".", "new", "deep/er/new"])
+def test_a_folder_that_can_be_written_is_known_and_left_as_it_was(place, tmp_path):
+    runs.require_writable(tmp_path / place)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "file/deep/run"])
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"Cannot write .*{place}: .*Choose another folder") as refusal:
+        runs.require_writable(tmp_path / place)
+    assert "\n" not in str(refusal.value)
+
+
+# what is missing or damaged
+
+
+@pytest.mark.parametrize("missing", ["config.json", "heads.safetensors"])
+def test_a_missing_file_is_named(missing, folder, net):
+    (folder / missing).unlink()
+    assert missing in refused(folder, net)
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 7, 8, 100, 1000, -1], ids=str)
+def test_a_cut_off_heads_file_is_refused(bytes_kept, folder, net):
+    file = folder / "heads.safetensors"
+    file.write_bytes(file.read_bytes()[:bytes_kept])
+    assert "heads.safetensors is cut off or damaged" in refused(folder, net)
+
+
+CONFIGS = {
+    "nothing": b"",
+    "half of it": b'{"schema_version": 1, "exits": [',
+    "no text": b"\xff\xfe\x00\x01",
+    "no JSON": b"schema_version: 1",
+    "ten thousand brackets": b"[" * 10_000,
+    "a list": b"[]",
+    "a number": b"1",
+    "null": b"null",
+    "an object of another program": b'{"model_type": "bert"}',
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_that_is_none_is_refused(text, folder, net):
+    (folder / "config.json").write_bytes(text)
+    assert re.search("config.json (is no complete JSON|has no schema_version)", refused(folder, net))
+
+
+def test_a_config_of_absurd_size_is_refused_unread(folder, net, monkeypatch):
+    monkeypatch.setattr(runs, "LARGEST_CONFIG_BYTES", 100)
+    assert "100" in refused(folder, net)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "a/b/c", "./nowhere/", "config.json"])
+def test_a_folder_that_is_not_there_is_named(place, folder, net, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert place.rstrip("/") in refused(place, net)
+
+
+# what is not trusted
+
+
+@pytest.mark.parametrize("version", [2, 999, 10**30])
+def test_a_newer_schema_is_refused_and_an_upgrade_advised(version, folder, net):
+    edit(folder, "schema_version", version)
+    assert re.search(f"{version}.*Upgrade ptee", refused(folder, net))
+
+
+@pytest.mark.parametrize("version", ["1", 1.0, None, True, [1], 0, -1], ids=repr)
+def test_a_schema_that_is_no_version_is_refused(version, folder, net):
+    edit(folder, "schema_version", version)
+    assert "schema" in refused(folder, net)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/passwd", "../heads.safetensors", "sub/heads.safetensors", "..", ".", "", "C:\\heads", "C:heads", "\\\\host\\share\\heads",
+     "..\\heads.safetensors", "//host/share/heads", "sub\\heads"],
+)  # fmt: skip
+def test_a_heads_file_outside_of_the_folder_is_not_read(name, folder, net, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(safetensors.torch, "load_file", fail)
+    edit(folder, "heads_file", name)
+    assert re.search(f"{re.escape(repr(name))}.*not in the folder", refused(folder, net))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "other.safetensors", "heads\0.safetensors",
+     "x" * 5000],
+    ids=["config.json", "not there", "with a null", "a very long name"],
+)  # fmt: skip
+def test_a_heads_file_that_is_none_is_refused(name, folder, net):
+    edit(folder, "heads_file", name)
+    refused(folder, net)
+
+
+WRONG = [
+    ("heads_file", [1, None, ["heads.safetensors"]]),
+    ("backbone", [None, [], "Net"]),
+    ("backbone.name", [None, 1, ["Net"]]),
+    ("backbone.hash", [None, 1, {}]),
+    ("backbone.source", [[], "timm", 1]),
+    ("backbone.classes", [None, "4", 4.0, True]),
+    ("backbone.input", [None, [], 16]),
+    ("backbone.input.input_size", [None, 16, [16], [3, 16], [3, 16, 16, 16], [3, 16, 16.5], [3, "16", 16], [3, 0, 16], [3, -16, 16], [3, True, 16], [3, 2**20, 16]]),
+    ("backbone.input.mean", [None, 0.5, ["0.5"] * 3, [None] * 3, [True] * 3, [0.5, 0.5], ["Infinity"] * 3]),
+    ("backbone.input.std", [None, {}, ["1"] * 3, [0, 1, 1], [-1, 1, 1], [1, 1], ["Infinity", 1, 1], [float("nan"), 1, 1]]),
+    ("backbone.input.interpolation", [None, 1, []]),
+    ("convention", [None, 1, "half"]),
+    ("exits", [None, {}, "one", ["one", "two"], [1, 2], [], [[]], [{}]]),
+    ("exits.0.name", [None, 1, "", "nowhere", "two", "one.0.weight"]),
+    ("exits.0.head", [None, 1, "", "nothing", "pool", "auto", "auto+"]),
+    ("threshold", [None, 0.5, "0.5", [], [0.5], [0.5, 0.5, 0.5], ["0.5", "0.5"], [True, False], [None, 0.5], [[0.5], [0.5]], [float("nan"), 0.5]]),
+    ("results", [[], "none", 1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [pytest.param(k, v, id=f"{k} {v!r}") for k, values in WRONG for v in values])
+def test_a_field_of_another_type_or_without_meaning_is_refused(key, value, folder, net):
+    edit(folder, key, value)
+    assert len(refused(folder, net, PteeError)) < 400
+
+
+@pytest.mark.parametrize("head", ["conv99", "res-1024x8-1024x8-1024x8-1024x8-1024x8", "res-8x1s16"])
+def test_a_head_that_the_tensors_are_not_of_is_refused_before_it_is_made(head, folder, net, monkeypatch):
+    monkeypatch.setattr("ptee.exits.plan.make_heads", lambda *_: pytest.fail("the head was made"))
+    edit(folder, "exits.0.head", head)
+    assert f"The head '{head}' of exit 0 wants a tensor" in refused(folder, net)
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("threshold", [HUGE, 0.5]), ("backbone.input.mean", [HUGE] * 3)], ids=lambda v: str(v)[:20]
+)
+def test_a_number_beyond_all_floats_is_refused(key, value, folder, net):
+    edit(folder, key, value)
+    refused(folder, net, PteeError)
+
+
+@pytest.mark.parametrize("classes", [-1, 0, 3, 5])
+def test_a_number_of_classes_that_is_not_the_backbones_is_refused(classes, folder, net):
+    edit(folder, "backbone.classes", classes)
+    refused(folder, net, PteeError)
+
+
+@pytest.mark.parametrize("key", ["heads_file", "backbone", "convention", "exits", "threshold"])
+def test_a_field_that_is_missing_is_named(key, folder, net):
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert key in refused(folder, net)
+
+
+def test_a_field_that_a_later_version_adds_does_no_harm(original, folder, net):
+    edit(folder, "colour", "green")
+    assert_same(ptee.load(folder, backbone=net), original[0])
+
+
+def wider(tensors: dict[str, Tensor]) -> None:
+    tensors["0.logits.weight"] = torch.zeros(4, 9)
+
+
+def missing(tensors: dict[str, Tensor]) -> None:
+    del tensors["1.confidence.bias"]
+
+
+def extra(tensors: dict[str, Tensor]) -> None:
+    tensors["2.logits.bias"] = torch.zeros(4)
+
+
+def scalar(tensors: dict[str, Tensor]) -> None:
+    tensors["0.confidence.bias"] = torch.tensor(0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(wider, r"0\.logits\.weight.*\(4, 9\).*\(4, 8\)"), (missing, r"1\.confidence\.bias.*missing"), (extra, r"2\.logits\.bias"), (scalar, r"0\.confidence\.bias.*\(\).*\(1,\)")],
+    ids=lambda v: getattr(v, "__name__", ""),
+)  # fmt: skip
+def test_tensors_that_are_not_the_heads_are_refused_by_name(change, said, folder, net):
+    file = folder / "heads.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+    assert re.search(said, refused(folder, net))
+
+
+class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda value, file: file.write_bytes(pickle.dumps(value)), torch.save], ids=["pickle", "torch.save"]
+)
+@pytest.mark.parametrize("name", ["heads.safetensors", "config.json"])
+def test_nothing_is_unpickled(name, write, folder, net, tmp_path):
+    write({"0.logits.bias": Harm(tmp_path / "harm")}, folder / name)
+    assert name in refused(folder, net)
+    assert not (tmp_path / "harm").exists()
+
+
+# the backbone
+
+
+@pytest.mark.parametrize("backbone", ["torchvision/resnet18", 3], ids=str)
+def test_a_backbone_that_is_no_module_is_refused(backbone, folder):
+    with pytest.raises(BackboneError, match=f"{backbone}.*is no module.*timm.create_model"):
+        ptee.load(folder, backbone=backbone)
+
+
+def test_other_weights_are_refused_with_both_hashes(folder, net):
+    wanted = weights_hash(net)
+    with torch.no_grad():
+        net.fc.bias[0] += 1e-6
+    assert {wanted[:16], weights_hash(net)[:16]} <= set(re.findall(r"[0-9a-f]{16}", refused(folder, net)))
+
+
+def test_other_statistics_of_batch_norm_are_other_weights_and_are_named(folder, net):
+    net.get_buffer("one.1.running_mean").add_(1)
+    assert re.search(r"of \d+ tensors 1 differs: one\.1\.running_mean\. ", refused(folder, net))
+
+
+def test_several_other_tensors_are_named_together(folder, net):
+    for name in ("one.1.running_mean", "one.1.running_var"):
+        net.get_buffer(name).add_(1)
+    assert re.search(r"of \d+ tensors 2 differ: one\.1\.running_mean, one\.1\.running_var\. ", refused(folder, net))
+
+
+def test_another_count_of_batches_is_the_same_backbone(folder, net):
+    net.get_buffer("one.1.num_batches_tracked").add_(1)
+    assert ptee.load(folder, backbone=net).exits
+
+
+def test_the_same_weights_in_a_module_around_them_are_told_apart_by_their_prefix(folder, net):
+    class Lightning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    net.get_buffer("one.1.num_batches_tracked").add_(1)
+    assert "the weights are the same, but each name of this one begins with 'net.'" in refused(folder, Lightning())
+
+
+def test_a_run_of_before_single_tensors_were_recorded_is_compared_as_a_whole(folder, net):
+    edit(folder, "backbone_tensors", None)
+    assert ptee.load(folder, backbone=net).exits
+    net.get_buffer("one.1.num_batches_tracked").add_(1)
+    assert "which differ was not recorded" in refused(folder, net)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: Net(5), lambda: Net().half().float(), lambda: Net().double(), lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))],
+    ids=["other classes", "rounded", "other type", "other architecture"],
+)  # fmt: skip
+def test_another_backbone_is_refused(other, folder):
+    refused(folder, other())
+
+
+def test_a_refused_backbone_is_left_as_it_was(folder):
+    other = Net(5).train()
+    refused(folder, other)
+    assert all(p.requires_grad for p in other.parameters())
+    assert all(part.training and not part._forward_hooks for part in other.modules())
+
+
+def test_a_python_module_cannot_be_rebuilt_and_is_asked_for(folder):
+    said = refused(folder, None)
+    assert "Net" in said
+    assert "backbone=" in said
+
+
+@pytest.fixture
+def mine() -> Iterator[None]:
+    HEADS["mine"] = lambda channels, height, width: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    yield
+    HEADS.pop("mine", None)
+
+
+def test_a_head_of_ones_own_is_asked_for_where_it_is_not_registered(mine, tmp_path):
+    model = make("mine")
+    model.save_pretrained(tmp_path)
+    assert_same(ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)), model)
+    del HEADS["mine"]
+    assert "'mine'" in refused(tmp_path, copy.deepcopy(model.backbone), UnknownName)
+
+
+@pytest.fixture
+def named(tmp_path) -> tuple[Path, Path]:
+    """A run on a named backbone, and the file of that backbone's weights."""
+    weights = tmp_path / "weights.safetensors"
+    load_backbone("cifar_resnet20", pretrained=False)  # registers the name with timm
+    safetensors.torch.save_file(timm.create_model("cifar_resnet20").state_dict(), weights)
+    model = ptee.augment("cifar_resnet20", weights=str(weights), exits=["layer1"])
+    model.save_pretrained(tmp_path / "named")
+    return tmp_path / "named", weights
+
+
+def test_a_named_backbone_is_built_again_from_its_file(named):
+    folder, weights = named
+    loaded = ptee.load(folder)
+    assert type(loaded.backbone).__name__ == "CifarResNet"
+    assert loaded.num_classes == loaded.origin.num_classes == 10
+    state = safetensors.torch.load_file(weights)
+    assert all(torch.equal(value, state[name]) for name, value in loaded.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", [0.5, 0.5]),
+        ("std", [0, 0, 0]),
+        ("std", [1, 1]),
+    ],
+)
+def test_an_input_that_no_image_can_have_is_refused_for_a_named_backbone_too(key, value, named):
+    edit(named[0], f"backbone.input.{key}", value)
+    refused(named[0], None, PteeError)
+
+
+def test_a_file_of_weights_that_has_changed_is_noticed(named):
+    folder, weights = named
+    state = safetensors.torch.load_file(weights)
+    state["fc.bias"] += 1
+    safetensors.torch.save_file(state, weights)
+    assert re.search("[0-9a-f]{16}.*[0-9a-f]{16}", refused(folder, None))
+
+
+def test_a_file_of_weights_that_has_gone_is_named(named):
+    folder, weights = named
+    weights.unlink()
+    assert "weights.safetensors" in refused(folder, None, BackboneError)
+
+
+# the hub
+
+
+@pytest.fixture
+def hub(monkeypatch) -> dict[str, Any]:
+    """A hub that has the folders put into it, and notes what it was asked for."""
+    import huggingface_hub
+
+    has: dict[str, Any] = {"asked": []}
+
+    def download(repo: str, name: str, **options: Any) -> str:
+        has["asked"].append((repo, name, options))
+        return str(has[repo] / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return has
+
+
+@pytest.mark.parametrize("load", [ptee.load, EarlyExitModel.from_pretrained], ids=["load", "from_pretrained"])
+def test_a_run_is_loaded_from_the_hub(load, hub, folder, net, original):
+    hub["user/repo"] = folder
+    assert_same(load("user/repo", backbone=net, revision="v1", token="secret"), original[0])
+    options = {"revision": "v1", "token": "secret"}
+    assert hub["asked"] == [("user/repo", name, options) for name in ("config.json", "heads.safetensors")]
+
+
+@pytest.mark.parametrize("load", [ptee.load, EarlyExitModel.from_pretrained], ids=["load", "from_pretrained"])
+def test_an_argument_that_there_is_not_is_refused_by_name(load, folder, net):
+    with pytest.raises(PteeError, match=r"'weights'.*backbone, front, cache_dir, .*revision"):
+        load(folder, backbone=net, weights="x")
+
+
+def test_a_run_from_the_hub_names_no_file_outside_of_its_repository(hub, folder, net):
+    hub["user/repo"] = folder
+    edit(folder, "heads_file", "../../heads.safetensors")
+    assert "not in the folder" in refused("user/repo", net)
+    assert [name for _, name, _ in hub["asked"]] == ["config.json"]
+
+
+def test_a_run_from_the_hub_reads_no_weights_of_this_machine(hub, named):
+    folder, _ = named
+    hub["user/repo"] = folder
+    assert "backbone=" in refused("user/repo", None)
+
+
+def test_offline_a_run_on_the_hub_is_refused_in_one_line(net, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    said = refused("user/repo", net)
+    assert "user/repo" in said
+    assert "config.json" in said
+
+
+@pytest.mark.parametrize("name", ["user/repo/more", "../repo", "user/", "/repo", "user/re po", "https://host/repo", ""])
+def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(name, hub, net, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    refused(name, net)
+    assert hub["asked"] == []
+
+
+def test_tensors_that_are_missing_are_counted_among_those_that_there_were():
+    said = difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "d": "4"})
+    assert said == "of 3 tensors 2 are missing: b, c; of 2 tensors 1 is new: d"

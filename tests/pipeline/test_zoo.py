@@ -1,0 +1,305 @@
+"""The zoo: a sample of every kind of architecture gets exits that work, and what does not work is found out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import BackboneError, UnknownName
+from ptee.analysis.cut_points import Cut, random_images
+from ptee.backbones.load import load_backbone
+from ptee.model.build import build
+from ptee.pipeline import zoo
+
+# Of every kind: plain and residual chains, dense and branched networks, cells, tokens with and without class token,
+# windows, (b, h, w, c), rows packed with tokens, networks that remember the batch.
+SAMPLE = [
+    *("timm/byobnet", "timm/convit", "timm/convnext", "timm/crossvit", "timm/cspnet", "timm/deit"),
+    *("timm/dla", "timm/efficientnet", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
+    *("timm/levit", "timm/mambaout", "timm/maxxvit", "timm/mobilenetv3", "timm/nfnet", "timm/pit"),
+    *("timm/regnet", "timm/repghost", "timm/resnet", "timm/starnet", "timm/tnt"),
+    *("timm/twins", "timm/vision_transformer", "timm/vision_transformer_relpos"),
+    *("torchvision/mobilenetv3", "torchvision/shufflenetv2", "torchvision/squeezenet"),
+]
+PIXELS = {"crossvit_tiny_240": 120}  # its patches of 12 and 16 pixels fit into few sizes; the others take 96
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_family_gets_three_exits_that_work(name, monkeypatch):
+    (family,) = zoo.families([name])
+    monkeypatch.setitem(zoo.SMALLER_IMAGE, family.model, PIXELS.get(family.model, 96))
+    verdict = zoo.check(family)
+    assert verdict.refusal == ""
+    assert len(verdict.exits) == 3
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("family", zoo.families(), ids=lambda f: f"{f.library}/{f.name}")
+def test_every_family_gets_three_exits_that_work(family):
+    verdict = zoo.check(family)
+    assert verdict.refusal == ""
+    assert len(verdict.exits) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- the checks find faults
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet").eval()
+    return build(load_backbone(net, input_size=(3, 64, 64)), exits="pareto", num_exits=3)
+
+
+def images(model: ptee.EarlyExitModel) -> Tensor:
+    return random_images(model.backbone, zoo.ROWS, model.plan.input_size)
+
+
+def test_a_sound_model_has_no_fault(model):
+    assert zoo.failure(model, images(model)) == ""
+
+
+def test_answers_that_are_not_the_backbones_are_found(model):
+    def overwrite(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
+        args[0].add_(1)
+
+    model.heads[0].register_forward_hook(overwrite)
+    assert "not the backbone's" in zoo.failure(model, images(model))
+
+
+def test_other_rows_than_those_that_stayed_are_found(model, monkeypatch):
+    select = Cut.select
+    monkeypatch.setattr(Cut, "select", lambda cut, output, rows: select(cut, output, (rows + 1) % len(output)))
+    assert zoo.failure(model, images(model)).startswith(("wrong", "not tried"))
+
+
+def test_a_wrong_count_is_found(model, monkeypatch):
+    def twice(module: nn.Module, example: Tensor, products_only: bool = False):
+        counts = count(module, example, products_only)
+        return replace(counts, until={name: 2 * macs for name, macs in counts.until.items()})
+
+    count = zoo.count
+    monkeypatch.setattr(zoo, "count", twice)
+    assert "torch counts" in zoo.failure(model, images(model))
+
+
+def test_a_family_that_is_refused_says_why():
+    verdict = zoo.check(zoo.Family("timm", "resnet", "resnet18d_but_not_really"))
+    assert "Unknown timm model" in verdict.refusal
+    assert "Unknown timm model" in verdict.row[-1]
+    assert "0 of 1 of timm" in zoo.summary([verdict])
+
+
+# ---------------------------------------------------------------------------------------------------- which families
+
+
+def test_every_module_of_models_is_a_family():
+    found = zoo.families()
+    assert [f.name for f in found if f.library == "timm"] == sorted(timm.list_modules())
+    assert len({f.name for f in found if f.library == "torchvision"}) == len(zoo.TORCHVISION)
+
+
+def test_an_unknown_family_is_refused_with_those_like_it():
+    with pytest.raises(UnknownName, match="resnet"):
+        zoo.families(["resnett"])
+
+
+def test_a_family_may_be_written_in_capitals():
+    assert zoo.families(["TIMM/ResNet"]) == zoo.families(["timm/resnet"])
+
+
+def test_the_smallest_model_is_the_one_with_the_fewest_parameters():
+    assert zoo.smallest(["resnet34", "resnet18", "resnet50"]) == "resnet18"
+
+
+def test_the_gap_is_the_largest_stretch_without_an_exit():
+    family = zoo.Family("timm", "resnet", "resnet18")
+    assert zoo.Verdict(family, exits=[("a", 0.2), ("b", 0.3)]).gap == pytest.approx(0.7)
+    assert zoo.Verdict(family, exits=[("a", 0.5), ("b", 0.9)]).gap == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- what people wrap around
+
+
+class Normalize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5) / 0.25
+
+
+class Lightning(nn.Module):
+    """As a LightningModule: the network inside, the loss beside it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = net, nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class Lora(nn.Module):
+    """As PEFT puts it in the place of a linear layer."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_a = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.lora_b = nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_b(self.lora_a(x))
+
+
+def with_lora(net: nn.Module) -> nn.Module:
+    for block in net.blocks:
+        block.attn.qkv = Lora(block.attn.qkv)
+    return net
+
+
+def resnet(**args) -> nn.Module:
+    return timm.create_model("test_resnet", **args)
+
+
+def vit(**args) -> nn.Module:
+    return timm.create_model("test_vit", **args)
+
+
+SMALL = (3, 64, 64)
+WORKS = {
+    "behind a normalisation": (lambda: nn.Sequential(Normalize(), resnet()), SMALL),
+    "in a LightningModule": (lambda: Lightning(resnet()), SMALL),
+    "in both": (lambda: Lightning(nn.Sequential(Normalize(), vit())), (3, 160, 160)),
+    "with LoRA injected": (lambda: with_lora(vit()), (3, 160, 160)),
+    "of one channel and ten classes": (lambda: resnet(in_chans=1, num_classes=10), (1, 64, 64)),
+    "on larger images, not square": (resnet, (3, 224, 128)),
+    "of dynamic image size": (lambda: vit(dynamic_img_size=True), (3, 192, 128)),
+    "with dropout": (lambda: vit(drop_rate=0.5, attn_drop_rate=0.5), (3, 160, 160)),
+    "with stochastic depth": (lambda: vit(drop_path_rate=0.5), (3, 160, 160)),
+    "in half precision": (lambda: resnet().bfloat16(), SMALL),
+}
+
+
+@pytest.mark.parametrize("case", WORKS)
+def test_a_network_works(case):
+    make, size = WORKS[case]
+    model = ptee.augment(make(), input_size=size, num_exits=2)
+    if model.heads[0].logits.weight.dtype == torch.float32:
+        assert zoo.failure(model, random_images(model.backbone, 6, size)) == ""
+    x = random_images(model.backbone, 4, size)
+    with torch.no_grad():
+        expected = model.backbone(x)
+    model.threshold = 2.0
+    assert torch.equal(model(x), expected)
+    out = model.predict(x, torch.tensor([[0.0, 2.0], [2.0, 0.0], [2.0, 2.0], [2.0, 0.0]]))
+    assert out.exit_index.tolist() == [0, 1, 2, 1]
+
+
+@dataclass
+class Output:
+    """As of Hugging Face's ForImageClassification."""
+
+    logits: Tensor
+
+
+class Answering(nn.Module):
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.net, self.answer = resnet(), answer
+
+    def forward(self, pixel_values: Tensor):
+        return self.answer(self.net(pixel_values))
+
+
+class Masked(nn.Module):
+    """Is never called with its images alone."""
+
+    def forward(self, x: Tensor, mask: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+        return x * mask * scale + shift
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return resnet()
+
+
+def quantised() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), torch.ao.nn.quantized.dynamic.Linear(3 * 64 * 64, 5))
+
+
+REFUSED = {
+    "an output with logits in it": (lambda: Answering(Output), r"gives a Output.*return self\.net\(x\)\.logits"),
+    "a dict with logits in it": (
+        lambda: Answering(lambda y: {"logits": y}),
+        r'gives a dict.*self\.net\(x\)\["logits"\]',
+    ),
+    "a tuple": (
+        lambda: Answering(lambda y: (y,)),
+        r"gives a tuple.*Wrap it in a module that gives those: .*self\.net\(x\)\[0\]\.",
+    ),
+    "features alone": (lambda: resnet(num_classes=0), r"has no classifier.*net\.reset_classifier\(10\)"),
+    "feature maps": (
+        lambda: resnet(features_only=True),
+        r"gives a list for 2 images.*self\.fc\(self\.net\(x\)\[4\]\.mean\(\(2, 3\)\)\)",
+    ),
+    "one logit": (lambda: resnet(num_classes=1), r"gives a tensor \(2, 1\).*One logit z of a binary network is two"),
+    "one number": (
+        lambda: Answering(lambda y: y[:, 0]),
+        r"gives a tensor \(2,\).*One logit z of a binary network is two",
+    ),
+    "a forward of two arguments": (
+        lambda: nn.Sequential(Normalize(), Masked()),
+        r"called with images alone, and Masked.forward\(\) wants mask and scale too.*self\.net\(x, mask=\.\.\., scale=\.\.\.\)",
+    ),
+    "numbers that are not there": (on_meta, "is on the meta device .*to_empty"),
+    "shapes that are not there": (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "has lazy parameters .*Run it once"),
+    "gradients that cannot be switched": (
+        lambda: torch.inference_mode()(resnet)(),
+        r"was built under torch\.inference_mode .*copy\.deepcopy\(net\)",
+    ),
+    "a quantised layer": (quantised, "is quantised .*as it was before"),
+    "copies of a network": (lambda: nn.DataParallel(resnet()), r"DataParallel.*Give its \.module"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_network_is_refused_with_what_to_do(case):
+    make, said = REFUSED[case]
+    for command in (ptee.augment, ptee.plan):
+        with pytest.raises(BackboneError, match=said):
+            command(make(), input_size=SMALL)
+
+
+def test_a_network_wrapped_as_the_refusal_says_works():
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Answering(Output)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).logits
+
+    assert len(ptee.augment(Logits(), input_size=SMALL, num_exits=2).exits) == 2
+
+
+def test_the_plan_says_which_of_several_tensors_a_head_reads():
+    plan = ptee.plan("hrnet_w18_small", pretrained=False, input_size=SMALL, num_exits=2)
+    assert "(1 of 2)" in str(plan)
+    assert [(row["tensor"], row["tensors"]) for row in plan.to_dict()["exits"]] == [(0, 2), (0, 4)]
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("crossvit_tiny_240", 120), ("pit_ti_224", 96)])
+def test_a_saved_run_of_a_network_that_begins_anew_is_loaded(name, pixels, tmp_path):
+    net = timm.create_model(name, num_classes=5, img_size=pixels).eval()
+    model = ptee.augment(net, num_exits=3)
+    x = random_images(net, 4, model.plan.input_size)
+    here = torch.tensor([[0.0, 2.0, 2.0], [2.0, 0.0, 2.0], [2.0, 2.0, 0.0], [2.0, 2.0, 2.0]])
+    expected = model.predict(x, here)
+    model.save_pretrained(tmp_path)
+    again = ptee.load(tmp_path, backbone=model.detach())
+    assert [e.name for e in again.exits] == [e.name for e in model.exits]
+    assert torch.equal(again.predict(x, here).logits, expected.logits)

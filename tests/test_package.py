@@ -1,0 +1,198 @@
+"""The package as a whole: who may import whom, what is public, who may speak, and that importing it is light."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import ptee
+
+PACKAGE = Path(ptee.__file__).parent
+IMPORT_RULE = "_common < analysis, data < backbones < exits < model < training, evaluation, deploy < pipeline < cli"
+FLOOR_OF = {folder: n for n, floor in enumerate(IMPORT_RULE.split(" < ")) for folder in floor.split(", ")}
+ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
+MOST_FILES, MOST_LINES = 12, 450
+LONGER = {"training.trainer": 490}
+TREES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py" or path.parent == PACKAGE
+}
+PUBLIC = {
+    *("augment", "choose_exits", "plan", "train", "fit_gates", "tune", "evaluate", "compare", "load", "register_head"),
+    *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError"),
+}
+each_module = pytest.mark.parametrize("module", sorted(set(TREES) - ENTRANCES))
+
+
+def folder_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imported(module: str) -> Iterator[str]:
+    """Modules of ptee that a module imports, at its top, inside a function or for types alone."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in (full.removeprefix("ptee.") for full in names) if name in TREES)
+
+
+@pytest.mark.parametrize("folder", sorted({folder_of(module) for module in TREES} - ENTRANCES))
+def test_every_folder_has_a_place_in_the_import_rule_and_a_dozen_files_at_most(folder):
+    assert folder in FLOOR_OF
+    assert len([module for module in TREES if folder_of(module) == folder]) <= MOST_FILES
+
+
+@each_module
+def test_a_module_imports_from_its_own_folder_and_from_folders_to_the_left_only(module):
+    own = folder_of(module)
+    wrong = {
+        other for other in imported(module) if folder_of(other) != own and FLOOR_OF[folder_of(other)] >= FLOOR_OF[own]
+    }
+    assert not wrong, f"{module} imports {sorted(wrong)}; the rule is {IMPORT_RULE}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: set(imported(module)) for module in TREES}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+@each_module
+def test_a_module_is_short_enough_to_be_read_in_one_sitting(module):
+    path = PACKAGE / f"{module.replace('.', '/')}.py"
+    assert len(path.read_text().splitlines()) <= LONGER.get(module, MOST_LINES)
+
+
+def test_the_test_itself_sees_imports_of_every_form():
+    assert {"backbones.cifar_resnet", "_common.errors"} <= set(
+        imported("backbones.load")
+    )  # import ptee.x.y, from ptee.x.y import
+    assert "pipeline.asked" in set(imported("cli.main"))  # from ptee.x import y, inside a function
+
+
+# ---------------------------------------------------------------------------------------------------- who may speak
+
+
+def calls(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            yield ast.unparse(node.exc).partition("(")[0]
+
+
+@each_module
+def test_only_the_command_prints_or_ends_the_program(module):
+    forbidden = {"print", "exit", "quit", "sys.exit", "os._exit", "SystemExit", "sys.stdout.write", "sys.stderr.write"}
+    said = forbidden & set(calls(TREES[module])) | {
+        c for c in calls(TREES[module]) if c in ("click.echo", "click.Abort")
+    }
+    assert folder_of(module) == "cli" or not said
+
+
+THE_METHOD = (
+    "analysis",
+    "exits",
+    "training.losses",
+    "evaluation.threshold_search",
+    "evaluation.metrics",
+)  # the mathematics
+
+
+@pytest.mark.parametrize(
+    "module", [module for module in TREES if module.startswith(THE_METHOD) and module != "exits.front"]
+)
+def test_the_method_knows_no_file_and_no_arguments(module):
+    names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
+    assert not names & {"open", "Path", "os", "argparse", "click", "json"}
+
+
+# ---------------------------------------------------------------------------------------------------- what is public
+
+
+def test_the_public_names_are_those_documented():
+    assert set(ptee.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_name_resolves_and_says_what_it_is(name):
+    value = getattr(ptee, name)
+    assert inspect.getdoc(value)
+    assert value.__name__ == name
+    assert value.__module__.startswith("ptee.")
+    assert name in dir(ptee)
+
+
+def test_a_module_for_who_wants_more_is_there_without_an_import_of_its_own():
+    code = """
+import sys, ptee
+homes = {"losses": "training.losses", "thresholds": "evaluation.targets", "traces": "evaluation.traces"}
+assert not any(f"ptee.{home}" in sys.modules for home in homes.values())
+assert {name: getattr(ptee, name).__name__ for name in homes} == {name: f"ptee.{home}" for name, home in homes.items()}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'agument'"):
+        ptee.agument  # noqa: B018 - reading it is the test
+
+
+def test_type_checkers_see_the_public_names():
+    block = next(node for node in TREES["__init__"].body if isinstance(node, ast.If))
+    declared = {f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    assert declared == {f"{getattr(ptee, name).__module__}.{name}" for name in PUBLIC}
+
+
+def test_no_module_is_named_like_a_public_function():
+    assert not PUBLIC & set(TREES), "the module would hide the function"
+
+
+def test_the_version_is_that_of_the_build_file():
+    build = PACKAGE.parent / "pyproject.toml"
+    if not build.exists():
+        pytest.skip("ptee is installed without its source tree")
+    assert f'\nversion = "{ptee.__version__}"\n' in build.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- light imports
+
+HEAVY = ("torch", "timm", "torchvision", "fvcore", "accelerate", "sklearn", "numpy", "huggingface_hub", "safetensors")
+
+
+@pytest.mark.parametrize(
+    "module", ["ptee", "ptee._common.errors", "ptee._common.text", "ptee.cli.options", "ptee.cli.main"]
+)
+def test_importing_it_imports_nothing_heavy(module):
+    source = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("module", sorted(set(TREES) - {"backbones.cifar_resnet"}))  # which is itself imported late
+def test_importing_the_library_leaves_the_libraries_of_models_for_later(module):
+    late = ("timm", "torchvision", "fvcore", "accelerate", "sklearn")
+    top = {
+        alias.name.partition(".")[0]
+        for node in TREES[module].body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    top |= {n.module.partition(".")[0] for n in TREES[module].body if isinstance(n, ast.ImportFrom)}
+    assert not top & set(late)
+
+
+def test_the_main_module_is_three_lines():
+    assert len(TREES["__main__"].body) <= 3

@@ -1,0 +1,256 @@
+"""The cache: trained on what the backbone said once, heads become what they become when it says it in every epoch."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from small import once
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import ptee
+from ptee._common.errors import DataError
+from ptee.exits.heads import HEADS
+from ptee.model.early_exit import Reading
+from ptee.training import feature_cache as cache
+from ptee.training.feature_cache import Cache, Estimate, estimate, fill
+from ptee.training.views import Views, draw
+
+SIZE = (3, 32, 32)
+
+
+def images(n: int = 40, seed: int = 0) -> TensorDataset:
+    order = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, *SIZE, generator=order), torch.randint(0, 5, (n,), generator=order))
+
+
+@once
+def early(head: str = "pool") -> ptee.EarlyExitModel:
+    net = timm.create_model("test_resnet", num_classes=5)
+    return ptee.augment(net, head=head, input_size=SIZE, num_exits=2)
+
+
+def losses(head: str, **args: Any) -> tuple[list[float], list[float | None]]:
+    model = early(head)
+    # Small steps: large ones of a head with many inputs blow the last bit of a sum up to something one sees.
+    history = ptee.train(
+        model, images(), images(20, 1), epochs=2, batch_size=16, lr=1e-4, seed=3, device="cpu", precision="no", **args
+    )
+    return [e.loss for e in history.epochs], [e.val_loss for e in history.epochs]
+
+
+# ---------------------------------------------------------------------------------------------------- the same training
+
+
+@pytest.mark.parametrize("head", ["pool", "plain", "bnpool", "conv1"])
+@pytest.mark.parametrize("targets", ["labels", "soft"])
+def test_training_on_a_cache_goes_the_same_way(head, targets):
+    expected = losses(head, targets=targets)
+    assert losses(head, targets=targets, cache=True) == (
+        pytest.approx(expected[0], rel=1e-5),
+        pytest.approx(expected[1], rel=1e-5),
+    )
+
+
+def test_training_on_a_cache_in_files_and_half_precision_goes_the_same_way(monkeypatch):
+    expected = losses("conv1")
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
+    assert losses("conv1", cache=True)[0] == pytest.approx(expected[0], rel=2e-2)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.images = timm.create_model("test_resnet", num_classes=5), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return self.net(x)
+
+
+def test_the_backbone_runs_once_over_the_data_however_many_epochs_there_are():
+    net = Counting()
+    model = ptee.augment(net, input_size=SIZE, num_exits=2)
+    net.images = 0
+    ptee.train(model, images(40), images(20), epochs=5, cache=True, device="cpu")
+    assert net.images == 60
+
+
+def test_a_loader_keeps_its_own_batches_and_is_not_cached():
+    net = Counting()
+    model = ptee.augment(net, input_size=SIZE, num_exits=2)
+    net.images = 0
+    ptee.train(model, DataLoader(images(40), 8), epochs=2, cache=True, device="cpu")
+    assert net.images == 80
+
+
+class Unlabelled(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, i: int) -> Tensor:
+        return images(20)[i][0]
+
+
+def test_images_without_labels_can_be_cached():
+    history = ptee.train(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True, device="cpu")
+    assert history.epochs[0].accuracy is None
+
+
+def test_labels_that_are_missing_are_still_asked_for():
+    with pytest.raises(DataError, match="no labels"):
+        ptee.train(early(), Unlabelled(), targets="labels", epochs=1, cache=True, device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("head", ["pool", "plain", "bnpool", "conv1"])
+def test_what_was_read_is_answered_as_the_images_are(head):
+    model, x = early(head), images(6).tensors[0]
+    with torch.no_grad():
+        now, later = model.all_exits(x), model.answer(model.read(x))
+    for one, other in zip(now, later, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_pooled_head_keeps_a_vector_and_a_convolution_the_whole_map():
+    x = images(2).tensors[0]
+    assert [r.shape[1:] for r in early("pool").read(x).inputs] == [(e.shape[0],) for e in early("pool").exits]
+    assert [r.shape[1:] for r in early("conv1").read(x).inputs] == [e.shape for e in early("conv1").exits]
+
+
+def test_what_draws_lots_or_learns_is_not_kept_but_done_anew(monkeypatch):
+    def dropped(channels: int, height: int, width: int) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setitem(HEADS, "dropped first", dropped)
+    model = early("dropped first")
+    assert model.read(images(2).tensors[0]).inputs[0].shape[1:] == model.exits[0].shape
+
+
+def test_a_small_cache_keeps_its_precision_and_a_large_one_half_of_it():
+    shapes = (torch.Size([64]),)
+    assert Estimate(1000, shapes, torch.float32).stored == torch.float32
+    large = Estimate(10_000_000, shapes, torch.float32)
+    assert large.stored == torch.float16
+    assert large.size == 10_000_000 * 64 * 2
+
+
+def test_the_size_is_known_after_one_batch():
+    reading = Reading((torch.zeros(4, 8), torch.zeros(4, 2, 3, 3)), torch.zeros(4, 5))
+    assert estimate(reading, 10).size == 10 * (8 + 18 + 5) * 4
+
+
+def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn():
+    seen = Views(images(10), 3)
+    kept = fill(early(), seen, batch_size=8, around=nullcontext)
+    assert kept.estimate.size == 3 * estimate(kept[[0]].reading, 10).size
+    kept.begin(4)
+    assert torch.equal(seen.drawn, draw(10, 3, 0, 4))
+    assert len(kept) == 10
+    rows = torch.stack([seen[i][0] for i in (7, 2)])
+    with torch.no_grad():
+        for got, want in zip(kept[[7, 2]].reading.inputs, early().read(rows).inputs, strict=True):
+            torch.testing.assert_close(got, want)
+    assert torch.equal(kept[[7, 2]].labels, images(10).tensors[1][[7, 2]])
+
+
+# ---------------------------------------------------------------------------------------------------- its files
+
+
+def filled(folder: Path, data: Any) -> Cache:
+    return fill(early(), data, batch_size=8, around=nullcontext, folder=folder)
+
+
+@pytest.fixture
+def in_files(monkeypatch):
+    monkeypatch.setattr(cache, "IN_MEMORY", 0)
+
+
+def test_its_files_go_with_it(tmp_path, in_files):
+    kept = filled(tmp_path, images(20))
+    assert len(list(tmp_path.rglob("*.bin"))) == 3
+    assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]])
+    kept.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+class Interrupting(Dataset[Any]):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, i: int) -> Any:
+        if i > 10:
+            raise KeyboardInterrupt
+        return images(20)[i]
+
+
+def test_an_interrupted_cache_leaves_nothing(tmp_path, in_files):
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path, Interrupting())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_above_the_limit_is_refused_with_its_size(monkeypatch):
+    monkeypatch.setattr(cache, "LIMIT", 1000)
+    with pytest.raises(DataError, match=r"20 images takes .* [GM]iB.*cache=False"):
+        filled(Path(), images(20))
+
+
+def test_a_disk_without_room_is_one_line(tmp_path, in_files, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
+        filled(tmp_path, images(20))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, in_files, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
+    with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
+        filled(tmp_path, images(20))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_large_the_cache_of_the_training_images_becomes_is_said_before_it_is_filled(monkeypatch):
+    events: list[str] = []
+    put = Cache.put
+    monkeypatch.setattr(Cache, "put", lambda *args: events.append("filled") or put(*args))
+    ptee.train(
+        early(), images(), images(20, 1), epochs=1, batch_size=16, device="cpu", precision="no", cache=True,
+        on_cache=lambda size: events.append(str(size)),
+    )  # fmt: skip
+    said = "The backbone runs once over 40 images: what the heads read of them takes 1 MiB in memory."
+    assert events == [said] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
+
+
+def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fill(
+        early().eval(), images(), batch_size=16, around=nullcontext, told=lambda size: terminal.write(f"{size}\n")
+    ).close()
+    first = terminal.getvalue().split("\n")[0]
+    assert "cache:   0%" in first
+    assert first.rpartition("\r")[2].startswith("The backbone runs once")  # what is left to be seen
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [(1000, "takes 1 MiB in memory"), (4_000_000, "takes 1.9 GiB in files, until the training ends")],
+)
+def test_a_size_reads_well_whether_it_is_small_or_large(samples, said):
+    assert said in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))
