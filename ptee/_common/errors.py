@@ -8,24 +8,64 @@
      +-- RunError                   a saved run that cannot be trusted or does not fit
      +-- DeviceError                a device that is not there
 
-Every message is one line: what was given, why it cannot be, what to type instead. Interrupted is no error, but the wish of
-a person to end something.
+Every message is one line: what was given, why it cannot be, what to type instead. An argument to type stands in the message
+as an `Argument`, so that Python can say `num_classes=10` and the command `--num-classes 10`. Interrupted is no error, but the
+wish of a person to end something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that a message asks the user to give, in Python's words: `num_classes=10`.
+
+    Attributes:
+        name: as a Python function has it.
+        value: an example, or what to give; empty to name the argument alone.
+    """
+
+    name: str
+    value: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}"
 
 
 class PteeError(ValueError):
-    """Everything a user can mend; the command prints it as one line and ends with status 2."""
+    """Everything a user can mend; the command prints it as one line and ends with status 2.
+
+    Args:
+        parts: of the message, joined as they are: texts, and arguments that the user can give.
+        argument: the name of the argument that is at fault, where it is one.
+        value: what was given for it.
+    """
+
+    def __init__(self, *parts: str | Argument, argument: str | None = None, value: Any = None) -> None:
+        super().__init__(*parts)
+        self.parts, self.argument, self.value = parts, argument, value
+
+    def __str__(self) -> str:
+        return self.worded(str)
+
+    def worded(self, word: Callable[[Argument], str]) -> str:
+        """The message with each argument in other words.
+
+        Args:
+            word: what to call an argument.
+        """
+        return "".join(part if isinstance(part, str) else word(part) for part in self.parts)
 
 
 class UnknownName(PteeError, KeyError):  # noqa: N818 - reads as the message does
     """A name that is not among the possible ones."""
 
-    __str__ = ValueError.__str__  # KeyError would quote the text
+    __str__ = PteeError.__str__  # KeyError would quote the text
 
 
 class CutError(PteeError):

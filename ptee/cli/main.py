@@ -27,6 +27,7 @@ from ptee.cli.options import (
     THRESHOLD,
     WISH,
     Numbers,
+    as_option,
     in_options,
 )
 from ptee.model import saving as runs
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
     except PteeError as why:
-        status = _failed(in_options(_without_worker_traceback(str(why)), cli.commands.values()), 2, why)
+        status = _failed(in_options(_without_worker_traceback(why.worded(as_option)), cli.commands.values()), 2, why)
     except click.ClickException as why:
         status = _failed(why.format_message(), 2, why)
     except Interrupted as why:

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from ptee._common.errors import Argument
+
 ARGUMENT = re.compile(
     r"(?<![\w./-])([a-z]\w*)=(?!\.{3})(\(.*?\)|\w*(?:[./-]\w+)*)"
 )  # name=, name=value, name=(a, b); not code
@@ -22,6 +24,14 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
         return command
 
     return add
+
+
+def as_option(argument: Argument) -> str:
+    """What the command calls an argument of Python: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
+    name = argument.name.replace("_", "-")
+    if argument.value in ("True", "False"):
+        return f"--{'no-' * (argument.value == 'False')}{name}"
+    return f"--{name} {argument.value.strip('()').replace(', ', ',')}".strip()
 
 
 def in_options(message: str, commands: Iterable[click.Command]) -> str:
