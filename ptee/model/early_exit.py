@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.files import plain
 from ptee.analysis.attachment import Hold
 from ptee.analysis.replay import Memory, merged, run
 from ptee.backbones.load import Backbone
@@ -386,7 +387,7 @@ class EarlyExitModel(
                 "source": network.source,
                 "hash": weights_hash(self.backbone),
                 "classes": self.num_classes,
-                "input": runs.plain(network.input),
+                "input": plain(network.input),
             },
             "front": _about_front(self.heads[0]),
             "placement": self.plan.placement,
@@ -433,7 +434,7 @@ def _about_front(head: nn.Module) -> dict[str, Any] | None:
     """What `load` needs to build the front network anew; its weights lie with the heads."""
     if not isinstance(head, FrontHead):
         return None
-    return {"name": head.origin.name, "source": head.origin.source, "input": runs.plain(head.origin.input)}
+    return {"name": head.origin.name, "source": head.origin.source, "input": plain(head.origin.input)}
 
 
 def _all_exits(logits: Sequence[Tensor], confidence_logits: Sequence[Tensor], answer: Tensor) -> AllExits:
