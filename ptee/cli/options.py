@@ -1,60 +1,100 @@
-"""Options that several commands share, and how their words are read."""
+"""Options that several commands share, in groups, and how their words are read.
+
+A setting of the recipe is declared once, in the recipe: its option takes name, help text and default from there.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 
 from ptee._common.errors import Argument
+from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
-ARGUMENT = re.compile(
-    r"(?<![\w./-])([a-z]\w*)=(?!\.{3})(\(.*?\)|\w*(?:[./-]\w+)*)"
-)  # name=, name=value, name=(a, b); not code
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+SETTINGS = dict(settings())
+OPTION_OF = {path: f"--{name.replace('_', '-')}" for name, path in OTHER_NAMES.items()}  # others are called as their setting
+WITH_OPTION: set[str] = set()  # settings that have an option of their own; all others are given by --set
+PREFIX = "setting__"  # of the parameter of such an option; the dots of its path become two underscores
 
 
-def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
+class SettingValue(click.ParamType):
+    """A number, a word, or several between commas."""
 
-    return add
+    name = "value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """As click asks for it."""
+        if not isinstance(value, str):
+            return value
+        parts = [_number_or_word(part.strip()) for part in value.split(",") if part.strip()]
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _number_or_word(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def setting(path: str, *, metavar: str | None = None, **more: Any) -> Decorator:
+    """The option of a setting of the recipe.
+
+    Args:
+        path: of the setting, such as "training.epochs".
+        metavar: what to call its value in the help text.
+        more: as of `click.option`.
+    """
+    field = SETTINGS[path]
+    WITH_OPTION.add(path)
+    name = OPTION_OF.setdefault(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
+    text = str(field.description)
+    if "Default:" not in text and field.default not in (None, False, True):
+        text = f"{text} Default: {field.default}."
+    return cloup.option(name, PREFIX + path.replace(".", "__"), type=SettingValue(), metavar=metavar, help=text, **more)
+
+
+def given_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings among a command's options, by path; those of --set, too. They are taken out of the options."""
+    changes = dict(options.pop("set", ()))
+    for key in [key for key in options if key.startswith(PREFIX)]:
+        if (value := options.pop(key)) is not None:
+            changes[key.removeprefix(PREFIX).replace("__", ".")] = value
+    return changes
 
 
 def as_option(argument: Argument) -> str:
-    """What the command calls an argument of Python: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
-    name = argument.name.replace("_", "-")
-    if argument.value in ("True", "False"):
-        return f"--{'no-' * (argument.value == 'False')}{name}"
-    return f"--{name} {argument.value.strip('()').replace(', ', ',')}".strip()
+    """What the command calls an argument or setting: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
+    name, value = argument.name, argument.value.strip("()").replace("'", "").replace(", ", ",")
+    path = name if name in SETTINGS else _path(name)
+    if path in WITH_OPTION:
+        return f"{OPTION_OF[path]} {value}".strip()
+    if path is not None:
+        return f"--set {path}={value}"
+    if value in ("True", "False"):
+        return f"--{'no-' * (value == 'False')}{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')} {value}".strip()
 
 
-def in_options(message: str, commands: Iterable[click.Command]) -> str:
-    """A message that speaks of Python's arguments, with the options that they are on the command line.
+NO_SETTINGS = ("name", "about")  # arguments of Python that are called like a setting and are none
 
-    `num_classes=10` becomes `--num-classes 10`, `pretrained=False` `--no-pretrained`, and a bare `weights=` `--weights`.
 
-    Args:
-        message: of a `PteeError`.
-        commands: whose options these may be.
-    """
-    options = {p.name: p for command in commands for p in command.params if isinstance(p, click.Option)}
+def _path(name: str) -> str | None:
+    try:
+        return None if name in NO_SETTINGS else path_of(name)
+    except KeyError:
+        return None
 
-    def typed(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        if name not in options:
-            return found[0]
-        option = options[name]
-        if option.is_flag:
-            return (option.secondary_opts if value == "False" and option.secondary_opts else option.opts)[0]
-        return f"{option.opts[0]} {value.strip('()').replace(', ', ',')}".strip()
 
-    return ARGUMENT.sub(typed, message)
+# ---------------------------------------------------------------------------------------------------- kinds of values
 
 
 class Numbers(click.ParamType):
@@ -75,21 +115,6 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is no list of numbers between commas, such as {self.example}.", param, ctx)
 
 
-class NumberOrAuto(click.ParamType):
-    """A number, or the word auto."""
-
-    name = "number|auto"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """As click asks for it."""
-        if value == "auto":
-            return value
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'auto'.", param, ctx)
-
-
 class Size(Numbers):
     """Channels, height, width: 3,224,224; one number is the side of a colour image."""
 
@@ -105,7 +130,7 @@ class Size(Numbers):
 
 
 class KeyValue(click.ParamType):
-    """KEY=VALUE; the value is read as YAML would read a number, true or null, or else as a word."""
+    """KEY=VALUE; the value is a number, true, false, null or a word."""
 
     name = "key=value"
 
@@ -122,110 +147,116 @@ class KeyValue(click.ParamType):
             return key, text
 
 
-MEAN, STD = Numbers(example="0.5 or 0.485,0.456,0.406"), Numbers(example="0.5 or 0.229,0.224,0.225")
-BACKBONE = _options(
-    click.option(
-        "--model", metavar="NAME", help="timm or torchvision classifier: resnet50, timm/NAME, torchvision/NAME."
-    ),
-    click.option(
-        "--weights", type=click.Path(path_type=Path), help="A file of weights (.safetensors, .pth, .pt, .th)."
-    ),
-    click.option("--pretrained/--no-pretrained", default=True, help="Load the published weights, or take random ones."),
-    click.option("--num-classes", type=int, help="Number of classes, where it is not the model's own."),
-    click.option(
-        "--model-arg", "model_args", type=KeyValue(), multiple=True, help="An argument of the model. Repeatable."
-    ),
-    click.option("--input-size", type=Size(int, "3,224,224"), help="Size of the images. Default: the model's own."),
-    click.option(
-        "--mean",
-        type=MEAN,
-        help="Mean of the pixels, per channel. Default: the model's own.",
-    ),
-    click.option(
-        "--std",
-        type=STD,
-        help="Deviation of the pixels, per channel. Default: the model's own.",
-    ),
+class Setting(click.ParamType):
+    """A setting of the recipe and its value: training.lr=0.01."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        """As click asks for it."""
+        from ptee.pipeline.recipe import read_setting
+
+        return value if isinstance(value, tuple) else read_setting(value)
+
+
+# ---------------------------------------------------------------------------------------------------- groups of options
+
+
+def in_groups(*groups: Decorator) -> Decorator:
+    """Several groups of options, in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for group in reversed(groups):
+            command = group(command)
+        return command
+
+    return add
+
+
+PIXELS = Numbers(example="0.5 or 0.485,0.456,0.406")
+MODEL = cloup.option_group(
+    "Model",
+    cloup.option("--model", metavar="NAME", help="A classifier of timm or torchvision: resnet50, timm/NAME, torchvision/NAME."),
+    cloup.option("--weights", type=click.Path(path_type=Path), help="A file of weights (.safetensors, .pth, .pt, .th)."),
+    cloup.option("--pretrained/--no-pretrained", default=True, help="Load the published weights, or take random ones."),
+    cloup.option("--num-classes", type=int, help="Number of classes, where it is not the model's own."),
+    cloup.option("--model-arg", "model_args", type=KeyValue(), multiple=True, help="An argument for building the model. Repeatable."),
+    cloup.option("--input-size", type=Size(int, "3,224,224"), help="Size of the images. Default: the model's own."),
+    cloup.option("--mean", type=PIXELS, help="Mean of the pixels, for each channel. Default: the model's own."),
+    cloup.option("--std", type=PIXELS, help="Standard deviation of the pixels, for each channel. Default: the model's own."),
 )
-PLACE = _options(
-    click.option(
-        "--recipe",
-        help="What is taken for exits, heads and training where the options below are not given: ptee (three learned heads, each "
-        "for itself, and gates; the default), or the papers' pteenet, eenet, ztw or branchynet. With --loss v1, v2, mc or cost: "
-        "none.",
-    ),
-    click.option(
-        "--exits",
-        help="pareto, fine, golden, linear or quadratic; or auto, chosen with the training images (augment only); or fractions "
-        "0.2,0.5 (the first block that ends there or behind); or modules layer1,layer2.",
-    ),
-    click.option(
-        "--num-exits",
-        type=int,
-        help="How many. Default: the recipe's; by a rule without one as many as can be placed, at most 5.",
-    ),
-    click.option(
-        "--head",
-        help="auto (learned, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a learned one by "
-        "name (res-32x2-64x2); one, or one for each exit with commas between. With a + behind it (auto+, conv2+) a head builds on the "
-        "one before it. Default: the recipe's; without one pool.",
-    ),
-    click.option(
-        "--head-budget",
-        type=Numbers(example="0.05 or 0.15,0.03,0.03"),
-        help="Share of the backbone that each auto head may cost; one, or one for each exit. Default: 0.05.",
-    ),
-    click.option(
-        "--front",
-        help="A small classifier before the backbone, as the first exit: a name like --model's, or auto for a learned head "
-        "at the input.",
-    ),
-    click.option("--front-weights", help="A file of its weights."),
-    click.option(
-        "--front-mean",
-        type=MEAN,
-        help="Of its images, where its configuration says otherwise.",
-    ),
-    click.option("--front-std", type=STD, help="Likewise."),
-    click.option(
-        "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
-    ),
-)
-DATA = _options(
-    click.option(
+WEIGHTS = cloup.option("--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved.")
+DATA_OPTIONS = (
+    cloup.option(
         "--data",
-        help="Folder of images (train/, val/, class folders or tar files), or the name of a torchvision data set.",
+        help="A folder of images (train/ and val/, class folders, or tar files), or the name of a data set of torchvision.",
     ),
-    click.option("--data-root", type=click.Path(path_type=Path), help="Where that torchvision data set lies."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."),
-    click.option(
-        "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
+    cloup.option("--data-root", type=click.Path(path_type=Path), help="Where that data set of torchvision lies."),
+    cloup.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."),
+)
+DATA = cloup.option_group("Data", *DATA_OPTIONS)
+BATCH_SIZE = cloup.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images in each batch.")
+DATA_AND_BATCH_SIZE = cloup.option_group("Data", *DATA_OPTIONS, BATCH_SIZE)
+RECIPE_OPTIONS = (
+    cloup.option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Where all settings come from that are not given here: ptee (the default), the papers' pteenet, eenet, branchynet and "
+        "ztw, a YAML file, or the folder of a run. `ptee recipe NAME` prints one.",
+    ),
+    cloup.option(
+        "--set",
+        type=Setting(),
+        multiple=True,
+        help="Any other setting of the recipe, such as training.lr=0.01. Repeatable. `ptee recipe ptee` lists them.",
     ),
 )
-MOVED_WEIGHTS = click.option(
-    "--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved."
+EXITS = cloup.option_group(
+    "Exits",
+    *RECIPE_OPTIONS,
+    setting("exits.places"),
+    setting("exits.number"),
+    setting("exits.head"),
+    setting("exits.head_budget"),
+    setting("exits.front"),
+    setting("exits.front_weights", metavar="FILE"),
 )
-DEVICE = click.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
-THRESHOLD = click.option("--threshold", type=Numbers(), help="T: one number, or one per exit between commas.")
-WISH = _options(
-    click.option(
-        "--max-drop", type=float, help="Choose T: the least cost that loses so much accuracy, such as 0.01, or less."
-    ),
-    click.option("--max-fidelity-drop", type=float, help="The same for answers that are not the backbone's."),
-    click.option(
-        "--max-cost", type=float, help="Choose T: the best answers at such a mean cost, such as 0.6, or less."
-    ),
-    click.option("--one-threshold", is_flag=True, help="Choose one T for all exits, not one for each."),
-    click.option(
-        "--margin",
-        type=NumberOrAuto(),
-        default="auto",
-        show_default=True,
-        help="How much of the limit to keep in reserve, as other images lose more than those that T is chosen on; auto: as "
-        "much more as images lose that are left out, and nothing of a cost.",
-    ),
+TRAINING = cloup.option_group(
+    "Training",
+    setting("training.loss"),
+    setting("training.targets"),
+    setting("training.cost_weight"),
+    setting("training.epochs"),
+    setting("training.batch_size"),
+    setting("seed"),
 )
-SPEED = click.option(
-    "--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone."
+TARGET_OPTIONS = (
+    setting("thresholds.max_drop"),
+    setting("thresholds.max_fidelity_drop"),
+    setting("thresholds.max_cost"),
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+THRESHOLDS = cloup.option_group(
+    "Confidence and thresholds",
+    setting("confidence.name"),
+    setting("confidence.question"),
+    setting("thresholds.threshold"),
+    *TARGET_OPTIONS,
+)
+TARGET = cloup.option_group(
+    "Target (give one)",
+    *TARGET_OPTIONS,
+    cloup.option("--one-threshold", is_flag=True, help=str(SETTINGS["thresholds.one_threshold"].description)),
+    cloup.option("--margin", type=SettingValue(), default="auto", show_default=True, help=str(SETTINGS["thresholds.margin"].description)),
+)
+DEVICE = cloup.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
+SPEED = cloup.option("--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone.")
+THRESHOLD = cloup.option("--threshold", type=Numbers(), help="T: one number, or one for each exit, with commas between.")
+JSON = cloup.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+OUTPUT = cloup.option_group(
+    "Output",
+    cloup.option("--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/NAME."),
+    cloup.option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out."),
+    cloup.option("--overwrite", is_flag=True, help="Replace the run that --out holds."),
+    DEVICE,
+    SPEED,
+)

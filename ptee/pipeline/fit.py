@@ -1,333 +1,376 @@
-"""`ptee augment`, step by step: data, plan, training, gates, thresholds, results, and the run that is saved.
+"""Everything from a backbone and images to a saved early-exit model: exits, training, calibration, thresholds, results.
 
-`o` are the options of the command by name; `say` prints.
+`fit` does from Python what `ptee augment` does on the command line; both are `fit_backbone` with the same recipe.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.state import PartialState
+from torch import nn
+
 from ptee._common.devices import resolve_device
-from ptee._common.errors import DataError, Interrupted, PteeError, RunError
+from ptee._common.errors import Argument, CutError, Interrupted, PteeError, RunError
 from ptee._common.files import require_writable, write_json
-from ptee.backbones.load import IMAGENET, Backbone, load_backbone
+from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.sources import Data
-from ptee.evaluation.targets import Wish, checked_margin, remark, require_labels, require_reachable
-from ptee.evaluation.tuning import Unseen, kept
-from ptee.exits.heads import AUTO
-from ptee.exits.placement import CHOSEN, PLACEMENTS
-from ptee.model import saving as runs
+from ptee.evaluation.results import evaluate
+from ptee.evaluation.targets import Target, require_labels, require_reachable
+from ptee.evaluation.tuning import Unseen, describe_outcome, parts_for_tuning, tune
+from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
+from ptee.exits.front import FrontHead, named_front
+from ptee.exits.placement import read_places
+from ptee.model import saving
+from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
-from ptee.pipeline import asked, choosing
-from ptee.pipeline import demo as defaults
-from ptee.pipeline.asked import Options, Say
-from ptee.pipeline.choosing import Choice
-from ptee.pipeline.measuring import measured, tuned
-from ptee.pipeline.recipe import MAY_LOSE, NO_GATE, RECIPE, epochs_for, followed, shift_for
-from ptee.training import calibration as decision
-from ptee.training import trainer as training
-from ptee.training.calibration import check_target, fit_gates, hang_unfitted_gates, hold_out
-from ptee.training.config import Settings
+from ptee.pipeline.images import from_data_sets, has_labels
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, write_recipe
+from ptee.training.calibration import FEWEST, calibrate, hold_out
 from ptee.training.history import Epoch, History
+from ptee.training.trainer import train
 
-EPOCHS, GATE_SHARE = 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
-LEARNING = (  # options that are arguments of `train` as they are
-    *("temperature", "loss", "cost_weight", "reach", "batch_size", "optimizer", "lr", "weight_decay", "seed"),
-    *("patience", "precision", "schedule", "augment", "shift", "mixup"),
-)
+Log = Callable[[str], None]
 
 
-def augment(o: Options, say: Say) -> None:
-    """Hang exits on a model, train their heads, measure, and save a run.
+def silent(text: str) -> None:
+    """A log that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a fit is run; nothing here changes what comes out of it.
+
+    Attributes:
+        out: folder of the run; None to save nothing.
+        device: where the heads learn; None for a GPU where there is one.
+        num_workers: processes that load images.
+        resume: go on with the training that was interrupted in `out`.
+        speed: measure images per second, too.
+        log: is told what happens, in lines for a person.
+        again: what to type to go on after an interruption; empty where nothing helps.
+    """
+
+    out: Path | None = None
+    device: str | torch.device | None = None
+    num_workers: int = 0
+    resume: bool = False
+    speed: bool = False
+    log: Log = silent
+    again: str = ""
+
+
+def fit(
+    model: str | nn.Module,
+    train_data: Any,
+    *,
+    val_data: Any = None,
+    calibration_data: Any = None,
+    recipe: Any = None,
+    out: str | Path | None = None,
+    num_classes: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    num_workers: int = 0,
+    speed: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    log: Log | None = None,
+    **changes: Any,
+) -> EarlyExitModel:
+    """Add early exits to a trained classifier: place them, train their heads, choose thresholds, measure, save.
+
+    The steps, the defaults and the numbers are those of `ptee augment`.
 
     Args:
-        o: options of the command.
-        say: prints.
+        model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module from images (b, c, h, w) to logits (b, K).
+            It stays frozen, and is used as it is, not copied.
+        train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. The images come as the backbone
+            takes them: resized and normalised.
+        val_data: other images, for the report. None: a tenth of the training images.
+        calibration_data: other images, for the thresholds. None: one half of `val_data`, or a tenth of the training images.
+        recipe: the name of a built-in recipe ("ptee", "pteenet", "eenet", "branchynet", "ztw"), a YAML file, or a `Recipe`.
+        out: a folder for the run. None: nothing is saved.
+        num_classes: K, where the model does not say.
+        input_size: (c, h, w), where the model does not say.
+        pretrained: for a name: load its published weights.
+        weights: for a name: a file of weights instead.
+        device: None: a GPU where there is one.
+        num_workers: processes that load images.
+        speed: measure images per second beside the bare backbone.
+        overwrite: replace the run that `out` holds.
+        resume: go on with the training that was interrupted in `out`.
+        log: is told what happens, such as `print`.
+        changes: settings of the recipe by name: `epochs=20`, `head="pool"`, `max_drop=0.01`, `seed=1`. `ptee recipe ptee` on the
+            command line lists them all.
+
+    Returns:
+        The model in eval mode with its thresholds set. `model.results` has what was measured; `print(model.table)` shows it.
 
     Raises:
-        PteeError: if something that is asked for cannot be; where possible before the training.
-        Interrupted: if the user ends it while it trains or measures.
+        PteeError: naming the argument or setting that cannot be, and what is possible.
+        Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
-    asked_for_gates = (o["gate"] or o["gate_share"]) is not None
-    o = followed(o)
-    o["device"] = resolve_device(o["device"])
-    o["out"] = _folder(o)
-    _check_settings(o)
-    if said := remark(o["threshold"]):
-        say(said, err=True)
-    wish = asked.wish(o)
-    backbone, data, targets = _digits(o, say) if o["model"] is None else _model_and_data(o, say)
-    wish = wish or _usual_wish(data, o)
-    choice = _choice(backbone, data.train, o, say)
-    model = _planned(backbone, choice, o)
-    if wish:
-        least = model.least_cost("answers" if o["gate"] else None)
-        require_reachable(wish, least, checked_margin(wish, o["margin"]))
-        require_labels(wish, labelled=data.validation[0][1] >= 0)
-    say(f"{data.summary}\n\n{model.plan}\n")
-    again = _told_of_random_weights(model, say)
-    _settle(o, data, model)
-    data, for_gates = _split(data, o, say, asked_for_gates)
+    chosen = make_recipe(recipe, changes)
+    folder = None if out is None else new_folder(Path(out), overwrite=overwrite, resume=resume)
+    if resume and folder is None:
+        raise PteeError("There is nothing to resume without a folder. Give ", Argument("out", "FOLDER"), ".", argument="resume")
+    backbone = load_backbone(
+        model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
+    )
+    data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
+    job = Job(folder, device, num_workers, resume, speed, log or silent, "Call ptee.fit again with resume=True.")
+    return fit_backbone(backbone, data, chosen, job)
+
+
+def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> EarlyExitModel:
+    """`fit` for a backbone and images that are there already.
+
+    Args:
+        backbone: to be frozen.
+        data: images as it takes them, with its labels or none.
+        recipe: every setting.
+        job: where, and how it is told.
+    """
+    recipe = recipe.resolved()
+    job = replace(job, device=resolve_device(job.device))
+    labelled = has_labels(data)
+    target = Target.of(recipe.thresholds, labelled)
+    model = build_model(backbone, recipe)
+    if target is not None:
+        require_labels(target, labelled)
+        require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
+    job.log(f"{data.summary}\n\n{model.plan}\n")
+    for_heads, for_confidence = _images_of_each(data, recipe, job.log)
     complete: list[Epoch] = []
     try:
-        history = _train(model, data, targets, o, say, complete)
-        if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
-            return
-        if history.interrupted:
-            raise KeyboardInterrupt
-        model.results = {"data": _about(data, o)} | _gates(model, for_gates, o, say)
+        history = _train(model, for_heads, recipe, job, complete)
+        if not PartialState().is_main_process:  # of several processes the first goes on alone
+            return model
+        model.results = {"data": _about(data)}
+        _set_confidence(model, for_confidence, recipe, job)
     except KeyboardInterrupt as why:
-        raise _interrupted(complete, o, again) from why
-    model.results |= {"choice": choice.to_dict()} if choice else {}
-    _clear(o["out"])
-    model.save_pretrained(o["out"])  # whatever becomes of the measurement, which may take long
+        raise _interrupted(complete, job) from why
+    if target is None:
+        model.threshold = recipe.thresholds.threshold
+    _save(model, history, recipe, job)  # whatever becomes of the measurement, which may take long
     try:
-        _measure(model, data, wish, o, say)
+        _choose_and_measure(model, data, target, recipe, job)
     except KeyboardInterrupt as why:
-        hint = f" ptee evaluate {o['out']} measures it." if again else ""
-        raise Interrupted(f"Interrupted: the run in {o['out']} is complete but for its results.{hint}") from why
-    _save(model, history, o["out"])
-    to_turn = again and len(model.off) < len(model.exits)  # a threshold
-    hint = f" Another threshold: ptee evaluate {o['out']} --threshold 0.7" if to_turn else ""
-    say(f"\nSaved in {o['out']}.{hint}")
-
-
-# ---------------------------------------------------------------------------------------------------- checked first
-
-
-def _folder(o: Options) -> Path:
-    """Of the run: a new or empty one; that of an earlier run only if that is said."""
-    out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
-    require_writable(out)
-    run, unfinished = runs.is_run(out), (out / CHECKPOINT).is_file()
-    if o["resume"] and not unfinished:
-        raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
-    if o["resume"] or not out.is_dir() or not any(out.iterdir()):
-        return out
-    if not (run or unfinished):
-        raise RunError(f"{out} holds something else than a run. Give a new folder with --out.")
-    if not o["overwrite"]:
-        command = "ptee augment " if o["model"] is None and o["out"] is None else ""
-        found = f"an interrupted training: {command}--resume goes on with it" if unfinished else "a run"
-        raise RunError(f"{out} holds {found}. Give another folder with --out, or {command}--overwrite.")
-    return out
-
-
-def _file_name(model: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
-
-
-def _usual_wish(data: Data, o: Options) -> Wish | None:
-    """What thresholds are chosen by where nothing is said of them; None: the exits keep T as it is."""
-    if o["threshold"] or o["recipe"] != RECIPE:
-        return None
-    return Wish("max_drop" if data.validation[0][1] >= 0 else "max_fidelity_drop", MAY_LOSE)
-
-
-def _check_settings(o: Options) -> None:
-    check_target(o["gate"], NO_GATE)
-    if o["gate_share"] and not o["gate"]:
-        raise PteeError("--gate-share needs --gate, such as --gate agrees.")
-    own = {key: o[key] for key in LEARNING if o[key] != AUTO}
-    Settings(targets=o["targets"] or "labels", **own).checked()
-
-
-# ---------------------------------------------------------------------------------------------------- data
-
-
-def _model_and_data(o: Options, say: Say) -> tuple[Backbone, Data, str]:
-    """The backbone, the data, and what the heads learn."""
-    backbone = asked.backbone(o)
-    source, targets = o["data"], o["targets"]
-    if source is None:
-        if backbone.label_space != IMAGENET:
-            raise DataError(
-                f"No data for {backbone.name}, which is no ImageNet-1k classifier. Give images: --data FOLDER."
-            )
-        source, targets = str(defaults.imagenette()), targets or "pseudo"
-        say("No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER.")
-    data, labels = asked.images(source, backbone, seed=o["seed"], root=o["data_root"])
-    if labels.indices is None and targets == "labels":
-        raise DataError(f"{labels.reason} Use --targets pseudo.")
-    if labels.indices is None and o["gate"] in ("right", "best"):
-        raise DataError(f"{labels.reason} Use --gate agrees.")
-    fallback = (
-        ""
-        if labels.indices is not None or targets
-        else " The heads learn the backbone's own answers (--targets pseudo)."
-    )
-    say(f"{labels.reason}{fallback}")
-    return backbone, data, targets or ("labels" if labels.indices is not None else "pseudo")
-
-
-def _digits(o: Options, say: Say) -> tuple[Backbone, Data, str]:
-    """The same where no model is named."""
-    own = {"--weights": "weights", "--num-classes": "num_classes", "--model-arg": "model_args", "--data": "data"}
-    own |= {"--input-size": "input_size", "--mean": "mean", "--std": "std", "--data-root": "data_root"}
-    for option, key in own.items():
-        if o[key]:
-            raise PteeError(f"{option} needs --model NAME.")
-    o["head"], o["epochs"] = o["head"] or defaults.DIGITS_HEAD, o["epochs"] or defaults.DIGITS_EPOCHS
-    if o["exits"] in PLACEMENTS:
-        o["num_exits"] = o["num_exits"] or defaults.DIGITS_EXITS
-    args: dict[str, Any] = {"input_size": defaults.INPUT_SIZE, "mean": defaults.MEAN, "std": defaults.STD}
-    args["model_args"] = defaults.MODEL_ARGS
-    untrained = load_backbone(defaults.MODEL, pretrained=False, **args)
-    # Whatever --seed: the network has seen the training images of this split.
-    data, _ = asked.images("digits", untrained, seed=defaults.SEED, named=True)
-    file = defaults.digits_weights(data)
-    if not file.is_file():
-        say("Training a small network on scikit-learn's handwritten digits, once.")
-        defaults.train_digits_network(data, file)
-    return load_backbone(defaults.MODEL, weights=file, **args), data, o["targets"] or "labels"
-
-
-def _split(data: Data, o: Options, say: Say, asked_for_gates: bool) -> tuple[Data, Any]:
-    """The data whose training images are for the heads, and the images to fit gates on; None where there are none."""
-    every: Any = data.train
-    if o["gate"] and not asked_for_gates and len(every) * (o["gate_share"] or GATE_SHARE) < decision.FEWEST:
-        say(
-            f"{len(every):,} training images are too few to fit gates as well: the heads learn on all, and h is the largest "
-            "probability.\n"
-        )
-        return data, None
-    if not o["gate"]:
-        return data, None
-    for_heads, for_gates = hold_out(every, o["gate_share"] or GATE_SHARE, o["seed"])
-    say(
-        f"Of {len(every):,} training images the heads learn on {len(for_heads):,}, and the gates on the other {len(for_gates):,}, "
-        f"drawn with seed {o['seed']}.\n"
-    )
-    return replace(data, train=for_heads), for_gates
-
-
-def _about(data: Data, o: Options) -> dict[str, Any]:
-    """Where `reopening` finds the data again."""
-    root = str(Path(o["data_root"] or "").resolve()) if data.split["kind"] == "torchvision" else ""
-    return {"source": data.place, "root": root, "split": data.split}
-
-
-# ---------------------------------------------------------------------------------------------------- the model
-
-
-def _choice(backbone: Backbone, images: Any, o: Options, say: Say) -> Choice | None:
-    """With --exits auto: the exits are chosen, and named from here on. None: they are placed as --exits says."""
-    if o["exits"] != CHOSEN:
-        return None
-    drops = [o[kind] for kind in ("max_fidelity_drop", "max_drop") if o[kind] is not None]
-    one: Any = [given[0] if given and len(given) == 1 else given for given in (asked.heads(o), o["head_budget"])]
-    found = choosing.choose_exits(
-        backbone, images, num_exits=o["num_exits"], head=one[0], head_budget=one[1], seed=o["seed"], device=o["device"],
-        num_workers=o["workers"], **({"max_drop": drops[0]} if drops else {}),
-    )  # fmt: skip
-    say(f"{found}\n")
-    o["exits"], o["num_exits"] = ",".join(found.modules), None
-    return found
-
-
-def _planned(backbone: Backbone, choice: Choice | None, o: Options) -> EarlyExitModel:
-    model = asked.untrained(backbone, o)
-    if choice:
-        model.plan = replace(model.plan, placement="exits auto")
-    if o["threshold"]:
-        model.threshold = o["threshold"]
+        raise Interrupted(f"Interrupted: the run in {job.out} is complete but for its results. {job.again}".strip()) from why
+    _save(model, history, recipe, job)
     return model
 
 
-def _told_of_random_weights(model: EarlyExitModel, say: Say) -> bool:
-    """Whether the command can load the run again: not where a network of it has no weights but those drawn here."""
-    front = getattr(model.heads[0], "origin", None)  # of a network in front
-    if model.origin.source is None:
-        say("The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n")
-    if front and front.source is None:
-        say(
-            "The front network's weights are random, and nothing trains them: its answers are worth nothing, and the command "
-            "cannot load this run again. Give --front-weights FILE.\n"
-        )
-    return all(network.source is not None for network in (model.origin, front) if network)
+# ---------------------------------------------------------------------------------------------------- the folder
 
 
-def _settle(o: Options, data: Data, model: EarlyExitModel) -> None:
-    """Put numbers in place of what is left to the data and the model."""
-    every: Any = data.train
-    if o["epochs"] == AUTO:
-        o["epochs"] = epochs_for(len(every), o["batch_size"])
-    o["epochs"] = o["epochs"] or EPOCHS
-    o["mirror"] = o["mirror"] and data.mirror
-    if o["shift"] == AUTO:
-        o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
+def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
+    """The folder of a run that is about to be made: new, empty, or one that may be written over.
 
-
-def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say, complete: list[Epoch]) -> History:
-    """Epochs are added to `complete` once they are kept in the folder."""
-
-    def tell(epoch: Epoch) -> None:
-        complete.append(epoch)
-        _clear(o["out"])
-        say(epoch.line(o["epochs"]))
-
-    history = training.train(
-        model, data.train, data.calibration, targets=targets, mirror=o["mirror"], epochs=o["epochs"], device=o["device"],
-        num_workers=o["workers"], cache=o["cache"], checkpoint=o["out"] / CHECKPOINT, resume=o["resume"], on_epoch=tell, on_cache=say,
-        **{key: o[key] for key in LEARNING},
-    )  # fmt: skip
-    if history.warning and not o["gate"]:  # whose exits are decided by gates, which are still to come
-        say(f"Warning: {history.warning}", err=True)
-    return history
-
-
-def _interrupted(complete: list[Epoch], o: Options, again: bool) -> Interrupted:
-    """What is kept of a training, in epochs that are complete in this run of the command or, resumed, in one before."""
-    if not complete and not o["resume"]:
-        return Interrupted("Interrupted.")
-    kept = f"{complete[-1].number} complete epochs are" if complete else "what was trained before is"
-    hint = " The same command with --resume goes on." if again else ""
-    return Interrupted(f"Interrupted: {kept} kept in {o['out']}.{hint}")
-
-
-def _gates(model: EarlyExitModel, images: Any, o: Options, say: Say) -> dict[str, Any]:
-    """Hang gates, where they are asked for, and say what is to be recorded of them; without images they stay unfitted."""
-    if not o["gate"]:
-        return {}
-    if images is None:
-        return {"gates": hang_unfitted_gates(model, o["gate"]).to_dict()}
-    fits = fit_gates(
-        model, images, target=o["gate"], seed=o["seed"], batch_size=o["batch_size"], num_workers=o["workers"],
-        device=o["device"],
-    )  # fmt: skip
-    say(f"\n{fits}")
-    return {"gates": fits.to_dict()}
-
-
-# ---------------------------------------------------------------------------------------------------- results, the run
-
-
-def _measure(model: EarlyExitModel, data: Data, wish: Wish | None, o: Options, say: Say) -> None:
-    """Set the thresholds where they are wished for, and measure; the results are the model's then."""
-    images, about, found = data.validation, data.summary, None
-    if wish:
-        parts, found = tuned(model, Unseen(str(o["out"]), data, images, o["seed"]), wish, o, say)
-        images, about = parts.report, f"{about} {parts.words}"
-        runs.update(o["out"], threshold=model.threshold, off=list(model.off), results=model.results)
-    results = measured(model, images, o, about)
-    say(f"\n{results}")
-    model.results = (model.results or {}) | results.to_dict()
-    if found is not None:
-        say(kept(found, model.results))
+    Raises:
+        RunError: if it holds something else, or there is nothing to resume.
+    """
+    require_writable(out)
+    run, unfinished = saving.is_run(out), (out / CHECKPOINT).is_file()
+    if resume and not unfinished:
+        raise RunError(
+            f"There is no interrupted training in {out}. Give its folder with ", Argument("out"), ", or leave out ", Argument("resume"),
+            ".", argument="resume",
+        )  # fmt: skip
+    if resume or not out.is_dir() or not any(out.iterdir()):
+        return out
+    if not (run or unfinished):
+        raise RunError(f"{out} holds something else than a run. Give a new folder with ", Argument("out"), ".", argument="out")
+    if not overwrite:
+        found = ("an interrupted training; ", Argument("resume", "True"), " goes on with it") if unfinished else ("a run",)
+        raise RunError(
+            f"{out} holds ", *found, ". Give another folder with ", Argument("out"), ", or replace it with ",
+            Argument("overwrite", "True"), ".", argument="out", value=out,
+        )  # fmt: skip
+    return out
 
 
 def _clear(out: Path) -> None:
-    """What an earlier run left must not be taken for this one's; but until an epoch is complete, nothing is lost."""
-    for name in (runs.CONFIG, runs.HEADS, runs.METRICS):
+    """Remove what an earlier run left, so that it is not taken for this one's."""
+    for name in (saving.CONFIG, saving.HEADS, saving.METRICS, RECIPE_FILE):
         (out / name).unlink(missing_ok=True)
 
 
-def _save(model: EarlyExitModel, history: History, out: Path) -> None:
+def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> None:
+    if job.out is None:
+        return
+    model.save_pretrained(job.out)
+    write_recipe(recipe, job.out)
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
-    write_json(out / runs.METRICS, metrics)
-    model.save_pretrained(out)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    write_json(job.out / saving.METRICS, metrics)
+
+
+# ---------------------------------------------------------------------------------------------------- the steps
+
+
+def build_model(backbone: Backbone, recipe: Recipe) -> EarlyExitModel:
+    """The model with untrained heads; the same seed gives the same heads.
+
+    A backbone that has no room for exits at the default places gets as many by the rule pareto as it has room for.
+    """
+    config = recipe.exits.resolved()
+    front = front_of(backbone, config)
+    try:
+        return _build(backbone, config, front, recipe.seed)
+    except CutError:
+        if config.places != DEFAULT_PLACES:
+            raise
+        return _build(backbone, config.changed(places="pareto", head_budget=None), front, recipe.seed)
+
+
+def _build(backbone: Backbone, config: ExitsConfig, front: FrontHead | str | None, seed: int) -> EarlyExitModel:
+    torch.manual_seed(seed)
+    places: Any = read_places(config.places, backbone)
+    return build(
+        backbone, exits=places, num_exits=config.number, head=config.head or "auto", head_budget=config.head_budget, front=front
+    )
+
+
+def front_of(backbone: Backbone, config: ExitsConfig) -> FrontHead | str | None:
+    """The network in front of the backbone, "auto" for a learned head there, or None."""
+    return named_front(
+        config.front,
+        backbone,
+        weights=config.front_weights,
+        mean=_each(config.front_mean),
+        std=_each(config.front_std),
+    )
+
+
+def _each(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else value
+
+
+def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
+    """The data whose training images are for the heads, and the images to calibrate the confidence on, if there are any."""
+    every: Any = data.train
+    share = recipe.confidence.calibration_share
+    if recipe.confidence.name != "calibrated":
+        return data, None
+    if len(every) * share < FEWEST and "calibration_share" not in recipe.confidence.model_fields_set:
+        log(
+            f"{len(every):,} training images are too few to calibrate the confidence as well: the heads learn from all of them, "
+            "and the confidence is the largest probability.\n"
+        )
+        return data, None
+    for_heads, rest = hold_out(every, share, recipe.seed)
+    log(
+        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence is calibrated on the other "
+        f"{len(rest):,}, drawn with seed {recipe.seed}.\n"
+    )
+    return replace(data, train=for_heads), rest
+
+
+def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
+    """Train the heads. Epochs are added to `complete` once they are kept in the folder."""
+    config = recipe.training
+    if not data.mirror:
+        config = config.changed(mirror=False)
+
+    def on_epoch(epoch: Epoch) -> None:
+        complete.append(epoch)
+        if job.out is not None:
+            _clear(job.out)
+        job.log(epoch.line)
+
+    history = train(
+        model,
+        data.train,
+        data.calibration,
+        config=config,
+        device=job.device,
+        num_workers=job.num_workers,
+        checkpoint=None if job.out is None else job.out / CHECKPOINT,
+        resume=job.resume,
+        on_epoch=on_epoch,
+        on_cache=lambda estimate: job.log(str(estimate)),
+    )
+    if history.interrupted:
+        raise KeyboardInterrupt
+    if history.warning and recipe.confidence.name == "learned":
+        job.log(f"Warning: {history.warning}")
+    return history
+
+
+def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job) -> None:
+    name = recipe.confidence.name
+    if images is None:
+        model.confidence = "max_prob" if name == "calibrated" else name
+        return
+    fits = calibrate(
+        model,
+        images,
+        target=recipe.confidence.question,
+        batch_size=recipe.training.batch_size,
+        num_workers=job.num_workers,
+        device=job.device,
+    )
+    job.log(f"\n{fits}")
+    model.results = (model.results or {}) | {"calibration": fits.to_dict()}
+
+
+def _choose_and_measure(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> None:
+    """Choose the thresholds where there is a target, and measure on images that they were not chosen on."""
+    images, about, found = data.validation, data.summary, None
+    if target is not None:
+        unseen = Unseen(str(job.out or data.source), data, images, recipe.seed)
+        images, found = choose_thresholds(model, unseen, target, recipe, job)
+        about = f"{about} {(model.results or {})['tuning']['images']}"
+    results = evaluate(
+        model, images, batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device, speed=job.speed,
+        about=about,
+    )  # fmt: skip
+    job.log(f"\n{results}")
+    model.results = (model.results or {}) | results.to_dict()
+    if found is not None:
+        job.log(describe_outcome(found, model.results))
+
+
+def choose_thresholds(model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job) -> tuple[Any, Any]:
+    """Set the thresholds for a target, and record in the model's results how.
+
+    Args:
+        model: trained.
+        unseen: images that its heads have not seen.
+        target: what the thresholds are to meet.
+        recipe: its batch size, margin, and whether all exits get one threshold.
+        job: where, and how it is told.
+
+    Returns:
+        The images that are left to report on, and the thresholds that were found.
+    """
+    parts = parts_for_tuning(unseen.data, unseen.images, unseen.seed)
+    found = tune(
+        model, parts.calibration, **{target.kind: target.limit}, one=recipe.thresholds.one_threshold, margin=recipe.thresholds.margin,
+        batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device,
+    )  # fmt: skip
+    record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
+    model.results = (model.results or {}) | {"tuning": record | found.to_dict()}
+    job.log(f"\n{parts.words}\n{found}")
+    return parts.report, found
+
+
+def _about(data: Data) -> dict[str, Any]:
+    """Where the images are found again."""
+    return {"source": data.place, "root": data.split.get("root", ""), "split": data.split}
+
+
+def _interrupted(complete: list[Epoch], job: Job) -> Interrupted:
+    """What is kept of a training, in epochs that were completed now or before."""
+    if job.out is None or not (complete or job.resume):
+        return Interrupted("Interrupted.")
+    kept = f"{complete[-1].number} complete epochs are" if complete else "what was trained before is"
+    return Interrupted(f"Interrupted: {kept} kept in {job.out}. {job.again}".strip())

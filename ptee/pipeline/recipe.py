@@ -1,109 +1,291 @@
-"""Recipes: ways of making exits, by name. A recipe says what is taken for each option of `ptee augment` that is not given."""
+"""A recipe: every setting from exits to thresholds, in one value. It is the one place of defaults for Python and the command.
+
+Recipes are YAML files; five are built in. `ptee recipe NAME` prints one, and every run keeps the recipe it was made with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
-from ptee._common.errors import PteeError, unknown
-from ptee.exits.heads import AUTO, BUILDS_ON, SIZED
+import yaml
+from pydantic import Field
 
-RECIPE = "ptee"  # where none is named
-NO_GATE = "none"  # the word of who wants none though a recipe has them
-MAY_LOSE = 0.01  # of accuracy, or of the answers where there are no labels, by the thresholds that RECIPE is given
-# Without a recipe. `targets` then depends on whether there are labels, `head` and `epochs` on the data.
-PLAIN: dict[str, Any] = {
-    "loss": "v1", "temperature": 1.0, "cost_weight": 1.0, "exits": "pareto", "augment": 1, "shift": 0,
-    "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant",
-}  # fmt: skip
-FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 40, 5_000  # of a recipe that leaves the epochs to the number of images
+from ptee._common.errors import PteeError, first_line, unknown
+from ptee._common.files import replace_file
+from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee.evaluation.config import ThresholdsConfig
+from ptee.exits.config import ExitsConfig
+from ptee.training.config import TrainingConfig
+from ptee.training.losses import ALIASES, SEPARATE
 
-RECIPES: dict[str, dict[str, Any]] = {
-    # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then gates
-    # decide who leaves. What the first cannot learn from few images, the later ones can; thresholds switch it off then,
-    # and as none builds on another, what is off costs nothing.
+LARGEST_FILE = 2**18  # bytes; a recipe has about two thousand
+DEFAULT = "ptee"
+OTHER_NAMES = {
+    "exits": "exits.places",
+    "num_exits": "exits.number",
+    "confidence": "confidence.name",
+}  # of Python and the command
+
+
+class ConfidenceConfig(FrozenConfig):
+    """What decides how sure an exit is of its answer."""
+
+    name: str = Field(
+        "calibrated",
+        description="calibrated (the largest probability, fitted after the training to be a probability), learned (the head's own "
+        "output), max_prob, entropy, margin or patience.",
+    )
+    question: Literal["agrees", "right", "best"] = Field(
+        "agrees",
+        description="What the calibrated confidence is the probability of: agrees (the answer is the backbone's), right (it is "
+        "the label) or best (it is the label, or no later exit would give the label).",
+    )
+    calibration_share: Number = Field(
+        0.1,
+        gt=0,
+        le=0.5,
+        description="Share of the training images that the confidence is calibrated on; no head learns from them.",
+    )
+
+
+class Recipe(FrozenConfig):
+    """How exits are added to a classifier: where they stand, how they learn, who leaves. Frozen; `changed` makes another."""
+
+    name: str = Field(DEFAULT, description="What the recipe is called.")
+    about: str = Field("", description="Where it comes from, in a sentence.")
+    seed: Whole = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the heads, of the order of the images, and of the images that are drawn for each part.",
+    )
+    exits: ExitsConfig = Field(default_factory=ExitsConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    confidence: ConfidenceConfig = Field(default_factory=ConfidenceConfig)
+    thresholds: ThresholdsConfig = Field(default_factory=ThresholdsConfig)
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were set, nested by section; the others follow their defaults."""
+        return self.model_dump(exclude_unset=True, exclude={"training": {"seed"}}, mode="json")
+
+    def to_yaml(self) -> str:
+        """The recipe as a file: every setting, defaults too."""
+        values = self.resolved().model_dump(exclude={"training": {"seed"}}, mode="json")
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+    def resolved(self) -> Recipe:
+        """The same recipe with a value in place of every None that depends on other settings."""
+        training = self.training.changed(seed=self.seed).resolved()
+        return self.model_copy(update={"exits": self.exits.resolved(), "training": training})
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe with some settings changed.
+
+        Args:
+            settings: values by name: `training.epochs`, or the last word alone (`epochs`) where only one section has it.
+
+        Raises:
+            UnknownName: if there is no such setting; the nearest is named.
+            PteeError: if a value cannot be, or does not go with the others.
+        """
+        values = self.given()
+        for name, value in settings.items():
+            _set(values, path_of(name), value)
+        return Recipe(**values)
+
+
+BUILT_IN: dict[str, dict[str, Any]] = {
     "ptee": {
-        "exits": "0.03,0.4,0.7", "head": AUTO, "head_budget": (0.15, 0.03, 0.03),
-        "loss": "each", "targets": "soft", "temperature": 2.0, "gate": "agrees", "augment": 2, "shift": AUTO, "epochs": AUTO,
-        "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.05, "schedule": "cosine",
+        "about": "The default: three heads that learn the backbone's probabilities, the first one large and early."
     },
-    # Lahiany & Aperstein, IEEE Access 10, 2022: joint loss on the backbone's answers, threshold .5.
-    "pteenet": {"exits": "fine", "head": "conv2", "loss": "v1", "targets": "pseudo"},
-    # Demir & Akbas, thesis 2019 and arXiv 2409.05336: the smallest heads, every blended answer judged.
-    "eenet": {"exits": "pareto", "head": "bnpool", "loss": "v2"},
-    # Wołczyk et al., NeurIPS 2021: each answer builds on the one before; `heads` says what is done of it and what is not.
-    "ztw": {"exits": "pareto", "head": "conv2+", "loss": "each", "targets": "labels"},
-    # Teerapittayanon et al., ICPR 2016: the exits' cross-entropies together, here of heads on a frozen backbone. Rows leave
-    # by entropy there: a policy for each run in `ptee compare`.
-    "branchynet": {"exits": "pareto", "head": "conv2", "loss": "each", "targets": "labels"},
+    "pteenet": {
+        "about": "Lahiany and Aperstein, IEEE Access 10, 2022: a joint loss on the backbone's own answers, threshold 0.5.",
+        "exits": {"places": "fine", "head": "conv2"},
+        "training": {"loss": "joint", "targets": "pseudo"},
+    },
+    "eenet": {
+        "about": "Demir and Akbas, thesis 2019 and arXiv 2409.05336: the smallest heads; the answer blended from each exit on is judged.",
+        "exits": {"places": "pareto", "head": "bnpool"},
+        "training": {"loss": "joint_each_exit"},
+    },
+    "branchynet": {
+        "about": "Teerapittayanon et al., ICPR 2016, with a frozen backbone: heads learn the labels, rows leave by entropy.",
+        "exits": {"places": "pareto", "head": "conv2"},
+        "training": {"loss": "separate", "targets": "labels"},
+        "confidence": {"name": "entropy"},
+    },
+    "ztw": {
+        "about": "Wolczyk et al., NeurIPS 2021 (Zero Time Waste): each head also reads the answer of the exit before it.",
+        "exits": {"places": "pareto", "head": "conv2+"},
+        "training": {"loss": "separate", "targets": "labels"},
+        "confidence": {"name": "max_prob"},
+    },
+}
+# What the papers' recipes have in common. They learn for five epochs, on the images as they are, with Adam.
+_OF_PAPERS: dict[str, Any] = {
+    "training": {
+        "epochs": 5, "optimizer": "adam", "lr": 0.001, "weight_decay": 0.0, "schedule": "constant", "views": 1, "shift": 0,
+    },
+    "confidence": {"name": "learned"},
+    "thresholds": {"threshold": 0.5},
 }  # fmt: skip
+for _name in set(BUILT_IN) - {DEFAULT}:
+    BUILT_IN[_name] = {
+        key: {**_OF_PAPERS.get(key, {}), **BUILT_IN[_name].get(key, {})} if key != "about" else BUILT_IN[_name]["about"]
+        for key in ("about", "exits", "training", "confidence", "thresholds")
+    }
 
 
-def epochs_for(images: int, batch_size: int) -> int:
-    """How many a recipe takes that leaves them to the data: enough updates, and not too many passes.
-
-    Args:
-        images: to learn from.
-        batch_size: of an update.
-    """
-    return min(max(FEWEST_EPOCHS, -(-UPDATES * batch_size // images)), MOST_EPOCHS)
-
-
-def shift_for(input_size: tuple[int, int, int]) -> int:
-    """How many pixels a recipe shifts by: an eighth of a side, as crops of padded images commonly do.
+def make_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None, settings: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A recipe by name, from a file or from values, with some settings changed.
 
     Args:
-        input_size: (c, h, w).
-    """
-    return min(input_size[1:]) // 8
-
-
-def _make_room(says: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Places and budgets of `RECIPE` go where others are given."""
-    if given["num_exits"] is not None:
-        says["exits"] = PLAIN["exits"]
-    elif given["front"] is not None:
-        says["exits"] = "0.4,0.7"  # the front stands for the first
-        says["head"] = AUTO + BUILDS_ON  # what it computed is there to be read
-    if given["exits"] == AUTO:
-        says["head"] = "pool"  # for which the choice is sound
-    others = given["exits"] not in (None, says["exits"]) or given["head"] not in (None, *SIZED)
-    if others or given["num_exits"] is not None or given["front"] not in (None, AUTO):
-        says.pop("head_budget")
-
-
-def followed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with what the recipe among them says in place of those that are None.
-
-    Args:
-        given: options of `ptee augment` or `ptee plan` by name, "recipe" among them. None there is `RECIPE`, but for a loss
-            that all heads have together, which is another way altogether: nothing is then taken of any recipe.
+        recipe: the name of a built-in recipe, a YAML file, a mapping like that file, or a recipe. None: "ptee", or, where a
+            joint loss is among the settings, pool heads at pareto places that learn with Adam and decide by their own output.
+        settings: changes, as of `Recipe.with_settings`; those that are None are left out.
 
     Raises:
-        UnknownName: if there is no such recipe.
-        PteeError: if an option that was given stands against the recipe.
+        UnknownName: if there is no such recipe or setting.
+        PteeError: if a value cannot be.
     """
-    name = given["recipe"] or (RECIPE if given.get("loss") in (None, "each") else None)
-    if name is not None and name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
-    says = {**(RECIPES[name] if name else {}), "recipe": name}
-    own = {key for key in says if given.get(key) not in (None, says[key])}
-    if name == RECIPE:
-        _make_room(says, given)
-    if says.get("loss") == "each" and given.get("loss") not in (None, "each"):
+    changes = {path_of(name): value for name, value in (settings or {}).items() if value is not None}
+    if recipe is None and _joint(changes.get("training.loss")):
+        joint = {"name": "joint", "exits": {"places": "pareto", "head": "pool"}, **_OF_PAPERS}
+        return Recipe(**joint).with_settings(_without_rivals(joint, changes))
+    values = _values(DEFAULT if recipe is None else recipe)
+    return Recipe(**values).with_settings(_without_rivals(values, changes))
+
+
+def _joint(loss: Any) -> bool:
+    return loss is not None and ALIASES.get(loss, loss) != SEPARATE
+
+
+def _without_rivals(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes; a way to get thresholds that is given takes the place of the recipe's own."""
+    ways = [f"thresholds.{name}" for name in ("threshold", "max_loss", "max_drop", "max_fidelity_drop", "max_cost")]
+    rivals = (
+        {}
+        if not set(ways) & set(changes)
+        else {way: None for way in ways if way.partition(".")[2] in values.get("thresholds", {})}
+    )
+    return {**rivals, **changes}
+
+
+def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
+    if isinstance(recipe, Recipe):
+        return recipe.given()
+    if isinstance(recipe, Mapping):
+        return dict(recipe)
+    if isinstance(recipe, str) and recipe in BUILT_IN:
+        return {"name": recipe, **BUILT_IN[recipe]}
+    path = Path(recipe)
+    if path.is_dir() and (path / RECIPE_FILE).is_file():
+        path = path / RECIPE_FILE
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return read_recipe(path)
+    raise unknown("recipe", str(recipe), BUILT_IN)
+
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet checked.
+
+    Raises:
+        PteeError: if it cannot be read, or is no YAML mapping.
+    """
+    try:
+        if not path.is_file():
+            raise PteeError(
+                f"There is no recipe file {path}. Give a file, or one of {', '.join(BUILT_IN)}.", argument="recipe"
+            )
+        if path.stat().st_size > LARGEST_FILE:
+            raise PteeError(
+                f"The recipe {path} has {path.stat().st_size:,} bytes; no recipe has more than {LARGEST_FILE:,}."
+            )
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as why:
+        raise PteeError(f"The recipe {path} cannot be read: {first_line(why)}") from why
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.")
+    return values
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Keep a recipe in a run's folder.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    replace_file(folder / RECIPE_FILE, lambda path: path.write_text(recipe.to_yaml(), encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------- names of settings
+
+
+def settings() -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted path, with its field (default, description)."""
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, FrozenConfig):
+            yield from (
+                (f"{name}.{key}", inner)
+                for key, inner in section.model_fields.items()
+                if (name, key) != ("training", "seed")
+            )
+        else:
+            yield name, field
+
+
+def path_of(name: str) -> str:
+    """The dotted path of a setting.
+
+    Args:
+        name: the path, or its last word where only one section has it, or a name of `OTHER_NAMES`.
+
+    Raises:
+        UnknownName: if there is no such setting.
+    """
+    paths = [path for path, _ in settings()]
+    if name in paths:
+        return name
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    found = [path for path in paths if path.endswith(f".{name}")]
+    if len(found) == 1:
+        return found[0]
+    raise unknown("setting", name, paths)
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    section, _, key = path.rpartition(".")
+    if not section:
+        values[key] = value
+        return
+    inner = values.get(section)
+    if inner is not None and not isinstance(inner, Mapping):
         raise PteeError(
-            f"The recipe {name!r} is heads that learn each for itself, and --loss {given['loss']} has them learn together. "
-            "Leave one of the two out."
+            f"The section {section} of a recipe holds settings, not {inner!r:.60}.", argument=section, value=inner
         )
-    if says.get("loss") == "each" and given.get("cost_weight") is not None:
-        raise PteeError(
-            f"A cost weight is of heads that learn together, and those of the recipe {name!r} learn each for itself: thresholds "
-            "set the price. Leave --cost-weight out, or give --loss v1."
-        )
-    if "targets" in own:
-        says.pop("temperature", None)  # it is of probabilities
-    if "optimizer" in own:
-        says = {key: value for key, value in says.items() if key not in ("lr", "weight_decay")}  # they are Muon's
-    if given.get("gate") == NO_GATE:
-        given, says = {**given, "gate": None}, {key: value for key, value in says.items() if key != "gate"}
-    return {key: says.get(key, PLAIN.get(key)) if value is None else value for key, value in given.items()}
+    values[section] = {**(inner or {}), key: value}
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """`training.epochs=20` as a path and a value, which is read as YAML.
+
+    Raises:
+        PteeError: if it is not of that form.
+        UnknownName: if there is no such setting.
+    """
+    name, equals, value = text.partition("=")
+    try:
+        if equals:
+            return path_of(name.strip()), yaml.safe_load(value)
+    except yaml.YAMLError as why:
+        raise PteeError(f"The value of {text!r} cannot be read: {first_line(why)}") from why
+    raise PteeError(f"{text!r} is no setting. Write it as NAME=VALUE, such as training.epochs=20.")
