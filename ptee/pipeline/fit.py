@@ -30,8 +30,8 @@ from ptee.pipeline.recipe import MAY_LOSE, NO_GATE, RECIPE, epochs_for, followed
 from ptee.training import calibration as decision
 from ptee.training import trainer as training
 from ptee.training.calibration import check_target, fit_gates, hang_unfitted_gates, hold_out
-from ptee.training.config import Settings
 from ptee.training.history import Epoch, History
+from ptee.training.settings import Settings
 
 EPOCHS, GATE_SHARE = 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
