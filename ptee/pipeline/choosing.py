@@ -39,7 +39,7 @@ from ptee.exits.plan import head_macs
 from ptee.exits.residual_head import make_heads
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
-from ptee.training.config import Settings
+from ptee.training.settings import Settings
 from ptee.training.trainer import train
 
 PROBE, MOST_PLACES = "pool", 24

@@ -25,7 +25,7 @@ from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
 from ptee.exits.gates import LOG_ODDS, READS, Gate
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.training.config import Settings
+from ptee.training.settings import Settings
 
 QUESTIONS = {
     "agrees": "Is the answer the backbone's?",

@@ -1,139 +1,175 @@
-"""What a training is asked for, checked before anything is read or written."""
+"""The settings of a training: what each one means, its default, and which of them go together."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from ptee._common.errors import PteeError, unknown
-from ptee.training.losses import ALONE, get_loss
-from ptee.training.optimizers import OPTIMIZERS
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
-TARGETS = ("labels", "pseudo", "soft")
-PRECISIONS = ("auto", "no", "bf16", "fp16")
-SCHEDULES = ("constant", "cosine")
-LARGEST_SEED = 2**32
-PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
+from ptee._common.errors import PteeError
+from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
+from ptee.training.losses import ALIASES, SEPARATE
+
+MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
+SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
+Auto = Literal["auto"]
+Loss = Literal["separate", "joint", "joint_each_exit", "mc", "cost"]
+# The weights of the optimizer's learning rate and weight decay where none are given.
+LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
+WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Arguments of `train` that decide what the heads become, for given data and a given number of epochs."""
+class TrainingConfig(FrozenConfig):
+    """How the heads are trained. Every setting has a default; a value that is None or "auto" depends on others or the data."""
 
-    targets: str = "labels"
-    loss: str = "v1"
-    cost_weight: float = 1.0
-    batch_size: int = 128
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-    precision: str = "auto"
-    patience: int | None = None
-    temperature: float = 1.0
-    reach: bool = False
-    schedule: str = "constant"
-    augment: int = 1
-    mirror: bool = True
-    shift: int = 0
-    mixup: float = 0.0
+    loss: Annotated[Loss, BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name)] = (
+        Field(
+            "separate",
+            description="What is minimised. separate: every head learns for itself, and its confidence learns whether the head "
+            "is right. joint: cross-entropy of the exits' answers blended by their confidences, plus the expected cost. "
+            "joint_each_exit: the same, averaged over all exits. mc: the cross-entropy alone. cost: the expected cost alone. "
+            "Older names: each, v1, v2.",
+        )
+    )
+    targets: Literal["labels", "pseudo", "soft"] | None = Field(
+        None,
+        description="What the heads learn: the labels, pseudo (the class that the backbone predicts) or soft (the backbone's "
+        "probabilities). The last two need no labels. Default: soft for the loss separate, labels for the others.",
+    )
+    temperature: Number | None = Field(
+        None,
+        gt=0,
+        description="Softens the probabilities of soft targets: logits are divided by it. Only for the loss separate. "
+        "Default: 2.",
+    )
+    cost_weight: Number | None = Field(
+        None,
+        ge=0,
+        description="What one unit of cost is worth in cross-entropy. Only for the joint losses. Default: 1.",
+    )
+    epochs: Annotated[Whole, Field(ge=1)] | Auto = Field(
+        "auto",
+        description=f"Passes over the training images. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
+        f"{MAX_EPOCHS}.",
+    )
+    batch_size: Whole = Field(128, ge=1, description="Images in each update, on each process.")
+    optimizer: Literal["muon", "adam", "adamw"] | None = Field(
+        None,
+        description="muon (convolutions learn in far fewer epochs), adam or adamw. Default: muon for the loss separate, adam "
+        "for the others.",
+    )
+    lr: Number | None = Field(
+        None, gt=0, description="Learning rate at the beginning. Default: 0.01 for muon, 0.001 for the others."
+    )
+    weight_decay: Number | None = Field(
+        None,
+        ge=0,
+        description="Weight decay of matrices and convolutions, not of biases and normalisation. Default: 0.05 for muon, 0 for "
+        "the others.",
+    )
+    schedule: Literal["constant", "cosine"] | None = Field(
+        None,
+        description="The learning rate stays constant, or falls to 0 along half a cosine. Default: cosine for the loss "
+        "separate, constant for the others.",
+    )
+    views: Annotated[Whole, Field(ge=1)] | Auto = Field(
+        "auto",
+        description="Views of each training image: the image itself, its mirror image, then random crops. Each epoch draws one "
+        "of them. auto: 2, and 1 for a loader, which makes its own batches.",
+    )
+    mirror: YesNo = Field(
+        True, description="A mirror image shows the same class. Switch it off for digits, letters and traffic signs."
+    )
+    shift: Annotated[Whole, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Moves the feature maps of each image at random, by up to so many pixels of the input. auto: an eighth of "
+        "the image's side, and 0 where no head reads maps.",
+    )
+    patience: Annotated[Whole, Field(ge=1)] | None = Field(
+        None,
+        description="Stop after so many epochs without a lower loss, and keep the best heads. Default: never stop early.",
+    )
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="Mixed precision: no, bf16 or fp16. auto: bf16 where the device computes in it."
+    )
+    seed: Whole = Field(
+        0, ge=0, lt=2**32, description="Seed of the order of the images and of all that is drawn at random."
+    )
+    cache: YesNo = Field(
+        True,
+        description="Run the backbone once over the images and keep what the heads read, instead of in every epoch. Needs data "
+        "that gives the same image each time.",
+    )
 
-    def checked(self) -> Settings:
-        """These settings in Python's own numbers.
-
-        Raises:
-            PteeError: naming the argument that cannot be.
-        """
-        self._check_words()
-        self._check_kinds()
-        self._check_sizes()
-        self._check_together()
-        return replace(self, **{field.name: self._plain(field) for field in fields(self)})
-
-    def _plain(self, field: Any) -> Any:
-        """NumPy's numbers cannot be written as JSON."""
-        value = getattr(self, field.name)
-        return None if value is None else PLAIN[field.type.partition(" ")[0]](value)
-
-    def _check_words(self) -> None:
-        if self.targets not in TARGETS:
-            raise unknown("targets", self.targets, TARGETS)
-        if self.precision not in PRECISIONS:
-            raise unknown("precision", self.precision, PRECISIONS)
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
-        get_loss(self.loss)
-
-    def _check_kinds(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind, _, optional = field.type.partition(" ")
-            if value is None and optional:
-                continue
-            if kind == "int":
-                require_number(field.name, value, Integral, "a whole number")
-            if kind == "float":
-                require_number(field.name, value, Real, "a number")
-            if kind == "bool" and not isinstance(value, bool):
-                raise PteeError(f"The {field.name} {value!r} must be True or False.")
-
-    def _check_sizes(self) -> None:
-        for name, value, example in (
-            ("batch_size", self.batch_size, 128),
-            ("augment", self.augment, 2),
-            ("lr", self.lr, 0.001),
-            ("temperature", self.temperature, 2),
-        ):
-            if not 0 < value < math.inf:
-                raise PteeError(f"The {name} {value} must be positive, such as {example}.")
-        if self.patience is not None and self.patience < 1:
-            raise PteeError(f"The patience {self.patience} must be one epoch at least, or None.")
-        for name, value, example in (
-            ("weight_decay", self.weight_decay, 0.05),
-            ("cost_weight", self.cost_weight, 1),
-            ("shift", self.shift, 4),
-            ("mixup", self.mixup, 0.2),
-        ):
-            if not 0 <= value < math.inf:
-                raise PteeError(f"The {name} {value} must be 0 or a positive number, such as {example}.")
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise PteeError(f"The seed {self.seed} must lie between 0 and {LARGEST_SEED - 1}.")
-
-    def _check_together(self) -> None:
-        alone = {"temperature": self.temperature != 1, "reach": self.reach, "mixup": self.mixup != 0}
-        for name, given in alone.items():
-            if given and self.loss != ALONE:
-                raise PteeError(
-                    f"The {name} {getattr(self, name)} needs heads that learn each for itself: take the loss {ALONE!r} "
-                    f"(it is {self.loss!r}), or leave it out."
-                )
-        if self.temperature != 1 and self.targets != "soft":
-            raise PteeError(
-                f"The temperature {self.temperature:g} needs probabilities: take the targets 'soft' (they are "
-                f"{self.targets!r}), or leave it out."
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        alone, targets = self.loss == SEPARATE, self.resolved_targets
+        if self.temperature not in (None, 1) and not (alone and targets == "soft"):
+            raise _clash(
+                "temperature", self.temperature, "needs loss='separate' and targets='soft'",
+                f"loss={self.loss!r} and targets={targets!r}",
+            )  # fmt: skip
+        if self.cost_weight is not None and alone:
+            raise _clash(
+                "cost_weight", self.cost_weight, "needs a joint loss, such as loss='joint'", f"loss={self.loss!r}"
             )
+        return self
+
+    @property
+    def resolved_targets(self) -> str:
+        """The targets, where None is given as well."""
+        return self.targets or ("soft" if self.loss == SEPARATE else "labels")
+
+    def resolved(self) -> TrainingConfig:
+        """This config with the value in place of every None that depends on another setting."""
+        alone = self.loss == SEPARATE
+        optimizer = self.optimizer or ("muon" if alone else "adam")
+        softened = alone and self.resolved_targets == "soft"
+        values: dict[str, Any] = {
+            "targets": self.resolved_targets,
+            "temperature": 2.0 if softened else 1.0,
+            "cost_weight": None if alone else 1.0,
+            "optimizer": optimizer,
+            "lr": LR[optimizer],
+            "weight_decay": WEIGHT_DECAY[optimizer],
+            "schedule": "cosine" if alone else "constant",
+        }
+        return self.changed(**{name: value for name, value in values.items() if getattr(self, name) is None})
 
 
-def check_epochs(epochs: int) -> None:
-    """Refuse what is no number of epochs.
+def choices(field: str) -> tuple[str, ...]:
+    """The words that a setting can have, such as those of "targets".
 
-    Raises:
-        PteeError: naming it.
+    Args:
+        field: name of a field of `TrainingConfig` that takes words.
     """
-    require_number("epochs", epochs, Integral, "a whole number")
-    if epochs < 1:
-        raise PteeError(f"The epochs {epochs} must be positive.")
+    kinds = [TrainingConfig.model_fields[field].annotation, *get_args(TrainingConfig.model_fields[field].annotation)]
+    return tuple(word for kind in kinds for word in get_args(kind) if isinstance(word, str))
 
 
-def require_number(name: str, value: Any, kind: type, words: str) -> None:
-    """Refuse another kind of value.
+def epochs_for(images: int, batch_size: int) -> int:
+    """How many epochs "auto" stands for: enough updates, and not too many passes over the data.
 
-    Raises:
-        PteeError: naming the argument.
+    Args:
+        images: number of training images.
+        batch_size: images in each update.
     """
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise PteeError(f"The {name} {value!r} must be {words}.")
+    return min(max(MIN_EPOCHS, -(-UPDATES * batch_size // images)), MAX_EPOCHS)
+
+
+def shift_for(input_size: tuple[int, int, int]) -> int:
+    """How many pixels "auto" stands for, where some head reads maps.
+
+    Args:
+        input_size: (c, h, w).
+    """
+    return min(input_size[1:]) // SHIFTED_PART
+
+
+def _clash(name: str, value: Any, needs: str, given: str) -> PteeError:
+    error = PteeError(
+        f"{name}={value!r} {needs}, and this training has {given}. Leave {name} out, or change the others."
+    )
+    vars(error).update(argument=name, value=value)
+    return error

@@ -29,7 +29,8 @@ from torch import Tensor
 from ptee._common.errors import PteeError, unknown
 
 Loss = Callable[..., Tensor]
-ALONE = "each"  # the loss in which no exit hears of the others; temperature, reach and mixup are for it only
+SEPARATE = "separate"  # the loss in which every head learns for itself
+ALONE = "each"  # its name of before
 CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `each_loss`
 
 
@@ -152,7 +153,11 @@ def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
     return (torch.special.xlogy(target, target) - target * log_y).sum(-1)
 
 
-LOSSES: dict[str, Loss] = {"mc": mc_loss, "cost": cost_loss, "v1": v1_loss, "v2": v2_loss, ALONE: each_loss}
+LOSSES: dict[str, Loss] = {
+    SEPARATE: each_loss, "joint": v1_loss, "joint_each_exit": v2_loss, "mc": mc_loss, "cost": cost_loss,
+}  # fmt: skip
+ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit"}  # the names of before
+LOSSES |= {alias: LOSSES[name] for alias, name in ALIASES.items()}
 
 
 def get_loss(name: str) -> Loss:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ptee.model.early_exit import EarlyExitModel, Reading
-from ptee.training.config import Settings
 from ptee.training.losses import ALONE, each_loss, get_loss
 from ptee.training.mixing import Mixture, as_probabilities, displacements, mix, mixture, shift
+from ptee.training.settings import Settings
 
 
 @dataclass(frozen=True)

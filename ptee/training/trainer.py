@@ -35,11 +35,11 @@ from ptee.model.early_exit import EarlyExitModel, Reading, require_early_exit
 from ptee.model.forward import COLLAPSED
 from ptee.training import checkpoint
 from ptee.training.checkpoint import Reached
-from ptee.training.config import Settings, check_epochs
 from ptee.training.feature_cache import Cache, Estimate, entries, fill
 from ptee.training.history import Epoch, History
 from ptee.training.losses import ALONE
 from ptee.training.optimizers import make_optimizer
+from ptee.training.settings import Settings, check_epochs
 from ptee.training.step import Found, Step, Sums, moved, rows_of
 from ptee.training.views import Views
 

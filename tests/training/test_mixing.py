@@ -8,8 +8,8 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.training.config import Settings
 from ptee.training.mixing import Mixture, as_probabilities, displacements, mix, mixture, shift
+from ptee.training.settings import Settings
 from ptee.training.step import Step
 
 b, SIZE = 6, (3, 16, 16)

@@ -1,0 +1,135 @@
+"""Typed settings: pydantic models whose errors are one line that names the argument, its value and what is possible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
+from typing_extensions import Self
+
+from ptee._common.errors import PteeError, UnknownName, possible
+
+LONGEST_VALUE = 60  # letters of a value that a message repeats
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and truth values as Python's own; anything else as it is."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+Whole = Annotated[int, BeforeValidator(_plain), Field(strict=True)]
+Number = Annotated[float, BeforeValidator(_plain), Field(strict=True, allow_inf_nan=False)]
+YesNo = Annotated[StrictBool, BeforeValidator(_plain)]
+
+
+class FrozenConfig(BaseModel):
+    """A frozen set of settings. A value that cannot be is refused with a one-line `PteeError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise from_pydantic(error, fields=type(self).model_fields) from None
+
+    def changed(self, **changes: Any) -> Self:
+        """A checked copy with some fields changed; fields that were never set keep following their default.
+
+        Args:
+            changes: new values of fields.
+        """
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+
+def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str] = ()) -> PteeError:
+    """What pydantic found wrong, as one line about its first finding.
+
+    Args:
+        error: what pydantic raised.
+        where: what the dotted path of the setting begins with, such as "training".
+        fields: the settings that exist, to name the nearest one of an unknown one.
+
+    >>> class Example(BaseModel):
+    ...     lr: Number = Field(0.1, gt=0)
+    >>> try:
+    ...     Example(lr=-1)
+    ... except ValidationError as error:
+    ...     print(from_pydantic(error, where="training"))
+    training.lr=-1 must be above 0.
+    """
+    findings = error.errors(include_url=False)
+    first = findings[0]
+    place = _place(first["loc"])
+    path = ".".join(filter(None, [where, place]))
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, PteeError):  # of a rule, or of settings inside these
+        return _within(path, inner)
+    if first["type"] == "extra_forbidden":
+        return _fault(UnknownName, path, first["input"], f"is unknown.{possible(place, fields)}")
+    if first["type"] == "missing":
+        return _fault(PteeError, path, None, "is missing.", shown=False)
+    of_this = [finding for finding in findings if _place(finding["loc"]) == place]
+    if all(finding["type"] == "literal_error" for finding in of_this):
+        choices = [choice for finding in of_this for choice in _choices(finding)]
+        return _fault(UnknownName, path, first["input"], f"is unknown.{possible(str(first['input']), choices)}")
+    words = dict.fromkeys(_possible(finding) for finding in of_this)
+    return _fault(PteeError, path, first["input"], f"must be {', or '.join(words)}.")
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """The dotted path of a setting, without the members of a union that pydantic puts behind it."""
+    parts = [f"[{part}]" if isinstance(part, int) else part for part in loc]
+    names = [part for part in parts if re.fullmatch(r"[a-z_][a-z_0-9]*|\[\d+\]", part)]
+    names = [name for name in names if name not in ("int", "float", "bool", "str", "none")]
+    return ".".join(names).replace(".[", "[")
+
+
+def _choices(finding: Mapping[str, Any]) -> list[str]:
+    return re.findall(r"'([^']*)'", finding["ctx"]["expected"])
+
+
+def _possible(finding: Mapping[str, Any]) -> str:
+    """What would have been possible, to stand behind "must be"."""
+    kind, ctx = finding["type"], finding.get("ctx", {})
+    if kind == "literal_error":
+        return str(ctx["expected"])
+    if kind in _LIMITS:
+        return _LIMITS[kind].format(**ctx)
+    return _KINDS.get(kind) or finding["msg"].replace("Input should be ", "").replace("Input should ", "")
+
+
+_KINDS = {
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "True or False", "string_type": "text",
+}  # fmt: skip
+_LIMITS = {
+    "greater_than": "above {gt:.12g}", "greater_than_equal": "{ge:.12g} or more", "less_than": "below {lt:.12g}",
+    "less_than_equal": "{le:.12g} or less",
+}  # fmt: skip
+
+
+def _within(path: str, error: PteeError) -> PteeError:
+    """The same error about settings that lie inside others: its message begins with the name of the setting."""
+    if not path:
+        return error
+    outer = type(error)(f"{path}.{error}")
+    argument = getattr(error, "argument", None)
+    vars(outer).update(argument=argument and f"{path}.{argument}", value=getattr(error, "value", None))
+    return outer
+
+
+def _fault(kind: type[PteeError], path: str, value: Any, words: str, shown: bool = True) -> PteeError:
+    text = repr(value)
+    text = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+    error = kind(f"{path}={text} {words}" if shown else f"{path} {words}")
+    vars(error).update(argument=path, value=value)
+    return error
