@@ -7,18 +7,17 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 from typing_extensions import Self
 
-from ptee._common.errors import PteeError, UnknownName, possible
+from ptee._common.errors import Argument, PteeError, UnknownName, possible
 
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
 
 def _plain(value: Any) -> Any:
     """NumPy's numbers and truth values as Python's own; anything else as it is."""
-    if isinstance(value, (bool, np.bool_)):
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's, without importing it
         return bool(value)
     if isinstance(value, Integral):
         return int(value)
@@ -121,15 +120,14 @@ def _within(path: str, error: PteeError) -> PteeError:
     """The same error about settings that lie inside others: its message begins with the name of the setting."""
     if not path:
         return error
-    outer = type(error)(f"{path}.{error}")
-    argument = getattr(error, "argument", None)
-    vars(outer).update(argument=argument and f"{path}.{argument}", value=getattr(error, "value", None))
-    return outer
+    first, *others = error.parts
+    first = Argument(f"{path}.{first.name}", first.value) if isinstance(first, Argument) else f"{path}: {first}"
+    argument = error.argument and f"{path}.{error.argument}"
+    return type(error)(first, *others, argument=argument, value=error.value)
 
 
 def _fault(kind: type[PteeError], path: str, value: Any, words: str, shown: bool = True) -> PteeError:
     text = repr(value)
     text = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
-    error = kind(f"{path}={text} {words}" if shown else f"{path} {words}")
-    vars(error).update(argument=path, value=value)
-    return error
+    begins = Argument(path, text) if shown else path
+    return kind(begins, f" {words}", argument=path, value=value)

@@ -1,6 +1,6 @@
-"""Thresholds from traces and a wish: what costs least within a drop, or loses least within a cost.
+"""Thresholds from traces and a target: what costs least within a drop, or loses least within a cost.
 
-A wish is met on the traces that were given, and those are a sample: report on other images than those that thresholds
+A target is met on the traces that were given, and those are a sample: report on other images than those that thresholds
 were chosen on.
 """
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee.evaluation.config import ThresholdsConfig
 from ptee.evaluation.threshold_search import ROUNDING, Problem, search
 from ptee.evaluation.traces import Score, Traces
 
-WISHES = {  # kinds, and what a limit is one of, in words
+TARGETS = {  # kinds, and what a limit is one of, in words
     "max_drop": "a drop of accuracy of at most",
     "max_fidelity_drop": "a drop of fidelity of at most",
     "max_cost": "a mean cost of at most",
@@ -31,8 +32,8 @@ MOST_ROWS = 10_000  # of which that is found out; of more it takes minutes, and 
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One of `WISHES` and its limit.
+class Target:
+    """One of `TARGETS` and its limit.
 
     Attributes:
         kind: "max_drop" and "max_fidelity_drop" limit how much accuracy or fidelity may be lost against the bare
@@ -44,17 +45,28 @@ class Wish:
     limit: float
 
     @classmethod
-    def only(cls, wishes: dict[str, float | None]) -> Wish:
+    def of(cls, config: ThresholdsConfig, labelled: bool) -> Target | None:
+        """The target of a recipe; None where its thresholds are given.
+
+        Args:
+            config: the recipe's thresholds.
+            labelled: the images have labels that are classes of the backbone.
+        """
+        found = config.target(labelled)
+        return None if found is None else cls(*found)
+
+    @classmethod
+    def only(cls, targets: dict[str, float | None]) -> Target:
         """The one that is not None.
 
         Raises:
             PteeError: if there is none, there are several, or the limit is out of range.
         """
-        given = {kind: limit for kind, limit in wishes.items() if limit is not None}
+        given = {kind: limit for kind, limit in targets.items() if limit is not None}
         if len(given) != 1:
-            found = f"{' and '.join(given)} are all given" if given else "No wish is given"
+            found = f"{' and '.join(given)} are all given" if given else "No target is given"
             found = found.replace("all", "both") if len(given) == 2 else found
-            raise PteeError(f"{found}: give one of {', '.join(f'{kind}=' for kind in WISHES)}.")
+            raise PteeError(f"{found}: give one of {', '.join(f'{kind}=' for kind in TARGETS)}.")
         ((kind, limit),) = given.items()
         if isinstance(limit, bool) or not isinstance(limit, Real | Tensor):
             raise PteeError(f"{kind} is {limit!r}: give a number, such as {0.6 if kind == 'max_cost' else 0.01}.")
@@ -67,7 +79,7 @@ class Wish:
         return cls(kind, float(limit))
 
     def __str__(self) -> str:
-        return f"{WISHES[self.kind]} {self.limit:g}"
+        return f"{TARGETS[self.kind]} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -75,16 +87,16 @@ class Solution:
     """Thresholds and what they come to on the traces they were found on. Prints as a sentence.
 
     Attributes:
-        wish: what was asked for.
+        target: what was asked for.
         threshold: (E) T of each exit; 2.0, which nobody reaches, for those that are off.
         off: exits that do not pay here: nobody leaves there, and their heads need not exist.
         score: accuracy, fidelity and cost on those traces; heads of exits that are off are not counted.
         backbone: the same of the bare backbone.
         samples: n.
-        margin: how much of the wish's limit was kept in reserve for other images.
+        margin: how much of the target's limit was kept in reserve for other images.
     """
 
-    wish: Wish
+    target: Target
     threshold: tuple[float, ...]
     off: tuple[int, ...]
     score: Score
@@ -125,7 +137,7 @@ class Solution:
         walls = ", ".join(f"{t:.4f}" for t in self.threshold)
         reserve = f" less {self.margin:.4f} in reserve" if self.margin else ""
         return (
-            f"T = {walls} for {self.wish}{reserve}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
+            f"T = {walls} for {self.target}{reserve}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
             f"on the {self.samples:,} images they were found on.{off}"
         )
 
@@ -143,9 +155,9 @@ def solve(
     one: bool = False,
     margin: float | str = 0.0,
 ) -> Solution:
-    """The thresholds that meet a wish best on these traces, and the exits that are better off.
+    """The thresholds that meet a target best on these traces, and the exits that are better off.
 
-    Give one wish. Of a largest drop, what costs least within it; of a largest cost, what loses least accuracy (without
+    Give one target. Of a largest drop, what costs least within it; of a largest cost, what loses least accuracy (without
     labels: fidelity). Never worse than the best single threshold, and than leaving exits off.
 
     Args:
@@ -160,54 +172,54 @@ def solve(
             less in reserve.
 
     Raises:
-        PteeError: if there is not exactly one wish, or it cannot be met; then what can be is said.
+        PteeError: if there is not exactly one target, or it cannot be met; then what can be is said.
     """
-    wish = Wish.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
-    return solve_wish(traces, wish, one=one, margin=margin)
+    target = Target.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
+    return solve_target(traces, target, one=one, margin=margin)
 
 
-def solve_wish(traces: Traces, wish: Wish, *, one: bool = False, margin: float | str = 0.0) -> Solution:
-    """`solve` for a wish that was read already."""
+def solve_target(traces: Traces, target: Target, *, one: bool = False, margin: float | str = 0.0) -> Solution:
+    """`solve` for a target that was read already."""
     if margin == AUTO:
-        return _with_reserve(traces, wish, one)
-    margin = checked_margin(wish, margin)
-    require_reachable(wish, min(_costs_alone(traces)), margin)
-    limited = "cost" if wish.kind == "max_cost" else "loss"
+        return _with_reserve(traces, target, one)
+    margin = checked_margin(target, margin)
+    require_reachable(target, min(_costs_alone(traces)), margin)
+    limited = "cost" if target.kind == "max_cost" else "loss"
     heads = torch.zeros_like(traces.costs[:-1]) if traces.head_costs is None else traces.head_costs
     problem = Problem(
         traces.confidence[:-1],
-        _loss(traces, wish),
+        _loss(traces, target),
         traces.costs,
         heads,
         traces.reading,
         limited=limited,
-        limit=wish.limit - margin,
+        limit=target.limit - margin,
     )
     choice = search(problem, one)
     if choice is None:
         raise PteeError(
-            f"{str(wish).capitalize()} cannot be reached: too many confidences are no numbers. Train the heads again."
+            f"{str(target).capitalize()} cannot be reached: too many confidences are no numbers. Train the heads again."
         )
     off = tuple(n for n, here in enumerate(choice.on.tolist()) if not here)
     walls = tuple(problem.walls(choice.taken, one))
-    return Solution(wish, walls, off, scored(traces, walls, off), _bare(traces), problem.rows, margin)
+    return Solution(target, walls, off, scored(traces, walls, off), _bare(traces), problem.rows, margin)
 
 
-def _with_reserve(traces: Traces, wish: Wish, one: bool) -> Solution:
+def _with_reserve(traces: Traces, target: Target, one: bool) -> Solution:
     """What costs least of one T and, if that is allowed, of one for each exit, both less what they would lose elsewhere."""
-    if wish.kind == "max_cost":
-        return solve_wish(traces, wish, one=one)
+    if target.kind == "max_cost":
+        return solve_target(traces, target, one=one)
     traces = replace(traces, logits=None)  # they are large, and nobody asks for them
     found, kept = [], []
     for way in (True,) if one or len(traces.costs) == 2 else (True, False):
-        more = _optimism(traces, wish, way)
-        found.append(solve_wish(traces, wish, one=way, margin=min(max(more, 0.0), wish.limit)))
-        kept += found[-1:] if more <= wish.limit else []  # of the others even a margin of all may be too little
+        more = _optimism(traces, target, way)
+        found.append(solve_target(traces, target, one=way, margin=min(max(more, 0.0), target.limit)))
+        kept += found[-1:] if more <= target.limit else []  # of the others even a margin of all may be too little
     return min(kept or found[:1], key=lambda s: s.cost)
 
 
-def _optimism(traces: Traces, wish: Wish, one: bool) -> float:
-    """How much more than the wish allows is lost on images that the thresholds were not chosen on."""
+def _optimism(traces: Traces, target: Target, one: bool) -> float:
+    """How much more than the target allows is lost on images that the thresholds were not chosen on."""
     drawn = torch.randperm(traces.answers.shape[1], generator=torch.Generator().manual_seed(0))[:MOST_ROWS]
     traces, rows = traces.rows(drawn), len(drawn)
     if rows < 2 * FOLDS:
@@ -215,38 +227,38 @@ def _optimism(traces: Traces, wish: Wish, one: bool) -> float:
     order, loss = torch.arange(rows), 0.0
     for fold in range(FOLDS):
         left_out = order % FOLDS == fold
-        found = solve_wish(traces.rows(~left_out), wish, one=one)
+        found = solve_target(traces.rows(~left_out), target, one=one)
         other = traces.rows(left_out)
-        loss += _loss(other, wish).gather(0, other.leaving(found.threshold)[None]).sum().item()
-    return loss / rows - wish.limit
+        loss += _loss(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
+    return loss / rows - target.limit
 
 
-def _loss(traces: Traces, wish: Wish) -> Tensor:
+def _loss(traces: Traces, target: Target) -> Tensor:
     """(E+1, n) what is lost where a row leaves: 1 for a right answer less than the backbone, -1 for one more."""
-    require_labels(wish, labelled=traces.targets is not None, why=traces.note)
-    wanted = traces.answers[-1] if wish.kind == "max_fidelity_drop" else traces.targets
+    require_labels(target, labelled=traces.targets is not None, why=traces.note)
+    wanted = traces.answers[-1] if target.kind == "max_fidelity_drop" else traces.targets
     right = traces.answers.eq(traces.answers[-1] if wanted is None else wanted).double()
     return right[-1] - right
 
 
-def require_labels(wish: Wish, labelled: bool, why: str = "") -> None:
+def require_labels(target: Target, labelled: bool, why: str = "") -> None:
     """Refuse a drop of accuracy where there is none.
 
     Args:
-        wish: any; the others need no labels.
+        target: any; the others need no labels.
         labelled: whether the images have labels that are classes of the backbone.
         why: they have not, in a sentence.
 
     Raises:
         PteeError: saying what is possible.
     """
-    if wish.kind == "max_drop" and not labelled:
+    if target.kind == "max_drop" and not labelled:
         why = why or "These images have no labels that are classes of the backbone."
         raise PteeError(f"{why} So no accuracy can be lost: give max_fidelity_drop= or max_cost=.")
 
 
-def checked_margin(wish: Wish, margin: float | str) -> float:
-    """What is kept in reserve of a wish, as a number; of "auto" nothing is known before the traces are.
+def checked_margin(target: Target, margin: float | str) -> float:
+    """What is kept in reserve of a target, as a number; of "auto" nothing is known before the traces are.
 
     Raises:
         PteeError: if it is none, or leaves nothing of an allowed drop.
@@ -255,20 +267,20 @@ def checked_margin(wish: Wish, margin: float | str) -> float:
         return 0.0
     if isinstance(margin, bool) or not isinstance(margin, Real) or not 0 <= margin < math.inf:
         raise PteeError(
-            f"margin is {margin}: give what to keep in reserve of {wish}, such as {wish.limit / 4:g}, or {AUTO!r}."
+            f"margin is {margin}: give what to keep in reserve of {target}, such as {target.limit / 4:g}, or {AUTO!r}."
         )
-    if wish.kind != "max_cost" and margin > wish.limit:
+    if target.kind != "max_cost" and margin > target.limit:
         raise PteeError(
-            f"{str(wish).capitalize()} leaves nothing after a margin of {margin:g}. Give a margin of {wish.limit:g} or less."
+            f"{str(target).capitalize()} leaves nothing after a margin of {margin:g}. Give a margin of {target.limit:g} or less."
         )
     return float(margin)
 
 
-def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
+def require_reachable(target: Target, least: float, margin: float = 0.0) -> None:
     """Refuse a cost below all that is possible.
 
     Args:
-        wish: any; drops are never refused.
+        target: any; drops are never refused.
         least: what leaving everybody at the cheapest exit costs, with no other head there. With all exits off it is 1.
         margin: to be kept in reserve.
 
@@ -276,8 +288,8 @@ def require_reachable(wish: Wish, least: float, margin: float = 0.0) -> None:
         PteeError: saying what is possible.
     """
     possible = min(least, 1.0)
-    if wish.kind == "max_cost" and wish.limit - margin < possible - ROUNDING:
-        asked = f"{wish} less a margin of {margin:g}" if margin else f"{wish}"
+    if target.kind == "max_cost" and target.limit - margin < possible - ROUNDING:
+        asked = f"{target} less a margin of {margin:g}" if margin else f"{target}"
         raise PteeError(
             f"{asked.capitalize()} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
             f"backbone. Give {math.ceil((possible + margin) * 100) / 100:g} or more."
@@ -364,12 +376,12 @@ def curve(
     Where "auto" keeps so much in reserve of a drop that a smaller one costs less, the thresholds are those of the smaller.
     """
     kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
-    wishes = [Wish.only({kind: drop}) for drop in drops]
-    found: dict[Wish, Solution] = {}
-    for wish in sorted(wishes, key=lambda wish: wish.limit):
-        own = solve_wish(traces, wish, one=one, margin=margin)
+    targets = [Target.only({kind: drop}) for drop in drops]
+    found: dict[Target, Solution] = {}
+    for target in sorted(targets, key=lambda target: target.limit):
+        own = solve_target(traces, target, one=one, margin=margin)
         best = min([own, *found.values()], key=lambda s: s.cost)
-        found[wish] = (
-            own if best is own else replace(best, wish=wish, margin=wish.limit - best.wish.limit + best.margin)
+        found[target] = (
+            own if best is own else replace(best, target=target, margin=target.limit - best.target.limit + best.margin)
         )
-    return tuple(found[wish] for wish in wishes)
+    return tuple(found[target] for target in targets)

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError
 from ptee.data.sources import Data
-from ptee.evaluation.targets import Solution, Wish, solve_wish
+from ptee.evaluation.targets import Solution, Target, solve_target
 from ptee.evaluation.traces import record
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
@@ -37,7 +37,7 @@ def tune(
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Solution:
-    """Choose a model's thresholds on data, by one wish, and set them; exits that do not pay are switched off.
+    """Choose a model's thresholds on data, by one target, and set them; exits that do not pay are switched off.
 
     Report on other images than these.
 
@@ -58,17 +58,17 @@ def tune(
         The thresholds, the exits that do not pay, and what they come to on these data.
 
     Raises:
-        PteeError: if there is not exactly one wish, or it cannot be met; then what can be is said.
+        PteeError: if there is not exactly one target, or it cannot be met; then what can be is said.
     """
     require_early_exit(model)
-    wish = Wish.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
+    target = Target.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
     home, was_training = next(model.heads.parameters()).device, model.training
     try:
         model.to(home if device is None else resolve_device(device))
         traces = record(model, data, batch_size=batch_size, num_workers=num_workers, logits=False)
     finally:
         model.to(home).train(was_training)
-    found = solve_wish(traces, wish, one=one, margin=margin)
+    found = solve_target(traces, target, one=one, margin=margin)
     model.threshold, model.off = found.threshold, found.off
     return found
 
@@ -156,25 +156,25 @@ def parts_for_all(runs: Sequence[Unseen]) -> Parts:
     return parts_for_tuning(first.data, first.images, first.seed)
 
 
-def kept(solution: Solution, results: Mapping[str, Any]) -> str:
-    """How a wish fares on the images that are reported on, and how well that is known, in a sentence.
+def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
+    """How a target fares on the images that are reported on, and how well that is known, in a sentence.
 
     Args:
         solution: found on other images.
         results: JSON-able, of an evaluation on these.
     """
-    wish, backbone, own = solution.wish, results["rows"][0], results["rows"][-1]
+    target, backbone, own = solution.target, results["rows"][0], results["rows"][-1]
     found, n = f"a cost of {own['cost']:.4f}", results["samples"]
-    if wish.kind == "max_drop" and own["accuracy"] is not None:
+    if target.kind == "max_drop" and own["accuracy"] is not None:
         drop = backbone["accuracy"] - own["accuracy"]
         found = f"{abs(drop):.4f} of accuracy {'gained' if drop < 0 else 'lost'}"
-    elif wish.kind != "max_cost":
+    elif target.kind != "max_cost":
         found = f"{1 - own['fidelity']:.4f} of fidelity lost"
-    if wish.kind != "max_cost":
+    if target.kind != "max_cost":
         # Other answers lose one each at most. Agresti and Coull: with two more of either kind, none is not taken for never.
         others = ((1 - own["fidelity"]) * n + 2) / (n + 4)
         found += f", give or take {BOTH_SIDES * math.sqrt(others / (n + 4)):.4f} on {n:,} images"
-    return f"Asked for {wish}; on images that the thresholds were not chosen on: {found}."
+    return f"Asked for {target}; on images that the thresholds were not chosen on: {found}."
 
 
 def _size(part: Any) -> int:

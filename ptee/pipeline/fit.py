@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
 from torch import nn
 
 from ptee._common.devices import resolve_device
@@ -24,7 +23,7 @@ from ptee.evaluation.targets import Target, require_labels, require_reachable
 from ptee.evaluation.tuning import Unseen, describe_outcome, parts_for_tuning, tune
 from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
 from ptee.exits.front import FrontHead, named_front
-from ptee.exits.placement import read_places
+from ptee.exits.places import read_places
 from ptee.model import saving
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
@@ -152,7 +151,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     complete: list[Epoch] = []
     try:
         history = _train(model, for_heads, recipe, job, complete)
-        if not PartialState().is_main_process:  # of several processes the first goes on alone
+        if not _speaks_for_all():
             return model
         model.results = {"data": _about(data)}
         _set_confidence(model, for_confidence, recipe, job)
@@ -167,6 +166,13 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         raise Interrupted(f"Interrupted: the run in {job.out} is complete but for its results. {job.again}".strip()) from why
     _save(model, history, recipe, job)
     return model
+
+
+def _speaks_for_all() -> bool:
+    """Of several processes that train together, the first goes on alone."""
+    from accelerate.state import PartialState
+
+    return bool(PartialState().is_main_process)
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
@@ -284,7 +290,7 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         complete.append(epoch)
         if job.out is not None:
             _clear(job.out)
-        job.log(epoch.line)
+        job.log(epoch.line(_epochs(recipe, data)))
 
     history = train(
         model,

@@ -17,8 +17,7 @@ from ptee._common.files import replace_file
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.evaluation.config import ThresholdsConfig
 from ptee.exits.config import ExitsConfig
-from ptee.training.config import TrainingConfig
-from ptee.training.losses import ALIASES, SEPARATE
+from ptee.training.config import ALIASES, SEPARATE, TrainingConfig
 
 LARGEST_FILE = 2**18  # bytes; a recipe has about two thousand
 DEFAULT = "ptee"

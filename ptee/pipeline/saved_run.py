@@ -5,24 +5,32 @@ What a run says of its data is not trusted where a stranger may have written it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset
 
-from ptee._common.errors import DataError, RunError
+from ptee._common.errors import Argument, DataError, PteeError, RunError
 from ptee.backbones.load import rebuild
 from ptee.data.sources import Data
-from ptee.evaluation.tuning import Unseen, parts_for_tuning
-from ptee.model import saving as runs
+from ptee.evaluation.comparison import compare
+from ptee.evaluation.comparison_table import Comparison
+from ptee.evaluation.config import TARGETS
+from ptee.evaluation.results import Results, evaluate
+from ptee.evaluation.targets import Target, require_labels
+from ptee.evaluation.tuning import Unseen, describe_outcome, parts_for_all, parts_for_tuning
+from ptee.model import saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
-from ptee.pipeline import asked
-from ptee.pipeline.asked import Options
-from ptee.pipeline.demo import INPUT_SIZE
+from ptee.pipeline.fit import Job, Log, choose_thresholds
+from ptee.pipeline.images import has_labels, open_images
+from ptee.pipeline.recipe import make_recipe
+
+FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
 
-class Reopened(NamedTuple):
+class OpenRun(NamedTuple):
     """A saved run and its data, or others.
 
     Attributes:
@@ -39,8 +47,8 @@ class Reopened(NamedTuple):
 
     @property
     def tiny(self) -> bool:
-        """The images are as small as the digits."""
-        return self.model.origin.input.input_size == INPUT_SIZE
+        """The images are so small that one CPU thread is faster than several."""
+        return self.model.plan.macs < FEW_MACS
 
     def left_by_tuning(self, given: bool) -> tuple[Any, str]:
         """Of images that the thresholds were chosen on, only those that were left; and a sentence about them.
@@ -74,35 +82,104 @@ class Reopened(NamedTuple):
         return parts.report, words + ("" if here else known)
 
 
-def reopened(run: str, o: Options) -> Reopened:
-    """Open a run.
+def open_run(
+    run: str, *, weights: Path | None = None, data: str | None = None, data_root: Path | None = None
+) -> OpenRun:
+    """Open a saved run, with images that its heads have not seen.
 
     Args:
         run: a folder, or user/repo on the hub.
-        o: options of the command: where its weights and its data are, if not where it says.
+        weights: a file with the backbone's weights, if they are not where the run says.
+        data: other images than those that the run was made with: a folder, or the name of a data set.
+        data_root: where a data set of torchvision lies.
 
     Raises:
-        DataError: if it does not say which data it was measured on, or they have changed.
+        DataError: if the run does not say which images it was made with, or they have changed.
         PteeError: as of `load`.
     """
-    model = load(run, _moved_backbone(run, o["weights"]))
+    model = load(run, _moved_backbone(run, weights))
     recorded = _recorded_data(run, model)
-    source = o["data"] or recorded.get("source")
+    source = data or recorded.get("source")
     if not source:
-        raise DataError(f"{run} does not say which data it was measured on. Give --data FOLDER.")
-    root, seed = o["data_root"] or recorded.get("root"), recorded.get("seed", 0)
-    named = not o["data"] and not Path(source).is_absolute()  # of folders the whole path is recorded
-    data, labels = asked.images(source, model.origin, seed=seed, root=root, named=named)
-    images, words = _unseen(data, recorded, run)
+        raise DataError(f"{run} does not say which images it was made with. Give some: ", Argument("data", "FOLDER"), ".")
+    root, seed = data_root or recorded.get("root"), recorded.get("seed", 0)
+    named = not data and not Path(source).is_absolute()  # of folders the whole path is recorded
+    found, labels = open_images(source, model.origin, seed=seed, root=root, named=named)
+    images, words = _unseen(found, recorded, run)
     accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
-    return Reopened(model, Unseen(run, data, images, seed), words, accuracy)
+    return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)
+
+
+def measure(model: EarlyExitModel, images: Any, about: str, *, threshold: Any = None, **how: Any) -> Results:
+    """The results of a model on images.
+
+    Args:
+        model: with its thresholds.
+        images: a data set.
+        about: the images, in a sentence.
+        threshold: another T; None for the model's own.
+        how: batch_size, num_workers, device and speed, as of `evaluate`.
+    """
+    return evaluate(model, images, threshold=threshold, about=about, **how)
+
+
+def tune_run(opened: OpenRun, settings: Mapping[str, Any], *, log: Log, speed: bool, **how: Any) -> dict[str, Any]:
+    """Choose the thresholds of a saved run anew, measure them on other images, and keep both in the run.
+
+    Args:
+        opened: a run on this disk.
+        settings: of the thresholds, by path: a target, a margin.
+        log: is told what was found.
+        speed: measure images per second, too.
+        how: batch_size, num_workers and device.
+
+    Raises:
+        PteeError: if there is no target, or it cannot be met.
+    """
+    recipe = make_recipe(None, {**settings, "training.batch_size": how["batch_size"]})
+    labelled = has_labels(opened.unseen.data)
+    model, folder = opened.model, Path(opened.unseen.run)
+    if all(settings.get(f"thresholds.{name}") is None for name in TARGETS):
+        choices = [Argument(name) for name in TARGETS[1:]]
+        raise PteeError("What are the thresholds to meet? Give one of ", choices[0], ", ", choices[1], " and ", choices[2], ".")
+    target = Target.of(recipe.thresholds, labelled)
+    assert target is not None
+    require_labels(target, labelled)
+    job = Job(device=how["device"], num_workers=how["num_workers"], log=log)
+    report, found = choose_thresholds(model, opened.unseen, target, recipe, job)
+    images = (model.results or {})["tuning"]["images"]
+    results = measure(model, report, f"{opened.words} {images}", speed=speed, **how)
+    log(f"\n{results}")
+    model.results = (model.results or {}) | results.to_dict()
+    saving.update(folder, threshold=model.threshold, off=list(model.off), results=model.results)
+    log(describe_outcome(found, model.results))
+    return model.results
+
+
+def compare_runs(runs: Mapping[str, OpenRun], *, log: Log, **how: Any) -> Comparison:
+    """Compare saved runs on images that none of them has seen.
+
+    Args:
+        runs: by what to call them.
+        log: is told which images those are.
+        how: as of `compare`.
+
+    Raises:
+        PteeError: as of `compare`, and if there are no such images.
+    """
+    first = next(iter(runs.values()))
+    parts = parts_for_all([run.unseen for run in runs.values()])
+    about = f"{first.unseen.data.source}. {parts.words}"
+    log(f"{about} {first.accuracy}")
+    models = {name: run.model for name, run in runs.items()}
+    return compare(models, parts.calibration, parts.report, about=about, **how)
 
 
 def _moved_backbone(run: str, weights: Path | None) -> Any:
     """The backbone of a run, with its weights from another place; None to look where the run says."""
     if weights is None:
         return None
-    source = runs.read(run).source
+    source = saving.read(run).source
     if source is None:
         raise RunError(f"{run} cannot be evaluated from the command: its backbone is a Python module. Use ptee.load.")
     return rebuild(source | {"weights": {"file": str(weights)}}).module

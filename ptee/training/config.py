@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
-from ptee.training.losses import ALIASES, SEPARATE
 
+SEPARATE = "separate"  # the loss in which every head learns for itself
+ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit"}  # older names of losses
 MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
 SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
 Auto = Literal["auto"]
@@ -168,8 +169,5 @@ def shift_for(input_size: tuple[int, int, int]) -> int:
 
 
 def _clash(name: str, value: Any, needs: str, given: str) -> PteeError:
-    error = PteeError(
-        f"{name}={value!r} {needs}, and this training has {given}. Leave {name} out, or change the others."
-    )
-    vars(error).update(argument=name, value=value)
-    return error
+    words = f" {needs}, and this training has {given}. Leave {name} out, or change the others."
+    return PteeError(Argument(name, repr(value)), words, argument=name, value=value)

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptee._common.errors import PteeError, unknown
+from ptee.training.config import ALIASES, SEPARATE
 
 Loss = Callable[..., Tensor]
-SEPARATE = "separate"  # the loss in which every head learns for itself
 ALONE = "each"  # its name of before
 CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `each_loss`
 
@@ -156,7 +156,6 @@ def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {
     SEPARATE: each_loss, "joint": v1_loss, "joint_each_exit": v2_loss, "mc": mc_loss, "cost": cost_loss,
 }  # fmt: skip
-ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit"}  # the names of before
 LOSSES |= {alias: LOSSES[name] for alias, name in ALIASES.items()}
 
 
