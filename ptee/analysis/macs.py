@@ -63,6 +63,7 @@ class _Step:
     product: bool
 
 
+@torch.inference_mode(False)
 def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Counts:
     """Count what one forward pass of `module` costs, and how much of it has run at each module's output.
 

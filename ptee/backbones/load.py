@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ptee._common.errors import BackboneError, PteeError, unknown
@@ -79,6 +80,7 @@ class _Built:
     classes: int | None  # of its configuration: 1000 for ImageNet-1k, and only for that
 
 
+@torch.inference_mode(False)
 def load_backbone(
     model: str | nn.Module,
     *,

@@ -361,6 +361,7 @@ def _final_cost(exits: Sequence[Exit], convention: str) -> float:
     return 1 + sum(e.head_cost for e in exits) if convention == "full" else 1.0
 
 
+@torch.inference_mode(False)
 def plan(
     model: Any,
     *,

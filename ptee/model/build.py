@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, RunError, unknown
@@ -18,6 +19,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import check_weights, front_of, network_of
 
 
+@torch.inference_mode(False)
 def augment(
     model: str | nn.Module,
     *,
@@ -68,6 +70,7 @@ def augment(
     return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
 
 
+@torch.inference_mode(False)
 def build(
     backbone: Backbone,
     *,
@@ -89,6 +92,7 @@ def build(
     return EarlyExitModel(backbone, plan, plan.make_heads(front if isinstance(front, FrontHead) else None))
 
 
+@torch.inference_mode(False)
 def load(
     folder: str | Path, backbone: nn.Module | None = None, front: nn.Module | None = None, **hub: Any
 ) -> EarlyExitModel:

@@ -130,6 +130,7 @@ def _plain(row: Rated) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(row).items()}
 
 
+@torch.inference_mode(False)
 def choose_exits(
     model: str | nn.Module | Backbone,
     data: Any,
