@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, unknown
+from ptee._common.process import no_fused_attention
 from ptee.analysis.arithmetic import TOLERANCES, comparable, exact_copy, exact_images, tolerance
 from ptee.analysis.cut_points import random_images
 from ptee.analysis.macs import count
@@ -338,17 +339,14 @@ def _executed(module: nn.Module, image: Tensor) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     counter, executed = FlopCounterMode(display=False), {}
-    fused = torch.backends.mha.get_fastpath_enabled()
     hooks = [
         part.register_forward_hook(lambda *_, name=name: executed.update({name: counter.get_total_flops() / 2}))
         for name, part in module.named_modules()
     ]
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), counter:
+        with no_fused_attention, sdpa_kernel(SDPBackend.MATH), counter:
             module(image)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:
             hook.remove()
     return executed
