@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ptee.model.early_exit import AllExits as AllExits
     from ptee.model.early_exit import EarlyExitModel as EarlyExitModel
     from ptee.model.forward import ExitOutput as ExitOutput
-    from ptee.pipeline.choosing import choose_exits as choose_exits
+    from ptee.pipeline.fit import fit as fit
+    from ptee.pipeline.recipe import Recipe as Recipe
     from ptee.training.calibration import fit_gates as fit_gates
     from ptee.training.trainer import train as train
 
@@ -34,10 +35,11 @@ _HOMES = {
     "ExitOutput": "model.forward",
     "Plan": "exits.plan",
     "PteeError": "_common.errors",
+    "Recipe": "pipeline.recipe",
     "augment": "model.build",
-    "choose_exits": "pipeline.choosing",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.results",
+    "fit": "pipeline.fit",
     "fit_gates": "training.calibration",
     "load": "model.build",
     "plan": "exits.plan",

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON for people and programs, whole or not at all."""
-    text = to_json(values) + "\n"
+    write_text(path, to_json(values) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, whole or not at all."""
     replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 

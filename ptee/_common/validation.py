@@ -108,7 +108,8 @@ def _possible(finding: Mapping[str, Any]) -> str:
 
 _KINDS = {
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "finite_number": "a finite number", "bool_type": "True or False", "string_type": "text",
+    "finite_number": "a finite number", "bool_type": "True or False", "string_type": "text", "tuple_type": "a list",
+    "model_type": "a mapping of settings", "model_attributes_type": "a mapping of settings",
 }  # fmt: skip
 _LIMITS = {
     "greater_than": "above {gt:.12g}", "greater_than_equal": "{ge:.12g} or more", "less_than": "below {lt:.12g}",

@@ -146,7 +146,12 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     show_default=True,
     help="Which lines each run gets in the table; fewer make a short table of many runs.",
 )
-@cloup.option("--html", "page", type=click.Path(path_type=Path), help="Draw accuracy against cost, too, on a page such as curve.html.")
+@cloup.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    help="Draw accuracy against cost, too, on a page such as curve.html.",
+)
 @DATA_AND_BATCH_SIZE
 @WEIGHTS
 @DEVICE
@@ -181,8 +186,16 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
 
 @cloup.command()
 @in_groups(MODEL, EXITS)
-@cloup.option("--batch-sizes", type=Numbers(int, "1,32"), default="1,32", show_default=True, help="Images in a batch, for each measurement.")
-@cloup.option("--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="How often each is timed, in turns.")
+@cloup.option(
+    "--batch-sizes",
+    type=Numbers(int, "1,32"),
+    default="1,32",
+    show_default=True,
+    help="Images in a batch, for each measurement.",
+)
+@cloup.option(
+    "--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="How often each is timed, in turns."
+)
 @cloup.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @DEVICE
 @JSON
@@ -221,7 +234,12 @@ def recipe(name: str) -> None:
     help="A setting and the values to try, such as training.epochs=5,20 or seed=0,1,2. Repeatable: every combination is run.",
 )
 @in_groups(MODEL, DATA)
-@cloup.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for all runs, the table, the CSV and the figure.")
+@cloup.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for all runs, the table, the CSV and the figure.",
+)
 @DEVICE
 def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
     """Fit one model by a RECIPE many times, with other settings each time: one table, one CSV, one figure.
@@ -233,7 +251,20 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 
     axes, base = read_axes(over), make_recipe(recipe)
     backbone = _backbone(o)
-    click.echo(str(run_sweep(lambda seed: _open(backbone, o, seed), backbone, base, axes, o["out"], device=o["device"], num_workers=o["workers"], log=click.echo)))
+    click.echo(
+        str(
+            run_sweep(
+                lambda seed: _open(backbone, o, seed),
+                backbone,
+                base,
+                axes,
+                o["out"],
+                device=o["device"],
+                num_workers=o["workers"],
+                log=click.echo,
+            )
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- from options to values
@@ -250,7 +281,14 @@ def _backbone(o: dict[str, Any]) -> Any:
     from ptee.backbones.load import load_backbone
 
     if o["model"] is None:
-        raise PteeError("Which model? Give ", Argument("model", "NAME"), ", such as ", Argument("model", "resnet50"), ".", argument="model")
+        raise PteeError(
+            "Which model? Give ",
+            Argument("model", "NAME"),
+            ", such as ",
+            Argument("model", "resnet50"),
+            ".",
+            argument="model",
+        )
     keys = ("weights", "pretrained", "num_classes", "input_size", "mean", "std")
     return load_backbone(o["model"], model_args=dict(o["model_args"]), **{key: o[key] for key in keys})
 
@@ -274,7 +312,9 @@ def _data_for(backbone: Any, recipe: Any, o: dict[str, Any]) -> tuple[Any, Any]:
     from ptee.pipeline.demo import imagenette
 
     if o["data"] is None and backbone.label_space == "imagenet-1k":
-        click.echo("No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER.")
+        click.echo(
+            "No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER."
+        )
         o = o | {"data": str(imagenette())}
     data, labels = _open(backbone, o, recipe.seed)
     if labels.indices is not None:
@@ -282,7 +322,9 @@ def _data_for(backbone: Any, recipe: Any, o: dict[str, Any]) -> tuple[Any, Any]:
         return data, recipe
     if recipe.training.resolved_targets == "labels":
         if "targets" in recipe.training.model_fields_set:
-            raise DataError(f"{labels.reason} Give ", Argument("targets", "pseudo"), ".", argument="targets", value="labels")
+            raise DataError(
+                f"{labels.reason} Give ", Argument("targets", "pseudo"), ".", argument="targets", value="labels"
+            )
         recipe = recipe.with_settings({"training.targets": "pseudo"})
         click.echo(f"{labels.reason} The heads learn the backbone's own answers instead.")
         return data, recipe
@@ -355,5 +397,3 @@ def _one_thread() -> AbstractContextManager[None]:
 def _threads(opened: Any) -> AbstractContextManager[None]:
     """One CPU thread for a network as tiny as that on the digits, else as many as torch takes."""
     return _one_thread() if opened.tiny else nullcontext()
-
-

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import cloup
 
 from ptee import __version__
 from ptee._common.errors import Interrupted, PteeError, unknown
@@ -66,7 +65,7 @@ def _failed(message: str, status: int, why: BaseException | None = None) -> int:
     return status
 
 
-class _InOrder(cloup.Group):
+class _InOrder(click.Group):
     """Commands are listed as they are written."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

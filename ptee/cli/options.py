@@ -18,7 +18,9 @@ from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SETTINGS = dict(settings())
-OPTION_OF = {path: f"--{name.replace('_', '-')}" for name, path in OTHER_NAMES.items()}  # others are called as their setting
+OPTION_OF = {
+    path: f"--{name.replace('_', '-')}" for name, path in OTHER_NAMES.items()
+}  # others are called as their setting
 WITH_OPTION: set[str] = set()  # settings that have an option of their own; all others are given by --set
 PREFIX = "setting__"  # of the parameter of such an option; the dots of its path become two underscores
 
@@ -176,14 +178,26 @@ def in_groups(*groups: Decorator) -> Decorator:
 PIXELS = Numbers(example="0.5 or 0.485,0.456,0.406")
 MODEL = cloup.option_group(
     "Model",
-    cloup.option("--model", metavar="NAME", help="A classifier of timm or torchvision: resnet50, timm/NAME, torchvision/NAME."),
-    cloup.option("--weights", type=click.Path(path_type=Path), help="A file of weights (.safetensors, .pth, .pt, .th)."),
+    cloup.option(
+        "--model", metavar="NAME", help="A classifier of timm or torchvision: resnet50, timm/NAME, torchvision/NAME."
+    ),
+    cloup.option(
+        "--weights", type=click.Path(path_type=Path), help="A file of weights (.safetensors, .pth, .pt, .th)."
+    ),
     cloup.option("--pretrained/--no-pretrained", default=True, help="Load the published weights, or take random ones."),
     cloup.option("--num-classes", type=int, help="Number of classes, where it is not the model's own."),
-    cloup.option("--model-arg", "model_args", type=KeyValue(), multiple=True, help="An argument for building the model. Repeatable."),
+    cloup.option(
+        "--model-arg",
+        "model_args",
+        type=KeyValue(),
+        multiple=True,
+        help="An argument for building the model. Repeatable.",
+    ),
     cloup.option("--input-size", type=Size(int, "3,224,224"), help="Size of the images. Default: the model's own."),
     cloup.option("--mean", type=PIXELS, help="Mean of the pixels, for each channel. Default: the model's own."),
-    cloup.option("--std", type=PIXELS, help="Standard deviation of the pixels, for each channel. Default: the model's own."),
+    cloup.option(
+        "--std", type=PIXELS, help="Standard deviation of the pixels, for each channel. Default: the model's own."
+    ),
 )
 WEIGHTS = cloup.option("--weights", type=click.Path(path_type=Path), help="The backbone's weights, if they were moved.")
 DATA_OPTIONS = (
@@ -192,10 +206,14 @@ DATA_OPTIONS = (
         help="A folder of images (train/ and val/, class folders, or tar files), or the name of a data set of torchvision.",
     ),
     cloup.option("--data-root", type=click.Path(path_type=Path), help="Where that data set of torchvision lies."),
-    cloup.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."),
+    cloup.option(
+        "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
+    ),
 )
 DATA = cloup.option_group("Data", *DATA_OPTIONS)
-BATCH_SIZE = cloup.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images in each batch.")
+BATCH_SIZE = cloup.option(
+    "--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images in each batch."
+)
 DATA_AND_BATCH_SIZE = cloup.option_group("Data", *DATA_OPTIONS, BATCH_SIZE)
 RECIPE_OPTIONS = (
     cloup.option(
@@ -246,11 +264,21 @@ TARGET = cloup.option_group(
     "Target (give one)",
     *TARGET_OPTIONS,
     cloup.option("--one-threshold", is_flag=True, help=str(SETTINGS["thresholds.one_threshold"].description)),
-    cloup.option("--margin", type=SettingValue(), default="auto", show_default=True, help=str(SETTINGS["thresholds.margin"].description)),
+    cloup.option(
+        "--margin",
+        type=SettingValue(),
+        default="auto",
+        show_default=True,
+        help=str(SETTINGS["thresholds.margin"].description),
+    ),
 )
 DEVICE = cloup.option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
-SPEED = cloup.option("--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone.")
-THRESHOLD = cloup.option("--threshold", type=Numbers(), help="T: one number, or one for each exit, with commas between.")
+SPEED = cloup.option(
+    "--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone."
+)
+THRESHOLD = cloup.option(
+    "--threshold", type=Numbers(), help="T: one number, or one for each exit, with commas between."
+)
 JSON = cloup.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 OUTPUT = cloup.option_group(
     "Output",

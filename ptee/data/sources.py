@@ -1,4 +1,4 @@
-"""From a data source to data sets: image folders, tar files, torchvision's data sets, scikit-learn's digits.
+"""From a data source to data sets: image folders, tar files, torchvision's data sets, scikit-learn's digits, the demo.
 
     source --open_data--> Data(train, calibration, validation)    heads learn on the first, thresholds are chosen on
                                                                   the second, results are reported on the third
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ptee._common.errors import DataError, UnknownName, possible, unknown
+from ptee.data.demo_images import DEMO, demo_listing, fingerprint
 from ptee.data.pictures import LAYOUTS, PARTS, File, Listing, decode, list_files
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 # 'trainval' contains 'val', so it goes with 'test' alone.
 SPLIT_PAIRS = (("train", "val"), ("train", "valid"), ("train", "test"), ("trainval", "test"), ("train-standard", "val"))
 # Data sets whose mirror images are of another class or of none.
-SIDED = ("digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
+SIDED = (DEMO, "digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 GIVE = "give a folder, 'digits' or the name of a data set of torchvision"
 
@@ -96,7 +97,8 @@ def open_data(
 
     Args:
         source: a folder (of `train/CLASS/*` and `val/CLASS/*`, of `CLASS/*`, or of train.tar, calibration.tar and
-            validation.tar), "digits", or a classification data set of torchvision. A folder goes before a name.
+            validation.tar), "digits", "demo" (digits on canvases, easy and hard ones), or a classification data set of
+            torchvision. A folder goes before a name.
         transform: makes the tensor (c, h, w) of a picture; must be picklable where a loader has workers.
         root: the folder that holds torchvision's data set; the current one if not given.
         seed: which images are drawn for the parts that are not delivered: 10 % of the training images for each.
@@ -105,17 +107,17 @@ def open_data(
         DataError: if the source cannot be read, has too few images, or its parts disagree on the classes.
         UnknownName: if it is neither a folder nor the name of a data set.
     """
-    return _split(_list(source, root or Path()), source, transform, seed)
+    return _split(_list(source, root or Path(), seed), source, transform, seed)
 
 
 def open_named(name: str, *, transform: Callable[[Image], Tensor], root: Path | None = None, seed: int = 0) -> Data:
-    """Open "digits" or a data set of torchvision as `open_data` does, whatever folders of that name there are.
+    """Open "digits", "demo" or a data set of torchvision as `open_data` does, whatever folders of that name there are.
 
     Raises:
         DataError: if it cannot be read.
         UnknownName: if there is no data set of that name.
     """
-    return _split(_list_named(name, root or Path()), name, transform, seed)
+    return _split(_list_named(name, root or Path(), seed), name, transform, seed)
 
 
 def _split(listing: Listing, source: str | Path, transform: Callable[[Image], Tensor], seed: int) -> Data:
@@ -126,6 +128,8 @@ def _split(listing: Listing, source: str | Path, transform: Callable[[Image], Te
         split["files_sha256"] = _hash_of_names(listing)
         for part in parts.values():
             part.files_sha256 = split["files_sha256"]  # for a training that is resumed, which is given a part alone
+    if listing.kind == DEMO:
+        split["rule"], split["pictures_sha256"] = f"drawn with seed {seed}, no digit in two parts", fingerprint(listing)
     mirror = listing.kind in ("folder", "tar") or str(source).lower() not in SIDED
     return Data(**parts, class_names=listing.class_names, source=str(source), split=split, mirror=mirror)
 
@@ -158,7 +162,7 @@ def _hash_of_names(listing: Listing) -> str:
 # Where the pictures are
 
 
-def _list(source: str | Path, root: Path) -> Listing:
+def _list(source: str | Path, root: Path, seed: int) -> Listing:
     name, path = str(source), Path(source).expanduser()
     if not name.strip():
         raise DataError(f"The name of the data source is empty: {GIVE}.")
@@ -168,10 +172,12 @@ def _list(source: str | Path, root: Path) -> Listing:
         raise DataError(f"'{name}' is a file, not a folder: give the folder around it, which should hold {LAYOUTS}.")
     if isinstance(source, Path) or os.sep in name or name.startswith((".", "~")):
         raise DataError(f"Data folder '{name}' does not exist: {GIVE}.")
-    return _list_named(name, root)
+    return _list_named(name, root, seed)
 
 
-def _list_named(name: str, root: Path) -> Listing:
+def _list_named(name: str, root: Path, seed: int) -> Listing:
+    if name == DEMO:
+        return demo_listing(seed)
     return _list_digits() if name == "digits" else _list_torchvision(name, root)
 
 
@@ -195,7 +201,7 @@ def _list_torchvision(name: str, root: Path) -> Listing:
     makers = {key: make for key, make in vars(datasets).items() if inspect.isclass(make) and _has_training_part(make)}
     lower = {key.lower(): key for key in makers}
     if name.lower() not in lower:
-        names = possible(name, lower if name.islower() else makers, first=["digits"], most=len(lower) + 1)
+        names = possible(name, lower if name.islower() else makers, first=["digits", DEMO], most=len(lower) + 1)
         raise UnknownName(f"There is no folder {name!r}, and no data set of that name.{names}")
     make = makers[lower[name.lower()]]
     try:

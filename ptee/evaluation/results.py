@@ -25,7 +25,8 @@ LOST = 0.05  # share of the answers that are not the backbone's above which an e
 SLOWER = 0.95  # of the bare backbone's speed, below which it is more than noise
 WIDEST = 16  # characters of thresholds in the table's first column
 PROBE, FEWEST = 8, 16  # images: to see how long they take; that are timed at least
-ROUND_SECONDS = 8.0  # that one round of timing may take, where FEWEST do not take longer
+SPEED_SECONDS = 20.0  # after which no further round of timing begins
+ROUND_SHARE = 0.4  # of them that one round may take, where FEWEST do not take longer
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def evaluate(
     num_workers: int = 0,
     device: str | torch.device | None = None,
     speed: bool = True,
+    speed_seconds: float = SPEED_SECONDS,
     about: str = "",
 ) -> Results:
     """Measure a model on data: accuracy, fidelity, cost, where samples leave, and speed beside the bare backbone.
@@ -227,6 +229,7 @@ def evaluate(
         num_workers: processes that load a data set.
         device: None: where the model is.
         speed: measure images per second.
+        speed_seconds: for that, in about; but at least four rounds are timed.
         about: a sentence about the data, kept with the results.
 
     Raises:
@@ -244,8 +247,8 @@ def evaluate(
         rows, leaving = _rows(view, traces)
         images = traces.sample.to(place)
         if speed:
-            images = _few_enough(view, images)
-            rows = _timed(view, images, rows, batch_size)
+            images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
+            rows = _timed(view, images, rows, batch_size, speed_seconds)
         return Results(
             model.plan.backbone,
             traces.answers.shape[1],
@@ -291,17 +294,17 @@ def _reliability(traces: Traces, n: int) -> tuple[float, float | None]:
     return calibration_error(h, holds), failure_auroc(h, holds)
 
 
-def _few_enough(model: EarlyExitModel, images: torch.Tensor) -> torch.Tensor:
+def _few_enough(model: EarlyExitModel, images: torch.Tensor, seconds: float) -> torch.Tensor:
     """Some of the images, spread over all, so that timing every way to answer them does not take long."""
     if len(images) <= FEWEST:
         return images
     some = {"backbone": lambda: model.backbone(images[:PROBE])}
     each = in_turns(some, images.device, rounds=1)["backbone"][0] / PROBE
-    affordable = ROUND_SECONDS / (each * (len(model.exits) + 2))
+    affordable = seconds / (each * (len(model.exits) + 2))
     return images[:: math.ceil(len(images) / max(affordable, FEWEST))]
 
 
-def _timed(model: EarlyExitModel, images: torch.Tensor, rows: list[Row], batch_size: int) -> list[Row]:
+def _timed(model: EarlyExitModel, images: torch.Tensor, rows: list[Row], batch_size: int, seconds: float) -> list[Row]:
     """Add images per second, each row timed in turn with the bare backbone on images of the data set."""
     chunks = images.split(batch_size)
     exits = len(model.exits)
@@ -310,7 +313,7 @@ def _timed(model: EarlyExitModel, images: torch.Tensor, rows: list[Row], batch_s
     for n, (row, wall) in enumerate(zip(rows[1:], [*walls, None], strict=True)):
         if n not in model.off:
             calls[row.name] = partial(_predict_all, model, chunks, wall)
-    times = in_turns(calls, images.device)
+    times = in_turns(calls, images.device, seconds=seconds)
     base = times["backbone"]
     timed = []
     for row in rows:

@@ -276,7 +276,7 @@ def checked_margin(target: Target, margin: float | str) -> float:
     return float(margin)
 
 
-def require_reachable(target: Target, least: float, margin: float = 0.0) -> None:
+def require_reachable(target: Target, least: float, margin: float | str = 0.0) -> None:
     """Refuse a cost below all that is possible.
 
     Args:
@@ -287,7 +287,7 @@ def require_reachable(target: Target, least: float, margin: float = 0.0) -> None
     Raises:
         PteeError: saying what is possible.
     """
-    possible = min(least, 1.0)
+    possible, margin = min(least, 1.0), checked_margin(target, margin)
     if target.kind == "max_cost" and target.limit - margin < possible - ROUNDING:
         asked = f"{target} less a margin of {margin:g}" if margin else f"{target}"
         raise PteeError(

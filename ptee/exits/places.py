@@ -26,7 +26,9 @@ def read_places(given: str | Sequence[float | str] | None, backbone: Backbone) -
     Raises:
         UnknownName: if a single word is neither a rule nor a module.
     """
-    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else list(given or [])
+    parts = (
+        given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else list(given or [])
+    )
     parts = [part.strip() if isinstance(part, str) else part for part in parts]
     numbers = [_number(part) for part in parts if part != INPUT]
     if all(number is not None for number in numbers):

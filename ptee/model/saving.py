@@ -110,6 +110,18 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     write_json(folder / CONFIG, whole)
 
 
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What was measured when a run was made, as its metrics.json says.
+
+    Raises:
+        RunError: if there is none, or it holds something else.
+    """
+    metrics = _json(folder, folder / METRICS) if (folder / METRICS).is_file() else None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("results"), dict):
+        raise RunError(f"{folder} has no {METRICS} with results. Make the run anew.")
+    return metrics
+
+
 def update(folder: Path, **fields: Any) -> None:
     """Replace fields of a run's config.json, and of its metrics.json those that it has; the heads stay as they are.
 

@@ -18,7 +18,7 @@ from ptee._common.errors import Argument, CutError, Interrupted, PteeError, RunE
 from ptee._common.files import require_writable, write_json
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.sources import Data
-from ptee.evaluation.results import evaluate
+from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.evaluation.targets import Target, require_labels, require_reachable
 from ptee.evaluation.tuning import Unseen, describe_outcome, parts_for_tuning, tune
 from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
@@ -53,6 +53,7 @@ class Job:
         speed: measure images per second, too.
         log: is told what happens, in lines for a person.
         again: what to type to go on after an interruption; empty where nothing helps.
+        speed_seconds: how long measuring speed may take, in about.
     """
 
     out: Path | None = None
@@ -62,6 +63,7 @@ class Job:
     speed: bool = False
     log: Log = silent
     again: str = ""
+    speed_seconds: float = SPEED_SECONDS
 
 
 def fit(
@@ -120,7 +122,9 @@ def fit(
     chosen = make_recipe(recipe, changes)
     folder = None if out is None else new_folder(Path(out), overwrite=overwrite, resume=resume)
     if resume and folder is None:
-        raise PteeError("There is nothing to resume without a folder. Give ", Argument("out", "FOLDER"), ".", argument="resume")
+        raise PteeError(
+            "There is nothing to resume without a folder. Give ", Argument("out", "FOLDER"), ".", argument="resume"
+        )
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
@@ -158,12 +162,14 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     except KeyboardInterrupt as why:
         raise _interrupted(complete, job) from why
     if target is None:
-        model.threshold = recipe.thresholds.threshold
+        model.threshold = recipe.thresholds.threshold or 0.0
     _save(model, history, recipe, job)  # whatever becomes of the measurement, which may take long
     try:
         _choose_and_measure(model, data, target, recipe, job)
     except KeyboardInterrupt as why:
-        raise Interrupted(f"Interrupted: the run in {job.out} is complete but for its results. {job.again}".strip()) from why
+        raise Interrupted(
+            f"Interrupted: the run in {job.out} is complete but for its results. {job.again}".strip()
+        ) from why
     _save(model, history, recipe, job)
     return model
 
@@ -194,9 +200,13 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
     if resume or not out.is_dir() or not any(out.iterdir()):
         return out
     if not (run or unfinished):
-        raise RunError(f"{out} holds something else than a run. Give a new folder with ", Argument("out"), ".", argument="out")
+        raise RunError(
+            f"{out} holds something else than a run. Give a new folder with ", Argument("out"), ".", argument="out"
+        )
     if not overwrite:
-        found = ("an interrupted training; ", Argument("resume", "True"), " goes on with it") if unfinished else ("a run",)
+        found = (
+            ("an interrupted training; ", Argument("resume", "True"), " goes on with it") if unfinished else ("a run",)
+        )
         raise RunError(
             f"{out} holds ", *found, ". Give another folder with ", Argument("out"), ", or replace it with ",
             Argument("overwrite", "True"), ".", argument="out", value=out,
@@ -241,7 +251,12 @@ def _build(backbone: Backbone, config: ExitsConfig, front: FrontHead | str | Non
     torch.manual_seed(seed)
     places: Any = read_places(config.places, backbone)
     return build(
-        backbone, exits=places, num_exits=config.number, head=config.head or "auto", head_budget=config.head_budget, front=front
+        backbone,
+        exits=places,
+        num_exits=config.number,
+        head=config.head or "auto",
+        head_budget=config.head_budget,
+        front=front,
     )
 
 
@@ -290,7 +305,7 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         complete.append(epoch)
         if job.out is not None:
             _clear(job.out)
-        job.log(epoch.line(_epochs(recipe, data)))
+        job.log(epoch.line(epochs))
 
     history = train(
         model,
@@ -336,7 +351,7 @@ def _choose_and_measure(model: EarlyExitModel, data: Data, target: Target | None
         images, found = choose_thresholds(model, unseen, target, recipe, job)
         about = f"{about} {(model.results or {})['tuning']['images']}"
     results = evaluate(
-        model, images, batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device, speed=job.speed,
+        model, images, batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device, speed=job.speed, speed_seconds=job.speed_seconds,
         about=about,
     )  # fmt: skip
     job.log(f"\n{results}")
@@ -345,7 +360,9 @@ def _choose_and_measure(model: EarlyExitModel, data: Data, target: Target | None
         job.log(describe_outcome(found, model.results))
 
 
-def choose_thresholds(model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job) -> tuple[Any, Any]:
+def choose_thresholds(
+    model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job
+) -> tuple[Any, Any]:
     """Set the thresholds for a target, and record in the model's results how.
 
     Args:

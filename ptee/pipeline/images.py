@@ -14,7 +14,6 @@ from ptee.data.batches import UNKNOWN_LABEL, split_batch
 from ptee.data.labels import LabelMap, map_labels, with_labels
 from ptee.data.sources import Data, complete, image_transform, open_data, open_named
 
-
 SOURCE = "your own data sets"  # what data sets from Python are called
 
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field
 
 from ptee._common.errors import PteeError, first_line, unknown
-from ptee._common.files import replace_file
+from ptee._common.files import write_text
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.evaluation.config import ThresholdsConfig
 from ptee.exits.config import ExitsConfig
@@ -60,10 +60,10 @@ class Recipe(FrozenConfig):
         lt=2**32,
         description="Seed of the heads, of the order of the images, and of the images that are drawn for each part.",
     )
-    exits: ExitsConfig = Field(default_factory=ExitsConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    confidence: ConfidenceConfig = Field(default_factory=ConfidenceConfig)
-    thresholds: ThresholdsConfig = Field(default_factory=ThresholdsConfig)
+    exits: ExitsConfig = ExitsConfig()
+    training: TrainingConfig = TrainingConfig()
+    confidence: ConfidenceConfig = ConfidenceConfig()
+    thresholds: ThresholdsConfig = ThresholdsConfig()
 
     def given(self) -> dict[str, Any]:
         """The settings that were set, nested by section; the others follow their defaults."""
@@ -221,7 +221,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    replace_file(folder / RECIPE_FILE, lambda path: path.write_text(recipe.to_yaml(), encoding="utf-8"))
+    write_text(folder / RECIPE_FILE, recipe.to_yaml())
 
 
 # ---------------------------------------------------------------------------------------------------- names of settings

@@ -101,7 +101,9 @@ def open_run(
     recorded = _recorded_data(run, model)
     source = data or recorded.get("source")
     if not source:
-        raise DataError(f"{run} does not say which images it was made with. Give some: ", Argument("data", "FOLDER"), ".")
+        raise DataError(
+            f"{run} does not say which images it was made with. Give some: ", Argument("data", "FOLDER"), "."
+        )
     root, seed = data_root or recorded.get("root"), recorded.get("seed", 0)
     named = not data and not Path(source).is_absolute()  # of folders the whole path is recorded
     found, labels = open_images(source, model.origin, seed=seed, root=root, named=named)
@@ -141,7 +143,9 @@ def tune_run(opened: OpenRun, settings: Mapping[str, Any], *, log: Log, speed: b
     model, folder = opened.model, Path(opened.unseen.run)
     if all(settings.get(f"thresholds.{name}") is None for name in TARGETS):
         choices = [Argument(name) for name in TARGETS[1:]]
-        raise PteeError("What are the thresholds to meet? Give one of ", choices[0], ", ", choices[1], " and ", choices[2], ".")
+        raise PteeError(
+            "What are the thresholds to meet? Give one of ", choices[0], ", ", choices[1], " and ", choices[2], "."
+        )
     target = Target.of(recipe.thresholds, labelled)
     assert target is not None
     require_labels(target, labelled)

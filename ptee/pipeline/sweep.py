@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ptee._common.errors import Interrupted, PteeError, first_line
-from ptee._common.files import replace_file
+from ptee._common.files import replace_file, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
 from ptee.data.labels import LabelMap
@@ -56,7 +56,11 @@ class Sweep:
         names = list(self.rows[0].settings)
         title = ("run", *names, *FIGURES, "backbone's accuracy")
         lines = [
-            (row.folder, *(str(row.settings[name]) for name in names), *(_shown(row.figures[f]) for f in (*FIGURES, "backbone")))
+            (
+                row.folder,
+                *(str(row.settings[name]) for name in names),
+                *(_shown(row.figures[f]) for f in (*FIGURES, "backbone")),
+            )
             for row in self.rows
         ]
         return [title, *lines]
@@ -83,14 +87,20 @@ def read_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not values.strip():
-            raise PteeError(f"{text!r} says no values. Write NAME=VALUE,VALUE, such as seed=0,1,2.", argument="over", value=text)
+            raise PteeError(
+                f"{text!r} says no values. Write NAME=VALUE,VALUE, such as seed=0,1,2.", argument="over", value=text
+            )
         path = path_of(name.strip())
         if path in axes:
-            raise PteeError(f"The setting {path} is given twice. Give all its values at once.", argument="over", value=text)
+            raise PteeError(
+                f"The setting {path} is given twice. Give all its values at once.", argument="over", value=text
+            )
         try:
             axes[path] = list(yaml.safe_load(f"[{values}]"))
         except yaml.YAMLError as why:
-            raise PteeError(f"The values of {text!r} cannot be read: {first_line(why)}", argument="over", value=text) from why
+            raise PteeError(
+                f"The values of {text!r} cannot be read: {first_line(why)}", argument="over", value=text
+            ) from why
     return axes
 
 
@@ -123,8 +133,13 @@ def run_sweep(
     """
     combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     if len(combinations) > MOST_RUNS:
-        raise PteeError(f"These are {len(combinations):,} runs; a sweep has {MOST_RUNS:,} at most. Give fewer values.", argument="over")
-    recipes = [base.with_settings(settings) for settings in combinations]  # refuses what cannot be before anything is trained
+        raise PteeError(
+            f"These are {len(combinations):,} runs; a sweep has {MOST_RUNS:,} at most. Give fewer values.",
+            argument="over",
+        )
+    recipes = [
+        base.with_settings(settings) for settings in combinations
+    ]  # refuses what cannot be before anything is trained
     rows = []
     for number, (settings, recipe) in enumerate(zip(combinations, recipes, strict=True), 1):
         folder = out / _name(settings)
@@ -133,7 +148,7 @@ def run_sweep(
             _fit(open_data, backbone, recipe, Job(folder, device, num_workers, _is_interrupted(folder), log=log))
         rows.append(_row(folder, settings))
         sweep = Sweep(tuple(rows), out)
-        replace_file(out / "sweep.csv", lambda path, text=sweep.to_csv(): path.write_text(text, encoding="utf-8"))
+        write_text(out / "sweep.csv", sweep.to_csv())
     _draw(sweep, out / "sweep.html")
     return sweep
 
@@ -190,5 +205,7 @@ def _draw(sweep: Sweep, path: Path) -> None:
     )
     bare = sweep.rows[0].figures["backbone"] if measure == "accuracy" else 1.0
     figure.add_hline(y=bare, line_dash="dot", annotation_text="backbone")
-    figure.update_layout(xaxis_title="cost, as a fraction of the bare backbone's", yaxis_title=measure, template="plotly_white")
+    figure.update_layout(
+        xaxis_title="cost, as a fraction of the bare backbone's", yaxis_title=measure, template="plotly_white"
+    )
     replace_file(path, lambda beside: figure.write_html(beside, include_plotlyjs=True))

@@ -214,7 +214,7 @@ def test_speed_stands_beside_the_bare_backbones_measured_in_turn(monkeypatch):
         return {name: seconds[name] for name in calls}
 
     monkeypatch.setattr(evaluation, "in_turns", in_turns)
-    monkeypatch.setattr(evaluation, "_few_enough", lambda _, images: images)
+    monkeypatch.setattr(evaluation, "_few_enough", lambda _, images, __: images)
     results = evaluate(made(), TensorDataset(*labelled()))
     assert [row.speedup for row in results.rows] == [1, 2, 1, 0.5]
     assert [row.images_per_s for row in results.rows] == [N / 3, N / 1.5, N / 3, N / 6]
@@ -344,7 +344,7 @@ def test_speed_is_measured_on_so_few_images_that_a_round_is_short(seconds, count
     """With two exits four ways are timed in a round of eight seconds; eight images are tried."""
     monkeypatch.setattr(evaluation, "in_turns", lambda calls, *_, **__: {name: [seconds] for name in calls})
     images = torch.arange(128.0)[:, None, None, None].expand(128, *SIZE)
-    chosen = evaluation._few_enough(made(), images)
+    chosen = evaluation._few_enough(made(), images, 8.0)
     assert chosen[:, 0, 0, 0].tolist() == list(range(0, 128, 128 // count))
 
 

@@ -1,146 +1,209 @@
-"""Recipes fill in what was not said, and nothing else."""
+"""Recipes: one place of defaults, read from names, files and values, changed by setting, refused in one line."""
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from ptee._common.errors import PteeError, UnknownName
-from ptee.pipeline.recipe import FEWEST_EPOCHS, MOST_EPOCHS, PLAIN, RECIPE, RECIPES, epochs_for, followed, shift_for
-from ptee.training.trainer import train
+from ptee.pipeline.recipe import (
+    BUILT_IN,
+    RECIPE_FILE,
+    Recipe,
+    make_recipe,
+    path_of,
+    read_setting,
+    settings,
+    write_recipe,
+)
 
-OPTIONS = (
-    *(
-        "recipe",
-        "exits",
-        "num_exits",
-        "head",
-        "head_budget",
-        "front",
-        "loss",
-        "targets",
-        "temperature",
-        "schedule",
-        "gate",
+each_built_in = pytest.mark.parametrize("name", list(BUILT_IN))
+
+
+@each_built_in
+def test_a_built_in_recipe_is_found_by_its_name_and_says_where_it_comes_from(name):
+    recipe = make_recipe(name)
+    assert recipe.name == name
+    assert recipe.about.endswith(".")
+
+
+@each_built_in
+def test_a_recipe_survives_its_file(name, tmp_path):
+    recipe = make_recipe(name).resolved()
+    write_recipe(recipe, tmp_path)
+    for source in (tmp_path / RECIPE_FILE, str(tmp_path / RECIPE_FILE), tmp_path):
+        assert make_recipe(source).resolved() == recipe
+
+
+@each_built_in
+def test_a_recipes_file_names_every_setting_but_the_seed_twice(name):
+    values = yaml.safe_load(make_recipe(name).to_yaml())
+    named = {f"{section}.{key}" for section, inner in values.items() if isinstance(inner, dict) for key in inner}
+    named |= {key for key, inner in values.items() if not isinstance(inner, dict)}
+    assert named == {path for path, _ in settings()}
+
+
+def test_every_setting_is_described():
+    assert [path for path, field in settings() if not field.description] == []
+
+
+def test_a_recipe_cannot_be_changed_in_place():
+    with pytest.raises(ValidationError, match="frozen"):
+        make_recipe().seed = 3
+
+
+def test_the_default_recipe_places_three_auto_heads_and_calibrates_their_confidence():
+    recipe = make_recipe().resolved()
+    assert (recipe.exits.places, recipe.exits.head, recipe.exits.head_budget) == (
+        (0.03, 0.4, 0.7),
+        "auto",
+        (0.15, 0.03, 0.03),
+    )
+    assert (recipe.training.loss, recipe.training.targets, recipe.training.temperature) == ("separate", "soft", 2.0)
+    assert recipe.confidence.name == "calibrated"
+    assert recipe.thresholds.target(labelled=True) == ("max_drop", 0.01)
+    assert recipe.thresholds.target(labelled=False) == ("max_fidelity_drop", 0.01)
+
+
+# ---------------------------------------------------------------------------------------------------- changes
+
+
+@pytest.mark.parametrize("name", ["training.epochs", "epochs"])
+def test_a_setting_is_changed_by_its_path_or_by_its_last_word(name):
+    assert make_recipe("ptee", {name: 7}).training.epochs == 7
+
+
+def test_python_and_the_command_call_some_settings_by_shorter_names():
+    assert [path_of(name) for name in ("exits", "num_exits", "confidence")] == [
+        "exits.places",
+        "exits.number",
+        "confidence.name",
+    ]
+
+
+def test_a_setting_that_is_none_changes_nothing():
+    assert make_recipe("pteenet", {"epochs": None}) == make_recipe("pteenet")
+
+
+def test_the_seed_is_also_that_of_the_training():
+    assert make_recipe(None, {"seed": 5}).resolved().training.seed == 5
+
+
+def test_other_places_leave_the_budgets_of_the_default_places_out():
+    exits = make_recipe(None, {"exits": "golden"}).resolved().exits
+    assert (exits.places, exits.head, exits.head_budget) == ("golden", "auto", None)
+
+
+def test_a_number_of_exits_is_placed_by_pareto():
+    assert make_recipe(None, {"num_exits": 4}).resolved().exits.places == "pareto"
+
+
+def test_a_front_takes_the_place_of_the_first_exit():
+    exits = make_recipe(None, {"front": "resnet18"}).resolved().exits
+    assert (exits.places, exits.head, exits.head_budget) == ((0.4, 0.7), "auto+", None)
+
+
+@pytest.mark.parametrize("loss", ["v1", "joint", "v2", "mc", "cost"])
+def test_without_a_recipe_a_joint_loss_means_pool_heads_adam_and_the_heads_own_confidence(loss):
+    recipe = make_recipe(None, {"loss": loss}).resolved()
+    assert (recipe.exits.places, recipe.exits.head) == ("pareto", "pool")
+    assert (recipe.training.optimizer, recipe.training.lr, recipe.training.epochs) == ("adam", 0.001, 5)
+    assert (recipe.confidence.name, recipe.thresholds.threshold) == ("learned", 0.5)
+
+
+@pytest.mark.parametrize(
+    "way", [{"threshold": 0.7}, {"max_drop": 0.02}, {"max_fidelity_drop": 0.02}, {"max_cost": 0.5}]
+)
+@each_built_in
+def test_a_way_to_get_thresholds_that_is_given_takes_the_place_of_the_recipes_own(name, way):
+    thresholds = make_recipe(name, way).thresholds
+    ((key, value),) = way.items()
+    assert getattr(thresholds, key) == value
+    assert thresholds.target(labelled=True) == (None if key == "threshold" else (key, value))
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "an unknown recipe": ("pteenett", {}, "Unknown recipe 'pteenett'. Did you mean 'pteenet'"),
+    "an unknown setting": (None, {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'training.epochs'"),
+    "an unknown setting of a section": (
+        {"training": {"epoch": 3}},
+        {},
+        "training.epoch=3 is unknown. Did you mean 'epochs'",
     ),
-    *("epochs", "augment", "shift", "optimizer", "lr", "weight_decay", "cost_weight"),
-)
-NONE = dict.fromkeys(OPTIONS)
+    "an unknown section": ({"train": {"epochs": 3}}, {}, "train=.* is unknown. Did you mean 'training'"),
+    "a section that is no mapping": (
+        {"training": 3},
+        {"epochs": 3},
+        "training=3 must be a mapping of settings",
+    ),
+    "a value below the least": (None, {"epochs": 0}, "training.epochs=0 must be 1 or more, or 'auto'"),
+    "a value of another kind": (None, {"seed": "one"}, "seed='one' must be a whole number"),
+    "two ways to get thresholds": (None, {"max_drop": 0.01, "max_cost": 0.5}, "max_drop and max_cost are given"),
+    "a setting that does not go with the others": (None, {"loss": "v1", "temperature": 3}, "training.temperature=3"),
+    "a share above a half": (None, {"calibration_share": 0.6}, "confidence.calibration_share=0.6 must be 0.5 or less"),
+}
 
 
-def test_where_no_recipe_is_named_it_is_ours():
-    assert followed(NONE) == NONE | PLAIN | RECIPES[RECIPE] | {"recipe": RECIPE}
-
-
-def test_a_loss_of_all_heads_together_is_another_way_and_takes_nothing_of_a_recipe():
-    assert followed(NONE | {"loss": "v1"}) == NONE | PLAIN | {"loss": "v1"}
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_what_was_not_said(name):
-    assert followed(NONE | {"recipe": name}) == NONE | PLAIN | RECIPES[name] | {"recipe": name}
-
-
-def test_what_was_said_stands():
-    said = {"recipe": "pteenet", "head": "conv1", "exits": "0.2,0.5", "epochs": 3}
-    got = followed(NONE | said)
-    assert {key: got[key] for key in said} == said
-    assert got["targets"] == "pseudo"
-
-
-@pytest.mark.parametrize(("name", "head"), [("ztw", "conv2+"), ("branchynet", "conv2")])
-def test_papers_whose_exits_learn_from_labels_each_for_itself(name, head):
-    got = followed(NONE | {"recipe": name})
-    assert [got[key] for key in ("exits", "head", "loss", "targets")] == ["pareto", head, "each", "labels"]
-    with pytest.raises(PteeError, match=rf"recipe '{name}' .* --loss v1"):
-        followed(NONE | {"recipe": name, "loss": "v1"})
+@pytest.mark.parametrize("recipe, changes, said", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_in_one_line_with_its_path_and_value(recipe, changes, said):
+    with pytest.raises(PteeError, match=said) as refusal:
+        make_recipe(recipe, changes)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    "said", [{"exits": "layer1,layer2"}, {"head": "pool"}, {"num_exits": 4}, {"front": "cifar_resnet20"}], ids=str
+    ("text", "said"),
+    [
+        ("training: [", "cannot be read"),
+        ("- 1\n- 2\n", "is no YAML mapping"),
+        ("1: 2\n", "is no YAML mapping"),
+        ("training: !!python/object/apply:os.system ['true']\n", "cannot be read"),
+        ("a" * 300_000, "no recipe has more than"),
+        ("[" * 5_000, "cannot be read"),
+    ],
+    ids=["broken", "a list", "numbers for names", "code", "too large", "nested deep"],
 )
-def test_the_budgets_of_three_heads_go_with_those_three(said):
-    assert followed(NONE | {"recipe": "ptee"})["head_budget"] == (0.15, 0.03, 0.03)
-    assert followed(NONE | {"recipe": "ptee"} | said)["head_budget"] is None
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(text, said, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(PteeError, match=said) as refusal:
+        make_recipe(path)
+    assert "\n" not in str(refusal.value)
 
 
-def test_another_number_of_exits_is_placed_by_a_rule():
-    assert followed(NONE | {"num_exits": 4})["exits"] == "pareto"
-
-
-@pytest.mark.parametrize("front", ["cifar_resnet20", "auto"])
-def test_a_front_stands_for_the_first_exit(front):
-    assert followed(NONE | {"front": front})["exits"] == "0.4,0.7"
-    assert followed(NONE | {"front": front})["head"] == "auto+"
-
-
-def test_a_front_that_is_learnt_has_the_budget_of_the_first():
-    assert followed(NONE | {"front": "auto"})["head_budget"] == (0.15, 0.03, 0.03)
-
-
-def test_options_of_plan_alone_can_follow_a_recipe():
-    some = dict.fromkeys(("recipe", "exits", "num_exits", "head", "head_budget", "front"))
-    assert followed(some)["head"] == "auto"
+def test_a_recipe_file_that_is_missing_is_named(tmp_path):
+    with pytest.raises(PteeError, match=r"There is no recipe file .*missing\.yaml"):
+        make_recipe(tmp_path / "missing.yaml")
 
 
 @pytest.mark.parametrize(
-    ("images", "epochs"), [(50_000, 13), (640_000, FEWEST_EPOCHS), (1_800, MOST_EPOCHS), (20_000, 32)]
+    ("text", "read"),
+    [
+        ("training.epochs=20", ("training.epochs", 20)),
+        ("lr=1e-2", ("training.lr", "1e-2")),
+        ("cache=false", ("training.cache", False)),
+        ("exits=[0.2, 0.5]", ("exits.places", [0.2, 0.5])),
+        ("head=auto+", ("exits.head", "auto+")),
+    ],
 )
-def test_epochs_are_as_many_as_give_enough_updates(images, epochs):
-    assert epochs_for(images, 128) == epochs
+def test_a_setting_is_read_from_text(text, read):
+    assert read_setting(text) == read
 
 
-def test_images_are_shifted_by_an_eighth_of_a_side():
-    assert shift_for((3, 32, 48)) == 4
+def test_a_text_without_a_value_is_no_setting():
+    with pytest.raises(PteeError, match="NAME=VALUE"):
+        read_setting("training.epochs")
+    with pytest.raises(UnknownName, match=r"training\.epochs"):
+        read_setting("epoch=3")
 
 
-def test_a_temperature_goes_with_the_probabilities_it_is_of():
-    got = followed(NONE | {"recipe": "ptee", "targets": "labels"})
-    assert (got["targets"], got["temperature"]) == ("labels", 1.0)
-    assert followed(NONE | {"recipe": "ptee"})["temperature"] == 2.0
-
-
-def test_a_recipe_for_heads_alone_refuses_a_loss_of_them_together():
-    with pytest.raises(PteeError, match=r"recipe 'ptee' .* --loss v1"):
-        followed(NONE | {"recipe": "ptee", "loss": "v1"})
-
-
-def test_an_unknown_recipe_is_refused_by_name():
-    with pytest.raises(UnknownName, match=r"'ptenet'.*Did you mean 'pteenet'"):
-        followed(NONE | {"recipe": "ptenet"})
-
-
-def test_the_plain_way_is_that_of_train():
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    shared = PLAIN.keys() & defaults.keys()
-    assert {name: PLAIN[name] for name in shared} == {name: defaults[name] for name in shared}
-    assert shared >= {"loss", "temperature", "schedule", "optimizer", "lr", "weight_decay", "augment", "shift"}
-
-
-def test_a_loss_weight_that_nothing_would_read_is_refused():
-    with pytest.raises(PteeError, match=r"cost weight .* --loss v1"):
-        followed(NONE | {"cost_weight": 0.2})
-    assert followed(NONE | {"cost_weight": 0.2, "loss": "v1"})["cost_weight"] == 0.2
-
-
-def test_the_rate_of_muon_goes_with_muon():
-    got = followed(NONE | {"optimizer": "adam"})
-    assert (got["lr"], got["weight_decay"]) == (PLAIN["lr"], PLAIN["weight_decay"])
-    assert followed(NONE | {"optimizer": "adam", "lr": 0.5})["lr"] == 0.5
-    assert followed(NONE | {"optimizer": "muon"})["lr"] == RECIPES["ptee"]["lr"]
-
-
-@pytest.mark.parametrize("said", [{"head": "auto"}, {"exits": "0.03,0.4,0.7"}, {"gate": "agrees"}], ids=str)
-def test_saying_what_is_taken_anyway_changes_nothing(said):
-    assert followed(NONE | said) == followed(NONE)
-
-
-def test_exits_that_are_chosen_get_the_heads_for_which_the_choice_is_sound():
-    assert followed(NONE | {"exits": "auto"})["head"] == "pool"
-    assert followed(NONE | {"exits": "auto", "front": "auto"})["head"] == "pool"
-    assert followed(NONE | {"exits": "auto", "head": "conv1"})["head"] == "conv1"
-
-
-def test_gates_can_be_left_out():
-    assert followed(NONE | {"gate": "none"})["gate"] is None
+def test_a_recipe_may_be_given_as_a_value():
+    recipe = Recipe(exits={"places": "linear"}, training={"epochs": 3})
+    assert make_recipe(recipe, {"seed": 2}).given() == {
+        "seed": 2,
+        "exits": {"places": "linear"},
+        "training": {"epochs": 3},
+    }
