@@ -19,7 +19,7 @@ from ptee.analysis.cut_points import survey
 from ptee.analysis.verify import prove
 
 SIZE, K = (3, 64, 64), 10
-SCRIPT = Path(__file__).resolve().parents[1] / "recipes" / "scripts" / "check_device.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "scripts" / "check_device.py"
 
 
 def script() -> ModuleType:
