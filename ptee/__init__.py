@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ptee.model.early_exit import AllExits as AllExits
     from ptee.model.early_exit import EarlyExitModel as EarlyExitModel
     from ptee.model.forward import ExitOutput as ExitOutput
-    from ptee.pipeline.choosing import choose_exits as choose_exits
     from ptee.training.calibration import fit_gates as fit_gates
     from ptee.training.trainer import train as train
 
@@ -35,7 +34,6 @@ _HOMES = {
     "Plan": "exits.plan",
     "PteeError": "_common.errors",
     "augment": "model.build",
-    "choose_exits": "pipeline.choosing",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.results",
     "fit_gates": "training.calibration",

@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 from ptee import __version__
-from ptee._common.allocation import keep_freed_memory
 from ptee._common.errors import Interrupted, PteeError, RunError, unknown
 from ptee._common.files import to_json
 from ptee.cli.options import (
@@ -39,8 +38,6 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process speaks for all
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
-    if arguments is None:  # the process is ours
-        keep_freed_memory()
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
     status = 0
     try:
@@ -355,23 +352,14 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
     type=Numbers(int, "1,32"),
     help="Images per batch, for each measurement. Default: 1,32.",
 )
-@click.option(
-    "--training",
-    is_flag=True,
-    help="Time training instead, on random images: with the cache, and with the backbone in each epoch.",
-)
-@click.option("--images", type=click.IntRange(min=2), help="For --training. Default: 512.")
-@click.option("--epochs", type=click.IntRange(min=1), help="For --training. Default: 20.")
-@click.option(
-    "--rounds", type=click.IntRange(min=3), help="Each is timed so often, in turns. Default: 7; 3 for --training."
-)
+@click.option("--rounds", type=click.IntRange(min=3), help="How often each is timed, in turns. Default: 7.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @DEVICE
 @JSON
 def bench(as_json: bool, **o: Any) -> None:
     """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs.
 
-    With --training: what training costs with and without the cache. Without --recipe: pareto, pool heads.
+    Without --recipe: pareto, pool heads.
     """
     import torch
 
@@ -379,22 +367,15 @@ def bench(as_json: bool, **o: Any) -> None:
     from ptee.evaluation.benchmark import bench as measure
     from ptee.pipeline import asked
     from ptee.pipeline.recipe import followed
-    from ptee.pipeline.training_speed import bench_training
 
-    ways: dict[bool, tuple[str, ...]] = {True: ("images", "epochs"), False: ("batch_sizes",)}
-    for option in ways[not o["training"]]:
-        if o[option] is not None:
-            goes = "does not go with" if o["training"] else "goes only with"
-            raise PteeError(f"--{option.replace('_', '-')} {goes} --training. Leave it out.")
-    # before a recipe says how many epochs it takes
-    given = {option: o[option] for option in (*ways[o["training"]], "rounds") if o[option] is not None}
+    given = {option: o[option] for option in ("batch_sizes", "rounds") if o[option] is not None}
     device = resolve_device(o["device"])
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     if o["recipe"] is not None:
         o = followed(o)
     model = asked.untrained(asked.backbone(o), o).to(device)
-    found: Any = (bench_training if o["training"] else measure)(model, **given)
+    found = measure(model, **given)
     click.echo(to_json(found.to_dict()) if as_json else str(found))
 
 

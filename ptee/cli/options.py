@@ -156,7 +156,7 @@ PLACE = _options(
     ),
     click.option(
         "--exits",
-        help="pareto, fine, golden, linear or quadratic; or auto, chosen with the training images (augment only); or fractions "
+        help="pareto, fine, golden, linear or quadratic; or fractions "
         "0.2,0.5 (the first block that ends there or behind); or modules layer1,layer2.",
     ),
     click.option(

@@ -21,7 +21,6 @@ from ptee.analysis.verify import prove
 from ptee.backbones.load import Backbone
 
 MOST_EXITS = 5  # as many as an unnumbered scheme places
-CHOSEN = "auto"  # no rule: places that a search chooses with images
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
 HEAVY = 2e10  # multiply-accumulates of one image above which a proof looks for a smaller one
 SMALLEST_SIDE = 40  # pixels of that; three patches of 14 still fit
@@ -73,27 +72,7 @@ PLACEMENTS: dict[str, Rule] = {
 }
 
 
-def places(rule: str, costs: Sequence[float], exits: int) -> list[int]:
-    """The blocks that a rule chooses; where it runs out of them, as near to it as leaves one for each exit.
-
-    Args:
-        rule: of `PLACEMENTS`.
-        costs: (L,) as of `first_behind`.
-        exits: E, at most L.
-    """
-    chosen = PLACEMENTS[rule](costs, exits)
-    return chosen if len(chosen) == exits else _with_room_for_all(lambda _: chosen, exits)(costs)
-
-
 # ---------------------------------------------------------------------------------------------------- placing
-
-
-def needs_images() -> CutError:
-    """The refusal of `CHOSEN` where there is nothing to choose by."""
-    return CutError(
-        f"The exits {CHOSEN!r} are chosen with images, which are not read here. Take `ptee augment --exits auto --data "
-        f"FOLDER`, ptee.choose_exits from Python, or a placement: {', '.join(PLACEMENTS)}."
-    )
 
 
 @dataclass
@@ -143,35 +122,7 @@ class Placer:
             f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
         )
 
-    def candidates(self, most: int) -> list[Cut]:
-        """Proven cuts that end a block and leave something to save, in order of execution.
-
-        Args:
-            most: how many at most; of more blocks, some that lie evenly along the backbone's cost.
-
-        Raises:
-            CutError: if there is none.
-        """
-        for ends in (self._blocks, self._cells):
-            early = self._thinned([cut for cut in ends if self.cost(cut) <= LATEST], most)
-            self._prove([cut for cut in early if cut.name not in self.proven])
-            if found := [self.proven[cut.name] for cut in early if cut.name not in self.failed]:
-                return found
-        raise self._no_room(1, CHOSEN)
-
-    def _thinned(self, cuts: list[Cut], most: int) -> list[Cut]:
-        """At growing costs, and no more than so many."""
-        costs = [self.cost(cut) for cut in cuts]
-        later = [i for i, cost in enumerate(costs) if i == 0 or cost > max(costs[:i])]
-        if len(later) <= most:
-            return [cuts[i] for i in later]
-        first, last = costs[later[0]], costs[later[-1]]
-        wishes = [first + (last - first) * n / most for n in range(most)]
-        return [cuts[later[i]] for i in first_behind([costs[i] for i in later], wishes)]
-
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
-        if rule == CHOSEN:
-            raise needs_images()
         if rule not in PLACEMENTS:
             raise unknown("placement", rule, PLACEMENTS)
 

@@ -21,7 +21,7 @@ from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.front import FrontHead, beside_input, front_network, input_cut, named_front, refuse_namesake
 from ptee.exits.head_names import head_names
 from ptee.exits.heads import ExitHead
-from ptee.exits.placement import CHOSEN, PLACEMENTS, Placer
+from ptee.exits.placement import PLACEMENTS, Placer
 from ptee.exits.residual_head import AfterOthers, make_heads, require_tensors
 
 CONVENTIONS = ("full", "paper")
@@ -292,7 +292,7 @@ def make_plan(
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
-    at_input, behind, number = beside_input(exits, num_exits, front is not None, (*PLACEMENTS, CHOSEN))
+    at_input, behind, number = beside_input(exits, num_exits, front is not None, PLACEMENTS)
     network = front_network(front)
     others = placer.place(behind, number) if behind or not at_input else []
     refuse_namesake(backbone.name, others)

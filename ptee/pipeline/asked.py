@@ -22,7 +22,7 @@ from ptee.data.sources import Data, image_transform, open_data, open_named
 from ptee.evaluation.targets import WISHES, Wish, checked_margin
 from ptee.exits.front import INPUT, FrontHead, named_front
 from ptee.exits.heads import AUTO
-from ptee.exits.placement import CHOSEN, PLACEMENTS, needs_images
+from ptee.exits.placement import PLACEMENTS
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.recipe import PLAIN, RECIPE, RECIPES
@@ -90,7 +90,6 @@ def exits(text: str | None, network: Backbone) -> Any:
 
     Raises:
         UnknownName: if a single word is nothing of these.
-        PteeError: if the exits are to be chosen with images.
     """
     parts = [part.strip() for part in (text or "pareto").split(",") if part.strip()]
     first = [part for part in parts[:1] if part == INPUT]
@@ -101,12 +100,10 @@ def exits(text: str | None, network: Backbone) -> Any:
     names = [name for name, _ in network.module.named_modules() if name]
     if len(parts) != 1 or parts[0] in (INPUT, *names):
         return parts
-    if parts[0] == CHOSEN:
-        raise needs_images()
     if parts[0] not in PLACEMENTS:
         cuts = survey(network.module.eval(), network.input.input_size).cuts
         blocks = [name for name in cuts if any(other.startswith(f"{name}.") for other in names)]
-        raise unknown("placement or module", parts[0], [CHOSEN, *cuts], first=[*PLACEMENTS, *blocks][:12])
+        raise unknown("placement or module", parts[0], [*cuts], first=[*PLACEMENTS, *blocks][:12])
     return parts[0]
 
 

@@ -18,13 +18,12 @@ from ptee.data.sources import Data
 from ptee.evaluation.targets import Wish, checked_margin, remark, require_labels, require_reachable
 from ptee.evaluation.tuning import Unseen, kept
 from ptee.exits.heads import AUTO
-from ptee.exits.placement import CHOSEN, PLACEMENTS
+from ptee.exits.placement import PLACEMENTS
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
-from ptee.pipeline import asked, choosing
+from ptee.pipeline import asked
 from ptee.pipeline import demo as defaults
 from ptee.pipeline.asked import Options, Say
-from ptee.pipeline.choosing import Choice
 from ptee.pipeline.measuring import measured, tuned
 from ptee.pipeline.recipe import MAY_LOSE, NO_GATE, RECIPE, epochs_for, followed, shift_for
 from ptee.training import calibration as decision
@@ -62,8 +61,7 @@ def augment(o: Options, say: Say) -> None:
     wish = asked.wish(o)
     backbone, data, targets = _digits(o, say) if o["model"] is None else _model_and_data(o, say)
     wish = wish or _usual_wish(data, o)
-    choice = _choice(backbone, data.train, o, say)
-    model = _planned(backbone, choice, o)
+    model = _planned(backbone, o)
     if wish:
         least = model.least_cost("answers" if o["gate"] else None)
         require_reachable(wish, least, checked_margin(wish, o["margin"]))
@@ -82,7 +80,6 @@ def augment(o: Options, say: Say) -> None:
         model.results = {"data": _about(data, o)} | _gates(model, for_gates, o, say)
     except KeyboardInterrupt as why:
         raise _interrupted(complete, o, again) from why
-    model.results |= {"choice": choice.to_dict()} if choice else {}
     _clear(o["out"])
     model.save_pretrained(o["out"])  # whatever becomes of the measurement, which may take long
     try:
@@ -214,25 +211,8 @@ def _about(data: Data, o: Options) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- the model
 
 
-def _choice(backbone: Backbone, images: Any, o: Options, say: Say) -> Choice | None:
-    """With --exits auto: the exits are chosen, and named from here on. None: they are placed as --exits says."""
-    if o["exits"] != CHOSEN:
-        return None
-    drops = [o[kind] for kind in ("max_fidelity_drop", "max_drop") if o[kind] is not None]
-    one: Any = [given[0] if given and len(given) == 1 else given for given in (asked.heads(o), o["head_budget"])]
-    found = choosing.choose_exits(
-        backbone, images, num_exits=o["num_exits"], head=one[0], head_budget=one[1], seed=o["seed"], device=o["device"],
-        num_workers=o["workers"], **({"max_drop": drops[0]} if drops else {}),
-    )  # fmt: skip
-    say(f"{found}\n")
-    o["exits"], o["num_exits"] = ",".join(found.modules), None
-    return found
-
-
-def _planned(backbone: Backbone, choice: Choice | None, o: Options) -> EarlyExitModel:
+def _planned(backbone: Backbone, o: Options) -> EarlyExitModel:
     model = asked.untrained(backbone, o)
-    if choice:
-        model.plan = replace(model.plan, placement="exits auto")
     if o["threshold"]:
         model.threshold = o["threshold"]
     return model

@@ -328,7 +328,6 @@ def test_the_input_stands_before_what_a_rule_places():
         (["input", "pareto"], 1, "'input' is one exit, and 1 are asked for. Ask for 2 or more"),
         (["input", "layer1.0"], 1, "2 exits are named, 1 are asked for"),
         (["input", "layer1.0"], 3, "2 exits are named, 3 are asked for"),
-        (["input", "auto"], None, "chosen with images"),
     ],
 )
 def test_numbers_and_words_that_do_not_go_with_the_input_are_refused(exits, num_exits, said):
