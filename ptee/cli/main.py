@@ -379,27 +379,6 @@ def bench(as_json: bool, **o: Any) -> None:
     click.echo(to_json(found.to_dict()) if as_json else str(found))
 
 
-@cli.command()
-@click.argument("family", nargs=-1)
-@JSON
-def zoo(family: tuple[str, ...], as_json: bool) -> None:
-    """Give every architecture family of timm and torchvision exits, and check them: minutes to an hour.
-
-    FAMILY is a library's module of models, such as resnet or torchvision/resnet; without any, all of them.
-    """
-    from ptee._common.text import line
-    from ptee.pipeline.zoo import TITLE, WIDTHS, check_all, families, summary
-
-    wanted, verdicts = families(family), []
-    if not as_json:
-        click.echo(line(TITLE, WIDTHS))
-    for verdict in check_all(wanted):
-        verdicts.append(verdict)
-        if not as_json:
-            click.echo(line(verdict.row, WIDTHS))
-    click.echo(to_json([v.to_dict() for v in verdicts]) if as_json else f"\n{summary(verdicts)}")
-
-
 def _threads(tiny: bool) -> AbstractContextManager[None]:
     """One CPU thread for a network as tiny as that on the digits, else as many as torch takes."""
     from ptee._common.devices import one_thread

@@ -292,7 +292,7 @@ def make_plan(
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
-    at_input, behind, number = beside_input(exits, num_exits, front is not None, PLACEMENTS)
+    at_input, behind, number = beside_input(exits, num_exits, front is not None, list(PLACEMENTS))
     network = front_network(front)
     others = placer.place(behind, number) if behind or not at_input else []
     refuse_namesake(backbone.name, others)

@@ -246,7 +246,6 @@ WORDS = {
     "an unknown front network": (["plan", *RANDOM, "--front", "cifar_resnet200"], "cifar_resnet20"),
     "weights of no front network": (["plan", *RANDOM, "--front-weights", "x.safetensors"], "--front-weights"),
     "the input behind another exit": (["plan", *RANDOM, "--exits", "layer1,input"], "first of all"),
-    "an unknown family": (["zoo", "resnett"], "Unknown family 'resnett'.*'resnet'"),
     "an unknown convention": (["plan", *RANDOM, "--cost-convention", "papers"], "papers.*Did you mean 'paper'"),
     "a size of two numbers": (["plan", *RANDOM, "--input-size", "16,16"], "16,16.*3,224,224"),
     "a size of words": (["plan", *RANDOM, "--input-size", "big"], "big"),
