@@ -194,7 +194,7 @@ def augment(**o: Any) -> None:
 @JSON
 def plan(as_json: bool, **o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""
-    from ptee.exits.plan import make_plan
+    from ptee.exits.build import make_plan
     from ptee.pipeline import asked
     from ptee.pipeline.recipe import followed
 

@@ -166,9 +166,9 @@ PLACE = _options(
     ),
     click.option(
         "--head",
-        help="auto (learned, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a learned one by "
+        help="auto (residual, as large as --head-budget allows), pool, bnpool, plain, convN with a number, or a residual one by "
         "name (res-32x2-64x2); one, or one for each exit with commas between. With a + behind it (auto+, conv2+) a head builds on the "
-        "one before it. Default: the recipe's; without one pool.",
+        "answer of the exit before. Default: the recipe's; without one pool.",
     ),
     click.option(
         "--head-budget",
@@ -187,9 +187,6 @@ PLACE = _options(
         help="Of its images, where its configuration says otherwise.",
     ),
     click.option("--front-std", type=STD, help="Likewise."),
-    click.option(
-        "--cost-convention", default="full", show_default=True, help="full, or paper: heads passed on the way are free."
-    ),
 )
 DATA = _options(
     click.option(

@@ -1,8 +1,22 @@
 """Placement: where along the backbone the exits stand.
 
-A placement rule sees nothing but the cumulative cost at the end of each block, as fractions of the whole. Fed with
-shares of the operations it places by what is really spent (ptee's default); fed with shares of the parameters it gives
-the tables of the EENet thesis, which calls those shares cost.
+A rule sees only the cumulative cost at the end of each block, as fractions of the whole, and chooses blocks. Its names are
+those of EENet (Demir & Akbas 2021), which shares out the number of parameters; ptee shares out the multiply-accumulates.
+Exit n of E, counted from 0, stands behind the first block whose cumulative cost reaches
+
+    pareto   1 - 0.8^(n+1)       a fifth of what is left
+    fine     1 - 0.95^(n+1)      a twentieth of what is left
+    golden   phi^(n-E)           phi = (1 + sqrt 5) / 2
+    linear   (n+1) / (E+1)
+
+(EENet section 3.3; `set_thresholds` in eenet.py of github.com/eksuas/eenets.pytorch). With
+
+    quadratic                    behind every s-th of L blocks, s = L / (E+1), rounded
+
+the cost between two exits grows, as later blocks have more parameters. EENet gives no formula for it; this one gives all
+rows of the tables 4.5 and 4.8 of the thesis.
+
+The images themselves are a cut, too, called "input": nothing is computed before it. It stands before all other exits.
 """
 
 from __future__ import annotations
@@ -16,11 +30,14 @@ from typing import Any
 from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
+from ptee.analysis.layout import Layout
 from ptee.analysis.macs import Counts
 from ptee.analysis.verify import prove
 from ptee.backbones.load import Backbone
 
-MOST_EXITS = 5  # as many as an unnumbered scheme places
+INPUT = "input"  # the exit at the images, and its cut
+PHI = (1 + 5**0.5) / 2
+MOST_EXITS = 5  # as many as a rule places where no number is given
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
 HEAVY = 2e10  # multiply-accumulates of one image above which a proof looks for a smaller one
 SMALLEST_SIDE = 40  # pixels of that; three patches of 14 still fit
@@ -62,14 +79,67 @@ def _quadratic(costs: Sequence[float], exits: int) -> list[int]:
     return [i for i in range(step - 1, step * exits, step) if i < len(costs)] if step else []
 
 
-# EENet (Demir & Akbas) 3.3. "quadratic" has no formula there; this one gives all rows of the thesis's tables.
 PLACEMENTS: dict[str, Rule] = {
     "pareto": _by_fraction(lambda n, exits: 1 - 0.8 ** (n + 1)),
     "fine": _by_fraction(lambda n, exits: 1 - 0.95 ** (n + 1)),
-    "golden": _by_fraction(lambda n, exits: 1.618034 ** (n - exits)),
+    "golden": _by_fraction(lambda n, exits: PHI ** (n - exits)),
     "linear": _by_fraction(lambda n, exits: (n + 1) / (exits + 1)),
     "quadratic": _quadratic,
 }
+
+
+def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
+    """The rule, with each exit moved forward as far as those behind it need to find a block of their own."""
+
+    def choose(costs: Sequence[float]) -> list[int]:
+        last = len(costs) - wanted
+        if last < 0:
+            return []
+        chosen = [*rule(costs), *[len(costs)] * wanted]
+        return [min(block, last + n) for n, block in enumerate(chosen[:wanted])]
+
+    return choose
+
+
+# ---------------------------------------------------------------------------------------------------- the input
+
+
+def input_cut(input_size: tuple[int, int, int]) -> Cut:
+    """The images as a cut.
+
+    Args:
+        input_size: (c, h, w).
+    """
+    return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
+
+
+def split_off_input(exits: Any, num_exits: int | None) -> tuple[bool, Any, int | None]:
+    """Whether an exit at the input is named, and what is asked for behind it: where, and how many.
+
+    Args:
+        exits: as of `build_exits`; `["input", "pareto"]` asks for the rule behind the input.
+        num_exits: as of `build_exits`. It counts the exit at the input where that is named.
+
+    Raises:
+        CutError: if the input is named behind another exit, or the number is not that of the exits.
+    """
+    exits = [INPUT] if isinstance(exits, str) and exits == INPUT else exits
+    if not isinstance(exits, Sequence) or isinstance(exits, str) or INPUT not in exits:
+        return False, exits, num_exits
+    if exits[0] != INPUT:
+        raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
+    behind: Any = list(exits[1:])
+    if len(behind) == 1 and behind[0] in PLACEMENTS:
+        behind = behind[0]
+    if not isinstance(num_exits, int):
+        return True, behind, num_exits
+    if isinstance(behind, list) and num_exits != len(exits):
+        raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+    if num_exits < 2 and behind:
+        raise CutError(
+            f"{INPUT!r} is one exit, and {num_exits} are asked for. Ask for 2 or more, or leave out {behind!r}."
+        )
+    return True, behind, num_exits - 1
 
 
 # ---------------------------------------------------------------------------------------------------- placing
@@ -77,39 +147,59 @@ PLACEMENTS: dict[str, Rule] = {
 
 @dataclass
 class Placer:
-    """Turns a request into proven cuts."""
+    """Turns a request into proven cuts.
+
+    Attributes:
+        backbone: frozen, in eval mode.
+        survey: of the backbone.
+        counts: of the backbone.
+        placed: names are those that a rule gave before, so values may pass their modules (`Survey.bypassed`).
+        proven: the cuts that were tried, by name.
+        failed: why cuts that were tried are none, by name.
+    """
 
     backbone: Backbone
     survey: Survey
     counts: Counts
-    placed: bool = False  # names are those that a rule gave before: they may be of modules past which much is read
-    proven: dict[str, Cut] = field(default_factory=dict)  # by name; or tried in vain
-    failed: dict[str, str] = field(default_factory=dict)  # why
+    placed: bool = False
+    proven: dict[str, Cut] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
-    def place(self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None) -> list[Cut]:
+    def place(
+        self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None, front: bool = False
+    ) -> list[Cut]:
         """Proven cuts, in order of execution.
 
         Args:
             exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
             num_exits: E; None for as many as the rule can place, at most five.
+            front: there is an exit at the input, whether it is named or not.
 
         Raises:
             CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
             UnknownName: if the rule or a module does not exist.
         """
-        if num_exits is not None and not isinstance(num_exits, int):
-            raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.")
-        if num_exits is not None and num_exits < 1:
-            raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+        at_input, behind, number = split_off_input(exits, num_exits)
+        at_input = at_input or front
+        cuts = self._in_backbone(behind, number) if behind or not at_input else []
+        if any(cut.name == INPUT for cut in cuts):
+            raise CutError(
+                f"{self.backbone.name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
+                "Name the exits, without it."
+            )
+        return [input_cut(self.backbone.input.input_size)] * at_input + cuts
+
+    def _in_backbone(self, exits: Any, num_exits: Any) -> list[Cut]:
+        _require_number(num_exits)
+        if isinstance(exits, str) and (exits in PLACEMENTS or exits not in self.survey.order):
+            return self._by_rule(exits, num_exits)
         if not isinstance(exits, str | Sequence):
             raise CutError(
                 f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
             )
-        if isinstance(exits, str) and exits not in PLACEMENTS and exits in self.survey.order:
-            exits = [exits]
-        if isinstance(exits, str):
-            return self._by_rule(exits, num_exits)
-        wanted: list[Any] = list(exits)
+        return self._by_list([exits] if isinstance(exits, str) else list(exits), num_exits)
+
+    def _by_list(self, wanted: list[Any], num_exits: int | None) -> list[Cut]:
         if num_exits is not None and num_exits != len(wanted):
             raise CutError(f"{len(wanted)} exits are named, {num_exits} are asked for. Leave one of the two out.")
         if not wanted:
@@ -179,6 +269,8 @@ class Placer:
 
     def cost(self, cut: Cut) -> float:
         """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
+        if cut.name == INPUT:
+            return 0.0
         order = self.survey.order
         before = reversed(order[: order.index(cut.name) + 1])
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
@@ -282,18 +374,12 @@ class Placer:
         return "" if largest is None else f" Not at {largest!r}, for one: {self.survey.refused[largest]}."
 
 
+def _require_number(num_exits: Any) -> None:
+    if num_exits is not None and not isinstance(num_exits, int):
+        raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.")
+    if num_exits is not None and num_exits < 1:
+        raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+
+
 def _way(survey: Survey) -> tuple[Any, ...]:
     return survey.order, survey.refused, survey.steps, list(survey.cuts), list(survey.bypassed)
-
-
-def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
-    """The rule, with each exit moved forward as far as those behind it need to find a block of their own."""
-
-    def choose(costs: Sequence[float]) -> list[int]:
-        last = len(costs) - wanted
-        if last < 0:
-            return []
-        chosen = [*rule(costs), *[len(costs)] * wanted]
-        return [min(block, last + n) for n, block in enumerate(chosen[:wanted])]
-
-    return choose

@@ -20,9 +20,9 @@ from ptee.backbones.load import Backbone
 from ptee.data.labels import LabelMap, map_labels, with_labels
 from ptee.data.sources import Data, image_transform, open_data, open_named
 from ptee.evaluation.targets import WISHES, Wish, checked_margin
-from ptee.exits.front import INPUT, FrontHead, named_front
+from ptee.exits.front import FrontHead, named_front
 from ptee.exits.heads import AUTO
-from ptee.exits.placement import PLACEMENTS
+from ptee.exits.placement import INPUT, PLACEMENTS
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.recipe import PLAIN, RECIPE, RECIPES
@@ -60,7 +60,6 @@ def placing(network: Backbone, o: Options) -> dict[str, Any]:
         "exits": exits(o["exits"], network),
         "num_exits": o["num_exits"],
         "head": heads(o),
-        "convention": o["cost_convention"],
         "head_budget": o["head_budget"],
         "front": front(network, o),
     }

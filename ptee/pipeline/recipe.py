@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptee._common.errors import PteeError, unknown
-from ptee.exits.heads import AUTO, BUILDS_ON, SIZED
+from ptee.exits.heads import AUTO, PLUS
 
 RECIPE = "ptee"  # where none is named
 NO_GATE = "none"  # the word of who wants none though a recipe has them
@@ -64,10 +64,8 @@ def _make_room(says: dict[str, Any], given: Mapping[str, Any]) -> None:
         says["exits"] = PLAIN["exits"]
     elif given["front"] is not None:
         says["exits"] = "0.4,0.7"  # the front stands for the first
-        says["head"] = AUTO + BUILDS_ON  # what it computed is there to be read
-    if given["exits"] == AUTO:
-        says["head"] = "pool"  # for which the choice is sound
-    others = given["exits"] not in (None, says["exits"]) or given["head"] not in (None, *SIZED)
+        says["head"] = AUTO + PLUS  # its answer is there to build on
+    others = given["exits"] not in (None, says["exits"]) or given["head"] not in (None, AUTO, AUTO + PLUS)
     if others or given["num_exits"] is not None or given["front"] not in (None, AUTO):
         says.pop("head_budget")
 
