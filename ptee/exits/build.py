@@ -21,7 +21,7 @@ from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.front import FrontHead, named_front, require_front
 from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
 from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
-from ptee.exits.placement import Placer
+from ptee.exits.placement import INPUT, Placer
 from ptee.exits.plan import Plan, counted
 from ptee.exits.residual_head import ResidualFeatures, sized
 
@@ -114,7 +114,8 @@ def build_exits(
     if saved is not None:
         require_saved(specs, cuts, saved)
     heads = build_heads(specs, cuts, found.classes, front)
-    rows = counted([placer.cost(cut) for cut in cuts], cuts, heads, list(map(str, specs)), counts.total)
+    shares = [0.0 if cut.name == INPUT else placer.cost(cut) for cut in cuts]
+    rows = counted(shares, cuts, heads, list(map(str, specs)), counts.total)
     words, weights = _words(exits), parameters(backbone.module)
     made = Plan(backbone.name, words, size, rows, counts.total, weights, found.classes, tuple(cuts))
     return made.switched_off(()), heads

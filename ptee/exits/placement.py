@@ -269,8 +269,6 @@ class Placer:
 
     def cost(self, cut: Cut) -> float:
         """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
-        if cut.name == INPUT:
-            return 0.0
         order = self.survey.order
         before = reversed(order[: order.index(cut.name) + 1])
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)

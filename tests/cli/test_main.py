@@ -193,16 +193,6 @@ def test_exits_may_be_a_rule_fractions_or_modules(exits, more, count, run):
         assert [row["name"] for row in rows] == exits.replace(" ", "").split(",")
 
 
-def test_the_papers_costs_leave_out_the_heads_passed_on_the_way(run):
-    full, paper = (
-        json.loads(run("plan", *RANDOM, "--head", "conv2", "--cost-convention", c, "--json").out)
-        for c in ("full", "paper")
-    )
-    first = full["exits"][0]["head_cost"]
-    assert full["exits"][1]["cost"] - paper["exits"][1]["cost"] == pytest.approx(first)
-    assert paper["final_cost"] == 1
-
-
 @pytest.mark.parametrize(("size", "want"), [("32", [3, 32, 32]), ("3,16,24", [3, 16, 24])])
 def test_an_input_size_is_one_number_or_three(size, want, run):
     assert json.loads(run("plan", *RANDOM, "--input-size", size, "--json").out)["input_size"] == want
@@ -246,7 +236,6 @@ WORDS = {
     "an unknown front network": (["plan", *RANDOM, "--front", "cifar_resnet200"], "cifar_resnet20"),
     "weights of no front network": (["plan", *RANDOM, "--front-weights", "x.safetensors"], "--front-weights"),
     "the input behind another exit": (["plan", *RANDOM, "--exits", "layer1,input"], "first of all"),
-    "an unknown convention": (["plan", *RANDOM, "--cost-convention", "papers"], "papers.*Did you mean 'paper'"),
     "a size of two numbers": (["plan", *RANDOM, "--input-size", "16,16"], "16,16.*3,224,224"),
     "a size of words": (["plan", *RANDOM, "--input-size", "big"], "big"),
     "an argument without a value": (["plan", *RANDOM, "--model-arg", "pad_type"], "KEY=VALUE"),

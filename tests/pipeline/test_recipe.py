@@ -136,11 +136,5 @@ def test_saying_what_is_taken_anyway_changes_nothing(said):
     assert followed(NONE | said) == followed(NONE)
 
 
-def test_exits_that_are_chosen_get_the_heads_for_which_the_choice_is_sound():
-    assert followed(NONE | {"exits": "auto"})["head"] == "pool"
-    assert followed(NONE | {"exits": "auto", "front": "auto"})["head"] == "pool"
-    assert followed(NONE | {"exits": "auto", "head": "conv1"})["head"] == "conv1"
-
-
 def test_gates_can_be_left_out():
     assert followed(NONE | {"gate": "none"})["gate"] is None
