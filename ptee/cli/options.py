@@ -150,7 +150,7 @@ BACKBONE = _options(
 PLACE = _options(
     click.option(
         "--recipe",
-        help="What is taken for exits, heads and training where the options below are not given: ptee (three learned heads, each "
+        help="What is taken for exits, heads and training where the options below are not given: ptee (three residual heads, each "
         "for itself, and gates; the default), or the papers' pteenet, eenet, ztw or branchynet. With --loss v1, v2, mc or cost: "
         "none.",
     ),
@@ -177,7 +177,7 @@ PLACE = _options(
     ),
     click.option(
         "--front",
-        help="A small classifier before the backbone, as the first exit: a name like --model's, or auto for a learned head "
+        help="A small classifier before the backbone, as the first exit: a name like --model's, or auto for a residual head "
         "at the input.",
     ),
     click.option("--front-weights", help="A file of its weights."),

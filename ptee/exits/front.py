@@ -230,9 +230,8 @@ class Prepare(nn.Module):
             x = x * self.scale + self.shift
         if self.size is None:
             return x
-        return F.interpolate(x.float(), self.size, mode="bilinear", antialias=True).to(
-            x.dtype
-        )  # no half precision there
+        wide = x.float()  # there is no half precision for it
+        return F.interpolate(wide, self.size, mode="bilinear", antialias=True).to(x.dtype)
 
 
 def _require_rows_apart(network: Backbone) -> None:

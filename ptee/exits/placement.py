@@ -23,11 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
-from ptee._common.errors import BackboneError, CutError, unknown
+from ptee._common.errors import Argument, BackboneError, CutError, unknown
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
 from ptee.analysis.layout import Layout
@@ -41,7 +41,7 @@ MOST_EXITS = 5  # as many as a rule places where no number is given
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
 HEAVY = 2e10  # multiply-accumulates of one image above which a proof looks for a smaller one
 SMALLEST_SIDE = 40  # pixels of that; three patches of 14 still fit
-MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass begins anew
+MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass starts again
 
 Rule = Callable[[Sequence[float], int], list[int]]
 Choice = Callable[[Sequence[float]], list[int]]  # a rule that knows how many exits it places
@@ -50,20 +50,20 @@ Choice = Callable[[Sequence[float]], list[int]]  # a rule that knows how many ex
 # ---------------------------------------------------------------------------------------------------- the rules
 
 
-def first_behind(costs: Sequence[float], wishes: Sequence[float]) -> list[int]:
-    """The first block whose cumulative cost reaches each wish; two wishes never share a block.
+def first_behind(costs: Sequence[float], fractions: Sequence[float]) -> list[int]:
+    """The first block whose cumulative cost reaches each fraction. Two fractions never share a block.
 
     Args:
         costs: (L,) cumulative cost at the end of each block, as fractions of the whole, growing.
-        wishes: (E,) wanted fractions, growing.
+        fractions: (E,) wanted costs, growing.
 
     Returns:
-        Indices of blocks, fewer than E where the blocks run out.
+        Indices of blocks, fewer than E if the blocks run out.
     """
     chosen: list[int] = []
-    for wish in wishes:
+    for fraction in fractions:
         start = chosen[-1] + 1 if chosen else 0
-        block = next((i for i in range(start, len(costs)) if costs[i] >= wish), None)
+        block = next((i for i in range(start, len(costs)) if costs[i] >= fraction), None)
         if block is None:
             break
         chosen.append(block)
@@ -88,8 +88,12 @@ PLACEMENTS: dict[str, Rule] = {
 }
 
 
+def _choice(rule: str, exits: int) -> Choice:
+    return lambda costs: PLACEMENTS[rule](costs, exits)
+
+
 def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
-    """The rule, with each exit moved forward as far as those behind it need to find a block of their own."""
+    """The rule, with exits moved forward where those behind them would find no block of their own."""
 
     def choose(costs: Sequence[float]) -> list[int]:
         last = len(costs) - wanted
@@ -207,7 +211,7 @@ class Placer:
         if all(isinstance(e, str) for e in wanted):
             return self._by_name([str(e) for e in wanted])
         if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in wanted):
-            return self._by_wish(sorted(float(e) for e in wanted))
+            return self._by_fractions(sorted(float(e) for e in wanted))
         raise CutError(
             f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
         )
@@ -216,37 +220,32 @@ class Placer:
         if rule not in PLACEMENTS:
             raise unknown("placement", rule, PLACEMENTS)
 
-        def choose(exits: int) -> Choice:
-            return lambda costs: PLACEMENTS[rule](costs, exits)
-
         if num_exits is not None:
-            return self._somehow(choose(num_exits), num_exits, rule)
+            return self._so_many(rule, num_exits)
         for exits in range(MOST_EXITS, 0, -1):
             for places in (self._blocks, self._cells):
-                if found := self._proven(choose(exits), exits, places, LATEST):
+                if found := self._proven(_choice(rule, exits), exits, places, LATEST):
                     return found
         raise self._no_room(1, rule)
 
-    def _by_wish(self, wishes: list[float]) -> list[Cut]:
-        words = f"at {', '.join(map(str, wishes))}"
-
-        def choose(costs: Sequence[float]) -> list[int]:
-            return first_behind(costs, wishes)
-
+    def _so_many(self, rule: str, exits: int) -> list[Cut]:
+        """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
+        choose: Choice = _choice(rule, exits)
+        nearest = _with_room_for_all(choose, exits)
         for places in (self._blocks, self._cells, self._parts):
-            if found := self._proven(choose, len(wishes), places, LATEST):
-                return found
-        raise self._no_room(len(wishes), words)
-
-    def _somehow(self, choose: Choice, wanted: int, words: str) -> list[Cut]:
-        """As the rule says; where it runs out of blocks, as near to it as leaves a block for each exit."""
-        for places in (self._blocks, self._cells, self._parts):
-            for rule in (choose, _with_room_for_all(choose, wanted)):
-                if found := self._proven(rule, wanted, places, LATEST):
+            for choice in (choose, nearest):
+                if found := self._proven(choice, exits, places, LATEST):
                     return found
-        if found := self._proven(_with_room_for_all(choose, wanted), wanted, self._blocks, 1.0):
+        if found := self._proven(nearest, exits, self._blocks, 1.0):
             return found
-        raise self._no_room(wanted, words)
+        raise self._no_room(exits, rule)
+
+    def _by_fractions(self, fractions: list[float]) -> list[Cut]:
+        choose: Choice = partial(first_behind, fractions=fractions)
+        for places in (self._blocks, self._cells, self._parts):
+            if found := self._proven(choose, len(fractions), places, LATEST):
+                return found
+        raise self._no_room(len(fractions), f"at {', '.join(map(str, fractions))}")
 
     def _by_name(self, names: list[str]) -> list[Cut]:
         if len(set(names)) < len(names):
@@ -268,13 +267,13 @@ class Placer:
         return cuts
 
     def cost(self, cut: Cut) -> float:
-        """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
+        """B_n / B, the backbone's cost up to a cut. An identity costs what was spent before it."""
         order = self.survey.order
         before = reversed(order[: order.index(cut.name) + 1])
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
 
     def _outside(self, cut: Cut) -> float:
-        """Share of the backbone's work before a cut that is in none of the modules that need not run again."""
+        """Share of the backbone's cost that is spent twice if the pass starts again at a cut: outside of kept modules."""
         within = sum(self.counts.inside.get(name, 0) for name in {step.name for step in cut.steps})
         return self.cost(cut) - within / self.counts.total
 
@@ -285,7 +284,7 @@ class Placer:
 
     @cached_property
     def _cells(self) -> list[Cut]:
-        """Likewise, where a block may read the outputs of others beside it: cells of networks found by search."""
+        """The cuts that end a block or a cell, which may read the outputs of other cells (networks found by search)."""
         if not self.survey.cells & self.survey.bypassed.keys():
             return []
         names = self.survey.cuts.keys() | (self.survey.cells & self.survey.bypassed.keys())
@@ -295,14 +294,14 @@ class Placer:
 
     @cached_property
     def _parts(self) -> list[Cut]:
-        """Likewise, with whole modules around which anything may pass: branches that run one after another."""
+        """The cuts that end a block or a whole module past which values go: branches that run one after another."""
         names = [n for n in self.survey.bypassed if self.counts.products.get(n, 0) >= 2]
         outermost = {n for n in names if not any(n.startswith(f"{other}.") for other in names)}
         cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
         return [cuts[name] for name in self.survey.order if name in cuts]
 
     def _proven(self, rule: Choice, wanted: int, places: list[Cut], latest: float) -> list[Cut] | None:
-        """Let the rule choose among the places, and again without those whose proof fails; None if too few are left."""
+        """What the rule chooses among the places, without places whose proof fails; None if too few are left."""
         while True:
             places = [cut for cut in places if self.cost(cut) <= latest and cut.name not in self.failed]
             costs = [self.cost(cut) for cut in places]
@@ -314,7 +313,7 @@ class Placer:
                 return [self.proven[cut.name] for cut in chosen]
 
     def _prove(self, cuts: Sequence[Cut]) -> None:
-        """As they are; what fails because the rest of the pass remembers the old batch, by beginning anew."""
+        """Prove cuts as they are. Those that fail because the network's code remembers the batch: by starting again."""
         size = self._size_to_prove_at
         failed = prove(self.backbone.module, cuts, size)
         anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
@@ -323,8 +322,8 @@ class Placer:
         for cut in (*cuts, *anew):
             if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:
                 failed[cut.name] = still[cut.name] = (
-                    f"the pass would begin anew there, and {share:.0%} of its work lies outside of modules and would be done "
-                    "twice"
+                    f"the forward pass would start again there, and {share:.0%} of its work lies outside of modules and would be "
+                    "done twice"
                 )
         self.proven |= {cut.name: cut for cut in (*cuts, *anew)}
         mended = {cut.name for cut in anew} - still.keys()
@@ -332,7 +331,7 @@ class Placer:
 
     @cached_property
     def _size_to_prove_at(self) -> tuple[int, int, int]:
-        """The images' own, unless that takes long and a smaller one takes the same way through the network.
+        """(c, h, w): the images' own, or for a large network smaller ones that take the same way through it.
 
         The same way: the same modules in the same order, the same cuts, and the same values alive past each of them.
         """
@@ -361,8 +360,9 @@ class Placer:
         return CutError(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
             f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
-            f"Ask for fewer (num_exits=), another placement, or name fractions or modules."
-        )
+            "Ask for fewer (", Argument("num_exits"), "), another placement, or name fractions or modules.",
+            argument="num_exits", value=wanted,
+        )  # fmt: skip
 
     def _for_example(self) -> str:
         """Why the largest module that is no cut is none."""

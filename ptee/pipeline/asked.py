@@ -102,7 +102,7 @@ def exits(text: str | None, network: Backbone) -> Any:
     if parts[0] not in PLACEMENTS:
         cuts = survey(network.module.eval(), network.input.input_size).cuts
         blocks = [name for name in cuts if any(other.startswith(f"{name}.") for other in names)]
-        raise unknown("placement or module", parts[0], [*cuts], first=[*PLACEMENTS, *blocks][:12])
+        raise unknown("placement or module", parts[0], cuts, first=[*PLACEMENTS, *blocks][:12])
     return parts[0]
 
 
