@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ptee.evaluation.comparison import compare as compare
     from ptee.evaluation.results import evaluate as evaluate
     from ptee.evaluation.tuning import tune as tune
+    from ptee.exits.build import plan as plan
     from ptee.exits.heads import register_head as register_head
     from ptee.exits.plan import Exit as Exit
     from ptee.exits.plan import Plan as Plan
-    from ptee.exits.plan import plan as plan
     from ptee.model.build import augment as augment
     from ptee.model.build import load as load
     from ptee.model.early_exit import AllExits as AllExits
@@ -42,7 +42,7 @@ _HOMES = {
     "fit": "pipeline.fit",
     "fit_gates": "training.calibration",
     "load": "model.build",
-    "plan": "exits.plan",
+    "plan": "exits.build",
     "register_head": "exits.heads",
     "train": "training.trainer",
     "tune": "evaluation.tuning",

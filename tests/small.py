@@ -56,20 +56,23 @@ def labelled(n: int) -> tuple[Tensor, Tensor]:
 
 
 @once
-def linked(head: str | tuple[str, ...] = HEADS) -> ptee.EarlyExitModel:
-    """A model for images of (3, 32, 32), with learned heads if none are named, the last of which builds on the others."""
+def chained(head: str | tuple[str, ...] = HEADS) -> ptee.EarlyExitModel:
+    """A model for images of (3, 32, 32) whose last head builds on the one before."""
     model = build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head=head)
     with torch.no_grad():
-        model.heads[2].trust.fill_(0.7)
+        model.heads[2].previous_weight.fill_(0.7)
     return model
 
 
 def leaving_everywhere(model: ptee.EarlyExitModel, x: Tensor) -> tuple[AllExits, ExitOutput]:
-    """What all exits say of 24 images, and where they leave, with thresholds at which some leave at each of three exits."""
+    """What all exits say of 24 images, and where they leave; at each exit the six surest of those that are left."""
     every = model.all_exits(x)
-    model.threshold = [
-        h.sort().values[n - 1 : n + 1].mean().item() for h, n in zip(every.confidence[:-1], (19, 14, 6), strict=True)
-    ]
+    left, thresholds = torch.arange(len(x)), []
+    for h in every.confidence[:-1]:
+        surest = h[left].sort(descending=True)
+        thresholds.append(surest.values[5:7].mean().item())
+        left = left[surest.indices[6:]]
+    model.threshold = thresholds
     together = model.predict(x)
-    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
+    assert set(together.exit_index.tolist()) == set(range(len(model.exits) + 1))
     return every, together

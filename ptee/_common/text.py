@@ -24,8 +24,3 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
         cells = zip(row, widths, strict=True)
         lines.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(cells)))
     return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
-
-
-def line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """One row of a table that is printed as it grows, in columns of fixed width."""
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

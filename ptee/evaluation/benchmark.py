@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ptee._common.errors import PteeError
 from ptee._common.text import table
-from ptee.exits.front import INPUT
+from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
 NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence, and every finite one, reaches

@@ -39,7 +39,6 @@ class Row:
         accuracy: share of answers equal to the label; None without labels.
         fidelity: share of answers equal to the backbone's.
         cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
-        paper_cost: the same without the heads passed on the way, or None where the plan does not ask for it.
         right: of the samples that leave here at the model's thresholds, the share whose answer is the label (without
             labels: the backbone's); None where nobody leaves.
         calibration_error: of an exit: mean distance of h from the share of answers that are the label (without labels:
@@ -55,7 +54,6 @@ class Row:
     accuracy: float | None
     fidelity: float
     cost: float
-    paper_cost: float | None = None
     right: float | None = None
     calibration_error: float | None = None
     failure_auroc: float | None = None
@@ -142,9 +140,8 @@ class Results:
             )
 
     def __str__(self) -> str:
-        paper = ["paper cost"] if self.early_exit.paper_cost is not None else []
         timed = ["images/s", "speed"] if self.early_exit.speedup is not None else []
-        title = ("", "module", "accuracy", "fidelity", "cost", *paper, "leaving", "of them right", "AUROC", *timed)
+        title = ("", "module", "accuracy", "fidelity", "cost", "leaving", "of them right", "AUROC", *timed)
         walls = "T = " + ", ".join(
             f"{t:.4g}" for t in (self.threshold if len(set(self.threshold)) > 1 else self.threshold[:1])
         )
@@ -191,7 +188,7 @@ def _cells(row: Row, leaving: str, timed: bool) -> tuple[str, ...]:
     shown = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
     return (
         shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}",
-        *([] if row.paper_cost is None else [f"{row.paper_cost:.4f}"]), leaving, shown(row.right, ".4f"), shown(row.failure_auroc, ".3f"),
+        leaving, shown(row.right, ".4f"), shown(row.failure_auroc, ".3f"),
         *([shown(row.images_per_s, ",.0f"), shown(row.speedup, ".2f") + "x" * (row.speedup is not None)] if timed else []),
     )  # fmt: skip
 
@@ -272,7 +269,6 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
     ways = {"backbone": ("", traces.at(last))}
     ways |= {f"exit {n}": (e.name, traces.at(n)) for n, e in enumerate(model.exits)}
     ways["early exit"] = ("", leaving)
-    paper = torch.tensor(model.plan.paper_costs) if model.plan.convention == "paper" else None
     order = [*(f"exit {n}" for n in range(last)), "backbone"]
     right = {name: traces.right(leaving, n) for n, name in enumerate(order)} | {"early exit": None}
     rows = []
@@ -281,9 +277,8 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
         here = order.index(name) if name in order else None
         costs = traces.costs_without([n for n in model.off if n != here])  # alone, an exit that is off has its head
         cost = 1.0 if name == "backbone" else costs[where].mean().item()  # bare: it passes no head
-        priced = None if paper is None else paper[where].mean().item()
         known = _reliability(traces, order.index(name)) if name in order[:-1] else (None, None)
-        rows.append(Row(name, module, score.accuracy, score.fidelity, cost, priced, right[name], *known))
+        rows.append(Row(name, module, score.accuracy, score.fidelity, cost, right[name], *known))
     return rows, traces.shares(leaving)
 
 

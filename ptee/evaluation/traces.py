@@ -257,8 +257,7 @@ def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, 
         images[:kept].to(ready.dtype, copy=True),  # a slice alone would keep the whole batch
         logits=compact(every.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
-        looks_back=torch.tensor(model.plan.looks_back),
-        linked=torch.tensor([e.linked for e in model.exits]),
+        looks_back=torch.tensor([e.builds_on_previous for e in model.exits]),
     )
 
 

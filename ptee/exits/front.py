@@ -1,104 +1,42 @@
-"""The exit at the input: a whole small network in front of the backbone, whose sure answers spare the backbone altogether.
+"""The front network: a small classifier as the head of the exit at the input.
 
-The input is a cut, too: everything depends on it alone, and nothing is spent before it. Its head may be any head; here it is
-a classifier with weights of its own, of which nothing is trained but the confidence. A cascade of two networks is this
-exit alone. What it computed (logits, the vector that its classifier reads) is there for the heads behind it.
+Rows that it is sure of never reach the backbone. It has weights of its own, and nothing of it is trained but its confidence
+layer. With this exit alone, the model is a cascade of two networks. Heads behind it may build on its logits.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError, CutError, PteeError
+from ptee._common.errors import BackboneError, PteeError
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.attachment import Hold
 from ptee.analysis.classifier import logits_of
-from ptee.analysis.cut_points import Cut, random_images
+from ptee.analysis.cut_points import random_images
 from ptee.analysis.freezing import freeze
 from ptee.analysis.layout import Layout
 from ptee.backbones.load import OTHERWISE, Backbone, InputConfig, load_backbone
-from ptee.exits.heads import AUTO, ExitHead, Said, Trail
+from ptee.exits.heads import AUTO, ExitHead
 
-INPUT = "input"  # the exit's name, and that of its cut
-FRONT = "front"  # its head's name
+LARGEST_LOG_ODDS = 50.0  # float32 cannot tell a probability of larger log-odds from 1
 LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may come from a stranger
 NOT_ITS_OWN = r"\b(num_classes|input_size|model_args)="  # arguments that a front network has not
 
 
-def input_cut(input_size: tuple[int, int, int]) -> Cut:
-    """The images as a cut.
-
-    Args:
-        input_size: (c, h, w).
-    """
-    return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
-
-
-def beside_input(exits: Any, num_exits: int | None, front: bool, rules: Sequence[str]) -> tuple[bool, Any, int | None]:
-    """Whether there is an exit at the input, and what was asked of the others: where, and how many.
-
-    Args:
-        exits: as of `make_plan`.
-        num_exits: as of `make_plan`; it counts the exit at the input where that is named.
-        front: something stands in front of the backbone.
-        rules: words of which one behind the input places all others.
+def require_front(front: FrontHead | str | None) -> None:
+    """Refuse a word as a front network, except "auto" for a residual head.
 
     Raises:
-        CutError: if the input is named behind another exit, or the number is not that of the exits.
-    """
-    exits = [INPUT] if isinstance(exits, str) and exits == INPUT else exits
-    if not isinstance(exits, Sequence) or isinstance(exits, str) or INPUT not in exits:
-        return front, exits, num_exits
-    if exits[0] != INPUT:
-        raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
-    behind: Any = list(exits[1:])
-    if len(behind) == 1 and behind[0] in rules:
-        behind = behind[0]
-    if not isinstance(num_exits, int):
-        return True, behind, num_exits
-    if isinstance(behind, list) and num_exits != len(exits):
-        raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
-    if num_exits < 2 and behind:
-        raise CutError(
-            f"{INPUT!r} is one exit, and {num_exits} are asked for. Ask for 2 or more, or leave out {behind!r}."
-        )
-    return True, behind, num_exits - 1
-
-
-def refuse_namesake(name: str, cuts: Sequence[Cut]) -> None:
-    """Refuse a module that is called as the exit at the images.
-
-    Args:
-        name: of the backbone.
-        cuts: at its modules.
-
-    Raises:
-        CutError: if one of them is.
-    """
-    if any(cut.name == INPUT for cut in cuts):
-        raise CutError(
-            f"{name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
-            "Name the exits, without it."
-        )
-
-
-def front_network(front: FrontHead | str | None) -> FrontHead | None:
-    """The front where it is a network of its own, and not "auto" for a learned head.
-
-    Raises:
-        PteeError: if it is another word.
+        PteeError: saying what to give.
     """
     if isinstance(front, str) and front != AUTO:
         raise PteeError(f"The front {front!r} is neither a network nor {AUTO!r}. Load it with load_backbone.")
-    return None if isinstance(front, str) else front
 
 
 def named_front(
@@ -158,11 +96,12 @@ def _with_its_options(message: str) -> str:
 class FrontHead(ExitHead):
     """A frozen classifier as the head of the exit at the input.
 
-    Its network is always in eval mode and has no gradients, whatever is asked of the heads, until `release`.
+    Its confidence layer reads the network's class probabilities and the log-odds of the largest one. The network is always
+    in eval mode and has no gradients, whatever is asked of the heads, until `release`.
 
     Args:
         network: the classifier.
-        images: how the images are prepared, for the backbone; they are prepared anew for this one.
+        images: how the images are prepared for the backbone. They are prepared anew for this network.
         num_classes: K of the backbone.
 
     Raises:
@@ -177,18 +116,16 @@ class FrontHead(ExitHead):
         state = freeze(module)
         try:
             _require_rows_apart(network)
-            reader, width = _last_layer(module, network.input.input_size)
-            hold = Hold(module, {} if reader is None else {reader: _note_what_is_read})
+            hold = Hold(module, {})
         finally:
             state.restore(module)
         super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
         self.logits = nn.Identity()  # the network's own
-        self.confidence = nn.Linear(num_classes + width, 1)
+        self.confidence = nn.Linear(num_classes + 1, 1)
         if (like := next(module.parameters(), None)) is not None:
             self.confidence.to(like.device, like.dtype)
         self.network, self.origin = module, network
         self._hold = hold
-        self.passes_on = (width, 1, 1) if width else None
         self._prepare = Prepare(images, network.input)
 
     def requires_grad_(self, requires_grad: bool = True) -> FrontHead:
@@ -198,43 +135,32 @@ class FrontHead(ExitHead):
         return self
 
     def train(self, mode: bool = True) -> FrontHead:
-        """Training mode, but for the network."""
+        """Training mode, but not for the network."""
         super().train(mode)
         self.network.eval()
         return self
 
     def release(self) -> None:
-        """Give the network back: no hook left, gradients and modes as they were."""
+        """Give the network back as it was: its gradients, its modes, no hook left."""
         self._hold.release()
 
     def read(self, z: Tensor) -> Tensor:
-        """(b, K + F): the network's logits, and the vector that its classifier read."""
+        """(b, K): the network's logits for the backbone's images."""
         self._hold.keep()
-        seen: list[Tensor] = []
-        token = _READ.set(seen)
-        try:
-            with torch.no_grad():
-                logits = self.network(self._prepare(z))
-        finally:
-            _READ.reset(token)
-        return torch.cat([logits, *seen[-1:]], 1)  # a classifier may be asked twice; the last time counts
-
-    def follow(self, z: Tensor, trail: Trail) -> Said:
-        """Answer images."""
-        return self.answer(self.read(z), trail)
-
-    def answer(self, x: Tensor, trail: Trail) -> Said:
-        """Answer from what was read."""
-        vector = x[:, self.num_classes :]
-        return self._say(x, trail, None if self.passes_on is None else vector[:, :, None, None])
-
-    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
-        return v[:, : self.num_classes]
+        with torch.no_grad():
+            logits: Tensor = self.network(self._prepare(z))
+        return logits
 
     def _confidence(self, v: Tensor) -> Tensor:
-        wide = v.to(torch.promote_types(v.dtype, torch.float32))  # in half precision .995 and .998 would be one number
-        sureness = wide[:, : self.num_classes].softmax(-1)  # logits may be large
-        return super()._confidence(torch.cat([sureness, wide[:, self.num_classes :]], 1))
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))  # half precision cannot tell .995 from .998
+        return super()._confidence(torch.cat([wide.softmax(-1), _log_odds(wide)[:, None]], -1))
+
+
+def _log_odds(logits: Tensor) -> Tensor:
+    """(b, K) -> (b,) log(p / (1 - p)) of the largest probability p, also where p rounds to 1."""
+    largest, answer = logits.max(-1)
+    others = logits.scatter(-1, answer[:, None], -torch.inf).logsumexp(-1)
+    return (largest - others).clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
 
 
 def require_same_question(name: str, network: Backbone, images: InputConfig, num_classes: int) -> None:
@@ -279,18 +205,6 @@ def require_small(name: str, input_size: tuple[int, int, int]) -> None:
         )
 
 
-_READ: ContextVar[list[Tensor] | None] = ContextVar(
-    "what the classifiers of front networks read in this call", default=None
-)
-
-
-def _note_what_is_read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Stands behind a front network's classifier for good, so that threads do not put up and take down one another's."""
-    seen = _READ.get()
-    if seen is not None and args:
-        seen.append(args[0])
-
-
 class Prepare(nn.Module):
     """Images prepared for one network as another takes them.
 
@@ -317,9 +231,8 @@ class Prepare(nn.Module):
             x = x * self.scale + self.shift
         if self.size is None:
             return x
-        return F.interpolate(x.float(), self.size, mode="bilinear", antialias=True).to(
-            x.dtype
-        )  # no half precision there
+        wide = x.float()  # there is no half precision for it
+        return F.interpolate(wide, self.size, mode="bilinear", antialias=True).to(x.dtype)
 
 
 def _require_rows_apart(network: Backbone) -> None:
@@ -335,23 +248,3 @@ def _require_rows_apart(network: Backbone) -> None:
             f"The front network {network.name} answers a row differently when it is alone: its rows influence one another, so "
             "none of them can leave early."
         )
-
-
-def _last_layer(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str | None, int]:
-    """The linear layer that gives the logits, and how many numbers it reads; (None, 0) where there is none."""
-    made: dict[str, Any] = {}
-    handles = [
-        part.register_forward_hook(lambda _m, args, out, name=name: made.update({name: (*args[:1], out)}))
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            logits = logits_of(module, random_images(module, 2, input_size))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, (read, given) in ((name, each) for name, each in made.items() if len(each) == 2):  # else by keyword
-        if read.dim() == 2 and given.shape == logits.shape and torch.equal(given, logits):
-            return name, read.shape[1]
-    return None, 0

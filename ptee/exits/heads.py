@@ -1,96 +1,81 @@
-"""Exit heads: small networks that answer from a feature map, and say how sure they are.
+"""Exit heads: small networks that classify from a feature map and say how sure they are.
 
-Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes) and
-a confidence logit w2 v + b2, with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2); a gate may take the place of the latter.
-`HEADS` names the ways to make v.
+Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes), and a
+confidence logit w2 v + b2 with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2). `HEADS` names the ways to make v.
 
-A name with a `+` behind it, such as `conv2+`, is a head that builds on the answer of the exit before it: that answer's
-log-probabilities are added to the head's own logits, times one number which is learnt with the head and is 0 at first. So
-what it answers is a weighted geometric mean of the answers so far, as in Zero Time Waste (ZTW: Wołczyk et al., NeurIPS
-2021), and as there no gradient flows from it into the exit before. What is not done of ZTW: its heads read the answer
-before among their features, with a weight for each pair of classes; and the weights of its mean are learnt when the heads
-are done, for each earlier exit freely. Here an earlier exit weighs the product of the numbers between.
+A head with a `+` behind its name, such as `conv2+`, builds on the logits y' of the exit before it (Zero Time Waste, Wołczyk
+et al., NeurIPS 2021):
+
+    y = W1 v + b1 + w log_softmax(y')        w is learned with the head and starts at 0; no gradient flows into y'
+
+So its probabilities are a weighted geometric mean of those of the exits so far. Two things of that paper are left out:
+there a head reads y' among its features, with a weight for each pair of classes, and the weights of the mean are learned
+after the heads, one for each earlier exit. Here an exit further back gets the product of the weights between.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptee._common.errors import PteeError, unknown
+from ptee._common.errors import PteeError
 from ptee._common.process import few_random_numbers
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
 from ptee.exits.gates import Gate
 
-AUTO = "auto"  # the name of a head that is sized when exits are planned (`learned`)
-BUILDS_ON = "+"  # behind the name of a head that builds on the one before it
-SIZED = (AUTO, AUTO + BUILDS_ON)  # names that stand for another
+AUTO = "auto"  # a head that is sized when the exits are planned
+FRONT = "front"  # a network of its own, as the head of the exit at the input
+RESIDUAL = "res"
+RESIDUAL_NAME = r"res(-\d{1,5}x\d{1,3}(s\d{1,2})?){1,8}"
+PLUS = "+"  # behind the name of a head that builds on the exit before
 
 FeatureFactory = Callable[[int, int, int], nn.Module]
 
 
-class Trail(NamedTuple):
-    """What the exits so far have said of the rows that are here, for heads that build on it.
-
-    Attributes:
-        answers: (b, K) logits of each.
-        map: (b, c, h, w) what the last of them made on its way, where it is one that passes something on.
-    """
-
-    answers: tuple[Tensor, ...] = ()
-    map: Tensor | None = None
-
-    def keep_rows(self, rows: Tensor) -> Trail:
-        """Only these rows go on.
-
-        Args:
-            rows: (kept,) positions in the batch as it was.
-        """
-        return Trail(tuple(y[rows] for y in self.answers), None if self.map is None else self.map[rows])
-
-
-class Said(NamedTuple):
-    """What a head says of some rows.
+class HeadOutput(NamedTuple):
+    """What a head gives for some rows.
 
     Attributes:
         logits: (b, K).
         confidence: (b,) confidence logit, in float32 at least.
-        trail: for the next head.
         features: (b, F), the vector v.
     """
 
     logits: Tensor
     confidence: Tensor
-    trail: Trail
     features: Tensor
 
 
 class ExitHead(nn.Module):
-    """A head on one cut: any layout in, logits and a confidence logit out.
+    """The head of one exit. Takes the tensor of a cut in any layout, gives logits and a confidence logit.
 
     Attributes:
-        passes_on: (c, h, w) of the map that it makes for the next head; None where it makes none.
         gate: what the confidence comes from instead of the layer of that name; None where it does not.
-        trust: (), how much of the answer before is added to its own; None where it builds on none.
-        teaches_back: its gradient flows through that answer into the exit before.
+        previous_weight: (), how much of the previous exit's answer is added to its own; None if it does not build on it.
 
     Args:
         layout: how the cut's tensor lies in memory.
         features: (b, c, h, w) -> (b, F), the vector v.
         num_features: F.
         num_classes: K.
+        builds_on_previous: it builds on the logits of the exit before.
     """
 
-    passes_on: tuple[int, int, int] | None = None
-    teaches_back: bool = False
-
-    def __init__(self, layout: Layout, features: nn.Module, num_features: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        features: nn.Module,
+        num_features: int,
+        num_classes: int,
+        *,
+        builds_on_previous: bool = False,
+    ) -> None:
         super().__init__()
         self.layout = layout
         self.features = features
@@ -98,21 +83,12 @@ class ExitHead(nn.Module):
         self.logits: nn.Module = nn.Linear(num_features, num_classes)
         self.confidence = nn.Linear(num_features, 1)
         self.gate: Gate | None = None
-        self.trust: nn.Parameter | None = None
-
-    def build_on_answers(self) -> None:
-        """From now on its answer begins at that of the exit before it, where there is one; not at once, as trust is 0."""
-        self.trust = nn.Parameter(torch.zeros(()))
+        self.previous_weight = nn.Parameter(torch.zeros(())) if builds_on_previous else None
 
     @property
-    def linked(self) -> bool:
-        """Whether the head itself reads what the exits before it said."""
-        return self.trust is not None
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether it, or its gate, reads what the exits before it said."""
-        return self.linked or (self.gate is not None and self.gate.follows)
+    def builds_on_previous(self) -> bool:
+        """Whether it, or its gate, reads the logits of the exits before."""
+        return self.previous_weight is not None or (self.gate is not None and self.gate.follows)
 
     def put_gate(self, gate: Gate | None) -> None:
         """From now on confidence comes from this gate, in place of an earlier one.
@@ -123,7 +99,7 @@ class ExitHead(nn.Module):
         self.gate = None if gate is None else gate.to(self.confidence.weight).train(self.training)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Answer from a feature map.
+        """Classify as the first exit does.
 
         Args:
             z: the cut's tensor, in its own layout.
@@ -131,11 +107,20 @@ class ExitHead(nn.Module):
         Returns:
             Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
         """
-        said = self.follow(z, Trail())
-        return said.logits, said.confidence
+        output = self.follow(z, ())
+        return output.logits, output.confidence
+
+    def follow(self, z: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
+        """Classify after other exits.
+
+        Args:
+            z: the cut's tensor, in its own layout.
+            earlier: (b, K) logits of each exit before this one.
+        """
+        return self.answer(self.read(z), earlier)
 
     def read(self, z: Tensor) -> Tensor:
-        """What is left of a feature map after the part of the head that has nothing to learn: a pooled vector, or all.
+        """The input of the first layer that learns: a pooled vector, or the whole map.
 
         Args:
             z: the cut's tensor, in its own layout.
@@ -145,42 +130,27 @@ class ExitHead(nn.Module):
             x = part(x)
         return x
 
-    def follow(self, z: Tensor, trail: Trail) -> Said:
-        """Answer from a feature map, after other exits.
-
-        Args:
-            z: the cut's tensor, in its own layout.
-            trail: what they said.
-        """
-        return self._say(self.features(self.layout.to_map(z)), trail)
-
-    def answer(self, x: Tensor, trail: Trail) -> Said:
-        """Answer from what was read, as `follow` from the feature map.
+    def answer(self, x: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
+        """Classify from what `read` gave, as `follow` from the cut's tensor.
 
         Args:
             x: what `read` gave.
-            trail: what the exits before said.
+            earlier: (b, K) logits of each exit before this one.
         """
         v = x
         for part in self._parts()[1]:
             v = part(v)
-        return self._say(v, trail)
+        logits = self._logits(v, earlier)
+        confidence = self._confidence(v) if self.gate is None else self.gate(logits, earlier, v)
+        # A logit of -inf only rules out its class. The largest one is NaN where any is, and is found sooner than by `all`.
+        overflow = ~(logits.detach().amax(-1) < torch.inf)
+        return HeadOutput(logits, confidence.masked_fill(overflow, torch.nan), v)
 
-    def _say(self, v: Tensor, trail: Trail, made: Tensor | None = None) -> Said:
-        """The one place where logits and confidence come from; `made` is the map for the next head."""
-        logits = self._logits(v, trail)
-        sure = self._confidence(v) if self.gate is None else self.gate(logits, trail.answers, v)
-        # As where the answer before did; -inf rules a class out. The largest is NaN where any is, and far sooner found than `all`.
-        overflown = ~(logits.detach().amax(-1) < torch.inf)
-        sure = sure.masked_fill(overflown, torch.nan)
-        return Said(logits, sure, Trail((*trail.answers, logits), made), v)
-
-    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
+    def _logits(self, v: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         logits: Tensor = self.logits(v)
-        if self.trust is None or not trail.answers:
+        if self.previous_weight is None or not earlier:
             return logits
-        before = trail.answers[-1] if self.teaches_back else trail.answers[-1].detach()
-        return logits + self.trust * before.log_softmax(-1).to(logits.dtype)
+        return logits + self.previous_weight * earlier[-1].detach().log_softmax(-1).to(logits.dtype)
 
     def _confidence(self, v: Tensor) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
@@ -188,14 +158,14 @@ class ExitHead(nn.Module):
             return F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))[:, 0]
 
     def _parts(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The layers of `features` in front that neither learn nor draw lots, and the others."""
+        """The first layers of `features`, which neither learn nor draw random numbers, and the other layers."""
         layers = list(self.features) if type(self.features) is nn.Sequential else [self.features]
         n = next((n for n, layer in enumerate(layers) if not isinstance(layer, NOTHING_TO_LEARN)), len(layers))
         return layers[:n], layers[n:]
 
 
 def confidence_of(logit: Tensor) -> Tensor:
-    """h = sigmoid(logit), and NaN where the logit is not finite: nobody is sure on an overflow.
+    """h = sigmoid(logit), and NaN where the logit is not finite: an overflow makes nobody sure.
 
     Args:
         logit: (...) confidence logits.
@@ -204,6 +174,9 @@ def confidence_of(logit: Tensor) -> Tensor:
         (...) h in (0, 1), float32.
     """
     return torch.where(logit.isfinite(), logit.sigmoid(), torch.nan).float()
+
+
+# ---------------------------------------------------------------------------------------------------- ways to make v
 
 
 class _MeanPool(nn.Module):
@@ -258,11 +231,25 @@ HEADS: dict[str, FeatureFactory] = {
 }
 
 
-def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
-    """Add a head of your own, to be named wherever a head is named.
+def is_conv(kind: str) -> bool:
+    """Whether a head is convN, with N blocks."""
+    return re.fullmatch(r"conv([1-9]\d?)", kind) is not None
+
+
+def feature_factory(kind: str) -> FeatureFactory:
+    """What makes the layers before v.
 
     Args:
-        name: the new head's name; one that exists is refused, and one with a + at its end.
+        kind: a name of `HEADS`, or convN.
+    """
+    return HEADS[kind] if kind in HEADS else _conv(int(kind.removeprefix("conv")))
+
+
+def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
+    """Add a head of your own, which can then be named wherever a head is named.
+
+    Args:
+        name: the new head's name. A name that exists is refused, and so is one that ends in +.
 
     Returns:
         A decorator for a function or class `(channels, height, width) -> nn.Module` whose module maps a feature map
@@ -277,68 +264,44 @@ def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
     """
 
     def add(factory: FeatureFactory) -> FeatureFactory:
-        own = HEADS.get(name)
-        again = own is not None and _where(own) == _where(factory)  # a notebook cell that is run twice
-        if name.endswith(BUILDS_ON):
-            raise PteeError(
-                f"The head name {name!r} ends in {BUILDS_ON}, which says that a head builds on the one before it. Register "
-                f"{name.rstrip(BUILDS_ON)!r}, and name it with the {BUILDS_ON} where it shall."
-            )
-        if (own is not None and not again) or re.fullmatch(r"conv\d+", name):
-            raise PteeError(f"The head name {name!r} is taken. Register yours under another name.")
+        _require_free(name, factory)
         HEADS[name] = factory
         return factory
 
     return add
 
 
-def _where(factory: FeatureFactory) -> tuple[str, str]:
+def _require_free(name: str, factory: FeatureFactory) -> None:
+    if name.endswith(PLUS):
+        raise PteeError(
+            f"The head name {name!r} ends in {PLUS}, which marks a head that builds on the exit before. Register it as "
+            f"{name.rstrip(PLUS)!r}; any head can then be named with a {PLUS}."
+        )
+    known = HEADS.get(name)
+    same = known is not None and _origin(known) == _origin(factory)  # a notebook cell that is run twice
+    reserved = name in (AUTO, FRONT) or re.fullmatch(rf"conv\d+|{RESIDUAL_NAME}", name)
+    if reserved or (known is not None and not same):
+        raise PteeError(f"The head name {name!r} is taken. Register yours under another name.")
+
+
+def _origin(factory: FeatureFactory) -> tuple[str, str]:
     return getattr(factory, "__module__", ""), getattr(factory, "__qualname__", repr(factory))
 
 
-def make_head(name: str, layout: Layout, num_classes: int) -> ExitHead:
-    """Build a head by name.
+# ---------------------------------------------------------------------------------------------------- what is checked
+
+
+def vector_length(name: str, features: nn.Module, layout: Layout) -> int:
+    """F, found by a trial on random numbers; the layers are left as they were.
 
     Args:
-        name: one of `HEADS`, or convN with N blocks; with a + behind it, one that builds on the answer before.
-        layout: of the cut it will read.
-        num_classes: K.
+        name: of the head, for messages.
+        features: (b, c, h, w) -> (b, F).
+        layout: of the cut.
 
     Raises:
-        UnknownName: if there is no such head.
-        PteeError: if a registered head does not give one vector for each row, overwrites its input, or mixes rows.
+        PteeError: if the layers do not give one vector for each row, overwrite their input, or mix rows.
     """
-    own = name.removesuffix(BUILDS_ON)
-    factory = HEADS.get(own) or _conv_of(own)
-    if factory is None:
-        raise unknown(
-            "head", name, [*HEADS, "convN with a number, such as conv4", "auto", "res-32x2-64x2 and its likes"]
-        )
-    features = factory(layout.channels, layout.height, layout.width)
-    head = ExitHead(layout, features, _width(own, features, layout), num_classes)
-    if own != name:
-        head.build_on_answers()
-    return head
-
-
-def _conv_of(name: str) -> FeatureFactory | None:
-    match = re.fullmatch(r"conv([1-9]\d?)", name)
-    return _conv(int(match[1])) if match else None
-
-
-def conv_features(name: str, channels: int) -> nn.Module | None:
-    """Of a head convN or convN+, all but what every head has; None for the others.
-
-    Args:
-        name: of any head.
-        channels: of the map that it reads.
-    """
-    factory = _conv_of(name.removesuffix(BUILDS_ON))
-    return None if factory is None else nn.ModuleDict({"features": factory(channels, 1, 1)})
-
-
-def _width(name: str, features: nn.Module, layout: Layout) -> int:
-    """F, found by trying."""
     shape = (2, layout.channels, layout.height, layout.width)
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     rows[1] *= 2  # of other contrast, so that statistics of both are those of neither

@@ -1,31 +1,47 @@
 """Placement: where along the backbone the exits stand.
 
-A placement rule sees nothing but the cumulative cost at the end of each block, as fractions of the whole. Fed with
-shares of the operations it places by what is really spent (ptee's default); fed with shares of the parameters it gives
-the tables of the EENet thesis, which calls those shares cost.
+A rule sees only the cumulative cost at the end of each block, as fractions of the whole, and chooses blocks. Its names are
+those of EENet (Demir & Akbas 2021), which shares out the number of parameters; ptee shares out the multiply-accumulates.
+Exit n of E, counted from 0, stands behind the first block whose cumulative cost reaches
+
+    pareto   1 - 0.8^(n+1)       a fifth of what is left
+    fine     1 - 0.95^(n+1)      a twentieth of what is left
+    golden   phi^(n-E)           phi = (1 + sqrt 5) / 2
+    linear   (n+1) / (E+1)
+
+(EENet section 3.3; `set_thresholds` in eenet.py of github.com/eksuas/eenets.pytorch). With
+
+    quadratic                    behind every s-th of L blocks, s = L / (E+1), rounded
+
+the cost between two exits grows, as later blocks have more parameters. EENet gives no formula for it; this one gives all
+rows of the tables 4.5 and 4.8 of the thesis.
+
+The images themselves are a cut, too, called "input": nothing is computed before it. It stands before all other exits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
-from ptee._common.errors import BackboneError, CutError, unknown
+from ptee._common.errors import Argument, BackboneError, CutError, unknown
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
+from ptee.analysis.layout import Layout
 from ptee.analysis.macs import Counts
 from ptee.analysis.verify import prove
 from ptee.backbones.load import Backbone
 
-MOST_EXITS = 5  # as many as an unnumbered scheme places
-CHOSEN = "auto"  # no rule: places that a search chooses with images
+INPUT = "input"  # the exit at the images, and its cut
+PHI = (1 + 5**0.5) / 2
+MOST_EXITS = 5  # as many as a rule places where no number is given
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
 HEAVY = 2e10  # multiply-accumulates of one image above which a proof looks for a smaller one
 SMALLEST_SIDE = 40  # pixels of that; three patches of 14 still fit
-MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass begins anew
+MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass starts again
 
 Rule = Callable[[Sequence[float], int], list[int]]
 Choice = Callable[[Sequence[float]], list[int]]  # a rule that knows how many exits it places
@@ -34,20 +50,20 @@ Choice = Callable[[Sequence[float]], list[int]]  # a rule that knows how many ex
 # ---------------------------------------------------------------------------------------------------- the rules
 
 
-def first_behind(costs: Sequence[float], wishes: Sequence[float]) -> list[int]:
-    """The first block whose cumulative cost reaches each wish; two wishes never share a block.
+def first_behind(costs: Sequence[float], fractions: Sequence[float]) -> list[int]:
+    """The first block whose cumulative cost reaches each fraction. Two fractions never share a block.
 
     Args:
         costs: (L,) cumulative cost at the end of each block, as fractions of the whole, growing.
-        wishes: (E,) wanted fractions, growing.
+        fractions: (E,) wanted costs, growing.
 
     Returns:
-        Indices of blocks, fewer than E where the blocks run out.
+        Indices of blocks, fewer than E if the blocks run out.
     """
     chosen: list[int] = []
-    for wish in wishes:
+    for fraction in fractions:
         start = chosen[-1] + 1 if chosen else 0
-        block = next((i for i in range(start, len(costs)) if costs[i] >= wish), None)
+        block = next((i for i in range(start, len(costs)) if costs[i] >= fraction), None)
         if block is None:
             break
         chosen.append(block)
@@ -63,74 +79,131 @@ def _quadratic(costs: Sequence[float], exits: int) -> list[int]:
     return [i for i in range(step - 1, step * exits, step) if i < len(costs)] if step else []
 
 
-# EENet (Demir & Akbas) 3.3. "quadratic" has no formula there; this one gives all rows of the thesis's tables.
 PLACEMENTS: dict[str, Rule] = {
     "pareto": _by_fraction(lambda n, exits: 1 - 0.8 ** (n + 1)),
     "fine": _by_fraction(lambda n, exits: 1 - 0.95 ** (n + 1)),
-    "golden": _by_fraction(lambda n, exits: 1.618034 ** (n - exits)),
+    "golden": _by_fraction(lambda n, exits: PHI ** (n - exits)),
     "linear": _by_fraction(lambda n, exits: (n + 1) / (exits + 1)),
     "quadratic": _quadratic,
 }
 
 
-def places(rule: str, costs: Sequence[float], exits: int) -> list[int]:
-    """The blocks that a rule chooses; where it runs out of them, as near to it as leaves one for each exit.
+def _choice(rule: str, exits: int) -> Choice:
+    return lambda costs: PLACEMENTS[rule](costs, exits)
+
+
+def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
+    """The rule, with exits moved forward where those behind them would find no block of their own."""
+
+    def choose(costs: Sequence[float]) -> list[int]:
+        last = len(costs) - wanted
+        if last < 0:
+            return []
+        chosen = [*rule(costs), *[len(costs)] * wanted]
+        return [min(block, last + n) for n, block in enumerate(chosen[:wanted])]
+
+    return choose
+
+
+# ---------------------------------------------------------------------------------------------------- the input
+
+
+def input_cut(input_size: tuple[int, int, int]) -> Cut:
+    """The images as a cut.
 
     Args:
-        rule: of `PLACEMENTS`.
-        costs: (L,) as of `first_behind`.
-        exits: E, at most L.
+        input_size: (c, h, w).
     """
-    chosen = PLACEMENTS[rule](costs, exits)
-    return chosen if len(chosen) == exits else _with_room_for_all(lambda _: chosen, exits)(costs)
+    return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
+
+
+def split_off_input(exits: Any, num_exits: int | None) -> tuple[bool, Any, int | None]:
+    """Whether an exit at the input is named, and what is asked for behind it: where, and how many.
+
+    Args:
+        exits: as of `build_exits`; `["input", "pareto"]` asks for the rule behind the input.
+        num_exits: as of `build_exits`. It counts the exit at the input where that is named.
+
+    Raises:
+        CutError: if the input is named behind another exit, or the number is not that of the exits.
+    """
+    exits = [INPUT] if isinstance(exits, str) and exits == INPUT else exits
+    if not isinstance(exits, Sequence) or isinstance(exits, str) or INPUT not in exits:
+        return False, exits, num_exits
+    if exits[0] != INPUT:
+        raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
+    behind: Any = list(exits[1:])
+    if len(behind) == 1 and behind[0] in PLACEMENTS:
+        behind = behind[0]
+    if not isinstance(num_exits, int):
+        return True, behind, num_exits
+    if isinstance(behind, list) and num_exits != len(exits):
+        raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+    if num_exits < 2 and behind:
+        raise CutError(
+            f"{INPUT!r} is one exit, and {num_exits} are asked for. Ask for 2 or more, or leave out {behind!r}."
+        )
+    return True, behind, num_exits - 1
 
 
 # ---------------------------------------------------------------------------------------------------- placing
 
 
-def needs_images() -> CutError:
-    """The refusal of `CHOSEN` where there is nothing to choose by."""
-    return CutError(
-        f"The exits {CHOSEN!r} are chosen with images, which are not read here. Take `ptee augment --exits auto --data "
-        f"FOLDER`, ptee.choose_exits from Python, or a placement: {', '.join(PLACEMENTS)}."
-    )
-
-
 @dataclass
 class Placer:
-    """Turns a request into proven cuts."""
+    """Turns a request into proven cuts.
+
+    Attributes:
+        backbone: frozen, in eval mode.
+        survey: of the backbone.
+        counts: of the backbone.
+        placed: names are those that a rule gave before, so values may pass their modules (`Survey.bypassed`).
+        proven: the cuts that were tried, by name.
+        failed: why cuts that were tried are none, by name.
+    """
 
     backbone: Backbone
     survey: Survey
     counts: Counts
-    placed: bool = False  # names are those that a rule gave before: they may be of modules past which much is read
-    proven: dict[str, Cut] = field(default_factory=dict)  # by name; or tried in vain
-    failed: dict[str, str] = field(default_factory=dict)  # why
+    placed: bool = False
+    proven: dict[str, Cut] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
-    def place(self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None) -> list[Cut]:
+    def place(
+        self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None, front: bool = False
+    ) -> list[Cut]:
         """Proven cuts, in order of execution.
 
         Args:
             exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
             num_exits: E; None for as many as the rule can place, at most five.
+            front: there is an exit at the input, whether it is named or not.
 
         Raises:
             CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
             UnknownName: if the rule or a module does not exist.
         """
-        if num_exits is not None and not isinstance(num_exits, int):
-            raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.")
-        if num_exits is not None and num_exits < 1:
-            raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+        at_input, behind, number = split_off_input(exits, num_exits)
+        at_input = at_input or front
+        cuts = self._in_backbone(behind, number) if behind or not at_input else []
+        if any(cut.name == INPUT for cut in cuts):
+            raise CutError(
+                f"{self.backbone.name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
+                "Name the exits, without it."
+            )
+        return [input_cut(self.backbone.input.input_size)] * at_input + cuts
+
+    def _in_backbone(self, exits: Any, num_exits: Any) -> list[Cut]:
+        _require_number(num_exits)
+        if isinstance(exits, str) and (exits in PLACEMENTS or exits not in self.survey.order):
+            return self._by_rule(exits, num_exits)
         if not isinstance(exits, str | Sequence):
             raise CutError(
                 f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
             )
-        if isinstance(exits, str) and exits not in PLACEMENTS and exits in self.survey.order:
-            exits = [exits]
-        if isinstance(exits, str):
-            return self._by_rule(exits, num_exits)
-        wanted: list[Any] = list(exits)
+        return self._by_list([exits] if isinstance(exits, str) else list(exits), num_exits)
+
+    def _by_list(self, wanted: list[Any], num_exits: int | None) -> list[Cut]:
         if num_exits is not None and num_exits != len(wanted):
             raise CutError(f"{len(wanted)} exits are named, {num_exits} are asked for. Leave one of the two out.")
         if not wanted:
@@ -138,74 +211,41 @@ class Placer:
         if all(isinstance(e, str) for e in wanted):
             return self._by_name([str(e) for e in wanted])
         if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in wanted):
-            return self._by_wish(sorted(float(e) for e in wanted))
+            return self._by_fractions(sorted(float(e) for e in wanted))
         raise CutError(
             f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
         )
 
-    def candidates(self, most: int) -> list[Cut]:
-        """Proven cuts that end a block and leave something to save, in order of execution.
-
-        Args:
-            most: how many at most; of more blocks, some that lie evenly along the backbone's cost.
-
-        Raises:
-            CutError: if there is none.
-        """
-        for ends in (self._blocks, self._cells):
-            early = self._thinned([cut for cut in ends if self.cost(cut) <= LATEST], most)
-            self._prove([cut for cut in early if cut.name not in self.proven])
-            if found := [self.proven[cut.name] for cut in early if cut.name not in self.failed]:
-                return found
-        raise self._no_room(1, CHOSEN)
-
-    def _thinned(self, cuts: list[Cut], most: int) -> list[Cut]:
-        """At growing costs, and no more than so many."""
-        costs = [self.cost(cut) for cut in cuts]
-        later = [i for i, cost in enumerate(costs) if i == 0 or cost > max(costs[:i])]
-        if len(later) <= most:
-            return [cuts[i] for i in later]
-        first, last = costs[later[0]], costs[later[-1]]
-        wishes = [first + (last - first) * n / most for n in range(most)]
-        return [cuts[later[i]] for i in first_behind([costs[i] for i in later], wishes)]
-
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
-        if rule == CHOSEN:
-            raise needs_images()
         if rule not in PLACEMENTS:
             raise unknown("placement", rule, PLACEMENTS)
 
-        def choose(exits: int) -> Choice:
-            return lambda costs: PLACEMENTS[rule](costs, exits)
-
         if num_exits is not None:
-            return self._somehow(choose(num_exits), num_exits, rule)
+            return self._so_many(rule, num_exits)
         for exits in range(MOST_EXITS, 0, -1):
             for places in (self._blocks, self._cells):
-                if found := self._proven(choose(exits), exits, places, LATEST):
+                if found := self._proven(_choice(rule, exits), exits, places, LATEST):
                     return found
         raise self._no_room(1, rule)
 
-    def _by_wish(self, wishes: list[float]) -> list[Cut]:
-        words = f"at {', '.join(map(str, wishes))}"
-
-        def choose(costs: Sequence[float]) -> list[int]:
-            return first_behind(costs, wishes)
-
+    def _so_many(self, rule: str, exits: int) -> list[Cut]:
+        """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
+        choose: Choice = _choice(rule, exits)
+        nearest = _with_room_for_all(choose, exits)
         for places in (self._blocks, self._cells, self._parts):
-            if found := self._proven(choose, len(wishes), places, LATEST):
-                return found
-        raise self._no_room(len(wishes), words)
-
-    def _somehow(self, choose: Choice, wanted: int, words: str) -> list[Cut]:
-        """As the rule says; where it runs out of blocks, as near to it as leaves a block for each exit."""
-        for places in (self._blocks, self._cells, self._parts):
-            for rule in (choose, _with_room_for_all(choose, wanted)):
-                if found := self._proven(rule, wanted, places, LATEST):
+            for choice in (choose, nearest):
+                if found := self._proven(choice, exits, places, LATEST):
                     return found
-        if found := self._proven(_with_room_for_all(choose, wanted), wanted, self._blocks, 1.0):
+        if found := self._proven(nearest, exits, self._blocks, 1.0):
             return found
-        raise self._no_room(wanted, words)
+        raise self._no_room(exits, rule)
+
+    def _by_fractions(self, fractions: list[float]) -> list[Cut]:
+        choose: Choice = partial(first_behind, fractions=fractions)
+        for places in (self._blocks, self._cells, self._parts):
+            if found := self._proven(choose, len(fractions), places, LATEST):
+                return found
+        raise self._no_room(len(fractions), f"at {', '.join(map(str, fractions))}")
 
     def _by_name(self, names: list[str]) -> list[Cut]:
         if len(set(names)) < len(names):
@@ -227,13 +267,13 @@ class Placer:
         return cuts
 
     def cost(self, cut: Cut) -> float:
-        """B_n / B. A module without any operator of its own (an identity) has what was there before it."""
+        """B_n / B, the backbone's cost up to a cut. An identity costs what was spent before it."""
         order = self.survey.order
         before = reversed(order[: order.index(cut.name) + 1])
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
 
     def _outside(self, cut: Cut) -> float:
-        """Share of the backbone's work before a cut that is in none of the modules that need not run again."""
+        """Share of the backbone's cost that is spent twice if the pass starts again at a cut: outside of kept modules."""
         within = sum(self.counts.inside.get(name, 0) for name in {step.name for step in cut.steps})
         return self.cost(cut) - within / self.counts.total
 
@@ -244,7 +284,7 @@ class Placer:
 
     @cached_property
     def _cells(self) -> list[Cut]:
-        """Likewise, where a block may read the outputs of others beside it: cells of networks found by search."""
+        """The cuts that end a block or a cell, which may read the outputs of other cells (networks found by search)."""
         if not self.survey.cells & self.survey.bypassed.keys():
             return []
         names = self.survey.cuts.keys() | (self.survey.cells & self.survey.bypassed.keys())
@@ -254,14 +294,14 @@ class Placer:
 
     @cached_property
     def _parts(self) -> list[Cut]:
-        """Likewise, with whole modules around which anything may pass: branches that run one after another."""
+        """The cuts that end a block or a whole module past which values go: branches that run one after another."""
         names = [n for n in self.survey.bypassed if self.counts.products.get(n, 0) >= 2]
         outermost = {n for n in names if not any(n.startswith(f"{other}.") for other in names)}
         cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
         return [cuts[name] for name in self.survey.order if name in cuts]
 
     def _proven(self, rule: Choice, wanted: int, places: list[Cut], latest: float) -> list[Cut] | None:
-        """Let the rule choose among the places, and again without those whose proof fails; None if too few are left."""
+        """What the rule chooses among the places, without places whose proof fails; None if too few are left."""
         while True:
             places = [cut for cut in places if self.cost(cut) <= latest and cut.name not in self.failed]
             costs = [self.cost(cut) for cut in places]
@@ -273,7 +313,7 @@ class Placer:
                 return [self.proven[cut.name] for cut in chosen]
 
     def _prove(self, cuts: Sequence[Cut]) -> None:
-        """As they are; what fails because the rest of the pass remembers the old batch, by beginning anew."""
+        """Prove cuts as they are. Those that fail because the network's code remembers the batch: by starting again."""
         size = self._size_to_prove_at
         failed = prove(self.backbone.module, cuts, size)
         anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
@@ -282,8 +322,8 @@ class Placer:
         for cut in (*cuts, *anew):
             if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:
                 failed[cut.name] = still[cut.name] = (
-                    f"the pass would begin anew there, and {share:.0%} of its work lies outside of modules and would be done "
-                    "twice"
+                    f"the forward pass would start again there, and {share:.0%} of its work lies outside of modules and would be "
+                    "done twice"
                 )
         self.proven |= {cut.name: cut for cut in (*cuts, *anew)}
         mended = {cut.name for cut in anew} - still.keys()
@@ -291,7 +331,7 @@ class Placer:
 
     @cached_property
     def _size_to_prove_at(self) -> tuple[int, int, int]:
-        """The images' own, unless that takes long and a smaller one takes the same way through the network.
+        """(c, h, w): the images' own, or for a large network smaller ones that take the same way through it.
 
         The same way: the same modules in the same order, the same cuts, and the same values alive past each of them.
         """
@@ -320,8 +360,9 @@ class Placer:
         return CutError(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
             f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
-            f"Ask for fewer (num_exits=), another placement, or name fractions or modules."
-        )
+            "Ask for fewer (", Argument("num_exits"), "), another placement, or name fractions or modules.",
+            argument="num_exits", value=wanted,
+        )  # fmt: skip
 
     def _for_example(self) -> str:
         """Why the largest module that is no cut is none."""
@@ -331,18 +372,12 @@ class Placer:
         return "" if largest is None else f" Not at {largest!r}, for one: {self.survey.refused[largest]}."
 
 
+def _require_number(num_exits: Any) -> None:
+    if num_exits is not None and not isinstance(num_exits, int):
+        raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.")
+    if num_exits is not None and num_exits < 1:
+        raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+
+
 def _way(survey: Survey) -> tuple[Any, ...]:
     return survey.order, survey.refused, survey.steps, list(survey.cuts), list(survey.bypassed)
-
-
-def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
-    """The rule, with each exit moved forward as far as those behind it need to find a block of their own."""
-
-    def choose(costs: Sequence[float]) -> list[int]:
-        last = len(costs) - wanted
-        if last < 0:
-            return []
-        chosen = [*rule(costs), *[len(costs)] * wanted]
-        return [min(block, last + n) for n, block in enumerate(chosen[:wanted])]
-
-    return choose

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from ptee._common.errors import unknown
 from ptee.analysis.cut_points import survey
 from ptee.backbones.load import Backbone
-from ptee.exits.front import INPUT
-from ptee.exits.placement import PLACEMENTS
+from ptee.exits.placement import INPUT, PLACEMENTS
 
 MOST_NAMES = 12  # of rules and blocks in a message
 

@@ -13,11 +13,11 @@ from ptee._common.errors import PteeError, RunError, unknown
 from ptee._common.process import alone
 from ptee.analysis.freezing import freeze
 from ptee.backbones.load import Backbone, load_backbone
+from ptee.exits.build import build_exits
 from ptee.exits.front import FrontHead, named_front
-from ptee.exits.plan import make_plan
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.rebuilding import check_weights, front_of, network_of
+from ptee.model.rebuilding import check_weights, front_of, network_of, upgraded
 
 
 @alone()
@@ -43,12 +43,13 @@ def augment(
         exits: where: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
             cost, or a list of module names.
         num_exits: E; None for as many as the rule can place, at most five.
-        head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a learned one
-            (`res-32x2-64x2`), or "auto", learned ones as large as their budget allows; one for all exits or one for each. With
-            a + behind its name (`auto+`, `conv2+`) a head builds on the one before it; one name for all leaves the + out at the first.
+        head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a residual one
+            (`res-32x2-64x2`), or "auto" for residual heads as large as their budget allows; one for all exits or one for
+            each. With a + behind its name (`auto+`, `conv2+`) a head builds on the answer of the exit before; one name for
+            all leaves the + out at the first exit.
         head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each.
         front: a small classifier with weights of its own, by name or as a module: the head of an exit at the input, before
-            all others. Rows that it is sure of never reach the backbone. "auto": a learned head there.
+            all others. Rows that it is sure of never reach the backbone. "auto": a residual head there.
         front_weights: for a name: a file of its weights.
         input_size: (c, h, w); None: the model's own, where it says so.
         num_classes: K, where the model does not say.
@@ -80,7 +81,6 @@ def build(
     exits: str | Sequence[float] | Sequence[str] = "pareto",
     num_exits: int | None = None,
     head: str | Sequence[str] = "pool",
-    convention: str = "full",
     placed: bool = False,
     head_budget: float | Sequence[float] | None = None,
     front: FrontHead | str | None = None,
@@ -89,10 +89,13 @@ def build(
     """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
     state = freeze(backbone.module)
     try:
-        plan = make_plan(backbone, exits, num_exits, head, convention, placed, head_budget, front, saved)
+        plan, heads = build_exits(
+            backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=front, placed=placed,
+            saved=saved,
+        )  # fmt: skip
     finally:
         state.restore(backbone.module)
-    return EarlyExitModel(backbone, plan, plan.make_heads(front if isinstance(front, FrontHead) else None))
+    return EarlyExitModel(backbone, plan, heads)
 
 
 @alone()
@@ -120,7 +123,7 @@ def load(
     known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     for name in hub.keys() - known:
         raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
-    run = runs.read(folder, **hub)
+    run = upgraded(runs.read(folder, **hub))
     if backbone is not None:
         check_weights(run, backbone)
     if front is not None and run.front is None:
@@ -131,7 +134,6 @@ def load(
         network,
         exits=list(run.exits),
         head=list(run.heads),
-        convention=run.convention,
         placed=True,
         saved=run.tensors,
         front=front_of(run, front, network) if run.front is not None else None,

@@ -25,9 +25,10 @@ from ptee.analysis.attachment import Hold
 from ptee.analysis.replay import Memory, merged, run
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hashes, weights_hash
-from ptee.exits.front import INPUT, FrontHead
+from ptee.exits.front import FrontHead
 from ptee.exits.gates import Gate
-from ptee.exits.heads import ExitHead, Said, Trail, confidence_of
+from ptee.exits.heads import ExitHead, HeadOutput, confidence_of
+from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
 from ptee.model import saving as runs
 from ptee.model.forward import AllLeft, Call, ExitHook, ExitOutput, Leaving, Read, Watching, running
@@ -248,16 +249,16 @@ class EarlyExitModel(
         said = self.said(reading)
         return _all_exits([s.logits for s in said], [s.confidence for s in said], reading.logits)
 
-    def said(self, reading: Reading) -> list[Said]:
-        """What each head says of what was read, one after another.
+    def said(self, reading: Reading) -> list[HeadOutput]:
+        """What each head gives for what was read, one after another.
 
         Args:
             reading: what `read` gave, or rows of it.
         """
-        said: list[Said] = []
+        outputs: list[HeadOutput] = []
         for head, x in zip(self._exit_heads(), reading.inputs, strict=True):
-            said.append(head.answer(x, said[-1].trail if said else Trail()))
-        return said
+            outputs.append(head.answer(x, [output.logits for output in outputs]))
+        return outputs
 
     def new_gate(self, n: int, reads: str) -> Gate:
         """An untrained gate for an exit. It asks what earlier exits said if the head does: else their heads need not be run.
@@ -267,7 +268,7 @@ class EarlyExitModel(
             reads: one of `gates.READS`.
         """
         head = self._exit_heads()[n]
-        return Gate(reads, head.confidence.in_features, follows=head.linked)
+        return Gate(reads, head.confidence.in_features, follows=head.previous_weight is not None)
 
     def put_gates(self, gates: Sequence[Gate | None]) -> None:
         """Let the confidence of each exit come from its gate, and count it.
@@ -430,7 +431,6 @@ class EarlyExitModel(
             },
             "front": _about_front(self.heads[0]),
             "placement": self.plan.placement,
-            "convention": self.plan.convention,
             "exits": self.plan.to_dict()["exits"],
             "threshold": self.threshold,
             "off": list(self.off),

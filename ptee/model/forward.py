@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from ptee._common.errors import PteeError, first_line
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.replay import Again, Memory
-from ptee.exits.front import INPUT
-from ptee.exits.heads import ExitHead, Trail, confidence_of
+from ptee.exits.heads import ExitHead, confidence_of
+from ptee.exits.placement import INPUT
 from ptee.exits.plan import Plan
 
 COLLAPSED = 0.95  # share of the rows at one exit above which the model is a shorter network, not an adaptive one
@@ -62,9 +62,9 @@ class Call(ABC):
         self.through = False  # and of the backbone
         self.skipped: tuple[int, ...] = ()  # exits whose heads are not run
         self.memory = Memory({})
-        self.trail: Trail | None = None  # kept only for heads that look back
-        if any(getattr(head, "looks_back", False) for head in heads):
-            self.trail = Trail()
+        self.earlier: list[Tensor] | None = None  # logits of the exits so far, where a head builds on them
+        if any(getattr(head, "builds_on_previous", False) for head in heads):
+            self.earlier = []
 
     def enter(self, images: Tensor) -> None:
         """The images are there: the exit at the input, if there is one, is the first."""
@@ -100,12 +100,12 @@ class Call(ABC):
         try:
             with self._beside_backbone(n):
                 head: Any = self.heads[n]
-                if self.trail is None:
+                if self.earlier is None:
                     logits, confidence = head(z)
                     return logits, confidence
-                said = head.follow(z, self.trail)
-                self.trail = said.trail
-                return said.logits, said.confidence
+                output = head.follow(z, self.earlier)
+                self.earlier = [*self.earlier, output.logits]
+                return output.logits, output.confidence
         except RuntimeError as why:
             if z.shape[1:] == cut.shape:
                 raise
@@ -224,7 +224,7 @@ class Leaving(Call):
         here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
         self.parts.append(_Part(here[leavers], n, logits.index_select(0, leavers), h.index_select(0, leavers)))
         self.rows = here[stayers]
-        self.trail = self.trail and self.trail.keep_rows(stayers)
+        self.earlier = self.earlier and [logits.index_select(0, stayers) for logits in self.earlier]
         if cut.steps:
             self.memory.require(cut.steps)
         self.memory.keep_rows(stayers)

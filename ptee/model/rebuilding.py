@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from torch import nn
 
 from ptee._common.errors import BackboneError, RunError
 from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
-from ptee.exits.front import FRONT, FrontHead, require_small
+from ptee.exits.front import FrontHead, require_small
+from ptee.exits.heads import FRONT
 from ptee.model.saving import Run
+
+
+def upgraded(run: Run) -> Run:
+    """A run with the tensor names of today.
+
+    Raises:
+        RunError: if ptee 0.1.0 saved heads in it that this version does not have.
+    """
+    linked = [int(name.partition(".")[0]) for name in run.tensors if re.fullmatch(r"\d+\.link\..+", name)]
+    if linked:
+        what = (
+            f"its head at exit {min(linked)} reads the feature map of the head before, and heads of this version do not"
+        )
+        raise _of_an_older_version(run, what)
+    layer = run.tensors.get("0.confidence.weight")
+    if run.front is not None and layer is not None and layer.shape != (1, run.classes + 1):
+        what = "the confidence of its front network reads that network's last features, and in this version it does not"
+        raise _of_an_older_version(run, what)
+    return replace(
+        run, tensors={re.sub(r"^(\d+)\.trust$", r"\1.previous_weight", name): t for name, t in run.tensors.items()}
+    )
+
+
+def _of_an_older_version(run: Run, what: str) -> RunError:
+    return RunError(f"{run.folder} was saved by ptee 0.1.0: {what}. Train it again, or load it with ptee 0.1.0.")
 
 
 def check_weights(run: Run, module: nn.Module) -> None:

@@ -63,7 +63,6 @@ class Run:
         exits: names of the modules behind which the exits stand.
         heads: name of the head at each.
         gates: what the gate of each reads; None where there is none.
-        convention: of the costs, "full" or "paper".
         threshold: one for each exit.
         results: what was measured, or None.
         tensors: the heads' parameters and buffers, by name.
@@ -82,7 +81,6 @@ class Run:
     exits: tuple[str, ...]
     heads: tuple[str, ...]
     gates: tuple[str | None, ...]
-    convention: str
     threshold: list[float]
     results: dict[str, Any] | None
     tensors: dict[str, Tensor]
@@ -175,7 +173,6 @@ def read(folder: str | Path, **hub: Any) -> Run:
         exits=tuple(row.get("name", str) for row in rows),
         heads=tuple(_head(row) for row in rows),
         gates=tuple(_gate(row) for row in rows),
-        convention=fields.get("convention", str),
         threshold=[float(t) for t in fields.numbers("threshold", len(rows))],
         results=fields.get("results", dict, optional=True),
         tensors=_tensors(folder, path),
@@ -273,10 +270,10 @@ def _input(fields: _Fields, of: str) -> dict[str, Any]:
 
 def _head(row: _Fields) -> str:
     """A name; not the word for heads that are still to be sized, which no run has."""
-    from ptee.exits.heads import SIZED
+    from ptee.exits.heads import AUTO, PLUS
 
     name: str = row.get("head", str)
-    if name in SIZED:
+    if name.removesuffix(PLUS) == AUTO:
         raise RunError(f"{row.folder}: {CONFIG} has {row.prefix}head {name!r}, which says no size. Copy the run anew.")
     return name
 

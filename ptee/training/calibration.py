@@ -239,8 +239,8 @@ def _hear(model: EarlyExitModel, gates: Sequence[Gate], loader: Iterable[Any], p
         reading = model.read(model.prepared(images))
         said = model.said(reading)
         read.append([
-            gate.read(s.logits, s.trail.answers[:-1], s.features).cpu().double()
-            for gate, s in zip(gates, said, strict=True)
+            gate.read(s.logits, [earlier.logits for earlier in said[:n]], s.features).cpu().double()
+            for n, (gate, s) in enumerate(zip(gates, said, strict=True))
         ])  # fmt: skip
         answers.append(torch.stack([y.argmax(-1) for y in (*(s.logits for s in said), reading.logits)]).cpu())
         labels.append(torch.full((len(images),), UNKNOWN_LABEL) if known is None else known)

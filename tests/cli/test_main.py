@@ -28,7 +28,6 @@ from ptee.cli.main import cli, main
 from ptee.cli.options import in_options
 from ptee.data.sources import Data, open_named
 from ptee.evaluation import results as evaluation
-from ptee.pipeline import choosing
 from ptee.pipeline import demo as defaults
 from ptee.pipeline import fit as augmenting
 from ptee.training import trainer as training
@@ -194,16 +193,6 @@ def test_exits_may_be_a_rule_fractions_or_modules(exits, more, count, run):
         assert [row["name"] for row in rows] == exits.replace(" ", "").split(",")
 
 
-def test_the_papers_costs_leave_out_the_heads_passed_on_the_way(run):
-    full, paper = (
-        json.loads(run("plan", *RANDOM, "--head", "conv2", "--cost-convention", c, "--json").out)
-        for c in ("full", "paper")
-    )
-    first = full["exits"][0]["head_cost"]
-    assert full["exits"][1]["cost"] - paper["exits"][1]["cost"] == pytest.approx(first)
-    assert paper["final_cost"] == 1
-
-
 @pytest.mark.parametrize(("size", "want"), [("32", [3, 32, 32]), ("3,16,24", [3, 16, 24])])
 def test_an_input_size_is_one_number_or_three(size, want, run):
     assert json.loads(run("plan", *RANDOM, "--input-size", size, "--json").out)["input_size"] == want
@@ -239,11 +228,6 @@ WORDS = {
     "too many exits": (["plan", *RANDOM, "--exits", "linear", "--num-exits", 99], "99"),
     "an unknown head": (["plan", *RANDOM, "--head", "poool"], "poool.*Did you mean 'pool'"),
     "heads for another number of exits": (["plan", *RANDOM, "--head", "pool,pool,pool"], "3 values of head"),
-    "exits chosen without images": (["plan", *RANDOM, "--exits", "auto"], "images.*ptee augment --exits auto --data"),
-    "exits timed that are still to be chosen": (
-        ["bench", *RANDOM, "--exits", "auto"],
-        "images.*or a placement: pareto",
-    ),
     "a budget for heads that have none": (
         ["plan", *RANDOM, "--head", "pool", "--head-budget", "0.1"],
         "heads are pool",
@@ -252,8 +236,6 @@ WORDS = {
     "an unknown front network": (["plan", *RANDOM, "--front", "cifar_resnet200"], "cifar_resnet20"),
     "weights of no front network": (["plan", *RANDOM, "--front-weights", "x.safetensors"], "--front-weights"),
     "the input behind another exit": (["plan", *RANDOM, "--exits", "layer1,input"], "first of all"),
-    "an unknown family": (["zoo", "resnett"], "Unknown family 'resnett'.*'resnet'"),
-    "an unknown convention": (["plan", *RANDOM, "--cost-convention", "papers"], "papers.*Did you mean 'paper'"),
     "a size of two numbers": (["plan", *RANDOM, "--input-size", "16,16"], "16,16.*3,224,224"),
     "a size of words": (["plan", *RANDOM, "--input-size", "big"], "big"),
     "an argument without a value": (["plan", *RANDOM, "--model-arg", "pad_type"], "KEY=VALUE"),
@@ -272,11 +254,6 @@ WORDS = {
     "an unknown device": (["bench", *RANDOM, "--device", "tpu"], "tpu.*cpu"),
     "batches of nothing": (["bench", *RANDOM, "--batch-sizes", "0"], "positive"),
     "batches of words": (["bench", *RANDOM, "--batch-sizes", "1,many"], "1,many.* such as 1,32"),
-    "images of no training": (["bench", *RANDOM, "--images", 8], "--images goes only with --training"),
-    "batches of a training": (
-        ["bench", *RANDOM, "--training", "--batch-sizes", 8],
-        "--batch-sizes does not go with --training",
-    ),
     "an evaluation of nothing": (["evaluate"], "RUN"),
     "an evaluation of no run": (["evaluate", "EMPTY"], "config.json"),
     "an evaluation of a folder that is not there": (["evaluate", "nowhere"], "nowhere"),
@@ -371,8 +348,6 @@ AUGMENT = {
     "images for gates that there are not": ([*RANDOM, "--recipe", "eenet", "--data", "TEN", "--gate-share", 0.1], "--gate-share needs --gate"),
     "too few images for gates": ([*RANDOM, "--data", "TEN", "--gate", "agrees"], "0.1 of 24 .* are 2.*--gate-share"),
     "a share of all images": ([*RANDOM, "--data", "TEN", "--gate", "agrees", "--gate-share", 1], "--gate-share"),
-    "several heads for exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--head", "pool,conv1"], "2 val.*one"),
-    "no exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--num-exits", 0], "choose 0 exits"),
     "no epochs": ([*RANDOM, "--data", "TEN", "--epochs", 0], "--epochs"),
     "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "lr 0.0 must be positive, such as 0.001"),
     "thresholds for other exits": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
@@ -469,37 +444,12 @@ def test_another_threshold_is_suggested_where_an_exit_is_on(off, run, known, mon
     assert ("Another threshold" in done.out) == (len(off) < 2)
 
 
-@pytest.fixture
-def few_updates(monkeypatch) -> None:
-    monkeypatch.setattr(choosing, "UPDATES", 10)
-
-
-def test_exits_are_chosen_with_the_training_images_and_named_in_the_run(run, known, few_updates):
-    done = run(
-        "augment", *known, *SHORT, "--exits", "auto", "--num-exits", 2, "--max-fidelity-drop", 0.5, "--out", "out"
-    )
-    assert done.status == 0, done
-    config, metrics = (json.loads(Path("out", name).read_text()) for name in ("config.json", "metrics.json"))
-    choice = metrics["results"]["choice"]
-    assert config["placement"] == "exits auto"
-    assert [e["name"] for e in config["exits"]] == choice["rows"][0]["modules"]
-    assert choice["max_drop"] == 0.5
-    assert all(f"{line} " in done.out for line in ("\nauto", "\npareto", "\nquadratic"))
-    assert [e.name for e in ptee.load("out").exits] == choice["rows"][0]["modules"]
-
-
-def test_a_front_network_of_random_weights_is_told_of(run, known, few_updates):
+def test_a_front_network_of_random_weights_is_told_of(run, known):
     done = run("augment", *known, *SHORT, "--no-pretrained", "--front", "cifar_resnet20", "--out", "out")
     assert done.status == 0
     assert "The front network's weights are random" in done.out
     assert "--front-weights FILE" in done.out
     assert "ptee evaluate" not in done.out
-
-
-def test_a_front_network_stands_before_the_chosen_exits(run, known, few_updates):
-    run("augment", *known, *SHORT, "--exits", "auto", "--num-exits", 1, "--front", "auto", "--out", "out")
-    config, metrics = (json.loads(Path("out", name).read_text()) for name in ("config.json", "metrics.json"))
-    assert [e["name"] for e in config["exits"]] == ["input", *metrics["results"]["choice"]["rows"][0]["modules"]]
 
 
 def test_the_saved_model_is_the_one_that_was_trained(finished, things):
@@ -1360,10 +1310,6 @@ def test_bench_times_every_batch_size_and_prints_a_table_or_json(run):
     assert [case["batch"] for case in cases] == [1, 1, 2, 2, 2]
 
 
-def test_bench_times_the_training_of_a_recipe(run):
-    assert run("bench", *RANDOM, "--training", "--images", 8, "--recipe", "ptee").status == 0
-
-
 def test_bench_takes_a_number_of_threads(run):
     before = torch.get_num_threads()
     try:
@@ -1371,15 +1317,6 @@ def test_bench_takes_a_number_of_threads(run):
     finally:
         torch.set_num_threads(before)
     assert found["threads"] == 1
-
-
-def test_bench_times_training_on_a_cache_and_without(run):
-    words = ("bench", *RANDOM, "--training", "--images", 8, "--epochs", 3)
-    assert re.search(
-        r"3 epochs on the cache cost [\d.]+ times one pass of the backbone, [\d.]+ times less", run(*words).out
-    )
-    found = json.loads(run(*words, "--json").out)
-    assert found["times_less"] == pytest.approx(3 * found["fresh"] / (found["fill"] + 3 * found["cached"]))
 
 
 def test_augment_takes_every_way_of_learning(run, known):

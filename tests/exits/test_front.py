@@ -9,14 +9,14 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from small import once
+from safetensors.torch import load_file, save_file
+from small import leaving_everywhere, once
 from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import CutError, PteeError, RunError
 from ptee.analysis.macs import count
-from ptee.backbones.load import InputConfig, load_backbone
+from ptee.backbones.load import load_backbone
 from ptee.exits.front import FrontHead, named_front
 from ptee.model.build import build
 
@@ -43,7 +43,12 @@ def early() -> ptee.EarlyExitModel:
 def behind(front: nn.Module, **wish) -> ptee.EarlyExitModel:
     wish = {"exits": ["layer1.0", "layer3.0"], "head": ["res-8x1-16x1+", "conv1"]} | wish
     backbone = load_backbone("cifar_resnet20", pretrained=False)
-    return build(backbone, front=named_front(front, backbone, mean=(0.5,), std=(0.5,)), **wish)
+    model = build(backbone, front=named_front(front, backbone, mean=(0.5,), std=(0.5,)), **wish)
+    with torch.no_grad():
+        for head in model.heads:
+            if head.previous_weight is not None:
+                head.previous_weight.fill_(0.7)
+    return model
 
 
 @pytest.fixture
@@ -57,17 +62,6 @@ def x() -> Tensor:
         torch.randn(24, *SIZE, generator=torch.Generator().manual_seed(1))
         * torch.linspace(0.2, 2, 24)[:, None, None, None]
     )
-
-
-def split_evenly(model: ptee.EarlyExitModel, x: Tensor) -> None:
-    """At each exit some rows leave and some stay."""
-    left = torch.arange(len(x))
-    thresholds = []
-    for h in model.all_exits(x).confidence[:-1]:
-        order = h[left].sort(descending=True)
-        thresholds.append(order.values[5:7].mean().item())
-        left = left[order.indices[6:]]
-    model.threshold = thresholds
 
 
 def test_the_front_network_is_the_first_exit_and_costs_what_it_costs(model):
@@ -91,7 +85,7 @@ def test_who_leaves_there_gets_the_answer_of_the_front_network(x):
 
 
 def test_whoever_leaves_in_front_never_reaches_the_backbone(model, x):
-    split_evenly(model, x)
+    leaving_everywhere(model, x)
     seen = []
     handle = model.backbone.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     leaving = int((model.predict(x).exit_index == 0).sum())
@@ -102,9 +96,7 @@ def test_whoever_leaves_in_front_never_reaches_the_backbone(model, x):
 
 
 def test_every_row_gets_the_answer_that_it_gets_alone(model, x):
-    split_evenly(model, x)
-    together, every = model.predict(x), model.all_exits(x)
-    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
+    every, together = leaving_everywhere(model, x)
     alone = [model.predict(image[None]) for image in x]
     assert torch.equal(together.exit_index, torch.cat([a.exit_index for a in alone]))
     torch.testing.assert_close(together.logits, torch.cat([a.logits for a in alone]), rtol=1e-4, atol=1e-4)
@@ -124,7 +116,7 @@ def test_it_may_be_the_only_exit(x):
     assert len(model.costs) == 2
 
 
-def test_the_head_behind_it_reads_what_it_computed(model, x):
+def test_the_head_behind_it_builds_on_its_answer(model, x):
     before = model.all_exits(x).logits
     with torch.no_grad():
         model.heads[0].network.norm.bias.add_(1.0)
@@ -151,8 +143,7 @@ def test_a_head_that_learns_may_stand_at_the_input(x):
     model = build(backbone, exits=["input", "layer2.0"], head="auto", head_budget=[0.3, 0.1])
     assert [e.name for e in model.exits] == ["input", "layer2.0"]
     assert 0.1 < model.exits[0].head_cost <= 0.31
-    split_evenly(model, x)
-    assert set(model.predict(x).exit_index.tolist()) == {0, 1, 2}
+    leaving_everywhere(model, x)
 
 
 def test_images_are_resized_for_a_network_of_another_size(x):
@@ -163,26 +154,32 @@ def test_images_are_resized_for_a_network_of_another_size(x):
     assert model.predict(x, 0).logits.shape == (len(x), K)
 
 
-def test_it_is_as_sure_of_half_precise_logits_as_of_precise_ones(model):
+def test_its_confidence_reads_the_probabilities_and_the_log_odds_of_the_largest(model, x):
+    head = model.heads[0]
+    logits = head.read(x)
+    p = logits.softmax(-1)
+    largest = p.amax(-1)
+    weight, bias = head.confidence.weight[0], head.confidence.bias[0]
+    expected = p @ weight[:K] + weight[K] * (largest / (1 - largest)).log() + bias
+    torch.testing.assert_close(model.all_exits(x).confidence_logits[0], expected)
+
+
+def test_its_confidence_is_as_precise_for_logits_in_half_precision(model):
     head = model.heads[0]
     logits = torch.zeros(2, K)
     logits[:, 0] = torch.tensor([7.5, 8.375])  # probabilities .995 and .998, both .996 in bfloat16
-    read = torch.cat([logits, torch.zeros(2, 6)], 1)
     with torch.no_grad():
         head.confidence.weight.zero_()[0, 0] = 1000.0
-        precise = head._confidence(read)
+        precise = head._confidence(logits)
         head.to(torch.bfloat16)
-        torch.testing.assert_close(head._confidence(read.bfloat16()), precise, rtol=0, atol=0.5)
+        torch.testing.assert_close(head._confidence(logits.bfloat16()), precise, rtol=0, atol=0.5)
 
 
-def test_its_classifier_may_be_called_by_keyword(x):
-    class ByKeyword(Small):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.classifier(input=self.norm(self.conv(x)).relu().mean((2, 3)))
-
-    model = behind(ByKeyword())
-    assert model.heads[0].passes_on is None
-    assert model.predict(x, 0).exit_index.tolist() == [0] * len(x)
+def test_a_front_network_that_is_certain_gives_a_finite_confidence(model):
+    logits = torch.zeros(2, K)
+    logits[0, 3], logits[1] = 1e4, -torch.inf
+    logits[1, 0] = 0.0
+    assert model.heads[0]._confidence(logits).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------- kept
@@ -239,6 +236,15 @@ def test_a_front_network_of_ones_own_is_given_again(model, tmp_path, x):
     with pytest.raises(RunError, match=r"front network Small.*ptee.load\(folder, front=...\)"):
         ptee.load(tmp_path, backbone)
     torch.testing.assert_close(ptee.load(tmp_path, backbone, front=Small()).all_exits(x).logits, expected)
+
+
+def test_a_front_network_of_0_1_0_whose_confidence_reads_its_features_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "heads.safetensors")
+    save_file(saved | {"0.confidence.weight": torch.zeros(1, K + 6)}, tmp_path / "heads.safetensors")
+    with pytest.raises(RunError, match=r"0\.1\.0: the confidence of its front network.*Train it again") as refusal:
+        ptee.load(tmp_path, model.detach(), front=Small())
+    assert "\n" not in str(refusal.value)
 
 
 # ---------------------------------------------------------------------------------------------------- refused
@@ -328,7 +334,6 @@ def test_the_input_stands_before_what_a_rule_places():
         (["input", "pareto"], 1, "'input' is one exit, and 1 are asked for. Ask for 2 or more"),
         (["input", "layer1.0"], 1, "2 exits are named, 1 are asked for"),
         (["input", "layer1.0"], 3, "2 exits are named, 3 are asked for"),
-        (["input", "auto"], None, "chosen with images"),
     ],
 )
 def test_numbers_and_words_that_do_not_go_with_the_input_are_refused(exits, num_exits, said):
@@ -357,14 +362,6 @@ def test_gates_to_come_raise_the_least_cost():
 def test_the_input_comes_first():
     with pytest.raises(CutError, match=r"'input' is the first of all\. Name it in front of 'layer1\.0'"):
         build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0", "input"])
-
-
-def test_the_vector_that_the_classifier_reads_is_found():
-    network = load_backbone(Small(), input_size=SIZE)
-    head = FrontHead(network, InputConfig(SIZE, (0.5,) * 3, (0.5,) * 3), K)
-    assert head.passes_on == (6, 1, 1)
-    without = nn.Sequential(nn.Conv2d(3, K, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert FrontHead(load_backbone(without, input_size=SIZE), network.input, K).passes_on is None
 
 
 def test_a_learned_head_is_put_in_front_by_a_word(x):

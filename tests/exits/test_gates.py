@@ -8,19 +8,18 @@ import math
 
 import pytest
 import torch
-from small import EXITS, HEADS, leaving_everywhere, linked
+from small import EXITS, HEADS, chained, leaving_everywhere
 from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.analysis.cut_points import random_images
-from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
 from ptee.evaluation.targets import solve, truncation
 from ptee.evaluation.traces import record
 from ptee.exits.gates import BOTTLENECK, HIDDEN, LOG_ODDS, READS, SUREST, Gate
-from ptee.exits.heads import Trail, confidence_of
-from ptee.exits.residual_head import AfterOthers
+from ptee.exits.heads import confidence_of
+from ptee.exits.plan import head_macs
 from ptee.model.build import build
 from ptee.model.saving import CONFIG
 
@@ -43,14 +42,14 @@ def gate(reads: str = "features", follows: bool = True) -> Gate:
 @pytest.fixture
 def model() -> ptee.EarlyExitModel:
     """The middle exit has none."""
-    made = linked()
+    made = chained()
     made.put_gates([made.new_gate(0, "features"), None, made.new_gate(2, "answers")])
     x = random_images(made.backbone, 24, SIZE)
     with torch.no_grad():
         said = made.said(made.read(x))
         for n in (0, 2):
             g = made.heads[n].gate
-            g.standardise(g.read(said[n].logits, said[n].trail.answers[:-1], said[n].features))
+            g.standardise(g.read(said[n].logits, [s.logits for s in said[:n]], said[n].features))
             nn.init.normal_(g.outer.weight)
     return made
 
@@ -208,11 +207,8 @@ def test_the_plan_counts_gates_in_place_of_the_confidence_layers(model):
 
 
 def test_a_gate_is_counted_behind_as_many_exits_as_there_are(model):
-    head = model.heads[2]
-    behind = AfterOthers(head, model.heads[1])
-    assert count(behind, torch.zeros(1, *model.plan.cuts[2].shape)).total / model.plan.macs == pytest.approx(
-        model.exits[2].head_cost
-    )
+    macs = head_macs(model.heads[2], model.plan.cuts[2], first=False)
+    assert macs / model.plan.macs == pytest.approx(model.exits[2].head_cost)
 
 
 # ---------------------------------------------------------------------------------------------------- saved
@@ -259,13 +255,6 @@ def test_a_run_whose_gates_do_not_fit_is_refused(gates, said, model, tmp_path):
     edit(tmp_path, lambda exits: [row.update(gate=g) for row, g in zip(exits, gates, strict=True)])
     with pytest.raises(RunError, match=said):
         ptee.load(tmp_path, bare_backbone(model))
-
-
-def test_trails_reach_heads_without_gates_too(model):
-    trail = Trail()
-    for head, z in zip(model.heads, model.read(random_images(model.backbone, b, SIZE)).inputs, strict=True):
-        trail = head.answer(z, trail).trail
-    assert len(trail.answers) == 3
 
 
 def test_a_network_that_is_cut_off_asks_no_gate_and_runs_no_head_but_its_own():

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError, UnknownName
 from ptee.analysis.layout import Layout
-from ptee.exits import heads
-from ptee.exits.heads import HEADS, ExitHead, Trail, confidence_of, make_head, register_head
+from ptee.exits.build import build_head
+from ptee.exits.head_spec import parse_head
+from ptee.exits.heads import HEADS, ExitHead, confidence_of, register_head
 
 b, K, C, H, W = 4, 5, 6, 4, 3
 MAP = Layout("bchw", C, H, W)
@@ -28,10 +29,16 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    """A registry to write into; what a test adds goes with it."""
-    monkeypatch.setattr(heads, "HEADS", dict(HEADS))
-    return heads.HEADS
+def registry():
+    """The registry, which is put back as it was after the test."""
+    before = dict(HEADS)
+    yield HEADS
+    HEADS.clear()
+    HEADS.update(before)
+
+
+def make_head(name: str, layout: Layout, classes: int) -> ExitHead:
+    return build_head(parse_head(name), layout, classes)
 
 
 def count(module: nn.Module) -> int:
@@ -90,49 +97,43 @@ def test_every_head_is_made_in_training_mode_with_statistics_as_new(name):
 # ---------------------------------------------------------------------------------------------------- one upon another
 
 
-def trusting(name: str, trust: float) -> ExitHead:
-    """A head that builds on the answer before, and how far."""
+def building_head(name: str, previous_weight: float) -> ExitHead:
+    """A head that builds on the answer before with this weight."""
     head = make_head(f"{name}+", MAP, K).eval()
     with torch.no_grad():
-        head.trust.fill_(trust)
+        head.previous_weight.fill_(previous_weight)
     return head
 
 
 @each_head
-def test_the_answer_of_a_head_that_builds_on_another_begins_at_the_answer_before(name):
-    head, z, before = trusting(name, 0.5), torch.randn(b, C, H, W), torch.randn(b, K)
-    alone, built = head.follow(z, Trail()), head.follow(z, Trail((torch.randn(b, K), before)))
-    torch.testing.assert_close(built.logits, alone.logits + 0.5 * before.log_softmax(-1))
-    assert torch.equal(built.trail.answers[-1], built.logits)
-    assert torch.equal(head.answer(head.read(z), Trail((before,))).logits, built.logits)
+def test_a_head_adds_the_log_probabilities_of_the_answer_before_times_its_weight(name):
+    head, z, before = building_head(name, 0.5), torch.randn(b, C, H, W), torch.randn(b, K)
+    alone, building = head.follow(z, []), head.follow(z, [torch.randn(b, K), before])
+    torch.testing.assert_close(building.logits, alone.logits + 0.5 * before.log_softmax(-1))
+    assert torch.equal(head.answer(head.read(z), [before]).logits, building.logits)
 
 
-def test_an_answer_is_the_weighted_geometric_mean_of_those_so_far():
-    heads, z = [make_head("pool", MAP, K), trusting("pool", 0.5), trusting("pool", 0.8)], torch.randn(b, C, H, W)
-    trail, own = Trail(), [head.follow(z, Trail()).logits.softmax(-1) for head in heads]
+def test_the_probabilities_are_the_weighted_geometric_mean_of_those_so_far():
+    heads, z = (
+        [make_head("pool", MAP, K), building_head("pool", 0.5), building_head("pool", 0.8)],
+        torch.randn(b, C, H, W),
+    )
+    own = [head.follow(z, []).logits.softmax(-1) for head in heads]
+    answers: list[Tensor] = []
     for head in heads:
-        said = head.follow(z, trail)
-        trail = said.trail
+        answers.append(head.follow(z, answers).logits)
     mean = own[2] * own[1] ** 0.8 * own[0] ** (0.8 * 0.5)
-    torch.testing.assert_close(said.logits.softmax(-1), mean / mean.sum(-1, keepdim=True))
+    torch.testing.assert_close(answers[-1].softmax(-1), mean / mean.sum(-1, keepdim=True))
 
 
-@each_head
-def test_a_new_head_trusts_nobody_and_learns_to_without_teaching_the_one_before(name):
+@pytest.mark.parametrize("name", [*HEADS, "res-8x1"])
+def test_the_weight_starts_at_zero_and_learns_while_the_answer_before_gets_no_gradient(name):
     head, z, before = make_head(f"{name}+", MAP, K), torch.randn(b, C, H, W), torch.randn(b, K, requires_grad=True)
     assert count(head) == count(make_head(name, MAP, K)) + 1
-    logits = head.follow(z, Trail((before,))).logits
-    logits.square().sum().backward()
+    head.follow(z, [before]).logits.square().sum().backward()
     assert before.grad is None
-    assert head.trust.grad != 0
-    assert (head.trust, head.looks_back) == (0, True)
-
-
-def test_a_name_of_ones_own_does_not_end_in_plus(registry):
-    with pytest.raises(PteeError, match=r"'mine\+' ends in \+.*Register 'mine'"):
-        register_head("mine+")(lambda channels, height, width: nn.Flatten())
-    add_maxpool()
-    assert make_head("maxpool+", MAP, K).looks_back
+    assert head.previous_weight == 0
+    assert head.previous_weight.grad != 0
 
 
 # ---------------------------------------------------------------------------------------------------- the papers' heads
@@ -243,7 +244,7 @@ def test_a_poisoned_row_has_no_confidence_and_its_neighbours_keep_theirs(name, p
 def test_nobody_is_sure_of_an_answer_that_builds_on_a_poisoned_one(name, poison):
     head, z, before = make_head(f"{name}+", MAP, K).eval(), torch.randn(b, C, H, W), torch.zeros(b, K)
     before[1, 2] = poison
-    said = head.follow(z, Trail((before,)))
+    said = head.follow(z, [before])
     assert not said.logits[1].isfinite().any()
     assert confidence_of(said.confidence).isnan().tolist() == [False, True, False, False]
 
@@ -299,7 +300,14 @@ def test_the_same_factory_may_be_registered_again_as_when_a_notebook_cell_runs_t
     assert count(make_head("maxpool", MAP, K)) == C + TWO_LAYERS["vector"]
 
 
-@pytest.mark.parametrize("name", [*HEADS, "conv12"])
+def test_a_name_of_ones_own_does_not_end_in_plus(registry):
+    with pytest.raises(PteeError, match=r"'mine\+' ends in \+.*Register it as 'mine'"):
+        register_head("mine+")(lambda channels, height, width: nn.Flatten())
+    add_maxpool()
+    assert make_head("maxpool+", MAP, K).previous_weight is not None
+
+
+@pytest.mark.parametrize("name", [*HEADS, "conv12", "auto", "front", "res-8x1"])
 def test_a_name_that_is_taken_is_refused(registry, name):
     before = dict(registry)
     with pytest.raises(PteeError, match=rf"'{name}' is taken.*another name"):

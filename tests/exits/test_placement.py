@@ -17,12 +17,12 @@ from ptee._common.errors import CutError, PteeError, UnknownName
 from ptee.analysis.cut_points import survey
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
-from ptee.exits import placement
+from ptee.exits import build, placement
+from ptee.exits.build import build_exits, make_plan
 from ptee.exits.placement import LATEST, MOST_EXITS, PLACEMENTS, Placer, first_behind
-from ptee.exits.plan import CONVENTIONS, Plan, make_plan
+from ptee.exits.plan import Plan
 
 each_rule = pytest.mark.parametrize("rule", list(PLACEMENTS))
-each_convention = pytest.mark.parametrize("convention", CONVENTIONS)
 
 
 # ---------------------------------------------------------------------------------------------------- the thesis
@@ -173,7 +173,8 @@ SIZE = (3, 8, 8)
 
 
 def plan(exits="linear", num_exits=None, module=None, **wish) -> Plan:
-    return make_plan(load_backbone(module or Steps().eval(), input_size=SIZE), exits, num_exits, **wish)
+    backbone = load_backbone(module or Steps().eval(), input_size=SIZE)
+    return make_plan(backbone, exits=exits, num_exits=num_exits, **wish)
 
 
 def at(n: int) -> float:
@@ -181,26 +182,15 @@ def at(n: int) -> float:
     return (STEM + (n + 1) * BLOCK) / B
 
 
-@each_convention
 @pytest.mark.parametrize("head", HEAD)
-def test_an_exit_costs_the_backbone_so_far_and_the_heads_that_its_convention_counts(head, convention):
-    p = plan(["blocks.0", "blocks.2"], head=head, convention=convention)
+def test_an_exit_costs_the_backbone_so_far_and_all_heads_up_to_it(head):
+    p = plan(["blocks.0", "blocks.2"], head=head)
     h = HEAD[head] / B
     assert [e.backbone_cost for e in p.exits] == pytest.approx([at(0), at(2)])
     assert [e.head_cost for e in p.exits] == pytest.approx([h, h])
-    full, paper = [at(0) + h, at(2) + 2 * h, 1 + 2 * h], [at(0) + h, at(2) + h, 1]
-    assert [*(e.cost for e in p.exits), p.final_cost] == pytest.approx({"full": full, "paper": paper}[convention])
-    assert p.costs == pytest.approx(full), "what is really spent, whatever the plan shows"
-    assert p.paper_costs == pytest.approx(paper)
+    assert p.costs == (*(e.cost for e in p.exits), p.final_cost)
+    assert p.costs == pytest.approx([at(0) + h, at(2) + 2 * h, 1 + 2 * h])
     assert (p.macs, p.parameters) == (B, sum(p.numel() for p in Steps().parameters()))
-
-
-def test_the_conventions_agree_at_the_first_exit_and_on_where_exits_stand():
-    full, paper = (plan("linear", 3, head="conv1", convention=c) for c in CONVENTIONS)
-    assert [e.name for e in full.exits] == [e.name for e in paper.exits]
-    assert full.exits[0] == paper.exits[0]
-    assert all(one.cost > other.cost for one, other in zip(full.exits[1:], paper.exits[1:], strict=True))
-    assert full.final_cost > paper.final_cost == 1
 
 
 def test_an_exit_behind_an_identity_costs_what_was_there_before_it():
@@ -340,17 +330,9 @@ def test_a_request_that_cannot_be_met_is_refused_with_what_is_possible(case):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    ("wish", "said"),
-    [
-        ({"head": "poool"}, r"Unknown head 'poool'\. Did you mean 'pool'"),
-        ({"convention": "papr"}, r"Unknown cost convention 'papr'\. Did you mean 'paper'\?"),
-    ],
-    ids=["head", "convention"],
-)
-def test_an_unknown_name_is_refused_with_the_nearest(wish, said):
-    with pytest.raises(UnknownName, match=said):
-        plan("linear", 1, **wish)
+def test_an_unknown_head_is_refused_with_the_nearest():
+    with pytest.raises(UnknownName, match=r"Unknown head 'poool'\. Did you mean 'pool'"):
+        plan("linear", 1, head="poool")
 
 
 def test_a_network_without_a_place_for_an_exit_is_refused_under_every_number():
@@ -383,9 +365,9 @@ def test_an_exit_that_cannot_pay_says_whether_its_own_head_is_too_dear():
 
 def test_the_table_has_a_row_for_each_exit_and_one_for_the_backbone():
     p = plan(["stem", "blocks.1"], head="conv1")
-    title, columns, _, *rows, footnote = str(p).splitlines()
+    title, columns, _, *rows, legend = str(p).splitlines()
     assert title.startswith("Steps, 3x8x8, 0.2 M multiply-accumulates; exits at stem, blocks.1, conv1 heads")
-    assert columns.split() == ["exit", "module", "shape", "backbone", "head", "cost", "parameters"]
+    assert columns.split() == ["exit", "module", "shape", "backbone", "head", "cost", "cost", "parameters"]
     for row, e in zip(rows, p.exits, strict=False):
         assert row.split()[1:3] == [e.name, "8x8x8"]
         assert [float(cell) for cell in row.split()[3:6]] == pytest.approx(
@@ -393,27 +375,17 @@ def test_the_table_has_a_row_for_each_exit_and_one_for_the_backbone():
         )
         assert row.split()[6] == f"{e.parameters:,}"
     assert rows[2].split() == ["2", "(backbone)", "5", "1.0000", f"{p.final_cost:.4f}", f"{p.parameters:,}"]
-    assert "every head passed" in footnote
+    assert "every head passed" in legend
 
 
-def test_the_papers_costs_stand_beside_what_is_really_spent():
-    p = plan(["stem", "blocks.1"], head="conv1", convention="paper")
-    _, columns, _, *rows, footnote = str(p).splitlines()
-    assert columns.split()[3:] == ["backbone", "head", "cost", "paper", "cost", "parameters"]
-    shown = [[float(cell) for cell in row.split()[-3:-1]] for row in rows if not row.startswith("Exit ")]
-    assert shown == [pytest.approx(pair, abs=1e-4) for pair in zip(p.costs, p.paper_costs, strict=True)]
-    assert "what is really spent is more" in footnote
-
-
-@each_convention
-def test_to_dict_is_json_with_a_row_for_each_exit(convention):
-    p = plan(["stem", "blocks.1"], head="conv1", convention=convention)
+def test_to_dict_is_json_with_a_row_for_each_exit():
+    p = plan(["stem", "blocks.1"], head="conv1")
     read = json.loads(json.dumps(p.to_dict()))
     assert [row["name"] for row in read["exits"]] == ["stem", "blocks.1"]
     assert [row["cost"] for row in read["exits"]] == [e.cost for e in p.exits]
     assert set(read["exits"][0]) >= {"backbone_cost", "head_cost", "shape", "parameters"}
     assert (read["final_cost"], read["macs"], read["input_size"]) == (p.final_cost, B, [3, 8, 8])
-    assert (read["convention"], read["classes"], read["head"], read["backbone"]) == (convention, K, "conv1", "Steps")
+    assert (read["classes"], read["head"], read["backbone"]) == (K, "conv1", "Steps")
 
 
 def test_a_plan_survives_pickling():
@@ -421,9 +393,30 @@ def test_a_plan_survives_pickling():
     assert pickle.loads(pickle.dumps(p)) == p
 
 
-def test_the_plan_makes_the_heads_that_it_counted():
-    p = plan(["stem", "blocks.1"], head="conv1")
-    assert [sum(q.numel() for q in head.parameters()) for head in p.make_heads()] == [e.parameters for e in p.exits]
+def test_the_heads_that_are_built_are_those_that_the_plan_counted():
+    backbone = load_backbone(Steps().eval(), input_size=SIZE)
+    p, heads = build_exits(backbone, exits=["stem", "blocks.1"], head=["conv1", "conv2+"])
+    assert [sum(q.numel() for q in head.parameters()) for head in heads] == [e.parameters for e in p.exits]
+
+
+def test_each_head_is_built_once(monkeypatch):
+    built = []
+    own = build.build_head
+    monkeypatch.setattr(build, "build_head", lambda spec, *rest: built.append(str(spec)) or own(spec, *rest))
+    ptee.augment(Steps(), exits=["stem", "blocks.1"], head=["pool", "conv1+"], input_size=SIZE)
+    assert built == ["pool", "conv1+"]
+
+
+def test_the_same_seed_gives_the_same_heads_with_a_plan_before_or_without():
+    states = []
+    for planned_before in (False, True):
+        module = Steps()
+        torch.manual_seed(3)
+        if planned_before:
+            ptee.plan(module, exits=["stem", "blocks.1"], head="conv1", input_size=SIZE)
+        model = ptee.augment(module, exits=["stem", "blocks.1"], head="conv1", input_size=SIZE)
+        states.append(model.heads.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.parametrize("exits", ["linear", ["no.such.module"]], ids=["placed", "refused"])

@@ -1,4 +1,4 @@
-"""Learned heads: as large as their budget, built on one another, and right in any batch."""
+"""Residual heads: as large as their budget, built on one another, and right in any batch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import re
 
 import pytest
 import torch
-from small import HEADS, leaving_everywhere, linked
+from small import HEADS, chained, leaving_everywhere
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import PteeError, UnknownName
-from ptee.analysis.cut_points import random_images
+from ptee._common.errors import PteeError
+from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
-from ptee.exits.heads import Trail
-from ptee.exits.residual_head import AfterOthers, Blueprint, LearnedHead, blueprint_for, make_heads, sized_names
+from ptee.exits.build import build_head, build_heads, head_specs
+from ptee.exits.head_spec import HeadSpec, parse_head
+from ptee.exits.residual_head import residual_macs, sized
 from ptee.model.build import build
 
 b, K = 5, 7
@@ -28,79 +29,59 @@ def layout(channels: int, side: int) -> Layout:
     return Layout("bchw", channels, side, side, 0, side * side, ())
 
 
-@pytest.mark.parametrize("name", ["res-32x2-64x2", "res-16x3s1-32x3-64x3", "res-64x1+", "res-8x1s4+"])
-def test_a_name_says_what_a_head_is_made_of_and_back(name):
-    assert str(Blueprint.of(name)) == name
-
-
-@pytest.mark.parametrize(
-    "name", ["pool", "res", "res-", "res-32", "res-32x", "res-x2", "res-32x2s", "res-32x2++", "res-32x2-"]
-)
-def test_other_names_are_no_learned_heads(name):
-    assert Blueprint.of(name) is None
-
-
-@pytest.mark.parametrize("name", ["res-2048x1", "res-0x1", "res-8x0", "res-8x9", "res-8x1s17", "res-8x1s0"])
-def test_a_head_larger_than_heads_are_is_refused(name):
-    with pytest.raises(PteeError, match=f"{name}.*1 to 1024 channels"):
-        Blueprint.of(name)
+def size_for(shape: tuple[int, int, int], macs: float, classes: int = K) -> HeadSpec:
+    return sized(HeadSpec("auto"), shape, macs, classes)
 
 
 @pytest.mark.parametrize("shape", [(16, 32, 32), (32, 15, 17), (64, 7, 7), (8, 1, 1), (192, 14, 14)])
-@pytest.mark.parametrize("name", ["res-16x2-32x1", "res-24x1s1", "res-16x1s4+"])
-def test_what_a_blueprint_costs_and_gives_is_what_its_head_costs_and_gives(shape, name):
-    blueprint, before = Blueprint.of(name), (12, 4, 4)
-    assert blueprint is not None
-    first = LearnedHead(Blueprint.of("res-12x1"), layout(16, 8), K, None)
-    head = LearnedHead(
-        blueprint, Layout("bchw", *shape, 0, shape[1] * shape[2], ()), K, before if blueprint.linked else None
-    )
-    behind = AfterOthers(head, first if blueprint.linked else None).eval()
-    said = head.eval().follow(torch.randn(2, *shape), Trail((torch.zeros(2, K),), torch.randn(2, *before)))
-    assert said.trail.map is not None
-    assert tuple(said.trail.map.shape[1:]) == blueprint.map_of(shape) == head.passes_on
-    products = count(behind, torch.zeros(1, *shape), products_only=True).total
-    assert blueprint.macs(shape, K, before if blueprint.linked else None) == pytest.approx(products, rel=0.01)
+@pytest.mark.parametrize("name", ["res-16x2-32x1", "res-24x1s1", "res-16x1s4"])
+def test_the_formula_gives_the_operations_that_the_head_executes(shape, name):
+    spec = parse_head(name)
+    head = build_head(spec, Layout("bchw", *shape, 0, shape[1] * shape[2], ()), K).eval()
+    executed = count(head, torch.zeros(1, *shape), products_only=True).total
+    assert residual_macs(spec.stages, shape, K) == pytest.approx(executed, rel=0.01)
 
 
-@pytest.mark.parametrize("before", [None, (64, 8, 8)])
 @pytest.mark.parametrize("shape", [(16, 32, 32), (32, 16, 16), (64, 8, 8), (192, 14, 14), (24, 56, 56), (3, 32, 32)])
 @pytest.mark.parametrize("macs", [1.5e6, 6e6, 2.5e7, 1e8])
-def test_a_head_fills_its_budget_and_keeps_within_it(shape, before, macs):
-    cost = blueprint_for(shape, macs, K, before).macs(shape, K, before)
-    assert 0.35 * macs <= cost <= macs
+def test_a_head_fills_its_budget_and_keeps_within_it(shape, macs):
+    assert 0.35 * macs <= residual_macs(size_for(shape, macs).stages, shape, K) <= macs
 
 
 def test_a_larger_budget_never_buys_a_smaller_head():
-    costs = [blueprint_for((32, 16, 16), m * 1e6, K, None).macs((32, 16, 16), K, None) for m in (1, 2, 4, 8, 16, 32)]
+    shape = (32, 16, 16)
+    costs = [residual_macs(size_for(shape, m * 1e6).stages, shape, K) for m in (1, 2, 4, 8, 16, 32)]
     assert costs == sorted(costs)
 
 
-def test_where_no_learned_head_fits_the_budget_the_head_pools():
-    assert sized_names(["auto"], [layout(16, 32)], [1000], K) == ["pool"]
+def test_a_head_pools_where_no_residual_head_fits_the_budget():
+    assert str(sized(parse_head("auto+"), (16, 32, 32), 1000, K)) == "pool+"
+
+
+@pytest.mark.parametrize("side", [4, 7, 32, 112, 144, 160, 256, 512])
+def test_a_head_that_was_sized_can_be_read_back_by_its_name(side):
+    spec = size_for((24, side, side), 1e9, 1000)
+    assert spec.kind == "res"
+    assert parse_head(str(spec)) == spec
+
+
+def cut(n: int, channels: int, side: int) -> Cut:
+    return Cut(f"layer{n}", (channels, side, side), layout(channels, side), 0, (0,), overwritten=False)
+
+
+CUTS = [cut(0, 16, 32), cut(1, 32, 16), cut(2, 64, 8)]
 
 
 def test_only_the_heads_that_are_left_to_the_budget_are_sized():
-    layouts = [layout(16, 32), layout(32, 16), layout(64, 8)]
-    names = sized_names(["auto", "pool", "auto"], layouts, [5e6] * 3, K)
-    assert names[1] == "pool"
-    assert [Blueprint.of(name) is not None for name in names] == [True, False, True]
-    assert not names[2].endswith("+")  # a pooled head passes nothing on
-
-
-def test_sized_heads_build_on_one_another_where_the_name_says_so():
-    layouts = [layout(16, 32), layout(32, 16), layout(64, 8)]
-    alone, linked = (sized_names([name] * 3, layouts, [5e6] * 3, K) for name in ("auto", "auto+"))
-    assert [name.endswith("+") for name in alone] == [False, False, False]
-    assert [name.endswith("+") for name in linked] == [False, True, True]
+    specs = head_specs(["auto", "pool", "auto+"], 0.1, CUTS, 5e7, K)
+    assert [spec.kind for spec in specs] == ["res", "pool", "res"]
+    assert [spec.builds_on_previous for spec in specs] == [False, False, True]
 
 
 def test_the_first_head_has_none_to_build_on():
     for name in ("res-8x1+", "pool+"):
         with pytest.raises(PteeError, match=rf"{re.escape(name)}.*none before it"):
-            make_heads([name], [layout(8, 8)], K)
-    with pytest.raises(UnknownName, match="learned"):
-        make_heads(["learned"], [layout(8, 8)], K)
+            build_heads([parse_head(name)], CUTS[:1], K)
 
 
 # ---------------------------------------------------------------------------------------------------- in a model
@@ -108,27 +89,15 @@ def test_the_first_head_has_none_to_build_on():
 
 @pytest.fixture
 def model() -> ptee.EarlyExitModel:
-    return linked()
+    return chained()
 
 
-of_any_kind = pytest.mark.parametrize("head", [HEADS, "conv1+"], ids=["learned", "of the registry"])
-
-
-def test_a_linked_head_reads_the_map_before_and_its_answer_begins_at_the_answer_before():
-    heads = [h.eval() for h in make_heads(["res-8x1", "res-8x1s1+"], [layout(4, 8), layout(6, 4)], K)]
-    z, trail = torch.randn(b, 6, 4, 4), heads[0].follow(torch.randn(b, 4, 8, 8), Trail()).trail
-    said = heads[1].follow(z, trail)
-    other_map = heads[1].follow(z, trail._replace(map=torch.randn_like(trail.map)))
-    assert not torch.allclose(said.logits, other_map.logits)
-    with torch.no_grad():
-        heads[1].trust.fill_(0.5)
-    trusting = heads[1].follow(z, trail)
-    torch.testing.assert_close(trusting.logits - said.logits, 0.5 * trail.answers[0].log_softmax(-1))
+of_any_kind = pytest.mark.parametrize("head", [HEADS, "conv1+"], ids=["residual", "of the registry"])
 
 
 @of_any_kind
 def test_every_row_gets_the_answer_that_it_gets_alone(head):
-    model = linked(head)
+    model = chained(head)
     x = random_images(model.backbone, 24, SIZE)
     every, together = leaving_everywhere(model, x)
     alone = [model.predict(image[None]) for image in x]
@@ -139,7 +108,7 @@ def test_every_row_gets_the_answer_that_it_gets_alone(head):
 
 @of_any_kind
 def test_what_was_read_is_answered_as_the_images(head):
-    model = linked(head)
+    model = chained(head)
     x = torch.randn(b, *SIZE)
     torch.testing.assert_close(model.answer(model.read(x)), model.all_exits(x), rtol=1e-4, atol=1e-4)
 
@@ -164,7 +133,7 @@ def test_the_plan_names_each_head_where_they_differ(model):
 
 @of_any_kind
 def test_a_saved_run_comes_back_with_its_heads(head, tmp_path):
-    model = linked(head)
+    model = chained(head)
     model.save_pretrained(tmp_path)
     back = ptee.load(tmp_path, copy.deepcopy(model).detach())
     x = torch.randn(b, *SIZE)
@@ -173,13 +142,13 @@ def test_a_saved_run_comes_back_with_its_heads(head, tmp_path):
 
 @pytest.mark.parametrize(("name", "first"), [("pool+", "pool"), ("res-8x1+", "res-8x1")])
 def test_of_one_name_for_all_the_first_head_builds_on_none(name, first):
-    plan = linked(name).plan
+    plan = chained(name).plan
     assert [e.head for e in plan.exits] == [first, name, name]
-    assert plan.looks_back == [False, True, True]
+    assert [e.builds_on_previous for e in plan.exits] == [False, True, True]
 
 
 def test_a_head_that_is_read_is_charged_also_where_nobody_leaves():
-    plan = linked("conv1+").plan
+    plan = chained("conv1+").plan
     costs = [e.head_cost for e in plan.exits]
     assert plan.switched_off([0, 1]).costs[-1] == pytest.approx(1 + sum(costs))
     assert plan.switched_off([1, 2]).costs[-1] == pytest.approx(1 + costs[0])
@@ -193,6 +162,7 @@ def test_a_head_that_is_read_is_charged_also_where_nobody_leaves():
             r"first head 'conv1\+' has none before it to build on. Leave out the \+",
         ),
         ({"head": ["auto", "auto"]}, "2 values of head for 3 exits"),
+        ({"head": []}, "0 values of head for 3 exits"),
         ({"head": "auto", "head_budget": [0.1, 0.1]}, "2 values of head budget for 3 exits"),
         ({"head": "pool", "head_budget": 0.1}, "heads are pool"),
         ({"head": "auto", "head_budget": -0.1}, "A head budget -0.1"),
@@ -231,16 +201,9 @@ class Tokens(nn.Module):
         return self.classifier(x[:, 0])
 
 
-def test_tokens_get_learned_heads_on_their_grid():
+def test_tokens_get_residual_heads_on_their_grid():
     made = build(
         load_backbone(Tokens().eval(), input_size=SIZE), exits=["blocks.0", "blocks.1"], head="auto", head_budget=0.5
     )
     assert [cut.layout.order for cut in made.plan.cuts] == ["bnc", "bnc"]
     assert made(torch.randn(2, *SIZE)).shape == (2, K)
-
-
-@pytest.mark.parametrize("side", [4, 7, 32, 112, 144, 160, 256, 512])
-def test_a_head_that_was_sized_can_be_read_back_by_its_name(side):
-    found = blueprint_for((24, side, side), 1e9, 1000, None)
-    assert found is not None
-    assert Blueprint.of(str(found)) == found

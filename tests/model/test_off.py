@@ -37,12 +37,7 @@ def x() -> Tensor:
 
 def heads_that_ran(model: ptee.EarlyExitModel, x: Tensor) -> set[int]:
     ran: set[int] = set()
-    handles = [
-        head.features.register_forward_hook(lambda *_, n=n: ran.add(n))
-        if not isinstance(head.features, torch.nn.ModuleDict)
-        else head.features["rest"].register_forward_hook(lambda *_, n=n: ran.add(n))
-        for n, head in enumerate(model.heads)
-    ]
+    handles = [head.logits.register_forward_hook(lambda *_, n=n: ran.add(n)) for n, head in enumerate(model.heads)]
     model.predict(x)
     for handle in handles:
         handle.remove()
@@ -99,9 +94,9 @@ def test_the_plan_says_so(model):
     assert "Off" not in str(model.plan)
     model.off = [0, 2]
     assert "Off: exit 0, 2. Nobody leaves there, and no head is run there." in str(model.plan)
-    linked = early(("res-8x1", "res-8x1+", "conv1"))
-    linked.off = [0]
-    assert "but for 0, which later heads read" in str(linked.plan)
+    chained = early(("res-8x1", "res-8x1+", "conv1"))
+    chained.off = [0]
+    assert "except at 0, which later heads build on" in str(chained.plan)
 
 
 def test_a_saved_run_remembers(model, x, tmp_path):
@@ -152,7 +147,7 @@ def test_traces_are_of_all_exits_and_the_table_of_those_that_are_on(model, x):
 
 
 @pytest.mark.parametrize(
-    ("on", "looks_back", "runs"),
+    ("on", "builds_on_previous", "runs"),
     [
         ([1, 0, 1], [0, 0, 0], [1, 0, 1]),
         ([0, 0, 1], [0, 0, 1], [1, 1, 1]),
@@ -161,5 +156,5 @@ def test_traces_are_of_all_exits_and_the_table_of_those_that_are_on(model, x):
         ([1, 0, 1], [0, 1, 0], [1, 0, 1]),
     ],
 )
-def test_heads_run_that_are_on_or_read(on, looks_back, runs):
-    assert heads_run(torch.tensor(on).bool(), torch.tensor(looks_back).bool()).int().tolist() == runs
+def test_heads_run_that_are_on_or_read(on, builds_on_previous, runs):
+    assert heads_run(torch.tensor(on).bool(), torch.tensor(builds_on_previous).bool()).int().tolist() == runs

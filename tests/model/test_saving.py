@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ptee
@@ -45,10 +46,10 @@ class Net(nn.Module):
         return self.fc(self.two(self.one(x)).mean((2, 3)))
 
 
-def make(head: str = "conv1", net: nn.Module | None = None, convention: str = "full") -> EarlyExitModel:
+def make(head: str | list[str] = "conv1", net: nn.Module | None = None) -> EarlyExitModel:
     """A model with exits behind both stages, its heads moved off their initial values and one threshold per exit."""
     backbone = load_backbone(net or Net(), input_size=SIZE)
-    model = build(backbone, exits=["one", "two"], head=head, convention=convention)
+    model = build(backbone, exits=["one", "two"], head=head)
     with torch.no_grad():
         for tensor in model.heads.state_dict().values():
             tensor += torch.rand(tensor.shape).to(tensor.dtype)
@@ -143,10 +144,32 @@ def test_saving_over_an_older_run_replaces_it(folder):
 
 
 @pytest.mark.parametrize("convention", ["full", "paper"])
-def test_the_cost_convention_comes_back(convention, tmp_path):
-    model = make(convention=convention)
+def test_a_run_of_0_1_0_is_loaded_whatever_way_its_costs_were_shown(convention, original, folder, net):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"convention": convention}))
+    assert ptee.load(folder, net).costs == original[0].costs
+
+
+def rename_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Replace the saved tensors of a run."""
+    save_file(change(load_file(folder / "heads.safetensors")), folder / "heads.safetensors")
+
+
+def test_a_head_of_0_1_0_that_builds_on_the_answer_before_is_loaded(tmp_path):
+    model = make(["conv1", "res-8x1+"])
     model.save_pretrained(tmp_path)
-    assert ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)).costs == model.costs
+    rename_tensors(tmp_path, lambda saved: {name.replace("previous_weight", "trust"): t for name, t in saved.items()})
+    assert "1.trust" in load_file(tmp_path / "heads.safetensors")
+    assert_same(ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)), model)
+
+
+def test_a_head_of_0_1_0_that_reads_the_map_before_is_refused_with_what_to_do(tmp_path):
+    model = make(["res-8x1", "res-8x1+"])
+    model.save_pretrained(tmp_path)
+    rename_tensors(tmp_path, lambda saved: saved | {"1.link.0.weight": torch.zeros(8, 8, 1, 1)})
+    said = refused(tmp_path, copy.deepcopy(model.backbone))
+    assert "saved by ptee 0.1.0: its head at exit 1 reads the feature map of the head before" in said
+    assert said.endswith("Train it again, or load it with ptee 0.1.0.")
 
 
 def strictly(text: str) -> Any:
@@ -208,7 +231,7 @@ def test_the_folder_holds_the_heads_alone_and_tells_where_they_belong(original, 
 
 def test_a_run_reads_without_any_model(folder, original):
     run = runs.read(folder)
-    assert (run.exits, run.heads, run.classes, run.convention) == (("one", "two"), ("conv1", "conv1"), 4, "full")
+    assert (run.exits, run.heads, run.classes) == (("one", "two"), ("conv1", "conv1"), 4)
     assert run.input["input_size"] == SIZE
     assert run.threshold == [0.75, 0.625]
     assert not run.remote
@@ -403,7 +426,6 @@ WRONG = [
     ("backbone.input.mean", [None, 0.5, ["0.5"] * 3, [None] * 3, [True] * 3, [0.5, 0.5], ["Infinity"] * 3]),
     ("backbone.input.std", [None, {}, ["1"] * 3, [0, 1, 1], [-1, 1, 1], [1, 1], ["Infinity", 1, 1], [float("nan"), 1, 1]]),
     ("backbone.input.interpolation", [None, 1, []]),
-    ("convention", [None, 1, "half"]),
     ("exits", [None, {}, "one", ["one", "two"], [1, 2], [], [[]], [{}]]),
     ("exits.0.name", [None, 1, "", "nowhere", "two", "one.0.weight"]),
     ("exits.0.head", [None, 1, "", "nothing", "pool", "auto", "auto+"]),
@@ -420,7 +442,7 @@ def test_a_field_of_another_type_or_without_meaning_is_refused(key, value, folde
 
 @pytest.mark.parametrize("head", ["conv99", "res-1024x8-1024x8-1024x8-1024x8-1024x8", "res-8x1s16"])
 def test_a_head_that_the_tensors_are_not_of_is_refused_before_it_is_made(head, folder, net, monkeypatch):
-    monkeypatch.setattr("ptee.exits.plan.make_heads", lambda *_: pytest.fail("the head was made"))
+    monkeypatch.setattr("ptee.exits.build.build_head", lambda *_: pytest.fail("the head was made"))
     edit(folder, "exits.0.head", head)
     assert f"The head '{head}' of exit 0 wants a tensor" in refused(folder, net)
 
@@ -442,7 +464,7 @@ def test_a_number_of_classes_that_is_not_the_backbones_is_refused(classes, folde
     refused(folder, net, PteeError)
 
 
-@pytest.mark.parametrize("key", ["heads_file", "backbone", "convention", "exits", "threshold"])
+@pytest.mark.parametrize("key", ["heads_file", "backbone", "exits", "threshold"])
 def test_a_field_that_is_missing_is_named(key, folder, net):
     config = json.loads((folder / "config.json").read_text())
     del config[key]

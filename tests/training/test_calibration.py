@@ -119,7 +119,7 @@ def test_twenty_images_do_not_make_a_gate_worse_than_the_max_probability_by_much
 def test_gates_of_heads_that_stand_alone_need_no_earlier_head(images):
     model = make()
     fit_gates(model, TensorDataset(images, right_where_the_margin_is_large(model, images)), target="right")
-    assert [head.looks_back for head in model.heads] == [False, False]
+    assert [head.builds_on_previous for head in model.heads] == [False, False]
     costs = model.costs
     model.off = [0]
     assert model.predict(images, 0).cost[0] < costs[1]

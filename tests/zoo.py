@@ -1,17 +1,19 @@
-"""Every architecture family: the smallest model of each gets exits, and the exits are checked.
+"""The zoo: the smallest model of every architecture family of timm and torchvision gets exits, and the exits are checked.
 
-Random weights and random images, because what is checked is plumbing: where exits stand, that the right rows leave, and
-what was counted. How good exits are on real images is what `evaluate` tells.
+Weights and images are random, because the checks are about plumbing: where the exits stand, whether the right rows
+leave, and what was counted. `ptee evaluate` says how good exits are on real images.
+
+`pytest -m zoo` runs the checks. `python tests/zoo.py > recipes/zoo.txt` prints the table; `python tests/zoo.py resnet pit`
+tries two families.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +94,7 @@ class Verdict:
         family: which.
         input_size: (c, h, w) of the images.
         exits: name and share of the backbone's cost of each exit.
-        anew: how many of them the forward pass begins anew at (`replay`).
+        anew: at how many of them the forward pass begins anew (`analysis.replay`).
         heads_read: the layout that each head reads.
         seconds: from its name to a model with exits: build, search, proof, count.
         refusal: why there are no exits, as the user would read it; or which check failed. Empty where all is well.
@@ -111,10 +113,6 @@ class Verdict:
         """The largest share of the backbone's cost between two exits, or between one and an end."""
         stands = [0.0, *(share for _, share in self.exits), 1.0]
         return max(b - a for a, b in pairwise(stands))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self) | {"gap": self.gap}
 
     @property
     def row(self) -> list[str]:
@@ -192,12 +190,6 @@ def smallest(names: Sequence[str]) -> str:
     return min(sizes)[2]
 
 
-def check_all(some: Sequence[Family]) -> Iterator[Verdict]:
-    """The verdict on each family, as it is found."""
-    for family in some:
-        yield check(family)
-
-
 def check(family: Family) -> Verdict:
     """Place exits on a family's model and try them: answers, rows, costs."""
     torch.manual_seed(0)
@@ -222,6 +214,24 @@ def check(family: Family) -> Verdict:
         seconds,
         failure(model, random_images(model.backbone, ROWS, backbone.input.input_size)),
     )
+
+
+def main(names: Sequence[str]) -> None:
+    """Print a table of the families, line by line as they are checked.
+
+    Args:
+        names: as of `families`.
+    """
+    wanted, verdicts = families(names), []
+    print(_line(TITLE))
+    for family in wanted:
+        verdicts.append(check(family))
+        print(_line(verdicts[-1].row), flush=True)
+    print(f"\n{summary(verdicts)}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
 def _classes(family: Family) -> int | None:
@@ -350,3 +360,10 @@ def _executed(module: nn.Module, image: Tensor) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     return executed
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except PteeError as why:
+        sys.exit(str(why))

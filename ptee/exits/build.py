@@ -1,0 +1,278 @@
+"""Building exits: placement gives the cuts, a spec says what head stands at each, the heads are built, the plan counts them.
+
+names --parse_head--> HeadSpec --sized--> HeadSpec --build_head--> ExitHead --counted--> Plan
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptee._common.errors import PteeError, RunError
+from ptee._common.process import alone, few_random_numbers
+from ptee.analysis.cut_points import Cut, random_images, survey
+from ptee.analysis.freezing import freeze
+from ptee.analysis.layout import Layout
+from ptee.analysis.macs import count, parameters
+from ptee.backbones.load import Backbone, load_backbone
+from ptee.exits.front import FrontHead, named_front, require_front
+from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
+from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
+from ptee.exits.placement import INPUT, Placer
+from ptee.exits.plan import Plan, counted
+from ptee.exits.residual_head import ResidualFeatures, sized
+
+HEAD_BUDGET = 0.05  # share of the backbone's cost that an "auto" head may have where nothing is said
+
+
+@alone()
+@torch.inference_mode(False)
+def plan(
+    model: Any,
+    *,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str | Sequence[str] = "pool",
+    head_budget: float | Sequence[float] | None = None,
+    front: str | nn.Module | None = None,
+    front_weights: str | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    weights: str | None = None,
+) -> Plan:
+    """Where exits would stand on a model and what they would cost. The model is left as it was.
+
+    Takes what `augment` takes, and returns its plan.
+    """
+    backbone = load_backbone(
+        model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
+    )
+    state = freeze(backbone.module)
+    try:
+        with few_random_numbers():  # a plan changes no head that is built after it
+            first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
+            return make_plan(
+                backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first
+            )
+    finally:
+        state.restore(backbone.module)
+
+
+def make_plan(backbone: Backbone, **wish: Any) -> Plan:
+    """The plan of `build_exits`; its heads are dropped.
+
+    Args:
+        backbone: frozen, in eval mode.
+        wish: arguments of `build_exits`.
+    """
+    return build_exits(backbone, **wish)[0]
+
+
+def build_exits(
+    backbone: Backbone,
+    *,
+    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    num_exits: int | None = None,
+    head: str | Sequence[str] = "pool",
+    head_budget: float | Sequence[float] | None = None,
+    front: FrontHead | str | None = None,
+    placed: bool = False,
+    saved: Mapping[str, Tensor] | None = None,
+) -> tuple[Plan, list[ExitHead]]:
+    """Place exits on a backbone, prove their cuts, build their heads, and count what they cost.
+
+    Args:
+        backbone: frozen, in eval mode.
+        exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
+        num_exits: E; None for as many as the rule can place, at most five.
+        head: a name of `HEADS`, of a residual head (`res-32x2-64x2`), or "auto" for residual heads as large as their budget
+            allows; one for all exits or one for each. With a + behind it (`auto+`, `conv2+`) it builds on the exit before;
+            one name for all leaves the + out at the first.
+        head_budget: what each "auto" head may cost, as a share of the backbone; one for all exits or one for each.
+        front: a network that stands in front of the backbone, as the head of an exit at the input, before all others;
+            "auto" for a residual head there.
+        placed: `exits` are names that a plan gave, of a saved run.
+        saved: the tensors of a saved run's heads; heads that would have others are refused before they are built.
+
+    Returns:
+        The plan, and the heads that it counted: new, in train mode, on the CPU in float32.
+
+    Raises:
+        CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
+        UnknownName: if the rule, a module or a head does not exist.
+        PteeError: if the heads cannot be built.
+    """
+    require_front(front)
+    size = backbone.input.input_size
+    found = survey(backbone.module, size)
+    counts = count(backbone.module, random_images(backbone.module, 1, size))
+    placer = Placer(backbone, found, counts, placed)
+    cuts = placer.place(exits, num_exits, front is not None)
+    specs = head_specs(head, head_budget, cuts, counts.total, found.classes, front)
+    if saved is not None:
+        require_saved(specs, cuts, saved)
+    heads = build_heads(specs, cuts, found.classes, front)
+    shares = [0.0 if cut.name == INPUT else placer.cost(cut) for cut in cuts]
+    rows = counted(shares, cuts, heads, list(map(str, specs)), counts.total)
+    words, weights = _words(exits), parameters(backbone.module)
+    made = Plan(backbone.name, words, size, rows, counts.total, weights, found.classes, tuple(cuts))
+    return made.switched_off(()), heads
+
+
+def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
+    if isinstance(exits, str):
+        return exits
+    where = ", ".join(map(str, exits))
+    return f"exits at {where}" if any(isinstance(e, str) for e in exits) else f"exits at or behind {where} of the cost"
+
+
+# ---------------------------------------------------------------------------------------------------- one head
+
+
+def build_head(spec: HeadSpec, layout: Layout, classes: int) -> ExitHead:
+    """A new head.
+
+    Args:
+        spec: what it is made of; neither "auto" nor "front".
+        layout: of the cut.
+        classes: K.
+
+    Raises:
+        PteeError: if a registered head does not give one vector for each row, overwrites its input, or mixes rows.
+    """
+    features = _features(spec, layout)
+    length = spec.stages[-1].channels if spec.stages else vector_length(spec.kind, features, layout)
+    return ExitHead(layout, features, length, classes, builds_on_previous=spec.builds_on_previous)
+
+
+def _features(spec: HeadSpec, layout: Layout) -> nn.Module:
+    if spec.kind == RESIDUAL:
+        return ResidualFeatures(spec.stages, layout.channels)
+    return feature_factory(spec.kind)(layout.channels, layout.height, layout.width)
+
+
+def build_heads(
+    specs: Sequence[HeadSpec], cuts: Sequence[Cut], classes: int, front: FrontHead | str | None = None
+) -> list[ExitHead]:
+    """New heads, one for each exit; the front network is the first of them where there is one.
+
+    Args:
+        specs: one for each exit.
+        cuts: where the exits stand.
+        classes: K.
+        front: as of `build_exits`.
+
+    Raises:
+        PteeError: as of `build_head`, or if the first head builds on another.
+    """
+    if specs[0].builds_on_previous:
+        raise PteeError(f"The first head {str(specs[0])!r} has none before it to build on. Leave out the +.")
+    return [
+        front if isinstance(front, FrontHead) and n == 0 else build_head(spec, cut.layout, classes)
+        for n, (spec, cut) in enumerate(zip(specs, cuts, strict=True))
+    ]
+
+
+def require_saved(specs: Sequence[HeadSpec], cuts: Sequence[Cut], saved: Mapping[str, Tensor]) -> None:
+    """Refuse heads with other layers than were saved, before they take any memory: a stranger may have written their names.
+
+    Args:
+        specs: one for each exit.
+        cuts: where the exits stand.
+        saved: each tensor of the saved heads, by its name with the number of the exit in front.
+
+    Raises:
+        RunError: naming the head.
+    """
+    for n, (spec, cut) in enumerate(zip(specs, cuts, strict=True)):
+        if not (spec.kind == RESIDUAL or is_conv(spec.kind)):
+            continue
+        with torch.device("meta"):  # shapes alone
+            wanted = _features(spec, cut.layout).state_dict(prefix=f"{n}.features.")
+        for key, tensor in wanted.items():
+            found = saved.get(key)
+            if found is None or found.shape != tensor.shape:
+                has = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+                raise RunError(
+                    f"The head {str(spec)!r} of exit {n} wants a tensor {key!r} of shape {tuple(tensor.shape)}, and in the run "
+                    f"it {has}. Copy the run anew."
+                )
+
+
+# ---------------------------------------------------------------------------------------------------- a spec for each exit
+
+
+def head_specs(
+    head: str | Sequence[str],
+    budget: float | Sequence[float] | None,
+    cuts: Sequence[Cut],
+    macs: int,
+    classes: int,
+    front: FrontHead | str | None = None,
+) -> list[HeadSpec]:
+    """The spec of each exit's head; "auto" heads are sized.
+
+    Args:
+        head: as of `build_exits`.
+        budget: as of `build_exits`.
+        cuts: where the exits stand.
+        macs: B.
+        classes: K.
+        front: as of `build_exits`.
+
+    Raises:
+        UnknownName: if there is no such head.
+        PteeError: if the budget is none, or there is one and nothing to size.
+    """
+    specs = _named(head, len(cuts), front)
+    if not any(spec.kind == AUTO for spec in specs):
+        if budget is not None:
+            names = ", ".join(map(str, specs))
+            raise PteeError(
+                f"A head budget sizes auto heads, and the heads are {names}. Take head auto, or leave it out."
+            )
+        return specs
+    shares = _budgets(budget, specs)
+    shapes = [(cut.layout.channels, cut.layout.height, cut.layout.width) for cut in cuts]
+    return [
+        sized(spec, shape, share * macs, classes) if spec.kind == AUTO else spec
+        for spec, shape, share in zip(specs, shapes, shares, strict=True)
+    ]
+
+
+def _named(head: str | Sequence[str], exits: int, front: FrontHead | str | None) -> list[HeadSpec]:
+    """As the names say. A front need not be named; one name for all leaves the + out at the first exit."""
+    names = _as_list(head)
+    if isinstance(front, FrontHead):
+        others = names[1:] if len(names) == exits and names[0] == FRONT else names
+        return [FRONT_SPEC, *(_one_each("head", list(map(parse_head, others)), exits - 1) if exits > 1 else [])]
+    specs = [parse_head(name) for name in names]
+    if len(specs) != 1:
+        return _one_each("head", specs, exits)
+    first = HeadSpec(AUTO) if front is not None else HeadSpec(specs[0].kind, specs[0].stages)
+    return [first, *specs * (exits - 1)]
+
+
+def _budgets(given: float | Sequence[float] | None, specs: Sequence[HeadSpec]) -> list[float]:
+    """Of the heads; a front network has none."""
+    front = [0.0] * (specs[0] == FRONT_SPEC)
+    own = _one_each("head budget", _as_list(HEAD_BUDGET if given is None else given), len(specs) - len(front))
+    for budget in own:
+        if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
+            raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
+    return front + own
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
+def _one_each(what: str, given: list[Any], exits: int) -> list[Any]:
+    if len(given) not in (1, exits):
+        raise PteeError(f"{len(given)} values of {what} for {exits} exits. Give one, or one for each exit.")
+    return given * exits if len(given) == 1 else given

@@ -1,0 +1,90 @@
+"""What a head is made of, read once from the name that a user gives.
+
+name     pool, bnpool, plain, conv2, a registered name, res-32x2-64x2, or auto; each with or without a + behind it
+spec     HeadSpec(kind, stages, builds_on_previous); str(spec) is the name again
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ptee._common.errors import PteeError, unknown
+from ptee.exits.heads import AUTO, FRONT, HEADS, PLUS, RESIDUAL, RESIDUAL_NAME, is_conv
+
+LARGEST = {"channels": 1024, "blocks": 8, "stride": 16}  # of a stage; a saved run may come from a stranger
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Residual blocks of one width.
+
+    Attributes:
+        channels: of each block.
+        blocks: how many.
+        stride: of the first block.
+    """
+
+    channels: int
+    blocks: int
+    stride: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.blocks}" + ("" if self.stride == 2 else f"s{self.stride}")
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head is made of. `str` gives the name that a saved run has.
+
+    Attributes:
+        kind: a name of `HEADS`, convN with a number, "res" for a residual network, "auto" for one that is still to be
+            sized, or "front" for a network of its own.
+        stages: of a residual network.
+        builds_on_previous: its logits build on those of the exit before.
+    """
+
+    kind: str
+    stages: tuple[Stage, ...] = ()
+    builds_on_previous: bool = False
+
+    def __str__(self) -> str:
+        return "-".join((self.kind, *map(str, self.stages))) + (PLUS if self.builds_on_previous else "")
+
+
+FRONT_SPEC = HeadSpec(FRONT)
+
+
+def parse_head(name: Any) -> HeadSpec:
+    """The spec of a head's name.
+
+    Args:
+        name: as the user gives it, or as a saved run has it.
+
+    Raises:
+        UnknownName: if there is no such head.
+        PteeError: if it is no text, or a residual network that is larger than any head should be.
+    """
+    if not isinstance(name, str):
+        raise PteeError(
+            f"The head {name!r} is no name. Give a name such as 'pool', or a list of names.", argument="head"
+        )
+    kind, builds_on_previous = name.removesuffix(PLUS), name.endswith(PLUS)
+    if kind == AUTO or kind in HEADS or is_conv(kind):
+        return HeadSpec(kind, (), builds_on_previous)
+    if re.fullmatch(RESIDUAL_NAME, kind):
+        return HeadSpec(RESIDUAL, _stages(name, kind), builds_on_previous)
+    others = ["convN with a number, such as conv4", AUTO, "res-32x2-64x2 with any numbers"]
+    raise unknown("head", name, [*HEADS, *others])
+
+
+def _stages(name: str, kind: str) -> tuple[Stage, ...]:
+    """The stages of res-32x2-64x3s1: 2 blocks of 32 channels and stride 2, then 3 blocks of 64 channels and stride 1."""
+    parts = re.findall(r"-(\d+)x(\d+)(?:s(\d+))?", kind)
+    stages = tuple(Stage(int(channels), int(blocks), int(stride or 2)) for channels, blocks, stride in parts)
+    for stage in stages:
+        if not all(1 <= getattr(stage, what) <= most for what, most in LARGEST.items()):
+            possible = ", ".join(f"1 to {most} {what}" for what, most in LARGEST.items())
+            raise PteeError(f"A stage of the head {name!r} is too large or empty. A stage may have {possible}.")
+    return stages
