@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ptee.evaluation.comparison import compare as compare
     from ptee.evaluation.results import evaluate as evaluate
     from ptee.evaluation.tuning import tune as tune
+    from ptee.exits.confidence import register_confidence as register_confidence
     from ptee.exits.heads import register_head as register_head
     from ptee.exits.plan import Exit as Exit
     from ptee.exits.plan import Plan as Plan
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ptee.model.early_exit import EarlyExitModel as EarlyExitModel
     from ptee.model.forward import ExitOutput as ExitOutput
     from ptee.pipeline.choosing import choose_exits as choose_exits
-    from ptee.training.calibration import fit_gates as fit_gates
+    from ptee.training.calibration import calibrate as calibrate
     from ptee.training.trainer import train as train
 
 __version__ = "0.1.0"
@@ -35,12 +36,13 @@ _HOMES = {
     "Plan": "exits.plan",
     "PteeError": "_common.errors",
     "augment": "model.build",
+    "calibrate": "training.calibration",
     "choose_exits": "pipeline.choosing",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.results",
-    "fit_gates": "training.calibration",
     "load": "model.build",
     "plan": "exits.plan",
+    "register_confidence": "exits.confidence",
     "register_head": "exits.heads",
     "train": "training.trainer",
     "tune": "evaluation.tuning",

@@ -26,7 +26,8 @@ TREES = {
     if path.name != "__init__.py" or path.parent == PACKAGE
 }
 PUBLIC = {
-    *("augment", "choose_exits", "plan", "train", "fit_gates", "tune", "evaluate", "compare", "load", "register_head"),
+    *("augment", "choose_exits", "plan", "train", "calibrate", "tune", "evaluate", "compare", "load"),
+    *("register_head", "register_confidence"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError"),
 }
 each_module = pytest.mark.parametrize("module", sorted(set(TREES) - ENTRANCES))

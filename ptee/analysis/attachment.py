@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ptee.analysis.freezing import FrozenState, freeze
-from ptee.analysis.replay import make_plain, make_recallable
+from ptee.analysis.replay import make_cached, undo_cached
 
 
 class Hold:
@@ -21,18 +21,16 @@ class Hold:
     Args:
         module: to freeze.
         hooks: a forward hook for each of these parts of it.
-        recallable: parts that can be asked for what they gave (`replay`).
+        cached: parts whose outputs a call can keep (`replay`).
     """
 
-    def __init__(
-        self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], recallable: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], cached: Sequence[str] = ()) -> None:
         self._module, self._state = module, freeze(module)
         # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
         self._handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-        self._recallable = list(recallable)
+        self._cached = list(cached)
         self._held = [True]  # empty when the module was given back; shared with the finalizer
-        make_recallable([module.get_submodule(name) for name in recallable])
+        make_cached([module.get_submodule(name) for name in cached])
         self._parts = list(module.modules())  # to look at them at each call; walking the tree takes ten times as long
         self._watch()
 
@@ -43,7 +41,7 @@ class Hold:
             self._watch()
 
     def _watch(self) -> None:
-        arguments = (ref(self._module), self._state, self._handles, self._recallable, self._held)
+        arguments = (ref(self._module), self._state, self._handles, self._cached, self._held)
         finalize(self, _release, *arguments).atexit = False
 
     @property
@@ -53,7 +51,7 @@ class Hold:
 
     def release(self) -> None:
         """Take the hooks off and give the module back as it was."""
-        _release(ref(self._module), self._state, self._handles, self._recallable, self._held)
+        _release(ref(self._module), self._state, self._handles, self._cached, self._held)
 
     def keep(self) -> None:
         """Put the module back into eval mode if any part of it was taken out."""
@@ -65,12 +63,12 @@ def _release(
     module: ref[nn.Module],
     state: FrozenState,
     handles: Sequence[RemovableHandle],
-    recallable: Sequence[str],
+    cached: Sequence[str],
     held: list[bool],
 ) -> None:
     own = module()
     if own is not None and held:
-        make_plain([own.get_submodule(name) for name in recallable])
+        undo_cached([own.get_submodule(name) for name in cached])
         for handle in handles:
             handle.remove()
         held.clear()

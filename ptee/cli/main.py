@@ -154,14 +154,14 @@ def cli(ctx: click.Context) -> None:
 @click.option("--schedule", help="Of the learning rate: constant or cosine.")
 @click.option("--weight-decay", type=float, help="Of matrices and convolutions.")
 @click.option(
-    "--gate",
-    help="Fit gates after the heads, which decide who leaves: agrees (is this answer the backbone's?), right (is it the "
-    "label?) or best (is it the label, or would no later answer be?); none.",
+    "--calibrate",
+    help="After training, turn each exit's largest probability into the probability that: agrees (its answer is the "
+    "backbone's), right (it is the label) or best (it is the label, or no later answer is either); none.",
 )
 @click.option(
-    "--gate-share",
+    "--calibrate-share",
     type=click.FloatRange(0, 0.5, min_open=True),
-    help="Of the training images, for the gates; the heads do not see them. Default: 0.1.",
+    help="Of the training images, for calibration; the heads do not see them. Default: 0.1.",
 )
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many epochs that are no better.")
 @click.option(
@@ -290,7 +290,7 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
 )
 @click.option(
     "--lines",
-    default="learned,one_threshold,max_prob,entropy,patience,oracle,truncation",
+    default="own,one_threshold,max_prob,entropy,patience,oracle,truncation",
     show_default=True,
     help="Which lines each run gets, for a short table of many runs. What is said in words is of these.",
 )

@@ -151,7 +151,7 @@ PLACE = _options(
     click.option(
         "--recipe",
         help="What is taken for exits, heads and training where the options below are not given: ptee (three learned heads, each "
-        "for itself, and gates; the default), or the papers' pteenet, eenet, ztw or branchynet. With --loss v1, v2, mc or cost: "
+        "for itself, then calibrated; the default), or the papers' pteenet, eenet, ztw or branchynet. With --loss v1, v2, mc or cost: "
         "none.",
     ),
     click.option(

@@ -24,7 +24,7 @@ from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.freezing import freeze
 from ptee.analysis.layout import Layout
 from ptee.backbones.load import OTHERWISE, Backbone, InputConfig, load_backbone
-from ptee.exits.heads import AUTO, ExitHead, Said, Trail
+from ptee.exits.heads import AUTO, ExitHead, HeadOutput, PreviousExits
 
 INPUT = "input"  # the exit's name, and that of its cut
 FRONT = "front"  # its head's name
@@ -218,16 +218,16 @@ class FrontHead(ExitHead):
             _READ.reset(token)
         return torch.cat([logits, *seen[-1:]], 1)  # a classifier may be asked twice; the last time counts
 
-    def follow(self, z: Tensor, trail: Trail) -> Said:
+    def follow(self, z: Tensor, previous: PreviousExits) -> HeadOutput:
         """Answer images."""
-        return self.answer(self.read(z), trail)
+        return self.answer(self.read(z), previous)
 
-    def answer(self, x: Tensor, trail: Trail) -> Said:
+    def answer(self, x: Tensor, previous: PreviousExits) -> HeadOutput:
         """Answer from what was read."""
         vector = x[:, self.num_classes :]
-        return self._say(x, trail, None if self.passes_on is None else vector[:, :, None, None])
+        return self._output(x, previous, None if self.passes_on is None else vector[:, :, None, None])
 
-    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
+    def _logits(self, v: Tensor, previous: PreviousExits) -> Tensor:
         return v[:, : self.num_classes]
 
     def _confidence(self, v: Tensor) -> Tensor:

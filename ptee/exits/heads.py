@@ -1,7 +1,7 @@
 """Exit heads: small networks that answer from a feature map, and say how sure they are.
 
 Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes) and
-a confidence logit w2 v + b2, with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2); a gate may take the place of the latter.
+a confidence logit w2 v + b2, of which `confidence` can make h (EENet fig. 3.1, PTEENet fig. 2).
 `HEADS` names the ways to make v.
 
 A name with a `+` behind it, such as `conv2+`, is a head that builds on the answer of the exit before it: that answer's
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, unknown
 from ptee.analysis.layout import Layout
-from ptee.exits.gates import Gate
 
 AUTO = "auto"  # the name of a head that is sized when exits are planned (`learned`)
 BUILDS_ON = "+"  # behind the name of a head that builds on the one before it
@@ -33,40 +32,38 @@ SIZED = (AUTO, AUTO + BUILDS_ON)  # names that stand for another
 FeatureFactory = Callable[[int, int, int], nn.Module]
 
 
-class Trail(NamedTuple):
-    """What the exits so far have said of the rows that are here, for heads that build on it.
+class HeadOutput(NamedTuple):
+    """What a head answers for some rows.
+
+    Attributes:
+        logits: (b, K).
+        confidence_logit: (b,) what its confidence layer gives, in float32 at least.
+        map: (b, c, h, w) what it made on its way for the next head, if it is one that does.
+    """
+
+    logits: Tensor
+    confidence_logit: Tensor
+    map: Tensor | None = None
+
+
+class PreviousExits(NamedTuple):
+    """What the exits so far have answered for the rows that are here, for heads that read it.
 
     Attributes:
         answers: (b, K) logits of each.
-        map: (b, c, h, w) what the last of them made on its way, where it is one that passes something on.
+        map: (b, c, h, w) of the last of them.
     """
 
     answers: tuple[Tensor, ...] = ()
     map: Tensor | None = None
 
-    def keep_rows(self, rows: Tensor) -> Trail:
-        """Only these rows go on.
+    def then(self, output: HeadOutput) -> PreviousExits:
+        """The same with one more exit.
 
         Args:
-            rows: (kept,) positions in the batch as it was.
+            output: what its head answered.
         """
-        return Trail(tuple(y[rows] for y in self.answers), None if self.map is None else self.map[rows])
-
-
-class Said(NamedTuple):
-    """What a head says of some rows.
-
-    Attributes:
-        logits: (b, K).
-        confidence: (b,) confidence logit, in float32 at least.
-        trail: for the next head.
-        features: (b, F), the vector v.
-    """
-
-    logits: Tensor
-    confidence: Tensor
-    trail: Trail
-    features: Tensor
+        return PreviousExits((*self.answers, output.logits), output.map)
 
 
 class ExitHead(nn.Module):
@@ -74,7 +71,6 @@ class ExitHead(nn.Module):
 
     Attributes:
         passes_on: (c, h, w) of the map that it makes for the next head; None where it makes none.
-        gate: what the confidence comes from instead of the layer of that name; None where it does not.
         trust: (), how much of the answer before is added to its own; None where it builds on none.
         teaches_back: its gradient flows through that answer into the exit before.
 
@@ -95,7 +91,6 @@ class ExitHead(nn.Module):
         self.num_classes = num_classes
         self.logits: nn.Module = nn.Linear(num_features, num_classes)
         self.confidence = nn.Linear(num_features, 1)
-        self.gate: Gate | None = None
         self.trust: nn.Parameter | None = None
 
     def build_on_answers(self) -> None:
@@ -107,19 +102,6 @@ class ExitHead(nn.Module):
         """Whether the head itself reads what the exits before it said."""
         return self.trust is not None
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether it, or its gate, reads what the exits before it said."""
-        return self.linked or (self.gate is not None and self.gate.follows)
-
-    def put_gate(self, gate: Gate | None) -> None:
-        """From now on confidence comes from this gate, in place of an earlier one.
-
-        Args:
-            gate: for the exit where this head stands; None: confidence comes from the layer of that name again.
-        """
-        self.gate = None if gate is None else gate.to(self.confidence.weight).train(self.training)
-
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Answer from a feature map.
 
@@ -129,8 +111,8 @@ class ExitHead(nn.Module):
         Returns:
             Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
         """
-        said = self.follow(z, Trail())
-        return said.logits, said.confidence
+        said = self.follow(z, PreviousExits())
+        return said.logits, said.confidence_logit
 
     def read(self, z: Tensor) -> Tensor:
         """What is left of a feature map after the part of the head that has nothing to learn: a pooled vector, or all.
@@ -143,41 +125,36 @@ class ExitHead(nn.Module):
             x = part(x)
         return x
 
-    def follow(self, z: Tensor, trail: Trail) -> Said:
+    def follow(self, z: Tensor, previous: PreviousExits) -> HeadOutput:
         """Answer from a feature map, after other exits.
 
         Args:
             z: the cut's tensor, in its own layout.
-            trail: what they said.
+            previous: what they answered.
         """
-        return self._say(self.features(self.layout.to_map(z)), trail)
+        return self._output(self.features(self.layout.to_map(z)), previous)
 
-    def answer(self, x: Tensor, trail: Trail) -> Said:
+    def answer(self, x: Tensor, previous: PreviousExits) -> HeadOutput:
         """Answer from what was read, as `follow` from the feature map.
 
         Args:
             x: what `read` gave.
-            trail: what the exits before said.
+            previous: what the exits before answered.
         """
         v = x
         for part in self._parts()[1]:
             v = part(v)
-        return self._say(v, trail)
+        return self._output(v, previous)
 
-    def _say(self, v: Tensor, trail: Trail, made: Tensor | None = None) -> Said:
+    def _output(self, v: Tensor, previous: PreviousExits, made: Tensor | None = None) -> HeadOutput:
         """The one place where logits and confidence come from; `made` is the map for the next head."""
-        logits = self._logits(v, trail)
-        sure = self._confidence(v) if self.gate is None else self.gate(logits, trail.answers, v)
-        # As where the answer before did; -inf rules a class out. The largest is NaN where any is, and far sooner found than `all`.
-        overflown = ~(logits.detach().amax(-1) < torch.inf)
-        sure = sure.masked_fill(overflown, torch.nan)
-        return Said(logits, sure, Trail((*trail.answers, logits), made), v)
+        return HeadOutput(self._logits(v, previous), self._confidence(v), made)
 
-    def _logits(self, v: Tensor, trail: Trail) -> Tensor:
+    def _logits(self, v: Tensor, previous: PreviousExits) -> Tensor:
         logits: Tensor = self.logits(v)
-        if self.trust is None or not trail.answers:
+        if self.trust is None or not previous.answers:
             return logits
-        before = trail.answers[-1] if self.teaches_back else trail.answers[-1].detach()
+        before = previous.answers[-1] if self.teaches_back else previous.answers[-1].detach()
         return logits + self.trust * before.log_softmax(-1).to(logits.dtype)
 
     def _confidence(self, v: Tensor) -> Tensor:
@@ -190,18 +167,6 @@ class ExitHead(nn.Module):
         layers = list(self.features) if type(self.features) is nn.Sequential else [self.features]
         n = next((n for n, layer in enumerate(layers) if not isinstance(layer, NOTHING_TO_LEARN)), len(layers))
         return layers[:n], layers[n:]
-
-
-def confidence_of(logit: Tensor) -> Tensor:
-    """h = sigmoid(logit), and NaN where the logit is not finite: nobody is sure on an overflow.
-
-    Args:
-        logit: (...) confidence logits.
-
-    Returns:
-        (...) h in (0, 1), float32.
-    """
-    return torch.where(logit.isfinite(), logit.sigmoid(), torch.nan).float()
 
 
 class _MeanPool(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.freezing import freeze
 from ptee.analysis.macs import count, parameters
 from ptee.backbones.load import Backbone, load_backbone
+from ptee.exits.confidence import CONFIDENCES, LEARNED
 from ptee.exits.front import FrontHead, beside_input, front_network, input_cut, named_front, refuse_namesake
 from ptee.exits.head_names import head_names
 from ptee.exits.heads import ExitHead
@@ -32,7 +32,7 @@ def heads_run(on: Tensor, looks_back: Tensor) -> Tensor:
 
     Args:
         on: (..., E) bool, exits where rows may leave.
-        looks_back: (E,) bool, heads that read what those before them said.
+        looks_back: (E,) bool, exits that read what those before them answered.
     """
     reads = (on & looks_back).flip(-1).cumsum(-1).flip(-1) > 0  # this one or a later one
     return on | torch.cat([reads[..., 1:], torch.zeros_like(reads[..., :1])], -1)
@@ -45,14 +45,12 @@ class Exit:
     Attributes:
         name: the module behind which it stands.
         backbone_cost: B_n / B, the backbone up to and with that module.
-        head_cost: H_n / B, its head alone, with its gate.
+        head_cost: H_n / B, its head alone.
         cost: c_n of a sample that leaves here: all heads passed on the way are counted, unless the plan says "paper".
         shape: of the tensor its head reads, of one sample.
         parameters: of its head.
         head: name of its head.
-        gate: what the head's gate reads, "answers" or "features"; None without one.
-        looks_back: it, or its gate, reads what the heads before it said.
-        linked: it does, whatever its gate reads.
+        linked: its head reads what the heads before it answered.
     """
 
     name: str
@@ -62,8 +60,6 @@ class Exit:
     shape: tuple[int, ...]
     parameters: int
     head: str
-    gate: str | None = None
-    looks_back: bool = False
     linked: bool = False
 
 
@@ -83,7 +79,8 @@ class Plan:
         convention: in which the exits' `cost` and `final_cost` are given: "full" or "paper". `costs` is full in any case.
         classes: K.
         cuts: what the hooks need, one per exit.
-        off: exits at which nobody leaves; their heads are not run, unless a later one reads what they say.
+        off: exits at which nobody leaves; their heads are not run, unless a later exit reads what they answer.
+        confidence: a name of `CONFIDENCES`, by which rows leave.
     """
 
     backbone: str
@@ -98,6 +95,7 @@ class Plan:
     classes: int
     cuts: tuple[Cut, ...] = field(repr=False)
     off: tuple[int, ...] = ()
+    confidence: str = LEARNED
 
     @property
     def costs(self) -> tuple[float, ...]:
@@ -107,8 +105,9 @@ class Plan:
 
     @property
     def looks_back(self) -> list[bool]:
-        """(E) heads that read what those before them said."""
-        return [e.looks_back for e in self.exits]
+        """(E) exits that read what those before them answered: for their own answer, or to compute their confidence."""
+        everywhere = CONFIDENCES[self.confidence].needs_answers_of_earlier_exits
+        return [e.linked or everywhere for e in self.exits]
 
     @cached_property  # each call of a model asks for it
     def skipped(self) -> tuple[int, ...]:
@@ -129,6 +128,14 @@ class Plan:
         return replace(
             plan, exits=tuple(replace(e, cost=c) for e, c in zip(self.exits, costs, strict=False)), final_cost=costs[-1]
         )
+
+    def with_confidence(self, name: str) -> Plan:
+        """The same plan where rows leave by another confidence.
+
+        Args:
+            name: a key of `CONFIDENCES`.
+        """
+        return replace(self, confidence=name).switched_off(self.off)
 
     @property
     def least_cost(self) -> float:
@@ -160,17 +167,6 @@ class Plan:
             front: that of the exit at the input, where it is a network of its own.
         """
         return make_heads([e.head for e in self.exits], [cut.layout for cut in self.cuts], self.classes, front)
-
-    def with_heads(self, heads: Sequence[ExitHead]) -> Plan:
-        """The same exits, counted anew with these heads, which may have got gates.
-
-        Args:
-            heads: one for each exit.
-        """
-        here = [copy.deepcopy(head).cpu().float() for head in heads]
-        spent = [e.backbone_cost for e in self.exits]
-        rows = _priced(self.cuts, spent, here, [e.head for e in self.exits], self.macs, self.convention)
-        return replace(self, exits=rows, final_cost=_final_cost(rows, self.convention)).switched_off(self.off)
 
     def _begun_anew(self) -> str:
         exits = [str(n) for n, cut in enumerate(self.cuts) if cut.steps]
@@ -238,7 +234,7 @@ class Plan:
             + self._too_dear()
             + self._begun_anew()
             + self._switched_off()
-            + ("\nGates decide who leaves; they are counted with the heads." if any(e.gate for e in self.exits) else "")
+            + (f"\nRows leave by the confidence {self.confidence!r}." if self.confidence != LEARNED else "")
             + f"\nCosts are fractions of the bare backbone's; {_CONVENTION_TEXT[self.convention]}"
         )
 
@@ -349,8 +345,6 @@ def _priced(
             cut.shape,
             parameters(head),
             name,
-            None if head.gate is None else head.gate.reads,
-            head.looks_back,
             head.linked,
         )
         for cut, b, h, p, head, name in zip(cuts, spent, added, passed, heads, names, strict=True)

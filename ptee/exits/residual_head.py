@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, RunError
 from ptee.analysis.layout import Layout
-from ptee.exits.heads import BUILDS_ON, SIZED, ExitHead, Said, Trail, conv_features, make_head
+from ptee.exits.heads import BUILDS_ON, SIZED, ExitHead, HeadOutput, PreviousExits, conv_features, make_head
 
 Shape = tuple[int, int, int]  # (c, h, w) of a map
 
@@ -163,19 +163,19 @@ class LearnedHead(ExitHead):
         """The map itself: every part of the head learns."""
         return self.layout.to_map(z)
 
-    def follow(self, z: Tensor, trail: Trail) -> Said:
+    def follow(self, z: Tensor, previous: PreviousExits) -> HeadOutput:
         """Answer from a feature map, after other exits."""
-        return self.answer(self.layout.to_map(z), trail)
+        return self.answer(self.layout.to_map(z), previous)
 
-    def answer(self, x: Tensor, trail: Trail) -> Said:
+    def answer(self, x: Tensor, previous: PreviousExits) -> HeadOutput:
         """Answer from a map (b, c, h, w), after other exits."""
         features = self.features
         assert isinstance(features, nn.ModuleDict)
         y = features["entry"](x.contiguous(memory_format=torch.channels_last))  # in which convolutions are fastest
-        if self.link is not None and trail.map is not None:
-            y = y + _linked(self.link, trail.map, y.shape[-2:])
+        if self.link is not None and previous.map is not None:
+            y = y + _linked(self.link, previous.map, y.shape[-2:])
         y = features["rest"](y)
-        return self._say(y.mean((2, 3)), trail, y)
+        return self._output(y.mean((2, 3)), previous, y)
 
 
 def _linked(link: nn.Module, made: Tensor, size: torch.Size) -> Tensor:
@@ -278,8 +278,8 @@ class AfterOthers(nn.Module):
         """What the head says after answers of zeros."""
         answers = () if self._first else (z.new_zeros(len(z), self.head.num_classes),)
         made = None if self._map is None else z.new_zeros(len(z), *self._map)
-        said = self.head.follow(z, Trail(answers, made))
-        return said.logits, said.confidence
+        said = self.head.follow(z, PreviousExits(answers, made))
+        return said.logits, said.confidence_logit
 
 
 # ---------------------------------------------------------------------------------------------------- sizes

@@ -15,7 +15,7 @@ from ptee.exits.front import FrontHead, named_front
 from ptee.exits.plan import make_plan
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.rebuilding import check_weights, front_of, network_of
+from ptee.model.rebuilding import check_weights, confidence_of, front_of, network_of
 
 
 def augment(
@@ -113,6 +113,7 @@ def load(
     for name in hub.keys() - known:
         raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
     run = runs.read(folder, **hub)
+    confidence, calibrated = confidence_of(run)
     if backbone is not None:
         check_weights(run, backbone)
     if front is not None and run.front is None:
@@ -132,10 +133,9 @@ def load(
         raise RunError(
             f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
         )
-    if any(run.gates):
-        model.put_gates([model.new_gate(n, reads) if reads else None for n, reads in enumerate(run.gates)])
     runs.fill(model.heads, run)
     model.threshold = run.threshold
+    model.calibrated, model.confidence = calibrated, confidence
     model.off = run.off
     model.results = run.results
     return model.eval()

@@ -282,7 +282,7 @@ class _Sites:
         key = tuple((name, cut.layout, cut.shape) for name, cut in zip(names[-2:], cuts[-2:], strict=True))
         if key not in self._known:
             heads = make_heads(names, [cut.layout for cut in cuts], self.classes)
-            self._known[key] = head_macs(heads, cuts[-1]) / self.macs, heads[-1].looks_back
+            self._known[key] = head_macs(heads, cuts[-1]) / self.macs, heads[-1].linked
         return self._known[key]
 
 
@@ -354,7 +354,7 @@ class _Search:
             confidence=self.traces.confidence[rows],
             costs=torch.cat([spent + passed, 1 + passed[-1:]]),
             head_costs=added,
-            looks_back=looks_back,
+            linked=looks_back,
         )
 
     def solved(self, chosen: Set) -> Solution:

@@ -1,4 +1,4 @@
-"""`ptee augment`, step by step: data, plan, training, gates, thresholds, results, and the run that is saved.
+"""`ptee augment`, step by step: data, plan, training, calibration, thresholds, results, and the run that is saved.
 
 `o` are the options of the command by name; `say` prints.
 """
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import DataError, Interrupted, PteeError, RunError
+from ptee._common.errors import Argument, DataError, Interrupted, PteeError, RunError
 from ptee.backbones.load import IMAGENET, Backbone, load_backbone
 from ptee.data.sources import Data
 from ptee.evaluation.targets import Wish, checked_margin, remark, require_labels, require_reachable
 from ptee.evaluation.tuning import Unseen, kept
+from ptee.exits.confidence import MAX_PROB
 from ptee.exits.heads import AUTO
 from ptee.exits.placement import CHOSEN, PLACEMENTS
 from ptee.model import saving as runs
@@ -25,14 +26,13 @@ from ptee.pipeline import demo as defaults
 from ptee.pipeline.asked import Options, Say
 from ptee.pipeline.choosing import Choice
 from ptee.pipeline.measuring import measured, tuned
-from ptee.pipeline.recipe import MAY_LOSE, NO_GATE, RECIPE, epochs_for, followed, shift_for
-from ptee.training import calibration as decision
+from ptee.pipeline.recipe import MAY_LOSE, NO_CALIBRATION, RECIPE, epochs_for, followed, shift_for
 from ptee.training import trainer as training
-from ptee.training.calibration import check_target, fit_gates, hang_unfitted_gates, hold_out
+from ptee.training.calibration import MIN_IMAGES, calibrate, check_target, hold_out
 from ptee.training.config import Settings
 from ptee.training.history import Epoch, History
 
-EPOCHS, GATE_SHARE = 5, 0.1  # where nothing else is said
+EPOCHS, CALIBRATE_SHARE = 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
 LEARNING = (  # options that are arguments of `train` as they are
     *("temperature", "loss", "cost_weight", "reach", "batch_size", "optimizer", "lr", "weight_decay", "seed"),
@@ -51,7 +51,7 @@ def augment(o: Options, say: Say) -> None:
         PteeError: if something that is asked for cannot be; where possible before the training.
         Interrupted: if the user ends it while it trains or measures.
     """
-    asked_for_gates = (o["gate"] or o["gate_share"]) is not None
+    asked_to_calibrate = (o["calibrate"] or o["calibrate_share"]) is not None
     o = followed(o)
     o["device"] = resolve_device(o["device"])
     o["out"] = _folder(o)
@@ -64,13 +64,13 @@ def augment(o: Options, say: Say) -> None:
     choice = _choice(backbone, data.train, o, say)
     model = _planned(backbone, choice, o)
     if wish:
-        least = model.least_cost("answers" if o["gate"] else None)
+        least = model.plan.least_cost
         require_reachable(wish, least, checked_margin(wish, o["margin"]))
         require_labels(wish, labelled=data.validation[0][1] >= 0)
     say(f"{data.summary}\n\n{model.plan}\n")
     again = _told_of_random_weights(model, say)
     _settle(o, data, model)
-    data, for_gates = _split(data, o, say, asked_for_gates)
+    data, for_calibration = _split(data, o, say, asked_to_calibrate)
     complete: list[Epoch] = []
     try:
         history = _train(model, data, targets, o, say, complete)
@@ -78,7 +78,7 @@ def augment(o: Options, say: Say) -> None:
             return
         if history.interrupted:
             raise KeyboardInterrupt
-        model.results = {"data": _about(data, o)} | _gates(model, for_gates, o, say)
+        model.results = {"data": _about(data, o)} | _calibrate(model, for_calibration, o, say)
     except KeyboardInterrupt as why:
         raise _interrupted(complete, o, again) from why
     model.results |= {"choice": choice.to_dict()} if choice else {}
@@ -128,9 +128,16 @@ def _usual_wish(data: Data, o: Options) -> Wish | None:
 
 
 def _check_settings(o: Options) -> None:
-    check_target(o["gate"], NO_GATE)
-    if o["gate_share"] and not o["gate"]:
-        raise PteeError("--gate-share needs --gate, such as --gate agrees.")
+    check_target(o["calibrate"], NO_CALIBRATION)
+    if o["calibrate_share"] and not o["calibrate"]:
+        raise PteeError(
+            Argument("calibrate_share"),
+            " needs ",
+            Argument("calibrate"),
+            ", such as ",
+            Argument("calibrate", "agrees"),
+            ".",
+        )
     own = {key: o[key] for key in LEARNING if o[key] != AUTO}
     Settings(targets=o["targets"] or "labels", **own).checked()
 
@@ -152,8 +159,8 @@ def _model_and_data(o: Options, say: Say) -> tuple[Backbone, Data, str]:
     data, labels = asked.images(source, backbone, seed=o["seed"], root=o["data_root"])
     if labels.indices is None and targets == "labels":
         raise DataError(f"{labels.reason} Use --targets pseudo.")
-    if labels.indices is None and o["gate"] in ("right", "best"):
-        raise DataError(f"{labels.reason} Use --gate agrees.")
+    if labels.indices is None and o["calibrate"] in ("right", "best"):
+        raise DataError(f"{labels.reason} Use ", Argument("calibrate", "agrees"), ".")
     fallback = (
         ""
         if labels.indices is not None or targets
@@ -185,23 +192,27 @@ def _digits(o: Options, say: Say) -> tuple[Backbone, Data, str]:
     return load_backbone(defaults.MODEL, weights=file, **args), data, o["targets"] or "labels"
 
 
-def _split(data: Data, o: Options, say: Say, asked_for_gates: bool) -> tuple[Data, Any]:
-    """The data whose training images are for the heads, and the images to fit gates on; None where there are none."""
+def _split(data: Data, o: Options, say: Say, asked_to_calibrate: bool) -> tuple[Data, Any]:
+    """The data whose training images are for the heads, and the images to calibrate on; None where there are none."""
     every: Any = data.train
-    if o["gate"] and not asked_for_gates and len(every) * (o["gate_share"] or GATE_SHARE) < decision.FEWEST:
+    if (
+        o["calibrate"]
+        and not asked_to_calibrate
+        and len(every) * (o["calibrate_share"] or CALIBRATE_SHARE) < MIN_IMAGES
+    ):
         say(
-            f"{len(every):,} training images are too few to fit gates as well: the heads learn on all, and h is the largest "
-            "probability.\n"
+            f"{len(every):,} training images are too few to calibrate on as well: the heads learn on all, and h is the largest "
+            "probability as it is.\n"
         )
         return data, None
-    if not o["gate"]:
+    if not o["calibrate"]:
         return data, None
-    for_heads, for_gates = hold_out(every, o["gate_share"] or GATE_SHARE, o["seed"])
+    for_heads, for_calibration = hold_out(every, o["calibrate_share"] or CALIBRATE_SHARE, o["seed"])
     say(
-        f"Of {len(every):,} training images the heads learn on {len(for_heads):,}, and the gates on the other {len(for_gates):,}, "
-        f"drawn with seed {o['seed']}.\n"
+        f"Of {len(every):,} training images the heads learn on {len(for_heads):,}, and the confidence is calibrated on the other "
+        f"{len(for_calibration):,}, drawn with seed {o['seed']}.\n"
     )
-    return replace(data, train=for_heads), for_gates
+    return replace(data, train=for_heads), for_calibration
 
 
 def _about(data: Data, o: Options) -> dict[str, Any]:
@@ -274,7 +285,7 @@ def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say
         num_workers=o["workers"], cache=o["cache"], checkpoint=o["out"] / CHECKPOINT, resume=o["resume"], on_epoch=tell, on_cache=say,
         **{key: o[key] for key in LEARNING},
     )  # fmt: skip
-    if history.warning and not o["gate"]:  # whose exits are decided by gates, which are still to come
+    if history.warning and not o["calibrate"]:  # else the confidence is still to come
         say(f"Warning: {history.warning}", err=True)
     return history
 
@@ -288,18 +299,19 @@ def _interrupted(complete: list[Epoch], o: Options, again: bool) -> Interrupted:
     return Interrupted(f"Interrupted: {kept} kept in {o['out']}.{hint}")
 
 
-def _gates(model: EarlyExitModel, images: Any, o: Options, say: Say) -> dict[str, Any]:
-    """Hang gates, where they are asked for, and say what is to be recorded of them; without images they stay unfitted."""
-    if not o["gate"]:
+def _calibrate(model: EarlyExitModel, images: Any, o: Options, say: Say) -> dict[str, Any]:
+    """Calibrate, where it is asked for, and return what is to be recorded of it; without images h is the max probability."""
+    if not o["calibrate"]:
         return {}
     if images is None:
-        return {"gates": hang_unfitted_gates(model, o["gate"]).to_dict()}
-    fits = fit_gates(
-        model, images, target=o["gate"], seed=o["seed"], batch_size=o["batch_size"], num_workers=o["workers"],
+        model.confidence = MAX_PROB
+        return {}
+    found = calibrate(
+        model, images, target=o["calibrate"], seed=o["seed"], batch_size=o["batch_size"], num_workers=o["workers"],
         device=o["device"],
     )  # fmt: skip
-    say(f"\n{fits}")
-    return {"gates": fits.to_dict()}
+    say(f"\n{found}")
+    return {"calibration": found.to_dict()}
 
 
 # ---------------------------------------------------------------------------------------------------- results, the run

@@ -9,7 +9,7 @@ from ptee._common.errors import PteeError, unknown
 from ptee.exits.heads import AUTO, BUILDS_ON, SIZED
 
 RECIPE = "ptee"  # where none is named
-NO_GATE = "none"  # the word of who wants none though a recipe has them
+NO_CALIBRATION = "none"  # the word of who wants none though a recipe has one
 MAY_LOSE = 0.01  # of accuracy, or of the answers where there are no labels, by the thresholds that RECIPE is given
 # Without a recipe. `targets` then depends on whether there are labels, `head` and `epochs` on the data.
 PLAIN: dict[str, Any] = {
@@ -19,12 +19,12 @@ PLAIN: dict[str, Any] = {
 FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 40, 5_000  # of a recipe that leaves the epochs to the number of images
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then gates
-    # decide who leaves. What the first cannot learn from few images, the later ones can; thresholds switch it off then,
+    # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then
+    # their confidence is calibrated. What the first cannot learn from few images, the later ones can; thresholds switch it off then,
     # and as none builds on another, what is off costs nothing.
     "ptee": {
         "exits": "0.03,0.4,0.7", "head": AUTO, "head_budget": (0.15, 0.03, 0.03),
-        "loss": "each", "targets": "soft", "temperature": 2.0, "gate": "agrees", "augment": 2, "shift": AUTO, "epochs": AUTO,
+        "loss": "each", "targets": "soft", "temperature": 2.0, "calibrate": "agrees", "augment": 2, "shift": AUTO, "epochs": AUTO,
         "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.05, "schedule": "cosine",
     },
     # Lahiany & Aperstein, IEEE Access 10, 2022: joint loss on the backbone's answers, threshold .5.
@@ -104,6 +104,6 @@ def followed(given: Mapping[str, Any]) -> dict[str, Any]:
         says.pop("temperature", None)  # it is of probabilities
     if "optimizer" in own:
         says = {key: value for key, value in says.items() if key not in ("lr", "weight_decay")}  # they are Muon's
-    if given.get("gate") == NO_GATE:
-        given, says = {**given, "gate": None}, {key: value for key, value in says.items() if key != "gate"}
+    if given.get("calibrate") == NO_CALIBRATION:
+        given, says = {**given, "calibrate": None}, {key: value for key, value in says.items() if key != "calibrate"}
     return {key: says.get(key, PLAIN.get(key)) if value is None else value for key, value in given.items()}

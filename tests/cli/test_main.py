@@ -304,7 +304,7 @@ WORDS = {
     "tuning no folder": (["tune", "user/run", "--max-drop", "0.1"], "no folder user/run"),
     "a comparison of nothing": (["compare"], "RUN"),
     "a line that is none": (
-        ["compare", "EMPTY", "--lines", "learned,max"],
+        ["compare", "EMPTY", "--lines", "own,max"],
         "Unknown line 'max'. Did you mean 'max_prob'",
     ),
     "a run beside itself": (["compare", "EMPTY", "EMPTY"], "empty is given twice"),
@@ -366,11 +366,11 @@ AUGMENT = {
     "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "v3.*Did you mean"),
     "an unknown precision": ([*RANDOM, "--data", "TEN", "--precision", "bf61"], "bf61.*Did you mean"),
     "an unknown device": ([*RANDOM, "--data", "TEN", "--device", "cuda:99"], "cuda:99.*cpu"),
-    "an unknown gate": ([*RANDOM, "--data", "TEN", "--gate", "agree"], "agree.*Did you mean 'agrees'.*none"),
-    "a gate that needs labels": ([*RANDOM, "--data", "TWO", "--gate", "best"], "cat, dog.*--gate agrees"),
-    "images for gates that there are not": ([*RANDOM, "--recipe", "eenet", "--data", "TEN", "--gate-share", 0.1], "--gate-share needs --gate"),
-    "too few images for gates": ([*RANDOM, "--data", "TEN", "--gate", "agrees"], "0.1 of 24 .* are 2.*--gate-share"),
-    "a share of all images": ([*RANDOM, "--data", "TEN", "--gate", "agrees", "--gate-share", 1], "--gate-share"),
+    "an unknown calibration target": ([*RANDOM, "--data", "TEN", "--calibrate", "agree"], "agree.*Did you mean 'agrees'.*none"),
+    "a calibration that needs labels": ([*RANDOM, "--data", "TWO", "--calibrate", "best"], "cat, dog.*--calibrate agrees"),
+    "images for a calibration that there is not": ([*RANDOM, "--recipe", "eenet", "--data", "TEN", "--calibrate-share", 0.1], "--calibrate-share needs --calibrate"),
+    "too few images for calibration": ([*RANDOM, "--data", "TEN", "--calibrate", "agrees"], "0.1 of 24 .* are 2.*--calibrate-share"),
+    "a share of all images": ([*RANDOM, "--data", "TEN", "--calibrate", "agrees", "--calibrate-share", 1], "--calibrate-share"),
     "several heads for exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--head", "pool,conv1"], "2 val.*one"),
     "no exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--num-exits", 0], "choose 0 exits"),
     "no epochs": ([*RANDOM, "--data", "TEN", "--epochs", 0], "--epochs"),
@@ -903,7 +903,7 @@ def test_a_run_of_heads_that_build_on_one_another_is_compared_by_the_lines_that_
     assert run("augment", *known, *BRIEF, "--recipe", "ztw", "--no-speed", "--out", "runs/ztw").status == 0
     heads = [each["head"] for each in json.loads(Path("runs/ztw/config.json").read_text())["exits"]]
     assert heads == ["conv2", "conv2+"]
-    done = run("compare", "runs/ztw", "--lines", "entropy, learned", "--json")
+    done = run("compare", "runs/ztw", "--lines", "entropy, own", "--json")
     assert [each["name"] for each in json.loads(done.out)["lines"]] == ["ztw", "ztw, entropy (BranchyNet)"]
 
 
@@ -1044,7 +1044,7 @@ def test_without_out_the_run_is_called_after_its_model(run, known):
     assert Path("runs", "cifar_resnet20", "config.json").is_file()
 
 
-# gates
+# calibration
 
 
 @pytest.fixture(scope="module")
@@ -1055,39 +1055,40 @@ def many(things) -> Path:
     return things / "many"
 
 
-GATED = ("--gate", "agrees", "--gate-share", 0.3)
+CALIBRATED = ("--calibrate", "agrees", "--calibrate-share", 0.3)
 
 
-def test_gates_learn_on_images_of_their_own_and_are_saved(run, known, many):
-    done = run("augment", *known, "--data", many, *BRIEF, *GATED, "--out", "out")
+def test_calibration_has_images_of_its_own_and_is_saved(run, known, many):
+    done = run("augment", *known, "--data", many, *BRIEF, *CALIBRATED, "--out", "out")
     assert done.status == 0, done
-    assert "Of 80 training images the heads learn on 56, and the gates on the other 24" in done.out
-    assert "Gates on 24 images. Is the answer the backbone's?" in done.out
+    assert "Of 80 training images the heads learn on 56, and the confidence is calibrated on the other 24" in done.out
+    assert "Confidence calibrated on 24 images. Is the answer the backbone's?" in done.out
     config = json.loads(Path("out", "config.json").read_text())
-    fits = config["results"]["gates"]
-    assert {row["gate"] for row in config["exits"]} == {e.gate for e in ptee.load("out").exits} == {"answers"}
-    assert fits["images"] == 24
+    found = config["results"]["calibration"]
+    assert found["images"] == 24
+    assert config["confidence"]["name"] == ptee.load("out").confidence == "calibrated"
+    assert config["confidence"]["scale"] == [row["scale"] for row in found["exits"]]
     assert run("evaluate", "out").status == 0
 
 
-def test_too_few_images_to_fit_gates_leave_h_at_the_largest_probability(run, known):
+def test_with_too_few_images_to_calibrate_h_is_the_largest_probability(run, known):
     done = run("augment", *known, *BRIEF, "--no-speed", "--out", "out")
-    assert "24 training images are too few to fit gates as well: the heads learn on all" in done.out
-    assert "Gates on" not in done.out
+    assert "24 training images are too few to calibrate on as well: the heads learn on all" in done.out
+    assert "Confidence calibrated" not in done.out
     model = ptee.load("out")
-    assert model.results["gates"]["images"] == 0
+    assert model.confidence == "max_prob"
     every = model.all_exits(random_images(model.backbone, 5, model.origin.input.input_size))
     torch.testing.assert_close(every.confidence[:-1], every.logits[:-1].softmax(-1).amax(-1))
 
 
-def test_without_gates_nothing_is_said_of_them(run, known):
-    done = run("augment", *known, *SHORT, "--gate", "none", "--out", "out")
-    assert "Gates" not in done.out
-    assert "gates" not in json.loads(Path("out", "config.json").read_text())["results"]
+def test_without_calibration_nothing_is_said_of_it(run, known):
+    done = run("augment", *known, *SHORT, "--calibrate", "none", "--out", "out")
+    assert "calibrated" not in done.out
+    assert "calibration" not in json.loads(Path("out", "config.json").read_text())["results"]
 
 
-def test_a_training_is_resumed_on_the_same_images_and_its_gates_are_fitted_after_it(run, known, many, interrupt):
-    words = ("augment", *known, "--data", many, *BRIEF, *GATED, "--no-speed")
+def test_a_training_is_resumed_on_the_same_images_and_is_calibrated_afterwards(run, known, many, interrupt):
+    words = ("augment", *known, "--data", many, *BRIEF, *CALIBRATED, "--no-speed")
     assert run(*words, "--out", "whole").status == 0
     interrupt(2)
     assert run(*words, "--out", "broken").status == 130
@@ -1098,8 +1099,8 @@ def test_a_training_is_resumed_on_the_same_images_and_its_gates_are_fitted_after
     assert whole.keys() == broken.keys()
     assert all(torch.equal(value, broken[name]) for name, value in whole.items())
     whole, broken = (json.loads(Path(name, "config.json").read_text())["results"] for name in ("whole", "broken"))
-    assert whole["gates"] == broken["gates"]
-    assert whole["gates"]["images"] == 24
+    assert whole["calibration"] == broken["calibration"]
+    assert whole["calibration"]["images"] == 24
 
 
 # Ctrl-C, and --resume
@@ -1145,12 +1146,12 @@ def test_interrupted_in_the_first_epoch_nothing_is_written(run, known, interrupt
     assert list(elsewhere.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["ptee.pipeline.fit._clear", "ptee.pipeline.fit.fit_gates"])
+@pytest.mark.parametrize("where", ["ptee.pipeline.fit._clear", "ptee.pipeline.fit.calibrate"])
 def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, known, many, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    words = ("augment", *known, "--data", many, *BRIEF, *GATED, "--no-speed", "--out", "out")
+    words = ("augment", *known, "--data", many, *BRIEF, *CALIBRATED, "--no-speed", "--out", "out")
     with monkeypatch.context() as patch:
         patch.setattr(where, fail)
         broken = run(*words)

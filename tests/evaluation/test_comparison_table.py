@@ -312,7 +312,7 @@ def test_it_is_json_with_everything_in_it():
 
 
 def test_a_run_gets_the_lines_that_are_asked_for_and_they_are_as_before():
-    every, some = compared(), compared(lines=["max_prob", "learned"])
+    every, some = compared(), compared(lines=["max_prob", "own"])
     names = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
     assert [each.name for each in some.lines] == [*names, "small", "small, then Sequential"]
     assert all(line(every, each.name) == each for each in some.lines)
@@ -332,7 +332,7 @@ def test_the_command_has_every_line_where_none_is_asked_for():
         (
             ["oracle"],
             PteeError,
-            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of learned, ",
+            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of own, ",
         ),
         ([], PteeError, r"\(none\). Add"),
     ],

@@ -12,7 +12,8 @@ import ptee
 from ptee._common.errors import PteeError, UnknownName
 from ptee.analysis.layout import Layout
 from ptee.exits import heads
-from ptee.exits.heads import HEADS, ExitHead, Trail, confidence_of, make_head, register_head
+from ptee.exits.confidence import CONFIDENCES
+from ptee.exits.heads import HEADS, ExitHead, HeadOutput, PreviousExits, make_head, register_head
 
 b, K, C, H, W = 4, 5, 6, 4, 3
 MAP = Layout("bchw", C, H, W)
@@ -101,18 +102,17 @@ def trusting(name: str, trust: float) -> ExitHead:
 @each_head
 def test_the_answer_of_a_head_that_builds_on_another_begins_at_the_answer_before(name):
     head, z, before = trusting(name, 0.5), torch.randn(b, C, H, W), torch.randn(b, K)
-    alone, built = head.follow(z, Trail()), head.follow(z, Trail((torch.randn(b, K), before)))
+    alone, built = head.follow(z, PreviousExits()), head.follow(z, PreviousExits((torch.randn(b, K), before)))
     torch.testing.assert_close(built.logits, alone.logits + 0.5 * before.log_softmax(-1))
-    assert torch.equal(built.trail.answers[-1], built.logits)
-    assert torch.equal(head.answer(head.read(z), Trail((before,))).logits, built.logits)
+    assert torch.equal(head.answer(head.read(z), PreviousExits((before,))).logits, built.logits)
 
 
 def test_an_answer_is_the_weighted_geometric_mean_of_those_so_far():
     heads, z = [make_head("pool", MAP, K), trusting("pool", 0.5), trusting("pool", 0.8)], torch.randn(b, C, H, W)
-    trail, own = Trail(), [head.follow(z, Trail()).logits.softmax(-1) for head in heads]
+    previous, own = PreviousExits(), [head.follow(z, PreviousExits()).logits.softmax(-1) for head in heads]
     for head in heads:
-        said = head.follow(z, trail)
-        trail = said.trail
+        said = head.follow(z, previous)
+        previous = previous.then(said)
     mean = own[2] * own[1] ** 0.8 * own[0] ** (0.8 * 0.5)
     torch.testing.assert_close(said.logits.softmax(-1), mean / mean.sum(-1, keepdim=True))
 
@@ -121,18 +121,18 @@ def test_an_answer_is_the_weighted_geometric_mean_of_those_so_far():
 def test_a_new_head_trusts_nobody_and_learns_to_without_teaching_the_one_before(name):
     head, z, before = make_head(f"{name}+", MAP, K), torch.randn(b, C, H, W), torch.randn(b, K, requires_grad=True)
     assert count(head) == count(make_head(name, MAP, K)) + 1
-    logits = head.follow(z, Trail((before,))).logits
+    logits = head.follow(z, PreviousExits((before,))).logits
     logits.square().sum().backward()
     assert before.grad is None
     assert head.trust.grad != 0
-    assert (head.trust, head.looks_back) == (0, True)
+    assert (head.trust, head.linked) == (0, True)
 
 
 def test_a_name_of_ones_own_does_not_end_in_plus(registry):
     with pytest.raises(PteeError, match=r"'mine\+' ends in \+.*Register 'mine'"):
         register_head("mine+")(lambda channels, height, width: nn.Flatten())
     add_maxpool()
-    assert make_head("maxpool+", MAP, K).looks_back
+    assert make_head("maxpool+", MAP, K).linked
 
 
 # ---------------------------------------------------------------------------------------------------- the papers' heads
@@ -214,26 +214,18 @@ def test_a_head_in_float64_keeps_its_precision():
     assert make_head("pool", MAP, K).double()(torch.randn(b, C, H, W).double())[1].dtype == torch.float64
 
 
-def test_confidence_is_the_sigmoid_of_its_logit_in_float32():
-    logit = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
-    h = confidence_of(logit)
-    assert h.dtype == torch.float32
-    torch.testing.assert_close(h.double(), 1 / (1 + (-logit).exp()), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("logit", [float("nan"), float("inf"), -float("inf")])
-def test_a_logit_that_is_not_finite_gives_no_confidence(logit):
-    h = confidence_of(torch.tensor([[logit, 1.0]]))
-    assert h.isnan().tolist() == [[True, False]]
+def learned(said: HeadOutput) -> Tensor:
+    """(b,) h of the head's own confidence layer."""
+    return CONFIDENCES["learned"](0, said.logits, (), said.confidence_logit, 1)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @each_head
 def test_a_poisoned_row_has_no_confidence_and_its_neighbours_keep_theirs(name, poison):
     head, z = make_head(name, MAP, K).eval(), torch.randn(b, C, H, W)
-    clean = confidence_of(head(z)[1])
+    clean = learned(HeadOutput(*head(z)))
     z[1] = poison
-    h = confidence_of(head(z)[1])
+    h = learned(HeadOutput(*head(z)))
     assert h[1].isnan()
     torch.testing.assert_close(h[[0, 2, 3]], clean[[0, 2, 3]])
 
@@ -243,16 +235,16 @@ def test_a_poisoned_row_has_no_confidence_and_its_neighbours_keep_theirs(name, p
 def test_nobody_is_sure_of_an_answer_that_builds_on_a_poisoned_one(name, poison):
     head, z, before = make_head(f"{name}+", MAP, K).eval(), torch.randn(b, C, H, W), torch.zeros(b, K)
     before[1, 2] = poison
-    said = head.follow(z, Trail((before,)))
+    said = head.follow(z, PreviousExits((before,)))
     assert not said.logits[1].isfinite().any()
-    assert confidence_of(said.confidence).isnan().tolist() == [False, True, False, False]
+    assert learned(said).isnan().tolist() == [False, True, False, False]
 
 
 def test_an_answer_may_rule_a_class_out():
     head = make_head("pool", MAP, K).eval()
     with torch.no_grad():
         head.logits.bias[0] = -torch.inf
-    assert head(torch.randn(b, C, H, W))[1].isfinite().all()
+    assert learned(HeadOutput(*head(torch.randn(b, C, H, W)))).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------- the registry

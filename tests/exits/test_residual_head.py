@@ -16,7 +16,7 @@ from ptee.analysis.cut_points import random_images
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
-from ptee.exits.heads import Trail
+from ptee.exits.heads import PreviousExits
 from ptee.exits.residual_head import AfterOthers, Blueprint, LearnedHead, blueprint_for, make_heads, sized_names
 from ptee.model.build import build
 
@@ -56,9 +56,9 @@ def test_what_a_blueprint_costs_and_gives_is_what_its_head_costs_and_gives(shape
         blueprint, Layout("bchw", *shape, 0, shape[1] * shape[2], ()), K, before if blueprint.linked else None
     )
     behind = AfterOthers(head, first if blueprint.linked else None).eval()
-    said = head.eval().follow(torch.randn(2, *shape), Trail((torch.zeros(2, K),), torch.randn(2, *before)))
-    assert said.trail.map is not None
-    assert tuple(said.trail.map.shape[1:]) == blueprint.map_of(shape) == head.passes_on
+    said = head.eval().follow(torch.randn(2, *shape), PreviousExits((torch.zeros(2, K),), torch.randn(2, *before)))
+    assert said.map is not None
+    assert tuple(said.map.shape[1:]) == blueprint.map_of(shape) == head.passes_on
     products = count(behind, torch.zeros(1, *shape), products_only=True).total
     assert blueprint.macs(shape, K, before if blueprint.linked else None) == pytest.approx(products, rel=0.01)
 
@@ -116,14 +116,15 @@ of_any_kind = pytest.mark.parametrize("head", [HEADS, "conv1+"], ids=["learned",
 
 def test_a_linked_head_reads_the_map_before_and_its_answer_begins_at_the_answer_before():
     heads = [h.eval() for h in make_heads(["res-8x1", "res-8x1s1+"], [layout(4, 8), layout(6, 4)], K)]
-    z, trail = torch.randn(b, 6, 4, 4), heads[0].follow(torch.randn(b, 4, 8, 8), Trail()).trail
-    said = heads[1].follow(z, trail)
-    other_map = heads[1].follow(z, trail._replace(map=torch.randn_like(trail.map)))
+    z, none = torch.randn(b, 6, 4, 4), PreviousExits()
+    previous = none.then(heads[0].follow(torch.randn(b, 4, 8, 8), none))
+    said = heads[1].follow(z, previous)
+    other_map = heads[1].follow(z, previous._replace(map=torch.randn_like(previous.map)))
     assert not torch.allclose(said.logits, other_map.logits)
     with torch.no_grad():
         heads[1].trust.fill_(0.5)
-    trusting = heads[1].follow(z, trail)
-    torch.testing.assert_close(trusting.logits - said.logits, 0.5 * trail.answers[0].log_softmax(-1))
+    trusting = heads[1].follow(z, previous)
+    torch.testing.assert_close(trusting.logits - said.logits, 0.5 * previous.answers[0].log_softmax(-1))
 
 
 @of_any_kind

@@ -12,8 +12,8 @@ from torch import Tensor
 import ptee
 from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
-from ptee.evaluation.threshold_search import run
 from ptee.evaluation.traces import record
+from ptee.exits.plan import heads_run
 from ptee.model.build import build
 
 SIZE = (3, 32, 32)
@@ -119,9 +119,9 @@ def test_what_is_no_exit_cannot_be_off(model, off):
 
 
 @pytest.mark.parametrize("off", [[1], [0, 2]])
-def test_heads_and_gates_learn_with_all_exits_on_or_not_at_all(model, x, off):
+def test_training_and_calibration_need_all_exits_on(model, x, off):
     model.off = off
-    for learn in (ptee.train, ptee.fit_gates):
+    for learn in (ptee.train, ptee.calibrate):
         with pytest.raises(PteeError, match=rf"{', '.join(map(str, off))} (is|are) off.*model\.off = \[\]"):
             learn(model, [(image, 1) for image in x])
 
@@ -162,4 +162,4 @@ def test_traces_are_of_all_exits_and_the_table_of_those_that_are_on(model, x):
     ],
 )
 def test_heads_run_that_are_on_or_read(on, looks_back, runs):
-    assert run(torch.tensor(on).bool(), torch.tensor(looks_back).bool()).int().tolist() == runs
+    assert heads_run(torch.tensor(on).bool(), torch.tensor(looks_back).bool()).int().tolist() == runs

@@ -104,7 +104,7 @@ def test_its_costs_are_what_the_solver_says_of_the_probes_with_the_prices_of_a_p
             torch.tensor(plan.costs, dtype=torch.float64),
             kept[0].sample,
             head_costs=torch.tensor([e.head_cost for e in plan.exits], dtype=torch.float64),
-            looks_back=torch.tensor(plan.looks_back),
+            linked=torch.tensor(plan.looks_back),
         )
         assert row.cost == pytest.approx(solve(traces, max_fidelity_drop=DROP).cost)
 

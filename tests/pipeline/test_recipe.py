@@ -22,7 +22,7 @@ OPTIONS = (
         "targets",
         "temperature",
         "schedule",
-        "gate",
+        "calibrate",
     ),
     *("epochs", "augment", "shift", "optimizer", "lr", "weight_decay", "cost_weight"),
 )
@@ -131,7 +131,7 @@ def test_the_rate_of_muon_goes_with_muon():
     assert followed(NONE | {"optimizer": "muon"})["lr"] == RECIPES["ptee"]["lr"]
 
 
-@pytest.mark.parametrize("said", [{"head": "auto"}, {"exits": "0.03,0.4,0.7"}, {"gate": "agrees"}], ids=str)
+@pytest.mark.parametrize("said", [{"head": "auto"}, {"exits": "0.03,0.4,0.7"}, {"calibrate": "agrees"}], ids=str)
 def test_saying_what_is_taken_anyway_changes_nothing(said):
     assert followed(NONE | said) == followed(NONE)
 
@@ -142,5 +142,5 @@ def test_exits_that_are_chosen_get_the_heads_for_which_the_choice_is_sound():
     assert followed(NONE | {"exits": "auto", "head": "conv1"})["head"] == "conv1"
 
 
-def test_gates_can_be_left_out():
-    assert followed(NONE | {"gate": "none"})["gate"] is None
+def test_calibration_can_be_left_out():
+    assert followed(NONE | {"calibrate": "none"})["calibrate"] is None

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ptee.exits.gates import LOG_ODDS, READS, Gate
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import ptee
 from ptee._common.errors import DataError, PteeError, UnknownName
 from ptee.backbones.load import load_backbone
-from ptee.exits.gates import LOG_ODDS, READS, Gate
 from ptee.model.build import build
 from ptee.training import calibration as decision
 from ptee.training.calibration import QUESTIONS, GateFits, _Descent, fit_gates, hold_out
