@@ -91,6 +91,19 @@ def test_every_row_gets_the_answer_that_it_gets_alone(net):
         assert torch.allclose(alone.logits[0], together.logits[i], atol=1e-5)
 
 
+def test_a_confidence_of_all_answers_so_far_follows_the_rows_through_passes_that_start_again(net):
+    model, x = early(net, EXITS), torch.randn(40, *SIZE)
+    with torch.no_grad():
+        for head, logits in zip(model.heads, model.all_exits(x).logits, strict=False):
+            head.logits.bias -= logits.mean(0)  # so that answers differ
+    model.confidence = "patience"
+    per_row = torch.tensor([[0.25, 2, 2], *[[2, 0.5, 0.5]] * 4]).repeat(8, 1)
+    h = model.all_exits(x).confidence[:-1].T
+    want = torch.cat([h >= per_row, torch.ones(40, 1, dtype=torch.bool)], 1).int().argmax(1)
+    assert set(want.tolist()) == {0, 1, 2, 3}
+    assert torch.equal(model.predict(x, per_row).exit_index, want)
+
+
 def test_where_nobody_leaves_the_answer_is_the_backbones(net):
     x = torch.randn(4, *SIZE)
     expected = net(x).detach()
