@@ -16,6 +16,7 @@ import click
 from ptee import __version__
 from ptee._common.allocation import keep_freed_memory
 from ptee._common.errors import Interrupted, PteeError, RunError, unknown
+from ptee._common.files import to_json
 from ptee.cli.options import (
     BACKBONE,
     DATA,
@@ -204,7 +205,7 @@ def plan(as_json: bool, **o: Any) -> None:
     backbone = asked.backbone(o)
     backbone.module.requires_grad_(False).eval()
     found = asked.placed(make_plan, backbone, o)
-    click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
+    click.echo(to_json(found.to_dict()) if as_json else str(found))
 
 
 @cli.command()
@@ -230,7 +231,7 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     click.echo(f"{words} {opened.accuracy}", err=as_json)
     with _threads(opened.tiny):
         results = measured(opened.model, images, o, words)
-    click.echo(runs.to_json(results.to_dict()) if as_json else f"\n{results}")
+    click.echo(to_json(results.to_dict()) if as_json else f"\n{results}")
 
 
 @cli.command()
@@ -268,7 +269,7 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     model.results = (model.results or {}) | results.to_dict()
     runs.update(Path(run), threshold=model.threshold, off=list(model.off), results=model.results)
     if as_json:
-        click.echo(runs.to_json(model.results))
+        click.echo(to_json(model.results))
     else:
         click.echo(f"{kept(found, model.results)}\n\nThe thresholds are kept in {run}.")
 
@@ -340,7 +341,7 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
             device=device,
             about=about,
         )
-    click.echo(runs.to_json(found.to_dict()) if as_json else f"\n{found}")
+    click.echo(to_json(found.to_dict()) if as_json else f"\n{found}")
     if page is not None:
         report.write(found, page)
         click.echo(f"\nDrawn in {page}", err=as_json)
@@ -394,7 +395,7 @@ def bench(as_json: bool, **o: Any) -> None:
         o = followed(o)
     model = asked.untrained(asked.backbone(o), o).to(device)
     found: Any = (bench_training if o["training"] else measure)(model, **given)
-    click.echo(runs.to_json(found.to_dict()) if as_json else str(found))
+    click.echo(to_json(found.to_dict()) if as_json else str(found))
 
 
 @cli.command()
@@ -415,7 +416,7 @@ def zoo(family: tuple[str, ...], as_json: bool) -> None:
         verdicts.append(verdict)
         if not as_json:
             click.echo(line(verdict.row, WIDTHS))
-    click.echo(runs.to_json([v.to_dict() for v in verdicts]) if as_json else f"\n{summary(verdicts)}")
+    click.echo(to_json([v.to_dict() for v in verdicts]) if as_json else f"\n{summary(verdicts)}")
 
 
 def _threads(tiny: bool) -> AbstractContextManager[None]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import RunError
+from ptee._common.files import replace_file, require_writable
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
-from ptee.model import saving as runs
 
 SUFFIX = ".html"
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")  # ways to use one run, in their order
@@ -37,7 +37,7 @@ def require_page(path: Path) -> None:
         raise RunError(f"The picture {path} is a page: give a name that ends in {SUFFIX}, such as {path.stem}{SUFFIX}.")
     if path.is_dir():
         raise RunError(f"{path} is a folder. Give a file, such as {path / 'curve.html'}.")
-    runs.require_writable(path.parent)
+    require_writable(path.parent)
 
 
 def write(found: Comparison, path: Path) -> None:
@@ -54,7 +54,7 @@ def write(found: Comparison, path: Path) -> None:
     page = PAGE.format(
         title=html.escape(f"{found.backbone}: early exits"), figure=figure, table=html.escape(str(found))
     )
-    runs.replace(path, lambda beside: beside.write_text(page, encoding="utf-8"))
+    replace_file(path, lambda beside: beside.write_text(page, encoding="utf-8"))
 
 
 def picture(found: Comparison) -> Any:

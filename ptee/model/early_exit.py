@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.files import plain
 from ptee.analysis.attachment import Hold
 from ptee.analysis.replay import merged, run
 from ptee.backbones.load import Backbone
@@ -375,14 +376,14 @@ class EarlyExitModel(
                 "source": network.source,
                 "hash": weights_hash(self.backbone),
                 "classes": self.num_classes,
-                "input": runs.plain(network.input),
+                "input": plain(network.input),
             },
             "front": _about_front(self.heads[0]),
             "placement": self.plan.placement,
             "convention": self.plan.convention,
             "exits": self.plan.to_dict()["exits"],
             "threshold": self.threshold,
-            "confidence": {"name": self.confidence} | runs.plain(self.calibrated or Calibrated()),
+            "confidence": {"name": self.confidence} | plain(self.calibrated or Calibrated()),
             "off": list(self.off),
             "results": self.results,
             "backbone_tensors": tensor_hashes(self.backbone),
@@ -423,4 +424,4 @@ def _about_front(head: nn.Module) -> dict[str, Any] | None:
     """What `load` needs to build the front network anew; its weights lie with the heads."""
     if not isinstance(head, FrontHead):
         return None
-    return {"name": head.origin.name, "source": head.origin.source, "input": runs.plain(head.origin.input)}
+    return {"name": head.origin.name, "source": head.origin.source, "input": plain(head.origin.input)}

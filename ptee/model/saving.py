@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptee import __version__
 from ptee._common.errors import RunError, first_line
+from ptee._common.files import replace_file, storable, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,7 +121,7 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     from safetensors.torch import save_file
 
     whole = {"schema_version": SCHEMA_VERSION, "ptee_version": __version__, "heads_file": HEADS, **config}
-    replace(folder / HEADS, lambda path: save_file(storable(tensors), path))
+    replace_file(folder / HEADS, lambda path: save_file(storable(tensors), path))
     write_json(folder / CONFIG, whole)
 
 
@@ -140,73 +140,6 @@ def update(folder: Path, **fields: Any) -> None:
     write_json(folder / CONFIG, config | fields)
     if measured:
         write_json(folder / METRICS, metrics | {key: value for key, value in fields.items() if key in metrics})
-
-
-def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, each with memory of its own, as safetensors wants them."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON for people and programs, whole or not at all."""
-    text = to_json(values) + "\n"
-    replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def to_json(values: Any) -> str:
-    """JSON by the letter: it has no endless numbers and no NaN, so these become words ("Infinity")."""
-    return json.dumps(_finite(values), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def require_writable(folder: Path) -> None:
-    """Refuse a folder that could not be made or written; it is left as it was.
-
-    Raises:
-        RunError: saying why.
-    """
-    try:
-        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        reason = f"{place} is a file" if place.is_file() else ""
-        if not reason:
-            tempfile.TemporaryDirectory(dir=place, prefix=".writing-").cleanup()
-    except OSError as why:
-        reason = str(why.strerror)
-    if reason:
-        raise RunError(f"Cannot write {folder}: {reason}. Choose another folder.")
-
-
-def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
-    """Write beside, then rename: whoever looks sees the old file or the new one.
-
-    Raises:
-        RunError: if the file cannot be written (disk full, no permission).
-    """
-    from safetensors import SafetensorError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
-            part, usual = Path(beside) / path.name, Path(beside) / "mode"
-            write_to(part)
-            usual.touch()
-            part.chmod(usual.stat().st_mode)  # safetensors writes for its owner alone
-            part.replace(path)
-    except (OSError, SafetensorError) as why:
-        reason = getattr(why, "strerror", None) or first_line(why).rstrip(".")
-        raise RunError(f"Cannot write {path}: {reason}. Choose another folder.") from why
-
-
-def plain(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON-able values: tuples become lists."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from ptee._common.errors import DataError, first_line
+from ptee._common.files import replace_file
 from ptee._common.progress import with_bar
 from ptee.data.sources import Data
-from ptee.model import saving as runs
 
 MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}
 INPUT_SIZE, MEAN, STD = (1, 8, 8), (0.3,), (0.38,)
@@ -100,4 +100,4 @@ def train_digits_network(data: Data, file: Path) -> None:
                 adam.step()
                 plan.step()
     state = {k: v.contiguous() for k, v in net.state_dict().items()}
-    runs.replace(file, lambda path: save_file(state, path))
+    replace_file(file, lambda path: save_file(state, path))

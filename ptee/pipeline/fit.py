@@ -12,6 +12,7 @@ from typing import Any
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, RunError
+from ptee._common.files import require_writable, write_json
 from ptee.backbones.load import IMAGENET, Backbone, load_backbone
 from ptee.data.sources import Data
 from ptee.evaluation.targets import Wish, checked_margin, remark, require_labels, require_reachable
@@ -101,7 +102,7 @@ def augment(o: Options, say: Say) -> None:
 def _folder(o: Options) -> Path:
     """Of the run: a new or empty one; that of an earlier run only if that is said."""
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
-    runs.require_writable(out)
+    require_writable(out)
     run, unfinished = runs.is_run(out), (out / CHECKPOINT).is_file()
     if o["resume"] and not unfinished:
         raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
@@ -339,6 +340,6 @@ def _clear(out: Path) -> None:
 
 def _save(model: EarlyExitModel, history: History, out: Path) -> None:
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
-    runs.write_json(out / runs.METRICS, metrics)
+    write_json(out / runs.METRICS, metrics)
     model.save_pretrained(out)
     (out / CHECKPOINT).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import RunError
-from ptee.model import saving as runs
+from ptee._common.files import replace_file, storable
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def write(path: Path, reached: Reached, settings: Mapping[str, Any]) -> None:
     for i, state in reached.optimizer.items():
         tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
     about = {"settings": json.dumps(settings), "history": json.dumps(reached.history)}
-    runs.replace(path, lambda beside: save_file(runs.storable(tensors), beside, about))
+    replace_file(path, lambda beside: save_file(storable(tensors), beside, about))
 
 
 def read(path: Path, settings: Mapping[str, Any]) -> Reached:

@@ -26,13 +26,13 @@ from tqdm.auto import tqdm
 
 from ptee._common.devices import accelerator_on
 from ptee._common.errors import DataError, PteeError, RunError, first_line
+from ptee._common.files import plain
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel, Reading, require_early_exit
 from ptee.model.forward import COLLAPSED
-from ptee.model.saving import plain
 from ptee.training import checkpoint
 from ptee.training.checkpoint import Reached
 from ptee.training.config import Settings, check_epochs

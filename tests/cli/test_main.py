@@ -957,7 +957,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(run, known, m
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(training, "train", None)
-    monkeypatch.setattr("ptee.model.saving.tempfile.TemporaryDirectory", fail)
+    monkeypatch.setattr("ptee._common.files.tempfile.TemporaryDirectory", fail)
     assert_refused(run("augment", *known, *SHORT, "--out", "out"), "Cannot write out: Permission denied")
 
 

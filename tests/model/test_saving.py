@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
+from ptee._common.files import replace_file, require_writable, to_json, write_json
 from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import difference, weights_hash
 from ptee.exits.heads import HEADS
@@ -174,7 +175,7 @@ def test_endless_thresholds_that_were_written_as_numbers_are_read_too(folder, ne
 def test_json_is_json_by_the_letter():
     values = {"a": [1, math.inf, (math.nan, {"b": -math.inf})], "c": None, "d": "Infinity", "e": True}
     want = {"a": [1, "Infinity", ["NaN", {"b": "-Infinity"}]], "c": None, "d": "Infinity", "e": True}
-    assert strictly(runs.to_json(values)) == want
+    assert strictly(to_json(values)) == want
 
 
 def test_a_model_in_half_precision_comes_back_in_half_precision(tmp_path):
@@ -246,7 +247,7 @@ def test_whatever_happens_to_the_heads_no_config_says_that_they_are_there(error,
 
 def test_config_is_written_after_the_heads(monkeypatch, tmp_path):
     order = []
-    replace = runs.replace
+    replace = replace_file
     monkeypatch.setattr(runs, "replace", lambda path, write_to: (order.append(path.name), replace(path, write_to)))
     make().save_pretrained(tmp_path)
     assert order == ["heads.safetensors", "config.json"]
@@ -278,18 +279,18 @@ def test_a_failed_replacement_keeps_the_old_file_and_leaves_no_rubbish(error, tm
 
     (tmp_path / "file").write_text("old")
     with pytest.raises(RunError, match=f"file: .*{error.strerror}"):
-        runs.replace(tmp_path / "file", fail)
+        replace_file(tmp_path / "file", fail)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 
 def test_writing_json_makes_the_folders_it_needs(tmp_path):
-    runs.write_json(tmp_path / "a" / "b" / "metrics.json", {"share": 0.5})
+    write_json(tmp_path / "a" / "b" / "metrics.json", {"share": 0.5})
     assert json.loads((tmp_path / "a" / "b" / "metrics.json").read_text()) == {"share": 0.5}
 
 
 @pytest.mark.parametrize("place", [".", "new", "deep/er/new"])
 def test_a_folder_that_can_be_written_is_known_and_left_as_it_was(place, tmp_path):
-    runs.require_writable(tmp_path / place)
+    require_writable(tmp_path / place)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,7 +298,7 @@ def test_a_folder_that_can_be_written_is_known_and_left_as_it_was(place, tmp_pat
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(place, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=f"Cannot write .*{place}: .*Choose another folder") as refusal:
-        runs.require_writable(tmp_path / place)
+        require_writable(tmp_path / place)
     assert "\n" not in str(refusal.value)
 
 
