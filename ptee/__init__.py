@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ptee.evaluation.results import evaluate as evaluate
     from ptee.evaluation.tuning import tune as tune
     from ptee.exits.build import plan as plan
+    from ptee.exits.confidence import register_confidence as register_confidence
     from ptee.exits.heads import register_head as register_head
     from ptee.exits.plan import Exit as Exit
     from ptee.exits.plan import Plan as Plan
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ptee.model.forward import ExitOutput as ExitOutput
     from ptee.pipeline.fit import fit as fit
     from ptee.pipeline.recipe import Recipe as Recipe
-    from ptee.training.calibration import fit_gates as fit_gates
+    from ptee.training.calibration import calibrate as calibrate
     from ptee.training.trainer import train as train
 
 __version__ = "0.1.0"
@@ -37,12 +38,13 @@ _HOMES = {
     "PteeError": "_common.errors",
     "Recipe": "pipeline.recipe",
     "augment": "model.build",
+    "calibrate": "training.calibration",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.results",
     "fit": "pipeline.fit",
-    "fit_gates": "training.calibration",
     "load": "model.build",
     "plan": "exits.build",
+    "register_confidence": "exits.confidence",
     "register_head": "exits.heads",
     "train": "training.trainer",
     "tune": "evaluation.tuning",

@@ -19,7 +19,7 @@ augment() { # name options...
     shift
     [ -f "$run/metrics.json" ] || ptee augment --model cifar_resnet56 --weights "$weights/cifar_resnet56.safetensors" \
         --data "$small" --exits 0.4,0.7 --head auto --head-budget 0.03 --shift 4 --epochs 10 \
-        --optimizer muon --lr 0.01 --weight-decay 0.05 --schedule cosine --gate none --no-speed --out "$run" --overwrite "$@"
+        --optimizer muon --lr 0.01 --weight-decay 0.05 --schedule cosine --calibrate none --no-speed --out "$run" --overwrite "$@"
 }
 
 augment labels --loss each --targets labels
@@ -29,4 +29,4 @@ augment soft_2_reach --loss each --targets soft --temperature 2 --reach
 augment joint_v1 --loss v1 --targets labels
 augment joint_v2 --loss v2 --targets labels
 ptee compare "$out/labels" "$out/pseudo" "$out/soft_2" "$out/soft_2_reach" "$out/joint_v1" "$out/joint_v2" \
-    --data "$data" --lines learned,max_prob,oracle
+    --data "$data" --lines own,max_prob,oracle

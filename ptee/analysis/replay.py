@@ -1,9 +1,9 @@
-"""Cuts in the middle of code that remembers the old batch.
+"""Cuts in the middle of code that remembers the whole batch.
 
-Where rows go at a cut, some networks' own code still holds values of the whole batch: the number of rows in a Python
-variable, a mask, the output of the block before the last. Nobody else can change those variables. So the forward pass is
-begun anew with the rows that are left, and every module that was done before the cut gives what it gave, for these rows,
-without computing it again; what its surroundings remember then fits.
+When rows leave at a cut, the code of some networks still holds values of the whole batch: the number of rows in a Python
+variable, a mask, the output of an earlier block. Nobody else can change those variables. So the forward pass starts again
+with the rows that are left. Every module that was done before the cut gives its earlier output for these rows, without
+computing it again, and the variables around it get the right values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ptee._common.errors import PteeError
+from ptee.analysis.active_rows import ActiveRows
 
 ANOTHER_WAY = (
     "This input takes another way through the backbone than the one the exits were planned for, or the backbone was changed "
@@ -94,81 +95,75 @@ def merged(plans: Sequence[Sequence[Step]]) -> dict[str, Step]:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What a call of a module gave: how many parties had gone before, how many rows were there, the output."""
+class _Kept:
+    """What a call of a module gave.
 
-    gone: int
+    Attributes:
+        moment: of `ActiveRows`, when it gave it.
+        batch: how many rows were there.
+        output: what it gave.
+    """
+
+    moment: int
     batch: int
     output: Any
 
 
-class Memory:
-    """What the modules gave in one call, and which rows went since.
+class ReplayCache:
+    """What modules gave in one call, to be given again for the rows that are left when the pass starts again.
 
     Args:
         steps: what to keep, by module.
+        rows: of the call.
     """
 
-    def __init__(self, steps: Mapping[nn.Module, Step]) -> None:
+    def __init__(self, steps: Mapping[nn.Module, Step], rows: ActiveRows) -> None:
+        self.rows = rows
+        self.restarted = self._started = False
         self._steps = steps
-        self._given: dict[nn.Module, list[_Given]] = {}
-        self._asked: Counter[nn.Module] = Counter()
+        self._kept: dict[nn.Module, list[_Kept]] = {}
+        self._calls: Counter[nn.Module] = Counter()  # in this pass
         self._inside: list[list[nn.Module]] = []  # for each step that is running, what was kept meanwhile
-        self._gone: list[Tensor] = []
-        self.batch: int | None = None  # rows that are here
-        self.begun_anew = self._begun = False
 
-    def begin(self, images: Tensor) -> Tensor:
-        """A forward pass begins. Returns what is left of the images with which the call began."""
-        self._asked.clear()
+    def start(self, images: Tensor) -> Tensor:
+        """A forward pass starts. Returns the images of the rows that are here.
+
+        Args:
+            images: (b, c, h, w) with which the call began.
+        """
+        self._calls.clear()
         self._inside.clear()
-        rows = self._since(0)
-        self.begun_anew = rows is not None and self._begun  # rows may have gone before the first pass, at the input
-        self._begun = True
-        self.batch = len(images) if rows is None else len(rows)
+        rows = self.rows.since()
+        self.restarted = rows is not None and self._started  # rows may have left at the input, before the first pass
+        self._started = True
         if rows is not None:
             return images[rows]
         return images.clone() if self._steps else images  # the backbone may write into it, and it is needed again
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Only these rows go on.
-
-        Args:
-            rows: (kept,) positions in the batch as it was.
-        """
-        self._gone.append(rows)
-        self.batch = len(rows)
-
     def require(self, steps: Sequence[Step]) -> None:
-        """Refuse to begin anew where other modules ran than those of the plan, or more often.
+        """Refuse to start again where other modules ran than those of the plan, or more often.
 
         Raises:
             PteeError: naming one of them.
         """
         planned = Counter(step.name for step in steps)
         for module, step in self._steps.items():
-            if len(self._given.get(module, ())) != planned[step.name]:
+            ran = len(self._kept.get(module, ()))
+            if ran != planned[step.name]:
                 raise PteeError(
-                    f"{step.name} ran {len(self._given.get(module, ()))} times before an exit, {planned[step.name]} times when "
-                    f"the exits were planned. {ANOTHER_WAY}"
+                    f"{step.name} ran {ran} times before an exit, {planned[step.name]} times when the exits were planned. "
+                    f"{ANOTHER_WAY}"
                 )
 
-    def _since(self, gone: int) -> Tensor | None:
-        """Who is left of those who were there when so many parties had gone; None for all."""
-        rows = None
-        for staying in self._gone[gone:]:
-            rows = staying if rows is None else rows[staying]
-        return rows
-
     def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A module is called: it gives what it gave, or runs."""
+        """A module is called: it gives what it gave before, or runs."""
         step = self._steps.get(module)
-        if step is None or self.batch is None:
+        if step is None:
             return forward(*args, **kwargs)
-        given = self._given.setdefault(module, [])
-        self._asked[module] += 1
-        if self._asked[module] <= len(given):
-            output = self._recall(step, given[self._asked[module] - 1])
+        kept = self._kept.setdefault(module, [])
+        self._calls[module] += 1
+        if self._calls[module] <= len(kept):
+            output = self._replay(step, kept[self._calls[module] - 1])
         else:
             output = self._run(step, module, forward, args, kwargs)
         if self._inside:
@@ -179,19 +174,18 @@ class Memory:
         self._inside.append([])
         output = forward(*args, **kwargs)
         for inner in self._inside.pop():  # it will not be called again: this module gives its output without
-            self._given[inner].pop()
-            self._asked[inner] -= 1
-        # Somebody's own hooks on the module see what it gives; they are not to see zeros.
+            self._kept[inner].pop()
+            self._calls[inner] -= 1
+        # A user's own hooks on the module see what it gives; they must not see zeros.
         needed = step.needed or bool(module._forward_hooks)
-        assert self.batch is not None
-        self._given[module].append(_Given(len(self._gone), self.batch, _kept(step, output, needed)))
+        self._kept[module].append(_Kept(self.rows.moment, self.rows.count, _stored(step, output, needed)))
         return output
 
-    def _recall(self, step: Step, given: _Given) -> Any:
-        rows = self._since(given.gone)
-        leaves, spec = tree_flatten(given.output)
-        whole = tree_unflatten([_like(leaf) if isinstance(leaf, _Shape) else leaf for leaf in leaves], spec)
-        return whole if rows is None else select(whole, step.leaves + step.repeated, rows, given.batch)
+    def _replay(self, step: Step, kept: _Kept) -> Any:
+        leaves, spec = tree_flatten(kept.output)
+        whole = tree_unflatten([_zeros(leaf) if isinstance(leaf, _Shape) else leaf for leaf in leaves], spec)
+        rows = self.rows.since(kept.moment)
+        return whole if rows is None else select(whole, step.leaves + step.repeated, rows, kept.batch)
 
 
 @dataclass(frozen=True)
@@ -202,7 +196,7 @@ class _Shape:
     shape: tuple[int, ...]
 
 
-def _kept(step: Step, output: Any, needed: bool) -> Any:
+def _stored(step: Step, output: Any, needed: bool) -> Any:
     leaves, spec = tree_flatten(output)
     for i in step.leaves + step.repeated:
         leaf = leaves[i]
@@ -213,15 +207,15 @@ def _kept(step: Step, output: Any, needed: bool) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def _like(shape: _Shape) -> Tensor:
+def _zeros(shape: _Shape) -> Tensor:
     return torch.zeros(shape.shape, dtype=shape.like.dtype, device=shape.like.device)
 
 
-# ------------------------------------------------------------------------------------------- modules that can be asked
+# ------------------------------------------------------------------------------------------- modules that are cached
 
 
-class Recallable:
-    """Takes the place of a module's `forward`, and asks the memory of the call that is going on, if there is one."""
+class CachedModule:
+    """Takes the place of a module's `forward`, and asks the cache of the call that is running, if there is one."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -229,11 +223,11 @@ class Recallable:
         self.users = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module runs, or gives what it gave."""
-        memory = _MEMORY.get()
-        if memory is None:
+        """The module runs, or gives what it gave before."""
+        cache = _CACHE.get()
+        if cache is None:
             return self._forward(*args, **kwargs)
-        return memory.call(self.module, self._forward, args, kwargs)
+        return cache.call(self.module, self._forward, args, kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return (
@@ -241,20 +235,20 @@ class Recallable:
         )
 
 
-def make_recallable(modules: Sequence[nn.Module]) -> None:
-    """From now on these modules can be asked for what they gave."""
+def make_cached(modules: Sequence[nn.Module]) -> None:
+    """From now on a call can keep what these modules give."""
     for module in modules:
         wrapper = module.__dict__.get("forward")
-        if not isinstance(wrapper, Recallable):
-            module.forward = wrapper = Recallable(module)
+        if not isinstance(wrapper, CachedModule):
+            module.forward = wrapper = CachedModule(module)
         wrapper.users += 1
 
 
-def make_plain(modules: Sequence[nn.Module]) -> None:
-    """Undo `make_recallable`; a module is as it was when the last who asked for it is done."""
+def undo_cached(modules: Sequence[nn.Module]) -> None:
+    """Undo `make_cached`; a module is as it was when its last user is done."""
     for module in modules:
         wrapper = module.__dict__.get("forward")
-        if isinstance(wrapper, Recallable):
+        if isinstance(wrapper, CachedModule):
             wrapper.users -= 1
             if not wrapper.users:
                 del module.forward
@@ -262,30 +256,30 @@ def make_plain(modules: Sequence[nn.Module]) -> None:
                     module.forward = wrapper.own
 
 
-_MEMORY: ContextVar[Memory | None] = ContextVar("what the modules gave in the call that is going on", default=None)
+_CACHE: ContextVar[ReplayCache | None] = ContextVar("the replay cache of the call that is running", default=None)
 
 
-class Again(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
-    """Rows have gone: the forward pass begins anew with the others."""
+class RestartForward(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
+    """Rows have left: the forward pass starts again with the others."""
 
 
-def run(backbone: nn.Module, images: Tensor, memory: Memory) -> Tensor:
-    """A forward pass, begun anew with the rows that are left whenever a hook raises `Again`.
+def run(backbone: nn.Module, images: Tensor, cache: ReplayCache) -> Tensor:
+    """A forward pass, started again with the rows that are left whenever a hook raises `RestartForward`.
 
     Args:
-        backbone: whose modules remember, where `memory` has steps for them.
+        backbone: whose modules are cached, where `cache` has steps for them.
         images: (b, c, h, w).
-        memory: of this call.
+        cache: of this call.
 
     Returns:
         What the backbone answers for the rows that are left.
     """
-    token = _MEMORY.set(memory)
+    token = _CACHE.set(cache)
     try:
         while True:
             try:
-                return backbone(memory.begin(images))
-            except Again:
+                return backbone(cache.start(images))
+            except RestartForward:
                 continue
     finally:
-        _MEMORY.reset(token)
+        _CACHE.reset(token)

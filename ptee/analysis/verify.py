@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, first_line
+from ptee.analysis.active_rows import ActiveRows
 from ptee.analysis.arithmetic import TOLERANCES, comparable, exact_copy, exact_images, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
-from ptee.analysis.replay import Again, Memory, make_plain, make_recallable, merged, run
+from ptee.analysis.replay import ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 KEPT = 2  # rows left in a proof: one alone would broadcast past a skip connection that carries the old rows
 
@@ -152,33 +153,34 @@ class _Reference:
         leaving = (len(images) - KEPT) // len(cuts)
 
         steps = {self.module.get_submodule(n): step for n, step in merged([cut.steps for cut in cuts]).items()}
-        memory = Memory(steps)
+        rows = ActiveRows(len(images))
+        cache = ReplayCache(steps, rows)
         passed: set[str] = set()
 
         def drop(cut: Cut, output: Any) -> Any:
-            if cut.name in passed:  # the pass was begun anew
+            if cut.name in passed:  # the pass has started again
                 return None
             passed.add(cut.name)
             staying = torch.arange(leaving, len(cut.feature_map(output)), device=images.device)
             if cut.steps:
-                memory.require(cut.steps)
-            memory.keep_rows(staying)
+                cache.require(cut.steps)
+            rows.keep(staying)
             if cut.steps:
-                raise Again
+                raise RestartForward
             return cut.select(output, staying)
 
         handles = [
             self.module.get_submodule(cut.name).register_forward_hook(lambda _m, _i, out, cut=cut: drop(cut, out))
             for cut in cuts
         ]
-        make_recallable(list(steps))
+        make_cached(list(steps))
         try:
             with torch.no_grad():
-                got = run(self.module, images.clone(), memory)  # it may write into them
+                got = run(self.module, images.clone(), cache)  # it may write into them
         except Exception as why:  # whatever the network's own code raises on fewer rows
             return _Objection(f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})")
         finally:
-            make_plain(list(steps))
+            undo_cached(list(steps))
             for handle in handles:
                 handle.remove()
         if got.shape != self.answers.shape:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -28,20 +29,46 @@ from ptee.backbones.weights import weights_hash
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.evaluation.targets import AUTO, curve, first_to_give, truncation
 from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images
+from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
-WAYS = {  # of a run to decide who leaves: words behind its name, policy, and whether all exits have the same threshold
-    "learned": ("", "learned", False),
-    "one_threshold": (", one T", "learned", True),
-    "max_prob": (", max probability", "max_prob", False),
-    "entropy": (", entropy (BranchyNet)", "entropy", False),
-    "patience": (", patience", "patience", False),
-}
-LINES = (*WAYS, "oracle", "truncation")  # of a run
+LINES = (
+    "own",
+    "one_threshold",
+    MAX_PROB,
+    "entropy",
+    "patience",
+    "oracle",
+    "truncation",
+)  # of a run, unless others are asked for
+WORDS = {
+    MAX_PROB: "max probability",
+    "entropy": "entropy (BranchyNet)",
+}  # behind a run's name; else the confidence's own name
+
+
+class Way(NamedTuple):
+    """How a run decides who leaves.
+
+    Attributes:
+        words: behind its name.
+        confidence: a name of `CONFIDENCES`; None for the one that the run has.
+        one: all exits have the same threshold.
+    """
+
+    words: str
+    confidence: str | None = None
+    one: bool = False
+
+
+def ways() -> dict[str, Way]:
+    """The lines of a run that decide who leaves, by name: with its own confidence, and with each of `CONFIDENCES`."""
+    others = {name: Way(f", {WORDS.get(name, name)}", name) for name in CONFIDENCES}
+    return {"own": Way(""), "one_threshold": Way(", one T", one=True)} | others
 
 
 def compare(
@@ -70,7 +97,8 @@ def compare(
         static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
             `ptee.backbones.load.load_backbone` gave, or a module that takes images as the backbone does.
         drops: of accuracy (without labels: fidelity) that are allowed; .01 is one point.
-        lines: which of `LINES` each model gets; fewer make a short table of many models. What is said in words is of these.
+        lines: which lines each model gets: "own" (its own confidence), "one_threshold", any name of `CONFIDENCES`, "oracle",
+            "truncation". Fewer make a short table of many models. What is said in words is of these.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the first model is.
@@ -82,6 +110,8 @@ def compare(
     """
     allowed, wanted = checked_drops(drops), checked_lines(lines)
     first = _of_one_backbone(models)
+    for name, model in product(set(wanted) & set(CONFIDENCES), models.values()):
+        find_confidence(name, model.calibrated)  # refuse before anything takes long
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
     for data in (calibration, report):
         _require_order(data)
@@ -128,17 +158,19 @@ def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
     """Names of a run's lines, in the order of the table.
 
     Raises:
-        UnknownName: if one is none of `LINES`.
+        UnknownName: if there is no such line.
         PteeError: if there is no way to decide who leaves among them, so that nothing could be said of the run.
     """
+    deciding = ways()
+    known = (*deciding, "oracle", "truncation")
     for name in lines:
-        if name not in LINES:
-            raise unknown("line", name, LINES)
-    if not set(lines) & set(WAYS):
+        if name not in known:
+            raise unknown("line", name, known)
+    if not set(lines) & set(deciding):
         raise PteeError(
-            f"No way to decide who leaves is among the lines ({', '.join(lines) or 'none'}). Add one or more of {', '.join(WAYS)}."
+            f"No way to decide who leaves is among the lines ({', '.join(lines) or 'none'}). Add one or more of {', '.join(deciding)}."
         )
-    return tuple(name for name in LINES if name in lines)
+    return tuple(name for name in known if name in lines)
 
 
 # ---------------------------------------------------------------------------------------------------- what is compared
@@ -277,15 +309,19 @@ def _beside(logits: Tensor, whole: Traces, cost: float) -> Traces:
         whole.sample,
         logits=torch.stack([compact(logits), whole.logits[-1]]),
         head_costs=torch.tensor([cost], dtype=torch.float64),
-    ).under("max_prob")
+        confidence_logits=torch.zeros(1, len(logits)),
+    ).under(MAX_PROB)
 
 
 # ---------------------------------------------------------------------------------------------------- what it comes to
 
 
 def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]) -> Iterator[Line]:
-    for words, policy, one in (way for key, way in WAYS.items() if key in wanted):
-        yield _tuned(name, words, "adaptive", Pair(*(t.under(policy) for t in pair)), drops, one)
+    own = pair.report.confidence_name
+    for way in (way for key, way in ways().items() if key in wanted):
+        if way.confidence != own or "own" not in wanted:  # else it is there already
+            decided = Pair(*(t.under(way.confidence or own) for t in pair))
+            yield _tuned(name, way.words, "adaptive", decided, drops, way.one)
     if "oracle" in wanted:
         last = pair.report.answers.shape[0] - 1
         agreeing = _entry(pair, lambda t: first_to_give(t, t.answers[last]))
@@ -311,7 +347,7 @@ def _at(pair: Pair, allowed: float, threshold: tuple[float, ...], off: tuple[int
 
 def _cut_off(pair: Pair, n: int) -> Entry:
     """Everybody leaves at exit n, whose head is the only one, but for those that it reads."""
-    alone = Pair(*(traces.without_gates() for traces in pair))
+    alone = Pair(*(replace(traces, confidence_name=LEARNED) for traces in pair))  # nobody asks for a confidence
     return _entry(alone, lambda t: t.at(n), tuple(m for m in range(len(pair.report.costs) - 1) if m != n))
 
 

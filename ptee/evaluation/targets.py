@@ -19,6 +19,7 @@ from ptee._common.errors import PteeError
 from ptee.evaluation.config import ThresholdsConfig
 from ptee.evaluation.threshold_search import ROUNDING, Problem, search
 from ptee.evaluation.traces import Score, Traces
+from ptee.exits.confidence import LEARNED
 
 TARGETS = {  # kinds, and what a limit is one of, in words
     "max_drop": "a drop of accuracy of at most",
@@ -332,8 +333,8 @@ def _bare(traces: Traces) -> Score:
 
 
 def truncation(traces: Traces) -> tuple[Score, ...]:
-    """Everybody leaves at one exit, whose head is the only one, and no gate is asked: a cut-off network, for each exit."""
-    costs = _costs_alone(traces.without_gates())
+    """For each exit, the network cut off there: everybody leaves at it, and it has no other heads but those that it reads."""
+    costs = _costs_alone(replace(traces, confidence_name=LEARNED))  # nobody asks for a confidence
     scores = [traces.score(traces.at(n)) for n in range(len(costs))]
     return tuple(Score(score.accuracy, score.fidelity, cost) for score, cost in zip(scores, costs, strict=True))
 

@@ -14,11 +14,11 @@ from operator import length_hint
 import torch
 from torch import Tensor
 
-from ptee._common.errors import DataError, PteeError, unknown
+from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
-from ptee.exits.confidence import LEARNED, LOOKING_BACK, POLICIES
+from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
 from ptee.exits.plan import heads_run
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
@@ -42,8 +42,10 @@ class Traces:
             None where they were not kept.
         head_costs: (E,) float64, what each exit's head adds to `costs` from there on; None is for heads that cost
             nothing.
-        looks_back: (E,) bool, heads that read what those before them said, or whose gates do; None is for none.
-        linked: (E,) bool, heads that do so without a gate; None is for the same.
+        builds_on_previous: (E,) bool, heads that read what those before them answered; None is for none.
+        confidence_logits: (E, n) of the heads' confidence layers, float32. None where they were not kept.
+        confidence_name: what `confidence` was computed from, a name of `CONFIDENCES`.
+        calibrated: the model's, or None.
     """
 
     answers: Tensor
@@ -54,14 +56,21 @@ class Traces:
     note: str = ""
     logits: Tensor | None = None
     head_costs: Tensor | None = None
-    looks_back: Tensor | None = None
-    linked: Tensor | None = None
+    builds_on_previous: Tensor | None = None
+    confidence_logits: Tensor | None = None
+    confidence_name: str = LEARNED
+    calibrated: Calibrated | None = None
 
     @property
     def reading(self) -> Tensor:
-        """(E,) bool, which heads read what those before them said."""
-        none = torch.zeros(len(self.costs) - 1, dtype=torch.bool)
-        return none if self.looks_back is None else self.looks_back
+        """(E,) bool, exits that read what those before them answered, for their own answer or for their confidence."""
+        if CONFIDENCES[self.confidence_name].needs_answers_of_earlier_exits:
+            return torch.ones(len(self.costs) - 1, dtype=torch.bool)
+        return (
+            torch.zeros(len(self.costs) - 1, dtype=torch.bool)
+            if self.builds_on_previous is None
+            else self.builds_on_previous
+        )
 
     def rows(self, which: Tensor) -> Traces:
         """Of some of the images.
@@ -75,28 +84,29 @@ class Traces:
             confidence=self.confidence[:, which],
             targets=None if self.targets is None else self.targets[which],
             logits=None if self.logits is None else self.logits[:, which],
+            confidence_logits=None if self.confidence_logits is None else self.confidence_logits[:, which],
         )
 
-    def under(self, policy: str) -> Traces:
-        """The same with the confidences of a policy of `POLICIES`. What it asks of earlier exits, their heads must say.
+    def under(self, name: str) -> Traces:
+        """The same traces with another confidence.
+
+        Args:
+            name: a key of `CONFIDENCES`.
 
         Raises:
-            UnknownName: if there is no such policy.
-            PteeError: if no logits were kept.
+            UnknownName: if there is no such confidence.
+            PteeError: if it is "calibrated" and the model was not, or no logits were kept.
         """
-        if policy not in POLICIES:
-            raise unknown("policy", policy, POLICIES)
-        if self.logits is None:
+        confidence = find_confidence(name, self.calibrated)
+        if name == self.confidence_name:
+            return self
+        if self.logits is None or self.confidence_logits is None:
             raise PteeError(
-                "These traces have no logits, of which a policy makes its confidence. Record them with logits."
+                "These traces hold no logits to compute another confidence from. Record them with logits=True."
             )
-        asked = self if policy == LEARNED else self.without_gates()
-        reading = torch.ones_like(self.reading) if policy in LOOKING_BACK else asked.looks_back
-        return replace(self, confidence=POLICIES[policy](self.logits, self.confidence), looks_back=reading)
-
-    def without_gates(self) -> Traces:
-        """The same where no gate decides, so that none reads what earlier exits said; what gates cost is hardly anything."""
-        return self if self.linked is None else replace(self, looks_back=self.linked)
+        return replace(
+            self, confidence=confidence.at_all_exits(self.logits[:-1], self.confidence_logits), confidence_name=name
+        )
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
         """(E+1,) `costs` where some exits are off: their heads are run only if one behind them reads what they say."""
@@ -112,11 +122,7 @@ class Traces:
         Args:
             threshold: (E,) one for each exit.
         """
-        wall = torch.as_tensor(threshold, dtype=torch.float64)[:, None]
-        sure = torch.cat(
-            [self.confidence[:-1].double() >= wall, torch.ones_like(self.confidence[:1], dtype=torch.bool)]
-        )
-        return sure.int().argmax(0)  # the first of equals
+        return first_exit(self.confidence[:-1], threshold)
 
     def shares(self, leaving: Tensor) -> list[float]:
         """The share of the images that leaves at each of the E+1 exits."""
@@ -187,7 +193,7 @@ def record(
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
             part = _record_batch(model, images, labels, kept)
-            parts.append(part if logits else replace(part, logits=None))
+            parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
     finally:
         model.train(was_training)
     if not parts:
@@ -257,7 +263,10 @@ def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, 
         images[:kept].to(ready.dtype, copy=True),  # a slice alone would keep the whole batch
         logits=compact(every.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
-        looks_back=torch.tensor([e.builds_on_previous for e in model.exits]),
+        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits]),
+        confidence_logits=every.confidence_logits.float().cpu(),
+        confidence_name=model.confidence,
+        calibrated=model.calibrated,
     )
 
 
@@ -270,6 +279,7 @@ def compact(logits: Tensor) -> Tensor:
 def _join(parts: list[Traces], classes: int) -> Traces:
     labels = [p.targets for p in parts if p.targets is not None]
     logits = [p.logits for p in parts if p.logits is not None]
+    confidence_logits = [p.confidence_logits for p in parts if p.confidence_logits is not None]
     targets = torch.cat(labels) if labels else None
     if targets is not None and (len(labels) < len(parts) or (targets == UNKNOWN_LABEL).any()):
         raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
@@ -281,5 +291,6 @@ def _join(parts: list[Traces], classes: int) -> Traces:
         targets=None if fault else targets,
         sample=torch.cat([p.sample for p in parts])[:SAMPLE],
         logits=torch.cat(logits, 1) if logits else None,
+        confidence_logits=torch.cat(confidence_logits, 1) if confidence_logits else None,
         note=fault and f"There is no accuracy for this data: {fault}.",
     )

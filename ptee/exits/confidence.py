@@ -1,68 +1,293 @@
-"""Policies: how sure an exit is, made of what the exits said. Each gives h; larger is surer, and the backbone is sure.
+"""Confidences: how sure an exit is of its answer. A row leaves at the first exit n whose confidence h_n reaches T_n.
 
-A policy is a function of logits (E+1, n, K) and the heads' own confidences (E+1, n) that gives h (E+1, n), float32, in
-0..1, the last row 1. It knows no labels, so it can be used where there are none.
+A confidence is computed from the logits of the exit, those of the exits before it, and the logit that the head's own
+confidence layer gives. It knows no labels. The same code serves `predict`, which decides row by row, and recorded traces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-Policy = Callable[[Tensor, Tensor], Tensor]
+from ptee._common.errors import PteeError, unknown
+
+LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"
+LARGEST_LOG_ODDS = 50.0  # float32 cannot tell a probability with larger log-odds from 1
+OfProbabilities = Callable[[Tensor], Tensor]
 
 
-def learned(logits: Tensor, confidence: Tensor) -> Tensor:
-    """What the heads' own confidence says (EENet, PTEENet)."""
-    return _sure_at_last(confidence.float())
+class Confidence(ABC):
+    """Computes how sure an exit is of each row.
+
+    Attributes:
+        needs_answers_of_earlier_exits: it reads the logits of all exits before this one, so their heads must run.
+    """
+
+    needs_answers_of_earlier_exits: ClassVar[bool] = False
+
+    def __call__(
+        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
+    ) -> Tensor:
+        """The confidence of exit n for some rows.
+
+        Args:
+            n: the exit.
+            logits: (b, K) of exit n, in any precision.
+            earlier: (b, K) logits of each exit before it; read only if `needs_answers_of_earlier_exits`.
+            confidence_logit: (b,) what the confidence layer of its head gives.
+            num_exits: E.
+
+        Returns:
+            (b,) h in 0..1, float32; NaN where the confidence logit or the largest class logit is not finite.
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            h = self._compute(n, _at_least_float32(logits), earlier, _at_least_float32(confidence_logit), num_exits)
+            # A logit of -inf only rules out its class. The largest one is NaN where any is.
+            finite = logits.amax(-1).isfinite() & confidence_logit.isfinite()
+            return torch.where(finite, h, torch.nan).float()
+
+    def at_all_exits(self, logits: Iterable[Tensor], confidence_logits: Iterable[Tensor]) -> Tensor:
+        """The confidence of every exit for some rows; that of the backbone is 1.
+
+        Args:
+            logits: (b, K) of each of the E exits, or a tensor (E, b, K).
+            confidence_logits: (b,) of each of them, or a tensor (E, b).
+
+        Returns:
+            (E+1, b), float32.
+        """
+        own, sure = list(logits), list(confidence_logits)
+        h = [self(n, own[n], own[:n], sure[n], len(own)) for n in range(len(own))]
+        return torch.stack([*h, torch.ones_like(h[0])])
+
+    @abstractmethod
+    def _compute(
+        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
+    ) -> Tensor:
+        """(b,) h in 0..1. Arguments are those of `__call__`, in float32 or float64."""
 
 
-def max_prob(logits: Tensor, confidence: Tensor) -> Tensor:
-    """The largest probability."""
-    return _sure_at_last(_probabilities(logits).amax(-1))
+class Learned(Confidence):
+    """The sigmoid of the head's own confidence layer (EENet, PTEENet)."""
+
+    def _compute(
+        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
+    ) -> Tensor:
+        return confidence_logit.sigmoid()
 
 
-def entropy(logits: Tensor, confidence: Tensor) -> Tensor:
-    """1 - H / log K: BranchyNet's entropy turned round; with one class, 1."""
-    p = _probabilities(logits)
-    unsure = torch.special.entr(p).sum(-1) / max(math.log(p.shape[-1]), torch.finfo(p.dtype).tiny)
-    return _sure_at_last((1 - unsure).clamp(0, 1))
+@dataclass(frozen=True)
+class FromProbabilities(Confidence):
+    """A function of the exit's own class probabilities.
+
+    Attributes:
+        function: (b, K) probabilities -> (b,) h.
+    """
+
+    function: OfProbabilities
+
+    def _compute(
+        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
+    ) -> Tensor:
+        return self.function(logits.softmax(-1))
 
 
-def margin(logits: Tensor, confidence: Tensor) -> Tensor:
-    """The largest probability less the second."""
-    p = _probabilities(logits)
-    first = p.topk(min(2, p.shape[-1]), -1).values
-    return _sure_at_last(first[..., 0] - first[..., 1:].sum(-1))
+class Patience(Confidence):
+    """How many exits in a row, up to this one, gave this answer, divided by E+1 (PABEE)."""
+
+    needs_answers_of_earlier_exits = True
+
+    def _compute(
+        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
+    ) -> Tensor:
+        answer = logits.argmax(-1)
+        agrees = torch.ones_like(answer, dtype=torch.bool)
+        streak = torch.ones_like(answer)
+        for before in reversed(list(earlier)):
+            finite = before.amax(-1).isfinite()  # else argmax is an accident
+            agrees = agrees & finite & (before.argmax(-1) == answer)
+            streak = streak + agrees
+        return streak.to(logits.dtype) / (num_exits + 1)
 
 
-def patience(logits: Tensor, confidence: Tensor) -> Tensor:
-    """How many exits in a row, this one included, gave this answer, over E+1 (PABEE)."""
-    answers = logits.argmax(-1)
-    row = torch.ones_like(answers)
-    for n in range(1, len(answers)):
-        row[n] = torch.where(answers[n] == answers[n - 1], row[n - 1] + 1, 1)
-    return _sure_at_last(row.float() / len(answers))
+@dataclass(frozen=True)
+class Calibrated(Confidence):
+    """The largest probability p, calibrated by Platt's method: h = sigmoid(scale_n * log(p / (1 - p)) + shift_n).
+
+    Attributes:
+        scale: (E,) above 0, so that no two rows of an exit change places.
+        shift: (E,)
+    """
+
+    scale: tuple[float, ...] = ()
+    shift: tuple[float, ...] = ()
+
+    def _compute(
+        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
+    ) -> Tensor:
+        if len(self.scale) != num_exits:
+            raise not_calibrated()
+        return (log_odds(logits) * self.scale[n] + self.shift[n]).sigmoid()
 
 
-POLICIES: dict[str, Policy] = {
-    "learned": learned,
-    "max_prob": max_prob,
-    "entropy": entropy,
-    "margin": margin,
-    "patience": patience,
+def max_prob(probabilities: Tensor) -> Tensor:
+    """(b, K) -> (b,) the largest probability."""
+    return probabilities.amax(-1)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """(b, K) -> (b,) 1 - H / log K, where H is the entropy (BranchyNet); 1 if there is one class only."""
+    largest = max(math.log(probabilities.shape[-1]), torch.finfo(probabilities.dtype).tiny)
+    return (1 - torch.special.entr(probabilities).sum(-1) / largest).clamp(0, 1)
+
+
+def margin(probabilities: Tensor) -> Tensor:
+    """(b, K) -> (b,) the largest probability minus the second largest."""
+    largest = probabilities.topk(min(2, probabilities.shape[-1]), -1).values
+    return largest[..., 0] - largest[..., 1:].sum(-1)
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """(b, K) -> (b,) log(p / (1 - p)) of the largest probability p, precise also where p rounds to 1.
+
+    Bounded by `LARGEST_LOG_ODDS`.
+    """
+    logits = _at_least_float32(logits)
+    largest, answer = logits.max(-1)
+    others = logits.scatter(-1, answer[..., None], -math.inf).logsumexp(-1)
+    return (largest - others).clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+
+
+CONFIDENCES: dict[str, Confidence] = {
+    LEARNED: Learned(),
+    MAX_PROB: FromProbabilities(max_prob),
+    "entropy": FromProbabilities(entropy),
+    "margin": FromProbabilities(margin),
+    "patience": Patience(),
+    CALIBRATED: Calibrated(),  # the two numbers of each exit belong to a model
 }
-LEARNED = "learned"  # h as the model's own heads or gates give it
-LOOKING_BACK = ("patience",)  # their h is made of what the exits before said, too
 
 
-def _probabilities(logits: Tensor) -> Tensor:
-    """In float32: in half precision the largest of 1000 is soon 1."""
-    return logits.float().softmax(-1)
+def find_confidence(name: str, calibrated: Calibrated | None = None) -> Confidence:
+    """The confidence of a name.
+
+    Args:
+        name: a key of `CONFIDENCES`.
+        calibrated: what "calibrated" stands for; None if nothing was calibrated.
+
+    Raises:
+        UnknownName: if there is no such confidence.
+        PteeError: if it is "calibrated" and nothing was calibrated.
+    """
+    if not isinstance(name, str) or name not in CONFIDENCES:
+        raise unknown("confidence", name, CONFIDENCES)
+    if name != CALIBRATED:
+        return CONFIDENCES[name]
+    if calibrated is None:
+        raise not_calibrated()
+    return calibrated
 
 
-def _sure_at_last(h: Tensor) -> Tensor:
-    return torch.cat([h[:-1], torch.ones_like(h[:1])])
+def not_calibrated() -> PteeError:
+    """The error for the confidence "calibrated" of a model that is not."""
+    others = ", ".join(name for name in CONFIDENCES if name != CALIBRATED)
+    return PteeError(
+        f"The confidence {CALIBRATED!r} has not been fitted to this model. Call ptee.calibrate(model, data) first, or choose "
+        f"another confidence: {others}."
+    )
+
+
+def register_confidence(name: str) -> Callable[[OfProbabilities], OfProbabilities]:
+    """Add a confidence of your own, which can then be named wherever a confidence is named.
+
+    Args:
+        name: the new name.
+
+    Returns:
+        A decorator for a function of class probabilities (b, K) that returns h (b,) in 0..1, larger for surer rows. It gets
+        float32 or float64.
+
+    Raises:
+        PteeError: if the name is taken, or the function does not return one number in 0..1 for each row on its own.
+
+    >>> @register_confidence("gini")
+    ... def gini(probabilities):
+    ...     return probabilities.square().sum(-1)
+    """
+
+    def add(function: OfProbabilities) -> OfProbabilities:
+        known = CONFIDENCES.get(name)
+        if known is not None and not (isinstance(known, FromProbabilities) and _same(known.function, function)):
+            raise PteeError(f"The confidence name {name!r} is taken. Register yours under another name.")
+        _check_function(name, function)
+        CONFIDENCES[name] = FromProbabilities(function)
+        return function
+
+    return add
+
+
+def _same(one: OfProbabilities, other: OfProbabilities) -> bool:
+    """A notebook cell that is run twice defines the same function again."""
+    return all(getattr(one, key, one) == getattr(other, key, other) for key in ("__module__", "__qualname__"))
+
+
+def _check_function(name: str, function: OfProbabilities) -> None:
+    p = (3 * torch.randn(4, 10, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    h = function(p.clone())
+    if not isinstance(h, Tensor) or h.shape != (4,):
+        found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise PteeError(f"The confidence {name!r} must turn (b, K) probabilities into (b,) numbers; it gave {found}.")
+    if not ((h >= 0) & (h <= 1)).all():
+        raise PteeError(f"The confidence {name!r} must lie in 0..1; it gave {h.min():g} to {h.max():g}.")
+    alone = torch.cat([function(row.clone()) for row in p.split(1)])
+    if not torch.allclose(alone, h, rtol=1e-4, atol=1e-6):
+        raise PteeError(
+            f"The confidence {name!r} of a row depends on the other rows of its batch. Compute each row on its own, over the "
+            "last axis."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- who leaves
+
+
+def leaves(confidence: Tensor, threshold: float | Tensor) -> Tensor:
+    """Whether rows leave: h >= T. A confidence of NaN never leaves.
+
+    Args:
+        confidence: (...) h.
+        threshold: a number, or a tensor that broadcasts to h.
+
+    Returns:
+        (...) bool.
+    """
+    return _widest(confidence) >= threshold  # float64: a threshold between two float32 numbers must not be rounded
+
+
+def first_exit(confidence: Tensor, threshold: Sequence[float] | Tensor) -> Tensor:
+    """Where rows leave: at the first exit with h >= T, at the backbone's end if there is none.
+
+    Args:
+        confidence: (E, b) h of the early exits.
+        threshold: (E,) of each of them.
+
+    Returns:
+        (b,) the exit, 0..E.
+    """
+    limits = torch.as_tensor(threshold, dtype=_widest(confidence).dtype, device=confidence.device)
+    leaving = leaves(confidence, limits[:, None])
+    at_the_end = torch.ones_like(leaving[:1])
+    return torch.cat([leaving, at_the_end]).int().argmax(0)  # argmax gives the first of equals
+
+
+def _widest(x: Tensor) -> Tensor:
+    return x if x.device.type == "mps" else x.double()  # MPS has no float64
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, PteeError
 from ptee.analysis.arithmetic import keeps_rows_apart
-from ptee.analysis.attachment import Hold
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import random_images
-from ptee.analysis.freezing import freeze
+from ptee.analysis.freezing import Attachment, freeze
 from ptee.analysis.layout import Layout
 from ptee.backbones.load import OTHERWISE, Backbone, InputConfig, load_backbone
+from ptee.exits.confidence import log_odds
 from ptee.exits.heads import AUTO, ExitHead
 
-LARGEST_LOG_ODDS = 50.0  # float32 cannot tell a probability of larger log-odds from 1
 LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may come from a stranger
 NOT_ITS_OWN = r"\b(num_classes|input_size|model_args)="  # arguments that a front network has not
 
@@ -116,7 +115,7 @@ class FrontHead(ExitHead):
         state = freeze(module)
         try:
             _require_rows_apart(network)
-            hold = Hold(module, {})
+            hold = Attachment(module, {})
         finally:
             state.restore(module)
         super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
@@ -153,14 +152,7 @@ class FrontHead(ExitHead):
 
     def _confidence(self, v: Tensor) -> Tensor:
         wide = v.to(torch.promote_types(v.dtype, torch.float32))  # half precision cannot tell .995 from .998
-        return super()._confidence(torch.cat([wide.softmax(-1), _log_odds(wide)[:, None]], -1))
-
-
-def _log_odds(logits: Tensor) -> Tensor:
-    """(b, K) -> (b,) log(p / (1 - p)) of the largest probability p, also where p rounds to 1."""
-    largest, answer = logits.max(-1)
-    others = logits.scatter(-1, answer[:, None], -torch.inf).logsumexp(-1)
-    return (largest - others).clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+        return super()._confidence(torch.cat([wide.softmax(-1), log_odds(wide)[:, None]], -1))
 
 
 def require_same_question(name: str, network: Backbone, images: InputConfig, num_classes: int) -> None:

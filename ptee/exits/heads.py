@@ -1,7 +1,7 @@
 """Exit heads: small networks that classify from a feature map and say how sure they are.
 
 Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes), and a
-confidence logit w2 v + b2 with h = sigmoid (EENet fig. 3.1, PTEENet fig. 2). `HEADS` names the ways to make v.
+confidence logit w2 v + b2, of which `confidence` can make h (EENet fig. 3.1, PTEENet fig. 2). `HEADS` names the ways to make v.
 
 A head with a `+` behind its name, such as `conv2+`, builds on the logits y' of the exit before it (Zero Time Waste, Wołczyk
 et al., NeurIPS 2021):
@@ -27,7 +27,6 @@ from ptee._common.errors import PteeError
 from ptee._common.process import few_random_numbers
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
-from ptee.exits.gates import Gate
 
 AUTO = "auto"  # a head that is sized when the exits are planned
 FRONT = "front"  # a network of its own, as the head of the exit at the input
@@ -43,20 +42,17 @@ class HeadOutput(NamedTuple):
 
     Attributes:
         logits: (b, K).
-        confidence: (b,) confidence logit, in float32 at least.
-        features: (b, F), the vector v.
+        confidence_logit: (b,) what its confidence layer gives, in float32 at least.
     """
 
     logits: Tensor
-    confidence: Tensor
-    features: Tensor
+    confidence_logit: Tensor
 
 
 class ExitHead(nn.Module):
     """The head of one exit. Takes the tensor of a cut in any layout, gives logits and a confidence logit.
 
     Attributes:
-        gate: what the confidence comes from instead of the layer of that name; None where it does not.
         previous_weight: (), how much of the previous exit's answer is added to its own; None if it does not build on it.
 
     Args:
@@ -82,21 +78,12 @@ class ExitHead(nn.Module):
         self.num_classes = num_classes
         self.logits: nn.Module = nn.Linear(num_features, num_classes)
         self.confidence = nn.Linear(num_features, 1)
-        self.gate: Gate | None = None
         self.previous_weight = nn.Parameter(torch.zeros(())) if builds_on_previous else None
 
     @property
     def builds_on_previous(self) -> bool:
-        """Whether it, or its gate, reads the logits of the exits before."""
-        return self.previous_weight is not None or (self.gate is not None and self.gate.follows)
-
-    def put_gate(self, gate: Gate | None) -> None:
-        """From now on confidence comes from this gate, in place of an earlier one.
-
-        Args:
-            gate: for the exit where this head stands; None: confidence comes from the layer of that name again.
-        """
-        self.gate = None if gate is None else gate.to(self.confidence.weight).train(self.training)
+        """Whether it reads the logits of the exit before."""
+        return self.previous_weight is not None
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Classify as the first exit does.
@@ -108,7 +95,7 @@ class ExitHead(nn.Module):
             Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
         """
         output = self.follow(z, ())
-        return output.logits, output.confidence
+        return output.logits, output.confidence_logit
 
     def follow(self, z: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
         """Classify after other exits.
@@ -140,11 +127,7 @@ class ExitHead(nn.Module):
         v = x
         for part in self._parts()[1]:
             v = part(v)
-        logits = self._logits(v, earlier)
-        confidence = self._confidence(v) if self.gate is None else self.gate(logits, earlier, v)
-        # A logit of -inf only rules out its class. The largest one is NaN where any is, and is found sooner than by `all`.
-        overflow = ~(logits.detach().amax(-1) < torch.inf)
-        return HeadOutput(logits, confidence.masked_fill(overflow, torch.nan), v)
+        return HeadOutput(self._logits(v, earlier), self._confidence(v))
 
     def _logits(self, v: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         logits: Tensor = self.logits(v)
@@ -162,18 +145,6 @@ class ExitHead(nn.Module):
         layers = list(self.features) if type(self.features) is nn.Sequential else [self.features]
         n = next((n for n, layer in enumerate(layers) if not isinstance(layer, NOTHING_TO_LEARN)), len(layers))
         return layers[:n], layers[n:]
-
-
-def confidence_of(logit: Tensor) -> Tensor:
-    """h = sigmoid(logit), and NaN where the logit is not finite: an overflow makes nobody sure.
-
-    Args:
-        logit: (...) confidence logits.
-
-    Returns:
-        (...) h in (0, 1), float32.
-    """
-    return torch.where(logit.isfinite(), logit.sigmoid(), torch.nan).float()
 
 
 # ---------------------------------------------------------------------------------------------------- ways to make v

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ptee._common.text import table
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.macs import count, parameters
+from ptee.exits.confidence import CONFIDENCES, LEARNED
 from ptee.exits.heads import ExitHead
 
 
@@ -36,13 +36,12 @@ class Exit:
     Attributes:
         name: the module behind which it stands.
         backbone_cost: B_n / B, the backbone up to and with that module.
-        head_cost: H_n / B, its head alone, with its gate.
+        head_cost: H_n / B, its head alone.
         cost: c_n of a sample that leaves here: the backbone so far, and all heads that were run.
         shape: of the tensor its head reads, of one sample.
         parameters: of its head.
         head: name of its head.
-        gate: what the head's gate reads, "answers" or "features"; None without one.
-        builds_on_previous: its head, or its gate, reads the logits of the exits before.
+        builds_on_previous: its head reads the logits of the exit before.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Exit:
     shape: tuple[int, ...]
     parameters: int
     head: str
-    gate: str | None = None
     builds_on_previous: bool = False
 
 
@@ -69,7 +67,8 @@ class Plan:
         parameters: of the backbone.
         classes: K.
         cuts: what the hooks need, one per exit.
-        off: exits at which nobody leaves. Their heads are not run, unless a later head builds on them.
+        off: exits at which nobody leaves. Their heads are not run, unless a later exit reads what they answer.
+        confidence: a name of `CONFIDENCES`, by which rows leave.
     """
 
     backbone: str
@@ -81,6 +80,7 @@ class Plan:
     classes: int
     cuts: tuple[Cut, ...] = field(repr=False)
     off: tuple[int, ...] = ()
+    confidence: str = LEARNED
 
     @property
     def head(self) -> str:
@@ -98,11 +98,17 @@ class Plan:
         """c_E of a sample that never leaves: the whole backbone and all heads that are run."""
         return 1 + sum(0.0 if n in self.skipped else e.head_cost for n, e in enumerate(self.exits))
 
+    @property
+    def reads_earlier_exits(self) -> list[bool]:
+        """(E) exits that read what those before them answered: for their own answer, or for their confidence."""
+        everywhere = CONFIDENCES[self.confidence].needs_answers_of_earlier_exits
+        return [e.builds_on_previous or everywhere for e in self.exits]
+
     @cached_property  # each call of a model asks for it
     def skipped(self) -> tuple[int, ...]:
         """Exits whose heads are not run."""
         on = torch.tensor([n not in self.off for n in range(len(self.exits))])
-        run = heads_run(on, torch.tensor([e.builds_on_previous for e in self.exits])).tolist()
+        run = heads_run(on, torch.tensor(self.reads_earlier_exits)).tolist()
         return tuple(n for n, is_run in enumerate(run) if not is_run)
 
     def switched_off(self, off: Sequence[int]) -> Plan:
@@ -115,6 +121,14 @@ class Plan:
         heads = accumulate(0.0 if n in plan.skipped else e.head_cost for n, e in enumerate(self.exits))
         rows = [replace(e, cost=e.backbone_cost + passed) for e, passed in zip(self.exits, heads, strict=True)]
         return replace(plan, exits=tuple(rows))
+
+    def with_confidence(self, name: str) -> Plan:
+        """The same plan where rows leave by another confidence.
+
+        Args:
+            name: a key of `CONFIDENCES`.
+        """
+        return replace(self, confidence=name).switched_off(self.off)
 
     @property
     def least_cost(self) -> float:
@@ -134,22 +148,12 @@ class Plan:
         derived = {"head": self.head, "input_size": list(self.input_size), "final_cost": self.final_cost}
         return plain | derived | {"exits": rows}
 
-    def with_heads(self, heads: Sequence[ExitHead]) -> Plan:
-        """The same exits, counted again with these heads, which may have got gates.
-
-        Args:
-            heads: one for each exit.
-        """
-        here = [copy.deepcopy(head).cpu().float() for head in heads]
-        rows = counted([e.backbone_cost for e in self.exits], self.cuts, here, [e.head for e in self.exits], self.macs)
-        return replace(self, exits=rows).switched_off(self.off)
-
     def __str__(self) -> str:
         differ = len({e.head for e in self.exits}) > 1
         size = "x".join(map(str, self.input_size))
         heads = "several kinds of heads" if differ else f"{self.head} heads"
         title = f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {heads}"
-        notes = [*self._too_expensive(), *self._starting_again(), *self._switched_off(), *self._gated()]
+        notes = [*self._too_expensive(), *self._starting_again(), *self._switched_off(), *self._by_confidence()]
         return "\n".join([title, self._table(differ), *notes, LEGEND])
 
     def _table(self, differ: bool) -> str:
@@ -200,8 +204,8 @@ class Plan:
         off = ", ".join(map(str, self.off))
         return [f"Off: exit {off}. Nobody leaves there, and no head is run there{but}."] * bool(self.off)
 
-    def _gated(self) -> list[str]:
-        return ["Gates decide who leaves; they are counted with the heads."] * any(e.gate for e in self.exits)
+    def _by_confidence(self) -> list[str]:
+        return [f"Rows leave by the confidence {self.confidence!r}."] * (self.confidence != LEARNED)
 
 
 LEGEND = (
@@ -240,7 +244,6 @@ def counted(
             cut.shape,
             parameters(head),
             name,
-            None if head.gate is None else head.gate.reads,
             head.builds_on_previous,
         )
         for n, (share, cut, head, name) in enumerate(zip(backbone_costs, cuts, heads, names, strict=True))
@@ -271,4 +274,4 @@ class _AfterAnother(nn.Module):
         """Logits and the confidence logit."""
         earlier = () if self.first else (z.new_zeros(len(z), self.head.num_classes),)
         output = self.head.follow(z, earlier)
-        return output.logits, output.confidence
+        return output.logits, output.confidence_logit

@@ -17,7 +17,7 @@ from ptee.exits.build import build_exits
 from ptee.exits.front import FrontHead, named_front
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.rebuilding import check_weights, front_of, network_of, upgraded
+from ptee.model.rebuilding import check_weights, confidence_of, front_of, network_of, upgraded
 
 
 @alone()
@@ -124,6 +124,7 @@ def load(
     for name in hub.keys() - known:
         raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
     run = upgraded(runs.read(folder, **hub))
+    confidence, calibrated = confidence_of(run)
     if backbone is not None:
         check_weights(run, backbone)
     if front is not None and run.front is None:
@@ -142,9 +143,8 @@ def load(
         raise RunError(
             f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
         )
-    if any(run.gates):
-        model.put_gates([model.new_gate(n, reads) if reads else None for n, reads in enumerate(run.gates)])
     runs.fill(model.heads, run)
+    model.calibrated, model.confidence = calibrated, confidence
     model.threshold = run.threshold
     model.off = run.off
     model.results = run.results

@@ -6,7 +6,6 @@ the call that is going on what to do (`calls`).
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,18 +19,17 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line
 from ptee._common.files import plain
-from ptee._common.process import few_random_numbers
-from ptee.analysis.attachment import Hold
-from ptee.analysis.replay import Memory, merged, run
+from ptee.analysis.freezing import Attachment
+from ptee.analysis.replay import merged, run
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hashes, weights_hash
+from ptee.exits.confidence import CALIBRATED, LEARNED, Calibrated, find_confidence
 from ptee.exits.front import FrontHead
-from ptee.exits.gates import Gate
-from ptee.exits.heads import ExitHead, HeadOutput, confidence_of
+from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
 from ptee.model import saving as runs
-from ptee.model.forward import AllLeft, Call, ExitHook, ExitOutput, Leaving, Read, Watching, running
+from ptee.model.forward import Call, ExitEarly, ExitHook, ExitOutput, RecordAll, RecordInputs, StopForward, running
 from ptee.model.images import require_device, require_images, wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds, for_each_exit, for_each_row
 
@@ -44,7 +42,7 @@ class AllExits(NamedTuple):
     Attributes:
         logits: (E+1, b, K); the last are the backbone's.
         confidence: (E+1, b) h, float32; the last are 1.
-        confidence_logits: (E, b), of which h is the sigmoid.
+        confidence_logits: (E, b) of the heads' confidence layers, whatever h is computed from.
     """
 
     logits: Tensor
@@ -82,6 +80,7 @@ class EarlyExitModel(
         backbone: the user's module.
         heads: one ExitHead for each early exit.
         plan: where the exits stand and what they cost.
+        calibrated: the two numbers of each exit that `ptee.calibrate` fitted, or None.
         results: what was measured last, JSON-able, or None; saved with the model.
     """
 
@@ -92,10 +91,11 @@ class EarlyExitModel(
         self._hooks = [ExitHook() for _ in plan.cuts]
         self._steps = merged([cut.steps for cut in plan.cuts])
         hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self._hooks, strict=True) if cut.name != INPUT}
-        self._hold = Hold(network.module, hooks, list(self._steps))
+        self._hold = Attachment(network.module, hooks, list(self._steps))
         self.backbone = network.module
         like = self._like()
         self.heads = nn.ModuleList(exit_heads).to(like.device, like.dtype)
+        self.calibrated: Calibrated | None = None
         self.results: dict[str, Any] | None = None
         self._thresholds: tuple[float, ...] = ()
         self.threshold = DEFAULT_THRESHOLD
@@ -132,6 +132,20 @@ class EarlyExitModel(
     @threshold.setter
     def threshold(self, value: Thresholds) -> None:
         self._thresholds = for_each_exit(value, len(self.plan.exits))
+
+    @property
+    def confidence(self) -> str:
+        """What h is computed from: a name of `CONFIDENCES`, such as "learned", "max_prob" or "calibrated".
+
+        Set it at any time. The thresholds stay as they are, and h means something else then, so choose them again
+        (`ptee.tune`). Raises PteeError for an unknown name, and for "calibrated" before `ptee.calibrate`.
+        """
+        return self.plan.confidence
+
+    @confidence.setter
+    def confidence(self, name: str) -> None:
+        find_confidence(name, self.calibrated)
+        self.plan = self.plan.with_confidence(name)
 
     @property
     def off(self) -> tuple[int, ...]:
@@ -193,14 +207,16 @@ class EarlyExitModel(
                 "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
             )
         self._ready_for(x)
-        memory = Memory({self.backbone.get_submodule(name): step for name, step in self._steps.items()})
-        call = Leaving(self._hooks, list(self.heads), self.plan, self._in_force(threshold, len(x)), memory)
+        plan, thresholds = self.plan, self._in_force(threshold, len(x))
+        confidence = find_confidence(plan.confidence, self.calibrated)
+        steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
+        call = ExitEarly(self._hooks, list(self.heads), plan, len(x), confidence, thresholds, steps)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
             with self._running(call, x):
-                answer = run(self.backbone, x, memory)
-        except AllLeft:
+                answer = run(self.backbone, x, call.cache)
+        except StopForward:
             return call.result(None, self._answer_type(x))
         call.check_all_passed()
         return call.result(answer)
@@ -221,11 +237,11 @@ class EarlyExitModel(
             return AllExits(
                 empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
             )
-        call = Watching(self._hooks, list(self.heads), self.plan)
+        call = RecordAll(self._hooks, list(self.heads), self.plan, len(x))
         with self._running(call, x):
             answer = self.backbone(x)
         call.check_all_passed()
-        return _all_exits(call.logits, call.confidence_logits, answer)
+        return self._all_exits(call.logits, call.confidence_logits, answer)
 
     def read(self, x: Tensor) -> Reading:
         """What the heads read of some images, and the backbone's answer: all that training needs of the backbone.
@@ -234,7 +250,7 @@ class EarlyExitModel(
             x: (b, c, h, w) images on the model's device.
         """
         self._ready_for(x)
-        call = Read(self._hooks, list(self.heads), self.plan)
+        call = RecordInputs(self._hooks, list(self.heads), self.plan, len(x))
         with self._running(call, x):
             answer = self.backbone(x)
         call.check_all_passed()
@@ -246,73 +262,43 @@ class EarlyExitModel(
         Args:
             reading: what `read` gave, or rows of it.
         """
-        said = self.said(reading)
-        return _all_exits([s.logits for s in said], [s.confidence for s in said], reading.logits)
-
-    def said(self, reading: Reading) -> list[HeadOutput]:
-        """What each head gives for what was read, one after another.
-
-        Args:
-            reading: what `read` gave, or rows of it.
-        """
         outputs: list[HeadOutput] = []
         for head, x in zip(self._exit_heads(), reading.inputs, strict=True):
             outputs.append(head.answer(x, [output.logits for output in outputs]))
-        return outputs
+        return self._all_exits([o.logits for o in outputs], [o.confidence_logit for o in outputs], reading.logits)
 
-    def new_gate(self, n: int, reads: str) -> Gate:
-        """An untrained gate for an exit. It asks what earlier exits said if the head does: else their heads need not be run.
-
-        Args:
-            n: the exit's number.
-            reads: one of `gates.READS`.
-        """
-        head = self._exit_heads()[n]
-        return Gate(reads, head.confidence.in_features, follows=head.previous_weight is not None)
-
-    def put_gates(self, gates: Sequence[Gate | None]) -> None:
-        """Let the confidence of each exit come from its gate, and count it.
-
-        Args:
-            gates: one for each exit; None leaves it as it is.
-        """
-        for head, gate in zip(self._exit_heads(), gates, strict=True):
-            if gate is not None:
-                head.put_gate(gate)
-        self.plan = self.plan.with_heads(self._exit_heads())
-
-    def remove_gates(self) -> None:
-        """Let the confidence of each exit come from its head again, as before `ptee.fit_gates`."""
-        for head in self._exit_heads():
-            head.put_gate(None)
-        self.plan = self.plan.with_heads(self._exit_heads())
-
-    def least_cost(self, gates: str | None = None) -> float:
-        """What the cheapest way to answer costs: everybody leaves at one exit, and the others are off.
-
-        Args:
-            gates: what gates will read that the exits are to get; None: the exits stay as they are.
-        """
-        plan, heads = self.plan, self._exit_heads()
-        if gates is not None:
-            heads = copy.deepcopy(heads)
-            with few_random_numbers():
-                for n, head in enumerate(heads):
-                    head.put_gate(self.new_gate(n, gates))
-            plan = plan.with_heads(heads)
-        return plan.least_cost
+    def _all_exits(self, logits: list[Tensor], confidence_logits: list[Tensor], answer: Tensor) -> AllExits:
+        confidence = find_confidence(self.confidence, self.calibrated)
+        return AllExits(
+            torch.stack([*(y.to(answer.dtype) for y in logits), answer]),
+            confidence.at_all_exits(logits, confidence_logits),
+            torch.stack(confidence_logits),
+        )
 
     def require_all_on(self) -> None:
-        """Refuse to go on while exits are off: heads and gates learn for all exits together.
+        """Refuse to go on while exits are off: training and calibration serve all exits.
 
         Raises:
             PteeError: naming those that are off.
         """
         if self.off:
             raise PteeError(
-                f"{_exits(self.off)} off, and heads and gates learn for all exits together. Switch all on first "
-                "(model.off = []), and tune anew afterwards (ptee.tune)."
+                f"{_exits(self.off)} off, and training and calibration serve all exits. Switch all on first "
+                "(model.off = []), and tune again afterwards (ptee.tune)."
             )
+
+    def forget_calibration(self) -> None:
+        """Before the heads change: a calibration belongs to them as they are.
+
+        Raises:
+            PteeError: if rows leave by it.
+        """
+        if self.confidence == CALIBRATED:
+            raise PteeError(
+                "This model is calibrated, and training changes the heads that this was done for. Set model.confidence = "
+                f"{LEARNED!r} first, and call ptee.calibrate again afterwards."
+            )
+        self.calibrated = None
 
     def _exit_heads(self) -> list[ExitHead]:
         return [head for head in self.heads if isinstance(head, ExitHead)]
@@ -371,7 +357,7 @@ class EarlyExitModel(
         )
         try:
             with running(call), torch.set_grad_enabled(call.through):
-                call.enter(x)
+                call.on_input(x)
                 yield
         except PteeError:
             raise
@@ -433,6 +419,7 @@ class EarlyExitModel(
             "placement": self.plan.placement,
             "exits": self.plan.to_dict()["exits"],
             "threshold": self.threshold,
+            "confidence": {"name": self.confidence} | plain(self.calibrated or Calibrated()),
             "off": list(self.off),
             "results": self.results,
             "backbone_tensors": tensor_hashes(self.backbone),
@@ -482,13 +469,3 @@ def _about_front(head: nn.Module) -> dict[str, Any] | None:
     if not isinstance(head, FrontHead):
         return None
     return {"name": head.origin.name, "source": head.origin.source, "input": plain(head.origin.input)}
-
-
-def _all_exits(logits: Sequence[Tensor], confidence_logits: Sequence[Tensor], answer: Tensor) -> AllExits:
-    stacked = torch.stack(list(confidence_logits))
-    confidence = confidence_of(stacked)
-    return AllExits(
-        torch.stack([*(y.to(answer.dtype) for y in logits), answer]),
-        torch.cat([confidence, torch.ones_like(confidence[:1])]),
-        stacked,
-    )

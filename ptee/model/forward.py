@@ -1,14 +1,13 @@
 """One call of an early-exit model: what happens at each cut while the backbone runs.
 
-The hooks stay on the backbone between calls and know nothing. What a call knows (who is still in the batch, who left where) lives
-in the call, and hooks find the call of their own thread; so two threads may use one model at once, and a backbone that is
-called by itself is the bare backbone.
+The hooks stay on the backbone between calls and hold no state. What a call knows (which rows are still here, who left where)
+lives in the call, and hooks find the call of their own thread. So two threads may use one model at once, and a backbone that
+is called by itself is the bare backbone.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import PteeError, first_line
+from ptee.analysis.active_rows import ActiveRows
 from ptee.analysis.cut_points import Cut
-from ptee.analysis.replay import Again, Memory
-from ptee.exits.heads import ExitHead, confidence_of
+from ptee.analysis.replay import ReplayCache, RestartForward, Step
+from ptee.exits.confidence import Confidence, leaves
+from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Plan
 
@@ -49,34 +50,43 @@ class ExitHook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The module has given `output`; what is returned takes its place."""
         call = _CALL.get()
-        return None if call is None else call.arrive(self, output)
+        return None if call is None else call.on_cut(self, output)
 
 
-class Call(ABC):
-    """One run of a model through its backbone."""
+class Call:
+    """One run of a model through its backbone. By itself it only runs the heads: all rows stay and nothing is kept.
 
-    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan) -> None:
+    Args:
+        hooks: of the model, one for each exit.
+        heads: likewise.
+        plan: where the exits stand.
+        batch: number of rows.
+    """
+
+    skipped: tuple[int, ...] = ()  # exits whose heads do not run
+    restarted = False  # this is not the first pass of the call
+
+    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
         self.hooks, self.heads, self.plan = hooks, heads, plan
+        self.rows = ActiveRows(batch)
         self.passed = 0
-        self.gradients = torch.is_grad_enabled()  # wanted of the heads
+        self.gradients = torch.is_grad_enabled()  # of the heads
         self.through = False  # and of the backbone
-        self.skipped: tuple[int, ...] = ()  # exits whose heads are not run
-        self.memory = Memory({})
-        self.earlier: list[Tensor] | None = None  # logits of the exits so far, where a head builds on them
-        if any(getattr(head, "builds_on_previous", False) for head in heads):
-            self.earlier = []
+        self.builds_on_previous = any(getattr(head, "builds_on_previous", False) for head in heads)
+        self.keeps_logits = self.builds_on_previous  # for later exits
+        self._logits: list[tuple[int, Tensor]] = []  # of the exits so far, each with its moment
 
-    def enter(self, images: Tensor) -> None:
+    def on_input(self, images: Tensor) -> None:
         """The images are there: the exit at the input, if there is one, is the first."""
         if self.plan.exits[0].name == INPUT:
             self._pass(0, images)
 
-    def arrive(self, hook: ExitHook, output: Any) -> Any:
+    def on_cut(self, hook: ExitHook, output: Any) -> Any:
         """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""
         n = next((i for i, own in enumerate(self.hooks) if own is hook), None)
         if n is None:
             return None  # another model's, on the same backbone
-        if n < self.passed and self.memory.begun_anew:
+        if n < self.passed and self.restarted:
             return None  # the rows that left here are gone
         if n != self.passed:
             raise PteeError(
@@ -84,6 +94,10 @@ class Call(ABC):
                 "takes another way through the backbone than the one the exits were planned for."
             )
         return self._pass(n, output)
+
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
+        """A head has answered. Returns what the backbone goes on with, None for the same."""
+        return None
 
     def _pass(self, n: int, output: Any) -> Any:
         self.passed += 1
@@ -93,19 +107,22 @@ class Call(ABC):
         z = cut.feature_map(output)
         if cut.overwritten and self.gradients:
             z = z.clone()  # the backward pass needs it as it is now
-        return self.visit(n, cut, output, *self._ask(n, cut, z))
+        return self._at_exit(n, cut, output, z)
 
-    def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head says, which runs outside of this call."""
+    def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> Any:
+        earlier = [self.rows.select(logits, moment) for moment, logits in self._logits]
+        said = self._run_head(n, cut, z, earlier)
+        if self.keeps_logits:
+            self._logits.append((self.rows.moment, said.logits))
+        return self.on_head_output(n, cut, output, said, earlier)
+
+    def _run_head(self, n: int, cut: Cut, z: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
+        """What the head answers, given the logits of the exits so far."""
         try:
             with self._beside_backbone(n):
                 head: Any = self.heads[n]
-                if self.earlier is None:
-                    logits, confidence = head(z)
-                    return logits, confidence
-                output = head.follow(z, self.earlier)
-                self.earlier = [*self.earlier, output.logits]
-                return output.logits, output.confidence
+                said: HeadOutput = head.follow(z, earlier) if self.builds_on_previous else HeadOutput(*head(z))
+                return said
         except RuntimeError as why:
             if z.shape[1:] == cut.shape:
                 raise
@@ -117,7 +134,7 @@ class Call(ABC):
 
     @contextmanager
     def _beside_backbone(self, n: int) -> Iterator[None]:
-        """A head runs outside of this call, with gradients of its own, even where the backbone keeps none or checkpoints them."""
+        """A head runs outside of this call, with gradients of its own, even where the backbone has none or checkpoints them."""
         if self.through and not torch.is_grad_enabled():
             raise PteeError(
                 f"Gradients of the images do not reach exit {n} ({self.plan.exits[n].name}): the backbone computes it without, by "
@@ -126,10 +143,6 @@ class Call(ABC):
         apart = saved_tensors_hooks(Tensor.detach, lambda t: t) if self.through else nullcontext()
         with running(None), torch.set_grad_enabled(self.gradients), apart:
             yield
-
-    @abstractmethod
-    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
-        """What to do with a head's answer."""
 
     def check_all_passed(self) -> None:
         """Nobody may reach the end around an exit: a compiled or changed backbone does not run its hooks."""
@@ -141,40 +154,36 @@ class Call(ABC):
             )
 
 
-class Watching(Call):
-    """Nobody leaves."""
+class RecordAll(Call):
+    """Nobody leaves, and what the heads answer is kept."""
 
-    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan) -> None:
-        super().__init__(hooks, heads, plan)
+    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
+        super().__init__(hooks, heads, plan, batch)
         self.logits: list[Tensor] = []
         self.confidence_logits: list[Tensor] = []
 
-    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> None:
-        """Keep what the head said; everybody goes on."""
-        self.logits.append(logits)
-        self.confidence_logits.append(confidence)
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> None:
+        """Keep what the head answered."""
+        self.logits.append(said.logits)
+        self.confidence_logits.append(said.confidence_logit)
 
 
-class Read(Call):
-    """Nobody leaves, and no head answers."""
+class RecordInputs(Call):
+    """Nobody leaves, and what the heads read is kept; they do not answer."""
 
-    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan) -> None:
-        super().__init__(hooks, heads, plan)
+    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
+        super().__init__(hooks, heads, plan, batch)
         self.inputs: list[Tensor] = []
 
-    def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> None:
         head = self.heads[n]
         assert isinstance(head, ExitHead)
         with self._beside_backbone(n):
-            read = head.read(z)
-        return (read.clone() if cut.overwritten else read), z  # there is no confidence
-
-    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> None:
-        """Keep what the head read; everybody goes on."""
-        self.inputs.append(logits)
+            x = head.read(z)
+        self.inputs.append(x.clone() if cut.overwritten else x)
 
 
-class _Part(NamedTuple):
+class _Leavers(NamedTuple):
     """Rows that left together: which ones (None for all), where, and what they got."""
 
     rows: Tensor | None
@@ -183,58 +192,85 @@ class _Part(NamedTuple):
     confidence: Tensor
 
 
-class Leaving(Call):
-    """Rows leave at the first exit n with h_n >= T_n."""
+class ExitEarly(Call):
+    """Rows leave at the first exit n with h_n >= T_n.
+
+    Args:
+        hooks: of the model, one for each exit.
+        heads: likewise.
+        plan: where the exits stand, and which are off.
+        batch: number of rows.
+        confidence: computes h.
+        thresholds: T of each exit, a number or (b,).
+        steps: modules to replay where the pass must start again.
+    """
 
     def __init__(
         self,
         hooks: Sequence[ExitHook],
         heads: Sequence[nn.Module],
         plan: Plan,
+        batch: int,
+        confidence: Confidence,
         thresholds: Sequence[float | Tensor],
-        memory: Memory | None = None,
+        steps: Mapping[nn.Module, Step] | None = None,
     ) -> None:
-        super().__init__(hooks, heads, plan)
-        self.memory = memory or Memory({})
-        self.skipped, self.off = plan.skipped, plan.off
-        self.thresholds = thresholds
-        self.rows: Tensor | None = None  # who is still here, as positions in the batch; None for all
-        self.parts: list[_Part] = []
+        super().__init__(hooks, heads, plan, batch)
+        self.skipped = plan.skipped
+        self.confidence, self.thresholds = confidence, thresholds
+        self.keeps_logits |= confidence.needs_answers_of_earlier_exits
+        self.cache = ReplayCache(steps or {}, self.rows)
+        self._left: list[_Leavers] = []
 
-    def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
-        """Take the sure rows out of the batch."""
-        if n in self.off:
+    @property
+    def restarted(self) -> bool:  # type: ignore[override]
+        """Whether this is not the first pass of the call."""
+        return self.cache.restarted
+
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
+        """Take the rows that are sure enough out of the batch."""
+        if n in self.plan.off:
             return None
-        h = confidence_of(confidence)
-        if self.memory.batch not in (None, len(h)):
-            raise PteeError(
-                f"Exit {n} ({self.plan.exits[n].name}) was reached with {len(h)} rows where {self.memory.batch} are left: the "
-                "backbone takes its batch apart. Give it smaller batches."
-            )
-        wide = h if h.device.type == "mps" else h.double()  # a threshold that is no float32 must not be rounded to one
-        stay = ~(wide >= self._threshold(n))  # NaN is no answer to "sure enough?"
-        staying = int(stay.sum())  # the one host synchronisation of this exit
+        self._require_all_rows(n, len(said.logits))
+        h = self.confidence(n, said.logits, earlier, said.confidence_logit, len(self.plan.exits))
+        stay = ~leaves(h, self._threshold(n))
+        staying = int(stay.sum())  # the only host synchronisation of this exit
         if staying == len(h):
             return None
         if staying == 0:
-            self.parts.append(_Part(self.rows, n, logits, h))
-            raise AllLeft
-        order = stay.to(torch.uint8).argsort(stable=True)  # leavers first; their number is known, so no second look
+            self._left.append(_Leavers(self.rows.since(), n, said.logits, h))
+            raise StopForward
+        order = stay.to(torch.uint8).argsort(stable=True)  # leavers first; their number is known without a second look
         leavers, stayers = order[: len(h) - staying], order[len(h) - staying :]
-        here = torch.arange(len(h), device=h.device) if self.rows is None else self.rows
-        self.parts.append(_Part(here[leavers], n, logits.index_select(0, leavers), h.index_select(0, leavers)))
-        self.rows = here[stayers]
-        self.earlier = self.earlier and [logits.index_select(0, stayers) for logits in self.earlier]
+        positions = self.rows.since()
+        self._left.append(
+            _Leavers(
+                leavers if positions is None else positions.index_select(0, leavers),
+                n,
+                said.logits.index_select(0, leavers),
+                h.index_select(0, leavers),
+            )
+        )
+        return self._go_on_with(stayers, cut, output)
+
+    def _go_on_with(self, stayers: Tensor, cut: Cut, output: Any) -> Any:
         if cut.steps:
-            self.memory.require(cut.steps)
-        self.memory.keep_rows(stayers)
+            self.cache.require(cut.steps)
+        self.rows.keep(stayers)
         if cut.steps:
-            raise Again
+            raise RestartForward
         return cut.select(output, stayers)
+
+    def _require_all_rows(self, n: int, found: int) -> None:
+        if found != self.rows.count:
+            raise PteeError(
+                f"Exit {n} ({self.plan.exits[n].name}) was reached with {found} rows where {self.rows.count} are left: the "
+                "backbone takes its batch apart. Give it smaller batches."
+            )
 
     def _threshold(self, n: int) -> float | Tensor:
         t = self.thresholds[n]
-        return t if self.rows is None or isinstance(t, float) or t.dim() == 0 else t.index_select(0, self.rows)
+        return t if isinstance(t, float) or t.dim() == 0 else self.rows.select(t)
 
     def result(self, answer: Tensor | None, dtype: torch.dtype | None = None) -> ExitOutput:
         """Put the rows back in order.
@@ -245,14 +281,14 @@ class Leaving(Call):
         """
         if answer is not None:
             sure = torch.ones(len(answer), device=answer.device)
-            self.parts.append(_Part(self.rows, len(self.plan.exits), answer, sure))
+            self._left.append(_Leavers(self.rows.since(), len(self.plan.exits), answer, sure))
         costs = self.plan.costs
-        logits = _joined([p.logits for p in self.parts]).to(dtype or self.parts[-1].logits.dtype)
-        confidence = _joined([p.confidence for p in self.parts])
-        index = _joined([torch.full_like(p.confidence, p.exit, dtype=torch.int64) for p in self.parts])
-        cost = _joined([torch.full_like(p.confidence, costs[p.exit]) for p in self.parts])
-        if len(self.parts) > 1:
-            back = torch.cat([p.rows for p in self.parts if p.rows is not None]).argsort()
+        logits = _joined([p.logits for p in self._left]).to(dtype or self._left[-1].logits.dtype)
+        confidence = _joined([p.confidence for p in self._left])
+        index = _joined([torch.full_like(p.confidence, p.exit, dtype=torch.int64) for p in self._left])
+        cost = _joined([torch.full_like(p.confidence, costs[p.exit]) for p in self._left])
+        if len(self._left) > 1:
+            back = torch.cat([p.rows for p in self._left if p.rows is not None]).argsort()
             logits, index, confidence, cost = (t.index_select(0, back) for t in (logits, index, confidence, cost))
         return ExitOutput(logits, index, confidence, cost)
 
@@ -261,11 +297,11 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-class AllLeft(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
+class StopForward(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
     """Nobody is left, so the rest of the backbone need not run."""
 
 
-_CALL: ContextVar[Call | None] = ContextVar("the call of an early-exit model that is going on", default=None)
+_CALL: ContextVar[Call | None] = ContextVar("the call of an early-exit model that is running", default=None)
 
 
 @contextmanager

@@ -1,19 +1,21 @@
-"""A saved run's networks: the backbone and the one in front of it, built as config.json says, or checked where given."""
+"""What a saved run consists of besides its heads: the backbone, the network in front of it, and the confidence."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
 from torch import nn
 
-from ptee._common.errors import BackboneError, RunError
+from ptee._common.errors import BackboneError, RunError, possible
 from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
+from ptee.exits.confidence import CALIBRATED, CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.front import FrontHead, require_small
 from ptee.exits.heads import FRONT
-from ptee.model.saving import Run
+from ptee.model.saving import CONFIG, Run
 
 
 def upgraded(run: Run) -> Run:
@@ -126,3 +128,30 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     size, mean, std = (run.input[key] for key in ("input_size", "mean", "std"))
     checked = load_backbone(module, input_size=size, mean=mean, std=std)
     return Backbone(module, run.backbone_name, checked.num_classes, InputConfig(**run.input), run.source, label_space)
+
+
+def confidence_of(run: Run) -> tuple[str, Calibrated | None]:
+    """The name of a run's confidence, and the numbers of "calibrated" if it was calibrated.
+
+    Args:
+        run: what was read from the folder.
+
+    Raises:
+        RunError: if there is no such confidence here, or its numbers cannot be.
+    """
+    found = run.confidence
+    if found is None:
+        return LEARNED, None
+    if found.name not in CONFIDENCES:
+        raise RunError(
+            f"{run.folder}: its rows leave by the confidence {found.name!r:.60}, which is not known here. If it is one of your "
+            f"own, register it first (ptee.register_confidence).{possible(found.name, CONFIDENCES)}"
+        )
+    if not all(map(math.isfinite, (*found.scale, *found.shift))) or not all(scale > 0 for scale in found.scale):
+        raise RunError(
+            f"{run.folder}: {CONFIG} has confidence.scale {list(found.scale)!r:.60} and shift {list(found.shift)!r:.60}; finite "
+            "numbers belong there, with scale above 0. Copy the run anew."
+        )
+    if found.name == CALIBRATED and not found.scale:
+        raise RunError(f"{run.folder}: {CONFIG} has no numbers for the confidence {CALIBRATED!r}. Copy the run anew.")
+    return found.name, Calibrated(found.scale, found.shift) if found.scale else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,6 +50,21 @@ class FrontRecord:
 
 
 @dataclass(frozen=True)
+class ConfidenceRecord:
+    """What a run says of its confidence.
+
+    Attributes:
+        name: of `CONFIDENCES`.
+        scale: of each exit, if the model was calibrated; else empty.
+        shift: likewise.
+    """
+
+    name: str
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run folder says, checked for type and size but for nothing else.
 
@@ -62,13 +77,13 @@ class Run:
         classes: K.
         exits: names of the modules behind which the exits stand.
         heads: name of the head at each.
-        gates: what the gate of each reads; None where there is none.
         threshold: one for each exit.
         results: what was measured, or None.
         tensors: the heads' parameters and buffers, by name.
         remote: it came from the hub, so no file it names on this machine is meant.
         front: the network of the exit at the input, or None.
         off: exits that are switched off.
+        confidence: by which rows leave; None in runs of ptee 0.1.0, whose heads' own confidence decided.
         backbone_tensors: short hashes of the backbone's weights, each, by name; to say which differ. Older runs have none.
     """
 
@@ -80,13 +95,13 @@ class Run:
     classes: int
     exits: tuple[str, ...]
     heads: tuple[str, ...]
-    gates: tuple[str | None, ...]
     threshold: list[float]
     results: dict[str, Any] | None
     tensors: dict[str, Tensor]
     remote: bool
     front: FrontRecord | None = None
     off: tuple[int, ...] = ()
+    confidence: ConfidenceRecord | None = None
     backbone_tensors: dict[str, Any] = field(default_factory=dict)
 
 
@@ -163,6 +178,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
     path = local / name if local.is_dir() else _download(str(folder), name, hub)
     exits = fields.get("exits", list)
     rows = [_Fields(str(folder), row, f"exits[{i}].") for i, row in enumerate(exits)]
+    _refuse_gates(rows)
     return Run(
         folder=str(folder),
         backbone_name=fields.get("backbone.name", str),
@@ -172,13 +188,13 @@ def read(folder: str | Path, **hub: Any) -> Run:
         classes=fields.get("backbone.classes", int),
         exits=tuple(row.get("name", str) for row in rows),
         heads=tuple(_head(row) for row in rows),
-        gates=tuple(_gate(row) for row in rows),
         threshold=[float(t) for t in fields.numbers("threshold", len(rows))],
         results=fields.get("results", dict, optional=True),
         tensors=_tensors(folder, path),
         remote=not local.is_dir(),
         front=_front(fields),
         off=_off(fields, len(rows)),
+        confidence=_confidence(fields, len(rows)),
         backbone_tensors=fields.get("backbone_tensors", dict, optional=True) or {},
     )
 
@@ -278,16 +294,21 @@ def _head(row: _Fields) -> str:
     return name
 
 
-def _gate(row: _Fields) -> str | None:
-    """Runs of before there were gates have none."""
-    from ptee.exits.gates import READS
-
-    reads: str | None = row.get("gate", str, optional=True)
-    if reads not in (None, *READS):
+def _refuse_gates(rows: Sequence[_Fields]) -> None:
+    """Runs of ptee 0.1.0 may have them: small networks that this version does not build."""
+    if any(row.get("gate", str, optional=True) for row in rows):
         raise RunError(
-            f"{row.folder}: {CONFIG} has {row.prefix}gate {reads!r:.60}, and gates read {' or '.join(READS)}. Upgrade ptee."
+            f"{rows[0].folder}: its confidence comes from gates, which this version does not have. Train it again, or load it "
+            "with ptee 0.1.0."
         )
-    return reads
+
+
+def _confidence(fields: _Fields, exits: int) -> ConfidenceRecord | None:
+    if fields.get("confidence", dict, optional=True) is None:
+        return None
+    fitted = bool(fields.get("confidence.scale", list))
+    scale, shift = (fields.numbers(f"confidence.{key}", exits if fitted else 0) for key in ("scale", "shift"))
+    return ConfidenceRecord(fields.get("confidence.name", str), tuple(map(float, scale)), tuple(map(float, shift)))
 
 
 def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:

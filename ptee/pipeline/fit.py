@@ -29,7 +29,7 @@ from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import from_data_sets, has_labels
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, write_recipe
-from ptee.training.calibration import FEWEST, calibrate, hold_out
+from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import train
 
@@ -281,7 +281,7 @@ def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     share = recipe.confidence.calibration_share
     if recipe.confidence.name != "calibrated":
         return data, None
-    if len(every) * share < FEWEST and "calibration_share" not in recipe.confidence.model_fields_set:
+    if len(every) * share < MIN_IMAGES and "calibration_share" not in recipe.confidence.model_fields_set:
         log(
             f"{len(every):,} training images are too few to calibrate the confidence as well: the heads learn from all of them, "
             "and the confidence is the largest probability.\n"

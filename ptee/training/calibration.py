@@ -1,14 +1,17 @@
-"""The decision: gates are fitted after the heads, on images that neither the heads nor the backbone should have seen.
+"""Calibration: two numbers for each exit turn its largest probability into the probability that a question is answered yes.
 
-The heads run once over the images with nobody leaving, and what each gate reads is kept: a few numbers for each image. Then
-every gate is a small regression against one question, by cross-entropy, so that h is the probability of a yes. It starts from
-the max probability, scaled (J. Platt, 1999), and goes as far from it as images that are held out in turn bear out.
+The heads run once over images that neither they nor the backbone were trained on. Then scale and shift of each exit are
+fitted by maximum likelihood (J. Platt, Probabilistic outputs for support vector machines, 1999):
+
+    h = sigmoid(scale * log(p / (1 - p)) + shift),   p the largest probability of the exit.
+
+With n1 images whose answer is yes and n0 whose answer is no, the targets are Platt's (n1 + 1) / (n1 + 2) and 1 / (n0 + 2)
+instead of 1 and 0, so that few images make nobody entirely sure.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,115 +19,136 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import DataError, PteeError, unknown
-from ptee._common.process import own_random_numbers
-from ptee._common.progress import with_bar
+from ptee._common.errors import Argument, DataError, PteeError, unknown
 from ptee._common.text import table
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
-from ptee.exits.gates import LOG_ODDS, READS, Gate
+from ptee.exits.confidence import CALIBRATED, Calibrated, log_odds
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.training.settings import Settings
+from ptee.training.config import TrainingConfig
 
 QUESTIONS = {
     "agrees": "Is the answer the backbone's?",
-    "right": "Is it the label?",
-    "best": "Is it the label, or would no later answer be?",
+    "right": "Is the answer the label?",
+    "best": "Is the answer the label, or is no later answer the label either?",
 }
-FEWEST = 20  # images to fit a gate on
-RARER = 20  # images with the rarer answer; fewer only scale the max probability
-FOLDS = 5  # each a fifth of the images, held out in turn to say when to stop
-PENALTY = 1e-3  # on the squares of the weights
-ROUNDS, STEPS, PATIENCE = 40, 5, 5  # of L-BFGS; rounds without a better held-out loss
-SCALING_STEPS = 100
-LARGEST_SHARE = 0.5  # of the training images, for the gates
+MIN_IMAGES = 20  # with fewer, h stays the largest probability
+MIN_OF_EITHER = 20  # images with answer yes, and with answer no; with fewer, the two numbers are rough
+STEPS = 100  # of L-BFGS; it needs far fewer
+LARGEST_SHARE = 0.5  # of the training images, for calibration
 
 
 @dataclass(frozen=True)
-class GateFit:
-    """How well the gate of one exit answers its question. Each image is held out once, and judged by what the others taught.
+class ExitCalibration:
+    """What was fitted for one exit, and cross-entropies on the same images.
 
     Attributes:
         exit: the module behind which it stands.
-        yes: share of the images (with finite answers) for which it is yes.
-        loss: cross-entropy of h, a little rosy: the lowest of those after each round of fitting.
-        max_prob: cross-entropy of the max probability alone, scaled.
-        blind: cross-entropy of that share, which is what h is worth if it says the same of every image.
+        images: those with finite answers.
+        yes: share of them for which the answer to the question is yes.
+        scale: of the log-odds of the largest probability.
+        shift: added to them.
+        loss: cross-entropy of the calibrated h.
+        max_prob_loss: cross-entropy of the largest probability as it is.
+        base_rate_loss: cross-entropy of an h that is the share of yes for every image.
     """
 
     exit: str
+    images: int
     yes: float
+    scale: float
+    shift: float
     loss: float
-    max_prob: float
-    blind: float
+    max_prob_loss: float
+    base_rate_loss: float
+
+    @property
+    def remark(self) -> str:
+        """What few images meant here, in a sentence; else empty."""
+        if self.images < MIN_IMAGES:
+            return f"{self.images} images with finite answers are too few: h is the largest probability as it is."
+        positives = round(self.yes * self.images)
+        rarer = min(positives, self.images - positives)
+        if rarer < MIN_OF_EITHER:
+            word = "yes" if positives == rarer else "no"
+            return f"only {rarer} images have the answer {word}, so scale and shift are rough."
+        return ""
 
 
 @dataclass(frozen=True)
-class GateFits:
-    """What came of fitting. Prints as a table.
+class Calibration:
+    """What came of a calibration. Prints as a table.
 
     Attributes:
         target: a key of `QUESTIONS`.
         images: how many there were.
-        exits: one for each early exit.
+        exits: one entry for each early exit.
     """
 
     target: str
     images: int
-    exits: tuple[GateFit, ...]
+    exits: tuple[ExitCalibration, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
 
     def __str__(self) -> str:
+        title = ("exit", "module", "yes", "scale", "shift", "calibrated", "max prob", "base rate")
+        numbers = [(e.yes, e.scale, e.shift, e.loss, e.max_prob_loss, e.base_rate_loss) for e in self.exits]
         rows = [
-            (str(n), e.exit, *(f"{value:.4f}" for value in (e.yes, e.loss, e.max_prob, e.blind)))
-            for n, e in enumerate(self.exits)
+            (str(n), e.exit, *(f"{value:.4f}" for value in values))
+            for n, (e, values) in enumerate(zip(self.exits, numbers, strict=True))
         ]
+        remarks = "".join(f"\nExit {n}: {e.remark}" for n, e in enumerate(self.exits) if e.remark)
         return (
-            f"Gates on {self.images:,} images. {QUESTIONS[self.target]}\n"
-            + table([("exit", "module", "yes", "loss", "max prob", "blind"), *rows], left={1})
-            + "\nloss: cross-entropy of h, each image held out in turn; max prob: of the largest probability alone, scaled; "
-            f"blind: of an\nh that is the same for all. With fewer than {RARER} images of either answer, h is the largest probability, scaled."
+            f"Confidence calibrated on {self.images:,} images. {QUESTIONS[self.target]}\n"
+            + table([title, *rows], left={1})
+            + "\ncalibrated, max prob, base rate: cross-entropy on these images of the calibrated h, of the largest probability "
+            "as it is, and of\nan h that is the share of yes for every image. Lower is better." + remarks
         )
 
 
 def check_target(target: str | None, *others: str) -> None:
-    """Refuse what is no question to a gate.
+    """Refuse what is no question.
 
     Args:
-        target: a question, or None.
-        others: what else could have been said.
+        target: a key of `QUESTIONS`, or None.
+        others: what else could have been given.
 
     Raises:
         UnknownName: naming those that are.
     """
     if target is not None and target not in QUESTIONS:
-        raise unknown("gate target", target, [*QUESTIONS, *others])
+        raise unknown("calibration target", target, [*QUESTIONS, *others])
 
 
 def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
-    """Split a map-style data set into images for the heads and images for the gates.
+    """Split a map-style data set into images for the heads and images for calibration.
 
     Args:
         data: the training images.
-        share: of them, for the gates.
+        share: of them, for calibration.
         seed: which ones.
 
     Raises:
-        DataError: if too few would be left to either.
+        PteeError: if the share is out of range.
+        DataError: if it is too few images.
     """
     if not 0 < share <= LARGEST_SHARE:
-        raise PteeError(f"A share {share!r} of the images for gates must lie above 0, up to {LARGEST_SHARE}.")
+        raise PteeError(
+            f"The share of the images for calibration is {share!r}. It must lie above 0 and be {LARGEST_SHARE} at most."
+        )
     n = len(data)
     size = round(share * n)
-    if size < FEWEST:
+    if size < MIN_IMAGES:
         raise DataError(
-            f"{share:g} of {n:,} training images are {size}, and gates need {FEWEST} at least. Give a larger share "
-            "(--gate-share), or train without gates."
+            f"{share:g} of {n:,} training images are {size}, and calibration needs {MIN_IMAGES}. Give a larger share (",
+            Argument("calibrate_share", "0.3"),
+            "), or do not calibrate.",
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     parts = Subset(data, sorted(order[size:])), Subset(data, sorted(order[:size]))
@@ -133,97 +157,90 @@ def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     return parts
 
 
-def fit_gates(
+def calibrate(
     model: EarlyExitModel,
     data: Any,
     *,
     target: str | None = None,
-    reads: str = "answers",
     seed: int = 0,
     batch_size: int = 128,
     num_workers: int = 0,
     device: str | torch.device | None = None,
-    progress: bool = True,
-) -> GateFits:
-    """Give every exit a gate that decides who leaves there, fitted after the heads. No answer changes, only h does.
+) -> Calibration:
+    """Let rows leave by a calibrated confidence: the probability that the answer to a question is yes. No answer changes.
 
-    h is the largest probability, scaled to be the probability of a yes, and a small network adds to it as far as images that
-    are held out bear out; with fewer than 20 images of either answer it adds nothing. Gates ask what earlier exits said only
-    where heads build on one another, so that exits that are off cost nothing where they do not.
+    Two numbers for each exit are fitted to images. `model.confidence` is "calibrated" afterwards, and thresholds mean
+    something else than before, so choose them again (`ptee.tune`). Calibrate again after the heads were trained further.
 
-    Take images that the heads were not trained on. On images that the backbone itself was trained on it is nearly always
-    right, so gates that learn from them are too sure. Heads that are trained further want new gates.
+    Take images that neither the heads nor the backbone were trained on: on its training images the backbone is nearly
+    always right, so h would be too high. With fewer than 20 images h stays the largest probability, and the result says so.
 
     Args:
         model: with trained heads. In eval mode, on the device it was on, afterwards.
         data: a map-style data set of (image (c, h, w), label) or (image,), or a loader.
         target: the question: "agrees" (is this answer the backbone's?), "right" (is it the label?) or "best" (is it the
-            label, or would no later answer be? then leaving loses nothing). None: "best" with labels, "agrees" without.
-        reads: "answers" (a few numbers on the answers so far) or "features" (the head's feature vector, too, which wants
-            many images, and minutes where there are many).
-        seed: of the gates and of the fifths that are held out.
+            label, or is no later answer the label either? Then leaving loses nothing). None: "best" with labels, "agrees"
+            without.
+        seed: of what the data set draws, such as the order of a loader.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: for the heads; None: where the model is.
-        progress: show a bar, where standard error is a terminal.
+
+    Returns:
+        The numbers, and how well they fit. Prints as a table.
 
     Raises:
-        UnknownName: if there is no such target or no such thing to read.
-        DataError: if there are too few images, or no labels where they are asked for.
+        UnknownName: if there is no such target.
+        DataError: if there are no images, or no labels where the target needs them.
         PteeError: if exits are off.
     """
     require_early_exit(model)
     check_target(target)
-    Settings(seed=seed).checked()
+    TrainingConfig(seed=seed)  # refuses what is no seed
     model.require_all_on()
-    if reads not in READS:
-        raise unknown("thing for a gate to read", reads, READS)
     home = next(model.heads.parameters()).device
-    with own_random_numbers(seed), torch.inference_mode(False), torch.enable_grad():
-        gates = [model.new_gate(n, reads) for n in range(len(model.exits))]
+    loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model.to(home if device is None else resolve_device(device)).eval()
         try:
-            heard = _hear(
-                model, gates, batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers), progress
-            )
+            outputs = _run_heads(model, loader)
         finally:
             model.to(home)
-        target = target or ("best" if heard.labels is not None else "agrees")
-        yes = heard.yes(target)
-        exits = list(zip(model.exits, gates, heard.read, yes, strict=True))
-        rows = [
-            GateFit(e.name, **_fit(gate, x, y, seed)) for e, gate, x, y in with_bar(exits, "fitting gates", progress)
-        ]
-        model.put_gates(gates)
-    return GateFits(target, len(heard.answers[0]), tuple(rows))
-
-
-def hang_unfitted_gates(model: EarlyExitModel, target: str) -> GateFits:
-    """Give every exit a gate whose h is the largest probability as it is, where there are no images to fit one on.
-
-    Args:
-        model: with trained heads.
-        target: a key of `QUESTIONS`, which is not asked.
-    """
-    model.put_gates([model.new_gate(n, "answers") for n in range(len(model.exits))])
-    return GateFits(target, 0, ())
+    target = target or ("best" if outputs.labels is not None else "agrees")
+    positives = outputs.positives(target)
+    exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, positives))
+    model.calibrated = Calibrated(tuple(e.scale for e in exits), tuple(e.shift for e in exits))
+    model.confidence = CALIBRATED
+    return Calibration(target, outputs.answers.shape[1], exits)
 
 
 @dataclass(frozen=True)
-class _Heard:
-    """What the heads said of all images, as far as gates need it."""
+class _Outputs:
+    """What the exits answer for all images, as far as calibration needs it.
 
-    read: tuple[Tensor, ...]  # for each early exit (n, ...), what its gate reads
-    answers: Tensor  # (E+1, n)
-    labels: Tensor | None  # (n,)
-    fault: str  # why there are none
+    Attributes:
+        log_odds: (E, n) of the largest probability, float64; NaN where the answer is not finite.
+        answers: (E+1, n) classes.
+        labels: (n,) or None.
+        fault: why there are no labels.
+    """
 
-    def yes(self, target: str) -> Tensor:
+    log_odds: Tensor
+    answers: Tensor
+    labels: Tensor | None
+    fault: str
+
+    def positives(self, target: str) -> Tensor:
         """(E, n) whether the answer to the question is yes."""
         if target == "agrees":
             return self.answers[:-1] == self.answers[-1]
         if self.labels is None:
-            raise DataError(f"The question {target!r} needs labels: {self.fault}. Ask a gate for target 'agrees'.")
+            raise DataError(
+                f"The target {target!r} needs labels: {self.fault}. Without them give ",
+                Argument("target", "'agrees'"),
+                ".",
+            )
         right = self.answers == self.labels
         if target == "right":
             return right[:-1]
@@ -231,117 +248,65 @@ class _Heard:
         return right[:-1] | ~later
 
 
-@torch.no_grad()
-def _hear(model: EarlyExitModel, gates: Sequence[Gate], loader: Iterable[Any], progress: bool) -> _Heard:
-    read, answers, labels = [], [], []
-    for batch in with_bar(loader, "asking the heads", progress):
+@torch.inference_mode()
+def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
+    like = next(model.heads.parameters())
+    odds, answers, labels = [], [], []
+    for batch in tqdm(loader, desc="calibrating", disable=None, leave=False):
         images, known = split_batch(batch)
-        reading = model.read(model.prepared(images))
-        said = model.said(reading)
-        read.append([
-            gate.read(s.logits, [earlier.logits for earlier in said[:n]], s.features).cpu().double()
-            for n, (gate, s) in enumerate(zip(gates, said, strict=True))
-        ])  # fmt: skip
-        answers.append(torch.stack([y.argmax(-1) for y in (*(s.logits for s in said), reading.logits)]).cpu())
+        every = model.all_exits(images.to(like.device, like.dtype))
+        own = every.logits[:-1]
+        usable = own.amax(-1).isfinite() & every.confidence_logits.isfinite()  # elsewhere h is NaN
+        odds.append(torch.where(usable, log_odds(own), torch.nan).cpu().double())
+        answers.append(every.logits.argmax(-1).cpu())
         labels.append(torch.full((len(images),), UNKNOWN_LABEL) if known is None else known)
     if not answers:
         raise DataError("The data gave no batch: it is empty.")
-    every = torch.cat(labels)
-    none = bool((every == UNKNOWN_LABEL).all())
-    fault = "the data has none" if none else odd_labels(every, model.num_classes)
-    kept = tuple(torch.cat(parts) for parts in zip(*read, strict=True))
-    return _Heard(kept, torch.cat(answers, 1), None if fault else every, fault)
+    targets = torch.cat(labels)
+    none = bool((targets == UNKNOWN_LABEL).all())
+    fault = "the data has none" if none else odd_labels(targets, model.num_classes)
+    return _Outputs(torch.cat(odds, 1), torch.cat(answers, 1), None if fault else targets, fault)
 
 
-def _fit(gate: Gate, x: Tensor, yes: Tensor, seed: int) -> dict[str, float]:
-    """Fit one gate in float64; the figures of a `GateFit`."""
-    known = x.isfinite().all(-1)
-    x, y = x[known], yes[known].to(x.dtype)
-    if len(x) < FEWEST:
-        raise DataError(f"A gate needs {FEWEST} images with finite answers at least; there are {len(x)}. Give more.")
-    gate.double()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    order = order[y[order].argsort(stable=True)]  # as many of either answer in each fold
-    folds = [_Fold(gate, x, y, order[n::FOLDS]) for n in range(FOLDS)]
-    blind = sum(fold.blind() for fold in folds) / len(x)
-    losses = [sum(fold.loss() for fold in folds) / len(x)]
-    if min(y.sum(), (1 - y).sum()) >= RARER:
-        while len(losses) <= ROUNDS and len(losses) - 1 - _lowest(losses) < PATIENCE:
-            for fold in folds:
-                fold.descent.step()
-            losses.append(sum(fold.loss() for fold in folds) / len(x))
-    descent = _Descent(gate, x, y)
-    for _ in range(_lowest(losses)):
-        descent.step()
-    return {"yes": y.mean().item(), "loss": min(losses), "max_prob": losses[0], "blind": blind}
+def _fitted(name: str, odds: Tensor, positives: Tensor) -> ExitCalibration:
+    """Fit one exit in float64, to its log-odds (n,) and whether the answer is yes (n,)."""
+    known = odds.isfinite()
+    odds, yes = odds[known], positives[known].double()
+    n = len(yes)
+    scale, shift = fit_scale_and_shift(odds, yes) if n >= MIN_IMAGES else (1.0, 0.0)
+    loss, max_prob_loss = (
+        F.binary_cross_entropy_with_logits(logit, yes).item() if n else float("nan")
+        for logit in (scale * odds + shift, odds)
+    )
+    share = yes.mean().item() if n else float("nan")
+    base_rate = (yes.sum() + 1) / (n + 2)  # neither 0 nor 1
+    base_rate_loss = F.binary_cross_entropy(base_rate.expand(n), yes).item() if n else float("nan")
+    return ExitCalibration(name, n, share, scale, shift, loss, max_prob_loss, base_rate_loss)
 
 
-def _lowest(losses: Sequence[float]) -> int:
-    return min(range(len(losses)), key=losses.__getitem__)
+def fit_scale_and_shift(odds: Tensor, yes: Tensor) -> tuple[float, float]:
+    """Platt's method, with a weak prior that the scale is near 1; the scale is positive, and both are finite.
 
+    Args:
+        odds: (n,) log-odds, float64.
+        yes: (n,) 1 where the answer to the question is yes, else 0; float64.
 
-class _Descent:
-    """A gate on its way: first scale and shift of the max probability, then round by round the network that adds to it."""
+    Returns:
+        Scale and shift.
+    """
+    positives = yes.sum()
+    target = torch.where(yes > 0, (positives + 1) / (positives + 2), 1 / (len(yes) - positives + 2))
+    with torch.inference_mode(False), torch.enable_grad():
+        odds, target = odds.clone(), target.clone()  # tensors made in inference mode cannot be differentiated
+        found = torch.zeros(2, dtype=odds.dtype, requires_grad=True)  # log of the scale, shift
+        optimizer = torch.optim.LBFGS([found], max_iter=STEPS, line_search_fn="strong_wolfe")
 
-    def __init__(self, gate: Gate, x: Tensor, y: Tensor) -> None:
-        gate.standardise(x)
-        _scale(gate, x, y)
-        self.gate, self.y = gate, y
-        self.scaled, self.standard = gate.scaled(x).detach(), gate.standard(x)  # neither changes from here on
-        network = [p for name, p in gate.named_parameters() if name not in ("scale", "shift")]
-        self.weights = [p for p in network if p.dim() > 1]
-        self.optimiser = torch.optim.LBFGS(network, max_iter=STEPS, line_search_fn="strong_wolfe")
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            logit = odds * found[0].exp() + found[1]
+            loss = F.binary_cross_entropy_with_logits(logit, target) + found[0].square() / (2 * len(yes))
+            loss.backward()
+            return loss
 
-    def step(self) -> None:
-        """A few steps of L-BFGS on all images at once."""
-        self.optimiser.step(self._closure)
-
-    def _closure(self) -> Tensor:
-        self.optimiser.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(self.scaled + self.gate.network(self.standard), self.y)
-        loss = loss + PENALTY * sum(w.square().sum() for w in self.weights)
-        loss.backward()
-        return loss
-
-
-class _Fold:
-    """A copy of a gate that learns from all images but some, and is asked about these."""
-
-    def __init__(self, gate: Gate, x: Tensor, y: Tensor, held: Tensor) -> None:
-        learnt = torch.ones(len(x), dtype=torch.bool)
-        learnt[held] = False
-        self.descent = _Descent(copy.deepcopy(gate), x[learnt], y[learnt])
-        self.x, self.y = x[held], y[held]
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """Cross-entropy, summed over the images held out."""
-        return F.binary_cross_entropy_with_logits(self.descent.gate.judge(self.x), self.y, reduction="sum").item()
-
-    def blind(self) -> float:
-        """The same of the share of yes among those that were not."""
-        y = self.descent.y
-        share = (y.sum() + 1) / (len(y) + 2)  # not 0, not 1
-        return F.binary_cross_entropy(share.expand(len(self.y)), self.y, reduction="sum").item()
-
-
-def _scale(gate: Gate, x: Tensor, y: Tensor) -> None:
-    """Scale and shift of the log-odds, by maximum likelihood and Platt's targets, the scale positive and near 1 a priori."""
-    yes = y.sum()
-    target = torch.where(
-        y > 0, (yes + 1) / (yes + 2), 1 / (len(y) - yes + 2)
-    )  # not 0, not 1: few images would be too sure
-    log_odds, found = x[:, LOG_ODDS], torch.zeros(2, dtype=x.dtype, requires_grad=True)  # log scale, shift
-    optimiser = torch.optim.LBFGS([found], max_iter=SCALING_STEPS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        sure = log_odds * found[0].exp() + found[1]
-        loss = F.binary_cross_entropy_with_logits(sure, target) + found[0].square() / (2 * len(y))
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    with torch.no_grad():
-        gate.scale.copy_(found[0].exp())
-        gate.shift.copy_(found[1])
+        optimizer.step(closure)
+    return found[0].exp().item(), found[1].item()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptee.exits.confidence import first_exit
 from ptee.model.early_exit import EarlyExitModel, Reading
 from ptee.training.losses import ALONE, each_loss, get_loss
 from ptee.training.mixing import Mixture, as_probabilities, displacements, mix, mixture, shift
@@ -70,11 +71,9 @@ class Step(nn.Module):
         loss = self.loss(every.logits, every.confidence_logits, costs, target, self.settings.cost_weight)
         with torch.no_grad():
             answers = every.logits.argmax(-1)
-            wall = torch.tensor(self.model.threshold, device=device)[:, None]
-            sure = torch.cat([every.confidence[:-1] >= wall, torch.ones_like(answers[:1], dtype=torch.bool)])
-            first = sure.int().argmax(0)
+            leaving = first_exit(every.confidence[:-1], self.model.threshold)
             right = None if labels is None else (answers == labels).sum(1)
-            return Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
+            return Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(leaving, minlength=len(answers)))
 
     def _changed(self, reading: Reading) -> tuple[Reading, Mixture | None]:
         """What the heads read, shifted and mixed; the backbone's answer stays that to the image as it was."""

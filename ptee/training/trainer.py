@@ -123,13 +123,13 @@ def train(
         on_cache: called with the size of a cache of the training images, before it is filled.
 
     Raises:
-        PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or have gates.
+        PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or the model is calibrated.
         RunError: if the checkpoint belongs to another training.
     """
     require_early_exit(model)
     check_epochs(epochs)
     model.require_all_on()
-    _require_no_gates(model)
+    model.forget_calibration()
     settings = Settings(
         targets=targets, loss=loss, cost_weight=cost_weight, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
         seed=seed, precision=precision, patience=patience, temperature=temperature, reach=reach, schedule=schedule,
@@ -150,14 +150,6 @@ def train(
         if resume:
             run.resume()
         return run.fit(train_data, val_data, epochs, num_workers, cache, on_epoch, on_cache)
-
-
-def _require_no_gates(model: EarlyExitModel) -> None:
-    if any(e.gate for e in model.exits):
-        raise PteeError(
-            "This model has gates, which belong to its heads as they are; training would move both. Take them off first "
-            "(model.remove_gates()), and fit new ones afterwards (ptee.fit_gates)."
-        )
 
 
 def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:

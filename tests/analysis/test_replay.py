@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.analysis.replay import Again, Memory, Recallable, Step, make_plain, make_recallable, merged, run, take
+from ptee.analysis.active_rows import ActiveRows
+from ptee.analysis.replay import (
+    CachedModule,
+    ReplayCache,
+    RestartForward,
+    Step,
+    make_cached,
+    merged,
+    run,
+    take,
+    undo_cached,
+)
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
 
@@ -80,6 +91,19 @@ def test_every_row_gets_the_answer_that_it_gets_alone(net):
         assert torch.allclose(alone.logits[0], together.logits[i], atol=1e-5)
 
 
+def test_a_confidence_of_all_answers_so_far_follows_the_rows_through_passes_that_start_again(net):
+    model, x = early(net, EXITS), torch.randn(40, *SIZE)
+    with torch.no_grad():
+        for head, logits in zip(model.heads, model.all_exits(x).logits, strict=False):
+            head.logits.bias -= logits.mean(0)  # so that answers differ
+    model.confidence = "patience"
+    per_row = torch.tensor([[0.25, 2, 2], *[[2, 0.5, 0.5]] * 4]).repeat(8, 1)
+    h = model.all_exits(x).confidence[:-1].T
+    want = torch.cat([h >= per_row, torch.ones(40, 1, dtype=torch.bool)], 1).int().argmax(1)
+    assert set(want.tolist()) == {0, 1, 2, 3}
+    assert torch.equal(model.predict(x, per_row).exit_index, want)
+
+
 def test_where_nobody_leaves_the_answer_is_the_backbones(net):
     x = torch.randn(4, *SIZE)
     expected = net(x).detach()
@@ -108,7 +132,7 @@ def test_no_module_computes_anything_twice(net):
 def test_detaching_leaves_no_trace(net):
     before = {name: set(vars(module)) for name, module in net.named_modules()}
     one, two = early(net, EXITS), early(net, ["cells.2"])
-    assert any(isinstance(vars(m).get("forward"), Recallable) for m in net.modules())
+    assert any(isinstance(vars(m).get("forward"), CachedModule) for m in net.modules())
     one.detach()
     x = torch.randn(4, *SIZE)
     two.threshold = thresholds(two, x)
@@ -131,7 +155,7 @@ def test_copies_and_pickles_answer_alike(net):
         assert all(
             vars(m)["forward"].module is m
             for m in other.backbone.modules()
-            if isinstance(vars(m).get("forward"), Recallable)
+            if isinstance(vars(m).get("forward"), CachedModule)
         )
 
 
@@ -377,40 +401,42 @@ def test_a_tensor_that_does_not_carry_the_rows_is_refused():
 @pytest.mark.parametrize("needed", [True, False])
 def test_what_nobody_reads_again_keeps_its_shape_alone(needed):
     module = nn.Identity()
-    make_recallable([module])
-    memory = Memory({module: Step("m", (0,), needed, False)})
+    make_cached([module])
+    rows = ActiveRows(2)
+    cache = ReplayCache({module: Step("m", (0,), needed, False)}, rows)
     seen: list[Tensor] = []
 
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             seen.append(module(x))
             if len(seen) == 1:
-                memory.keep_rows(torch.tensor([1]))
-                raise Again
+                rows.keep(torch.tensor([1]))
+                raise RestartForward
             return seen[-1]
 
     x = torch.tensor([[1.0], [2.0]])
-    run(Net(), x, memory)
+    run(Net(), x, cache)
     assert seen[1].tolist() == ([[2.0]] if needed else [[0.0]])
-    make_plain([module])
+    undo_cached([module])
     assert "forward" not in vars(module)
 
 
 def test_what_is_overwritten_later_is_kept_as_it_was():
     module = nn.Identity()
-    make_recallable([module])
-    memory = Memory({module: Step("m", (0,), True, True)})
+    make_cached([module])
+    rows = ActiveRows(2)
+    cache = ReplayCache({module: Step("m", (0,), True, True)}, rows)
     seen: list[Tensor] = []
 
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             seen.append(module(x.clone()).add_(1))
             if len(seen) == 1:
-                memory.keep_rows(torch.tensor([0]))
-                raise Again
+                rows.keep(torch.tensor([0]))
+                raise RestartForward
             return seen[-1]
 
-    assert run(Net(), torch.tensor([[1.0], [2.0]]), memory).tolist() == [[2.0]]
+    assert run(Net(), torch.tensor([[1.0], [2.0]]), cache).tolist() == [[2.0]]
 
 
 def test_the_plan_says_at_which_exits_a_pass_begins_anew(net):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptee.pipeline.asked import named_networks, names_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -34,9 +35,9 @@ from ptee.evaluation.comparison import LINES, compare
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.evaluation.targets import curve, lost
 from ptee.evaluation.traces import record
+from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.front import named_front
 from ptee.model.build import build
-from ptee.pipeline.asked import named_networks, names_of
 
 SIZE, K, N = (3, 8, 8), 4, 80
 DROPS = (0.0, 0.1, 0.3)
@@ -131,6 +132,38 @@ def test_every_figure_of_a_run_is_what_running_it_gives():
             assert cost == pytest.approx(entry.cost)
             assert drop == pytest.approx(entry.drop)
             assert answered(made(seed), entry, images(1))[1] == pytest.approx(entry.drop_in_calibration)
+
+
+def calibrated() -> ptee.EarlyExitModel:
+    model = made(1)
+    ptee.calibrate(model, images(3))
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIDENCES)
+def test_the_line_of_a_confidence_is_what_running_the_model_with_it_gives(name):
+    model = calibrated()
+    model.confidence = "learned" if name != "learned" else "margin"
+    found = compare({"one": model}, images(1), images(2), drops=DROPS, lines=[name])
+    model.confidence = name
+    for entry in found.lines[0].entries:
+        cost, drop = answered(model, entry, images(2))
+        assert (cost, drop) == (pytest.approx(entry.cost), pytest.approx(entry.drop))
+
+
+def test_a_runs_own_confidence_is_its_first_line_and_is_not_shown_twice():
+    model = made(1)
+    model.confidence = "entropy"
+    found = compare({"one": model}, images(1), images(2), drops=DROPS, lines=["own", "entropy", "max_prob"])
+    assert [each.name for each in found.lines] == ["one", "one, max probability"]
+    for entry in found.lines[0].entries:
+        assert answered(model, entry, images(2)) == (pytest.approx(entry.cost), pytest.approx(entry.drop))
+
+
+def test_calibrated_is_refused_for_runs_that_are_not_before_they_answer_anything(monkeypatch):
+    monkeypatch.setattr("ptee.evaluation.comparison.record", None)
+    with pytest.raises(PteeError, match="'calibrated' has not been fitted"):
+        compared(lines=["own", "calibrated"])
 
 
 def test_a_static_network_is_what_it_answers_and_costs_alone():
@@ -312,7 +345,7 @@ def test_it_is_json_with_everything_in_it():
 
 
 def test_a_run_gets_the_lines_that_are_asked_for_and_they_are_as_before():
-    every, some = compared(), compared(lines=["max_prob", "learned"])
+    every, some = compared(), compared(lines=["max_prob", "own"])
     names = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
     assert [each.name for each in some.lines] == [*names, "small", "small, then Sequential"]
     assert all(line(every, each.name) == each for each in some.lines)
@@ -332,7 +365,7 @@ def test_the_command_has_every_line_where_none_is_asked_for():
         (
             ["oracle"],
             PteeError,
-            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of learned, ",
+            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of own, ",
         ),
         ([], PteeError, r"\(none\). Add"),
     ],

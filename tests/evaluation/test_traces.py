@@ -252,7 +252,8 @@ def test_the_sample_is_of_the_data_and_nearly_as_large_as_it_may_be(n, batch_siz
     assert len(set(sample[:, 0, 0, 0].tolist()) & set(range(n))) == len(sample)
 
 
-@pytest.mark.parametrize(("policy", "cost"), [("max_prob", 0.4), ("patience", 0.5)])
-def test_a_policy_that_asks_earlier_exits_pays_for_their_heads(policy, cost):
-    found = replace(traces(), logits=torch.rand(3, 4, K), head_costs=torch.tensor([0.1, 0.1], dtype=torch.float64))
-    assert found.under(policy).costs_without([0])[1].item() == pytest.approx(cost)
+@pytest.mark.parametrize(("name", "cost"), [("max_prob", 0.4), ("patience", 0.5)])
+def test_a_confidence_that_needs_the_answers_of_earlier_exits_pays_for_their_heads(name, cost):
+    said = {"logits": torch.rand(3, 4, K), "confidence_logits": torch.zeros(2, 4)}
+    found = replace(traces(), **said, head_costs=torch.tensor([0.1, 0.1], dtype=torch.float64))
+    assert found.under(name).costs_without([0])[1].item() == pytest.approx(cost)

@@ -350,15 +350,6 @@ def test_the_least_cost_is_that_of_one_exit_and_of_the_heads_that_it_needs(secon
     assert plan.least_cost == pytest.approx(own[cheapest])
 
 
-def test_gates_to_come_raise_the_least_cost():
-    exits, head = ["input", "layer1.0"], ["res-64x2", "pool"]
-    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=exits, head=head)
-    alone, gated = model.least_cost(), model.least_cost(gates="answers")
-    assert not any(e.gate for e in model.exits)
-    model.put_gates([model.new_gate(n, "answers") for n in range(2)])
-    assert alone < gated == model.least_cost()
-
-
 def test_the_input_comes_first():
     with pytest.raises(CutError, match=r"'input' is the first of all\. Name it in front of 'layer1\.0'"):
         build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0", "input"])

@@ -12,8 +12,9 @@ import ptee
 from ptee._common.errors import PteeError, UnknownName
 from ptee.analysis.layout import Layout
 from ptee.exits.build import build_head
+from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.head_spec import parse_head
-from ptee.exits.heads import HEADS, ExitHead, confidence_of, register_head
+from ptee.exits.heads import HEADS, ExitHead, HeadOutput, register_head
 
 b, K, C, H, W = 4, 5, 6, 4, 3
 MAP = Layout("bchw", C, H, W)
@@ -215,26 +216,18 @@ def test_a_head_in_float64_keeps_its_precision():
     assert make_head("pool", MAP, K).double()(torch.randn(b, C, H, W).double())[1].dtype == torch.float64
 
 
-def test_confidence_is_the_sigmoid_of_its_logit_in_float32():
-    logit = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
-    h = confidence_of(logit)
-    assert h.dtype == torch.float32
-    torch.testing.assert_close(h.double(), 1 / (1 + (-logit).exp()), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("logit", [float("nan"), float("inf"), -float("inf")])
-def test_a_logit_that_is_not_finite_gives_no_confidence(logit):
-    h = confidence_of(torch.tensor([[logit, 1.0]]))
-    assert h.isnan().tolist() == [[True, False]]
+def learned(said: HeadOutput) -> Tensor:
+    """(b,) h of the head's own confidence layer."""
+    return CONFIDENCES["learned"](0, said.logits, (), said.confidence_logit, 1)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @each_head
 def test_a_poisoned_row_has_no_confidence_and_its_neighbours_keep_theirs(name, poison):
     head, z = make_head(name, MAP, K).eval(), torch.randn(b, C, H, W)
-    clean = confidence_of(head(z)[1])
+    clean = learned(HeadOutput(*head(z)))
     z[1] = poison
-    h = confidence_of(head(z)[1])
+    h = learned(HeadOutput(*head(z)))
     assert h[1].isnan()
     torch.testing.assert_close(h[[0, 2, 3]], clean[[0, 2, 3]])
 
@@ -246,14 +239,14 @@ def test_nobody_is_sure_of_an_answer_that_builds_on_a_poisoned_one(name, poison)
     before[1, 2] = poison
     said = head.follow(z, [before])
     assert not said.logits[1].isfinite().any()
-    assert confidence_of(said.confidence).isnan().tolist() == [False, True, False, False]
+    assert learned(said).isnan().tolist() == [False, True, False, False]
 
 
 def test_an_answer_may_rule_a_class_out():
     head = make_head("pool", MAP, K).eval()
     with torch.no_grad():
         head.logits.bias[0] = -torch.inf
-    assert head(torch.randn(b, C, H, W))[1].isfinite().all()
+    assert learned(HeadOutput(*head(torch.randn(b, C, H, W)))).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------- the registry

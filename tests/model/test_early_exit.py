@@ -1037,7 +1037,7 @@ def test_a_new_model_is_in_eval_mode_on_its_backbones_device_with_thresholds_of_
 
 
 @pytest.mark.parametrize("thing", [nn.Linear(2, 2), "resnet50"], ids=["a module", "a name"])
-@pytest.mark.parametrize("name", ["train", "fit_gates", "tune", "evaluate", "compare"])
+@pytest.mark.parametrize("name", ["train", "calibrate", "tune", "evaluate", "compare"])
 def test_what_has_no_exits_is_refused_by_name(name, thing):
     data = TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))
     words = {"tune": {"max_cost": 0.9}}.get(name, {})

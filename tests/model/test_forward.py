@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.model.forward import AllLeft, ExitHook, Leaving, Watching, running
+from ptee.exits.confidence import CONFIDENCES
+from ptee.model.forward import ExitEarly, ExitHook, RecordAll, StopForward, running
 
 b, C, K = 5, 2, 3
 NEVER, ALWAYS = 2.0, 0.0
@@ -51,7 +52,7 @@ def rows(*sureness: float) -> Tensor:
     return torch.stack([torch.arange(len(sureness), dtype=torch.float32), torch.tensor(sureness)], 1)
 
 
-def call_of(kind: type = Leaving, *threshold: float | Tensor):
+def call_of(kind: type = ExitEarly, *threshold: float | Tensor, batch: int = b):
     plan = SimpleNamespace(
         exits=[SimpleNamespace(name="one"), SimpleNamespace(name="two")],
         costs=COSTS,
@@ -60,7 +61,8 @@ def call_of(kind: type = Leaving, *threshold: float | Tensor):
         skipped=(),
     )
     hooks = [ExitHook(), ExitHook()]
-    return kind(hooks, [Says(0), Says(1)], plan, *([threshold] if kind is Leaving else []))
+    more = [CONFIDENCES["learned"], threshold] if kind is ExitEarly else []
+    return kind(hooks, [Says(0), Says(1)], plan, batch, *more)
 
 
 def run(call, x: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ def run(call, x: Tensor) -> Tensor:
 
 
 def test_rows_leave_at_the_first_sure_exit_and_come_back_in_order():
-    call = call_of(Leaving, 0.9, 0.5)
+    call = call_of(ExitEarly, 0.9, 0.5)
     answer = run(call, rows(-1.0, 9.0, 1.0, 9.0, -1.0))
     assert answer[:, 0].tolist() == [0, 4]
     out = call.result(answer)
@@ -87,53 +89,53 @@ def test_rows_leave_at_the_first_sure_exit_and_come_back_in_order():
 
 
 def test_thresholds_of_single_rows_go_along_with_the_rows_that_stay():
-    call = call_of(Leaving, torch.tensor([0.0, 2, 2, 2, 0]), torch.tensor([2.0, 0, 2, 0, 2]))
+    call = call_of(ExitEarly, torch.tensor([0.0, 2, 2, 2, 0]), torch.tensor([2.0, 0, 2, 0, 2]))
     out = call.result(run(call, rows(1, 1, 1, 1, 1)))
     assert out.exit_index.tolist() == [0, 1, 2, 1, 0]
 
 
 @pytest.mark.parametrize("logit", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_with_a_logit_that_is_no_number_stays(logit):
-    call = call_of(Leaving, ALWAYS, ALWAYS)
+    call = call_of(ExitEarly, ALWAYS, ALWAYS)
     out = call.result(run(call, rows(0, logit, 0, 0, 0)))
     assert out.exit_index.tolist() == [0, 2, 0, 0, 0]
 
 
 def test_where_everybody_stays_the_output_is_not_copied():
-    call, x = call_of(Leaving, NEVER, NEVER), rows(1, 1, 1)
+    call, x = call_of(ExitEarly, NEVER, NEVER, batch=3), rows(1, 1, 1)
     with running(call):
         assert all(hook(nn.Identity(), (x,), x) is None for hook in call.hooks)
 
 
 def test_where_everybody_has_left_the_pass_ends_with_a_signal():
-    call = call_of(Leaving, ALWAYS, NEVER)
-    with pytest.raises(AllLeft), running(call):
+    call = call_of(ExitEarly, ALWAYS, NEVER, batch=2)
+    with pytest.raises(StopForward), running(call):
         call.hooks[0](nn.Identity(), (), rows(1, 1))
     assert call.result(None).exit_index.tolist() == [0, 0]
 
 
 def test_the_signal_is_none_of_the_exceptions_that_a_backbone_catches():
-    assert not issubclass(AllLeft, Exception)
+    assert not issubclass(StopForward, Exception)
 
 
 def test_a_hook_does_nothing_outside_of_a_call_and_nothing_in_another_models_call():
-    call, x = call_of(Leaving, ALWAYS, ALWAYS), rows(1, 1)
+    call, x = call_of(ExitEarly, ALWAYS, ALWAYS, batch=2), rows(1, 1)
     assert call.hooks[0](nn.Identity(), (), x) is None
     with running(call):
         assert ExitHook()(nn.Identity(), (), x) is None
     assert call.passed == 0
 
 
-@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, AllLeft], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, StopForward], ids=lambda e: e.__name__)
 def test_a_call_ends_however_its_pass_ends(error):
-    call, x = call_of(Leaving, ALWAYS, ALWAYS), rows(1, 1)
+    call, x = call_of(ExitEarly, ALWAYS, ALWAYS, batch=2), rows(1, 1)
     with suppress(error), running(call):
         raise error(call)
     assert call.hooks[0](nn.Identity(), (), x) is None
 
 
 def test_calls_nest_and_the_outer_one_goes_on():
-    outer, inner, x = call_of(Watching), call_of(Watching), rows(1, 1)
+    outer, inner, x = call_of(RecordAll), call_of(RecordAll), rows(1, 1)
     with running(outer):
         outer.hooks[0](nn.Identity(), (), x)
         with running(inner):
@@ -144,13 +146,13 @@ def test_calls_nest_and_the_outer_one_goes_on():
 
 
 def test_exits_reached_out_of_order_are_refused():
-    call = call_of(Watching)
+    call = call_of(RecordAll)
     with pytest.raises(PteeError, match=r"Exit 1 \(two\).*exit 0"), running(call):
         call.hooks[1](nn.Identity(), (), rows(1, 1))
 
 
 def test_an_exit_that_was_not_passed_is_named():
-    call = call_of(Watching)
+    call = call_of(RecordAll)
     with running(call):
         call.hooks[0](nn.Identity(), (), rows(1, 1))
     with pytest.raises(PteeError, match=r"exit 1 \(two\)"):
@@ -171,15 +173,15 @@ class Fails(nn.Module):
     ids=["a feature map of another size", "any other failure"],
 )
 def test_a_head_that_fails_is_explained_where_the_size_is_another(planned, error, said):
-    call = call_of(Leaving, ALWAYS, ALWAYS)
+    call = call_of(ExitEarly, ALWAYS, ALWAYS)
     call.plan.cuts[0].shape, call.plan.input_size, call.heads[0] = planned, (3, 8, 8), Fails()
     with pytest.raises(error, match=said), running(call):
         call.hooks[0](nn.Identity(), (), rows(1, 1))
 
 
 def test_the_logits_have_the_type_that_was_asked_for_even_where_the_backbone_gave_none():
-    call = call_of(Leaving, ALWAYS, ALWAYS)
-    with suppress(AllLeft):
+    call = call_of(ExitEarly, ALWAYS, ALWAYS, batch=2)
+    with suppress(StopForward):
         run(call, rows(1, 1))
     assert call.result(None, torch.float64).logits.dtype == torch.float64
 
@@ -228,7 +230,7 @@ def test_the_head_runs_outside_of_the_call():
             inside.append(call.hooks[0](nn.Identity(), (), z))
             return super().forward(z)
 
-    call, inside = call_of(Watching), []
+    call, inside = call_of(RecordAll), []
     call.heads[0] = Nosy(0)
     with running(call):
         call.hooks[0](nn.Identity(), (), rows(1, 1))

@@ -114,9 +114,9 @@ def test_what_is_no_exit_cannot_be_off(model, off):
 
 
 @pytest.mark.parametrize("off", [[1], [0, 2]])
-def test_heads_and_gates_learn_with_all_exits_on_or_not_at_all(model, x, off):
+def test_training_and_calibration_need_all_exits_on(model, x, off):
     model.off = off
-    for learn in (ptee.train, ptee.fit_gates):
+    for learn in (ptee.train, ptee.calibrate):
         with pytest.raises(PteeError, match=rf"{', '.join(map(str, off))} (is|are) off.*model\.off = \[\]"):
             learn(model, [(image, 1) for image in x])
 

@@ -1,4 +1,4 @@
-"""Fitting gates: the question is answered, by the images alone and the seed, and nothing but h changes."""
+"""Calibration: two numbers an exit, fitted to a question by the images alone; nothing but h changes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import ptee
 from ptee._common.errors import DataError, PteeError, UnknownName
 from ptee.backbones.load import load_backbone
-from ptee.exits.gates import LOG_ODDS, READS, Gate
+from ptee.exits.confidence import log_odds
 from ptee.model.build import build
-from ptee.training import calibration as decision
-from ptee.training.calibration import QUESTIONS, GateFits, _Descent, fit_gates, hold_out
+from ptee.training.calibration import QUESTIONS, Calibration, calibrate, fit_scale_and_shift, hold_out
 
 n, K, SIZE = 400, 5, (3, 8, 8)
 
@@ -36,8 +35,8 @@ class Net(nn.Module):
         return 20 * self.fc(x.flatten(1))
 
 
-def make(exits: tuple[str, ...] = ("one", "two")) -> ptee.EarlyExitModel:
-    made = build(load_backbone(Net(), input_size=SIZE), exits=list(exits), head="plain")
+def make() -> ptee.EarlyExitModel:
+    made = build(load_backbone(Net(), input_size=SIZE), exits=["one", "two"], head="plain")
     with torch.no_grad():
         for head in made.heads:
             head.logits.weight.mul_(5)
@@ -62,74 +61,56 @@ def random_labels(images: Tensor) -> TensorDataset:
     return TensorDataset(images, torch.randint(K, (len(images),)))
 
 
-def right_where_the_margin_is_large(model: ptee.EarlyExitModel, images: Tensor) -> Tensor:
-    """Labels by which exit 0 is right on one half of the images."""
-    logits = model.all_exits(images).logits[0].detach()
-    top = logits.softmax(-1).topk(2)
-    margin, answer = top.values[:, 0] - top.values[:, 1], top.indices[:, 0]
-    return torch.where(margin > margin.median(), answer, (answer + 1) % K)
-
-
-@pytest.mark.parametrize("reads", READS)
-def test_a_gate_finds_out_that_answers_of_large_margin_are_right(reads, images):
-    model = make(("one",))
-    labels = right_where_the_margin_is_large(model, torch.cat([images, torch.randn(n, *SIZE)]))
-    seen, other = labels[:n], torch.randn(n, *SIZE)
-    fits = fit_gates(model, TensorDataset(images, seen), target="right", reads=reads)
-    wanted = right_where_the_margin_is_large(model, other)
-    every = model.all_exits(other)
-    right = every.logits[0].argmax(-1) == wanted
-    assert roc_auc_score(right, every.confidence[0].detach()) > 0.95
-    assert fits.exits[0].loss < fits.exits[0].blind / 2
-    assert every.confidence[0].mean().item() == pytest.approx(right.double().mean().item(), abs=0.1)
-
-
-def test_what_cannot_be_known_leaves_h_at_the_share_of_yes(model, images):
-    fits = fit_gates(model, random_labels(images), target="right")
-    h = model.all_exits(images).confidence
-    for exit_, sure in zip(fits.exits, h, strict=False):
-        assert exit_.loss < 1.05 * exit_.blind
-        assert sure.mean().item() == pytest.approx(exit_.yes, abs=0.08)
-
-
 def max_prob(model: ptee.EarlyExitModel, images: Tensor) -> Tensor:
     """(E, n)."""
     return model.all_exits(images).logits[:-1].softmax(-1).amax(-1).detach()
 
 
-def test_where_rounds_bring_nothing_h_is_the_max_probability_scaled(model, images, monkeypatch):
-    monkeypatch.setattr(decision._Descent, "step", lambda descent: None)
-    fits = fit_gates(model, random_labels(images), target="right")
-    assert [e.loss == e.max_prob for e in fits.exits] == [True, True]
-    h = model.all_exits(images).confidence[:-1]
-    for own, top, head in zip(h, max_prob(model, images), model.heads, strict=True):
-        torch.testing.assert_close(own.logit(), head.gate.scale * top.logit() + head.gate.shift, rtol=1e-3, atol=1e-3)
+def mostly_right_where_sure(model: ptee.EarlyExitModel, images: Tensor) -> Tensor:
+    """Labels by which the answer of exit 0 is right with the probability sigmoid(.4 log-odds + .3)."""
+    logits = model.all_exits(images).logits[0].detach()
+    right = (0.4 * log_odds(logits) + 0.3).sigmoid() > torch.rand(len(images))
+    return torch.where(right, logits.argmax(-1), (logits.argmax(-1) + 1) % K)
 
 
-def test_twenty_images_do_not_make_a_gate_worse_than_the_max_probability_by_much(images):
-    model = make(("one",))
-    labels = right_where_the_margin_is_large(model, images)
-    fit_gates(model, TensorDataset(images[:20], labels[:20]), target="right")
-    every = model.all_exits(images[20:])
-    right = every.logits[0].argmax(-1) == labels[20:]
-    aurocs = [roc_auc_score(right, h.detach()) for h in (every.confidence[0], max_prob(model, images[20:])[0])]
-    assert aurocs[0] > aurocs[1] - 0.05
+# ---------------------------------------------------------------------------------------------------- what h becomes
 
 
-def test_gates_of_heads_that_stand_alone_need_no_earlier_head(images):
-    model = make()
-    fit_gates(model, TensorDataset(images, right_where_the_margin_is_large(model, images)), target="right")
-    assert [head.builds_on_previous for head in model.heads] == [False, False]
-    costs = model.costs
-    model.off = [0]
-    assert model.predict(images, 0).cost[0] < costs[1]
+def test_h_is_the_probability_of_a_yes_and_orders_rows_as_the_largest_probability(model, images):
+    labels = mostly_right_where_sure(model, images)
+    found = calibrate(model, TensorDataset(images, labels), target="right")
+    every = model.all_exits(images)
+    right, h = every.logits[0].argmax(-1) == labels, every.confidence[0].detach()
+    assert model.confidence == "calibrated"
+    assert found.exits[0].loss < found.exits[0].max_prob_loss
+    assert found.exits[0].loss < found.exits[0].base_rate_loss
+    assert h.mean().item() == pytest.approx(right.double().mean().item(), abs=0.02)
+    assert roc_auc_score(right, h) >= roc_auc_score(right, max_prob(model, images)[0]) - 1e-9
+
+
+def test_what_cannot_be_known_leaves_h_near_the_share_of_yes(model, images):
+    found = calibrate(model, random_labels(images), target="right")
+    for exit_, sure in zip(found.exits, model.all_exits(images).confidence, strict=False):
+        assert exit_.loss < 1.02 * exit_.base_rate_loss
+        assert sure.mean().item() == pytest.approx(exit_.yes, abs=0.05)
+
+
+def test_the_losses_are_cross_entropies_on_these_images(model, images):
+    labels = mostly_right_where_sure(model, images)
+    top, right = max_prob(model, images)[0], model.all_exits(images).logits[0].argmax(-1) == labels
+    found = calibrate(model, TensorDataset(images, labels), target="right").exits[0]
+    h = model.all_exits(images).confidence[0].detach()
+    assert found.loss == pytest.approx(F.binary_cross_entropy(h, right.float()).item(), abs=1e-4)
+    assert found.max_prob_loss == pytest.approx(F.binary_cross_entropy(top, right.float()).item(), abs=1e-3)
+    p = (right.sum().item() + 1) / (n + 2)
+    assert found.base_rate_loss == pytest.approx(-(found.yes * math.log(p) + (1 - found.yes) * math.log(1 - p)))
 
 
 @pytest.mark.parametrize("target", QUESTIONS)
 def test_the_share_of_yes_is_that_of_the_question(target, model, images):
     labels = torch.randint(K, (n,))
     answers = model.all_exits(images).logits.argmax(-1).tolist()
-    fits = fit_gates(model, TensorDataset(images, labels), target=target)
+    found = calibrate(model, TensorDataset(images, labels), target=target)
     for e in range(2):
         yes = 0
         for i, label in enumerate(labels.tolist()):
@@ -139,7 +120,7 @@ def test_the_share_of_yes_is_that_of_the_question(target, model, images):
                 "right": right[e],
                 "best": right[e] or not any(right[e + 1 :]),
             }[target]
-        assert fits.exits[e].yes == pytest.approx(yes / n)
+        assert found.exits[e].yes == pytest.approx(yes / n)
 
 
 @pytest.mark.parametrize("right", [False, True])
@@ -147,199 +128,206 @@ def test_where_every_image_has_the_same_answer_h_says_so_and_still_tells_rows_ap
     labels = model.all_exits(images).logits[0].argmax(-1) if right else torch.full((n,), K - 1)
     with torch.no_grad():
         model.heads[0].logits.bias[K - 1] -= 0 if right else 1000  # never its answer
-    fits = fit_gates(model, TensorDataset(images, labels), target="right")
-    assert fits.exits[0].yes == right
-    assert fits.exits[0].loss == fits.exits[0].max_prob
+    found = calibrate(model, TensorDataset(images, labels), target="right")
+    assert found.exits[0].yes == right
+    assert f"only 0 images have the answer {'no' if right else 'yes'}" in str(found)
     h = model.all_exits(images).confidence[0].detach()
     assert h.mean().item() == pytest.approx(float(right), abs=0.1)
     assert (h[max_prob(model, images)[0].argsort()].diff() >= 0).all()
     assert len(h.unique()) > n / 2
 
 
-def log_odds_and_answers(n: int, scale: float, shift: float, seed: int) -> tuple[Tensor, Tensor]:
-    """What a gate without features or earlier exits reads (n, 4), and whether the answer is yes (n,), by chance."""
-    logits = 3 * torch.randn(n, 10, generator=torch.Generator().manual_seed(seed))
-    read = Gate("answers", 1, follows=False).read(logits, [], torch.zeros(n, 1)).double()
-    chance = (scale * read[:, LOG_ODDS] + shift).sigmoid()
-    return read, chance > torch.rand(n, dtype=torch.double, generator=torch.Generator().manual_seed(seed + 1))
+# ---------------------------------------------------------------------------------------------------- the two numbers
 
 
-def test_scale_and_shift_are_found_and_stay_as_they_are_while_the_network_learns():
-    x, yes = log_odds_and_answers(5000, 0.4, 0.5, 0)
-    descent = _Descent(Gate("answers", 1, follows=False).double(), x, yes.double())
-    found = (descent.gate.scale.item(), descent.gate.shift.item())
-    assert found == pytest.approx((0.4, 0.5), abs=0.08)
-    before = descent.gate.judge(x).detach()
-    descent.step()
-    assert (descent.gate.scale.item(), descent.gate.shift.item()) == found
-    assert not torch.equal(descent.gate.judge(x), before)
+def log_odds_and_answers(size: int, scale: float, shift: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Log-odds (size,), and whether the answer is yes (size,), by chance."""
+    odds = log_odds(3 * torch.randn(size, 10, generator=torch.Generator().manual_seed(seed))).double()
+    drawn = torch.rand(size, dtype=torch.double, generator=torch.Generator().manual_seed(seed + 1))
+    return odds, ((scale * odds + shift).sigmoid() > drawn).double()
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.4, 0.5), (1.0, 0.0), (2.0, -1.0), (0.1, 2.0)])
+def test_scale_and_shift_are_found_again(scale, shift):
+    found = fit_scale_and_shift(*log_odds_and_answers(20_000, scale, shift))
+    assert found == pytest.approx((scale, shift), abs=0.1)
 
 
 @pytest.mark.parametrize("size", [20, 400])
 def test_answers_that_can_be_told_apart_entirely_make_nobody_entirely_sure(size):
-    x, _ = log_odds_and_answers(size, 1, 0, 0)
-    gate = Gate("answers", 1, follows=False).double()
-    _Descent(gate, x, (x[:, LOG_ODDS] > x[:, LOG_ODDS].median()).double())
-    assert 0 < gate.scale < 20
-    assert (x[:, LOG_ODDS] * gate.scale + gate.shift).sigmoid().median() < 0.9
+    odds, _ = log_odds_and_answers(size, 1, 0)
+    scale, shift = fit_scale_and_shift(odds, (odds > odds.median()).double())
+    assert 0 < scale < 20
+    assert (odds * scale + shift).sigmoid().median() < 0.9
+
+
+@pytest.mark.parametrize("yes", [0.0, 1.0])
+def test_answers_of_one_kind_give_finite_numbers_that_keep_the_order(yes):
+    scale, shift = fit_scale_and_shift(log_odds_and_answers(20, 1, 0)[0], torch.full((20,), yes, dtype=torch.double))
+    assert scale > 0
+    assert math.isfinite(scale) and math.isfinite(shift)
+
+
+def test_answers_that_go_against_the_largest_probability_keep_the_scale_positive():
+    odds, _ = log_odds_and_answers(400, 1, 0)
+    scale, shift = fit_scale_and_shift(odds, (odds < odds.median()).double())
+    assert 0 < scale < 0.2
+    assert math.isfinite(shift)
 
 
 @pytest.mark.parametrize(("size", "shift"), [(30, 0.5), (60, 0.5), (300, 2.5)])
-def test_few_images_of_the_rarer_answer_cost_little_order_and_no_truth(size, shift):
-    """The answers come from the max probability alone, so any more that a gate believes is wrong. Over ten draws."""
+def test_few_images_cost_little_truth_over_ten_draws(size, shift):
     fresh, wanted = log_odds_and_answers(5000, 0.4, shift, 1000)
+    share = wanted.mean()
+    base_rate = F.binary_cross_entropy(share.expand(len(wanted)), wanted)
     for seed in range(10):
-        x, yes = log_odds_and_answers(size, 0.4, shift, 2 * seed)
-        gate = Gate("answers", 1, follows=False)
-        decision._fit(gate, x, yes, seed)
-        with torch.no_grad():
-            h = gate.judge(fresh).sigmoid()
-        best = roc_auc_score(wanted, fresh[:, LOG_ODDS])
-        assert roc_auc_score(wanted, h) > best - 0.05
-        share = wanted.double().mean()
-        blind = F.binary_cross_entropy(share.expand(len(h)), wanted.double())
-        assert F.binary_cross_entropy(h, wanted.double()) < 1.2 * blind
+        scale, more = fit_scale_and_shift(*log_odds_and_answers(size, 0.4, shift, 2 * seed))
+        assert F.binary_cross_entropy_with_logits(scale * fresh + more, wanted) < 1.2 * base_rate
 
 
-@pytest.mark.parametrize("wrong", [1, 19])
-def test_a_few_answers_of_one_kind_change_no_order_even_if_they_were_the_surest(wrong, model, images):
-    answers, sure = model.all_exits(images).logits[0].argmax(-1), max_prob(model, images)[0]
-    labels = answers.clone()
-    worst = sure.topk(wrong).indices
-    labels[worst] = (answers[worst] + 1) % K
-    fit_gates(model, TensorDataset(images, labels), target="right")
-    h = model.all_exits(images).confidence[0].detach()
-    assert (h[sure.argsort()].diff() >= 0).all()
+# ---------------------------------------------------------------------------------------------------- few images
 
 
-def test_labels_make_the_question_and_without_them_the_backbone_does(model, images):
-    assert fit_gates(model, random_labels(images)).target == "best"
-    assert fit_gates(model, unlabelled(images)).target == "agrees"
-    assert fit_gates(model, TensorDataset(images, torch.full((n,), K))).target == "agrees"
-    assert fit_gates(model, TensorDataset(images, torch.full((n,), -1))).target == "agrees"
+@pytest.mark.parametrize("few", [1, 19])
+def test_with_fewer_than_20_images_h_is_the_largest_probability_and_the_table_says_so(few, model, images):
+    found = calibrate(model, unlabelled(images[:few]))
+    assert [(e.scale, e.shift) for e in found.exits] == [(1, 0), (1, 0)]
+    assert f"Exit 1: {few} images with finite answers are too few: h is the largest probability as it is." in str(found)
+    torch.testing.assert_close(model.all_exits(images).confidence[:-1], max_prob(model, images), rtol=1e-4, atol=1e-5)
 
 
-def test_no_answer_changes_and_neither_does_the_backbone(model, images):
-    before, weights = model.all_exits(images), copy.deepcopy(model.backbone.state_dict())
-    fit_gates(model, unlabelled(images))
+def test_with_few_images_of_one_answer_the_table_says_that_the_numbers_are_rough(model, images):
+    labels = model.all_exits(images).logits[0].argmax(-1)
+    labels[:7] = (labels[:7] + 1) % K
+    found = calibrate(model, TensorDataset(images, labels), target="right")
+    assert "Exit 0: only 7 images have the answer no, so scale and shift are rough." in str(found)
+    assert "Exit 1" not in str(found)
+
+
+# ---------------------------------------------------------------------------------------------------- what is asked for
+
+
+def test_with_labels_the_question_is_best_and_without_agrees(model, images):
+    assert calibrate(model, random_labels(images)).target == "best"
+    assert calibrate(model, unlabelled(images)).target == "agrees"
+    assert calibrate(model, TensorDataset(images, torch.full((n,), K))).target == "agrees"
+    assert calibrate(model, TensorDataset(images, torch.full((n,), -1))).target == "agrees"
+
+
+def test_no_answer_changes_and_neither_does_the_backbone_or_a_cost(model, images):
+    before, costs, weights = model.all_exits(images), model.costs, copy.deepcopy(model.state_dict())
+    calibrate(model, unlabelled(images))
     after = model.all_exits(images)
     assert torch.equal(before.logits, after.logits)
     assert not torch.equal(before.confidence, after.confidence)
-    assert all(torch.equal(value, weights[name]) for name, value in model.backbone.state_dict().items())
+    assert model.costs == costs
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not model.training
 
 
-def test_one_seed_gives_the_same_gates_in_any_batches_and_another_seed_others(images):
+def test_batches_of_any_size_a_loader_and_inference_mode_give_the_same(images):
     found = []
-    for seed, size in ((0, 128), (0, 37), (1, 128)):
+    for data, size in ((unlabelled(images), 128), (unlabelled(images), 37), (DataLoader(unlabelled(images), 64), 1)):
         torch.manual_seed(0)
         model = make()
-        labels = right_where_the_margin_is_large(model, images)
-        before = torch.get_rng_state()
-        fit_gates(model, TensorDataset(images, labels), target="right", seed=seed, batch_size=size)
-        assert torch.equal(torch.get_rng_state(), before)
-        found.append(model.all_exits(images).confidence)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(found[0], found[2], rtol=1e-3, atol=1e-3)
-
-
-def test_a_loader_and_gradients_switched_off_are_as_good(images):
-    found = []
-    for data in (unlabelled(images), DataLoader(unlabelled(images), 128)):
-        torch.manual_seed(0)
-        model = make()
+        state = torch.get_rng_state()
         with torch.inference_mode():
-            fit_gates(model, data)
-            found.append(model.all_exits(images).confidence)
-        model.all_exits(images).confidence.sum().backward()  # of no use, but nothing is left that forbids it
-    assert torch.equal(*found)
+            calibrate(model, data, batch_size=size)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append([*model.calibrated.scale, *model.calibrated.shift])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0] == pytest.approx(found[2], rel=1e-3)
 
 
-def test_gates_that_are_there_make_way_for_new_ones(model, images):
-    fit_gates(model, unlabelled(images))
-    first, costs = model.all_exits(images).confidence, model.costs
-    fit_gates(model, random_labels(images), target="right")
-    assert not torch.equal(model.all_exits(images).confidence, first)
-    assert model.costs == costs
+def test_a_loader_that_shuffles_is_drawn_by_the_seed(images):
+    data = DataLoader(unlabelled(images), 64, shuffle=True)
+    torch.manual_seed(0)
+    model = make()
+    calibrate(model, data, seed=3)
+    first = model.calibrated
+    calibrate(model, data, seed=3)
+    assert model.calibrated == first
 
 
-def test_gates_are_counted_and_read_features_or_not(model, images):
-    bare = model.costs
-    fit_gates(model, unlabelled(images))
-    assert [e.gate for e in model.exits] == ["answers"] * 2
-    little = model.costs
-    fit_gates(model, unlabelled(images), reads="features")
-    assert bare != little
-    assert little[-1] < model.costs[-1]
+def test_a_second_calibration_takes_the_place_of_the_first(model, images):
+    calibrate(model, unlabelled(images))
+    first = model.calibrated
+    calibrate(model, random_labels(images), target="right")
+    assert model.calibrated != first
+
+
+def test_another_confidence_and_back_changes_nothing(model, images):
+    calibrate(model, unlabelled(images))
+    before = model.all_exits(images).confidence
+    model.confidence = "margin"
+    model.confidence = "calibrated"
+    assert torch.equal(model.all_exits(images).confidence, before)
 
 
 def test_an_image_whose_answers_are_not_finite_teaches_nothing(model, images):
+    calibrate(model, unlabelled(images[torch.arange(n) != 3]))
+    without = model.calibrated
     images[3] = math.nan
-    fit_gates(model, unlabelled(images))
+    found = calibrate(model, unlabelled(images))
+    assert [e.images for e in found.exits] == [n - 1, n - 1]
+    assert [*model.calibrated.scale, *model.calibrated.shift] == pytest.approx(
+        [*without.scale, *without.shift], rel=1e-4
+    )
     confidence = model.all_exits(images).confidence[:-1]
     assert confidence[:, 3].isnan().all()
     assert confidence.isnan().sum() == len(confidence)
 
 
-def test_half_precision_models_get_gates_that_decide_alike(images):
+def test_a_model_in_half_precision_decides_alike(images):
     torch.manual_seed(0)
     model = make()
     half = copy.deepcopy(model).bfloat16()
-    data = TensorDataset(images, right_where_the_margin_is_large(model, images))
-    fit_gates(model, data, target="right")
-    fit_gates(half, data, target="right")
-    assert next(half.heads[0].gate.parameters()).dtype == torch.bfloat16
-    agree = (
-        half.all_exits(images.bfloat16()).confidence[:-1] >= 0.5
-    ) == (model.all_exits(images).confidence[:-1] >= 0.5)  # fmt: skip
-    assert agree.double().mean().item() > 0.8
+    data = TensorDataset(images, mostly_right_where_sure(model, images))
+    calibrate(model, data, target="right")
+    calibrate(half, data, target="right")
+    one, other = (m.all_exits(x).confidence[:-1] for m, x in ((model, images), (half, images.bfloat16())))
+    assert (one - other).abs().mean() < 0.02
 
 
 def test_the_table_says_how_many_images_and_which_question(model, images):
-    fits = fit_gates(model, unlabelled(images))
-    assert isinstance(fits, GateFits)
-    assert "400 images. Is the answer the backbone's?" in str(fits)
-    assert [row.split()[:2] for row in str(fits).splitlines()[3:5]] == [["0", "one"], ["1", "two"]]
-    assert fits.to_dict()["exits"][1]["exit"] == "two"
+    found = calibrate(model, unlabelled(images))
+    assert isinstance(found, Calibration)
+    assert "calibrated on 400 images. Is the answer the backbone's?" in str(found)
+    assert [row.split()[:2] for row in str(found).splitlines()[3:5]] == [["0", "one"], ["1", "two"]]
+    assert found.to_dict()["exits"][1]["exit"] == "two"
 
 
 @pytest.mark.parametrize(
     ("more", "kind", "said"),
     [
         ({"target": "agree"}, UnknownName, "'agree'.*Did you mean 'agrees'"),
-        ({"reads": "feature"}, UnknownName, "'feature'.*Did you mean 'features'"),
-        ({"target": "right"}, DataError, "'right' needs labels: the data has none"),
+        ({"target": "right"}, DataError, "'right' needs labels: the data has none. Without them give target='agrees'"),
         ({"device": "cuda:99"}, PteeError, "cuda:99"),
         ({"seed": "a"}, PteeError, "seed 'a' must be a whole number"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_and_no_gate_is_hung(more, kind, said, model, images):
+def test_what_cannot_be_asked_is_refused_and_the_model_is_as_before(more, kind, said, model, images):
     with pytest.raises(kind, match=said):
-        fit_gates(model, unlabelled(images), **more)
-    assert all(head.gate is None for head in model.heads)
+        calibrate(model, unlabelled(images), **more)
+    assert (model.confidence, model.calibrated) == ("learned", None)
 
 
 def test_labels_that_are_no_classes_cannot_be_asked_for(model, images):
     with pytest.raises(DataError, match=f"its labels are {K} to {K}"):
-        fit_gates(model, TensorDataset(images, torch.full((n,), K)), target="best")
-
-
-def test_too_few_images_are_refused(model, images):
-    with pytest.raises(DataError, match=r"needs 20 images.*there are 19"):
-        fit_gates(model, unlabelled(images[:19]))
+        calibrate(model, TensorDataset(images, torch.full((n,), K)), target="best")
 
 
 # ---------------------------------------------------------------------------------------------------- images of their own
 
 
-def test_images_for_gates_are_drawn_by_the_seed_and_kept_from_the_heads():
+def test_images_for_calibration_are_drawn_by_the_seed_and_kept_from_the_heads():
     data = TensorDataset(torch.arange(1000))
-    heads, gates = hold_out(data, 0.1, seed=3)
-    rows = [{int(part[i][0]) for i in range(len(part))} for part in (heads, gates)]
+    heads, held = hold_out(data, 0.1, seed=3)
+    rows = [{int(part[i][0]) for i in range(len(part))} for part in (heads, held)]
     assert [len(r) for r in rows] == [900, 100]
     assert rows[0] | rows[1] == set(range(1000))
-    assert hold_out(data, 0.1, seed=3)[1].indices == gates.indices
-    assert hold_out(data, 0.1, seed=4)[1].indices != gates.indices
+    assert hold_out(data, 0.1, seed=3)[1].indices == held.indices
+    assert hold_out(data, 0.1, seed=4)[1].indices != held.indices
 
 
 def test_a_part_still_says_of_which_files_it_is():
@@ -350,10 +338,10 @@ def test_a_part_still_says_of_which_files_it_is():
 
 @pytest.mark.parametrize("share", [0, -0.1, 0.6, math.nan])
 def test_a_share_that_leaves_one_side_nothing_is_refused(share):
-    with pytest.raises(PteeError, match=r"share.*above 0, up to 0\.5"):
+    with pytest.raises(PteeError, match=r"share.*above 0 and be 0\.5 at most"):
         hold_out(TensorDataset(torch.arange(1000)), share)
 
 
-def test_a_share_too_small_for_gates_is_refused():
-    with pytest.raises(DataError, match=r"0.1 of 100 training images are 10.*--gate-share"):
+def test_a_share_too_small_to_calibrate_on_is_refused():
+    with pytest.raises(DataError, match=r"0.1 of 100 training images are 10.*calibrate_share"):
         hold_out(TensorDataset(torch.arange(100)), 0.1)

@@ -869,18 +869,15 @@ def test_the_checkpoint_of_other_images_is_refused(tmp_path):
         fit(models[1], checkpoint=checkpoint, resume=True)
 
 
-def test_gates_are_not_moved_they_are_taken_off_first():
+def test_a_calibrated_model_is_trained_only_once_rows_leave_by_another_confidence():
     model = made()
-    before = model.costs
-    ptee.fit_gates(model, data(), progress=False)
-    gates = heads(model)
-    with pytest.raises(PteeError, match=r"has gates.*model\.remove_gates\(\).*ptee\.fit_gates"):
+    ptee.calibrate(model, data())
+    with pytest.raises(PteeError, match=r"calibrated.*model\.confidence = 'learned'.*ptee\.calibrate again"):
         fit(model)
-    assert same(heads(model), gates)
-    model.remove_gates()
-    assert model.costs == before
-    assert not any(e.gate for e in model.exits)
+    model.confidence = "learned"
     assert len(fit(model).epochs) == 3
+    with pytest.raises(PteeError, match="has not been fitted"):  # to the heads as they are now
+        model.confidence = "calibrated"
 
 
 def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
