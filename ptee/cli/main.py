@@ -309,10 +309,10 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     from ptee._common.devices import resolve_device
+    from ptee.data.splits import parts_for_all
     from ptee.evaluation import report
     from ptee.evaluation.comparison import checked_drops, checked_lines
     from ptee.evaluation.comparison import compare as measure
-    from ptee.evaluation.tuning import parts_for_all
     from ptee.pipeline.asked import named_networks, names_of
     from ptee.pipeline.saved_run import reopened
 

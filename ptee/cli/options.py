@@ -184,9 +184,14 @@ PLACE = _options(
 DATA = _options(
     click.option(
         "--data",
-        help="Folder of images (train/, val/, class folders or tar files), or the name of a torchvision data set.",
+        help="Folder of images (train/, val/, class folders or tar files), or the name of a data set: of torchvision, or hfds/NAME.",
     ),
     click.option("--data-root", type=click.Path(path_type=Path), help="Where that torchvision data set lies."),
+    click.option(
+        "--classes",
+        type=click.Path(path_type=Path),
+        help="A text file: the backbone's classes in its order, one a line.",
+    ),
     click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."),
     click.option(
         "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."

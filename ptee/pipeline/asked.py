@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +16,10 @@ from ptee._common.errors import BackboneError, CutError, PteeError, unknown
 from ptee.analysis.cut_points import survey
 from ptee.backbones import load as backbones
 from ptee.backbones.load import Backbone
-from ptee.data.labels import LabelMap, map_labels, with_labels
-from ptee.data.sources import Data, image_transform, open_data, open_named
+from ptee.data.labels import LabelMap, choose_class_order, relabelled
+from ptee.data.pictures import image_transform
+from ptee.data.sources import Key, open_data, open_named
+from ptee.data.splits import Data
 from ptee.evaluation.targets import WISHES, Wish, checked_margin
 from ptee.exits.front import INPUT, FrontHead, named_front
 from ptee.exits.heads import AUTO
@@ -131,7 +132,19 @@ def front(network: Backbone, o: Options) -> FrontHead | str | None:
 
 
 def images(
-    source: str, network: Backbone, *, seed: int, root: str | Path | None = None, named: bool = False
+    source: str,
+    network: Backbone,
+    *,
+    seed: int,
+    root: str | Path | None = None,
+    named: bool = False,
+    classes: Path | None = None,
+    trained: Sequence[str] | None = None,
+    check: bool = False,
+    device: Any = None,
+    report_only: bool = False,
+    removed: Sequence[Key] = (),
+    require: Callable[[Data], None] | None = None,
 ) -> tuple[Data, LabelMap]:
     """The data as this backbone takes it, with its labels.
 
@@ -141,14 +154,31 @@ def images(
         seed: of what is drawn.
         root: where a torchvision data set lies.
         named: it is a name, even if a folder is called so.
+        classes: a file that names the backbone's classes in its order.
+        trained: these names as a run recorded them; used if the data have no other classes.
+        check: see whether the backbone is right under these labels.
+        device: for that.
+        report_only: images to report on are enough.
+        removed: keys of files that could not be read.
+        require: is called with the data before a picture of them is decoded, and may refuse them.
+
+    Raises:
+        DataError: if the data cannot be read, or the class names do not fit.
     """
     view = network.input
     transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
-    find = open_named if named else open_data
-    data = find(source, transform=transform, root=Path(root) if root else None, seed=seed)
-    labels = map_labels(data.class_names, network.num_classes)
-    parts: dict[str, Any] = {n: with_labels(getattr(data, n), labels) for n in ("train", "calibration", "validation")}
-    return replace(data, **parts), labels
+    place = Path(root) if root else None
+    if named:
+        data = open_named(source, transform=transform, root=place, seed=seed)
+    else:
+        data = open_data(source, transform=transform, root=place, seed=seed, report_only=report_only, removed=removed)
+    if require is not None:
+        require(data)
+    known: Any = (
+        trained if trained and len(trained) == network.num_classes and {*data.class_names} <= {*trained} else None
+    )
+    labels = choose_class_order(network, data, classes=classes or known, check=check, device=device)
+    return relabelled(data, labels), labels
 
 
 def wish(o: Options) -> Wish | None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ptee._common.errors import DataError, first_line
 from ptee._common.progress import with_bar
-from ptee.data.sources import Data
+from ptee.data.splits import Data
 from ptee.model import saving as runs
 
 MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}

@@ -13,14 +13,15 @@ from typing import Any
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, Interrupted, PteeError, RunError
 from ptee.backbones.load import IMAGENET, Backbone, load_backbone
-from ptee.data.sources import Data
+from ptee.data.labels import LabelMap
+from ptee.data.splits import Data, Unseen
 from ptee.evaluation.targets import Wish, checked_margin, remark, require_labels, require_reachable
-from ptee.evaluation.tuning import Unseen, kept
+from ptee.evaluation.tuning import kept
 from ptee.exits.heads import AUTO
 from ptee.exits.placement import CHOSEN, PLACEMENTS
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
-from ptee.pipeline import asked, choosing
+from ptee.pipeline import asked, choosing, unreadable
 from ptee.pipeline import demo as defaults
 from ptee.pipeline.asked import Options, Say
 from ptee.pipeline.choosing import Choice
@@ -73,7 +74,7 @@ def augment(o: Options, say: Say) -> None:
     data, for_gates = _split(data, o, say, asked_for_gates)
     complete: list[Epoch] = []
     try:
-        history = _train(model, data, targets, o, say, complete)
+        history = _train_on_files(model, data, targets, o, say, complete)
         if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
             return
         if history.interrupted:
@@ -103,9 +104,10 @@ def _folder(o: Options) -> Path:
     out = o["out"] or Path("runs") / _file_name(o["model"] or "digits")
     runs.require_writable(out)
     run, unfinished = runs.is_run(out), (out / CHECKPOINT).is_file()
-    if o["resume"] and not unfinished:
+    stopped = (out / unreadable.FILE).is_file()  # before the training, by pictures that could not be read
+    if o["resume"] and not (unfinished or stopped):
         raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
-    if o["resume"] or not out.is_dir() or not any(out.iterdir()):
+    if o["resume"] or not out.is_dir() or not any(path.name != unreadable.FILE for path in out.iterdir()):
         return out
     if not (run or unfinished):
         raise RunError(f"{out} holds something else than a run. Give a new folder with --out.")
@@ -124,7 +126,8 @@ def _usual_wish(data: Data, o: Options) -> Wish | None:
     """What thresholds are chosen by where nothing is said of them; None: the exits keep T as it is."""
     if o["threshold"] or o["recipe"] != RECIPE:
         return None
-    return Wish("max_drop" if data.validation[0][1] >= 0 else "max_fidelity_drop", MAY_LOSE)
+    about_accuracy = data.validation[0][1] >= 0 and not o.get("labels_in_doubt")
+    return Wish("max_drop" if about_accuracy else "max_fidelity_drop", MAY_LOSE)
 
 
 def _check_settings(o: Options) -> None:
@@ -149,24 +152,46 @@ def _model_and_data(o: Options, say: Say) -> tuple[Backbone, Data, str]:
             )
         source, targets = str(defaults.imagenette()), targets or "pseudo"
         say("No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER.")
-    data, labels = asked.images(source, backbone, seed=o["seed"], root=o["data_root"])
+    data, labels = _images(source, backbone, o)
     if labels.indices is None and targets == "labels":
         raise DataError(f"{labels.reason} Use --targets pseudo.")
     if labels.indices is None and o["gate"] in ("right", "best"):
         raise DataError(f"{labels.reason} Use --gate agrees.")
-    fallback = (
-        ""
-        if labels.indices is not None or targets
-        else " The heads learn the backbone's own answers (--targets pseudo)."
-    )
-    say(f"{labels.reason}{fallback}")
-    return backbone, data, targets or ("labels" if labels.indices is not None else "pseudo")
+    for key, about_labels in {"max_drop": None, "targets": ("labels",), "gate": ("right", "best")}.items():
+        if o[key] is not None and (about_labels is None or o[key] in about_labels):
+            labels.require_accuracy(f"{key}={o[key]}")
+    o["labels_in_doubt"] = bool(labels.doubt)
+    can_learn = labels.indices is not None and not labels.doubt
+    fallback = "" if can_learn or targets else " The heads learn the backbone's own answers (--targets pseudo)."
+    say(f"{labels.reason} {labels.doubt}".rstrip() + fallback)
+    return backbone, data, targets or ("labels" if can_learn else "pseudo")
+
+
+def _images(source: str, backbone: Backbone, o: Options) -> tuple[Data, LabelMap]:
+    """The data, all pictures of which can be read; with --resume without those that could not be and were removed."""
+    out = o["out"]
+
+    def require(data: Data) -> None:
+        if not o["resume"]:
+            unreadable.forget(out)
+        unreadable.require_readable(data, out)
+
+    return asked.images(
+        source, backbone, seed=o["seed"], root=o["data_root"], classes=o["classes"], check=True, device=o["device"],
+        removed=unreadable.recorded(out) if o["resume"] else (), require=require,
+    )  # fmt: skip
 
 
 def _digits(o: Options, say: Say) -> tuple[Backbone, Data, str]:
     """The same where no model is named."""
     own = {"--weights": "weights", "--num-classes": "num_classes", "--model-arg": "model_args", "--data": "data"}
-    own |= {"--input-size": "input_size", "--mean": "mean", "--std": "std", "--data-root": "data_root"}
+    own |= {
+        "--classes": "classes",
+        "--input-size": "input_size",
+        "--mean": "mean",
+        "--std": "std",
+        "--data-root": "data_root",
+    }
     for option, key in own.items():
         if o[key]:
             raise PteeError(f"{option} needs --model NAME.")
@@ -261,6 +286,17 @@ def _settle(o: Options, data: Data, model: EarlyExitModel) -> None:
         o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
 
 
+def _train_on_files(
+    model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say, complete: list[Epoch]
+) -> History:
+    """Train. If a picture cannot be read any more, all such pictures are named, and recorded for --resume."""
+    try:
+        return _train(model, data, targets, o, say, complete)
+    except DataError:
+        unreadable.require_readable(data, o["out"])
+        raise
+
+
 def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say, complete: list[Epoch]) -> History:
     """Epochs are added to `complete` once they are kept in the folder."""
 
@@ -271,7 +307,7 @@ def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say
 
     history = training.train(
         model, data.train, data.calibration, targets=targets, mirror=o["mirror"], epochs=o["epochs"], device=o["device"],
-        num_workers=o["workers"], cache=o["cache"], checkpoint=o["out"] / CHECKPOINT, resume=o["resume"], on_epoch=tell, on_cache=say,
+        num_workers=o["workers"], cache=o["cache"], checkpoint=o["out"] / CHECKPOINT, resume=o["resume"] and (o["out"] / CHECKPOINT).is_file(), on_epoch=tell, on_cache=say,
         **{key: o[key] for key in LEARNING},
     )  # fmt: skip
     if history.warning and not o["gate"]:  # whose exits are decided by gates, which are still to come
@@ -330,3 +366,4 @@ def _save(model: EarlyExitModel, history: History, out: Path) -> None:
     runs.write_json(out / runs.METRICS, metrics)
     model.save_pretrained(out)
     (out / CHECKPOINT).unlink(missing_ok=True)
+    unreadable.forget(out)

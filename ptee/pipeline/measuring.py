@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ptee.data.splits import Parts, Unseen, parts_for_tuning
 from ptee.evaluation import results as evaluation
 from ptee.evaluation.results import Results
 from ptee.evaluation.targets import Solution, Wish
-from ptee.evaluation.tuning import Parts, Unseen, parts_for_tuning, tune
+from ptee.evaluation.tuning import tune
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.asked import Options, Say
 

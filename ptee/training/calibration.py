@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Subset
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError, unknown
 from ptee._common.progress import with_bar
 from ptee._common.text import table
+from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
 from ptee.exits.gates import LOG_ODDS, READS, Gate
@@ -118,18 +118,14 @@ def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     """
     if not 0 < share <= LARGEST_SHARE:
         raise PteeError(f"A share {share!r} of the images for gates must lie above 0, up to {LARGEST_SHARE}.")
-    n = len(data)
+    n = len(data) + len(getattr(data, "gaps", ()))
     size = round(share * n)
     if size < FEWEST:
         raise DataError(
             f"{share:g} of {n:,} training images are {size}, and gates need {FEWEST} at least. Give a larger share "
             "(--gate-share), or train without gates."
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = Subset(data, sorted(order[size:])), Subset(data, sorted(order[:size]))
-    for part in parts:  # a training that is resumed asks which files they are of
-        part.files_sha256 = getattr(data, "files_sha256", None)  # type: ignore[attr-defined]
-    return parts
+    return splits.hold_out(data, size, seed)
 
 
 def fit_gates(

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from ptee._common.errors import DataError, UnknownName
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import map_labels, with_labels
-from ptee.data.sources import Data, image_transform, open_data, open_named
+from ptee.data.pictures import image_transform
+from ptee.data.sources import open_data, open_named
+from ptee.data.splits import Data
 
 TRANSFORM = image_transform((3, 8, 8), (0.0,), (1.0,))
 PARTS = ("train", "calibration", "validation")

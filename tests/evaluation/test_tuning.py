@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
-from ptee.data.sources import Data
+from ptee.data.splits import Data
 from ptee.evaluation.targets import Solution, Wish
 from ptee.evaluation.traces import Score
 from ptee.evaluation.tuning import Unseen, kept, parts_for_all, parts_for_tuning
