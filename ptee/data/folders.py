@@ -86,7 +86,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[tup
         DataError: if it holds none, classes that the training images lack, several data sets, a part or a class that
             cannot be read, or a damaged tar file.
     """
-    tars = {path: part_of(path.stem) for path in _visible(folder) if path.suffix.lower() == ".tar"}
+    tars = {path: part_of(path.stem) for path in _visible(folder) if path.suffix.lower() == ".tar" and path.is_file()}
     named = {path: part_of(path.name) for path in _visible(folder) if path.is_dir()}
     folders = {path: part for path, part in named.items() if _subfolders(path)}
     needed = ("train", "validation") if report_only else ("train",)
@@ -235,8 +235,9 @@ def _read_folder(folder: Path, part: str) -> _Found:
     found = _Found({}, _loose(_visible(folder)))
     for path in _subfolders(folder):
         names, found.others[path.name] = _files_below(path)
+        below = len(str(path))
         found.files[path.name] = [
-            File(name, Path(os.path.relpath(name, folder)).as_posix(), part, path.name) for name in names
+            File(name, path.name + name[below:].replace(os.sep, "/"), part, path.name) for name in names
         ]
     if not any(found.files.values()):
         _refuse_no_images(folder, found)

@@ -131,8 +131,9 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
     Raises:
         DataError: if it cannot be read or holds no names.
     """
+    path = Path(file).expanduser()
     try:
-        lines = Path(file).expanduser().read_text("utf-8-sig").rstrip().splitlines()
+        lines = path.read_text("utf-8-sig").rstrip().splitlines() if path.is_file() or not path.exists() else []
     except (OSError, UnicodeDecodeError) as why:
         reason = getattr(why, "strerror", None) or "not a text file"
         raise DataError(
@@ -270,7 +271,7 @@ def _doubt(right: float, n: int, num_classes: int) -> str:
     """A sentence, if a share of right answers is hardly better than by chance."""
     chance = 1 / num_classes
     least = chance + max(BETTER_THAN_CHANCE * (1 - chance), DEVIATIONS * (chance * (1 - chance) / n) ** 0.5)
-    if right >= least:
+    if right >= min(least, 1):
         return ""
     return (
         f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance: it may know its classes "

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Labelled = Dataset[tuple[Tensor, int]]
 NAMED_AT_MOST = 100  # unreadable pictures in one message
 SIXTEEN_BITS = 65535
+NOT_A_FILE = "not a regular file"
 
 
 class File(NamedTuple):
@@ -119,7 +120,7 @@ def _open(file: File) -> Image:
     from PIL import Image
 
     if not stat.S_ISREG(Path(file.path).stat().st_mode):  # reading from a named pipe would wait for ever
-        raise OSError("not a regular file")
+        raise OSError(NOT_A_FILE)
     with Path(file.path).open("rb") as stream:
         stream.seek(file.offset)
         return Image.open(BytesIO(stream.read(file.size)))
@@ -164,16 +165,16 @@ def check_pictures(parts: Iterable[Any]) -> None:
     files = list(dict.fromkeys(file for part in parts for file in _files(part)))
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside of Python's lock
     try:
-        checked = tqdm(pool.map(_is_readable, files), "checking pictures", len(files), leave=False, disable=None)
-        broken = [file for file, good in zip(files, checked, strict=True) if not good]
+        checked = tqdm(pool.map(_fault, files), "checking pictures", len(files), leave=False, disable=None)
+        broken = {file: fault for file, fault in zip(files, checked, strict=True) if fault}
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
     if not broken:
         return
-    named = some([f"'{file.words}'" for file in broken], NAMED_AT_MOST)
-    mend = f"{'them' if len(broken) > 1 else 'it'}, and give the same command again: {named}"
+    named = some([f"'{file.words}' ({fault})" for file, fault in broken.items()], NAMED_AT_MOST)
     error = UnreadablePicturesError(
-        f"{len(broken):,} of {len(files):,} pictures cannot be decoded. Replace or remove {mend}."
+        f"{len(broken):,} of {len(files):,} pictures cannot be read. Replace or remove {'them' if len(broken) > 1 else 'it'}, "
+        f"and give the same command again: {named}."
     )
     error.keys = [file.key for file in broken]
     raise error
@@ -184,7 +185,8 @@ def _files(part: Any) -> list[File]:
     return getattr(part, "files", None) or (_files(part.dataset) if hasattr(part, "dataset") else [])
 
 
-def _is_readable(file: File) -> bool:
+def _fault(file: File) -> str:
+    """What is wrong with a picture; empty where nothing is."""
     try:
         image = _open(file)
         if image.format == "PNG" and image.mode != "I":
@@ -194,9 +196,11 @@ def _is_readable(file: File) -> bool:
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
             eight_bits(image)
-    except _unreadable():
-        return False
-    return True
+    except DataError as why:
+        return str(why).split(". ")[0]
+    except _unreadable() as why:
+        return str(why) if isinstance(why, OSError) and str(why) == NOT_A_FILE else "damaged"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------ input of a backbone

@@ -95,17 +95,19 @@ def _split(
     seed: int,
     report_only: bool = False,
 ) -> Data:
-    rows, rule = _complete(listing, source, seed, report_only)
+    pictures, rule = _complete(listing, source, seed, report_only)
     split: dict[str, Any] = {"kind": listing.kind, "parts": listing.origin, "rule": rule, "seed": seed}
     is_files = listing.kind in FILES
     if is_files:
         split["files_sha256"] = _hash_of_names(listing)
-    parts = {part: Pictures(rows[part], transform, split.get("files_sha256")) for part in PARTS}
+    parts = {part: Pictures(pictures[part], transform, split.get("files_sha256")) for part in PARTS}
     split["sizes"] = {part: len(parts[part]) for part in PARTS}
     if listing.not_read:
         split["not_read"] = list(listing.not_read)
-        if removed := [file.key for files in listing.parts.values() for file, _ in files if not file.path]:
-            split["removed"] = [list(key) for key in removed]
+    if is_files and (
+        removed := [list(file.key) for rows in listing.parts.values() for file, _ in rows if not file.path]
+    ):
+        split["removed"] = removed
     mirror = is_files or not is_sided(str(source))
     return Data(**parts, class_names=listing.class_names, source=str(source), split=split, mirror=mirror)
 

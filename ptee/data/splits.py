@@ -51,7 +51,7 @@ class Data:
     @property
     def summary(self) -> str:
         """One sentence: where the images come from, how many there are, how they were split, what was not read."""
-        sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items())
+        sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
         n, unread = len(self.class_names), self.split.get("not_read", [])
         told = f"; not read: {', '.join(unread)}" if unread else ""
         return f"{self.source}: images of {n} class{'es' * (n != 1)}, {sizes}; {self.split['rule']}{told}."
