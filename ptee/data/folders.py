@@ -12,7 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ptee._common.errors import DataError, some
@@ -285,13 +285,11 @@ def _leads_back(top: str, name: str) -> bool:
 
 
 def _read_tar(path: Path, part: str) -> _Found:
-    """The pictures in one tar file, by the folder or inner tar file that each lies in, in timm's order.
+    """The pictures in one tar file, by the folder or inner tar file that each lies in, which timm calls their class.
 
     timm's reader would keep an open file, which the workers of a loader share, each moving the other's position. So only
     where the pictures lie is kept.
     """
-    from timm.utils.misc import natural_key
-
     found = _Found({})
     files: list[File] = []
     try:
@@ -302,7 +300,7 @@ def _read_tar(path: Path, part: str) -> _Found:
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
     if not files:
         raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg or *.png.")
-    for file in sorted(files, key=lambda file: natural_key(file.name)):
+    for file in files:
         if not file.class_name:
             raise DataError(f"'{path}' holds images outside of class folders: its members should be CLASS/*.jpg.")
         found.files[file.class_name].append(file)
@@ -313,29 +311,32 @@ def _read_members(
     stream: BinaryIO, path: Path, part: str, found: _Found, files: list[File], class_name: str = "", start: int = 0
 ) -> int:
     """Add the pictures of a tar file, or of one inside it that begins at `start`; where the last member ends."""
-    end, folders = start, []
+    end, folders, classes = start, [], set()
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
-            place, offset = PurePosixPath(member.name), start + member.offset_data
+            names = [name for name in member.name.split("/") if name not in ("", ".")]
+            offset = start + member.offset_data
             end = max(end, offset + member.size * member.isfile())
-            if any(map(_is_hidden, place.parts)):
+            if any(map(_is_hidden, names)):
                 continue
-            inside, extension = place.parent.name or class_name, place.suffix.lower()
+            *above, name = names or [""]
+            inside, extension = above[-1] if above else class_name, Path(name).suffix.lower()
             if member.isdir():
-                folders.append(place)
+                folders.append((*above, name))
             elif member.isfile() and extension == ".tar":
                 inner: Any = tar.extractfile(member)
-                _read_members(inner, path, part, found, files, place.stem, offset)
+                _read_members(inner, path, part, found, files, Path(name).stem, offset)
             elif member.isfile() and extension in EXTENSIONS:
+                classes.add(tuple(above))
                 found.files.setdefault(inside, [])
                 files.append(File(str(path), member.name, part, inside, offset, member.size))
             elif extension in EXTENSIONS + UNREAD:
                 found.files.setdefault(inside, [])
                 found.others.setdefault(inside, Counter())[extension if member.isfile() else LINK] += 1
-    classes = {PurePosixPath(file.name).parent for file in files}
-    for place in folders:  # empty ones, beside those of classes
-        if place not in classes and place.parent in {each.parent for each in classes}:
-            found.files.setdefault(place.name, [])
+    beside = {place[:-1] for place in classes if place}
+    for place in folders:
+        if place not in classes and place[:-1] in beside:  # an empty class
+            found.files.setdefault(place[-1], [])
     return end
 
 
@@ -382,4 +383,6 @@ def _order(kind: str) -> Any:
     """The order of files, which does not depend on the file system or on what was removed."""
     from timm.utils.misc import natural_key
 
-    return (lambda file: natural_key(file.name)) if kind == "tar" else (lambda file: (file.class_name, file.name))
+    if kind == "tar":
+        return lambda file: (natural_key(file.name), file.name)
+    return lambda file: (file.class_name, file.name)

@@ -48,17 +48,18 @@ class LabelMap:
         """The backbone's number of a class; -1 if it is not known."""
         return UNKNOWN_LABEL if self.indices is None else self.indices[label]
 
-    def require_accuracy(self, wanted: str) -> None:
+    def require_accuracy(self, wanted: str, instead: str) -> None:
         """Refuse what needs true labels while the backbone is near chance.
 
         Args:
-            wanted: what needs them, as the message begins.
+            wanted: what needs them, as an argument of Python.
+            instead: what can be asked for without them, likewise.
 
         Raises:
             DataError: if there is a doubt.
         """
         if self.doubt:
-            raise DataError(f"{wanted} needs labels under which the backbone is right. {self.doubt}")
+            raise DataError(f"{wanted} needs labels under which the backbone is right. {self.doubt} Or give {instead}.")
 
 
 def class_orders(names: Sequence[str]) -> dict[str, list[str]]:

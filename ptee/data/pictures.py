@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Labelled = Dataset[tuple[Tensor, int]]
+CHECKED_AT_ONCE = 64  # pictures; one by one, small ones would take less time than their thread
 NAMED_AT_MOST = 100  # unreadable pictures in one message
 SIXTEEN_BITS = 65535
 NOT_A_FILE = "not a regular file"
@@ -165,8 +166,9 @@ def check_pictures(parts: Iterable[Any]) -> None:
     files = list(dict.fromkeys(file for part in parts for file in _files(part)))
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside of Python's lock
     try:
-        checked = tqdm(pool.map(_fault, files), "checking pictures", len(files), leave=False, disable=None)
-        broken = {file: fault for file, fault in zip(files, checked, strict=True) if fault}
+        lots = [files[i : i + CHECKED_AT_ONCE] for i in range(0, len(files), CHECKED_AT_ONCE)]
+        checked = tqdm(pool.map(_faults, lots), "checking pictures", len(lots), leave=False, disable=None)
+        broken = {file: fault for faults in checked for file, fault in faults.items()}
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
     if not broken:
@@ -183,6 +185,10 @@ def check_pictures(parts: Iterable[Any]) -> None:
 def _files(part: Any) -> list[File]:
     """Of a data set, or of the one that it is a part of."""
     return getattr(part, "files", None) or (_files(part.dataset) if hasattr(part, "dataset") else [])
+
+
+def _faults(files: Sequence[File]) -> dict[File, str]:
+    return {file: fault for file in files if (fault := _fault(file))}
 
 
 def _fault(file: File) -> str:

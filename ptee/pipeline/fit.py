@@ -157,9 +157,12 @@ def _model_and_data(o: Options, say: Say) -> tuple[Backbone, Data, str]:
         raise DataError(f"{labels.reason} Use --targets pseudo.")
     if labels.indices is None and o["gate"] in ("right", "best"):
         raise DataError(f"{labels.reason} Use --gate agrees.")
-    for key, about_labels in {"max_drop": None, "targets": ("labels",), "gate": ("right", "best")}.items():
-        if o[key] is not None and (about_labels is None or o[key] in about_labels):
-            labels.require_accuracy(f"{key}={o[key]}")
+    if o["max_drop"] is not None:
+        labels.require_accuracy(f"max_drop={o['max_drop']}", f"max_fidelity_drop={o['max_drop']}")
+    if o["targets"] == "labels":
+        labels.require_accuracy("targets=labels", "targets=pseudo")
+    if o["gate"] in ("right", "best"):
+        labels.require_accuracy(f"gate={o['gate']}", "gate=agrees")
     o["labels_in_doubt"] = bool(labels.doubt)
     can_learn = labels.indices is not None and not labels.doubt
     fallback = "" if can_learn or targets else " The heads learn the backbone's own answers (--targets pseudo)."

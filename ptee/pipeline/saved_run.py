@@ -86,7 +86,7 @@ def reopened(run: str, o: Options) -> Reopened:
         removed=recorded.get("removed", ()),
     )
     if o.get("max_drop"):
-        labels.require_accuracy(f"max_drop={o['max_drop']}")
+        labels.require_accuracy(f"max_drop={o['max_drop']}", f"max_fidelity_drop={o['max_drop']}")
     images, words = images_to_report_on(data, recorded, run)
     accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
     return Reopened(model, Unseen(run, data, images, seed), words, accuracy)

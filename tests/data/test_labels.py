@@ -167,8 +167,10 @@ def test_asking_leaves_the_backbone_as_it_was(numbered_classes):
 def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
     found = choose_class_order(backbone(NAMES[6:] + NAMES[:6]), numbered_classes)
     assert re.search(r"right on 0\.0% of \d+ images, and would be on 8\.3% by chance", found.doubt)
-    with pytest.raises(DataError, match=r"max_drop=0\.01 needs labels under which the backbone is right.*classes=FILE"):
-        found.require_accuracy("max_drop=0.01")
+    with pytest.raises(
+        DataError, match=r"max_drop=0\.01 needs labels under which the backbone is right.*classes=FILE.*max_fid"
+    ):
+        found.require_accuracy("max_drop=0.01", "max_fidelity_drop=0.01")
 
 
 @pytest.mark.parametrize("check", [True, False])
