@@ -59,7 +59,7 @@ def augment(**o: Any) -> None:
             demo(recipe, job)
         return
     backbone = _backbone(o)
-    data, recipe = _data_for(backbone, recipe, o)
+    data, recipe = _data_for(backbone, recipe, o, folder)
     model = fit_backbone(backbone, data, recipe, job)
     click.echo(f"\nSaved in {folder}.{_another_threshold(model, folder)}")
 
@@ -118,7 +118,7 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     if not Path(run).is_dir():
         raise RunError(f"There is no folder {run}. Thresholds are written into a run, so give one on this disk.")
     settings = given_settings(o) | {"thresholds.one_threshold": o["one_threshold"], "thresholds.margin": o["margin"]}
-    opened = open_run(run, **_where(o))
+    opened = open_run(run, max_drop=settings.get("thresholds.max_drop"), **_where(o))
     click.echo(f"{opened.words} {opened.accuracy}", err=as_json)
     with _threads(opened):
         results = tune_run(opened, settings, log=partial(click.echo, err=as_json), **_how(o))
@@ -299,16 +299,26 @@ def _untrained(backbone: Any, recipe: Any) -> Any:
     return build_model(backbone, recipe)
 
 
-def _open(backbone: Any, o: dict[str, Any], seed: int) -> tuple[Any, Any]:
+def _open(backbone: Any, o: dict[str, Any], seed: int, **more: Any) -> tuple[Any, Any]:
     from ptee.pipeline.images import open_images
 
     if o["data"] is None:
         raise DataError(f"No images for {backbone.name}. Give some: ", Argument("data", "FOLDER"), ".", argument="data")
-    return open_images(o["data"], backbone, seed=seed, root=o["data_root"])
+    return open_images(
+        o["data"],
+        backbone,
+        seed=seed,
+        root=o["data_root"],
+        classes=o["classes"],
+        check=True,
+        device=o["device"],
+        **more,
+    )
 
 
-def _data_for(backbone: Any, recipe: Any, o: dict[str, Any]) -> tuple[Any, Any]:
-    """The images, and the recipe with targets that their labels allow."""
+def _data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[Any, Any]:
+    """The images, all of which can be read, and the recipe with targets that their labels allow."""
+    from ptee.pipeline import unreadable
     from ptee.pipeline.demo import imagenette
 
     if o["data"] is None and backbone.label_space == "imagenet-1k":
@@ -316,22 +326,45 @@ def _data_for(backbone: Any, recipe: Any, o: dict[str, Any]) -> tuple[Any, Any]:
             "No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER."
         )
         o = o | {"data": str(imagenette())}
-    data, labels = _open(backbone, o, recipe.seed)
-    if labels.indices is not None:
-        click.echo(labels.reason)
-        return data, recipe
-    if recipe.training.resolved_targets == "labels":
-        if "targets" in recipe.training.model_fields_set:
-            raise DataError(
-                f"{labels.reason} Give ", Argument("targets", "pseudo"), ".", argument="targets", value="labels"
-            )
-        recipe = recipe.with_settings({"training.targets": "pseudo"})
-        click.echo(f"{labels.reason} The heads learn the backbone's own answers instead.")
-        return data, recipe
-    if recipe.confidence.name == "calibrated" and recipe.confidence.question != "agrees":
-        raise DataError(f"{labels.reason} Give ", Argument("question", "agrees"), ".", argument="question")
-    click.echo(labels.reason)
+    removed = unreadable.recorded(out) if o["resume"] else ()
+    data, labels = _open(
+        backbone, o, recipe.seed, removed=removed, require=partial(unreadable.require_readable, out=out)
+    )
+    _require_accuracy(labels, recipe)
+    can_learn = labels.indices is not None and not labels.doubt
+    words = f"{labels.reason} {labels.doubt}".rstrip()
+    if not can_learn:
+        recipe = _without_labels(recipe)
+        if recipe.training.targets == "pseudo":
+            words += " The heads learn the backbone's own answers."
+    click.echo(words)
     return data, recipe
+
+
+def _require_accuracy(labels: Any, recipe: Any) -> None:
+    """Refuse what needs labels where there are none, or where the backbone is hardly ever right under them."""
+    limit, training, confidence = recipe.thresholds.max_drop, recipe.training, recipe.confidence
+    needs = [
+        (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
+        (training.targets == "labels", Argument("targets", "labels"), Argument("targets", "pseudo")),
+        (confidence.question != "agrees", Argument("question", confidence.question), Argument("question", "agrees")),
+    ]
+    for needed, wanted, instead in needs:
+        if needed and labels.indices is None:
+            raise DataError(
+                f"{labels.reason} So there are no labels for ", wanted, ". Give ", instead, ".", argument=wanted.name
+            )
+        if needed:
+            labels.require_accuracy(str(wanted), str(instead))
+
+
+def _without_labels(recipe: Any) -> Any:
+    """The recipe for images without labels of the backbone."""
+    changes = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
+    if recipe.thresholds.threshold is None:
+        kind, limit = recipe.thresholds.target(labelled=False)
+        changes |= {"thresholds.max_loss": None, f"thresholds.{kind}": limit}
+    return recipe.with_settings(changes)
 
 
 def _file_name(model: str) -> str:
@@ -339,7 +372,7 @@ def _file_name(model: str) -> str:
 
 
 def _refuse_of_demo(o: dict[str, Any]) -> None:
-    for key in ("weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std"):
+    for key in ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std"):
         if o[key]:
             raise PteeError(Argument({"model_args": "model_arg"}.get(key, key)), " needs a model. Give ", Argument("model", "NAME"), ".", argument="model")  # fmt: skip
 
@@ -356,7 +389,7 @@ def _another_threshold(model: Any, folder: Path) -> str:
 
 def _where(o: dict[str, Any]) -> dict[str, Any]:
     """Where a saved run's weights and images are."""
-    return {"weights": o["weights"], "data": o["data"], "data_root": o["data_root"]}
+    return {key: o[key] for key in ("weights", "data", "data_root", "classes")}
 
 
 def _how(o: dict[str, Any], speed: bool = True) -> dict[str, Any]:

@@ -207,6 +207,11 @@ DATA_OPTIONS = (
     ),
     cloup.option("--data-root", type=click.Path(path_type=Path), help="Where that data set of torchvision lies."),
     cloup.option(
+        "--classes",
+        type=click.Path(path_type=Path),
+        help="A text file with the backbone's classes in its order, one a line.",
+    ),
+    cloup.option(
         "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."
     ),
 )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ptee.data.pictures import Listing
+from ptee.data.folders import Listing
 
 DEMO = "demo"  # the name of the data source
 SIDE = 28  # pixels of a canvas

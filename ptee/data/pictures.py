@@ -1,181 +1,253 @@
-"""Image folders and tar files: which pictures lie in them, of which part and class, and where. Finding decodes none."""
+"""Pictures: where each one lies, how it is decoded and checked, and how it becomes the input of a backbone."""
 
 from __future__ import annotations
 
 import os
-import tarfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ptee._common.errors import DataError, some
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ptee._common.errors import DataError, some, unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What the folders and tar files of a source may be called, in any case; the first that is there is used.
-PARTS = {
-    "train": ("train", "training"),
-    "calibration": ("calibration",),
-    "validation": ("val", "valid", "validation", "test"),
-}
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
-TAR_BLOCK_BYTES = 512
+Labelled = Dataset[tuple[Tensor, int]]
+CHECKED_AT_ONCE = 64  # pictures; one by one, small ones would take less time than their thread
+NAMED_AT_MOST = 100  # unreadable pictures in one message
+SIXTEEN_BITS = 65535
+NOT_A_FILE = "not a regular file"
 
 
 class File(NamedTuple):
-    """An encoded picture: `size` bytes of the file `path`, from `offset` on."""
+    """An encoded picture: `size` bytes of the file `path`, from `offset` on. Without a path, it was removed."""
 
     path: str
     name: str  # inside its part
+    part: str = ""
+    class_name: str = ""
     offset: int = 0
     size: int = -1  # to the end
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What the file is known by wherever the data lie."""
+        return self.part, self.name, self.class_name
 
-@dataclass(frozen=True)
-class Listing:
-    """What a source delivers, before missing parts are drawn; pictures are `File` or `PIL.Image`."""
-
-    kind: str
-    parts: Mapping[str, Sequence[tuple[Any, int]]]
-    origin: dict[str, str]  # what each part is called in the source
-    class_names: tuple[str, ...]
+    @property
+    def words(self) -> str:
+        """Where the picture is, for a message."""
+        return f"{self.name}' in '{self.path}" if self.size >= 0 else self.path
 
 
-def list_files(folder: Path) -> Listing:
-    """The pictures of a folder that is a data set, in tar files or class folders.
+class UnreadablePicturesError(DataError):
+    """Pictures that cannot be read.
 
-    Raises:
-        DataError: if it holds none, classes that the training images lack, several data sets, or a damaged tar file.
+    Attributes:
+        keys: `File.key` of each one.
     """
-    tars, folders = _tars(folder), _part_folders(folder)
-    if "train" in tars:
-        return _number_classes("tar", {part: _read_tar(path) for part, path in tars.items()}, tars)
-    if "train" not in folders:
-        _refuse_data_sets(folder)
-        folders = {"train": folder}
-    return _number_classes("folder", {part: _read_folder(path) for part, path in folders.items()}, folders)
+
+    keys: list[tuple[str, str, str]]
 
 
-def _tars(folder: Path) -> dict[str, Path]:
-    return _find_parts({path.stem: path for path in _visible(folder) if path.suffix.lower() == ".tar"})
+class Pictures(Labelled):
+    """Pictures with labels, decoded and transformed on access. Holds no open file, so any process may read it.
 
-
-def _part_folders(folder: Path) -> dict[str, Path]:
-    """A part holds class folders; pictures may be in a class that is called 'train'."""
-    return _find_parts({path.name: path for path in _visible(folder) if any(map(Path.is_dir, _visible(path)))})
-
-
-def _refuse_data_sets(folder: Path) -> None:
-    """Its folders would be taken for classes; but where some are whole data sets, one of those was meant."""
-    candidates = [path for path in _visible(folder) if any(p.stem.lower() in PARTS["train"] for p in _visible(path))]
-    found = {path: _tars(path) | _part_folders(path) for path in candidates}
-    whole = [
-        f"'{path}' ({', '.join(part.name for part in parts.values())})"
-        for path, parts in found.items()
-        if {"train", "validation"} <= parts.keys()
-    ]
-    if whole:
-        raise DataError(
-            f"'{folder}' does not hold classes, but data sets with parts of their own: did you mean {' or '.join(whole)}?"
-        )
-
-
-def _find_parts(paths: dict[str, Path]) -> dict[str, Path]:
-    lower = {name.lower(): path for name, path in paths.items()}  # of Train and train the latter, which comes later
-    found = {part: next((lower[name] for name in names if name in lower), None) for part, names in PARTS.items()}
-    return {part: path for part, path in found.items() if path}
-
-
-def _visible(folder: Path) -> list[Path]:
-    """What a folder holds, in the order of names; nothing if it is no folder."""
-    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-
-
-def _read_folder(folder: Path) -> list[tuple[File, str]]:
-    """The pictures below each class folder, and their classes."""
-    files = {path.name: _pictures_below(path) for path in _visible(folder) if path.is_dir()}
-    if not any(files.values()):
-        if any(path.suffix.lower() in EXTENSIONS for path in _visible(folder)):
-            raise DataError(
-                f"The images of '{folder}' lie in no class folder. Where they have no labels, move them into a single one: "
-                f"{folder / 'all'}."
-            )
-        raise DataError(f"No images in class folders of '{folder}': it should hold {LAYOUTS}.")
-    if {name for names in PARTS.values() for name in names}.issuperset(map(str.lower, files)):
-        raise DataError(f"'{folder}' holds {' and '.join(files)} without class folders: it should hold {LAYOUTS}.")
-    return [(File(path, os.path.relpath(path, folder)), name) for name in files for path in files[name]]
-
-
-def _pictures_below(folder: Path) -> list[str]:
-    # os.walk asks nothing of each single file, which on a million files is minutes less than Path.rglob and is_file
-    found = (Path(top, name) for top, _, names in os.walk(folder) for name in names if name[0] != ".")
-    return sorted(str(path) for path in found if path.suffix.lower() in EXTENSIONS)
-
-
-def _read_tar(path: Path) -> list[tuple[File, str]]:
-    """The pictures in one tar file and their classes, found by timm's reader.
-
-    The reader itself would keep an open file, which the workers of a loader share, each moving the other's position.
-    So only where the pictures lie is kept.
+    Attributes:
+        gaps: places of the pictures that were removed because they could not be read. The split counts them in.
+        files_sha256: a hash of the names of all files of the source, or None.
     """
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-    try:
-        reader = ReaderImageInTar(str(path), cache_tarinfo=False)  # True would leave a pickle beside the data
-        starts = [member.offset_data + (outer.offset_data if outer else 0) for member, _, outer in reader.samples]
-        members = [member for member, _, _ in reader.samples]
-        _check_end(path, max(start + member.size for start, member in zip(starts, members, strict=True)))
-    except ValueError as error:  # timm unpacks an empty list
-        raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg, *.jpeg or *.png.") from error
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
-    names = [reader.class_idx_to_name[target] for target in reader.targets]
-    if not all(names):
-        raise DataError(f"'{path}' holds images outside of class folders: its members should be CLASS/*.jpg.")
-    files = [File(str(path), m.name, start, m.size) for m, start in zip(members, starts, strict=True)]
-    return [(f, name) for f, name in zip(files, names, strict=True) if not Path(f.name).name.startswith(".")]
+    def __init__(
+        self, rows: Sequence[tuple[Any, int]], transform: Callable[[Image], Tensor], files_sha256: str | None = None
+    ) -> None:
+        self.gaps: tuple[int, ...] = ()
+        if isinstance(rows, list):  # files; going through a data set would decode it
+            self.gaps = tuple(i for i, (picture, _) in enumerate(rows) if _is_removed(picture))
+            rows = [row for row in rows if not _is_removed(row[0])]
+        self.rows, self.transform, self.files_sha256 = rows, transform, files_sha256
 
+    @property
+    def files(self) -> list[File]:
+        """The files among the pictures."""
+        return [picture for picture, _ in self.rows if isinstance(picture, File)] if isinstance(self.rows, list) else []
 
-def _check_end(path: Path, end: int) -> None:
-    """tarfile takes a damaged header or the end of the file for the end of the archive, which is a block of zeros."""
-    with path.open("rb") as file:
-        file.seek(-(-end // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES)
-        block = file.read(TAR_BLOCK_BYTES)
-    if block != bytes(TAR_BLOCK_BYTES):
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # a member that is no picture, or HeaderError
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture, label = self.rows[index]
+        return self.transform(decode(picture) if isinstance(picture, File) else picture), int(label)
 
 
-def _number_classes(kind: str, parts: dict[str, list[tuple[File, str]]], paths: dict[str, Path]) -> Listing:
-    """Classes in the order of their names, as torchvision numbers them; the training images say which there are."""
-    class_names = tuple(sorted({name for _, name in parts["train"]}))
-    number = {name: index for index, name in enumerate(class_names)}
-    for part, files in parts.items():
-        strange = sorted({name for _, name in files}.difference(class_names))
-        if strange:
-            where = f"'{paths[part]}' has classes that '{paths['train']}' has not"
-            raise DataError(f"{where}: {some(strange)}; remove or rename them.")
-    labelled = {part: [(file, number[name]) for file, name in files] for part, files in parts.items()}
-    return Listing(kind, labelled, {part: path.name for part, path in paths.items()}, class_names)
+def _is_removed(picture: Any) -> bool:
+    return isinstance(picture, File) and not picture.path
+
+
+# ------------------------------------------------------------------------------------------------ decode and check
 
 
 def decode(file: File) -> Image:
-    """The picture in a file.
+    """The picture in a file, with 8 bits for each value.
 
     Raises:
-        DataError: naming the one that cannot be decoded.
+        DataError: naming the picture, if it cannot be decoded or its range of values is unknown.
     """
+    try:
+        image = _open(file)
+        image.load()
+        return eight_bits(image)
+    except _unreadable() as why:
+        if isinstance(why, DataError):
+            raise DataError(f"Picture '{file.words}' cannot be used: {why}") from why
+        raise DataError(f"Picture '{file.words}' cannot be decoded: replace or remove it.") from why
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    from PIL.Image import DecompressionBombError
+
+    return OSError, SyntaxError, ValueError, EOFError, DecompressionBombError
+
+
+def _open(file: File) -> Image:
+    """Opened, not decoded. The bytes are read first, so that no file stays open."""
     from PIL import Image
 
+    if not stat.S_ISREG(Path(file.path).stat().st_mode):  # reading from a named pipe would wait for ever
+        raise OSError(NOT_A_FILE)
+    with Path(file.path).open("rb") as stream:
+        stream.seek(file.offset)
+        return Image.open(BytesIO(stream.read(file.size)))
+
+
+def eight_bits(image: Image) -> Image:
+    """The same picture with 8 bits for each value. Pillow's `convert` would turn all values above 255 into white.
+
+    Raises:
+        DataError: if the picture holds 32-bit integers, or floats outside of 0 to 1: their white is not known.
+    """
+    import numpy as np
+    from PIL import Image
+
+    # Pillow opens some 16-bit files as 32-bit integers, scaled to 0..65535.
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not sixteen and image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    white = SIXTEEN_BITS if sixteen else 1
+    if (image.mode == "I" and not sixteen) or not (values.min() >= 0 and values.max() <= white):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise DataError(
+            f"it holds {kind} from {values.min():g} to {values.max():g}, and ptee reads 8-bit and 16-bit values and floats from "
+            "0 to 1. Save it with 8 bits."
+        )
+    return Image.fromarray((values * (255 / white)).round().astype("uint8"))
+
+
+def check_pictures(parts: Iterable[Any]) -> None:
+    """Read every file of some data sets, and name all pictures that cannot be decoded.
+
+    JPEG is decoded at an eighth of its size, and PNG is compared with its checksums. Both read the whole file and take a
+    fraction of the time of decoding. Other formats are decoded.
+
+    Args:
+        parts: as `open_data` gives them. Data sets that do not read files are passed over.
+
+    Raises:
+        UnreadablePicturesError: naming all of them.
+    """
+    files = list(dict.fromkeys(file for part in parts for file in _files(part)))
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside of Python's lock
     try:
-        with Path(file.path).open("rb") as stream:
-            stream.seek(file.offset)
-            image = Image.open(BytesIO(stream.read(file.size)))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = f"{file.name}' in '{file.path}" if file.size >= 0 else file.path
-        raise DataError(f"Picture '{name}' cannot be decoded: replace or remove it.") from error
-    return image
+        lots = [files[i : i + CHECKED_AT_ONCE] for i in range(0, len(files), CHECKED_AT_ONCE)]
+        checked = tqdm(pool.map(_faults, lots), "checking pictures", len(lots), leave=False, disable=None)
+        broken = {file: fault for faults in checked for file, fault in faults.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
+    if not broken:
+        return
+    named = some([f"'{file.words}' ({fault})" for file, fault in broken.items()], NAMED_AT_MOST)
+    error = UnreadablePicturesError(
+        f"{len(broken):,} of {len(files):,} pictures cannot be read. Replace or remove {'them' if len(broken) > 1 else 'it'}, "
+        f"and give the same command again: {named}."
+    )
+    error.keys = [file.key for file in broken]
+    raise error
+
+
+def _files(part: Any) -> list[File]:
+    """Of a data set, or of the one that it is a part of."""
+    return getattr(part, "files", None) or (_files(part.dataset) if hasattr(part, "dataset") else [])
+
+
+def _faults(files: Sequence[File]) -> dict[File, str]:
+    return {file: fault for file in files if (fault := _fault(file))}
+
+
+def _fault(file: File) -> str:
+    """What is wrong with a picture; empty where nothing is."""
+    try:
+        image = _open(file)
+        if image.format == "PNG" and image.mode != "I":
+            image.verify()
+        else:
+            if image.format == "JPEG":
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+            eight_bits(image)
+    except DataError as why:
+        return str(why).split(". ")[0]
+    except _unreadable() as why:
+        return str(why) if isinstance(why, OSError) and str(why) == NOT_A_FILE else "damaged"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------ input of a backbone
+
+
+class _ToInput:
+    """A picture as a backbone reads it: (c, h, w) float32, normalised."""
+
+    def __init__(self, mode: str, transform: Callable[[Image], Tensor]) -> None:
+        self.mode, self.transform = mode, transform
+
+    def __call__(self, image: Image) -> Tensor:
+        return self.transform(eight_bits(image).convert(self.mode))
+
+
+def image_transform(
+    input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
+) -> Callable[[Image], Tensor]:
+    """timm's transform for evaluation, without its margin: resize until the input is just covered, crop the centre, normalise.
+
+    Args:
+        input_size: (c, h, w); c is 3 for colours or 1 for grey levels.
+        mean: of each channel, for values in 0..1; one number stands for all channels.
+        std: the same.
+        interpolation: as torchvision's `InterpolationMode` names it.
+
+    Raises:
+        DataError: if c is neither 3 nor 1, or `mean` or `std` has another length.
+        UnknownName: if there is no such interpolation.
+    """
+    from timm.data import create_transform
+    from torchvision.transforms import InterpolationMode
+
+    c, h, w = input_size
+    if c not in (1, 3):
+        raise DataError(f"The backbone reads {c} channels, but pictures have 3 or 1: pass tensors from Python.")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, c):
+            raise DataError(f"The {name} has {len(values)} numbers for {c} channels: give {c}.")
+    modes = [mode.value for mode in InterpolationMode if mode.value != "nearest-exact"]  # which timm does not know
+    if interpolation not in modes:
+        raise unknown("interpolation", interpolation, modes)
+    args: dict[str, Any] = {"interpolation": interpolation, "mean": tuple(mean), "std": tuple(std), "crop_pct": 1.0}
+    return _ToInput("RGB" if c == 3 else "L", create_transform((c, h, w), is_training=False, **args))

@@ -1,22 +1,14 @@
-"""Tuning: thresholds of a model chosen on some images, to be reported on others.
-
-Thresholds want images that neither the heads nor, where that can be had, the backbone were trained on. Where the data
-deliver calibration images, those are taken. Where they deliver validation images alone, half of these are: what was drawn
-from the training images is known to the backbone too well.
-"""
+"""Tuning: thresholds of a model chosen on some images, to be reported on others. `data/splits.py` says which."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch.utils.data import Subset
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import DataError
-from ptee.data.sources import Data
 from ptee.evaluation.targets import Solution, Target, solve_target
 from ptee.evaluation.traces import record
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -73,89 +65,6 @@ def tune(
     return found
 
 
-class Parts(NamedTuple):
-    """Images to choose thresholds on, others to report on, and which those are, in words."""
-
-    calibration: Any
-    report: Any
-    chosen_on: str
-    reported_on: str
-
-    @property
-    def words(self) -> str:
-        """A sentence, where thresholds are chosen on these images."""
-        return f"Thresholds are chosen on {self.chosen_on} and reported on {self.reported_on}."
-
-    @property
-    def words_of_others(self) -> str:
-        """A sentence, where others are given than those that were chosen on these images."""
-        return f"The run's own thresholds were chosen on {self.chosen_on} and those given are measured on {self.reported_on}."
-
-
-def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
-    """Which images thresholds are chosen on, and which are left to report on. The same seed gives the same ones.
-
-    Args:
-        data: as it was opened.
-        unseen: what can be reported on if nothing is tuned: `data.validation`, or all of it.
-        seed: of the halves.
-
-    Raises:
-        DataError: if there are too few images.
-    """
-    whole, delivered = unseen is data.validation, data.split["parts"]
-    if whole and ("calibration" in delivered or "validation" not in delivered):
-        n, m = _size(data.calibration), _size(unseen)
-        return Parts(data.calibration, unseen, f"the {n:,} calibration images", f"the {m:,} validation images")
-    n = _size(unseen)
-    if n < 2:
-        raise DataError(f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}.")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen, left = sorted(order[: n // 2]), sorted(order[n // 2 :])
-    kind = "validation images" if whole else "images"
-    drawn = f"{len(chosen):,} of the {n:,} {kind}, drawn with seed {seed},"
-    return Parts(Subset(unseen, chosen), Subset(unseen, left), drawn, f"the other {len(left):,}")
-
-
-class Unseen(NamedTuple):
-    """What a run has not seen of its data.
-
-    Attributes:
-        run: its name.
-        data: as it was opened.
-        images: that can be reported on: `data.validation`, or all of it.
-        seed: of the halves, and of what was drawn.
-    """
-
-    run: str
-    data: Data
-    images: Any
-    seed: int
-
-
-def parts_for_all(runs: Sequence[Unseen]) -> Parts:
-    """As `parts_for_tuning`, of images that none of several runs has seen.
-
-    Raises:
-        DataError: if they were made with other data, or other images of theirs were drawn for each.
-    """
-    strict = [own for own in runs if own.images is own.data.validation] or list(runs)
-    first = strict[0]
-    for own in runs:
-        if own.data.source != first.data.source:
-            raise DataError(
-                f"{first.run} was measured on {first.data.source}, {own.run} on {own.data.source}. Give the same images "
-                "to all: --data FOLDER."
-            )
-    for own in strict:
-        if "validation" not in own.data.split["parts"] and own.data.split["rule"] != first.data.split["rule"]:
-            raise DataError(
-                f"{own.data.source} delivers no validation images, and {first.run} and {own.run} drew theirs with other "
-                f"seeds ({first.seed}, {own.seed}), so each was trained on the other's. Give images of their own: --data FOLDER."
-            )
-    return parts_for_tuning(first.data, first.images, first.seed)
-
-
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
     """How a target fares on the images that are reported on, and how well that is known, in a sentence.
 
@@ -175,7 +84,3 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
         others = ((1 - own["fidelity"]) * n + 2) / (n + 4)
         found += f", give or take {BOTH_SIDES * math.sqrt(others / (n + 4)):.4f} on {n:,} images"
     return f"Asked for {target}; on images that the thresholds were not chosen on: {found}."
-
-
-def _size(part: Any) -> int:
-    return len(part)

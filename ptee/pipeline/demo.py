@@ -25,7 +25,7 @@ from ptee._common.process import no_stdout, own_random_numbers
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO, SIDE
-from ptee.data.sources import Data
+from ptee.data.splits import Data
 from ptee.pipeline.fit import Job, Log, fit_backbone
 from ptee.pipeline.images import open_images
 from ptee.pipeline.recipe import Recipe

@@ -14,19 +14,20 @@ import torch
 from torch import nn
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, CutError, Interrupted, PteeError, RunError
+from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError, RunError
 from ptee._common.files import require_writable, write_json
 from ptee.backbones.load import Backbone, load_backbone
-from ptee.data.sources import Data
+from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.evaluation.targets import Target, require_labels, require_reachable
-from ptee.evaluation.tuning import Unseen, describe_outcome, parts_for_tuning, tune
+from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
 from ptee.exits.front import FrontHead, named_front
 from ptee.exits.places import read_places
 from ptee.model import saving
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
+from ptee.pipeline import unreadable
 from ptee.pipeline.images import from_data_sets, has_labels
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, write_recipe
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
@@ -154,7 +155,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     for_heads, for_confidence = _images_of_each(data, recipe, job.log)
     complete: list[Epoch] = []
     try:
-        history = _train(model, for_heads, recipe, job, complete)
+        history = _train_on_files(model, for_heads, recipe, job, complete)
         if not _speaks_for_all():
             return model
         model.results = {"data": _about(data)}
@@ -192,12 +193,13 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
     """
     require_writable(out)
     run, unfinished = saving.is_run(out), (out / CHECKPOINT).is_file()
-    if resume and not unfinished:
+    stopped = (out / unreadable.FILE).is_file()  # before the training, by pictures that could not be read
+    if resume and not (unfinished or stopped):
         raise RunError(
             f"There is no interrupted training in {out}. Give its folder with ", Argument("out"), ", or leave out ", Argument("resume"),
             ".", argument="resume",
         )  # fmt: skip
-    if resume or not out.is_dir() or not any(out.iterdir()):
+    if resume or not out.is_dir() or not any(path.name != unreadable.FILE for path in out.iterdir()):
         return out
     if not (run or unfinished):
         raise RunError(
@@ -225,6 +227,7 @@ def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> 
         return
     model.save_pretrained(job.out)
     write_recipe(recipe, job.out)
+    unreadable.forget(job.out)
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
     write_json(job.out / saving.METRICS, metrics)
 
@@ -295,6 +298,16 @@ def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     return replace(data, train=for_heads), rest
 
 
+def _train_on_files(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
+    """Train. If a picture cannot be read any more, all such pictures are named, and recorded for a resumption."""
+    try:
+        return _train(model, data, recipe, job, complete)
+    except DataError:
+        if job.out is not None and data.split["kind"] in FILES:
+            unreadable.require_readable(data, job.out)
+        raise
+
+
 def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
     """Train the heads. Epochs are added to `complete` once they are kept in the folder."""
     config = recipe.training
@@ -315,7 +328,7 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         device=job.device,
         num_workers=job.num_workers,
         checkpoint=None if job.out is None else job.out / CHECKPOINT,
-        resume=job.resume,
+        resume=job.resume and (job.out or Path()).joinpath(CHECKPOINT).is_file(),
         on_epoch=on_epoch,
         on_cache=lambda estimate: job.log(str(estimate)),
     )

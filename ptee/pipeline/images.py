@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,28 @@ from torch.utils.data import default_collate
 from ptee._common.errors import DataError
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, split_batch
-from ptee.data.labels import LabelMap, map_labels, with_labels
-from ptee.data.sources import Data, complete, image_transform, open_data, open_named
+from ptee.data.labels import LabelMap, choose_class_order, relabelled
+from ptee.data.pictures import image_transform
+from ptee.data.sources import Key, complete, open_data, open_named
+from ptee.data.splits import Data
 
 SOURCE = "your own data sets"  # what data sets from Python are called
 
 
 def open_images(
-    source: str, backbone: Backbone, *, seed: int, root: str | Path | None = None, named: bool = False
+    source: str,
+    backbone: Backbone,
+    *,
+    seed: int,
+    root: str | Path | None = None,
+    named: bool = False,
+    classes: Path | None = None,
+    trained: Sequence[str] | None = None,
+    check: bool = False,
+    device: Any = None,
+    report_only: bool = False,
+    removed: Sequence[Key] = (),
+    require: Callable[[Data], None] | None = None,
 ) -> tuple[Data, LabelMap]:
     """Open a data source for a backbone.
 
@@ -28,17 +42,34 @@ def open_images(
         seed: which images are drawn for parts that the source does not have.
         root: where a data set of torchvision lies.
         named: the source is a name, even where a folder has the same name.
+        classes: a file that names the backbone's classes in its order.
+        trained: these names as a run recorded them; used if the data have no other classes.
+        check: see whether the backbone is right under these labels.
+        device: for that.
+        report_only: images to report on are enough.
+        removed: keys of files that could not be read.
+        require: is called with the data before a picture of them is decoded, and may refuse them.
 
     Returns:
         The images in three parts, and how their classes became the backbone's.
+
+    Raises:
+        DataError: if the data cannot be read, or the class names do not fit.
     """
     view = backbone.input
     transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
-    find = open_named if named else open_data
-    data = find(source, transform=transform, root=Path(root) if root else None, seed=seed)
-    labels = map_labels(data.class_names, backbone.num_classes)
-    parts: dict[str, Any] = {n: with_labels(getattr(data, n), labels) for n in ("train", "calibration", "validation")}
-    return replace(data, **parts), labels
+    place = Path(root) if root else None
+    if named:
+        data = open_named(source, transform=transform, root=place, seed=seed)
+    else:
+        data = open_data(source, transform=transform, root=place, seed=seed, report_only=report_only, removed=removed)
+    if require is not None:
+        require(data)
+    fits = trained and len(trained) == backbone.num_classes and {*data.class_names} <= {*trained}
+    labels = choose_class_order(
+        backbone, data, classes=classes or (trained if fits else None), check=check, device=device
+    )
+    return relabelled(data, labels), labels
 
 
 def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) -> Data:

@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import ConcatDataset
-
 from ptee._common.errors import Argument, DataError, PteeError, RunError
 from ptee.backbones.load import rebuild
-from ptee.data.sources import Data
+from ptee.data.named import HUB
+from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.config import TARGETS
 from ptee.evaluation.results import Results, evaluate
 from ptee.evaluation.targets import Target, require_labels
-from ptee.evaluation.tuning import Unseen, describe_outcome, parts_for_all, parts_for_tuning
+from ptee.evaluation.tuning import describe_outcome
 from ptee.model import saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
@@ -56,34 +55,18 @@ class OpenRun(NamedTuple):
         Args:
             given: other thresholds are, which nobody chose on these images.
         """
-        _, data, images, seed = self.unseen
-        tuned = _tuned_on(self.model)
-        if not tuned:
-            return images, self.words
-        where, files = tuned["source"], data.split.get("files_sha256")
-        shown = repr(f"{where:.200}")  # a stranger may have written it
-        here = where.casefold() == data.place.casefold() if files is None else where == data.place
-        same = here if None in (files, tuned["files_sha256"]) else files == tuned["files_sha256"]
-        if not (here or same):
-            elsewhere = f" The run's thresholds were chosen on images of {shown}; whether some of them are among these is not known."
-            return images, self.words + ("" if given else elsewhere)
-        parts = parts_for_tuning(data, images, seed)
-        if not same and parts.report is not images:  # other halves are drawn
-            if given:
-                return images, self.words
-            raise DataError(
-                f"{data.source} has other files than when the thresholds were chosen, so those that they were chosen on cannot be "
-                "told. Choose them anew (ptee tune), put the files back as they were, or give other images: --data FOLDER."
-            )
-        words = f"{self.words} {parts.words_of_others if given else parts.words}"
-        known = (
-            f" The files are called as those of {shown}, on which the thresholds were chosen, and are taken for them."
-        )
-        return parts.report, words + ("" if here else known)
+        images, about = left_by_tuning(self.unseen, _tuned_on(self.model), given)
+        return images, f"{self.words} {about}".rstrip()
 
 
 def open_run(
-    run: str, *, weights: Path | None = None, data: str | None = None, data_root: Path | None = None
+    run: str,
+    *,
+    weights: Path | None = None,
+    data: str | None = None,
+    data_root: Path | None = None,
+    classes: Path | None = None,
+    max_drop: float | None = None,
 ) -> OpenRun:
     """Open a saved run, with images that its heads have not seen.
 
@@ -92,6 +75,8 @@ def open_run(
         weights: a file with the backbone's weights, if they are not where the run says.
         data: other images than those that the run was made with: a folder, or the name of a data set.
         data_root: where a data set of torchvision lies.
+        classes: a file that names the backbone's classes in its order.
+        max_drop: of accuracy, which is to be asked for; so the labels must be those of the backbone.
 
     Raises:
         DataError: if the run does not say which images it was made with, or they have changed.
@@ -106,8 +91,27 @@ def open_run(
         )
     root, seed = data_root or recorded.get("root"), recorded.get("seed", 0)
     named = not data and not Path(source).is_absolute()  # of folders the whole path is recorded
-    found, labels = open_images(source, model.origin, seed=seed, root=root, named=named)
-    images, words = _unseen(found, recorded, run)
+    if named and source.startswith(f"{HUB}/"):
+        raise DataError(
+            f"{run} was made with {source}, which may have to be fetched. If you trust it, give it again: ",
+            Argument("data", source),
+            ".",
+        )
+    found, labels = open_images(
+        source,
+        model.origin,
+        seed=seed,
+        root=root,
+        named=named,
+        classes=classes,
+        trained=recorded.get("classes"),
+        check=max_drop is not None,
+        report_only=True,
+        removed=recorded.get("removed", ()),
+    )
+    if max_drop is not None:
+        labels.require_accuracy(f"max_drop={max_drop}", f"max_fidelity_drop={max_drop}")
+    images, words = images_to_report_on(found, recorded, run)
     accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
     return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)
 
@@ -190,14 +194,23 @@ def _moved_backbone(run: str, weights: Path | None) -> Any:
 
 
 def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
-    """source, root, seed and files_sha256 of what a run was measured on; nothing where a stranger recorded them."""
+    """source, root, seed, files_sha256, classes and removed of what a run was measured on; nothing where a stranger recorded them."""
     found = (model.results or {}).get("data")
     if not Path(run).is_dir() or not isinstance(found, dict):
         return {}
     split: Any = found.get("split") if isinstance(found.get("split"), dict) else {}
     said = {key: found.get(key) for key in ("source", "root")}
     said |= {key: split.get(key) for key in ("seed", "files_sha256")}
-    return {key: value for key, value in said.items() if isinstance(value, int if key == "seed" else str)}
+    known: dict[str, Any] = {k: value for k, value in said.items() if isinstance(value, int if k == "seed" else str)}
+    if _is_text(classes := split.get("classes")):
+        known["classes"] = classes
+    if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):
+        known["removed"] = [tuple(key) for key in removed]
+    return known
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:
@@ -210,18 +223,3 @@ def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:
     if "files_sha256" not in tuning and isinstance(split, dict):  # a run of an older ptee
         files = split.get("files_sha256")
     return {"source": tuning["source"], "files_sha256": files if isinstance(files, str) else None}
-
-
-def _unseen(data: Data, recorded: dict[str, Any], run: str) -> tuple[Any, str]:
-    """The images to measure a run on, none of which its heads were trained on; and what they are, in a sentence."""
-    here, files = data.place == recorded.get("source"), recorded.get("files_sha256")
-    same = here if files is None else files == data.split.get("files_sha256")
-    if same or "validation" in data.split["parts"]:
-        return data.validation, data.summary
-    if here:  # with other files, others are drawn
-        raise DataError(
-            f"{data.source} has other files than when {run} was trained, so those that it has not seen cannot be told. "
-            "Put them back as they were, or give other images: --data FOLDER."
-        )
-    every: Any = ConcatDataset([data.train, data.calibration, data.validation])
-    return every, f"{data.source}: all {len(every):,} images."

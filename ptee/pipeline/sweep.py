@@ -17,7 +17,7 @@ from ptee._common.files import replace_file, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
 from ptee.data.labels import LabelMap
-from ptee.data.sources import Data
+from ptee.data.splits import Data
 from ptee.model import saving
 from ptee.pipeline.fit import Job, Log, fit_backbone
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, path_of

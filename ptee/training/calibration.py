@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, PteeError, unknown
 from ptee._common.text import table
+from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
 from ptee.exits.confidence import CALIBRATED, Calibrated, log_odds
@@ -142,19 +142,15 @@ def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
         raise PteeError(
             f"The share of the images for calibration is {share!r}. It must lie above 0 and be {LARGEST_SHARE} at most."
         )
-    n = len(data)
+    n = len(data) + len(getattr(data, "gaps", ()))
     size = round(share * n)
     if size < MIN_IMAGES:
         raise DataError(
             f"{share:g} of {n:,} training images are {size}, and calibration needs {MIN_IMAGES}. Give a larger share (",
-            Argument("calibrate_share", "0.3"),
+            Argument("calibration_share", "0.3"),
             "), or do not calibrate.",
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = Subset(data, sorted(order[size:])), Subset(data, sorted(order[:size]))
-    for part in parts:  # a training that is resumed asks which files they are of
-        part.files_sha256 = getattr(data, "files_sha256", None)  # type: ignore[attr-defined]
-    return parts
+    return splits.hold_out(data, size, seed)
 
 
 def calibrate(

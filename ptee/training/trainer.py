@@ -155,7 +155,7 @@ def train(
 def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:
     """What else must be the same for a training to be continued: the model, the data's length and, of files, which.
 
-    With one file more, others are drawn for training.
+    With one file more, others are drawn for training. Files that were removed as they could not be read still count.
     """
     files = getattr(data, "files_sha256", None)
     return {
@@ -165,7 +165,8 @@ def _about(model: EarlyExitModel, data: Any) -> dict[str, Any]:
         "backbone": weights_hash(model.backbone),
         "input": plain(model.origin.input),
         "front": _about_front(model.heads[0]),
-        "data": f"{length_hint(data, 0)} long" + (f" of files {files[:16]}" if files else ""),
+        "data": f"{length_hint(data, 0) + len(getattr(data, 'gaps', ()))} long"
+        + (f" of files {files[:16]}" if files else ""),
     }
 
 

@@ -26,7 +26,8 @@ from ptee.analysis.cut_points import random_images
 from ptee.backbones.load import load_backbone
 from ptee.cli.main import cli, main
 from ptee.cli.options import in_options
-from ptee.data.sources import Data, open_named
+from ptee.data.sources import open_named
+from ptee.data.splits import Data
 from ptee.evaluation import results as evaluation
 from ptee.pipeline import demo as defaults
 from ptee.pipeline import fit as augmenting

@@ -10,11 +10,10 @@ from small import made
 from torch.utils.data import TensorDataset
 
 import ptee
-from ptee._common.errors import DataError, PteeError
-from ptee.data.sources import Data
+from ptee._common.errors import PteeError
 from ptee.evaluation.targets import Solution, Wish
 from ptee.evaluation.traces import Score
-from ptee.evaluation.tuning import Unseen, kept, parts_for_all, parts_for_tuning
+from ptee.evaluation.tuning import kept
 
 labelled = partial(small.labelled, 60)
 
@@ -39,74 +38,6 @@ def test_a_wish_that_is_refused_leaves_the_thresholds_alone():
         with pytest.raises(PteeError):
             ptee.tune(model, TensorDataset(*labelled()), **wish)
     assert model.threshold == [0.3, 0.6]
-
-
-def data(*delivered: str, n: int = 10) -> Data:
-    sets = [list(range(start, start + n)) for start in (0, 100, 200)]
-    return Data(*sets, ("a", "b"), "source", {"parts": dict.fromkeys(delivered)})
-
-
-@pytest.mark.parametrize(
-    ("delivered", "halved"),
-    [
-        (["train", "calibration", "validation"], False),
-        (
-            ["train", "validation"],
-            True,
-        ),  # calibration images drawn from the training images: the backbone has seen them
-        (["train", "calibration"], False),
-        (["train"], False),
-    ],
-    ids=str,
-)
-def test_images_to_tune_on_are_never_those_to_report_on(delivered, halved):
-    source = data(*delivered)
-    parts = parts_for_tuning(source, source.validation, 0)
-    chosen, left = set(parts.calibration), set(parts.report)
-    assert not chosen & left
-    assert (chosen | left == set(source.validation)) == halved
-    assert parts.words.startswith(f"Thresholds are chosen on {'5 of the 10' if halved else 'the 10'}")
-
-
-def test_halves_are_the_same_for_the_same_seed_only():
-    source, unseen = data("train"), list(range(100))
-    one, same, other = (parts_for_tuning(source, unseen, seed) for seed in (1, 1, 2))
-    assert list(one.calibration) == list(same.calibration) != list(other.calibration)
-    assert sorted([*one.calibration, *one.report]) == unseen
-
-
-def test_one_image_is_too_few_to_choose_and_to_report():
-    source = data("train", "validation", n=1)
-    with pytest.raises(DataError, match="has 1"):
-        parts_for_tuning(source, source.validation, 0)
-
-
-def unseen(source: Data, seed: int = 0, *, whole: bool = True) -> Unseen:
-    source.split["rule"] = f"drawn with seed {seed}"
-    return Unseen(f"run{seed}", source, source.validation if whole else list(range(1000)), seed)
-
-
-def test_runs_that_were_made_with_other_seeds_share_validation_images_that_were_delivered():
-    source = data("train", "validation")
-    parts = parts_for_all([unseen(source, 1), unseen(source, 2)])
-    assert sorted([*parts.calibration, *parts.report]) == source.validation
-
-
-def test_images_that_were_drawn_for_one_run_are_no_other_runs_to_report_on():
-    with pytest.raises(DataError, match=r"run1 and run2 drew theirs with other seeds \(1, 2\).*--data FOLDER"):
-        parts_for_all([unseen(data("train"), 1), unseen(data("train"), 2)])
-
-
-def test_a_run_of_other_data_keeps_to_what_the_others_have_not_seen():
-    source = data("train")
-    parts = parts_for_all([unseen(source, 2, whole=False), unseen(source, 1)])
-    assert (parts.calibration, parts.report) == (source.calibration, source.validation)
-
-
-def test_runs_of_other_data_want_the_same_images():
-    other = Data(*[[1, 2, 3]] * 3, ("a", "b"), "elsewhere", {"parts": {"train": None}})
-    with pytest.raises(DataError, match="run1 was measured on source, run2 on elsewhere"):
-        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
 
 
 def fared(fidelity: float, samples: int, kind: str = "max_fidelity_drop", accuracy: float = 0.88) -> str:

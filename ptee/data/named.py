@@ -1,0 +1,201 @@
+"""Data sets that have a name: scikit-learn's digits, those of torchvision, and those of the Hugging Face hub.
+
+A data set is a function in `NAMED`, from the folder that holds it to a `Listing`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptee._common.errors import DataError, UnknownName, first_line, possible
+from ptee.data.demo_images import DEMO, demo_listing
+from ptee.data.folders import Listing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What torchvision's `split` argument may be for training and validation; the first pair that is there is used.
+# 'trainval' contains 'val', so it goes with 'test' alone.
+SPLIT_PAIRS = (("train", "val"), ("train", "valid"), ("train", "test"), ("trainval", "test"), ("train-standard", "val"))
+HUB = "hfds"  # timm's prefix for data sets of the Hugging Face hub
+STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes for data that can only be read from beginning to end
+HUB_VALIDATION = ("validation", "valid", "val", "test")  # splits; the first that is there is used
+# Data sets whose mirror images are of another class or of none.
+SIDED = (DEMO, "digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
+
+
+def list_named(name: str, root: Path | None) -> Listing:
+    """The pictures of a data set that is named as ptee, torchvision or timm does.
+
+    Args:
+        name: such as "digits", "CIFAR10", "torch/cifar10" or "hfds/user/name".
+        root: the folder that holds it; for torchvision the current one if not given, for the hub its cache.
+
+    Raises:
+        DataError: if it cannot be read.
+        UnknownName: if there is no data set of that name.
+    """
+    prefix, _, rest = name.partition("/")
+    if prefix in STREAMS and rest:
+        raise DataError(
+            f"'{name}' is a stream, and ptee needs images that it can pick by their number. Give a folder, or '{HUB}/{rest}' "
+            "from the Hugging Face hub."
+        )
+    if prefix == HUB and rest:
+        return _list_hub(name, root)
+    if name in NAMED:
+        return NAMED[name](root or Path())
+    return _list_torchvision(rest if prefix == "torch" and rest else name, root or Path())
+
+
+def is_prefixed(name: str) -> bool:
+    """Whether a name is timm's for a data set, in which a slash does not mean a folder."""
+    return name.partition("/")[0] in (HUB, "torch", *STREAMS)
+
+
+def is_sided(name: str) -> bool:
+    """Whether its mirror images would be of another class or of none."""
+    return name.lower().rpartition("/")[2].replace("_", "") in SIDED
+
+
+def _list_digits(_: Path) -> Listing:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype("uint8")  # (n, 8, 8), was 0..16
+    pictures = [(Image.fromarray(rows), int(label)) for rows, label in zip(pixels, digits.target, strict=True)]
+    # not '0'..'9', which would be numbers of whatever classes the backbone has
+    return Listing("digits", {"train": pictures}, {"train": "digits"}, tuple(f"digit {i}" for i in range(10)))
+
+
+NAMED: dict[str, Callable[[Path], Listing]] = {"digits": _list_digits, DEMO: lambda _: demo_listing()}
+
+
+# ------------------------------------------------------------------------------------------------ the hub
+
+
+class _OfReader:
+    """Pictures with labels of a reader of timm."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        from PIL import Image
+
+        stream, label = self.reader[index]
+        with stream:
+            image = Image.open(stream)
+            image.load()
+        return image, label
+
+
+def _list_hub(name: str, root: Path | None) -> Listing:
+    try:
+        parts, origin = _open_hub(name, root)
+    except ImportError as why:
+        raise DataError(f"'{name}' needs the package datasets: pip install datasets.") from why
+    except Exception as why:  # whatever a data set's own script, the connection and the disk can raise
+        raise DataError(f"'{name}' cannot be read from the Hugging Face hub: {first_line(why)}") from why
+    names: dict[str, int] = parts["train"].reader.class_to_idx
+    class_names = tuple(sorted(map(str, names), key=lambda key: names[key]))
+    if not class_names:
+        raise DataError(f"'{name}' does not name its classes: pass it from Python, as a data set of (image, label).")
+    return Listing(HUB, parts, origin, class_names)
+
+
+def _open_hub(name: str, root: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
+    from timm.data.readers import create_reader
+
+    cache = str(root) if root else None
+    parts, origin = {"train": _OfReader(create_reader(name, root=cache, split="train"))}, {"train": "train"}
+    for split in HUB_VALIDATION:
+        with suppress(ValueError):  # there is no such split
+            parts["validation"], origin["validation"] = _OfReader(create_reader(name, root=cache, split=split)), split
+            break
+    return parts, origin
+
+
+# ------------------------------------------------------------------------------------------------ torchvision
+
+
+def _list_torchvision(name: str, root: Path) -> Listing:
+    from torchvision import datasets
+
+    makers = {key: make for key, make in vars(datasets).items() if inspect.isclass(make) and _has_training_part(make)}
+    lower = {key.lower(): key for key in makers}
+    asked = name.lower() if name.lower() in lower else name.lower().replace("_", "")  # timm's fashion_mnist
+    if asked not in lower:
+        names = possible(name, lower if name.islower() else makers, first=[*NAMED], most=len(lower) + len(NAMED))
+        raise UnknownName(f"There is no folder {name!r}, and no data set of that name.{names}")
+    make = makers[lower[asked]]
+    try:
+        parts, origin = _open_parts(make, root)
+        labels = [part[0][1] for part in parts.values()]
+    except Exception as error:  # each data set has its own kinds
+        raise DataError(_not_read(make, root, error)) from error
+    for label in labels:
+        if not isinstance(label, Integral):
+            raise DataError(
+                f"torchvision's {make.__name__} has {type(label).__name__} for a label, not a class number."
+            )
+    return Listing("torchvision", parts, origin, _class_names(parts))
+
+
+def _has_training_part(make: type) -> bool:
+    """And needs no other argument than `root`."""
+    parameters = inspect.signature(make).parameters
+    more = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]  # passed on to a class that takes `transform`
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p not in more]
+    split = parameters.get("split")
+    has_part = "train" in parameters or (split is not None and str(split.default).startswith("train"))
+    return needed == ["root"] and has_part and ("transform" in parameters or bool(more))
+
+
+def _open_parts(make: Callable[..., Any], root: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    arguments = inspect.signature(make).parameters
+    if "train" in arguments:
+        parts = {"train": make(str(root), train=True), "validation": make(str(root), train=False)}
+        return parts, {"train": "train=True", "validation": "train=False"}
+    for train, validation in SPLIT_PAIRS:
+        try:
+            rest = make(str(root), split=validation)
+            parts = {"train": make(str(root), split=train), "validation": rest}
+            return parts, {"train": train, "validation": validation}
+        except ValueError as error:
+            if "Unknown value" not in str(error):  # torchvision's words for a split that a data set does not have
+                raise
+    raise DataError(f"it has none of these pairs of splits: {', '.join(map('/'.join, SPLIT_PAIRS))}")
+
+
+def _not_read(make: type, root: Path, error: Exception) -> str:
+    """With torchvision's first sentence; the next is its advice to download, which a reader of data should not follow."""
+    why = (str(error) or type(error).__name__).split("\n")[0].split(". ")[0].rstrip(".")
+    fetch = f", or fetch it once with torchvision.datasets.{make.__name__}('{root}', download=True)"
+    hint = fetch if "download" in inspect.signature(make).parameters else ""
+    looked = f"torchvision's {make.__name__} was looked for in '{root.absolute()}'"
+    return f"{looked}: {why}. Give the folder that holds it (--data-root FOLDER; in Python root=){hint}."
+
+
+def _class_names(parts: dict[str, Any]) -> tuple[str, ...]:
+    """WordNet ids where there are any, else names, else made up."""
+    for attribute in ("wnids", "classes"):
+        if getattr(parts["train"], attribute, None):
+            return tuple(map(str, getattr(parts["train"], attribute)))
+    return tuple(f"class {i}" for i in range(1 + max(max(_labels(part)) for part in parts.values())))
+
+
+def _labels(dataset: Any) -> list[int]:
+    for attribute in ("targets", "labels", "_labels"):
+        if hasattr(dataset, attribute):
+            return [int(label) for label in getattr(dataset, attribute)]
+    return [int(dataset[i][1]) for i in range(len(dataset))]  # decodes every picture; only GTSRB, FER2013 and PCAM

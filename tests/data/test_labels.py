@@ -1,0 +1,231 @@
+"""Classes of the data go to the right classes of the backbone, or it is said why not."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from images import levels, opened, write_folder
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ptee._common.errors import DataError
+from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.labels import choose_class_order, class_orders, map_labels, read_classes, relabelled, with_labels
+from ptee.data.splits import Data
+
+
+def test_wordnet_ids_go_to_their_places_in_imagenet():
+    label_map = map_labels(["n01440764", "n01443537", "n15075141"], 1000)
+    assert label_map.indices == (0, 1, 999)
+    assert "ImageNet-1k" in label_map.reason
+
+
+def test_wordnet_id_outside_of_imagenet_cannot_be_mapped():
+    label_map = map_labels(["n01440764", "n00000000"], 1000)
+    assert label_map.indices is None and "n00000000" in label_map.reason
+
+
+@pytest.mark.parametrize(
+    ("class_names", "num_classes", "indices"),
+    [
+        (["0", "7"], 10, (0, 7)),
+        (["0", "1", "10", "2"], 100, (0, 1, 10, 2)),
+        (sorted(map(str, range(1000))), 1000, tuple(map(int, sorted(map(str, range(1000)))))),
+        (sorted(map(str, range(12))), 12, tuple(range(12))),
+        ([f"{i:02}" for i in range(12)], 12, tuple(range(12))),
+        (list(map(str, range(12))), 12, tuple(range(12))),
+        (["1", "2"], 2, (0, 1)),
+        (["07", "7"], 10, None),
+        (["cat", "dog"], 2, (0, 1)),
+        (["n01440764", "n02102040"], 2, (0, 1)),
+        (["0 - zero", "1 - one"], 2, (0, 1)),
+        (["cat", "dog"], 3, None),
+        (["²", "cat"], 3, None),
+    ],
+)
+def test_names_become_the_backbones_classes(class_names, num_classes, indices):
+    label_map = map_labels(class_names, num_classes)
+    assert label_map.indices == indices
+    assert label_map.reason.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("class_names", "num_classes", "said"),
+    [
+        (sorted(map(str, range(12))), 12, r"in this order: 0, 1, 10, 11, 2 and 7 more\.$"),
+        ([f"{i:02}" for i in range(12)], 12, r"in this order: 00, 01, 02, 03, 04 and 7 more\.$"),
+        (sorted(map(str, range(10))), 10, r"in this order: 0, 1, 2, 3, 4 and 5 more\.$"),
+        (["1", "10", "2"], 12, "names are taken for numbers of the backbone's 12"),
+        (sorted(map(str, range(1000))), 1000, "names are taken for numbers of the backbone's 1000"),
+        (
+            ["cat", "dog"],
+            3,
+            r"cannot be mapped to the backbone's 3: .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$",
+        ),
+        (["all"], 3, r"cannot be mapped to the backbone's 3\.$"),  # as where there are no labels
+        (["a", "b", "c"], 2, r"cannot be mapped to the backbone's 2\.$"),
+    ],
+    ids=["text", "padded", "ten", "some of the classes", "ImageNet", "no numbers", "no labels", "too many"],
+)
+def test_the_reason_says_how_names_were_read_or_what_to_call_them(class_names, num_classes, said):
+    reason = map_labels(class_names, num_classes).reason
+    assert re.search(said, reason)
+    assert "\n" not in reason
+
+
+def test_folders_of_numbers_get_the_classes_that_image_folder_gave_them(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    write_folder(tmp_path, [f"{i}/{i}.png" for i in range(12)])
+    data = opened(tmp_path)
+    mapped = with_labels(data.train, map_labels(data.class_names, 12))
+    trained = dict(ImageFolder(str(tmp_path)).samples)
+    for i, level in enumerate(levels(data.train)):
+        assert mapped[i][1] == trained[str(tmp_path / f"{level}" / f"{level}.png")]
+
+
+def test_digits_are_no_class_numbers_of_a_larger_backbone():
+    assert map_labels(opened("digits").class_names, 1000).indices is None
+
+
+@pytest.mark.parametrize(("names", "expected"), [(["1", "0"], [1, 0]), (["x", "y"], [UNKNOWN_LABEL] * 2)])
+def test_relabelled_data_has_mapped_labels_and_the_same_images(names, expected):
+    images = torch.rand(2, 3, 4, 4)
+    data = TensorDataset(images, torch.tensor([0, 1]))
+    relabelled = with_labels(data, map_labels(names, 3))
+    assert [relabelled[i][1] for i in range(2)] == expected
+    assert all(torch.equal(relabelled[i][0], images[i]) for i in range(2)) and len(relabelled) == 2
+
+
+# The order of class folders
+
+
+def test_the_orders_of_timm_and_torchvision_are_theirs(tmp_path):
+    from timm.data import create_dataset
+    from torchvision.datasets import ImageFolder
+
+    names = ["class1", "class10", "class2", "Zebra", "ant", "07", "7a"]
+    write_folder(tmp_path, [f"{name}/0.png" for name in names])
+    orders = class_orders(names)
+    assert orders["torchvision"] == ImageFolder(str(tmp_path)).classes
+    timm = create_dataset("", root=str(tmp_path)).reader.class_to_idx
+    assert orders["timm"] == sorted(timm, key=timm.get)
+
+
+class Oracle(nn.Module):
+    """Knows the class from the grey level: images of class i of `order` have the level i."""
+
+    def __init__(self, level_to_class: list[int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(len(level_to_class))[level_to_class])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table[(x[:, 0, 0, 0] * 255).round().long()]
+
+
+NAMES = [f"class{i}" for i in range(1, 13)]
+
+
+@pytest.fixture
+def numbered_classes(tmp_path) -> Data:
+    """Pictures of class1 to class12, whose grey levels are 0 to 11."""
+    for part in ("train", "val"):
+        for k in range(10):
+            write_folder(tmp_path / part, [f"{name}/{k}.png" for name in NAMES])
+    return opened(tmp_path)
+
+
+def backbone(order: list[str]) -> SimpleNamespace:
+    return SimpleNamespace(module=Oracle([order.index(name) for name in NAMES]), num_classes=12)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_where_orders_differ_the_one_is_taken_under_which_the_backbone_is_right(library, numbered_classes):
+    network = backbone(class_orders(NAMES)[library])
+    found = choose_class_order(network, numbered_classes, check=False)
+    assert list(found.classes) == class_orders(NAMES)[library]
+    assert not found.doubt
+    assert f"12 classes are taken in {library}'s order" in found.reason
+    assert "class1, class10, class11" in found.reason and "class1, class2, class3" in found.reason
+    mapped = relabelled(numbered_classes, found)
+    answers = torch.stack([mapped.validation[i][0] for i in range(len(mapped.validation))])
+    labels = [mapped.validation[i][1] for i in range(len(mapped.validation))]
+    assert network.module(answers).argmax(1).tolist() == labels
+    assert mapped.split["classes"] == list(found.classes)
+
+
+def test_asking_leaves_the_backbone_as_it_was(numbered_classes):
+    network = backbone(NAMES)
+    network.module.train()
+    choose_class_order(network, numbered_classes)
+    assert network.module.training
+
+
+def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
+    found = choose_class_order(backbone(NAMES[6:] + NAMES[:6]), numbered_classes)
+    assert re.search(r"right on 0\.0% of \d+ images, and would be on 8\.3% by chance", found.doubt)
+    with pytest.raises(
+        DataError, match=r"max_drop=0\.01 needs labels under which the backbone is right.*classes=FILE.*max_fid"
+    ):
+        found.require_accuracy("max_drop=0.01", "max_fidelity_drop=0.01")
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_an_order_without_a_choice_is_doubted_only_if_it_is_checked(check, tmp_path):
+    data = opened(write_folder(tmp_path, [f"{name}/{k}.png" for k in range(20) for name in ("cat", "dog")]))
+    network = SimpleNamespace(module=nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), num_classes=2)
+    nn.init.zeros_(network.module[1].weight)  # always the same answer
+    found = choose_class_order(network, data, check=check)
+    assert bool(found.doubt) is check
+    assert found.indices == (0, 1)
+
+
+def test_a_backbone_that_is_right_on_very_few_images_is_not_doubted(tmp_path):
+    data = opened(write_folder(tmp_path / "val", ["cat/0.png", "dog/1.png"]).parent, report_only=True)
+    assert not choose_class_order(SimpleNamespace(module=Oracle([0, 1]), num_classes=2), data).doubt
+
+
+def test_data_sets_with_numbers_of_their_own_are_not_reordered():
+    data = opened("digits")
+    module = Oracle([0] * 256)
+    module.table = nn.Parameter(torch.rand(256, 10))
+    assert choose_class_order(SimpleNamespace(module=module, num_classes=10), data).indices == tuple(range(10))
+
+
+def test_a_file_of_names_settles_the_order(tmp_path):
+    (tmp_path / "classes.txt").write_text("\ufeffdog\r\ncat \nowl\n\n", encoding="utf-8")
+    found = map_labels(["cat", "dog"], 3, classes=tmp_path / "classes.txt")
+    assert (found.indices, found.classes) == ((1, 0), ("dog", "cat", "owl"))
+    assert "classes.txt'" in found.reason
+
+
+def test_names_that_are_given_go_before_the_libraries_orders(numbered_classes):
+    order = NAMES[6:] + NAMES[:6]
+    found = choose_class_order(backbone(order), numbered_classes, classes=order)
+    assert list(found.classes) == order and not found.doubt
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cat\ndog\n", "names 2 classes, but the backbone has 3"),
+        ("cat\ndog\ncat\n", "names cat more than once"),
+        ("cat\nDog\nowl\n", r"lacks classes of the data: dog \(did you mean 'Dog'\?\)"),
+        ("cat\n\ndog\n", "holds an empty line"),
+        ("", "holds no class names"),
+        ("\xff\xfe", "cannot be read"),
+    ],
+    ids=["too few", "twice", "other names", "gap", "empty", "no text"],
+)
+def test_a_file_of_other_names_is_refused(text, said, tmp_path):
+    (tmp_path / "classes.txt").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=said):
+        map_labels(["cat", "dog"], 3, classes=tmp_path / "classes.txt")
+
+
+def test_a_file_of_names_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.txt' cannot be read \(No such file"):
+        read_classes(tmp_path / "nowhere.txt")

@@ -1,0 +1,171 @@
+"""Pictures become a backbone's input; those that cannot be read are all named at once."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from images import TRANSFORM, encoded, opened, picture
+from PIL import Image
+
+from ptee._common.errors import DataError
+from ptee.data.labels import LabelMap, with_labels
+from ptee.data.pictures import File, UnreadablePicturesError, check_pictures, decode, image_transform
+from ptee.data.splits import hold_out
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK"])
+@pytest.mark.parametrize("c", [1, 3])
+def test_any_kind_of_picture_gives_the_channels_asked_for(mode, c):
+    x = image_transform((c, 6, 6), (0.5,), (0.5,))(picture(255, mode, (9, 9)))
+    assert x.shape == (c, 6, 6) and torch.allclose(x, torch.ones(c, 6, 6))
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_picture_of_the_right_size_is_only_normalised():
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    pixels = torch.tensor(np.asarray(noise(7, 5)), dtype=torch.float64).permute(2, 0, 1) / 255  # (h, w, c) -> (c, h, w)
+    expected = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert torch.allclose(image_transform((3, 7, 5), mean, std)(noise(7, 5)).double(), expected, atol=1e-6)
+
+
+def test_square_picture_is_resized_whole():
+    resized = noise(16, 16).resize((8, 8), Image.Resampling.BICUBIC)
+    expected = torch.tensor(np.asarray(resized)).permute(2, 0, 1) / 255  # (h, w, c) -> (c, h, w)
+    assert torch.allclose(TRANSFORM(noise(16, 16)), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 16), (16, 32), (3, 100), (9, 8), (1, 1)])
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
+def test_picture_covers_any_input_shape(size, shape):
+    assert image_transform((3, *shape), (0,), (1,))(picture(255, "RGB", size)).min() == 1
+
+
+def test_longer_side_is_cropped_around_the_centre():
+    image = picture(0, "L", (24, 8))
+    image.paste(255, (8, 0, 16, 8))
+    assert TRANSFORM(image).min() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (((4, 8, 8), (0,), (1,)), "reads 4 channels, but pictures have 3 or 1"),
+        (((3, 8, 8), (0, 0), (1,)), "The mean has 2 numbers for 3 channels"),
+        (((1, 8, 8), (0,), (1, 1, 1)), "The std has 3 numbers for 1 channels"),
+        (((3, 8, 8), (0,), (1,), "bicubc"), "Unknown interpolation 'bicubc'. Did you mean 'bicubic'"),
+    ],
+)
+def test_impossible_input_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        image_transform(*arguments)
+
+
+def saved(path, values, **how) -> File:
+    Image.fromarray(values).save(path, **how)
+    return File(str(path), path.name)
+
+
+RAMP = np.linspace(0, 65535, 1024).reshape(32, 32)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+def test_sixteen_bits_become_eight_without_clipping(tmp_path, name):
+    image = decode(saved(tmp_path / name, RAMP.astype(np.uint16)))
+    assert image.mode == "L"
+    assert np.abs(np.asarray(image) - RAMP.astype(np.uint16) / 257).max() <= 0.5
+
+
+def test_floats_from_0_to_1_become_eight_bits(tmp_path):
+    image = decode(saved(tmp_path / "x.tif", (RAMP / 65535).astype(np.float32)))
+    assert np.abs(np.asarray(image) - RAMP / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((RAMP / 257).astype(np.float32), "floats from 0 to 255"),
+        ((RAMP / 65535 - 0.5).astype(np.float32), "floats from -0.5 to 0.5"),
+        (np.full((4, 4), np.nan, np.float32), "floats from nan"),
+        (RAMP.astype(np.int32), "32-bit integers from 0 to 65535"),
+    ],
+    ids=["bytes", "signed", "nan", "integers"],
+)
+def test_values_whose_white_is_not_known_are_refused(tmp_path, values, said):
+    file = saved(tmp_path / "x.tif", values)
+    with pytest.raises(DataError, match=rf"x\.tif' cannot be used: it holds {said}.*Save it with 8 bits"):
+        decode(file)
+    with pytest.raises(DataError, match=said):
+        TRANSFORM(Image.fromarray(values))
+
+
+@pytest.fixture
+def damaged(folder):
+    """Images of which six cannot be read, each for another reason."""
+    val = folder / "val"
+    whole = encoded(3, "JPEG")
+    (val / "a" / "cut.png").write_bytes(encoded(1)[:50])
+    (val / "a" / "flipped.png").write_bytes(encoded(1).replace(b"IDAT", b"IDAT\x01", 1))
+    (val / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (val / "b" / "text.jpg").write_text("no picture")
+    os.mkfifo(val / "b" / "pipe.jpg")
+    (val / "b" / "gone.jpg").symlink_to("nowhere.jpg")
+    return folder
+
+
+def test_all_pictures_that_cannot_be_read_are_named_in_one_line(damaged):
+    data = opened(damaged)
+    with pytest.raises(UnreadablePicturesError) as caught:
+        check_pictures([data.train, with_labels(data.validation, LabelMap(None, ""))])
+    said = str(caught.value)
+    assert said.startswith("6 of 30 pictures cannot be read. Replace or remove them")
+    for name in (
+        "a/cut.png",
+        "a/flipped.png",
+        "a/cut.jpg",
+        "b/text.jpg",
+        "b/pipe.jpg' (not a regular file)",
+        "b/gone.jpg",
+    ):
+        assert name in said
+    assert "\n" not in said
+    assert sorted(caught.value.keys)[0] == ("validation", "a/cut.jpg", "a")
+
+
+def test_pictures_of_a_part_that_was_held_out_are_checked_too(damaged):
+    with pytest.raises(UnreadablePicturesError, match="6 of 12"):
+        check_pictures(hold_out(opened(damaged).validation, 3, 0))
+
+
+def test_good_pictures_of_any_kind_pass(tmp_path):
+    for kind in ("bmp", "jpg", "png", "tif", "webp", "ppm"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        picture(90, "RGB").save(tmp_path / "a" / f"x.{kind}")
+    saved(tmp_path / "a" / "deep.png", RAMP.astype(np.uint16))
+    check_pictures([opened(tmp_path).train, opened("digits").train])
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match=r"a\.jpg' cannot be decoded"):
+        decode(File(str(tmp_path / "a.jpg"), "a.jpg"))
+
+
+def test_opening_decodes_nothing_and_a_bad_picture_is_named(folder):
+    (folder / "val" / "a" / "000.png").write_bytes(b"no picture")
+    data = opened(folder)
+    with pytest.raises(DataError, match=r"Picture '.*val/a/000\.png' cannot be decoded"):
+        data.validation[0]
+
+
+def test_a_bad_picture_in_a_tar_is_named(tars):
+    with tarfile.open(tars / "validation.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a/bad.png"))
+    with pytest.raises(DataError, match=r"Picture 'a/bad\.png' in '.*validation\.tar' cannot be decoded"):
+        opened(tars).validation[0]

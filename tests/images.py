@@ -1,0 +1,69 @@
+"""Pictures that tests write, and the data sets that are made of them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ptee.data.pictures import image_transform
+from ptee.data.sources import open_data
+from ptee.data.splits import Data
+
+TRANSFORM = image_transform((3, 8, 8), (0.0,), (1.0,))
+PARTS = ("train", "calibration", "validation")
+
+
+def picture(level: int = 0, mode: str = "L", size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new("L", size, level).convert(mode)
+
+
+def encoded(level: int, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture(level).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_folder(folder: Path, names: Iterable[str]) -> Path:
+    """Pictures as `names` says, each of its own grey level; a name that ends with a slash is an empty folder."""
+    for level, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        else:
+            (folder / name).write_bytes(encoded(level))
+    return folder
+
+
+def write_tar(path: Path, names: Iterable[str]) -> Path:
+    """The same as a tar file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for level, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            if name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+            member.size = 0 if member.isdir() else len(encoded(level))
+            tar.addfile(member, io.BytesIO(encoded(level)))
+    return path
+
+
+def numbered(n: int, classes: str = "ab") -> list[str]:
+    return [f"{classes[i % len(classes)]}/{i:03}.png" for i in range(n)]
+
+
+def levels(dataset: Dataset) -> list[int]:
+    """Which pictures a data set holds, in its order."""
+    return [round(float(dataset[i][0].max()) * 255) for i in range(len(dataset))]  # type: ignore[arg-type]
+
+
+def rows(data: Data) -> dict[str, list[int]]:
+    return {part: levels(getattr(data, part)) for part in PARTS}
+
+
+def opened(source: Path | str, **more) -> Data:
+    return open_data(source, transform=TRANSFORM, **more)
