@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 from ptee.training.losses import ALIASES, SEPARATE
 
@@ -168,8 +168,5 @@ def shift_for(input_size: tuple[int, int, int]) -> int:
 
 
 def _clash(name: str, value: Any, needs: str, given: str) -> PteeError:
-    error = PteeError(
-        f"{name}={value!r} {needs}, and this training has {given}. Leave {name} out, or change the others."
-    )
-    vars(error).update(argument=name, value=value)
-    return error
+    text = f" {needs}, and this training has {given}. Leave {name} out, or change the others."
+    return PteeError(Argument(name, repr(value)), text, argument=name, value=value)
