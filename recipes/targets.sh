@@ -25,8 +25,7 @@ augment() { # name options...
 augment labels --loss each --targets labels
 augment pseudo --loss each --targets pseudo
 augment soft_2 --loss each --targets soft --temperature 2
-augment soft_2_reach --loss each --targets soft --temperature 2 --reach
 augment joint_v1 --loss v1 --targets labels
 augment joint_v2 --loss v2 --targets labels
-ptee compare "$out/labels" "$out/pseudo" "$out/soft_2" "$out/soft_2_reach" "$out/joint_v1" "$out/joint_v2" \
+ptee compare "$out/labels" "$out/pseudo" "$out/soft_2" "$out/joint_v1" "$out/joint_v2" \
     --data "$data" --lines learned,max_prob,oracle

@@ -124,7 +124,6 @@ def cli(ctx: click.Context) -> None:
 @click.option("--temperature", type=float, help="Of --targets soft, for --loss each: such as 2.")
 @click.option("--loss", help="v1, v2, mc or cost: the exits learn together; each: every exit for itself.")
 @click.option("--cost-weight", type=float, help="Lambda: the price of cost in the losses v1, v2 and cost. Default: 1.")
-@click.option("--reach", is_flag=True, help="Weight each image at an exit by the chance to get there; for --loss each.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images.")
 @click.option(
     "--cache/--no-cache",
@@ -142,13 +141,6 @@ def cli(ctx: click.Context) -> None:
     "--shift",
     type=click.IntRange(min=0),
     help="Move feature maps by up to so many pixels of the input.",
-)
-@click.option(
-    "--mixup",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Mix two samples' features and targets, weights from Beta(X, X); for --loss each.",
 )
 @click.option("--optimizer", help="adam, adamw or muon, with which learned heads learn in fewer epochs.")
 @click.option("--lr", type=float, help="Learning rate.")

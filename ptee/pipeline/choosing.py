@@ -39,7 +39,7 @@ from ptee.exits.plan import head_macs
 from ptee.exits.residual_head import make_heads
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
-from ptee.training.settings import Settings
+from ptee.training.config import TrainingConfig
 from ptee.training.trainer import train
 
 PROBE, MOST_PLACES = "pool", 24
@@ -180,7 +180,7 @@ def choose_exits(
     """
     _check(num_exits, head, head_budget, images)
     wish = Wish.only({"max_fidelity_drop": max_drop})
-    Settings(seed=seed).checked()
+    TrainingConfig(seed=seed)
     learnt, held = _drawn(data, images, seed)
     backbone = (
         model
@@ -300,8 +300,8 @@ def _probed(
     epochs = math.ceil(UPDATES / math.ceil(len(learnt) / batch))
     try:
         train(
-            model, learnt, targets="soft", loss="each", epochs=epochs, batch_size=batch, lr=RATE, schedule="cosine", seed=seed,
-            device=device, precision="no", num_workers=num_workers, cache=True,
+            model, learnt, targets="soft", temperature=1, epochs=epochs, batch_size=batch, optimizer="adam", lr=RATE, views=1,
+            shift=0, seed=seed, device=device, precision="no", num_workers=num_workers,
         )  # fmt: skip
         return _recorded(model, held, device, num_workers)
     finally:

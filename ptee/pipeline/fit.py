@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from ptee.backbones.load import IMAGENET, Backbone, load_backbone
 from ptee.data.sources import Data
 from ptee.evaluation.targets import Wish, checked_margin, remark, require_labels, require_reachable
 from ptee.evaluation.tuning import Unseen, kept
-from ptee.exits.heads import AUTO
 from ptee.exits.placement import CHOSEN, PLACEMENTS
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
@@ -26,18 +24,18 @@ from ptee.pipeline import demo as defaults
 from ptee.pipeline.asked import Options, Say
 from ptee.pipeline.choosing import Choice
 from ptee.pipeline.measuring import measured, tuned
-from ptee.pipeline.recipe import MAY_LOSE, NO_GATE, RECIPE, epochs_for, followed, shift_for
+from ptee.pipeline.recipe import MAY_LOSE, NO_GATE, RECIPE, followed
 from ptee.training import calibration as decision
 from ptee.training import trainer as training
 from ptee.training.calibration import check_target, fit_gates, hang_unfitted_gates, hold_out
+from ptee.training.config import TrainingConfig
 from ptee.training.history import Epoch, History
-from ptee.training.settings import Settings
 
 EPOCHS, GATE_SHARE = 5, 0.1  # where nothing else is said
 CHECKPOINT = "checkpoint.safetensors"
-LEARNING = (  # options that are arguments of `train` as they are
-    *("temperature", "loss", "cost_weight", "reach", "batch_size", "optimizer", "lr", "weight_decay", "seed"),
-    *("patience", "precision", "schedule", "augment", "shift", "mixup"),
+LEARNING = (  # options that are settings of a training as they are
+    *("temperature", "loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "mirror", "shift"),
+    *("patience", "precision", "seed", "cache"),
 )
 
 
@@ -75,7 +73,7 @@ def augment(o: Options, say: Say) -> None:
     complete: list[Epoch] = []
     try:
         history = _train(model, data, targets, o, say, complete)
-        if int(os.environ.get("RANK", 0)):  # under `accelerate launch` the first process goes on alone
+        if not _is_main_process():  # under `accelerate launch` the first process goes on alone
             return
         if history.interrupted:
             raise KeyboardInterrupt
@@ -132,8 +130,14 @@ def _check_settings(o: Options) -> None:
     check_target(o["gate"], NO_GATE)
     if o["gate_share"] and not o["gate"]:
         raise PteeError("--gate-share needs --gate, such as --gate agrees.")
-    own = {key: o[key] for key in LEARNING if o[key] != AUTO}
-    Settings(targets=o["targets"] or "labels", **own).checked()
+    _training_config(o)
+
+
+def _training_config(o: Options, targets: str | None = None) -> TrainingConfig:
+    own: dict[str, Any] = {key: o[key] for key in LEARNING if o[key] is not None}
+    own |= {"cost_weight": None if o["loss"] == "each" else o["cost_weight"], "views": o["augment"]}
+    own["targets"] = targets or o["targets"] or "labels"
+    return TrainingConfig(**own)
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -251,15 +255,18 @@ def _told_of_random_weights(model: EarlyExitModel, say: Say) -> bool:
     return all(network.source is not None for network in (model.origin, front) if network)
 
 
+def _is_main_process() -> bool:
+    """As accelerate sees it: some schedulers set RANK for a process that is alone."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
 def _settle(o: Options, data: Data, model: EarlyExitModel) -> None:
     """Put numbers in place of what is left to the data and the model."""
-    every: Any = data.train
-    if o["epochs"] == AUTO:
-        o["epochs"] = epochs_for(len(every), o["batch_size"])
-    o["epochs"] = o["epochs"] or EPOCHS
-    o["mirror"] = o["mirror"] and data.mirror
-    if o["shift"] == AUTO:
-        o["shift"] = shift_for(model.plan.input_size) if training.reads_maps(model) else 0
+    o["epochs"], o["mirror"] = o["epochs"] or EPOCHS, o["mirror"] and data.mirror
+    config = training.resolve_config(_training_config(o), model, data.train)
+    o["epochs"], o["shift"] = config.epochs, config.shift
 
 
 def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say, complete: list[Epoch]) -> History:
@@ -271,9 +278,8 @@ def _train(model: EarlyExitModel, data: Data, targets: str, o: Options, say: Say
         say(epoch.line(o["epochs"]))
 
     history = training.train(
-        model, data.train, data.calibration, targets=targets, mirror=o["mirror"], epochs=o["epochs"], device=o["device"],
-        num_workers=o["workers"], cache=o["cache"], checkpoint=o["out"] / CHECKPOINT, resume=o["resume"], on_epoch=tell, on_cache=say,
-        **{key: o[key] for key in LEARNING},
+        model, data.train, data.calibration, config=_training_config(o, targets), device=o["device"], num_workers=o["workers"],
+        checkpoint=o["out"] / CHECKPOINT, resume=o["resume"], on_epoch=tell, on_cache=say,
     )  # fmt: skip
     if history.warning and not o["gate"]:  # whose exits are decided by gates, which are still to come
         say(f"Warning: {history.warning}", err=True)

@@ -16,7 +16,6 @@ PLAIN: dict[str, Any] = {
     "loss": "v1", "temperature": 1.0, "cost_weight": 1.0, "exits": "pareto", "augment": 1, "shift": 0,
     "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant",
 }  # fmt: skip
-FEWEST_EPOCHS, MOST_EPOCHS, UPDATES = 12, 40, 5_000  # of a recipe that leaves the epochs to the number of images
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Heads sized by a budget, the first early and large, each taught by the backbone's probabilities alone; then gates
@@ -37,25 +36,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     # by entropy there: a policy for each run in `ptee compare`.
     "branchynet": {"exits": "pareto", "head": "conv2", "loss": "each", "targets": "labels"},
 }  # fmt: skip
-
-
-def epochs_for(images: int, batch_size: int) -> int:
-    """How many a recipe takes that leaves them to the data: enough updates, and not too many passes.
-
-    Args:
-        images: to learn from.
-        batch_size: of an update.
-    """
-    return min(max(FEWEST_EPOCHS, -(-UPDATES * batch_size // images)), MOST_EPOCHS)
-
-
-def shift_for(input_size: tuple[int, int, int]) -> int:
-    """How many pixels a recipe shifts by: an eighth of a side, as crops of padded images commonly do.
-
-    Args:
-        input_size: (c, h, w).
-    """
-    return min(input_size[1:]) // 8
 
 
 def _make_room(says: dict[str, Any], given: Mapping[str, Any]) -> None:

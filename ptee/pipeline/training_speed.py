@@ -138,8 +138,8 @@ def _last_epoch(model: EarlyExitModel, data: Any, batch_size: int, device: torch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a collapse
         history = train(
-            model, data, targets="pseudo", epochs=1 + WARM_EPOCHS * cache, batch_size=batch_size, device=device,
-            precision="no", cache=cache,
+            model, data, loss="joint", targets="pseudo", epochs=1 + WARM_EPOCHS * cache, batch_size=batch_size, views=1, shift=0,
+            device=device, precision="no", cache=cache,
         )  # fmt: skip
     return history.epochs[-1].seconds
 

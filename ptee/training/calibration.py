@@ -25,7 +25,7 @@ from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
 from ptee.exits.gates import LOG_ODDS, READS, Gate
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.training.settings import Settings
+from ptee.training.config import TrainingConfig
 
 QUESTIONS = {
     "agrees": "Is the answer the backbone's?",
@@ -173,7 +173,7 @@ def fit_gates(
     """
     require_early_exit(model)
     check_target(target)
-    Settings(seed=seed).checked()
+    TrainingConfig(seed=seed)
     model.require_all_on()
     if reads not in READS:
         raise unknown("thing for a gate to read", reads, READS)

@@ -1383,8 +1383,8 @@ def test_bench_times_training_on_a_cache_and_without(run):
 
 
 def test_augment_takes_every_way_of_learning(run, known):
-    how = ("--loss", "each", "--targets", "soft", "--temperature", 2, "--reach", "--schedule", "cosine")
-    more = ("--augment", 2, "--no-mirror", "--mixup", 0.2, "--shift", 2, "--head", "conv1")
+    how = ("--loss", "each", "--targets", "soft", "--temperature", 2, "--schedule", "cosine")
+    more = ("--augment", 2, "--no-mirror", "--shift", 2, "--head", "conv1")
     done = run("augment", *known, *SHORT, *how, *more, "--out", "out")
     assert done.status == 0, done.err
     assert "epoch 2/2" in done.out
@@ -1399,7 +1399,7 @@ def test_no_digit_is_mirrored(run, hasty, monkeypatch):
 
     monkeypatch.setattr(training, "train", train)
     run("augment", "--augment", 2)
-    assert (asked["augment"], asked["mirror"]) == (2, False)
+    assert (asked["config"].views, asked["config"].mirror) == (2, False)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 
 from ptee._common.errors import PteeError, UnknownName
-from ptee.pipeline.recipe import FEWEST_EPOCHS, MOST_EPOCHS, PLAIN, RECIPE, RECIPES, epochs_for, followed, shift_for
-from ptee.training.trainer import train
+from ptee.pipeline.recipe import PLAIN, RECIPE, RECIPES, followed
 
 OPTIONS = (
     *(
@@ -84,17 +81,6 @@ def test_options_of_plan_alone_can_follow_a_recipe():
     assert followed(some)["head"] == "auto"
 
 
-@pytest.mark.parametrize(
-    ("images", "epochs"), [(50_000, 13), (640_000, FEWEST_EPOCHS), (1_800, MOST_EPOCHS), (20_000, 32)]
-)
-def test_epochs_are_as_many_as_give_enough_updates(images, epochs):
-    assert epochs_for(images, 128) == epochs
-
-
-def test_images_are_shifted_by_an_eighth_of_a_side():
-    assert shift_for((3, 32, 48)) == 4
-
-
 def test_a_temperature_goes_with_the_probabilities_it_is_of():
     got = followed(NONE | {"recipe": "ptee", "targets": "labels"})
     assert (got["targets"], got["temperature"]) == ("labels", 1.0)
@@ -109,13 +95,6 @@ def test_a_recipe_for_heads_alone_refuses_a_loss_of_them_together():
 def test_an_unknown_recipe_is_refused_by_name():
     with pytest.raises(UnknownName, match=r"'ptenet'.*Did you mean 'pteenet'"):
         followed(NONE | {"recipe": "ptenet"})
-
-
-def test_the_plain_way_is_that_of_train():
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    shared = PLAIN.keys() & defaults.keys()
-    assert {name: PLAIN[name] for name in shared} == {name: defaults[name] for name in shared}
-    assert shared >= {"loss", "temperature", "schedule", "optimizer", "lr", "weight_decay", "augment", "shift"}
 
 
 def test_a_loss_weight_that_nothing_would_read_is_refused():
