@@ -11,7 +11,7 @@ from typing import Any
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, Interrupted, PteeError, RunError
-from ptee._common.files import require_writable, write_json
+from ptee._common.files import WRITING, require_writable, write_json
 from ptee.backbones.load import IMAGENET, Backbone, load_backbone
 from ptee.data.sources import Data
 from ptee.evaluation.targets import Wish, checked_margin, remark, require_labels, require_reachable
@@ -104,7 +104,7 @@ def _folder(o: Options) -> Path:
     run, unfinished = runs.is_run(out), (out / CHECKPOINT).is_file()
     if o["resume"] and not unfinished:
         raise RunError(f"There is no interrupted training in {out}. Leave out --resume, or give its folder with --out.")
-    if o["resume"] or not out.is_dir() or not any(out.iterdir()):
+    if o["resume"] or not out.is_dir() or all(path.name.startswith(WRITING) for path in out.iterdir()):
         return out
     if not (run or unfinished):
         raise RunError(f"{out} holds something else than a run. Give a new folder with --out.")

@@ -117,10 +117,11 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
         written, history = dict(json.loads(about["training"])), dict(json.loads(about["history"]))
         if about.pop("sha256") != _content_hash(tensors, about):
             raise ValueError("its content was changed")
+        optimizer = _optimizer_state(tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as why:
         raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to begin anew.") from why
     _require_same(path, written, training)
-    return Checkpoint(_under(HEADS, tensors), _under(BEST, tensors), _optimizer_state(tensors), history)
+    return Checkpoint(_under(HEADS, tensors), _under(BEST, tensors), optimizer, history)
 
 
 def _require_same(path: Path, written: Mapping[str, Any], training: Mapping[str, Any]) -> None:

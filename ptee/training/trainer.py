@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ptee._common.devices import accelerator_on
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
+from ptee._common.files import clear_unfinished
 from ptee._common.progress import with_bar
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
@@ -88,6 +89,8 @@ def train(
         samples = None if is_loader(train_data) else sample_hash(train_data, must_repeat=loaders.caches)
         training = checkpoints.describe_training(config, model, train_data, samples, accelerator.num_processes)
         run = _Training(model, accelerator, config, training, path)
+        if path is not None:
+            clear_unfinished(path.parent)
         if resume:
             run.resume()
         return run.fit(loaders, train_data, val_data, on_epoch)
@@ -358,15 +361,26 @@ class _Training:
         if self.path is None or not self.path.is_file():
             return
         reached = checkpoints.read(self.path, self.training)
+        before = copy.deepcopy(self.model.heads.state_dict())
         try:
-            epochs = [Epoch(**epoch) for epoch in reached.history["epochs"]]
-            if self.config.patience is not None:
-                self.model.heads.load_state_dict(reached.best_heads)  # so it fits, should the training go back to it
-            self.model.heads.load_state_dict(reached.heads)
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": reached.optimizer})
+            self._load(reached)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
+            self.model.heads.load_state_dict(before)
             raise RunError(f"{self.path} does not fit these heads: {first_line(why)} Delete it to begin anew.") from why
-        if len(epochs) > self.epochs:
-            text = f"{self.path} holds {len(epochs)} complete epochs, more than "
-            raise RunError(text, Argument("epochs", str(self.epochs)), ". Give as many at least, or delete it.")
+        if (done := len(self.history.epochs)) > self.epochs:
+            self.model.heads.load_state_dict(before)
+            text = f"{self.path} holds {done} complete epochs, more than "
+            raise RunError(text, Argument("epochs", str(self.epochs)), f". Give {done} or more, or delete it.")
+
+    def _load(self, reached: checkpoints.Checkpoint) -> None:
+        epochs = [Epoch(**epoch) for epoch in reached.history["epochs"]]
+        if [epoch.number for epoch in epochs] != [*range(1, len(epochs) + 1)]:
+            raise ValueError("its epochs are not numbered one after another")
+        if self.config.patience is not None:
+            self.model.heads.load_state_dict(reached.best_heads)  # so it fits, should the training go back to it
+        self.model.heads.load_state_dict(reached.heads)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": reached.optimizer})
+        for p, state in self.optimizer.optimizer.state.items():
+            if any(value.dim() and value.shape != p.shape for value in state.values()):
+                raise ValueError("the optimizer's state has other shapes")
         self.best_heads, self.history.epochs = reached.best_heads, epochs

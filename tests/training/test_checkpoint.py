@@ -18,6 +18,7 @@ from ptee._common.errors import RunError
 from ptee.backbones.load import load_backbone
 from ptee.exits.front import FrontHead
 from ptee.model.build import build
+from ptee.training.checkpoint import _content_hash
 from ptee.training.history import Epoch, History
 from ptee.training.optimizers import OPTIMIZERS
 
@@ -242,66 +243,71 @@ def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
         fit(on(net), checkpoint=checkpoint, resume=True)
 
 
-def text(file: Path) -> None:
-    file.write_text("hello")
-
-
-def pickled(file: Path) -> None:
-    file.write_bytes(pickle.dumps({"a": 1}))
-
-
-def nothing(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def cut_off(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-10])
-
-
-def plain_tensors(file: Path) -> None:
-    save_file({"a": torch.zeros(1)}, file)
-
-
 def rewritten(file: Path, about: dict[str, str] | None = None, drop: str = "-", **add: Tensor) -> None:
+    """As somebody would who knows the hash."""
     with safe_open(file, "pt") as old:
         tensors = {key: old.get_tensor(key) for key in old.keys() if not key.startswith(drop)}  # noqa: SIM118
         about = old.metadata() | (about or {})
-    save_file(tensors | {key.replace("__", "."): value for key, value in add.items()}, file, about)
+    tensors |= {key.replace("__", "."): value for key, value in add.items()}
+    save_file(tensors, file, about | {"sha256": _content_hash(tensors, about)})
 
 
-def no_history(file: Path) -> None:
-    rewritten(file, {"history": "{}"})
+def changed(file: Path, name: str) -> None:
+    """A few bits of one tensor are not what they were."""
+    with safe_open(file, "pt") as old:
+        tensors, about = {key: old.get_tensor(key) for key in old.keys()}, old.metadata()  # noqa: SIM118
+    tensors[next(key for key in tensors if key.startswith(name))] += 1
+    save_file(tensors, file, about)
 
 
-def odd_epochs(file: Path) -> None:
-    rewritten(file, {"history": '{"epochs": [{"number": 1}]}'})
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "text": lambda file: file.write_text("hello"),
+    "a pickle": lambda file: file.write_bytes(pickle.dumps({"a": 1})),
+    "nothing": lambda file: file.write_bytes(b""),
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-10]),
+    "other tensors": lambda file: save_file({"a": torch.zeros(1)}, file),
+    "changed heads": lambda file: changed(file, "heads."),
+    "changed optimizer": lambda file: changed(file, "optimizer."),
+    "another history": lambda file: file.write_bytes(file.read_bytes().replace(b"seconds", b"minutes")),
+    "other settings": lambda file: file.write_bytes(file.read_bytes().replace(b'lr\\": 0.01', b'lr\\": 0.02')),
+    "no history": lambda file: rewritten(file, {"history": "{}"}),
+    "an epoch without figures": lambda file: rewritten(file, {"history": '{"epochs": [{"number": 1}]}'}),
+    "settings that are a list": lambda file: rewritten(file, {"training": "[]"}),
+    "no heads": lambda file: rewritten(file, drop="heads."),
+    "heads of another shape": lambda file: rewritten(file, heads__0__logits__bias=torch.zeros(99)),
+    "an optimizer of another shape": lambda file: rewritten(file, optimizer__0__exp_avg=torch.zeros(99)),
+    "an optimizer's state without number": lambda file: rewritten(file, optimizer__x=torch.zeros(1)),
+}
 
 
-def odd_settings(file: Path) -> None:
-    rewritten(file, {"training": "[]"})
-
-
-def no_heads(file: Path) -> None:
-    rewritten(file, drop="heads.")
-
-
-def odd_heads(file: Path) -> None:
-    rewritten(file, **{"heads__0__logits__bias": torch.zeros(99)})
-
-
-def odd_optimiser(file: Path) -> None:
-    rewritten(file, optimizer__x=torch.zeros(1))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [text, pickled, nothing, cut_off, plain_tensors, no_history, odd_epochs, odd_settings, no_heads, odd_heads, odd_optimiser],
-    ids=lambda f: f.__name__,
-)  # fmt: skip
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(damage, checkpoint):
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_heads_stay_as_they_are(damage, checkpoint):
     damage(checkpoint)
+    model = made()
+    before = heads(model)
     with pytest.raises(RunError, match=r"checkpoint\.safetensors.*[Dd]elete it"):
-        fit(made(), checkpoint=checkpoint, resume=True)
+        fit(model, checkpoint=checkpoint, resume=True)
+    assert same(heads(model), before)
+
+
+def test_a_checkpoint_with_more_epochs_than_are_wanted_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(made(), epochs=2, checkpoint=checkpoint)
+    with pytest.raises(RunError, match=r"2 complete epochs, more than epochs=1\. Give 2 or more"):
+        fit(made(), epochs=1, checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_other_images_of_the_same_number_is_refused(checkpoint):
+    with pytest.raises(RunError, match="samples"):
+        fit(made(), TensorDataset(images() + 1, labels()), checkpoint=checkpoint, resume=True)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
+    left = tmp_path / ".writing-abc" / "checkpoint.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    fit(made(), epochs=1, checkpoint=tmp_path / "checkpoint.safetensors", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path):
