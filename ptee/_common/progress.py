@@ -73,4 +73,4 @@ class LogLines(Generic[Item]):
 
     def _write_lines(self, over: threading.Event) -> None:
         while not over.wait(self.seconds):
-            print(self.line(), file=sys.stderr, flush=True)
+            tqdm.write(self.line(), file=sys.stderr)

@@ -363,7 +363,7 @@ AUGMENT = {
     "labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--targets", "labels"], "cat, dog.*--targets pseudo"),
     "a recipe for labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--recipe", "ztw"], "cat, dog.*--targets pseudo"),
     "unknown targets": ([*RANDOM, "--data", "TEN", "--targets", "pseudos"], "pseudos.*Did you mean 'pseudo'"),
-    "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "v3.*Did you mean"),
+    "an unknown loss": ([*RANDOM, "--data", "TEN", "--loss", "v3"], "--loss 'v3' is unknown.*Choices"),
     "an unknown precision": ([*RANDOM, "--data", "TEN", "--precision", "bf61"], "bf61.*Did you mean"),
     "an unknown device": ([*RANDOM, "--data", "TEN", "--device", "cuda:99"], "cuda:99.*cpu"),
     "an unknown gate": ([*RANDOM, "--data", "TEN", "--gate", "agree"], "agree.*Did you mean 'agrees'.*none"),
@@ -374,7 +374,7 @@ AUGMENT = {
     "several heads for exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--head", "pool,conv1"], "2 val.*one"),
     "no exits to be chosen": ([*RANDOM, "--data", "TEN", "--exits", "auto", "--num-exits", 0], "choose 0 exits"),
     "no epochs": ([*RANDOM, "--data", "TEN", "--epochs", 0], "--epochs"),
-    "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "lr 0.0 must be positive, such as 0.001"),
+    "a learning rate of nothing": ([*RANDOM, "--data", "TEN", "--lr", 0], "--lr 0.0 must be above 0"),
     "thresholds for other exits": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
     "a threshold of NaN": ([*RANDOM, "--data", "TEN", "--threshold", "0.5,nan"], "NaN"),
     "a threshold of words": ([*RANDOM, "--data", "TEN", "--threshold", "high"], "high"),
@@ -1380,6 +1380,19 @@ def test_bench_times_training_on_a_cache_and_without(run):
     )
     found = json.loads(run(*words, "--json").out)
     assert found["times_less"] == pytest.approx(3 * found["fresh"] / (found["fill"] + 3 * found["cached"]))
+
+
+def test_a_rank_that_a_scheduler_sets_for_one_process_does_not_end_it_without_a_run(run, known, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert done.status == 0, done.err
+    assert Path("out", "config.json").is_file()
+
+
+def test_what_a_killed_process_left_half_written_does_not_stand_in_the_way(run, known):
+    Path("out", ".writing-abc").mkdir(parents=True)
+    assert run("augment", *known, *SHORT, "--out", "out").status == 0
+    assert not list(Path("out").glob(".writing-*"))
 
 
 def test_augment_takes_every_way_of_learning(run, known):

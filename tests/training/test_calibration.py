@@ -310,7 +310,7 @@ def test_the_table_says_how_many_images_and_which_question(model, images):
         ({"reads": "feature"}, UnknownName, "'feature'.*Did you mean 'features'"),
         ({"target": "right"}, DataError, "'right' needs labels: the data has none"),
         ({"device": "cuda:99"}, PteeError, "cuda:99"),
-        ({"seed": "a"}, PteeError, "seed 'a' must be a whole number"),
+        ({"seed": "a"}, PteeError, "seed='a' must be a whole number"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_and_no_gate_is_hung(more, kind, said, model, images):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest

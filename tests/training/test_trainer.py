@@ -190,7 +190,9 @@ def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
         net.fc.weight *= 300  # so sure of its answers that no exit is as good
     model = on(net, "pool")
     with pytest.warns(UserWarning, match=f"collapsed: .*{where}"):
-        history = ptee.train(model, data(), targets="pseudo", loss=loss, epochs=6, batch_size=16, lr=0.1, precision="no")
+        history = ptee.train(
+            model, data(), targets="pseudo", loss=loss, epochs=6, batch_size=16, lr=0.1, precision="no"
+        )
     assert "collapsed" in history.warning
 
 
