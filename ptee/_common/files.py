@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from ptee._common.errors import RunError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -49,7 +52,7 @@ def require_writable(folder: Path) -> None:
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         reason = f"{place} is a file" if place.is_file() else ""
         if not reason:
-            tempfile.TemporaryDirectory(dir=place, prefix=".writing-").cleanup()
+            tempfile.TemporaryDirectory(dir=place, prefix=WRITING).cleanup()
     except OSError as why:
         reason = str(why.strerror)
     if reason:
@@ -66,7 +69,7 @@ def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=WRITING) as beside:
             part, usual = Path(beside) / path.name, Path(beside) / "mode"
             write_to(part)
             usual.touch()
@@ -75,6 +78,16 @@ def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
     except (OSError, SafetensorError) as why:
         reason = getattr(why, "strerror", None) or first_line(why).rstrip(".")
         raise RunError(f"Cannot write {path}: {reason}. Choose another folder.") from why
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what a process left half written that was killed meanwhile.
+
+    Args:
+        folder: in which this process alone writes.
+    """
+    for left in folder.glob(f"{WRITING}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def plain(value: Any) -> dict[str, Any]:

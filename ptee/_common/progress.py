@@ -1,21 +1,76 @@
-"""A bar for what takes long, on a terminal alone."""
+"""Progress of long work: a bar on a terminal, and a line every half minute in a log."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from operator import length_hint
+from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
-_Step = TypeVar("_Step")
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 25.0
+LINE = "{desc}: {n_fmt} of {total_fmt} done in {elapsed}, {remaining} left"
+LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} done in {elapsed}"
 
 
-def with_bar(steps: Iterable[_Step], words: str, progress: bool = True) -> Iterable[_Step]:
-    """The steps, with a bar on a terminal.
+def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any:
+    """The items; how far one is with them can be seen meanwhile.
+
+    On a terminal this is a bar, which goes away at the end. In a log it is a line every half minute, with an estimate of the
+    time left; what takes less than that writes nothing.
 
     Args:
-        steps: what takes long.
-        words: what is being done.
-        progress: show it.
+        items: what takes long.
+        description: what is being done.
+        shown: whether to show it.
     """
-    return tqdm(steps, desc=words, leave=False, disable=None if progress else True)
+    if not shown:
+        return tqdm(items, disable=True)
+    if getattr(sys.stderr, "isatty", lambda: False)():
+        return tqdm(items, desc=description, leave=False)
+    return LogLines(items, description)
+
+
+class LogLines(Generic[Item]):
+    """Iterates over items, and writes a line to standard error from time to time, also while one item takes long.
+
+    Args:
+        items: what takes long.
+        description: what is being done.
+        seconds: between two lines.
+    """
+
+    disable = True  # there is no bar to put figures on
+
+    def __init__(self, items: Iterable[Item], description: str, seconds: float = SECONDS_BETWEEN_LINES) -> None:
+        self.items, self.description, self.seconds = items, description, seconds
+        self.done, self.total = 0, length_hint(items, 0)
+
+    def __iter__(self) -> Iterator[Item]:
+        self.start, over = time.monotonic(), threading.Event()
+        iterator = iter(self.items)  # a loader starts its processes here, which is no place for a second thread
+        writer = threading.Thread(target=self._write_lines, args=(over,), daemon=True)
+        writer.start()
+        try:
+            for item in iterator:
+                yield item
+                self.done += 1
+        finally:
+            over.set()
+            writer.join()
+
+    def line(self) -> str:
+        """What there is to say now."""
+        form = LINE if self.total else LINE_WITHOUT_TOTAL
+        total: Any = self.total or None
+        elapsed = time.monotonic() - self.start
+        text: str = tqdm.format_meter(self.done, total, elapsed, prefix=self.description, bar_format=form)
+        return text
+
+    def _write_lines(self, over: threading.Event) -> None:
+        while not over.wait(self.seconds):
+            tqdm.write(self.line(), file=sys.stderr)

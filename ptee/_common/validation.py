@@ -75,7 +75,7 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
     if first["type"] == "extra_forbidden":
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(place, fields)}")
     if first["type"] == "missing":
-        return _fault(PteeError, path, None, "is missing.", shown=False)
+        return PteeError(f"{path} is missing.", argument=path)
     of_this = [finding for finding in findings if _place(finding["loc"]) == place]
     if all(finding["type"] == "literal_error" for finding in of_this):
         choices = [choice for finding in of_this for choice in _choices(finding)]
@@ -118,17 +118,15 @@ _LIMITS = {
 
 
 def _within(path: str, error: PteeError) -> PteeError:
-    """The same error about settings that lie inside others: its message begins with the name of the setting."""
+    """The same error, about settings that lie inside others."""
     if not path:
         return error
-    first, *others = error.parts
-    first = Argument(f"{path}.{first.name}", first.value) if isinstance(first, Argument) else f"{path}: {first}"
-    argument = error.argument and f"{path}.{error.argument}"
-    return type(error)(first, *others, argument=argument, value=error.value)
+    parts = [Argument(f"{path}.{p.name}", p.value) if isinstance(p, Argument) else p for p in error.parts]
+    argument = f"{path}.{error.argument}" if error.argument else path
+    return type(error)(*parts, argument=argument, value=error.value)
 
 
-def _fault(kind: type[PteeError], path: str, value: Any, words: str, shown: bool = True) -> PteeError:
+def _fault(kind: type[PteeError], path: str, value: Any, words: str) -> PteeError:
     text = repr(value)
-    text = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
-    begins = Argument(path, text) if shown else path
-    return kind(begins, f" {words}", argument=path, value=value)
+    shown = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+    return kind(Argument(path, shown), f" {words}", argument=path, value=value)

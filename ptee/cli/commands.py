@@ -360,7 +360,7 @@ def _require_accuracy(labels: Any, recipe: Any) -> None:
 
 def _without_labels(recipe: Any) -> Any:
     """The recipe for images without labels of the backbone."""
-    changes = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
+    changes: dict[str, Any] = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
     if recipe.thresholds.threshold is None:
         kind, limit = recipe.thresholds.target(labelled=False)
         changes |= {"thresholds.max_loss": None, f"thresholds.{kind}": limit}

@@ -32,7 +32,7 @@ from ptee.pipeline.images import from_data_sets, has_labels
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, write_recipe
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
-from ptee.training.trainer import train
+from ptee.training.trainer import resolve_config, train
 
 CHECKPOINT = "checkpoint.safetensors"
 Log = Callable[[str], None]
@@ -313,6 +313,8 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
     config = recipe.training
     if not data.mirror:
         config = config.changed(mirror=False)
+    config = resolve_config(config, model, data.train)
+    epochs = int(config.epochs)
 
     def on_epoch(epoch: Epoch) -> None:
         complete.append(epoch)

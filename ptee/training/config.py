@@ -11,7 +11,7 @@ from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 
 SEPARATE = "separate"  # the loss in which every head learns for itself
-ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit"}  # older names of losses
+ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit"}  # older names
 MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
 SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
 Auto = Literal["auto"]
@@ -26,7 +26,7 @@ class TrainingConfig(FrozenConfig):
 
     loss: Annotated[Loss, BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name)] = (
         Field(
-            "separate",
+            default="separate",
             description="What is minimised. separate: every head learns for itself, and its confidence learns whether the head "
             "is right. joint: cross-entropy of the exits' answers blended by their confidences, plus the expected cost. "
             "joint_each_exit: the same, averaged over all exits. mc: the cross-entropy alone. cost: the expected cost alone. "
@@ -34,71 +34,72 @@ class TrainingConfig(FrozenConfig):
         )
     )
     targets: Literal["labels", "pseudo", "soft"] | None = Field(
-        None,
+        default=None,
         description="What the heads learn: the labels, pseudo (the class that the backbone predicts) or soft (the backbone's "
         "probabilities). The last two need no labels. Default: soft for the loss separate, labels for the others.",
     )
     temperature: Number | None = Field(
-        None,
+        default=None,
         gt=0,
         description="Softens the probabilities of soft targets: logits are divided by it. Only for the loss separate. "
         "Default: 2.",
     )
     cost_weight: Number | None = Field(
-        None,
+        default=None,
         ge=0,
         description="What one unit of cost is worth in cross-entropy. Only for the joint losses. Default: 1.",
     )
     epochs: Annotated[Whole, Field(ge=1)] | Auto = Field(
-        "auto",
+        default="auto",
         description=f"Passes over the training images. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
         f"{MAX_EPOCHS}.",
     )
-    batch_size: Whole = Field(128, ge=1, description="Images in each update, on each process.")
+    batch_size: Whole = Field(default=128, ge=1, description="Images in each update, on each process.")
     optimizer: Literal["muon", "adam", "adamw"] | None = Field(
-        None,
+        default=None,
         description="muon (convolutions learn in far fewer epochs), adam or adamw. Default: muon for the loss separate, adam "
         "for the others.",
     )
     lr: Number | None = Field(
-        None, gt=0, description="Learning rate at the beginning. Default: 0.01 for muon, 0.001 for the others."
+        default=None, gt=0, description="Learning rate at the beginning. Default: 0.01 for muon, 0.001 for the others."
     )
     weight_decay: Number | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Weight decay of matrices and convolutions, not of biases and normalisation. Default: 0.05 for muon, 0 for "
         "the others.",
     )
     schedule: Literal["constant", "cosine"] | None = Field(
-        None,
+        default=None,
         description="The learning rate stays constant, or falls to 0 along half a cosine. Default: cosine for the loss "
         "separate, constant for the others.",
     )
     views: Annotated[Whole, Field(ge=1)] | Auto = Field(
-        "auto",
+        default="auto",
         description="Views of each training image: the image itself, its mirror image, then random crops. Each epoch draws one "
         "of them. auto: 2, and 1 for a loader, which makes its own batches.",
     )
     mirror: YesNo = Field(
-        True, description="A mirror image shows the same class. Switch it off for digits, letters and traffic signs."
+        default=True,
+        description="A mirror image shows the same class. Switch it off for digits, letters and traffic signs.",
     )
     shift: Annotated[Whole, Field(ge=0)] | Auto = Field(
-        "auto",
+        default="auto",
         description="Moves the feature maps of each image at random, by up to so many pixels of the input. auto: an eighth of "
         "the image's side, and 0 where no head reads maps.",
     )
     patience: Annotated[Whole, Field(ge=1)] | None = Field(
-        None,
+        default=None,
         description="Stop after so many epochs without a lower loss, and keep the best heads. Default: never stop early.",
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        "auto", description="Mixed precision: no, bf16 or fp16. auto: bf16 where the device computes in it."
+        default="auto", description="Mixed precision: no, bf16 or fp16. auto: bf16 where the device computes in it."
     )
     seed: Whole = Field(
-        0, ge=0, lt=2**32, description="Seed of the order of the images and of all that is drawn at random."
+        default=0, ge=0, lt=2**32, description="Seed of the order of the images and of all that is drawn at random."
     )
     cache: YesNo = Field(
-        True,
+        default=True,
         description="Run the backbone once over the images and keep what the heads read, instead of in every epoch. Needs data "
         "that gives the same image each time.",
     )
@@ -169,5 +170,5 @@ def shift_for(input_size: tuple[int, int, int]) -> int:
 
 
 def _clash(name: str, value: Any, needs: str, given: str) -> PteeError:
-    words = f" {needs}, and this training has {given}. Leave {name} out, or change the others."
-    return PteeError(Argument(name, repr(value)), words, argument=name, value=value)
+    text = f" {needs}, and this training has {given}. Leave {name} out, or change the others."
+    return PteeError(Argument(name, repr(value)), text, argument=name, value=value)

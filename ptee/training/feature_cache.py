@@ -1,11 +1,10 @@
-"""The cache: what the heads read and what the backbone answered, computed once and trained on many times.
+"""The feature cache: what the heads read and what the backbone answered, computed once and trained on in every epoch.
 
 The backbone is frozen, so its feature maps of an image never change. Each head reads its map after its own parameter-free
-part (a pooled head: one vector), so the cache of a whole data set is small for pooled heads, and large for convolutional
-ones. It lives in memory or, above a size, in files of its own folder, which is deleted with it: nothing of it outlasts a
-training, so nothing unfinished can be taken for something complete.
+part (a pooled head: one vector), so the cache of a whole data set is small for pooled heads and large for convolutional ones.
+It lies in memory or, above a size, in files without a name: they are gone when the process ends, however it ends.
 
-Of a data set with views (`views`) all are kept, and each epoch reads one of each image.
+Of a data set with views all of them are kept, and each epoch reads one of each image.
 """
 
 from __future__ import annotations
@@ -19,18 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
-from ptee._common.errors import DataError
+from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.model.early_exit import EarlyExitModel, Reading
-from ptee.training.views import EveryView, Views
+from ptee.training.augmentation import AllViews, Views
 
 IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision it was computed in
 LIMIT = 32 * 2**30  # bytes above which none is made
@@ -80,8 +80,13 @@ class Estimate:
         return self._bytes(self.stored)
 
     def __str__(self) -> str:
-        where = "in memory" if self.size <= IN_MEMORY else "in files, until the training ends"
-        return f"The backbone runs once over {_images(self)}: what the heads read of them takes {_amount(self.size)} {where}."
+        where = "in memory" if self.in_memory else "on disk until the training ends"
+        return f"The backbone runs once over {_images(self)}. What the heads read of them takes {_amount(self.size)} {where}."
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is small enough."""
+        return self.size <= IN_MEMORY
 
     def _bytes(self, dtype: torch.dtype) -> int:
         return self.rows * sum(shape.numel() for shape in self.shapes) * dtype.itemsize
@@ -92,49 +97,66 @@ class Cache(Dataset[Entry]):
 
     Args:
         estimate: of its size.
-        folder: where files go if it is large.
-        of: the data set, where its samples have several views.
+        folder: on whose disk a large one lies; None for the system's own folder.
+        views: the data set, where its samples have several views.
 
     Raises:
         DataError: if it is larger than the limit, or the disk is full.
     """
 
-    def __init__(self, estimate: Estimate, folder: Path | None = None, of: Views | None = None) -> None:
-        self.estimate, self.of = estimate, of
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+    def __init__(self, estimate: Estimate, folder: Path | None = None, views: Views | None = None) -> None:
+        self.estimate, self.views = estimate, views
+        self._folder = folder or Path(tempfile.gettempdir())
         if estimate.size > LIMIT:
             raise DataError(
                 f"What the heads read of {_images(estimate)} takes {_amount(estimate.size)}, and a cache may take "
-                f"{_amount(LIMIT)}. Run the backbone in every epoch (cache=False), or take heads that pool first."
+                f"{_amount(LIMIT)}. Run the backbone in every epoch (",
+                Argument("cache", "False"),
+                "), or take heads that pool first.",
+                argument="cache",
             )
-        if estimate.size > IN_MEMORY:
-            self._folder = tempfile.TemporaryDirectory(prefix="ptee-cache-", dir=folder)
-        try:
-            self._tensors = [self._empty(i, shape) for i, shape in enumerate(estimate.shapes)]
-        except BaseException:
-            self.close()
-            raise
+        self._tensors = [self._empty(shape) for shape in estimate.shapes]
         self.labels = torch.full((estimate.rows,), UNKNOWN_LABEL)
 
-    def _empty(self, number: int, shape: torch.Size) -> Tensor:
-        whole = torch.Size((self.estimate.rows, *shape))
-        if self._folder is None:
-            return torch.empty(whole, dtype=self.estimate.stored)
-        path = Path(self._folder.name) / f"{number}.bin"
+    def _empty(self, shape: torch.Size) -> Tensor:
+        whole, dtype = torch.Size((self.estimate.rows, *shape)), self.estimate.stored
+        if self.estimate.in_memory:
+            return torch.empty(whole, dtype=dtype)
         try:
-            if shutil.disk_usage(path.parent).free < whole.numel() * self.estimate.stored.itemsize:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with path.open("wb") as file:  # a file with holes would end the process when the disk fills up
-                os.posix_fallocate(file.fileno(), 0, whole.numel() * self.estimate.stored.itemsize)
+            with tempfile.TemporaryFile(dir=self._folder) as file:  # without a name; it lives as long as its mapping
+                self._reserve(file, whole.numel() * dtype.itemsize)
+                return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(whole)))
         except OSError as why:
-            raise DataError(_no_room(path.parent, self.estimate.size)) from why
-        return torch.from_file(str(path), True, whole.numel(), dtype=self.estimate.stored).view(whole)
+            raise DataError(
+                f"The disk of {self._folder} has no room for {_amount(self.estimate.size)} of what the heads read. Free some, "
+                "set TMPDIR to another disk, or run the backbone in every epoch (",
+                Argument("cache", "False"),
+                ").",
+                argument="cache",
+            ) from why
+
+    def _reserve(self, file: IO[bytes], size: int) -> None:
+        """Take the room now: a file with holes would end the process when the disk fills up."""
+        if shutil.disk_usage(self._folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
     def put(self, start: int, reading: Reading, labels: Tensor | None) -> None:
-        """Write a batch, from this sample on."""
+        """Write a batch, from this row on."""
         end = start + len(reading.logits)
         for to, tensor in zip(self._tensors, (*reading.inputs, reading.logits), strict=True):
             to[start:end] = tensor
+            if to.dtype == torch.float16 and not to[start:end].isfinite().all() and tensor.isfinite().all():
+                raise DataError(
+                    f"Some of what the heads read is as large as {tensor.abs().max():g}, which half precision cannot hold, and "
+                    "single precision takes too much memory. Run the backbone in every epoch (",
+                    Argument("cache", "False"),
+                    ").",
+                    argument="cache",
+                )
         if labels is not None:
             self.labels[start:end] = labels
 
@@ -144,27 +166,25 @@ class Cache(Dataset[Entry]):
     def __getitem__(self, rows: Sequence[int]) -> Entry:
         """A batch: these samples, in this order, each in the view that is drawn for this epoch."""
         at = torch.as_tensor(rows)
-        if self.of is not None:
-            at = at + len(self) * self.of.drawn[at]
+        if self.views is not None:
+            at = at + len(self) * self.views.drawn[at]
         *inputs, logits = (tensor[at] for tensor in self._tensors)
         return Entry(Reading(tuple(inputs), logits), self.labels[at])
 
     def begin(self, epoch: int) -> None:
-        """Draw each sample's view for an epoch of this number."""
-        if self.of is not None:
-            self.of.begin(epoch)
+        """Draw the view of each sample for the epoch of this number."""
+        if self.views is not None:
+            self.views.begin(epoch)
 
-    def loader(self, batch_size: int, shuffle: bool, order: torch.Generator | None = None) -> DataLoader[Entry]:
+    def loader(self, batch_size: int, shuffle: bool, generator: torch.Generator | None = None) -> DataLoader[Entry]:
         """Batches, in the order in which `batches` gives them."""
-        sampler = RandomSampler(self, generator=order) if shuffle else SequentialSampler(self)
+        sampler = RandomSampler(self, generator=generator) if shuffle else SequentialSampler(self)
         whole = BatchSampler(sampler, batch_size, drop_last=False)
-        return DataLoader(self, batch_size=None, sampler=whole, generator=order)
+        return DataLoader(self, batch_size=None, sampler=whole, generator=generator)
 
     def close(self) -> None:
-        """Delete its files."""
-        if self._folder is not None:
-            self._tensors = []
-            self._folder.cleanup()
+        """Give its memory and its room on the disk back."""
+        self._tensors = []
 
 
 @torch.no_grad()
@@ -177,8 +197,8 @@ def fill(
     prepare: Callable[[Tensor], Tensor] = lambda images: images,
     around: Callable[[], AbstractContextManager[Any]],
     folder: Path | None = None,
-    words: str = "cache",
-    told: Callable[[Estimate], None] | None = None,
+    description: str = "cache",
+    callback: Callable[[Estimate], None] | None = None,
 ) -> Cache:
     """Run the backbone once over a data set, and keep what the heads read.
 
@@ -189,35 +209,33 @@ def fill(
         num_workers: processes that load images.
         prepare: brings images to the model's device and type.
         around: a context for the forward pass, such as autocast.
-        folder: for the files of a large cache; None for the system's own place.
-        words: for the progress bar.
-        told: called with the size, as soon as it is known and there is room for it.
+        folder: on whose disk a large cache lies; None for the system's own folder.
+        description: for the progress bar.
+        callback: called with the size, as soon as it is known and there is room for it.
 
     Raises:
         DataError: if the cache would be too large, or the disk is full.
     """
-    of = data if isinstance(data, Views) else None
-    every = EveryView(of) if of else data
-    loader = batches(every, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    views = data if isinstance(data, Views) else None
+    loader = batches(AllViews(views) if views else data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     cache: Cache | None = None
     start = 0
-    try:
-        for images, labels in map(split_batch, with_bar(loader, words)):
-            with around():
-                reading = model.read(prepare(images))
-            if cache is None:
-                cache = Cache(estimate(reading, len(data), of.views if of else 1), folder, of)
-                if told is not None:
-                    with tqdm.external_write_mode():  # or it would be printed behind the bar
-                        told(cache.estimate)
-            cache.put(start, reading, labels)
-            start += len(images)
-    except BaseException:
-        if cache is not None:
-            cache.close()
-        raise
-    assert cache is not None and start == len(every)
+    for images, labels in map(split_batch, with_bar(loader, description)):
+        with around():
+            reading = model.read(prepare(images))
+        if cache is None:
+            cache = Cache(estimate(reading, len(data), views.views if views else 1), folder, views)
+            _announce(cache.estimate, callback)
+        cache.put(start, reading, labels)
+        start += len(images)
+    assert cache is not None and start == cache.estimate.rows
     return cache
+
+
+def _announce(size: Estimate, callback: Callable[[Estimate], None] | None) -> None:
+    if callback is not None:
+        with tqdm.external_write_mode():  # or it would be printed behind the bar
+            callback(size)
 
 
 def estimate(reading: Reading, samples: int, views: int = 1) -> Estimate:
@@ -237,19 +255,12 @@ def _images(estimate: Estimate) -> str:
     return f"{estimate.samples:,} images" + (f" in {estimate.views} views each" if estimate.views > 1 else "")
 
 
-def _no_room(folder: Path, size: int) -> str:
-    return (
-        f"The disk of {folder.parent} has no room for {_amount(size)} of what the heads read. Free some, set TMPDIR to another "
-        "disk, or run the backbone in every epoch (cache=False)."
-    )
-
-
 def _amount(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{math.ceil(size / 2**20)} MiB"
 
 
 def entries(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:
-    """Batches of a cache's loader or of any other: what the step reads, and labels or None."""
+    """Batches of a cache's loader or of any other: what the step takes, and labels or None."""
     for batch in loader:
         if isinstance(batch, Entry):
             yield batch.reading, None if (batch.labels == UNKNOWN_LABEL).all() else batch.labels

@@ -8,19 +8,21 @@ from typing import Any
 
 from ptee._common.text import table
 
+MIN_DELTA = 0.001  # by which the loss must fall to count as better (Demir, thesis 4.2)
+
 
 @dataclass(frozen=True)
 class Epoch:
-    """Means over one epoch, each batch judged before its own update.
+    """Means over one epoch, each batch measured before its own update.
 
     Attributes:
         number: from 1.
         loss: what was minimised.
-        accuracy: (E+1) of each exit against the labels; None without labels.
+        accuracy: (E+1) share of right answers of each exit; None without labels.
         fidelity: (E+1) share of each exit's answers that are the backbone's.
-        leaving: (E+1) share of the samples that would leave at each exit at the model's threshold.
+        leaving: (E+1) share of the images that would leave at each exit at the model's thresholds.
         val_loss: the loss on val_data after the epoch, or None.
-        seconds: the epoch took.
+        seconds: how long the epoch took.
     """
 
     number: int
@@ -40,47 +42,75 @@ class Epoch:
         """What to say of it while the training goes on.
 
         Args:
-            epochs: how many there are to be.
+            epochs: how many there will be.
         """
         fidelity = " ".join(f"{f:.3f}" for f in self.fidelity[:-1])
-        val = "" if self.val_loss is None else f"  held-out loss {self.val_loss:.4f}"
-        return f"epoch {self.number}/{epochs}  loss {self.loss:.4f}  fidelity in training {fidelity}{val}  {self.seconds:.0f} s"
+        val = "" if self.val_loss is None else f"  validation loss {self.val_loss:.4f}"
+        head = f"epoch {self.number}/{epochs}  loss {self.loss:.4f}"
+        return f"{head}  fidelity on training images {fidelity}{val}  {self.seconds:.0f} s"
 
 
 @dataclass
 class History:
-    """What happened in training. Prints as a table.
+    """What happened in a training. Prints as a table.
 
     Attributes:
         epochs: the complete ones.
         interrupted: Ctrl-C ended it; the heads are those of the last complete epoch.
         stopped_early: the loss no longer fell; the heads are those of the best epoch.
         warning: a sentence about a collapse, or None.
+        config: the settings, with a value in place of every None and "auto"; JSON-able.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
     interrupted: bool = False
     stopped_early: bool = False
     warning: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Epoch:
+        """The first epoch whose loss no later one beat by `MIN_DELTA`."""
+        best = self.epochs[0]
+        for epoch in self.epochs[1:]:
+            if epoch.judged < best.judged - MIN_DELTA:
+                best = epoch
+        return best
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether the loss has not fallen for so many epochs.
+
+        Args:
+            patience: number of epochs; None for no limit.
+        """
+        return patience is not None and bool(self.epochs) and len(self.epochs) - self.best.number >= patience
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        title = ("epoch", "loss", "accuracy", "fidelity", "leaving", "held-out loss", "seconds")
-        lines = [
-            (str(e.number), f"{e.loss:.4f}", _each(e.accuracy), _each(e.fidelity), _each(e.leaving),
-             "-" if e.val_loss is None else f"{e.val_loss:.4f}", f"{e.seconds:.0f}")
-            for e in self.epochs
-        ]  # fmt: skip
-        end = "Interrupted." if self.interrupted else "Stopped early." if self.stopped_early else None
-        legend = (
-            "accuracy, fidelity, leaving: of each exit, the backbone's own output last. All but the held-out loss are of the "
-            "training images."
+        title = ("epoch", "loss", "accuracy", "fidelity", "leaving", "validation loss", "seconds")
+        end = (
+            "Interrupted."
+            if self.interrupted
+            else "Stopped early: the loss no longer fell."
+            if self.stopped_early
+            else None
         )
-        return "\n".join(filter(None, [table([title, *lines]), legend, end, self.warning]))
+        return "\n".join(filter(None, [table([title, *map(_row, self.epochs)]), LEGEND, end, self.warning]))
 
 
-def _each(shares: Sequence[float] | None) -> str:
+LEGEND = """Several numbers stand for the exits in order, the last one for the backbone's own output.
+accuracy: share of right answers. fidelity: share of answers that are the backbone's. leaving: share of images that leave.
+All but the validation loss were measured on the training images."""
+
+
+def _row(e: Epoch) -> tuple[str, ...]:
+    val_loss = "-" if e.val_loss is None else f"{e.val_loss:.4f}"
+    shares = (_joined(e.accuracy), _joined(e.fidelity), _joined(e.leaving))
+    return (str(e.number), f"{e.loss:.4f}", *shares, val_loss, f"{e.seconds:.0f}")
+
+
+def _joined(shares: Sequence[float] | None) -> str:
     return "-" if shares is None else " ".join(f"{share:.3f}" for share in shares)

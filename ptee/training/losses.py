@@ -1,21 +1,20 @@
-"""What training minimises: the exits blended by their own confidences (thesis, eqs. 6-12), or each for itself.
+"""What training minimises: the exits together, blended by their confidences, or each exit by itself.
 
 With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backbone's own output (h_E = 1):
 
     Y_E = y_E        Y_n = h_n y_n + (1 - h_n) Y_{n+1}
     C_E = c_E        C_n = h_n c_n + (1 - h_n) C_{n+1}
-    mc   = CE(target, Y_0)
-    cost = C_0
-    v1   = CE(target, Y_0) + cost_weight C_0
-    v2   = mean over n = 0..E of CE(target, Y_n) + cost_weight C_n
 
-    each = mean over n < E of KL(target || y_n), and of how well h_n tells whether exit n is right
+    separate        = mean over n < E of KL(target || y_n), and of how well h_n tells whether exit n is right
+    joint           = CE(target, Y_0) + cost_weight C_0
+    joint_each_exit = mean over n = 0..E of CE(target, Y_n) + cost_weight C_n
+    mc              = CE(target, Y_0)
+    cost            = C_0
 
 Cross-entropies are computed in log space, from logits: Y itself underflows where a loss is most needed.
 
-Sources: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12; for `each`
-Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015 (the temperature), and CalexNet,
-arXiv 2509.08318 (the weight of samples that reach an exit).
+Sources: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12 (joint is its v1,
+joint_each_exit its v2); for `separate` Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from ptee._common.errors import PteeError, unknown
 from ptee.training.config import ALIASES, SEPARATE
 
 Loss = Callable[..., Tensor]
-ALONE = "each"  # its name of before
-CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `each_loss`
+CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `separate_loss`
 
 
 def mc_loss(
@@ -49,7 +47,7 @@ def mc_loss(
     Returns:
         Scalar, mean over the batch, in float32 at least.
 
-    Source: thesis, eqs. 6-12; method.md gives them in the notation used here.
+    Source: thesis, eqs. 6-12.
     """
     return _cross_entropies(logits, confidence_logits, target)[0]
 
@@ -66,7 +64,7 @@ def cost_loss(
     return _expected_costs(logits, confidence_logits, costs)[0]
 
 
-def v1_loss(
+def joint_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
     """Cross-entropy of Y_0 plus `cost_weight` (the thesis's lambda) times C_0. Takes what `mc_loss` takes.
@@ -77,10 +75,10 @@ def v1_loss(
     return cross_entropy + cost_weight * _expected_costs(logits, confidence_logits, costs)[0]
 
 
-def v2_loss(
+def joint_each_exit_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """As `v1_loss`, but asked of every Y_n and C_n, n = 0..E: the MEAN over these E+1 terms.
+    """As `joint_loss`, but of every Y_n and C_n, n = 0..E: the MEAN over these E+1 terms.
 
     The thesis sums them and PTEENet's code divides the sum by E. With the mean, the size of the loss, and so what a
     learning rate or a least improvement means, does not depend on the number of exits. Takes what `mc_loss` takes.
@@ -91,7 +89,7 @@ def v2_loss(
     return (cross_entropies + cost_weight * _expected_costs(logits, confidence_logits, costs)).mean()
 
 
-def each_loss(
+def separate_loss(
     logits: Tensor,
     confidence_logits: Tensor,
     costs: Tensor,
@@ -99,53 +97,36 @@ def each_loss(
     cost_weight: float = 1.0,
     *,
     temperature: float = 1.0,
-    reach: bool = False,
 ) -> Tensor:
-    """Every exit for itself: the divergence of its answer from the target, mean over the E exits.
+    """Each exit by itself: the divergence of its answer from the target, mean over the E exits, and what h learns.
 
-    h gets a term of its own, the cross-entropy of "this exit's answer is the target's largest class", and nothing else
-    moves it. The term counts one hundredth, which Adam without weight decay undoes for the confidence layer, where no other
-    gradient arrives; in the features, where the answers' gradient arrives too, it stays a hundredth.
+    h learns whether the exit's answer is the target's largest class, by cross-entropy, and nothing else moves it. This term
+    counts a hundredth. The confidence layer gets no other gradient, and Adam without weight decay undoes the factor there; in
+    the features, which the answers need, it stays a hundredth.
 
-    Takes what `mc_loss` takes. Neither `costs` nor `cost_weight` is used: leaving has no price, a threshold sets it.
+    Takes what `mc_loss` takes. Neither `costs` nor `cost_weight` is used: the thresholds set the price.
 
     Args:
-        logits: (E+1, b, K); the last, the backbone's, play no part but in a target made of them.
+        logits: (E+1, b, K); the last are the backbone's and play no part, except in a target made of them.
         confidence_logits: (E, b).
         costs: not used here.
-        target: (b,) int64 labels, or (b, K) probabilities, at this same temperature.
+        target: (b,) int64 labels, or (b, K) probabilities at this same temperature.
         cost_weight: not used here.
-        temperature: divides the exits' logits; the divergence is multiplied by its square, so that gradients keep their
-            size.
-        reach: weight each sample at exit n by the chance that it gets there, the product of 1 - h_i over i < n, as a
-            constant and with mean 1 over the batch.
+        temperature: divides the exits' logits; the divergence is multiplied by its square, which keeps the size of gradients.
 
-    Source: Hinton et al. 2015, section 2; CalexNet, arXiv 2509.08318.
+    Source: Hinton, Vinyals & Dean 2015, section 2.
     """
     _require_exits(logits, confidence_logits)
     wide = logits[:-1].to(_wide(logits))
-    gates = confidence_logits.to(wide.dtype)
     divergence = temperature**2 * _divergences((wide / temperature).log_softmax(-1), target)
-    if reach:
-        divergence = divergence * reach_weights(gates)
     best = target if target.dim() == 1 else target.argmax(-1)
     right = (wide.argmax(-1) == best).to(wide.dtype)
-    return divergence.mean() + CONFIDENCE_SHARE * F.binary_cross_entropy_with_logits(gates, right)
-
-
-def reach_weights(confidence_logits: Tensor) -> Tensor:
-    """(E, b) how likely each sample is to reach each exit, without gradient, with mean 1 over the batch.
-
-    Args:
-        confidence_logits: (E, b).
-    """
-    stay = F.logsigmoid(-confidence_logits.detach())  # log (1 - h)
-    arrive = torch.cat([torch.zeros_like(stay[:1]), stay[:-1].cumsum(0)])  # of the exits before
-    return arrive.softmax(-1) * arrive.shape[-1]
+    knowing = F.binary_cross_entropy_with_logits(confidence_logits.to(wide.dtype), right)
+    return divergence.mean() + CONFIDENCE_SHARE * knowing
 
 
 def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
-    """(E, b) KL of each exit's answer from the target; for labels their cross-entropy, which is the same."""
+    """(E, b) KL divergence of each exit's answer from the target; for labels this is the cross-entropy."""
     if target.dim() == 1:
         index = target.expand(len(log_y), -1).unsqueeze(-1)
         return -log_y.gather(-1, index).squeeze(-1)
@@ -154,8 +135,9 @@ def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    SEPARATE: each_loss, "joint": v1_loss, "joint_each_exit": v2_loss, "mc": mc_loss, "cost": cost_loss,
+    SEPARATE: separate_loss, "joint": joint_loss, "joint_each_exit": joint_each_exit_loss, "mc": mc_loss, "cost": cost_loss,
 }  # fmt: skip
+v1_loss, v2_loss = joint_loss, joint_each_exit_loss
 LOSSES |= {alias: LOSSES[name] for alias, name in ALIASES.items()}
 
 

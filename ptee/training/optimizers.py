@@ -1,12 +1,14 @@
-"""The optimisers that heads may learn with, by name; all of them timm's or torch's."""
+"""The optimizers by name, all of them timm's or torch's, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ptee._common.devices import best_precision
 
@@ -16,15 +18,15 @@ OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "muon": "nmuon"}  # names here a
 def make_optimizer(
     name: str, heads: nn.Module, *, lr: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """An optimiser of these heads' parameters.
+    """The optimizer of the heads' parameters.
 
     Args:
-        name: of `OPTIMIZERS`. "muon" makes the updates of matrices and convolutions orthogonal, and takes AdamW for the rest
+        name: of `OPTIMIZERS`. "muon" makes the updates of matrices and convolutions orthogonal, and uses AdamW for the rest
             (Jordan et al. 2024).
-        heads: those of a model.
+        heads: of a model.
         lr: learning rate.
         weight_decay: of matrices and convolutions.
-        device: that it computes on.
+        device: where it computes.
     """
     from timm.optim import create_optimizer_v2
 
@@ -34,10 +36,24 @@ def make_optimizer(
     return made
 
 
-def _iterate_in_float32(optimizer: torch.optim.Optimizer) -> None:
-    """Let timm's Muon make matrices orthogonal in float32 while it steps.
+def cosine_schedule(optimizer: torch.optim.Optimizer, lr: float, steps: int, done: int) -> LambdaLR:
+    """The learning rate falls to 0 along half a cosine, a step with each batch.
 
-    It does so in bfloat16, which takes ten times as long where a device has no instructions for it.
+    Args:
+        optimizer: torch's own.
+        lr: at the beginning.
+        steps: number of batches in the whole training.
+        done: number of those that are over.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2, last_epoch=done - 1)
+
+
+def _iterate_in_float32(optimizer: torch.optim.Optimizer) -> None:
+    """Let timm's Muon make matrices orthogonal in float32, not bfloat16.
+
+    Without instructions for bfloat16, a device takes ten times as long for it.
     """
     from timm.optim import muon
 

@@ -1,27 +1,26 @@
-"""One batch of a training: from images, or what was read of them, to the loss; and the sums of an epoch."""
+"""One batch of a training: from images, or from what the heads read of them, to the loss; and the sums of an epoch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ptee.exits.confidence import first_exit
 from ptee.model.early_exit import EarlyExitModel, Reading
-from ptee.training.losses import ALONE, each_loss, get_loss
-from ptee.training.mixing import Mixture, as_probabilities, displacements, mix, mixture, shift
-from ptee.training.settings import Settings
+from ptee.training.augmentation import draw_shifts, shift_maps
+from ptee.training.config import TrainingConfig
+from ptee.training.losses import SEPARATE, get_loss
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one batch showed, as sums over its rows; tensors on the device.
+class BatchResult:
+    """What one batch showed: the mean loss, and counts of its rows. Tensors on the device.
 
     Attributes:
-        loss: the mean.
+        loss: the mean over the rows.
         right: (E+1,) answers that are the labels; None without labels.
         faithful: (E+1,) answers that are the backbone's.
         leaving: (E+1,) rows that would leave at each exit.
@@ -33,8 +32,8 @@ class Found:
     leaving: Tensor
 
 
-class Means(NamedTuple):
-    """What an epoch showed, as means over its rows; fields as those of `Found`, `accuracy` for right."""
+class EpochMeans(NamedTuple):
+    """Means over the rows of an epoch."""
 
     loss: float
     accuracy: list[float] | None
@@ -43,62 +42,64 @@ class Means(NamedTuple):
 
 
 class Step(nn.Module):
-    """One batch to its loss, in one forward pass, so that DistributedDataParallel sees it."""
+    """From one batch to its loss, in one forward pass, so that DistributedDataParallel sees it.
 
-    def __init__(self, model: EarlyExitModel, settings: Settings) -> None:
+    Args:
+        model: whose heads are trained.
+        config: resolved, with numbers in place of "auto".
+    """
+
+    def __init__(self, model: EarlyExitModel, config: TrainingConfig) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
-        self.loss = get_loss(settings.loss)
-        if settings.loss == ALONE:
-            self.loss = partial(each_loss, temperature=settings.temperature, reach=settings.reach)
+        self.model, self.config = model, config
+        self.loss = get_loss(config.loss)
+        alone = config.loss == SEPARATE
+        self.weights: dict[str, Any] = (
+            {"temperature": config.temperature} if alone else {"cost_weight": config.cost_weight}
+        )
 
-    def forward(self, seen: Tensor | Reading, labels: Tensor | None) -> Found:
+    def forward(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
         """Judge a batch.
 
         Args:
-            seen: images (b, c, h, w), or what was read of them.
+            batch: images (b, c, h, w), or what the heads read of them.
             labels: (b,) or None.
         """
-        mixed: Mixture | None = None
-        if self.model.training and (self.settings.shift or self.settings.mixup):
-            seen, mixed = self._changed(seen if isinstance(seen, Reading) else self.model.read(seen))
-        every = self.model.answer(seen) if isinstance(seen, Reading) else self.model.all_exits(seen)
-        device = every.logits.device
-        costs = torch.tensor(self.model.costs, device=device, dtype=torch.float32)
+        if self.config.shift and self.model.training:
+            batch = self._shifted(batch if isinstance(batch, Reading) else self.model.read(batch))
+        every = self.model.answer(batch) if isinstance(batch, Reading) else self.model.all_exits(batch)
         target = self._target(every.logits[-1].detach(), labels)
-        if mixed is not None:
-            target = mix(as_probabilities(target, self.model.num_classes), mixed)
-        loss = self.loss(every.logits, every.confidence_logits, costs, target, self.settings.cost_weight)
-        with torch.no_grad():
-            answers = every.logits.argmax(-1)
-            leaving = first_exit(every.confidence[:-1], self.model.threshold)
-            right = None if labels is None else (answers == labels).sum(1)
-            return Found(loss, right, (answers == answers[-1]).sum(1), torch.bincount(leaving, minlength=len(answers)))
+        costs = torch.tensor(self.model.costs, device=every.logits.device, dtype=torch.float32)
+        loss = self.loss(every.logits, every.confidence_logits, costs, target, **self.weights)
+        return self._result(loss, every.logits, every.confidence, labels)
 
-    def _changed(self, reading: Reading) -> tuple[Reading, Mixture | None]:
-        """What the heads read, shifted and mixed; the backbone's answer stays that to the image as it was."""
-        inputs, b = reading.inputs, len(reading.logits)
-        if self.settings.shift:
-            by, (_, height, width) = displacements(b, self.settings.shift), self.model.plan.input_size
-            inputs = tuple(shift(x, by, (height, width)) for x in inputs)
-        if not self.settings.mixup:
-            return reading._replace(inputs=inputs), None
-        mixed = mixture(b, self.settings.mixup)
-        return reading._replace(inputs=tuple(mix(x, mixed) for x in inputs)), mixed
+    @torch.no_grad()
+    def _result(self, loss: Tensor, logits: Tensor, confidence: Tensor, labels: Tensor | None) -> BatchResult:
+        answers = logits.argmax(-1)
+        first = first_exit(confidence[:-1], self.model.threshold)
+        right = None if labels is None else (answers == labels).sum(1)
+        return BatchResult(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
+
+    def _shifted(self, reading: Reading) -> Reading:
+        """The maps shifted; the backbone's answer stays the one to the image as it was."""
+        assert isinstance(self.config.shift, int)
+        pixels = draw_shifts(len(reading.logits), self.config.shift)
+        _, height, width = self.model.plan.input_size
+        return reading._replace(inputs=tuple(shift_maps(x, pixels, (height, width)) for x in reading.inputs))
 
     def _target(self, final: Tensor, labels: Tensor | None) -> Tensor:
-        """(b,) labels or (b, K) probabilities, of the backbone's answer (b, K) where no labels are to be learnt."""
-        if self.settings.targets == "soft":
-            return (final.float() / self.settings.temperature).softmax(-1)
-        if self.settings.targets == "pseudo":
+        """(b,) labels, or (b, K) probabilities, made of the backbone's logits (b, K) where labels are not the targets."""
+        if self.config.targets == "soft":
+            return (final.float() / (self.config.temperature or 1.0)).softmax(-1)
+        if self.config.targets == "pseudo":
             return final.argmax(-1)
-        assert labels is not None  # the training has asked for them
+        assert labels is not None  # the trainer has refused data without them
         return labels
 
 
-def rows_of(seen: Tensor | Reading) -> int:
+def rows_of(batch: Tensor | Reading) -> int:
     """b."""
-    return len(seen.logits if isinstance(seen, Reading) else seen)
+    return len(batch.logits if isinstance(batch, Reading) else batch)
 
 
 def moved(reading: Reading, device: torch.device, dtype: torch.dtype) -> Reading:
@@ -106,7 +107,7 @@ def moved(reading: Reading, device: torch.device, dtype: torch.dtype) -> Reading
     return Reading(tuple(x.to(device, dtype) for x in reading.inputs), reading.logits.to(device, dtype))
 
 
-class Sums:
+class EpochSums:
     """Sums over the rows of an epoch."""
 
     def __init__(self) -> None:
@@ -115,20 +116,19 @@ class Sums:
         self.loss: Tensor | float = 0.0
         self.counts: Tensor | int = 0  # (3, E+1) right, faithful, leaving
 
-    def add(self, found: Found, rows: int) -> None:
-        """One more batch of so many rows."""
+    def add(self, result: BatchResult, rows: int) -> None:
+        """Add a batch of so many rows."""
         self.samples += rows
-        self.labelled &= found.right is not None
-        self.loss = self.loss + found.loss.detach().float() * rows
-        right = torch.zeros_like(found.faithful) if found.right is None else found.right
-        self.counts = self.counts + torch.stack([right, found.faithful, found.leaving])
+        self.labelled &= result.right is not None
+        self.loss = self.loss + result.loss.detach().float() * rows
+        right = torch.zeros_like(result.faithful) if result.right is None else result.right
+        self.counts = self.counts + torch.stack([right, result.faithful, result.leaving])
 
     def postfix(self) -> dict[str, str]:
-        """For the progress bar: loss, and accuracy (or fidelity) of each exit."""
+        """For the progress bar: the loss, and fidelity and accuracy of each exit in per cent."""
         right, faithful, _ = (torch.as_tensor(self.counts) / self.samples).tolist()
-        percent = lambda shares: "/".join(f"{100 * s:.0f}" for s in shares)  # noqa: E731
-        shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fid%": percent(faithful)}
-        return shown | ({"acc%": percent(right)} if self.labelled else {})
+        shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fidelity": _percent(faithful)}
+        return shown | ({"accuracy": _percent(right)} if self.labelled else {})
 
     def tensor(self) -> Tensor:
         """All sums in one vector, to be added up over processes; on the CPU, as MPS has no float64."""
@@ -136,8 +136,12 @@ class Sums:
         return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
 
     @staticmethod
-    def mean(sums: Tensor) -> Means:
-        """The means out of the added-up vector."""
+    def means(sums: Tensor) -> EpochMeans:
+        """The means, of the vector that `tensor` gives."""
         samples, unlabelled, loss, *counts = sums.tolist()
         right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
-        return Means(loss / samples, None if unlabelled else right, faithful, leaving)
+        return EpochMeans(loss / samples, None if unlabelled else right, faithful, leaving)
+
+
+def _percent(shares: list[float]) -> str:
+    return "/".join(f"{100 * share:.0f}" for share in shares)

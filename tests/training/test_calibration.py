@@ -303,7 +303,7 @@ def test_the_table_says_how_many_images_and_which_question(model, images):
         ({"target": "agree"}, UnknownName, "'agree'.*Did you mean 'agrees'"),
         ({"target": "right"}, DataError, "'right' needs labels: the data has none. Without them give target='agrees'"),
         ({"device": "cuda:99"}, PteeError, "cuda:99"),
-        ({"seed": "a"}, PteeError, "seed 'a' must be a whole number"),
+        ({"seed": "a"}, PteeError, "seed='a' must be a whole number"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_and_the_model_is_as_before(more, kind, said, model, images):

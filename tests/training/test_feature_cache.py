@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from ptee._common.errors import DataError
 from ptee.exits.heads import HEADS
 from ptee.model.early_exit import Reading
 from ptee.training import feature_cache as cache
+from ptee.training.augmentation import Views, draw_views
 from ptee.training.feature_cache import Cache, Estimate, estimate, fill
-from ptee.training.views import Views, draw
+from ptee.training.history import History
 
 SIZE = (3, 32, 32)
 
@@ -39,13 +41,25 @@ def early(head: str = "pool") -> ptee.EarlyExitModel:
     return ptee.augment(net, head=head, input_size=SIZE, num_exits=2)
 
 
-def losses(head: str, **args: Any) -> tuple[list[float], list[float | None]]:
-    model = early(head)
+def losses(head: str, **settings: Any) -> tuple[list[float], list[float | None]]:
     # Small steps: large ones of a head with many inputs blow the last bit of a sum up to something one sees.
-    history = ptee.train(
-        model, images(), images(20, 1), epochs=2, batch_size=16, lr=1e-4, seed=3, device="cpu", precision="no", **args
-    )
+    history = short(early(head), images(), images(20, 1), epochs=2, lr=1e-4, seed=3, **settings)
     return [e.loss for e in history.epochs], [e.val_loss for e in history.epochs]
+
+
+def short(model: ptee.EarlyExitModel, *data: Any, **settings: Any) -> History:
+    plain = {
+        "loss": "joint",
+        "batch_size": 16,
+        "views": 1,
+        "shift": 0,
+        "cache": False,
+        "device": "cpu",
+        "precision": "no",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a collapse
+        return ptee.train(model, *data, **{**plain, **settings})
 
 
 # ---------------------------------------------------------------------------------------------------- the same training
@@ -81,7 +95,7 @@ def test_the_backbone_runs_once_over_the_data_however_many_epochs_there_are():
     net = Counting()
     model = ptee.augment(net, input_size=SIZE, num_exits=2)
     net.images = 0
-    ptee.train(model, images(40), images(20), epochs=5, cache=True, device="cpu")
+    short(model, images(40), images(20), epochs=5, cache=True)
     assert net.images == 60
 
 
@@ -89,7 +103,7 @@ def test_a_loader_keeps_its_own_batches_and_is_not_cached():
     net = Counting()
     model = ptee.augment(net, input_size=SIZE, num_exits=2)
     net.images = 0
-    ptee.train(model, DataLoader(images(40), 8), epochs=2, cache=True, device="cpu")
+    short(model, DataLoader(images(40), 8), epochs=2, cache=True)
     assert net.images == 80
 
 
@@ -102,13 +116,13 @@ class Unlabelled(Dataset[Tensor]):
 
 
 def test_images_without_labels_can_be_cached():
-    history = ptee.train(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True, device="cpu")
+    history = short(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True)
     assert history.epochs[0].accuracy is None
 
 
 def test_labels_that_are_missing_are_still_asked_for():
     with pytest.raises(DataError, match="no labels"):
-        ptee.train(early(), Unlabelled(), targets="labels", epochs=1, cache=True, device="cpu")
+        short(early(), Unlabelled(), targets="labels", epochs=1, cache=True)
 
 
 # ---------------------------------------------------------------------------------------------------- what is kept
@@ -156,7 +170,7 @@ def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn(
     kept = fill(early(), seen, batch_size=8, around=nullcontext)
     assert kept.estimate.size == 3 * estimate(kept[[0]].reading, 10).size
     kept.begin(4)
-    assert torch.equal(seen.drawn, draw(10, 3, 0, 4))
+    assert torch.equal(seen.drawn, draw_views(10, 3, 0, 4))
     assert len(kept) == 10
     rows = torch.stack([seen[i][0] for i in (7, 2)])
     with torch.no_grad():
@@ -177,12 +191,18 @@ def in_files(monkeypatch):
     monkeypatch.setattr(cache, "IN_MEMORY", 0)
 
 
-def test_its_files_go_with_it(tmp_path, in_files):
+def test_its_files_have_no_name_so_nothing_is_left_when_the_process_is_killed(tmp_path, in_files):
     kept = filled(tmp_path, images(20))
-    assert len(list(tmp_path.rglob("*.bin"))) == 3
+    assert list(tmp_path.iterdir()) == []
+    assert not kept.estimate.in_memory
     assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]])
     kept.close()
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_half_precision_cannot_hold_are_refused(tmp_path, in_files):
+    x, y = images(20).tensors
+    with pytest.raises(DataError, match=r"as large as .*half precision cannot hold.*cache=False"):
+        filled(tmp_path, TensorDataset(x * 1e7, y))
 
 
 class Interrupting(Dataset[Any]):
@@ -228,11 +248,8 @@ def test_how_large_the_cache_of_the_training_images_becomes_is_said_before_it_is
     events: list[str] = []
     put = Cache.put
     monkeypatch.setattr(Cache, "put", lambda *args: events.append("filled") or put(*args))
-    ptee.train(
-        early(), images(), images(20, 1), epochs=1, batch_size=16, device="cpu", precision="no", cache=True,
-        on_cache=lambda size: events.append(str(size)),
-    )  # fmt: skip
-    said = "The backbone runs once over 40 images: what the heads read of them takes 1 MiB in memory."
+    short(early(), images(), images(20, 1), epochs=1, cache=True, on_cache=lambda size: events.append(str(size)))
+    said = "The backbone runs once over 40 images. What the heads read of them takes 1 MiB in memory."
     assert events == [said] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
 
 
@@ -241,7 +258,7 @@ def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
     fill(
-        early().eval(), images(), batch_size=16, around=nullcontext, told=lambda size: terminal.write(f"{size}\n")
+        early().eval(), images(), batch_size=16, around=nullcontext, callback=lambda size: terminal.write(f"{size}\n")
     ).close()
     first = terminal.getvalue().split("\n")[0]
     assert "cache:   0%" in first
@@ -250,7 +267,7 @@ def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
 
 @pytest.mark.parametrize(
     ("samples", "said"),
-    [(1000, "takes 1 MiB in memory"), (4_000_000, "takes 1.9 GiB in files, until the training ends")],
+    [(1000, "takes 1 MiB in memory"), (4_000_000, "takes 1.9 GiB on disk until the training ends")],
 )
 def test_a_size_reads_well_whether_it_is_small_or_large(samples, said):
     assert said in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))

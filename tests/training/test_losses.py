@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import ptee
 from ptee._common.errors import PteeError, UnknownName
-from ptee.training.losses import LOSSES, blend_log_probs, get_loss, reach_weights
+from ptee.training.config import choices
+from ptee.training.losses import ALIASES, LOSSES, blend_log_probs, get_loss
 
 E, b, K = 3, 5, 6
 COSTS = torch.tensor([0.3, 0.6, 0.9, 1.2], dtype=torch.float64)
-each_loss = pytest.mark.parametrize("name", list(LOSSES))
+each_loss = pytest.mark.parametrize("name", sorted(LOSSES.keys() - ALIASES.keys()))
 each_target = pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft targets"])
 
 
@@ -45,34 +47,29 @@ def naive_terms(logits: Tensor, confidence_logits: Tensor, costs: Tensor, target
 def naive_loss(name: str, *batch: Tensor, cost_weight: float) -> Tensor:
     entropies, prices = naive_terms(*batch)
     terms = entropies + cost_weight * prices
-    naive = {"mc": entropies[0], "cost": prices[0], "v1": terms[0], "v2": terms.sum() / (E + 1)}
-    return naive[name] if name in naive else naive_each(batch[0], batch[1], batch[3])
+    naive = {"mc": entropies[0], "cost": prices[0], "joint": terms[0], "joint_each_exit": terms.sum() / (E + 1)}
+    return naive[name] if name in naive else naive_separate(batch[0], batch[1], batch[3])
 
 
-def naive_each(
-    logits: Tensor, confidence_logits: Tensor, target: Tensor, temperature: float = 1.0, reach: bool = False
-) -> Tensor:
-    """Row by row from probabilities; the gradient of the weights is left out by taking them as numbers."""
+def naive_separate(logits: Tensor, confidence_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Row by row from probabilities."""
     q = (target if target.dim() == 2 else torch.eye(K)[target]).double()
     h, total = confidence_logits.double().sigmoid(), torch.zeros((), dtype=torch.float64)
     for n in range(E):
-        arrive = [math.prod(1 - h[i, row].item() for i in range(n)) if reach else 1.0 for row in range(b)]
         for row in range(b):
             y = (logits[n, row].double() / temperature).softmax(-1)
             divergence = sum(q[row, k] * (q[row, k] / y[k]).log() for k in range(K) if q[row, k] > 0)
-            total = total + arrive[row] / sum(arrive) * temperature**2 * divergence / E
+            total = total + temperature**2 * divergence / (E * b)
             chance = h[n, row] if y.argmax() == q[row].argmax() else 1 - h[n, row]
             total = total - 0.01 * chance.log() / (E * b)
     return total
 
 
-@pytest.mark.parametrize("reach", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_each_exit_alone_has_the_value_and_gradients_of_the_naive_formula(temperature, reach):
+def test_the_separate_loss_has_the_value_and_gradients_of_the_naive_formula(temperature):
     logits, confidence_logits, target = random_batch(soft=True, scale=2.0)
-    more = {"temperature": temperature, "reach": reach}
-    got = LOSSES["each"](logits, confidence_logits, COSTS, target, **more)
-    want = naive_each(logits, confidence_logits, target, **more)
+    got = LOSSES["separate"](logits, confidence_logits, COSTS, target, temperature=temperature)
+    want = naive_separate(logits, confidence_logits, target, temperature)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     leaves = (logits, confidence_logits)
     of_got, of_want = (torch.autograd.grad(value, leaves) for value in (got, want))
@@ -82,24 +79,17 @@ def test_each_exit_alone_has_the_value_and_gradients_of_the_naive_formula(temper
 def test_an_exit_alone_costs_nothing_where_it_answers_as_the_target_at_the_same_temperature():
     final = 3 * torch.randn(1, b, K, dtype=torch.float64)
     logits, confidence_logits = final.expand(E + 1, b, K), torch.full((E, b), 1e3, dtype=torch.float64)
-    got = LOSSES["each"](logits, confidence_logits, COSTS, (final[0] / 2).softmax(-1), temperature=2.0)
+    got = LOSSES["separate"](logits, confidence_logits, COSTS, (final[0] / 2).softmax(-1), temperature=2.0)
     assert got.item() == pytest.approx(0, abs=1e-12)
 
 
 def test_the_confidence_has_no_part_in_the_answers_gradient():
     logits, confidence_logits, target = random_batch(soft=True)
     gradients = [
-        torch.autograd.grad(LOSSES["each"](logits, c, COSTS, target), logits)[0]
+        torch.autograd.grad(LOSSES["separate"](logits, c, COSTS, target), logits)[0]
         for c in (confidence_logits, confidence_logits + 3)
     ]
     torch.testing.assert_close(*gradients)
-
-
-def test_weights_of_samples_that_reach_an_exit_have_mean_one_however_sure_the_exits_before_are():
-    weights = reach_weights(torch.tensor([[0.0, 0.0], [1e4, 1e4 + 1], [0.0, 0.0]]))
-    torch.testing.assert_close(weights.mean(1), torch.ones(3))
-    torch.testing.assert_close(weights[:2], torch.ones(2, 2))  # exit 0 is reached by all, exit 1 by half of each
-    assert weights[2, 0] / weights[2, 1] == pytest.approx(math.e, rel=1e-3)  # exp(-1e4) to exp(-1e4 - 1)
 
 
 @each_target
@@ -117,7 +107,7 @@ def test_value_and_gradients_equal_the_naive_recursion(name, soft):
 
 
 @each_target
-@pytest.mark.parametrize("name", ["mc", "v1", "v2", "each"])
+@pytest.mark.parametrize("name", ["mc", "joint", "joint_each_exit", "separate"])
 def test_no_gradient_reaches_the_frozen_backbones_logits(name, soft):
     logits, confidence_logits, target = random_batch(soft)
     LOSSES[name](logits, confidence_logits, COSTS, target).backward()
@@ -206,14 +196,16 @@ def test_certain_confidences_give_the_loss_of_the_exit_where_all_leave(leave_at)
     confidence_logits = torch.full((E, b), -1e3, dtype=torch.float64)
     confidence_logits[leave_at:] = 1e3
     alone = torch.nn.functional.cross_entropy(logits[leave_at], target)
-    got = LOSSES["v1"](logits, confidence_logits, COSTS, target, cost_weight=2.0)
+    got = LOSSES["joint"](logits, confidence_logits, COSTS, target, cost_weight=2.0)
     torch.testing.assert_close(got, alone + 2 * COSTS[leave_at])
 
 
 def test_v2_is_the_mean_over_the_exits_of_v1_without_those_before():
     logits, confidence_logits, target = random_batch(soft=False)
-    terms = [LOSSES["v1"](logits[n:], confidence_logits[n:], COSTS[n:], target) for n in range(E + 1)]
-    torch.testing.assert_close(LOSSES["v2"](logits, confidence_logits, COSTS, target), sum(terms) / (E + 1))
+    terms = [LOSSES["joint"](logits[n:], confidence_logits[n:], COSTS[n:], target) for n in range(E + 1)]
+    torch.testing.assert_close(
+        LOSSES["joint_each_exit"](logits, confidence_logits, COSTS, target), sum(terms) / (E + 1)
+    )
 
 
 @each_loss
@@ -232,10 +224,18 @@ def test_a_confidence_of_the_backbone_itself_is_refused(name):
 
 
 def test_unknown_loss_suggests_the_nearest():
-    with pytest.raises(UnknownName, match=r"Unknown loss 'v3'\..*Choices: cost, each, mc, v1, v2"):
+    with pytest.raises(UnknownName, match=r"Unknown loss 'v3'\. Did you mean 'v2' or 'v1'"):
         get_loss("v3")
 
 
-@each_loss
+def test_the_losses_of_the_config_are_those_that_there_are():
+    assert set(choices("loss")) == LOSSES.keys() - ALIASES.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_found_by_its_name(name):
-    assert get_loss(name) is LOSSES[name]
+    assert get_loss(name) is LOSSES[ALIASES.get(name, name)]
+
+
+def test_the_losses_of_the_thesis_have_its_names_too():
+    assert (ptee.losses.v1_loss, ptee.losses.v2_loss) == (LOSSES["joint"], LOSSES["joint_each_exit"])

@@ -1,0 +1,158 @@
+"""Augmentation of a training: views of the images, and random shifts of the feature maps that the heads read.
+
+A view is made of the prepared tensor (c, h, w), after the data set's own transforms. View 0 is the image as it is, view 1 its
+mirror image, the others are random crops of the padded image, mirrored or not. What a view shows depends on its number, the
+sample and the seed alone, so it is the same whenever it is made. Each epoch draws one view of each image; a cache holds all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+PADDED_PART = 8  # an image is padded by an eighth of its side, as CIFAR's usual 4 of 32 pixels
+PRIME = 1_000_003
+IMAGE_KEYS = ("image", "images", "pixel_values")
+
+
+class Views(Dataset[Any]):
+    """A map-style data set that shows one view of each sample, drawn anew for each epoch.
+
+    Args:
+        data: of images (c, h, w), alone or with a label in a pair or a mapping.
+        views: number of views of each image.
+        seed: decides what the views show, and which one an epoch draws.
+        mirror: whether a mirror image shows the same class. If not, view 1 is a random crop like the others.
+    """
+
+    def __init__(self, data: Any, views: int, *, seed: int = 0, mirror: bool = True) -> None:
+        self.data, self.views, self.seed, self.mirror = data, views, seed, mirror
+        self.begin(0)
+
+    def begin(self, epoch: int) -> None:
+        """Draw the view of each sample for the epoch of this number."""
+        self.drawn = draw_views(len(self.data), self.views, self.seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.sample(index, int(self.drawn[index]))
+
+    def sample(self, index: int, number: int) -> Any:
+        """One sample in its view of this number."""
+        generator = torch.Generator().manual_seed(((self.seed * PRIME + index) * PRIME + number) % 2**63)
+        return _with_image(self.data[index], lambda image: make_view(image, number, generator, mirror=self.mirror))
+
+
+class AllViews(Dataset[Any]):
+    """All views of all samples: view 0 of each, then view 1 of each, and so on. For the cache.
+
+    Args:
+        data: the data set with views.
+    """
+
+    def __init__(self, data: Views) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data) * self.data.views
+
+    def __getitem__(self, index: int) -> Any:
+        number, sample = divmod(index, len(self.data))
+        return self.data.sample(sample, number)
+
+
+def draw_views(samples: int, views: int, seed: int, epoch: int) -> Tensor:
+    """(samples,) the number of the view of each sample in an epoch.
+
+    Args:
+        samples: how many there are.
+        views: how many each one has.
+        seed: of the training.
+        epoch: its number.
+    """
+    generator = torch.Generator().manual_seed(seed * PRIME + epoch)
+    return torch.randint(views, (samples,), generator=generator)
+
+
+def make_view(image: Tensor, number: int, generator: torch.Generator, *, mirror: bool = True) -> Tensor:
+    """One view of an image.
+
+    Args:
+        image: (c, h, w), prepared for the backbone.
+        number: 0 for the image as it is, 1 for its mirror image, any other for a random crop.
+        generator: where the random numbers come from.
+        mirror: whether views may be mirrored.
+    """
+    from torchvision.transforms.v2 import functional
+
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+    if not isinstance(image, Tensor) or number == 0:  # what is no image is refused where batches are made
+        return image
+    if number == 1 and mirror:
+        return functional.horizontal_flip(image)
+    cropped = _random_crop(image, generator)
+    flip = mirror and bool(torch.randint(2, (), generator=generator))
+    return functional.horizontal_flip(cropped) if flip else cropped
+
+
+def _random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    height, width = image.shape[-2:]
+    down, right = (min(max(1, side // PADDED_PART), side - 1) for side in (height, width))
+    padded = functional.pad(image, [right, down, right, down], padding_mode="reflect")
+    top, left = (int(torch.randint(2 * limit + 1, (), generator=generator)) for limit in (down, right))
+    return functional.crop(padded, top, left, height, width)
+
+
+def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
+    """The sample with its image changed: it is the image, or has it in front or under a name."""
+    if isinstance(sample, Mapping):
+        name = next((key for key in IMAGE_KEYS if key in sample), None)
+        return sample if name is None else {**sample, name: change(sample[name])}
+    if isinstance(sample, (tuple, list)) and sample:
+        return [change(sample[0]), *sample[1:]]
+    return change(sample)
+
+
+def draw_shifts(b: int, max_shift: int, generator: torch.Generator | None = None) -> Tensor:
+    """(b, 2) whole pixels of the input, down and to the right, all from -max_shift to max_shift as likely.
+
+    Args:
+        b: number of samples.
+        max_shift: the largest shift.
+        generator: where the random numbers come from; None for torch's own.
+    """
+    return torch.randint(-max_shift, max_shift + 1, (b, 2), generator=generator)
+
+
+def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor:
+    """Feature maps shifted by the nearest whole number of positions; zeros come in. Pooled vectors stay as they are.
+
+    Args:
+        x: (b, c, h, w), or (b, F).
+        pixels: (b, 2) of the input, down and to the right; the same for the maps of all exits.
+        input_size: (h, w).
+    """
+    if x.dim() != 4:
+        return x
+    h, w = x.shape[2:]
+    strides = torch.tensor([input_size[0] / h, input_size[1] / w])
+    positions = (pixels / strides).round().long()
+    if not positions.any():
+        return x
+    down, right = positions.to(x.device).unbind(1)
+    rows = torch.arange(h, device=x.device) - down[:, None]  # (b, h) where each row comes from
+    columns = torch.arange(w, device=x.device) - right[:, None]  # (b, w)
+    inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None]  # (b, h, w)
+    source = (rows.clamp(0, h - 1) * w)[:, :, None] + columns.clamp(0, w - 1)[:, None]  # (b, h, w)
+    shifted = x.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view_as(x)
+    return shifted.masked_fill(~inside[:, None], 0)

@@ -1,0 +1,152 @@
+"""The data of a training: views of it, its cache, and the batches of each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from ptee._common.errors import Argument, DataError
+from ptee.data.batches import batches, is_loader, split_batch
+from ptee.model.early_exit import EarlyExitModel
+from ptee.training.augmentation import PRIME, Views
+from ptee.training.config import TrainingConfig
+from ptee.training.feature_cache import Cache, Estimate, fill
+
+SAMPLES = 8  # of the data, read to see whether they are always the same
+
+
+class TrainingData:
+    """Makes the batches of a training.
+
+    Args:
+        model: whose heads are trained.
+        accelerator: accelerate's.
+        config: resolved, with numbers in place of "auto".
+        num_workers: processes that load a data set.
+        on_cache: called with the size of the cache of the training images.
+    """
+
+    def __init__(
+        self, model: EarlyExitModel, accelerator: Any, config: TrainingConfig, num_workers: int, on_cache: Any = None
+    ) -> None:
+        self.model, self.accelerator, self.config = model, accelerator, config
+        self.num_workers, self.on_cache = num_workers, on_cache
+        self.dtype = next(model.heads.parameters()).dtype
+        self.order = torch.Generator()  # of the training images
+        self.viewed: Views | Cache | None = None
+
+    @property
+    def caches(self) -> bool:
+        """Whether data sets are cached: several processes each see other rows in each epoch."""
+        return self.config.cache and self.accelerator.num_processes == 1
+
+    @contextmanager
+    def opened(self, train_data: Any, val_data: Any, *, cached: bool) -> Iterator[tuple[Any, Any]]:
+        """Loaders of the training images and, where there is such data, of the validation images.
+
+        Args:
+            train_data: a data set or a loader.
+            val_data: likewise, or None.
+            cached: fill the caches; not where no epoch is left.
+        """
+        train_data = self._with_views(train_data)
+        with ExitStack() as stack:
+            if cached and self.caches:
+                train_data = self._cached(train_data, "training images", stack, self.on_cache)
+                val_data = None if val_data is None else self._cached(val_data, "validation images", stack)
+            self.viewed = train_data if isinstance(train_data, (Views, Cache)) else None
+            yield self._loader(train_data, True), None if val_data is None else self._loader(val_data, False)
+
+    def begin(self, epoch: int) -> None:
+        """Draw the order and the views of an epoch.
+
+        Args:
+            epoch: its number.
+        """
+        seed = self.config.seed * PRIME + epoch
+        self.order.manual_seed(seed)
+        torch.manual_seed(seed)
+        if self.viewed is not None:
+            self.viewed.begin(epoch)
+
+    def _with_views(self, data: Any) -> Any:
+        views = self.config.views
+        assert isinstance(views, int)
+        if views == 1:
+            return data
+        if is_loader(data):
+            text = f" needs a data set, and this is a {type(data).__name__}, which makes its own batches. Give its data set, or "
+            given = Argument("views", str(views))
+            raise DataError(given, text, Argument("views", "1"), ".", argument="views", value=views)
+        return Views(data, views, seed=self.config.seed, mirror=self.config.mirror)
+
+    def _cached(
+        self, data: Any, words: str, stack: ExitStack, callback: Callable[[Estimate], None] | None = None
+    ) -> Any:
+        """What the heads read of a data set, until the stack is left; a loader as it is."""
+        if is_loader(data):
+            return data
+        self.model.eval()
+        cache = fill(
+            self.model,
+            data,
+            batch_size=self.config.batch_size,
+            num_workers=self.num_workers,
+            prepare=self.model.prepared,
+            around=self.accelerator.autocast,
+            description=f"backbone, once over the {words}"
+            + (f", {data.views} views" if isinstance(data, Views) else ""),
+            callback=callback,
+        )
+        stack.callback(cache.close)
+        return cache
+
+    def _loader(self, data: Any, shuffle: bool) -> Any:
+        size, generator = self.config.batch_size, self.order if shuffle else None
+        if isinstance(data, Cache):
+            return data.loader(size, shuffle, generator)
+        loader = batches(data, batch_size=size, shuffle=shuffle, generator=generator, num_workers=self.num_workers)
+        if not isinstance(loader, DataLoader) or self.accelerator.num_processes == 1:  # or somebody's own batches
+            return loader
+        # In training all processes take the same number of steps, so the last batches are filled up with other rows; in
+        # validation each row counts once.
+        self.accelerator.even_batches = shuffle
+        return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+
+def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
+    """Hash of a few samples of a data set, to know it again; None where it gives other images each time.
+
+    Args:
+        data: map-style.
+        must_repeat: refuse data that gives other images each time.
+
+    Raises:
+        DataError: if it does and must not.
+    """
+    some = Subset(data, torch.linspace(0, len(data) - 1, min(SAMPLES, len(data))).long().tolist())
+    first, second = _read(some), _read(some)
+    if len(first) == len(second) and all(map(torch.equal, first, second)):
+        digest = hashlib.sha256()
+        for tensor in first:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+    if must_repeat:
+        text = "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "
+        more = ", or take the random transforms out: views of the images are made instead ("
+        raise DataError(
+            text, Argument("cache", "False"), more, Argument("views", "4"), ").", argument="cache", value=True
+        )
+    return None
+
+
+def _read(data: Any) -> list[Tensor]:
+    """Images and labels, as batches are made of them."""
+    images, labels = split_batch(next(iter(batches(data, batch_size=len(data), shuffle=False))))
+    return [images] if labels is None else [images, labels]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from ptee._common.progress import LogLines, with_bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Log(io.StringIO):
+    """Tells when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str) -> int:
+        done = super().write(text)
+        self.written.set()
+        return done
+
+
+def standard_error(monkeypatch: pytest.MonkeyPatch, file: io.StringIO) -> io.StringIO:
+    monkeypatch.setattr(sys, "stderr", file)
+    return file
+
+
+class Slow:
+    """Four items, of which the second one takes until a line is written."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[int]:
+        yield 0
+        self.log.written.clear()
+        assert self.log.written.wait(60)
+        yield from (1, 2, 3)
+
+
+def test_a_log_gets_lines_also_while_one_item_takes_long(monkeypatch):
+    log = Log()
+    standard_error(monkeypatch, log)
+    assert list(LogLines(Slow(log), "reading images", seconds=0.05)) == [0, 1, 2, 3]
+    lines = log.getvalue().splitlines()
+    assert lines[-1].startswith("reading images: 1 of 4 done in ")
+    assert lines[-1].endswith(" left")
+
+
+def test_what_is_done_soon_writes_nothing_into_a_log(monkeypatch):
+    log = standard_error(monkeypatch, Log())
+    assert list(with_bar(range(4), "reading images")) == [0, 1, 2, 3]
+    assert log.getvalue() == ""
+
+
+def test_no_line_is_written_after_the_end():
+    before = threading.active_count()
+    for _ in LogLines(range(2), "reading images", seconds=0.01):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_a_terminal_shows_a_bar(monkeypatch):
+    terminal = standard_error(monkeypatch, Terminal())
+    assert list(with_bar(range(4), "reading images")) == [0, 1, 2, 3]
+    assert "reading images:   0%" in terminal.getvalue()
+
+
+def test_nothing_is_shown_where_nothing_is_wanted(monkeypatch):
+    terminal = standard_error(monkeypatch, Terminal())
+    assert list(with_bar(range(4), "reading images", shown=False)) == [0, 1, 2, 3]
+    assert terminal.getvalue() == ""

@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from learning import EXITS, SIZE, Interrupted, K, N, Net, data, fit, heads, images, labels, made, on, same, stopping
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee._common.errors import RunError
+from ptee.backbones.load import load_backbone
+from ptee.exits.front import FrontHead
+from ptee.model.build import build
+from ptee.training.checkpoint import _content_hash
+from ptee.training.history import Epoch, History
+from ptee.training.optimizers import OPTIMIZERS
+
+
+def on_time(history: History) -> list[Epoch]:
+    """The epochs without the time they took."""
+    return [dataclasses.replace(epoch, seconds=0.0) for epoch in history.epochs]
+
+
+SETTINGS = {
+    "as it is": {}, "loss": {"loss": "joint_each_exit"}, "schedule": {"schedule": "cosine"},
+    "separate": {"loss": "separate", "shift": 3, "views": 2}, "targets": {"targets": "soft"},
+    "weight_decay": {"weight_decay": 0.1}, "precision": {"precision": "bf16"}, "seed": {"seed": 7}, "val_data": {"val_data": data()},
+}  # fmt: skip
+
+
+@functools.cache
+def never_interrupted(name: str) -> tuple[dict[str, Tensor], History]:
+    model = made()
+    history = fit(model, **SETTINGS[name])
+    return heads(model), history
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_resumed_training_ends_with_exactly_the_heads_of_one_that_was_never_interrupted(epoch, name, tmp_path):
+    broken, resumed, settings = made(), made(seed=9), SETTINGS[name]
+    whole, want = never_interrupted(name)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    assert fit(broken, Interrupted(epoch * N + 20), checkpoint=checkpoint, **settings).interrupted
+    history = fit(resumed, checkpoint=checkpoint, resume=True, **settings)
+    assert same(heads(resumed), whole)
+    assert on_time(history) == on_time(want)
+    assert not history.interrupted
+
+
+@pytest.mark.parametrize("when", ["before the best epoch", "after it"])
+def test_a_resumed_training_stops_where_one_that_was_never_interrupted_stops(when, tmp_path):
+    whole, resumed = made(), made(seed=9)
+    want = stopping(whole)
+    done = len(want.epochs) - (4 if when == "before the best epoch" else 2)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    stopping(made(), Interrupted(done * N + 20), checkpoint=checkpoint)
+    history = stopping(resumed, checkpoint=checkpoint, resume=True)
+    assert len(history.epochs) == len(want.epochs)
+    assert same(heads(resumed), heads(whole))
+
+
+@pytest.mark.parametrize("more", [0, 5], ids=["the same epochs", "more epochs"])
+def test_a_training_that_stopped_early_is_over_when_it_is_resumed(more, tmp_path):
+    whole, resumed, checkpoint = made(), made(seed=9), tmp_path / "checkpoint.safetensors"
+    want = stopping(whole, checkpoint=checkpoint)
+    history = stopping(resumed, epochs=len(want.epochs) + more, checkpoint=checkpoint, resume=True)
+    assert history.epochs == want.epochs
+    assert history.stopped_early
+    assert same(heads(resumed), heads(whole))
+
+
+def test_nothing_is_cached_for_a_training_that_is_over(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    stopping(made(), cache=True, checkpoint=checkpoint)
+    filled: list[object] = []
+    stopping(made(seed=9), cache=True, checkpoint=checkpoint, resume=True, on_cache=filled.append)
+    assert filled == []
+
+
+def test_more_epochs_can_be_added_later(tmp_path):
+    whole, model = made(), made()
+    fit(whole, epochs=4)
+    for epochs in (2, 4):
+        fit(model, epochs=epochs, checkpoint=tmp_path / "c.safetensors", resume=True)
+    assert same(heads(model), heads(whole))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimiser_learns_and_goes_on_where_it_was_interrupted(optimizer, tmp_path):
+    settings = {
+        "optimizer": optimizer,
+        "weight_decay": 0.05,
+        "loss": "separate",
+        "targets": "labels",
+        "schedule": "constant",
+    }
+    whole, model = made("conv1"), made("conv1")
+    history = fit(whole, epochs=4, **settings)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    for epochs in (2, 4):
+        fit(model, epochs=epochs, checkpoint=tmp_path / "c.safetensors", resume=True, **settings)
+    assert same(heads(model), heads(whole))
+
+
+def test_optimisers_differ():
+    made_by = {}
+    for optimizer in OPTIMIZERS:
+        model = made("conv1")
+        fit(model, optimizer=optimizer, weight_decay=0.05)
+        made_by[optimizer] = heads(model)
+    assert not same(made_by["adam"], made_by["adamw"])
+    assert not same(made_by["adamw"], made_by["muon"])
+
+
+def test_more_epochs_would_be_another_cosine(tmp_path):
+    settings = {"schedule": "cosine", "checkpoint": tmp_path / "c.safetensors"}
+    fit(made(), epochs=2, **settings)
+    with pytest.raises(RunError, match=r"epochs 2 \(now 4\)"):
+        fit(made(), epochs=4, resume=True, **settings)
+
+
+def test_where_nothing_was_kept_resuming_begins_anew(tmp_path):
+    begun, want = made(), made()
+    fit(begun, checkpoint=tmp_path / "none.safetensors", resume=True)
+    fit(want)
+    assert same(heads(begun), heads(want))
+
+
+def test_without_resume_an_old_checkpoint_is_written_over(tmp_path):
+    checkpoint = tmp_path / "c.safetensors"
+    fit(made(seed=9), checkpoint=checkpoint)
+    model, want = made(), made()
+    history = fit(model, checkpoint=checkpoint)
+    fit(want)
+    assert same(heads(model), heads(want))
+    assert len(history.epochs) == 3
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """What one epoch leaves behind."""
+    fit(made(), epochs=1, checkpoint=tmp_path / "checkpoint.safetensors")
+    return tmp_path / "checkpoint.safetensors"
+
+
+OTHER = [
+    ("targets", "soft"), ("loss", "mc"), ("cost_weight", 0.5), ("batch_size", 8), ("lr", 0.5), ("weight_decay", 0.5), ("seed", 3),
+    ("precision", "bf16"), ("patience", 3), ("schedule", "cosine"), ("optimizer", "muon"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER, ids=lambda v: str(v))
+def test_another_setting_is_refused_with_both_values(name, value, checkpoint):
+    model = made()
+    before = heads(model)
+    with pytest.raises(RunError, match=f"{name}.*now {value}"):
+        fit(model, checkpoint=checkpoint, resume=True, **{name: value})
+    assert same(heads(model), before)
+
+
+def test_the_checkpoint_of_other_heads_is_refused(checkpoint):
+    with pytest.raises(RunError, match=r"conv1.*now pool"):
+        fit(made("pool"), checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_data_of_another_length_is_refused(checkpoint):
+    with pytest.raises(RunError, match=f"{N}.*now 32"):
+        fit(made(), TensorDataset(images()[:32], labels()[:32]), checkpoint=checkpoint, resume=True)
+
+
+class Files(TensorDataset):
+    """A data set of files, as `open_data` makes them."""
+
+    def __init__(self, files_sha256: str) -> None:
+        super().__init__(images(), labels())
+        self.files_sha256 = files_sha256
+
+
+def test_the_checkpoint_of_other_files_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(made(), Files("1" * 64), epochs=1, checkpoint=checkpoint)
+    fit(made(), Files("1" * 64), checkpoint=checkpoint, resume=True)
+    with pytest.raises(RunError, match=r"data 48 long.*1111 \(now 48 long.*2222\)"):
+        fit(made(), Files("2" * 64), checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_other_exits_is_refused(checkpoint):
+    model = ptee.augment(Net(), exits=["one"], head="conv1", input_size=SIZE)
+    with pytest.raises(RunError, match="exits"):
+        fit(model, checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_another_number_of_classes_is_refused(checkpoint):
+    with pytest.raises(RunError):
+        fit(on(Net(K + 1)), checkpoint=checkpoint, resume=True)
+
+
+def with_front(seed: int, size: tuple[int, int, int] = SIZE) -> ptee.EarlyExitModel:
+    """With a network in front, whose weights lie among the heads'."""
+    torch.manual_seed(seed)
+    front = load_backbone(Net(), input_size=size)
+    torch.manual_seed(0)
+    backbone = load_backbone(Net(), input_size=SIZE)
+    return build(backbone, exits=EXITS, front=FrontHead(front, backbone.input, K))
+
+
+@pytest.mark.parametrize(("seed", "size"), [(2, SIZE), (1, (3, 24, 24))], ids=["other weights", "another size"])
+def test_the_checkpoint_of_another_front_network_is_refused_and_leaves_it_as_it_is(seed, size, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(with_front(1), epochs=1, checkpoint=checkpoint)
+    fit(with_front(1), checkpoint=checkpoint, resume=True)
+    model = with_front(seed, size)
+    before = heads(model)
+    with pytest.raises(RunError, match="front"):
+        fit(model, checkpoint=checkpoint, resume=True)
+    assert same(heads(model), before)
+
+
+def test_the_checkpoint_of_other_images_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    models = [
+        build(load_backbone(made().detach(), input_size=SIZE, mean=(mean,)), exits=EXITS, head="conv1")
+        for mean in (0.4, 0.5)
+    ]
+    fit(models[0], epochs=1, checkpoint=checkpoint)
+    with pytest.raises(RunError, match="input"):
+        fit(models[1], checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
+    net = Net()
+    with torch.no_grad():
+        net.fc.bias += 1
+    with pytest.raises(RunError, match="backbone"):
+        fit(on(net), checkpoint=checkpoint, resume=True)
+
+
+def rewritten(file: Path, about: dict[str, str] | None = None, drop: str = "-", **add: Tensor) -> None:
+    """As somebody would who knows the hash."""
+    with safe_open(file, "pt") as old:
+        tensors = {key: old.get_tensor(key) for key in old.keys() if not key.startswith(drop)}  # noqa: SIM118
+        about = old.metadata() | (about or {})
+    tensors |= {key.replace("__", "."): value for key, value in add.items()}
+    save_file(tensors, file, about | {"sha256": _content_hash(tensors, about)})
+
+
+def changed(file: Path, name: str) -> None:
+    """A few bits of one tensor are not what they were."""
+    with safe_open(file, "pt") as old:
+        tensors, about = {key: old.get_tensor(key) for key in old.keys()}, old.metadata()  # noqa: SIM118
+    tensors[next(key for key in tensors if key.startswith(name))] += 1
+    save_file(tensors, file, about)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "text": lambda file: file.write_text("hello"),
+    "a pickle": lambda file: file.write_bytes(pickle.dumps({"a": 1})),
+    "nothing": lambda file: file.write_bytes(b""),
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-10]),
+    "other tensors": lambda file: save_file({"a": torch.zeros(1)}, file),
+    "changed heads": lambda file: changed(file, "heads."),
+    "changed optimizer": lambda file: changed(file, "optimizer."),
+    "another history": lambda file: file.write_bytes(file.read_bytes().replace(b"seconds", b"minutes")),
+    "other settings": lambda file: file.write_bytes(file.read_bytes().replace(b'lr\\": 0.01', b'lr\\": 0.02')),
+    "no history": lambda file: rewritten(file, {"history": "{}"}),
+    "an epoch without figures": lambda file: rewritten(file, {"history": '{"epochs": [{"number": 1}]}'}),
+    "settings that are a list": lambda file: rewritten(file, {"training": "[]"}),
+    "no heads": lambda file: rewritten(file, drop="heads."),
+    "heads of another shape": lambda file: rewritten(file, heads__0__logits__bias=torch.zeros(99)),
+    "an optimizer of another shape": lambda file: rewritten(file, optimizer__0__exp_avg=torch.zeros(99)),
+    "an optimizer's state without number": lambda file: rewritten(file, optimizer__x=torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_heads_stay_as_they_are(damage, checkpoint):
+    damage(checkpoint)
+    model = made()
+    before = heads(model)
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors.*[Dd]elete it"):
+        fit(model, checkpoint=checkpoint, resume=True)
+    assert same(heads(model), before)
+
+
+def test_a_checkpoint_with_more_epochs_than_are_wanted_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(made(), epochs=2, checkpoint=checkpoint)
+    with pytest.raises(RunError, match=r"2 complete epochs, more than epochs=1\. Give 2 or more"):
+        fit(made(), epochs=1, checkpoint=checkpoint, resume=True)
+
+
+def test_the_checkpoint_of_other_images_of_the_same_number_is_refused(checkpoint):
+    with pytest.raises(RunError, match="samples"):
+        fit(made(), TensorDataset(images() + 1, labels()), checkpoint=checkpoint, resume=True)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
+    left = tmp_path / ".writing-abc" / "checkpoint.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    fit(made(), epochs=1, checkpoint=tmp_path / "checkpoint.safetensors", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file"):
+        fit(made(), checkpoint=tmp_path / "file" / "checkpoint.safetensors")
+
+
+def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:  # word for word what safetensors 0.8 raises
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(RunError, match="space"):
+        fit(made(), checkpoint=tmp_path / "checkpoint.safetensors")
+
+
+def test_heads_that_share_weights_are_kept_too(tmp_path):
+    model = made("pool")
+    model.heads[1].confidence.bias = model.heads[0].confidence.bias
+    fit(model, checkpoint=tmp_path / "checkpoint.safetensors")
