@@ -19,7 +19,17 @@ from difflib import get_close_matches
 
 
 class PteeError(ValueError):
-    """Everything a user can mend; the command prints it as one line and ends with status 2."""
+    """Everything a user can mend; the command prints it as one line and ends with status 2.
+
+    Args:
+        message: one line that reads in Python.
+        argument: the argument at fault, as Python calls it; None where no single one is.
+        value: what was given for it.
+    """
+
+    def __init__(self, message: str = "", argument: str | None = None, value: object = None) -> None:
+        super().__init__(message)
+        self.argument, self.value = argument, value
 
 
 class UnknownName(PteeError, KeyError):  # noqa: N818 - reads as the message does
@@ -52,7 +62,15 @@ class Interrupted(Exception):  # noqa: N818 - it is none
     """A person ended it; what has become of it until then, in a sentence."""
 
 
-def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> UnknownName:
+def unknown(
+    kind: str,
+    name: str,
+    choices: Iterable[str],
+    *,
+    first: Sequence[str] = (),
+    most: int = 12,
+    argument: str | None = None,
+) -> UnknownName:
     """The error for a name that is not among `choices`, nearest first.
 
     Args:
@@ -61,11 +79,13 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str
         choices: all that is possible.
         first: more choices, which are listed in any case, before the others.
         most: how many choices to list at most, and only when none is near.
+        argument: which argument the name was given for.
 
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
     """
-    return UnknownName(f"Unknown {kind} {name!r}.{possible(str(name), choices, first=first, most=most)}")
+    text = f"Unknown {kind} {name!r}.{possible(str(name), choices, first=first, most=most)}"
+    return UnknownName(text, argument, name)
 
 
 def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> str:
