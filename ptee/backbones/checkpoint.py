@@ -39,6 +39,11 @@ class Checkpoint:
     places: dict[str, OrderedDict[str, Tensor]]
 
     @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return [name for state in self.places.values() for name in state]
+
+    @property
     def numbers(self) -> int:
         """How many numbers all of its tensors have."""
         return sum(tensor.numel() for state in self.places.values() for tensor in state.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from string import Formatter
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ class ArgumentNames:
     None means that the caller has no such argument: a network in front of the backbone has no `num_classes` of its own.
     """
 
-    model: str = "model"
+    model: str | None = "model"
     weights: str = "weights"
     pretrained: str | None = "pretrained"
     num_classes: str | None = "num_classes"
@@ -42,6 +42,7 @@ class ArgumentNames:
         wanted = [name for _, name, *_ in Formatter().parse(sentence) if name]
         if any(known[name] is None for name in wanted):
             sentence = "Give another {model}=, or another file with {weights}=FILE."
+            sentence = sentence if self.model else "Give another file with {weights}=FILE."
         return sentence.format(**known)
 
     @property
@@ -51,7 +52,8 @@ class ArgumentNames:
 
     def check(self, *arguments: str) -> str:
         """The sentence that asks to check these arguments, or those of them that the caller has."""
-        *others, last = dict.fromkeys(f"{name}=" for name in map(asdict(self).get, arguments) if name)
+        given = [name for name in map(asdict(self).get, arguments) if name] or [self.weights]
+        *others, last = (f"{name}=FILE" if "=" in name else f"{name}=" for name in given)
         return f"Check {', '.join(others)} and {last}." if others else f"Check {last}."
 
     def other_weights(self) -> str:
@@ -59,6 +61,9 @@ class ArgumentNames:
         if self.pretrained is None:
             return self.advice("Give a file with {weights}=FILE.")
         return self.advice("Give a file with {weights}=FILE, or take random weights with {pretrained}=False.")
+
+
+WEIGHTS_ALONE = ArgumentNames(None, "weights", None, None, None, None, None, None)  # of a network in a list of them
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,9 @@ class Library(Protocol):
 
     def build(self, request: ModelRequest) -> Built:
         """Build the model, with its published weights if they are asked for; files of weights are not its task."""
+
+    def args_from(self, name: str, tensors: Collection[str]) -> dict[str, Any]:
+        """Arguments of the constructor that the names of the tensors in a file ask for."""
 
     def recognise(self, module: nn.Module) -> Known | None:
         """What it knows of a module; None where the module is not its own."""

@@ -25,6 +25,7 @@ from ptee.backbones.library import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     RESERVED_ARGS,
+    WEIGHTS_ALONE,
     ArgumentNames,
     Built,
     InputConfig,
@@ -40,6 +41,7 @@ from ptee.backbones.weights import YOURS, fill
 __all__ = [
     "IMAGENET",
     "LIBRARIES",
+    "WEIGHTS_ALONE",
     "ArgumentNames",
     "Backbone",
     "InputConfig",
@@ -156,6 +158,8 @@ def _load(library: str, request: ModelRequest) -> Backbone:
             raise BackboneError(text, names.model_args, key)
     checkpoint = read_checkpoint(request.weights, names.weights_argument) if request.weights else None
     if checkpoint is not None:
+        args = LIBRARIES[library].args_from(request.name, checkpoint.names)
+        request = replace(request, args=args | request.args)
         _require_fit(library, request, checkpoint)
     built = LIBRARIES[library].build(request)
     built.module.eval()

@@ -23,6 +23,7 @@ COUNTER = "num_batches_tracked"  # of batch norm; nothing in eval mode reads it
 MOST_PREFIXES = 8  # that are tried in one place
 AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$)", re.IGNORECASE)
 # what a training leaves beside its network: losses, metrics, and counters of averages and of profilers
+POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|pos_bias")
 BEFORE_AVERAGING = "current_model_state"  # Lightning keeps the raw weights there, and the average as its state_dict
 LEFTOVER = re.compile(
     r"criterion|loss|metric|accuracy|auroc|precision|recall|confusion|confmat|calibration_error|"
@@ -91,6 +92,8 @@ def find_network(
         BackboneError: if there is none, if it is another, if its shapes differ, or if there are several.
     """
     found = [c for place, state in checkpoint.places.items() for c in _candidates(place, state, own, convert)]
+    for c in found:
+        _discount_copies(c, found)
     whole = [c for c in found if not c.missing and not c.unknown]
     if not whole:
         raise _refusal(checkpoint, _no_network(found, kind), names)
@@ -179,7 +182,7 @@ def _take_from_parents(found: _Candidate) -> None:
 
 def _rename_last_layer(found: _Candidate, own: Mapping[str, Any]) -> None:
     """The last layer under another name: nothing else is missing, and one layer alone, for as many features, is left over."""
-    layer = next(reversed(own), "").rpartition(".")[0]
+    layer = next(iter(list(own)[-1:]), "").rpartition(".")[0]
     if not layer or not found.missing or found.missing != [key for key in own if key.startswith(f"{layer}.")]:
         return
     spare = found.unknown or [name for name in found.beside if not LEFTOVER.search(name)]
@@ -195,6 +198,13 @@ def _rename_last_layer(found: _Candidate, own: Mapping[str, Any]) -> None:
     found.missing, found.unknown = [], []
 
 
+def _discount_copies(candidate: _Candidate, found: list[_Candidate]) -> None:
+    """Another copy of the network under a longer prefix, such as `ema.`, is nothing unknown."""
+    copies = [c for c in found if c.state is candidate.state and not c.missing]
+    longer = tuple(c.prefix for c in copies if len(c.prefix) > len(candidate.prefix))
+    candidate.unknown = [name for name in candidate.unknown if not name.startswith(longer)]
+
+
 def _converted(found: _Candidate, own: Mapping[str, Any], convert: Convert) -> _Candidate | None:
     """The attempt once more with the names that the library gives to tensors of earlier versions."""
     prefix = found.prefix
@@ -203,8 +213,8 @@ def _converted(found: _Candidate, own: Mapping[str, Any], convert: Convert) -> _
         renamed = dict(convert(inside))
     except Exception:  # made for files of that family alone, so it fails on others
         return None
-    # a table that was stretched to another size is no longer what was trained
-    if any(key in inside and inside[key].numel() != value.numel() for key, value in renamed.items()):
+    # a table of positions that was stretched to another size is no longer what was trained
+    if any(key in inside and inside[key].numel() != renamed[key].numel() for key in filter(POSITIONS.search, renamed)):
         return None
     again = _attempt(found.place, "", renamed, own)
     if again.missing or again.unknown:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -130,6 +130,13 @@ def _known(module: nn.Module, args: Mapping[str, Any]) -> Known:
     mean, std = (per_channel(None, note[key], size[0]) or () for key in ("mean", "std"))
     classes = module.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
     return Known(InputConfig(size, mean, std, note["interpolation"]), classes, label_space(classes))
+
+
+def args_from(name: str, tensors: Collection[str]) -> dict[str, Any]:
+    """The CIFAR networks have two kinds of shortcuts, one of which has weights."""
+    from ptee.backbones import cifar_resnet
+
+    return cifar_resnet.args_from(tensors) if name.startswith("cifar_resnet") else {}
 
 
 def recognise(module: nn.Module) -> Known | None:

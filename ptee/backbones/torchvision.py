@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,6 +73,11 @@ def _known(module: nn.Module, published: Any) -> Known:
     edge = getattr(module, "image_size", preset.crop_size[0])  # only ViTs have one; their default weights may differ
     config = InputConfig((3, edge, edge), tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
     return Known(config, classes, label_space(classes))
+
+
+def args_from(name: str, tensors: Collection[str]) -> dict[str, Any]:
+    """Nothing: torchvision's models have one form each."""
+    return {}
 
 
 def recognise(module: nn.Module) -> Known | None:

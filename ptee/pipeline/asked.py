@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ptee._common.errors import BackboneError, CutError, PteeError, unknown
+from ptee._common.errors import CutError, PteeError, unknown
 from ptee.analysis.cut_points import survey
 from ptee.backbones import load as backbones
 from ptee.backbones.load import Backbone
@@ -185,11 +184,8 @@ def named_networks(texts: Sequence[str]) -> dict[str, Backbone]:
     for name, file in (text.partition("=")[::2] for text in texts):
         if name in found:
             raise PteeError(f"--static {name} is given twice. Give each network once.")
-        try:
-            found[name] = backbones.load_backbone(name, weights=file or None)
-        except BackboneError as why:
-            words = str(why).replace(backbones.OTHERWISE, f"Give a file: --static {name}=FILE.")
-            raise BackboneError(re.sub(r"Check model=.*\.", f"Check --static {name}=FILE.", words)) from why
+        names = replace(backbones.WEIGHTS_ALONE, weights=f"static={name}")
+        found[name] = backbones.load_backbone(name, weights=file or None, names=names)
     return found
 
 
