@@ -240,6 +240,9 @@ def _planned(backbone: Backbone, choice: Choice | None, o: Options) -> EarlyExit
 def _told_of_random_weights(model: EarlyExitModel, say: Say) -> bool:
     """Whether the command can load the run again: not where a network of it has no weights but those drawn here."""
     front = getattr(model.heads[0], "origin", None)  # of a network in front
+    for network in (model.origin, front):
+        if network and network.note:
+            say(f"{network.note}\n")
     if model.origin.source is None:
         say("The backbone's weights are random, so the command cannot load this run again. Give --weights FILE.\n")
     if front and front.source is None:

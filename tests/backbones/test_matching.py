@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny import Tiny, changed, fresh, under
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from backbones.networks import Tiny, changed, fresh, under
 from ptee._common.errors import BackboneError
 from ptee.backbones.load import WEIGHTS_ALONE, load_backbone
 from ptee.backbones.weights import load_weights, weights_hash
@@ -64,11 +64,19 @@ def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
     ("wrap", "average", "raw"),
     [
         (lambda s, raw: {"state_dict": raw, "state_dict_ema": s}, "state_dict_ema", "state_dict"),
-        (lambda s, raw: {"model": raw, "model_ema": {**under("module.", s), "n_averaged": ONE}}, "model_ema.module", "model"),
+        (
+            lambda s, raw: {"model": raw, "model_ema": {**under("module.", s), "n_averaged": ONE}},
+            "model_ema.module",
+            "model",
+        ),
         (lambda s, raw: {"model": raw, "ema": s}, "ema", "model"),
         (lambda s, raw: {"params": raw, "params_ema": s}, "params_ema", "params"),
         (lambda s, raw: {**raw, **under("ema.", s)}, "ema", "at its top"),
-        (lambda s, raw: {"state_dict": {**under("model.", raw), **under("ema.", s)}}, "state_dict.ema", "state_dict.model"),
+        (
+            lambda s, raw: {"state_dict": {**under("model.", raw), **under("ema.", s)}},
+            "state_dict.ema",
+            "state_dict.model",
+        ),
         (
             lambda s, raw: {**under("online_model.", raw), **under("ema_model.module.", s), "initted": ONE},
             "ema_model.module",
@@ -123,13 +131,25 @@ def test_the_note_is_kept_with_the_backbone(tmp_path):
         (lambda s: {**under("net.", s), "adapter.weight": ONE}, "whole Tiny under 'net', and beside it adapter.weight"),
         (lambda s: {**s, "conv2.weight": ONE}, "has unknown conv2.weight beside a whole Tiny"),
         (lambda s: {**under("backbone.", s), "fc.weight": ONE, "fc.bias": ONE}, "beside it fc.weight, fc.bias"),
-        (lambda s: {**under("m.", s), **{f"model_ema.{k.replace('.', '')}": v for k, v in s.items()}}, "model_ema.convweight"),
-        (lambda s: {k.replace("conv.", "stem."): v for k, v in s.items()}, r"lacks conv.weight, conv.bias and has unknown stem"),
+        (
+            lambda s: {**under("m.", s), **{f"model_ema.{k.replace('.', '')}": v for k, v in s.items()}},
+            "model_ema.convweight",
+        ),
+        (
+            lambda s: {k.replace("conv.", "stem."): v for k, v in s.items()},
+            r"lacks conv.weight, conv.bias and has unknown stem",
+        ),
         (lambda s: {k: v for k, v in s.items() if "fc" not in k}, "lacks fc.weight, fc.bias and has only conv.weight"),
         (lambda s: {"a": ONE, "b": {"c": ONE}}, "holds no Tiny: its tensors are called a"),
         (lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.int8)}, "holds torch.int8 in fc.weight.*quantised"),
-        (lambda s: {"model": {**s, "fc.weight": torch.ones(9, 8), "fc.bias": torch.ones(9)}}, "9 classes.*num_classes=9"),
-        (lambda s: {k.replace("fc.", "head."): v[:3] if "fc" in k else v for k, v in s.items()}, "3 classes.*num_classes=3"),
+        (
+            lambda s: {"model": {**s, "fc.weight": torch.ones(9, 8), "fc.bias": torch.ones(9)}},
+            "9 classes.*num_classes=9",
+        ),
+        (
+            lambda s: {k.replace("fc.", "head."): v[:3] if "fc" in k else v for k, v in s.items()},
+            "3 classes.*num_classes=3",
+        ),
     ],
 )
 def test_what_is_in_doubt_is_refused_with_the_names_that_are_there(wrap, said, tmp_path):

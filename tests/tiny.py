@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
+
+from ptee.backbones.weights import weights_hash
 
 
 class Tiny(nn.Module):
@@ -36,3 +42,30 @@ def fresh(num_classes: int = 4) -> Tiny:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
         return Tiny(num_classes)
+
+
+class RunsCodeWhenUnpickled:
+    """Makes a folder when a pickle of it is read as code."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def one_line(refusal: pytest.ExceptionInfo) -> str:
+    """The text of an error, which has one line."""
+    text = str(refusal.value)
+    assert "\n" not in text
+    return text
+
+
+def as_it_was(module: nn.Module) -> tuple:
+    """What must not change of a module that is only looked at."""
+    return (
+        [p.requires_grad for p in module.parameters()],
+        [m.training for m in module.modules()],
+        weights_hash(module),
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()],
+    )
