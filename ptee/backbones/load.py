@@ -223,7 +223,8 @@ def _require_fit(library: str, request: ModelRequest, checkpoint: Checkpoint) ->
 
 def _count_classes(module: nn.Module, config: InputConfig, request: ModelRequest) -> int:
     """K, from one pass; refused if another number was asked for."""
-    classes = count_classes(module, config.input_size, request.label)
+    other_size = request.names.advice("Give the size that it takes, {input_size}=(c, h, w), or build it for this one.")
+    classes = count_classes(module, config.input_size, request.label, other_size)
     if request.num_classes not in (None, classes):
         advice = request.names.advice("Leave {num_classes}= out.")
         text = f"{request.label} has {classes} classes, not {request.num_classes}. {advice}"
@@ -252,8 +253,8 @@ def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
         return _load(library, request if weights else replace(request, weights=None, pretrained=False))
     except PteeError as error:
         argument, what = ("backbone", "backbone") if weights else ("front", "front network")
-        mend = f"Give the network itself with {argument}=" + (", or a file with weights=FILE." if weights else ".")
-        raise BackboneError(f"The {what} cannot be rebuilt: {error} {mend}", argument) from error
+        text = f"The {what} cannot be rebuilt: {error} Give the network itself from Python, {argument}=NETWORK."
+        raise BackboneError(text, argument) from error
 
 
 def _record(

@@ -21,13 +21,14 @@ from ptee.backbones.library import ArgumentNames
 
 COUNTER = "num_batches_tracked"  # of batch norm; nothing in eval mode reads it
 MOST_PREFIXES = 8  # that are tried in one place
-AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$)", re.IGNORECASE)
-# what a training leaves beside its network: losses, metrics, and counters of averages and of profilers
+AVERAGED = re.compile(r"(?i:(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$))|EMA|SWA|Ema(?![a-z])")
+# what a training leaves beside its network: losses, metrics, a teacher, and counters of averages and of profilers
 POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|pos_bias")
 BEFORE_AVERAGING = "current_model_state"  # Lightning keeps the raw weights there, and the average as its state_dict
 LEFTOVER = re.compile(
     r"criterion|loss|metric|accuracy|auroc|precision|recall|confusion|confmat|calibration_error|"
     r"(^|[._])((train|val|valid|test|avg)_?)?(acc|auc|f1|ece|iou|mse|mae|top\d)(_?score|\d+)?([._]|$)|"
+    r"(^|\.)teacher\.|"
     r"(^|\.)(n_averaged|num_updates|decay|initted|total_ops|total_params)$",
     re.IGNORECASE,
 )
@@ -246,7 +247,8 @@ def _choose(checkpoint: Checkpoint, fitting: list[_Candidate], names: ArgumentNa
 
 
 def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(value, others[key]) for key, value in some.items() if not key.endswith(COUNTER))
+    pairs = ((value, others[key]) for key, value in some.items() if not key.endswith(COUNTER))
+    return all(one is other or torch.equal(one, other) for one, other in pairs)  # what is one need not be read
 
 
 def _strangers(chosen: _Candidate, whole: list[_Candidate]) -> list[str]:

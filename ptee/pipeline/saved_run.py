@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset
 
-from ptee._common.errors import DataError, RunError
+from ptee._common.errors import BackboneError, DataError, RunError
 from ptee.backbones.load import rebuild
 from ptee.data.sources import Data
 from ptee.evaluation.tuning import Unseen, parts_for_tuning
@@ -85,7 +85,12 @@ def reopened(run: str, o: Options) -> Reopened:
         DataError: if it does not say which data it was measured on, or they have changed.
         PteeError: as of `load`.
     """
-    model = load(run, _moved_backbone(run, o["weights"]))
+    try:
+        model = load(run, _moved_backbone(run, o["weights"]))
+    except BackboneError as why:
+        if why.argument != "backbone":
+            raise
+        raise BackboneError(f"{why} Or say where a file of its weights is: weights=FILE.", "weights") from why
     recorded = _recorded_data(run, model)
     source = o["data"] or recorded.get("source")
     if not source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 from tiny import Tiny, as_it_was, one_line
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError, UnknownName
-from ptee.backbones.load import InputConfig, find_model, load_backbone, rebuild
+from ptee._common.errors import BackboneError, PteeError, UnknownName
+from ptee.backbones.library import Built, Known
+from ptee.backbones.load import LIBRARIES, WEIGHTS_ALONE, InputConfig, find_model, load_backbone, rebuild
 from ptee.backbones.weights import weights_hash
 
 HALF = (0.5, 0.5, 0.5)
@@ -313,3 +315,66 @@ def test_a_module_of_another_type_is_tried_in_its_own(dtype):
 def test_what_is_neither_a_name_nor_a_module_is_refused(model):
     with pytest.raises(BackboneError, match=r"a name such as 'resnet50' or an nn\.Module, not a"):
         load_backbone(model)
+
+
+class ThirdLibrary:
+    """A library of one network, `tiny`."""
+
+    def list_names(self):
+        return ["tiny"]
+
+    def has_model(self, name):
+        return name == "tiny"
+
+    def build(self, request):
+        known = Known(InputConfig((3, 16, 16), HALF, HALF), 4, "four things")
+        return Built(Tiny(request.num_classes or 4), "tiny", {}, {"tag": None, "hub": None, "revision": None}, known)
+
+    def args_from(self, name, tensors):
+        return {}
+
+    def recognise(self, module):
+        return None
+
+    def convert(self, module, state):
+        return state
+
+
+def test_a_third_library_is_one_entry_in_the_list(monkeypatch, tmp_path):
+    monkeypatch.setitem(LIBRARIES, "third", ThirdLibrary())
+    torch.save(Tiny().state_dict(), tmp_path / "w.pth")
+    backbone = load_backbone("third/tiny", weights=tmp_path / "w.pth")
+    assert (backbone.num_classes, backbone.input.input_size, backbone.label_space) == (4, (3, 16, 16), "four things")
+    assert weights_hash(rebuild(backbone.source).module) == weights_hash(backbone.module)
+    with pytest.raises(UnknownName, match="Did you mean 'tiny'"):
+        load_backbone("third/tini")
+
+
+@pytest.mark.parametrize(
+    ("wish", "argument", "value"),
+    [
+        ({"num_classes": 1}, "num_classes", 1),
+        ({"num_classes": 7, "pretrained": True}, "num_classes", 7),
+        ({"input_size": (3, 0, 4)}, "input_size", (3, 0, 4)),
+        ({"std": (0.5, 0.5, 0)}, "std", (0.5, 0.5, 0.0)),
+        ({"mean": (124, 116, 104)}, "mean", (124.0, 116.0, 104.0)),
+        ({"mean": (0.5, 0.5)}, "mean", (0.5, 0.5)),
+        ({"weights": "none.pth"}, "weights", "none.pth"),
+        ({"model": "resnet5O"}, "model", "resnet5O"),
+        ({"model_args": {"checkpoint_path": "x"}}, "model_args", "checkpoint_path"),
+    ],
+    ids=str,
+)
+def test_an_error_carries_the_argument_and_its_value(wish, argument, value):
+    with pytest.raises(PteeError) as refusal:
+        load_backbone(**{"model": "resnet18", "pretrained": False} | wish)
+    assert (refusal.value.argument, refusal.value.value) == (argument, value)
+
+
+def test_an_error_names_what_its_caller_can_type():
+    names = replace(WEIGHTS_ALONE, model="front", weights="front_weights")
+    with pytest.raises(BackboneError, match=r"Give a file with front_weights=FILE\.$") as refusal:
+        load_backbone("cifar_resnet20", names=names)
+    assert refusal.value.argument == "front"
+    with pytest.raises(BackboneError, match=r"Give another front=, or another file with front_weights=FILE\.$"):
+        load_backbone(Tiny(), input_size=(4, 16, 16), names=names)

@@ -43,6 +43,7 @@ def averaged(network: nn.Module) -> dict[str, Tensor]:
         lambda s: {**s, "epoch": 3, "arch": "tiny"},
         lambda s: {**s, "total_ops": ONE, "conv.total_params": ONE},
         lambda s: {"model": s, "model_ema": s},
+        lambda s: {**under("student.", s), **under("teacher.", nn.Conv2d(1, 1, 1).state_dict())},
         lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": ONE}}, "param_groups": [{"lr": 0.1}]}},
     ],
     ids=[
@@ -50,7 +51,7 @@ def averaged(network: nn.Module) -> dict[str, Tensor]:
         *("module.model.", "_orig_mod.module.", "module._orig_mod.net.", "backbone. and a bare fc."),
         *("the same under model.", "the last layer is called head.", "backbone. and a bare classifier."),
         *("network", "params", "four deep", "numbers and words beside", "a profiler's counters", "an equal average"),
-        "an optimizer",
+        *("a teacher of another kind", "an optimizer"),
     ],
 )
 def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
@@ -70,6 +71,7 @@ def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
             "model",
         ),
         (lambda s, raw: {"model": raw, "ema": s}, "ema", "model"),
+        (lambda s, raw: {"net": raw, "netEMA": s}, "netEMA", "net"),
         (lambda s, raw: {"params": raw, "params_ema": s}, "params_ema", "params"),
         (lambda s, raw: {**raw, **under("ema.", s)}, "ema", "at its top"),
         (
