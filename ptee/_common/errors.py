@@ -92,7 +92,15 @@ class Interrupted(Exception):  # noqa: N818 - it is none
     """A person ended it; what has become of it until then, in a sentence."""
 
 
-def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> UnknownName:
+def unknown(
+    kind: str,
+    name: str,
+    choices: Iterable[str],
+    *,
+    first: Sequence[str] = (),
+    most: int = 12,
+    argument: str | None = None,
+) -> UnknownName:
     """The error for a name that is not among `choices`, nearest first.
 
     Args:
@@ -101,11 +109,13 @@ def unknown(kind: str, name: str, choices: Iterable[str], *, first: Sequence[str
         choices: all that is possible.
         first: more choices, which are listed in any case, before the others.
         most: how many choices to list at most, and only when none is near.
+        argument: the argument that the name was given for.
 
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
     """
-    return UnknownName(f"Unknown {kind} {name!r}.{possible(str(name), choices, first=first, most=most)}")
+    text = f"Unknown {kind} {name!r}.{possible(str(name), choices, first=first, most=most)}"
+    return UnknownName(text, argument=argument, value=name)
 
 
 def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> str:

@@ -2,12 +2,13 @@
 
 Importing this module registers them with timm, so that `timm.create_model("cifar_resnet56")` works.
 
-Source: He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2, with option A shortcuts.
+Source: He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2. Its shortcuts there are those of
+option A, without weights; some published checkpoints have those of option B, `shortcut="conv"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,25 +16,29 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, is_model, register_model
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError
+from ptee._common.errors import BackboneError, unknown
 from ptee._common.process import no_warnings
 
 __all__ = ["CifarResNet"]  # timm appends the names of the networks
 
 DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
+SHORTCUTS = ("pad", "conv")  # He et al.'s options A and B
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters; (b, c, h, w) -> (b, c_out, h/stride, w/stride)."""
+    """Two 3x3 convolutions and a shortcut; (b, c, h, w) -> (b, c_out, h/stride, w/stride)."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: str = "pad") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.stride, self.new_channels = stride, c_out - c_in
+        self.downsample: nn.Module | None = None
+        if shortcut == "conv" and (stride != 1 or c_in != c_out):
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """ReLU is a function here, not a module, so that each module is called once and the block's output is its."""
@@ -41,7 +46,9 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Option A: every second pixel, the new channels zero, half of them before the old ones and half after."""
+        """Every second pixel, the new channels zero, half of them before the old ones and half after; or a convolution."""
+        if self.downsample is not None:
+            return self.downsample(x)
         if self.stride == 1 and self.new_channels == 0:
             return x
         before = self.new_channels // 2
@@ -56,13 +63,16 @@ class CifarResNet(nn.Module):
         depth: 6n + 2 with n >= 1, the number of layers with weights.
         num_classes: K; 0 leaves the classifier out.
         in_chans: channels of the images.
+        shortcut: "pad" (option A) or "conv" (option B), where a stage begins.
 
     Raises:
-        BackboneError: if the depth is not of the form 6n + 2.
+        BackboneError: if the depth is not of the form 6n + 2, or there is no such shortcut.
     """
 
-    def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3) -> None:
+    def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3, shortcut: str = "pad") -> None:
         super().__init__()
+        if shortcut not in SHORTCUTS:
+            raise unknown("shortcut", shortcut, SHORTCUTS)
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise BackboneError(f"A CIFAR ResNet has 6n+2 layers, not {depth}. Choose 20, 32, 44, 56, 110, or another.")
@@ -73,9 +83,9 @@ class CifarResNet(nn.Module):
         ]
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
-        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
-        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, 1, shortcut)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, 2, shortcut)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, 2, shortcut)
         self.reset_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -105,9 +115,20 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
 
-def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(c_in, c_out, stride)
+def _stage(c_in: int, c_out: int, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
+    first = BasicBlock(c_in, c_out, stride, shortcut)
     return nn.Sequential(first, *[BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)])
+
+
+def args_from(names: Iterable[str]) -> dict[str, Any]:
+    """The arguments that a file of weights asks for, by the names of its tensors: shortcuts with weights have names."""
+    return {"shortcut": "conv"} if any(".downsample.0." in n or ".shortcut.0." in n for n in names) else {}
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the public CIFAR ResNets whose layers have other names, under the names here."""
+    renamed = {key.replace(".shortcut.", ".downsample."): value for key, value in state_dict.items()}
+    return {f"fc.{key[7:]}" if key.startswith("linear.") else key: value for key, value in renamed.items()}
 
 
 default_cfgs = {  # where timm looks for the input of each network; none has weights to download

@@ -1,17 +1,18 @@
-"""What is asked of a model library, where on the hub it lies, and the record of it that a run keeps.
+"""Where a backbone comes from: its published weights, its place on the hub, and the record that a run keeps of it.
 
-The record may come from a stranger, so it is checked.
+A record may come from a stranger, so every field of it is checked.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import BackboneError
+from ptee.backbones.library import ModelRequest
 
 HUB_FILES = (  # where timm finds weights in a hub repository, and its configuration
     *("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -19,58 +20,51 @@ HUB_FILES = (  # where timm finds weights in a hub repository, and its configura
 )
 HUB_TIMEOUT_S = 10
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MOST_NUMBERS = 3 * 4096**2  # in one image; a record that asks for more would take gigabytes
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What a caller wants; `pretrained` means the library's own weights, of this hub commit or torchvision tag."""
+def checked_record(source: Mapping[str, Any], libraries: Collection[str]) -> tuple[str, ModelRequest]:
+    """(library, what to ask of it), every field of the type and form that `Backbone.source` gives it.
 
-    name: str
-    weights: str | None
-    pretrained: bool
-    num_classes: int | None
-    input_size: tuple[int, int, int] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    args: dict[str, Any]
-    version: str | None = None
-
-
-def checked_record(source: Mapping[str, Any]) -> tuple[str, Wish]:
-    """(library, what to ask of it), every field of the type and form that `_record` gives it."""
+    Raises:
+        BackboneError: naming the first field that is not.
+    """
     _require_keys(source, "library name args num_classes weights input", "source")
     library, name, args, classes = (source[key] for key in ("library", "name", "args", "num_classes"))
-    _require(library in ("timm", "torchvision"), "library", library)
+    _require(isinstance(library, str) and library in libraries, "library", library)
     # `local-dir:` would open a folder of this machine that a stranger names
     _require(isinstance(name, str) and not name.startswith("local-dir:"), "name", name)
     _require(isinstance(args, dict) and all(isinstance(k, str) and is_plain(v) for k, v in args.items()), "args", args)
     _require(_is_count(classes), "num_classes", classes)
-    file, version = _checked_weights(source["weights"], library)
+    file, origin = _checked_weights(source["weights"])
     shown = source["input"]
     _require_keys(shown, "input_size mean std interpolation", "input")
     _require(isinstance(shown["interpolation"], str), "interpolation", shown["interpolation"])
     for key in ("mean", "std"):
         _require(isinstance(shown[key], list) and shown[key] and all(map(_is_number, shown[key])), key, shown[key])
     size = shown["input_size"]
-    _require(isinstance(size, list) and len(size) == 3 and all(map(_is_count, size)), "input_size", size)
-    return library, Wish(name, file, file is None, classes, tuple(size), shown["mean"], shown["std"], args, version)
+    _require(isinstance(size, list) and _is_size(size), "input_size", size)
+    label = name if library == "timm" else f"{library}/{name}"
+    images = (tuple(size), shown["mean"], shown["std"])
+    return library, ModelRequest(name, label, file, file is None, classes, *images, args, origin)
 
 
-def _checked_weights(weights: Any, library: str) -> tuple[str | None, str | None]:
-    """(file, None), or (None, hub commit or torchvision tag or None)."""
+def _checked_weights(weights: Any) -> tuple[str | None, dict[str, str | None]]:
+    """(file, nothing), or (None, the origin of published weights)."""
     _require(isinstance(weights, dict) and set(weights) in ({"file"}, {"pretrained"}), "weights", weights)
     if "file" in weights:
         file = weights["file"]
         # to Windows, two slashes in front name another machine, and looking there means logging in
-        _require(isinstance(file, str) and file and not file.startswith(("//", "\\\\")), "file", file)
-        return file, None
+        remote = isinstance(file, str) and file.replace("\\", "/").startswith("//")
+        _require(isinstance(file, str) and file and "\0" not in file and not remote, "file", file)
+        return file, {}
     origin = weights["pretrained"]
     _require_keys(origin, "tag hub revision", "pretrained")
     for key, value in origin.items():
         _require(value is None or isinstance(value, str), key, value)
     commit = origin["revision"]
     _require(commit is None or COMMIT.fullmatch(commit), "revision", commit)
-    return None, commit if library == "timm" else origin["tag"]
+    return None, dict(origin)
 
 
 def _require_keys(record: Any, keys: str, what: str) -> None:
@@ -84,6 +78,10 @@ def _require(holds: object, what: str, value: Any) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_size(size: Any) -> bool:
+    return len(size) == 3 and all(map(_is_count, size)) and math.prod(size) <= MOST_NUMBERS
 
 
 def _is_number(value: Any) -> bool:
@@ -102,11 +100,40 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def checked_size(size: Sequence[int]) -> tuple[int, int, int]:
-    """(c, h, w) of positive whole numbers, or a BackboneError."""
+def checked_size(size: Sequence[int], argument: str | None = "input_size") -> tuple[int, int, int]:
+    """(c, h, w) of positive whole numbers, and not of more than an image has; or a BackboneError about the argument."""
     if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 3 or not all(map(_is_count, size)):
-        raise BackboneError(f"An input size is (channels, height, width), such as (3, 224, 224), not {size!r}.")
+        text = f"An input size is (channels, height, width), such as (3, 224, 224), not {size!r}."
+        raise BackboneError(text, argument=argument, value=size)
+    if not _is_size(size):
+        text = f"Images of {' x '.join(map(str, size))} numbers are too large: {MOST_NUMBERS:,} at most. Give a smaller size."
+        raise BackboneError(text, argument=argument, value=size)
     return (size[0], size[1], size[2])
+
+
+def require_trained(request: ModelRequest, published: int | None) -> None:
+    """Refuse published weights of other classes than are asked for.
+
+    Libraries would put a random classifier in place of theirs, and exits would learn its noise.
+
+    Args:
+        request: what is asked for.
+        published: how many classes the published weights have; None or 0 where there are no weights of a classifier.
+
+    Raises:
+        BackboneError: if these are not the classes that are asked for.
+    """
+    names, otherwise = request.names, request.names.other_weights()
+    if not published:
+        text = f"There are no pretrained weights of a classifier for {request.label}. {otherwise}"
+        raise BackboneError(text, argument=names.model, value=request.label)
+    if request.num_classes not in (None, published):
+        raise BackboneError(
+            f"The pretrained classifier of {request.label} has {published} classes, not {request.num_classes}; another "
+            f"would be random. {otherwise}",
+            argument=names.num_classes,
+            value=request.num_classes,
+        )
 
 
 def reach_hub(hub: str) -> None:

@@ -6,8 +6,8 @@ layer. With this exit alone, the model is a cascade of two networks. Heads behin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import random_images
 from ptee.analysis.freezing import Attachment, freeze
 from ptee.analysis.layout import Layout
-from ptee.backbones.load import OTHERWISE, Backbone, InputConfig, load_backbone
+from ptee.backbones.load import WEIGHTS_ALONE, Backbone, InputConfig, load_backbone
 from ptee.exits.confidence import log_odds
 from ptee.exits.heads import AUTO, ExitHead
 
 LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may come from a stranger
-NOT_ITS_OWN = r"\b(num_classes|input_size|model_args)="  # arguments that a front network has not
+ITS_ARGUMENTS = replace(
+    WEIGHTS_ALONE, model="front", weights="front_weights", mean="front_mean", std="front_std"
+)  # what a caller can say of the network in front; all else follows from the backbone
 
 
 def require_front(front: FrontHead | str | None) -> None:
@@ -77,19 +79,11 @@ def named_front(
             input_size=None if says_its_size else behind.input.input_size,
             mean=mean,
             std=std,
+            names=ITS_ARGUMENTS,
         )
     except BackboneError as why:
-        raise BackboneError(f"The front network: {_with_its_options(str(why))}") from why
+        raise BackboneError(f"The front network: {why}", argument=why.argument, value=why.value) from why
     return FrontHead(network, behind.input, behind.num_classes)
-
-
-def _with_its_options(message: str) -> str:
-    """What was said of a backbone's arguments, said of those of the network in front."""
-    sentences = re.split(r"(?<=\.) (?=[A-Z])", message.replace(OTHERWISE, "Give a file with weights=FILE."))
-    known = [sentence for sentence in sentences if not re.search(NOT_ITS_OWN, sentence)]
-    if len(known) < len(sentences):
-        known.append("Name another network or file, or give a module of yours from Python.")
-    return re.sub(r"\b(weights|mean|std)=", r"front_\1=", " ".join(known))
 
 
 class FrontHead(ExitHead):

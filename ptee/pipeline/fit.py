@@ -151,6 +151,9 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     if target is not None:
         require_labels(target, labelled)
         require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
+    for network in (backbone, getattr(model.heads[0], "origin", None)):
+        if network is not None and network.note:
+            job.log(f"{network.note}\n")
     job.log(f"{data.summary}\n\n{model.plan}\n")
     for_heads, for_confidence = _images_of_each(data, recipe, job.log)
     complete: list[Epoch] = []

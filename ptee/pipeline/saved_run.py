@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptee._common.errors import Argument, DataError, PteeError, RunError
+from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError
 from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
 from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
@@ -82,7 +82,14 @@ def open_run(
         DataError: if the run does not say which images it was made with, or they have changed.
         PteeError: as of `load`.
     """
-    model = load(run, _moved_backbone(run, weights))
+    try:
+        model = load(run, _moved_backbone(run, weights))
+    except BackboneError as why:
+        if why.argument != "backbone":
+            raise
+        raise BackboneError(
+            *why.parts, " Or say where a file of its weights is: ", Argument("weights", "FILE"), ".", argument="weights"
+        ) from why
     recorded = _recorded_data(run, model)
     source = data or recorded.get("source")
     if not source:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -11,10 +12,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError
+from ptee._common.errors import BackboneError, UnknownName
 from ptee.backbones.cifar_resnet import DEPTHS, BasicBlock, CifarResNet
+from ptee.backbones.load import load_backbone, rebuild
 
 each_depth = pytest.mark.parametrize("depth", DEPTHS)
 
@@ -134,3 +136,51 @@ print(type(timm.create_model("cifar_resnet20")) is module.CifarResNet)
 """  # in a process of its own: a new class of the same name would disturb the other tests
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+class ConvShortcut(nn.Module):
+    """A block as the checkpoints with option B shortcuts have it."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.downsample(x))
+
+
+def test_a_block_with_a_convolution_as_its_shortcut_computes_what_the_paper_says():
+    block, plain = BasicBlock(16, 32, 2, "conv").eval(), ConvShortcut(16, 32).eval()
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(block(x), plain(x))
+
+
+def test_another_shortcut_is_refused():
+    with pytest.raises(UnknownName, match=r"Unknown shortcut 'none'\. .*Choices: conv, pad"):
+        CifarResNet(20, shortcut="none")
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "published"),
+    [
+        ("pad", lambda key: "module." + key.replace("fc.", "linear.")),
+        ("conv", lambda key: key),
+        ("conv", lambda key: "module." + key.replace("fc.", "linear.").replace("downsample", "shortcut")),
+    ],
+    ids=["option A, linear.", "option B, downsample.", "option B, shortcut. and linear."],
+)
+def test_published_checkpoints_load_whatever_their_layers_are_called(shortcut, published, tmp_path):
+    trained = CifarResNet(20, num_classes=100, shortcut=shortcut).eval()
+    state = {published(key): value for key, value in trained.state_dict().items()}
+    torch.save({"state_dict": state, "best_prec1": 92.6}, tmp_path / "w.th")
+    backbone = load_backbone("cifar_resnet20", weights=tmp_path / "w.th", num_classes=100)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone.module(x), trained(x))
+    again = rebuild(json.loads(json.dumps(backbone.source)))
+    assert torch.equal(again.module(x), trained(x))

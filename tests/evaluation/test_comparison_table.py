@@ -523,7 +523,7 @@ def test_nothing_to_compare_is_refused():
     ("texts", "error", "said"),
     [
         (["cifar_resnet21"], UnknownName, "Unknown model 'cifar_resnet21'. Did you mean"),
-        (["cifar_resnet20"], PteeError, "Give a file: --static cifar_resnet20=FILE."),
+        (["cifar_resnet20"], PteeError, "Give a file with static=cifar_resnet20=FILE."),
         (["cifar_resnet20=none.safetensors"], PteeError, "none.safetensors"),
     ],
     ids=str,
@@ -536,7 +536,7 @@ def test_a_network_that_the_command_cannot_have_is_refused(texts, error, said):
 def test_weights_of_another_network_are_refused_by_the_option_that_gave_them(tmp_path):
     file = tmp_path / "a.safetensors"
     save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), file)
-    with pytest.raises(PteeError, match=r"is of another model.*Check --static cifar_resnet32=FILE\.$"):
+    with pytest.raises(PteeError, match=r"is of another model.*Check static=cifar_resnet32=FILE\.$"):
         named_networks([f"cifar_resnet32={file}"])
 
 

@@ -293,7 +293,10 @@ def test_only_options_that_it_has_are_named(tmp_path):
     save_file(
         load_backbone("cifar_resnet20", pretrained=False, num_classes=7).module.state_dict(), tmp_path / "w.safetensors"
     )
-    with pytest.raises(PteeError, match=r"has 7 classes .*the model has 10\. Name another network or file") as said:
+    with pytest.raises(
+        PteeError,
+        match=r"has 7 classes .*the model has 10\. Give another front=, or another file with front_weights=FILE\.$",
+    ) as said:
         named_front("cifar_resnet20", backbone, weights=tmp_path / "w.safetensors")
     assert "num_classes=" not in str(said.value)
 

@@ -1,0 +1,172 @@
+"""The tensors in a file of weights, by the place where they lie in it. Files are read as data; nothing in them is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptee._common.errors import BackboneError, first_line, some
+
+SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # as huggingface_hub names the parts of a large file
+LARGEST_INDEX = 64 * 2**20  # bytes
+DEEPEST = 4  # dictionaries around a network
+MOST_PLACES = 1000
+LONGEST_NAME = 60  # of a tensor, in a message
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds.
+
+    Attributes:
+        file: where it lies.
+        places: tensors by name, by the keys around them: "" for the file itself, "model.state_dict" for a dictionary in
+            a dictionary. They lie on disk until they are read.
+    """
+
+    file: Path
+    places: dict[str, OrderedDict[str, Tensor]]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return [name for state in self.places.values() for name in state]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers all of its tensors have."""
+        return sum(tensor.numel() for state in self.places.values() for tensor in state.values())
+
+
+def read_checkpoint(file: str | Path, argument: str = "weights") -> Checkpoint:
+    """Open a .safetensors file, the index of several, or what `torch.save` wrote.
+
+    Args:
+        file: where it lies.
+        argument: what the caller calls it, for messages.
+
+    Raises:
+        BackboneError: the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
+    """
+    path = Path(file)
+    if not path.is_file():
+        text = f"There is no weights file {file}. Give a .safetensors or .pth file that exists."
+        raise BackboneError(text, argument=argument, value=str(file))
+    _require_whole(path, argument)
+    try:
+        found = _read_shards(path) if path.suffix.lower() == ".json" else _read(path)
+        places = dict(_places(found))
+    except Exception as error:
+        raise BackboneError(_why_unreadable(path, error), argument=argument, value=str(file)) from error
+    if not places:
+        text = f"{file} holds no state_dict (names of tensors). Save model.state_dict() and nothing else."
+        raise BackboneError(text, argument=argument, value=str(file))
+    return Checkpoint(path, places)
+
+
+def _require_whole(path: Path, argument: str) -> None:
+    part = SHARD.search(path.name)
+    if part is None or part[2] == "1":
+        return
+    index = SHARD.sub(".", path.name, count=1) + ".index.json"
+    text = f"{path} is one of {part[2]} shards of a file. Give their index: {path.parent / index}."
+    raise BackboneError(text, argument=argument, value=str(path))
+
+
+def _read(path: Path) -> Any:
+    if path.suffix.lower() == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _require_uncompressed(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments as one
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _require_uncompressed(path: Path) -> None:
+    """torch writes its tensors as they are; a small file that unpacks to a large one was made to do harm."""
+    with zipfile.ZipFile(path) as archive:
+        packed, unpacked = path.stat().st_size, sum(part.file_size for part in archive.infolist())
+    if unpacked > 2 * packed:
+        raise ValueError(f"It unpacks to {unpacked:,} bytes from {packed:,}")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names; all of them lie beside it."""
+    if index.stat().st_size > LARGEST_INDEX:
+        raise ValueError(f"An index of shards has {LARGEST_INDEX:,} bytes at most")
+    found = json.loads(index.read_text(encoding="utf-8"))
+    home = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(home, dict) or not home:
+        raise ValueError("It is no index of shards: it has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(map(str, home.values())):
+        if Path(name).name != name or "\\" in name or ":" in name or not (index.parent / name).is_file():
+            raise ValueError(f"Its shard {name[:LONGEST_NAME]!r} is no file beside it")
+        shard = _read(index.parent / name)
+        wanted = [key for key, file in home.items() if file == name]
+        absent = [key for key in wanted if not isinstance(shard.get(key), Tensor)]
+        if absent:
+            raise ValueError(f"Its shard {name} lacks {shown(absent, 3)}")
+        tensors |= {key: shard[key] for key in wanted}
+    return tensors
+
+
+def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
+    """Every dictionary in the file that has tensors in it, the outermost first."""
+    waiting, seen = [("", found, 0)], set()
+    while waiting:
+        place, value, depth = waiting.pop(0)
+        if not isinstance(value, Mapping) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        state = OrderedDict((key, part) for key, part in value.items() if isinstance(key, str) and _is_plain(part))
+        if state:
+            state._metadata = getattr(value, "_metadata", None)  # type: ignore[attr-defined]
+            yield place, state
+        if depth < DEEPEST and len(seen) < MOST_PLACES:
+            inner = [(key, part) for key, part in value.items() if isinstance(key, str) and isinstance(part, Mapping)]
+            waiting += [(f"{place}.{key}" if place else key, part, depth + 1) for key, part in inner]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    try:  # can list what a pickle would call without calling it, but not in a damaged file, nor in the oldest format
+        code = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:
+        code = []
+    if code:
+        return (
+            f"{path} holds more than weights ({some(code, 3)}), and reading that could run code. "
+            f"Save the state_dict alone, best as .safetensors."
+        )
+    if isinstance(error, pickle.UnpicklingError):  # its own text is about versions of PyTorch
+        return f"{path} cannot be read: it is damaged, no weights file, or could run code. Get it anew."
+    return f"{path} cannot be read: {first_line(error)} Get it anew."
+
+
+def shown(names: list[str], most: int = 5) -> str:
+    """The first of some names, short and without what a terminal would take for a command, and how many more there are."""
+    return some([_short(name) for name in names[:most]] + names[most:], most)
+
+
+def _short(name: str) -> str:
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}...{name[-half:]}"

@@ -1,0 +1,162 @@
+"""timm's models, the CIFAR networks of `cifar_resnet` among them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ptee._common.errors import BackboneError, unknown
+from ptee.backbones.library import Built, InputConfig, Known, ModelRequest, label_space, per_channel
+from ptee.backbones.quiet import building
+from ptee.backbones.source import hub_revision, reach_hub, require_trained
+
+HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
+CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # what timm's files call the function that renames old tensors
+ON_THE_HUB = (
+    "Its configuration is on the hub: go online once, or name another model and give a file with {weights}=FILE."
+)
+
+
+def _timm() -> Any:
+    """timm, knowing the CIFAR networks."""
+    import timm
+
+    import ptee.backbones.cifar_resnet  # noqa: F401 - registers them
+
+    return timm
+
+
+def list_names() -> list[str]:
+    """All of timm's models, by name."""
+    return _timm().list_models()
+
+
+def has_model(name: str) -> bool:
+    """Whether timm has a model of exactly that name: timm itself would take the last part of a path."""
+    source, colon, rest = name.partition(":")
+    if colon:
+        return source in HUB_SOURCES and bool(rest)
+    return "/" not in name and "\\" not in name and _timm().is_model(name)
+
+
+def build(request: ModelRequest) -> Built:
+    """The model, with timm's own weights if they are asked for.
+
+    Raises:
+        UnknownName: if timm knows no weights of that tag.
+        BackboneError: if it cannot be built, or has no published weights of so many classes.
+    """
+    cfg = None if ":" in request.name else _config(request.name)
+    _require_classifier(request, cfg)
+    args = _size_args(cfg, request.input_size) | request.args
+    name, hub, pin = _origin(request, cfg)
+    random = not request.pretrained and request.num_classes is not None
+    classes = {"num_classes": request.num_classes} if random else {}
+    with building(request.label, args, _remedy(request, hub is not None and cfg is None)):
+        if hub:
+            reach_hub(hub)
+        module = _timm().create_model(name, pretrained=request.pretrained, **pin, **args, **classes)
+    note = module.pretrained_cfg
+    if request.pretrained and cfg is not None and note.get("tag"):
+        name = f"{note['architecture']}.{note['tag']}"  # in another version of timm, the default may be another tag
+    origin = {"tag": note.get("tag"), "hub": hub, "revision": hub_revision(hub) if hub else None}
+    return Built(module, name, args, origin, _known(module, args))
+
+
+def _config(name: str) -> Any:
+    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+    _timm()
+    try:
+        return get_pretrained_cfg(name)  # None for a name that timm keeps only to forward it
+    except RuntimeError:
+        raise unknown("pretrained timm model", name, get_arch_pretrained_cfgs(name)) from None
+
+
+def _require_classifier(request: ModelRequest, cfg: Any) -> None:
+    """Refuse a model that would have no classifier, before building what may be large."""
+    if cfg is None:
+        return
+    if request.pretrained:
+        require_trained(request, cfg.num_classes if cfg.has_weights else None)
+    if cfg.num_classes == 0 and request.num_classes is None:
+        remedy = request.names.advice("Give it one: {num_classes}=K and {weights}=FILE.")
+        raise BackboneError(
+            f"{request.label} has no classifier. {remedy}", argument=request.names.model, value=request.label
+        )
+
+
+def _remedy(request: ModelRequest, configured_on_hub: bool) -> str | None:
+    if configured_on_hub:
+        return request.names.advice(ON_THE_HUB)
+    return request.names.other_weights() if request.pretrained else None
+
+
+def _origin(request: ModelRequest, cfg: Any) -> tuple[str, str | None, dict[str, Any]]:
+    """timm's name for the model, the hub repository where it will look, and what keeps it to the commit asked for."""
+    (source, colon, hub), commit = request.name.partition(":"), request.origin.get("revision")
+    if colon and source != "local-dir":
+        hub = f"{hub.partition('@')[0]}@{commit}" if commit else hub
+        return f"hf-hub:{hub}", hub, {}
+    if cfg is None or not request.pretrained or not cfg.hf_hub_id:
+        return request.name, None, {}
+    if not commit:
+        return request.name, cfg.hf_hub_id, {}
+    hub = f"{cfg.hf_hub_id}@{commit}"
+    # another place of the weights would make timm forget that their format is special
+    return request.name, hub, {"pretrained_cfg_overlay": {"hf_hub_id": hub, "custom_load": cfg.custom_load}}
+
+
+def _size_args(cfg: Any, size: tuple[int, int, int] | None) -> dict[str, Any]:
+    """The arguments that build a model for images of another size than its configuration's."""
+    if size is None or cfg is None:
+        return {}
+    args: dict[str, Any] = {} if size[0] == cfg.input_size[0] else {"in_chans": size[0]}
+    if cfg.fixed_input_size and size[1:] != tuple(cfg.input_size[1:]):
+        args["img_size"] = size[1:]
+    return args
+
+
+def _known(module: nn.Module, args: Mapping[str, Any]) -> Known:
+    """timm's note on the module, with the sizes that it was really built for: the note tells of the weights' own."""
+    from timm.data import resolve_model_data_config
+
+    note = resolve_model_data_config(module)
+    height, width = note["input_size"][1:]
+    if args.get("img_size"):
+        height, width = args["img_size"] if isinstance(args["img_size"], tuple | list) else [args["img_size"]] * 2
+    size = (args.get("in_chans") or note["input_size"][0], height, width)
+    mean, std = (per_channel(None, note[key], size[0]) or () for key in ("mean", "std"))
+    classes = module.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
+    return Known(InputConfig(size, mean, std, note["interpolation"]), classes, label_space(classes))
+
+
+def args_from(name: str, tensors: Collection[str]) -> dict[str, Any]:
+    """The CIFAR networks have two kinds of shortcuts, one of which has weights."""
+    from ptee.backbones import cifar_resnet
+
+    return cifar_resnet.args_from(tensors) if name.startswith("cifar_resnet") else {}
+
+
+def recognise(module: nn.Module) -> Known | None:
+    """What timm wrote on a module that it built."""
+    if not isinstance(getattr(module, "pretrained_cfg", None), dict):
+        return None
+    return _known(module, getattr(module, "_model_args", {}))
+
+
+def convert(module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of an original or earlier release, renamed by timm's own function for that family of models."""
+    home = sys.modules.get(type(module).__module__)
+    if home is None or not home.__name__.startswith(("timm.", "ptee.")):
+        return state
+    renamed = next((getattr(home, name) for name in CONVERTERS if hasattr(home, name)), None)
+    if renamed is None:
+        return state
+    try:
+        return renamed(dict(state), module)
+    except TypeError:  # some take the tensors alone
+        return renamed(dict(state))

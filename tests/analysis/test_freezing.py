@@ -1,0 +1,31 @@
+"""A frozen module is given back as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+from tiny import Tiny, as_it_was
+
+from ptee.analysis.freezing import freeze
+
+
+def test_freezing_takes_gradients_and_train_mode_away_and_restoring_gives_them_back():
+    module = Tiny().train()
+    module.bn.eval()
+    before = as_it_was(module)
+    state = freeze(module)
+    assert not any(p.requires_grad for p in module.parameters())
+    assert not any(part.training for part in module.modules())
+    state.restore(module)
+    assert as_it_was(module) == before
+
+
+def test_a_frozen_state_survives_copies_of_itself_and_of_the_module():
+    module = Tiny().train()
+    before = as_it_was(module)
+    state = pickle.loads(pickle.dumps(freeze(module)))
+    twin = copy.deepcopy(module)
+    state.restore(twin)
+    assert as_it_was(twin) == before
+    assert not any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,149 @@
+"""Files of weights: what is read from them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import Tiny, fresh
+from torch import Tensor
+
+from ptee._common.errors import BackboneError
+from ptee.backbones.checkpoint import read_checkpoint
+from ptee.backbones.load import load_backbone
+from ptee.backbones.weights import load_weights, weights_hash
+
+
+def write_shards(folder: Path, state: dict[str, Tensor], suffix: str = ".safetensors") -> Path:
+    """Two files and their index, as huggingface_hub writes them."""
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    names, home = list(state), {}
+    for i, part in enumerate((names[:3], names[3:]), 1):
+        file = f"{stem}-0000{i}-of-00002{suffix}"
+        tensors = {key: state[key].contiguous() for key in part}
+        (save_file if suffix == ".safetensors" else torch.save)(tensors, folder / file)
+        home |= dict.fromkeys(part, file)
+    index = folder / f"{stem}{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": home}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_the_index_of_shards_loads_all_of_them(suffix, tmp_path):
+    trained, module = Tiny(), fresh()
+    load_weights(module, write_shards(tmp_path, trained.state_dict(), suffix))
+    assert weights_hash(module) == weights_hash(trained)
+
+
+def test_one_shard_is_refused_and_the_index_is_named(tmp_path):
+    index = write_shards(tmp_path, Tiny().state_dict())
+    with pytest.raises(BackboneError, match=r"one of 2 shards .*model\.safetensors\.index\.json") as refusal:
+        read_checkpoint(tmp_path / "model-00001-of-00002.safetensors")
+    assert str(index) in str(refusal.value)
+
+
+def test_a_file_that_is_the_only_shard_is_a_whole_file(tmp_path):
+    save_file(Tiny().state_dict(), tmp_path / "model-00001-of-00001.safetensors")
+    load_weights(fresh(), tmp_path / "model-00001-of-00001.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "..\\outside.safetensors",
+        "sub/w.safetensors",
+        "..",
+        "",
+        "C:w",
+        "gone",
+        3,
+    ],
+)
+def test_an_index_that_names_a_file_elsewhere_is_refused(name, tmp_path):
+    inside = tmp_path / "run"
+    inside.mkdir()
+    save_file(Tiny().state_dict(), tmp_path / "outside.safetensors")
+    index = write_shards(inside, Tiny().state_dict())
+    index.write_text(json.dumps({"weight_map": {"fc.bias": name}}))
+    with pytest.raises(BackboneError, match="is no file beside it"):
+        read_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\udcff"],
+    ids=["empty", "cut off", "a list", "no map", "a list as map", "an empty map", "too deep", "no text"],
+)
+def test_what_is_no_index_is_refused(text, tmp_path):
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BackboneError, match=r"index\.json cannot be read") as refusal:
+        read_checkpoint(file)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_shard_without_a_tensor_of_the_index_is_refused(tmp_path):
+    index = write_shards(tmp_path, Tiny().state_dict())
+    found = json.loads(index.read_text())
+    found["weight_map"]["more.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(found))
+    with pytest.raises(BackboneError, match=r"lacks more\.weight"):
+        read_checkpoint(index)
+
+
+def test_a_file_that_unpacks_to_a_much_larger_one_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1000, 1000)}, tmp_path / "w.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as stored,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(BackboneError, match=r"packed\.pth cannot be read: .*unpacks to 4,"):
+        read_checkpoint(tmp_path / "packed.pth")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match="There is no weights file"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
+    found: dict = {"model": Tiny().state_dict()}
+    found["again"] = found
+    torch.save(found, tmp_path / "w.pth")
+    assert list(read_checkpoint(tmp_path / "w.pth").places) == ["model"]
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_plain_numbers_are_no_weights(tensor, tmp_path):
+    torch.save({"fc.weight": tensor}, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match="holds no state_dict"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_a_network_much_larger_than_its_file_is_refused_before_it_is_built(tmp_path):
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match=r"has 10 classes.*the model has 1000000000000"):
+        load_backbone("cifar_resnet20", weights=tmp_path / "w.safetensors", num_classes=10**12)
+
+
+def test_a_constructor_that_needs_numbers_is_not_asked_for_more_classes_than_the_file_can_have(tmp_path):
+    save_file(Tiny().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match=r"fewer numbers than torchvision/regnet_y_400mf has classes"):
+        load_backbone("torchvision/regnet_y_400mf", weights=tmp_path / "w.safetensors", num_classes=10**12)
+
+
+def test_images_of_more_numbers_than_any_have_are_refused():
+    with pytest.raises(BackboneError, match="3 x 20000 x 20000 numbers are too large") as refusal:
+        load_backbone("cifar_resnet20", pretrained=False, input_size=(3, 20000, 20000))
+    assert (refusal.value.argument, refusal.value.value) == ("input_size", (3, 20000, 20000))

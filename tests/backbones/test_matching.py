@@ -1,0 +1,209 @@
+"""Which tensors of a file are a network's, as trainers and hubs write files."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny import Tiny, changed, fresh, under
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ptee._common.errors import BackboneError
+from ptee.backbones.load import WEIGHTS_ALONE, load_backbone
+from ptee.backbones.weights import load_weights, weights_hash
+
+ONE = torch.ones(1)
+
+
+def averaged(network: nn.Module) -> dict[str, Tensor]:
+    return AveragedModel(network).state_dict()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": {**under("model.", s), "criterion.weight": torch.ones(4)}, "epoch": 1},
+        lambda s: {"state_dict": {**under("net.", s), "train_acc.tp": ONE, "val_metrics.auroc.preds": ONE}},
+        lambda s: {"state_dict": {**s, "loss_fn.weight": ONE, "val_f1.total": ONE}},
+        lambda s: {**under("module.", s), "n_averaged": torch.tensor(3)},
+        lambda s: under("module.model.", s),
+        lambda s: under("_orig_mod.module.", s),
+        lambda s: under("module._orig_mod.net.", s),
+        lambda s: {f"backbone.{k}" if "fc" not in k else k: v for k, v in s.items()},
+        lambda s: {"state_dict": {f"model.backbone.{k}" if "fc" not in k else f"model.{k}": v for k, v in s.items()}},
+        lambda s: {k.replace("fc.", "head."): v for k, v in s.items()},
+        lambda s: {f"backbone.{k}" if "fc" not in k else f"classifier.{k[3:]}": v for k, v in s.items()},
+        lambda s: {"network": s, "opt": {"lr": 0.1}},
+        lambda s: {"params": s},
+        lambda s: {"checkpoint": {"model": {"state_dict": under("module.", s)}}, "best": 0.9},
+        lambda s: {**s, "epoch": 3, "arch": "tiny"},
+        lambda s: {**s, "total_ops": ONE, "conv.total_params": ONE},
+        lambda s: {"model": s, "model_ema": s},
+        lambda s: {**under("student.", s), **under("teacher.", nn.Conv2d(1, 1, 1).state_dict())},
+        lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": ONE}}, "param_groups": [{"lr": 0.1}]}},
+    ],
+    ids=[
+        *("Lightning with a loss weight", "Lightning with metrics", "leftovers without a prefix", "AveragedModel"),
+        *("module.model.", "_orig_mod.module.", "module._orig_mod.net.", "backbone. and a bare fc."),
+        *("the same under model.", "the last layer is called head.", "backbone. and a bare classifier."),
+        *("network", "params", "four deep", "numbers and words beside", "a profiler's counters", "an equal average"),
+        *("a teacher of another kind", "an optimizer"),
+    ],
+)
+def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
+    trained, module = Tiny(), fresh()
+    torch.save(wrap(trained.state_dict()), tmp_path / "w.pth")
+    load_weights(module, tmp_path / "w.pth")
+    assert weights_hash(module) == weights_hash(trained)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "average", "raw"),
+    [
+        (lambda s, raw: {"state_dict": raw, "state_dict_ema": s}, "state_dict_ema", "state_dict"),
+        (
+            lambda s, raw: {"model": raw, "model_ema": {**under("module.", s), "n_averaged": ONE}},
+            "model_ema.module",
+            "model",
+        ),
+        (lambda s, raw: {"model": raw, "ema": s}, "ema", "model"),
+        (lambda s, raw: {"net": raw, "netEMA": s}, "netEMA", "net"),
+        (lambda s, raw: {"params": raw, "params_ema": s}, "params_ema", "params"),
+        (lambda s, raw: {**raw, **under("ema.", s)}, "ema", "at its top"),
+        (
+            lambda s, raw: {"state_dict": {**under("model.", raw), **under("ema.", s)}},
+            "state_dict.ema",
+            "state_dict.model",
+        ),
+        (
+            lambda s, raw: {**under("online_model.", raw), **under("ema_model.module.", s), "initted": ONE},
+            "ema_model.module",
+            "online_model",
+        ),
+        (lambda s, raw: {"ema": {"decay": 0.99, "shadow": s}, "net": raw}, "ema.shadow", "net"),
+        (lambda s, raw: {"state_dict": s, "current_model_state": raw}, "state_dict", "current_model_state"),
+    ],
+)
+def test_of_averaged_and_raw_weights_the_averaged_ones_are_taken_and_that_is_said(wrap, average, raw, tmp_path):
+    trained, module = Tiny(), fresh()
+    torch.save(wrap(trained.state_dict(), changed(trained.state_dict())), tmp_path / "w.pth")
+    note = load_weights(module, tmp_path / "w.pth")
+    assert weights_hash(module) == weights_hash(trained)
+    assert f"its averaged weights ({average}) are taken, not the raw ones ({raw})" in note
+
+
+def test_an_average_of_the_parameters_alone_is_not_taken_and_that_is_said(tmp_path):
+    trained, module = Tiny(), fresh()
+    average = {key: value + 1 for key, value in trained.named_parameters()}
+    torch.save({"model": trained.state_dict(), "ema": average}, tmp_path / "w.pth")
+    note = load_weights(module, tmp_path / "w.pth")
+    assert weights_hash(module) == weights_hash(trained)
+    assert "its averaged weights (ema) are no whole network, so the raw ones are taken" in note
+
+
+def test_a_note_says_what_was_left_out_and_which_layer_has_another_name(tmp_path):
+    state = {k.replace("fc.", "head."): v for k, v in Tiny().state_dict().items()}
+    torch.save({**under("model.", state), "criterion.weight": ONE}, tmp_path / "w.pth")
+    note = load_weights(fresh(), tmp_path / "w.pth")
+    assert "head is taken for fc" in note
+    assert "criterion.weight is left out" in note
+
+
+def test_a_plain_file_leaves_nothing_to_say(tmp_path):
+    torch.save(Tiny().state_dict(), tmp_path / "w.pth")
+    assert load_backbone(fresh(), weights=tmp_path / "w.pth", input_size=(3, 16, 16)).note is None
+
+
+def test_the_note_is_kept_with_the_backbone(tmp_path):
+    state = Tiny().state_dict()
+    torch.save({"model": state, "model_ema": changed(state)}, tmp_path / "w.pth")
+    assert "model_ema" in load_backbone(fresh(), weights=tmp_path / "w.pth", input_size=(3, 16, 16)).note
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda s: {"student": s, "teacher": changed(s)}, "several networks that fit: 'student', 'teacher'"),
+        (lambda s: {"state_dict": {**under("a.", s), **under("b.", changed(s))}}, "several networks that fit"),
+        (lambda s: {"ema": s, "ema2": changed(s), "model": s}, "several networks that fit: 'ema', 'ema2'"),
+        (lambda s: {**under("net.", s), "adapter.weight": ONE}, "whole Tiny under 'net', and beside it adapter.weight"),
+        (lambda s: {**s, "conv2.weight": ONE}, "has unknown conv2.weight beside a whole Tiny"),
+        (lambda s: {**under("backbone.", s), "fc.weight": ONE, "fc.bias": ONE}, "beside it fc.weight, fc.bias"),
+        (
+            lambda s: {**under("m.", s), **{f"model_ema.{k.replace('.', '')}": v for k, v in s.items()}},
+            "model_ema.convweight",
+        ),
+        (
+            lambda s: {k.replace("conv.", "stem."): v for k, v in s.items()},
+            r"lacks conv.weight, conv.bias and has unknown stem",
+        ),
+        (lambda s: {k: v for k, v in s.items() if "fc" not in k}, "lacks fc.weight, fc.bias and has only conv.weight"),
+        (lambda s: {"a": ONE, "b": {"c": ONE}}, "holds no Tiny: its tensors are called a"),
+        (lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.int8)}, "holds torch.int8 in fc.weight.*quantised"),
+        (
+            lambda s: {"model": {**s, "fc.weight": torch.ones(9, 8), "fc.bias": torch.ones(9)}},
+            "9 classes.*num_classes=9",
+        ),
+        (
+            lambda s: {k.replace("fc.", "head."): v[:3] if "fc" in k else v for k, v in s.items()},
+            "3 classes.*num_classes=3",
+        ),
+    ],
+)
+def test_what_is_in_doubt_is_refused_with_the_names_that_are_there(wrap, said, tmp_path):
+    torch.save(wrap(Tiny().state_dict()), tmp_path / "odd.pth")
+    module = fresh()
+    before = weights_hash(module)
+    with pytest.raises(BackboneError, match=said) as refusal:
+        load_weights(module, tmp_path / "odd.pth")
+    assert "\n" not in str(refusal.value)
+    assert "odd.pth" in str(refusal.value)
+    assert weights_hash(module) == before
+    assert refusal.value.argument in ("weights", "num_classes")
+
+
+def test_long_names_and_terminal_codes_are_shown_short_and_harmless(tmp_path):
+    torch.save({"\x1b[2Jevil": ONE, "x" * 5000: ONE}, tmp_path / "w.pth")
+    with pytest.raises(BackboneError) as refusal:
+        load_weights(Tiny(), tmp_path / "w.pth")
+    text = str(refusal.value)
+    assert "\x1b" not in text
+    assert re.search(r"x{30}\.\.\.x{30}", text)
+    assert len(text) < 500
+
+
+def test_errors_name_the_arguments_that_the_caller_has(tmp_path):
+    torch.save({"a": ONE}, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=r"Check weights=\.$"):
+        load_weights(Tiny(), tmp_path / "w.pth", WEIGHTS_ALONE)
+
+
+def original_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names that the authors of Swin gave: a stage ends with its downsampling, timm's begins with it."""
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
+        renamed[key.replace("head.fc.", "head.")] = value
+    renamed["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_that_timm_converts_are_converted(prefix, tmp_path):
+    args = {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+    trained = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **args)
+    torch.save({"model": under(prefix, original_swin(trained.state_dict()))}, tmp_path / "swin.pth")
+    backbone = load_backbone(
+        "swin_tiny_patch4_window7_224", weights=tmp_path / "swin.pth", num_classes=5, model_args=args
+    )
+    assert weights_hash(backbone.module) == weights_hash(trained)
+
+
+def test_position_embeddings_of_another_image_size_are_refused_and_not_stretched(tmp_path):
+    save_file(timm.create_model("test_vit", img_size=64).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match="other shapes: pos_embed"):
+        load_backbone("test_vit", weights=tmp_path / "w.safetensors", input_size=(3, 160, 160))

@@ -1,0 +1,201 @@
+"""Weights from a file into a module, and the hash by which they are known."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from tiny import RunsCodeWhenUnpickled, Tiny, one_line
+from torch import nn
+
+from ptee._common.errors import BackboneError
+from ptee.analysis.freezing import freeze
+from ptee.backbones.load import load_backbone, rebuild
+from ptee.backbones.weights import load_weights, weights_hash
+
+
+@pytest.mark.parametrize(
+    ("wrap", "suffix"),
+    [
+        (lambda s: s, ".pth"),
+        (lambda s: s, ".safetensors"),
+        (lambda s: {"state_dict": s, "epoch": 3}, ".pt"),
+        (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)}, ".th"),
+        (lambda s: {"model_state_dict": s, "optimizer": {"lr": 0.1}}, ".bin"),
+        (lambda s: {"state_dict": {k: 0 * v for k, v in s.items()}, "state_dict_ema": s}, ".pth"),
+        (lambda s: {f"module.{k}": v for k, v in s.items()}, ".pth"),
+        (lambda s: {"state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}}, ".ckpt"),
+        (lambda s: {f"model.{k}": v for k, v in s.items()}, ".safetensors"),
+        (lambda s: {"state_dict": {f"net.encoder.{k}": v for k, v in s.items()}}, ".ckpt"),
+        (lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()}, ".safetensors"),
+        (lambda s: {k: v.bfloat16() if v.is_floating_point() else v for k, v in s.items()}, ".pth"),
+        (lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")}, ".safetensors"),
+        (lambda s: OrderedDict(s), ".SAFETENSORS"),
+    ],
+    ids=[
+        *("plain pth", "safetensors", "state_dict", "model", "model_state_dict", "average first", "module."),
+        *(
+            "module._orig_mod.",
+            "model.",
+            "a prefix of one's own",
+            "float16",
+            "bfloat16",
+            "no batch counters",
+            "capitals",
+        ),
+    ],
+)
+def test_weights_as_they_are_found_in_the_wild_load(wrap, suffix, tmp_path):
+    trained = Tiny()
+    for parameter in trained.parameters():
+        parameter.data = parameter.data.bfloat16().half().float()  # so that rounding to either type changes nothing
+    file = tmp_path / f"weights{suffix}"
+    (save_file if suffix.lower() == ".safetensors" else torch.save)(wrap(trained.state_dict()), file)
+    torch.manual_seed(1)
+    fresh = Tiny()
+    assert weights_hash(fresh) != weights_hash(trained)
+    load_weights(fresh, file)
+    assert weights_hash(fresh) == weights_hash(trained)
+
+
+def test_formats_that_depend_on_a_version_number_load_from_safetensors(tmp_path):
+    trained = torchvision.models.mnasnet0_5()
+    save_file(trained.state_dict(), tmp_path / "w.safetensors")
+    backbone = load_backbone("mnasnet0_5", weights=tmp_path / "w.safetensors")
+    assert weights_hash(backbone.module) == weights_hash(trained)
+
+
+def test_a_prefix_that_the_model_itself_has_stays(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Tiny()
+
+    trained = Wrapped()
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "w.pth")
+    torch.manual_seed(1)
+    fresh = Wrapped()
+    load_weights(fresh, tmp_path / "w.pth")
+    assert weights_hash(fresh) == weights_hash(trained)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_that_would_run_code_are_refused_and_the_code_not_run(tmp_path, legacy):
+    file = tmp_path / "hostile.pth"
+    hostile = {"fc.bias": RunsCodeWhenUnpickled(tmp_path / "harm")}
+    torch.save(hostile, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(
+        BackboneError, match=r"hostile\.pth (holds more than weights .*mkdir|cannot be read).*run code"
+    ) as refusal:
+        load_backbone("cifar_resnet20", weights=file)
+    one_line(refusal)
+    assert not (tmp_path / "harm").exists()
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: file.write_bytes(b"\x10\0\0\0\0\0\0\0not a checkpoint"),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(b"\x80\x02garbage"),
+        truncated,
+    ],
+    ids=["garbage", "empty", "a pickle of nothing", "cut off"],
+)
+def test_a_corrupt_file_is_refused_by_name(tmp_path, suffix, spoil):
+    file = tmp_path / f"corrupt{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(Tiny().state_dict(), file)
+    spoil(file)
+    with pytest.raises(BackboneError, match=rf"corrupt\{suffix} cannot be read") as refusal:
+        load_backbone("cifar_resnet20", weights=file)
+    one_line(refusal)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"state_dict": {"a": 1}}, {1: torch.zeros(1)}])
+def test_a_file_without_a_state_dict_is_refused_by_name(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(BackboneError, match=r"other\.pth holds no state_dict"):
+        load_backbone("cifar_resnet20", weights=tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("file", ["missing.safetensors", "."])
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path, file):
+    with pytest.raises(BackboneError, match="There is no weights file"):
+        load_backbone("cifar_resnet20", weights=tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("bn.weight"), r"lacks bn\.weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "has unknown extra"),
+        (lambda s: s.update({"fc.weight": torch.zeros(9, 8), "fc.bias": torch.zeros(9)}), "9 classes.*num_classes=9"),
+        (
+            lambda s: s.update({"conv.weight": torch.zeros(8, 1, 3, 3)}),
+            r"conv\.weight \(8, 1, 3, 3\), not \(8, 3, 3, 3\)",
+        ),
+        (lambda s: s.update({k: torch.zeros(7, 7) for k in s}), r"conv\.weight \(7, 7\), not .* and 4 more"),
+    ],
+    ids=["missing", "unknown", "other classes", "other channels", "all other"],
+)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, change, said):
+    state = Tiny().state_dict()
+    change(state)
+    torch.save(state, tmp_path / "odd.pth")
+    torch.manual_seed(1)
+    module = Tiny()
+    before = weights_hash(module)
+    with pytest.raises(BackboneError, match=said) as refusal:
+        load_backbone(module, weights=tmp_path / "odd.pth", input_size=(3, 16, 16))
+    assert "odd.pth" in one_line(refusal)
+    assert weights_hash(module) == before
+
+
+def test_weights_of_another_number_of_classes_say_what_to_type(tmp_path):
+    save_file(timm.create_model("cifar_resnet20", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
+    with pytest.raises(BackboneError, match=r"seven\.safetensors has 7 classes.*num_classes=7"):
+        load_backbone("cifar_resnet20", weights=tmp_path / "seven.safetensors")
+    backbone = load_backbone("cifar_resnet20", weights=tmp_path / "seven.safetensors", num_classes=7)
+    assert backbone.num_classes == 7
+    assert rebuild(backbone.source).num_classes == 7
+
+
+def test_the_hash_tells_any_change_of_name_type_shape_or_number():
+    module = nn.Linear(2, 3)
+    hashes = {weights_hash(module), weights_hash(copy.deepcopy(module).half()), weights_hash(nn.Sequential(module))}
+    changed = copy.deepcopy(module)
+    changed.bias.data[0] = torch.nextafter(changed.bias.data[0], torch.tensor(9.0))
+    reshaped = copy.deepcopy(module)
+    reshaped.weight = nn.Parameter(module.weight.data.reshape(3, 2).reshape(1, 6).reshape(2, 3))
+    assert len(hashes | {weights_hash(changed), weights_hash(reshaped)}) == 5
+
+
+def test_the_hash_is_the_same_for_a_copy_another_memory_format_and_other_modes():
+    module = Tiny()
+    want = weights_hash(module)
+    assert want == weights_hash(copy.deepcopy(module))
+    assert want == weights_hash(copy.deepcopy(module).to(memory_format=torch.channels_last).eval())
+    assert len(want) == 64
+    freeze(module)
+    assert weights_hash(module) == want
+
+
+def test_bfloat16_scalars_and_empty_tensors_have_a_hash():
+    module = nn.BatchNorm2d(3).bfloat16()
+    module.register_buffer("empty", torch.empty(0, 3))
+    module.register_buffer("truth", torch.tensor(True))
+    want = weights_hash(module)
+    module.truth.fill_(False)
+    assert weights_hash(module) != want
