@@ -45,10 +45,11 @@ def augment(**o: Any) -> None:
 
     Without --model: a small network on handwritten digits; no data and no connection needed.
     """
-    from ptee.pipeline.demo import demo
+    from ptee.pipeline.demo import DEMO_RECIPE, demo
     from ptee.pipeline.fit import Job, fit_backbone, new_folder
 
-    recipe, out = _recipe(o), o["out"] or Path("runs") / _file_name(o["model"] or "digits")
+    recipe = _recipe(o, default=DEMO_RECIPE if o["model"] is None else None)
+    out = o["out"] or Path("runs") / _file_name(o["model"] or recipe.name)
     if said := _remark(recipe.thresholds.threshold):
         click.echo(said, err=True)
     folder = new_folder(out, overwrite=o["overwrite"], resume=o["resume"])
@@ -271,10 +272,10 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- from options to values
 
 
-def _recipe(o: dict[str, Any]) -> Any:
+def _recipe(o: dict[str, Any], default: Any = None) -> Any:
     from ptee.pipeline.recipe import make_recipe
 
-    return make_recipe(o.pop("recipe", None), given_settings(o))
+    return make_recipe(o.pop("recipe", None) or default, given_settings(o))
 
 
 def _backbone(o: dict[str, Any]) -> Any:
