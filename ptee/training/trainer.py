@@ -78,9 +78,8 @@ def train(
     require_early_exit(model)
     model.require_all_on()
     config = _given_config(config).changed(**changes)
-    for data in (train_data, val_data):
-        if data is not None:  # refuse what no batches can be made of
-            batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
+    for data in [train_data] if val_data is None else [train_data, val_data]:  # refuse what no batches can be made of
+        batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
     config = resolve_config(config, model, train_data)
     path = Path(checkpoint) if checkpoint else None
     with accelerator_on(device, config.precision) as accelerator, _ready_to_learn(model, accelerator.device):
