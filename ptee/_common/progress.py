@@ -28,11 +28,15 @@ def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any
         description: what is being done.
         shown: whether to show it.
     """
-    if not shown:
-        return tqdm(items, disable=True)
-    if getattr(sys.stderr, "isatty", lambda: False)():
-        return tqdm(items, desc=description, leave=False)
-    return LogLines(items, description)
+    if shown and not getattr(sys.stderr, "isatty", lambda: False)():
+        return LogLines(items, description)
+    total = length_hint(items, 0) or None
+    return tqdm(_begun_once(items), total=total, desc=description, leave=False, disable=not shown)
+
+
+def _begun_once(items: Iterable[Item]) -> Iterator[Item]:
+    """tqdm.auto begins to iterate twice; a loader would draw another order, and start its processes, each time."""
+    yield from items
 
 
 class LogLines(Generic[Item]):

@@ -80,9 +80,8 @@ def train(
     model.require_all_on()
     model.forget_calibration()
     config = _given_config(config).changed(**changes)
-    for data in (train_data, val_data):
-        if data is not None:  # refuse what no batches can be made of
-            batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
+    for data in [train_data] if val_data is None else [train_data, val_data]:  # refuse what no batches can be made of
+        batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
     config = resolve_config(config, model, train_data)
     path = Path(checkpoint) if checkpoint else None
     with (

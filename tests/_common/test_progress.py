@@ -77,6 +77,28 @@ def test_a_terminal_shows_a_bar(monkeypatch):
     assert "reading images:   0%" in terminal.getvalue()
 
 
+class Counting:
+    """Counts how often somebody begins to iterate."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.begun += 1
+        return iter(range(3))
+
+
+@pytest.mark.parametrize("file", [Terminal, Log])
+@pytest.mark.parametrize("shown", [True, False])
+def test_items_are_begun_once_so_that_a_loader_draws_the_same_order_with_and_without_a_terminal(
+    file, shown, monkeypatch
+):
+    standard_error(monkeypatch, file())
+    items = Counting()
+    assert list(with_bar(items, "reading images", shown)) == [0, 1, 2]
+    assert items.begun == 1
+
+
 def test_nothing_is_shown_where_nothing_is_wanted(monkeypatch):
     terminal = standard_error(monkeypatch, Terminal())
     assert list(with_bar(range(4), "reading images", shown=False)) == [0, 1, 2, 3]
