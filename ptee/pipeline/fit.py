@@ -177,7 +177,7 @@ def _images(source: str, backbone: Backbone, o: Options) -> tuple[Data, LabelMap
     def require(data: Data) -> None:
         if not o["resume"]:
             unreadable.forget(out)
-        unreadable.require_readable(data, out)
+        unreadable.require_readable(data, out, CHECKPOINT)
 
     return asked.images(
         source, backbone, seed=o["seed"], root=o["data_root"], classes=o["classes"], check=True, device=o["device"],
@@ -296,7 +296,7 @@ def _train_on_files(
     try:
         return _train(model, data, targets, o, say, complete)
     except DataError:
-        unreadable.require_readable(data, o["out"])
+        unreadable.require_readable(data, o["out"], CHECKPOINT)
         raise
 
 

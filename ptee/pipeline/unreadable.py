@@ -25,12 +25,13 @@ def recorded(out: Path) -> list[Key]:
         return []
 
 
-def require_readable(data: Data, out: Path) -> None:
+def require_readable(data: Data, out: Path, checkpoint: str) -> None:
     """Read every picture, and record those that cannot be read.
 
     Args:
         data: as it was opened.
-        out: the run's folder.
+        out: the run's folder. A complete run in it is left as it is.
+        checkpoint: the name of the file in it that holds a training that has begun.
 
     Raises:
         UnreadablePicturesError: naming all of them.
@@ -38,6 +39,8 @@ def require_readable(data: Data, out: Path) -> None:
     try:
         check_pictures([data.train, data.calibration, data.validation])
     except UnreadablePicturesError as why:
+        if runs.is_run(out) and not (out / checkpoint).is_file():
+            raise
         known = [tuple(key) for key in data.split.get("removed", [])]
         runs.write_json(out / FILE, sorted({*known, *why.keys}))
         raise
