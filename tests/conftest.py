@@ -13,9 +13,7 @@ import torch
 torch.set_num_threads(1)
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])
-)  # for processes that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))  # for processes that tests start
 
 
 @pytest.fixture(autouse=True)
