@@ -87,8 +87,8 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[tup
             cannot be read, or a damaged tar file.
     """
     tars = {path: part_of(path.stem) for path in _visible(folder) if path.suffix.lower() == ".tar" and path.is_file()}
-    named = {path: part_of(path.name) for path in _visible(folder) if path.is_dir()}
-    folders = {path: part for path, part in named.items() if _subfolders(path)}
+    named = {path: part_of(path.name) for path in _subfolders(folder)}
+    folders = {path: part for path, part in named.items() if part and _subfolders(path)}
     needed = ("train", "validation") if report_only else ("train",)
     found, kind = _best(tars), "tar"
     if not any(part in found for part in needed):
@@ -144,7 +144,11 @@ def _not_listed(why: OSError) -> DataError:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.is_dir()]
+    try:
+        with os.scandir(folder) as entries:  # which knows folders without asking for each file
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
+    except OSError as why:
+        raise _not_listed(why) from why
 
 
 # ------------------------------------------------------------------------------------------------ what is refused or told
@@ -164,14 +168,19 @@ def _refuse_data_sets(folder: Path) -> None:
     """Its folders would be taken for classes; but where some are whole data sets, one of those was meant."""
     whole = []
     for path in _subfolders(folder):
-        inside = [each for each in _visible(path) if each.suffix.lower() == ".tar" or _subfolders(each)]
-        parts = _best({each: part_of(each.stem) for each in inside})
+        inside = {each: part_of(each.stem) for each in _visible(path)}
+        likely = {each: part for each, part in inside.items() if part}
+        parts = _best({each: part for each, part in likely.items() if _is_part(each)})
         if {"train", "validation"} <= parts.keys():
             whole.append(f"'{path}' ({', '.join(part.name for part in parts.values())})")
     if whole:
         raise DataError(
             f"'{folder}' does not hold classes, but data sets with parts of their own: did you mean {' or '.join(whole)}?"
         )
+
+
+def _is_part(path: Path) -> bool:
+    return bool(_subfolders(path)) if path.is_dir() else path.suffix.lower() == ".tar"
 
 
 def _beside(

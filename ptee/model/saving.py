@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 CONFIG, HEADS, METRICS = "config.json", "heads.safetensors", "metrics.json"
+CHECKPOINT = "checkpoint.safetensors"  # of a training that is not over
 LARGEST_CONFIG_BYTES = 16 * 2**20
 ENDLESS = {"Infinity": math.inf, "-Infinity": -math.inf}  # numbers that JSON has no other way to say
 MODEL_CARD = """---

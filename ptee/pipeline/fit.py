@@ -34,7 +34,6 @@ from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
 
-CHECKPOINT = "checkpoint.safetensors"
 Log = Callable[[str], None]
 
 
@@ -195,7 +194,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
         RunError: if it holds something else, or there is nothing to resume.
     """
     require_writable(out)
-    run, unfinished = saving.is_run(out), (out / CHECKPOINT).is_file()
+    run, unfinished = saving.is_run(out), (out / saving.CHECKPOINT).is_file()
     stopped = (out / unreadable.FILE).is_file()  # before the training, by pictures that could not be read
     if resume and not (unfinished or stopped):
         raise RunError(
@@ -332,8 +331,8 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         config=config,
         device=job.device,
         num_workers=job.num_workers,
-        checkpoint=None if job.out is None else job.out / CHECKPOINT,
-        resume=job.resume and (job.out or Path()).joinpath(CHECKPOINT).is_file(),
+        checkpoint=None if job.out is None else job.out / saving.CHECKPOINT,
+        resume=job.resume and (job.out or Path()).joinpath(saving.CHECKPOINT).is_file(),
         on_epoch=on_epoch,
         on_cache=lambda estimate: job.log(str(estimate)),
     )

@@ -177,9 +177,7 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def _is_interrupted(folder: Path) -> bool:
-    from ptee.pipeline.fit import CHECKPOINT
-
-    return (folder / CHECKPOINT).is_file()
+    return (folder / saving.CHECKPOINT).is_file()
 
 
 def _row(folder: Path, settings: Mapping[str, Any]) -> SweepRow:

@@ -12,6 +12,7 @@ from ptee._common.files import write_json
 from ptee.data.pictures import UnreadablePicturesError, check_pictures
 from ptee.data.sources import Key
 from ptee.data.splits import Data
+from ptee.model.saving import CHECKPOINT, is_run
 
 FILE = "unreadable.json"
 
@@ -30,7 +31,7 @@ def require_readable(data: Data, out: Path) -> None:
 
     Args:
         data: as it was opened.
-        out: the run's folder.
+        out: the run's folder. A complete run in it is left as it is.
 
     Raises:
         UnreadablePicturesError: naming all of them.
@@ -38,6 +39,8 @@ def require_readable(data: Data, out: Path) -> None:
     try:
         check_pictures([data.train, data.calibration, data.validation])
     except UnreadablePicturesError as why:
+        if is_run(out) and not (out / CHECKPOINT).is_file():
+            raise
         known = [tuple(key) for key in data.split.get("removed", [])]
         write_json(out / FILE, sorted({*known, *why.keys}))
         raise
