@@ -78,7 +78,7 @@ def test_a_module_is_short_enough_to_be_read_in_one_sitting(module):
 
 def test_the_test_itself_sees_imports_of_every_form():
     assert {"backbones.cifar_resnet", "_common.errors"} <= set(
-        imported("backbones.load")
+        imported("backbones.timm")
     )  # import ptee.x.y, from ptee.x.y import
     assert "pipeline.recipe" in set(imported("cli.commands"))  # from ptee.x import y, inside a function
 

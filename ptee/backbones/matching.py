@@ -283,7 +283,7 @@ def _note(checkpoint: Checkpoint, chosen: _Candidate, found: list[_Candidate], f
 def _no_network(found: list[_Candidate], kind: str) -> str:
     nearest = max(found, key=lambda c: (len(c.tensors), -len(c.missing), -len(c.unknown)))
     if not nearest.tensors:
-        names = [name for c in found[:1] for name in c.state]
+        names = sorted((name for c in found[:1] for name in c.state), key=lambda name: name.endswith(COUNTER))
         return f"holds no {kind}: its tensors are called {shown(names, 4)}"
     unknown = sorted(nearest.unknown + nearest.beside, key=lambda name: name.endswith(COUNTER))  # last: these say least
     if not nearest.missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ptee._common.errors import BackboneError, unknown
 from ptee.backbones.library import Built, InputConfig, Known, ModelRequest, label_space, per_channel
 from ptee.backbones.quiet import building
-from ptee.backbones.source import hub_revision, reach_hub, require_trained
+from ptee.backbones.source import checked_size, hub_revision, reach_hub, require_trained
 
 HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
 CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # what timm's files call the function that renames old tensors
@@ -52,6 +52,7 @@ def build(request: ModelRequest) -> Built:
     cfg = None if ":" in request.name else _config(request.name)
     _require_classifier(request, cfg)
     args = _size_args(cfg, request.input_size) | request.args
+    _image_size((3, 1, 1) if cfg is None else cfg.input_size, args)  # before building what may be large
     name, hub, pin = _origin(request, cfg)
     random = not request.pretrained and request.num_classes is not None
     classes = {"num_classes": request.num_classes} if random else {}
@@ -120,15 +121,19 @@ def _size_args(cfg: Any, size: tuple[int, int, int] | None) -> dict[str, Any]:
     return args
 
 
+def _image_size(usual: Sequence[int], args: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(c, h, w) of the images that a model with these arguments takes; `usual` is its configuration's."""
+    sides = args.get("img_size") or usual[1:]
+    height_width = sides if isinstance(sides, tuple | list) else (sides, sides)
+    return checked_size((args.get("in_chans") or usual[0], *height_width), "model_args")
+
+
 def _known(module: nn.Module, args: Mapping[str, Any]) -> Known:
     """timm's note on the module, with the sizes that it was really built for: the note tells of the weights' own."""
     from timm.data import resolve_model_data_config
 
     note = resolve_model_data_config(module)
-    height, width = note["input_size"][1:]
-    if args.get("img_size"):
-        height, width = args["img_size"] if isinstance(args["img_size"], tuple | list) else [args["img_size"]] * 2
-    size = (args.get("in_chans") or note["input_size"][0], height, width)
+    size = _image_size(note["input_size"], args)
     mean, std = (per_channel(None, note[key], size[0]) or () for key in ("mean", "std"))
     classes = module.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
     return Known(InputConfig(size, mean, std, note["interpolation"]), classes, label_space(classes))

@@ -143,6 +143,13 @@ def test_a_constructor_that_needs_numbers_is_not_asked_for_more_classes_than_the
         load_backbone("torchvision/regnet_y_400mf", weights=tmp_path / "w.safetensors", num_classes=10**12)
 
 
+@pytest.mark.parametrize("args", [{"in_chans": 10**9}, {"img_size": 10**6}, {"img_size": [9]}, {"img_size": "large"}])
+def test_arguments_that_make_images_of_no_possible_size_are_refused_before_anything_is_built(args):
+    with pytest.raises(BackboneError, match=r"too large|is \(channels, height, width\)") as refusal:
+        load_backbone("test_vit", pretrained=False, model_args=args)
+    assert refusal.value.argument == "model_args"
+
+
 def test_images_of_more_numbers_than_any_have_are_refused():
     with pytest.raises(BackboneError, match="3 x 20000 x 20000 numbers are too large") as refusal:
         load_backbone("cifar_resnet20", pretrained=False, input_size=(3, 20000, 20000))
