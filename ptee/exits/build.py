@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, RunError
+from ptee._common.process import alone, few_random_numbers
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.freezing import freeze
 from ptee.analysis.layout import Layout
@@ -28,6 +29,8 @@ from ptee.exits.residual_head import ResidualFeatures, sized
 HEAD_BUDGET = 0.05  # share of the backbone's cost that an "auto" head may have where nothing is said
 
 
+@alone()
+@torch.inference_mode(False)
 def plan(
     model: Any,
     *,
@@ -51,7 +54,7 @@ def plan(
     )
     state = freeze(backbone.module)
     try:
-        with torch.random.fork_rng(devices=[]):  # a plan changes no head that is built after it
+        with few_random_numbers():  # a plan changes no head that is built after it
             first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
             return make_plan(
                 backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first

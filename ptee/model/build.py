@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, RunError, unknown
+from ptee._common.process import alone
 from ptee.analysis.freezing import freeze
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.build import build_exits
@@ -18,6 +20,8 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import check_weights, front_of, network_of, upgraded
 
 
+@alone()
+@torch.inference_mode(False)
 def augment(
     model: str | nn.Module,
     *,
@@ -69,6 +73,8 @@ def augment(
     return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
 
 
+@alone()
+@torch.inference_mode(False)
 def build(
     backbone: Backbone,
     *,
@@ -92,6 +98,8 @@ def build(
     return EarlyExitModel(backbone, plan, heads)
 
 
+@alone()
+@torch.inference_mode(False)
 def load(
     folder: str | Path, backbone: nn.Module | None = None, front: nn.Module | None = None, **hub: Any
 ) -> EarlyExitModel:

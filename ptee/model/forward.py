@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import PteeError, first_line
 from ptee.analysis.cut_points import Cut
@@ -57,6 +58,8 @@ class Call(ABC):
     def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan) -> None:
         self.hooks, self.heads, self.plan = hooks, heads, plan
         self.passed = 0
+        self.gradients = torch.is_grad_enabled()  # wanted of the heads
+        self.through = False  # and of the backbone
         self.skipped: tuple[int, ...] = ()  # exits whose heads are not run
         self.memory = Memory({})
         self.earlier: list[Tensor] | None = None  # logits of the exits so far, where a head builds on them
@@ -88,14 +91,14 @@ class Call(ABC):
             return None
         cut = self.plan.cuts[n]
         z = cut.feature_map(output)
-        if cut.overwritten and torch.is_grad_enabled():
+        if cut.overwritten and self.gradients:
             z = z.clone()  # the backward pass needs it as it is now
         return self.visit(n, cut, output, *self._ask(n, cut, z))
 
     def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the head says, which runs outside of this call."""
         try:
-            with running(None):
+            with self._beside_backbone(n):
                 head: Any = self.heads[n]
                 if self.earlier is None:
                     logits, confidence = head(z)
@@ -111,6 +114,18 @@ class Call(ABC):
                 f"read this one, {tuple(z.shape[1:])} ({first_line(why).rstrip('.')}): the images have another size than "
                 f"{self.plan.input_size}. Plan anew with their input_size."
             ) from why
+
+    @contextmanager
+    def _beside_backbone(self, n: int) -> Iterator[None]:
+        """A head runs outside of this call, with gradients of its own, even where the backbone keeps none or checkpoints them."""
+        if self.through and not torch.is_grad_enabled():
+            raise PteeError(
+                f"Gradients of the images do not reach exit {n} ({self.plan.exits[n].name}): the backbone computes it without, by "
+                "reentrant checkpointing or torch.no_grad in its own code. Switch that off, or give images without requires_grad."
+            )
+        apart = saved_tensors_hooks(Tensor.detach, lambda t: t) if self.through else nullcontext()
+        with running(None), torch.set_grad_enabled(self.gradients), apart:
+            yield
 
     @abstractmethod
     def visit(self, n: int, cut: Cut, output: Any, logits: Tensor, confidence: Tensor) -> Any:
@@ -150,7 +165,7 @@ class Read(Call):
     def _ask(self, n: int, cut: Cut, z: Tensor) -> tuple[Tensor, Tensor]:
         head = self.heads[n]
         assert isinstance(head, ExitHead)
-        with running(None):
+        with self._beside_backbone(n):
             read = head.read(z)
         return (read.clone() if cut.overwritten else read), z  # there is no confidence
 

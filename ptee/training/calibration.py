@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError, unknown
+from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
@@ -178,8 +179,7 @@ def fit_gates(
     if reads not in READS:
         raise unknown("thing for a gate to read", reads, READS)
     home = next(model.heads.parameters()).device
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)
+    with own_random_numbers(seed), torch.inference_mode(False), torch.enable_grad():
         gates = [model.new_gate(n, reads) for n in range(len(model.exits))]
         model.to(home if device is None else resolve_device(device)).eval()
         try:
@@ -233,11 +233,10 @@ class _Heard:
 
 @torch.no_grad()
 def _hear(model: EarlyExitModel, gates: Sequence[Gate], loader: Iterable[Any], progress: bool) -> _Heard:
-    like = next(model.heads.parameters())
     read, answers, labels = [], [], []
     for batch in with_bar(loader, "asking the heads", progress):
         images, known = split_batch(batch)
-        reading = model.read(images.to(like.device, like.dtype))
+        reading = model.read(model.prepared(images))
         said = model.said(reading)
         read.append([
             gate.read(s.logits, [earlier.logits for earlier in said[:n]], s.features).cpu().double()
