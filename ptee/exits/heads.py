@@ -275,7 +275,7 @@ def vector_length(name: str, features: nn.Module, layout: Layout) -> int:
     """
     shape = (2, layout.channels, layout.height, layout.width)
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    rows[1] *= 2  # of other contrast, so that statistics of both are those of neither
+    rows[1] *= 2  # so that the statistics of both rows together are those of neither
     rows = rows.to(next((p.device for p in features.parameters()), rows.device))
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False), few_random_numbers():
         features.eval()

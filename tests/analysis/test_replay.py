@@ -441,5 +441,5 @@ def test_what_is_overwritten_later_is_kept_as_it_was():
 
 def test_the_plan_says_at_which_exits_a_pass_begins_anew(net):
     plan = early(net, EXITS).plan
-    assert "Where rows leave at 0, 1, 2, the pass begins anew" in str(plan)
+    assert "When rows leave at exit 0, 1, 2, the forward pass starts again" in str(plan)
     assert [row["begins_anew"] for row in plan.to_dict()["exits"]] == [True] * 3
