@@ -248,7 +248,7 @@ def test_whatever_happens_to_the_heads_no_config_says_that_they_are_there(error,
 def test_config_is_written_after_the_heads(monkeypatch, tmp_path):
     order = []
     replace = replace_file
-    monkeypatch.setattr(runs, "replace", lambda path, write_to: (order.append(path.name), replace(path, write_to)))
+    monkeypatch.setattr(runs, "replace_file", lambda path, write_to: (order.append(path.name), replace(path, write_to)))
     make().save_pretrained(tmp_path)
     assert order == ["heads.safetensors", "config.json"]
 

@@ -34,12 +34,12 @@ from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.build import build
+from ptee.training import step as steps
 from ptee.training import trainer as training
 from ptee.training.config import TARGETS
 from ptee.training.losses import v1_loss
 from ptee.training.optimizers import OPTIMIZERS
 from ptee.training.trainer import Epoch, History, train
-from ptee.training.trainer import step as steps
 
 SIZE, K, N = (3, 16, 16), 4, 48
 EXITS = ["one", "two"]
