@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError, first_line
+from ptee._common.errors import BackboneError, first_line, some
 from ptee.analysis.fake_run import on_shadow
 from ptee.analysis.freezing import modes, set_modes
 
@@ -18,6 +18,7 @@ TWO_LOGITS = (
     "shape (b,), whose softmax is the sigmoid of z."
 )
 MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # Python's words
+COMPILED = "_torchdynamo_orig_callable"  # torch.compile leaves the function that it was given here
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and what lies in them
 
 
@@ -32,6 +33,7 @@ def require_runnable(module: nn.Module) -> None:
         raise BackboneError(f"{kind} is compiled, so its modules cannot be hooked. Give the module itself.")
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise BackboneError(f"{kind} runs copies of a network, which have no hooks. Give its .module.")
+    require_uncompiled(module)
     for name, part in module.named_modules():
         if type(part).__module__.startswith(QUANTISED):
             raise BackboneError(
@@ -53,6 +55,30 @@ def require_runnable(module: nn.Module) -> None:
                 f"{kind} was built under torch.inference_mode ({name}), where torch lets nobody switch gradients off and on "
                 "again. Build it outside, or give copy.deepcopy(net), made outside."
             )
+
+
+def require_uncompiled(module: nn.Module) -> None:
+    """Refuse a network of which torch.compile has some parts: what it made of them need not run hooks, nor see new ones.
+
+    Raises:
+        BackboneError: naming them, and how to have the network without.
+    """
+    kind, parts = type(module).__name__, dict(module.named_modules())
+    if wrapped := [name for name, part in parts.items() if name and hasattr(part, "_orig_mod")]:
+        first = wrapped[0]
+        raise BackboneError(
+            f"{kind} has compiled parts ({some(wrapped)}), whose modules cannot be hooked. Put each back as it was: "
+            f"net.set_submodule({first!r}, net.get_submodule({first!r})._orig_mod)."
+        )
+    if in_place := [name or "all of it" for name, part in parts.items() if part._compiled_call_impl is not None]:
+        raise BackboneError(
+            f"{kind} is compiled in place ({some(in_place)}), so its modules cannot be hooked. Give copy.deepcopy(net), which is "
+            "not compiled, or leave out .compile()."
+        )
+    if functions := [name or "its own" for name, part in parts.items() if hasattr(part.forward, COMPILED)]:
+        raise BackboneError(
+            f"{kind} has a compiled forward ({some(functions)}), so its modules cannot be hooked. Leave out torch.compile."
+        )
 
 
 def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str) -> int:

@@ -3,7 +3,7 @@
 One forward pass over three random images is enough to find them all. `survey` notes every operator of it, who made each
 value that depends on the images and when it was read last. A module's output is a cut when nothing else that depends
 on the images is read after it. What such a reading cannot see (a row count kept in a Python number, views of one memory)
-of one memory) the proof sees (`proof`).
+the proof sees (`proof`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -25,6 +26,7 @@ from ptee._common.errors import CutError, unknown
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.fake_run import on_shadow
 from ptee.analysis.layout import Axes, AxisTracker, Layout, image_axes, layout_of
+from ptee.analysis.memory_keys import memory_of
 from ptee.analysis.replay import Step, select
 
 SURVEY_ROWS = 3
@@ -108,6 +110,7 @@ class Survey:
         raise CutError(f"No exit can stand at {name!r}: {reason}. {remedy(name, self.cuts)}")
 
 
+@torch.inference_mode(False)  # in which torch shows operators as they are written, not those that they are made of
 def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
     """Find all cuts of a network in one forward pass; of a heavy one, without computing it.
 
@@ -145,8 +148,8 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
 def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]) -> Tensor:
     """Noise of growing contrast (rows, c, h, w), with the module's own device and type, the same at each call."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-    noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0))
-    noise = noise * torch.linspace(0.5, 1.5, rows)[:, None, None, None]
+    noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
+    noise = noise * torch.linspace(0.5, 1.5, rows, device="cpu")[:, None, None, None]
     return noise.to(like.device, like.dtype)
 
 
@@ -215,7 +218,7 @@ class _Recorder(TorchDispatchMode):
         self._calls: Counter[str] = Counter()
         self._inside: list[tuple[str, int]] = []  # modules that are running, and the numbers of their calls
         self._values: list[_Value] = []
-        self._current: dict[int, _Value] = {}
+        self._current: dict[StorageWeakRef, _Value] = {}
         self._axes = AxisTracker(len(images))
         self._axes.set(images, image_axes(images.shape))
         self._make(images)
@@ -247,11 +250,6 @@ class _Recorder(TorchDispatchMode):
         for value in known:
             value.last_read = self.time
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-        memories = {_memory(t) for t in inputs}
-        for t in outputs:
-            if _memory(t) not in memories:
-                self._current.pop(_memory(t), None)
-                self._axes.forget(t)
         if known:
             self._depend(func, args, kwargs or {}, outputs)
         self._axes.follow(func.overloadpacket.__name__, args, outputs)
@@ -272,11 +270,11 @@ class _Recorder(TorchDispatchMode):
     def _make(self, tensor: Tensor) -> _Value:
         value = _Value(self.time, self._inside[-1][0] if self._inside else "", self.time, self.time)
         self._values.append(value)
-        self._current[_memory(tensor)] = value
+        self._current[memory_of(tensor)] = value
         return value
 
     def _find(self, tensor: Tensor) -> _Value | None:
-        return self._current.get(_memory(tensor))
+        return self._current.get(memory_of(tensor))
 
     def _enter(self, name: str) -> None:
         self._calls[name] += 1
@@ -371,7 +369,3 @@ def _carries_rows(tensor: Tensor, axes: Axes | None) -> bool:
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -15,8 +15,10 @@ from math import prod
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ptee._common.errors import PteeError
+from ptee.analysis.memory_keys import memory_of
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,7 @@ def _join(axis: Axis) -> Axis:
 class AxisTracker:
     """Remembers the axes of each tensor seen, and finds those of an operator's outputs from its inputs.
 
-    Tensors are known by where they lie in memory, so that a tensor and its alias have the same axes. Whoever drives the
-    tracker tells it when memory is used anew (`forget`).
+    Tensors are known by where they lie in memory (`memories`), so that a tensor and its alias have the same axes.
 
     Args:
         rows: of the batch. A convolution says what all its axes are but for the first; where that was lost on the way, as
@@ -193,20 +194,16 @@ class AxisTracker:
     """
 
     def __init__(self, rows: int | None = None) -> None:
-        self._axes: dict[int, dict[tuple[object, ...], Axes]] = {}
+        self._axes: dict[StorageWeakRef, dict[tuple[object, ...], Axes]] = {}
         self._rows = rows
 
     def set(self, tensor: Tensor, axes: Axes) -> None:
         """Remember the axes of a tensor."""
-        self._axes.setdefault(_memory(tensor), {})[_place(tensor)] = axes
+        self._axes.setdefault(memory_of(tensor), {})[_place(tensor)] = axes
 
     def get(self, tensor: Any) -> Axes | None:
         """The axes of a tensor, or None where they are not known."""
-        return self._axes.get(_memory(tensor), {}).get(_place(tensor)) if isinstance(tensor, Tensor) else None
-
-    def forget(self, tensor: Tensor) -> None:
-        """The memory of this tensor was given to new values."""
-        self._axes.pop(_memory(tensor), None)
+        return self._axes.get(memory_of(tensor), {}).get(_place(tensor)) if isinstance(tensor, Tensor) else None
 
     def follow(self, op: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         """Set the axes of an operator's outputs.
@@ -292,10 +289,6 @@ def _compact(axes: Axes) -> Axes:
         stride[atom.letter, atom.stride] = size.get(atom.letter, 1)
         size[atom.letter] = size.get(atom.letter, 1) * atom.size
     return tuple(tuple(replace(a, stride=stride[a.letter, a.stride]) for a in axis) for axis in axes)
-
-
-def _memory(tensor: Any) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

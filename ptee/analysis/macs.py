@@ -12,7 +12,6 @@ addition as one, but not in batch norm, whose scale and shift it counts as two; 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptee._common.errors import BackboneError
+from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
 
 # Convolutions and matrix products: what makes a layer a layer. Normalisation, activation and pooling belong to it.
 PRODUCTS = frozenset({
@@ -63,6 +65,7 @@ class _Step:
     product: bool
 
 
+@torch.inference_mode(False)
 def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Counts:
     """Count what one forward pass of `module` costs, and how much of it has run at each module's output.
 
@@ -73,7 +76,7 @@ def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Co
         example: (1, ...) one sample on the module's device; counts grow with the batch.
         products_only: leave out all but convolutions and matrix products, as torch's own FlopCounterMode does.
     """
-    with _left_as_it_was(module), torch.no_grad(), _visible_attention():
+    with alone(), _left_as_it_was(module), torch.no_grad(), no_fused_attention, no_checkpointing:
         steps = _steps_of(module.eval(), example)
     if products_only:
         steps = [step if step.product else replace(step, macs=0) for step in steps]
@@ -112,8 +115,7 @@ def _steps_of(module: nn.Module, example: Tensor) -> list[_Step]:
 
 
 def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it scripts functions, which torch calls deprecated
+    with no_warnings:  # it scripts functions, which torch calls deprecated
         from fvcore.nn import FlopCountAnalysis  # imported late: it costs start-up time
 
     class InOrder(FlopCountAnalysis):
@@ -149,7 +151,16 @@ def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
             return True
 
     analysis = InOrder().uncalled_modules_warnings(False).unsupported_ops_warnings(False).tracer_warnings("none")
-    analysis.total()
+    try:
+        with no_warnings:  # which it would switch off itself, without a thought of other threads
+            analysis.total()
+    except RuntimeError as why:
+        if "dynamo-optimized" not in str(why):
+            raise
+        raise BackboneError(
+            f"{type(module).__name__} calls a function that torch.compile made, whose operators cannot be counted. Let it call "
+            "the function itself, without torch.compile."
+        ) from why
     return analysis.steps
 
 
@@ -177,17 +188,6 @@ def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
 def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
     batch, n, m = _shape(inputs[1])
     return batch * n * m * _shape(inputs[2])[-1]
-
-
-@contextmanager
-def _visible_attention() -> Iterator[None]:
-    """Keeps nn.MultiheadAttention and nn.TransformerEncoderLayer off their fused paths, which count as nothing."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _UntracedError(Exception):

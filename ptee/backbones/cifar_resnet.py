@@ -7,15 +7,16 @@ Source: He et al., Deep residual learning for image recognition, CVPR 2016, sect
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, is_model, register_model
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError
+from ptee._common.process import no_warnings
 
 __all__ = ["CifarResNet"]  # timm appends the names of the networks
 
@@ -126,8 +127,7 @@ default_cfgs = {  # where timm looks for the input of each network; none has wei
 
 def _register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """timm's `register_model`, silent when this module is loaded anew: its newest functions are the right ones."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Overwriting cifar_resnet")
+    with no_warnings if is_model(build.__name__) else nullcontext():
         return register_model(build)
 
 

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ptee._common.errors import BackboneError, PteeError, unknown
+from ptee._common.process import alone
 from ptee.analysis.classifier import TWO_LOGITS, count_classes, require_runnable
 from ptee.backbones.quiet import building
 from ptee.backbones.source import Wish, checked_record, checked_size, hub_revision, is_plain, plain, reach_hub
@@ -79,6 +81,8 @@ class _Built:
     classes: int | None  # of its configuration: 1000 for ImageNet-1k, and only for that
 
 
+@alone()
+@torch.inference_mode(False)
 def load_backbone(
     model: str | nn.Module,
     *,

@@ -180,7 +180,6 @@ def record(
         DataError: if some images have labels and others none.
     """
     require_early_exit(model)
-    like = next(model.heads.parameters())
     was_training = model.training
     model.eval()
     parts: list[Traces] = []
@@ -189,7 +188,7 @@ def record(
     try:
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
-            part = _record_batch(model, images.to(like.dtype), labels, like.device, kept)
+            part = _record_batch(model, images, labels, kept)
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
     finally:
         model.train(was_training)
@@ -247,18 +246,17 @@ def _kept_of_each_batch(loader: object) -> int:
     return math.ceil(SAMPLE / max(1, length_hint(loader, 16)))
 
 
-def _record_batch(
-    model: EarlyExitModel, images: Tensor, labels: Tensor | None, device: torch.device, kept: int
-) -> Traces:
+def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, kept: int) -> Traces:
+    ready = model.prepared(images)
     with torch.inference_mode():
-        every = model.all_exits(images.to(device))
+        every = model.all_exits(ready)
     costs = torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64)  # of all heads, whichever are off now
     return Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
         labels,
         costs,
-        images[:kept].clone(),  # a slice alone would keep the whole batch
+        images[:kept].to(ready.dtype, copy=True),  # a slice alone would keep the whole batch
         logits=compact(every.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
         linked=torch.tensor([e.linked for e in model.exits]),

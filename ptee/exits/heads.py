@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, unknown
+from ptee._common.process import few_random_numbers
+from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
 
 AUTO = "auto"  # the name of a head that is sized when exits are planned (`learned`)
@@ -302,24 +304,24 @@ def conv_features(name: str, channels: int) -> nn.Module | None:
 
 def _width(name: str, features: nn.Module, layout: Layout) -> int:
     """F, found by trying."""
-    rows = torch.randn(2, layout.channels, layout.height, layout.width, generator=torch.Generator().manual_seed(0))
+    shape = (2, layout.channels, layout.height, layout.width)
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     rows[1] *= 2  # of other contrast, so that statistics of both are those of neither
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+    rows = rows.to(next((p.device for p in features.parameters()), rows.device))
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False), few_random_numbers():
         features.eval()
-        together = _vectors(name, features, rows)
-        alone = torch.cat([_vectors(name, features, row) for row in rows.split(1)])
+        width = int(_vectors(name, features, rows).shape[1])
+        apart = keeps_rows_apart(features, rows, lambda module, some: _vectors(name, module, some))
         buffers = [(buffer, buffer.clone()) for buffer in features.buffers()]
         _vectors(name, features.train(), rows)  # dropout may work in place, too
         for buffer, before in buffers:
             buffer.copy_(before)
-    near = torch.finfo(rows.dtype).eps ** 0.5
-    largest = max(together.abs().max().item(), 1e-3)  # below is the noise of what should be zero
-    if not torch.allclose(alone, together, rtol=0, atol=near * largest, equal_nan=True):
+    if not apart:
         raise PteeError(
             f"The head {name!r} answers a row differently when it is alone: its rows influence one another, so none of "
             "them can leave early. Use layers that keep rows apart in eval mode, such as a batch norm with running statistics."
         )
-    return int(together.shape[1])
+    return width
 
 
 def _vectors(name: str, features: nn.Module, rows: Tensor) -> Tensor:

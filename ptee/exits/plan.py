@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import unknown
+from ptee._common.process import alone
 from ptee._common.text import table
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.freezing import freeze
@@ -355,6 +356,8 @@ def _final_cost(exits: Sequence[Exit], convention: str) -> float:
     return 1 + sum(e.head_cost for e in exits) if convention == "full" else 1.0
 
 
+@alone()
+@torch.inference_mode(False)
 def plan(
     model: Any,
     *,

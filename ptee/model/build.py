@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, RunError, unknown
+from ptee._common.process import alone
 from ptee.analysis.freezing import freeze
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.front import FrontHead, named_front
@@ -18,6 +20,8 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import check_weights, confidence_of, front_of, network_of
 
 
+@alone()
+@torch.inference_mode(False)
 def augment(
     model: str | nn.Module,
     *,
@@ -68,6 +72,8 @@ def augment(
     return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
 
 
+@alone()
+@torch.inference_mode(False)
 def build(
     backbone: Backbone,
     *,
@@ -89,6 +95,8 @@ def build(
     return EarlyExitModel(backbone, plan, plan.make_heads(front if isinstance(front, FrontHead) else None))
 
 
+@alone()
+@torch.inference_mode(False)
 def load(
     folder: str | Path, backbone: nn.Module | None = None, front: nn.Module | None = None, **hub: Any
 ) -> EarlyExitModel:

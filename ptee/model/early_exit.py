@@ -7,9 +7,10 @@ the call that is going on what to do (`calls`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -27,7 +28,8 @@ from ptee.exits.front import INPUT, FrontHead
 from ptee.exits.heads import ExitHead, HeadOutput, PreviousExits
 from ptee.exits.plan import Exit, Plan
 from ptee.model import saving as runs
-from ptee.model.forward import ExitEarly, ExitHook, ExitOutput, RecordAll, RecordInputs, StopForward, running
+from ptee.model.forward import Call, ExitEarly, ExitHook, ExitOutput, RecordAll, RecordInputs, StopForward, running
+from ptee.model.images import require_device, require_images, wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds, for_each_exit, for_each_row
 
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
@@ -174,7 +176,13 @@ class EarlyExitModel(
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (b, K) of images (b, c, h, w), each row's from the exit at which it left."""
+        if torch.compiler.is_exporting():
+            _refuse_capture()
         return self.predict(x).logits
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for before it begins."""
+        return _refuse_capture()
 
     @torch.compiler.disable
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
@@ -187,13 +195,11 @@ class EarlyExitModel(
             threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
 
         Raises:
-            PteeError: if the threshold has NaN or another shape, the images are no batch, or the model is in training mode,
-                in which the answer of a row would depend on its neighbours.
+            PteeError: if the threshold has NaN or another shape, the images are no batch of the model's device and number
+                type, or the model is in training mode, in which the answer of a row would depend on its neighbours.
         """
-        if torch.jit.is_tracing():
-            raise PteeError(
-                "An early-exit model cannot be traced, nor get exits of its own. Take model.detach() instead."
-            )
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            _refuse_capture()
         if self.training or any(part.training for part in self.heads.modules()):
             raise PteeError(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
@@ -207,8 +213,7 @@ class EarlyExitModel(
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
-            with running(call):
-                call.on_input(x)
+            with self._running(call, x):
                 answer = run(self.backbone, x, call.cache)
         except StopForward:
             return call.result(None, self._answer_type(x))
@@ -217,10 +222,13 @@ class EarlyExitModel(
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:
-        """Every exit's answer for every row; nobody leaves. Differentiable in the heads.
+        """Every exit's answer for every row; nobody leaves. Differentiable in the heads, and in images that require it.
 
         Args:
             x: (b, c, h, w) images on the model's device.
+
+        Raises:
+            PteeError: if the images are no batch of the model's device and number type.
         """
         self._ready_for(x)
         if len(x) == 0:
@@ -229,8 +237,7 @@ class EarlyExitModel(
                 empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
             )
         call = RecordAll(self._hooks, list(self.heads), self.plan, len(x))
-        with running(call):
-            call.on_input(x)
+        with self._running(call, x):
             answer = self.backbone(x)
         call.check_all_passed()
         return self._all_exits(call.logits, call.confidence_logits, answer)
@@ -243,8 +250,7 @@ class EarlyExitModel(
         """
         self._ready_for(x)
         call = RecordInputs(self._hooks, list(self.heads), self.plan, len(x))
-        with running(call):
-            call.on_input(x)
+        with self._running(call, x):
             answer = self.backbone(x)
         call.check_all_passed()
         return Reading(tuple(call.inputs), answer)
@@ -322,12 +328,44 @@ class EarlyExitModel(
         """Somebody may have called train() on a part of the backbone past the wrapper, or taken the backbone back."""
         if self._hold.released:
             raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
-        if not isinstance(x, Tensor):
-            raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
-        if x.dim() != 4:  # the axes of one image would be taken for a batch's
-            one = " For one image give x[None]." if x.dim() == 3 else ""
-            raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
+        require_images(x, self.plan.input_size[0])
+        require_device(x, next(self.heads.parameters()).device)
         self._hold.keep()
+        if x.dtype != (own := self._like().dtype):  # which autocast may mend, or the backbone's own code
+            try:
+                self._answer_type(x.new_zeros(1, *self.plan.input_size))
+            except Exception as why:  # whatever that code raises
+                raise wrong_type(x, own, first_line(why)) from why
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """Images of a data set on the model's device, in its number type; those are refused that `predict` would refuse.
+
+        Args:
+            x: (b, c, h, w) in any floating-point type, on any device.
+
+        Raises:
+            PteeError: if they have other axes or other channels, or are whole numbers.
+        """
+        require_images(x, self.plan.input_size[0])
+        like = next(self.heads.parameters())
+        return x.to(like.device, like.dtype)
+
+    @contextmanager
+    def _running(self, call: Call, x: Tensor) -> Iterator[None]:
+        """The backbone runs for a call. It is frozen, so it needs no gradients, unless somebody wants those of the images."""
+        call.through = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
+        )
+        try:
+            with running(call), torch.set_grad_enabled(call.through):
+                call.on_input(x)
+                yield
+        except PteeError:
+            raise
+        except Exception as why:
+            if x.shape[1:] == tuple(self.plan.input_size) or isinstance(why, torch.OutOfMemoryError):
+                raise
+            raise wrong_size(x, self.plan.input_size, first_line(why)) from why
 
     def _like(self) -> Tensor:
         return next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -406,6 +444,14 @@ def require_early_exit(model: Any) -> None:
     """
     if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
         raise PteeError(f"This is {_a(model)}, not an early-exit model. Give what ptee.augment or ptee.load returned.")
+
+
+@torch.compiler.assume_constant_result  # so that torch.export runs it, and passes on what it raises
+def _refuse_capture() -> NoReturn:
+    raise PteeError(
+        "An early-exit model cannot be traced, scripted or exported, nor get exits of its own, as its rows leave where they are "
+        "sure. Take model.detach(), the backbone alone."
+    )
 
 
 def _a(thing: Any) -> str:

@@ -8,17 +8,17 @@ is called by itself is the bare backbone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import PteeError, first_line
-from ptee.analysis.active_rows import ActiveRows
 from ptee.analysis.cut_points import Cut
-from ptee.analysis.replay import ReplayCache, RestartForward, Step
+from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step
 from ptee.exits.confidence import Confidence, leaves
 from ptee.exits.front import INPUT
 from ptee.exits.heads import ExitHead, HeadOutput, PreviousExits
@@ -69,6 +69,8 @@ class Call:
         self.hooks, self.heads, self.plan = hooks, heads, plan
         self.rows = ActiveRows(batch)
         self.passed = 0
+        self.gradients = torch.is_grad_enabled()  # wanted of the heads
+        self.through = False  # and of the backbone
         self.linked = any(getattr(head, "linked", False) for head in heads)
         self.keeps_outputs = self.linked  # for later exits
         self._outputs: list[tuple[int, HeadOutput]] = []  # each with its moment
@@ -102,7 +104,7 @@ class Call:
             return None
         cut = self.plan.cuts[n]
         z = cut.feature_map(output)
-        if cut.overwritten and torch.is_grad_enabled():
+        if cut.overwritten and self.gradients:
             z = z.clone()  # the backward pass needs it as it is now
         return self._at_exit(n, cut, output, z)
 
@@ -126,7 +128,7 @@ class Call:
     def _run_head(self, n: int, cut: Cut, z: Tensor, previous: PreviousExits) -> HeadOutput:
         """What the head answers. It runs outside of this call."""
         try:
-            with running(None):
+            with self._beside_backbone(n):
                 head: Any = self.heads[n]
                 said: HeadOutput = head.follow(z, previous) if self.linked else HeadOutput(*head(z))
                 return said
@@ -138,6 +140,18 @@ class Call:
                 f"read this one, {tuple(z.shape[1:])} ({first_line(why).rstrip('.')}): the images have another size than "
                 f"{self.plan.input_size}. Plan anew with their input_size."
             ) from why
+
+    @contextmanager
+    def _beside_backbone(self, n: int) -> Iterator[None]:
+        """A head runs outside of this call, with gradients of its own, even where the backbone keeps none or checkpoints them."""
+        if self.through and not torch.is_grad_enabled():
+            raise PteeError(
+                f"Gradients of the images do not reach exit {n} ({self.plan.exits[n].name}): the backbone computes it without, by "
+                "reentrant checkpointing or torch.no_grad in its own code. Switch that off, or give images without requires_grad."
+            )
+        apart = saved_tensors_hooks(Tensor.detach, lambda t: t) if self.through else nullcontext()
+        with running(None), torch.set_grad_enabled(self.gradients), apart:
+            yield
 
     def check_all_passed(self) -> None:
         """Nobody may reach the end around an exit: a compiled or changed backbone does not run its hooks."""
@@ -173,7 +187,7 @@ class RecordInputs(Call):
     def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> None:
         head = self.heads[n]
         assert isinstance(head, ExitHead)
-        with running(None):
+        with self._beside_backbone(n):
             x = head.read(z)
         self.inputs.append(x.clone() if cut.overwritten else x)
 

@@ -7,6 +7,7 @@ import math
 from torch import nn
 
 from ptee._common.errors import BackboneError, RunError, possible
+from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
 from ptee.exits.confidence import CALIBRATED, CONFIDENCES, LEARNED, Calibrated
@@ -26,6 +27,7 @@ def check_weights(run: Run, module: nn.Module) -> None:
             f"The backbone {module!r} is no module. Give one with its weights, such as "
             "timm.create_model('resnet50', pretrained=True)."
         )
+    require_runnable(module)
     found = weights_hash(module)
     if found == run.backbone_hash:
         return

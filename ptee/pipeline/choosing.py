@@ -24,6 +24,7 @@ from torch.utils.data import Subset
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import CutError, DataError, PteeError
+from ptee._common.process import alone, own_random_numbers
 from ptee._common.text import table
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.freezing import freeze
@@ -130,6 +131,7 @@ def _plain(row: Rated) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(row).items()}
 
 
+@torch.inference_mode(False)
 def choose_exits(
     model: str | nn.Module | Backbone,
     data: Any,
@@ -189,8 +191,7 @@ def choose_exits(
             model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
         )
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_random_numbers(seed):
         sites = _sites(backbone, head, head_budget)
         sites.priced((0,))  # a head that cannot be is refused before the backbone runs
         traces = _probed(backbone, sites.names, learnt, held, seed, device, num_workers)
@@ -229,6 +230,7 @@ def _drawn(data: Any, most: int, seed: int) -> tuple[Subset[Any], Subset[Any]]:
 # ---------------------------------------------------------------------------------------------------- places and prices
 
 
+@alone()
 def _sites(backbone: Backbone, head: str, budget: float | None) -> _Sites:
     """Where exits could stand on a backbone."""
     state = freeze(backbone.module)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 
 from ptee._common.errors import DataError, first_line
 from ptee._common.files import replace_file
+from ptee._common.process import no_stdout, own_random_numbers
 from ptee._common.progress import with_bar
 from ptee.data.sources import Data
 
@@ -61,7 +60,7 @@ def imagenette() -> Path:
         cache_folder().mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".downloading-") as beside,
-            redirect_stdout(StringIO()),
+            no_stdout,
         ):
             Imagenette(beside, size="320px", download=True)
             (Path(beside) / folder.name).replace(folder)
@@ -86,8 +85,7 @@ def train_digits_network(data: Data, file: Path) -> None:
 
     from ptee.backbones.load import load_backbone
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with own_random_numbers(SEED):
         net = load_backbone(MODEL, pretrained=False, input_size=INPUT_SIZE, model_args=MODEL_ARGS).module.train()
         loader: Any = torch.utils.data.DataLoader(data.train, BATCH, shuffle=True)
         adam = torch.optim.AdamW(net.parameters(), LR, weight_decay=WEIGHT_DECAY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from ptee._common.errors import PteeError
+from ptee._common.process import no_warnings, own_random_numbers
 from ptee._common.text import table
 from ptee.evaluation.benchmark import ratio, wait
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -135,8 +135,7 @@ def bench_training(
 
 def _last_epoch(model: EarlyExitModel, data: Any, batch_size: int, device: torch.device, cache: bool) -> float:
     """Seconds; on a cache, of one epoch after others."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a collapse
+    with own_random_numbers(), no_warnings:  # of a collapse
         history = train(
             model, data, targets="pseudo", epochs=1 + WARM_EPOCHS * cache, batch_size=batch_size, device=device,
             precision="no", cache=cache,

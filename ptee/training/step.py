@@ -101,11 +101,9 @@ def rows_of(seen: Tensor | Reading) -> int:
     return len(seen.logits if isinstance(seen, Reading) else seen)
 
 
-def moved(seen: Tensor | Reading, device: torch.device, dtype: torch.dtype) -> Tensor | Reading:
+def moved(reading: Reading, device: torch.device, dtype: torch.dtype) -> Reading:
     """The same on another device, in another type."""
-    if isinstance(seen, Reading):
-        return Reading(tuple(x.to(device, dtype) for x in seen.inputs), seen.logits.to(device, dtype))
-    return seen.to(device, dtype)
+    return Reading(tuple(x.to(device, dtype) for x in reading.inputs), reading.logits.to(device, dtype))
 
 
 class Sums:

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ptee._common.devices import accelerator_on
 from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import plain
+from ptee._common.process import own_random_numbers
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
@@ -135,9 +136,9 @@ def train(
         optimizer=optimizer, augment=augment, mirror=mirror, shift=shift, mixup=mixup,
     ).checked()  # fmt: skip
     with (
+        own_random_numbers(),  # and accelerate's state, which is as little for two trainings at once
         accelerator_on(device, precision) as accelerator,
         _on_device(model, accelerator.device),
-        torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
@@ -260,7 +261,7 @@ class _Training:
             data,
             batch_size=self.settings.batch_size,
             num_workers=workers,
-            prepare=lambda images: images.to(self.accelerator.device, self.dtype),
+            prepare=self.model.prepared,
             around=self.accelerator.autocast,
             words=f"backbone, once over the {words}" + (f", {data.views} views" if isinstance(data, Views) else ""),
             told=told,
@@ -394,7 +395,10 @@ class _Training:
 
     def _judge(self, seen: Tensor | Reading, labels: Tensor | None, step: nn.Module | None = None) -> Found:
         step = step or self.step
-        found: Found = step(moved(seen, self.accelerator.device, self.dtype), self._labels(labels))
+        ready = (
+            moved(seen, self.accelerator.device, self.dtype) if isinstance(seen, Reading) else self.model.prepared(seen)
+        )
+        found: Found = step(ready, self._labels(labels))
         return found
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import ptee
+from ptee._common import files
 from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
 from ptee._common.files import replace_file, require_writable, to_json, write_json
 from ptee.backbones.load import load_backbone
@@ -248,7 +249,9 @@ def test_whatever_happens_to_the_heads_no_config_says_that_they_are_there(error,
 def test_config_is_written_after_the_heads(monkeypatch, tmp_path):
     order = []
     replace = replace_file
-    monkeypatch.setattr(runs, "replace_file", lambda path, write_to: (order.append(path.name), replace(path, write_to)))
+    noted = lambda path, write_to: (order.append(path.name), replace(path, write_to))  # noqa: E731
+    for module in (runs, files):
+        monkeypatch.setattr(module, "replace_file", noted)
     make().save_pretrained(tmp_path)
     assert order == ["heads.safetensors", "config.json"]
 

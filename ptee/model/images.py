@@ -1,0 +1,100 @@
+"""What images a model takes. One refusal, in words, for all others: wherever they come from, they are looked at here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptee._common.errors import PteeError
+
+
+def require_images(x: Any, channels: int) -> None:
+    """Refuse what is no batch of images as a backbone takes them.
+
+    Args:
+        x: what was given for images (b, c, h, w).
+        channels: c.
+
+    Raises:
+        PteeError: if it is no tensor, has other axes or other channels, or holds whole numbers.
+    """
+    if not isinstance(x, Tensor):
+        raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
+    if x.dim() != 4:  # the axes of one image would be taken for a batch's
+        one = " For one image give x[None]." if x.dim() == 3 else ""
+        raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
+    if x.shape[1] != channels and x.shape[3] == channels:
+        raise PteeError(
+            f"Images come as (b, c, h, w), and these are {tuple(x.shape)}, with the channels last. Give x.permute(0, 3, 1, 2)."
+        )
+    if x.shape[1] != channels:
+        have = f"{x.shape[1]} channel{'s' * (x.shape[1] != 1)}"
+        raise PteeError(
+            f"These images have {have}, and the model takes {channels}. {_with_channels(x.shape[1], channels)}"
+        )
+    if not x.is_floating_point():
+        scaled = "x.float() / 255" if x.dtype == torch.uint8 else "x.float()"
+        raise PteeError(
+            f"These images are {name_of(x.dtype)}, and the model takes floating-point numbers, prepared as for its backbone. "
+            f"Give ({scaled} - mean) / std, with the mean and std that the backbone was trained with."
+        )
+
+
+def require_device(x: Tensor, device: torch.device) -> None:
+    """Refuse images on another device than the model's.
+
+    Args:
+        x: images.
+        device: the model's.
+
+    Raises:
+        PteeError: naming both.
+    """
+    if x.device != device:
+        raise PteeError(f"These images are on {x.device}, and the model is on {device}. Give x.to({str(device)!r}).")
+
+
+def wrong_type(x: Tensor, wanted: torch.dtype, why: str) -> PteeError:
+    """The refusal of images of a number type that the backbone's own code does not take.
+
+    Args:
+        x: images.
+        wanted: the backbone's.
+        why: what its code said, as a sentence.
+    """
+    return PteeError(
+        f"These images are {name_of(x.dtype)}, and the model is {name_of(wanted)} ({why.rstrip('.')}). "
+        f"Give x.to({wanted}), or convert the model with model.to({x.dtype})."
+    )
+
+
+def wrong_size(x: Tensor, planned: tuple[int, int, int], why: str) -> PteeError:
+    """The refusal of images of a size that the backbone's own code does not take.
+
+    Args:
+        x: images.
+        planned: (c, h, w) for which the exits were planned.
+        why: what its code said, as a sentence.
+    """
+    return PteeError(
+        f"The backbone cannot take images of size {tuple(x.shape[1:])} ({why.rstrip('.')}): the exits were planned for "
+        f"{tuple(planned)}. Resize the images, or plan anew with their input_size."
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As in "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _with_channels(have: int, want: int) -> str:
+    """What to type for images with the channels that are wanted."""
+    if have == 1:
+        return f"Give x.expand(-1, {want}, -1, -1), which repeats the grey."
+    if (have, want) == (4, 3):
+        return "Give x[:, :3], without the fourth, if that is their opacity."
+    if want == 1:
+        return "Give x.mean(1, keepdim=True), which is grey."
+    return f"Give images with {want}, or plan anew with their input_size."

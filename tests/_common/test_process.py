@@ -1,0 +1,203 @@
+"""What belongs to the whole process is as it was before, however many threads have used ptee at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
+
+import pytest
+import torch
+from small import SIZE, labelled, made
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee._common.process import (
+    LOUD,
+    few_random_numbers,
+    no_fused_attention,
+    no_logs,
+    no_pickles,
+    no_stdout,
+    no_warnings,
+    own_random_numbers,
+)
+from ptee.backbones.load import load_backbone
+from ptee.backbones.quiet import building
+
+CHANGES = {
+    "logs": no_logs,
+    "warnings": no_warnings,
+    "stdout": no_stdout,
+    "pickles": no_pickles,
+    "attention": no_fused_attention,
+}
+
+
+def state() -> dict[str, object]:
+    """Of the process, as far as ptee changes it."""
+    return {
+        "stdout": sys.stdout,
+        "stderr": sys.stderr,
+        "levels": [logging.getLogger(name).level for name in LOUD],
+        "filters": list(warnings.filters),
+        "showwarning": warnings.showwarning,
+        "environment": dict(os.environ),
+        "fused attention": torch.backends.mha.get_fastpath_enabled(),
+    }
+
+
+def at_once(*works: Callable[[], object]) -> list[object]:
+    """What these give, each in a thread of its own, all begun together."""
+    meeting = threading.Barrier(len(works))
+
+    def begin(work: Callable[[], object]) -> object:
+        meeting.wait(60)
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result(120) for future in [pool.submit(begin, work) for work in works]]
+
+
+def test_threads_that_load_build_and_augment_at_once_leave_the_process_as_it_was(tmp_path):
+    made().save_pretrained(tmp_path)
+    x, before = labelled(4)[0], state()
+
+    def by_name() -> object:
+        net = load_backbone("cifar_resnet20", pretrained=False).module
+        return ptee.augment(net, exits=["layer1", "layer2"], input_size=(3, 32, 32)).predict(torch.randn(2, 3, 32, 32))
+
+    def own() -> object:
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+        return ptee.augment(net, exits=["0"], input_size=SIZE).predict(x)
+
+    def loaded() -> object:
+        return ptee.load(tmp_path, made().backbone).predict(x)
+
+    def repeated(work: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [work() for _ in range(3)]
+
+    found = at_once(*[repeated(work) for work in (by_name, own, loaded, by_name, own, loaded)])
+    assert all(out.logits.isfinite().all() for outs in found for out in outs)
+    assert state() == before
+
+
+def test_two_threads_inside_a_library_at_once_leave_the_process_as_it_was():
+    before, inside = state(), threading.Semaphore(0)
+
+    def work() -> None:
+        with building("a network", {}, None):
+            inside.release()
+            inside.acquire(timeout=0.05)  # the other one may come in now, if anything lets it
+
+    at_once(*[work] * 6)
+    assert state() == before
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_undone_when_the_last_who_asked_for_it_is_done(name):
+    change, before = CHANGES[name], state()
+    with change:
+        changed = state()
+        with change:
+            assert state() == changed
+        assert state() == changed
+    assert changed != before
+    assert state() == before
+
+
+def test_changes_may_be_left_in_any_order():
+    before = state()
+    stacks = [ExitStack() for _ in range(3)]
+    for stack in stacks:
+        for change in CHANGES.values():
+            stack.enter_context(change)
+    for stack in (stacks[0], stacks[2], stacks[1]):
+        stack.close()
+    assert state() == before
+
+
+def test_what_fails_inside_of_a_library_leaves_the_process_as_it_was():
+    before = state()
+    with pytest.raises(ptee.PteeError, match="cannot be built"), building("a network", {}, None):
+        raise OSError("on purpose")
+    assert state() == before
+
+
+def test_other_threads_go_on_printing_while_a_library_is_quiet(capsys):
+    def silent() -> None:
+        print("of the library")
+
+    with no_stdout:
+        silent()
+        at_once(lambda: print("of another thread"))
+    print("afterwards")
+    assert capsys.readouterr().out == "of another thread\nafterwards\n"
+
+
+def test_who_redirects_standard_output_meanwhile_gets_back_what_was_there():
+    before, mine = sys.stdout, StringIO()
+    outer, inner = ExitStack(), ExitStack()
+    outer.enter_context(redirect_stdout(mine))
+    inner.enter_context(no_stdout)
+    outer.close()
+    inner.close()
+    assert sys.stdout is before
+
+
+def test_a_program_without_standard_output_can_build_networks(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    load_backbone("cifar_resnet20", pretrained=False)
+    assert sys.stdout is None
+
+
+# ---------------------------------------------------------------------------------------------------- random numbers
+
+
+def test_threads_that_train_at_once_learn_what_each_learns_alone():
+    data = TensorDataset(*labelled(16))
+
+    def trained(seed: int) -> list[torch.Tensor]:
+        model = made("conv1")
+        ptee.train(model, data, epochs=2, batch_size=4, seed=seed, shift=1, precision="no", device="cpu")
+        return list(model.heads.state_dict().values())
+
+    alone = [trained(seed) for seed in (1, 2, 3)]
+    together = at_once(*[lambda seed=seed: trained(seed) for seed in (1, 2, 3)])
+    assert all(
+        torch.equal(a, b) for one, other in zip(alone, together, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_a_model_can_be_made_while_another_thread_trains():
+    data, inside, done = TensorDataset(*labelled(8)), threading.Event(), threading.Event()
+
+    def train() -> None:
+        ptee.train(made(), data, epochs=1, on_epoch=lambda _: (inside.set(), done.wait(60)))
+
+    def make() -> bool:
+        assert inside.wait(60)
+        load_backbone("cifar_resnet20", pretrained=False)
+        ptee.augment(made().detach(), exits=["0"], head="conv1", input_size=SIZE)
+        done.set()
+        return True
+
+    assert at_once(train, make)[1]
+
+
+def test_random_numbers_go_on_as_if_none_had_been_drawn():
+    before = torch.get_rng_state()
+    with own_random_numbers(3):
+        torch.rand(2)
+        with few_random_numbers():
+            torch.rand(2)
+    with few_random_numbers():
+        torch.rand(2)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,242 @@
+"""Answers are compared in an arithmetic in which they can be, and whatever was set for that is put back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import BackboneError, PteeError
+from ptee.analysis.arithmetic import comparable, keeps_rows_apart, tolerance
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SWITCHES = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")]
+new_switches = pytest.mark.skipif(
+    not hasattr(torch._C, "_get_fp32_precision_getter"), reason="this torch has only the older switches"
+)
+
+
+def switches() -> dict[object, object]:
+    """Everything that the arithmetic depends on, as it is now."""
+    cudnn = torch.backends.cudnn
+    said: dict[object, object] = {key: torch._C._get_fp32_precision_getter(*key) for key in SWITCHES}
+    return said | {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+
+
+@pytest.fixture
+def as_before():
+    """Whatever a test sets is as it was afterwards."""
+    cudnn, before = torch.backends.cudnn, switches()
+    matmul, generic = torch.get_float32_matmul_precision(), torch._C._get_fp32_precision_getter("generic", "all")
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch._C._set_fp32_precision_setter("generic", "all", generic)
+    cudnn.benchmark, cudnn.deterministic = before["benchmark"], before["deterministic"]
+    for key in SWITCHES:
+        if torch._C._get_fp32_precision_getter(*key) != before[key]:
+            torch._C._set_fp32_precision_setter(*key, before[key])
+
+
+def nothing() -> None:
+    """As torch begins."""
+
+
+def all_by_the_new_way() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def one_by_the_new_way() -> None:
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def by_the_old_way() -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def by_both_ways() -> None:
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # from here on, to read cudnn.allow_tf32 raises
+    torch.set_float32_matmul_precision("medium")
+
+
+def benchmarking() -> None:
+    torch.backends.cudnn.benchmark = True
+
+
+WAYS = [nothing, all_by_the_new_way, one_by_the_new_way, by_the_old_way, by_both_ways, benchmarking]
+each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+
+
+@new_switches
+@each_way
+def test_float32_is_full_meanwhile_however_it_was_set(way: Callable[[], None], as_before: None) -> None:
+    way()
+    with comparable():
+        now = switches()
+    assert {now[key] for key in SWITCHES} == {"ieee"}
+    assert (now["benchmark"], now["deterministic"]) == (False, True)
+
+
+@new_switches
+@each_way
+def test_all_is_as_it_was_afterwards_even_after_an_error(way: Callable[[], None], as_before: None) -> None:
+    way()
+    before = switches()
+    with pytest.raises(ZeroDivisionError), comparable(), comparable():
+        raise ZeroDivisionError
+    assert switches() == before
+
+
+@new_switches
+def test_what_followed_the_general_switch_before_follows_it_afterwards(as_before: None) -> None:
+    def followers(precision: str) -> set[object]:
+        torch.backends.fp32_precision = precision
+        now = switches()
+        torch.backends.fp32_precision = "none"
+        return {key for key in SWITCHES if now[key] == precision}
+
+    before = followers("ieee")
+    with comparable():
+        pass
+    assert followers("ieee") == before
+
+
+@new_switches
+def test_of_threads_that_overlap_the_last_puts_it_back(as_before: None) -> None:
+    torch.backends.cudnn.benchmark = True
+    before, inside, leave = switches(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with comparable():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with comparable():
+        thread.start()
+        inside.wait()
+    assert not torch.backends.cudnn.benchmark
+    leave.set()
+    thread.join()
+    assert switches() == before
+
+
+# ---------------------------------------------------------------------------------------------------- how near is equal
+
+
+def test_less_exact_types_may_lie_further_apart() -> None:
+    exact, single, half, brain = (
+        tolerance(dtype, CPU) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    )
+    assert exact < single < half == brain
+
+
+@new_switches
+def test_a_device_that_rounds_float32_to_tf32_has_the_tolerance_of_half_precision(as_before: None) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert tolerance(torch.float32, GPU) == tolerance(torch.float16, GPU)
+    assert tolerance(torch.float32, CPU) < tolerance(torch.float16, CPU)
+    assert tolerance(torch.float64, GPU) == tolerance(torch.float64, CPU)
+    with comparable():
+        assert tolerance(torch.float32, GPU) == tolerance(torch.float32, CPU)
+
+
+@new_switches
+def test_a_cpu_that_rounds_float32_to_bfloat16_has_its_tolerance(as_before: None) -> None:
+    torch.set_float32_matmul_precision("medium")
+    assert tolerance(torch.float32, CPU) == tolerance(torch.bfloat16, CPU)
+
+
+# ---------------------------------------------------------------------------------------------------- noise and mixed rows
+
+
+class Noisy(nn.Module):
+    """As on a GPU: off by 1e-3 with the number of rows, but not in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x * (1 + 1e-3 * (len(x) % 3))
+
+
+class Mixing(nn.Module):
+    """Every row gets a little of the batch's mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e-2 * x.mean(0, keepdim=True)
+
+
+def net(part: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    stages = (nn.Conv2d(3, 6, 3), part, nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*stages, nn.Linear(6, 4)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_backbone_whose_rounding_depends_on_the_batch_gets_exits(dtype: torch.dtype) -> None:
+    model = ptee.augment(net(Noisy(), dtype), exits=["0", "3"], input_size=(3, 8, 8))
+    assert [e.name for e in model.exits] == ["0", "3"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_backbone_that_mixes_rows_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(BackboneError, match="its rows influence one another"):
+        ptee.augment(net(nn.Sequential(Noisy(), Mixing()), dtype), exits=["0", "3"], input_size=(3, 8, 8))
+
+
+def test_a_front_whose_rounding_depends_on_the_batch_is_taken() -> None:
+    model = ptee.augment(net(nn.Identity()), exits=["3"], front=net(Noisy()), input_size=(3, 8, 8))
+    assert [e.name for e in model.exits] == ["input", "3"]
+
+
+def test_a_front_that_mixes_rows_is_refused() -> None:
+    with pytest.raises(PteeError, match="its rows influence one another"):
+        ptee.augment(net(nn.Identity()), exits=["3"], front=net(Mixing()), input_size=(3, 8, 8))
+
+
+@pytest.mark.parametrize(("part", "apart"), [(Noisy(), True), (Mixing(), False)], ids=["rounding", "mixing"])
+def test_rows_are_asked_again_in_float64_where_float32_leaves_a_doubt(part: nn.Module, apart: bool) -> None:
+    images = torch.randn(2, 5)
+    assert keeps_rows_apart(part, images, lambda module, x: module(x)) is apart
+
+
+def test_what_cannot_be_copied_is_judged_by_its_own_precision() -> None:
+    class Alone(Noisy):
+        def __deepcopy__(self, memo: object) -> Alone:
+            raise TypeError("there is only one")
+
+    assert not keeps_rows_apart(Alone(), torch.randn(2, 5), lambda module, x: module(x))
+    with pytest.raises(BackboneError, match="its rows influence one another"):
+        ptee.augment(net(Alone()), exits=["0"], input_size=(3, 8, 8))
+
+
+def test_a_backbone_that_casts_to_float32_inside_gets_exits() -> None:
+    class Casting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float().sigmoid().to(x.dtype)
+
+    model = ptee.augment(net(nn.Sequential(Noisy(), Casting())), exits=["0", "3"], input_size=(3, 8, 8))
+    assert len(model.exits) == 2
+
+
+def test_numbers_that_are_no_finite_ones_are_no_rounding() -> None:
+    broken = net(nn.Identity())
+    broken[0].weight.data.fill_(float("nan"))
+    with pytest.raises(BackboneError, match="no finite number"):
+        ptee.augment(broken, exits=["0"], input_size=(3, 8, 8))
+
+
+def test_the_proof_puts_back_what_it_sets() -> None:
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.deterministic)
+            return x
+
+    ptee.augment(net(Watching()), exits=["0"], input_size=(3, 8, 8))
+    assert True in seen
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before

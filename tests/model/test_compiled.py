@@ -1,0 +1,154 @@
+"""Compiled networks, and attempts to trace, script or export a model: refused in one line that says what to do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import SIZE, K, labelled, made
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import BackboneError, PteeError
+from ptee.backbones.load import load_backbone
+
+
+class Net(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.gelu) -> None:
+        super().__init__()
+        self.a, self.fc, self.act = nn.Conv2d(3, 6, 3), nn.Linear(6, K), act
+        self.b = nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.b(self.a(x))).mean((2, 3)))
+
+
+def whole(net: nn.Module) -> None:
+    net.compile(backend="eager")
+
+
+def block(net: nn.Module) -> None:
+    net.b.compile(backend="eager")
+
+
+def layer(net: nn.Module) -> None:
+    net.b[0].compile(backend="eager")
+
+
+def replaced(net: nn.Module) -> None:
+    net.b = torch.compile(net.b, backend="eager")
+
+
+def forward(net: nn.Module) -> None:
+    net.b.forward = torch.compile(net.b.forward, backend="eager")
+
+
+WAYS = {
+    whole: r"Net is compiled in place \(all of it\).*Give copy.deepcopy\(net\)",
+    block: r"Net is compiled in place \(b\).*Give copy.deepcopy\(net\)",
+    layer: r"Net is compiled in place \(b.0\).*Give copy.deepcopy\(net\)",
+    replaced: r"Net has compiled parts \(b\).*net.set_submodule\('b', net.get_submodule\('b'\)._orig_mod\)",
+    forward: r"Net has a compiled forward \(b\).*Leave out torch.compile",
+}
+each_way = pytest.mark.parametrize("how", WAYS, ids=lambda how: how.__name__)
+
+
+@each_way
+def test_a_compiled_network_is_refused_by_name(how):
+    net = Net()
+    how(net)
+    with pytest.raises(BackboneError, match=WAYS[how]):
+        ptee.augment(net, input_size=SIZE)
+    with pytest.raises(BackboneError, match=WAYS[how]):
+        load_backbone(net, input_size=SIZE)
+
+
+@each_way
+def test_a_run_is_not_loaded_onto_a_compiled_network(how, tmp_path):
+    net = Net()
+    ptee.augment(copy.deepcopy(net), exits=["a"], input_size=SIZE).save_pretrained(tmp_path)
+    how(net)
+    with pytest.raises(BackboneError, match=WAYS[how]):
+        ptee.load(tmp_path, net)
+
+
+def test_a_compiled_function_in_a_networks_code_is_refused():
+    with pytest.raises(BackboneError, match=r"Net calls a function that torch\.compile made"):
+        ptee.augment(Net(torch.compile(F.gelu, backend="eager")), exits=["a"], input_size=SIZE)
+
+
+@pytest.mark.parametrize("how", [whole, block, layer])
+def test_the_copy_that_is_advised_is_not_compiled(how):
+    net = Net()
+    how(net)
+    assert ptee.augment(copy.deepcopy(net), exits=["a"], input_size=SIZE).predict(labelled(2)[0]).logits.shape == (2, K)
+
+
+def test_the_parts_that_are_put_back_are_not_compiled():
+    net = Net()
+    replaced(net)
+    net.set_submodule("b", net.get_submodule("b")._orig_mod)
+    assert ptee.augment(net, exits=["a"], input_size=SIZE)
+
+
+@each_way
+def test_what_is_compiled_afterwards_changes_no_answer(how):
+    model, (x, _) = ptee.augment(Net(), exits=["a", "b"], input_size=SIZE), labelled(3)
+    walls = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+    expected = model.predict(x, walls)
+    how(model.backbone)
+    for _ in range(2):
+        out = model.predict(x, walls)
+        assert torch.equal(out.exit_index, expected.exit_index)
+        assert torch.allclose(out.logits, expected.logits, atol=1e-6)
+        model.backbone(x)  # alone, which is compiled without exits
+
+
+# ---------------------------------------------------------------------------------------------------- the model itself
+
+
+class Around(nn.Module):
+    """Somebody's program around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+CAPTURES: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "torch.jit.trace": torch.jit.trace,
+    "torch.jit.script": lambda model, _: torch.jit.script(model),
+    "torch.export": lambda model, x: torch.export.export(model, (x,)),
+    "torch.export, strict": lambda model, x: torch.export.export(model, (x,), strict=True),
+    "torch.onnx": lambda model, x: torch.onnx.export(model, (x,), "/dev/null", dynamo=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a program"])
+@pytest.mark.parametrize("how", CAPTURES)
+def test_a_model_is_not_captured(how, inside):
+    model = Around(made()) if inside else made()
+    with pytest.raises(PteeError, match=r"cannot be traced, scripted or exported.*Take model.detach\(\)") as refusal:
+        CAPTURES[how](model.eval(), labelled(2)[0])
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_advised_can_be_captured():
+    x, net = labelled(2)[0], made().detach()
+    with torch.no_grad():
+        assert torch.allclose(torch.export.export(net, (x,)).module()(x), net(x))
+
+
+def test_a_model_gives_the_same_answers_under_torch_compile():
+    model, (x, _) = made(), labelled(4)
+    expected = model(x)
+    assert torch.equal(torch.compile(model, backend="eager")(x), expected)
+    model.compile(backend="eager")
+    assert torch.equal(model(x), expected)

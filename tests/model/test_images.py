@@ -1,0 +1,154 @@
+"""Images that a model cannot take are refused in the same words wherever they are given; those it can take are taken."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small import SIZE, K, labelled, made
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.evaluation.traces import record
+
+
+def data_of(x: Tensor) -> TensorDataset:
+    return TensorDataset(x, torch.arange(len(x)) % K)
+
+
+FROM_TENSORS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "predict": lambda model, x: model.predict(x),
+    "forward": lambda model, x: model(x),
+    "all_exits": lambda model, x: model.all_exits(x),
+    "read": lambda model, x: model.read(x),
+}
+FROM_DATA: dict[str, Callable[[Any, Tensor], Any]] = {
+    "train": lambda model, x: ptee.train(model, data_of(x), epochs=1),
+    "train on a cache": lambda model, x: ptee.train(model, data_of(x), epochs=1, cache=True),
+    "train on views": lambda model, x: ptee.train(model, data_of(x), epochs=1, augment=2),
+    "validation": lambda model, x: ptee.train(model, data_of(labelled(8)[0]), data_of(x), epochs=1),
+    "record": lambda model, x: record(model, data_of(x)),
+    "a loader": lambda model, x: record(model, DataLoader(data_of(x), 4)),
+    "evaluate": lambda model, x: ptee.evaluate(model, data_of(x), speed=False),
+    "tune": lambda model, x: ptee.tune(model, data_of(x), max_cost=1.5),
+    "calibrate": lambda model, x: ptee.calibrate(model, data_of(x)),
+    "compare": lambda model, x: ptee.compare({"mine": model}, data_of(x), data_of(x)),
+}
+ANYWHERE = FROM_TENSORS | FROM_DATA
+x = torch.rand(8, *SIZE, generator=torch.Generator().manual_seed(0))
+REFUSED = {
+    "bytes": ((255 * x).byte(), r"These images are uint8, .*Give \(x\.float\(\) / 255 - mean\) / std"),
+    "whole numbers": ((255 * x).long(), r"These images are int64, .*Give \(x\.float\(\) - mean\) / std"),
+    "truth values": (x > 0.5, "These images are bool, and the model takes floating-point numbers"),
+    "complex numbers": (x.to(torch.complex64), "These images are complex64, and the model takes floating-point numbers"),
+    "channels last": (x.permute(0, 2, 3, 1), r"these are \(\d, 8, 8, 3\), with the channels last. Give x.permute\(0, 3, 1, 2\)"),
+    "grey": (x[:, :1], r"These images have 1 channel, and the model takes 3. Give x.expand\(-1, 3, -1, -1\)"),
+    "with opacity": (torch.cat([x, x[:, :1]], 1), r"have 4 channels, and the model takes 3. Give x\[:, :3\]"),
+    "five channels": (torch.rand(8, 5, 8, 8), "have 5 channels, and the model takes 3. Give images with 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ANYWHERE)
+@pytest.mark.parametrize("images", REFUSED)
+def test_images_of_another_kind_are_refused_in_one_line_everywhere(where, images):
+    given, words = REFUSED[images]
+    with pytest.raises(PteeError, match=words) as refusal:
+        ANYWHERE[where](made(), given)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("where", FROM_TENSORS)
+@pytest.mark.parametrize(
+    ("images", "model", "words"),
+    [
+        (x.double(), torch.float32, r"These images are float64, and the model is float32 .*Give x.to\(torch.float32\)"),
+        (x, torch.float64, r"These images are float32, and the model is float64 .*Give x.to\(torch.float64\)"),
+        (x, torch.bfloat16, r"These images are float32, and the model is bfloat16 .*Give x.to\(torch.bfloat16\)"),
+        (x.half(), torch.float32, "These images are float16, and the model is float32"),
+        (x.to("meta"), torch.float32, r"These images are on meta, and the model is on cpu. Give x.to\('cpu'\)"),
+    ],
+    ids=["float64", "a double model", "a bfloat16 model", "float16", "another device"],
+)
+def test_tensors_of_another_number_type_or_device_are_refused(where, images, model, words):
+    with torch.no_grad(), pytest.raises(PteeError, match=words):
+        FROM_TENSORS[where](made().to(model), images)
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float64])
+def test_data_sets_may_give_another_floating_point_type(given):
+    model, data = made(), data_of(x.to(given))
+    for go in (lambda: ptee.evaluate(model, data, speed=False), lambda: ptee.tune(model, data, max_cost=1.5)):
+        go()
+    for cache in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a collapse
+            assert ptee.train(model, data, epochs=1, cache=cache).epochs
+
+
+def test_a_half_model_is_evaluated_on_a_data_set_of_single_precision():
+    model = made().bfloat16()
+    traces = record(model, data_of(x))
+    assert torch.equal(traces.answers, model.all_exits(x.bfloat16()).logits.argmax(-1))
+    assert traces.sample.dtype == torch.bfloat16
+
+
+def test_under_autocast_images_of_single_precision_are_taken():
+    model = made()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model.predict(x, 2.0)
+        assert torch.equal(out.logits, model.backbone(x))
+        assert model.predict(x.bfloat16(), 2.0).logits.dtype == torch.bfloat16
+        with pytest.raises(PteeError, match="These images are float64"):
+            model.predict(x.double())
+
+
+class Casting(nn.Module):
+    """A network in half precision whose own code takes images of any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, K)
+        ).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.bfloat16())
+
+
+def test_a_network_that_casts_its_images_itself_takes_them():
+    model = ptee.augment(Casting(), exits=["net.0"], input_size=SIZE)
+    assert torch.equal(model.predict(x).logits, model.predict(x.bfloat16()).logits)
+
+
+def test_an_empty_batch_is_looked_at_like_any_other():
+    assert made().predict(x[:0]).logits.shape == (0, K)
+    with pytest.raises(PteeError, match="uint8"):
+        made().predict(x[:0].byte())
+
+
+def test_rows_that_are_no_numbers_go_to_the_end():
+    model = made()
+    poisoned = x.clone()
+    poisoned[1], poisoned[3] = float("nan"), float("inf")
+    out = model.predict(poisoned, 0.0)
+    assert out.exit_index.tolist() == [0, 2, 0, 2, 0, 0, 0, 0]
+    assert torch.equal(out.logits[[0, 2]], model.predict(x, 0.0).logits[[0, 2]])
+
+
+def test_pooled_heads_take_other_sizes():
+    larger = torch.rand(4, 3, 12, 10)
+    model = made("conv1")
+    assert torch.equal(model.predict(larger, 2.0).logits, model.backbone(larger))
+    assert model.all_exits(larger).logits.shape == (3, 4, K)
+
+
+def test_a_size_that_the_backbone_cannot_take_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 6 * 6, K))
+    model = ptee.augment(net, exits=["0"], input_size=SIZE)
+    with pytest.raises(PteeError, match=r"cannot take images of size \(3, 12, 10\) .*planned for \(3, 8, 8\)"):
+        model.predict(torch.rand(4, 3, 12, 10), 2.0)
