@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, first_line
-from ptee.analysis.active_rows import ActiveRows
 from ptee.analysis.arithmetic import TOLERANCES, comparable, exact_copy, exact_images, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
-from ptee.analysis.replay import ReplayCache, RestartForward, make_cached, merged, run, undo_cached
+from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 KEPT = 2  # rows left in a proof: one alone would broadcast past a skip connection that carries the old rows
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import PteeError, first_line
-from ptee.analysis.active_rows import ActiveRows
 from ptee.analysis.cut_points import Cut
-from ptee.analysis.replay import ReplayCache, RestartForward, Step
+from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step
 from ptee.exits.confidence import Confidence, leaves
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, PteeError, unknown
+from ptee._common.process import own_random_numbers
 from ptee._common.text import table
 from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
@@ -196,8 +197,7 @@ def calibrate(
     model.require_all_on()
     home = next(model.heads.parameters()).device
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_random_numbers(seed):
         model.to(home if device is None else resolve_device(device)).eval()
         try:
             outputs = _run_heads(model, loader)
@@ -246,11 +246,10 @@ class _Outputs:
 
 @torch.inference_mode()
 def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
-    like = next(model.heads.parameters())
     odds, answers, labels = [], [], []
     for batch in tqdm(loader, desc="calibrating", disable=None, leave=False):
         images, known = split_batch(batch)
-        every = model.all_exits(images.to(like.device, like.dtype))
+        every = model.all_exits(model.prepared(images))
         own = every.logits[:-1]
         usable = own.amax(-1).isfinite() & every.confidence_logits.isfinite()  # elsewhere h is NaN
         odds.append(torch.where(usable, log_odds(own), torch.nan).cpu().double())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptee.analysis.active_rows import ActiveRows
+from ptee.analysis.replay import ActiveRows
 
 
 def test_at_first_all_rows_are_here_and_nothing_is_copied():

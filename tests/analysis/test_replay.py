@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.analysis.active_rows import ActiveRows
 from ptee.analysis.replay import (
+    ActiveRows,
     CachedModule,
     ReplayCache,
     RestartForward,

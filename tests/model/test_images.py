@@ -36,7 +36,7 @@ FROM_DATA: dict[str, Callable[[Any, Tensor], Any]] = {
     "a loader": lambda model, x: record(model, DataLoader(data_of(x), 4)),
     "evaluate": lambda model, x: ptee.evaluate(model, data_of(x), speed=False),
     "tune": lambda model, x: ptee.tune(model, data_of(x), max_cost=1.5),
-    "fit_gates": lambda model, x: ptee.fit_gates(model, data_of(x)),
+    "calibrate": lambda model, x: ptee.calibrate(model, data_of(x)),
     "compare": lambda model, x: ptee.compare({"mine": model}, data_of(x), data_of(x)),
 }
 ANYWHERE = FROM_TENSORS | FROM_DATA
