@@ -157,7 +157,7 @@ def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds
 
 
 def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
-    ways = {"none": 0, "half at exit 0": b // 2, "all at exit 0": b}
+    ways = {"nobody": 0, "half at exit 0": b // 2, "all at exit 0": b}
     if b < 2:
         del ways["half at exit 0"]
     times = _times(model, b, ways, rounds)
