@@ -33,7 +33,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
-COVERED = 0.95  # share of the resamples that an interval holds
+COVERED = 0.95  # by an interval
 WAYS = {  # of a run to decide who leaves: words behind its name, policy, and whether all exits have the same threshold
     "learned": ("", "learned", False),
     "one_threshold": (", one T", "learned", True),
@@ -69,7 +69,7 @@ def compare(
         report: other images, for all numbers.
         static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
             `ptee.backbones.load.load_backbone` gave, or a module that takes images as the backbone does.
-        drops: allowed drops of accuracy (without labels: of fidelity); .01 is one point.
+        drops: of accuracy (without labels: fidelity) that are allowed; .01 is one point.
         lines: which of `LINES` each model gets; fewer make a short table of many models. What is said in words is of these.
         batch_size: for a data set.
         num_workers: processes that load a data set.
@@ -302,7 +302,7 @@ def _at(pair: Pair, allowed: float, threshold: tuple[float, ...], off: tuple[int
 
 
 def _cut_off(pair: Pair, n: int) -> Entry:
-    """Every image leaves at exit n. Its head is run, and those whose answers it reads."""
+    """Everybody leaves at exit n, whose head is the only one, but for those that it reads."""
     alone = Pair(*(traces.without_gates() for traces in pair))
     return _entry(alone, lambda t: t.at(n), tuple(m for m in range(len(pair.report.costs) - 1) if m != n))
 
