@@ -394,7 +394,7 @@ def choose_thresholds(
     """
     parts = parts_for_tuning(unseen.data, unseen.images, unseen.seed)
     found = tune(
-        model, parts.calibration, **{target.kind: target.limit}, one=recipe.thresholds.one_threshold, margin=recipe.thresholds.margin,
+        model, parts.calibration, **{target.kind: target.limit}, one_threshold=recipe.thresholds.one_threshold, margin=recipe.thresholds.margin,
         batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device,
     )  # fmt: skip
     record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
