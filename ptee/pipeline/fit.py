@@ -54,6 +54,7 @@ class Job:
         log: is told what happens, in lines for a person.
         again: what to type to go on after an interruption; empty where nothing helps.
         speed_seconds: how long measuring speed may take, in about.
+        explain: say what the columns of the results mean.
     """
 
     out: Path | None = None
@@ -64,6 +65,7 @@ class Job:
     log: Log = silent
     again: str = ""
     speed_seconds: float = SPEED_SECONDS
+    explain: bool = False
 
 
 def fit(
@@ -371,7 +373,7 @@ def _choose_and_measure(model: EarlyExitModel, data: Data, target: Target | None
         model, images, batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device, speed=job.speed, speed_seconds=job.speed_seconds,
         about=about,
     )  # fmt: skip
-    job.log(f"\n{results}")
+    job.log(f"\n{results}" + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
     if found is not None:
         job.log(describe_outcome(found, model.results))

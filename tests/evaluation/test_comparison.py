@@ -243,7 +243,7 @@ def test_a_comparison_can_be_written_as_json():
 
 
 def test_a_run_gets_only_the_lines_that_are_asked_for_with_the_same_numbers():
-    every, some = compared(), compared(lines=["max_prob", "learned"])
+    every, some = compared(), compared(lines=["max_prob", "own"])
     names = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
     assert [each.name for each in some.lines] == [*names, "small", "small, then Sequential"]
     assert all(line(every, each.name) == each for each in some.lines)
@@ -256,7 +256,7 @@ def test_a_run_gets_only_the_lines_that_are_asked_for_with_the_same_numbers():
         (
             ["oracle"],
             PteeError,
-            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of learned, ",
+            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of own, ",
         ),
         ([], PteeError, r"\(none\). Add"),
     ],

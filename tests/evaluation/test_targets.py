@@ -311,7 +311,7 @@ def test_where_every_exit_costs_more_than_the_backbone_all_are_off_for_a_cost_of
     traces = easy_and_hard(0, 3, 50)
     first_is_dear = traces.head_costs + torch.tensor([2, 0, 0])
     all_read_it = torch.tensor([False, True, True])
-    traces = replace(traces, costs=traces.costs + 2, head_costs=first_is_dear, linked=all_read_it)
+    traces = replace(traces, costs=traces.costs + 2, head_costs=first_is_dear, builds_on_previous=all_read_it)
     found = solve(traces, max_cost=1.2)
     assert (found.off, found.cost) == ((0, 1, 2), pytest.approx(1))
     with pytest.raises(PteeError, match=r"max_cost=0.9 cannot be reached.*1\.0000.*Give max_cost=1 or more"):
