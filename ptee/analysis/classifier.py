@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError, first_line, some
+from ptee._common.errors import Argument, BackboneError, first_line, some
 from ptee.analysis.fake_run import on_shadow
 from ptee.analysis.freezing import modes, set_modes
 
@@ -17,7 +17,7 @@ TWO_LOGITS = (
     "One logit z of a binary network is two: let a module around it return torch.stack([torch.zeros_like(z), z], 1) with z of "
     "shape (b,), whose softmax is the sigmoid of z."
 )
-GIVE_SIZE = "Give the size that it takes, input_size=(c, h, w), or build it for this one."
+GIVE_SIZE = f"Give the size that it takes, {Argument('input_size', '(c, h, w)')}, or build it for this one."
 MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # Python's words
 COMPILED = "_torchdynamo_orig_callable"  # torch.compile leaves the function that it was given here
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and what lies in them

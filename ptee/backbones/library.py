@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ptee._common.errors import Argument
+
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
@@ -33,16 +35,17 @@ class ArgumentNames:
     def advice(self, sentence: str) -> str:
         """The sentence with the arguments in it, or, where the caller lacks one of them, what else can be done.
 
-        >>> ArgumentNames(weights="front_weights").advice("Give a file with {weights}=FILE.")
-        'Give a file with front_weights=FILE.'
-        >>> ArgumentNames(num_classes=None).advice("Try {num_classes}=10.")
-        'Give another model=, or another file with weights=FILE.'
+        Args:
+            sentence: with arguments such as `{weights:FILE}`.
+
+        Returns:
+            A text for a `PteeError`, which finds the arguments again.
         """
-        known = asdict(self)
+        known = {field: Argument(name) for field, name in asdict(self).items() if name is not None}
         wanted = [name for _, name, *_ in Formatter().parse(sentence) if name]
-        if any(known[name] is None for name in wanted):
-            sentence = "Give another {model}=, or another file with {weights}=FILE."
-            sentence = sentence if self.model else "Give another file with {weights}=FILE."
+        if not known.keys() >= set(wanted):
+            sentence = "Give another {model}, or another file with {weights:FILE}."
+            sentence = sentence if self.model else "Give another file with {weights:FILE}."
         return sentence.format(**known)
 
     @property
@@ -53,14 +56,14 @@ class ArgumentNames:
     def check(self, *arguments: str) -> str:
         """The sentence that asks to check these arguments, or those of them that the caller has."""
         given = [name for name in map(asdict(self).get, arguments) if name] or [self.weights]
-        *others, last = (f"{name}=FILE" if "=" in name else f"{name}=" for name in given)
+        *others, last = (f"{Argument(name):FILE}" if "=" in name else f"{Argument(name)}" for name in given)
         return f"Check {', '.join(others)} and {last}." if others else f"Check {last}."
 
     def other_weights(self) -> str:
         """What to do where there are no published weights, or none that can be had."""
         if self.pretrained is None:
-            return self.advice("Give a file with {weights}=FILE.")
-        return self.advice("Give a file with {weights}=FILE, or take random weights with {pretrained}=False.")
+            return self.advice("Give a file with {weights:FILE}.")
+        return self.advice("Give a file with {weights:FILE}, or take random weights with {pretrained:False}.")
 
 
 WEIGHTS_ALONE = ArgumentNames(None, "weights", None, None, None, None, None, None)  # of a network in a list of them

@@ -114,7 +114,9 @@ def load_backbone(
     """
     if num_classes is not None and num_classes < 2:
         one = f" {TWO_LOGITS}" if num_classes == 1 else ""
-        text = f"A classifier has two classes or more, not {num_classes}. {names.advice('Give {num_classes}= again.')}{one}"
+        text = (
+            f"A classifier has two classes or more, not {num_classes}. {names.advice('Give {num_classes} again.')}{one}"
+        )
         raise BackboneError(text, argument=names.num_classes, value=num_classes)
     size = None if input_size is None else checked_size(input_size, names.input_size)
     file = None if weights is None else str(weights)
@@ -180,7 +182,7 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
         raise BackboneError(text, argument=names.model_args, value=request.args)
     known = next(filter(None, (library.recognise(module) for library in LIBRARIES.values())), None)
     if known is None and request.input_size is None:
-        advice = names.advice("Give {input_size}=(c, h, w).")
+        advice = names.advice("Give {input_size:(c, h, w)}.")
         raise BackboneError(
             f"{request.label} does not say how large its images are. {advice}", argument=names.input_size
         )
@@ -190,7 +192,7 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
         note = _fill(module, request, read_checkpoint(request.weights, names.weights_argument))
     classes = _count_classes(module, config, request)
     if known and known.assumed and request.input_size is None and classes != known.num_classes:
-        advice = names.advice("Give {input_size}=(c, h, w).")
+        advice = names.advice("Give {input_size:(c, h, w)}.")
         text = f"{request.label} of {classes} classes may take any input size. {advice}"
         raise BackboneError(text, argument=names.input_size)
     space = _label_space(known, classes) if known else None
@@ -228,10 +230,10 @@ def _require_fit(library: str, request: ModelRequest, checkpoint: Checkpoint) ->
 
 def _count_classes(module: nn.Module, config: InputConfig, request: ModelRequest) -> int:
     """K, from one pass; refused if another number was asked for."""
-    other_size = request.names.advice("Give the size that it takes, {input_size}=(c, h, w), or build it for this one.")
+    other_size = request.names.advice("Give the size that it takes, {input_size:(c, h, w)}, or build it for this one.")
     classes = count_classes(module, config.input_size, request.label, other_size)
     if request.num_classes not in (None, classes):
-        advice = request.names.advice("Leave {num_classes}= out.")
+        advice = request.names.advice("Leave {num_classes} out.")
         text = f"{request.label} has {classes} classes, not {request.num_classes}. {advice}"
         raise BackboneError(text, argument=request.names.num_classes, value=request.num_classes)
     return classes
@@ -286,13 +288,13 @@ def _override(config: InputConfig, request: ModelRequest) -> InputConfig:
     mean = _per_channel(names.mean, request.mean, config.mean, size[0])
     std = _per_channel(names.std, request.std, config.std, size[0])
     if not all(math.isfinite(s) and s > 0 for s in std):
-        text = f"Pixels are divided by std, so it must be positive, not {std}. {names.advice('Give {std}= again.')}"
+        text = f"Pixels are divided by std, so it must be positive, not {std}. {names.advice('Give {std} again.')}"
         raise BackboneError(text, argument=names.std, value=std)
     if not all(map(math.isfinite, mean)):
-        text = f"The mean of pixels must be numbers, not {mean}. {names.advice('Give {mean}= again.')}"
+        text = f"The mean of pixels must be numbers, not {mean}. {names.advice('Give {mean} again.')}"
         raise BackboneError(text, argument=names.mean, value=mean)
     if not all(0 <= m <= 1 for m in mean):
-        advice = names.advice("Numbers of 0 to 255 divide by 255, in {std}= as well as in {mean}=.")
+        advice = names.advice("Numbers of 0 to 255 divide by 255, in {std} as well as in {mean}.")
         text = f"Pixels lie between 0 and 1, and so does their mean, not {mean}. {advice}"
         raise BackboneError(text, argument=names.mean, value=mean)
     return InputConfig(size, mean, std, config.interpolation)

@@ -314,7 +314,7 @@ def _other_shapes(
     classes = {(len(have[key]), len(own[key])) for key in wrong if have[key].dim() and own[key].dim()}
     if len(classes) == 1 and all(have[key].shape[1:] == own[key].shape[1:] for key in wrong):
         there, here = classes.pop()
-        advice = names.advice(f"Try {{num_classes}}={there}.")
+        advice = names.advice(f"Try {{num_classes:{there}}}.")
         text = f"{checkpoint.file} has {there} classes ({shown(wrong)}), the model has {here}. {advice}"
         return BackboneError(text, argument=names.num_classes or names.weights_argument, value=here)
     shapes = [f"{shown([key])} {tuple(have[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ptee._common.errors import BackboneError, first_line
+from ptee._common.errors import Argument, BackboneError, first_line
 from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
 
 
@@ -33,5 +33,5 @@ def building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterato
         if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take
             raise BackboneError(f"{label} cannot be downloaded or loaded: {first_line(error)} {remedy}") from error
         given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
-        change = "Change model_args= or input_size=." if args else "Choose another model."
+        change = f"Change {Argument('model_args')} or {Argument('input_size')}." if args else "Choose another model."
         raise BackboneError(f"{label} cannot be built{given}: {first_line(error)} {change}") from error

@@ -47,7 +47,8 @@ def augment(**o: Any) -> None:
     Without --model: a small network on handwritten digits; no data and no connection needed.
     """
     from ptee.pipeline.demo import DEMO_RECIPE, demo
-    from ptee.pipeline.fit import Job, fit_backbone, new_folder
+    from ptee.pipeline.fit import Job, fit_backbone
+    from ptee.pipeline.run_folder import new_folder
 
     recipe = _recipe(o, default=DEMO_RECIPE if o["model"] is None else None)
     out = o["out"] or Path("runs") / _file_name(o["model"] or recipe.name)
@@ -55,7 +56,17 @@ def augment(**o: Any) -> None:
         click.echo(said, err=True)
     folder = new_folder(out, overwrite=o["overwrite"], resume=o["resume"])
     again = "The same command with --resume goes on."
-    job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, again, explain=o["explain"])
+    job = Job(
+        folder,
+        o["device"],
+        o["workers"],
+        o["resume"],
+        o["speed"],
+        click.echo,
+        again,
+        o["overwrite"],
+        explain=o["explain"],
+    )
     if o["model"] is None:
         _refuse_of_demo(o)
         with _one_thread():
@@ -366,7 +377,7 @@ def _require_accuracy(labels: Any, recipe: Any) -> None:
                 f"{labels.reason} So there are no labels for ", wanted, ". Give ", instead, ".", argument=wanted.name
             )
         if needed:
-            labels.require_accuracy(str(wanted), str(instead))
+            labels.require_accuracy(f"{wanted}", f"{instead}")
 
 
 def _without_labels(recipe: Any) -> Any:

@@ -75,7 +75,13 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def as_option(argument: Argument) -> str:
     """What the command calls an argument or setting: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
-    name, value = argument.name.partition("[")[0], argument.value.strip("()[]").replace("'", "").replace(", ", ",")
+    name, _, member = argument.name.partition("[")[0].partition(
+        "="
+    )  # of several: static=resnet18 is --static resnet18=FILE
+    value = argument.value.strip("()[]").replace("'", "").replace(", ", ",")
+    if member:
+        return f"--{name} {member}={value}"
+    name = {"model_args": "model_arg"}.get(name, name)
     path = name if name in SETTINGS else _path(name)
     if path in WITH_OPTION:
         return f"{OPTION_OF[path]} {value}".strip()

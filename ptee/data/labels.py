@@ -106,7 +106,7 @@ def map_labels(
     mend = ""
     if 1 < n < num_classes:
         mend = (
-            f": name their folders by its numbers, 0 to {num_classes - 1}, or name its classes in a file (classes=FILE)"
+            f": name their folders by its numbers, 0 to {num_classes - 1}, or give a file of its class names (classes)"
         )
     reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}{mend}."
     return LabelMap(None, reason)
@@ -276,7 +276,7 @@ def _doubt(right: float, n: int, num_classes: int) -> str:
         return ""
     return (
         f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance: it may know its classes "
-        "in another order. Give a file that names them in its order, one name a line (classes=FILE)."
+        "in another order. Give a file that names them in its order, one name a line (classes)."
     )
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError, RunError
-from ptee._common.files import require_writable, write_json
+from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError
+from ptee._common.files import write_json
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
@@ -29,7 +29,8 @@ from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline import unreadable
 from ptee.pipeline.images import from_data_sets, has_labels
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, write_recipe
+from ptee.pipeline.recipe import Recipe, make_recipe, write_recipe
+from ptee.pipeline.run_folder import clear, new_folder, sole_writer, speaks_for_all
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
@@ -53,6 +54,7 @@ class Job:
         speed: measure images per second, too.
         log: is told what happens, in lines for a person.
         again: what to type to go on after an interruption; empty where nothing helps.
+        overwrite: replace the run that `out` holds.
         speed_seconds: how long measuring speed may take, in about.
         explain: say what the columns of the results mean.
     """
@@ -64,6 +66,7 @@ class Job:
     speed: bool = False
     log: Log = silent
     again: str = ""
+    overwrite: bool = False
     speed_seconds: float = SPEED_SECONDS
     explain: bool = False
 
@@ -131,7 +134,8 @@ def fit(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
-    job = Job(folder, device, num_workers, resume, speed, log or silent, "Call ptee.fit again with resume=True.")
+    again = "Call ptee.fit again with resume=True."
+    job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, chosen, job)
 
 
@@ -156,11 +160,16 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         if network is not None and network.note:
             job.log(f"{network.note}\n")
     job.log(f"{data.summary}\n\n{model.plan}\n")
+    with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume):
+        return _fit(model, data, target, recipe, job)
+
+
+def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> EarlyExitModel:
     for_heads, for_confidence = _images_of_each(data, recipe, job.log)
     complete: list[Epoch] = []
     try:
         history = _train_on_files(model, for_heads, recipe, job, complete)
-        if not _speaks_for_all():
+        if not speaks_for_all():
             return model
         model.results = {"data": _about(data)}
         _set_confidence(model, for_confidence, recipe, job)
@@ -178,53 +187,6 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     if job.out is not None:
         (job.out / saving.CHECKPOINT).unlink(missing_ok=True)
     return model
-
-
-def _speaks_for_all() -> bool:
-    """Of several processes that train together, the first goes on alone."""
-    from accelerate.state import PartialState
-
-    return bool(PartialState().is_main_process)
-
-
-# ---------------------------------------------------------------------------------------------------- the folder
-
-
-def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
-    """The folder of a run that is about to be made: new, empty, or one that may be written over.
-
-    Raises:
-        RunError: if it holds something else, or there is nothing to resume.
-    """
-    require_writable(out)
-    run, unfinished = saving.is_run(out), (out / saving.CHECKPOINT).is_file()
-    stopped = (out / unreadable.FILE).is_file()  # before the training, by pictures that could not be read
-    if resume and not (unfinished or stopped):
-        raise RunError(
-            f"There is no interrupted training in {out}. Give its folder with ", Argument("out"), ", or leave out ", Argument("resume"),
-            ".", argument="resume",
-        )  # fmt: skip
-    if resume or not out.is_dir() or not any(path.name != unreadable.FILE for path in out.iterdir()):
-        return out
-    if not (run or unfinished):
-        raise RunError(
-            f"{out} holds something else than a run. Give a new folder with ", Argument("out"), ".", argument="out"
-        )
-    if not overwrite:
-        found = (
-            ("an interrupted training; ", Argument("resume", "True"), " goes on with it") if unfinished else ("a run",)
-        )
-        raise RunError(
-            f"{out} holds ", *found, ". Give another folder with ", Argument("out"), ", or replace it with ",
-            Argument("overwrite", "True"), ".", argument="out", value=out,
-        )  # fmt: skip
-    return out
-
-
-def _clear(out: Path) -> None:
-    """Remove what an earlier run left, so that it is not taken for this one's."""
-    for name in (saving.CONFIG, saving.HEADS, saving.METRICS, RECIPE_FILE):
-        (out / name).unlink(missing_ok=True)
 
 
 def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> None:
@@ -324,7 +286,7 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
     def on_epoch(epoch: Epoch) -> None:
         complete.append(epoch)
         if job.out is not None:
-            _clear(job.out)
+            clear(job.out)
         job.log(epoch.line(epochs))
 
     history = train(

@@ -117,7 +117,8 @@ def open_run(
         removed=recorded.get("removed", ()),
     )
     if max_drop is not None:
-        labels.require_accuracy(f"max_drop={max_drop}", f"max_fidelity_drop={max_drop}")
+        limit = str(max_drop)
+        labels.require_accuracy(f"{Argument('max_drop', limit)}", f"{Argument('max_fidelity_drop', limit)}")
     images, words = images_to_report_on(found, recorded, run)
     accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
     return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)
