@@ -113,7 +113,7 @@ _KINDS = {
 }  # fmt: skip
 _LIMITS = {
     "greater_than": "above {gt:.12g}", "greater_than_equal": "{ge:.12g} or more", "less_than": "below {lt:.12g}",
-    "less_than_equal": "{le:.12g} or less",
+    "less_than_equal": "{le:.12g} or less", "too_short": "a list of {min_length} or more",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ptee.cli.options import (
     DATA_AND_BATCH_SIZE,
     DEVICE,
     EXITS,
+    EXPLAIN,
     JSON,
     MODEL,
     OUTPUT,
@@ -54,7 +55,7 @@ def augment(**o: Any) -> None:
         click.echo(said, err=True)
     folder = new_folder(out, overwrite=o["overwrite"], resume=o["resume"])
     again = "The same command with --resume goes on."
-    job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, again)
+    job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, again, explain=o["explain"])
     if o["model"] is None:
         _refuse_of_demo(o)
         with _one_thread():
@@ -85,8 +86,9 @@ def plan(as_json: bool, **o: Any) -> None:
 @THRESHOLD
 @SPEED
 @DEVICE
+@EXPLAIN
 @JSON
-def evaluate(run: str, as_json: bool, **o: Any) -> None:
+def evaluate(run: str, as_json: bool, explain: bool, **o: Any) -> None:
     """Measure a saved RUN (a folder, or user/repo on the hub) again, at any threshold."""
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import measure, open_run
@@ -98,7 +100,7 @@ def evaluate(run: str, as_json: bool, **o: Any) -> None:
     click.echo(f"{words} {opened.accuracy}", err=as_json)
     with _threads(opened):
         results = measure(opened.model, images, words, threshold=o["threshold"], **_how(o))
-    click.echo(to_json(results.to_dict()) if as_json else f"\n{results}")
+    click.echo(to_json(results.to_dict()) if as_json else f"\n{results}{_legend(results, explain)}")
 
 
 @cloup.command()
@@ -144,7 +146,7 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
 )
 @cloup.option(
     "--lines",
-    default="learned,one_threshold,max_prob,entropy,patience,oracle,truncation",
+    default="own,one_threshold,max_prob,entropy,patience,oracle,truncation",
     show_default=True,
     help="Which lines each run gets in the table; fewer make a short table of many runs.",
 )
@@ -157,8 +159,9 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
 @DATA_AND_BATCH_SIZE
 @WEIGHTS
 @DEVICE
+@EXPLAIN
 @JSON
-def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) -> None:
+def compare(run: tuple[str, ...], as_json: bool, explain: bool, page: Path | None, **o: Any) -> None:
     """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
 
     Thresholds are chosen on the calibration images; everything is reported on others.
@@ -180,7 +183,7 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
             log=partial(click.echo, err=as_json),
             **_how(o, speed=False),
         )
-    click.echo(to_json(found.to_dict()) if as_json else f"\n{found}")
+    click.echo(to_json(found.to_dict()) if as_json else f"\n{found}{_legend(found, explain)}")
     if page is not None:
         report.write(found, page)
         click.echo(f"\nDrawn in {page}", err=as_json)
@@ -200,8 +203,9 @@ def compare(run: tuple[str, ...], as_json: bool, page: Path | None, **o: Any) ->
 )
 @cloup.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @DEVICE
+@EXPLAIN
 @JSON
-def bench(as_json: bool, **o: Any) -> None:
+def bench(as_json: bool, explain: bool, **o: Any) -> None:
     """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs."""
     import torch
 
@@ -214,7 +218,7 @@ def bench(as_json: bool, **o: Any) -> None:
         torch.set_num_threads(o["threads"])
     model = _untrained(_backbone(o), recipe).to(device)
     found = measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"])
-    click.echo(to_json(found.to_dict()) if as_json else str(found))
+    click.echo(to_json(found.to_dict()) if as_json else f"{found}{_legend(found, explain)}")
 
 
 @cloup.command()
@@ -270,6 +274,11 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- from options to values
+
+
+def _legend(tables: Any, explain: bool) -> str:
+    """What the columns mean, where that is asked for."""
+    return f"\n\n{tables.legend}" if explain else ""
 
 
 def _recipe(o: dict[str, Any], default: Any = None) -> Any:

@@ -75,7 +75,7 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def as_option(argument: Argument) -> str:
     """What the command calls an argument or setting: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
-    name, value = argument.name, argument.value.strip("()").replace("'", "").replace(", ", ",")
+    name, value = argument.name.partition("[")[0], argument.value.strip("()[]").replace("'", "").replace(", ", ",")
     path = name if name in SETTINGS else _path(name)
     if path in WITH_OPTION:
         return f"{OPTION_OF[path]} {value}".strip()
@@ -284,6 +284,7 @@ SPEED = cloup.option(
 THRESHOLD = cloup.option(
     "--threshold", type=Numbers(), help="T: one number, or one for each exit, with commas between."
 )
+EXPLAIN = cloup.option("--explain", is_flag=True, help="Say below the tables what their columns mean.")
 JSON = cloup.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 OUTPUT = cloup.option_group(
     "Output",
@@ -292,4 +293,5 @@ OUTPUT = cloup.option_group(
     cloup.option("--overwrite", is_flag=True, help="Replace the run that --out holds."),
     DEVICE,
     SPEED,
+    EXPLAIN,
 )

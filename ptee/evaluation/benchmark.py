@@ -1,7 +1,7 @@
-"""Wall-clock time beside the bare backbone, in the same process and in turns.
+"""Time beside the bare backbone's, measured in turns in the same process.
 
-A machine's speed drifts, so absolute seconds mean little: every figure is a ratio to the bare backbone, timed in turn
-with it. The counted saving stands beside the measured one.
+The speed of a machine drifts, so absolute seconds mean little. Every time is a ratio to the bare backbone's, measured in turns
+with it, and stands beside the counted cost.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import Argument, PteeError
 from ptee._common.text import table
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
-NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence, and every finite one, reaches
+NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence reaches, and that every finite one does
+MAX_SECONDS = 120  # for one batch size; after that no further round begins
 
 
 def in_turns(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int = 7, seconds: float = 20.0
 ) -> dict[str, list[float]]:
-    """Seconds of each call, all of them timed once in every round.
+    """Seconds that each call takes, all of them timed once in every round. A terminal shows a progress bar.
 
     Args:
         calls: what to time, by name.
-        device: waited for before the clock is read. Progress is shown where standard error is a terminal.
-        rounds: how often, after one round that is not counted.
-        seconds: start no further round after so long, but do three.
+        device: where they run; the clock is read when it has finished.
+        rounds: how often, after a first round that does not count.
+        seconds: no further round begins after these, but three are timed in any case.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
@@ -58,12 +59,12 @@ def _bar(steps: int) -> tqdm[Any]:
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the rounds of time over base: each round's two stood under the same load."""
+    """Median over the rounds of time / base. The two times of one round were measured under the same load."""
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
 
 
 def wait(device: torch.device) -> None:
-    """Until it has done what it was asked for."""
+    """Return when the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -72,16 +73,15 @@ def wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to leave, timed at one batch size. Times and costs are fractions of the bare backbone's.
+    """One batch size, and one number of images that leave. Times and costs are fractions of the bare backbone's.
 
     Attributes:
-        batch: b.
-        leaving: in words.
+        batch: number of images in the batch.
+        leaving: how many of them leave, in words.
         time: measured.
-        counted: the mean cost, by operations.
-        limit: time that would be spent if what leaves cost nothing after its exit, measured in the same run; None
-            where nobody leaves.
-        saved: the share of that possible saving that is had; None where nobody leaves.
+        counted: the mean cost, in multiply-accumulates.
+        limit: the time if images that leave cost nothing after exit 0, measured in the same run; None where none leave.
+        saved: (1 - time) / (1 - limit), the share of the possible saving that is reached; None where none leave.
     """
 
     batch: int
@@ -94,7 +94,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Bench:
-    """Speed of a model beside its bare backbone."""
+    """Speed of a model beside its bare backbone's. Prints as a table."""
 
     backbone: str
     device: str
@@ -106,83 +106,102 @@ class Bench:
         """JSON-able values."""
         return asdict(self)
 
+    @property
+    def legend(self) -> str:
+        """What the columns mean, a line each."""
+        return LEGEND
+
     def __str__(self) -> str:
-        blank = lambda x: "" if x is None else f"{x:.3f}"  # noqa: E731
-        rows = [
-            (str(c.batch), c.leaving, f"{c.time:.3f}", f"{c.counted:.3f}", f"{c.time / c.counted - 1:+.1%}", blank(c.limit),
-             "" if c.saved is None else f"{c.saved:.1%}")
-            for c in self.cases
-        ]  # fmt: skip
-        title = ("batch", "leaving", "time", "counted", "over counted", "limit", "of the limit saved")
-        where = f"{self.device}, {self.threads} threads" if self.device == "cpu" else self.device
+        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.device == "cpu" else ""
+        title = ("batch", "who leaves", "time", "cost", "time over cost", "best time", "saving reached")
         return (
-            f"{self.backbone} with {self.exits} exits on {where}; time and cost over the bare backbone's\n"
-            + table([title, *rows], left={1})
-            + "\nlimit: the bare backbone's time less what it spends behind exit 0 on the rows that leave there."
+            f"{self.backbone} with {self.exits} exit{'s' * (self.exits != 1)} on {self.device}{threads}\n"
+            + "Times and costs are divided by the bare backbone's.\n\n"
+            + table([title, *map(_cells, self.cases)], left={1})
         )
 
 
+LEGEND = """\
+time: measured in turns with the bare backbone, divided by its time.
+cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
+time over cost: by how much the time is longer than the cost says.
+best time: the time if images that leave cost nothing after exit 0.
+saving reached: (1 - time) / (1 - best time)."""
+
+
+def _cells(case: Case) -> tuple[str, ...]:
+    best = "-" if case.limit is None else f"{case.limit:.3f}"
+    saved = "-" if case.saved is None else f"{case.saved:.1%}"
+    over = f"{case.time / case.counted - 1:+.1%}"
+    return (str(case.batch), case.leaving, f"{case.time:.3f}", f"{case.counted:.3f}", over, best, saved)
+
+
 def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds: int = 7) -> Bench:
-    """Time a model beside its bare backbone: nobody leaves, half of the rows leave at exit 0, all leave there.
+    """Time a model beside its bare backbone: no image leaves, half of them leave at exit 0, all leave there.
 
     Args:
         model: on the device to be timed.
-        batch_sizes: b of each measurement.
-        rounds: how often each is timed; medians of the ratios are given.
+        batch_sizes: number of images in a batch, for each measurement.
+        rounds: how often each is timed; the results are medians of ratios.
     """
     require_early_exit(model)
-    if any(b < 1 for b in batch_sizes):
-        raise PteeError(f"Batch sizes {list(batch_sizes)} must be positive.")
+    for b in batch_sizes:
+        if b < 1:
+            raise PteeError(
+                f"A batch of {b} images cannot be timed. Give sizes of 1 or more, such as ", Argument("batch_sizes", "[1, 32]"), ".",
+                argument="batch_sizes", value=batch_sizes,
+            )  # fmt: skip
     cases = [case for b in batch_sizes for case in _cases(model, b, rounds)]
     device = next(model.heads.parameters()).device
     return Bench(model.plan.backbone, device.type, torch.get_num_threads(), len(model.exits), tuple(cases))
 
 
 def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
-    like = next(model.heads.parameters())
-    x = torch.randn(b, *model.plan.input_size, device=like.device, dtype=like.dtype)
-    half = b // 2
-    ways = {"nobody": 0, "half at exit 0": half, "all at exit 0": b} if half else {"nobody": 0, "all at exit 0": b}
-    thresholds = {way: _leaving(model, b, n, x.device) for way, n in ways.items()}
-    calls: dict[str, Callable[[], object]] = {
-        "bare": lambda: model.backbone(x),
-        "bare, others": lambda: model.backbone(x[half:]),
-        "to exit 0": lambda: _up_to_first_exit(model, x),
-        "to exit 0, others": lambda: _up_to_first_exit(model, x[half:]),
-    }
-    for way, threshold in thresholds.items():
-        calls[way] = partial(model.predict, x, threshold)
-    times = in_turns(calls, x.device, rounds=rounds, seconds=120)
-    bare = times["bare"]
-    limits = {
-        # Everybody runs to exit 0; behind it only the others.
-        "half at exit 0": [
-            a + o - p
-            for a, o, p in zip(times["to exit 0"], times["bare, others"], times["to exit 0, others"], strict=True)
-        ],
-        "all at exit 0": times["to exit 0"],
-    }
+    ways = {"nobody": 0, "half at exit 0": b // 2, "all at exit 0": b}
+    if b < 2:
+        del ways["half at exit 0"]
+    times = _times(model, b, ways, rounds)
+    limits = {"all at exit 0": times["to exit 0"]}
+    if b >= 2:  # all run to exit 0, and after it only those that stay
+        parts = zip(times["to exit 0"], times["bare, half"], times["to exit 0, half"], strict=True)
+        limits["half at exit 0"] = [to_exit + whole - half_to_exit for to_exit, whole, half_to_exit in parts]
     cases = []
     for way, leaving in ways.items():
         counted = (leaving * model.costs[0] + (b - leaving) * model.costs[-1]) / b
-        measured = ratio(times[way], bare)
-        limit = ratio(limits[way], bare) if leaving else None
+        measured = ratio(times[way], times["bare"])
+        limit = ratio(limits[way], times["bare"]) if leaving else None
         saved = None if limit is None else (1 - measured) / (1 - limit)
         cases.append(Case(b, way, measured, counted, limit, saved))
     return cases
 
 
-def _leaving(model: EarlyExitModel, b: int, leaving: int, device: torch.device) -> Any:
-    """Thresholds (b, E) that send the first rows out at exit 0 and nobody else anywhere."""
+def _times(model: EarlyExitModel, b: int, ways: Mapping[str, int], rounds: int) -> dict[str, list[float]]:
+    """Seconds of the model with so many images leaving, and of the parts of the backbone that the limits are made of."""
+    like = next(model.heads.parameters())
+    x = torch.randn(b, *model.plan.input_size, device=like.device, dtype=like.dtype)
+    staying = x[b // 2 :]
+    calls: dict[str, Callable[[], object]] = {
+        "bare": lambda: model.backbone(x),
+        "bare, half": lambda: model.backbone(staying),
+        "to exit 0": lambda: _up_to_first_exit(model, x),
+        "to exit 0, half": lambda: _up_to_first_exit(model, staying),
+    }
+    for way, leaving in ways.items():
+        calls[way] = partial(model.predict, x, _threshold(model, b, leaving))
+    return in_turns(calls, x.device, rounds=rounds, seconds=MAX_SECONDS)
+
+
+def _threshold(model: EarlyExitModel, b: int, leaving: int) -> Any:
+    """Thresholds with which the first images of a batch leave at exit 0, and no other image leaves at all."""
     if leaving in (0, b):
         return [ALWAYS if leaving else NEVER, *[NEVER] * (len(model.exits) - 1)]
-    wall = torch.full((b, len(model.exits)), NEVER)
-    wall[:leaving, 0] = ALWAYS
-    return wall  # on the CPU: its NaN check then waits for nothing
+    threshold = torch.full((b, len(model.exits)), NEVER)  # on the CPU, where the check for NaN does not wait for a GPU
+    threshold[:leaving, 0] = ALWAYS
+    return threshold
 
 
 class _Reached(BaseException):
-    """The backbone has run as far as it was to be timed."""
+    """Stops the backbone at exit 0. Not an Exception, so that no backbone catches it."""
 
 
 def _up_to_first_exit(model: EarlyExitModel, x: Tensor) -> None:

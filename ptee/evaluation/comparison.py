@@ -1,8 +1,8 @@
-"""Comparing early-exit models of one backbone, and what a user would take instead of them, on the same images.
+"""Compare early-exit models of one backbone with each other and with the alternatives, on the same images.
 
-Instead of them: a smaller network alone; that network first and the backbone where it is not sure; the backbone cut off at
-one exit. Whatever can be chosen (thresholds, exits that do not pay, where to cut off) is chosen on the calibration
-images, and every figure is of the report images, so a drop that was allowed is not the drop that is found.
+The alternatives: a smaller network alone; a cascade of that network and, where it is not confident, the backbone; the backbone
+cut off at one exit. Everything that can be chosen (thresholds, exits that are off, where to cut off) is chosen on the
+calibration images. All numbers are of the report images, so the drop that is found differs from the drop that was allowed.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
+from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import PteeError, unknown
-from ptee._common.progress import with_bar
+from ptee._common.errors import Argument, PteeError, unknown
 from ptee.analysis.freezing import modes, set_modes
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
+from ptee.evaluation.config import DropsConfig
 from ptee.evaluation.targets import AUTO, curve, first_to_give, truncation
 from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
-DROPS = (0.0, 0.005, 0.01, 0.02)
+DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
 LINES = (
@@ -87,13 +87,13 @@ def compare(
 ) -> Comparison:
     """Compare early-exit models of one backbone with each other, with smaller networks and with a cut-off backbone.
 
-    Each model answers all images once, each at every exit; the rest is arithmetic.
+    Every exit of every model answers all images once; everything else is computed from these answers.
 
     Args:
         models: names, and models with the same backbone.
-        calibration: what thresholds are chosen on: a map-style data set of (image, label) or (image,), or a loader that
-            gives them in the same order each time. Images that nothing was trained on.
-        report: other images, for every figure.
+        calibration: images that thresholds are chosen on: a map-style data set of (image, label) or (image,), or a loader that
+            gives them in the same order each time. Nothing was trained on them.
+        report: other images, for all numbers.
         static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
             `ptee.backbones.load.load_backbone` gave, or a module that takes images as the backbone does.
         drops: of accuracy (without labels: fidelity) that are allowed; .01 is one point.
@@ -123,14 +123,14 @@ def compare(
         before, pair = pair, _recorded(model, images)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
-        found += with_bar(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", progress)
+        silent = None if progress else True  # None: where standard error is no terminal
+        found += tqdm(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", disable=silent, leave=False)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
-        beside = Pair(
-            *(_beside(logits, t, cost) for logits, t in zip(_said(network, first, images, pair), pair, strict=True))
-        )
-        found += _of_network(name, first.plan.backbone, beside, allowed)
+        both = zip(_logits(network, first, images, pair), pair, strict=True)
+        cascade = Pair(*(_cascade(logits, traces, cost) for logits, traces in both))
+        found += _of_network(name, first.plan.backbone, cascade, allowed)
     accuracy = pair.report.score(pair.report.at(len(pair.report.costs) - 1)).accuracy
     chosen_on, samples = (t.answers.shape[1] for t in pair)
     note = pair.calibration.note or pair.report.note
@@ -141,17 +141,10 @@ def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:
     """Allowed drops in ascending order, each once.
 
     Raises:
-        PteeError: if there is none, or one is no fraction.
+        PteeError: if there is none, or one is not a fraction.
     """
-    if isinstance(drops, str) or not isinstance(drops, Iterable):
-        raise PteeError(f"The drops are {drops!r}: give several, such as [0, 0.01].")
-    drops = list(drops)
-    wrong = [drop for drop in drops if not isinstance(drop, Real) or not 0 <= drop < 1]
-    if wrong or not drops:
-        shown = [f"{drop:g}" if isinstance(drop, Real) else repr(drop) for drop in wrong]
-        found = f"A drop of {shown[0]} cannot be" if wrong else "No drop is given"
-        raise PteeError(f"{found}: give fractions of at least 0 and below 1, such as 0.01 for one point.")
-    return tuple(sorted({float(drop) for drop in drops}))
+    several = isinstance(drops, Iterable) and not isinstance(drops, str)
+    return tuple(sorted(set(DropsConfig(drops=list(drops) if several else drops).drops)))
 
 
 def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
@@ -185,7 +178,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class _Images:
-    """Both parts, and how they are gone through."""
+    """The images of both parts, and how to run over them."""
 
     calibration: Any
     report: Any
@@ -204,13 +197,12 @@ class _Images:
 
 
 def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
-    """The first model, where all stand on the same backbone and take the same images."""
+    """The first model, if all have the same backbone and take the same images."""
+    example = "such as {'mine': model}"
     if not isinstance(models, Mapping):
-        raise PteeError(
-            f"Models are given by name, not as {type(models).__name__}: give each with its name, such as {{'mine': model}}."
-        )
+        raise PteeError(f"Give the models by name, {example}, not as {type(models).__name__}.", argument="models")
     if not models:
-        raise PteeError("There is no model to compare. Give one or more, each with its name.")
+        raise PteeError(f"There is no model to compare. Give one or more by name, {example}.", argument="models")
     for model in models.values():
         require_early_exit(model)
     (first, one), *others = models.items()
@@ -219,45 +211,44 @@ def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
         found = own if other.backbone is one.backbone else weights_hash(other.backbone)
         if found != own:
             raise PteeError(
-                f"{name} stands on another backbone ({other.origin.name}, weights {found[:16]}) than {first} "
+                f"{name} has another backbone ({other.origin.name}, weights {found[:16]}) than {first} "
                 f"({one.origin.name}, weights {own[:16]}). Compare models of one backbone."
             )
-        if _view(other) != _view(one):
+        if _input(other) != _input(one):
             raise PteeError(
-                f"{name} takes images of another size, mean or deviation than {first}. Compare like models."
+                f"{name} takes images of another size, mean or deviation than {first}. Compare models that take the same images."
             )
     return one
 
 
-def _view(model: EarlyExitModel) -> list[tuple[float, ...]]:
+def _input(model: EarlyExitModel) -> list[tuple[float, ...]]:
     images = model.origin.input
     return [tuple(images.input_size), tuple(images.mean), tuple(images.std)]
 
 
 def _network(name: str, given: str | nn.Module | Backbone, model: EarlyExitModel) -> Backbone:
     if not isinstance(given, Backbone):
-        view = model.origin.input if isinstance(given, nn.Module) else None
-        like: dict[str, Any] = (
-            {} if view is None else {"input_size": view.input_size, "mean": view.mean, "std": view.std}
-        )
-        given = load_backbone(given, **like)
+        own = model.origin.input
+        like: dict[str, Any] = {"input_size": own.input_size, "mean": own.mean, "std": own.std}
+        given = load_backbone(given, **(like if isinstance(given, nn.Module) else {}))
     require_same_question(f"The network {name}", given, model.origin.input, model.num_classes)
     return given
 
 
 def _require_order(data: Any) -> None:
-    """Networks go over the images one after another, and their answers are put side by side."""
+    """The networks run over the images one after another, and their answers are compared image by image."""
     if isinstance(getattr(data, "sampler", None), RandomSampler):
         raise PteeError(
-            "The loader shuffles, so no two networks would see the images in the same order: shuffle=False."
-        )
+            "The loader shuffles, so two networks would not see the images in the same order. Give a loader with ",
+            Argument("shuffle", "False"), ".",
+        )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- what they say
+# ---------------------------------------------------------------------------------------------------- answers
 
 
 def _recorded(model: EarlyExitModel, images: _Images) -> Pair:
-    """Labels count only where both parts have them."""
+    """The traces of both parts. Labels are used only where both parts have them."""
     home, was_training = next(model.heads.parameters()).device, model.training
     try:
         model.to(images.device)
@@ -269,21 +260,21 @@ def _recorded(model: EarlyExitModel, images: _Images) -> Pair:
     return pair
 
 
-def _said(network: Backbone, model: EarlyExitModel, images: _Images, pair: Pair) -> list[Tensor]:
-    """(n, K) logits of a network for both parts, of which there are traces."""
+def _logits(network: Backbone, model: EarlyExitModel, images: _Images, pair: Pair) -> list[Tensor]:
+    """(n, K) logits of a network for the images of both traces."""
     prepare = Prepare(model.origin.input, network.input).to(images.device)
-    with _at_work(network.module, images.device) as like, torch.inference_mode():
-        said = []
+    with _running(network.module, images.device) as like, torch.inference_mode():
+        logits = []
         for part, traces in zip(images.parts, pair, strict=True):
             again = repeated(part, traces, words=network.name, **images.how)
-            seen = (prepare(x.to(images.device)).to(like.dtype) for x in again)
-            said.append(torch.cat([network.module(x).float().cpu() for x in seen]))
-        return said
+            ready = (prepare(x.to(images.device)).to(like.dtype) for x in again)
+            logits.append(torch.cat([network.module(x).float().cpu() for x in ready]))
+        return logits
 
 
 @contextmanager
-def _at_work(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
-    """A network in eval mode on a device, and one of its tensors; put back as it was."""
+def _running(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
+    """A network in eval mode on a device, and one of its tensors. Mode and device are restored."""
     like, before = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(())), modes(module)
     home = like.device
     try:
@@ -298,22 +289,22 @@ def _macs(network: Backbone) -> int:
     return count(network.module, like.new_zeros(1, *network.input.input_size)).total
 
 
-def _beside(logits: Tensor, whole: Traces, cost: float) -> Traces:
-    """The cascade: a network whose sure answers spare the backbone, and the backbone."""
-    assert whole.logits is not None
+def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
+    """A cascade as traces: a smaller network is the only exit, and the backbone runs where that is not confident."""
+    assert backbone.logits is not None
     return Traces(
-        torch.stack([logits.argmax(-1), whole.answers[-1]]),
+        torch.stack([logits.argmax(-1), backbone.answers[-1]]),
         torch.ones(2, len(logits)),
-        whole.targets,
+        backbone.targets,
         torch.tensor([cost, 1 + cost], dtype=torch.float64),
-        whole.sample,
-        logits=torch.stack([compact(logits), whole.logits[-1]]),
+        backbone.sample,
+        logits=torch.stack([compact(logits), backbone.logits[-1]]),
         head_costs=torch.tensor([cost], dtype=torch.float64),
         confidence_logits=torch.zeros(1, len(logits)),
     ).under(MAX_PROB)
 
 
-# ---------------------------------------------------------------------------------------------------- what it comes to
+# ---------------------------------------------------------------------------------------------------- lines of the table
 
 
 def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]) -> Iterator[Line]:
@@ -335,10 +326,11 @@ def _of_network(name: str, backbone: str, pair: Pair, drops: Sequence[float]) ->
     yield _tuned(name, f", then {backbone}", "cascade", pair, drops)
 
 
-def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], one: bool = False) -> Line:
-    """Thresholds for each allowed drop, from the calibration images."""
-    solutions = zip(drops, curve(pair.calibration, drops, one=one, margin=AUTO), strict=True)
-    return Line(of + words, kind, tuple(_at(pair, drop, found.threshold, found.off) for drop, found in solutions), of)
+def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], one_threshold: bool = False) -> Line:
+    """Thresholds for each allowed drop, chosen on the calibration images."""
+    solutions = curve(pair.calibration, drops, one_threshold=one_threshold, margin=AUTO)
+    entries = (_at(pair, drop, found.threshold, found.off) for drop, found in zip(drops, solutions, strict=True))
+    return Line(of + words, kind, tuple(entries), of)
 
 
 def _at(pair: Pair, allowed: float, threshold: tuple[float, ...], off: tuple[int, ...]) -> Entry:
@@ -352,36 +344,37 @@ def _cut_off(pair: Pair, n: int) -> Entry:
 
 
 def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] = ()) -> Entry:
-    """What it comes to if rows leave where they are told to."""
+    """Cost and drop if each image leaves at the exit that `leave` gives for it, (n,)."""
     leaving = leave(pair.report)
-    there, here = _losses(pair.calibration, leave(pair.calibration)), _losses(pair.report, leaving)
+    calibration, report = _losses(pair.calibration, leave(pair.calibration)), _losses(pair.report, leaving)
     cost = pair.report.costs_without(off)[leaving].mean().item()
     some_leave = bool((leaving < len(pair.report.costs) - 1).any())
-    return Entry(None, cost, here.mean().item(), _interval(here, some_leave), there.mean().item(), off=off)
+    return Entry(None, cost, report.mean().item(), _interval(report, some_leave), calibration.mean().item(), off=off)
 
 
 def _losses(traces: Traces, leaving: Tensor) -> Tensor:
-    """(n,) 1 for a right answer less than the bare backbone, -1 for one more."""
+    """(n,) 1 where only the bare backbone is right, -1 where only the exit is, else 0."""
     wanted = traces.answers[-1] if traces.targets is None else traces.targets
     right = traces.answers.eq(wanted).double()
     return right[-1] - right.gather(0, leaving[None])[0]
 
 
 def _interval(losses: Tensor, some_leave: bool) -> tuple[float, float]:
-    """Of the mean, by bootstrap. As each is -1, 0 or 1, how often they are drawn is all that counts.
+    """95 % interval of the mean, by bootstrap: of losses of 1, -1 and 0 only the numbers are drawn, from a multinomial.
 
-    What none of n images shows is not taken for never: it counts as one of them. Where nobody leaves nothing can be lost.
+    A loss (or gain) that none of the images shows is counted once, because none in a few images does not mean never. But if no
+    image leaves early, nothing can be lost.
     """
     n = len(losses)
-    seen = np.array([(losses == value).sum().item() for value in (1, -1, 0)], dtype=float)
-    seen[:2] = seen[:2].clip(min=float(some_leave))
-    drawn = np.random.default_rng(SEED).multinomial(n, seen / seen.sum(), RESAMPLES)
+    counts = np.array([(losses == value).sum().item() for value in (1, -1, 0)], dtype=float)
+    counts[:2] = counts[:2].clip(min=float(some_leave))
+    drawn = np.random.default_rng(SEED).multinomial(n, counts / counts.sum(), RESAMPLES)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / n, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(low), float(high)
 
 
 def _worth_cutting_at(scores: Sequence[Score]) -> list[int]:
-    """Exits that no other one beats, at the same cost or less."""
+    """Exits for which no other exit is both as cheap and as good, and better in one of the two."""
     merits = [(-s.cost, s.fidelity if s.accuracy is None else s.accuracy) for s in scores]
     return [n for n, own in enumerate(merits) if not any(_beats(other, own) for other in merits)]
 

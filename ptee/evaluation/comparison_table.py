@@ -1,4 +1,4 @@
-"""What came of a comparison: ways to answer, what each costs and loses, and what is said of them in words."""
+"""The result of a comparison: ways to answer, what each costs and loses, the table, and what follows from it in words."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from ptee._common.text import table
 
 ROUNDING = 1e-9  # of sums of shares
-INSTEAD = {  # of early exits: kinds of lines
+ALTERNATIVES = {  # to early exits, by kind of line
     "static": "a smaller network alone",
-    "cascade": "two networks one after the other",
+    "cascade": "a cascade of two networks",
     "truncation": "a backbone that is cut off",
 }
 
@@ -20,14 +20,14 @@ class Entry:
     """One setting, chosen on the calibration images and measured on the report images.
 
     Attributes:
-        allowed: the drop that thresholds were chosen for, with some of it in reserve as by the margin "auto" of `solve`; None
-            where there are none.
-        cost: mean multiply-accumulates spent, heads passed on the way included, over the bare backbone's.
-        drop: accuracy (without labels: fidelity) lost against the bare backbone; below 0 it is gained.
+        allowed: the drop that thresholds were chosen for, with a reserve as by the margin "auto" of `solve`; None where there
+            are no thresholds.
+        cost: mean multiply-accumulates for an image, heads passed on the way included, over the bare backbone's.
+        drop: of accuracy (without labels: of fidelity) against the bare backbone; negative where it is better.
         interval: of the drop, 95 %, by bootstrap over the images.
         drop_in_calibration: the same drop on the calibration images.
         threshold: (E) T of each exit, or None.
-        off: exits whose heads are not there.
+        off: exits that are off.
     """
 
     allowed: float | None
@@ -39,18 +39,22 @@ class Entry:
     off: tuple[int, ...] = ()
 
     def within(self, drop: float) -> bool:
-        """Whether no more is lost, on the calibration and on the report images."""
+        """The drop is no larger than this, on the calibration images and on the report images."""
         return max(self.drop, self.drop_in_calibration) <= drop + ROUNDING
 
     @property
+    def missed(self) -> bool:
+        """The drop on the report images is larger than allowed."""
+        return self.allowed is not None and self.drop > self.allowed + ROUNDING
+
+    @property
     def words(self) -> str:
-        """Cost and drop, and how well it is known."""
+        """Cost, and drop with its interval."""
         low, high = self.interval
-        verb = "gaining" if self.drop < 0 else "losing"
-        return f"{self.cost:.4f}, {verb} {abs(self.drop):.4f} (95 %: {_signed(low)} to {_signed(high)} lost)"
+        return f"cost {self.cost:.4f} and drop {_signed(self.drop)} (95 % interval {_signed(low)} to {_signed(high)})"
 
     def __str__(self) -> str:
-        return f"{self.cost:.4f} ({_signed(self.drop)})"
+        return f"{self.cost:.4f} ({_signed(self.drop)})" + " missed" * self.missed
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ class Line:
     """One way to answer.
 
     Attributes:
-        name: of the run or the network, and what is done with it.
+        name: of the run or the network, and how it is used.
         kind: "adaptive", "static", "cascade", "truncation" or "oracle".
-        entries: one for each allowed drop; a single one where there is nothing to choose.
-        of: the run or the network that it is a way to use.
+        entries: one for each allowed drop; one alone where there is nothing to choose.
+        of: the run or the network that is used.
     """
 
     name: str
@@ -71,26 +75,26 @@ class Line:
 
 
 class Found(NamedTuple):
-    """A line, and its entry that costs least within a drop."""
+    """A line, and its cheapest entry within a drop."""
 
     line: Line
     entry: Entry
 
     def __str__(self) -> str:
-        return f"{self.line.name} ({self.entry.cost:.4f})"
+        return f"{self.line.name} (cost {self.entry.cost:.4f})"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs and what could be taken instead, on the same images. Prints as a table.
+    """Runs and the alternatives on the same images. Prints as a table.
 
     Attributes:
         backbone: its name.
-        drops: that were allowed, ascending.
+        drops: the allowed drops, ascending.
         lines: one for each way to answer.
         calibration: number of images that thresholds were chosen on.
         samples: number of images that are reported on.
-        accuracy: the bare backbone's on those; None without labels, and then every drop is one of fidelity.
+        accuracy: the bare backbone's on these; None without labels, and then every drop is one of fidelity.
         about: where the images came from, in a sentence.
         note: why there is no accuracy though there are labels, in a sentence; else empty.
     """
@@ -113,8 +117,16 @@ class Comparison:
         """JSON-able values."""
         return asdict(self) | {"verdict": self.verdict}
 
+    @property
+    def legend(self) -> str:
+        """What the table says, a line each."""
+        measure = "fidelity" if self.accuracy is None else "accuracy"
+        widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
+        oracle = any(line.kind == "oracle" for line in self.lines)
+        return LEGEND.format(measure=measure, calibration=self.calibration, half=widest / 2) + ORACLE * oracle
+
     def _within(self, drop: float) -> list[Found]:
-        """What saves anything within a drop, the cheapest first. The oracle is no way to answer."""
+        """What is within a drop and costs less than the backbone, the cheapest first. The oracle cannot be used."""
         found = []
         for line in self.lines:
             inside = [e for e in line.entries if e.within(drop) and e.cost < 1 - ROUNDING]
@@ -125,45 +137,48 @@ class Comparison:
     def _verdict(self, drop: float) -> str:
         found = self._within(drop)
         if not found:
-            return "nothing that keeps to it costs less than the bare backbone."
-        ahead = [f for f in found if f.line.kind == "adaptive"][:1]
-        instead = found[: found.index(ahead[0])] if ahead else found
-        best = f"{found[0].line.name} costs least, {found[0].entry.words}."
-        if not instead:
-            return best
-        runs = f", the best of which is {ahead[0]}" if ahead else ", none of which saves anything within it"
-        others = ", ".join(map(str, instead[1:]))
-        return f"{best} That is {INSTEAD[found[0].line.kind]}, and better than the runs with early exits{runs}." + (
-            f" Better than those, too: {others}." if others else ""
+            return "nothing is cheaper than the bare backbone."
+        best, *others = found
+        words = f"{best.line.name} is cheapest, with {best.entry.words}."
+        runs = [f for f in found if f.line.kind == "adaptive"]
+        if best in runs:
+            return words
+        cheaper = [str(f) for f in (others[: others.index(runs[0])] if runs else others)]
+        than = (
+            f"the best run with early exits, {runs[0]}"
+            if runs
+            else "every run with early exits, as none saves anything"
         )
+        also = f" So {'is' if len(cheaper) == 1 else 'are'} {', '.join(cheaper)}." if cheaper else ""
+        return f"{words} It is {ALTERNATIVES[best.line.kind]}, and cheaper than {than}.{also}"
 
     def __str__(self) -> str:
-        measure = "fidelity" if self.accuracy is None else "accuracy"
         own = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
-        widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
         title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "as it is")
         return (
-            f"{self.backbone}, {self.samples:,} images{own}\n"
+            f"{self.backbone}, {self.samples:,} images{own}; thresholds chosen on {self.calibration:,} other images\n"
             + (f"{self.note}\n" if self.note else "")
-            + table([title, *map(self._cells, self.lines)], left={0})
-            + f"\nThresholds and exits that are off are chosen on {self.calibration:,} other images, for the drop of {measure} "
-            "over each column less what is\nkept in reserve for images like these; where to cut off, too: wherever no other "
-            "place is both cheaper and better there.\nIn each cell: cost, multiply-accumulates over the bare backbone's, heads "
-            "included; and in parentheses the drop that it really\nhas on the images that are reported on, with 95 % "
-            f"intervals of up to {widest / 2:.4f} to each side. Below, what keeps to a drop\nkeeps to it on both, whatever was allowed."
-            + self._of_oracles()
+            + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"
             + "".join(f"\n{sentence}" for sentence in self.verdict)
-        )  # fmt: skip
-
-    def _of_oracles(self) -> str:
-        if not any(line.kind == "oracle" for line in self.lines):
-            return ""
-        return "\nOracle: everybody leaves at the first exit that agrees with the backbone, which nothing can know."
+        )
 
     def _cells(self, line: Line) -> tuple[str, ...]:
         if line.entries[0].allowed is None:
             return (line.name, *[""] * len(self.drops), str(line.entries[0]))
         return (line.name, *map(str, line.entries), "")
+
+
+LEGEND = """\
+Each column: the largest drop of {measure} that was allowed. "as it is": there is no threshold to choose.
+Each cell: the cost, and in parentheses the drop of {measure} on the report images. "missed": it is larger than allowed.
+cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
+Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with a reserve for new images.
+The 95 % intervals of the drops reach up to {half:.4f} to each side.
+truncation: the backbone cut off at an exit. Exits that are no better than a cheaper one are left out.
+The sentences below the table name what stays within a drop on the calibration images and on the report images."""
+ORACLE = (
+    "\noracle: every image leaves at the first exit that agrees with the backbone. No real confidence can know that."
+)
 
 
 def _signed(drop: float) -> str:

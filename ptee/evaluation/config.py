@@ -1,17 +1,20 @@
-"""The settings of the thresholds: given as numbers, or chosen for a target."""
+"""The settings of thresholds: numbers, or a target that they are chosen for. The drops of a comparison."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, YesNo
 
 DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
+LARGEST_COST = 10  # times the backbone; more was meant as a percentage
+
+Share = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class ThresholdsConfig(FrozenConfig):
@@ -20,36 +23,31 @@ class ThresholdsConfig(FrozenConfig):
     threshold: Number | tuple[Number, ...] | None = Field(
         None, description="T, as it is: one number for all exits, or one for each."
     )
-    max_loss: Number | None = Field(
+    max_loss: Share | None = Field(
         None,
-        ge=0,
-        lt=1,
         description="Choose T: the lowest mean cost at which no more is lost than this share, of accuracy where there are labels, "
         f"else of fidelity. Default: {DEFAULT_LOSS}, where nothing else is given.",
     )
-    max_drop: Number | None = Field(
+    max_drop: Share | None = Field(
         None,
-        ge=0,
-        lt=1,
         description="Choose T: the lowest mean cost at which accuracy is at most this much below the backbone's. 0.01 is one "
         "percentage point. Needs labels.",
     )
-    max_fidelity_drop: Number | None = Field(
+    max_fidelity_drop: Share | None = Field(
         None,
-        ge=0,
-        lt=1,
         description="Choose T: the lowest mean cost at which at most this share of the answers differs from the backbone's.",
     )
     max_cost: Number | None = Field(
         None,
         gt=0,
+        lt=LARGEST_COST,
         description="Choose T: the best answers at this mean cost or less, as a fraction of the bare backbone's cost.",
     )
     one_threshold: YesNo = Field(False, description="Choose one T for all exits, not one for each.")
-    margin: Number | Literal["auto"] = Field(
+    margin: Annotated[Number, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="How much of the allowed loss is kept in reserve, because new images lose more than those that T is chosen "
-        "on. auto: as much more as images lose that are left out while T is chosen, a quarter of them at a time.",
+        description="How much of the limit is kept in reserve, because new images lose more than those that T is chosen on. "
+        "auto: how much more they lose is estimated by cross-validation.",
     )
 
     @model_validator(mode="after")
@@ -61,6 +59,19 @@ class ThresholdsConfig(FrozenConfig):
                 argument=given[0],
                 value=getattr(self, given[0]),
             )
+        return self
+
+    @model_validator(mode="after")
+    def _margin_leaves_something(self) -> Self:
+        if self.margin == "auto" or self.threshold is not None or self.max_cost is not None:
+            return self
+        name = next((name for name in TARGETS if getattr(self, name) is not None), TARGETS[0])
+        limit = getattr(self, name) if getattr(self, name) is not None else DEFAULT_LOSS
+        if self.margin > limit:
+            raise PteeError(
+                Argument("margin", f"{self.margin:g}"), " leaves nothing of ", Argument(name, f"{limit:g}"), ". Give ",
+                Argument("margin", f"{limit:g}"), " or less.", argument="margin", value=self.margin,
+            )  # fmt: skip
         return self
 
     def target(self, labelled: bool) -> tuple[str, float] | None:
@@ -76,3 +87,9 @@ class ThresholdsConfig(FrozenConfig):
                 return name, limit
         loss = DEFAULT_LOSS if self.max_loss is None else self.max_loss
         return ("max_drop" if labelled else "max_fidelity_drop"), loss
+
+
+class DropsConfig(FrozenConfig):
+    """The drops of accuracy (without labels: of fidelity) that a comparison chooses thresholds for."""
+
+    drops: tuple[Share, ...] = Field((0.0, 0.005, 0.01, 0.02), min_length=1)

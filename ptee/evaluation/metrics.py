@@ -1,4 +1,4 @@
-"""Is a confidence worth its name? Calibration error, and how well it tells failing answers from the others."""
+"""How good a confidence is: whether it can be read as a probability, and whether it separates right answers from wrong ones."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import torch
 from torch import Tensor
 
 BINS = 15  # Guo et al., On Calibration of Modern Neural Networks, 2017
-DIGITS = 6  # a confidence differs beyond them between a large batch and a small one
+DIGITS = 6  # the last digits of a confidence depend on the size of the batch
 
 
-def calibration_error(h: Tensor, holds: Tensor) -> float:
-    """Expected calibration error: over bins of h of equal width, the mean distance of h from the share that holds.
+def calibration_error(h: Tensor, right: Tensor) -> float:
+    """Expected calibration error: sum over bins of (images in the bin / n) * |mean h - share of right answers|.
+
+    scikit-learn has no such error: its `calibration_curve` does not say how many images are in each bin.
 
     Args:
-        h: (n,) confidence; values that are no numbers are left out.
-        holds: (n,) bool, whether the answer is what it should be.
+        h: (n,) confidence; values that are not finite are left out.
+        right: (n,) bool.
     """
     known = h.isfinite()
-    h, holds = h[known].double(), holds[known].double()
-    bins = (h.clamp(0, 1) * BINS).long().clamp(max=BINS - 1)
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, h - holds)
+    h, right = h[known].double(), right[known].double()
+    bins = (h.clamp(0, 1) * BINS).long().clamp(max=BINS - 1)  # of equal width
+    gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, h - right)
     return round(gap.abs().sum().item() / max(1, len(h)), DIGITS)
 
 
-def failure_auroc(h: Tensor, holds: Tensor) -> float | None:
-    """The chance that an answer that fails is less sure than one that holds, half for equals; None if all are alike.
+def failure_auroc(h: Tensor, right: Tensor) -> float | None:
+    """Area under the ROC curve: the chance that a right answer has a higher confidence than a wrong one; ties count half.
 
     Args:
-        h: (n,) confidence; values that are no numbers count as least sure.
-        holds: (n,) bool, whether the answer is what it should be.
+        h: (n,) confidence; NaN is below every number.
+        right: (n,) bool.
+
+    Returns:
+        None where all answers are right, or all are wrong.
     """
-    sure, unsure = (h.nan_to_num(nan=-torch.inf, neginf=-torch.inf)[rows].sort().values for rows in (holds, ~holds))
-    if not len(sure) or not len(unsure):
+    from sklearn.metrics import roc_auc_score  # takes seconds to import
+
+    if right.all() or not right.any():
         return None
-    below = torch.searchsorted(unsure, sure) + torch.searchsorted(unsure, sure, right=True)
-    return (below.double().sum() / (2 * len(sure) * len(unsure))).item()
+    lowest = torch.finfo(torch.float32).min
+    return float(roc_auc_score(right.numpy(), h.float().nan_to_num(nan=lowest).numpy()))

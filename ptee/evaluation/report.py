@@ -1,4 +1,4 @@
-"""The picture of a comparison: cost against what is left of the accuracy, in one HTML file that needs nothing else."""
+"""The page of a comparison: accuracy against cost as a picture, and the table; one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from ptee._common.errors import RunError
+from ptee._common.errors import Argument, RunError
 from ptee._common.files import replace_file, require_writable
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
+from ptee.evaluation.targets import describe_thresholds
 
 SUFFIX = ".html"
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")  # ways to use one run, in their order
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")  # of the lines of one run, in their order
 SYMBOLS = {"adaptive": "circle", "cascade": "square", "static": "diamond", "truncation": "x", "oracle": "star"}
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -21,94 +22,100 @@ PAGE = """<!DOCTYPE html>
 <style>body {{ font-family: sans-serif; margin: 1em }} pre {{ overflow-x: auto; font-size: 80% }}</style></head>
 <body>
 {figure}
-<pre>{table}</pre>
+<pre>{table}
+
+{legend}</pre>
 </body>
 </html>
 """
 
 
 def require_page(path: Path) -> None:
-    """Refuse a file that could not be written, or would not be opened as a page.
+    """Refuse a file that cannot be written, or that a browser would not open as a page.
 
     Raises:
         RunError: saying what to give instead.
     """
     if path.suffix.lower() != SUFFIX:
-        raise RunError(f"The picture {path} is a page: give a name that ends in {SUFFIX}, such as {path.stem}{SUFFIX}.")
+        raise RunError(
+            f"{path} is not the name of a page. Give a name that ends in {SUFFIX}, such as ", Argument("html", f"{path.stem}{SUFFIX}"), ".",
+            argument="html", value=path,
+        )  # fmt: skip
     if path.is_dir():
-        raise RunError(f"{path} is a folder. Give a file, such as {path / 'curve.html'}.")
+        raise RunError(
+            f"{path} is a folder. Give a file, such as ", Argument("html", str(path / "curve.html")), ".", argument="html", value=path
+        )  # fmt: skip
     require_writable(path.parent)
 
 
-def write(found: Comparison, path: Path) -> None:
-    """Write a comparison as a page: the picture, and the table with its words below.
+def write(comparison: Comparison, path: Path) -> None:
+    """Write a comparison as a page: the picture, the table and its legend.
 
     Args:
-        found: what was compared.
+        comparison: to write.
         path: of the page.
 
     Raises:
         RunError: if it cannot be written.
     """
-    figure = picture(found).to_html(full_html=False, include_plotlyjs=True)
     page = PAGE.format(
-        title=html.escape(f"{found.backbone}: early exits"), figure=figure, table=html.escape(str(found))
+        title=html.escape(f"{comparison.backbone}: early exits"),
+        figure=picture(comparison).to_html(full_html=False, include_plotlyjs=True),
+        table=html.escape(str(comparison)),
+        legend=html.escape(comparison.legend),
     )
     replace_file(path, lambda beside: beside.write_text(page, encoding="utf-8"))
 
 
-def picture(found: Comparison) -> Any:
-    """A plotly figure: each way to answer by what it costs and how often it is right on the report images.
+def picture(comparison: Comparison) -> Any:
+    """A plotly figure: cost and accuracy (without labels: fidelity) on the report images, for each line of the comparison.
 
     Args:
-        found: what was compared.
+        comparison: to draw.
     """
     from plotly import graph_objects
     from plotly.colors import qualitative
 
-    of = dict.fromkeys(line.of for line in found.lines)
-    colours = dict(zip(of, cycle(qualitative.T10), strict=False))
-    bare = 1.0 if found.accuracy is None else found.accuracy
+    runs = dict.fromkeys(line.of for line in comparison.lines)
+    colours = dict(zip(runs, cycle(qualitative.T10), strict=False))
+    bare = 1.0 if comparison.accuracy is None else comparison.accuracy
     figure = graph_objects.Figure()
     figure.add_hline(bare, line={"dash": "dot", "color": "black", "width": 1})
     figure.add_scatter(
-        x=[1.0],
-        y=[bare],
-        name=_text(found.backbone),
-        mode="markers",
+        x=[1.0], y=[bare], name=_text(comparison.backbone), mode="markers",
         marker={"symbol": "cross", "size": 11, "color": "black"},
-    )
-    for lines, dash in _traces(found.lines):
+    )  # fmt: skip
+    for lines, dash in _curves(comparison.lines):
         _add(figure, lines, bare, colours[lines[0].of], dash)
-    measure = "fidelity" if found.accuracy is None else "accuracy"
+    measure = "fidelity" if comparison.accuracy is None else "accuracy"
     figure.update_layout(
         title={
-            "text": f"{_text(found.backbone)}, {found.samples:,} images: {measure} and cost",
-            "subtitle": {"text": "with 95 % intervals; a double click shows all, a click in the legend hides a line"},
+            "text": f"{_text(comparison.backbone)}, {comparison.samples:,} images: {measure} and cost",
+            "subtitle": {"text": "with 95 % intervals; click a line's name to hide it, double-click the picture to see all"},
         },
         template="plotly_white", height=640,
-        xaxis={"title": "cost: multiply-accumulates over the bare backbone's, heads included", "rangemode": "tozero"},
-        yaxis={"title": measure, "range": _range(found, bare)}, hovermode="closest",
+        xaxis={"title": "cost: mean multiply-accumulates, heads included, over the bare backbone's", "rangemode": "tozero"},
+        yaxis={"title": measure, "range": _range(comparison, bare)}, hovermode="closest",
     )  # fmt: skip
     return figure
 
 
-def _range(found: Comparison, bare: float) -> list[float]:
-    """Of what is asked about; a place to cut off may lie far below, and there the page is zoomed out by a double click."""
-    aside = [entry for line in found.lines if line.kind != "truncation" for entry in line.entries]
-    ends = [bare - loss for entry in aside for loss in (entry.drop, *entry.interval)] + [bare]
+def _range(comparison: Comparison, bare: float) -> list[float]:
+    """Of all lines but the cut-off backbones: those may lie far below, and would flatten everything else."""
+    shown = [entry for line in comparison.lines if line.kind != "truncation" for entry in line.entries]
+    ends = [bare - drop for entry in shown for drop in (entry.drop, *entry.interval)] + [bare]
     room = 0.1 * (max(ends) - min(ends)) + 0.002
     return [min(ends) - room, max(ends) + room]
 
 
-def _traces(lines: tuple[Line, ...]) -> Iterator[tuple[list[Line], str]]:
-    """Lines that are drawn as one, and how: all places to cut a run off are one; each other way has a dash of its own."""
+def _curves(lines: tuple[Line, ...]) -> Iterator[tuple[list[Line], str]]:
+    """Lines to draw as one curve, and its dash. All exits at which one run is cut off are one curve."""
     for of in dict.fromkeys(line.of for line in lines):
         own = [line for line in lines if line.of == of]
-        ways = [line for line in own if line.kind != "truncation"]
-        yield from (([line], dash) for line, dash in zip(ways, cycle(DASHES), strict=False))
-        if places := [line for line in own if line.kind == "truncation"]:
-            yield places, "dot"
+        others = [line for line in own if line.kind != "truncation"]
+        yield from (([line], dash) for line, dash in zip(others, cycle(DASHES), strict=False))
+        if cut_off := [line for line in own if line.kind == "truncation"]:
+            yield cut_off, "dot"
 
 
 def _add(figure: Any, lines: list[Line], bare: float, colour: str, dash: str) -> None:
@@ -129,12 +136,12 @@ def _add(figure: Any, lines: list[Line], bare: float, colour: str, dash: str) ->
 
 
 def _words(line: Line, entry: Entry) -> str:
-    asked = "" if entry.allowed is None else f"allowed to lose {entry.allowed:g}<br>"
-    walls = "" if entry.threshold is None else f"<br>T = {', '.join(f'{t:.4g}' for t in entry.threshold)}"
-    off = f"<br>off: exit {', '.join(map(str, entry.off))}" if entry.off and entry.threshold else ""
-    return f"{_text(line.name)}<br>{asked}cost {entry.words}{walls}{off}"
+    """What is shown beside the mouse."""
+    allowed = [] if entry.allowed is None else [f"allowed drop: {entry.allowed:g}" + ", missed" * entry.missed]
+    thresholds = [] if entry.threshold is None else [f"T = {describe_thresholds(entry.threshold, entry.off)}"]
+    return "<br>".join([_text(line.name), *allowed, entry.words, *thresholds])
 
 
 def _text(words: str) -> str:
-    """For plotly, which reads tags in what it draws, but would show &quot; as it is."""
+    """For plotly, which reads tags in its texts, but shows &quot; as it is."""
     return html.escape(words, quote=False)

@@ -1,7 +1,6 @@
-"""Thresholds from traces and a target: what costs least within a drop, or loses least within a cost.
+"""Thresholds for a target, from traces: the lowest cost within an allowed loss, or the lowest loss within a cost.
 
-A target is met on the traces that were given, and those are a sample: report on other images than those that thresholds
-were chosen on.
+The traces are of a sample of images. Thresholds fit its noise, so report on other images than those they were chosen on.
 """
 
 from __future__ import annotations
@@ -9,37 +8,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import Argument, PteeError
 from ptee.evaluation.config import ThresholdsConfig
 from ptee.evaluation.threshold_search import ROUNDING, Problem, search
 from ptee.evaluation.traces import Score, Traces
 from ptee.exits.confidence import LEARNED
 
-TARGETS = {  # kinds, and what a limit is one of, in words
-    "max_drop": "a drop of accuracy of at most",
-    "max_fidelity_drop": "a drop of fidelity of at most",
-    "max_cost": "a mean cost of at most",
+EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
+WORDS = {
+    "max_drop": "accuracy at most {:g} below the backbone's",
+    "max_fidelity_drop": "at most {:g} of the answers differ from the backbone's",
+    "max_cost": "a mean cost of at most {:g}",
 }
-PERCENTAGE = 10  # a limit of this or more was not meant as a fraction of the bare backbone
-AUTO = "auto"  # a margin that the traces themselves say
-FOLDS = 4  # of the traces, each once left out while thresholds are chosen
-MOST_ROWS = 10_000  # of which that is found out; of more it takes minutes, and they lose no more than these
+DEFAULTS = ThresholdsConfig()
+AUTO: Literal["auto"] = "auto"  # a reserve that is estimated from the traces
+FOLDS = 4  # of the cross-validation that estimates it
+MAX_IMAGES = 10_000  # that it uses: with more it takes minutes, and thresholds hardly fit the noise of so many
+PERCENTAGE = 10  # a threshold above it was meant as a percentage
+Margin = float | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One of `TARGETS` and its limit.
+    """What thresholds are chosen for.
 
     Attributes:
-        kind: "max_drop" and "max_fidelity_drop" limit how much accuracy or fidelity may be lost against the bare
-            backbone, "max_cost" the mean cost.
-        limit: a fraction: .01 is one point of accuracy, .6 is 60 % of the bare backbone.
+        kind: "max_drop" and "max_fidelity_drop" limit how much accuracy or fidelity is lost against the bare backbone,
+            "max_cost" limits the mean cost.
+        limit: a fraction: .01 is one point of accuracy, .6 is 60 % of the bare backbone's cost.
     """
 
     kind: str
@@ -57,43 +58,54 @@ class Target:
         return None if found is None else cls(*found)
 
     @classmethod
-    def only(cls, targets: dict[str, float | None]) -> Target:
-        """The one that is not None.
+    def given(cls, config: ThresholdsConfig) -> Target:
+        """The target that a person gave.
 
         Raises:
-            PteeError: if there is none, there are several, or the limit is out of range.
+            PteeError: if there is none.
         """
-        given = {kind: limit for kind, limit in targets.items() if limit is not None}
-        if len(given) != 1:
-            found = f"{' and '.join(given)} are all given" if given else "No target is given"
-            found = found.replace("all", "both") if len(given) == 2 else found
-            raise PteeError(f"{found}: give one of {', '.join(f'{kind}=' for kind in TARGETS)}.")
-        ((kind, limit),) = given.items()
-        if isinstance(limit, bool) or not isinstance(limit, Real | Tensor):
-            raise PteeError(f"{kind} is {limit!r}: give a number, such as {0.6 if kind == 'max_cost' else 0.01}.")
-        if kind == "max_cost" and not 0 < limit < PERCENTAGE:
-            raise PteeError(f"max_cost is {limit:g}: give a fraction of the bare backbone's cost, such as 0.6.")
-        if kind != "max_cost" and not 0 <= limit < 1:
-            raise PteeError(
-                f"{kind} is {limit:g}: give a fraction of at least 0 and below 1, such as 0.01 for one point."
-            )
-        return cls(kind, float(limit))
+        for kind in EXAMPLES:
+            if (limit := getattr(config, kind)) is not None:
+                return cls(kind, limit)
+        drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
+        raise PteeError(
+            "There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, "."
+        )
+
+    @property
+    def argument(self) -> Argument:
+        """As a person types it."""
+        return Argument(self.kind, f"{self.limit:g}")
 
     def __str__(self) -> str:
-        return f"{TARGETS[self.kind]} {self.limit:g}"
+        return WORDS[self.kind].format(self.limit)
+
+
+def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
+    """T of each exit for a person to read; one number where all are the same.
+
+    Args:
+        threshold: (E) T of each exit.
+        off: exits that are off.
+
+    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1])
+    '0.9, off, 0.8'
+    """
+    words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
+    return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Thresholds and what they come to on the traces they were found on. Prints as a sentence.
+    """Thresholds that were chosen, and what they give on the traces that they were chosen on. Prints as text.
 
     Attributes:
-        target: what was asked for.
-        threshold: (E) T of each exit; 2.0, which nobody reaches, for those that are off.
-        off: exits that do not pay here: nobody leaves there, and their heads need not exist.
-        score: accuracy, fidelity and cost on those traces; heads of exits that are off are not counted.
+        target: what they were chosen for.
+        threshold: (E) T of each exit; above every confidence for exits that are off.
+        off: exits that do not pay: no image leaves there, and their heads need not be run.
+        score: accuracy, fidelity and cost on those traces, without the heads of exits that are off.
         backbone: the same of the bare backbone.
-        samples: n.
+        samples: number of images.
         margin: how much of the target's limit was kept in reserve for other images.
     """
 
@@ -112,12 +124,12 @@ class Solution:
 
     @property
     def drop(self) -> float | None:
-        """Accuracy lost against the bare backbone; below 0 it is gained. None without labels."""
-        return lost(self.score, self.backbone)
+        """By how much the accuracy is below the bare backbone's; negative where it is above. None without labels."""
+        return accuracy_drop(self.score, self.backbone)
 
     @property
     def fidelity_drop(self) -> float:
-        """Share of answers that are not the backbone's."""
+        """Share of the answers that differ from the backbone's."""
         return 1 - self.score.fidelity
 
     def on(self, traces: Traces) -> Score:
@@ -129,22 +141,25 @@ class Solution:
         return asdict(self) | {"threshold": list(self.threshold), "off": list(self.off), "drop": self.drop}
 
     def __str__(self) -> str:
-        off = (
-            f" Off, as they do not pay: exit {', '.join(map(str, self.off))}; cost is without their heads."
-            if self.off
-            else ""
-        )
-        accuracy = "" if self.drop is None else f"accuracy {self.score.accuracy:.4f} ({_lost(self.drop)}), "
-        walls = ", ".join(f"{t:.4f}" for t in self.threshold)
-        reserve = f" less {self.margin:.4f} in reserve" if self.margin else ""
+        reserve = f", with {self.margin:.4f} of that in reserve for new images" if self.margin else ""
+        drop, s = self.drop, self.score
+        accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
-            f"T = {walls} for {self.target}{reserve}: {accuracy}fidelity {self.score.fidelity:.4f}, cost {self.cost:.4f} "
-            f"on the {self.samples:,} images they were found on.{off}"
+            f"Target: {self.target}{reserve}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f}."
         )
 
+    @property
+    def _chosen(self) -> str:
+        if len(self.off) == len(self.threshold):
+            return "all exits off, because none of them pays; the backbone answers every image."
+        off = " Exits that are off do not pay, and the cost is without their heads." if self.off else ""
+        return f"T = {describe_thresholds(self.threshold, self.off)}.{off}"
 
-def _lost(drop: float) -> str:
-    return f"{-drop:.4f} gained" if round(drop, 4) < 0 else f"{abs(drop):.4f} lost"
+
+def below(drop: float) -> str:
+    """A drop in words, to stand before "the backbone's"."""
+    return f"{-drop:.4f} above" if round(drop, 4) < 0 else f"{abs(drop):.4f} below"
 
 
 def solve(
@@ -153,39 +168,40 @@ def solve(
     max_drop: float | None = None,
     max_fidelity_drop: float | None = None,
     max_cost: float | None = None,
-    one: bool = False,
-    margin: float | str = 0.0,
+    one_threshold: bool = DEFAULTS.one_threshold,
+    margin: Margin = DEFAULTS.margin,
 ) -> Solution:
     """The thresholds that meet a target best on these traces, and the exits that are better off.
 
-    Give one target. Of a largest drop, what costs least within it; of a largest cost, what loses least accuracy (without
-    labels: fidelity). Never worse than the best single threshold, and than leaving exits off.
+    Give one target. For a largest drop: the lowest cost within it. For a largest cost: the lowest loss of accuracy (without
+    labels: of fidelity) within it. The result is never worse than the best single threshold, with any exits off.
 
     Args:
         traces: of images that neither the backbone nor the heads were trained on.
         max_drop: largest loss of accuracy against the bare backbone, as a fraction.
-        max_fidelity_drop: largest share of answers that are not the backbone's.
+        max_fidelity_drop: largest share of answers that differ from the backbone's.
         max_cost: largest mean cost, as a fraction of the bare backbone's.
-        one: the same T for all exits that are on.
-        margin: how much of the limit is kept in reserve: thresholds found on a few images fit their noise, and other
-            images lose more. "auto": as much more as images lost that were left out, by a quarter of these at a time (at most
-            all of it; nothing of a cost, or on fewer than 8 images). One T for all exits is then tried too, as it needs
-            less in reserve.
+        one_threshold: the same T for all exits that are on.
+        margin: how much of the limit is kept in reserve for new images, which lose more than those that T is chosen on. "auto":
+            how much more is estimated by cross-validation; the reserve is at most the whole limit. A largest cost gets no
+            such reserve, nor do fewer than 8 images.
 
     Raises:
-        PteeError: if there is not exactly one target, or it cannot be met; then what can be is said.
+        PteeError: if there is not exactly one target, or it cannot be met; the message says what can be.
     """
-    target = Target.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
-    return solve_target(traces, target, one=one, margin=margin)
+    config = ThresholdsConfig(
+        max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_cost=max_cost, one_threshold=one_threshold, margin=margin
+    )  # fmt: skip
+    return solve_target(traces, Target.given(config), one_threshold=config.one_threshold, margin=config.margin)
 
 
-def solve_target(traces: Traces, target: Target, *, one: bool = False, margin: float | str = 0.0) -> Solution:
-    """`solve` for a target that was read already."""
-    if margin == AUTO:
-        return _with_reserve(traces, target, one)
-    margin = checked_margin(target, margin)
+def solve_target(
+    traces: Traces, target: Target, *, one_threshold: bool = DEFAULTS.one_threshold, margin: Margin = DEFAULTS.margin
+) -> Solution:
+    """`solve` for a target and a margin that were checked."""
+    if isinstance(margin, str):
+        return _with_reserve(traces, target, one_threshold)
     require_reachable(target, min(_costs_alone(traces)), margin)
-    limited = "cost" if target.kind == "max_cost" else "loss"
     heads = torch.zeros_like(traces.costs[:-1]) if traces.head_costs is None else traces.head_costs
     problem = Problem(
         traces.confidence[:-1],
@@ -193,49 +209,61 @@ def solve_target(traces: Traces, target: Target, *, one: bool = False, margin: f
         traces.costs,
         heads,
         traces.reading,
-        limited=limited,
+        limited="cost" if target.kind == "max_cost" else "loss",
         limit=target.limit - margin,
     )
-    choice = search(problem, one)
+    choice = search(problem, one_threshold)
     if choice is None:
         raise PteeError(
-            f"{str(target).capitalize()} cannot be reached: too many confidences are no numbers. Train the heads again."
-        )
-    off = tuple(n for n, here in enumerate(choice.on.tolist()) if not here)
-    walls = tuple(problem.walls(choice.taken, one))
-    return Solution(target, walls, off, scored(traces, walls, off), _bare(traces), problem.rows, margin)
+            target.argument, " cannot be met: too many confidences are NaN. Train the heads again.",
+            argument=target.kind, value=target.limit,
+        )  # fmt: skip
+    off = tuple(n for n, on in enumerate(choice.on.tolist()) if not on)
+    threshold = tuple(problem.thresholds(choice.taken, one_threshold))
+    return Solution(target, threshold, off, scored(traces, threshold, off), _bare(traces), problem.images, margin)
 
 
-def _with_reserve(traces: Traces, target: Target, one: bool) -> Solution:
-    """What costs least of one T and, if that is allowed, of one for each exit, both less what they would lose elsewhere."""
+def _with_reserve(traces: Traces, target: Target, one_threshold: bool) -> Solution:
+    """Keep in reserve what thresholds lose more on images that they were not chosen on.
+
+        reserve = min(max(optimism, 0), limit)
+
+    One T for all exits is tried too: it fits less of the noise, so it needs less in reserve, and may cost less in the end.
+    """
     if target.kind == "max_cost":
-        return solve_target(traces, target, one=one)
-    traces = replace(traces, logits=None)  # they are large, and nobody asks for them
-    found, kept = [], []
-    for way in (True,) if one or len(traces.costs) == 2 else (True, False):
-        more = _optimism(traces, target, way)
-        found.append(solve_target(traces, target, one=way, margin=min(max(more, 0.0), target.limit)))
-        kept += found[-1:] if more <= target.limit else []  # of the others even a margin of all may be too little
-    return min(kept or found[:1], key=lambda s: s.cost)
+        return solve_target(traces, target, one_threshold=one_threshold, margin=0)
+    traces = replace(traces, logits=None)  # they are large, and not needed here
+    solutions, safe = [], []
+    for one in (True,) if one_threshold or len(traces.costs) == 2 else (True, False):
+        optimism = _optimism(traces, target, one)
+        reserve = min(max(optimism, 0.0), target.limit)
+        solutions.append(solve_target(traces, target, one_threshold=one, margin=reserve))
+        safe += (
+            solutions[-1:] if optimism <= target.limit else []
+        )  # else even a reserve of the whole limit is too little
+    return min(safe or solutions[:1], key=lambda s: s.cost)
 
 
-def _optimism(traces: Traces, target: Target, one: bool) -> float:
-    """How much more than the target allows is lost on images that the thresholds were not chosen on."""
-    drawn = torch.randperm(traces.answers.shape[1], generator=torch.Generator().manual_seed(0))[:MOST_ROWS]
-    traces, rows = traces.rows(drawn), len(drawn)
-    if rows < 2 * FOLDS:
+def _optimism(traces: Traces, target: Target, one_threshold: bool) -> float:
+    """How much more than the limit is lost on images that the thresholds were not chosen on, by cross-validation.
+
+    optimism = (1/n) sum_i loss_i(thresholds chosen on the folds without image i) - limit
+    """
+    drawn = torch.randperm(traces.answers.shape[1], generator=torch.Generator().manual_seed(0))[:MAX_IMAGES]
+    traces, images = traces.rows(drawn), len(drawn)
+    if images < 2 * FOLDS:
         return 0.0
-    order, loss = torch.arange(rows), 0.0
+    order, loss = torch.arange(images), 0.0
     for fold in range(FOLDS):
         left_out = order % FOLDS == fold
-        found = solve_target(traces.rows(~left_out), target, one=one)
+        found = solve_target(traces.rows(~left_out), target, one_threshold=one_threshold, margin=0)
         other = traces.rows(left_out)
         loss += _loss(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
-    return loss / rows - target.limit
+    return loss / images - target.limit
 
 
 def _loss(traces: Traces, target: Target) -> Tensor:
-    """(E+1, n) what is lost where a row leaves: 1 for a right answer less than the backbone, -1 for one more."""
+    """(E+1, n) what is lost if an image leaves there: 1 where only the backbone is right, -1 where only the exit is."""
     require_labels(target, labelled=traces.targets is not None, why=traces.note)
     wanted = traces.answers[-1] if target.kind == "max_fidelity_drop" else traces.targets
     right = traces.answers.eq(traces.answers[-1] if wanted is None else wanted).double()
@@ -243,62 +271,49 @@ def _loss(traces: Traces, target: Target) -> Tensor:
 
 
 def require_labels(target: Target, labelled: bool, why: str = "") -> None:
-    """Refuse a drop of accuracy where there is none.
+    """Refuse a limit on the drop of accuracy where there is no accuracy.
 
     Args:
         target: any; the others need no labels.
-        labelled: whether the images have labels that are classes of the backbone.
-        why: they have not, in a sentence.
+        labelled: the images have labels that are classes of the backbone.
+        why: they have none, in a sentence.
 
     Raises:
         PteeError: saying what is possible.
     """
     if target.kind == "max_drop" and not labelled:
-        why = why or "These images have no labels that are classes of the backbone."
-        raise PteeError(f"{why} So no accuracy can be lost: give max_fidelity_drop= or max_cost=.")
-
-
-def checked_margin(target: Target, margin: float | str) -> float:
-    """What is kept in reserve of a target, as a number; of "auto" nothing is known before the traces are.
-
-    Raises:
-        PteeError: if it is none, or leaves nothing of an allowed drop.
-    """
-    if margin == AUTO:
-        return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, Real) or not 0 <= margin < math.inf:
         raise PteeError(
-            f"margin is {margin}: give what to keep in reserve of {target}, such as {target.limit / 4:g}, or {AUTO!r}."
-        )
-    if target.kind != "max_cost" and margin > target.limit:
-        raise PteeError(
-            f"{str(target).capitalize()} leaves nothing after a margin of {margin:g}. Give a margin of {target.limit:g} or less."
-        )
-    return float(margin)
+            why or "These images have no labels that are classes of the backbone.", " So a drop of accuracy cannot be limited. Give ",
+            Argument("max_fidelity_drop", f"{target.limit:g}"), " or ", Argument("max_cost", EXAMPLES["max_cost"]), ".",
+            argument="max_drop", value=target.limit,
+        )  # fmt: skip
 
 
-def require_reachable(target: Target, least: float, margin: float | str = 0.0) -> None:
-    """Refuse a cost below all that is possible.
+def require_reachable(target: Target, least: float, margin: Margin = 0.0) -> None:
+    """Refuse a cost that is lower than what is possible.
 
     Args:
         target: any; drops are never refused.
-        least: what leaving everybody at the cheapest exit costs, with no other head there. With all exits off it is 1.
-        margin: to be kept in reserve.
+        least: the cost if every image leaves at the cheapest exit, and only its head is run.
+        margin: kept in reserve.
 
     Raises:
         PteeError: saying what is possible.
     """
-    possible, margin = min(least, 1.0), checked_margin(target, margin)
-    if target.kind == "max_cost" and target.limit - margin < possible - ROUNDING:
-        asked = f"{target} less a margin of {margin:g}" if margin else f"{target}"
-        raise PteeError(
-            f"{asked.capitalize()} cannot be reached: even leaving everybody at the cheapest exit costs {least:.4f} of the bare "
-            f"backbone. Give {math.ceil((possible + margin) * 100) / 100:g} or more."
-        )
+    reserve = 0.0 if isinstance(margin, str) else margin
+    possible = min(least, 1.0)  # with all exits off
+    if target.kind != "max_cost" or target.limit - reserve >= possible - ROUNDING:
+        return
+    without_margin = (" less ", Argument("margin", f"{reserve:g}")) if reserve else ()
+    enough = math.ceil((possible + reserve - ROUNDING) * 100) / 100
+    raise PteeError(
+        target.argument, *without_margin, f" cannot be reached: the lowest possible cost is {possible:.4f} of the bare backbone's. "
+        "Give ", Argument("max_cost", f"{enough:g}"), " or more.", argument="max_cost", value=target.limit,
+    )  # fmt: skip
 
 
 def remark(threshold: Sequence[float] | None) -> str | None:
-    """A sentence about T that no confidence, between 0 and 1, decides: a percentage keeps everybody in."""
+    """A sentence about thresholds with which all images, or none, leave at once: no confidence is above 1 or below 0."""
     if threshold and min(threshold) > 1:
         parts = ",".join(f"{t / 100:g}" for t in threshold)
         percent = min(threshold) > PERCENTAGE and max(threshold) <= 100
@@ -310,21 +325,21 @@ def remark(threshold: Sequence[float] | None) -> str | None:
 
 
 def scored(traces: Traces, threshold: Sequence[float], off: Sequence[int] = ()) -> Score:
-    """Accuracy, fidelity and cost of thresholds; heads of the exits that are off are not counted."""
+    """Accuracy, fidelity and cost of thresholds, without the heads of exits that are off."""
     leaving = traces.leaving(threshold)
     score = traces.score(leaving)
     return Score(score.accuracy, score.fidelity, traces.costs_without(off)[leaving].mean().item())
 
 
-def lost(score: Score, backbone: Score) -> float | None:
-    """Accuracy lost against the backbone; None without labels."""
+def accuracy_drop(score: Score, backbone: Score) -> float | None:
+    """By how much the accuracy is below the backbone's; None without labels."""
     if score.accuracy is None or backbone.accuracy is None:
         return None
     return backbone.accuracy - score.accuracy
 
 
 def _bare(traces: Traces) -> Score:
-    """The backbone, which passes no head."""
+    """The backbone without any heads."""
     score = traces.score(traces.at(len(traces.costs) - 1))
     return Score(score.accuracy, score.fidelity, 1.0)
 
@@ -340,18 +355,18 @@ def truncation(traces: Traces) -> tuple[Score, ...]:
 
 
 def _costs_alone(traces: Traces) -> list[float]:
-    """(E) of leaving at each exit where the others are off."""
+    """(E) the cost of leaving at each exit while all others are off."""
     exits = range(len(traces.costs) - 1)
     return [traces.costs_without([m for m in exits if m != n])[n].item() for n in exits]
 
 
 def oracle(traces: Traces, wanted: Tensor | None = None) -> Score:
-    """Everybody leaves at the first exit that gives the wanted answer, those whom none gives it at the end.
+    """Every image leaves at the first exit that gives the wanted answer, or at the end if none does.
 
-    No policy can know this: what it costs is what the heads would allow, and the rest is lost by the decision.
+    No confidence can know this. It shows what the heads would allow with a perfect decision.
 
     Args:
-        traces: of all exits, whose heads are all counted.
+        traces: of all exits; every head that is passed counts.
         wanted: (n,) answers; None: the backbone's.
     """
     return traces.score(first_to_give(traces, traces.answers[-1] if wanted is None else wanted))
@@ -370,19 +385,22 @@ def first_to_give(traces: Traces, wanted: Tensor) -> Tensor:
 
 
 def curve(
-    traces: Traces, drops: Sequence[float], *, one: bool = False, margin: float | str = 0.0
+    traces: Traces,
+    drops: Sequence[float],
+    *,
+    one_threshold: bool = DEFAULTS.one_threshold,
+    margin: Margin = DEFAULTS.margin,
 ) -> tuple[Solution, ...]:
-    """The best thresholds at each allowed drop of accuracy (without labels: of fidelity), each less a margin.
+    """The best thresholds for each allowed drop of accuracy (without labels: of fidelity).
 
-    Where "auto" keeps so much in reserve of a drop that a smaller one costs less, the thresholds are those of the smaller.
+    The reserve "auto" can be so large that the thresholds for a smaller drop cost less. Then those are taken.
     """
     kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
-    targets = [Target.only({kind: drop}) for drop in drops]
+    targets = [Target.given(ThresholdsConfig(**{kind: drop})) for drop in drops]
     found: dict[Target, Solution] = {}
     for target in sorted(targets, key=lambda target: target.limit):
-        own = solve_target(traces, target, one=one, margin=margin)
+        own = solve_target(traces, target, one_threshold=one_threshold, margin=margin)
         best = min([own, *found.values()], key=lambda s: s.cost)
-        found[target] = (
-            own if best is own else replace(best, target=target, margin=target.limit - best.target.limit + best.margin)
-        )
+        reserve = target.limit - best.target.limit + best.margin
+        found[target] = own if best is own else replace(best, target=target, margin=reserve)
     return tuple(found[target] for target in targets)

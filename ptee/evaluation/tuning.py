@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from ptee._common.devices import resolve_device
-from ptee.evaluation.targets import Solution, Target, solve_target
+from ptee.evaluation.config import ThresholdsConfig
+from ptee.evaluation.targets import DEFAULTS, Margin, Solution, Target, below, solve_target
+from ptee.evaluation.threshold_search import ROUNDING
 from ptee.evaluation.traces import record
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
-BOTH_SIDES = 1.96  # standard deviations, between which are 95 %
+WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 
 
 def tune(
@@ -23,64 +25,81 @@ def tune(
     max_drop: float | None = None,
     max_fidelity_drop: float | None = None,
     max_cost: float | None = None,
-    one: bool = False,
-    margin: float | str = 0.0,
+    one_threshold: bool = DEFAULTS.one_threshold,
+    margin: Margin = DEFAULTS.margin,
     batch_size: int = 128,
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Solution:
-    """Choose a model's thresholds on data, by one target, and set them; exits that do not pay are switched off.
+    """Choose a model's thresholds for one target, and set them. Exits that do not pay are switched off.
 
     Report on other images than these.
 
     Args:
-        model: any early-exit model; its heads are trained.
+        model: any early-exit model with trained heads.
         data: a map-style data set of (image, label) or (image,), or a loader, of images that nothing was trained on.
-        max_drop: largest loss of accuracy against the bare backbone: 0.01 is one point. Needs labels.
-        max_fidelity_drop: largest share of answers that are not the backbone's.
-        max_cost: largest mean cost, as a fraction of the bare backbone's; what loses least within it is chosen.
-        one: the same threshold for all exits.
-        margin: how much of that limit is kept in reserve, as other images lose more than those it was chosen on; "auto" as
-            in `solve`.
+        max_drop: the lowest cost at which accuracy is at most this much below the bare backbone's; 0.01 is one point. Needs
+            labels.
+        max_fidelity_drop: the lowest cost at which at most this share of the answers differs from the backbone's.
+        max_cost: the best answers at this mean cost or less, as a fraction of the bare backbone's.
+        one_threshold: the same threshold for all exits.
+        margin: how much of the limit is kept in reserve, because new images lose more than those that T is chosen on. "auto":
+            how much more is estimated by cross-validation.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.
 
     Returns:
-        The thresholds, the exits that do not pay, and what they come to on these data.
+        The thresholds, the exits that are off, and accuracy, fidelity and cost on these data.
 
     Raises:
-        PteeError: if there is not exactly one target, or it cannot be met; then what can be is said.
+        PteeError: if there is not exactly one target, or it cannot be met; the message says what can be.
     """
     require_early_exit(model)
-    target = Target.only({"max_drop": max_drop, "max_fidelity_drop": max_fidelity_drop, "max_cost": max_cost})
+    config = ThresholdsConfig(
+        max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_cost=max_cost, one_threshold=one_threshold, margin=margin
+    )  # fmt: skip
+    target = Target.given(config)
     home, was_training = next(model.heads.parameters()).device, model.training
     try:
         model.to(home if device is None else resolve_device(device))
         traces = record(model, data, batch_size=batch_size, num_workers=num_workers, logits=False)
     finally:
         model.to(home).train(was_training)
-    found = solve_target(traces, target, one=one, margin=margin)
+    found = solve_target(traces, target, one_threshold=config.one_threshold, margin=config.margin)
     model.threshold, model.off = found.threshold, found.off
     return found
 
 
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
-    """How a target fares on the images that are reported on, and how well that is known, in a sentence.
+    """Whether a target was kept or missed on the images that are reported on, by how much, and how certain that is.
 
     Args:
         solution: found on other images.
         results: JSON-able, of an evaluation on these.
     """
-    target, backbone, own = solution.target, results["rows"][0], results["rows"][-1]
-    found, n = f"a cost of {own['cost']:.4f}", results["samples"]
-    if target.kind == "max_drop" and own["accuracy"] is not None:
-        drop = backbone["accuracy"] - own["accuracy"]
-        found = f"{abs(drop):.4f} of accuracy {'gained' if drop < 0 else 'lost'}"
-    elif target.kind != "max_cost":
-        found = f"{1 - own['fidelity']:.4f} of fidelity lost"
-    if target.kind != "max_cost":
-        # Other answers lose one each at most. Agresti and Coull: with two more of either kind, none is not taken for never.
-        others = ((1 - own["fidelity"]) * n + 2) / (n + 4)
-        found += f", give or take {BOTH_SIDES * math.sqrt(others / (n + 4)):.4f} on {n:,} images"
-    return f"Asked for {target}; on images that the thresholds were not chosen on: {found}."
+    target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
+    if target.kind == "max_cost":
+        found, words = own["cost"], f"{own['cost']:.4f}"
+    elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
+        found = 1 - own["fidelity"]
+        words = f"{found:.4f} of the answers differ (uncertainty {_uncertainty(own['fidelity'], n):.4f})"
+    else:
+        found = backbone["accuracy"] - own["accuracy"]
+        words = f"{below(found)} (uncertainty {_uncertainty(own['fidelity'], n):.4f})"
+    outcome = f"{'Kept' if found <= target.limit + ROUNDING else 'Missed'} on {n:,} other images"
+    if target.kind == "max_drop" and own["accuracy"] is None:
+        outcome = f"Not known for {n:,} other images, which have no labels"
+    return f"Target: {target}. {outcome}: {words}."
+
+
+def _uncertainty(fidelity: float, n: int) -> float:
+    """Half the width of a 95 % interval of what is lost, on n images.
+
+        1.96 sqrt(p / (n + 4)),  p = (n (1 - fidelity) + 2) / (n + 4)
+
+    Only answers that differ from the backbone's can lose anything, each of them one image at most, so p bounds the variance. Two
+    images are added to either side (Agresti and Coull, 1998), because none in a few images does not mean never.
+    """
+    p = (n * (1 - fidelity) + 2) / (n + 4)
+    return WITHIN * math.sqrt(p / (n + 4))

@@ -19,7 +19,7 @@ from ptee._common.files import require_writable, write_json
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
-from ptee.evaluation.targets import Target, require_labels, require_reachable
+from ptee.evaluation.targets import Solution, Target, require_labels, require_reachable
 from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
 from ptee.exits.front import FrontHead, named_front
@@ -54,6 +54,7 @@ class Job:
         log: is told what happens, in lines for a person.
         again: what to type to go on after an interruption; empty where nothing helps.
         speed_seconds: how long measuring speed may take, in about.
+        explain: say what the columns of the results mean.
     """
 
     out: Path | None = None
@@ -64,6 +65,7 @@ class Job:
     log: Log = silent
     again: str = ""
     speed_seconds: float = SPEED_SECONDS
+    explain: bool = False
 
 
 def fit(
@@ -162,18 +164,19 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
             return model
         model.results = {"data": _about(data)}
         _set_confidence(model, for_confidence, recipe, job)
+        report, outcome = _set_thresholds(model, data, target, recipe, job)
     except KeyboardInterrupt as why:
         raise _interrupted(complete, job) from why
-    if target is None:
-        model.threshold = recipe.thresholds.threshold or 0.0
-    _save(model, history, recipe, job)  # whatever becomes of the measurement, which may take long
+    _save(model, history, recipe, job)  # before the measurement, which may take long
     try:
-        _choose_and_measure(model, data, target, recipe, job)
+        _measure(model, report, outcome, recipe, job)
     except KeyboardInterrupt as why:
         raise Interrupted(
             f"Interrupted: the run in {job.out} is complete but for its results. {job.again}".strip()
         ) from why
     _save(model, history, recipe, job)
+    if job.out is not None:
+        (job.out / saving.CHECKPOINT).unlink(missing_ok=True)
     return model
 
 
@@ -360,18 +363,27 @@ def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job
     model.results = (model.results or {}) | {"calibration": fits.to_dict()}
 
 
-def _choose_and_measure(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> None:
-    """Choose the thresholds where there is a target, and measure on images that they were not chosen on."""
-    images, about, found = data.validation, data.summary, None
-    if target is not None:
-        unseen = Unseen(str(job.out or data.source), data, images, recipe.seed)
-        images, found = choose_thresholds(model, unseen, target, recipe, job)
-        about = f"{about} {(model.results or {})['tuning']['images']}"
+def _set_thresholds(
+    model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job
+) -> tuple[tuple[Any, str], Solution | None]:
+    """Give the model its thresholds. Returns images to report on, a sentence about them, and what was found for the target."""
+    if target is None:
+        assert recipe.thresholds.threshold is not None  # else there is a target
+        model.threshold = recipe.thresholds.threshold
+        return (data.validation, data.summary), None
+    unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
+    images, found = choose_thresholds(model, unseen, target, recipe, job)
+    return (images, f"{data.summary} {(model.results or {})['tuning']['images']}"), found
+
+
+def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job) -> None:
+    """Measure on images that the thresholds were not chosen on."""
+    images, about = report
     results = evaluate(
-        model, images, batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device, speed=job.speed, speed_seconds=job.speed_seconds,
-        about=about,
+        model, images, batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device, speed=job.speed,
+        speed_seconds=job.speed_seconds, about=about,
     )  # fmt: skip
-    job.log(f"\n{results}")
+    job.log(f"\n{results}" + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
     if found is not None:
         job.log(describe_outcome(found, model.results))
@@ -394,7 +406,7 @@ def choose_thresholds(
     """
     parts = parts_for_tuning(unseen.data, unseen.images, unseen.seed)
     found = tune(
-        model, parts.calibration, **{target.kind: target.limit}, one=recipe.thresholds.one_threshold, margin=recipe.thresholds.margin,
+        model, parts.calibration, **{target.kind: target.limit}, one_threshold=recipe.thresholds.one_threshold, margin=recipe.thresholds.margin,
         batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device,
     )  # fmt: skip
     record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ptee._common.errors import Interrupted, PteeError, first_line
+from ptee._common.errors import Interrupted, PteeError, RunError, first_line
 from ptee._common.files import replace_file, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
@@ -171,8 +171,9 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
     """A run that was made by this very recipe."""
     path = folder / RECIPE_FILE
     try:
-        return (folder / saving.METRICS).is_file() and path.read_text(encoding="utf-8") == recipe.resolved().to_yaml()
-    except (OSError, UnicodeDecodeError):
+        measured = "rows" in saving.read_metrics(folder)["results"]
+        return measured and path.read_text(encoding="utf-8") == recipe.resolved().to_yaml()
+    except (RunError, OSError, UnicodeDecodeError):
         return False
 
 

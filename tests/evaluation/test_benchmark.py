@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError
 from ptee.evaluation import benchmark
-from ptee.evaluation.benchmark import bench, in_turns, ratio
+from ptee.evaluation.benchmark import Bench, Case, bench, in_turns, ratio
 
 SIZE, CPU = (3, 8, 8), torch.device("cpu")
 NEVER, ALWAYS = 2.0, 0.0
@@ -32,54 +32,47 @@ def made() -> ptee.EarlyExitModel:
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """A clock that tells the seconds put into it, one for each call; it stands still otherwise."""
+    """A clock that moves only when a test moves it."""
     now = [0.0]
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_every_call_has_its_turn_in_every_round_after_one_that_does_not_count():
+def test_every_call_is_timed_once_in_every_round_after_one_that_does_not_count():
     order: list[str] = []
     times = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, rounds=4)
     assert order == ["a", "b"] * 5
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4}
 
 
-def test_the_seconds_are_those_of_the_call(clock):
-    lengths = iter([100.0, 1, 2, 3])
+def test_the_times_are_those_of_the_calls_and_nothing_is_differentiated(clock):
+    lengths, modes = iter([100.0, 1, 2, 3]), []
 
     def call() -> None:
         clock[0] += next(lengths)
+        modes.append(torch.is_inference_mode_enabled())
 
     assert in_turns({"call": call}, CPU, rounds=3, seconds=1000) == {"call": [1, 2, 3]}
+    assert modes == [True] * 4
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (4.5, 4), (100.0, 7)])
-def test_no_round_is_begun_after_the_time_is_up_but_three_are_done(seconds, rounds, clock):
+def test_no_round_begins_after_the_time_is_up_but_three_are_timed(seconds, rounds, clock):
     def call() -> None:
         clock[0] += 1
 
     assert len(in_turns({"call": call}, CPU, rounds=7, seconds=seconds)["call"]) == rounds
 
 
-def test_nothing_is_differentiated_while_it_is_timed():
-    seen = []
-    in_turns({"call": lambda: seen.append(torch.is_inference_mode_enabled())}, CPU, rounds=1)
-    assert seen == [True, True]
-
-
-def test_the_ratio_is_the_median_of_each_rounds_own():
-    # the machine slows down tenfold in the second round; the ratio of medians would be 40 / 4
+def test_the_ratio_is_the_median_of_the_ratios_of_each_round():
+    # The machine slows down tenfold in the second round; the ratio of medians would be 40 / 4.
     assert ratio([2.0, 40, 40], [1.0, 10, 4]) == 4
-
-
-def test_rounds_of_unequal_number_are_a_mistake():
     with pytest.raises(ValueError, match="shorter"):
         ratio([1.0, 2.0], [1.0])
 
 
 @pytest.mark.parametrize("batch", [2, 5, 8])
-def test_counted_is_the_arithmetic_of_the_models_costs(batch):
+def test_the_counted_cost_is_the_mean_of_the_models_costs(batch):
     model = made()
     first, _, last = model.costs
     half = batch // 2
@@ -93,7 +86,7 @@ def test_counted_is_the_arithmetic_of_the_models_costs(batch):
     )
 
 
-def test_every_batch_size_has_every_case_but_one_row_cannot_be_halved():
+def test_every_batch_size_has_every_case_but_half_of_one_image_cannot_leave():
     found = bench(made(), [1, 4], rounds=3)
     assert [(case.batch, case.leaving) for case in found.cases] == [
         (1, "nobody"), (1, "all at exit 0"), (4, "nobody"), (4, "half at exit 0"), (4, "all at exit 0"),
@@ -104,7 +97,7 @@ def test_every_batch_size_has_every_case_but_one_row_cannot_be_halved():
     assert (found.device, found.exits, found.threads) == ("cpu", 2, 1)
 
 
-def test_the_rows_really_leave_where_the_case_says(monkeypatch):
+def test_the_images_leave_where_the_case_says(monkeypatch):
     seen: dict[str, list[int]] = {}
     model = made()
 
@@ -124,21 +117,21 @@ def test_the_rows_really_leave_where_the_case_says(monkeypatch):
     monkeypatch.setattr(benchmark, "in_turns", calls_once)
     bench(model, [4])
     assert seen == {
-        "bare": [4, 4, 4], "bare, others": [2, 2, 2], "to exit 0": [4], "to exit 0, others": [2],
+        "bare": [4, 4, 4], "bare, half": [2, 2, 2], "to exit 0": [4], "to exit 0, half": [2],
         "nobody": [4, 4, 4], "half at exit 0": [4, 2, 2], "all at exit 0": [4],
     }  # fmt: skip
 
 
 def test_time_limit_and_saving_are_ratios_to_the_bare_backbone(monkeypatch):
     times = {
-        "bare": 10.0, "bare, others": 6.0, "to exit 0": 4.0, "to exit 0, others": 3.0,
+        "bare": 10.0, "bare, half": 6.0, "to exit 0": 4.0, "to exit 0, half": 3.0,
         "nobody": 11.0, "half at exit 0": 7.6, "all at exit 0": 5.5,
     }  # fmt: skip
     monkeypatch.setattr(benchmark, "in_turns", lambda calls, *_, **__: {name: [times[name]] * 3 for name in calls})
     nobody, half, everybody = bench(made(), [4]).cases
     assert (nobody.time, nobody.limit, nobody.saved) == (1.1, None, None)
     assert half.time == pytest.approx(0.76)
-    assert half.limit == pytest.approx(0.7)  # all rows to exit 0: 4; the others from there: 6 - 3
+    assert half.limit == pytest.approx(0.7)  # all images to exit 0: 4; the other half from there: 6 - 3
     assert half.saved == pytest.approx(0.24 / 0.3)
     assert (everybody.time, everybody.limit) == (0.55, 0.4)
     assert everybody.saved == pytest.approx(0.45 / 0.6)
@@ -152,7 +145,7 @@ def test_timing_leaves_the_model_and_its_hooks_as_they_were():
     assert model.threshold == [0.5, 0.5]
 
 
-def test_a_backbone_that_catches_exceptions_is_timed_up_to_its_first_exit_too():
+def test_a_backbone_that_catches_exceptions_is_timed_up_to_its_first_exit_as_well():
     class Careful(Net):
         def forward(self, x: Tensor) -> Tensor:
             try:
@@ -170,15 +163,27 @@ def test_a_backbone_that_catches_exceptions_is_timed_up_to_its_first_exit_too():
 
 
 @pytest.mark.parametrize("batch_sizes", [[0], [4, -1]], ids=str)
-def test_a_batch_of_no_rows_is_refused(batch_sizes):
-    with pytest.raises(PteeError, match="positive"):
+def test_a_batch_of_no_images_is_refused(batch_sizes):
+    with pytest.raises(
+        PteeError, match=r"A batch of .* images cannot be timed.*such as batch_sizes=\[1, 32\]\."
+    ) as refused:
         bench(made(), batch_sizes)
+    assert (refused.value.argument, refused.value.value) == ("batch_sizes", batch_sizes)
 
 
-def test_the_table_has_a_line_for_each_case_and_the_values_are_ready_for_json():
-    found = bench(made(), [1, 2], rounds=3)
-    text = str(found)
-    assert sum(line.lstrip().startswith(("1 ", "2 ")) for line in text.splitlines()) == 5
-    assert "1 threads" in text
-    values = json.loads(json.dumps(found.to_dict()))
-    assert [case["leaving"] for case in values["cases"]] == [case.leaving for case in found.cases]
+def test_the_table_has_a_line_for_each_case_and_the_legend_explains_its_columns():
+    measured = Bench(
+        "net", "cpu", 1, 2, (Case(4, "nobody", 1.1, 1.0, None, None), Case(4, "all at exit 0", 0.55, 0.5, 0.4, 0.75))
+    )
+    assert str(measured).splitlines() == [
+        "net with 2 exits on cpu, 1 thread",
+        "Times and costs are divided by the bare backbone's.",
+        "",
+        "batch  who leaves      time   cost  time over cost  best time  saving reached",
+        "-----------------------------------------------------------------------------",
+        "    4  nobody         1.100  1.000          +10.0%          -               -",
+        "    4  all at exit 0  0.550  0.500          +10.0%      0.400           75.0%",
+    ]
+    for column in ("time", "cost", "time over cost", "best time", "saving reached"):
+        assert f"\n{column}: " in f"\n{measured.legend}"
+    assert json.loads(json.dumps(measured.to_dict()))["cases"][1]["leaving"] == "all at exit 0"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -10,16 +11,18 @@ from small import made
 from torch.utils.data import TensorDataset
 
 import ptee
-from ptee._common.errors import PteeError
-from ptee.evaluation.targets import Solution, Wish
+from ptee._common.errors import DataError, PteeError
+from ptee.data.splits import Data, Unseen, parts_for_all, parts_for_tuning
+from ptee.evaluation.config import ThresholdsConfig
+from ptee.evaluation.targets import Solution, Target
 from ptee.evaluation.traces import Score
-from ptee.evaluation.tuning import kept
+from ptee.evaluation.tuning import describe_outcome
 
 labelled = partial(small.labelled, 60)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_tuning_sets_thresholds_that_meet_the_wish_when_the_model_is_run(training):
+def test_tuning_sets_thresholds_that_meet_the_target_when_the_model_is_run(training):
     model, (x, y) = made().train(training), labelled()
     found = ptee.tune(model, TensorDataset(x, y), max_fidelity_drop=0.25)
     assert model.threshold == list(found.threshold)
@@ -31,52 +34,142 @@ def test_tuning_sets_thresholds_that_meet_the_wish_when_the_model_is_run(trainin
     assert found.fidelity_drop == pytest.approx((out.logits.argmax(1) != bare).double().mean().item())
 
 
-def test_a_wish_that_is_refused_leaves_the_thresholds_alone():
+@pytest.mark.parametrize("target", [{}, {"max_cost": 0.001}, {"max_drop": 0.1, "max_cost": 0.5}], ids=str)
+def test_a_target_that_is_refused_leaves_the_thresholds_as_they_were(target):
     model = made()
     model.threshold = [0.3, 0.6]
-    for wish in ({}, {"max_cost": 0.001}, {"max_drop": 0.1, "max_cost": 0.5}):
-        with pytest.raises(PteeError):
-            ptee.tune(model, TensorDataset(*labelled()), **wish)
+    with pytest.raises(PteeError):
+        ptee.tune(model, TensorDataset(*labelled()), **target)
     assert model.threshold == [0.3, 0.6]
 
 
-def fared(fidelity: float, samples: int, kind: str = "max_fidelity_drop", accuracy: float = 0.88) -> str:
-    """What is said of a wish on so many images, of which this share keeps its answer."""
-    score = Score(0.9, fidelity, 0.5)
-    found = Solution(Wish(kind, 0.02), (0.5,), (), score, Score(0.9, 1.0, 1.0), 100)
-    bare = {"accuracy": 0.9, "fidelity": 1.0, "cost": 1.0}
-    own = {"accuracy": accuracy, "fidelity": fidelity, "cost": 0.5}
-    return kept(found, {"samples": samples, "rows": [bare, own]})
+def test_the_defaults_are_those_of_recipes_so_that_a_reserve_is_kept():
+    defaults = inspect.signature(ptee.tune).parameters
+    for name in ("max_drop", "max_fidelity_drop", "max_cost", "one_threshold", "margin"):
+        assert defaults[name].default == getattr(ThresholdsConfig(), name)
+    by_default, by_name, none = (
+        ptee.tune(made(), TensorDataset(*labelled()), max_fidelity_drop=0.4, **margin)
+        for margin in ({}, {"margin": "auto"}, {"margin": 0})
+    )
+    assert by_default == by_name
+    assert none.margin == 0
+
+
+def data(*delivered: str, n: int = 10) -> Data:
+    sets = [list(range(start, start + n)) for start in (0, 100, 200)]
+    return Data(*sets, ("a", "b"), "source", {"parts": dict.fromkeys(delivered)})
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "words"),
-    [(0.9, "0.0000 lost"), (0.9 + 1e-12, "0.0000 lost"), (0.88, "0.0200 lost"), (0.905, "0.0050 gained")],
+    ("delivered", "halved"),
+    [
+        (["train", "calibration", "validation"], False),
+        (["train", "validation"], True),  # the calibration images are training images, which the backbone knows
+        (["train", "calibration"], False),
+        (["train"], False),
+    ],
+    ids=str,
 )
-def test_a_solution_says_in_words_what_is_lost(accuracy, words):
-    found = Solution(Wish("max_drop", 0.02), (0.5,), (), Score(accuracy, 1.0, 0.5), Score(0.9, 1.0, 1.0), 100)
-    assert f"accuracy {accuracy:.4f} ({words}), " in str(found)
+def test_thresholds_are_never_chosen_on_images_that_are_reported_on(delivered, halved):
+    source = data(*delivered)
+    parts = parts_for_tuning(source, source.validation, 0)
+    chosen, left = set(parts.calibration), set(parts.report)
+    assert not chosen & left
+    assert (chosen | left == set(source.validation)) == halved
+    assert parts.words.startswith(f"Thresholds are chosen on {'5 of the 10' if halved else 'the 10'}")
 
 
-def give_or_take(said: str) -> float:
-    return float(said.split("give or take ")[1].split(" on ")[0])
+def test_halves_are_the_same_for_the_same_seed_only():
+    source, unseen = data("train"), list(range(100))
+    one, same, other = (parts_for_tuning(source, unseen, seed) for seed in (1, 1, 2))
+    assert list(one.calibration) == list(same.calibration) != list(other.calibration)
+    assert sorted([*one.calibration, *one.report]) == unseen
+
+
+def test_one_image_is_too_few_to_choose_and_to_report():
+    source = data("train", "validation", n=1)
+    with pytest.raises(DataError, match=r"has 1\. Give more images: data=FOLDER\."):
+        parts_for_tuning(source, source.validation, 0)
+
+
+def unseen(source: Data, seed: int = 0, *, whole: bool = True) -> Unseen:
+    source.split["rule"] = f"drawn with seed {seed}"
+    return Unseen(f"run{seed}", source, source.validation if whole else list(range(1000)), seed)
+
+
+def test_runs_with_different_seeds_share_the_validation_images_of_the_data():
+    source = data("train", "validation")
+    parts = parts_for_all([unseen(source, 1), unseen(source, 2)])
+    assert sorted([*parts.calibration, *parts.report]) == source.validation
+
+
+def test_validation_images_that_were_drawn_with_different_seeds_cannot_be_shared():
+    with pytest.raises(DataError, match=r"run1 and run2 drew theirs with different seeds \(1, 2\).*data=FOLDER"):
+        parts_for_all([unseen(data("train"), 1), unseen(data("train"), 2)])
+
+
+def test_a_run_that_was_made_with_other_data_is_measured_on_what_the_others_have_not_seen():
+    source = data("train")
+    parts = parts_for_all([unseen(source, 2, whole=False), unseen(source, 1)])
+    assert (parts.calibration, parts.report) == (source.calibration, source.validation)
+
+
+def test_runs_that_were_measured_on_different_data_are_refused():
+    other = Data(*[[1, 2, 3]] * 3, ("a", "b"), "elsewhere", {"parts": {"train": None}})
+    with pytest.raises(DataError, match="run1 was measured on source, run2 on elsewhere"):
+        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
+
+
+# what is said of the outcome
+
+
+def outcome(
+    fidelity: float, samples: int, kind: str = "max_fidelity_drop", accuracy: float | None = 0.88, limit: float = 0.02
+) -> str:
+    """The sentence about a target, if this share of so many images keeps the backbone's answer."""
+    score = Score(0.9, fidelity, 0.5)
+    found = Solution(Target(kind, limit), (0.5,), (), score, Score(0.9, 1.0, 1.0), 100)
+    bare = {"accuracy": 0.9, "fidelity": 1.0, "cost": 1.0}
+    own = {"accuracy": accuracy, "fidelity": fidelity, "cost": 0.5}
+    return describe_outcome(found, {"samples": samples, "rows": [bare, own]})
+
+
+def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
+    assert outcome(0.95, 1200, "max_drop", limit=0.01) == (
+        "Target: accuracy at most 0.01 below the backbone's. Missed on 1,200 other images: 0.0200 below (uncertainty 0.0128)."
+    )
+    assert "Kept on 1,200 other images: 0.0200 below" in outcome(0.95, 1200, "max_drop", limit=0.02)
+    assert "Kept on 1,000 other images: 0.0100 above" in outcome(0.95, 1000, "max_drop", accuracy=0.91)
+    assert outcome(0.97, 1000) == (
+        "Target: at most 0.02 of the answers differ from the backbone's. Missed on 1,000 other images: 0.0300 of the answers differ "
+        "(uncertainty 0.0110)."
+    )
+    assert (
+        outcome(0.95, 1000, "max_cost", limit=0.6)
+        == "Target: a mean cost of at most 0.6. Kept on 1,000 other images: 0.5000."
+    )
+    assert "Missed on" in outcome(0.95, 1000, "max_cost", limit=0.4)
+
+
+def test_without_labels_it_is_not_known_whether_a_drop_of_accuracy_was_kept():
+    assert "Not known for 1,000 other images, which have no labels: 0.0500 of the answers differ" in outcome(
+        0.95, 1000, "max_drop", accuracy=None
+    )
+
+
+def uncertainty(words: str) -> float:
+    return float(words.split("uncertainty ")[1].split(")")[0])
 
 
 @pytest.mark.parametrize("n", [50, 500, 5000])
 @pytest.mark.parametrize("share", [0.02, 0.1])
-def test_how_well_a_loss_is_known_covers_it_on_nearly_all_samples_of_so_many_images(n, share):
+def test_the_uncertainty_covers_the_true_loss_for_nearly_all_samples_of_so_many_images(n, share):
     drawn = np.random.default_rng(0).binomial(n, share, 400) / n
-    within = [abs(lost - share) <= give_or_take(fared(1 - lost, n)) + 0.5 / n for lost in drawn]
+    within = [abs(lost - share) <= uncertainty(outcome(1 - lost, n)) + 0.5 / n for lost in drawn]
     assert np.mean(within) >= 0.9
-    assert give_or_take(fared(1 - share, n)) < 2.5 * 1.96 * np.sqrt(share * (1 - share) / n) + 1 / n  # and no wider
+    assert uncertainty(outcome(1 - share, n)) < 2.5 * 1.96 * np.sqrt(share * (1 - share) / n) + 1 / n  # and not more
 
 
-def test_nothing_lost_on_a_few_images_is_not_known_to_be_nothing():
-    assert "0.0000 of fidelity lost" in fared(1.0, 10)
-    assert give_or_take(fared(1.0, 10)) > 0.1
-
-
-def test_of_accuracy_and_cost_it_is_said_what_was_found():
-    assert "0.0200 of accuracy lost, give or take" in fared(0.95, 1000, "max_drop")
-    assert "0.0100 of accuracy gained, give or take" in fared(0.95, 1000, "max_drop", accuracy=0.91)
-    assert fared(0.95, 1000, "max_cost").endswith("a cost of 0.5000.")
+def test_no_loss_on_a_few_images_is_uncertain():
+    assert "0.0000 of the answers differ" in outcome(1.0, 10)
+    assert uncertainty(outcome(1.0, 10)) > 0.1

@@ -28,9 +28,9 @@ FROM_TENSORS: dict[str, Callable[[Any, Tensor], Any]] = {
     "read": lambda model, x: model.read(x),
 }
 FROM_DATA: dict[str, Callable[[Any, Tensor], Any]] = {
-    "train": lambda model, x: ptee.train(model, data_of(x), epochs=1),
+    "train": lambda model, x: ptee.train(model, data_of(x), epochs=1, cache=False),
     "train on a cache": lambda model, x: ptee.train(model, data_of(x), epochs=1, cache=True),
-    "train on views": lambda model, x: ptee.train(model, data_of(x), epochs=1, augment=2),
+    "train on views": lambda model, x: ptee.train(model, data_of(x), epochs=1, views=2),
     "validation": lambda model, x: ptee.train(model, data_of(labelled(8)[0]), data_of(x), epochs=1),
     "record": lambda model, x: record(model, data_of(x)),
     "a loader": lambda model, x: record(model, DataLoader(data_of(x), 4)),
@@ -46,7 +46,7 @@ REFUSED = {
     "whole numbers": ((255 * x).long(), r"These images are int64, .*Give \(x\.float\(\) - mean\) / std"),
     "truth values": (x > 0.5, "These images are bool, and the model takes floating-point numbers"),
     "complex numbers": (x.to(torch.complex64), "These images are complex64, and the model takes floating-point numbers"),
-    "channels last": (x.permute(0, 2, 3, 1), r"these are \(\d, 8, 8, 3\), with the channels last. Give x.permute\(0, 3, 1, 2\)"),
+    "channels last": (x.permute(0, 2, 3, 1), r"these are \(\d+, 8, 8, 3\), with the channels last. Give x.permute\(0, 3, 1, 2\)"),
     "grey": (x[:, :1], r"These images have 1 channel, and the model takes 3. Give x.expand\(-1, 3, -1, -1\)"),
     "with opacity": (torch.cat([x, x[:, :1]], 1), r"have 4 channels, and the model takes 3. Give x\[:, :3\]"),
     "five channels": (torch.rand(8, 5, 8, 8), "have 5 channels, and the model takes 3. Give images with 3"),

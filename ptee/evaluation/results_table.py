@@ -1,0 +1,250 @@
+"""The results of an evaluation: the numbers, the tables they print as, and in words what is wrong with the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptee._common.text import table
+from ptee.evaluation.targets import describe_thresholds
+from ptee.evaluation.traces import Score
+from ptee.model.forward import COLLAPSED
+
+MANY_DIFFER = 0.05  # share of answers that differ from the backbone's above which the model is called bad
+SLOWER = 0.95  # times the bare backbone's speed; what lies above it may be noise
+WIDEST = 40  # letters of thresholds in the first column; more are in the second table only
+ON_AGAIN = "ptee tune chooses again which exits are on (in Python: set model.off = [] and model.threshold)."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scenario, measured on a data set.
+
+    Attributes:
+        name: "backbone", "exit 0" (every image leaves there), "exit 1", ..., "early exit".
+        module: the exit's module, or empty.
+        accuracy: share of the answers that are the label; None without labels.
+        fidelity: share of the answers that are the backbone's.
+        cost: mean multiply-accumulates for an image, heads passed on the way included, over the bare backbone's.
+        right: of the images that leave at this exit at the model's thresholds, the share whose answer is the label (without
+            labels: the backbone's answer); None where no image leaves. In the backbone's row it is of those that never left.
+        calibration_error: of an exit's confidence h on all images: mean distance of h from the share of right answers, over
+            bins of h. None in other rows.
+        failure_auroc: of an exit's confidence h on all images: the chance that h is higher for a right answer than for a wrong
+            one. .5 is chance, 1 is perfect. None in other rows, and where all answers are right or all are wrong.
+        images_per_s: measured, or None.
+        speedup: the bare backbone's time over this one's, measured in turns, or None.
+    """
+
+    name: str
+    module: str
+    accuracy: float | None
+    fidelity: float
+    cost: float
+    right: float | None = None
+    calibration_error: float | None = None
+    failure_auroc: float | None = None
+    images_per_s: float | None = None
+    speedup: float | None = None
+
+    @property
+    def merit(self) -> float:
+        """Accuracy; without labels fidelity."""
+        return self.fidelity if self.accuracy is None else self.accuracy
+
+
+@dataclass(frozen=True)
+class Results:
+    """The numbers of an early-exit model on a data set. Prints as two tables.
+
+    Attributes:
+        backbone: its name.
+        samples: n.
+        threshold: (E) T of each exit.
+        rows: the bare backbone, every image leaving at each exit, the early-exit model at its thresholds.
+        leaving: (E+1) share of the images that leave at each exit.
+        device: where speed was measured.
+        batch_size: at which speed was measured.
+        about: where the data came from, in a sentence.
+        note: why there is no accuracy though the data has labels, in a sentence; else empty.
+        truncation: for each exit, the score of the backbone cut off there, with no other head.
+        off: exits at which no image leaves, whatever the threshold.
+    """
+
+    backbone: str
+    samples: int
+    threshold: list[float]
+    rows: tuple[Row, ...]
+    leaving: list[float]
+    device: str
+    batch_size: int
+    about: str = ""
+    note: str = ""
+    truncation: tuple[Score, ...] = ()
+    off: tuple[int, ...] = ()
+
+    @property
+    def early_exit(self) -> Row:
+        """The row of the early-exit model at its thresholds."""
+        return self.rows[-1]
+
+    @property
+    def exits(self) -> tuple[Row, ...]:
+        """The rows in which every image leaves at one exit."""
+        return self.rows[1:-1]
+
+    @property
+    def all_off(self) -> bool:
+        """No exit is on."""
+        return len(self.off) == len(self.exits)
+
+    @property
+    def timed(self) -> bool:
+        """Speed was measured."""
+        return self.early_exit.speedup is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        rows = [asdict(row) for row in self.rows]
+        return asdict(self) | {"rows": rows, "off": list(self.off), "verdict": self.verdict}
+
+    @property
+    def verdict(self) -> list[str]:
+        """What is wrong with the early-exit model, a sentence each. Nothing where T is above 1, as then nobody leaves."""
+        if self.all_off:
+            return [f"Every exit is off, so the backbone answers all images, whatever T is. {ON_AGAIN}"]
+        if min(self.threshold) > 1:
+            return []
+        return [words for words in (_collapsed(self), _differs(self), _beaten_by_cut_off(self), _dear(self)) if words]
+
+    @property
+    def legend(self) -> str:
+        """What the columns mean, a line each."""
+        right = "the label" if self.early_exit.accuracy is not None else "the backbone's answer"
+        speed = (
+            f"images/s, speed: measured on {self.device} in batches of {self.batch_size}. speed is the bare backbone's time divided by "
+            "this one's, measured in turns."
+        )
+        return LEGEND.format(right=right) + (f"\n{speed}" if self.timed else "")
+
+    def __str__(self) -> str:
+        timed = f"; speed on {self.device} in batches of {self.batch_size}" if self.timed else ""
+        off = [f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {ON_AGAIN}"] if self.off else []
+        sentences = [*([] if self.all_off else off), *self.verdict]
+        return (
+            f"{self.backbone}, {self.samples:,} images{timed}\n"
+            + (f"{self.note}\n" if self.note else "")
+            + f"\n{_scenarios(self)}\n\n{_at_exits(self)}"
+            + ("\n" if sentences else "")
+            + "".join(f"\n{sentence}" for sentence in sentences)
+        )
+
+
+LEGEND = """\
+accuracy: share of the answers that are the label.
+fidelity: share of the answers that are the backbone's.
+cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
+T: an image leaves at the first exit whose confidence is at least T. off: no image leaves there.
+leave here: share of the images that leave at this exit when the model runs.
+of these right: share of those images whose answer is {right}.
+AUROC: the chance that the confidence is higher for a right answer than for a wrong one; 0.5 is chance, 1 is perfect."""
+
+
+# ---------------------------------------------------------------------------------------------------- the tables
+
+
+def _scenarios(results: Results) -> str:
+    """One way to use the network a row."""
+    timed = ("images/s", "speed") if results.timed else ()
+    first, *exits, last = results.rows
+    names = ["backbone", *(f"all leave at {_exit(n, row)}" for n, row in enumerate(exits)), _early_exit(results)]
+    lines = []
+    for name, row in zip(names, [first, *exits, last], strict=True):
+        speed = (_shown(row.images_per_s, ",.0f"), _shown(row.speedup, ".2f", "x")) if timed else ()
+        lines.append((name, _shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}", *speed))
+    return table([("", "accuracy", "fidelity", "cost", *timed), *lines], left={0})
+
+
+def _at_exits(results: Results) -> str:
+    """What happens at each exit when the model runs at its thresholds."""
+    lines = [("end of the backbone", "", f"{results.leaving[-1]:.1%}", _shown(results.rows[0].right, ".4f"), "")]
+    for n, row in reversed(list(enumerate(results.exits))):
+        off = n in results.off
+        leave = "-" if off else f"{results.leaving[n]:.1%}"
+        t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
+        lines.append((_exit(n, row), t, leave, _shown(row.right, ".4f"), _shown(row.failure_auroc, ".3f")))
+    return table([("when it runs", "T", "leave here", "of these right", "AUROC"), *reversed(lines)], left={0})
+
+
+def _early_exit(results: Results) -> str:
+    if results.all_off:
+        return "early exit, every exit off"
+    thresholds = describe_thresholds(results.threshold, results.off)
+    return f"early exit, T = {thresholds}" if len(thresholds) <= WIDEST else "early exit, T as below"
+
+
+def _exit(n: int, row: Row) -> str:
+    return f"exit {n} ({row.module})"
+
+
+def _exits(numbers: tuple[int, ...]) -> str:
+    return f"exit{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else format(value, form) + unit
+
+
+# ---------------------------------------------------------------------------------------------------- what is wrong
+
+
+def _collapsed(results: Results) -> str:
+    """Nearly all images leave at one exit."""
+    share, n = max((share, n) for n, share in enumerate(results.leaving[:-1]))
+    if share <= COLLAPSED:
+        return ""
+    where = _exit(n, results.exits[n])
+    return f"{share:.0%} of the images leave at {where}: this is a shorter network, not an adaptive one. Raise T, or allow a smaller drop."
+
+
+def _differs(results: Results) -> str:
+    """Many answers differ from the backbone's, and they are not better ones."""
+    backbone, own = results.rows[0], results.early_exit
+    better = None not in (own.accuracy, backbone.accuracy) and own.merit >= backbone.merit
+    if 1 - own.fidelity <= MANY_DIFFER or better:
+        return ""
+    accuracy = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
+    return f"{1 - own.fidelity:.1%} of the answers differ from the backbone's{accuracy}. Raise T, allow a smaller drop, or train longer."
+
+
+def _beaten_by_cut_off(results: Results) -> str:
+    """The backbone cut off at some exit answers as well, and costs no more."""
+    own = results.early_exit
+    cut_off = [Row("", exit_.module, s.accuracy, s.fidelity, s.cost) for exit_, s in zip(results.exits, results.truncation, strict=False)]  # fmt: skip
+    better = [n for n, row in enumerate(cut_off) if row.cost <= own.cost and row.merit >= own.merit]
+    if not better:
+        return ""
+    n = max(better, key=lambda n: (cut_off[n].merit, -n))
+    row = cut_off[n]
+    cost = "costs less" if round(row.cost, 4) < round(own.cost, 4) else "costs the same"
+    accuracy = "" if row.accuracy is None else f"accuracy {row.accuracy:.4f}, "
+    return (
+        f"The backbone cut off at {_exit(n, row)}, with no other heads, answers as well and {cost}: {accuracy}fidelity "
+        f"{row.fidelity:.4f}, cost {row.cost:.4f}."
+    )
+
+
+def _dear(results: Results) -> str:
+    """It costs more than the backbone, or is slower."""
+    own = results.early_exit
+    if own.cost >= 1:
+        return (
+            f"Early exit does not pay: it costs {own.cost:.3f} times the bare backbone, because the heads cost more than leaving "
+            "saves. Lower T, train longer, or use cheaper or fewer heads."
+        )
+    if own.speedup is None or own.speedup >= SLOWER:
+        return ""
+    return (
+        f"The cost is {1 - own.cost:.1%} lower, but the measured time is {1 / own.speedup:.2f} times the bare backbone's on "
+        f"{results.device} in batches of {results.batch_size}, so early exit does not pay here. ptee bench times other batch sizes."
+    )

@@ -1,0 +1,64 @@
+"""The scripts in recipes/ that summarise several runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def run(script: str, *arguments: Path) -> str:
+    """What a script prints."""
+    command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_spread_prints_mean_and_spread_of_comparisons_with_several_seeds(tmp_path):
+    files = [tmp_path / f"compare-{seed}.json" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        entries = [{"allowed": 0.01, "cost": 0.4 + 0.2 * seed, "drop": 0.01 * seed}]
+        lines = [{"name": f"ours{seed}, one T", "kind": "adaptive", "entries": entries}]
+        lines += [{"name": "resnet20", "kind": "static", "entries": [{"allowed": None, "cost": 0.3, "drop": 0.02}]}]
+        file.write_text(json.dumps({"backbone": "b", "samples": 9, "drops": [0.01], "lines": lines}))
+    printed = run("spread.py", *files)
+    assert "2 seeds" in printed
+    assert "ours, one T  0.5000 ± 0.1414 (+0.0050 ± 0.0071)" in printed
+    assert re.search(r"resnet20 +0.3000 ± 0.0000 \(\+0.0200 ± 0.0000\)", printed)
+
+
+def test_means_prints_mean_and_spread_of_runs_with_several_seeds(tmp_path):
+    for name, cost in {"lite0": 0.4, "lite1": 0.6, "vit0": 0.3}.items():
+        (tmp_path / name).mkdir()
+        rows = [{"accuracy": 0.8, "fidelity": 1.0, "cost": 1.0}, {"accuracy": 0.7, "fidelity": 0.9, "cost": cost}]
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"results": {"rows": rows}}))
+    lite, vit = (line.split() for line in run("means.py", *sorted(tmp_path.iterdir())).splitlines()[2:])
+    assert lite[:5] == ["lite", "2", "0.5000", "±", "0.1414"]
+    assert vit == ["vit", "1", "0.3000", "0.9000", "0.7000", "0.8000"]
+
+
+def spread_of(folder, *comparisons):
+    """What is printed of comparisons, each with the costs of its lines by name."""
+    for n, lines in enumerate(comparisons):
+        lines = [
+            {"name": name, "kind": "adaptive", "entries": [{"allowed": None, "cost": cost, "drop": 0}]}
+            for name, cost in lines.items()
+        ]
+        (folder / f"{n}.json").write_text(json.dumps({"backbone": "b", "samples": 9, "drops": [], "lines": lines}))
+    return run("spread.py", *sorted(folder.iterdir()))
+
+
+def test_runs_in_two_comparisons_do_not_count_as_more_seeds(tmp_path):
+    printed = spread_of(tmp_path, {"ours0": 0.2, "ours1": 0.4}, {"ours0": 0.3, "ours1": 0.5, "front0": 0.1})
+    assert printed.startswith("b, 9 images, 2 seeds, 2 comparisons\n")
+    assert re.search(r"^ours +0.3500 ± 0.1291", printed, re.M)
+    assert re.search(r"^front \(1 of 4\) +0.1000 \(", printed, re.M)
+
+
+def test_a_seed_may_have_two_digits_and_a_line_that_some_seeds_lack_says_how_many_have_it(tmp_path):
+    printed = spread_of(tmp_path, {"ours9": 0.2, "ours9, truncation at exit 1": 0.5}, {"ours10": 0.4})
+    assert re.search(r"^ours +0.3000 ± 0.1414", printed, re.M)
+    assert re.search(r"^ours, truncation at exit 1 \(1 of 2\) +0.5000 \(", printed, re.M)
