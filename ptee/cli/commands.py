@@ -28,6 +28,7 @@ from ptee.cli.options import (
     TRAINING,
     WEIGHTS,
     Numbers,
+    as_option,
     given_settings,
     in_groups,
 )
@@ -46,9 +47,11 @@ def augment(**o: Any) -> None:
 
     Without --model: a small network on handwritten digits; no data and no connection needed.
     """
+    from ptee._common.devices import resolve_device
     from ptee.pipeline.demo import DEMO_RECIPE, demo
     from ptee.pipeline.fit import Job, fit_backbone, new_folder
 
+    o["device"] = resolve_device(o["device"])
     recipe = _recipe(o, default=DEMO_RECIPE if o["model"] is None else None)
     out = o["out"] or Path("runs") / _file_name(o["model"] or recipe.name)
     if said := _remark(recipe.thresholds.threshold):
@@ -252,9 +255,11 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 
     The backbone runs over the images once where its inputs are the same. After Ctrl-C the same command goes on.
     """
+    from ptee._common.devices import resolve_device
     from ptee.pipeline.recipe import make_recipe
     from ptee.pipeline.sweep import read_axes, run_sweep
 
+    o["device"] = resolve_device(o["device"])
     axes, base = read_axes(over), make_recipe(recipe)
     backbone = _backbone(o)
     click.echo(
@@ -331,6 +336,7 @@ def _data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple
     """The images, all of which can be read, and the recipe with targets that their labels allow."""
     from ptee.pipeline import unreadable
     from ptee.pipeline.demo import imagenette
+    from ptee.pipeline.images import recipe_for
 
     if o["data"] is None and backbone.label_space == "imagenet-1k":
         click.echo(
@@ -341,41 +347,12 @@ def _data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple
     data, labels = _open(
         backbone, o, recipe.seed, removed=removed, require=partial(unreadable.require_readable, out=out)
     )
-    _require_accuracy(labels, recipe)
-    can_learn = labels.indices is not None and not labels.doubt
-    words = f"{labels.reason} {labels.doubt}".rstrip()
-    if not can_learn:
-        recipe = _without_labels(recipe)
-        if recipe.training.targets == "pseudo":
-            words += " The heads learn the backbone's own answers."
+    adapted = recipe_for(labels, recipe)
+    words = PteeError(f"{labels.reason} {labels.doubt}".rstrip(), " ", *labels.remedy).worded(as_option).rstrip()
+    if adapted.training.targets == "pseudo" != recipe.training.targets:
+        words += " The heads learn the backbone's own answers."
     click.echo(words)
-    return data, recipe
-
-
-def _require_accuracy(labels: Any, recipe: Any) -> None:
-    """Refuse what needs labels where there are none, or where the backbone is hardly ever right under them."""
-    limit, training, confidence = recipe.thresholds.max_drop, recipe.training, recipe.confidence
-    needs = [
-        (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
-        (training.targets == "labels", Argument("targets", "labels"), Argument("targets", "pseudo")),
-        (confidence.question != "agrees", Argument("question", confidence.question), Argument("question", "agrees")),
-    ]
-    for needed, wanted, instead in needs:
-        if needed and labels.indices is None:
-            raise DataError(
-                f"{labels.reason} So there are no labels for ", wanted, ". Give ", instead, ".", argument=wanted.name
-            )
-        if needed:
-            labels.require_accuracy(str(wanted), str(instead))
-
-
-def _without_labels(recipe: Any) -> Any:
-    """The recipe for images without labels of the backbone."""
-    changes: dict[str, Any] = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
-    if recipe.thresholds.threshold is None:
-        kind, limit = recipe.thresholds.target(labelled=False)
-        changes |= {"thresholds.max_loss": None, f"thresholds.{kind}": limit}
-    return recipe.with_settings(changes)
+    return data, adapted
 
 
 def _file_name(model: str) -> str:

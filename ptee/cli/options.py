@@ -35,6 +35,8 @@ class SettingValue(click.ParamType):
         if not isinstance(value, str):
             return value
         parts = [_number_or_word(part.strip()) for part in value.split(",") if part.strip()]
+        if not parts:
+            self.fail(f"{value!r} names nothing.", param, ctx)
         return parts[0] if len(parts) == 1 else tuple(parts)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from ptee._common.errors import DataError
+from ptee._common.errors import Argument, DataError
 from ptee.data.pictures import Labelled
 
 FILES = ("folder", "tar")  # kinds of sources that are found by a path
@@ -165,13 +165,17 @@ def parts_for_all(runs: Sequence[Unseen]) -> Parts:
         if own.data.source != first.data.source:
             raise DataError(
                 f"{first.run} was measured on {first.data.source}, {own.run} on {own.data.source}. Give the same images to "
-                "all: data=FOLDER."
+                "all: ",
+                Argument("data", "FOLDER"),
+                ".",
             )
     for own in strict:
         if "validation" not in own.data.split["parts"] and own.data.split["rule"] != first.data.split["rule"]:
             raise DataError(
                 f"{own.data.source} delivers no validation images, and {first.run} and {own.run} drew theirs with different "
-                f"seeds ({first.seed}, {own.seed}), so each was trained on the other's. Give images of their own: data=FOLDER."
+                f"seeds ({first.seed}, {own.seed}), so each was trained on the other's. Give images of their own: ",
+                Argument("data", "FOLDER"),
+                ".",
             )
     return parts_for_tuning(first.data, first.images, first.seed)
 
@@ -194,7 +198,9 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
     if here:
         raise DataError(
             f"{data.source} has other files than when {run} was trained, so those that it has not seen cannot be told. "
-            "Put them back as they were, or give other images: data=FOLDER."
+            "Put them back as they were, or give other images: ",
+            Argument("data", "FOLDER"),
+            ".",
         )
     every: Any = ConcatDataset([data.train, data.calibration, data.validation])
     return every, f"{data.source}: all {len(every):,} images."
@@ -229,7 +235,9 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
             return images, ""
         raise DataError(
             f"{data.source} has other files than when the thresholds were chosen, so those that they were chosen on cannot be "
-            "told. Choose them anew (ptee tune), put the files back as they were, or give other images: data=FOLDER."
+            "told. Choose them anew (ptee tune), put the files back as they were, or give other images: ",
+            Argument("data", "FOLDER"),
+            ".",
         )
     words = parts.words_of_others if given else parts.words
     known = f" The files are called as those of {shown}, on which the thresholds were chosen, and are taken for them."

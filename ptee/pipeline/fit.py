@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError, RunError
+from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError, RunError, unknown
 from ptee._common.files import require_writable, write_json
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.evaluation.targets import Solution, Target, require_labels, require_reachable
 from ptee.evaluation.tuning import describe_outcome, tune
+from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
 from ptee.exits.front import FrontHead, named_front
 from ptee.exits.places import read_places
@@ -146,12 +147,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     """
     recipe = recipe.resolved()
     job = replace(job, device=resolve_device(job.device))
-    labelled = has_labels(data)
-    target = Target.of(recipe.thresholds, labelled)
-    model = build_model(backbone, recipe)
-    if target is not None:
-        require_labels(target, labelled)
-        require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
+    model, target = checked_model(backbone, data, recipe)
     for network in (backbone, getattr(model.heads[0], "origin", None)):
         if network is not None and network.note:
             job.log(f"{network.note}\n")
@@ -178,6 +174,40 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     if job.out is not None:
         (job.out / saving.CHECKPOINT).unlink(missing_ok=True)
     return model
+
+
+def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[EarlyExitModel, Target | None]:
+    """The model with untrained heads, and what its thresholds are to meet. Refuses before anything is trained what cannot be.
+
+    Args:
+        backbone: to be frozen.
+        data: images as it takes them.
+        recipe: every setting.
+
+    Raises:
+        PteeError: naming the setting.
+    """
+    recipe, labelled = recipe.resolved(), has_labels(data)
+    target = Target.of(recipe.thresholds, labelled)
+    if recipe.confidence.name not in CONFIDENCES:
+        raise unknown("confidence", recipe.confidence.name, CONFIDENCES, argument="confidence")
+    if not labelled and recipe.confidence.question != "agrees":
+        raise DataError(
+            "The images have no labels for ", Argument("question", repr(recipe.confidence.question)), ". Give ",
+            Argument("question", "'agrees'"), ".", argument="question", value=recipe.confidence.question,
+        )  # fmt: skip
+    model = build_model(backbone, recipe)
+    try:
+        if target is not None:
+            require_labels(target, labelled)
+            require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
+        elif recipe.thresholds.threshold is not None:
+            model.threshold = recipe.thresholds.threshold
+        resolve_config(recipe.training, model, data.train)
+    except BaseException:
+        model.detach()
+        raise
+    return model, target
 
 
 def _speaks_for_all() -> bool:

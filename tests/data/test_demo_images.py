@@ -10,7 +10,8 @@ import pytest
 
 from ptee.data import demo_images
 from ptee.data.demo_images import LEVELS, SIDE, Hardness, demo_listing, fingerprint, hardness_of
-from ptee.data.sources import image_transform, open_data, open_named
+from ptee.data.pictures import image_transform
+from ptee.data.sources import open_data, open_named
 
 
 def _silent(level: Hardness) -> Hardness:
