@@ -362,7 +362,7 @@ def _file_name(model: str) -> str:
 def _refuse_of_demo(o: dict[str, Any]) -> None:
     for key in ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std"):
         if o[key]:
-            raise PteeError(Argument({"model_args": "model_arg"}.get(key, key)), " needs a model. Give ", Argument("model", "NAME"), ".", argument="model")  # fmt: skip
+            raise PteeError(Argument(key), " needs a model. Give ", Argument("model", "NAME"), ".", argument="model")  # fmt: skip
 
 
 def _remark(threshold: Any) -> str | None:

@@ -83,11 +83,13 @@ def as_option(argument: Argument) -> str:
         return f"{OPTION_OF[path]} {value}".strip()
     if path is not None:
         return f"--set {path}={value}"
+    name = OTHER_OPTIONS.get(name, name)
     if value in ("True", "False"):
         return f"--{'no-' * (value == 'False')}{name.replace('_', '-')}"
     return f"--{name.replace('_', '-')} {value}".strip()
 
 
+OTHER_OPTIONS = {"model_args": "model_arg", "num_workers": "workers", "root": "data_root"}  # options called otherwise
 NO_SETTINGS = ("name", "about")  # arguments of Python that are called like a setting and are none
 
 

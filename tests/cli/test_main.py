@@ -1,0 +1,142 @@
+"""The entrance: help without the heavy libraries, and errors in one line with a status that says whose fault they are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import click
+import pytest
+from command import RANDOM, Done, assert_refused
+
+import ptee
+from ptee._common.errors import Argument, Interrupted, PteeError
+from ptee.cli.main import cli
+
+COMMANDS = ("augment", "plan", "evaluate", "tune", "compare", "bench", "recipe", "sweep")
+HEAVY = ("torch", "timm", "numpy", "accelerate", "safetensors", "plotly", "sklearn")
+
+
+@pytest.fixture
+def plan_fails(monkeypatch):
+    """Lets `ptee plan` raise an exception."""
+
+    def fails_with(error: BaseException | type[BaseException]) -> None:
+        def fail(**_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli.commands["plan"], "callback", fail)
+
+    return fails_with
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["augment", "--help"], ["sweep", "--help"], ["recipe", "ztw"], ["--version"]], ids=" ".join
+)
+def test_help_comes_without_the_heavy_libraries(words):
+    source = f"""
+import sys
+from ptee.cli.main import main
+try:
+    main({words})
+finally:
+    print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done
+
+
+def test_help_names_every_command_in_the_order_of_use(run):
+    done = run("--help")
+    assert done.status == 0
+    assert tuple(cli.commands) == COMMANDS
+    assert re.search(".*".join(COMMANDS), done.out[done.out.index("Commands") :], re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_text(command, run):
+    done = run(command, "--help")
+    assert done.status == 0
+    assert done.out.startswith(f"Usage: ptee {command}")
+
+
+def test_without_a_command_the_help_is_shown(run):
+    done = run()
+    assert len((done.out + done.err).splitlines()) > 10
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version").out.strip().endswith(ptee.__version__)
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+MISTYPED = {
+    "an unknown command": (["agument"], "agument.*Did you mean 'augment'"),
+    "training, which is no command": (["train"], "Choices: .*augment.*evaluate"),
+    "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
+    "an option without its value": (["plan", "--model"], "--model"),
+    "a run that is not named": (["evaluate"], "RUN"),
+    "no run to compare": (["compare"], "RUN"),
+    "no folder for a sweep": (["sweep", "--over", "seed=0,1"], "--out"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), MISTYPED.values(), ids=MISTYPED)
+def test_what_is_mistyped_is_refused_in_one_line(words, said, run, elsewhere):
+    done = run(*words)
+    assert_refused(done, said)
+    assert (done.out, list(elsewhere.iterdir())) == ("", [])
+
+
+def test_an_error_of_ptee_itself_is_one_line_with_status_one_and_says_how_to_see_more(run, plan_fails, monkeypatch):
+    plan_fails(LookupError("deep\ninside"))
+    done = run("plan")
+    assert done == Done(1, "", "ptee failed: LookupError: deep inside. PTEE_DEBUG=1 shows where; please report it.\n")
+    monkeypatch.setenv("PTEE_DEBUG", "1")
+    assert "Traceback" in run("plan").err
+
+
+def test_a_refusal_of_several_lines_is_printed_in_one(run, plan_fails):
+    plan_fails(PteeError("one\n  two"))
+    assert run("plan") == Done(2, "", "one two\n")
+
+
+def test_arguments_in_a_refusal_are_printed_as_options(run, plan_fails):
+    plan_fails(PteeError("Give ", Argument("num_classes", "10"), " or ", Argument("pretrained", "False"), "."))
+    assert run("plan").err == "Give --num-classes 10 or --no-pretrained.\n"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, click.Abort, Interrupted("Interrupted.")], ids=repr)
+def test_ctrl_c_ends_with_status_130(error, run, plan_fails):
+    plan_fails(error)
+    done = run("plan")
+    assert (done.status, done.out, done.err.strip()) == (130, "", "Interrupted.")
+
+
+def test_of_an_error_in_a_process_that_loads_images_the_last_line_is_printed(run, plan_fails):
+    plan_fails(PteeError("Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                         "  File ...\nptee._common.errors.DataError: a.png cannot be read."))  # fmt: skip
+    assert run("plan") == Done(2, "", "a.png cannot be read.\n")
+
+
+def test_out_of_memory_is_no_error_of_ptee(run, plan_fails):
+    plan_fails(type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"))
+    assert_refused(run("plan"), "out of memory.*--batch-size.*--device cpu")
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptee", "plan", *map(str, RANDOM)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) in (0, 1)  # click's own, and no traceback
