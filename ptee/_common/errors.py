@@ -37,6 +37,9 @@ class Argument:
         return f"{self.name}={self.value}"
 
 
+Advice = tuple[str | Argument, ...]  # some parts of a message
+
+
 class PteeError(ValueError):
     """Everything a user can mend; the command prints it as one line and ends with status 2.
 

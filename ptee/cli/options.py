@@ -77,7 +77,10 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def as_option(argument: Argument) -> str:
     """What the command calls an argument or setting: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
-    name, value = argument.name.partition("[")[0], argument.value.strip("()[]").replace("'", "").replace(", ", ",")
+    value = argument.value.strip("()[]").replace("'", "").replace(", ", ",")
+    name, _, of = argument.name.partition("[")[0].partition("=")
+    if of:  # of a list: static=resnet18
+        return f"--{name} {of}={value}"
     path = name if name in SETTINGS else _path(name)
     if path in WITH_OPTION:
         return f"{OPTION_OF[path]} {value}".strip()

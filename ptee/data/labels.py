@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from ptee._common.errors import Argument, DataError, some
+from ptee._common.errors import Advice, Argument, DataError, some
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.pictures import File, Labelled
 from ptee.data.splits import FILES, Data
@@ -28,7 +28,7 @@ BETTER_THAN_CHANCE = 0.05  # of the way from chance to being always right; below
 DEVIATIONS = 2  # by which chance alone may be better on so few images
 
 
-NAME_THEM = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
+NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LabelMap:
     reason: str
     classes: tuple[str, ...] | None = None
     doubt: str = ""
-    remedy: tuple[str | Argument, ...] = ()
+    remedy: Advice = ()
 
     def __call__(self, label: int) -> int:
         """The backbone's number of a class; -1 if it is not known."""
@@ -111,7 +111,7 @@ def map_labels(
         reason = f"The {n} classes are taken for the backbone's, in this order: {named}."
         return LabelMap(tuple(range(n)), reason, tuple(class_names))
     # A single class, or more than the backbone has, cannot be called by its numbers: there are no labels, or other ones.
-    remedy: tuple[str | Argument, ...] = ()
+    remedy: Advice = ()
     if 1 < n < num_classes:
         remedy = (
             f"Name their folders by its numbers, 0 to {num_classes - 1}, or name its classes in a file (", Argument("classes", "FILE"),

@@ -319,7 +319,10 @@ def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     share = recipe.confidence.calibration_share
     if recipe.confidence.name != "calibrated":
         return data, None
-    if len(every) * share < MIN_IMAGES and "calibration_share" not in recipe.confidence.model_fields_set:
+    usual = type(recipe.confidence).model_fields["calibration_share"].default
+    if (
+        len(every) * share < MIN_IMAGES and share == usual
+    ):  # whoever asks for another share is told that it is too small
         log(
             f"{len(every):,} training images are too few to calibrate the confidence as well: the heads learn from all of them, "
             "and the confidence is the largest probability.\n"

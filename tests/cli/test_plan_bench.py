@@ -113,7 +113,7 @@ def test_plan_refuses_in_one_line_what_cannot_be(words, said, run):
 
 BENCH = {
     "an unknown device": (["--device", "tpu"], "tpu.*cpu"),
-    "batches of nothing": (["--batch-sizes", "0"], "positive"),
+    "batches of nothing": (["--batch-sizes", "0"], "such as --batch-sizes 1,32"),
     "batches of words": (["--batch-sizes", "1,many"], "1,many.* such as 1,32"),
 }
 

@@ -22,7 +22,7 @@ def test_thresholds_that_are_given_need_no_target():
 
 
 def test_two_ways_to_choose_thresholds_are_refused():
-    with pytest.raises(PteeError, match="threshold=0.5 and max_cost=0.5 are given"):
+    with pytest.raises(PteeError, match=r"threshold=0\.5 and max_cost=0\.5 are given"):
         ThresholdsConfig(threshold=0.5, max_cost=0.5)
 
 
@@ -46,7 +46,7 @@ def test_a_margin_that_leaves_something_is_accepted(settings):
 
 @pytest.mark.parametrize("settings", [{"margin": 0.05}, {"one_threshold": True}], ids=str)
 def test_how_thresholds_are_chosen_is_no_question_where_they_are_given(settings):
-    with pytest.raises(PteeError, match="is about thresholds that are chosen, and threshold=0.5 is given"):
+    with pytest.raises(PteeError, match=r"is about thresholds that are chosen, and threshold=0\.5 is given"):
         ThresholdsConfig(threshold=0.5, **settings)
 
 

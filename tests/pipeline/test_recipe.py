@@ -147,11 +147,27 @@ REFUSED = {
     ),
     "a value below the least": (None, {"epochs": 0}, "training.epochs=0 must be 1 or more, or 'auto'"),
     "a value of another kind": (None, {"seed": "one"}, "seed='one' must be a whole number"),
-    "two ways to get thresholds": (None, {"max_drop": 0.01, "max_cost": 0.5}, "max_drop=0.01 and thresholds.max_cost=0.5 are given"),
+    "two ways to get thresholds": (
+        None,
+        {"max_drop": 0.01, "max_cost": 0.5},
+        "max_drop=0.01 and thresholds.max_cost=0.5 are given",
+    ),
     "a setting that does not go with the others": (None, {"loss": "v1", "temperature": 3}, "training.temperature=3"),
-    "a question about another confidence": (None, {"confidence": "entropy", "question": "right"}, "question='right' is about the calibrated"),
-    "a share for another confidence": ("eenet", {"calibration_share": 0.2}, "calibration_share=0.2 is about the calibrated"),
-    "a margin of thresholds that are given": ("eenet", {"margin": 0.1}, "margin=0.1 is about thresholds that are chosen"),
+    "a question about another confidence": (
+        None,
+        {"confidence": "entropy", "question": "right"},
+        "question='right' is about the calibrated",
+    ),
+    "a share for another confidence": (
+        "eenet",
+        {"calibration_share": 0.2},
+        "calibration_share=0.2 is about the calibrated",
+    ),
+    "a margin of thresholds that are given": (
+        "eenet",
+        {"margin": 0.1},
+        "margin=0.1 is about thresholds that are chosen",
+    ),
     "a share above a half": (None, {"calibration_share": 0.6}, "confidence.calibration_share=0.6 must be 0.5 or less"),
 }
 
