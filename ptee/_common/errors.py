@@ -9,14 +9,13 @@
      +-- DeviceError                a device that is not there
 
 Every message is one line: what was given, why it cannot be, what to type instead. An argument to type stands in the message
-as an `Argument`, as a part of its own or inside an f-string, so that Python can say `num_classes=10` and the command
-`--num-classes 10`. Interrupted is no error, but the
+as an `Argument`, so that Python can say `num_classes=10` and the command `--num-classes 10`. Interrupted is no error, but the
 wish of a person to end something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -37,23 +36,8 @@ class Argument:
     def __str__(self) -> str:
         return f"{self.name}={self.value}"
 
-    def __format__(self, value: str) -> str:
-        """The argument inside a text, in a form that `PteeError` finds again; `{weights:FILE}` gives it a value."""
-        return f"{_BEGIN}{self.name}{_THEN}{value or self.value}{_END}"
 
-
-_BEGIN, _THEN, _END = "\x02", "\x1f", "\x03"  # control characters, which no text for people has
-
-
-def _parts(text: str | Argument) -> Iterator[str | Argument]:
-    """A text with the arguments inside of it as parts of their own."""
-    while isinstance(text, str) and _BEGIN in text:
-        before, _, rest = text.partition(_BEGIN)
-        inside, _, text = rest.partition(_END)
-        name, _, value = inside.partition(_THEN)
-        yield before
-        yield Argument(name, value)
-    yield text
+Advice = tuple[str | Argument, ...]  # some parts of a message
 
 
 class PteeError(ValueError):
@@ -66,9 +50,8 @@ class PteeError(ValueError):
     """
 
     def __init__(self, *parts: str | Argument, argument: str | None = None, value: Any = None) -> None:
-        self.parts = tuple(part for text in parts for part in _parts(text))
-        super().__init__(*self.parts)
-        self.argument, self.value = argument, value
+        super().__init__(*parts)
+        self.parts, self.argument, self.value = parts, argument, value
 
     def __str__(self) -> str:
         return self.worded(str)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import Argument, BackboneError, first_line, some
+from ptee._common.errors import Advice, Argument, BackboneError, first_line, some
 from ptee.analysis.fake_run import on_shadow
 from ptee.analysis.freezing import modes, set_modes
 
@@ -17,7 +17,7 @@ TWO_LOGITS = (
     "One logit z of a binary network is two: let a module around it return torch.stack([torch.zeros_like(z), z], 1) with z of "
     "shape (b,), whose softmax is the sigmoid of z."
 )
-GIVE_SIZE = f"Give the size that it takes, {Argument('input_size', '(c, h, w)')}, or build it for this one."
+GIVE_SIZE = ("Give the size that it takes, ", Argument("input_size", "(c, h, w)"), ", or build it for this one.")
 MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # Python's words
 COMPILED = "_torchdynamo_orig_callable"  # torch.compile leaves the function that it was given here
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and what lies in them
@@ -82,14 +82,16 @@ def require_uncompiled(module: nn.Module) -> None:
         )
 
 
-def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str, other_size: str = GIVE_SIZE) -> int:
+def count_classes(
+    module: nn.Module, input_size: tuple[int, int, int], name: str, other_size: Advice = GIVE_SIZE
+) -> int:
     """K, from a pass in eval mode with two images of zeros; the modes are put back, even if the pass fails.
 
     Args:
         module: the network.
         input_size: (c, h, w).
         name: what to call it.
-        other_size: what the caller can do if it takes images of another size, in a sentence.
+        other_size: what the caller can do if it takes images of another size, as parts of a message.
 
     Raises:
         BackboneError: if the pass fails, or what it gives is not (b, K) with a row for each image and K >= 2.
@@ -110,14 +112,14 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
     return logits.shape[1]
 
 
-def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: str = GIVE_SIZE) -> Tensor:
+def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: Advice = GIVE_SIZE) -> Tensor:
     """What a classifier answers: (b, K), K >= 2.
 
     Args:
         module: the network.
         images: (b, c, h, w).
         name: what to call it; by default its class.
-        other_size: what the caller can do if it takes images of another size, in a sentence.
+        other_size: what the caller can do if it takes images of another size, as parts of a message.
 
     Raises:
         BackboneError: if the pass fails, or gives something else than one tensor (b, K).
@@ -126,7 +128,7 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: str
     try:
         logits = module(images)
     except Exception as why:
-        raise BackboneError(f"{name} {_failure(module, images, why, other_size)}") from why
+        raise BackboneError(f"{name} ", *_failure(module, images, why, other_size)) from why
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images) and logits.shape[1] >= 2:
         return logits
     what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -136,15 +138,16 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: str
     )
 
 
-def _failure(module: nn.Module, images: Tensor, why: Exception, other_size: str) -> str:
+def _failure(module: nn.Module, images: Tensor, why: Exception, other_size: Advice) -> Advice:
     """What a pass failed of: of arguments that only its author can give, or, as a rule, of the size."""
     if wanting := MISSING.search(str(why)):
         more = [name.strip("'") for name in re.findall(r"'\w+'", wanting[2])]
-        return (
+        text = (
             f"is called with images alone, and {wanting[1]} wants {' and '.join(more)} too. Wrap it in a module that gives them: "
             f"forward(self, x): return self.net(x, {', '.join(f'{name}=...' for name in more)})."
         )
-    return f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} {other_size}"
+        return (text,)
+    return (f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} ", *other_size)
 
 
 def _mend(output: Any, rows: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ptee._common.errors import Argument
+from ptee._common.errors import Advice, Argument
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,34 +32,41 @@ class ArgumentNames:
     std: str | None = "std"
     model_args: str | None = "model_args"
 
-    def advice(self, sentence: str) -> str:
+    def advice(self, sentence: str) -> Advice:
         """The sentence with the arguments in it, or, where the caller lacks one of them, what else can be done.
 
-        Args:
-            sentence: with arguments such as `{weights:FILE}`.
-
-        Returns:
-            A text for a `PteeError`, which finds the arguments again.
+        >>> "".join(map(str, ArgumentNames(weights="front_weights").advice("Give a file with {weights:FILE}.")))
+        'Give a file with front_weights=FILE.'
+        >>> "".join(map(str, ArgumentNames(num_classes=None).advice("Try {num_classes:10}.")))
+        'Give another model=, or another file with weights=FILE.'
         """
-        known = {field: Argument(name) for field, name in asdict(self).items() if name is not None}
+        known = asdict(self)
         wanted = [name for _, name, *_ in Formatter().parse(sentence) if name]
-        if not known.keys() >= set(wanted):
+        if any(known[name] is None for name in wanted):
             sentence = "Give another {model}, or another file with {weights:FILE}."
             sentence = sentence if self.model else "Give another file with {weights:FILE}."
-        return sentence.format(**known)
+        return tuple(
+            part
+            for text, name, value, _ in Formatter().parse(sentence)
+            for part in (text, Argument(known[name], value or "") if name else "")
+            if part
+        )
 
     @property
     def weights_argument(self) -> str:
         """The argument alone where the name says more: `static` of `static=resnet18`."""
         return self.weights.partition("=")[0]
 
-    def check(self, *arguments: str) -> str:
+    def check(self, *arguments: str) -> Advice:
         """The sentence that asks to check these arguments, or those of them that the caller has."""
         given = [name for name in map(asdict(self).get, arguments) if name] or [self.weights]
-        *others, last = (f"{Argument(name):FILE}" if "=" in name else f"{Argument(name)}" for name in given)
-        return f"Check {', '.join(others)} and {last}." if others else f"Check {last}."
+        parts: list[str | Argument] = ["Check "]
+        for n, name in enumerate(given):
+            between = "" if n == 0 else " and " if n == len(given) - 1 else ", "
+            parts += [between, Argument(name, "FILE" if "=" in name else "")]
+        return (*parts, ".")
 
-    def other_weights(self) -> str:
+    def other_weights(self) -> Advice:
         """What to do where there are no published weights, or none that can be had."""
         if self.pretrained is None:
             return self.advice("Give a file with {weights:FILE}.")

@@ -114,10 +114,10 @@ def load_backbone(
     """
     if num_classes is not None and num_classes < 2:
         one = f" {TWO_LOGITS}" if num_classes == 1 else ""
-        text = (
-            f"A classifier has two classes or more, not {num_classes}. {names.advice('Give {num_classes} again.')}{one}"
+        text = f"A classifier has two classes or more, not {num_classes}. "
+        raise BackboneError(
+            text, *names.advice("Give another {num_classes}."), one, argument=names.num_classes, value=num_classes
         )
-        raise BackboneError(text, argument=names.num_classes, value=num_classes)
     size = None if input_size is None else checked_size(input_size, names.input_size)
     file = None if weights is None else str(weights)
     if not isinstance(model, str | nn.Module):
@@ -159,8 +159,10 @@ def _load(library: str, request: ModelRequest) -> Backbone:
     label, names = request.label, request.names
     for key in request.args:
         if key in RESERVED_ARGS or key.startswith("pretrained"):
-            text = f"{key} is not an argument of {label} itself. Use weights=, num_classes= and so on."
-            raise BackboneError(text, argument=names.model_args, value=key)
+            advice = names.advice("Use {weights}, {num_classes} and so on.")
+            raise BackboneError(
+                f"{key} is not an argument of {label} itself. ", *advice, argument=names.model_args, value=key
+            )
     checkpoint = read_checkpoint(request.weights, names.weights_argument) if request.weights else None
     if checkpoint is not None:
         args = LIBRARIES[library].args_from(request.name, checkpoint.names)
@@ -178,13 +180,13 @@ def _load(library: str, request: ModelRequest) -> Backbone:
 def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
     names = request.names
     if request.args:
-        text = "Arguments (model_args) are for models given by name. Build the module with them."
-        raise BackboneError(text, argument=names.model_args, value=request.args)
+        text = " is for models given by name. Build the module with these arguments."
+        raise BackboneError(*names.advice("{model_args}"), text, argument=names.model_args, value=request.args)
     known = next(filter(None, (library.recognise(module) for library in LIBRARIES.values())), None)
     if known is None and request.input_size is None:
         advice = names.advice("Give {input_size:(c, h, w)}.")
         raise BackboneError(
-            f"{request.label} does not say how large its images are. {advice}", argument=names.input_size
+            f"{request.label} does not say how large its images are. ", *advice, argument=names.input_size
         )
     config = _override(known.input if known else InputConfig((3, 1, 1), IMAGENET_MEAN, IMAGENET_STD), request)
     note = None
@@ -193,8 +195,8 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
     classes = _count_classes(module, config, request)
     if known and known.assumed and request.input_size is None and classes != known.num_classes:
         advice = names.advice("Give {input_size:(c, h, w)}.")
-        text = f"{request.label} of {classes} classes may take any input size. {advice}"
-        raise BackboneError(text, argument=names.input_size)
+        text = f"{request.label} of {classes} classes may take any input size. "
+        raise BackboneError(text, *advice, argument=names.input_size)
     space = _label_space(known, classes) if known else None
     return Backbone(module, request.label, classes, config, None, space, note)
 
@@ -234,8 +236,8 @@ def _count_classes(module: nn.Module, config: InputConfig, request: ModelRequest
     classes = count_classes(module, config.input_size, request.label, other_size)
     if request.num_classes not in (None, classes):
         advice = request.names.advice("Leave {num_classes} out.")
-        text = f"{request.label} has {classes} classes, not {request.num_classes}. {advice}"
-        raise BackboneError(text, argument=request.names.num_classes, value=request.num_classes)
+        text = f"{request.label} has {classes} classes, not {request.num_classes}. "
+        raise BackboneError(text, *advice, argument=request.names.num_classes, value=request.num_classes)
     return classes
 
 
@@ -260,8 +262,12 @@ def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
         return _load(library, request if weights else replace(request, weights=None, pretrained=False))
     except PteeError as error:
         argument, what = ("backbone", "backbone") if weights else ("front", "front network")
-        text = f"The {what} cannot be rebuilt: {error} Give the network itself from Python, {argument}=NETWORK."
-        raise BackboneError(text, argument=argument) from error
+        raise BackboneError(
+            f"The {what} cannot be rebuilt: ",
+            *error.parts,
+            f" Give the network itself from Python, {argument}=NETWORK.",
+            argument=argument,
+        ) from error
 
 
 def _record(
@@ -288,15 +294,15 @@ def _override(config: InputConfig, request: ModelRequest) -> InputConfig:
     mean = _per_channel(names.mean, request.mean, config.mean, size[0])
     std = _per_channel(names.std, request.std, config.std, size[0])
     if not all(math.isfinite(s) and s > 0 for s in std):
-        text = f"Pixels are divided by std, so it must be positive, not {std}. {names.advice('Give {std} again.')}"
-        raise BackboneError(text, argument=names.std, value=std)
+        text = f"Pixels are divided by std, so it must be positive, not {std}. "
+        raise BackboneError(text, *names.advice("Give another {std}."), argument=names.std, value=std)
     if not all(map(math.isfinite, mean)):
-        text = f"The mean of pixels must be numbers, not {mean}. {names.advice('Give {mean} again.')}"
-        raise BackboneError(text, argument=names.mean, value=mean)
+        text = f"The mean of pixels must be numbers, not {mean}. "
+        raise BackboneError(text, *names.advice("Give another {mean}."), argument=names.mean, value=mean)
     if not all(0 <= m <= 1 for m in mean):
         advice = names.advice("Numbers of 0 to 255 divide by 255, in {std} as well as in {mean}.")
-        text = f"Pixels lie between 0 and 1, and so does their mean, not {mean}. {advice}"
-        raise BackboneError(text, argument=names.mean, value=mean)
+        text = f"Pixels lie between 0 and 1, and so does their mean, not {mean}. "
+        raise BackboneError(text, *advice, argument=names.mean, value=mean)
     return InputConfig(size, mean, std, config.interpolation)
 
 

@@ -295,7 +295,7 @@ def _no_network(found: list[_Candidate], kind: str) -> str:
 def _refusal(checkpoint: Checkpoint, text: str, names: ArgumentNames) -> BackboneError:
     check = names.check("model", "model_args" if names.model_args else "weights")
     return BackboneError(
-        f"{checkpoint.file} {text}. {check}", argument=names.weights_argument, value=str(checkpoint.file)
+        f"{checkpoint.file} {text}. ", *check, argument=names.weights_argument, value=str(checkpoint.file)
     )
 
 
@@ -315,9 +315,10 @@ def _other_shapes(
     if len(classes) == 1 and all(have[key].shape[1:] == own[key].shape[1:] for key in wrong):
         there, here = classes.pop()
         advice = names.advice(f"Try {{num_classes:{there}}}.")
-        text = f"{checkpoint.file} has {there} classes ({shown(wrong)}), the model has {here}. {advice}"
-        return BackboneError(text, argument=names.num_classes or names.weights_argument, value=here)
+        text = f"{checkpoint.file} has {there} classes ({shown(wrong)}), the model has {here}. "
+        return BackboneError(text, *advice, argument=names.num_classes or names.weights_argument, value=here)
     shapes = [f"{shown([key])} {tuple(have[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]
     more = f" and {len(shapes) - 5} more" if len(shapes) > 5 else ""
-    text = f"{checkpoint.file} has other shapes: {', '.join(shapes[:5])}{more}. {names.check('model', 'model_args', 'input_size')}"
-    return BackboneError(text, argument=names.weights_argument, value=str(checkpoint.file))
+    text = f"{checkpoint.file} has other shapes: {', '.join(shapes[:5])}{more}. "
+    check = names.check("model", "model_args", "input_size")
+    return BackboneError(text, *check, argument=names.weights_argument, value=str(checkpoint.file))

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ptee._common.errors import Argument, BackboneError, first_line
+from ptee._common.errors import Advice, Argument, BackboneError, first_line
 from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
+
+CHANGE = ("Change ", Argument("model_args"), " or ", Argument("input_size"), ".")
 
 
 @contextmanager
-def building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterator[None]:
+def building(label: str, args: Mapping[str, Any], remedy: Advice | None) -> Iterator[None]:
     """Turns whatever a library raises into one line, and keeps what it has to say off the terminal.
 
     torch.hub prints to standard output, which may be promised to JSON; timm and huggingface_hub log their retries. torchvision
@@ -31,7 +33,7 @@ def building(label: str, args: Mapping[str, Any], remedy: str | None) -> Iterato
             yield
     except Exception as error:
         if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take
-            raise BackboneError(f"{label} cannot be downloaded or loaded: {first_line(error)} {remedy}") from error
+            raise BackboneError(f"{label} cannot be downloaded or loaded: {first_line(error)} ", *remedy) from error
         given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
-        change = f"Change {Argument('model_args')} or {Argument('input_size')}." if args else "Choose another model."
-        raise BackboneError(f"{label} cannot be built{given}: {first_line(error)} {change}") from error
+        change = CHANGE if args else ("Choose another model.",)
+        raise BackboneError(f"{label} cannot be built{given}: {first_line(error)} ", *change) from error

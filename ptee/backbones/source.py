@@ -125,12 +125,13 @@ def require_trained(request: ModelRequest, published: int | None) -> None:
     """
     names, otherwise = request.names, request.names.other_weights()
     if not published:
-        text = f"There are no pretrained weights of a classifier for {request.label}. {otherwise}"
-        raise BackboneError(text, argument=names.model, value=request.label)
+        text = f"There are no pretrained weights of a classifier for {request.label}. "
+        raise BackboneError(text, *otherwise, argument=names.model, value=request.label)
     if request.num_classes not in (None, published):
         raise BackboneError(
             f"The pretrained classifier of {request.label} has {published} classes, not {request.num_classes}; another "
-            f"would be random. {otherwise}",
+            "would be random. ",
+            *otherwise,
             argument=names.num_classes,
             value=request.num_classes,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError, unknown
+from ptee._common.errors import Advice, BackboneError, unknown
 from ptee.backbones.library import Built, InputConfig, Known, ModelRequest, label_space, per_channel
 from ptee.backbones.quiet import building
 from ptee.backbones.source import checked_size, hub_revision, reach_hub, require_trained
@@ -86,11 +86,11 @@ def _require_classifier(request: ModelRequest, cfg: Any) -> None:
     if cfg.num_classes == 0 and request.num_classes is None:
         remedy = request.names.advice("Give it one: {num_classes:K} and {weights:FILE}.")
         raise BackboneError(
-            f"{request.label} has no classifier. {remedy}", argument=request.names.model, value=request.label
+            f"{request.label} has no classifier. ", *remedy, argument=request.names.model, value=request.label
         )
 
 
-def _remedy(request: ModelRequest, configured_on_hub: bool) -> str | None:
+def _remedy(request: ModelRequest, configured_on_hub: bool) -> Advice | None:
     if configured_on_hub:
         return request.names.advice(ON_THE_HUB)
     return request.names.other_weights() if request.pretrained else None

@@ -28,6 +28,7 @@ from ptee.cli.options import (
     TRAINING,
     WEIGHTS,
     Numbers,
+    as_option,
     given_settings,
     in_groups,
 )
@@ -46,10 +47,12 @@ def augment(**o: Any) -> None:
 
     Without --model: a small network on handwritten digits; no data and no connection needed.
     """
+    from ptee._common.devices import resolve_device
     from ptee.pipeline.demo import DEMO_RECIPE, demo
     from ptee.pipeline.fit import Job, fit_backbone
     from ptee.pipeline.run_folder import new_folder
 
+    o["device"] = resolve_device(o["device"])
     recipe = _recipe(o, default=DEMO_RECIPE if o["model"] is None else None)
     out = o["out"] or Path("runs") / _file_name(o["model"] or recipe.name)
     if said := _remark(recipe.thresholds.threshold):
@@ -263,9 +266,11 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 
     The backbone runs over the images once where its inputs are the same. After Ctrl-C the same command goes on.
     """
+    from ptee._common.devices import resolve_device
     from ptee.pipeline.recipe import make_recipe
     from ptee.pipeline.sweep import read_axes, run_sweep
 
+    o["device"] = resolve_device(o["device"])
     axes, base = read_axes(over), make_recipe(recipe)
     backbone = _backbone(o)
     click.echo(
@@ -342,6 +347,7 @@ def _data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple
     """The images, all of which can be read, and the recipe with targets that their labels allow."""
     from ptee.pipeline import unreadable
     from ptee.pipeline.demo import imagenette
+    from ptee.pipeline.images import recipe_for
 
     if o["data"] is None and backbone.label_space == "imagenet-1k":
         click.echo(
@@ -352,41 +358,12 @@ def _data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple
     data, labels = _open(
         backbone, o, recipe.seed, removed=removed, require=partial(unreadable.require_readable, out=out)
     )
-    _require_accuracy(labels, recipe)
-    can_learn = labels.indices is not None and not labels.doubt
-    words = f"{labels.reason} {labels.doubt}".rstrip()
-    if not can_learn:
-        recipe = _without_labels(recipe)
-        if recipe.training.targets == "pseudo":
-            words += " The heads learn the backbone's own answers."
+    adapted = recipe_for(labels, recipe)
+    words = PteeError(f"{labels.reason} {labels.doubt}".rstrip(), " ", *labels.remedy).worded(as_option).rstrip()
+    if adapted.training.targets == "pseudo" != recipe.training.targets:
+        words += " The heads learn the backbone's own answers."
     click.echo(words)
-    return data, recipe
-
-
-def _require_accuracy(labels: Any, recipe: Any) -> None:
-    """Refuse what needs labels where there are none, or where the backbone is hardly ever right under them."""
-    limit, training, confidence = recipe.thresholds.max_drop, recipe.training, recipe.confidence
-    needs = [
-        (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
-        (training.targets == "labels", Argument("targets", "labels"), Argument("targets", "pseudo")),
-        (confidence.question != "agrees", Argument("question", confidence.question), Argument("question", "agrees")),
-    ]
-    for needed, wanted, instead in needs:
-        if needed and labels.indices is None:
-            raise DataError(
-                f"{labels.reason} So there are no labels for ", wanted, ". Give ", instead, ".", argument=wanted.name
-            )
-        if needed:
-            labels.require_accuracy(f"{wanted}", f"{instead}")
-
-
-def _without_labels(recipe: Any) -> Any:
-    """The recipe for images without labels of the backbone."""
-    changes: dict[str, Any] = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
-    if recipe.thresholds.threshold is None:
-        kind, limit = recipe.thresholds.target(labelled=False)
-        changes |= {"thresholds.max_loss": None, f"thresholds.{kind}": limit}
-    return recipe.with_settings(changes)
+    return data, adapted
 
 
 def _file_name(model: str) -> str:
@@ -396,7 +373,7 @@ def _file_name(model: str) -> str:
 def _refuse_of_demo(o: dict[str, Any]) -> None:
     for key in ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std"):
         if o[key]:
-            raise PteeError(Argument({"model_args": "model_arg"}.get(key, key)), " needs a model. Give ", Argument("model", "NAME"), ".", argument="model")  # fmt: skip
+            raise PteeError(Argument(key), " needs a model. Give ", Argument("model", "NAME"), ".", argument="model")  # fmt: skip
 
 
 def _remark(threshold: Any) -> str | None:

@@ -35,6 +35,8 @@ class SettingValue(click.ParamType):
         if not isinstance(value, str):
             return value
         parts = [_number_or_word(part.strip()) for part in value.split(",") if part.strip()]
+        if not parts:
+            self.fail(f"{value!r} names nothing.", param, ctx)
         return parts[0] if len(parts) == 1 else tuple(parts)
 
 
@@ -75,23 +77,23 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def as_option(argument: Argument) -> str:
     """What the command calls an argument or setting: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
-    name, _, member = argument.name.partition("[")[0].partition(
-        "="
-    )  # of several: static=resnet18 is --static resnet18=FILE
     value = argument.value.strip("()[]").replace("'", "").replace(", ", ",")
-    if member:
-        return f"--{name} {member}={value}"
-    name = {"model_args": "model_arg"}.get(name, name)
+    name, _, of = argument.name.partition("[")[0].partition("=")
+    if of:  # of a list: static=resnet18
+        return f"--{name} {of}={value}"
+    name = {"model_args": "model_arg"}.get(name, name)  # which is repeated, one argument each time
     path = name if name in SETTINGS else _path(name)
     if path in WITH_OPTION:
         return f"{OPTION_OF[path]} {value}".strip()
     if path is not None:
         return f"--set {path}={value}"
+    name = OTHER_OPTIONS.get(name, name)
     if value in ("True", "False"):
         return f"--{'no-' * (value == 'False')}{name.replace('_', '-')}"
     return f"--{name.replace('_', '-')} {value}".strip()
 
 
+OTHER_OPTIONS = {"model_args": "model_arg", "num_workers": "workers", "root": "data_root"}  # options called otherwise
 NO_SETTINGS = ("name", "about")  # arguments of Python that are called like a setting and are none
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from ptee._common.errors import DataError, some
+from ptee._common.errors import Advice, Argument, DataError, some
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.pictures import File, Labelled
 from ptee.data.splits import FILES, Data
@@ -26,6 +26,9 @@ IMAGENET_CLASSES = 1000
 CHECKED, BATCH = 128, 32  # images that the backbone is asked about
 BETTER_THAN_CHANCE = 0.05  # of the way from chance to being always right; below it nothing can be said of accuracy
 DEVIATIONS = 2  # by which chance alone may be better on so few images
+
+
+NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,34 @@ class LabelMap:
         reason: a sentence for the user.
         classes: names of all of the backbone's classes in its order, where the data tell them.
         doubt: a sentence, if the backbone is hardly better than chance under these labels; empty otherwise.
+        remedy: what to do about missing or doubtful labels, as parts of an error's message.
     """
 
     indices: tuple[int, ...] | None
     reason: str
     classes: tuple[str, ...] | None = None
     doubt: str = ""
+    remedy: Advice = ()
 
     def __call__(self, label: int) -> int:
         """The backbone's number of a class; -1 if it is not known."""
         return UNKNOWN_LABEL if self.indices is None else self.indices[label]
 
-    def require_accuracy(self, wanted: str, instead: str) -> None:
+    def require_accuracy(self, wanted: Argument, instead: Argument) -> None:
         """Refuse what needs true labels while the backbone is near chance.
 
         Args:
-            wanted: what needs them, as an argument of Python.
-            instead: what can be asked for without them, likewise.
+            wanted: what needs them.
+            instead: what can be asked for without them.
 
         Raises:
             DataError: if there is a doubt.
         """
         if self.doubt:
-            raise DataError(f"{wanted} needs labels under which the backbone is right. {self.doubt} Or give {instead}.")
+            raise DataError(
+                wanted, f" needs labels under which the backbone is right. {self.doubt} ", *self.remedy, " Or give ", instead, ".",
+                argument=wanted.name,
+            )  # fmt: skip
 
 
 def class_orders(names: Sequence[str]) -> dict[str, list[str]]:
@@ -103,13 +111,14 @@ def map_labels(
         reason = f"The {n} classes are taken for the backbone's, in this order: {named}."
         return LabelMap(tuple(range(n)), reason, tuple(class_names))
     # A single class, or more than the backbone has, cannot be called by its numbers: there are no labels, or other ones.
-    mend = ""
+    remedy: Advice = ()
     if 1 < n < num_classes:
-        mend = (
-            f": name their folders by its numbers, 0 to {num_classes - 1}, or give a file of its class names (classes)"
-        )
-    reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}{mend}."
-    return LabelMap(None, reason)
+        remedy = (
+            f"Name their folders by its numbers, 0 to {num_classes - 1}, or name its classes in a file (", Argument("classes", "FILE"),
+            ").",
+        )  # fmt: skip
+    reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}."
+    return LabelMap(None, reason, remedy=remedy)
 
 
 def _map_wordnet(class_names: Sequence[str]) -> LabelMap:
@@ -201,7 +210,8 @@ def choose_class_order(
     found = maps[best]
     if len(maps) > 1:
         found = replace(found, reason=_words(maps, best, right, len(labels)))
-    return replace(found, doubt=_doubt(right[best], len(labels), backbone.num_classes))
+    doubt = _doubt(right[best], len(labels), backbone.num_classes)
+    return replace(found, doubt=doubt, remedy=NAME_THEM if doubt else found.remedy)
 
 
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
@@ -276,7 +286,7 @@ def _doubt(right: float, n: int, num_classes: int) -> str:
         return ""
     return (
         f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance: it may know its classes "
-        "in another order. Give a file that names them in its order, one name a line (classes)."
+        "in another order."
     )
 
 

@@ -130,11 +130,7 @@ def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
         chosen = f"the {len(calibration):,} calibration images"
         return Parts(calibration, unseen, chosen, f"the {n:,} validation images")
     if n < 2:
-        raise DataError(
-            f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}. Give more images: ",
-            Argument("data", "FOLDER"),
-            ".",
-        )
+        raise DataError(f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}.")
     first, second = draw(n, [n // 2], seed)
     kind = "validation images" if whole else "images"
     drawn = f"{len(first):,} of the {n:,} {kind}, drawn with seed {seed},"
@@ -168,7 +164,8 @@ def parts_for_all(runs: Sequence[Unseen]) -> Parts:
     for own in runs:
         if own.data.source != first.data.source:
             raise DataError(
-                f"{first.run} was measured on {first.data.source}, {own.run} on {own.data.source}. Give the same images to all: ",
+                f"{first.run} was measured on {first.data.source}, {own.run} on {own.data.source}. Give the same images to "
+                "all: ",
                 Argument("data", "FOLDER"),
                 ".",
             )
@@ -238,7 +235,7 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
             return images, ""
         raise DataError(
             f"{data.source} has other files than when the thresholds were chosen, so those that they were chosen on cannot be "
-            "told. Choose them again (ptee tune), put the files back as they were, or give other images: ",
+            "told. Choose them anew (ptee tune), put the files back as they were, or give other images: ",
             Argument("data", "FOLDER"),
             ".",
         )

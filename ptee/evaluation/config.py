@@ -54,11 +54,18 @@ class ThresholdsConfig(FrozenConfig):
     def _one_way(self) -> Self:
         given = [name for name in ("threshold", *TARGETS) if getattr(self, name) is not None]
         if len(given) > 1:
+            both = [Argument(name, f"{getattr(self, name)}") for name in given[:2]]
             raise PteeError(
-                f"{' and '.join(given)} are given, and each of them decides the thresholds. Give one of them.",
-                argument=given[0],
-                value=getattr(self, given[0]),
-            )
+                both[0], " and ", both[1], " are given, and each of them decides the thresholds. Give one of them.",
+                argument=given[0], value=getattr(self, given[0]),
+            )  # fmt: skip
+        if self.threshold is not None:
+            for name in ("one_threshold", "margin"):
+                if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                    raise PteeError(
+                        Argument(name, f"{value}"), " is about thresholds that are chosen, and ", Argument("threshold", f"{self.threshold}"),
+                        " is given. Give one of them.", argument=name, value=value,
+                    )  # fmt: skip
         return self
 
     @model_validator(mode="after")

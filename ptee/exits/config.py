@@ -23,7 +23,7 @@ Shares = tuple[Number, ...]
 class ExitsConfig(FrozenConfig):
     """Where the exits stand and which heads they get. A setting that is None depends on the others."""
 
-    places: str | Places | None = Field(
+    places: str | Number | Places | None = Field(
         None,
         description="Where the exits stand: a rule (pareto, fine, golden, linear or quadratic); fractions of the backbone's cost "
         "such as 0.2,0.5, each for the first block that ends there or later; or names of modules such as layer1,layer2. "

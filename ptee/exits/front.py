@@ -82,7 +82,7 @@ def named_front(
             names=ITS_ARGUMENTS,
         )
     except BackboneError as why:
-        raise BackboneError(f"The front network: {why}", argument=why.argument, value=why.value) from why
+        raise BackboneError("The front network: ", *why.parts, argument=why.argument, value=why.value) from why
     return FrontHead(network, behind.input, behind.num_classes)
 
 

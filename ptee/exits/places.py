@@ -12,7 +12,7 @@ from ptee.exits.placement import INPUT, PLACEMENTS
 MOST_NAMES = 12  # of rules and blocks in a message
 
 
-def read_places(given: str | Sequence[float | str] | None, backbone: Backbone) -> str | list[float | str]:
+def read_places(given: str | float | Sequence[float | str] | None, backbone: Backbone) -> str | list[float | str]:
     """Which of the three a person means.
 
     Args:

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError
+from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError, unknown
 from ptee._common.files import write_json
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.evaluation.targets import Solution, Target, require_labels, require_reachable
 from ptee.evaluation.tuning import describe_outcome, tune
+from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
 from ptee.exits.front import FrontHead, named_front
 from ptee.exits.places import read_places
@@ -118,7 +119,7 @@ def fit(
             command line lists them all.
 
     Returns:
-        The model in eval mode with its thresholds set. `model.results` has what was measured; `print(model.table)` shows it.
+        The model in eval mode with its thresholds set. `model.results` has what was measured; `log=print` shows it as tables.
 
     Raises:
         PteeError: naming the argument or setting that cannot be, and what is possible.
@@ -150,12 +151,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     """
     recipe = recipe.resolved()
     job = replace(job, device=resolve_device(job.device))
-    labelled = has_labels(data)
-    target = Target.of(recipe.thresholds, labelled)
-    model = build_model(backbone, recipe)
-    if target is not None:
-        require_labels(target, labelled)
-        require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
+    model, target = checked_model(backbone, data, recipe)
     for network in (backbone, getattr(model.heads[0], "origin", None)):
         if network is not None and network.note:
             job.log(f"{network.note}\n")
@@ -187,6 +183,40 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
     if job.out is not None:
         (job.out / saving.CHECKPOINT).unlink(missing_ok=True)
     return model
+
+
+def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[EarlyExitModel, Target | None]:
+    """The model with untrained heads, and what its thresholds are to meet. Refuses before anything is trained what cannot be.
+
+    Args:
+        backbone: to be frozen.
+        data: images as it takes them.
+        recipe: every setting.
+
+    Raises:
+        PteeError: naming the setting.
+    """
+    recipe, labelled = recipe.resolved(), has_labels(data)
+    target = Target.of(recipe.thresholds, labelled)
+    if recipe.confidence.name not in CONFIDENCES:
+        raise unknown("confidence", recipe.confidence.name, CONFIDENCES, argument="confidence")
+    if not labelled and recipe.confidence.question != "agrees":
+        raise DataError(
+            "The images have no labels for ", Argument("question", repr(recipe.confidence.question)), ". Give ",
+            Argument("question", "'agrees'"), ".", argument="question", value=recipe.confidence.question,
+        )  # fmt: skip
+    model = build_model(backbone, recipe)
+    try:
+        if target is not None:
+            require_labels(target, labelled)
+            require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
+        elif recipe.thresholds.threshold is not None:
+            model.threshold = recipe.thresholds.threshold
+        resolve_config(recipe.training, model, data.train)
+    except BaseException:
+        model.detach()
+        raise
+    return model, target
 
 
 def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> None:
@@ -251,7 +281,10 @@ def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     share = recipe.confidence.calibration_share
     if recipe.confidence.name != "calibrated":
         return data, None
-    if len(every) * share < MIN_IMAGES and "calibration_share" not in recipe.confidence.model_fields_set:
+    usual = type(recipe.confidence).model_fields["calibration_share"].default
+    if (
+        len(every) * share < MIN_IMAGES and share == usual
+    ):  # whoever asks for another share is told that it is too small
         log(
             f"{len(every):,} training images are too few to calibrate the confidence as well: the heads learn from all of them, "
             "and the confidence is the largest probability.\n"

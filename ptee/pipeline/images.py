@@ -8,13 +8,14 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-from ptee._common.errors import DataError
+from ptee._common.errors import Argument, DataError
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, split_batch
 from ptee.data.labels import LabelMap, choose_class_order, relabelled
 from ptee.data.pictures import image_transform
 from ptee.data.sources import Key, complete, open_data, open_named
 from ptee.data.splits import Data
+from ptee.pipeline.recipe import Recipe
 
 SOURCE = "your own data sets"  # what data sets from Python are called
 
@@ -104,6 +105,44 @@ def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) 
         "sizes": {part: len(images) for part, images in parts.items()},
     }
     return Data(**parts, class_names=(), source=SOURCE, split=split)
+
+
+def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
+    """The recipe as the labels allow it: without labels that can be trusted, the heads learn the backbone's answers.
+
+    Args:
+        labels: of the images.
+        recipe: as it was asked for.
+
+    Raises:
+        DataError: if something was asked for that needs labels.
+    """
+    _require_labels(labels, recipe)
+    if labels.indices is not None and not labels.doubt:
+        return recipe
+    changes: dict[str, Any] = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
+    if recipe.thresholds.threshold is None:
+        kind, limit = recipe.thresholds.target(labelled=False) or ("", None)
+        changes |= {"thresholds.max_loss": None, f"thresholds.{kind}": limit}
+    return recipe.with_settings(changes)
+
+
+def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
+    """Refuse what needs labels where there are none, or where the backbone is hardly ever right under them."""
+    limit, question = recipe.thresholds.max_drop, recipe.confidence.question
+    needs = [
+        (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
+        (recipe.training.targets == "labels", Argument("targets", "'labels'"), Argument("targets", "'pseudo'")),
+        (question != "agrees", Argument("question", repr(question)), Argument("question", "'agrees'")),
+    ]
+    for needed, wanted, instead in needs:
+        if needed and labels.indices is None:
+            raise DataError(
+                f"{labels.reason} So there are no labels for ", wanted, ". ", *labels.remedy, " Or give ", instead, ".",
+                argument=wanted.name,
+            )  # fmt: skip
+        if needed:
+            labels.require_accuracy(wanted, instead)
 
 
 def has_labels(data: Data) -> bool:

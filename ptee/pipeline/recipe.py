@@ -5,14 +5,16 @@ Recipes are YAML files; five are built in. `ptee recipe NAME` prints one, and ev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-from ptee._common.errors import PteeError, first_line, unknown
+from ptee._common.errors import Argument, PteeError, first_line, unknown
 from ptee._common.files import write_text
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.evaluation.config import ThresholdsConfig
@@ -47,6 +49,17 @@ class ConfidenceConfig(FrozenConfig):
         le=0.5,
         description="Share of the training images that the confidence is calibrated on; no head learns from them.",
     )
+
+    @model_validator(mode="after")
+    def _only_for_calibrated(self) -> Self:
+        for name in ("question", "calibration_share"):
+            value = getattr(self, name)
+            if self.name != "calibrated" and value != type(self).model_fields[name].default:
+                raise PteeError(
+                    Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument("name", repr(self.name)),
+                    ". Leave it out.", argument=name, value=value,
+                )  # fmt: skip
+        return self
 
 
 class Recipe(FrozenConfig):
@@ -165,12 +178,14 @@ def _joint(loss: Any) -> bool:
 
 def _without_rivals(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The changes; a way to get thresholds that is given takes the place of the recipe's own."""
+    own = values.get("thresholds", {})
     ways = [f"thresholds.{name}" for name in ("threshold", "max_loss", "max_drop", "max_fidelity_drop", "max_cost")]
-    rivals = (
-        {}
-        if not set(ways) & set(changes)
-        else {way: None for way in ways if way.partition(".")[2] in values.get("thresholds", {})}
-    )
+    rivals: dict[str, Any] = {}
+    if set(ways) & set(changes) and isinstance(own, Mapping):
+        rivals = {way: None for way in ways if way.partition(".")[2] in own}
+        if changes.get("thresholds.threshold") is not None:  # and nothing is chosen
+            how = {"thresholds.one_threshold": False, "thresholds.margin": "auto"}
+            rivals |= {path: value for path, value in how.items() if path.partition(".")[2] in own}
     return {**rivals, **changes}
 
 
@@ -207,7 +222,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise PteeError(
                 f"The recipe {path} has {path.stat().st_size:,} bytes; no recipe has more than {LARGEST_FILE:,}."
             )
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as why:
         raise PteeError(f"The recipe {path} cannot be read: {first_line(why)}") from why
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -222,6 +237,34 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
         RunError: if it cannot be written.
     """
     write_text(folder / RECIPE_FILE, recipe.to_yaml())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's truth values and numbers: `no` is a word, as in precision: no, and 1e-2 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|false|False"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$|[-+]?\.(inf|nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Args:
+        text: of a file, or a single value.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    return yaml.load(text, _Loader)
 
 
 # ---------------------------------------------------------------------------------------------------- names of settings
@@ -284,7 +327,7 @@ def read_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     try:
         if equals:
-            return path_of(name.strip()), yaml.safe_load(value)
+            return path_of(name.strip()), read_yaml(value)
     except yaml.YAMLError as why:
         raise PteeError(f"The value of {text!r} cannot be read: {first_line(why)}") from why
     raise PteeError(f"{text!r} is no setting. Write it as NAME=VALUE, such as training.epochs=20.")

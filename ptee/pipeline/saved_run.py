@@ -117,8 +117,7 @@ def open_run(
         removed=recorded.get("removed", ()),
     )
     if max_drop is not None:
-        limit = str(max_drop)
-        labels.require_accuracy(f"{Argument('max_drop', limit)}", f"{Argument('max_fidelity_drop', limit)}")
+        labels.require_accuracy(Argument("max_drop", str(max_drop)), Argument("max_fidelity_drop", str(max_drop)))
     images, words = images_to_report_on(found, recorded, run)
     accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
     return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)

@@ -20,7 +20,7 @@ from ptee.data.labels import LabelMap
 from ptee.data.splits import Data
 from ptee.model import saving
 from ptee.pipeline.fit import Job, Log, fit_backbone
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, path_of
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, path_of, read_yaml
 
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
 MOST_RUNS = 1000
@@ -96,7 +96,7 @@ def read_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
                 f"The setting {path} is given twice. Give all its values at once.", argument="over", value=text
             )
         try:
-            axes[path] = list(yaml.safe_load(f"[{values}]"))
+            axes[path] = list(read_yaml(f"[{values}]"))
         except yaml.YAMLError as why:
             raise PteeError(
                 f"The values of {text!r} cannot be read: {first_line(why)}", argument="over", value=text

@@ -11,7 +11,7 @@ from images import levels, opened, write_folder
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ptee._common.errors import DataError
+from ptee._common.errors import Argument, DataError
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.labels import choose_class_order, class_orders, map_labels, read_classes, relabelled, with_labels
 from ptee.data.splits import Data
@@ -63,7 +63,7 @@ def test_names_become_the_backbones_classes(class_names, num_classes, indices):
         (
             ["cat", "dog"],
             3,
-            r"cannot be mapped to the backbone's 3: .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$",
+            r"cannot be mapped to the backbone's 3\. .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$",
         ),
         (["all"], 3, r"cannot be mapped to the backbone's 3\.$"),  # as where there are no labels
         (["a", "b", "c"], 2, r"cannot be mapped to the backbone's 2\.$"),
@@ -71,7 +71,8 @@ def test_names_become_the_backbones_classes(class_names, num_classes, indices):
     ids=["text", "padded", "ten", "some of the classes", "ImageNet", "no numbers", "no labels", "too many"],
 )
 def test_the_reason_says_how_names_were_read_or_what_to_call_them(class_names, num_classes, said):
-    reason = map_labels(class_names, num_classes).reason
+    found = map_labels(class_names, num_classes)
+    reason = str(DataError(found.reason, " " * bool(found.remedy), *found.remedy))
     assert re.search(said, reason)
     assert "\n" not in reason
 
@@ -170,7 +171,7 @@ def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
     with pytest.raises(
         DataError, match=r"max_drop=0\.01 needs labels under which the backbone is right.*classes=FILE.*max_fid"
     ):
-        found.require_accuracy("max_drop=0.01", "max_fidelity_drop=0.01")
+        found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -22,7 +22,7 @@ def test_thresholds_that_are_given_need_no_target():
 
 
 def test_two_ways_to_choose_thresholds_are_refused():
-    with pytest.raises(PteeError, match="threshold and max_cost are given"):
+    with pytest.raises(PteeError, match=r"threshold=0\.5 and max_cost=0\.5 are given"):
         ThresholdsConfig(threshold=0.5, max_cost=0.5)
 
 
@@ -39,9 +39,15 @@ def test_a_margin_larger_than_the_limit_is_refused(settings, words):
         ThresholdsConfig(margin=0.05, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"max_cost": 0.5}, {"threshold": 0.5}, {"max_drop": 0.05}], ids=str)
+@pytest.mark.parametrize("settings", [{"max_cost": 0.5}, {"max_drop": 0.05}], ids=str)
 def test_a_margin_that_leaves_something_is_accepted(settings):
     assert ThresholdsConfig(margin=0.05, **settings).margin == 0.05
+
+
+@pytest.mark.parametrize("settings", [{"margin": 0.05}, {"one_threshold": True}], ids=str)
+def test_how_thresholds_are_chosen_is_no_question_where_they_are_given(settings):
+    with pytest.raises(PteeError, match=r"is about thresholds that are chosen, and threshold=0\.5 is given"):
+        ThresholdsConfig(threshold=0.5, **settings)
 
 
 def test_the_drops_of_a_comparison_have_a_default():

@@ -123,6 +123,12 @@ def test_a_way_to_get_thresholds_that_is_given_takes_the_place_of_the_recipes_ow
     assert thresholds.target(labelled=True) == (None if key == "threshold" else (key, value))
 
 
+def test_with_thresholds_that_are_given_those_of_the_recipe_are_no_longer_chosen(tmp_path):
+    recipe = make_recipe(None, {"max_drop": 0.02, "margin": 0.01, "one_threshold": True})
+    thresholds = make_recipe(recipe, {"threshold": 0.7}).thresholds
+    assert (thresholds.threshold, thresholds.margin, thresholds.one_threshold) == (0.7, "auto", False)
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
@@ -141,8 +147,27 @@ REFUSED = {
     ),
     "a value below the least": (None, {"epochs": 0}, "training.epochs=0 must be 1 or more, or 'auto'"),
     "a value of another kind": (None, {"seed": "one"}, "seed='one' must be a whole number"),
-    "two ways to get thresholds": (None, {"max_drop": 0.01, "max_cost": 0.5}, "max_drop and max_cost are given"),
+    "two ways to get thresholds": (
+        None,
+        {"max_drop": 0.01, "max_cost": 0.5},
+        "max_drop=0.01 and thresholds.max_cost=0.5 are given",
+    ),
     "a setting that does not go with the others": (None, {"loss": "v1", "temperature": 3}, "training.temperature=3"),
+    "a question about another confidence": (
+        None,
+        {"confidence": "entropy", "question": "right"},
+        "question='right' is about the calibrated",
+    ),
+    "a share for another confidence": (
+        "eenet",
+        {"calibration_share": 0.2},
+        "calibration_share=0.2 is about the calibrated",
+    ),
+    "a margin of thresholds that are given": (
+        "eenet",
+        {"margin": 0.1},
+        "margin=0.1 is about thresholds that are chosen",
+    ),
     "a share above a half": (None, {"calibration_share": 0.6}, "confidence.calibration_share=0.6 must be 0.5 or less"),
 }
 
@@ -183,7 +208,10 @@ def test_a_recipe_file_that_is_missing_is_named(tmp_path):
     ("text", "read"),
     [
         ("training.epochs=20", ("training.epochs", 20)),
-        ("lr=1e-2", ("training.lr", "1e-2")),
+        ("lr=1e-2", ("training.lr", 0.01)),
+        ("weight_decay=-.5", ("training.weight_decay", -0.5)),
+        ("precision=no", ("training.precision", "no")),
+        ("epochs=null", ("training.epochs", None)),
         ("cache=false", ("training.cache", False)),
         ("exits=[0.2, 0.5]", ("exits.places", [0.2, 0.5])),
         ("head=auto+", ("exits.head", "auto+")),

@@ -1,0 +1,330 @@
+"""`ptee augment`: a run that says what was measured, refusals before any training, and folders that are left alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command import BRIEF, MODEL, RANDOM, SHORT, Done, assert_refused, figures, files, read_json
+from safetensors.torch import load_file
+
+import ptee
+from ptee.analysis.cut_points import random_images
+from ptee.backbones.load import load_backbone
+from ptee.evaluation import results as evaluation
+from ptee.pipeline import fit as fitting
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+def test_augment_leaves_a_run_that_says_what_was_measured(run, known):
+    done = run("augment", *known, *BRIEF, "--threshold", "0.9,0.8", "--out", "out")
+    assert done.status == 0, done
+    assert {*files(Path("out"))} == {"README.md", "config.json", "heads.safetensors", "metrics.json", "recipe.yaml"}
+    config, metrics = read_json("out", "config.json"), read_json("out", "metrics.json")
+    assert config["threshold"] == [0.9, 0.8]
+    assert config["results"] == metrics["results"]
+    assert [row["name"] for row in metrics["results"]["rows"]] == ["backbone", "exit 0", "exit 1", "early exit"]
+    assert all(row["speedup"] > 0 for row in metrics["results"]["rows"])
+    assert all(exit_["head"].startswith("res-") for exit_ in config["exits"])
+    assert len(metrics["training"]["epochs"]) == 2
+    for line in ("epoch 1/2", "epoch 2/2", "T = 0.9, 0.8", "Saved in out", "10 classes"):
+        assert line in done.out
+
+
+def test_the_saved_model_is_the_one_that_was_trained(finished, things):
+    model = ptee.load(finished)
+    backbone = load_backbone("cifar_resnet20", weights=things / "weights.safetensors").module
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model.predict(x, 2).logits, backbone(x))
+    assert model.results["samples"] == 3
+
+
+def test_the_recipe_of_a_run_is_kept_in_it_and_gives_the_same_numbers_again(run, known):
+    assert run("augment", *known, *SHORT, "--seed", 2, "--max-fidelity-drop", 0.4, "--out", "one").status == 0
+    source = (*known[:4], *known[6:])  # the exits are the recipe's
+    assert run("augment", *source, "--recipe", "one", "--no-speed", "--out", "two").status == 0
+    assert Path("one", "recipe.yaml").read_text() == Path("two", "recipe.yaml").read_text()
+    assert_same_heads("one", "two")
+    one, two = (read_json(name, "config.json") for name in ("one", "two"))
+    assert one["threshold"] == two["threshold"]
+    assert figures(one["results"]) == figures(two["results"])
+
+
+def test_another_seed_gives_other_heads(run, known):
+    for seed in (0, 1):
+        run("augment", *known, *SHORT, "--seed", seed, "--out", f"out{seed}")
+    one, other = (load_file(Path(name, "heads.safetensors")) for name in ("out0", "out1"))
+    assert not all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def assert_same_heads(one: str, other: str) -> None:
+    first, second = (load_file(Path(name, "heads.safetensors")) for name in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_augment_takes_every_way_of_learning(run, known):
+    how = (
+        "--loss",
+        "each",
+        "--targets",
+        "soft",
+        "--set",
+        "temperature=3",
+        "--set",
+        "schedule=cosine",
+        "--set",
+        "views=3",
+    )
+    more = ("--set", "mirror=false", "--set", "shift=2", "--set", "patience=1", "--set", "cache=false")
+    done = run("augment", *known, *SHORT, *how, *more, "--head", "conv1", "--out", "out")
+    assert done.status == 0, done.err
+    assert "epoch 2/2" in done.out
+
+
+@pytest.mark.parametrize("off", [[], [0], [0, 1]], ids=str)
+def test_another_threshold_is_suggested_where_an_exit_is_on(off, run, known, monkeypatch):
+    measure = fitting._measure
+
+    def switched_off(model: ptee.EarlyExitModel, *more: object) -> None:
+        model.off = off
+        measure(model, *more)
+
+    monkeypatch.setattr(fitting, "_measure", switched_off)
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert done.status == 0, done
+    assert ("Another threshold" in done.out) == (len(off) < 2)
+
+
+def test_labels_that_cannot_be_mapped_make_way_for_the_backbones_answers(run, foreign):
+    done = run("augment", *foreign, *SHORT, "--loss", "joint", "--out", "out")
+    assert done.status == 0, done
+    assert re.search(
+        r"cat, dog.*cannot be mapped.*\(--classes FILE\).*The heads learn the backbone's own answers", done.out
+    )
+    assert {row["accuracy"] for row in read_json("out", "metrics.json")["results"]["rows"]} == {None}
+
+
+def test_a_collapse_of_the_training_is_told(run, known):
+    words = ("--loss", "cost", "--set", "lr=0.5", "--epochs", 2, "--batch-size", 8, "--no-speed")
+    done = run("augment", *known, *words, "--out", "out")
+    assert done.status == 0
+    assert "Warning: Training collapsed" in done.out
+
+
+def test_a_threshold_that_no_confidence_decides_is_remarked_on_before_the_training(run, known):
+    done = run("augment", *known, *SHORT, "--threshold", 70, "--set", "lr=-1", "--out", "out")
+    assert done.err.startswith("--set training.lr=-1") or done.err.startswith("T above 1: nobody leaves. A")
+    done = run("augment", *known, *SHORT, "--threshold", 70, "--out", "out")
+    assert done.err.startswith("T above 1: nobody leaves. A")
+
+
+def test_speed_need_not_be_measured(run, known, monkeypatch):
+    monkeypatch.setattr(evaluation, "in_turns", None)
+    assert run("augment", *known, *SHORT, "--out", "out").status == 0
+    assert [row["speedup"] for row in read_json("out", "metrics.json")["results"]["rows"]] == [None] * 4
+
+
+def test_that_a_run_of_random_weights_is_lost_to_the_command_is_said_before_the_training(run, things):
+    done = run("augment", *RANDOM, "--data", things / "ten", *SHORT, "--out", "out")
+    assert done.status == 0
+    assert re.search(r"weights are random.*--weights FILE.*epoch 1/2", done.out, re.DOTALL)
+    assert "ptee evaluate" not in done.out
+    assert_refused(run("evaluate", "out"), "random")
+
+
+# ---------------------------------------------------------------------------------------------------- the confidence
+
+CALIBRATED = ("--set", "calibration_share=0.3")
+
+
+def test_the_confidence_is_calibrated_on_images_of_its_own_and_saved(run, known, things):
+    done = run("augment", *known, "--data", things / "many", *SHORT, *CALIBRATED, "--out", "out")
+    assert done.status == 0, done
+    assert "The heads learn from 56 of the 80 training images. The confidence is calibrated on the other 24" in done.out
+    model = ptee.load("out")
+    assert model.confidence == "calibrated"
+    assert model.results["calibration"]["images"] == 24
+    assert run("evaluate", "out", "--no-speed").status == 0
+
+
+def test_too_few_images_to_calibrate_leave_the_largest_probability(run, known):
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert "24 training images are too few to calibrate the confidence as well" in done.out
+    model = ptee.load("out")
+    assert (model.confidence, "calibration" in model.results) == ("max_prob", False)
+    every = model.all_exits(random_images(model.backbone, 5, model.origin.input.input_size))
+    torch.testing.assert_close(every.confidence[:-1], every.logits[:-1].softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("name", ["learned", "entropy"])
+def test_another_confidence_is_saved_by_its_name(name, run, known):
+    done = run("augment", *known, *SHORT, "--confidence", name, "--out", "out")
+    assert (done.status, ptee.load("out").confidence) == (0, name)
+    assert "calibrat" not in done.out.replace("for calibration", "").replace("calibration images", "").replace(
+        "calibration and validation", ""
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+R = (*RANDOM, "--data", "TEN")
+REFUSED = {
+    "no data for a network of other classes": (RANDOM, "--data FOLDER"),
+    "no data, and Imagenette out of reach": (["--model", "resnet18", "--no-pretrained"], "Imagenette.*--data"),
+    "weights that cannot be had": (["--model", "resnet18", "--data", "TEN"], "resnet18.*--weights FILE.*--no-pretrained"),
+    "weights that are not there": ([*MODEL, "--data", "TEN", "--weights", "none.pth"], "none.pth"),
+    "a folder without images": ([*RANDOM, "--data", "EMPTY"], "empty"),
+    "a folder that is not there": ([*RANDOM, "--data", "nowhere"], "no folder 'nowhere', and no data set.*digits, "),
+    "a data set that lies elsewhere": ([*RANDOM, "--data", "CIFAR10"], "CIFAR10.*--data-root"),
+    "labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--targets", "labels"], "cat, dog.*--targets pseudo"),
+    "a recipe for labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--recipe", "ztw"], "cat, dog.*--targets pseudo"),
+    "a question about labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--question", "best"], "cat, dog.*--question agrees"),
+    "a drop of accuracy without labels": ([*RANDOM, "--data", "TWO", "--max-drop", 0.1], "no labels.*--max-fidelity-drop 0.1"),
+    "unknown targets": ([*R, "--targets", "pseudos"], "pseudos.*Did you mean 'pseudo'"),
+    "an unknown loss": ([*R, "--loss", "v3"], "--loss v3.*joint"),
+    "an unknown precision": ([*R, "--set", "precision=bf61"], "bf61.*Did you mean"),
+    "an unknown device": ([*R, "--device", "cuda:99"], "cuda:99.*cpu"),
+    "an unknown confidence": ([*R, "--confidence", "calibrate"], "'calibrate'.*Did you mean 'calibrated'"),
+    "an unknown question": ([*R, "--question", "agree"], "agree.*Did you mean 'agrees'"),
+    "a question about another confidence": ([*R, "--confidence", "entropy", "--question", "right"], "--question right.*--confidence entropy"),
+    "images to calibrate another confidence": ([*R, "--recipe", "eenet", "--set", "calibration_share=0.2"], "calibration_share=0.2"),
+    "too few images to calibrate": ([*R, "--set", "calibration_share=0.1"], "0.1 of 24.*calibration_share"),
+    "a share of all images": ([*R, "--set", "calibration_share=1"], "calibration_share=1.* 0.5 or less"),
+    "no epochs": ([*R, "--epochs", 0], "--epochs"),
+    "a learning rate of nothing": ([*R, "--set", "lr=0"], "lr=0 must be above 0"),
+    "a negative weight decay": ([*R, "--set", "weight_decay=-1"], "weight_decay=-1 must be 0 or more"),
+    "a price of NaN": ([*R, "--loss", "joint", "--cost-weight", "nan"], "--cost-weight nan"),
+    "a price for heads that learn alone": ([*R, "--cost-weight", 0.5], "--cost-weight 0.5 needs a joint loss"),
+    "a shift of vectors": ([*R, "--head", "pool", "--set", "shift=4"], "shift=4 moves feature maps.*--head|shift=4 moves feature maps"),
+    "thresholds for other exits": ([*R, "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
+    "a threshold of NaN": ([*R, "--threshold", "0.5,nan"], "nan"),
+    "a threshold of words": ([*R, "--threshold", "high"], "high"),
+    "a threshold and a target": ([*R, "--threshold", 0.5, "--max-drop", 0.1], "--threshold 0.5 and --max-drop 0.1 are given"),
+    "two targets": ([*R, "--max-drop", 0.1, "--max-cost", 0.5], "--max-drop 0.1 and --max-cost 0.5 are given"),
+    "a drop above 1": ([*R, "--max-drop", 2], "--max-drop 2 must be below 1"),
+    "a margin for thresholds that are given": ([*R, "--threshold", 0.5, "--set", "margin=0.1"], "margin=0.1.*--threshold 0.5"),
+    "a margin that is none": ([*R, "--set", "margin=much"], "margin=much must be a number, or 'auto'"),
+    "a margin above the drop": ([*R, "--max-drop", 0.1, "--set", "margin=0.2"], "margin=0.2 leaves nothing of --max-drop 0.1"),
+    "a cost that cannot be reached": ([*R, "--max-cost", 0.01], "--max-cost 0.01 cannot be reached: .* Give --max-cost .* or more"),
+    "a cost that the margin puts out of reach": ([*R, "--max-cost", 0.9, "--set", "margin=0.89"], "0.89.* cannot be reached"),
+    "an unknown recipe": ([*R, "--recipe", "ptee-net"], "'ptee-net'.*Did you mean 'pteenet'"),
+    "a resumption of nothing": ([*R, "--resume"], "no interrupted training in out.*--resume"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED.values(), ids=REFUSED)
+def test_augment_refuses_in_one_line_before_the_training_and_writes_nothing(
+    words, said, run, things, elsewhere, monkeypatch
+):
+    monkeypatch.setattr(fitting, "train", None)
+    places = {"EMPTY": things / "empty", "TEN": things / "ten", "TWO": things / "two"}
+    assert_refused(run("augment", *(places.get(word, word) for word in words), "--out", "out"), said)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_settings_are_checked_before_any_model_is_built(run, known, monkeypatch):
+    monkeypatch.setattr("ptee.backbones.load.load_backbone", None)
+    assert_refused(run("augment", *known, "--loss", "v3"), "v3")
+
+
+@pytest.mark.parametrize("option", ["data", "weights", "classes", "num-classes", "input-size", "model-arg"])
+def test_what_needs_a_model_is_refused_without_one(option, run):
+    value = {"num-classes": "10", "input-size": "32", "model-arg": "a=1"}.get(option, "here")
+    assert_refused(run("augment", f"--{option}", value), f"--{option} needs a model. Give --model NAME")
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+def test_without_out_the_run_is_called_after_its_model(run, known):
+    assert run("augment", *known, *SHORT).status == 0
+    assert Path("runs", "cifar_resnet20", "config.json").is_file()
+
+
+@pytest.mark.parametrize("folder", ["out", "deep/er/out"])
+def test_an_empty_or_new_folder_is_used(folder, run, known):
+    Path("out").mkdir()
+    assert run("augment", *known, *SHORT, "--out", folder).status == 0
+    assert Path(folder, "config.json").is_file()
+
+
+@pytest.mark.parametrize(("out", "said"), [("file", "file is a file"), ("file/run", "file/run.*file is a file")])
+def test_a_file_is_no_folder_for_a_run(out, said, run, known):
+    Path("file").write_text("mine")
+    assert_refused(run("augment", *known, *SHORT, "--out", out), said)
+    assert Path("file").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_training(run, known, monkeypatch):
+    def fail(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(fitting, "train", None)
+    monkeypatch.setattr("ptee._common.files.tempfile.TemporaryDirectory", fail)
+    assert_refused(run("augment", *known, *SHORT, "--out", "out"), "Cannot write out: Permission denied")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "metrics.json", "config.json"])
+def test_a_folder_with_something_else_in_it_is_left_alone(name, run, known):
+    Path("out").mkdir()
+    Path("out", name).write_text('{"model_type": "bert"}')
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert files(Path("out")) == {name: b'{"model_type": "bert"}'}
+    assert_refused(done, "out.*--out")
+
+
+def test_an_earlier_run_is_left_alone(run, known, finished):
+    before = files(finished)
+    assert_refused(run("augment", *known, *SHORT, "--out", finished), "out holds a run.*--overwrite")
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("words", [["--loss", "v3"], ["--head", "poool"], ["--threshold", "1,2,3"]], ids=" ".join)
+def test_a_mistake_costs_no_earlier_run(words, run, known, finished):
+    before = files(finished)
+    assert run("augment", *known, *SHORT, *words, "--out", finished, "--overwrite").status == 2
+    assert files(finished) == before
+
+
+def test_a_damaged_image_costs_no_earlier_run(run, known, things, finished):
+    images = Path(shutil.copytree(things / "ten", "images"))
+    for image in images.glob("*/0.png"):
+        image.write_text("damaged")
+    before = files(finished)
+    done = run("augment", *known, "--data", images, *SHORT, "--out", finished, "--overwrite")
+    assert_refused(done, "10 of 30 pictures cannot be read")
+    assert files(finished) == before
+
+
+def test_an_earlier_run_is_written_over_where_that_is_said(run, known, finished):
+    assert run("augment", *known, *SHORT, "--exits", "layer3.0", "--out", finished, "--overwrite").status == 0
+    assert [e.name for e in ptee.load(finished).exits] == ["layer3.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("config.json", "--overwrite"), ("checkpoint.safetensors", "--resume")],
+    ids=["run", "training"],
+)
+def test_where_nothing_is_given_the_second_run_is_told_what_to_type(name, option, run):
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo", name).write_text(json.dumps({"schema_version": 1}))
+    assert_refused(run("augment"), f"runs/demo holds.*{option}")
+
+
+def test_nothing_is_written_of_a_run_that_fails(run, known, monkeypatch, elsewhere):
+    def fail(*_: object, **__: object) -> None:
+        raise LookupError("somewhere")
+
+    monkeypatch.setattr(fitting, "train", fail)
+    assert run("augment", *known, *SHORT, "--out", "out") == Done(
+        1, *run("augment", *known, *SHORT, "--out", "out")[1:]
+    )
+    assert list(elsewhere.iterdir()) == []
