@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -80,6 +80,8 @@ def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
     finally:
         lock.release()
         (out / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            out.rmdir()  # where nothing was written
 
 
 def clear(out: Path) -> None:
