@@ -33,6 +33,12 @@ from ptee.cli.options import (
     in_groups,
 )
 
+AGAIN = "The same command with --resume goes on."
+RANDOM_WEIGHTS = (
+    "The backbone's weights are random, so the commands cannot load this run again, nor go on with it. Give trained weights with "
+    "--weights FILE."
+)
+
 
 def add_commands(group: click.Group) -> None:
     """Hang all commands on the entrance, in the order of use."""
@@ -58,7 +64,6 @@ def augment(**o: Any) -> None:
     if said := _remark(recipe.thresholds.threshold):
         click.echo(said, err=True)
     folder = new_folder(out, overwrite=o["overwrite"], resume=o["resume"])
-    again = "The same command with --resume goes on."
     job = Job(
         folder,
         o["device"],
@@ -66,7 +71,7 @@ def augment(**o: Any) -> None:
         o["resume"],
         o["speed"],
         click.echo,
-        again,
+        AGAIN,
         o["overwrite"],
         explain=o["explain"],
     )
@@ -77,8 +82,11 @@ def augment(**o: Any) -> None:
         return
     backbone = _backbone(o)
     data, recipe = _data_for(backbone, recipe, o, folder)
-    model = fit_backbone(backbone, data, recipe, job)
-    click.echo(f"\nSaved in {folder}.{_another_threshold(model, folder)}")
+    found_again = backbone.source is not None
+    if not found_again:
+        click.echo(RANDOM_WEIGHTS)
+    model = fit_backbone(backbone, data, recipe, job if found_again else replace(job, again=""))
+    click.echo(f"\nSaved in {folder}.{_another_threshold(model, folder) if found_again else ''}")
 
 
 @cloup.command()
@@ -131,15 +139,16 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     Which exits are on is chosen anew, too.
     """
     from ptee._common.files import to_json
-    from ptee.pipeline.saved_run import open_run, tune_run
+    from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
 
     if not Path(run).is_dir():
         raise RunError(f"There is no folder {run}. Thresholds are written into a run, so give one on this disk.")
     settings = given_settings(o) | {"thresholds.one_threshold": o["one_threshold"], "thresholds.margin": o["margin"]}
-    opened = open_run(run, max_drop=settings.get("thresholds.max_drop"), **_where(o))
+    recipe = tuning_recipe(settings, o["batch_size"])
+    opened = open_run(run, max_drop=recipe.thresholds.max_drop, **_where(o))
     click.echo(f"{opened.words} {opened.accuracy}", err=as_json)
     with _threads(opened):
-        results = tune_run(opened, settings, log=partial(click.echo, err=as_json), **_how(o))
+        results = tune_run(opened, recipe, log=partial(click.echo, err=as_json), **_how(o))
     click.echo(to_json(results) if as_json else f"\nThe thresholds are kept in {run}.")
 
 

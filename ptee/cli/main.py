@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         add_commands(cli)
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
     except PteeError as why:
-        status = _failed(_worded(why), 2, why)
+        status = _failed(_worded(why, words), 2, why)
     except click.ClickException as why:
         status = _failed(why.format_message(), 2, why)
     except Interrupted as why:
@@ -44,11 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _worded(error: PteeError) -> str:
-    """The message with options in place of Python's arguments."""
+def _worded(error: PteeError, words: list[str]) -> str:
+    """The message with options of the command that was typed in place of Python's arguments."""
     from ptee.cli.options import as_option
 
-    return _without_worker_traceback(error.worded(as_option))
+    command = cli.commands.get(words[0]) if words else None
+    return _without_worker_traceback(error.worded(lambda argument: as_option(argument, command)))
 
 
 def _without_worker_traceback(message: str) -> str:

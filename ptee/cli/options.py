@@ -75,22 +75,33 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def as_option(argument: Argument) -> str:
-    """What the command calls an argument or setting: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`."""
+def as_option(argument: Argument, command: click.Command | None = None) -> str:
+    """What the command calls an argument or setting: `num_classes=10` is `--num-classes 10`, `pretrained=False` `--no-pretrained`.
+
+    Args:
+        argument: in Python's words.
+        command: that was typed, which may have an option for a setting or not.
+    """
+    own = {option for parameter in command.params for option in parameter.opts} if command else set()
     value = argument.value.strip("()[]").replace("'", "").replace(", ", ",")
     name, _, of = argument.name.partition("[")[0].partition("=")
     if of:  # of a list: static=resnet18
         return f"--{name} {of}={value}"
     name = {"model_args": "model_arg"}.get(name, name)  # which is repeated, one argument each time
     path = name if name in SETTINGS else _path(name)
-    if path in WITH_OPTION:
-        return f"{OPTION_OF[path]} {value}".strip()
     if path is not None:
-        return f"--set {path}={value}"
+        return _setting_as_option(path, value, own)
     name = OTHER_OPTIONS.get(name, name)
     if value in ("True", "False"):
         return f"--{'no-' * (value == 'False')}{name.replace('_', '-')}"
     return f"--{name.replace('_', '-')} {value}".strip()
+
+
+def _setting_as_option(path: str, value: str, own: set[str]) -> str:
+    option = OPTION_OF.get(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
+    if option in own or (path in WITH_OPTION and not own & {"--set", "--over"}):
+        return option if value == "True" else f"{option} {value}".strip()
+    return f"{'--over' if '--over' in own else '--set'} {path}={value}"
 
 
 OTHER_OPTIONS = {"model_args": "model_arg", "num_workers": "workers", "root": "data_root"}  # options called otherwise

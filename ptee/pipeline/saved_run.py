@@ -24,7 +24,7 @@ from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import has_labels, open_images
-from ptee.pipeline.recipe import make_recipe
+from ptee.pipeline.recipe import Recipe, make_recipe
 
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
@@ -136,27 +136,40 @@ def measure(model: EarlyExitModel, images: Any, about: str, *, threshold: Any = 
     return evaluate(model, images, threshold=threshold, about=about, **how)
 
 
-def tune_run(opened: OpenRun, settings: Mapping[str, Any], *, log: Log, speed: bool, **how: Any) -> dict[str, Any]:
-    """Choose the thresholds of a saved run anew, measure them on other images, and keep both in the run.
+def tuning_recipe(settings: Mapping[str, Any], batch_size: int) -> Recipe:
+    """The recipe by which thresholds are chosen anew.
 
     Args:
-        opened: a run on this disk.
         settings: of the thresholds, by path: a target, a margin.
-        log: is told what was found.
-        speed: measure images per second, too.
-        how: batch_size, num_workers and device.
+        batch_size: images in each batch.
 
     Raises:
         PteeError: if there is no target, or it cannot be met.
     """
-    recipe = make_recipe(None, {**settings, "training.batch_size": how["batch_size"]})
-    labelled = has_labels(opened.unseen.data)
-    model, folder = opened.model, Path(opened.unseen.run)
+    recipe = make_recipe(None, {**settings, "training.batch_size": batch_size})
     if all(settings.get(f"thresholds.{name}") is None for name in TARGETS):
         choices = [Argument(name) for name in TARGETS[1:]]
         raise PteeError(
             "What are the thresholds to meet? Give one of ", choices[0], ", ", choices[1], " and ", choices[2], "."
         )
+    return recipe
+
+
+def tune_run(opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, **how: Any) -> dict[str, Any]:
+    """Choose the thresholds of a saved run anew, measure them on other images, and keep both in the run.
+
+    Args:
+        opened: a run on this disk.
+        recipe: as of `tuning_recipe`.
+        log: is told what was found.
+        speed: measure images per second, too.
+        how: batch_size, num_workers and device.
+
+    Raises:
+        PteeError: if the target cannot be met.
+    """
+    labelled = has_labels(opened.unseen.data)
+    model, folder = opened.model, Path(opened.unseen.run)
     target = Target.of(recipe.thresholds, labelled)
     assert target is not None
     require_labels(target, labelled)

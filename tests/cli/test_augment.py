@@ -195,7 +195,7 @@ REFUSED = {
     "an unknown question": ([*R, "--question", "agree"], "agree.*Did you mean 'agrees'"),
     "a question about another confidence": ([*R, "--confidence", "entropy", "--question", "right"], "--question right.*--confidence entropy"),
     "images to calibrate another confidence": ([*R, "--recipe", "eenet", "--set", "calibration_share=0.2"], "calibration_share=0.2"),
-    "too few images to calibrate": ([*R, "--set", "calibration_share=0.1"], "0.1 of 24.*calibration_share"),
+    "too few images to calibrate": ([*R, "--set", "calibration_share=0.2"], "0.2 of 24.*calibration_share"),
     "a share of all images": ([*R, "--set", "calibration_share=1"], "calibration_share=1.* 0.5 or less"),
     "no epochs": ([*R, "--epochs", 0], "--epochs"),
     "a learning rate of nothing": ([*R, "--set", "lr=0"], "lr=0 must be above 0"),

@@ -1,0 +1,124 @@
+"""`ptee compare`: runs of one backbone beside each other and beside smaller networks, on images that none has seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command import BRIEF, MODEL, SHORT, assert_refused, files, read_json
+from safetensors.torch import save_file
+
+from ptee._common.errors import PteeError
+from ptee.backbones.load import load_backbone
+from ptee.cli.commands import _names_of, _static, compare
+from ptee.evaluation.comparison import LINES
+
+
+def test_the_default_lines_of_the_command_are_those_of_python():
+    option = next(p for p in compare.params if p.name == "lines")
+    assert option.default.split(",") == list(LINES)
+
+
+def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, things):
+    shutil.copytree(finished, "twin")
+    before = files(finished)
+    static = ("--static", f"cifar_resnet20={things / 'weights.safetensors'}")
+    done = run("compare", finished, "twin", *static, "--drops", "0,0.5", "--json")
+    assert done.status == 0, done
+    assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.err
+    found = json.loads(done.out)
+    lines = {each["name"]: each["entries"] for each in found["lines"]}
+    assert lines["out"] == lines["twin"]
+    assert [each["allowed"] for each in lines["out"]] == [0, 0.5]
+    assert len(lines["cifar_resnet20"]) == 1
+    assert len(found["verdict"]) == 2
+    assert files(finished) == before
+
+
+def test_compare_prints_a_table_for_people(run, finished, things):
+    done = run("compare", finished, "--drops", "0.1", "--data", things / "two")
+    assert (done.status, done.err) == (0, "")
+    assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
+    for words in ("cannot be mapped", "<= 0.1 lost", "out, oracle", "At most 0.1 lost: "):
+        assert words in done.out
+
+
+def test_a_comparison_is_drawn_on_a_page_where_one_is_asked_for(run, finished):
+    done = run("compare", finished, "--drops", "0.1", "--html", "curve.html")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.endswith("Drawn in curve.html\n")
+    assert "At most 0.1 lost: " in Path("curve.html").read_text()
+    assert run("compare", finished, "--html", "curve.png").status == 2
+
+
+def test_a_run_of_heads_that_read_earlier_answers_is_compared_by_the_lines_that_are_asked_for(run, known):
+    words = ("--recipe", "ztw", "--targets", "pseudo", "--no-speed", "--out", "runs/ztw")
+    assert run("augment", *known, *BRIEF, *words).status == 0
+    assert [each["head"] for each in read_json("runs/ztw", "config.json")["exits"]] == ["conv2", "conv2+"]
+    done = run("compare", "runs/ztw", "--lines", "entropy, own", "--json")
+    assert [each["name"] for each in json.loads(done.out)["lines"]] == ["ztw", "ztw, entropy (BranchyNet)"]
+
+
+def test_runs_of_another_backbone_are_not_compared(run, finished, things):
+    torch.manual_seed(1)
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), "other.safetensors")
+    other = (*MODEL, "--weights", "other.safetensors", "--data", things / "ten", *SHORT)
+    assert run("augment", *other, "--seed", 3, "--out", "other").status == 0
+    assert_refused(run("compare", finished, "other"), "other has another backbone")
+
+
+def test_runs_that_drew_their_images_with_other_seeds_are_not_compared(run, finished, known, things):
+    assert run("augment", *known, *SHORT, "--seed", 4, "--out", "other").status == 0
+    assert_refused(run("compare", finished, "other"), r"different seeds \(3, 4\).*--data FOLDER")
+    assert run("compare", finished, "other", "--data", things / "two").status == 0
+
+
+REFUSED = {
+    "a line that is none": (["--lines", "own,max"], "Unknown line 'max'. Did you mean 'max_prob'"),
+    "a run beside itself": (["RUN"], "out is given twice"),
+    "drops of one word": (["--drops", "low"], "'low' is no list.* such as 0,0.01"),
+    "a drop that is no fraction": (["--drops", "0.01,2"], "--drops 2.0 must be below 1"),
+    "an unknown network": (["--static", "resnet81=x"], "'resnet81'.*Did you mean"),
+    "a network without weights": (["--static", "cifar_resnet20"], "--static cifar_resnet20=FILE"),
+    "no run": (["EMPTY"], "config.json"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_comparison_that_cannot_be_is_refused_in_one_line(words, said, run, finished, things):
+    places = {"EMPTY": things / "empty", "RUN": finished}
+    assert_refused(run("compare", finished, *(places.get(word, word) for word in words)), said)
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [(["runs/a", "runs/b/"], ["a", "b"]), (["x/a", "y/a", "b"], ["x/a", "y/a", "b"]), (["user/run"], ["run"])],
+    ids=str,
+)
+def test_runs_are_called_by_the_end_of_their_path_where_that_is_enough(runs, names):
+    assert list(_names_of(tuple(runs))) == names
+
+
+def test_a_run_is_called_like_its_folder_from_within_as_well(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert list(_names_of((".", "../other/"))) == ["mine", "other"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["cifar_resnet21"], "Unknown model 'cifar_resnet21'. Did you mean"),
+        (["cifar_resnet20=none.safetensors"], "none.safetensors"),
+    ],
+    ids=str,
+)
+def test_a_network_that_cannot_be_loaded_is_refused(texts, words):
+    with pytest.raises(PteeError, match=words):
+        _static(tuple(texts))

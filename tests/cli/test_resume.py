@@ -1,0 +1,111 @@
+"""Ctrl-C keeps the last complete epoch, and --resume goes on from there to the same end."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command import MODEL, RANDOM, SHORT, assert_refused, evaluated, figures, files, read_json
+from safetensors.torch import load_file
+
+from ptee.pipeline import fit as fitting
+
+CALIBRATED = ("--set", "calibration_share=0.3")
+
+
+def press_ctrl_c(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt):
+    source = (*MODEL, "--weights", things / "weights.safetensors", "--data", things / "many")
+    words = ("augment", *source, *SHORT, *CALIBRATED, "--epochs", 3)
+    assert run(*words, "--out", "whole").status == 0
+    interrupt(2)
+    done = run(*words, "--out", "broken")
+    assert done.status == 130
+    assert re.search(r"Interrupted: 1 complete epoch.* kept in broken.*--resume goes on", done.err)
+    assert [p.name for p in Path("broken").iterdir()] == ["checkpoint.safetensors"]
+    without = ("augment", *source, *SHORT, "--set", "calibration_share=0.4", "--epochs", 3)
+    assert_refused(run(*without, "--out", "broken", "--resume"), "belongs to a training with data")
+    done = run(*words, "--out", "broken", "--resume")
+    assert done.status == 0, done
+    assert "epoch 1/3" not in done.out
+    assert not Path("broken", "checkpoint.safetensors").exists()
+    whole, broken = (load_file(Path(name, "heads.safetensors")) for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
+    whole, broken = (read_json(name, "config.json") for name in ("whole", "broken"))
+    assert whole["threshold"] == broken["threshold"]
+    assert whole["results"]["calibration"] == broken["results"]["calibration"]
+
+
+def test_interrupted_in_the_first_epoch_nothing_is_written(run, known, interrupt, elsewhere):
+    interrupt(1)
+    assert run("augment", *known, *SHORT, "--out", "out")[::2] == (130, "Interrupted.\n")
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["_clear", "_set_confidence", "_set_thresholds"])
+def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, known, monkeypatch):
+    words = ("augment", *known, *SHORT, "--out", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, where, press_ctrl_c)
+        broken = run(*words)
+    assert broken.status == 130
+    assert re.search("Interrupted: .*kept in out.*--resume goes on", broken.err)
+    assert run(*words, "--resume").status == 0
+    assert "checkpoint.safetensors" not in files(Path("out"))
+
+
+def test_interrupted_while_it_measures_only_the_measurement_is_left(run, known, monkeypatch):
+    words = ("augment", *known, *SHORT, "--out", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "evaluate", press_ctrl_c)
+        broken = run(*words)
+    assert broken.status == 130
+    assert "the run in out is complete but for its results" in broken.err
+    early = evaluated(run, "out")
+    done = run(*words, "--resume")
+    assert (done.status, "epoch " in done.out) == (0, False), done
+    for name in ("config.json", "metrics.json"):
+        assert figures(read_json("out", name)["results"]) == figures(early)
+
+
+def test_once_an_epoch_is_complete_nothing_of_an_earlier_run_is_left(run, known, finished, interrupt):
+    interrupt(2)
+    assert run("augment", *known, *SHORT, "--out", finished, "--overwrite").status == 130
+    assert {*files(finished)} <= {"README.md", "checkpoint.safetensors"}
+
+
+def test_with_random_weights_no_resumption_is_promised(run, things, interrupt):
+    words = ("augment", *RANDOM, "--data", things / "ten", *SHORT, "--out", "out")
+    interrupt(2)
+    assert "--resume" not in run(*words).err
+    assert_refused(run(*words, "--resume"), "backbone")
+
+
+def test_without_a_training_to_go_on_with_a_resumption_is_refused(run, known, finished):
+    assert_refused(run("augment", *known, *SHORT, "--out", finished, "--resume"), "no interrupted training in out")
+
+
+def test_a_resumption_with_an_image_in_place_of_another_is_refused(run, known, things, interrupt):
+    images = Path(shutil.copytree(things / "ten", "images"))
+    interrupt(2)
+    run("augment", *known, *SHORT, "--data", images, "--out", "out")
+    (images / "class0" / "0.png").rename(images / "class0" / "new.png")
+    assert_refused(run("augment", *known, *SHORT, "--data", images, "--out", "out", "--resume"), "data.*files.*now")
+
+
+def test_a_resumption_with_other_settings_is_refused_and_the_checkpoint_kept(run, known, interrupt):
+    words = ("augment", *known, *SHORT, "--out", "out")
+    interrupt(2)
+    run(*words)
+    before = files(Path("out"))
+    assert_refused(run(*words, "--set", "lr=0.5", "--resume"), "lr 0.01.*now 0.5")
+    assert_refused(run(*words), "interrupted training.*--resume.*--overwrite")
+    assert files(Path("out")) == before
+    assert run(*words, "--set", "lr=0.5", "--overwrite").status == 0

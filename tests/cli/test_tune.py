@@ -1,0 +1,134 @@
+"""`ptee tune`: thresholds are chosen anew on some images, reported on others, and kept in the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command import SHORT, assert_refused, evaluated, figures, files, read_json
+from safetensors.torch import load_file
+
+
+def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, finished):
+    before = load_file(finished / "heads.safetensors")
+    done = run("tune", finished, "--max-fidelity-drop", 0.5, "--no-speed")
+    assert done.status == 0
+    assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.out
+    assert "Target: at most 0.5 of the answers differ from the backbone's." in done.out
+    config, metrics = read_json(finished, "config.json"), read_json(finished, "metrics.json")
+    assert config["results"] == metrics["results"]
+    assert config["threshold"] == config["results"]["threshold"] == config["results"]["tuning"]["threshold"]
+    assert config["results"]["data"]["split"]["seed"] == 3
+    assert metrics["training"]
+    after = load_file(finished / "heads.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    again = evaluated(run, finished)
+    assert figures(again) == figures(config["results"])
+    said = "The run's own thresholds were chosen on the 3 calibration images and those given are measured on the 3 validation images."
+    assert said not in again["about"]
+    assert said in evaluated(run, finished, "--threshold", 0.7)["about"]
+
+
+def test_as_json_the_results_are_all_there_is_on_standard_output(run, finished):
+    done = run("tune", finished, "--max-cost", 0.9, "--one-threshold", "--json", "--no-speed")
+    assert done.status == 0
+    assert json.loads(done.out)["tuning"]["target"] == {"kind": "max_cost", "limit": 0.9}
+    assert "Thresholds are chosen on" in done.err
+
+
+REFUSED = {
+    "no target": ([], "Give one of --max-drop, --max-fidelity-drop and --max-cost"),
+    "two targets": (["--max-drop", 0.1, "--max-cost", 0.5], "--max-drop 0.1 and --max-cost 0.5 are given"),
+    "a margin that is none": (["--max-cost", 0.9, "--margin", "much"], "--margin much must be a number, or 'auto'"),
+    "a margin above the drop": (["--max-drop", 0.1, "--margin", 0.2], "--margin 0.2 leaves nothing of --max-drop 0.1"),
+    "a cost that cannot be reached": (["--max-cost", 0.01], "--max-cost 0.01 cannot be reached.*or more"),
+    "a drop near chance": (["--max-drop", 0.1], "--max-drop 0.1 needs labels.*--classes FILE.*--max-fidelity-drop 0.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_target_that_cannot_be_met_leaves_the_run_as_it_was(words, said, run, finished):
+    before = files(finished)
+    assert_refused(run("tune", finished, *words, "--no-speed"), said)
+    assert files(finished) == before
+
+
+def test_thresholds_of_a_run_that_is_not_on_this_disk_cannot_be_kept(run):
+    assert_refused(run("tune", "user/run", "--max-drop", 0.1), "no folder user/run")
+
+
+@pytest.mark.parametrize("text", ["garbage", "[]", "null"])
+def test_a_run_that_is_damaged_is_not_tuned_by_half(text, run, finished):
+    (finished / "metrics.json").write_text(text)
+    before = files(finished)
+    done = run("tune", finished, "--max-cost", 0.9, "--no-speed")
+    assert_refused(done, "metrics.json is no .*Copy the run anew")
+    assert files(finished) == before
+
+
+# ---------------------------------------------------------------------------------------------------- which images
+
+
+def test_delivered_validation_images_are_halved_and_only_the_rest_is_reported_on(run, foreign):
+    done = run("augment", *foreign, *SHORT, "--max-fidelity-drop", 0.1, "--seed", 5, "--out", "out")
+    assert done.status == 0, done
+    words = "Thresholds are chosen on 6 of the 12 validation images, drawn with seed 5, and reported on the other 6."
+    assert words in done.out
+    recorded = read_json("out", "config.json")["results"]
+    assert (recorded["tuning"]["images"], recorded["samples"]) == (words, 6)
+    again = evaluated(run, "out")
+    assert figures(again) == figures(recorded)
+    assert words in again["about"]
+    other = evaluated(run, "out", "--threshold", 0.7)
+    assert (other["samples"], words in other["about"]) == (6, False)
+    drawn = "6 of the 12 validation images, drawn with seed 5, and those given are measured on the other 6."
+    assert f"The run's own thresholds were chosen on {drawn}" in other["about"]
+
+
+def test_other_data_are_halved_too(run, finished, things):
+    done = run("tune", finished, "--max-cost", 0.9, "--data", things / "two", "--no-speed")
+    assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
+    assert evaluated(run, finished, "--data", things / "two")["samples"] == 6
+    own = evaluated(run, finished)
+    assert own["samples"] == 3
+    said = f"The run's thresholds were chosen on images of '{things / 'two'}'; whether some of them are among these is not known."
+    assert said in own["about"]
+    assert said not in evaluated(run, finished, "--threshold", 0.7)["about"]
+
+
+@pytest.fixture
+def tuned_on_two(run, finished, things) -> Path:
+    """A run whose thresholds were chosen on half of the images of the folder `two`, which is a copy."""
+    shutil.copytree(things / "two", "two")
+    assert run("tune", finished, "--max-cost", 0.9, "--data", "two", "--no-speed").status == 0
+    return finished
+
+
+def test_images_that_thresholds_were_chosen_on_are_known_again_in_another_folder(run, tuned_on_two):
+    shutil.copytree("two", "moved")
+    here, there = (evaluated(run, tuned_on_two, "--data", place) for place in ("two", "moved"))
+    assert there["samples"] == 6
+    assert figures(there) == figures(here)
+    said = f"The files are called as those of '{Path('two').resolve()}', on which the thresholds were chosen"
+    assert [said in each["about"] for each in (here, there)] == [False, True]
+
+
+def test_where_files_were_added_those_that_thresholds_were_chosen_on_cannot_be_told(run, tuned_on_two):
+    some = next(Path("two", "val").rglob("*.png"))
+    shutil.copy(some, some.with_name("another.png"))
+    said = "two has other files than when the thresholds were chosen.*ptee tune"
+    assert_refused(run("evaluate", tuned_on_two, "--data", "two", "--no-speed"), said)
+    assert evaluated(run, tuned_on_two, "--data", "two", "--threshold", 0.7)["samples"] == 13
+
+
+def test_a_run_of_before_the_files_were_recorded_knows_its_own_images_again(run, foreign, things):
+    shutil.copytree(things / "two", "two")
+    assert run("augment", *foreign[:-1], "two", *SHORT, "--max-fidelity-drop", 0.1, "--out", "out").status == 0
+    config = read_json("out", "config.json")
+    del config["results"]["tuning"]["files_sha256"]
+    Path("out", "config.json").write_text(json.dumps(config))
+    Path("two").rename("moved")
+    assert evaluated(run, "out", "--data", "moved")["samples"] == 6
