@@ -564,7 +564,7 @@ def test_labels_stay_with_their_images():
 
 
 def test_the_recipes_give_mean_and_spread_of_comparisons_with_several_seeds(tmp_path):
-    script = Path(__file__).parents[2] / "recipes" / "spread.py"
+    script = Path(__file__).parents[2] / "recipes" / "scripts" / "spread.py"
     files = [tmp_path / f"compare-{seed}.json" for seed in (0, 1)]
     for seed, file in enumerate(files):
         entries = [{"allowed": 0.01, "cost": 0.4 + 0.2 * seed, "drop": 0.01 * seed}]
@@ -578,7 +578,7 @@ def test_the_recipes_give_mean_and_spread_of_comparisons_with_several_seeds(tmp_
 
 
 def test_the_recipes_give_mean_and_spread_of_runs_with_several_seeds(tmp_path):
-    script = Path(__file__).parents[2] / "recipes" / "means.py"
+    script = Path(__file__).parents[2] / "recipes" / "scripts" / "means.py"
     for name, cost in {"lite0": 0.4, "lite1": 0.6, "vit0": 0.3}.items():
         (tmp_path / name).mkdir()
         rows = [{"accuracy": 0.8, "fidelity": 1.0, "cost": 1.0}, {"accuracy": 0.7, "fidelity": 0.9, "cost": cost}]
@@ -593,7 +593,7 @@ def test_the_recipes_give_mean_and_spread_of_runs_with_several_seeds(tmp_path):
 
 def spread_of(folder, *comparisons):
     """What the recipe prints of comparisons with such lines: name to cost."""
-    script = Path(__file__).parents[2] / "recipes" / "spread.py"
+    script = Path(__file__).parents[2] / "recipes" / "scripts" / "spread.py"
     for n, lines in enumerate(comparisons):
         lines = [
             {"name": name, "kind": "adaptive", "entries": [{"allowed": None, "cost": cost, "drop": 0}]}
