@@ -42,8 +42,13 @@ def draw(found: dict[str, Any]) -> str:
     def y(lost: float) -> float:
         return TOP + (lost - low) / (high - low) * (bottom - TOP)
 
-    parts = [_text(LEFT, 26, found["title"], 15), _text(LEFT, HEIGHT - 18, "cost, as a fraction of the bare backbone's")]
-    parts.append(f'<text x="18" y="{bottom}" font-size="12" transform="rotate(-90 18 {bottom})">{escape(found["loss"])}</text>')
+    parts = [
+        _text(LEFT, 26, found["title"], 15),
+        _text(LEFT, HEIGHT - 18, "cost, as a fraction of the bare backbone's"),
+    ]
+    parts.append(
+        f'<text x="18" y="{bottom}" font-size="12" transform="rotate(-90 18 {bottom})">{escape(found["loss"])}</text>'
+    )
     for cost in (0, 0.2, 0.4, 0.6, 0.8, 1):
         parts += [_rule(x(cost), TOP, x(cost), bottom), _text(x(cost) - 8, bottom + 18, f"{cost:g}")]
     for n in range(5):
