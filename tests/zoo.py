@@ -3,7 +3,7 @@
 Weights and images are random, because the checks are about plumbing: where the exits stand, whether the right rows
 leave, and what was counted. `ptee evaluate` says how good exits are on real images.
 
-`pytest -m zoo` runs the checks. `python tests/zoo.py > recipes/zoo.txt` prints the table; `python tests/zoo.py resnet pit`
+`pytest -m zoo` runs the checks. `python tests/zoo.py > recipes/networks.txt` prints the table; `python tests/zoo.py resnet pit`
 tries two families.
 """
 

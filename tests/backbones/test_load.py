@@ -33,6 +33,13 @@ class Gives(nn.Module):
         return self.output
 
 
+@pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
+def test_a_library_has_the_models_that_it_lists_and_no_others(library):
+    names = library.list_names()
+    assert all(library.has_model(name) for name in names[:: max(1, len(names) // 20)])
+    assert not library.has_model("no_such_model")
+
+
 @pytest.mark.parametrize(
     ("file", "name", "classes", "size", "args"),
     [

@@ -11,6 +11,7 @@ from images import TRANSFORM, encoded, levels, numbered, opened, picture, write_
 from torch.utils.data import Dataset
 
 from ptee._common.errors import DataError, UnknownName
+from ptee.data.named import NAMED
 from ptee.data.pictures import image_transform
 from ptee.data.sources import open_data, open_named
 
@@ -27,6 +28,15 @@ def test_unknown_name_suggests_closest(name, near):
 def test_unknown_name_gets_all_names_with_the_digits_first():
     with pytest.raises(UnknownName, match=r"no folder 'nope', .*Choices: digits, .*cifar10,.*mnist.*\.$"):
         opened("nope")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_data_set_that_ptee_names_is_opened_without_a_connection_and_the_same_each_time(name):
+    first, again = (open_named(name, transform=TRANSFORM) for _ in range(2))
+    assert len(first.train) > len(first.validation) > 0
+    assert len(first.class_names) > 1
+    assert first.validation[0][0].equal(again.validation[0][0])
+    assert first.split == again.split
 
 
 @pytest.mark.parametrize("name", ["CocoDetection", "FakeData", "ImageFolder", "EMNIST"])

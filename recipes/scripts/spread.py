@@ -1,4 +1,4 @@
-"""Mean and spread over seeds of what was compared: python recipes/spread.py runs/compare.json.
+"""Mean and spread over seeds of what was compared: python recipes/scripts/spread.py runs/compare.json.
 
 The file is what `ptee compare RUN RUN ... --json` printed; there may be several. Runs that are called the same but for the
 seed at the end of their names are one: ours0, ours1, ours2 become ours. In each cell: cost, and in parentheses the drop on

@@ -1,0 +1,289 @@
+"""The documentation tells the truth: its commands parse, its examples run, its links and names exist, its numbers are kept."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee.cli.commands import add_commands
+from ptee.cli.main import cli, main
+from ptee.exits.confidence import CONFIDENCES
+from ptee.exits.heads import HEADS
+from ptee.pipeline.demo import DEMO_RECIPE
+from ptee.pipeline.recipe import make_recipe
+
+ROOT = Path(__file__).parents[1]
+GUIDE = sorted((ROOT / "recipes" / "guide").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
+FOLDERS = [ROOT / "recipes" / name for name in ("cifar10", "digits", "imagenette", "papers")]
+FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```", re.M | re.S)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+add_commands(cli)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    kind: str
+    text: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}: {self.text.splitlines()[0]}"
+
+
+def blocks(page: Path, kind: str) -> list[Block]:
+    found = [Block(page, m["kind"].strip(), m["text"]) for m in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    return [block for block in found if block.kind.split(" ")[0] == kind]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Whole ptee commands of a page: in sh blocks, and indented by four spaces."""
+    lines = [line for block in blocks(page, "sh") for line in block.text.splitlines()]
+    lines += re.findall(r"^ {4}(ptee .*)$", page.read_text(encoding="utf-8"), re.M)
+    for line in lines:
+        yield from (part.strip() for part in re.split(r"&&|>", line) if part.strip().startswith("ptee "))
+
+
+def words(command: str) -> list[str]:
+    return shlex.split(command, comments=True)[1:]
+
+
+EVERY_COMMAND = {command: page for page in PAGES for command in commands(page)}
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("command", sorted(EVERY_COMMAND))
+def test_a_command_has_options_that_exist_and_values_that_can_be(command):
+    name, *arguments = words(command)
+    cli.commands[name].make_context(name, arguments)
+
+
+@each_page
+def test_a_command_in_a_sentence_has_options_that_exist(page):
+    text = FENCE.sub("", public_text(page))
+    for command in re.findall(r"`ptee ([a-z][^`]*)`", text.replace("\n", " ")):
+        name, *arguments = command.split()
+        known = {option for each in cli.commands[name].params for option in (*each.opts, *each.secondary_opts)}
+        assert {word for word in arguments if word.startswith("--")} <= known | {"--help"}, command
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "recipes").rglob("*.sh")), ids=lambda script: script.name)
+def test_a_script_gives_options_that_exist(script):
+    code = re.sub(r"#.*", "", script.read_text(encoding="utf-8"))
+    known = {option for name in ("augment", "compare") for each in cli.commands[name].params for option in each.opts}
+    assert set(re.findall(r"(?<!\S)--[a-z-]+", code)) <= known | {"--no-speed"}
+    for file in re.findall(r"recipes/\S+\.(?:py|yaml)", code):
+        assert (ROOT / file).is_file(), file
+
+
+def is_cheap(command: str) -> bool:
+    name, *arguments = words(command)
+    return (name == "plan" and "--no-pretrained" in arguments) or (name == "recipe" and "runs/" not in command)
+
+
+@pytest.mark.parametrize("command", sorted(filter(is_cheap, EVERY_COMMAND)))
+def test_a_cheap_command_runs(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words(command))
+    assert end.value.code == 0, capsys.readouterr().err
+
+
+def shown_answers() -> Iterator[tuple[str, str]]:
+    """Commands that a page shows with what they print."""
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for shown in re.split(r"^\$ ", block.text, flags=re.M)[1:]:
+                command, _, answer = shown.partition("\n")
+                yield command, answer
+
+
+@pytest.mark.parametrize(("command", "answer"), list(shown_answers()))
+def test_a_command_says_what_a_page_shows(command, answer, capsys):
+    with pytest.raises(SystemExit):
+        main(words(command))
+    printed = capsys.readouterr()
+    assert " ".join(answer.split()) in " ".join((printed.out + printed.err).split())
+
+
+def test_the_set_up_of_the_readme_is_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = text.partition("<!-- set-up -->")[2].partition("<!-- end -->")[0]
+    assert between.split("\n")[1:-1] == [
+        "```sh", "pip install . && ptee augment", "pip install -e '.[dev]' && pytest -n auto", "```",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- Python
+
+
+class Small(nn.Module):
+    """A classifier with four blocks, of 32 x 32 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sides = [(3, 8), (8, 8), (8, 16), (16, 16)]
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in sides))
+        self.classifier = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.blocks(x).mean((2, 3)))
+
+
+def data(n: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, 3, 32, 32, generator=generator), torch.randint(4, (n,), generator=generator))
+
+
+def names_of_examples() -> dict[str, object]:
+    """What the examples take as given: a backbone, images, and a model with exits on a copy of that backbone."""
+    torch.manual_seed(0)
+    backbone, images = Small(), torch.randn(8, 3, 32, 32)
+    model = ptee.augment(copy.deepcopy(backbone), num_exits=3, head="pool", input_size=(3, 32, 32))
+    return {
+        "ptee": ptee, "backbone": backbone, "images": images, "model": model, "out": model.predict(images),
+        "train_data": data(256, 1), "val_data": data(60, 2), "calibration_data": data(60, 3),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def registries():
+    """What an example registers is gone afterwards."""
+    before = [(registry, dict(registry)) for registry in (HEADS, CONFIDENCES)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("page", [ROOT / "README.md", *GUIDE], ids=lambda page: page.stem)
+def test_the_python_examples_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = names_of_examples()
+    for block in blocks(page, "python"):
+        code = compile(block.text, block.where, "exec")
+        if "not run" not in block.kind:
+            exec(code, names)
+
+
+# ---------------------------------------------------------------------------------------------------- links and names
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_a_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if ":" in path:
+            continue
+        there = (page.parent / path) if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def public_text(page: Path) -> str:
+    """A page without what an earlier version had."""
+    text = page.read_text(encoding="utf-8")
+    if page.name == "CHANGELOG.md":
+        text = text.partition("\n## 0.1.0")[0]
+        text = re.sub(r"### Removed\n.*?(?=\n###|\Z)", "", text, flags=re.S)
+    return text
+
+
+@each_page
+def test_a_name_of_ptee_exists(page):
+    for name in sorted(set(re.findall(r"(?<![\w/.-])ptee\.((?:\w+\.)*[A-Za-z_]\w*)", public_text(page)))):
+        assert resolves(name), f"ptee.{name}"
+
+
+def resolves(name: str) -> bool:
+    """Whether ptee.NAME is an attribute or a module."""
+    found: object = ptee
+    so_far = "ptee"
+    for part in name.split("."):
+        so_far += f".{part}"
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(so_far)
+            except ImportError:
+                return False
+    return True
+
+
+@each_page
+def test_a_script_that_is_named_exists(page):
+    for file in re.findall(r"(?:python|sh) ((?:recipes|tests)/\S+?\.(?:py|sh))", page.read_text(encoding="utf-8")):
+        assert (ROOT / file).is_file(), file
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@each_folder
+def test_a_folder_of_recipes_has_what_its_index_says(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"!\[[^\]]+\]\(\S+\.(png|svg)\)", text)
+    assert "results.json" in text
+    assert make_recipe(folder / "recipe.yaml").resolved()
+
+
+def test_the_recipe_of_the_digits_is_that_of_the_demo():
+    assert make_recipe(ROOT / "recipes" / "digits" / "recipe.yaml") == make_recipe(DEMO_RECIPE)
+
+
+def test_the_recipe_of_the_papers_is_the_one_that_is_built_in():
+    assert make_recipe(ROOT / "recipes" / "papers" / "recipe.yaml").to_yaml() == make_recipe("pteenet").to_yaml()
+
+
+@each_folder
+def test_results_say_how_they_were_made(folder):
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["commands"] and results["version"] and results["seeds"] >= 1 and results["samples"] > 0
+    for line in results["lines"]:
+        assert line["name"] and all(0 < entry["cost"] < 1.5 and -1 < entry["lost"] < 1 for entry in line["entries"])
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if (f / "curve.svg").is_file()], ids=lambda folder: folder.name)
+def test_a_picture_is_drawn_from_the_results_beside_it(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "scripts"))
+    draw = importlib.import_module("draw").draw
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert (folder / "curve.svg").read_text(encoding="utf-8") == draw(results)
+
+
+def test_the_table_of_the_papers_has_the_numbers_of_its_results():
+    text = (ROOT / "recipes" / "papers" / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "recipes" / "papers" / "results.json").read_text(encoding="utf-8"))
+    for line in results["lines"]:
+        row = next(row for row in text.splitlines() if row.startswith(f"| {line['name']} |"))
+        costs = [float(cell.split()[0]) for cell in row.split("|")[2:-1]]
+        assert costs == pytest.approx([entry["cost"] for entry in line["entries"]], abs=6e-4)
+
+
+def test_yaml_in_the_recipes_is_nothing_but_yaml():
+    for file in (ROOT / "recipes").rglob("*.yaml"):
+        assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
