@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ptee._common.errors import CutError, unknown
+from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.fake_run import on_shadow
-from ptee.analysis.layout import Axes, AxisTracker, Layout, image_axes, layout_of
-from ptee.analysis.memory_keys import memory_of
+from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
 
 SURVEY_ROWS = 3
