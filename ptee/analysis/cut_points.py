@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten
 from ptee._common.errors import CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
-from ptee.analysis.fake_run import on_shadow
+from ptee.analysis.fake_run import with_fake_tensors
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
 
@@ -121,7 +121,7 @@ def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
     Raises:
         BackboneError: as of `logits_of`.
     """
-    return on_shadow(_survey, module, random_images(module, SURVEY_ROWS, input_size))
+    return with_fake_tensors(_survey, module, random_images(module, SURVEY_ROWS, input_size))
 
 
 def _survey(module: nn.Module, images: Tensor) -> Survey:
