@@ -253,8 +253,8 @@ REFUSED = {
     "the image not in its output": (Constant, "part.table", "does not depend on the images"),
     "an output that nobody reads": (Unread, "part.one", "the output of 'entry'"),
     "never called": (Never, "part.one", "not called"),
-    "windows in place of rows": (Windows, "part.inside", r"could be told apart in its output of shape \(6, 8, 4, 8\)"),
-    "axes that cannot be told apart": (Mixed, "part.inside", r"could be told apart in its output of shape \(3, 512\)"),
+    "windows in place of rows": (Windows, "part.inside", r"cannot be told apart in its output of shape \(6, 8, 4, 8\)"),
+    "axes that cannot be told apart": (Mixed, "part.inside", r"cannot be told apart in its output of shape \(3, 512\)"),
 }
 
 
@@ -290,7 +290,7 @@ class Afterwards(Net):
 
 def test_what_runs_when_the_answer_is_ready_is_no_cut():
     net = Afterwards()
-    with pytest.raises(CutError, match=r"'later': what comes later also reads the output of 'classifier'"):
+    with pytest.raises(CutError, match=r"'later': the rest of the network also reads the output of 'classifier'"):
         survey(net, SIZE).cut("later", net)
 
 
