@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import Advice, Argument, BackboneError, first_line, some
-from ptee.analysis.fake_run import on_shadow
+from ptee.analysis.fake_run import with_fake_tensors
 from ptee.analysis.freezing import modes, set_modes
 
 TWO_LOGITS = (
@@ -102,7 +102,9 @@ def count_classes(
     try:
         module.eval()
         with torch.no_grad():
-            logits = on_shadow(lambda network, batch: logits_of(network, batch, name, other_size), module, images)
+            logits = with_fake_tensors(
+                lambda network, batch: logits_of(network, batch, name, other_size), module, images
+            )
     finally:
         set_modes(module, before)
     if getattr(module, "num_classes", None) == 0:  # timm's way to say that these are features

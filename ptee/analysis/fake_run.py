@@ -15,7 +15,7 @@ HEAVY = 5e10  # multiply-accumulates of one pass above which the shadow is the f
 PATCH = 16 * 16  # pixels that share the parameters, roughly: of a ViT's patch
 
 
-def on_shadow(work: Callable[[nn.Module, Tensor], T], module: nn.Module, images: Tensor) -> T:
+def with_fake_tensors(work: Callable[[nn.Module, Tensor], T], module: nn.Module, images: Tensor) -> T:
     """Do something that needs shapes alone, on a shadow of the network if it is a heavy one that has a shadow.
 
     The shadow is a copy, so that what the network's code keeps for later is no shadow.

@@ -23,7 +23,7 @@ KEPT = 2  # rows left in a proof: one alone would broadcast past a skip connecti
 
 
 @torch.inference_mode(False)
-def prove(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
+def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
     """Let rows go at each cut, and require that the network answers exactly those that are left.
 
     All cuts are tried in one pass, each of which takes one row away; only if that fails are they tried one by one.

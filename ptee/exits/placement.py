@@ -32,7 +32,7 @@ from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import Counts
-from ptee.analysis.verify import prove
+from ptee.analysis.verify import verify_cut_points
 from ptee.backbones.load import Backbone
 
 INPUT = "input"  # the exit at the images, and its cut
@@ -315,10 +315,10 @@ class Placer:
     def _prove(self, cuts: Sequence[Cut]) -> None:
         """Prove cuts as they are. Those that fail because the network's code remembers the batch: by starting again."""
         size = self._size_to_prove_at
-        failed = prove(self.backbone.module, cuts, size)
+        failed = verify_cut_points(self.backbone.module, cuts, size)
         anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
         anew = [cut for cut in anew if cut.steps]
-        still = prove(self.backbone.module, anew, size) if anew else {}
+        still = verify_cut_points(self.backbone.module, anew, size) if anew else {}
         for cut in (*cuts, *anew):
             if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:
                 failed[cut.name] = still[cut.name] = (

@@ -142,7 +142,7 @@ class Plan:
         rows = [
             asdict(e)
             | {"shape": list(e.shape)}
-            | {"tensor": cut.main, "tensors": len(cut.carried), "begins_anew": bool(cut.steps)}
+            | {"tensor": cut.main, "tensors": len(cut.carried), "restarts": bool(cut.steps)}
             for e, cut in zip(self.exits, self.cuts, strict=True)
         ]
         derived = {"head": self.head, "input_size": list(self.input_size), "final_cost": self.final_cost}

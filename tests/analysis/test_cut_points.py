@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import random
 import re
 import threading
 from dataclasses import replace
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, CutError, PteeError, UnknownName
 from ptee.analysis.cut_points import Cut, Survey, random_images, survey
-from ptee.analysis.verify import prove
+from ptee.analysis.verify import verify_cut_points
 
 SIZE = (3, 16, 16)
 
@@ -143,7 +145,7 @@ def test_an_awkward_output_is_a_cut_and_its_proof_succeeds(case):
     net = Net(part())
     cut = survey(net, SIZE).cuts[name]
     assert (cut.carried, cut.main, cut.shape) == (carried, main, shape)
-    assert prove(net, [cut], SIZE) == {}
+    assert verify_cut_points(net, [cut], SIZE) == {}
 
 
 def test_only_what_is_written_into_later_is_marked_as_overwritten():
@@ -251,8 +253,8 @@ REFUSED = {
     "the image not in its output": (Constant, "part.table", "does not depend on the images"),
     "an output that nobody reads": (Unread, "part.one", "the output of 'entry'"),
     "never called": (Never, "part.one", "not called"),
-    "windows in place of rows": (Windows, "part.inside", r"could be told apart in its output of shape \(6, 8, 4, 8\)"),
-    "axes that cannot be told apart": (Mixed, "part.inside", r"could be told apart in its output of shape \(3, 512\)"),
+    "windows in place of rows": (Windows, "part.inside", r"cannot be told apart in its output of shape \(6, 8, 4, 8\)"),
+    "axes that cannot be told apart": (Mixed, "part.inside", r"cannot be told apart in its output of shape \(3, 512\)"),
 }
 
 
@@ -288,7 +290,7 @@ class Afterwards(Net):
 
 def test_what_runs_when_the_answer_is_ready_is_no_cut():
     net = Afterwards()
-    with pytest.raises(CutError, match=r"'later': what comes later also reads the output of 'classifier'"):
+    with pytest.raises(CutError, match=r"'later': the rest of the network also reads the output of 'classifier'"):
         survey(net, SIZE).cut("later", net)
 
 
@@ -370,7 +372,7 @@ def test_what_the_survey_cannot_see_the_proof_sees(case):
     part, name, reason = SEEN_BY_THE_PROOF[case]
     net = Net(part())
     cuts = survey(net, SIZE).cuts
-    failed = prove(net, [cuts["entry"], cuts[name], cuts["part"]], SIZE)
+    failed = verify_cut_points(net, [cuts["entry"], cuts[name], cuts["part"]], SIZE)
     assert list(failed) == [name], "the cuts before and behind it are good"
     assert re.search(reason, failed[name])
 
@@ -385,7 +387,7 @@ def test_where_the_rest_of_a_pass_remembers_the_old_batch_it_can_begin_anew(case
     net = Net(part())
     found = survey(net, SIZE)
     cuts = [replace(found.cuts[name], steps=found.steps[name]), found.cuts["part"]]
-    assert list(prove(net, cuts, SIZE)) == ([name] if case in VALUES_LOST else [])
+    assert list(verify_cut_points(net, cuts, SIZE)) == ([name] if case in VALUES_LOST else [])
     assert not any("forward" in vars(module) for module in net.modules()), "the network is as it was"
 
 
@@ -405,7 +407,7 @@ class FixedAnswer(nn.Module):
 
 def test_a_network_that_still_answers_all_rows_is_seen():
     net = FixedAnswer().eval()
-    failed = prove(net, [survey(net, SIZE).cuts["inner"]], SIZE)
+    failed = verify_cut_points(net, [survey(net, SIZE).cuts["inner"]], SIZE)
     assert re.search(r"still answers with shape \(\d, 5\)", failed["inner"])
 
 
@@ -429,7 +431,7 @@ def test_rows_that_influence_one_another_are_refused(part, name):
     net = Net(part())
     cut = survey(net, SIZE).cuts[name]
     with pytest.raises(BackboneError, match=r"Net.*influence one another"):
-        prove(net, [cut], SIZE)
+        verify_cut_points(net, [cut], SIZE)
 
 
 class AlwaysDropping(nn.Module):
@@ -450,7 +452,7 @@ class Dividing(nn.Module):
 def test_a_network_without_an_answer_to_prove_against_is_refused_for_what_it_is(part, said):
     net = Net(part())
     with pytest.raises(BackboneError, match=f"Net answers .*{said}"):
-        prove(net, [survey(net, SIZE).cuts["entry"]], SIZE)
+        verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------- proofs that tell rows apart
@@ -486,8 +488,8 @@ def test_float32_alone_would_not_tell_the_rows_of_a_nearly_constant_network_apar
 def test_other_rows_are_noticed_in_a_nearly_constant_network(spread):
     net = nearly_constant(spread)
     cut = survey(net, SIZE).cuts["entry"]
-    assert prove(net, [cut], SIZE) == {}
-    assert "off by" in prove(net, [broken(cut)], SIZE)["entry"]
+    assert verify_cut_points(net, [cut], SIZE) == {}
+    assert "off by" in verify_cut_points(net, [broken(cut)], SIZE)["entry"]
 
 
 @pytest.mark.parametrize(
@@ -499,22 +501,22 @@ def test_other_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
     net = getattr(torchvision.models, name)(num_classes=5).eval()
     nn.init.uniform_(net.classifier[-1].bias, -bias, bias)  # its answers differ by 1e-9
     cut = survey(net, (3, 32, 32)).cuts["features.2"]
-    assert prove(net, [cut], (3, 32, 32)) == {}
-    assert "off by" in prove(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
+    assert verify_cut_points(net, [cut], (3, 32, 32)) == {}
+    assert "off by" in verify_cut_points(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
 
 
 def test_a_nearly_constant_network_that_cannot_be_copied_is_proven_in_its_own_precision():
     net = nearly_constant(1e-8)
     net.lock = threading.Lock()
-    assert prove(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
+    assert verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_cuts_are_found_and_proven_in_other_precisions(dtype):
     net = Net(InPlace()).to(dtype)
     cut = survey(net, SIZE).cuts["part.one"]
-    assert prove(net, [cut], SIZE) == {}
-    assert prove(net, [broken(cut)], SIZE)
+    assert verify_cut_points(net, [cut], SIZE) == {}
+    assert verify_cut_points(net, [broken(cut)], SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------- real networks
@@ -544,7 +546,7 @@ def real(name: str) -> tuple[nn.Module, Survey]:
 def test_every_cut_of_the_survey_is_proven(name):
     net, found = real(name)
     assert len(found.cuts) > 5
-    assert prove(net, list(found.cuts.values()), REAL_SIZE) == {}
+    assert verify_cut_points(net, list(found.cuts.values()), REAL_SIZE) == {}
 
 
 @each_network
@@ -552,7 +554,7 @@ def test_a_proof_of_all_cuts_at_once_finds_the_broken_one(name):
     net, found = real(name)
     cuts = list(found.cuts.values())
     place = len(cuts) // 2
-    failed = prove(net, [*cuts[:place:3], broken(cuts[place]), *cuts[place + 1 :: 3]], REAL_SIZE)
+    failed = verify_cut_points(net, [*cuts[:place:3], broken(cuts[place]), *cuts[place + 1 :: 3]], REAL_SIZE)
     assert list(failed) == [cuts[place].name]
 
 
@@ -622,7 +624,7 @@ def test_a_proof_leaves_no_hook(part):
     net = Net(part())
     cuts = list(survey(net, SIZE).cuts.values())
     with contextlib.suppress(PteeError):
-        prove(net, cuts, SIZE)
+        verify_cut_points(net, cuts, SIZE)
     assert hooks(net) == 0
 
 
@@ -657,3 +659,42 @@ def test_images_of_a_wrong_size_are_refused_with_what_to_give():
         BackboneError, match=r"Net cannot take an image of size \(4, 16, 16\): .*input_size=\(c, h, w\)"
     ):
         survey(Net(Skip()), (4, 16, 16))
+
+
+# ---------------------------------------------------------------------------------------------------- memory that is used again
+
+
+NETWORKS = {
+    "timm": [
+        "test_resnet",
+        "test_vit",
+        "test_convnext",
+        "test_efficientnet",
+        "levit_128s",
+        "gcvit_xxtiny",
+        "test_mambaout",
+    ],
+    "torchvision": ["swin_t", "swin_v2_t", "shufflenet_v2_x0_5", "mobilenet_v3_small", "squeezenet1_1", "densenet121"],
+}
+SIZES = {"gcvit_xxtiny": 224, "levit_128s": 224, "test_vit": 160}
+
+
+def churn(rng: random.Random, kept: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Lay other things in memory, and leave holes of many sizes where the last ones lay."""
+    if rng.random() < 0.3:
+        gc.collect()
+    kept[:] = [torch.randn(rng.randint(1, 400_000)) for _ in range(rng.randint(0, 60))]
+    return kept
+
+
+@pytest.mark.parametrize("name", [f"{home}/{name}" for home, names in NETWORKS.items() for name in names])
+def test_a_survey_finds_the_same_every_time(name: str) -> None:
+    home, _, model = name.partition("/")
+    make = timm.create_model if home == "timm" else torchvision.models.get_model
+    net, size, rng = make(model).eval(), SIZES.get(model, 64), random.Random(0)
+    kept: list[torch.Tensor] = []
+    found: list[Survey] = []
+    for _ in range(10 if "swin" in model else 3):  # whose masks are made in the pass: there, addresses came back
+        churn(rng, kept)
+        found.append(survey(net, (3, size, size)))
+    assert all(again == found[0] for again in found)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptee.analysis import fake_run as shadow
 from ptee.analysis.cut_points import survey
-from ptee.analysis.fake_run import on_shadow
+from ptee.analysis.fake_run import with_fake_tensors
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ class Keeping(nn.Module):
 
 def test_nothing_of_a_shadow_stays_in_the_network(heavy):
     net = Keeping().eval()
-    shapes = on_shadow(lambda network, x: network(x).shape, net, torch.zeros(3, 4, 8, 8))
+    shapes = with_fake_tensors(lambda network, x: network(x).shape, net, torch.zeros(3, 4, 8, 8))
     assert shapes == (3, 2)
     assert net.kept is None
 
@@ -66,10 +66,10 @@ class Locked(nn.Module):
 @pytest.mark.parametrize("net", [Looking(), Locked()], ids=["decides by numbers", "cannot be copied"])
 def test_a_network_without_a_shadow_is_run_itself(net, heavy):
     x = torch.ones(1, 1, 2, 2)
-    assert on_shadow(lambda network, images: type(network(images)), net, x) is Tensor
+    assert with_fake_tensors(lambda network, images: type(network(images)), net, x) is Tensor
 
 
 def test_a_light_network_is_run_itself():
     seen = []
-    on_shadow(lambda network, images: seen.append(network), net := nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8))
+    with_fake_tensors(lambda network, images: seen.append(network), net := nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8))
     assert seen == [net]

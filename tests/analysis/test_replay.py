@@ -318,7 +318,9 @@ def test_a_backbone_that_takes_its_batch_apart_is_noticed():
 
 
 def test_a_cell_whose_proof_fails_gets_no_exit(net, monkeypatch):
-    monkeypatch.setattr("ptee.exits.placement.prove", lambda _module, cuts, _size: {cut.name: "so" for cut in cuts})
+    monkeypatch.setattr(
+        "ptee.exits.placement.verify_cut_points", lambda _module, cuts, _size: {cut.name: "so" for cut in cuts}
+    )
     with pytest.raises(PteeError, match=r"cells\.1.*cannot be proven: so"):
         early(net, ["cells.1"])
 
@@ -442,4 +444,4 @@ def test_what_is_overwritten_later_is_kept_as_it_was():
 def test_the_plan_says_at_which_exits_a_pass_begins_anew(net):
     plan = early(net, EXITS).plan
     assert "When rows leave at exit 0, 1, 2, the forward pass starts again" in str(plan)
-    assert [row["begins_anew"] for row in plan.to_dict()["exits"]] == [True] * 3
+    assert [row["restarts"] for row in plan.to_dict()["exits"]] == [True] * 3

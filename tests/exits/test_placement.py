@@ -479,10 +479,12 @@ class Wide(Steps):
 )
 def test_a_heavy_network_is_proven_on_smaller_images(network, heavy, smallest, side, monkeypatch):
     seen = []
-    own = placement.prove
+    own = placement.verify_cut_points
     monkeypatch.setattr(placement, "HEAVY", 0 if heavy else 1e11)
     monkeypatch.setattr(placement, "SMALLEST_SIDE", smallest)
-    monkeypatch.setattr(placement, "prove", lambda module, cuts, size: seen.append(size) or own(module, cuts, size))
+    monkeypatch.setattr(
+        placement, "verify_cut_points", lambda module, cuts, size: seen.append(size) or own(module, cuts, size)
+    )
     plan(["blocks.1"] if network is Steps else ["stem"], module=network().eval())
     assert {size[-1] for size in seen} == {side}
 

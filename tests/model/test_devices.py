@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee.analysis.cut_points import survey
-from ptee.analysis.verify import prove
+from ptee.analysis.verify import verify_cut_points
 
 SIZE, K = (3, 64, 64), 10
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "scripts" / "check_device.py"
@@ -53,7 +53,7 @@ def images(device: torch.device, dtype: torch.dtype = torch.float32, rows: int =
 @each_net
 def test_every_cut_of_a_survey_is_proven(name, type_name, device):
     backbone = net(name, device, CHECKS.TYPES[type_name])
-    assert prove(backbone, list(survey(backbone, SIZE).cuts.values()), SIZE) == {}
+    assert verify_cut_points(backbone, list(survey(backbone, SIZE).cuts.values()), SIZE) == {}
 
 
 @pytest.mark.parametrize("promise", CHECKS.PROMISES + CHECKS.OF_TRAINED, ids=lambda promise: promise.__name__)

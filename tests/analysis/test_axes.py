@@ -1,0 +1,382 @@
+"""Axes are followed from the images to every output, and an output whose axes cannot be followed has no layout."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from ptee.analysis.axes import AxisTracker, image_axes, layout_of, memory_of
+from ptee.analysis.cut_points import survey
+from ptee.analysis.layout import Layout
+
+
+def bnc(c: int, h: int, w: int, prefix: int = 0, behind: int = 0) -> Layout:
+    """Tokens of an h x w grid with others before and behind it."""
+    return Layout("bnc", c, h, w, prefix, prefix + h * w + behind)
+
+
+# ---------------------------------------------------------------------------------------------------- real networks
+
+NETS = {
+    "resnet18": (lambda: timm.create_model("resnet18"), (64, 96)),
+    "convnext_atto": (lambda: timm.create_model("convnext_atto"), (64, 96)),
+    "vgg11": (lambda: torchvision.models.vgg11(num_classes=5, init_weights=False), (32, 64)),
+    "swin_tiny": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=(64, 96), window_size=4),
+        (64, 96),
+    ),
+    "torchvision swin_t": (lambda: torchvision.models.swin_t(), (56, 84)),
+    "vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), depth=2), (32, 48)),
+    "torchvision vit": (lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 64, 64), (32, 32)),
+    "deit_tiny_distilled": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=(32, 48), depth=2),
+        (32, 48),
+    ),
+    "vit_small_reg4_dinov2": (
+        lambda: timm.create_model("vit_small_patch14_reg4_dinov2", img_size=(28, 42), depth=2, num_classes=5),
+        (28, 42),
+    ),
+    "mixer_s32": (lambda: timm.create_model("mixer_s32_224", img_size=(64, 96)), (64, 96)),
+    "levit_128s": (lambda: timm.create_model("levit_128s"), (224, 224)),
+}
+LAYOUTS = [
+    ("resnet18", "maxpool", Layout("bchw", 64, 16, 24)),
+    ("resnet18", "layer2.0", Layout("bchw", 128, 8, 12)),
+    ("resnet18", "global_pool", Layout("bc", 512, 1, 1)),
+    ("convnext_atto", "stages.1.downsample", Layout("bchw", 80, 8, 12)),
+    ("convnext_atto", "stages.1.blocks.0", Layout("bchw", 80, 8, 12)),
+    ("vgg11", "features", Layout("bchw", 512, 1, 2)),
+    ("vgg11", "classifier.0", Layout("bc", 4096, 1, 1)),
+    ("swin_tiny", "patch_embed", Layout("bhwc", 96, 16, 24)),
+    ("swin_tiny", "layers.0.blocks.1", Layout("bhwc", 96, 16, 24)),  # behind shifted windows
+    ("swin_tiny", "layers.1.downsample", Layout("bhwc", 192, 8, 12)),
+    ("swin_tiny", "layers.1.blocks.1", Layout("bhwc", 192, 8, 12)),
+    ("torchvision swin_t", "features.1.1", Layout("bhwc", 96, 14, 21)),
+    ("torchvision swin_t", "features.2", Layout("bhwc", 192, 7, 11)),  # 21 positions are padded to 22, then merged
+    ("torchvision swin_t", "features.3.1", Layout("bhwc", 192, 7, 11)),
+    ("vit_tiny", "patch_embed", bnc(192, 2, 3)),
+    ("vit_tiny", "blocks.1", bnc(192, 2, 3, prefix=1)),
+    ("torchvision vit", "encoder.layers.encoder_layer_0", bnc(64, 2, 2, prefix=1)),
+    ("deit_tiny_distilled", "blocks.1", bnc(192, 2, 3, prefix=2)),
+    ("vit_small_reg4_dinov2", "blocks.1", bnc(384, 2, 3, prefix=5)),
+    ("mixer_s32", "blocks.0", bnc(512, 2, 3)),
+    ("mixer_s32", "blocks.7", bnc(512, 2, 3)),
+    ("levit_128s", "stem", Layout("bchw", 128, 14, 14)),
+    ("levit_128s", "stages.0.blocks.0", bnc(128, 14, 14)),
+    ("levit_128s", "stages.1.blocks.0", bnc(256, 7, 7)),
+]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The survey of each network, made once."""
+    surveys: dict[str, Any] = {}
+
+    def of(name: str):
+        if name not in surveys:
+            make, size = NETS[name]
+            surveys[name] = survey(make().eval(), (3, *size))
+        return surveys[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "module", "layout"), LAYOUTS, ids=[f"{n}-{m}" for n, m, _ in LAYOUTS])
+def test_the_layout_of_a_real_networks_output_is_found(found, name, module, layout):
+    assert found(name).cuts[module].layout == layout
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2)], ids=["wide", "high"])
+def test_a_token_stands_in_the_map_where_its_patch_stands_in_the_image(grid):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=(16 * grid[0], 16 * grid[1]), depth=1).eval()
+    layout = survey(vit, (3, 16 * grid[0], 16 * grid[1])).cuts["patch_embed"].layout
+    image = torch.zeros(1, 3, 16 * grid[0], 16 * grid[1])
+    image[:, :, 16:32, :16] = 1  # the patch at (1, 0)
+    with torch.no_grad():
+        changed = layout.to_map(vit.patch_embed(image) - vit.patch_embed(torch.zeros_like(image))).abs().sum(1)[0]
+    assert changed.nonzero().tolist() == [[1, 0]]
+
+
+# ---------------------------------------------------------------------------------------------------- following axes
+
+
+class Following(TorchDispatchMode):
+    """Drives a tracker through everything that runs; all tensors stay alive, so no memory is used twice."""
+
+    def __init__(self, images: Tensor, rows: int | None) -> None:
+        super().__init__()
+        self.tracker, self.alive = AxisTracker(rows), [images]
+        self.tracker.set(images, image_axes(images.shape))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        self.alive += tensors
+        self.tracker.follow(func.overloadpacket.__name__, args, tensors)
+        return out
+
+
+@contextmanager
+def within_seconds(seconds: float) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def follow(
+    images: Tensor, operate: Callable[[Tensor], Tensor], rows: int | None = None
+) -> tuple[Tensor, Layout | None]:
+    """What comes out, and the layout found for it."""
+    with within_seconds(10), torch.no_grad(), Following(images, rows) as mode:
+        z = operate(images)
+    axes = mode.tracker.get(z)
+    return z, None if axes is None else layout_of(axes, z.shape)
+
+
+def windows(x: Tensor, height: int, width: int) -> Tensor:
+    """(b, h, w, c) -> (b * windows, height * width, c)"""
+    b, h, w, c = x.shape
+    x = x.view(b, h // height, height, w // width, width, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, height * width, c)
+
+
+def put_together(x: Tensor, height: int, width: int, h: int, w: int, order=(0, 1, 3, 2, 4, 5)) -> Tensor:
+    """The way back; the right order is its own inverse."""
+    c = x.shape[-1]
+    x = x.view(-1, h // height, w // width, height, width, c).permute(*order)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], c)
+
+
+few = st.integers(1, 3)
+several = st.integers(2, 3)
+
+
+@settings(deadline=None)
+@given(rows=several, c=several, gh=few, gw=few, height=few, width=few)
+def test_windows_cut_apart_and_put_together_are_the_whole_map_again(rows, c, gh, gw, height, width):
+    h, w = gh * height, gw * width
+    images = torch.randn(rows, c, h, w)
+
+    def there_and_back(x: Tensor) -> Tensor:
+        return put_together(windows(x.permute(0, 2, 3, 1), height, width) * 2, height, width, h, w)
+
+    z, layout = follow(images, there_and_back)
+    assert layout == Layout("bhwc", c, h, w)
+    assert torch.equal(layout.to_map(z), images * 2)
+
+
+@settings(deadline=None)
+@given(rows=several, c=several, g=several, height=several, width=several)
+def test_windows_put_together_in_another_order_are_read_as_they_were(rows, c, g, height, width):
+    images = torch.randn(rows, c, g * height, g * width)
+    for order in ((0, 1, 2, 3, 4, 5), (0, 2, 3, 1, 4, 5), (0, 3, 1, 2, 4, 5), (0, 1, 3, 4, 2, 5)):
+        z, layout = follow(
+            images,
+            lambda x, order=order: put_together(
+                windows(x.permute(0, 2, 3, 1), height, width), height, width, g * height, g * width, order
+            ),
+        )
+        assert layout is not None
+        assert torch.equal(layout.to_map(z), images)
+
+
+def test_windows_with_the_batch_folded_in_have_no_layout():
+    _, layout = follow(torch.randn(2, 5, 4, 4), lambda x: windows(x.permute(0, 2, 3, 1), 2, 2))
+    assert layout is None
+
+
+steps = st.lists(st.tuples(st.sampled_from(["swap", "split", "join"]), st.integers(0, 5), st.sampled_from([2, 3])))
+
+
+def test_a_reshape_across_axes_has_no_layout():
+    assert follow(torch.randn(2, 5, 4, 3), lambda x: x.reshape(2, 5, 6, 2))[1] is None
+
+
+@settings(deadline=None, max_examples=200, phases=set(Phase) - {Phase.shrink})  # shrinking an endless loop takes long
+@example(shape=(3, 2, 4, 3), steps=[("join", 2, 2), ("split", 2, 2)])
+@given(shape=st.tuples(st.just(3), *[st.sampled_from([1, 2, 3, 4, 6])] * 3), steps=steps)
+def test_a_layout_never_puts_a_value_in_another_place(shape, steps):
+    images = torch.arange(shape[0] * shape[1] * shape[2] * shape[3]).reshape(shape).float()
+
+    def rearrange(x: Tensor) -> Tensor:
+        for step, dim, factor in steps:
+            dim, sizes = dim % x.dim(), list(x.shape)
+            if step == "split" and sizes[dim] % factor == 0:
+                x = x.reshape(*sizes[:dim], sizes[dim] // factor, factor, *sizes[dim + 1 :])
+            elif step == "swap" and dim:
+                x = x.transpose(dim - 1, dim)
+            elif step == "join" and dim:
+                x = x.reshape(*sizes[: dim - 1], sizes[dim - 1] * sizes[dim], *sizes[dim + 1 :])
+        return x
+
+    z, layout = follow(images, rearrange)
+    if layout is not None:
+        read = layout.to_map(z)
+        assert read.shape == images.shape
+        # channels have no neighbours, so their order is free; everything else stands where it stood
+        assert torch.equal(read[:, read[0, :, 0, 0].argsort()], images)
+
+
+UNTOLD = {
+    "rows and positions in one axis": lambda x: x.permute(0, 2, 3, 1).flatten(0, 2),
+    "channels and positions in one axis": lambda x: x.flatten(1),
+    "rows behind": lambda x: x.permute(1, 2, 3, 0),
+    "the mean over channels": lambda x: x.mean(1),
+    "the mean over the height alone": lambda x: x.mean(2),
+    "the mean over the batch": lambda x: x.mean(0, keepdim=True),
+    "half of the batch": lambda x: x[:2],
+    "pieces of the height as channels": lambda x: x.view(4, 5, 2, 2, 6).permute(0, 2, 4, 1, 3).flatten(3),
+    "unfolded patches": lambda x: torch.nn.functional.unfold(x, 2),
+    "two axes more, channels between": lambda x: x.view(4, 5, 2, 2, 3, 2).permute(0, 2, 3, 1, 4, 5),
+    "values that do not come from the image": lambda x: torch.randn(4, 5, 4, 6),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_what_cannot_be_told_has_no_layout(name):
+    assert follow(torch.randn(4, 5, 4, 6), UNTOLD[name])[1] is None
+
+
+FOLLOWED = {
+    "an addition": (lambda x: x + torch.ones(5, 1, 1), Layout("bchw", 5, 4, 6)),
+    "positions column by column": (
+        lambda x: x.permute(0, 3, 2, 1).flatten(1, 2),
+        Layout("bnc", 5, 4, 6, 0, 24, (("w", 6, 1), ("h", 4, 1))),
+    ),
+    "width before height": (
+        lambda x: x.permute(0, 3, 2, 1),
+        Layout("bnnc", 5, 4, 6, 0, 24, (("w", 6, 1), ("h", 4, 1))),
+    ),
+    "windows of tokens in an axis of their own": (
+        lambda x: x.view(4, 5, 2, 2, 3, 2).permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2),
+        Layout("bnnc", 5, 4, 6, 0, 24, (("h", 2, 2), ("w", 3, 2), ("h", 2, 1), ("w", 2, 1))),
+    ),
+    "a crop": (lambda x: x[:, :, 1:, 1:], Layout("bchw", 5, 3, 5)),
+    "a cyclic shift": (lambda x: x.permute(0, 2, 3, 1).roll((1, 1), (1, 2)), Layout("bhwc", 5, 4, 6)),
+    "padding": (lambda x: torch.nn.functional.pad(x, (0, 2, 0, 1)), Layout("bchw", 5, 5, 8)),
+    "more channels": (lambda x: torch.cat([x, x], 1), Layout("bchw", 10, 4, 6)),
+    "a linear layer on the last axis": (lambda x: x.permute(0, 2, 3, 1) @ torch.ones(5, 7), Layout("bhwc", 7, 4, 6)),
+    "a mean over all positions": (lambda x: x.mean((2, 3)), Layout("bc", 5, 1, 1)),
+    "tokens, channels first": (lambda x: x.flatten(2), Layout("bcn", 5, 4, 6, tokens=24)),
+    "tokens without those put before": (
+        lambda x: torch.cat([torch.zeros(4, 2, 5), x.flatten(2).mT], 1)[:, 2:],
+        bnc(5, 4, 6),
+    ),
+    "tokens without one of two put before": (
+        lambda x: torch.cat([torch.zeros(4, 2, 5), x.flatten(2).mT], 1)[:, 1:],
+        bnc(5, 4, 6, prefix=1),
+    ),
+    "tokens behind some, then behind one more": (
+        lambda x: torch.cat([torch.zeros(4, 1, 5), torch.cat([torch.zeros(4, 2, 5), x.flatten(2).mT], 1)], 1),
+        bnc(5, 4, 6, prefix=3),
+    ),
+    "tokens before others": (
+        lambda x: torch.cat([x.flatten(2).mT, torch.zeros(4, 2, 5)], 1),
+        bnc(5, 4, 6, behind=2),
+    ),
+    "a position axis gone": (lambda x: x[:, :, :1], Layout("bchw", 5, 1, 6)),
+    "every second row and column, as channels": (
+        lambda x: torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 1),
+        Layout("bchw", 20, 2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_layout_is_followed_through(name):
+    operate, expected = FOLLOWED[name]
+    assert follow(torch.randn(4, 5, 4, 6), operate)[1] == expected
+
+
+def test_equal_sizes_are_told_apart():
+    images = torch.randn(4, 4, 4, 4)
+    assert follow(images, lambda x: x.permute(0, 2, 3, 1))[1] == Layout("bhwc", 4, 4, 4)
+    turned = Layout("bnnc", 4, 4, 4, 0, 16, (("w", 4, 1), ("h", 4, 1)))
+    assert follow(images, lambda x: x.permute(0, 3, 2, 1))[1] == turned
+    assert torch.equal(turned.to_map(images.permute(0, 3, 2, 1)), images)
+
+
+def test_a_convolution_says_where_everything_is_but_the_rows_which_are_as_many_as_there_are():
+    def lose_all_axes(x):
+        return torch.nn.functional.conv2d(torch.stack(list(x)), torch.ones(7, 5, 1, 1))
+
+    images = torch.randn(4, 5, 4, 6)
+    assert follow(images, lose_all_axes, rows=4)[1] == Layout("bchw", 7, 4, 6)
+    assert follow(images, lose_all_axes, rows=3)[1] is None
+
+
+def test_positions_in_hieras_order_of_windows_are_read_in_the_images_order():
+    net = timm.create_model("hiera_tiny_224", img_size=(64, 96), embed_dim=8, stages=(1, 1, 1, 1)).eval()
+    cuts = survey(net, (3, 64, 96)).cuts
+    images = torch.randn(2, 3, 64, 96)
+    kept: dict[int, Tensor] = {}
+    for i, block in enumerate(net.blocks):
+        block.register_forward_hook(lambda _m, _i, out, i=i: kept.setdefault(i, out))
+    with torch.no_grad():
+        _, maps = net.forward_intermediates(images)
+    for i, expected in enumerate(maps):
+        assert torch.equal(cuts[f"blocks.{i}"].layout.to_map(kept[i]), expected)
+
+
+def test_a_tensor_never_seen_has_no_axes():
+    assert AxisTracker().get(torch.zeros(2, 3)) is None
+
+
+def test_memory_that_is_freed_and_used_again_does_not_have_the_axes_it_had():
+    tracker = AxisTracker()
+    for _ in range(100):
+        x = torch.zeros(2, 3, 4, 4)
+        assert tracker.get(x) is None
+        tracker.set(x, image_axes(x.shape))
+        del x
+
+
+def test_an_alias_has_the_axes_of_its_tensor():
+    tracker, x = AxisTracker(), torch.zeros(2, 3, 4, 4)
+    tracker.set(x, image_axes(x.shape))
+    assert tracker.get(x.detach()) == image_axes(x.shape)
+
+
+def test_a_convolution_makes_new_channels_in_second_place():
+    conv = nn.Conv2d(5, 7, 3, stride=2, padding=1)
+    assert follow(torch.randn(4, 5, 4, 6), conv)[1] == Layout("bchw", 7, 2, 3)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_view_has_the_memory_key_of_its_tensor():
+    x = torch.zeros(4, 4)
+    assert memory_of(x) == memory_of(x[1:].t())
+    assert memory_of(x) != memory_of(x.clone())
+
+
+def test_memory_that_is_used_again_has_another_key():
+    seen = set()
+    for _ in range(200):
+        seen.add(memory_of(torch.zeros(1000)))
+    assert len(seen) == 200
+
+
+def test_a_key_does_not_keep_the_values_in_memory():
+    key = memory_of(torch.zeros(1000))
+    assert key.expired()
