@@ -29,7 +29,7 @@ from ptee.model import saving
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline import unreadable
-from ptee.pipeline.images import from_data_sets, has_labels
+from ptee.pipeline.images import from_data_sets, has_labels, image_size
 from ptee.pipeline.recipe import Recipe, make_recipe, write_recipe
 from ptee.pipeline.run_folder import clear, new_folder, sole_writer, speaks_for_all
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
@@ -106,7 +106,7 @@ def fit(
         recipe: the name of a built-in recipe ("ptee", "pteenet", "eenet", "branchynet", "ztw"), a YAML file, or a `Recipe`.
         out: a folder for the run. None: nothing is saved.
         num_classes: K, where the model does not say.
-        input_size: (c, h, w), where the model does not say.
+        input_size: (c, h, w). None: the model's own, for a module that of the first training image.
         pretrained: for a name: load its published weights.
         weights: for a name: a file of weights instead.
         device: None: a GPU where there is one.
@@ -131,6 +131,8 @@ def fit(
         raise PteeError(
             "There is nothing to resume without a folder. Give ", Argument("out", "FOLDER"), ".", argument="resume"
         )
+    if input_size is None and isinstance(model, nn.Module):
+        input_size = image_size(train_data)
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from ptee._common.errors import Argument, DataError
@@ -149,3 +150,15 @@ def has_labels(data: Data) -> bool:
     """Whether the images have labels that are classes of the backbone."""
     _, labels = split_batch(default_collate([data.validation[0]]))
     return labels is not None and int(labels[0]) != UNKNOWN_LABEL
+
+
+def image_size(train_data: Any) -> tuple[int, int, int] | None:
+    """(c, h, w) of the first image of a data set, None where it is no tensor of that form."""
+    try:
+        image = train_data[0][0]
+    except Exception:  # whatever a data set of somebody's own raises; it is refused by name later
+        return None
+    if not isinstance(image, Tensor) or image.dim() != 3:
+        return None
+    channels, height, width = image.shape
+    return channels, height, width

@@ -301,7 +301,8 @@ def path_of(name: str) -> str:
     found = [path for path in paths if path.endswith(f".{name}")]
     if len(found) == 1:
         return found[0]
-    raise unknown("setting", name, paths)
+    short = [path.rpartition(".")[2] for path in paths]
+    raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short])
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:

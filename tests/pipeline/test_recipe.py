@@ -133,7 +133,7 @@ def test_with_thresholds_that_are_given_those_of_the_recipe_are_no_longer_chosen
 
 REFUSED = {
     "an unknown recipe": ("pteenett", {}, "Unknown recipe 'pteenett'. Did you mean 'pteenet'"),
-    "an unknown setting": (None, {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'training.epochs'"),
+    "an unknown setting": (None, {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'epochs'"),
     "an unknown setting of a section": (
         {"training": {"epoch": 3}},
         {},
