@@ -158,7 +158,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         history = _train_on_files(model, for_heads, recipe, job, complete)
         if not _speaks_for_all():
             return model
-        model.results = {"data": _about(data)}
+        model.results = {"data": about(data)}
         _set_confidence(model, for_confidence, recipe, job)
         report, outcome = _set_thresholds(model, data, target, recipe, job)
     except KeyboardInterrupt as why:
@@ -448,7 +448,7 @@ def choose_thresholds(
     return parts.report, found
 
 
-def _about(data: Data) -> dict[str, Any]:
+def about(data: Data) -> dict[str, Any]:
     """Where the images are found again."""
     return {"source": data.place, "root": data.split.get("root", ""), "split": data.split}
 
