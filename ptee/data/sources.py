@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 GIVE = "give a folder, 'digits' or the name of a data set of torchvision"
 ALL = "all of them to report on"
+AS_DELIVERED = "split as delivered"  # no image was drawn, whatever the seed
 Key = tuple[str, str, str]
 
 
@@ -132,9 +133,9 @@ def complete(
     delivered = dict(delivered)
     missing = [part for part in PARTS if part not in delivered]
     if "train" in missing:
-        return {part: delivered.get(part, []) for part in PARTS}, "split as delivered"
+        return {part: delivered.get(part, []) for part in PARTS}, AS_DELIVERED
     if not missing:
-        return delivered, "split as delivered"
+        return delivered, AS_DELIVERED
     n, names = len(delivered["train"]), " and ".join(missing)
     if n <= len(missing):
         if report_only:
@@ -150,7 +151,7 @@ def complete(
 
 def _without_draw(delivered: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if "validation" in delivered:
-        return delivered | {"calibration": []}, "split as delivered"
+        return delivered | {"calibration": []}, AS_DELIVERED
     return {"train": [], "calibration": delivered.get("calibration", []), "validation": delivered["train"]}, ALL
 
 

@@ -113,7 +113,7 @@ class ExitHead(nn.Module):
             z: the cut's tensor, in its own layout.
         """
         x = self.layout.to_map(z)
-        for part in self._parts()[0]:
+        for part in self.parts()[0]:
             x = part(x)
         return x
 
@@ -125,7 +125,7 @@ class ExitHead(nn.Module):
             earlier: (b, K) logits of each exit before this one.
         """
         v = x
-        for part in self._parts()[1]:
+        for part in self.parts()[1]:
             v = part(v)
         return HeadOutput(self._logits(v, earlier), self._confidence(v))
 
@@ -140,7 +140,7 @@ class ExitHead(nn.Module):
             wide = torch.promote_types(v.dtype, torch.float32)
             return F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))[:, 0]
 
-    def _parts(self) -> tuple[list[nn.Module], list[nn.Module]]:
+    def parts(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The first layers of `features`, which neither learn nor draw random numbers, and the other layers."""
         layers = list(self.features) if type(self.features) is nn.Sequential else [self.features]
         n = next((n for n, layer in enumerate(layers) if not isinstance(layer, NOTHING_TO_LEARN)), len(layers))

@@ -28,11 +28,11 @@ def read_places(given: str | float | Sequence[float | str] | None, backbone: Bac
     parts = (
         given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else list(given or [])
     )
-    parts = [part.strip() if isinstance(part, str) else part for part in parts]
-    numbers = [_number(part) for part in parts if part != INPUT]
+    names = [name for name, _ in backbone.module.named_modules() if name]
+    parts = [_name_or_number(part, names) for part in parts]
+    numbers = [part if isinstance(part, int | float) else None for part in parts if part != INPUT]
     if all(number is not None for number in numbers):
         return [part for part in parts if part == INPUT] + [n for n in numbers if n is not None]
-    names = [name for name, _ in backbone.module.named_modules() if name]
     if len(parts) != 1 or parts[0] in (INPUT, *names):
         return [str(part) for part in parts]
     if parts[0] in PLACEMENTS:
@@ -42,8 +42,12 @@ def read_places(given: str | float | Sequence[float | str] | None, backbone: Bac
     raise unknown("placement or module", str(parts[0]), list(cuts), first=[*PLACEMENTS, *blocks][:MOST_NAMES])
 
 
-def _number(part: float | str) -> float | None:
+def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:
+    """A module may be called "0"; then its name is meant, but a number between 0 and 1 is a fraction."""
+    text = part.strip() if isinstance(part, str) else f"{part:g}"
+    if text in names and (isinstance(part, str) or not 0 < part < 1):
+        return text
     try:
         return float(part)
     except ValueError:
-        return None
+        return text

@@ -169,7 +169,7 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
         history = _train_on_files(model, for_heads, recipe, job, complete)
         if not speaks_for_all():
             return model
-        model.results = {"data": _about(data)}
+        model.results = {"data": about(data)}
         _set_confidence(model, for_confidence, recipe, job)
         report, outcome = _set_thresholds(model, data, target, recipe, job)
     except KeyboardInterrupt as why:
@@ -412,7 +412,7 @@ def choose_thresholds(
     return parts.report, found
 
 
-def _about(data: Data) -> dict[str, Any]:
+def about(data: Data) -> dict[str, Any]:
     """Where the images are found again."""
     return {"source": data.place, "root": data.split.get("root", ""), "split": data.split}
 

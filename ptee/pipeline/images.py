@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def open_images(
         data = open_named(source, transform=transform, root=place, seed=seed)
     else:
         data = open_data(source, transform=transform, root=place, seed=seed, report_only=report_only, removed=removed)
+    if data.split["kind"] == "torchvision":  # found by its name there, from wherever the run is opened again
+        data = replace(data, split=data.split | {"root": str((place or Path()).resolve())})
     if require is not None:
         require(data)
     fits = trained and len(trained) == backbone.num_classes and {*data.class_names} <= {*trained}

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ptee._common.errors import Interrupted, PteeError, RunError, first_line
-from ptee._common.files import replace_file, write_text
+from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
+from ptee._common.files import replace_file, require_writable, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
+from ptee.backbones.weights import weights_hash
 from ptee.data.labels import LabelMap
+from ptee.data.sources import AS_DELIVERED
 from ptee.data.splits import Data
 from ptee.model import saving
-from ptee.pipeline.fit import Job, Log, fit_backbone
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, path_of, read_yaml
+from ptee.pipeline.fit import Job, Log, about, checked_model, fit_backbone, new_folder
+from ptee.pipeline.images import recipe_for
+from ptee.pipeline.recipe import Recipe, make_recipe, path_of, read_yaml
+from ptee.training.training_data import shared_caches
 
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
 MOST_RUNS = 1000
@@ -137,15 +142,63 @@ def run_sweep(
             f"These are {len(combinations):,} runs; a sweep has {MOST_RUNS:,} at most. Give fewer values.",
             argument="over",
         )
-    recipes = [
-        base.with_settings(settings) for settings in combinations
-    ]  # refuses what cannot be before anything is trained
-    rows = []
+    names = [_name(settings) for settings in combinations]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise PteeError(f"Two runs would be called {twice}. Give each value once.", argument="over")
+    require_writable(out)
+    recipes = [make_recipe(base, settings) for settings in combinations]
+    data = _Images(open_data, log)
+    for name, recipe in zip(names, recipes, strict=True):
+        images, adapted = data.for_recipe(recipe)
+        if not _is_complete(out / name, adapted, images, backbone):
+            new_folder(out / name, overwrite=False, resume=_is_interrupted(out / name))
+            checked_model(backbone, images, adapted)[0].detach()
+    with shared_caches():
+        return _run_all(backbone, data, combinations, recipes, out, device, num_workers, log)
+
+
+class _Images:
+    """The images of each seed, opened once."""
+
+    def __init__(self, open_data: OpenData, log: Log) -> None:
+        self.open_data, self.log = open_data, log
+        self.of_seed: dict[int, tuple[Data, LabelMap]] = {}
+
+    def for_recipe(self, recipe: Recipe) -> tuple[Data, Recipe]:
+        """The images, and the recipe as their labels allow it."""
+        data, labels = self._opened(recipe.seed)
+        return data, recipe_for(labels, recipe)
+
+    def _opened(self, seed: int) -> tuple[Data, LabelMap]:
+        if seed in self.of_seed:
+            return self.of_seed[seed]
+        for data, labels in self.of_seed.values():
+            if data.split["rule"] == AS_DELIVERED:  # no image is drawn, so these are the same ones
+                return replace(data, split=data.split | {"seed": seed}), labels
+        data, labels = self.of_seed[seed] = self.open_data(seed)
+        self.log(f"{labels.reason} {labels.doubt}".rstrip())
+        return data, labels
+
+
+def _run_all(
+    backbone: Backbone,
+    data: _Images,
+    combinations: Sequence[dict[str, Any]],
+    recipes: Sequence[Recipe],
+    out: Path,
+    device: Any,
+    num_workers: int,
+    log: Log,
+) -> Sweep:
+    rows: list[SweepRow] = []
     for number, (settings, recipe) in enumerate(zip(combinations, recipes, strict=True), 1):
         folder = out / _name(settings)
-        if not _is_complete(folder, recipe):
+        images, adapted = data.for_recipe(recipe)
+        if _is_complete(folder, adapted, images, backbone):
+            log(f"\nRun {number} of {len(recipes)}: {folder.name} is complete already.")
+        else:
             log(f"\nRun {number} of {len(recipes)}: {folder.name}")
-            _fit(open_data, backbone, recipe, Job(folder, device, num_workers, _is_interrupted(folder), log=log))
+            _fit(backbone, images, adapted, Job(folder, device, num_workers, _is_interrupted(folder), log=log))
         rows.append(_row(folder, settings))
         sweep = Sweep(tuple(rows), out)
         write_text(out / "sweep.csv", sweep.to_csv())
@@ -153,8 +206,7 @@ def run_sweep(
     return sweep
 
 
-def _fit(open_data: OpenData, backbone: Backbone, recipe: Recipe, job: Job) -> None:
-    data, _ = open_data(recipe.seed)
+def _fit(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> None:
     try:
         fit_backbone(backbone, data, recipe, job).detach()
     except Interrupted as why:
@@ -167,14 +219,28 @@ def _name(settings: Mapping[str, Any]) -> str:
     return "".join(c if c.isalnum() or c in "=._-" else "-" for c in text)[:200]
 
 
-def _is_complete(folder: Path, recipe: Recipe) -> bool:
-    """A run that was made by this very recipe."""
-    path = folder / RECIPE_FILE
-    try:
-        measured = "rows" in saving.read_metrics(folder)["results"]
-        return measured and path.read_text(encoding="utf-8") == recipe.resolved().to_yaml()
-    except (RunError, OSError, UnicodeDecodeError):
+def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -> bool:
+    """Whether a folder holds a run that was measured.
+
+    Raises:
+        RunError: if that run was made by another recipe, of other images or of another backbone.
+    """
+    if not saving.is_run(folder) or _is_interrupted(folder):
         return False
+    results = saving.read_metrics(folder).get("results") or {}
+    same = {
+        "recipe": make_recipe(folder).to_yaml() == recipe.to_yaml(),
+        "images": results.get("data") == json.loads(json.dumps(about(data))),
+        "backbone": saving.read(folder).backbone_hash == weights_hash(backbone.module),
+    }
+    if other := [name for name, is_same in same.items() if not is_same]:
+        raise RunError(
+            f"{folder} holds a run of another {' and another '.join(other)}. Give another folder with ",
+            Argument("out"),
+            ".",
+            argument="out",
+        )
+    return "rows" in results
 
 
 def _is_interrupted(folder: Path) -> bool:

@@ -9,6 +9,7 @@ Of a data set with views all of them are kept, and each epoch reads one of each 
 
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import os
@@ -175,6 +176,16 @@ class Cache(Dataset[Entry]):
         """Draw the view of each sample for the epoch of this number."""
         if self.views is not None:
             self.views.begin(epoch)
+
+    def with_views(self, views: Views | None) -> Cache:
+        """The same numbers for another training, which draws views of its own.
+
+        Args:
+            views: that training's data, of the same images in the same views; None where they have no views.
+        """
+        other = copy.copy(self)
+        other.views = views
+        return other
 
     def loader(self, batch_size: int, shuffle: bool, generator: torch.Generator | None = None) -> DataLoader[Entry]:
         """Batches, in the order in which `batches` gives them."""

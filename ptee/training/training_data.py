@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,9 +17,29 @@ from ptee.data.batches import batches, is_loader, split_batch
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.augmentation import PRIME, Views
 from ptee.training.config import TrainingConfig
-from ptee.training.feature_cache import Cache, Estimate, fill
+from ptee.training.feature_cache import LIMIT, Cache, Estimate, fill
 
 SAMPLES = 8  # of the data, read to see whether they are always the same
+
+
+_SHARED: ContextVar[dict[Any, Cache] | None] = ContextVar("shared caches", default=None)
+
+
+@contextmanager
+def shared_caches() -> Iterator[None]:
+    """Meanwhile the backbone runs once over images that several trainings read in the same way.
+
+    Such trainings have the same backbone, the same images in the same views, and heads whose parts that do not learn are the
+    same. Images are known again by their data set: an object whose samples must not change meanwhile.
+    """
+    caches: dict[Any, Cache] = {}
+    before = _SHARED.set(caches)
+    try:
+        yield
+    finally:
+        _SHARED.reset(before)
+        for cache in caches.values():
+            cache.close()
 
 
 class TrainingData:
@@ -93,6 +114,10 @@ class TrainingData:
         if is_loader(data):
             return data
         self.model.eval()
+        views = data if isinstance(data, Views) else None
+        shared, key = _SHARED.get(), self._key(data)
+        if shared is not None and key in shared:
+            return shared[key].with_views(views)
         cache = fill(
             self.model,
             data,
@@ -104,8 +129,20 @@ class TrainingData:
             + (f", {data.views} views" if isinstance(data, Views) else ""),
             callback=callback,
         )
-        stack.callback(cache.close)
-        return cache
+        if shared is None:
+            stack.callback(cache.close)
+            return cache
+        shared[key] = cache
+        while len(shared) > 2 and sum(each.estimate.size for each in shared.values()) > LIMIT:
+            shared.pop(next(iter(shared))).close()  # the oldest
+        return cache.with_views(views)
+
+    def _key(self, data: Any) -> tuple[Any, ...]:
+        """All that decides what the heads read of a data set, to the last bit."""
+        accelerator, config, model = self.accelerator, self.config, self.model
+        exits = tuple((e.name, e.shape, _of_head(head)) for e, head in zip(model.exits, model.heads, strict=True))
+        how = (str(accelerator.device), accelerator.mixed_precision, self.dtype, config.batch_size)
+        return (_Same(model.backbone), model.plan.input_size, exits, _of_data(data), *how)
 
     def _loader(self, data: Any, shuffle: bool) -> Any:
         size, generator = self.config.batch_size, self.order if shuffle else None
@@ -118,6 +155,36 @@ class TrainingData:
         # validation each row counts once.
         self.accelerator.even_batches = shuffle
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+
+class _Same:
+    """An object that is equal to itself alone; it is kept, so that no other one gets its place in memory."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+def _of_data(data: Any) -> Any:
+    """Which images a data set gives, in which views."""
+    if isinstance(data, Views):
+        drawn = data.seed if data.views > 2 or not data.mirror else None  # the image and its mirror image need no seed
+        return ("views", _of_data(data.data), data.views, data.mirror, drawn if data.views > 1 else None)
+    if type(data) is Subset:
+        return ("subset", _of_data(data.dataset), tuple(int(i) for i in data.indices))
+    return _Same(data)
+
+
+def _of_head(head: Any) -> Any:
+    """What a head does to its input before anything learns; of a front network, which one it is."""
+    if (network := getattr(head, "network", None)) is not None:
+        return _Same(network)
+    return (head.layout, *(repr(part) for part in head.parts()[0]))
 
 
 def sample_hash(data: Any, *, must_repeat: bool) -> str | None:

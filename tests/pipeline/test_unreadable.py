@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ptee.backbones.load import load_backbone
 from ptee.cli.main import main
+from ptee.pipeline import fit
 from ptee.training import trainer
 
 Run = Callable[..., tuple[int, str]]
@@ -38,7 +39,7 @@ def augment(images, capsys) -> Run:
     model = (
         "--model cifar_resnet20 --num-classes 2 --input-size 3,16,16 --weights w.safetensors --data images --out out"
     )
-    how = "--exits layer1 --head pool --recipe pteenet --epochs 3 --batch-size 8 --precision no --no-speed"
+    how = "--exits layer1 --head pool --recipe pteenet --epochs 3 --batch-size 8 --set precision=no --no-speed"
 
     def augment(*words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as end:
@@ -103,7 +104,7 @@ def test_a_picture_that_breaks_during_the_training_is_recorded_too(augment, imag
         decode(File(str(broken), broken.name))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train", train)
+        patch.setattr(fit, "train", train)
         status, said = augment()
     assert status == 2 and "1 of 40 pictures cannot be read" in said
     broken.unlink()

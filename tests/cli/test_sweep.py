@@ -1,0 +1,208 @@
+"""`ptee sweep`: every combination is a run, complete ones are kept, and the backbone runs once where that is enough."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from command import NETWORK, SHORT, TEN, Run, assert_refused, evaluated, figures, files, pictures, read_json
+
+from ptee.pipeline import fit as fitting
+from ptee.training import training_data
+
+BASE = """
+exits: {places: [layer1, layer2], head: pool}
+training: {epochs: 1, batch_size: 8, precision: no, views: 2}
+confidence: {name: max_prob}
+thresholds: {max_fidelity_drop: 0.5}
+"""
+
+
+@pytest.fixture
+def sweep(run, things, elsewhere) -> Run:
+    """A sweep of a small recipe over the images of ten classes, into the folder `all`."""
+    Path("base.yaml").write_text(BASE)
+    source = (*NETWORK, "--weights", things / "weights.safetensors")
+
+    def sweep(*over: str, recipe: str = "base.yaml", data: object = things / "ten", out: str = "all"):
+        words = [word for each in over for word in ("--over", each)]
+        return run("sweep", recipe, *words, *source, "--data", data, "--out", out)
+
+    return sweep
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The folders of the runs that are trained."""
+    names: list[str] = []
+    fit = fitting._train_on_files
+
+    def noted(model, data, recipe, job, complete):
+        names.append(job.out.name)
+        return fit(model, data, recipe, job, complete)
+
+    monkeypatch.setattr(fitting, "_train_on_files", noted)
+    return names
+
+
+def rows(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_combination_is_a_run_and_all_are_in_one_table_one_csv_and_one_figure(sweep, run):
+    done = sweep("epochs=1,2", "seed=0,1")
+    assert (done.status, done.err) == (0, ""), done
+    names = [f"epochs={epochs}_seed={seed}" for epochs in (1, 2) for seed in (0, 1)]
+    assert sorted(files_in("all")) == sorted([*names, "sweep.csv", "sweep.html"])
+    assert [row["run"] for row in rows("all/sweep.csv")] == names
+    for name, row in zip(names, rows("all/sweep.csv"), strict=True):
+        results = read_json(f"all/{name}", "metrics.json")["results"]
+        assert f"{results['rows'][-1]['cost']:.4f}" == row["cost"]
+        assert len(read_json(f"all/{name}", "metrics.json")["training"]["epochs"]) == int(row["training.epochs"])
+        assert name in done.out and name in Path("all/sweep.html").read_text()
+    assert figures(evaluated(run, "all/epochs=2_seed=1")) == figures(results)
+
+
+def files_in(folder: str) -> list[str]:
+    return [path.name for path in Path(folder).iterdir()]
+
+
+def test_a_run_of_a_sweep_has_the_numbers_that_it_has_alone(sweep, run, things):
+    assert sweep("epochs=1,2").status == 0
+    source = (*NETWORK, "--weights", things / "weights.safetensors", "--data", things / "ten")
+    assert run("augment", *source, "--recipe", "base.yaml", "--epochs", 2, "--no-speed", "--out", "alone").status == 0
+    alone, swept = files(Path("alone")), files(Path("all/epochs=2"))
+    assert alone["heads.safetensors"] == swept["heads.safetensors"]
+    assert figures(read_json("alone", "metrics.json")["results"]) == figures(
+        read_json("all/epochs=2", "metrics.json")["results"]
+    )
+
+
+def test_the_same_command_keeps_complete_runs_and_adds_what_is_new(sweep, trained):
+    assert sweep("epochs=1,2").status == 0
+    before = files(Path("all/epochs=1"))
+    done = sweep("epochs=1,2,3")
+    assert done.status == 0
+    assert trained == ["epochs=1", "epochs=2", "epochs=3"]
+    assert files(Path("all/epochs=1")) == before
+    assert "epochs=1 is complete already" in done.out
+    assert len(rows("all/sweep.csv")) == 3
+
+
+def test_after_ctrl_c_the_same_command_goes_on(sweep, interrupt):
+    whole = sweep("lr=0.01,0.02", "epochs=2", out="whole")
+    interrupt(2)
+    broken = sweep("lr=0.01,0.02", "epochs=2")
+    assert broken.status == 130
+    assert "The same command goes on." in broken.err
+    done = sweep("lr=0.01,0.02", "epochs=2")
+    assert done.status == whole.status == 0
+    assert "epoch 1/2" not in done.out.partition("Run 2 of 2")[0]
+    assert rows("all/sweep.csv") == rows("whole/sweep.csv")
+
+
+def test_without_labels_of_the_backbone_the_heads_learn_its_answers(sweep, things):
+    done = sweep("loss=joint,separate", data=things / "two")
+    assert done.status == 0, done
+    assert [row["accuracy"] for row in rows("all/sweep.csv")] == ["-", "-"]
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "an unknown setting": (["sed=0,1"], "Unknown setting 'sed'. Did you mean 'seed'"),
+    "no values": (["seed"], "'seed' says no values. Write NAME=VALUE,VALUE, such as seed=0,1,2"),
+    "a setting twice": (["seed=0", "seed=1"], "The setting seed is given twice"),
+    "a value twice": (["seed=0,0"], "Two runs would be called seed=0"),
+    "a value that cannot be": (["seed=0,-1"], "seed=-1 must be 0 or more"),
+    "an unknown word": (["loss=joint,jont"], "training.loss=jont is unknown. Did you mean 'joint'"),
+    "an unknown module": (["exits=layer1,layer9"], "'layer9'"),
+    "an unknown head": (["head=pool,poool"], "'poool'.*Did you mean 'pool'"),
+    "a shift of vectors": (["shift=0,2"], "training.shift=2 moves feature maps"),
+    "a cost that cannot be reached": (["max_cost=0.9,0.01"], "max_cost=0.01 cannot be reached"),
+    "settings that do not go together": (["temperature=1,3", "loss=joint"], "temperature=3"),
+    "too many runs": (["seed=" + ",".join(map(str, range(1001)))], "These are 1,001 runs; a sweep has 1,000 at most"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("over", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_before_anything_is_trained(over, said, sweep, trained):
+    assert_refused(sweep(*over), said)
+    assert trained == [] and not Path("all").exists()
+
+
+def test_a_sweep_needs_a_model_and_images(run):
+    assert_refused(run("sweep", "--over", "seed=0,1", "--out", "all"), "Give --model NAME")
+    words = ("--over", "seed=0,1", "--out", "all", *NETWORK, "--no-pretrained")
+    assert_refused(run("sweep", *words), "--data FOLDER")
+
+
+@pytest.mark.parametrize("other", ["recipe", "images"])
+def test_runs_of_another_recipe_or_of_other_images_are_neither_kept_nor_written_over(other, sweep, trained):
+    assert sweep("epochs=1").status == 0
+    before = files(Path("all/epochs=1"))
+    Path("other.yaml").write_text(BASE.replace("batch_size: 8", "batch_size: 4"))
+    pictures(Path("others"), TEN, 3)
+    changed = {"recipe": "other.yaml"} if other == "recipe" else {"data": "others"}
+    assert_refused(sweep("epochs=1,2", **changed), f"epochs=1 holds a run of another {other}.*--out")
+    assert files(Path("all/epochs=1")) == before
+    assert trained == ["epochs=1"]
+
+
+# ---------------------------------------------------------------------------------------------------- one cache for many runs
+
+
+@pytest.fixture
+def filled(monkeypatch) -> list[str]:
+    """How often, and on what, the backbone runs to fill a cache."""
+    passes: list[str] = []
+    fill = training_data.fill
+
+    def noted(model, data, *, description, **more):
+        passes.append(description.split(" once over the ")[1])
+        return fill(model, data, description=description, **more)
+
+    monkeypatch.setattr(training_data, "fill", noted)
+    return passes
+
+
+SAME = ["training images, 2 views", "validation images"]
+
+
+@pytest.mark.parametrize(
+    "over", [["lr=0.01,0.02,0.03"], ["epochs=1,2"], ["head=pool,pool+"], ["max_cost=0.7,0.9"]], ids=str
+)
+def test_runs_that_read_the_same_share_one_pass_of_the_backbone(over, sweep, filled):
+    assert sweep(*over).status == 0
+    assert filled == SAME
+
+
+@pytest.mark.parametrize(
+    ("over", "times"),
+    [
+        (["head=pool,conv1"], 2),
+        (["exits=layer1,layer2"], 2),
+        (["batch_size=4,8"], 2),
+        (["seed=0,1"], 2),
+        (["views=2,3"], 2),
+    ],
+    ids=str,
+)
+def test_runs_that_read_something_else_have_a_pass_of_their_own(over, times, sweep, filled):
+    assert sweep(*over).status == 0
+    assert len([passed for passed in filled if passed.startswith("training")]) == times
+
+
+def test_where_all_images_are_delivered_other_seeds_share_the_pass_too(sweep, filled, things, tmp_path):
+    for part in ("train", "calibration", "val"):
+        pictures(tmp_path / "parts" / part, ["cat", "dog"], 6)
+    assert sweep("seed=0,1", data=tmp_path / "parts").status == 0
+    assert filled == SAME
+
+
+def test_a_run_alone_fills_caches_of_its_own(run, known, filled):
+    for out in ("one", "two"):
+        assert run("augment", *known, *SHORT, "--out", out).status == 0
+    assert filled == SAME * 2

@@ -1,0 +1,209 @@
+"""`ptee.fit` does from Python what `ptee augment` does: the same steps, the same defaults, the same numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from command import BRIEF, MODEL, TEN, figures, make_run, pictures, read_json
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee._common.errors import DataError, Interrupted, PteeError, RunError, UnknownName
+from ptee.backbones.load import load_backbone
+from ptee.pipeline import fit as fitting
+from ptee.pipeline.images import open_images
+from ptee.pipeline.recipe import make_recipe
+from ptee.training import trainer
+
+SIZE, K = (3, 8, 8), 4
+SETTINGS = {"exits": ["0", "2"], "head": "pool", "epochs": 2, "batch_size": 16, "precision": "no"}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    stages = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*stages, nn.Linear(6, K))
+
+
+def images(n: int, seed: int = 0, labels: bool = True) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, *SIZE, generator=generator), torch.randint(K, (n,), generator=generator)
+    return TensorDataset(x, y) if labels else TensorDataset(x)
+
+
+fit = partial(ptee.fit, input_size=SIZE, device="cpu", **SETTINGS)
+
+
+# ---------------------------------------------------------------------------------------------------- as the command does
+
+
+@pytest.mark.parametrize("recipe", ["ptee", "pteenet", "eenet"])
+def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(recipe, tmp_path):
+    weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 30)
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    words = (
+        "--weights",
+        weights,
+        "--data",
+        folder,
+        *BRIEF,
+        "--head",
+        "pool",
+        "--recipe",
+        recipe,
+        "--targets",
+        "pseudo",
+    )
+    words = (*words, "--no-speed", "--device", "cpu", "--out", tmp_path / "command")
+    make_run(*MODEL, *(words if recipe != "ptee" else (word for word in words if word not in ("--targets", "pseudo"))))
+    source = {"weights": weights, "input_size": (3, 16, 16)}
+    data, _ = open_images(str(folder), load_backbone("cifar_resnet20", **source), seed=0)
+    model = ptee.fit(
+        "cifar_resnet20", data.train, val_data=data.validation, calibration_data=data.calibration, recipe=recipe,
+        out=tmp_path / "python", device="cpu", **source, exits=["layer1", "layer2"], head="pool", epochs=2, batch_size=8, precision="no",
+        **({} if recipe == "ptee" else {"targets": "pseudo"}), **({"max_fidelity_drop": 0.01} if recipe == "ptee" else {}),
+    )  # fmt: skip
+    command, python = (read_json(tmp_path / name, "config.json") for name in ("command", "python"))
+    assert command["threshold"] == python["threshold"] == list(model.threshold)
+    assert command["confidence"] == python["confidence"]
+    assert figures(command["results"]) == figures(python["results"]) == figures(model.results)
+    one, other = (load_file(tmp_path / name / "heads.safetensors") for name in ("command", "python"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_every_setting_of_the_recipe_is_an_argument():
+    with pytest.raises(UnknownName, match=r"Unknown setting 'epoch'\. Did you mean 'training\.epochs'"):
+        fit(network(), images(60), epoch=3)
+    with pytest.raises(PteeError, match=r"training\.epochs=0 must be 1 or more, or 'auto'"):
+        ptee.fit(network(), images(60), epochs=0)
+
+
+# ---------------------------------------------------------------------------------------------------- what comes back
+
+
+def test_a_model_with_thresholds_and_results_comes_back_and_is_saved_with_its_recipe(tmp_path):
+    said: list[str] = []
+    model = fit(network(), images(80), out=tmp_path / "run", log=said.append, max_cost=0.9)
+    assert not model.training
+    assert model.results["samples"] == 8
+    assert "early exit" in model.table
+    assert any("epoch 2/2" in line for line in said)
+    again = ptee.load(tmp_path / "run", network())
+    assert again.threshold == model.threshold
+    assert make_recipe(tmp_path / "run").resolved().thresholds.max_cost == 0.9
+
+
+def test_the_recipe_of_a_run_gives_the_same_model_again(tmp_path):
+    fit(network(), images(80), out=tmp_path / "one", seed=3)
+    ptee.fit(network(), images(80), recipe=tmp_path / "one", out=tmp_path / "two", input_size=SIZE, device="cpu")
+    one, two = (read_json(tmp_path / name, "config.json") for name in ("one", "two"))
+    assert one["threshold"] == two["threshold"]
+    assert figures(one["results"]) == figures(two["results"])
+    assert (tmp_path / "one" / "recipe.yaml").read_text() == (tmp_path / "two" / "recipe.yaml").read_text()
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(network(), images(60))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_labels_the_heads_learn_the_backbones_answers_and_fidelity_is_kept(tmp_path):
+    model = fit(network(), images(60, labels=False))
+    assert {row["accuracy"] for row in model.results["rows"]} == {None}
+    assert model.results["tuning"]["target"]["kind"] == "max_fidelity_drop"
+
+
+def test_a_backbone_is_used_as_it_is_and_given_back_by_detach():
+    backbone, x = network(), images(4).tensors[0]
+    before = backbone(x)
+    model = fit(backbone, images(60))
+    assert model.backbone is backbone
+    assert torch.equal(backbone(x), before)
+    model.detach()
+    assert torch.equal(backbone(x), before)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "a loader": ({"train_data": iter([])}, "train_data is a .*map-style data set"),
+    "an iterable for validation": ({"val_data": iter([])}, "val_data is a .*map-style data set"),
+    "too few images": ({"train_data": images(2)}, "too few training images: it has 2, and at least 3 are needed"),
+    "a target about labels without labels": ({"train_data": images(60, labels=False), "max_drop": 0.1}, "no labels.*max_fidelity_drop"),
+    "a question about labels without labels": ({"train_data": images(60, labels=False), "question": "right"}, "question='right'.*question='agrees'"),
+    "an unknown confidence": ({"confidence": "max_probb"}, "'max_probb'.*Did you mean 'max_prob'"),
+    "thresholds for other exits": ({"threshold": (0.5, 0.5, 0.5)}, "3 thresholds for 2"),
+    "a cost that cannot be reached": ({"max_cost": 0.001}, r"max_cost=0\.001 cannot be reached"),
+    "a shift of vectors": ({"shift": 2}, "shift=2 moves feature maps"),
+    "a resumption without a folder": ({"resume": True}, "Give out=FOLDER"),
+    "an unknown device": ({"device": "tpu"}, "tpu.*cpu"),
+    "a front network with other classes": ({"front": "resnet18"}, "front"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_in_one_line_before_the_training(given, said, monkeypatch):
+    monkeypatch.setattr(fitting, "train", None)
+    arguments = {"train_data": images(60), "device": "cpu", "input_size": SIZE, **SETTINGS, **given}
+    with pytest.raises(PteeError, match=said) as refusal:
+        ptee.fit(network(), arguments.pop("train_data"), **arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_after_a_refusal_the_backbone_can_be_given_again(monkeypatch):
+    backbone = network()
+    with pytest.raises(PteeError, match="cannot be reached"):
+        fit(backbone, images(60), max_cost=0.001)
+    assert fit(backbone, images(60)).results
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"something else than a run\. Give a new folder with out="):
+        fit(network(), images(60), out=tmp_path)
+    fit(network(), images(60), out=tmp_path / "run")
+    with pytest.raises(
+        RunError, match=r"holds a run\. Give another folder with out=, or replace it with overwrite=True"
+    ):
+        fit(network(), images(60), out=tmp_path / "run")
+    assert fit(network(), images(60), out=tmp_path / "run", overwrite=True).results
+
+
+# ---------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def test_an_interrupted_fit_goes_on_with_resume(tmp_path, monkeypatch):
+    def go(name: str, **more: object) -> ptee.EarlyExitModel:
+        return fit(network(), images(80), out=tmp_path / name, **more)
+
+    whole, epoch = go("whole"), trainer._Training._epoch
+
+    def broken(self, number: int, *more: object) -> trainer.Epoch:
+        if number == 2:
+            raise KeyboardInterrupt
+        return epoch(self, number, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Training, "_epoch", broken)
+        with pytest.raises(Interrupted, match=r"1 complete epoch.* Call ptee\.fit again with resume=True"):
+            go("broken")
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["checkpoint.safetensors"]
+    model = go("broken", resume=True)
+    assert model.threshold == whole.threshold
+    assert figures(model.results) == figures(whole.results)
+
+
+def test_a_picture_of_the_users_own_data_that_breaks_is_an_error_of_the_data():
+    class Broken(TensorDataset):
+        def __getitem__(self, index: int):
+            if index == 37:
+                raise DataError("Picture 37 cannot be read.")
+            return super().__getitem__(index)
+
+    with pytest.raises(DataError, match="Picture 37"):
+        fit(network(), Broken(*images(60).tensors), val_data=images(9), calibration_data=images(9))
