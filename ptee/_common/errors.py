@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from ptee._common.text import printable
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -45,6 +47,11 @@ class Argument:
 _BEGIN, _THEN, _END = "\x02", "\x1f", "\x03"  # control characters, which no text for people has
 
 
+def _safe(part: str | Argument) -> str | Argument:
+    """A part of a message without control characters, which would steer the terminal; a name in it may be a stranger's."""
+    return printable(part) if isinstance(part, str) else Argument(printable(part.name), printable(part.value))
+
+
 def _parts(text: str | Argument) -> Iterator[str | Argument]:
     """A text with the arguments inside of it as parts of their own."""
     while isinstance(text, str) and _BEGIN in text:
@@ -66,7 +73,7 @@ class PteeError(ValueError):
     """
 
     def __init__(self, *parts: str | Argument, argument: str | None = None, value: Any = None) -> None:
-        self.parts = tuple(part for text in parts for part in _parts(text))
+        self.parts = tuple(_safe(part) for text in parts for part in _parts(text))
         super().__init__(*self.parts)
         self.argument, self.value = argument, value
 

@@ -22,6 +22,7 @@ from ptee.evaluation.tuning import describe_outcome
 from ptee.model import saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.rebuilding import require_at_hand
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import has_labels, open_images
 from ptee.pipeline.recipe import make_recipe
@@ -195,9 +196,11 @@ def _moved_backbone(run: str, weights: Path | None) -> Any:
     """The backbone of a run, with its weights from another place; None to look where the run says."""
     if weights is None:
         return None
-    source = saving.read(run).source
+    found = saving.read(run)
+    source = found.config.backbone.source
     if source is None:
         raise RunError(f"{run} cannot be evaluated from the command: its backbone is a Python module. Use ptee.load.")
+    require_at_hand(found, source)
     return rebuild(source | {"weights": {"file": str(weights)}}).module
 
 
