@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ptee.exits.plan import Plan as Plan
     from ptee.model.build import augment as augment
     from ptee.model.build import load as load
-    from ptee.model.early_exit import AllExits as AllExits
     from ptee.model.early_exit import EarlyExitModel as EarlyExitModel
+    from ptee.model.forward import AllExits as AllExits
     from ptee.model.forward import ExitOutput as ExitOutput
     from ptee.pipeline.fit import fit as fit
     from ptee.pipeline.recipe import Recipe as Recipe
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    "AllExits": "model.early_exit",
+    "AllExits": "model.forward",
     "EarlyExitModel": "model.early_exit",
     "Exit": "exits.plan",
     "ExitOutput": "model.forward",

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import ptee
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
-from ptee.model.early_exit import AllExits
-from ptee.model.forward import ExitOutput
+from ptee.model.forward import AllExits, ExitOutput
 
 SIZE, K = (3, 8, 8), 4
 EXITS, HEADS = ["layer1.0", "layer2.0", "layer3.0"], ("res-8x1-16x1", "conv1", "res-16x1s1+")

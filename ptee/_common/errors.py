@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from ptee._common.text import printable
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -40,6 +42,11 @@ class Argument:
 Advice = tuple[str | Argument, ...]  # some parts of a message
 
 
+def _safe(part: str | Argument) -> str | Argument:
+    """A part of a message without control characters, which would steer the terminal; a name in it may be a stranger's."""
+    return printable(part) if isinstance(part, str) else Argument(printable(part.name), printable(part.value))
+
+
 class PteeError(ValueError):
     """Everything a user can mend; the command prints it as one line and ends with status 2.
 
@@ -50,8 +57,9 @@ class PteeError(ValueError):
     """
 
     def __init__(self, *parts: str | Argument, argument: str | None = None, value: Any = None) -> None:
-        super().__init__(*parts)
-        self.parts, self.argument, self.value = parts, argument, value
+        self.parts = tuple(map(_safe, parts))
+        super().__init__(*self.parts)
+        self.argument, self.value = argument, value
 
     def __str__(self) -> str:
         return self.worded(str)

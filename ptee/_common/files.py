@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,19 +65,66 @@ def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
     Raises:
         RunError: if the file cannot be written (disk full, no permission).
     """
+    replace_files(path.parent, {path.name: write_to})
+
+
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Write several files of a folder beside it, then rename them in order: all are new, or, on failure, all are old.
+
+    Args:
+        folder: made where it does not exist.
+        writers: writes a file to the path that it is given, by the file's name.
+
+    Raises:
+        RunError: if one of them cannot be written (disk full, no permission).
+    """
     from safetensors import SafetensorError
 
+    name = next(iter(writers))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=WRITING) as beside:
-            part, usual = Path(beside) / path.name, Path(beside) / "mode"
-            write_to(part)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
+            usual = Path(beside) / "mode"
             usual.touch()
-            part.chmod(usual.stat().st_mode)  # safetensors writes for its owner alone
-            part.replace(path)
+            for name, write_to in writers.items():
+                part = Path(beside) / name
+                write_to(part)
+                part.chmod(usual.stat().st_mode)  # safetensors writes for its owner alone
+            _swap(folder, Path(beside), list(writers))
     except (OSError, SafetensorError) as why:
         reason = getattr(why, "strerror", None) or first_line(why).rstrip(".")
-        raise RunError(f"Cannot write {path}: {reason}. Choose another folder.") from why
+        raise RunError(f"Cannot write {folder / name}: {reason}. Choose another folder.") from why
+
+
+def _swap(folder: Path, beside: Path, names: Sequence[str]) -> None:
+    """Rename the new files over the old ones; on failure put the old ones back."""
+    kept = beside / "kept"
+    kept.mkdir()
+    if len(names) > 1:
+        for name in names:
+            _keep(folder / name, kept / name)
+    done: list[str] = []
+    try:
+        for name in names:
+            (beside / name).replace(folder / name)
+            done.append(name)
+    except BaseException:
+        for name in done:
+            if (kept / name).exists():
+                (kept / name).replace(folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """A second name for a file, or a copy of it where the disk knows no second names."""
+    if not path.is_file():
+        return
+    try:
+        copy.hardlink_to(path)
+    except OSError:
+        shutil.copy2(path, copy)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -1,8 +1,11 @@
-"""Tables for people: aligned columns of text."""
+"""Text for people: tables of aligned columns, and text that is safe to print."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
+
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
@@ -24,3 +27,14 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
         cells = zip(row, widths, strict=True)
         lines.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(cells)))
     return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
+
+
+def printable(text: str) -> str:
+    """A text without what would steer a terminal: escapes, other control characters, and marks that turn the direction.
+
+    Line breaks and tabs stay.
+
+    >>> printable("a\\x1b[2Jb")
+    'a[2Jb'
+    """
+    return STEERING.sub("", text)

@@ -109,11 +109,12 @@ def _possible(finding: Mapping[str, Any]) -> str:
 _KINDS = {
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
     "finite_number": "a finite number", "bool_type": "True or False", "string_type": "text", "tuple_type": "a list",
-    "model_type": "a mapping of settings", "model_attributes_type": "a mapping of settings",
+    "dict_type": "a mapping", "model_type": "a mapping of settings", "model_attributes_type": "a mapping of settings",
 }  # fmt: skip
 _LIMITS = {
     "greater_than": "above {gt:.12g}", "greater_than_equal": "{ge:.12g} or more", "less_than": "below {lt:.12g}",
-    "less_than_equal": "{le:.12g} or less", "too_short": "a list of {min_length} or more",
+    "less_than_equal": "{le:.12g} or less", "too_short": "a list of {min_length} or more", "too_long": "a list of {max_length} at most",
+    "string_too_long": "text of {max_length} letters at most",
 }  # fmt: skip
 
 

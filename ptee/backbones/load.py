@@ -7,6 +7,7 @@ What is read from a file or a record is data: nothing is unpickled, and no recor
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -155,7 +156,7 @@ def find_model(text: str, argument: str | None = "model") -> tuple[str, str]:
     raise unknown("model", text, every, argument=argument)
 
 
-def _load(library: str, request: ModelRequest) -> Backbone:
+def _load(library: str, request: ModelRequest, saved: Checkpoint | None = None) -> Backbone:
     label, names = request.label, request.names
     for key in request.args:
         if key in RESERVED_ARGS or key.startswith("pretrained"):
@@ -168,6 +169,8 @@ def _load(library: str, request: ModelRequest) -> Backbone:
         args = LIBRARIES[library].args_from(request.name, checkpoint.names)
         request = replace(request, args=args | request.args)
         _require_fit(library, request, checkpoint)
+    elif saved is not None:
+        _require_fit(library, request, saved)
     built = LIBRARIES[library].build(request)
     built.module.eval()
     note = None if checkpoint is None else _fill(built.module, request, checkpoint)
@@ -245,12 +248,15 @@ def _label_space(known: Known, classes: int) -> str | None:
     return known.label_space if known.num_classes == classes else None
 
 
-def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
+def rebuild(
+    source: Mapping[str, Any], weights: bool = True, saved: Mapping[str, torch.Tensor] | None = None
+) -> Backbone:
     """The backbone that a `Backbone.source` tells of. The record may come from a stranger: each field is checked.
 
     Args:
         source: the record.
         weights: load its weights; else they are random, to be overwritten, as those of a front network are.
+        saved: the tensors that are to overwrite them. A network of other shapes is refused before it takes memory.
 
     Raises:
         BackboneError: the record is not of that form, names a model or file that is not there, or cannot be followed.
@@ -259,7 +265,8 @@ def rebuild(source: Mapping[str, Any], weights: bool = True) -> Backbone:
         library, request = checked_record(source, LIBRARIES)
         if not LIBRARIES[library].has_model(request.name):
             raise BackboneError(f"There is no {library} model {request.name!r} in the version installed here.")
-        return _load(library, request if weights else replace(request, weights=None, pretrained=False))
+        fits = None if saved is None else Checkpoint(Path("the run"), {"": OrderedDict(saved)})
+        return _load(library, request if weights else replace(request, weights=None, pretrained=False), fits)
     except PteeError as error:
         argument, what = ("backbone", "backbone") if weights else ("front", "front network")
         raise BackboneError(

@@ -156,3 +156,18 @@ def hub_revision(hub: str) -> str | None:
         if isinstance(path, str) and COMMIT.fullmatch(Path(path).parent.name):
             return Path(path).parent.name
     return None
+
+
+def is_cached(repo: str, commit: Any) -> bool:
+    """Whether the hub's cache has the configuration and the weights of a repository at a commit, so that nothing is fetched.
+
+    Args:
+        repo: user/name.
+        commit: as a record has it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        return False
+    *weights, config = (try_to_load_from_cache(repo, file, revision=commit) for file in HUB_FILES)
+    return isinstance(config, str) and any(isinstance(path, str) for path in weights)

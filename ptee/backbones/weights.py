@@ -73,12 +73,14 @@ def weights_hash(module: nn.Module) -> str:
 
 def tensor_hashes(module: nn.Module) -> dict[str, str]:
     """The same of each tensor of the state_dict alone, shortened, by name: to say which differ."""
-    hashes = {}
-    for name, value in module.state_dict().items():
-        digest = hashlib.sha256()
-        _add(digest, "", value)
-        hashes[name] = digest.hexdigest()[:16]
-    return hashes
+    return {name: tensor_hash(value) for name, value in module.state_dict().items()}
+
+
+def tensor_hash(value: Any) -> str:
+    """The same of one tensor, whatever its name."""
+    digest = hashlib.sha256()
+    _add(digest, "", value)
+    return digest.hexdigest()[:16]
 
 
 def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:

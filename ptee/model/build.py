@@ -127,25 +127,25 @@ def load(
     confidence, calibrated = confidence_of(run)
     if backbone is not None:
         check_weights(run, backbone)
-    if front is not None and run.front is None:
+    if front is not None and run.config.front is None:
         raise RunError(f"{folder} has no front network, and one is given. Leave out front=.")
     network = network_of(run, backbone)
     check_weights(run, network.module)
     model = build(
         network,
-        exits=list(run.exits),
-        head=list(run.heads),
+        exits=[row.name for row in run.config.exits],
+        head=[row.head for row in run.config.exits],
         placed=True,
         saved=run.tensors,
-        front=front_of(run, front, network) if run.front is not None else None,
+        front=front_of(run, front, network) if run.config.front is not None else None,
     )
-    if model.num_classes != run.classes:
+    if model.num_classes != run.config.backbone.classes:
         raise RunError(
-            f"{folder} is for {run.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
+            f"{folder} is for {run.config.backbone.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
         )
     runs.fill(model.heads, run)
     model.calibrated, model.confidence = calibrated, confidence
-    model.threshold = run.threshold
-    model.off = run.off
-    model.results = run.results
+    model.threshold = run.config.threshold
+    model.off = run.config.off
+    model.results = run.config.results
     return model.eval()

@@ -6,11 +6,10 @@ the call that is going on what to do (`calls`).
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -18,48 +17,31 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import plain
 from ptee.analysis.freezing import Attachment
 from ptee.analysis.replay import merged, run
 from ptee.backbones.load import Backbone
-from ptee.backbones.weights import tensor_hashes, weights_hash
 from ptee.exits.confidence import CALIBRATED, LEARNED, Calibrated, find_confidence
 from ptee.exits.front import FrontHead
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
 from ptee.model import saving as runs
-from ptee.model.forward import Call, ExitEarly, ExitHook, ExitOutput, RecordAll, RecordInputs, StopForward, running
+from ptee.model.forward import (
+    AllExits,
+    Call,
+    ExitEarly,
+    ExitHook,
+    ExitOutput,
+    Reading,
+    RecordAll,
+    RecordInputs,
+    StopForward,
+    running,
+)
 from ptee.model.images import require_device, require_images, wrong_size, wrong_type
-from ptee.model.thresholds import Thresholds, for_each_exit, for_each_row
+from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
 
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
-
-
-class AllExits(NamedTuple):
-    """What every exit would answer.
-
-    Attributes:
-        logits: (E+1, b, K); the last are the backbone's.
-        confidence: (E+1, b) h, float32; the last are 1.
-        confidence_logits: (E, b) of the heads' confidence layers, whatever h is computed from.
-    """
-
-    logits: Tensor
-    confidence: Tensor
-    confidence_logits: Tensor
-
-
-class Reading(NamedTuple):
-    """What the backbone has to say of some images, however often the heads are trained on it.
-
-    Attributes:
-        inputs: for each exit, what its head reads, after the part of the head that has nothing to learn.
-        logits: (b, K) of the backbone.
-    """
-
-    inputs: tuple[Tensor, ...]
-    logits: Tensor
 
 
 class EarlyExitModel(
@@ -158,20 +140,7 @@ class EarlyExitModel(
 
     @off.setter
     def off(self, value: Sequence[int]) -> None:
-        try:
-            given = [value] if isinstance(value, int) else list(value)
-        except TypeError:
-            words = f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
-            raise PteeError(words) from None
-        try:
-            off = [operator.index(n) for n in given if not isinstance(n, bool)]
-        except TypeError:
-            off = []
-        if len({n for n in off if n in range(len(self.exits))}) < len(given):
-            raise PteeError(
-                f"Exits {given} cannot be off: exits have the numbers 0 to {len(self.exits) - 1}, each once."
-            )
-        self.plan = self.plan.switched_off(off)
+        self.plan = self.plan.switched_off(exit_numbers(value, len(self.exits)))
 
     # -------------------------------------------------------------------------------------------- what it does
 
@@ -390,41 +359,52 @@ class EarlyExitModel(
 
     # -------------------------------------------------------------------------------------------- saving
 
-    def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        config: object = None,
+        **hub: Any,
+    ) -> str | None:
         """Write config.json and heads.safetensors into a folder; the backbone is not saved.
+
+        All files are written or, on failure, none: a run that was there stays as it was.
 
         Args:
             save_directory: made where it does not exist.
-            hub: of huggingface_hub's ModelHubMixin, such as push_to_hub=True and repo_id.
+            repo_id: on the hub, for push_to_hub.
+            push_to_hub: upload the folder.
+            model_card_kwargs: for README.md.
+            config: not used; huggingface_hub's ModelHubMixin gives it.
+            hub: of huggingface_hub's push_to_hub.
 
         Raises:
             RunError: if it cannot be written.
         """
+        folder, card = Path(save_directory), model_card_kwargs or {}
         try:
-            return super().save_pretrained(save_directory, **hub)
+            new = not (folder / runs.CARD).exists()
+            runs.write(
+                folder, self._about(), self.heads.state_dict(), str(self.generate_model_card(**card)) if new else None
+            )
+            if push_to_hub:
+                return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)
         except OSError as why:
-            raise RunError(f"Cannot write {save_directory}: {first_line(why)} Choose another folder.") from why
+            raise RunError(f"Cannot write {folder}: {first_line(why)} Choose another folder.") from why
+        return None
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        network = self.origin
-        config = {
-            "backbone": {
-                "name": network.name,
-                "source": network.source,
-                "hash": weights_hash(self.backbone),
-                "classes": self.num_classes,
-                "input": plain(network.input),
-            },
-            "front": _about_front(self.heads[0]),
-            "placement": self.plan.placement,
-            "exits": self.plan.to_dict()["exits"],
-            "threshold": self.threshold,
-            "confidence": {"name": self.confidence} | plain(self.calibrated or Calibrated()),
-            "off": list(self.off),
-            "results": self.results,
-            "backbone_tensors": tensor_hashes(self.backbone),
-        }
-        runs.write(save_directory, config, self.heads.state_dict())
+    def _about(self) -> dict[str, Any]:
+        return runs.describe(
+            self.origin,
+            self.plan,
+            self.heads,
+            threshold=self.threshold,
+            calibrated=self.calibrated,
+            results=self.results,
+        )
 
     @classmethod
     def from_pretrained(  # the mixin's would read config.json before it is checked
@@ -462,10 +442,3 @@ def _a(thing: Any) -> str:
 
 def _exits(numbers: Sequence[int]) -> str:
     return f"Exit{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} {'are' if len(numbers) > 1 else 'is'}"
-
-
-def _about_front(head: nn.Module) -> dict[str, Any] | None:
-    """What `load` needs to build the front network anew; its weights lie with the heads."""
-    if not isinstance(head, FrontHead):
-        return None
-    return {"name": head.origin.name, "source": head.origin.source, "input": plain(head.origin.input)}

@@ -43,6 +43,32 @@ class ExitOutput(NamedTuple):
     cost: Tensor
 
 
+class AllExits(NamedTuple):
+    """What every exit would answer.
+
+    Attributes:
+        logits: (E+1, b, K); the last are the backbone's.
+        confidence: (E+1, b) h, float32; the last are 1.
+        confidence_logits: (E, b) of the heads' confidence layers, whatever h is computed from.
+    """
+
+    logits: Tensor
+    confidence: Tensor
+    confidence_logits: Tensor
+
+
+class Reading(NamedTuple):
+    """What the backbone has to say of some images, however often the heads are trained on it.
+
+    Attributes:
+        inputs: for each exit, what its head reads, after the part of the head that has nothing to learn.
+        logits: (b, K) of the backbone.
+    """
+
+    inputs: tuple[Tensor, ...]
+    logits: Tensor
+
+
 class ExitHook:
     """Stands at a cut. It knows no model, so that copies and pickles of a backbone do not drag one along."""
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from ptee._common.errors import BackboneError, RunError, possible
 from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
+from ptee.backbones.source import is_cached
+from ptee.backbones.timm import HUB_SOURCES
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
 from ptee.exits.confidence import CALIBRATED, CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.front import FrontHead, require_small
 from ptee.exits.heads import FRONT
 from ptee.model.saving import CONFIG, Run
+
+ITS_TENSORS = "0.network."  # begins the names of the front network's tensors among those of the heads
 
 
 def upgraded(run: Run) -> Run:
@@ -31,7 +36,7 @@ def upgraded(run: Run) -> Run:
         )
         raise _of_an_older_version(run, what)
     layer = run.tensors.get("0.confidence.weight")
-    if run.front is not None and layer is not None and layer.shape != (1, run.classes + 1):
+    if run.config.front is not None and layer is not None and layer.shape != (1, run.config.backbone.classes + 1):
         what = "the confidence of its front network reads that network's last features, and in this version it does not"
         raise _of_an_older_version(run, what)
     return replace(
@@ -57,17 +62,42 @@ def check_weights(run: Run, module: nn.Module) -> None:
         )
     require_runnable(module)
     found = weights_hash(module)
-    if found == run.backbone_hash:
+    if found == run.config.backbone.hash:
         return
     why = (
-        difference(run.backbone_tensors, tensor_hashes(module))
-        if run.backbone_tensors
+        difference(run.config.backbone_tensors, tensor_hashes(module))
+        if run.config.backbone_tensors
         else "which differ was not recorded"
     )
     if why:
         raise RunError(
-            f"{run.folder} was made for {run.backbone_name} with weights {run.backbone_hash[:16]}; this backbone's are "
+            f"{run.folder} was made for {run.config.backbone.name} with weights {run.config.backbone.hash[:16]}; this backbone's are "
             f"{found[:16]}: {why}. Give the backbone it was trained on, in the same number type."
+        )
+
+
+def require_at_hand(run: Run, source: Mapping[str, Any]) -> None:
+    """Refuse a run on this disk whose network would have to be fetched from a repository that nobody asked for.
+
+    Args:
+        run: what was read from the folder.
+        source: how to rebuild one of its networks.
+
+    Raises:
+        RunError: if the network is not in the hub's cache on this machine.
+    """
+    name = str(source.get("name"))
+    kind, _, repo = name.partition(":")
+    if run.remote or kind not in HUB_SOURCES or not repo:
+        return
+    weights = source.get("weights")
+    origin = weights.get("pretrained") if isinstance(weights, dict) else None
+    commit = origin.get("revision") if isinstance(origin, dict) else None
+    if not is_cached(repo.partition("@")[0], commit):
+        raise RunError(
+            f"{run.folder} needs {name:.100}, which is not on this machine and would be fetched from the hub. If you trust it, fetch "
+            f"it yourself: ptee.load(folder, backbone=timm.create_model({name!r:.100}, pretrained=True)).",
+            argument="backbone",
         )
 
 
@@ -83,9 +113,9 @@ def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
         RunError: if config.json tells of no exit for it, or cannot rebuild it.
         BackboneError: if it cannot be built from what config.json says.
     """
-    about = run.front
+    about = run.config.front
     assert about is not None
-    if run.heads[:1] != (FRONT,):
+    if run.config.exits[0].head != FRONT:
         raise RunError(f"{run.folder} tells of a front network, but has no exit for it. Copy the run anew.")
     if module is None:
         if about.source is None:
@@ -93,9 +123,12 @@ def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
                 f"{run.folder} has the front network {about.name}, which config.json cannot rebuild (a Python module, or "
                 "random weights). Load it from Python: ptee.load(folder, front=...)."
             )
-        module = rebuild(about.source, weights=False).module
-    require_small(about.name, about.input["input_size"])
-    found = load_backbone(module, **{key: about.input[key] for key in ("input_size", "mean", "std")})
+        require_at_hand(run, about.source)
+        weights = {name.removeprefix(ITS_TENSORS): t for name, t in run.tensors.items() if name.startswith(ITS_TENSORS)}
+        module = rebuild(about.source, weights=False, saved=weights).module
+    require_small(about.name, about.input.input_size)
+    images = about.input
+    found = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
     network = Backbone(found.module, about.name, found.num_classes, found.input, about.source)
     return FrontHead(network, behind.input, behind.num_classes)
 
@@ -113,21 +146,23 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     """
     module, label_space = backbone, None
     if module is None:
-        if run.source is None:
+        if run.config.backbone.source is None:
             raise RunError(
-                f"{run.folder} was made for {run.backbone_name}, which config.json cannot rebuild (a Python module, or "
+                f"{run.folder} was made for {run.config.backbone.name}, which config.json cannot rebuild (a Python module, or "
                 "random weights). Load it from Python: ptee.load(folder, backbone=...)."
             )
-        if run.remote and "file" in (run.source.get("weights") or {}):
+        if run.remote and "file" in (run.config.backbone.source.get("weights") or {}):
             raise RunError(
                 f"{run.folder} was made with a weights file on somebody's disk, which is not looked for here. "
                 "Load it from Python: ptee.load(folder, backbone=...)."
             )
-        rebuilt = rebuild(run.source)
+        require_at_hand(run, run.config.backbone.source)
+        rebuilt = rebuild(run.config.backbone.source)
         module, label_space = rebuilt.module, rebuilt.label_space
-    size, mean, std = (run.input[key] for key in ("input_size", "mean", "std"))
-    checked = load_backbone(module, input_size=size, mean=mean, std=std)
-    return Backbone(module, run.backbone_name, checked.num_classes, InputConfig(**run.input), run.source, label_space)
+    about = run.config.backbone
+    images = InputConfig(**about.input.model_dump())
+    checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
+    return Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
 
 
 def confidence_of(run: Run) -> tuple[str, Calibrated | None]:
@@ -139,18 +174,13 @@ def confidence_of(run: Run) -> tuple[str, Calibrated | None]:
     Raises:
         RunError: if there is no such confidence here, or its numbers cannot be.
     """
-    found = run.confidence
+    found = run.config.confidence
     if found is None:
         return LEARNED, None
     if found.name not in CONFIDENCES:
         raise RunError(
             f"{run.folder}: its rows leave by the confidence {found.name!r:.60}, which is not known here. If it is one of your "
             f"own, register it first (ptee.register_confidence).{possible(found.name, CONFIDENCES)}"
-        )
-    if not all(map(math.isfinite, (*found.scale, *found.shift))) or not all(scale > 0 for scale in found.scale):
-        raise RunError(
-            f"{run.folder}: {CONFIG} has confidence.scale {list(found.scale)!r:.60} and shift {list(found.shift)!r:.60}; finite "
-            "numbers belong there, with scale above 0. Copy the run anew."
         )
     if found.name == CALIBRATED and not found.scale:
         raise RunError(f"{run.folder}: {CONFIG} has no numbers for the confidence {CALIBRATED!r}. Copy the run anew.")

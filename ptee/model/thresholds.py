@@ -6,6 +6,7 @@ single call, one for each row and exit.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -59,6 +60,30 @@ def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.dev
         return wide.expand(exits).tolist()
     here = _moved(wide, device)  # once, not at each exit
     return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
+
+
+def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
+    """Numbers of exits, checked.
+
+    Args:
+        value: one of them or several, such as [1].
+        exits: E.
+
+    Raises:
+        PteeError: for what is no exit, and for one that is given twice.
+    """
+    try:
+        given = [value] if isinstance(value, int) else list(value)
+    except TypeError:
+        words = f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
+        raise PteeError(words) from None
+    try:
+        numbers = [operator.index(n) for n in given if not isinstance(n, bool)]
+    except TypeError:
+        numbers = []
+    if len({n for n in numbers if n in range(exits)}) < len(given):
+        raise PteeError(f"Exits {given} cannot be off: exits have the numbers 0 to {exits - 1}, each once.")
+    return numbers
 
 
 def _as_tensor(threshold: Thresholds) -> Tensor:

@@ -5,11 +5,13 @@ What a run says of its data is not trusted where a stranger may have written it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError
+from ptee._common.text import printable
 from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
 from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
@@ -22,10 +24,13 @@ from ptee.evaluation.tuning import describe_outcome
 from ptee.model import saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.rebuilding import require_at_hand
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import has_labels, open_images
 from ptee.pipeline.recipe import Recipe, make_recipe
 
+WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
+LONGEST_PATH = 4096  # of a folder, in letters
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
 
@@ -96,6 +101,8 @@ def open_run(
         raise DataError(
             f"{run} does not say which images it was made with. Give some: ", Argument("data", "FOLDER"), "."
         )
+    if not data:
+        _require_plain(run, recorded)
     root, seed = data_root or recorded.get("root"), recorded.get("seed", 0)
     named = not data and not Path(source).is_absolute()  # of folders the whole path is recorded
     if named and source.startswith(f"{HUB}/"):
@@ -207,9 +214,11 @@ def _moved_backbone(run: str, weights: Path | None) -> Any:
     """The backbone of a run, with its weights from another place; None to look where the run says."""
     if weights is None:
         return None
-    source = saving.read(run).source
+    found = saving.read(run)
+    source = found.config.backbone.source
     if source is None:
         raise RunError(f"{run} cannot be evaluated from the command: its backbone is a Python module. Use ptee.load.")
+    require_at_hand(found, source)
     return rebuild(source | {"weights": {"file": str(weights)}}).module
 
 
@@ -227,6 +236,29 @@ def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
     if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):
         known["removed"] = [tuple(key) for key in removed]
     return known
+
+
+def _require_plain(run: str, recorded: Mapping[str, Any]) -> None:
+    """Refuse to look for images where a run should not send anybody: over the whole disk, or on another machine.
+
+    Raises:
+        DataError: naming the place.
+    """
+    for place in (recorded[key] for key in ("source", "root") if key in recorded):
+        path = place.replace("\\", "/")
+        if (
+            WHOLE_DISK.fullmatch(path)
+            or path.startswith("//")
+            or len(place) > LONGEST_PATH
+            or printable(place) != place
+        ):
+            raise DataError(
+                f"{run} says that its images are in {place!r:.80}, which is not read unasked. If you trust it, give the images: ",
+                Argument("data", "FOLDER"),
+                ".",
+            )
+    if not 0 <= recorded.get("seed", 0) < 2**63:
+        raise RunError(f"{run}: results.data.split.seed={recorded['seed']!r:.40} is no seed. Copy the run anew.")
 
 
 def _is_text(value: Any) -> bool:

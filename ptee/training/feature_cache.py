@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
-from ptee.model.early_exit import EarlyExitModel, Reading
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
 
 IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision it was computed in

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ptee.exits.confidence import first_exit
-from ptee.model.early_exit import EarlyExitModel, Reading
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import Reading
 from ptee.training.augmentation import draw_shifts, shift_maps
 from ptee.training.config import TrainingConfig
 from ptee.training.losses import SEPARATE, get_loss

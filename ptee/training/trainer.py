@@ -28,8 +28,8 @@ from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
-from ptee.model.early_exit import EarlyExitModel, Reading, require_early_exit
-from ptee.model.forward import COLLAPSED
+from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.forward import COLLAPSED, Reading
 from ptee.training import checkpoint as checkpoints
 from ptee.training.config import TrainingConfig, epochs_for, shift_for
 from ptee.training.feature_cache import Estimate, entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 import threading
 
@@ -14,11 +15,12 @@ from small import leaving_everywhere, once
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import CutError, PteeError, RunError
+from ptee._common.errors import BackboneError, CutError, PteeError, RunError
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
 from ptee.exits.front import FrontHead, named_front
 from ptee.model.build import build
+from ptee.model.run_config import fingerprint
 
 K = 10
 SIZE = (3, 32, 32)
@@ -229,6 +231,25 @@ def test_a_saved_run_brings_the_front_network_with_it(tmp_path, x):
     assert torch.equal(back.all_exits(x).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "change", [{"num_classes": 10**7}, {"args": {"num_blocks": 10**5}}, {"name": "wide_resnet101_2"}], ids=str
+)
+def test_a_front_network_of_other_shapes_than_were_saved_is_refused_before_it_takes_memory(
+    change, tmp_path, monkeypatch
+):
+    weights = tmp_path / "front.safetensors"
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    backbone = load_backbone("cifar_resnet32", pretrained=False).module
+    model = ptee.augment(backbone, front="cifar_resnet20", front_weights=weights, exits=["layer2.0"], input_size=SIZE)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["front"]["source"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config | {"fingerprint": fingerprint(config)}))
+    monkeypatch.setattr("ptee.backbones.load.count_classes", lambda *_: pytest.fail("the network was made"))
+    with pytest.raises(BackboneError, match="The front network cannot be rebuilt"):
+        ptee.load(tmp_path, model.detach())
+
+
 def test_a_front_network_of_ones_own_is_given_again(model, tmp_path, x):
     model.save_pretrained(tmp_path)
     expected = model.all_exits(x).logits
@@ -242,6 +263,9 @@ def test_a_front_network_of_0_1_0_whose_confidence_reads_its_features_is_refused
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "heads.safetensors")
     save_file(saved | {"0.confidence.weight": torch.zeros(1, K + 6)}, tmp_path / "heads.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tensors"], config["fingerprint"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"schema_version": 1}))
     with pytest.raises(RunError, match=r"0\.1\.0: the confidence of its front network.*Train it again") as refusal:
         ptee.load(tmp_path, model.detach(), front=Small())
     assert "\n" not in str(refusal.value)

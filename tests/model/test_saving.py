@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ptee
-from ptee._common import files
 from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
 from ptee._common.files import replace_file, require_writable, to_json, write_json
+from ptee._common.text import printable
 from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import difference, weights_hash
 from ptee.exits.heads import HEADS
 from ptee.model import saving as runs
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.run_config import fingerprint
 
 SIZE = (3, 16, 16)
 
@@ -79,15 +81,25 @@ def folder(original, tmp_path) -> Path:
     return shutil.copytree(original[1], tmp_path / "run")
 
 
-def edit(folder: Path, key: str, value: Any) -> None:
-    """Put a value at a dotted key of config.json; numbers index lists."""
+def edit(folder: Path, key: str, value: Any, signed: bool = True) -> None:
+    """Put a value at a dotted key of config.json; numbers index lists. `signed`: as somebody would who knows the fingerprint."""
     config = json.loads((folder / "config.json").read_text())
     *outer, last = (int(part) if part.isdigit() else part for part in key.split("."))
     place = config
     for part in outer:
         place = place[part]
     place[last] = value
+    if signed:
+        with suppress(AttributeError, KeyError, TypeError):  # there is none of what is no config
+            config["fingerprint"] = fingerprint(config)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def as_schema_1(folder: Path) -> None:
+    """As ptee wrote runs before the heads' hashes were kept."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["tensors"], config["fingerprint"]
+    (folder / "config.json").write_text(json.dumps(config | {"schema_version": 1}))
 
 
 def refused(folder: Path | str, net: nn.Module | None, kind: type[Exception] = RunError) -> str:
@@ -153,6 +165,7 @@ def test_a_run_of_0_1_0_is_loaded_whatever_way_its_costs_were_shown(convention, 
 def rename_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Replace the saved tensors of a run."""
     save_file(change(load_file(folder / "heads.safetensors")), folder / "heads.safetensors")
+    as_schema_1(folder)
 
 
 def test_a_head_of_0_1_0_that_builds_on_the_answer_before_is_loaded(tmp_path):
@@ -231,9 +244,10 @@ def test_the_folder_holds_the_heads_alone_and_tells_where_they_belong(original, 
 
 def test_a_run_reads_without_any_model(folder, original):
     run = runs.read(folder)
-    assert (run.exits, run.heads, run.classes) == (("one", "two"), ("conv1", "conv1"), 4)
-    assert run.input["input_size"] == SIZE
-    assert run.threshold == [0.75, 0.625]
+    assert [(row.name, row.head) for row in run.config.exits] == [("one", "conv1"), ("two", "conv1")]
+    assert run.config.backbone.classes == 4
+    assert run.config.backbone.input.input_size == SIZE
+    assert run.config.threshold == (0.75, 0.625)
     assert not run.remote
     for name, tensor in original[0].heads.state_dict().items():
         assert torch.equal(run.tensors[name], tensor)
@@ -256,27 +270,70 @@ def test_whoever_may_read_the_config_may_read_the_heads(tmp_path):
     assert modes[0] == modes[1]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError], ids=lambda e: e.__name__)
-def test_whatever_happens_to_the_heads_no_config_says_that_they_are_there(error, folder, net, monkeypatch):
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(error):
-        make("pool", net).save_pretrained(folder)
-    assert not (folder / "config.json").exists()
-    assert not list(folder.glob(".*"))
-    assert "no run was completed" in refused(folder, net)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_config_is_written_after_the_heads(monkeypatch, tmp_path):
-    order = []
-    replace = replace_file
-    noted = lambda path, write_to: (order.append(path.name), replace(path, write_to))  # noqa: E731
-    for module in (runs, files):
-        monkeypatch.setattr(module, "replace_file", noted)
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()], ids=repr
+)
+@pytest.mark.parametrize("name", ["heads.safetensors", "config.json"])
+@pytest.mark.parametrize("step", ["written", "renamed"])
+def test_a_run_that_cannot_be_replaced_stays_as_it_was(step, name, error, folder, net, original, monkeypatch):
+    """A full disk, Ctrl-C: while a file is written, and while it is renamed over the old one."""
+    before = contents(folder)
+
+    def fail(*given: Any) -> Any:
+        paths = [path for path in given if isinstance(path, Path)]
+        if any(path.name == name for path in paths):
+            raise error
+        return real(*given)
+
+    home, method = {
+        ("written", "heads.safetensors"): (safetensors.torch, "save_file"),
+        ("written", "config.json"): (Path, "write_text"),
+    }.get((step, name), (Path, "replace"))
+    real = getattr(home, method)
+    monkeypatch.setattr(home, method, lambda *given, **_: fail(*given))
+    with pytest.raises(RunError if isinstance(error, OSError) else type(error)):
+        make("pool", copy.deepcopy(net)).save_pretrained(folder)
+    monkeypatch.undo()
+    assert contents(folder) == before
+    assert_same(ptee.load(folder, backbone=net), original[0])
+
+
+def test_a_first_save_that_fails_leaves_nothing_that_looks_like_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        make("pool").save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_config_is_renamed_last(monkeypatch, tmp_path):
+    order, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append(to.name), replace(self, to))[1])
     make().save_pretrained(tmp_path)
-    assert order == ["heads.safetensors", "config.json"]
+    assert order == ["heads.safetensors", "README.md", "config.json"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+@pytest.mark.parametrize("method", ["write_text", "replace"])
+def test_config_and_metrics_are_changed_both_or_neither(method, name, folder, monkeypatch):
+    write_json(folder / "metrics.json", {"results": {"old": 1}, "plan": {}})
+    before, real = contents(folder), getattr(Path, method)
+
+    def fail(self: Path, *given: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise OSError(28, "No space left on device")
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(Path, method, fail)
+    with pytest.raises(RunError, match="No space left"):
+        runs.update(folder, results={"new": 2})
+    monkeypatch.undo()
+    assert contents(folder) == before
+    runs.update(folder, results={"new": 2})
+    assert runs.read(folder).config.results == runs.read_metrics(folder)["results"] == {"new": 2}
 
 
 def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch):
@@ -365,7 +422,7 @@ def test_a_config_that_is_none_is_refused(text, folder, net):
 
 def test_a_config_of_absurd_size_is_refused_unread(folder, net, monkeypatch):
     monkeypatch.setattr(runs, "LARGEST_CONFIG_BYTES", 100)
-    assert "100" in refused(folder, net)
+    assert "longer than 100 bytes" in refused(folder, net)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "a/b/c", "./nowhere/", "config.json"])
@@ -377,7 +434,7 @@ def test_a_folder_that_is_not_there_is_named(place, folder, net, monkeypatch):
 # what is not trusted
 
 
-@pytest.mark.parametrize("version", [2, 999, 10**30])
+@pytest.mark.parametrize("version", [3, 999, 10**30])
 def test_a_newer_schema_is_refused_and_an_upgrade_advised(version, folder, net):
     edit(folder, "schema_version", version)
     assert re.search(f"{version}.*Upgrade ptee", refused(folder, net))
@@ -499,11 +556,92 @@ def scalar(tensors: dict[str, Tensor]) -> None:
     ids=lambda v: getattr(v, "__name__", ""),
 )  # fmt: skip
 def test_tensors_that_are_not_the_heads_are_refused_by_name(change, said, folder, net):
-    file = folder / "heads.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    change(tensors)
-    safetensors.torch.save_file(tensors, file)
+    rename_tensors(folder, lambda tensors: (change(tensors), tensors)[1])
     assert re.search(said, refused(folder, net))
+
+
+def heads_of_another_training(folder: Path) -> None:
+    torch.manual_seed(5)
+    make().save_pretrained(folder.parent / "other")
+    shutil.copy(folder.parent / "other" / "heads.safetensors", folder)
+
+
+def flipped_bit(folder: Path) -> None:
+    file = folder / "heads.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def another_type(folder: Path) -> None:
+    file = folder / "heads.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("change", [heads_of_another_training, flipped_bit, another_type])
+def test_heads_that_were_not_saved_with_this_config_are_refused_by_the_tensors_name(change, folder, net):
+    change(folder)
+    assert re.search(r"tensor '\d\.\S+' is damaged, or of another training", refused(folder, net))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("exits.0.name", "one.0"), ("backbone.input.mean", [0.1, 0.2, 0.3]), ("backbone.input.input_size", [3, 32, 32])],
+)
+def test_a_config_that_was_changed_where_it_may_not_be_is_refused(key, value, folder, net):
+    edit(folder, key, value, signed=False)
+    assert "config.json was changed or damaged" in refused(folder, net)
+
+
+@pytest.mark.parametrize(("key", "value"), [("threshold", [0.1, 0.2]), ("off", [1]), ("results", None)])
+def test_thresholds_and_exits_that_are_off_may_be_changed_by_hand(key, value, folder, net):
+    edit(folder, key, value, signed=False)
+    assert ptee.load(folder, net).plan.exits
+
+
+def test_a_run_of_schema_1_is_loaded_and_saved_with_hashes(original, folder, net):
+    as_schema_1(folder)
+    loaded = ptee.load(folder, net)
+    assert_same(loaded, original[0])
+    loaded.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["tensors"].keys() == loaded.heads.state_dict().keys()
+
+
+def nested(depth: int) -> list[Any]:
+    inside: list[Any] = []
+    for _ in range(depth):
+        inside = [inside]
+    return inside
+
+
+HOSTILE = [
+    ("backbone.name", "\x1b[2J\x1b[31mresnet50"), ("backbone.name", "\u202eresnet50"), ("backbone.name", "\x02out\x1f/\x03"),
+    ("backbone.name", "x" * 5000), ("exits.0.name", "x" * 5000), ("exits.0.head", "pool" * 5000), ("confidence.name", "x" * 5000),
+    ("heads_file", "\x1b[2J"), ("backbone.input.input_size", [3, 20000, 20000]), ("results", nested(500)), ("results", {"a": nested(500)}),
+    ("results", {"seed": 2**65}), ("results", {"seed": -(2**65)}), ("backbone.name", "\ud800"), ("results", {"\ud800": 1}),
+    ("exits", [{"name": "one", "head": "pool"}] * 100_000), ("off", [2**70]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [pytest.param(k, v, id=f"{k} {v!r:.20}") for k, v in HOSTILE])
+def test_a_hostile_field_is_refused_in_one_short_line_that_steers_no_terminal(key, value, folder, net):
+    edit(folder, key, value)
+    said = refused(folder, net)
+    assert said == printable(said)
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize("name", ["config.json", "heads.safetensors", "metrics.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name, folder, net):
+    write_json(folder / "metrics.json", {"results": {}})
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    if name == "metrics.json":
+        with pytest.raises(RunError, match=name):
+            runs.read_metrics(folder)
+    else:
+        assert name in refused(folder, net)
+    assert runs.is_run(folder) == (name != "config.json")
 
 
 class Harm:
@@ -727,3 +865,11 @@ def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(name, hub, net
 def test_tensors_that_are_missing_are_counted_among_those_that_there_were():
     said = difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "d": "4"})
     assert said == "of 3 tensors 2 are missing: b, c; of 2 tensors 1 is new: d"
+
+
+def test_a_run_on_this_disk_that_names_a_repository_does_not_go_online(named, monkeypatch):
+    monkeypatch.setattr("ptee.model.rebuilding.rebuild", lambda *_, **__: pytest.fail("it is rebuilt"))
+    origin = {"tag": None, "hub": "stranger/net", "revision": "0" * 40}
+    edit(named[0], "backbone.source.name", "hf-hub:stranger/net")
+    edit(named[0], "backbone.source.weights", {"pretrained": origin})
+    assert "'hf-hub:stranger/net'" in refused(named[0], None)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import ptee
 from ptee._common.errors import DataError
 from ptee.exits.heads import HEADS
-from ptee.model.early_exit import Reading
+from ptee.model.forward import Reading
 from ptee.training import feature_cache as cache
 from ptee.training.augmentation import Views, draw_views
 from ptee.training.feature_cache import Cache, Estimate, estimate, fill

@@ -1,0 +1,253 @@
+"""The schema of a run's config.json: every field with its type and its bounds. A run may come from a stranger.
+
+Keys that are not listed here are ignored, so that a later version can add some.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+from ptee._common.errors import Argument, PteeError
+from ptee._common.text import printable
+from ptee._common.validation import Number, Whole
+from ptee.backbones.source import MOST_NUMBERS
+from ptee.exits.heads import AUTO, PLUS
+
+SCHEMA_VERSION = 2  # 2: hashes of the heads' tensors, and a fingerprint
+LONGEST_NAME = 255
+MOST_EXITS = 1000
+DEEPEST = 32  # lists and objects inside each other
+INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}  # numbers that JSON has no other way to say
+
+
+def _printable(text: str) -> str:
+    if printable(text) != text:
+        raise PydanticCustomError("unprintable", "Input should be text without control characters")
+    return text
+
+
+def _no_size_to_choose(name: str) -> str:
+    """Only a head that is still to be sized is called so, and no run has one."""
+    if name.removesuffix(PLUS) == AUTO:
+        raise PydanticCustomError("no_size", "Input should be the name of a head with its size")
+    return name
+
+
+def _number(value: Any) -> Any:
+    return INFINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _not_nan(value: float) -> float:
+    if math.isnan(value):
+        raise PydanticCustomError("nan", "Input should be a number, not NaN")
+    return value
+
+
+def _or_nothing(value: Any) -> Any:
+    return () if value is None else value
+
+
+Text = Annotated[str, Field(strict=True)]
+Name = Annotated[Text, Field(max_length=LONGEST_NAME), AfterValidator(_printable)]
+HeadName = Annotated[Name, AfterValidator(_no_size_to_choose)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[Whole, Field(gt=0)]
+Side = Annotated[Whole, Field(gt=0, lt=2**16)]  # of an image
+Threshold = Annotated[float, Field(strict=True, allow_inf_nan=True), BeforeValidator(_number), AfterValidator(_not_nan)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class InputRecord(_Record):
+    """The images that a network takes.
+
+    Attributes:
+        input_size: (c, h, w).
+        mean: for each channel.
+        std: likewise.
+        interpolation: how images are resized.
+    """
+
+    input_size: tuple[Side, Side, Side]
+    mean: tuple[Number, ...]
+    std: tuple[Positive, ...]
+    interpolation: Name
+
+    @model_validator(mode="after")
+    def _of_some_image(self) -> Self:
+        if math.prod(self.input_size) > MOST_NUMBERS:
+            size = Argument("input_size", str(list(self.input_size)))
+            raise PteeError(size, f" is larger than any image: {MOST_NUMBERS:,} numbers at most.")
+        return self
+
+
+class BackboneRecord(_Record):
+    """The backbone that the heads were trained on.
+
+    Attributes:
+        name: for messages.
+        hash: sha256 of its weights.
+        source: how to rebuild it, or None. `rebuild` checks it.
+        classes: K.
+        input: its images.
+    """
+
+    name: Name
+    hash: Name
+    source: dict[str, Any] | None = None
+    classes: Count
+    input: InputRecord
+
+
+class FrontRecord(_Record):
+    """The network of the exit at the input.
+
+    Attributes:
+        name: for messages.
+        source: how to rebuild it, or None.
+        input: its images.
+    """
+
+    name: Name
+    source: dict[str, Any] | None = None
+    input: InputRecord
+
+
+class ExitRecord(_Record):
+    """One exit.
+
+    Attributes:
+        name: of the module behind which it stands.
+        head: its name.
+        gate: of runs of ptee 0.1.0: a small network that this version does not build.
+    """
+
+    name: Name
+    head: HeadName
+    gate: Name | None = None
+
+
+class ConfidenceRecord(_Record):
+    """What the confidence is computed from.
+
+    Attributes:
+        name: of `CONFIDENCES`.
+        scale: for each exit, if the model was calibrated; else empty.
+        shift: likewise.
+    """
+
+    name: Name
+    scale: tuple[Positive, ...]
+    shift: tuple[Number, ...]
+
+
+class TensorRecord(_Record):
+    """One tensor of the heads.
+
+    Attributes:
+        dtype: such as "float32".
+        sha256: of its type, shape and bytes, shortened.
+    """
+
+    dtype: Name
+    sha256: Name
+
+
+class RunConfig(_Record):
+    """What config.json says.
+
+    Attributes:
+        schema_version: of the form of the file.
+        heads_file: where the heads' tensors are, a name in the same folder.
+        backbone: the backbone.
+        front: the network of the exit at the input, or None.
+        exits: in order.
+        threshold: one for each exit.
+        confidence: None in runs of ptee 0.1.0, whose heads' own confidence decided.
+        off: exits that are switched off.
+        results: what was measured, or None.
+        backbone_tensors: short hashes of the backbone's tensors, to say which differ; old runs have none.
+        tensors: the heads' tensors by name; None in runs of schema 1.
+        fingerprint: of all that no hand may change; None in runs of schema 1.
+    """
+
+    schema_version: Whole
+    heads_file: Text
+    backbone: BackboneRecord
+    front: FrontRecord | None = None
+    exits: Annotated[tuple[ExitRecord, ...], Field(max_length=MOST_EXITS)]
+    threshold: tuple[Threshold, ...]
+    confidence: ConfidenceRecord | None = None
+    off: Annotated[tuple[Whole, ...], BeforeValidator(_or_nothing)] = ()
+    results: dict[str, Any] | None = None
+    backbone_tensors: dict[Text, Text] | None = None
+    tensors: dict[Text, TensorRecord] | None = None
+    fingerprint: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        number = len(self.exits)
+        if not number:
+            raise PteeError("exits=[] must be a list of 1 or more.")
+        if len(self.threshold) != number:
+            raise PteeError(f"threshold has {len(self.threshold)} numbers for {number} exits.")
+        if len(set(self.off)) < len(self.off) or not all(0 <= n < number for n in self.off):
+            raise PteeError(f"off={list(self.off)!r:.60} must be numbers of exits, 0 to {number - 1}, each once.")
+        scales = self.confidence or ConfidenceRecord(name="", scale=(), shift=())
+        if len(scales.scale) != len(scales.shift) or len(scales.scale) not in (0, number):
+            raise PteeError(f"confidence.scale and confidence.shift must have {number} numbers each, or none.")
+        if self.schema_version > 1 and (self.tensors is None or self.fingerprint is None):
+            raise PteeError("tensors and fingerprint are missing.")
+        return self
+
+
+def require_sane(value: Any) -> None:
+    """Refuse JSON that would do harm before anybody looks at its fields.
+
+    Args:
+        value: what was read.
+
+    Raises:
+        PteeError: if it is nested too deeply, has a whole number beyond 64 bits, or text that is none.
+    """
+    waiting = [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise PteeError(f"lists and objects lie more than {DEEPEST} deep in each other.")
+        if isinstance(part, dict):
+            waiting += [(inner, depth + 1) for pair in part.items() for inner in pair]
+        elif isinstance(part, list):
+            waiting += [(inner, depth + 1) for inner in part]
+        elif isinstance(part, int) and abs(part) >= 2**64:
+            raise PteeError(f"a number is beyond 64 bits: {str(part)[:30]}...")
+        elif isinstance(part, str) and any("\ud800" <= letter <= "\udfff" for letter in part):
+            raise PteeError(f"a text has half a character: {part!r:.60}.")
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """A short hash of the fields that decide what the model computes; thresholds may be changed by hand, these may not.
+
+    Args:
+        config: as JSON gives it, checked for type.
+    """
+    backbone, front = config["backbone"], config.get("front")
+    source = {key: value for key, value in (backbone.get("source") or {}).items() if key != "weights"}
+    kept = {
+        "backbone": {key: backbone[key] for key in ("hash", "classes", "input")},
+        "source": source,
+        "front": front and {key: front.get(key) for key in ("source", "input")},
+        "exits": [[row["name"], row["head"]] for row in config["exits"]],
+        "tensors": config.get("tensors"),
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
