@@ -1,8 +1,9 @@
-"""An arithmetic in which answers can be compared: how near is equal, and what makes one row's answer depend on the batch.
+"""Comparing the outputs of a network: how near counts as equal, and arithmetic that is exact enough for it.
 
-A GPU takes another algorithm for another number of rows, and rounds float32 to TF32 on the way, so a row's answer in a
-batch differs from its answer alone by far more than float32 rounds. While answers are compared all of that is off. What
-still lies too far apart is asked again in float64, where noise vanishes and rows that are mixed stay mixed.
+On a GPU a row gets slightly different logits in a batch than alone. The GPU uses another algorithm for another number of
+rows, and may round float32 to TF32. Inside of `comparable` both are off. If outputs still differ too much, they are
+computed again in float64. There the differences that come from rounding are gone, but the influence of one row on another
+stays.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
-LEAST = 1e-3  # a largest answer below this is the noise of what should be zero
+MIN_SCALE = 1e-3  # if all values are below this, they are the rounding errors of zeros
 
-# (backend, operators): what torch.backends calls cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul and so on.
+# The switches by backend and operator. torch.backends calls them cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul and so on.
 _BACKENDS = {"cuda": ("matmul", "conv", "rnn"), "mkldnn": ("matmul", "conv", "rnn")}
-_FULL = "ieee"  # float32 as it is
+_FULL = "ieee"  # float32 without rounding to a shorter type
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """How far two answers to one row may lie apart, as a share of the largest answer, by rounding alone.
+    """How much two outputs for one row may differ by rounding alone, as a share of the largest value.
 
     Args:
-        dtype: of the answers.
-        device: where they were computed. Where it rounds float32 to TF32 or bfloat16, half precision's tolerance holds.
+        dtype: the type of the outputs.
+        device: where they were computed. If it rounds float32 to TF32 or bfloat16, this is the tolerance of half precision.
     """
     if dtype == torch.float32 and _rounds_float32(device):
         return TOLERANCES[torch.float16]
@@ -47,21 +48,21 @@ def _rounds_float32(device: torch.device) -> bool:
     return torch.get_float32_matmul_precision() == "medium"
 
 
-# ---------------------------------------------------------------------------------------------------- what is set meanwhile
+# ---------------------------------------------------------------------------------------------------- exact switches
 
 _LOCK = threading.Lock()
-_USERS: list[Callable[[], None]] = []  # one for each thread inside; the first of them puts everything back
+_USERS: list[Callable[[], None]] = []  # one entry for each use at the moment; the first entry restores the switches
 
 
 @contextmanager
 def comparable() -> Iterator[None]:
-    """Meanwhile float32 is rounded nowhere to less, and the same algorithms run each time.
+    """Inside, float32 is not rounded to a shorter type, and the same algorithm runs each time.
 
-    What it sets belongs to the whole process. So the first who enters sets it and the last who leaves puts it back, in
-    whatever thread they are; other work of this process is as exact meanwhile, and a little slower.
+    The switches belong to the whole process. With several threads, the first to enter sets them and the last to leave
+    restores them. Meanwhile the other work of the process is as exact, and a little slower.
     """
     with _LOCK:
-        _USERS.append(_set_all() if not _USERS else _nothing)
+        _USERS.append(_set_all() if not _USERS else _do_nothing)
     try:
         yield
     finally:
@@ -72,27 +73,27 @@ def comparable() -> Iterator[None]:
                 _USERS.pop()()
 
 
-def _nothing() -> None:
-    """Somebody else puts it back."""
+def _do_nothing() -> None:
+    """Somebody else restores the switches."""
 
 
 def _set_all() -> Callable[[], None]:
-    """Set everything; what is returned puts it back."""
+    """Set all switches. Returns a function that restores them."""
     undo: list[Callable[[], None]] = []
 
-    def put_back() -> None:
+    def restore() -> None:
         for step in reversed(undo):
             step()
 
     try:
         undo.append(_set_attribute(torch.backends.cudnn, "benchmark", False))
         undo.append(_set_attribute(torch.backends.cudnn, "deterministic", True))
-        for step in _full_float32() if _has_new_switches() else _full_float32_of_old():
+        for step in _full_float32() if _has_new_switches() else _full_float32_before_2_9():
             undo.append(step)
     except BaseException:
-        put_back()
+        restore()
         raise
-    return put_back
+    return restore
 
 
 def _set_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
@@ -102,23 +103,23 @@ def _set_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def _has_new_switches() -> bool:
-    """From torch 2.9 on; where they say something, to read the old ones (`allow_tf32`) may raise, so those are left alone."""
+    """Whether this is torch 2.9 or later. There, reading an old switch (`allow_tf32`) may raise, so only new ones are used."""
     return hasattr(torch._C, "_get_fp32_precision_getter")
 
 
 def _full_float32() -> Iterator[Callable[[], None]]:
-    """No TF32 and no bfloat16 in products of float32."""
+    """Switch off TF32 and bfloat16 in products of float32. Yields functions that undo it."""
     before = {(backend, op): _read(backend, op) for backend, ops in _BACKENDS.items() for op in (*ops, "all")}
 
-    def put_back() -> None:
+    def restore() -> None:
         for key, value in before.items():
             if _read(*key) != value:
                 _write(*key, value)
 
-    yield put_back
+    yield restore
     for backend, operators in _BACKENDS.items():
-        # What an operator has not been told it takes from its backend, and a backend from what holds for all. Whoever is
-        # told something does not follow any more, so only those are told that do not follow now.
+        # An operator without a setting of its own follows its backend, and a backend without one follows the general
+        # setting. One that gets a setting does not follow any more. So only those that do not follow now get one.
         follows = _read(backend, "all") == _read("generic", "all")
         yield _set_precision(backend, "all", "none" if follows else _read(backend, "all"))
         for op in operators:
@@ -139,8 +140,8 @@ def _write(backend: str, op: str, precision: str) -> None:
     torch._C._set_fp32_precision_setter(backend, op, precision)
 
 
-def _full_float32_of_old() -> Iterator[Callable[[], None]]:
-    """The same, by the switches before torch 2.9."""
+def _full_float32_before_2_9() -> Iterator[Callable[[], None]]:
+    """The same, with the switches of torch before 2.9."""
     before = torch.get_float32_matmul_precision()
     yield _set_attribute(torch.backends.cudnn, "allow_tf32", False)
     torch.set_float32_matmul_precision("highest")
@@ -151,44 +152,49 @@ def _full_float32_of_old() -> Iterator[Callable[[], None]]:
 
 
 def exact_copy(module: nn.Module) -> nn.Module | None:
-    """A copy of a network that computes in float64, on the CPU where its device cannot; None where there is none."""
-    for elsewhere in (lambda copied: copied, lambda copied: copied.cpu()):
+    """A copy of a network that computes in float64, or None if there can be none.
+
+    It is on the CPU if the network's device does not support float64.
+    """
+    for moved in (lambda copied: copied, lambda copied: copied.cpu()):
         try:
-            return elsewhere(copy.deepcopy(module)).double()
-        except Exception:  # it cannot be copied, or the device has no room for it or no such type
+            return moved(copy.deepcopy(module)).double()
+        except Exception:  # it cannot be copied, or the device has no room or no float64
             continue
     return None
 
 
 def exact_images(images: Tensor, module: nn.Module) -> Tensor:
-    """Images for an exact copy, of its type and on its device."""
+    """The images for an exact copy, with its type and on its device."""
     return images.to(next((p.device for p in module.parameters()), images.device)).double()
 
 
-def keeps_rows_apart(module: nn.Module, images: Tensor, ask: Callable[[nn.Module, Tensor], Tensor]) -> bool:
-    """Whether each row is answered in a batch as it is alone; asked again in float64 where float32 leaves a doubt.
+def keeps_rows_apart(module: nn.Module, images: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:
+    """Whether each row gets the same output in a batch as alone.
+
+    If the outputs differ, they are compared again in float64.
 
     Args:
         module: in eval mode.
-        images: (b, ...) whose rows differ.
-        ask: (module, images) -> (b, n).
+        images: (b, ...) rows that differ.
+        run: (module, images) -> (b, n).
     """
     with torch.no_grad(), comparable():
-        if _near(module, images, ask):
+        if _same_alone(module, images, run):
             return True
         exact = exact_copy(module)
         if exact is None:
             return False
         try:
-            return _near(exact, exact_images(images, exact), ask)
-        except Exception:  # it casts to a type of its own
+            return _same_alone(exact, exact_images(images, exact), run)
+        except Exception:  # the network's code casts to a type of its own
             return False
 
 
-def _near(module: nn.Module, images: Tensor, ask: Callable[[nn.Module, Tensor], Tensor]) -> bool:
-    together = ask(module, images.clone())
-    alone = torch.cat([ask(module, image) for image in images.clone().split(1)])
-    # float64 is asked for no more than float32, for a part of the network may compute in that whatever it is given.
+def _same_alone(module: nn.Module, images: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:
+    together = run(module, images.clone())
+    alone = torch.cat([run(module, image) for image in images.clone().split(1)])
+    # In float64, too, the tolerance is that of float32: a part of the network may compute in float32 whatever it is given.
     relative = max(tolerance(together.dtype, together.device), TOLERANCES[torch.float32])
-    near = relative * max(together.abs().max().item(), LEAST)
-    return torch.allclose(alone, together, rtol=0, atol=near, equal_nan=True)
+    allowed = relative * max(together.abs().max().item(), MIN_SCALE)
+    return torch.allclose(alone, together, rtol=0, atol=allowed, equal_nan=True)

@@ -1,8 +1,11 @@
-"""Blocks: the cuts that stand between a network's building blocks, found from its structure.
+"""Blocks: the cut points at which a building block of the network ends, found from the network's structure.
 
-The papers place exits behind blocks. A network of somebody else's says nowhere what its blocks are, but its module tree,
-its cuts and its costs together do: a stage holds other cuts that carry most of its cost, so one looks inside; a residual
-block holds none, so it is a unit, and so is everything of its class. Before the first block is the stem.
+Papers place exits after blocks. A network does not say what its blocks are, but its module tree, its cut points and its
+costs show it:
+- A module of several layers without a cut point between them, such as a residual block, is a block. So is every other
+  module of its class.
+- A module whose inner blocks make up most of its cost, such as a stage, is divided into them.
+- What comes before the first block is the stem, and what comes after the last is the classifier. Neither is a block.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ from torch import nn
 from ptee.analysis.cut_points import Survey
 from ptee.analysis.macs import Counts
 
-LARGE = 0.25  # share of the whole cost above which a unit with cuts inside is divided
+LARGE = 0.25  # share of the network's cost above which a module is divided if it contains cut points
 
 
 def blocks(module: nn.Module, survey: Survey, counts: Counts) -> list[str]:
-    """Names of the modules that end a block, in order of execution, without stem and classifier.
+    """The names of the modules that end a block, in order of execution.
 
     Args:
         module: the network.
-        survey: its cuts.
+        survey: its cut points.
         counts: its costs.
     """
     tree = _Tree(dict(module.named_modules()), survey, counts)
@@ -33,20 +36,22 @@ def blocks(module: nn.Module, survey: Survey, counts: Counts) -> list[str]:
 
 @dataclass(frozen=True)
 class _Tree:
+    """The module tree of a network, with its cut points and costs."""
+
     modules: dict[str, nn.Module]
     survey: Survey
     counts: Counts
 
     def units(self, name: str) -> list[str]:
-        """The outermost cuts that are not to be looked into."""
-        if name and name in self.survey.cuts and not self._is_transparent(name):
+        """The cut points in a module, itself included, that are not divided further."""
+        if name and name in self.survey.cuts and not self._is_divided(name):
             return [name] if name in self.counts.until else []  # an identity computes nothing
         prefix = f"{name}." if name else ""
         children = [prefix + child for child, _ in self.modules[name].named_children()]
         return [unit for child in children if child in self.modules for unit in self.units(child)]
 
     def one_per_layer(self, units: list[str]) -> list[str]:
-        """Of units that end after the same matrix products, the last block, or else the last: relu behind conv."""
+        """Of units with no matrix product between them, such as a convolution and its ReLU, keep the last block, or the last."""
         last: dict[int, str] = {}
         for name in units:
             products = self.counts.products_until.get(name, 0)
@@ -55,14 +60,14 @@ class _Tree:
         return list(last.values())
 
     def without_ends(self, units: list[str]) -> list[str]:
-        """Drop the stem before the first block, and what stands between the last block and the answer."""
+        """Leave out the stem before the first block, and everything after the last block."""
         last = max(self.counts.products_until.values())
         units = [name for name in units if self.counts.products_until.get(name, 0) < last]  # the classifier
         composite = [i for i, name in enumerate(units) if self.is_composite(name)]
         if not composite or self._is_chain(units, composite):
             return units[1:]
         classes = [type(self.modules[units[i]]) for i in composite]
-        # What the network is wrapped in does not count: "0.conv1" of Sequential(normalize, net) is as near the root as conv1.
+        # Modules around the network do not count: in Sequential(normalize, net), "1.conv1" is as near the root as "conv1".
         paths = [units[i].split(".") for i in composite]
         shared = next((n for n, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
         deep = [len(path) > shared + 1 for path in paths]
@@ -70,17 +75,18 @@ class _Tree:
         return units[(inner or composite)[0] : composite[-1] + 1]
 
     def _is_chain(self, units: list[str], composite: list[int]) -> bool:
-        """Single layers, one after another, do nearly all the work: what is composite then comes behind them."""
+        """Whether single layers, one after another, make up nearly all of the cost, and the first block comes after them."""
         cost = sum(self.counts.inside.get(units[i], 0) for i in composite)
         return composite[0] > len(composite) and cost < LARGE * self.counts.total
 
     def is_composite(self, name: str) -> bool:
-        """More than one layer."""
+        """Whether it has more than one layer."""
         return self.counts.products.get(name, 0) >= 2
 
-    def _is_transparent(self, name: str) -> bool:
+    def _is_divided(self, name: str) -> bool:
+        """Whether the blocks are inside of this module, rather than the module being a block itself."""
         inside = self._cuts_inside(name)
-        if not inside or self._is_opaque(type(self.modules[name])):
+        if not inside or self._is_block_class(type(self.modules[name])):
             return False
         parts = [n for n in inside if self.is_composite(n)]
         outermost = [n for n in parts if not any(n.startswith(f"{other}.") for other in parts)]
@@ -89,8 +95,8 @@ class _Tree:
             return True
         return cost > LARGE * self.counts.total and bool(self._earlier(name, inside))
 
-    def _is_opaque(self, kind: type[nn.Module]) -> bool:
-        """Some module of this class holds no cut but its own end: it is a block, and so are all of its class."""
+    def _is_block_class(self, kind: type[nn.Module]) -> bool:
+        """Whether some module of this class contains no cut point before its end, so that all of the class are blocks."""
         if kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             return False
         for name, module in self.modules.items():
@@ -104,6 +110,6 @@ class _Tree:
         return [n for n in self.survey.cuts if n.startswith(f"{name}.")]
 
     def _earlier(self, name: str, inside: list[str]) -> list[str]:
-        """Those of the cuts inside a module that come before its last matrix product."""
+        """The cut points inside of a module that come before its last matrix product."""
         end = self.counts.products_until.get(name, 0)
         return [n for n in inside if end - self.counts.products[name] < self.counts.products_until.get(n, 0) < end]

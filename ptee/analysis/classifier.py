@@ -1,4 +1,7 @@
-"""What can be a backbone: a module that gives logits (b, K) for images alone. Of any other: why not, and what to do."""
+"""Checks whether a module can be a backbone: it takes images, nothing else, and returns logits (b, K).
+
+Any other module is refused with the reason and with what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,33 @@ from ptee.analysis.fake_run import with_fake_tensors
 from ptee.analysis.freezing import modes, set_modes
 
 TWO_LOGITS = (
-    "One logit z of a binary network is two: let a module around it return torch.stack([torch.zeros_like(z), z], 1) with z of "
-    "shape (b,), whose softmax is the sigmoid of z."
+    "One logit z of a binary network is two: wrap it in a module that returns torch.stack([torch.zeros_like(z), z], 1), with z "
+    "of shape (b,). The softmax of these two is the sigmoid of z."
 )
 GIVE_SIZE = ("Give the size that it takes, ", Argument("input_size", "(c, h, w)"), ", or build it for this one.")
-MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # Python's words
-COMPILED = "_torchdynamo_orig_callable"  # torch.compile leaves the function that it was given here
-QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and what lies in them
+MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # as Python says it
+COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps the function that it was given
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and their submodules
 
 
 def require_runnable(module: nn.Module) -> None:
-    """Refuse what cannot be hooked, counted or run.
+    """Refuse a module that cannot be hooked, counted or run.
 
     Raises:
-        BackboneError: it is compiled, runs copies, is quantised, or has parameters without numbers or of inference mode.
+        BackboneError: if it is compiled, runs copies of a network, is quantised, or has parameters without values or from
+            inference mode.
     """
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
-        raise BackboneError(f"{kind} is compiled, so its modules cannot be hooked. Give the module itself.")
+        raise BackboneError(f"{kind} is compiled, so its modules cannot be hooked. Give the module that was compiled.")
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise BackboneError(f"{kind} runs copies of a network, which have no hooks. Give its .module.")
+        raise BackboneError(f"{kind} runs copies of a network, and the copies have no hooks. Give its .module.")
     require_uncompiled(module)
     for name, part in module.named_modules():
         if type(part).__module__.startswith(QUANTISED):
             raise BackboneError(
-                f"{kind} is quantised ({name or 'it'} is a {type(part).__name__} of {type(part).__module__}), and the operators "
-                "of such modules cannot be counted. Give the network as it was before."
+                f"{kind} is quantised ({name or 'it'} is a {type(part).__name__} of {type(part).__module__}), and the "
+                "operators of such modules cannot be counted. Give the network as it was before it was quantised."
             )
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
@@ -48,21 +52,21 @@ def require_runnable(module: nn.Module) -> None:
             )
         if tensor.is_meta:
             raise BackboneError(
-                f"{kind} is on the meta device ({name}), where tensors have no numbers. Build it on the CPU, or take "
+                f"{kind} is on the meta device ({name}), where tensors have no values. Build it on the CPU, or call "
                 "net.to_empty(device='cpu') and load its weights."
             )
         if tensor.is_inference() and tensor.requires_grad:
             raise BackboneError(
-                f"{kind} was built under torch.inference_mode ({name}), where torch lets nobody switch gradients off and on "
-                "again. Build it outside, or give copy.deepcopy(net), made outside."
+                f"{kind} was built under torch.inference_mode ({name}), so its gradients cannot be switched off and on. "
+                "Build it outside of inference_mode, or give copy.deepcopy(net), made outside of it."
             )
 
 
 def require_uncompiled(module: nn.Module) -> None:
-    """Refuse a network of which torch.compile has some parts: what it made of them need not run hooks, nor see new ones.
+    """Refuse a network with compiled parts: compiled code may run no hooks, or none that were added later.
 
     Raises:
-        BackboneError: naming them, and how to have the network without.
+        BackboneError: naming the parts, and how to get the network without torch.compile.
     """
     kind, parts = type(module).__name__, dict(module.named_modules())
     if wrapped := [name for name, part in parts.items() if name and hasattr(part, "_orig_mod")]:
@@ -85,16 +89,16 @@ def require_uncompiled(module: nn.Module) -> None:
 def count_classes(
     module: nn.Module, input_size: tuple[int, int, int], name: str, other_size: Advice = GIVE_SIZE
 ) -> int:
-    """K, from a pass in eval mode with two images of zeros; the modes are put back, even if the pass fails.
+    """K, from a forward pass in eval mode with two images of zeros. The modes are restored, even if the pass fails.
 
     Args:
         module: the network.
         input_size: (c, h, w).
-        name: what to call it.
-        other_size: what the caller can do if it takes images of another size, as parts of a message.
+        name: the network's name in errors.
+        other_size: what to do if the network takes images of another size, as parts of a message.
 
     Raises:
-        BackboneError: if the pass fails, or what it gives is not (b, K) with a row for each image and K >= 2.
+        BackboneError: if the pass fails, or its output is not (b, K) with a row for each image and K >= 2.
     """
     like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
@@ -107,7 +111,7 @@ def count_classes(
             )
     finally:
         set_modes(module, before)
-    if getattr(module, "num_classes", None) == 0:  # timm's way to say that these are features
+    if getattr(module, "num_classes", None) == 0:  # timm's networks return features then
         raise BackboneError(
             f"{name} has no classifier (its num_classes is 0). Give it one and train it; with timm: net.reset_classifier(10)."
         )
@@ -115,45 +119,45 @@ def count_classes(
 
 
 def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: Advice = GIVE_SIZE) -> Tensor:
-    """What a classifier answers: (b, K), K >= 2.
+    """The logits of a classifier: (b, K), K >= 2.
 
     Args:
         module: the network.
         images: (b, c, h, w).
-        name: what to call it; by default its class.
-        other_size: what the caller can do if it takes images of another size, as parts of a message.
+        name: the network's name in errors. By default the name of its class.
+        other_size: what to do if the network takes images of another size, as parts of a message.
 
     Raises:
-        BackboneError: if the pass fails, or gives something else than one tensor (b, K).
+        BackboneError: if the pass fails, or its output is something else than one tensor (b, K).
     """
     name = name or type(module).__name__
     try:
         logits = module(images)
     except Exception as why:
-        raise BackboneError(f"{name} ", *_failure(module, images, why, other_size)) from why
+        raise BackboneError(f"{name} ", *_why_it_failed(images, why, other_size)) from why
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images) and logits.shape[1] >= 2:
         return logits
     what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     raise BackboneError(
         f"{name} gives {what} for {len(images)} images, not logits ({len(images)}, K) with K >= 2. "
-        f"{_mend(logits, len(images))}"
+        f"{_how_to_get_logits(logits, len(images))}"
     )
 
 
-def _failure(module: nn.Module, images: Tensor, why: Exception, other_size: Advice) -> Advice:
-    """What a pass failed of: of arguments that only its author can give, or, as a rule, of the size."""
-    if wanting := MISSING.search(str(why)):
-        more = [name.strip("'") for name in re.findall(r"'\w+'", wanting[2])]
+def _why_it_failed(images: Tensor, why: Exception, other_size: Advice) -> Advice:
+    """The rest of a sentence: the forward pass needs more arguments than images, or, mostly, images of another size."""
+    if missing := MISSING.search(str(why)):
+        more = [name.strip("'") for name in re.findall(r"'\w+'", missing[2])]
         text = (
-            f"is called with images alone, and {wanting[1]} wants {' and '.join(more)} too. Wrap it in a module that gives them: "
-            f"forward(self, x): return self.net(x, {', '.join(f'{name}=...' for name in more)})."
+            f"is called with images alone, and {missing[1]} wants {' and '.join(more)} too. Wrap it in a module that gives "
+            f"them: forward(self, x): return self.net(x, {', '.join(f'{name}=...' for name in more)})."
         )
         return (text,)
     return (f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} ", *other_size)
 
 
-def _mend(output: Any, rows: int) -> str:
-    """How to make logits of what a network gives."""
+def _how_to_get_logits(output: Any, rows: int) -> str:
+    """What to do with a network that has this output for so many images."""
     if isinstance(output, Tensor) and output.shape in ((rows,), (rows, 1)):
         return TWO_LOGITS
     parts = _parts(output)
@@ -163,14 +167,14 @@ def _mend(output: Any, rows: int) -> str:
     for how, part in reversed(parts.items()):
         if isinstance(part, Tensor) and part.dim() == 4:
             return (
-                "If these are feature maps, wrap it in a module that has a classifier behind the last, and train that: "
+                "If these are feature maps, wrap it in a module with a classifier after the last of them, and train that: "
                 f"forward(self, x): return self.fc(self.net(x){how}.mean((2, 3)))."
             )
     return "Wrap it in a module that gives its logits."
 
 
 def _parts(output: Any) -> dict[str, Any]:
-    """What an output holds, by the way there; what is called logits first."""
+    """The parts of an output, by the code that gets them. A part that is called logits comes first."""
     if hasattr(output, "logits"):
         return {".logits": output.logits}
     if isinstance(output, Mapping):

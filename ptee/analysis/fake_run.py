@@ -1,4 +1,7 @@
-"""A network's shadow: its structure without its numbers, to see what a large one does at the price of its shapes."""
+"""Fake runs: a forward pass of a large network in which only shapes are computed, no values.
+
+torch's fake tensors have a shape, a type and a device, but no values, so an operator on them costs next to nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 T = TypeVar("T")
 
-HEAVY = 5e10  # multiply-accumulates of one pass above which the shadow is the faster of the two
-PATCH = 16 * 16  # pixels that share the parameters, roughly: of a ViT's patch
+HEAVY = 5e10  # multiply-accumulates of one pass above which a fake run is faster than a real one
+PATCH = 16 * 16  # pixels of a patch of a ViT; each patch uses all parameters once
 
 
 def with_fake_tensors(work: Callable[[nn.Module, Tensor], T], module: nn.Module, images: Tensor) -> T:
-    """Do something that needs shapes alone, on a shadow of the network if it is a heavy one that has a shadow.
+    """Do work that needs only shapes: on a fake copy of the network if the network is heavy, else on the network itself.
 
-    The shadow is a copy, so that what the network's code keeps for later is no shadow.
+    The fake copy is separate, so that nothing fake stays in the network if its code keeps a tensor for later. If the fake run
+    fails, the work is done on the network itself.
 
     Args:
-        work: (network, images) -> what is wanted; may be done twice.
+        work: (network, images) -> result. It may be called twice.
         module: the network.
         images: (b, c, h, w).
     """
-    weight = sum(p.numel() for p in module.parameters()) * images.shape[-2:].numel() / PATCH * len(images)
-    if weight > HEAVY:
+    macs = sum(p.numel() for p in module.parameters()) * images.shape[-2:].numel() / PATCH * len(images)
+    if macs > HEAVY:
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             tensors = [*module.parameters(), *module.buffers()]
-            like = copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
+            fake = copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
             with mode:
-                return work(like, mode.from_tensor(images))
-        except Exception:  # it cannot be copied, or its code looks at numbers
+                return work(fake, mode.from_tensor(images))
+        except Exception:  # the network cannot be copied, or its code looks at values
             pass
     return work(module, images)

@@ -1,4 +1,4 @@
-"""Taking a user's module: frozen, with hooks on it, until it is given back as it was."""
+"""Taking a user's module and giving it back: it is frozen and has hooks meanwhile, and is as it was afterwards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ptee.analysis.replay import make_cached, undo_cached
 
 @dataclass(frozen=True, eq=False)
 class FrozenState:
-    """How a module was before `freeze`, by the names of its parameters and parts; survives copying and pickling.
+    """How a module was before `freeze`, by the names of its parameters and parts. It can be copied and pickled.
 
-    Several may hold one module: it stays frozen until the last of them gives it back.
+    A module can be frozen several times. It stays frozen until the last of its states is restored.
     """
 
     requires_grad: dict[str, bool]
     training: dict[str, bool]
 
     def hold(self, module: nn.Module) -> None:
-        """Have the module stay frozen until `restore`; for a copy of the state and the module, too."""
+        """Keep the module frozen until `restore`. A copy of the state calls this for its copy of the module."""
         _HOLDERS.setdefault(module, WeakSet()).add(self)
 
     def restore(self, module: nn.Module) -> None:
-        """Put gradients and modes back as they were; parts that came later are left as they are."""
+        """Restore `requires_grad` and the modes. Parts that were added later stay as they are."""
         holders = _HOLDERS.get(module, WeakSet())
         holders.discard(self)
         if holders:
@@ -39,7 +39,7 @@ class FrozenState:
 
 
 def freeze(module: nn.Module) -> FrozenState:
-    """Take all gradients off a module and put all of it in eval mode; what it was before is returned."""
+    """Switch off the gradients of a module and put it in eval mode. Returns how it was before."""
     first = next(iter(_HOLDERS.get(module, ())), None)
     if first is None:
         state = FrozenState({name: p.requires_grad for name, p in module.named_parameters()}, modes(module))
@@ -60,7 +60,7 @@ def modes(module: nn.Module) -> dict[str, bool]:
 
 
 def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Put the flags back; parts that came later keep theirs."""
+    """Restore the training flags. Parts that were added later keep theirs."""
     for name, part in module.named_modules():
         part.training = flags.get(name, part.training)
 
@@ -69,24 +69,24 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
 
 
 class Attachment:
-    """A module kept frozen with hooks on it, until `release`, or until nobody has this any more.
+    """Keeps a module frozen, with hooks on it, until `release` is called or this object is gone.
 
-    Shallow copies of its owner share it; deep copies and pickles hold their own copy of the module.
+    Shallow copies of its owner share it. Deep copies and pickles have their own copy of the module.
 
     Args:
-        module: to freeze.
-        hooks: a forward hook for each of these parts of it.
+        module: the module.
+        hooks: a forward hook for each of these parts of the module.
         cached: parts whose outputs a call can keep (`replay`).
     """
 
     def __init__(self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], cached: Sequence[str] = ()) -> None:
         self._module, self._state = module, freeze(module)
-        # The handles are kept for their numbers: unpickling them keeps later hooks from taking the same ones.
+        # The handles are kept for their ids: when they are unpickled, torch does not give the same ids to later hooks.
         self._handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
         self._cached = list(cached)
-        self._held = [True]  # empty when the module was given back; shared with the finalizer
+        self._held = [True]  # empty after the release; shared with the finalizer
         make_cached([module.get_submodule(name) for name in cached])
-        self._parts = list(module.modules())  # to look at them at each call; walking the tree takes ten times as long
+        self._parts = list(module.modules())  # read at each call; walking the tree takes ten times as long
         self._watch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,15 +101,15 @@ class Attachment:
 
     @property
     def released(self) -> bool:
-        """Whether the module was given back."""
+        """Whether the module has been released."""
         return not self._held
 
     def release(self) -> None:
-        """Take the hooks off and give the module back as it was."""
+        """Remove the hooks and restore the module as it was."""
         _release(ref(self._module), self._state, self._handles, self._cached, self._held)
 
     def keep(self) -> None:
-        """Put the module back into eval mode if any part of it was taken out."""
+        """Put the module back in eval mode if any part of it is in training mode."""
         if any(part.training for part in self._parts):
             self._module.eval()
 

@@ -1,13 +1,14 @@
-"""Multiply-accumulates spent when each module's output is ready, counted with fvcore.
+"""The multiply-accumulates that have run when each module's output is ready, counted with fvcore.
 
-fvcore traces one forward pass and adds up its operators module by module. ptee needs them in order of execution: an
-exit behind a module has paid for everything that ran before that module's output, wherever it ran. The trace keeps
-that order, so the count listens to fvcore while it walks along.
+fvcore traces one forward pass and adds up the operators of each module. ptee needs them in order of execution: a row that
+leaves after a module has paid for everything that ran before, in whatever module. The trace has the operators in that
+order, so this count notes each operator when fvcore comes to it.
 
-What fvcore gets wrong alone is put right here: it has no handler for scaled_dot_product_attention nor for convolutions
-with padding="same", cannot see into the fused paths of nn.MultiheadAttention and nn.TransformerEncoderLayer, runs the
-model in the mode it finds, and leaves its hooks on when the forward pass raises. It counts a multiplication with its
-addition as one, but not in batch norm, whose scale and shift it counts as two; here they are one as everywhere else.
+This count corrects fvcore in several points:
+- It counts scaled_dot_product_attention, and convolutions with padding="same".
+- It sees into nn.MultiheadAttention and nn.TransformerEncoderLayer, by switching off their fused paths.
+- It counts in eval mode, and removes fvcore's hooks when the forward pass raises.
+- It counts the scale and shift of batch norm as one multiply-accumulate. fvcore counts them as two.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ptee._common.errors import BackboneError
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
 
-# Convolutions and matrix products: what makes a layer a layer. Normalisation, activation and pooling belong to it.
+# Convolutions and matrix products. Each makes a layer; normalisation, activation and pooling belong to the layer before.
 PRODUCTS = frozenset({
     "aten::_convolution", "aten::_convolution_mode", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
     "aten::einsum", "aten::scaled_dot_product_attention",
 })  # fmt: skip
 
-LARGE = 10**8  # parameters above which a network is counted without being computed where that can be
+LARGE = 10**8  # parameters above which a network is counted without computing its matrix products, if possible
 
 
 @dataclass(frozen=True)
 class Counts:
     """Multiply-accumulates of one forward pass of one sample.
 
-    Modules are named as in `named_modules()`; those that were never called are absent.
+    Modules are named as in `named_modules()`. Modules that were never called are absent.
 
     Attributes:
         total: of the whole pass.
-        until: executed when the module has given its output (of its last call, if it is called again).
-        inside: executed inside the module.
-        products_until: number of convolutions and matrix products executed when the module has given its output.
-        products: number of convolutions and matrix products executed inside the module.
+        until: those that have run when the module's output is ready (after its last call, if it is called several times).
+        inside: those that run inside of the module.
+        products_until: number of convolutions and matrix products that have run when the module's output is ready.
+        products: number of convolutions and matrix products that run inside of the module.
     """
 
     total: int
@@ -57,8 +58,8 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One operator of the traced pass: in which modules it ran, what it costs."""
+class _Operator:
+    """An operator of the traced pass: the modules in which it ran, its cost, and whether it is a matrix product."""
 
     modules: frozenset[str]
     macs: int
@@ -67,29 +68,33 @@ class _Step:
 
 @torch.inference_mode(False)
 def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Counts:
-    """Count what one forward pass of `module` costs, and how much of it has run at each module's output.
+    """Count what one forward pass costs, and how much of it has run when each module's output is ready.
 
     The module is left as it was: mode, buffers and hooks.
 
     Args:
-        module: anything with forward(x). Counted in eval mode.
-        example: (1, ...) one sample on the module's device; counts grow with the batch.
-        products_only: leave out all but convolutions and matrix products, as torch's own FlopCounterMode does.
+        module: any module with forward(x). It is counted in eval mode.
+        example: (1, ...) one sample, on the module's device. A larger batch would give larger counts.
+        products_only: count only convolutions and matrix products, as torch's FlopCounterMode does.
     """
     with alone(), _left_as_it_was(module), torch.no_grad(), no_fused_attention, no_checkpointing:
-        steps = _steps_of(module.eval(), example)
+        operators = _operators(module.eval(), example)
     if products_only:
-        steps = [step if step.product else replace(step, macs=0) for step in steps]
-    macs = list(accumulate((s.macs for s in steps), initial=0))
-    products = list(accumulate((s.product for s in steps), initial=0))
+        operators = [op if op.product else replace(op, macs=0) for op in operators]
+    return _counts(operators)
+
+
+def _counts(operators: list[_Operator]) -> Counts:
+    macs = list(accumulate((op.macs for op in operators), initial=0))
+    products = list(accumulate((op.product for op in operators), initial=0))
     last: dict[str, int] = {}
     inside: dict[str, int] = {}
     inner_products: dict[str, int] = {}
-    for i, step in enumerate(steps, 1):
-        for name in step.modules:
+    for i, op in enumerate(operators, 1):
+        for name in op.modules:
             last[name] = i
-            inside[name] = inside.get(name, 0) + step.macs
-            inner_products[name] = inner_products.get(name, 0) + step.product
+            inside[name] = inside.get(name, 0) + op.macs
+            inner_products[name] = inner_products.get(name, 0) + op.product
     return Counts(
         total=macs[-1],
         until={name: macs[i] for name, i in last.items()},
@@ -100,30 +105,31 @@ def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Co
 
 
 def parameters(module: nn.Module) -> int:
-    """Number of parameters, batch norm's weight and bias included."""
+    """The number of parameters, including weight and bias of batch norms."""
     return sum(p.numel() for p in module.parameters())
 
 
-def _steps_of(module: nn.Module, example: Tensor) -> list[_Step]:
+def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
+    """The operators of one forward pass, in order of execution."""
     if parameters(module) > LARGE:
         try:
-            with _idle(module):
-                return _steps(module, example)
-        except Exception:  # a convolution that no trace would show, or what the network cannot do with zeros
+            with _without_products(module):
+                return _traced(module, example)
+        except Exception:  # there is a convolution that the trace would miss, or the network fails on zeros
             pass
-    return _steps(module, example)
+    return _traced(module, example)
 
 
-def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
-    with no_warnings:  # it scripts functions, which torch calls deprecated
-        from fvcore.nn import FlopCountAnalysis  # imported late: it costs start-up time
+def _traced(module: nn.Module, example: Tensor) -> list[_Operator]:
+    with no_warnings:  # it scripts functions, which torch says is deprecated
+        from fvcore.nn import FlopCountAnalysis  # imported here, because it is slow to import
 
     class InOrder(FlopCountAnalysis):
         """fvcore's count, which also notes every operator in order of execution."""
 
         def __init__(self) -> None:
             super().__init__(module, example)
-            self.steps: list[_Step] = []
+            self.operators: list[_Operator] = []
             extra = {
                 "aten::scaled_dot_product_attention": _attention_macs,
                 "aten::baddbmm": _baddbmm_macs,
@@ -143,25 +149,25 @@ def _steps(module: nn.Module, example: Tensor) -> list[_Step]:
             return note
 
         def _note(self, node: Any, macs: int, product: bool) -> None:
-            self.steps.append(_Step(frozenset(node.scopeName().split("/")), macs, product))
+            self.operators.append(_Operator(frozenset(node.scopeName().split("/")), macs, product))
 
         def _should_ignore_node(self, node: Any) -> bool:
-            # The free operators too: the output of a ReLU is ready after everything that ran before it.
+            # Operators that cost nothing are noted too: a ReLU's output is ready after everything that ran before it.
             self._note(node, 0, False)
             return True
 
     analysis = InOrder().uncalled_modules_warnings(False).unsupported_ops_warnings(False).tracer_warnings("none")
     try:
-        with no_warnings:  # which it would switch off itself, without a thought of other threads
+        with no_warnings:  # fvcore would switch them off itself, but for other threads too
             analysis.total()
     except RuntimeError as why:
         if "dynamo-optimized" not in str(why):
             raise
         raise BackboneError(
-            f"{type(module).__name__} calls a function that torch.compile made, whose operators cannot be counted. Let it call "
-            "the function itself, without torch.compile."
+            f"{type(module).__name__} calls a function that torch.compile made, and its operators cannot be counted. Let it "
+            "call the function itself, without torch.compile."
         ) from why
-    return analysis.steps
+    return analysis.operators
 
 
 def _shape(value: Any) -> list[int]:
@@ -176,12 +182,12 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _batch_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """In eval mode x * scale + shift, the statistics folded into both: one for each element."""
+    """In eval mode it is x * scale + shift, with the statistics folded into both: one for each element."""
     return prod(_shape(inputs[0]))
 
 
 def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """With padding="same", an operator of its own, which fvcore does not know. The weight has c / groups inputs."""
+    """A convolution with padding="same", an operator that fvcore does not know. The weight has c / groups inputs."""
     return prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:])
 
 
@@ -191,11 +197,11 @@ def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 class _UntracedError(Exception):
-    """A convolution ran under a dispatch mode, where the trace does not record it."""
+    """A convolution ran inside of a dispatch mode, where the trace does not record it."""
 
 
-class _Idle(TorchDispatchMode):
-    """Matrix products and attention give zeros of their shape: the trace has them, nobody works them out."""
+class _ZeroProducts(TorchDispatchMode):
+    """Matrix products and attention return zeros of the right shape: the trace records them, but they are not computed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -205,7 +211,9 @@ class _Idle(TorchDispatchMode):
         if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
             query, value = args[0], args[2]
             b, heads, length = query.shape[:-1]
-            answer = query.new_zeros(b, length, heads, value.shape[-1]).transpose(1, 2)  # as it lies in memory there
+            answer = query.new_zeros(b, length, heads, value.shape[-1]).transpose(
+                1, 2
+            )  # the operator's order in memory
             return answer, query.new_zeros(b, heads, length)
         if func is aten.convolution.default:
             raise _UntracedError
@@ -213,20 +221,20 @@ class _Idle(TorchDispatchMode):
 
 
 @contextmanager
-def _idle(module: nn.Module) -> Iterator[None]:
-    """Keeps the parts of a network that hold no convolution from computing their products."""
+def _without_products(module: nn.Module) -> Iterator[None]:
+    """Inside, the parts of a network that contain no convolution do not compute their matrix products."""
     parts = [m for m in _outermost(module) if "forward" not in vars(m)]
 
-    def idle(part: nn.Module) -> Callable[..., Any]:
+    def with_zeros(part: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _Idle():
+            with _ZeroProducts():
                 return type(part).forward(part, *args, **kwargs)
 
         return forward
 
     try:
         for part in parts:
-            part.forward = idle(part)
+            part.forward = with_zeros(part)
         yield
     finally:
         for part in parts:
@@ -234,7 +242,7 @@ def _idle(module: nn.Module) -> Iterator[None]:
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest parts without a convolution; of a list its members, for nobody calls a list."""
+    """The largest parts without a convolution. Of a list these are its members, because a list itself is never called."""
     listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     if not listed and not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
         yield module
@@ -245,7 +253,7 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Puts mode, buffers and hooks back, whatever happens inside."""
+    """Restores modes, buffers and hooks at the end, also after an error."""
     modes = {m: m.training for m in module.modules()}
     hooks = {m: (dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in module.modules()}
     buffers = [

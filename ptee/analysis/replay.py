@@ -1,9 +1,12 @@
-"""Cuts in the middle of code that remembers the whole batch.
+"""A forward pass starts again with fewer rows, and nothing is computed twice.
 
-When rows leave at a cut, the code of some networks still holds values of the whole batch: the number of rows in a Python
-variable, a mask, the output of an earlier block. Nobody else can change those variables. So the forward pass starts again
-with the rows that are left. Every module that was done before the cut gives its earlier output for these rows, without
-computing it again, and the variables around it get the right values.
+When rows leave at a cut, the code of some networks still holds something of the whole batch: the number of rows in a Python
+variable, a mask, the output of an earlier block. Nothing outside can change those variables. So the pass starts again with
+the rows that are left, and the code sets its variables again.
+
+The work is not done again. A `ReplayCache` keeps the outputs of the modules that ran before the cut (its `Step`s). In the
+new pass each of these modules returns the output that it returned before, with only the rows that are left. `CachedModule`
+takes the place of a module's `forward` for this. `run` catches `RestartForward`, which a hook raises when rows have left.
 """
 
 from __future__ import annotations
@@ -22,46 +25,46 @@ from ptee._common.errors import PteeError
 
 ANOTHER_WAY = (
     "This input takes another way through the backbone than the one the exits were planned for, or the backbone was changed "
-    "after augment(). Plan anew."
+    "after augment(). Plan the exits again."
 )
 
 
 class ActiveRows:
-    """The rows of one call that have not left yet. Everything that follows the rows of a call asks here.
+    """The rows of one call that have not left yet. All that must follow the rows of a call asks here.
 
-    A moment is the number of times that rows had left by then, so that what was computed earlier can be matched to the rows
-    that are here now.
+    A moment is the number of times that rows had left by then. With it, something that was computed earlier can be matched
+    to the rows that are left now.
 
     Attributes:
-        count: how many are here.
+        count: how many rows are left.
 
     Args:
-        batch: number of rows at the beginning.
+        batch: how many rows there are at the start.
     """
 
     def __init__(self, batch: int) -> None:
         self.count = batch
-        self._stayed: list[Tensor] = []  # each time rows left: the others, as positions among the rows before
+        self._stayed: list[Tensor] = []  # for each time that rows left: the others, as positions among the rows before
 
     @property
     def moment(self) -> int:
-        """Now, for `since` and `select` later."""
+        """Now, for a later `since` or `select`."""
         return len(self._stayed)
 
     def keep(self, staying: Tensor) -> None:
-        """All other rows leave.
+        """Let all other rows leave.
 
         Args:
-            staying: (kept,) positions among the rows that are here.
+            staying: (kept,) positions among the rows that are left.
         """
         self._stayed.append(staying)
         self.count = len(staying)
 
     def since(self, moment: int = 0) -> Tensor | None:
-        """(count,) the rows that are here, as positions among those of an earlier moment; None if nobody has left since.
+        """(count,) the rows that are left, as positions among those of an earlier moment. None if no row has left since.
 
         Args:
-            moment: 0 for the beginning.
+            moment: 0 for the start.
         """
         rows = None
         for staying in self._stayed[moment:]:
@@ -69,11 +72,11 @@ class ActiveRows:
         return rows
 
     def select(self, tensor: Tensor, moment: int = 0) -> Tensor:
-        """What a tensor of an earlier moment says of the rows that are here.
+        """The part of an earlier tensor that belongs to the rows that are left.
 
         Args:
             tensor: (rows of that moment, ...).
-            moment: 0 for the beginning.
+            moment: 0 for the start.
         """
         rows = self.since(moment)
         return tensor if rows is None else tensor.index_select(0, rows)
@@ -81,14 +84,14 @@ class ActiveRows:
 
 @dataclass(frozen=True)
 class Step:
-    """A call of a module that is over when a cut is reached, so that it need not run again.
+    """A call of a module that has ended when a cut is reached, so that it need not run again.
 
     Attributes:
         name: the module.
-        leaves: which of its output's tensors carry rows, counted through nested tuples, lists and dicts.
-        needed: its values are read behind the cut; else only their shapes matter.
-        overwritten: something later writes into them, so a copy is kept.
-        repeated: which tensors hold the same for every row, whatever the image: positions, masks. Their values matter.
+        leaves: which tensors of its output carry rows, counted through nested tuples, lists and dicts.
+        needed: whether the rest of the pass reads their values. If not, only their shapes matter.
+        overwritten: whether something later writes into them, so that a copy must be kept.
+        repeated: which tensors hold the same for every row, whatever the image: positions, masks. Their values are kept.
     """
 
     name: str
@@ -102,19 +105,19 @@ def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
     """Some rows of a batch.
 
     Args:
-        tensor: (batch * fold, ...), the rows in front, each with as many entries of its own: one, or the tokens or windows
-            that share the first axis with the batch.
+        tensor: (batch * n, ...): in the first axis, each row has n entries one after another. n is 1, or the number of
+            tokens or windows that are folded into the batch.
         rows: (kept,) positions in the batch.
         batch: number of rows.
 
     Raises:
-        PteeError: if the tensor does not hold so many rows.
+        PteeError: if the first axis cannot be divided into so many rows.
     """
     if len(tensor) == batch:
         return tensor[rows]  # index_select would lose channels_last
     if len(tensor) % batch:
         raise PteeError(
-            f"A tensor of shape {tuple(tensor.shape)} does not carry the {batch} rows that are here. {ANOTHER_WAY}"
+            f"A tensor of shape {tuple(tensor.shape)} does not carry the {batch} rows that are left. {ANOTHER_WAY}"
         )
     return tensor.unflatten(0, (batch, -1))[rows].flatten(0, 1)
 
@@ -123,7 +126,7 @@ def select(output: Any, leaves: Sequence[int], rows: Tensor, batch: int) -> Any:
     """A module's output with only these rows of the batch.
 
     Args:
-        output: what the module gave: a tensor, or nested tuples, lists and dicts of tensors.
+        output: the module's output: a tensor, or nested tuples, lists and dicts of tensors.
         leaves: which of its tensors carry rows.
         rows: (kept,) positions in the batch as it was at this module.
         batch: how many rows it had there.
@@ -135,7 +138,7 @@ def select(output: Any, leaves: Sequence[int], rows: Tensor, batch: int) -> Any:
 
 
 def merged(plans: Sequence[Sequence[Step]]) -> dict[str, Step]:
-    """The steps of several cuts of one network, by module: what any call of it and any cut needs."""
+    """The steps of several cuts of one network, by module. A merged step keeps what any of its cuts needs."""
     steps: dict[str, Step] = {}
     for step in (step for plan in plans for step in plan):
         other = steps.get(step.name, step)
@@ -146,14 +149,17 @@ def merged(plans: Sequence[Sequence[Step]]) -> dict[str, Step]:
     return steps
 
 
+# ---------------------------------------------------------------------------------------------------- the cache of a call
+
+
 @dataclass(frozen=True)
 class _Kept:
-    """What a call of a module gave.
+    """The output of one call of a module.
 
     Attributes:
-        moment: of `ActiveRows`, when it gave it.
-        batch: how many rows were there.
-        output: what it gave.
+        moment: the moment of `ActiveRows` at which it was returned.
+        batch: how many rows there were.
+        output: the output.
     """
 
     moment: int
@@ -162,11 +168,11 @@ class _Kept:
 
 
 class ReplayCache:
-    """What modules gave in one call, to be given again for the rows that are left when the pass starts again.
+    """The outputs of modules in one call of the model, to be returned again when the forward pass starts again.
 
     Args:
         steps: what to keep, by module.
-        rows: of the call.
+        rows: the rows of the call.
     """
 
     def __init__(self, steps: Mapping[nn.Module, Step], rows: ActiveRows) -> None:
@@ -175,25 +181,25 @@ class ReplayCache:
         self._steps = steps
         self._kept: dict[nn.Module, list[_Kept]] = {}
         self._calls: Counter[nn.Module] = Counter()  # in this pass
-        self._inside: list[list[nn.Module]] = []  # for each step that is running, what was kept meanwhile
+        self._inside: list[list[nn.Module]] = []  # for each step that is running, which steps have ended inside of it
 
     def start(self, images: Tensor) -> Tensor:
-        """A forward pass starts. Returns the images of the rows that are here.
+        """Start a forward pass. Returns the images of the rows that are left.
 
         Args:
-            images: (b, c, h, w) with which the call began.
+            images: (b, c, h, w) all images of the call.
         """
         self._calls.clear()
         self._inside.clear()
         rows = self.rows.since()
-        self.restarted = rows is not None and self._started  # rows may have left at the input, before the first pass
+        self.restarted = rows is not None and self._started  # rows may leave at the input, before the first pass
         self._started = True
         if rows is not None:
             return images[rows]
-        return images.clone() if self._steps else images  # the backbone may write into it, and it is needed again
+        return images.clone() if self._steps else images  # the backbone may write into them, and a new pass needs them
 
     def require(self, steps: Sequence[Step]) -> None:
-        """Refuse to start again where other modules ran than those of the plan, or more often.
+        """Refuse to start again if the modules that ran are not those of the plan, or ran more often.
 
         Raises:
             PteeError: naming one of them.
@@ -208,7 +214,7 @@ class ReplayCache:
                 )
 
     def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A module is called: it gives what it gave before, or runs."""
+        """Call a module: it returns the output of its earlier call if there was one, otherwise it runs."""
         step = self._steps.get(module)
         if step is None:
             return forward(*args, **kwargs)
@@ -225,10 +231,10 @@ class ReplayCache:
     def _run(self, step: Step, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._inside.append([])
         output = forward(*args, **kwargs)
-        for inner in self._inside.pop():  # it will not be called again: this module gives its output without
+        for inner in self._inside.pop():  # when this module is replayed, those inside of it are not called
             self._kept[inner].pop()
             self._calls[inner] -= 1
-        # A user's own hooks on the module see what it gives; they must not see zeros.
+        # A user's own hooks on the module see its output, and must not see zeros.
         needed = step.needed or bool(module._forward_hooks)
         self._kept[module].append(_Kept(self.rows.moment, self.rows.count, _stored(step, output, needed)))
         return output
@@ -242,9 +248,9 @@ class ReplayCache:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is left of a tensor whose values nobody reads."""
+    """Stands for a tensor whose values are never read."""
 
-    like: Tensor  # (), for type and device
+    like: Tensor  # (), with its type and device
     shape: tuple[int, ...]
 
 
@@ -267,15 +273,15 @@ def _zeros(shape: _Shape) -> Tensor:
 
 
 class CachedModule:
-    """Takes the place of a module's `forward`, and asks the cache of the call that is running, if there is one."""
+    """Takes the place of a module's `forward`. It asks the cache of the call that is running, if there is one."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.own = module.__dict__.get("forward")  # somebody else's, put in that place before
+        self.own = module.__dict__.get("forward")  # another `forward` that somebody had put on the module before
         self.users = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module runs, or gives what it gave before."""
+        """The output of the module's earlier call, or of its `forward`."""
         cache = _CACHE.get()
         if cache is None:
             return self._forward(*args, **kwargs)
@@ -288,7 +294,7 @@ class CachedModule:
 
 
 def make_cached(modules: Sequence[nn.Module]) -> None:
-    """From now on a call can keep what these modules give."""
+    """Let calls keep the outputs of these modules, until `undo_cached`."""
     for module in modules:
         wrapper = module.__dict__.get("forward")
         if not isinstance(wrapper, CachedModule):
@@ -297,7 +303,7 @@ def make_cached(modules: Sequence[nn.Module]) -> None:
 
 
 def undo_cached(modules: Sequence[nn.Module]) -> None:
-    """Undo `make_cached`; a module is as it was when its last user is done."""
+    """Undo `make_cached`. A module is as it was before when its last user has done so."""
     for module in modules:
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, CachedModule):
@@ -312,19 +318,19 @@ _CACHE: ContextVar[ReplayCache | None] = ContextVar("the replay cache of the cal
 
 
 class RestartForward(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
-    """Rows have left: the forward pass starts again with the others."""
+    """Rows have left, and the forward pass must start again with the others."""
 
 
 def run(backbone: nn.Module, images: Tensor, cache: ReplayCache) -> Tensor:
-    """A forward pass, started again with the rows that are left whenever a hook raises `RestartForward`.
+    """Run a forward pass, and start it again with the rows that are left whenever a hook raises `RestartForward`.
 
     Args:
-        backbone: whose modules are cached, where `cache` has steps for them.
+        backbone: the network. The modules of the cache's steps must be cached (`make_cached`).
         images: (b, c, h, w).
-        cache: of this call.
+        cache: the cache of this call.
 
     Returns:
-        What the backbone answers for the rows that are left.
+        The backbone's output for the rows that are left.
     """
     token = _CACHE.set(cache)
     try:

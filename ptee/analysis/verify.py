@@ -1,6 +1,11 @@
-"""The proof of a cut: rows go there, and the rest of the forward pass must answer exactly those that are left.
+"""Cut points are verified with numbers: rows leave there, and the others must get the answers that they get alone.
 
-Answers are compared in the network's own precision first. Where they differ, float64 tells rounding from mixed rows.
+`survey` finds cut points from a recording of the forward pass. It cannot see what the network's own code remembers of a
+batch. So before an exit is placed at a cut point, the pass is run with rows leaving there. The rows that stay must get the
+same logits as each of them gets in a batch of one image. If they do not, the cut point is refused with the reason.
+
+"The same" means: as near as rounding allows. Logits are compared in the network's own number type first. If they differ,
+they are computed again in float64. There rounding is gone, but a mistake stays.
 """
 
 from __future__ import annotations
@@ -19,148 +24,186 @@ from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
-KEPT = 2  # rows left in a proof: one alone would broadcast past a skip connection that carries the old rows
+STAYING = 2  # rows that never leave: one alone would broadcast where a skip connection still carries the rows that left
 
 
 @torch.inference_mode(False)
 def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
-    """Let rows go at each cut, and require that the network answers exactly those that are left.
+    """Let rows leave at each cut point, and check that the network gives the others the right logits.
 
-    All cuts are tried in one pass, each of which takes one row away; only if that fails are they tried one by one.
+    All cut points are tried in one pass, where one row leaves at each. Only if that fails, each is tried in a pass of its own.
 
     Args:
         module: the network in eval mode.
-        cuts: what to prove, in order of execution.
+        cuts: the cut points, in order of execution.
         input_size: (c, h, w).
 
     Returns:
-        Why each cut that failed is none, by name; empty when all are proven.
+        The names of the cut points that failed, each with the reason. Empty if none failed.
 
     Raises:
-        BackboneError: if the network is random, or rows of one batch change one another's answers even without a cut.
+        BackboneError: if the network is random, or if the rows of a batch influence one another even without a cut.
     """
     with comparable():
         try:
-            refused = _refused(module, cuts, input_size)
-        except _OffError:
-            if (exactly := _in_float64(module, cuts, input_size)) is None:
+            failures = _failures(module, cuts, input_size)
+        except _InexactError:
+            if (exact := _reasons_in_float64(module, cuts, input_size)) is None:
                 raise
-            return exactly
-        doubtful = [cut for cut in cuts if cut.name in refused and refused[cut.name].off]
-        exactly = _in_float64(module, doubtful, input_size) if doubtful else None
-    if exactly is None:
-        return {name: why.words for name, why in refused.items()}
-    certain = {name: why.words for name, why in refused.items() if not why.off}
-    return {cut.name: (certain | exactly)[cut.name] for cut in cuts if cut.name in certain | exactly}
+            return exact
+        doubtful = [cut for cut in cuts if cut.name in failures and failures[cut.name].inexact]
+        exact = _reasons_in_float64(module, doubtful, input_size) if doubtful else None
+    if exact is None:
+        return {name: failure.reason for name, failure in failures.items()}
+    reasons = {name: failure.reason for name, failure in failures.items() if not failure.inexact} | exact
+    return {cut.name: reasons[cut.name] for cut in cuts if cut.name in reasons}
 
 
 @dataclass(frozen=True)
-class _Objection:
-    """Why cuts are none."""
+class _Failure:
+    """Why rows cannot leave.
 
-    words: str
-    off: bool = False  # the answers are there and lie too far off, which rounding may do
+    Attributes:
+        reason: in words.
+        inexact: whether rounding may be the cause: there are logits for all rows, but they differ too much.
+    """
+
+    reason: str
+    inexact: bool = False
 
 
-class _OffError(BackboneError):
-    """Without any cut, answers that should be the same lie apart, which rounding may do."""
+class _InexactError(BackboneError):
+    """Logits that should be the same differ even without a cut, and rounding may be the cause."""
 
 
-def _refused(
+def _failures(
     module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int], exact: bool = False
-) -> dict[str, _Objection]:
-    reference = _Reference.of(module, random_images(module, len(cuts) + KEPT, input_size), exact)
-    if cuts and reference.objection(cuts) is None:
+) -> dict[str, _Failure]:
+    reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size), exact)
+    if cuts and reference.failure_reason(cuts) is None:
         return {}
     reference.check_independence()
-    reference = _Reference.of(module, random_images(module, KEPT + 2, input_size), exact)
-    return {cut.name: why for cut in cuts if (why := reference.objection([cut])) is not None}
+    reference = _Reference.of(module, random_images(module, STAYING + 2, input_size), exact)
+    return {cut.name: failure for cut in cuts if (failure := reference.failure_reason([cut])) is not None}
 
 
-def _in_float64(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str] | None:
-    """Why each cut that failed is none; None where the network cannot compute in float64."""
+def _reasons_in_float64(
+    module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]
+) -> dict[str, str] | None:
+    """The cut points that fail in float64, with the reasons; None if the network cannot compute in float64."""
     exact = exact_copy(module)
     if exact is None:
         return None
     try:
-        return {name: why.words for name, why in _refused(exact, cuts, input_size, exact=True).items()}
-    except _OffError:
+        failures = _failures(exact, cuts, input_size, exact=True)
+    except _InexactError:
         raise
-    except BackboneError:  # it casts to a type of its own
+    except BackboneError:  # the network's code casts to a type of its own
         return None
+    return {name: failure.reason for name, failure in failures.items()}
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the last rows of a batch get where each is alone, and how near to it they must come elsewhere."""
+    """The logits that the last rows of a batch get when each is alone, which they must get in any batch.
+
+    Attributes:
+        module: the network.
+        images: (b, c, h, w).
+        logits: (STAYING, K) of the last images.
+        tolerance: how much logits may differ from these.
+    """
 
     module: nn.Module
     images: Tensor
-    answers: Tensor  # of the last `KEPT` rows
+    logits: Tensor
     tolerance: float
 
     @classmethod
     def of(cls, module: nn.Module, images: Tensor, exact: bool = False) -> _Reference:
-        """For a network, or an `exact` copy of one, of which no more is asked than of float32, where that tells rows apart."""
-        reference = cls._asked(module, images, TOLERANCES[torch.float32] if exact else 0.0)
+        """The reference for a network.
+
+        Args:
+            module: the network.
+            images: (b, c, h, w).
+            exact: whether this is a copy in float64. It need only be as exact as float32, unless that tells no rows apart.
+        """
+        reference = cls._run(module, images, TOLERANCES[torch.float32] if exact else 0.0)
         if reference._rows_differ():
             return reference
-        # Untrained networks can answer almost the same for every image; float64 still tells the rows apart.
-        twin = module if exact else exact_copy(module)
+        # An untrained network can give nearly the same logits for every image. Float64 still tells the rows apart.
+        copied = module if exact else exact_copy(module)
         try:
-            return reference if twin is None else cls._asked(twin, exact_images(images, twin))
-        except Exception:  # it casts to a type of its own
+            return reference if copied is None else cls._run(copied, exact_images(images, copied))
+        except Exception:  # the network's code casts to a type of its own
             return reference
 
     @classmethod
-    def _asked(cls, module: nn.Module, images: Tensor, least: float = 0.0) -> _Reference:
+    def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float = 0.0) -> _Reference:
         with torch.no_grad():
-            answers = torch.cat([logits_of(module, image[None].clone()) for image in images[-KEPT:]])
-        relative = max(tolerance(answers.dtype, answers.device), least)
-        return cls(module, images, answers, relative * max(answers.abs().max().item(), 1e-30))
+            logits = torch.cat([logits_of(module, image[None].clone()) for image in images[-STAYING:]])
+        relative = max(tolerance(logits.dtype, logits.device), min_tolerance)
+        return cls(module, images, logits, relative * max(logits.abs().max().item(), 1e-30))
 
     def _rows_differ(self) -> bool:
-        n = len(self.answers)
-        gaps = [(self.answers[i] - self.answers[j]).abs().max().item() for i in range(n) for j in range(i)]
+        n = len(self.logits)
+        gaps = [(self.logits[i] - self.logits[j]).abs().max().item() for i in range(n) for j in range(i)]
         return min(gaps) > 10 * self.tolerance
 
     def check_independence(self) -> None:
-        """The same rows must get the same answers, in the same batch and in another."""
+        """Check that a row gets the same logits in the same batch again, and in another batch.
+
+        Raises:
+            BackboneError: if it does not.
+        """
         kind = type(self.module).__name__
         with torch.no_grad():
             together, again = (logits_of(self.module, self.images.clone()) for _ in range(2))
-        if not self.answers.isfinite().all():
+        if not self.logits.isfinite().all():
             raise BackboneError(
-                f"{kind} answers noise with what is no finite number. Check its weights and its number type."
+                f"{kind} answers noise with values that are not finite (inf or nan). Check its weights and its number type."
             )
         gap = (together - again).abs().max().item()
         if gap > self.tolerance:
-            raise _off(gap)(
-                f"{kind} answers the same batch differently each time: something in it is random in eval mode, too (dropout that is "
-                "always on, torch.rand in a forward). Make that depend on self.training."
+            raise _error_for(gap)(
+                f"{kind} answers the same batch differently each time, so something in it is random in eval mode (a dropout "
+                "that is always on, or torch.rand in a forward). Make that depend on self.training."
             )
-        gap = (self.answers - together[-KEPT:]).abs().max().item()
+        gap = (self.logits - together[-STAYING:]).abs().max().item()
         if not gap <= self.tolerance:
-            raise _off(gap)(
+            raise _error_for(gap)(
                 f"{kind} answers the same image differently in another batch (off by {gap:.1e}): "
                 "its rows influence one another, so none of them can leave early."
             )
 
-    def objection(self, cuts: Sequence[Cut]) -> _Objection | None:
-        """Why these are no cuts, or None where the proof succeeds: the first rows leave, as many at each."""
-        images = self.images
-        leaving = (len(images) - KEPT) // len(cuts)
+    def failure_reason(self, cuts: Sequence[Cut]) -> _Failure | None:
+        """Run the pass with the first rows leaving, as many at each cut. None if the last rows get the right logits."""
+        try:
+            logits = self._run_with_rows_leaving(cuts)
+        except Exception as why:  # the network's own code may raise anything when there are fewer rows
+            return _Failure(f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})")
+        if logits.shape != self.logits.shape:
+            shape = tuple(logits.shape)
+            return _Failure(f"with {STAYING} rows left the network still answers with shape {shape}")
+        gap = (logits - self.logits).abs().max().item()
+        if not gap <= self.tolerance:
+            reason = f"with fewer rows after it the logits are off by {gap:.1e} (allowed: {self.tolerance:.1e})"
+            return _Failure(reason, inexact=math.isfinite(gap))
+        return None
 
+    def _run_with_rows_leaving(self, cuts: Sequence[Cut]) -> Tensor:
+        """(rows that stay, K)"""
         steps = {self.module.get_submodule(n): step for n, step in merged([cut.steps for cut in cuts]).items()}
-        rows = ActiveRows(len(images))
+        rows = ActiveRows(len(self.images))
         cache = ReplayCache(steps, rows)
+        leaving = (len(self.images) - STAYING) // len(cuts)
         passed: set[str] = set()
 
-        def drop(cut: Cut, output: Any) -> Any:
+        def remove_rows(cut: Cut, output: Any) -> Any:
             if cut.name in passed:  # the pass has started again
                 return None
             passed.add(cut.name)
-            staying = torch.arange(leaving, len(cut.feature_map(output)), device=images.device)
+            staying = torch.arange(leaving, len(cut.feature_map(output)), device=self.images.device)
             if cut.steps:
                 cache.require(cut.steps)
             rows.keep(staying)
@@ -169,28 +212,21 @@ class _Reference:
             return cut.select(output, staying)
 
         handles = [
-            self.module.get_submodule(cut.name).register_forward_hook(lambda _m, _i, out, cut=cut: drop(cut, out))
+            self.module.get_submodule(cut.name).register_forward_hook(
+                lambda _m, _i, out, cut=cut: remove_rows(cut, out)
+            )
             for cut in cuts
         ]
         make_cached(list(steps))
         try:
             with torch.no_grad():
-                got = run(self.module, images.clone(), cache)  # it may write into them
-        except Exception as why:  # whatever the network's own code raises on fewer rows
-            return _Objection(f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})")
+                return run(self.module, self.images.clone(), cache)  # the network may write into its images
         finally:
             undo_cached(list(steps))
             for handle in handles:
                 handle.remove()
-        if got.shape != self.answers.shape:
-            return _Objection(f"with {KEPT} rows left the network still answers with shape {tuple(got.shape)}")
-        gap = (got - self.answers).abs().max().item()
-        if not gap <= self.tolerance:
-            words = f"resuming from it gives logits off by {gap:.1e} (allowed: {self.tolerance:.1e})"
-            return _Objection(words, off=math.isfinite(gap))
-        return None
 
 
-def _off(gap: float) -> type[BackboneError]:
-    """What to raise of answers that lie so far apart; no rounding makes what is no number."""
-    return _OffError if math.isfinite(gap) else BackboneError
+def _error_for(gap: float) -> type[BackboneError]:
+    """The error to raise for logits that differ so much. Rounding never makes a difference that is not finite."""
+    return _InexactError if math.isfinite(gap) else BackboneError

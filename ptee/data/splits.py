@@ -130,7 +130,11 @@ def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
         chosen = f"the {len(calibration):,} calibration images"
         return Parts(calibration, unseen, chosen, f"the {n:,} validation images")
     if n < 2:
-        raise DataError(f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}.")
+        raise DataError(
+            f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}. Give more images: ",
+            Argument("data", "FOLDER"),
+            ".",
+        )
     first, second = draw(n, [n // 2], seed)
     kind = "validation images" if whole else "images"
     drawn = f"{len(first):,} of the {n:,} {kind}, drawn with seed {seed},"

@@ -231,7 +231,7 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
     same = {
         "recipe": make_recipe(folder).to_yaml() == recipe.to_yaml(),
         "images": results.get("data") == json.loads(json.dumps(about(data))),
-        "backbone": saving.read(folder).backbone_hash == weights_hash(backbone.module),
+        "backbone": saving.read(folder).config.backbone.hash == weights_hash(backbone.module),
     }
     if other := [name for name, is_same in same.items() if not is_same]:
         raise RunError(

@@ -224,7 +224,7 @@ def test_a_backbone_that_casts_to_float32_inside_gets_exits() -> None:
 def test_numbers_that_are_no_finite_ones_are_no_rounding() -> None:
     broken = net(nn.Identity())
     broken[0].weight.data.fill_(float("nan"))
-    with pytest.raises(BackboneError, match="no finite number"):
+    with pytest.raises(BackboneError, match="values that are not finite"):
         ptee.augment(broken, exits=["0"], input_size=(3, 8, 8))
 
 

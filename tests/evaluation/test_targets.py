@@ -274,7 +274,7 @@ def test_thresholds_nearly_keep_the_target_on_other_images():
 
 REFUSED = {
     "no target": ({}, r"no target.*Give one: max_drop=0.01, max_fidelity_drop=0.01 or max_cost=0.6\.", None),
-    "two": ({"max_drop": 0.1, "max_cost": 0.5}, "max_drop and max_cost are given", "max_drop"),
+    "two": ({"max_drop": 0.1, "max_cost": 0.5}, "max_drop=0.1 and max_cost=0.5 are given", "max_drop"),
     "a percentage": ({"max_drop": 2}, "max_drop=2 must be below 1", "max_drop"),
     "a negative drop": ({"max_fidelity_drop": -0.1}, "max_fidelity_drop=-0.1 must be 0 or more", "max_fidelity_drop"),
     "NaN": ({"max_drop": math.nan}, "max_drop=nan must be a finite number", "max_drop"),
