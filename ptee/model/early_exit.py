@@ -1,7 +1,7 @@
-"""The early-exit model: a frozen backbone with a hook at each cut, a head behind each hook, and a threshold.
+"""The early-exit model: a frozen backbone with a hook and a head at each cut, and a threshold for each exit.
 
-One path serves all: `predict`, `forward` and `all_exits` run the backbone's own forward pass; at each cut the hook asks
-the call that is going on what to do (`calls`).
+`predict`, `forward` and `all_exits` all run the backbone's own forward pass. At each cut the hook asks the call that is
+running what to do (`forward`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ptee.exits.plan import Exit, Plan
 from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
+    AnswerTypes,
     Call,
     ExitEarly,
     ExitHook,
@@ -36,6 +37,7 @@ from ptee.model.forward import (
     RecordAll,
     RecordInputs,
     StopForward,
+    one_parameter,
     running,
 )
 from ptee.model.images import require_device, require_images, wrong_size, wrong_type
@@ -52,11 +54,11 @@ class EarlyExitModel(
     pipeline_tag="image-classification",
     model_card_template=runs.MODEL_CARD,
 ):
-    """A classifier whose sure rows leave early. Made by `augment` and `load`.
+    """A classifier in which a row leaves as soon as an exit is confident. Made by `augment` and `load`.
 
-    The backbone is the module that was given, not a copy: frozen, always in eval mode, with one hook at each cut that
-    does nothing unless this model is called. Only the heads train. `detach` gives the backbone back as it was, and so
-    does the model's end.
+    The backbone is the module that was given, not a copy. It is frozen and always in eval mode. The hooks at its cuts do
+    nothing unless this model is called. Only the heads are trained. `detach` gives the backbone back as it was; so does
+    deleting the model.
 
     Attributes:
         backbone: the user's module.
@@ -75,15 +77,15 @@ class EarlyExitModel(
         hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self._hooks, strict=True) if cut.name != INPUT}
         self._hold = Attachment(network.module, hooks, list(self._steps))
         self.backbone = network.module
-        like = self._like()
+        like = one_parameter(network.module)
         self.heads = nn.ModuleList(exit_heads).to(like.device, like.dtype)
         self.calibrated: Calibrated | None = None
         self.results: dict[str, Any] | None = None
         self._thresholds: tuple[float, ...] = ()
         self.threshold = DEFAULT_THRESHOLD
         self.eval()
-        self._answer_types: dict[tuple[torch.dtype | None, ...], torch.dtype] = {}
-        self._answer_type(like.new_zeros(1, *plan.input_size))
+        self._answer_types = AnswerTypes()
+        self._answer_types.find(self.backbone, like.new_zeros(1, *plan.input_size))
 
     # -------------------------------------------------------------------------------------------- what it is
 
@@ -106,8 +108,8 @@ class EarlyExitModel(
     def threshold(self) -> list[float]:
         """T of each exit; a row leaves at the first exit n with h_n >= T_n.
 
-        Set it to one number or one per exit, at any time. Above 1 nobody leaves, at 0 everybody does (but for a row
-        whose confidence is not finite, which never leaves). Raises PteeError on NaN and on a wrong number of values.
+        Set it at any time, to one number or to one for each exit. Above 1 no row leaves. At 0 every row leaves, except
+        one whose confidence is not finite: it never leaves. Raises PteeError for NaN and for a wrong number of values.
         """
         return list(self._thresholds)
 
@@ -119,8 +121,8 @@ class EarlyExitModel(
     def confidence(self) -> str:
         """What h is computed from: a name of `CONFIDENCES`, such as "learned", "max_prob" or "calibrated".
 
-        Set it at any time. The thresholds stay as they are, and h means something else then, so choose them again
-        (`ptee.tune`). Raises PteeError for an unknown name, and for "calibrated" before `ptee.calibrate`.
+        Set it at any time, and then choose the thresholds again (`ptee.tune`): they stay as they are, but h means
+        something else. Raises PteeError for an unknown name, and for "calibrated" before `ptee.calibrate`.
         """
         return self.plan.confidence
 
@@ -131,10 +133,10 @@ class EarlyExitModel(
 
     @property
     def off(self) -> tuple[int, ...]:
-        """Exits that are switched off: nobody leaves there, whatever T is.
+        """The numbers of the exits that are switched off: no row leaves there, whatever T is.
 
-        Their heads are not run and cost nothing, unless a later one that is on reads what they say. Set it to the numbers
-        of exits, at any time. Raises PteeError for what is no exit.
+        Their heads do not run and cost nothing, unless the head of a later exit builds on their logits. Set it at any
+        time. Raises PteeError for a number that is no exit.
         """
         return self.plan.off
 
@@ -156,17 +158,18 @@ class EarlyExitModel(
 
     @torch.compiler.disable
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
-        """Answer each row at the first exit that is sure enough; only the others go on.
+        """Answer each row at the first exit that is confident enough; only the other rows go on.
 
-        One host synchronisation at each exit; a `threshold` tensor on the GPU costs one more, to look for NaN.
+        Each exit costs one synchronisation of GPU and host. A `threshold` tensor on the GPU costs one more, to check it
+        for NaN.
 
         Args:
             x: (b, c, h, w) images on the model's device.
             threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
 
         Raises:
-            PteeError: if the threshold has NaN or another shape, the images are no batch of the model's device and number
-                type, or the model is in training mode, in which the answer of a row would depend on its neighbours.
+            PteeError: if the threshold is NaN or of another shape, if the images are no batch on the model's device and of
+                its number type, or if the model is in training mode.
         """
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             _refuse_capture()
@@ -186,19 +189,19 @@ class EarlyExitModel(
             with self._running(call, x):
                 answer = run(self.backbone, x, call.cache)
         except StopForward:
-            return call.result(None, self._answer_type(x))
+            return call.result(None, self._answer_types.find(self.backbone, x))
         call.check_all_passed()
         return call.result(answer)
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:
-        """Every exit's answer for every row; nobody leaves. Differentiable in the heads, and in images that require it.
+        """Every exit's answer for every row; no row leaves. Gradients reach the heads, and images that require them.
 
         Args:
             x: (b, c, h, w) images on the model's device.
 
         Raises:
-            PteeError: if the images are no batch of the model's device and number type.
+            PteeError: if the images are no batch on the model's device and of its number type.
         """
         self._ready_for(x)
         if len(x) == 0:
@@ -213,7 +216,7 @@ class EarlyExitModel(
         return self._all_exits(call.logits, call.confidence_logits, answer)
 
     def read(self, x: Tensor) -> Reading:
-        """What the heads read of some images, and the backbone's answer: all that training needs of the backbone.
+        """The heads' inputs for some images, and the backbone's answer: all that training needs of the backbone.
 
         Args:
             x: (b, c, h, w) images on the model's device.
@@ -226,7 +229,7 @@ class EarlyExitModel(
         return Reading(tuple(call.inputs), answer)
 
     def answer(self, reading: Reading) -> AllExits:
-        """Every exit's answer to what was read; as `all_exits` of the images. Differentiable in the heads.
+        """Every exit's answer to what was read, as `all_exits` gives it for the images. Gradients reach the heads.
 
         Args:
             reading: what `read` gave, or rows of it.
@@ -245,7 +248,7 @@ class EarlyExitModel(
         )
 
     def require_all_on(self) -> None:
-        """Refuse to go on while exits are off: training and calibration serve all exits.
+        """Refuse to go on while exits are off: training and calibration need all of them.
 
         Raises:
             PteeError: naming those that are off.
@@ -257,10 +260,10 @@ class EarlyExitModel(
             )
 
     def forget_calibration(self) -> None:
-        """Before the heads change: a calibration belongs to them as they are.
+        """Drop the calibration before the heads change, for which it was fitted.
 
         Raises:
-            PteeError: if rows leave by it.
+            PteeError: if the calibrated confidence is in use.
         """
         if self.confidence == CALIBRATED:
             raise PteeError(
@@ -275,16 +278,16 @@ class EarlyExitModel(
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
         for part in self.children():
-            if part is not self.backbone:  # which another thread may be running: not even for a moment
+            if part is not self.backbone:  # another thread may be running it, so its mode never changes
                 part.train(mode)
         self.backbone.eval()
         self.training = mode
         return self
 
     def detach(self) -> nn.Module:
-        """Take the backbone back: no hook left, gradients and modes as they were before `augment`.
+        """Take the backbone back, without hooks, its gradients and modes as they were before `augment`.
 
-        A network in front of it is given back likewise.
+        A front network is given back in the same way.
         """
         self._hold.release()
         for head in self.heads:
@@ -293,20 +296,22 @@ class EarlyExitModel(
         return self.backbone
 
     def _ready_for(self, x: Tensor) -> None:
-        """Somebody may have called train() on a part of the backbone past the wrapper, or taken the backbone back."""
+        """Check the images, and put right what somebody may have done to the backbone without this model."""
         if self._hold.released:
             raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
         require_images(x, self.plan.input_size[0])
         require_device(x, next(self.heads.parameters()).device)
         self._hold.keep()
-        if x.dtype != (own := self._like().dtype):  # which autocast may mend, or the backbone's own code
+        if x.dtype != (
+            own := one_parameter(self.backbone).dtype
+        ):  # which autocast may mend, or the backbone's own code
             try:
-                self._answer_type(x.new_zeros(1, *self.plan.input_size))
+                self._answer_types.find(self.backbone, x.new_zeros(1, *self.plan.input_size))
             except Exception as why:  # whatever that code raises
                 raise wrong_type(x, own, first_line(why)) from why
 
     def prepared(self, x: Tensor) -> Tensor:
-        """Images of a data set on the model's device, in its number type; those are refused that `predict` would refuse.
+        """Images of a data set, moved to the model's device and number type. What `predict` would refuse is refused.
 
         Args:
             x: (b, c, h, w) in any floating-point type, on any device.
@@ -320,7 +325,7 @@ class EarlyExitModel(
 
     @contextmanager
     def _running(self, call: Call, x: Tensor) -> Iterator[None]:
-        """The backbone runs for a call. It is frozen, so it needs no gradients, unless somebody wants those of the images."""
+        """Run the backbone for a call, with gradients only where the images or the backbone require them."""
         call.through = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
         )
@@ -335,24 +340,12 @@ class EarlyExitModel(
                 raise
             raise wrong_size(x, self.plan.input_size, first_line(why)) from why
 
-    def _like(self) -> Tensor:
-        return next((p for p in self.backbone.parameters() if p.is_floating_point()), torch.zeros(()))
-
-    def _answer_type(self, x: Tensor) -> torch.dtype:
-        """Of the backbone's answer to such images, which may be another than the exits'; asked once in each precision."""
-        kind = x.device.type
-        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        precision = (x.dtype, self._like().dtype, around)
-        if precision not in self._answer_types:
-            with torch.no_grad(), running(None):
-                self._answer_types[precision] = self.backbone(x.new_zeros(1, *x.shape[1:])).dtype
-        return self._answer_types[precision]
-
     def _no_rows(self, x: Tensor) -> Tensor:
-        return torch.zeros(0, self.num_classes, device=x.device, dtype=self._answer_type(x))
+        dtype = self._answer_types.find(self.backbone, x)
+        return torch.zeros(0, self.num_classes, device=x.device, dtype=dtype)
 
     def _in_force(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
-        """Of a call: one threshold for each exit, a number or a tensor (b,)."""
+        """The thresholds of a call: for each exit a number or a tensor (b,)."""
         if threshold is None:
             return list(self._thresholds)
         return for_each_row(threshold, len(self.exits), rows, next(self.heads.parameters()).device)
@@ -366,7 +359,6 @@ class EarlyExitModel(
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
-        config: object = None,
         **hub: Any,
     ) -> str | None:
         """Write config.json and heads.safetensors into a folder; the backbone is not saved.
@@ -378,8 +370,7 @@ class EarlyExitModel(
             repo_id: on the hub, for push_to_hub.
             push_to_hub: upload the folder.
             model_card_kwargs: for README.md.
-            config: not used; huggingface_hub's ModelHubMixin gives it.
-            hub: of huggingface_hub's push_to_hub.
+            hub: further arguments of huggingface_hub's push_to_hub.
 
         Raises:
             RunError: if it cannot be written.
@@ -387,24 +378,16 @@ class EarlyExitModel(
         folder, card = Path(save_directory), model_card_kwargs or {}
         try:
             new = not (folder / runs.CARD).exists()
-            runs.write(
-                folder, self._about(), self.heads.state_dict(), str(self.generate_model_card(**card)) if new else None
+            config = runs.describe(
+                self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results
             )
+            text = str(self.generate_model_card(**card)) if new else None
+            runs.write(folder, config, self.heads.state_dict(), text)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)
         except OSError as why:
             raise RunError(f"Cannot write {folder}: {first_line(why)} Choose another folder.") from why
         return None
-
-    def _about(self) -> dict[str, Any]:
-        return runs.describe(
-            self.origin,
-            self.plan,
-            self.heads,
-            threshold=self.threshold,
-            calibrated=self.calibrated,
-            results=self.results,
-        )
 
     @classmethod
     def from_pretrained(  # the mixin's would read config.json before it is checked
@@ -415,28 +398,23 @@ class EarlyExitModel(
 
 
 def require_early_exit(model: Any) -> None:
-    """Refuse what has no exits, before anything of it is asked.
+    """Refuse what is no early-exit model.
 
     Raises:
         PteeError: saying what it is.
     """
     if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
-        raise PteeError(f"This is {_a(model)}, not an early-exit model. Give what ptee.augment or ptee.load returned.")
+        kind = "a module of class" if isinstance(model, nn.Module) else "of type"
+        raise PteeError(
+            f"This is {kind} {type(model).__name__}, not an early-exit model. Give what ptee.augment or ptee.load returned."
+        )
 
 
-@torch.compiler.assume_constant_result  # so that torch.export runs it, and passes on what it raises
+@torch.compiler.assume_constant_result  # so that torch.export runs it and raises its error
 def _refuse_capture() -> NoReturn:
     raise PteeError(
-        "An early-exit model cannot be traced, scripted or exported, nor get exits of its own, as its rows leave where they are "
-        "sure. Take model.detach(), the backbone alone."
-    )
-
-
-def _a(thing: Any) -> str:
-    return (
-        f"a module of class {type(thing).__name__}"
-        if isinstance(thing, nn.Module)
-        else f"of type {type(thing).__name__}"
+        "An early-exit model cannot be traced, scripted or exported, nor get exits of its own: which rows leave where depends "
+        "on the images. Take model.detach(), the backbone alone."
     )
 
 

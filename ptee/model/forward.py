@@ -24,7 +24,7 @@ from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Plan
 
-COLLAPSED = 0.95  # share of the rows at one exit above which the model is a shorter network, not an adaptive one
+COLLAPSED = 0.95  # share of rows at one exit above which the model acts as a shorter network
 
 
 class ExitOutput(NamedTuple):
@@ -44,12 +44,12 @@ class ExitOutput(NamedTuple):
 
 
 class AllExits(NamedTuple):
-    """What every exit would answer.
+    """What every exit answers, E+1 with the backbone.
 
     Attributes:
         logits: (E+1, b, K); the last are the backbone's.
         confidence: (E+1, b) h, float32; the last are 1.
-        confidence_logits: (E, b) of the heads' confidence layers, whatever h is computed from.
+        confidence_logits: (E, b) of the heads' confidence layers, also where h is computed from something else.
     """
 
     logits: Tensor
@@ -58,15 +58,37 @@ class AllExits(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the backbone has to say of some images, however often the heads are trained on it.
+    """What the heads read of some images. It is computed once, however often the heads are trained on it.
 
     Attributes:
-        inputs: for each exit, what its head reads, after the part of the head that has nothing to learn.
+        inputs: for each exit the input of its head, after the layers of the head that are not trained.
         logits: (b, K) of the backbone.
     """
 
     inputs: tuple[Tensor, ...]
     logits: Tensor
+
+
+def one_parameter(module: nn.Module) -> Tensor:
+    """A parameter of a network that tells its device and number type."""
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
+class AnswerTypes:
+    """The number types of a backbone's answers, which may differ from those of its images; each is tried out once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[torch.dtype | None, ...], torch.dtype] = {}
+
+    def find(self, backbone: nn.Module, x: Tensor) -> torch.dtype:
+        """The type of the answer to such images, in the autocast that is on."""
+        kind = x.device.type
+        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        precision = (x.dtype, one_parameter(backbone).dtype, around)
+        if precision not in self._known:
+            with torch.no_grad(), running(None):
+                self._known[precision] = backbone(x.new_zeros(1, *x.shape[1:])).dtype
+        return self._known[precision]
 
 
 class ExitHook:

@@ -67,8 +67,8 @@ def describe(
     network: Backbone,
     plan: Plan,
     heads: nn.Module,
-    *,
     threshold: Sequence[float],
+    *,
     calibrated: Calibrated | None,
     results: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
