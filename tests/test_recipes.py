@@ -1,4 +1,4 @@
-"""The scripts in recipes/ that summarise several runs."""
+"""The scripts in recipes/scripts that summarise several runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes" / "scripts"
 
 
 def run(script: str, *arguments: Path) -> str:

@@ -49,7 +49,7 @@ def test_interrupted_in_the_first_epoch_nothing_is_written(run, known, interrupt
     assert list(elsewhere.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["_clear", "_set_confidence", "_set_thresholds"])
+@pytest.mark.parametrize("where", ["clear", "_set_confidence", "_set_thresholds"])
 def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, known, monkeypatch):
     words = ("augment", *known, *SHORT, "--out", "out")
     with monkeypatch.context() as patch:
