@@ -21,7 +21,7 @@ EXITS, HEADS = ["layer1.0", "layer2.0", "layer3.0"], ("res-8x1-16x1", "conv1", "
 def once(make: Callable[..., ptee.EarlyExitModel]) -> Callable[..., ptee.EarlyExitModel]:
     """Of a function that makes models: each is made once, from the same random numbers, and handed out as copies.
 
-    A copy takes a tenth of the time; a survey, a proof and a count stand before every model.
+    A copy takes a tenth of the time; a survey, a check of the cuts and a count stand before every model.
     """
 
     @functools.cache

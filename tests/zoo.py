@@ -96,7 +96,7 @@ class Verdict:
         exits: name and share of the backbone's cost of each exit.
         anew: at how many of them the forward pass begins anew (`analysis.replay`).
         heads_read: the layout that each head reads.
-        seconds: from its name to a model with exits: build, search, proof, count.
+        seconds: from its name to a model with exits: build, search, verify, count.
         refusal: why there are no exits, as the user would read it; or which check failed. Empty where all is well.
     """
 

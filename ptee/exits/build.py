@@ -84,7 +84,7 @@ def build_exits(
     placed: bool = False,
     saved: Mapping[str, Tensor] | None = None,
 ) -> tuple[Plan, list[ExitHead]]:
-    """Place exits on a backbone, prove their cuts, build their heads, and count what they cost.
+    """Place exits on a backbone, verify their cuts, build their heads, and count what they cost.
 
     Args:
         backbone: frozen, in eval mode.

@@ -39,8 +39,8 @@ INPUT = "input"  # the exit at the images, and its cut
 PHI = (1 + 5**0.5) / 2
 MOST_EXITS = 5  # as many as a rule places where no number is given
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
-HEAVY = 2e10  # multiply-accumulates of one image above which a proof looks for a smaller one
-SMALLEST_SIDE = 40  # pixels of that; three patches of 14 still fit
+HEAVY = 2e10  # multiply-accumulates of one image above which a cut is verified on a smaller image
+SMALLEST_SIDE = 40  # pixels; the smaller image has no shorter side. Three patches of 14 still fit
 MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass starts again
 
 Rule = Callable[[Sequence[float], int], list[int]]
@@ -151,28 +151,28 @@ def split_off_input(exits: Any, num_exits: int | None) -> tuple[bool, Any, int |
 
 @dataclass
 class Placer:
-    """Turns a request into proven cuts.
+    """Turns a request for exits into verified cuts.
 
     Attributes:
         backbone: frozen, in eval mode.
         survey: of the backbone.
         counts: of the backbone.
         placed: names are those that a rule gave before, so values may pass their modules (`Survey.bypassed`).
-        proven: the cuts that were tried, by name.
-        failed: why cuts that were tried are none, by name.
+        verified: the cuts that were tried, by name.
+        failed: why a cut that was tried failed, by name.
     """
 
     backbone: Backbone
     survey: Survey
     counts: Counts
     placed: bool = False
-    proven: dict[str, Cut] = field(default_factory=dict)
+    verified: dict[str, Cut] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def place(
         self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None, front: bool = False
     ) -> list[Cut]:
-        """Proven cuts, in order of execution.
+        """Verified cuts, in order of execution.
 
         Args:
             exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
@@ -224,7 +224,7 @@ class Placer:
             return self._so_many(rule, num_exits)
         for exits in range(MOST_EXITS, 0, -1):
             for places in (self._blocks, self._cells):
-                if found := self._proven(_choice(rule, exits), exits, places, LATEST):
+                if found := self._chosen(_choice(rule, exits), exits, places, LATEST):
                     return found
         raise self._no_room(1, rule)
 
@@ -234,16 +234,16 @@ class Placer:
         nearest = _with_room_for_all(choose, exits)
         for places in (self._blocks, self._cells, self._parts):
             for choice in (choose, nearest):
-                if found := self._proven(choice, exits, places, LATEST):
+                if found := self._chosen(choice, exits, places, LATEST):
                     return found
-        if found := self._proven(nearest, exits, self._blocks, 1.0):
+        if found := self._chosen(nearest, exits, self._blocks, 1.0):
             return found
         raise self._no_room(exits, rule)
 
     def _by_fractions(self, fractions: list[float]) -> list[Cut]:
         choose: Choice = partial(first_behind, fractions=fractions)
         for places in (self._blocks, self._cells, self._parts):
-            if found := self._proven(choose, len(fractions), places, LATEST):
+            if found := self._chosen(choose, len(fractions), places, LATEST):
                 return found
         raise self._no_room(len(fractions), f"at {', '.join(map(str, fractions))}")
 
@@ -252,12 +252,12 @@ class Placer:
             raise CutError(f"The exits {', '.join(names)} name one module twice. Leave one of the two out.")
         wanted = {name: self.survey.cut(name, self.backbone.module, self.placed) for name in names}
         cuts = [wanted[name] for name in self.survey.order if name in wanted]
-        self._prove(cuts)
+        self._verify(cuts)
         for name, reason in self.failed.items():
             raise CutError(
-                f"Cut {name!r} of {self.backbone.name} cannot be proven: {reason}. {remedy(name, self.survey.cuts)}"
+                f"Cut {name!r} of {self.backbone.name} fails its check: {reason}. {remedy(name, self.survey.cuts)}"
             )
-        cuts = [self.proven[cut.name] for cut in cuts]
+        cuts = [self.verified[cut.name] for cut in cuts]
         for one, two in pairwise(cuts):
             if self.cost(one) >= self.cost(two):
                 raise CutError(
@@ -300,21 +300,21 @@ class Placer:
         cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
         return [cuts[name] for name in self.survey.order if name in cuts]
 
-    def _proven(self, rule: Choice, wanted: int, places: list[Cut], latest: float) -> list[Cut] | None:
-        """What the rule chooses among the places, without places whose proof fails; None if too few are left."""
+    def _chosen(self, rule: Choice, wanted: int, places: list[Cut], latest: float) -> list[Cut] | None:
+        """What the rule chooses among the places that pass their check; None if too few are left."""
         while True:
             places = [cut for cut in places if self.cost(cut) <= latest and cut.name not in self.failed]
             costs = [self.cost(cut) for cut in places]
             chosen = [places[i] for i in rule(costs)]
             if len(chosen) < wanted:
                 return None
-            self._prove([cut for cut in chosen if cut.name not in self.proven])
+            self._verify([cut for cut in chosen if cut.name not in self.verified])
             if not any(cut.name in self.failed for cut in chosen):
-                return [self.proven[cut.name] for cut in chosen]
+                return [self.verified[cut.name] for cut in chosen]
 
-    def _prove(self, cuts: Sequence[Cut]) -> None:
-        """Prove cuts as they are. Those that fail because the network's code remembers the batch: by starting again."""
-        size = self._size_to_prove_at
+    def _verify(self, cuts: Sequence[Cut]) -> None:
+        """Verify cuts. Where one fails because the code keeps the number of rows, try it again with a pass that restarts."""
+        size = self._size_to_verify_at
         failed = verify_cut_points(self.backbone.module, cuts, size)
         anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
         anew = [cut for cut in anew if cut.steps]
@@ -325,12 +325,12 @@ class Placer:
                     f"the forward pass would start again there, and {share:.0%} of its work lies outside of modules and would be "
                     "done twice"
                 )
-        self.proven |= {cut.name: cut for cut in (*cuts, *anew)}
+        self.verified |= {cut.name: cut for cut in (*cuts, *anew)}
         mended = {cut.name for cut in anew} - still.keys()
         self.failed |= {name: why for name, why in failed.items() if name not in mended}
 
     @cached_property
-    def _size_to_prove_at(self) -> tuple[int, int, int]:
+    def _size_to_verify_at(self) -> tuple[int, int, int]:
         """(c, h, w): the images' own, or for a large network smaller ones that take the same way through it.
 
         The same way: the same modules in the same order, the same cuts, and the same values alive past each of them.

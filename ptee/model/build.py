@@ -105,7 +105,7 @@ def load(
 ) -> EarlyExitModel:
     """Load a saved early-exit model.
 
-    The exits are placed, proven and counted anew on the backbone; the folder is trusted for nothing but the numbers in
+    The exits are placed, verified and counted anew on the backbone; the folder is trusted for nothing but the numbers in
     the heads.
 
     Args:

@@ -309,7 +309,7 @@ def test_a_dense_layer_and_what_is_in_it_are_refused_and_the_block_is_offered(in
         survey(net, (3, 32, 32)).cut(f"features.denseblock1.{inside}", net)
 
 
-# ---------------------------------------------------------------------------------------------------- only the proof sees
+# ---------------------------------------------------------------------------------------------------- only the check sees
 
 
 class BatchSize(Two):

@@ -317,11 +317,11 @@ def test_a_backbone_that_takes_its_batch_apart_is_noticed():
         leave(model, torch.randn(12, *SIZE))
 
 
-def test_a_cell_whose_proof_fails_gets_no_exit(net, monkeypatch):
+def test_a_cell_that_fails_its_check_gets_no_exit(net, monkeypatch):
     monkeypatch.setattr(
         "ptee.exits.placement.verify_cut_points", lambda _module, cuts, _size: {cut.name: "so" for cut in cuts}
     )
-    with pytest.raises(PteeError, match=r"cells\.1.*cannot be proven: so"):
+    with pytest.raises(PteeError, match=r"cells\.1.*fails its check: so"):
         early(net, ["cells.1"])
 
 

@@ -258,7 +258,7 @@ class Counter(nn.Module):
 
 
 class RowCount(nn.Module):
-    """Reads the number of rows where a module before `conv` wrote it down: no cut, but only the proof sees it."""
+    """Reads the number of rows where a module before `conv` wrote it down: no cut, but only the check sees it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,12 +279,12 @@ def test_an_exit_stands_further_behind_when_a_proof_fails():
 
 
 def test_a_named_module_whose_proof_fails_is_refused_with_the_reason():
-    with pytest.raises(CutError, match=r"'blocks\.1\.conv' of Steps cannot be proven: .*fewer rows"):
+    with pytest.raises(CutError, match=r"'blocks\.1\.conv' of Steps fails its check: .*fewer rows"):
         plan(["blocks.0", "blocks.1.conv"], module=deceiving())
 
 
 def test_a_named_module_whose_proof_fails_is_refused_with_another_one():
-    with pytest.raises(CutError, match=r"cannot be proven.*\. Use 'blocks\.1', which holds it"):
+    with pytest.raises(CutError, match=r"fails its check.*\. Use 'blocks\.1', which holds it"):
         plan(["blocks.1.conv"], module=deceiving())
 
 
@@ -471,7 +471,7 @@ class Wide(Steps):
     ("network", "heavy", "smallest", "side"),
     [(Steps, False, 1, 8), (Steps, True, 1, 1), (Steps, True, 3, 4), (Wide, True, 1, 8)],
     ids=[
-        "a light one is proven on its own",
+        "a light one is verified on its own",
         "a heavy one on the least",
         "or on a part",
         "but not where that takes another way",
