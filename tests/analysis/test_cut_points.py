@@ -1,63 +1,23 @@
-"""Cuts: what the survey calls a cut can be resumed with fewer rows, what it refuses cannot, and each refusal says why."""
+"""Cut points: the survey finds them, and each module that is refused gets its reason."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import gc
 import random
-import re
-import threading
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import timm
 import torch
 import torchvision
+from awkward import REAL_SIZE, SIZE, InPlace, Net, Skip, Two, conv, hooks, real
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError, CutError, PteeError, UnknownName
-from ptee.analysis.cut_points import Cut, Survey, random_images, survey
+from ptee._common.errors import BackboneError, CutError, UnknownName
+from ptee.analysis.cut_points import Survey, random_images, survey
 from ptee.analysis.verify import verify_cut_points
 
-SIZE = (3, 16, 16)
-
-
-class Net(nn.Module):
-    """A convolution to (b, 8, 8, 8), the part under test, and a classifier."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.entry, self.part, self.classifier = nn.Conv2d(3, 8, 3, 2, 1), part, nn.Linear(8, 5)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.part(self.entry(x)).mean((2, 3)))
-
-
-def conv(c_in: int = 8, c_out: int = 8) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
-class Two(nn.Module):
-    """Two convolutions, with something of their own between or around them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = conv(), conv()
-
-
-# ---------------------------------------------------------------------------------------------------- awkward, but cuts
-
-
-class InPlace(Two):
-    """What `one` gave is overwritten after its hook."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.one(x)
-        x.relu_().mul_(-1)
-        return self.two(x)
+# ---------------------------------------------------------------------------------------------------- difficult outputs that are cut points
 
 
 class Pair(Two):
@@ -166,7 +126,7 @@ def test_selecting_rows_takes_them_from_every_tensor_that_carries_the_batch(case
     assert torch.equal(cut.feature_map(less), cut.feature_map(given[0])[rows])
 
 
-# ---------------------------------------------------------------------------------------------------- no cuts
+# ---------------------------------------------------------------------------------------------------- modules that are no cut points
 
 
 class Twice(nn.Module):
@@ -176,11 +136,6 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.same(self.same(x))
-
-
-class Skip(Two):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.two(self.one(x))
 
 
 class Stash(Two):
@@ -309,253 +264,7 @@ def test_a_dense_layer_and_what_is_in_it_are_refused_and_the_block_is_offered(in
         survey(net, (3, 32, 32)).cut(f"features.denseblock1.{inside}", net)
 
 
-# ---------------------------------------------------------------------------------------------------- only the proof sees
-
-
-class BatchSize(Two):
-    """The number of rows is kept in a Python number."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = len(x)
-        return self.two(self.one(x)).view(rows, 8, 8, 8)
-
-
-class BatchSizeInValues(Two):
-    """Right shapes, wrong values: the output is scaled by rows before over rows now."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = len(x)
-        x = self.two(self.one(x))
-        return x * (rows / len(x))
-
-
-class SkipThroughNumpy(Two):
-    """A skip connection that torch does not see."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        before = x.numpy(force=True).copy()
-        return self.two(self.one(x)) + torch.from_numpy(before)
-
-
-class Halves(nn.Module):
-    """One half of the channels passes through `first`, the other around it, in the same memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Identity(), conv(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=1)
-        return torch.cat([self.first(left), self.second(right)], 1)
-
-
-class Remembering(Two):
-    """Keeps Python numbers of the first rows: right shapes, the values of other rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        scales = x.mean((1, 2, 3)).tolist()
-        x = self.one(x)
-        return self.two(x * torch.tensor(scales[: len(x)]).view(-1, 1, 1, 1))
-
-
-SEEN_BY_THE_PROOF = {
-    "a batch size kept in Python": (BatchSize, "part.one", "fails with fewer rows .RuntimeError"),
-    "a batch size that scales the values": (BatchSizeInValues, "part.two", "the logits are off by"),
-    "a skip connection through numpy": (SkipThroughNumpy, "part.one", "fails with fewer rows"),
-    "another view of the same memory": (Halves, "part.first", "fails with fewer rows"),
-    "values kept in Python": (Remembering, "part.one", "the logits are off by"),
-}
-
-
-@pytest.mark.parametrize("case", SEEN_BY_THE_PROOF)
-def test_what_the_survey_cannot_see_the_proof_sees(case):
-    part, name, reason = SEEN_BY_THE_PROOF[case]
-    net = Net(part())
-    cuts = survey(net, SIZE).cuts
-    failed = verify_cut_points(net, [cuts["entry"], cuts[name], cuts["part"]], SIZE)
-    assert list(failed) == [name], "the cuts before and behind it are good"
-    assert re.search(reason, failed[name])
-
-
-# What Python keeps of the values of a batch, and torch does not see, is lost: only what torch reads again is kept.
-VALUES_LOST = {"a skip connection through numpy", "values kept in Python"}
-
-
-@pytest.mark.parametrize("case", SEEN_BY_THE_PROOF)
-def test_where_the_rest_of_a_pass_remembers_the_old_batch_it_can_begin_anew(case):
-    part, name, _ = SEEN_BY_THE_PROOF[case]
-    net = Net(part())
-    found = survey(net, SIZE)
-    cuts = [replace(found.cuts[name], steps=found.steps[name]), found.cuts["part"]]
-    assert list(verify_cut_points(net, cuts, SIZE)) == ([name] if case in VALUES_LOST else [])
-    assert not any("forward" in vars(module) for module in net.modules()), "the network is as it was"
-
-
-class FixedAnswer(nn.Module):
-    """Answers for as many rows as came in, whatever became of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = conv(3, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer = torch.zeros(len(x), 5)
-        vectors = self.inner(x).mean((2, 3))
-        answer[: len(vectors)] = vectors
-        return answer
-
-
-def test_a_network_that_still_answers_all_rows_is_seen():
-    net = FixedAnswer().eval()
-    failed = verify_cut_points(net, [survey(net, SIZE).cuts["inner"]], SIZE)
-    assert re.search(r"still answers with shape \(\d, 5\)", failed["inner"])
-
-
-# ---------------------------------------------------------------------------------------------------- rows must be independent
-
-
-class Centred(nn.Module):
-    """Takes the mean of the batch away from each row."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x - x.mean(0, keepdim=True)
-
-
-def batch_statistics() -> nn.Module:
-    return nn.BatchNorm2d(8, track_running_stats=False)
-
-
-@pytest.mark.parametrize("part", [Centred, batch_statistics], ids=["batch mean", "batch norm without statistics"])
-@pytest.mark.parametrize("name", ["entry", "part"], ids=["cut before", "cut behind"])
-def test_rows_that_influence_one_another_are_refused(part, name):
-    net = Net(part())
-    cut = survey(net, SIZE).cuts[name]
-    with pytest.raises(BackboneError, match=r"Net.*influence one another"):
-        verify_cut_points(net, [cut], SIZE)
-
-
-class AlwaysDropping(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, 0.5, training=True)
-
-
-class Dividing(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x / (x - x)
-
-
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [(AlwaysDropping, r"random in eval mode .*self\.training"), (Dividing, "values that are not finite")],
-    ids=["dropout", "not a number"],
-)
-def test_a_network_without_an_answer_to_prove_against_is_refused_for_what_it_is(part, said):
-    net = Net(part())
-    with pytest.raises(BackboneError, match=f"Net answers .*{said}"):
-        verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE)
-
-
-# ---------------------------------------------------------------------------------------------------- proofs that tell rows apart
-
-
-class OtherRows(Cut):
-    """A broken cut: it keeps as many rows as asked for, but others."""
-
-    def select(self, output, rows):
-        return super().select(output, rows - 1)
-
-
-def broken(cut: Cut) -> OtherRows:
-    return OtherRows(**vars(cut))
-
-
-def nearly_constant(spread: float) -> nn.Module:
-    """Answers of size 1 that differ from image to image by about `spread`."""
-    net = Net(nn.ReLU())
-    with torch.no_grad():
-        net.classifier.weight.mul_(spread)
-        net.classifier.bias.fill_(1)
-    return net
-
-
-def test_float32_alone_would_not_tell_the_rows_of_a_nearly_constant_network_apart():
-    net = nearly_constant(1e-5)
-    answers = net(random_images(net, 4, SIZE)).detach()
-    assert 0 < (answers - answers.mean(0)).abs().max() < 1e-5, "far below what float32 is trusted with"
-
-
-@pytest.mark.parametrize("spread", [1, 1e-3, 1e-5, 1e-8])
-def test_other_rows_are_noticed_in_a_nearly_constant_network(spread):
-    net = nearly_constant(spread)
-    cut = survey(net, SIZE).cuts["entry"]
-    assert verify_cut_points(net, [cut], SIZE) == {}
-    assert "off by" in verify_cut_points(net, [broken(cut)], SIZE)["entry"]
-
-
-@pytest.mark.parametrize(
-    ("name", "bias"),
-    [("efficientnet_b0", 0), ("mobilenet_v2", 0), ("mobilenet_v2", 0.05)],
-    ids=["efficientnet_b0", "mobilenet_v2", "mobilenet_v2 with a bias in its classifier"],
-)
-def test_other_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
-    net = getattr(torchvision.models, name)(num_classes=5).eval()
-    nn.init.uniform_(net.classifier[-1].bias, -bias, bias)  # its answers differ by 1e-9
-    cut = survey(net, (3, 32, 32)).cuts["features.2"]
-    assert verify_cut_points(net, [cut], (3, 32, 32)) == {}
-    assert "off by" in verify_cut_points(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
-
-
-def test_a_nearly_constant_network_that_cannot_be_copied_is_proven_in_its_own_precision():
-    net = nearly_constant(1e-8)
-    net.lock = threading.Lock()
-    assert verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_cuts_are_found_and_proven_in_other_precisions(dtype):
-    net = Net(InPlace()).to(dtype)
-    cut = survey(net, SIZE).cuts["part.one"]
-    assert verify_cut_points(net, [cut], SIZE) == {}
-    assert verify_cut_points(net, [broken(cut)], SIZE)
-
-
 # ---------------------------------------------------------------------------------------------------- real networks
-
-
-REAL_SIZE = (3, 32, 32)
-REAL = {
-    "resnet18": lambda: timm.create_model("resnet18", num_classes=5),
-    "mobilenetv3_small_100": lambda: timm.create_model("mobilenetv3_small_100", num_classes=5),
-    "vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5),
-    "swin_tiny": lambda: timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 2), num_heads=(3, 6), num_classes=5
-    ),
-    "hrnet_w18_small": lambda: timm.create_model("hrnet_w18_small", num_classes=5),  # lists of tensors
-}
-each_network = pytest.mark.parametrize("name", REAL)
-
-
-@functools.cache
-def real(name: str) -> tuple[nn.Module, Survey]:
-    torch.manual_seed(0)
-    net = REAL[name]().eval()
-    return net, survey(net, REAL_SIZE)
-
-
-@each_network
-def test_every_cut_of_the_survey_is_proven(name):
-    net, found = real(name)
-    assert len(found.cuts) > 5
-    assert verify_cut_points(net, list(found.cuts.values()), REAL_SIZE) == {}
-
-
-@each_network
-def test_a_proof_of_all_cuts_at_once_finds_the_broken_one(name):
-    net, found = real(name)
-    cuts = list(found.cuts.values())
-    place = len(cuts) // 2
-    failed = verify_cut_points(net, [*cuts[:place:3], broken(cuts[place]), *cuts[place + 1 :: 3]], REAL_SIZE)
-    assert list(failed) == [cuts[place].name]
 
 
 def rows_can_leave(net: nn.Module, name: str) -> bool:
@@ -598,17 +307,6 @@ class Failing(nn.Module):
         raise ZeroDivisionError("on purpose")
 
 
-class FailingWithFewerRows(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 2:
-            raise ZeroDivisionError("on purpose")
-        return x
-
-
-def hooks(net: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
-
-
 @pytest.mark.parametrize("part", [Skip, Failing], ids=["forward succeeds", "forward raises"])
 def test_a_survey_leaves_no_hook(part):
     net = Net(part())
@@ -616,15 +314,6 @@ def test_a_survey_leaves_no_hook(part):
         survey(net, SIZE)
     except BackboneError as error:
         assert "ZeroDivisionError: on purpose" in str(error)
-    assert hooks(net) == 0
-
-
-@pytest.mark.parametrize("part", [InPlace, BatchSize, FailingWithFewerRows])
-def test_a_proof_leaves_no_hook(part):
-    net = Net(part())
-    cuts = list(survey(net, SIZE).cuts.values())
-    with contextlib.suppress(PteeError):
-        verify_cut_points(net, cuts, SIZE)
     assert hooks(net) == 0
 
 
