@@ -100,7 +100,7 @@ AWKWARD = {  # the module, the tensors that carry the batch, the one that the he
 
 
 @pytest.mark.parametrize("case", AWKWARD)
-def test_an_awkward_output_is_a_cut_and_its_proof_succeeds(case):
+def test_a_difficult_output_is_a_cut_point_and_passes_verification(case):
     part, name, carried, main, shape = AWKWARD[case]
     net = Net(part())
     cut = survey(net, SIZE).cuts[name]
@@ -108,7 +108,7 @@ def test_an_awkward_output_is_a_cut_and_its_proof_succeeds(case):
     assert verify_cut_points(net, [cut], SIZE) == {}
 
 
-def test_only_what_is_written_into_later_is_marked_as_overwritten():
+def test_only_an_output_that_is_written_into_later_is_marked_as_overwritten():
     cuts = survey(Net(InPlace()), SIZE).cuts
     assert {name for name, cut in cuts.items() if cut.overwritten} == {"part.one"}
 
@@ -214,7 +214,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_module_that_is_no_cut_is_refused_with_its_name_the_reason_and_another_one(case):
+def test_a_module_that_is_no_cut_point_is_refused_with_the_reason_and_another_module(case):
     part, name, reason = REFUSED[case]
     net = Net(part())
     with pytest.raises(CutError, match=reason) as refusal:
@@ -223,7 +223,7 @@ def test_a_module_that_is_no_cut_is_refused_with_its_name_the_reason_and_another
     assert "Use 'part" in str(refusal.value)
 
 
-def test_a_refused_module_that_no_cut_holds_points_to_the_plan():
+def test_a_refused_module_inside_no_cut_point_points_to_the_plan():
     net = nn.Sequential(Twice().same, nn.Conv2d(8, 5, 8), nn.Flatten())
     net = nn.Sequential(nn.Conv2d(3, 8, 9), net[0], net[0], net[1], net[2]).eval()
     with pytest.raises(CutError, match=r"'1'.*called 2 times.*`ptee plan` lists"):
@@ -243,14 +243,14 @@ class Afterwards(Net):
         return answer
 
 
-def test_what_runs_when_the_answer_is_ready_is_no_cut():
+def test_a_module_that_runs_after_the_logits_is_no_cut_point():
     net = Afterwards()
     with pytest.raises(CutError, match=r"'later': the rest of the network also reads the output of 'classifier'"):
         survey(net, SIZE).cut("later", net)
 
 
 @pytest.mark.parametrize("name", ["part.onne", "", "nothing.like.it"])
-def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
+def test_an_unknown_name_is_refused_and_cut_points_are_offered(name):
     net = Net(Skip())
     with pytest.raises(UnknownName, match=rf"Unknown module '{name}'.*part") as refusal:
         survey(net, SIZE).cut(name, net)
@@ -258,7 +258,7 @@ def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
 
 
 @pytest.mark.parametrize("inside", ["denselayer2", "denselayer2.conv1"])
-def test_a_dense_layer_and_what_is_in_it_are_refused_and_the_block_is_offered(inside):
+def test_a_dense_layer_and_its_parts_are_refused_and_their_block_is_offered(inside):
     net = timm.create_model("densenet121", num_classes=5).eval()
     with pytest.raises(CutError, match=rf"{inside}'.*passes around it.*Use 'features\.denseblock1', which"):
         survey(net, (3, 32, 32)).cut(f"features.denseblock1.{inside}", net)
@@ -283,19 +283,19 @@ def rows_can_leave(net: nn.Module, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
-def test_rows_cannot_leave_at_any_module_that_is_refused(name):
+def test_rows_cannot_leave_at_a_refused_module(name):
     net, found = real(name)
     refused = [part for part, reason in found.refused.items() if "passes around" in reason]
     assert len(refused) > 5
     assert [part for part in refused[::3] if rows_can_leave(net, part)] == []
 
 
-def test_cuts_come_in_the_order_of_execution():
+def test_cut_points_are_in_the_order_of_execution():
     names = list(real("resnet18")[1].cuts)
     assert names.index("conv1") < names.index("layer1.1") < names.index("layer1") < names.index("layer2.0")
 
 
-def test_the_number_of_classes_is_that_of_the_answer():
+def test_the_number_of_classes_is_the_number_of_logits():
     assert real("resnet18")[1].classes == 5
 
 
@@ -329,7 +329,7 @@ class Answering(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         (lambda z: (z, z), r"gives a tuple for 3 images.*self\.net\(x\)\[0\]"),
         (lambda z: z[:, :, None], r"gives a tensor \(3, 8, 1\) for 3 images"),
@@ -338,12 +338,12 @@ class Answering(nn.Module):
     ],
     ids=["a tuple", "a map", "too few rows", "a number"],
 )
-def test_a_network_that_is_no_classifier_is_refused(function, said):
-    with pytest.raises(BackboneError, match=f"Answering {said}"):
+def test_a_network_that_is_no_classifier_is_refused(function, message):
+    with pytest.raises(BackboneError, match=f"Answering {message}"):
         survey(Answering(function).eval(), SIZE)
 
 
-def test_images_of_a_wrong_size_are_refused_with_what_to_give():
+def test_images_of_a_wrong_size_are_refused_with_what_to_do():
     with pytest.raises(
         BackboneError, match=r"Net cannot take an image of size \(4, 16, 16\): .*input_size=\(c, h, w\)"
     ):
@@ -369,7 +369,7 @@ SIZES = {"gcvit_xxtiny": 224, "levit_128s": 224, "test_vit": 160}
 
 
 def churn(rng: random.Random, kept: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Lay other things in memory, and leave holes of many sizes where the last ones lay."""
+    """Allocate tensors of many sizes, and free the last ones."""
     if rng.random() < 0.3:
         gc.collect()
     kept[:] = [torch.randn(rng.randint(1, 400_000)) for _ in range(rng.randint(0, 60))]
@@ -383,7 +383,7 @@ def test_a_survey_finds_the_same_every_time(name: str) -> None:
     net, size, rng = make(model).eval(), SIZES.get(model, 64), random.Random(0)
     kept: list[torch.Tensor] = []
     found: list[Survey] = []
-    for _ in range(10 if "swin" in model else 3):  # whose masks are made in the pass: there, addresses came back
+    for _ in range(10 if "swin" in model else 3):  # its masks are made in the pass; there, addresses were used again
         churn(rng, kept)
         found.append(survey(net, (3, size, size)))
     assert all(again == found[0] for again in found)

@@ -66,7 +66,7 @@ class Remembering(Two):
         return self.two(x * torch.tensor(scales[: len(x)]).view(-1, 1, 1, 1))
 
 
-SEEN_BY_THE_PROOF = {
+SEEN_BY_VERIFICATION = {
     "a batch size kept in Python": (BatchSize, "part.one", "fails with fewer rows .RuntimeError"),
     "a batch size that scales the values": (BatchSizeInValues, "part.two", "the logits are off by"),
     "a skip connection through numpy": (SkipThroughNumpy, "part.one", "fails with fewer rows"),
@@ -75,13 +75,13 @@ SEEN_BY_THE_PROOF = {
 }
 
 
-@pytest.mark.parametrize("case", SEEN_BY_THE_PROOF)
-def test_what_the_survey_cannot_see_the_proof_sees(case):
-    part, name, reason = SEEN_BY_THE_PROOF[case]
+@pytest.mark.parametrize("case", SEEN_BY_VERIFICATION)
+def test_verification_sees_what_the_survey_cannot_see(case):
+    part, name, reason = SEEN_BY_VERIFICATION[case]
     net = Net(part())
     cuts = survey(net, SIZE).cuts
     failed = verify_cut_points(net, [cuts["entry"], cuts[name], cuts["part"]], SIZE)
-    assert list(failed) == [name], "the cuts before and behind it are good"
+    assert list(failed) == [name], "the cuts before and after it are good"
     assert re.search(reason, failed[name])
 
 
@@ -89,9 +89,9 @@ def test_what_the_survey_cannot_see_the_proof_sees(case):
 VALUES_LOST = {"a skip connection through numpy", "values kept in Python"}
 
 
-@pytest.mark.parametrize("case", SEEN_BY_THE_PROOF)
-def test_where_the_rest_of_a_pass_remembers_the_old_batch_it_can_begin_anew(case):
-    part, name, _ = SEEN_BY_THE_PROOF[case]
+@pytest.mark.parametrize("case", SEEN_BY_VERIFICATION)
+def test_a_pass_that_remembers_the_whole_batch_can_start_again(case):
+    part, name, _ = SEEN_BY_VERIFICATION[case]
     net = Net(part())
     found = survey(net, SIZE)
     cuts = [replace(found.cuts[name], steps=found.steps[name]), found.cuts["part"]]
@@ -113,7 +113,7 @@ class FixedAnswer(nn.Module):
         return answer
 
 
-def test_a_network_that_still_answers_all_rows_is_seen():
+def test_a_network_that_still_returns_logits_for_all_rows_is_noticed():
     net = FixedAnswer().eval()
     failed = verify_cut_points(net, [survey(net, SIZE).cuts["inner"]], SIZE)
     assert re.search(r"still answers with shape \(\d, 5\)", failed["inner"])
@@ -134,8 +134,8 @@ def batch_statistics() -> nn.Module:
 
 
 @pytest.mark.parametrize("part", [Centred, batch_statistics], ids=["batch mean", "batch norm without statistics"])
-@pytest.mark.parametrize("name", ["entry", "part"], ids=["cut before", "cut behind"])
-def test_rows_that_influence_one_another_are_refused(part, name):
+@pytest.mark.parametrize("name", ["entry", "part"], ids=["cut before", "cut after"])
+def test_a_network_whose_rows_influence_one_another_is_refused(part, name):
     net = Net(part())
     cut = survey(net, SIZE).cuts[name]
     with pytest.raises(BackboneError, match=r"Net.*influence one another"):
@@ -153,28 +153,28 @@ class Dividing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("part", "said"),
+    ("part", "message"),
     [(AlwaysDropping, r"random in eval mode .*self\.training"), (Dividing, "values that are not finite")],
     ids=["dropout", "not a number"],
 )
-def test_a_network_without_an_answer_to_prove_against_is_refused_for_what_it_is(part, said):
+def test_a_network_without_reproducible_logits_is_refused_with_the_reason(part, message):
     net = Net(part())
-    with pytest.raises(BackboneError, match=f"Net answers .*{said}"):
+    with pytest.raises(BackboneError, match=f"Net answers .*{message}"):
         verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------- rows are told apart
 
 
-class OtherRows(Cut):
-    """A broken cut: it keeps as many rows as asked for, but others."""
+class WrongRows(Cut):
+    """A wrong cut: it keeps the right number of rows, but the wrong ones."""
 
     def select(self, output, rows):
         return super().select(output, rows - 1)
 
 
-def broken(cut: Cut) -> OtherRows:
-    return OtherRows(**vars(cut))
+def broken(cut: Cut) -> WrongRows:
+    return WrongRows(**vars(cut))
 
 
 def nearly_constant(spread: float) -> nn.Module:
@@ -186,14 +186,14 @@ def nearly_constant(spread: float) -> nn.Module:
     return net
 
 
-def test_float32_alone_would_not_tell_the_rows_of_a_nearly_constant_network_apart():
+def test_float32_cannot_tell_the_rows_of_a_nearly_constant_network_apart():
     net = nearly_constant(1e-5)
     answers = net(random_images(net, 4, SIZE)).detach()
     assert 0 < (answers - answers.mean(0)).abs().max() < 1e-5, "far below what float32 is trusted with"
 
 
 @pytest.mark.parametrize("spread", [1, 1e-3, 1e-5, 1e-8])
-def test_other_rows_are_noticed_in_a_nearly_constant_network(spread):
+def test_wrong_rows_are_noticed_in_a_nearly_constant_network(spread):
     net = nearly_constant(spread)
     cut = survey(net, SIZE).cuts["entry"]
     assert verify_cut_points(net, [cut], SIZE) == {}
@@ -205,7 +205,7 @@ def test_other_rows_are_noticed_in_a_nearly_constant_network(spread):
     [("efficientnet_b0", 0), ("mobilenet_v2", 0), ("mobilenet_v2", 0.05)],
     ids=["efficientnet_b0", "mobilenet_v2", "mobilenet_v2 with a bias in its classifier"],
 )
-def test_other_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
+def test_wrong_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
     net = getattr(torchvision.models, name)(num_classes=5).eval()
     nn.init.uniform_(net.classifier[-1].bias, -bias, bias)  # its answers differ by 1e-9
     cut = survey(net, (3, 32, 32)).cuts["features.2"]
@@ -213,14 +213,14 @@ def test_other_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
     assert "off by" in verify_cut_points(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
 
 
-def test_a_nearly_constant_network_that_cannot_be_copied_is_proven_in_its_own_precision():
+def test_a_nearly_constant_network_that_cannot_be_copied_is_verified_in_its_own_precision():
     net = nearly_constant(1e-8)
     net.lock = threading.Lock()
     assert verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_cuts_are_found_and_proven_in_other_precisions(dtype):
+def test_cut_points_are_found_and_verified_in_other_precisions(dtype):
     net = Net(InPlace()).to(dtype)
     cut = survey(net, SIZE).cuts["part.one"]
     assert verify_cut_points(net, [cut], SIZE) == {}
@@ -231,14 +231,14 @@ def test_cuts_are_found_and_proven_in_other_precisions(dtype):
 
 
 @each_network
-def test_every_cut_of_the_survey_is_proven(name):
+def test_every_cut_point_of_a_real_network_passes_verification(name):
     net, found = real(name)
     assert len(found.cuts) > 5
     assert verify_cut_points(net, list(found.cuts.values()), REAL_SIZE) == {}
 
 
 @each_network
-def test_a_proof_of_all_cuts_at_once_finds_the_broken_one(name):
+def test_one_wrong_cut_point_among_many_is_found(name):
     net, found = real(name)
     cuts = list(found.cuts.values())
     place = len(cuts) // 2
@@ -254,7 +254,7 @@ class FailingWithFewerRows(nn.Module):
 
 
 @pytest.mark.parametrize("part", [InPlace, BatchSize, FailingWithFewerRows])
-def test_a_proof_leaves_no_hook(part):
+def test_verification_leaves_no_hook(part):
     net = Net(part())
     cuts = list(survey(net, SIZE).cuts.values())
     with contextlib.suppress(PteeError):
