@@ -44,7 +44,7 @@ class Named(NamedTuple):
 
 
 class ManyThings(Two):
-    """A named tuple of a tensor without the batch, one with it, and a text."""
+    """A named tuple of a tensor without the batch, a tensor with it, and a text."""
 
     def forward(self, x: Tensor) -> Named:
         return Named(torch.ones(8, 1, 1), self.one(x), "no tensor")
@@ -75,7 +75,7 @@ class FromDictionary(nn.Module):
 
 
 class Dense(Two):
-    """Gives its input on, beside what it made of it."""
+    """Returns its input beside its output."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [x, self.one(x)]
@@ -149,7 +149,7 @@ class Stash(Two):
 
 
 class Masked(Two):
-    """A mask of what came in is read at the end."""
+    """A mask made from the input is read at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = x > 0
@@ -231,7 +231,7 @@ def test_a_refused_module_inside_no_cut_point_points_to_the_plan():
 
 
 class Afterwards(Net):
-    """Runs a module on its answer and does not look at what that gives."""
+    """Runs a module on its logits, and does not use the output."""
 
     def __init__(self) -> None:
         super().__init__(conv())
@@ -268,7 +268,7 @@ def test_a_dense_layer_and_its_parts_are_refused_and_their_block_is_offered(insi
 
 
 def rows_can_leave(net: nn.Module, name: str) -> bool:
-    """Whether dropping rows of that module's output, a single tensor, gives the answers of the others."""
+    """Whether the last rows keep their logits when the first two rows of this module's output are removed."""
     images = random_images(net, 4, REAL_SIZE)
     with torch.no_grad():
         answers = net(images)[2:]
@@ -318,7 +318,7 @@ def test_a_survey_leaves_no_hook(part):
 
 
 class Answering(nn.Module):
-    """Gives what a function makes of its pooled images."""
+    """Returns a function of its pooled images."""
 
     def __init__(self, function) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ from ptee.analysis.verify import verify_cut_points
 
 
 class BatchSize(Two):
-    """The number of rows is kept in a Python number."""
+    """Keeps the number of rows in a Python variable."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = len(x)
@@ -29,7 +29,7 @@ class BatchSize(Two):
 
 
 class BatchSizeInValues(Two):
-    """Right shapes, wrong values: the output is scaled by rows before over rows now."""
+    """With fewer rows its shapes are right, but its values are scaled wrongly."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = len(x)
@@ -58,7 +58,7 @@ class Halves(nn.Module):
 
 
 class Remembering(Two):
-    """Keeps Python numbers of the first rows: right shapes, the values of other rows."""
+    """Keeps values of the rows in a Python list. With fewer rows it uses the values of the wrong ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         scales = x.mean((1, 2, 3)).tolist()
@@ -85,7 +85,7 @@ def test_verification_sees_what_the_survey_cannot_see(case):
     assert re.search(reason, failed[name])
 
 
-# What Python keeps of the values of a batch, and torch does not see, is lost: only what torch reads again is kept.
+# Values of the batch that Python keeps, unseen by torch, are wrong also when the pass starts again.
 VALUES_LOST = {"a skip connection through numpy", "values kept in Python"}
 
 
@@ -100,7 +100,7 @@ def test_a_pass_that_remembers_the_whole_batch_can_start_again(case):
 
 
 class FixedAnswer(nn.Module):
-    """Answers for as many rows as came in, whatever became of them."""
+    """Always returns logits for as many rows as it was given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_a_network_that_still_returns_logits_for_all_rows_is_noticed():
 
 
 class Centred(nn.Module):
-    """Takes the mean of the batch away from each row."""
+    """Subtracts the mean of the batch from each row."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0, keepdim=True)
@@ -178,7 +178,7 @@ def broken(cut: Cut) -> WrongRows:
 
 
 def nearly_constant(spread: float) -> nn.Module:
-    """Answers of size 1 that differ from image to image by about `spread`."""
+    """A network whose logits are about 1 and differ from image to image by about `spread`."""
     net = Net(nn.ReLU())
     with torch.no_grad():
         net.classifier.weight.mul_(spread)
