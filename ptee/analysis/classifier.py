@@ -39,12 +39,23 @@ def require_runnable(module: nn.Module) -> None:
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise BackboneError(f"{kind} runs copies of a network, and the copies have no hooks. Give its .module.")
     require_uncompiled(module)
+    _require_unquantised(module)
+    _require_values(module)
+
+
+def _require_unquantised(module: nn.Module) -> None:
+    kind = type(module).__name__
     for name, part in module.named_modules():
         if type(part).__module__.startswith(QUANTISED):
             raise BackboneError(
                 f"{kind} is quantised ({name or 'it'} is a {type(part).__name__} of {type(part).__module__}), and the "
                 "operators of such modules cannot be counted. Give the network as it was before it was quantised."
             )
+
+
+def _require_values(module: nn.Module) -> None:
+    """Refuse parameters and buffers that have no values, or whose gradients cannot be switched off."""
+    kind = type(module).__name__
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise BackboneError(

@@ -395,7 +395,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _carries_rows(tensor: Tensor, axes: Axes | None) -> bool:
-    """Whether the first axis is the batch, or the batch with something else folded in behind it."""
+    """Whether the first axis is the batch, or the batch with something else folded into it."""
     folded, rest = divmod(tensor.shape[0], SURVEY_ROWS) if tensor.dim() else (0, 1)
     if rest or folded <= 1:
         return not rest and folded == 1

@@ -1,4 +1,4 @@
-"""Who is still here: each departure is noted once, and whatever was computed earlier is matched to the rows that are left."""
+"""The rows that are left: something that was computed earlier is matched to them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from ptee.analysis.replay import ActiveRows
 
 
-def test_at_first_all_rows_are_here_and_nothing_is_copied():
+def test_at_the_start_all_rows_are_left_and_nothing_is_copied():
     rows, x = ActiveRows(3), torch.randn(3, 2)
     assert (rows.count, rows.moment, rows.since()) == (3, 0, None)
     assert rows.select(x) is x
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 2**12), max_size=4))
-def test_a_tensor_of_any_earlier_moment_gives_what_it_says_of_the_rows_that_are_left(batch, departures):
+def test_the_rows_that_are_left_are_taken_from_a_tensor_of_any_earlier_moment(batch, departures):
     rows, left = ActiveRows(batch), list(range(batch))
     moments = [(rows.moment, torch.tensor(left))]
     for bits in departures:
@@ -31,7 +31,7 @@ def test_a_tensor_of_any_earlier_moment_gives_what_it_says_of_the_rows_that_are_
 
 
 @pytest.mark.parametrize(("moment", "want"), [(0, [3]), (1, [1]), (2, None)])
-def test_positions_are_those_among_the_rows_of_that_moment(moment, want):
+def test_positions_count_the_rows_of_the_earlier_moment(moment, want):
     rows = ActiveRows(4)
     rows.keep(torch.tensor([1, 3]))
     rows.keep(torch.tensor([1]))

@@ -1,4 +1,4 @@
-"""Answers are compared in an arithmetic in which they can be, and whatever was set for that is put back."""
+"""Outputs are compared with exact arithmetic, and every switch that was set for it is restored."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ new_switches = pytest.mark.skipif(
 
 
 def switches() -> dict[object, object]:
-    """Everything that the arithmetic depends on, as it is now."""
+    """All switches that change the arithmetic, as they are now."""
     cudnn = torch.backends.cudnn
-    said: dict[object, object] = {key: torch._C._get_fp32_precision_getter(*key) for key in SWITCHES}
-    return said | {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    precisions: dict[object, object] = {key: torch._C._get_fp32_precision_getter(*key) for key in SWITCHES}
+    return precisions | {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
 
 
 @pytest.fixture
 def as_before():
-    """Whatever a test sets is as it was afterwards."""
+    """Restores the switches after a test."""
     cudnn, before = torch.backends.cudnn, switches()
     matmul, generic = torch.get_float32_matmul_precision(), torch._C._get_fp32_precision_getter("generic", "all")
     yield
@@ -42,7 +42,7 @@ def as_before():
 
 
 def nothing() -> None:
-    """As torch begins."""
+    """Leave the switches as torch sets them."""
 
 
 def all_by_the_new_way() -> None:
@@ -74,7 +74,7 @@ each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
 @new_switches
 @each_way
-def test_float32_is_full_meanwhile_however_it_was_set(way: Callable[[], None], as_before: None) -> None:
+def test_float32_is_exact_inside_whatever_the_switches_were(way: Callable[[], None], as_before: None) -> None:
     way()
     with comparable():
         now = switches()
@@ -84,7 +84,7 @@ def test_float32_is_full_meanwhile_however_it_was_set(way: Callable[[], None], a
 
 @new_switches
 @each_way
-def test_all_is_as_it_was_afterwards_even_after_an_error(way: Callable[[], None], as_before: None) -> None:
+def test_all_switches_are_restored_even_after_an_error(way: Callable[[], None], as_before: None) -> None:
     way()
     before = switches()
     with pytest.raises(ZeroDivisionError), comparable(), comparable():
@@ -93,7 +93,7 @@ def test_all_is_as_it_was_afterwards_even_after_an_error(way: Callable[[], None]
 
 
 @new_switches
-def test_what_followed_the_general_switch_before_follows_it_afterwards(as_before: None) -> None:
+def test_switches_that_followed_the_general_one_follow_it_again(as_before: None) -> None:
     def followers(precision: str) -> set[object]:
         torch.backends.fp32_precision = precision
         now = switches()
@@ -107,7 +107,7 @@ def test_what_followed_the_general_switch_before_follows_it_afterwards(as_before
 
 
 @new_switches
-def test_of_threads_that_overlap_the_last_puts_it_back(as_before: None) -> None:
+def test_with_several_threads_the_last_restores_the_switches(as_before: None) -> None:
     torch.backends.cudnn.benchmark = True
     before, inside, leave = switches(), threading.Event(), threading.Event()
 
@@ -129,7 +129,7 @@ def test_of_threads_that_overlap_the_last_puts_it_back(as_before: None) -> None:
 # ---------------------------------------------------------------------------------------------------- how near is equal
 
 
-def test_less_exact_types_may_lie_further_apart() -> None:
+def test_less_exact_types_have_a_larger_tolerance() -> None:
     exact, single, half, brain = (
         tolerance(dtype, CPU) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     )
@@ -147,7 +147,7 @@ def test_a_device_that_rounds_float32_to_tf32_has_the_tolerance_of_half_precisio
 
 
 @new_switches
-def test_a_cpu_that_rounds_float32_to_bfloat16_has_its_tolerance(as_before: None) -> None:
+def test_a_cpu_that_rounds_float32_to_bfloat16_has_the_tolerance_of_bfloat16(as_before: None) -> None:
     torch.set_float32_matmul_precision("medium")
     assert tolerance(torch.float32, CPU) == tolerance(torch.bfloat16, CPU)
 
@@ -156,14 +156,14 @@ def test_a_cpu_that_rounds_float32_to_bfloat16_has_its_tolerance(as_before: None
 
 
 class Noisy(nn.Module):
-    """As on a GPU: off by 1e-3 with the number of rows, but not in float64."""
+    """Like a GPU: its output depends on the number of rows by 1e-3, but not in float64."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x * (1 + 1e-3 * (len(x) % 3))
 
 
 class Mixing(nn.Module):
-    """Every row gets a little of the batch's mean."""
+    """Adds a little of the batch's mean to every row."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1e-2 * x.mean(0, keepdim=True)
@@ -186,7 +186,7 @@ def test_a_backbone_that_mixes_rows_is_refused(dtype: torch.dtype) -> None:
         ptee.augment(net(nn.Sequential(Noisy(), Mixing()), dtype), exits=["0", "3"], input_size=(3, 8, 8))
 
 
-def test_a_front_whose_rounding_depends_on_the_batch_is_taken() -> None:
+def test_a_front_whose_rounding_depends_on_the_batch_is_accepted() -> None:
     model = ptee.augment(net(nn.Identity()), exits=["3"], front=net(Noisy()), input_size=(3, 8, 8))
     assert [e.name for e in model.exits] == ["input", "3"]
 
@@ -197,12 +197,12 @@ def test_a_front_that_mixes_rows_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("part", "apart"), [(Noisy(), True), (Mixing(), False)], ids=["rounding", "mixing"])
-def test_rows_are_asked_again_in_float64_where_float32_leaves_a_doubt(part: nn.Module, apart: bool) -> None:
+def test_float64_tells_rounding_from_mixed_rows(part: nn.Module, apart: bool) -> None:
     images = torch.randn(2, 5)
     assert keeps_rows_apart(part, images, lambda module, x: module(x)) is apart
 
 
-def test_what_cannot_be_copied_is_judged_by_its_own_precision() -> None:
+def test_a_network_that_cannot_be_copied_is_compared_in_its_own_precision() -> None:
     class Alone(Noisy):
         def __deepcopy__(self, memo: object) -> Alone:
             raise TypeError("there is only one")
@@ -221,14 +221,14 @@ def test_a_backbone_that_casts_to_float32_inside_gets_exits() -> None:
     assert len(model.exits) == 2
 
 
-def test_numbers_that_are_no_finite_ones_are_no_rounding() -> None:
+def test_values_that_are_not_finite_are_not_taken_for_rounding() -> None:
     broken = net(nn.Identity())
     broken[0].weight.data.fill_(float("nan"))
     with pytest.raises(BackboneError, match="values that are not finite"):
         ptee.augment(broken, exits=["0"], input_size=(3, 8, 8))
 
 
-def test_the_proof_puts_back_what_it_sets() -> None:
+def test_verification_restores_the_switches() -> None:
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     seen = []
 

@@ -1,4 +1,4 @@
-"""Blocks: where the papers would place exits, found in networks of many kinds from their structure alone."""
+"""Blocks: they are found in networks of many kinds from the structure alone."""
 
 from __future__ import annotations
 
@@ -107,25 +107,25 @@ def found(name: str) -> Found:
 
 
 @each_network
-def test_every_block_ends_in_a_cut(name):
+def test_every_block_ends_at_a_cut_point(name):
     assert found(name).blocks
     assert set(found(name).blocks) <= set(found(name).survey.cuts)
 
 
 @each_network
-def test_blocks_come_in_order_and_each_has_layers_of_its_own(name):
+def test_blocks_are_in_order_and_each_has_layers_of_its_own(name):
     products = [found(name).counts.products_until[block] for block in found(name).blocks]
     assert all(one < two for one, two in pairwise(products))
 
 
 @each_network
-def test_blocks_cost_more_and_more(name):
+def test_the_cost_grows_from_block_to_block(name):
     macs = [found(name).counts.until[block] for block in found(name).blocks]
     assert all(one < two for one, two in pairwise(macs))
 
 
 @each_network
-def test_no_block_is_the_stem_or_in_it(name):
+def test_no_block_is_in_the_stem(name):
     stem = NETS[name].stem
     assert not [b for b in found(name).blocks if any(b == s or b.startswith(f"{s}.") for s in stem)]
 
@@ -143,14 +143,14 @@ def test_no_block_ends_inside_a_unit(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NETS if name not in PLAIN])
-def test_a_block_ends_behind_every_unit_and_nowhere_else_but_between_units(name):
+def test_a_block_ends_after_every_unit_and_otherwise_only_between_units(name):
     f, kind = found(name), NETS[name]
     assert [b for b in f.blocks if b in f.named(*kind.units)] == f.named(*kind.units)
     assert set(f.blocks) <= set(f.named(*kind.units, *kind.between))
 
 
 @pytest.mark.parametrize(("name", "count"), [("vgg11_bn", 9), ("a user's CNN", 3), ("a user's MLP", 3)])
-def test_in_a_plain_network_a_block_ends_behind_every_layer_but_the_first_and_the_last(name, count):
+def test_in_a_plain_network_a_block_ends_after_every_layer_but_the_first_and_the_last(name, count):
     f, kind = found(name), NETS[name]
     assert len(f.blocks) == count
     assert not set(f.blocks) & set(f.named(*kind.units, "BatchNorm2d")), (
@@ -163,7 +163,7 @@ def test_in_a_plain_network_a_block_ends_behind_every_layer_but_the_first_and_th
 
 
 class Wrapped(nn.Module):
-    """What a user writes around a network that gives something else than logits, or takes other images."""
+    """A wrapper that a user writes around a network."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -204,13 +204,13 @@ class OtherResidual(Residual):
     pass
 
 
-def test_a_stem_of_several_layers_is_no_block_even_where_all_blocks_are_of_different_classes():
+def test_a_stem_of_several_layers_is_no_block_even_if_all_blocks_have_different_classes():
     stem = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
     net = nn.Sequential(stem, nn.Sequential(Residual(), OtherResidual()), nn.Conv2d(8, 5, 8), nn.Flatten())
     assert find(net, (3, 8, 8)).blocks == ["1.0", "1.1"]
 
 
-def test_what_follows_a_block_without_layers_leaves_the_block_its_name():
+def test_an_activation_after_a_block_is_not_the_end_of_the_block():
     net = nn.Sequential(
         nn.Conv2d(3, 8, 1), Residual(), nn.ReLU(), Residual(), nn.ReLU(), nn.Conv2d(8, 5, 8), nn.Flatten()
     )
@@ -234,7 +234,7 @@ def test_an_identity_between_blocks_is_no_block_of_its_own(places):
 
 
 class TwoStreams(nn.Module):
-    """Nothing but its end is a cut."""
+    """Its only cut point is its end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,5 +248,5 @@ class TwoStreams(nn.Module):
         return self.head(torch.cat([left, right], 1))
 
 
-def test_a_network_without_cuts_before_its_end_has_no_block():
+def test_a_network_without_cut_points_before_its_end_has_no_block():
     assert find(TwoStreams(), (3, 2, 2)).blocks == []

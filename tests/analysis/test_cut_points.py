@@ -1,63 +1,23 @@
-"""Cuts: what the survey calls a cut can be resumed with fewer rows, what it refuses cannot, and each refusal says why."""
+"""Cut points: the survey finds them, and each module that is refused gets its reason."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import gc
 import random
-import re
-import threading
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import timm
 import torch
 import torchvision
+from awkward import REAL_SIZE, SIZE, InPlace, Net, Skip, Two, conv, hooks, real
 from torch import Tensor, nn
 
-from ptee._common.errors import BackboneError, CutError, PteeError, UnknownName
-from ptee.analysis.cut_points import Cut, Survey, random_images, survey
+from ptee._common.errors import BackboneError, CutError, UnknownName
+from ptee.analysis.cut_points import Survey, random_images, survey
 from ptee.analysis.verify import verify_cut_points
 
-SIZE = (3, 16, 16)
-
-
-class Net(nn.Module):
-    """A convolution to (b, 8, 8, 8), the part under test, and a classifier."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.entry, self.part, self.classifier = nn.Conv2d(3, 8, 3, 2, 1), part, nn.Linear(8, 5)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.part(self.entry(x)).mean((2, 3)))
-
-
-def conv(c_in: int = 8, c_out: int = 8) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, 3, padding=1)
-
-
-class Two(nn.Module):
-    """Two convolutions, with something of their own between or around them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = conv(), conv()
-
-
-# ---------------------------------------------------------------------------------------------------- awkward, but cuts
-
-
-class InPlace(Two):
-    """What `one` gave is overwritten after its hook."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.one(x)
-        x.relu_().mul_(-1)
-        return self.two(x)
+# ---------------------------------------------------------------------------------------------------- difficult outputs that are cut points
 
 
 class Pair(Two):
@@ -84,7 +44,7 @@ class Named(NamedTuple):
 
 
 class ManyThings(Two):
-    """A named tuple of a tensor without the batch, one with it, and a text."""
+    """A named tuple of a tensor without the batch, a tensor with it, and a text."""
 
     def forward(self, x: Tensor) -> Named:
         return Named(torch.ones(8, 1, 1), self.one(x), "no tensor")
@@ -115,7 +75,7 @@ class FromDictionary(nn.Module):
 
 
 class Dense(Two):
-    """Gives its input on, beside what it made of it."""
+    """Returns its input beside its output."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [x, self.one(x)]
@@ -140,7 +100,7 @@ AWKWARD = {  # the module, the tensors that carry the batch, the one that the he
 
 
 @pytest.mark.parametrize("case", AWKWARD)
-def test_an_awkward_output_is_a_cut_and_its_proof_succeeds(case):
+def test_a_difficult_output_is_a_cut_point_and_passes_verification(case):
     part, name, carried, main, shape = AWKWARD[case]
     net = Net(part())
     cut = survey(net, SIZE).cuts[name]
@@ -148,7 +108,7 @@ def test_an_awkward_output_is_a_cut_and_its_proof_succeeds(case):
     assert verify_cut_points(net, [cut], SIZE) == {}
 
 
-def test_only_what_is_written_into_later_is_marked_as_overwritten():
+def test_only_an_output_that_is_written_into_later_is_marked_as_overwritten():
     cuts = survey(Net(InPlace()), SIZE).cuts
     assert {name for name, cut in cuts.items() if cut.overwritten} == {"part.one"}
 
@@ -166,7 +126,7 @@ def test_selecting_rows_takes_them_from_every_tensor_that_carries_the_batch(case
     assert torch.equal(cut.feature_map(less), cut.feature_map(given[0])[rows])
 
 
-# ---------------------------------------------------------------------------------------------------- no cuts
+# ---------------------------------------------------------------------------------------------------- modules that are no cut points
 
 
 class Twice(nn.Module):
@@ -176,11 +136,6 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.same(self.same(x))
-
-
-class Skip(Two):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.two(self.one(x))
 
 
 class Stash(Two):
@@ -194,7 +149,7 @@ class Stash(Two):
 
 
 class Masked(Two):
-    """A mask of what came in is read at the end."""
+    """A mask made from the input is read at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = x > 0
@@ -259,7 +214,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_module_that_is_no_cut_is_refused_with_its_name_the_reason_and_another_one(case):
+def test_a_module_that_is_no_cut_point_is_refused_with_the_reason_and_another_module(case):
     part, name, reason = REFUSED[case]
     net = Net(part())
     with pytest.raises(CutError, match=reason) as refusal:
@@ -268,7 +223,7 @@ def test_a_module_that_is_no_cut_is_refused_with_its_name_the_reason_and_another
     assert "Use 'part" in str(refusal.value)
 
 
-def test_a_refused_module_that_no_cut_holds_points_to_the_plan():
+def test_a_refused_module_inside_no_cut_point_points_to_the_plan():
     net = nn.Sequential(Twice().same, nn.Conv2d(8, 5, 8), nn.Flatten())
     net = nn.Sequential(nn.Conv2d(3, 8, 9), net[0], net[0], net[1], net[2]).eval()
     with pytest.raises(CutError, match=r"'1'.*called 2 times.*`ptee plan` lists"):
@@ -276,7 +231,7 @@ def test_a_refused_module_that_no_cut_holds_points_to_the_plan():
 
 
 class Afterwards(Net):
-    """Runs a module on its answer and does not look at what that gives."""
+    """Runs a module on its logits, and does not use the output."""
 
     def __init__(self) -> None:
         super().__init__(conv())
@@ -288,14 +243,14 @@ class Afterwards(Net):
         return answer
 
 
-def test_what_runs_when_the_answer_is_ready_is_no_cut():
+def test_a_module_that_runs_after_the_logits_is_no_cut_point():
     net = Afterwards()
     with pytest.raises(CutError, match=r"'later': the rest of the network also reads the output of 'classifier'"):
         survey(net, SIZE).cut("later", net)
 
 
 @pytest.mark.parametrize("name", ["part.onne", "", "nothing.like.it"])
-def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
+def test_an_unknown_name_is_refused_and_cut_points_are_offered(name):
     net = Net(Skip())
     with pytest.raises(UnknownName, match=rf"Unknown module '{name}'.*part") as refusal:
         survey(net, SIZE).cut(name, net)
@@ -303,12 +258,13 @@ def test_a_name_that_is_no_module_is_unknown_and_cuts_are_offered(name):
 
 
 @pytest.mark.parametrize("inside", ["denselayer2", "denselayer2.conv1"])
-def test_a_dense_layer_and_what_is_in_it_are_refused_and_the_block_is_offered(inside):
+def test_a_dense_layer_and_its_parts_are_refused_and_their_block_is_offered(inside):
     net = timm.create_model("densenet121", num_classes=5).eval()
     with pytest.raises(CutError, match=rf"{inside}'.*passes around it.*Use 'features\.denseblock1', which"):
         survey(net, (3, 32, 32)).cut(f"features.denseblock1.{inside}", net)
 
 
+<<<<<<< HEAD
 # ---------------------------------------------------------------------------------------------------- only the check sees
 
 
@@ -519,47 +475,13 @@ def test_cuts_are_found_and_proven_in_other_precisions(dtype):
     assert verify_cut_points(net, [broken(cut)], SIZE)
 
 
+=======
+>>>>>>> analysis
 # ---------------------------------------------------------------------------------------------------- real networks
 
 
-REAL_SIZE = (3, 32, 32)
-REAL = {
-    "resnet18": lambda: timm.create_model("resnet18", num_classes=5),
-    "mobilenetv3_small_100": lambda: timm.create_model("mobilenetv3_small_100", num_classes=5),
-    "vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5),
-    "swin_tiny": lambda: timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 2), num_heads=(3, 6), num_classes=5
-    ),
-    "hrnet_w18_small": lambda: timm.create_model("hrnet_w18_small", num_classes=5),  # lists of tensors
-}
-each_network = pytest.mark.parametrize("name", REAL)
-
-
-@functools.cache
-def real(name: str) -> tuple[nn.Module, Survey]:
-    torch.manual_seed(0)
-    net = REAL[name]().eval()
-    return net, survey(net, REAL_SIZE)
-
-
-@each_network
-def test_every_cut_of_the_survey_is_proven(name):
-    net, found = real(name)
-    assert len(found.cuts) > 5
-    assert verify_cut_points(net, list(found.cuts.values()), REAL_SIZE) == {}
-
-
-@each_network
-def test_a_proof_of_all_cuts_at_once_finds_the_broken_one(name):
-    net, found = real(name)
-    cuts = list(found.cuts.values())
-    place = len(cuts) // 2
-    failed = verify_cut_points(net, [*cuts[:place:3], broken(cuts[place]), *cuts[place + 1 :: 3]], REAL_SIZE)
-    assert list(failed) == [cuts[place].name]
-
-
 def rows_can_leave(net: nn.Module, name: str) -> bool:
-    """Whether dropping rows of that module's output, a single tensor, gives the answers of the others."""
+    """Whether the last rows keep their logits when the first two rows of this module's output are removed."""
     images = random_images(net, 4, REAL_SIZE)
     with torch.no_grad():
         answers = net(images)[2:]
@@ -574,19 +496,19 @@ def rows_can_leave(net: nn.Module, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
-def test_rows_cannot_leave_at_any_module_that_is_refused(name):
+def test_rows_cannot_leave_at_a_refused_module(name):
     net, found = real(name)
     refused = [part for part, reason in found.refused.items() if "passes around" in reason]
     assert len(refused) > 5
     assert [part for part in refused[::3] if rows_can_leave(net, part)] == []
 
 
-def test_cuts_come_in_the_order_of_execution():
+def test_cut_points_are_in_the_order_of_execution():
     names = list(real("resnet18")[1].cuts)
     assert names.index("conv1") < names.index("layer1.1") < names.index("layer1") < names.index("layer2.0")
 
 
-def test_the_number_of_classes_is_that_of_the_answer():
+def test_the_number_of_classes_is_the_number_of_logits():
     assert real("resnet18")[1].classes == 5
 
 
@@ -596,17 +518,6 @@ def test_the_number_of_classes_is_that_of_the_answer():
 class Failing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise ZeroDivisionError("on purpose")
-
-
-class FailingWithFewerRows(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 2:
-            raise ZeroDivisionError("on purpose")
-        return x
-
-
-def hooks(net: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
 @pytest.mark.parametrize("part", [Skip, Failing], ids=["forward succeeds", "forward raises"])
@@ -619,17 +530,8 @@ def test_a_survey_leaves_no_hook(part):
     assert hooks(net) == 0
 
 
-@pytest.mark.parametrize("part", [InPlace, BatchSize, FailingWithFewerRows])
-def test_a_proof_leaves_no_hook(part):
-    net = Net(part())
-    cuts = list(survey(net, SIZE).cuts.values())
-    with contextlib.suppress(PteeError):
-        verify_cut_points(net, cuts, SIZE)
-    assert hooks(net) == 0
-
-
 class Answering(nn.Module):
-    """Gives what a function makes of its pooled images."""
+    """Returns a function of its pooled images."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -640,7 +542,7 @@ class Answering(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         (lambda z: (z, z), r"gives a tuple for 3 images.*self\.net\(x\)\[0\]"),
         (lambda z: z[:, :, None], r"gives a tensor \(3, 8, 1\) for 3 images"),
@@ -649,12 +551,12 @@ class Answering(nn.Module):
     ],
     ids=["a tuple", "a map", "too few rows", "a number"],
 )
-def test_a_network_that_is_no_classifier_is_refused(function, said):
-    with pytest.raises(BackboneError, match=f"Answering {said}"):
+def test_a_network_that_is_no_classifier_is_refused(function, message):
+    with pytest.raises(BackboneError, match=f"Answering {message}"):
         survey(Answering(function).eval(), SIZE)
 
 
-def test_images_of_a_wrong_size_are_refused_with_what_to_give():
+def test_images_of_a_wrong_size_are_refused_with_what_to_do():
     with pytest.raises(
         BackboneError, match=r"Net cannot take an image of size \(4, 16, 16\): .*input_size=\(c, h, w\)"
     ):
@@ -680,7 +582,7 @@ SIZES = {"gcvit_xxtiny": 224, "levit_128s": 224, "test_vit": 160}
 
 
 def churn(rng: random.Random, kept: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Lay other things in memory, and leave holes of many sizes where the last ones lay."""
+    """Allocate tensors of many sizes, and free the last ones."""
     if rng.random() < 0.3:
         gc.collect()
     kept[:] = [torch.randn(rng.randint(1, 400_000)) for _ in range(rng.randint(0, 60))]
@@ -694,7 +596,7 @@ def test_a_survey_finds_the_same_every_time(name: str) -> None:
     net, size, rng = make(model).eval(), SIZES.get(model, 64), random.Random(0)
     kept: list[torch.Tensor] = []
     found: list[Survey] = []
-    for _ in range(10 if "swin" in model else 3):  # whose masks are made in the pass: there, addresses came back
+    for _ in range(10 if "swin" in model else 3):  # its masks are made in the pass; there, addresses were used again
         churn(rng, kept)
         found.append(survey(net, (3, size, size)))
     assert all(again == found[0] for again in found)

@@ -1,4 +1,4 @@
-"""The shadow of a heavy network: the same findings, without its numbers, and the network is as it was."""
+"""Fake runs of heavy networks: the survey finds the same without values, and the network stays as it was."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ptee.analysis import fake_run as shadow
+from ptee.analysis import fake_run
 from ptee.analysis.cut_points import survey
 from ptee.analysis.fake_run import with_fake_tensors
 
@@ -15,20 +15,20 @@ from ptee.analysis.fake_run import with_fake_tensors
 @pytest.fixture
 def heavy(monkeypatch):
     """Every network counts as heavy."""
-    monkeypatch.setattr(shadow, "HEAVY", 0)
+    monkeypatch.setattr(fake_run, "HEAVY", 0)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s", "pit_ti_224", "hrnet_w18_small"])
-def test_a_survey_finds_the_same_on_a_shadow(name, monkeypatch):
+def test_a_survey_finds_the_same_in_a_fake_run(name, monkeypatch):
     net = timm.create_model(name).eval()
     size = net.pretrained_cfg["input_size"]
     real = survey(net, size)
-    monkeypatch.setattr(shadow, "HEAVY", 0)
+    monkeypatch.setattr(fake_run, "HEAVY", 0)
     assert survey(net, size) == real
 
 
 class Keeping(nn.Module):
-    """Keeps what it computed for the next time, as caches of position tables do."""
+    """Keeps its output for the next call, as caches of position tables do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Keeping(nn.Module):
         return self.kept
 
 
-def test_nothing_of_a_shadow_stays_in_the_network(heavy):
+def test_no_fake_tensor_stays_in_the_network(heavy):
     net = Keeping().eval()
     shapes = with_fake_tensors(lambda network, x: network(x).shape, net, torch.zeros(3, 4, 8, 8))
     assert shapes == (3, 2)
@@ -47,7 +47,7 @@ def test_nothing_of_a_shadow_stays_in_the_network(heavy):
 
 
 class Looking(nn.Module):
-    """Decides by numbers, which a shadow has not."""
+    """Decides by values, which fake tensors do not have."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum().item() > 0 else -x
@@ -63,8 +63,8 @@ class Locked(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("net", [Looking(), Locked()], ids=["decides by numbers", "cannot be copied"])
-def test_a_network_without_a_shadow_is_run_itself(net, heavy):
+@pytest.mark.parametrize("net", [Looking(), Locked()], ids=["decides by values", "cannot be copied"])
+def test_a_network_that_allows_no_fake_run_is_run_itself(net, heavy):
     x = torch.ones(1, 1, 2, 2)
     assert with_fake_tensors(lambda network, images: type(network(images)), net, x) is Tensor
 

@@ -1,4 +1,4 @@
-"""A frozen module is given back as it was."""
+"""A frozen module can be restored as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny import Tiny, as_it_was
 from ptee.analysis.freezing import freeze
 
 
-def test_freezing_takes_gradients_and_train_mode_away_and_restoring_gives_them_back():
+def test_freezing_switches_gradients_and_train_mode_off_and_restoring_switches_them_on():
     module = Tiny().train()
     module.bn.eval()
     before = as_it_was(module)

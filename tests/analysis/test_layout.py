@@ -13,9 +13,9 @@ MAP = torch.arange(B * C * H * W, dtype=torch.float32).reshape(B, C, H, W)
 TOKENS = torch.cat([torch.full((B, 2, C), -1.0), MAP.flatten(2).transpose(1, 2), torch.full((B, 1, C), -1.0)], 1)
 
 
-def bnc(c: int, h: int, w: int, prefix: int = 0, behind: int = 0) -> Layout:
-    """Tokens of an h x w grid with others before and behind it."""
-    return Layout("bnc", c, h, w, prefix, prefix + h * w + behind)
+def bnc(c: int, h: int, w: int, prefix: int = 0, after: int = 0) -> Layout:
+    """Tokens of an h x w grid with other tokens before and after it."""
+    return Layout("bnc", c, h, w, prefix, prefix + h * w + after)
 
 
 READABLE = {
@@ -29,7 +29,7 @@ READABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_a_tensor_of_each_order_is_read_as_the_map_it_came_from(name):
+def test_a_tensor_of_each_layout_is_read_as_the_map_it_was_made_from(name):
     layout, z = READABLE[name]
     assert torch.equal(layout.to_map(z), MAP)
 
@@ -52,7 +52,7 @@ def test_a_map_may_have_another_size_than_planned(order):
 
 
 @pytest.mark.parametrize(
-    ("layout", "shape", "said"),
+    ("layout", "shape", "message"),
     [
         (Layout("bchw", C, H, W), (B, C, H), r"5 channels, got \(2, 5, 3\)"),
         (Layout("bchw", C, H, W), (B, C + 1, H, W), r"5 channels, got \(2, 6, 3, 4\)"),
@@ -63,6 +63,6 @@ def test_a_map_may_have_another_size_than_planned(order):
     ],
     ids=["rank", "channels", "channels in another place", "a map for a vector", "too few tokens", "too many tokens"],
 )
-def test_a_tensor_of_another_layout_is_refused(layout, shape, said):
-    with pytest.raises(PteeError, match=said):
+def test_a_tensor_of_another_layout_is_refused(layout, shape, message):
+    with pytest.raises(PteeError, match=message):
         layout.to_map(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""Costs: what fvcore counts at each module's output is what really runs, by torch's own counter and by arithmetic."""
+"""Costs: the counts agree with torch's own counter and with arithmetic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NETS = {  # and the edge of their images
 
 
 class Executed:
-    """Multiply-accumulates done so far while a model runs: FlopCounterMode's half, and the normalisations'."""
+    """Multiply-accumulates while a model runs: half of what FlopCounterMode counts, and those of normalisations."""
 
     def __init__(self, module: nn.Module, image: Tensor) -> None:
         self.before, self.until, self._norms = {}, {}, 0
@@ -52,7 +52,7 @@ class Executed:
 
 @pytest.fixture
 def nothing_fused():
-    """torch's own modules of attention on their readable path."""
+    """torch's attention modules do not use their fused path."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     yield
@@ -60,7 +60,7 @@ def nothing_fused():
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_counts_at_every_module_agree_with_torchs_counter_within_a_percent(name, nothing_fused):
+def test_counts_at_every_module_agree_with_torchs_counter_within_one_percent(name, nothing_fused):
     make, edge = NETS[name]
     module, image = make().eval(), torch.randn(1, 3, edge, edge)
     counts, executed = count(module, image), Executed(module, image)
@@ -72,7 +72,7 @@ def test_counts_at_every_module_agree_with_torchs_counter_within_a_percent(name,
         )
 
 
-def test_attention_costs_the_same_fused_and_as_matrix_products():
+def test_fused_attention_costs_the_same_as_its_matrix_products():
     make, edge = NETS["vit_tiny"]
     module, image = make(), torch.randn(1, 3, edge, edge)
     fused = count(module, image)
@@ -118,7 +118,7 @@ def test_multihead_attention_costs_its_projections_and_its_two_matrix_products(n
     assert counts.total == counts.until["attention"] == projections + products
 
 
-def test_a_transformer_layer_is_counted_inside_though_it_runs_fused_in_eval_mode():
+def test_a_transformer_layer_that_is_fused_in_eval_mode_is_counted_inside():
     n, c, hidden = 5, 8, 16
     layer = nn.TransformerEncoderLayer(c, 2, hidden, batch_first=True)
     counts = count(layer, torch.randn(1, n, c))
@@ -145,13 +145,13 @@ def test_a_layer_costs_one_multiply_accumulate_per_multiplication(layer, shape, 
 
 
 class Biased(nn.Module):
-    """A batch of matrix products with something added, in one operator."""
+    """A batch of matrix products and an addition in one operator."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(torch.zeros(1, 1, 1), x, x.mT)
 
 
-def test_a_batched_product_with_a_sum_costs_its_product():
+def test_a_batched_product_with_an_addition_costs_its_product():
     counts = count(Biased(), torch.randn(3, 5, 7))
     assert (counts.total, counts.products[""]) == (3 * 5 * 7 * 5, 1)
 
@@ -181,20 +181,20 @@ class Negate(nn.Module):
         return -x
 
 
-def test_a_module_that_runs_twice_is_counted_twice_and_until_its_last_output():
+def test_a_module_that_runs_twice_is_counted_twice_and_up_to_its_last_output():
     counts = count(Awkward(), torch.randn(1, 4))
     assert (counts.inside["shared"], counts.until["shared"], counts.products["shared"]) == (32, 32, 2)
     assert (counts.inside["relu"], counts.until["relu"], counts.products_until["relu"]) == (0, 32, 2)
     assert counts.total == 16 + 16 + 8
 
 
-def test_a_module_without_multiplications_has_what_ran_before_it():
+def test_a_module_without_multiplications_has_the_cost_of_what_ran_before_it():
     counts = count(Awkward(), torch.randn(1, 4))
     assert (counts.until["negate"], counts.inside["negate"], counts.products["negate"]) == (16, 0, 0)
 
 
 @pytest.mark.parametrize("name", ["unused", "identity", "alias"])
-def test_a_module_that_runs_no_operator_under_its_name_is_absent(name):
+def test_a_module_that_runs_no_operator_is_absent(name):
     counts = count(Awkward(), torch.randn(1, 4))
     assert not any(name in table for table in (counts.until, counts.inside, counts.products_until, counts.products))
 
@@ -278,7 +278,7 @@ def test_counting_leaves_the_users_hooks_and_no_others(fails):
 
 @either_way
 @pytest.mark.parametrize("enabled", [True, False])
-def test_counting_leaves_the_switch_of_fused_attention_as_it_was(fails, enabled):
+def test_counting_restores_the_switch_of_fused_attention(fails, enabled):
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(enabled)
@@ -288,18 +288,18 @@ def test_counting_leaves_the_switch_of_fused_attention_as_it_was(fails, enabled)
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def test_what_the_forward_pass_raises_reaches_the_caller():
+def test_an_error_of_the_forward_pass_reaches_the_caller():
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         count(Touchy(fails=True), torch.randn(1, 4))
 
 
-def test_counting_twice_gives_the_same():
+def test_counting_twice_gives_the_same_counts():
     module, image = timm.create_model("resnet18"), torch.randn(1, 3, 32, 32)
     assert count(module, image) == count(module, image)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "levit_128s", "mixer_s32_224", "convnext_atto"])
-def test_a_large_network_is_counted_alike_without_being_computed(name, monkeypatch):
+def test_a_large_network_has_the_same_counts_without_being_computed(name, monkeypatch):
     module = timm.create_model(name).eval()
     image = torch.rand(1, 3, 224, 224)
     monkeypatch.setattr(costs, "LARGE", float("inf"))
@@ -311,7 +311,7 @@ def test_a_large_network_is_counted_alike_without_being_computed(name, monkeypat
 
 
 class Heads(nn.Module):
-    """Attention whose heads are put side by side as they lie in memory."""
+    """Attention that joins its heads with `view`, which depends on their order in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,7 +324,7 @@ class Heads(nn.Module):
 
 
 class Selective(nn.Module):
-    """Goes on with the first token that is not 0."""
+    """Continues with the first token that is not 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ class Selective(nn.Module):
 
 
 @pytest.mark.parametrize("module", [Heads(), Selective()], ids=["views its heads", "fails on zeros"])
-def test_a_large_network_that_minds_what_products_are_is_counted_all_the_same(module, monkeypatch):
+def test_a_large_network_that_depends_on_its_products_is_counted_all_the_same(module, monkeypatch):
     x = torch.rand(1, 5, 8)
     computed = count(module, x)
     monkeypatch.setattr(costs, "LARGE", 0)

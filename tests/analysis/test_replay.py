@@ -1,4 +1,4 @@
-"""A forward pass begun anew with fewer rows: what was done is not done again, and what is remembered fits."""
+"""A forward pass starts again with fewer rows: no work is done twice, and every row gets its own logits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZE = (3, 16, 16)
 
 
 class Cell(nn.Module):
-    """Reads the two before it."""
+    """Reads the outputs of the two cells before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Cell(nn.Module):
 
 
 class Cells(nn.Module):
-    """A chain of cells; between them a row count, a mask of all rows and the cell before the last are alive."""
+    """A chain of cells. Around each pass a row count, a mask of all rows, and the output of the cell before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ EXITS = ["cells.0", "cells.1", "cells.3"]
 
 
 def thresholds(model: ptee.EarlyExitModel, x: Tensor) -> list[float]:
-    """At each exit some rows leave and some stay."""
+    """Thresholds at which some rows leave at each exit and some stay."""
     h = model.all_exits(x).confidence[:-1]
     return [row.sort().values[len(x) * 3 // 4].item() for row in h]
 
@@ -104,7 +104,7 @@ def test_a_confidence_of_all_answers_so_far_follows_the_rows_through_passes_that
     assert torch.equal(model.predict(x, per_row).exit_index, want)
 
 
-def test_where_nobody_leaves_the_answer_is_the_backbones(net):
+def test_if_no_row_leaves_the_logits_are_the_backbones(net):
     x = torch.randn(4, *SIZE)
     expected = net(x).detach()
     model = early(net, EXITS)
@@ -112,7 +112,7 @@ def test_where_nobody_leaves_the_answer_is_the_backbones(net):
     assert torch.equal(model(x), expected)
 
 
-def test_no_module_computes_anything_twice(net):
+def test_no_convolution_runs_twice_for_a_row(net):
     model, x = early(net, EXITS), torch.randn(16, *SIZE)
     model.threshold = thresholds(model, x)
     rows: dict[str, list[int]] = {}
@@ -120,9 +120,9 @@ def test_no_module_computes_anything_twice(net):
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda _m, _i, out, name=name: rows.setdefault(name, []).append(len(out)))
     exits = model.predict(x).exit_index
-    behind = [int((exits >= n).sum()) for n in range(4)]
-    left = {"entry": behind[0], "cells.0": behind[0], "cells.1": behind[1], "cells.2": behind[2], "cells.3": behind[2],
-            "cells.4": behind[3]}  # fmt: skip
+    after = [int((exits >= n).sum()) for n in range(4)]
+    left = {"entry": after[0], "cells.0": after[0], "cells.1": after[1], "cells.2": after[2], "cells.3": after[2],
+            "cells.4": after[3]}  # fmt: skip
     cells = {f"{name}.{part}": [n] for name, n in left.items() if name != "entry" for part in ("one", "two")}
     inner = {name: calls for name, calls in rows.items() if name != "entry"}
     assert inner == cells
@@ -141,7 +141,7 @@ def test_detaching_leaves_no_trace(net):
     assert {name: set(vars(module)) for name, module in net.named_modules()} == before
 
 
-def test_copies_and_pickles_answer_alike(net):
+def test_copies_and_pickles_return_the_same_logits(net):
     model, x = early(net, EXITS), torch.randn(8, *SIZE)
     model.threshold = thresholds(model, x)
     expected = model.predict(x)
@@ -180,7 +180,7 @@ def test_two_threads_may_call_one_model_at_once(net):
     assert not wrong
 
 
-def test_a_forward_that_somebody_else_put_in_place_still_runs_and_is_put_back(net):
+def test_another_forward_on_a_module_still_runs_and_is_restored(net):
     own = net.cells[0].forward
     calls = []
 
@@ -198,7 +198,7 @@ def test_a_forward_that_somebody_else_put_in_place_still_runs_and_is_put_back(ne
     assert model.detach().cells[0].forward is theirs
 
 
-def test_hooks_of_others_see_what_the_module_gave_and_no_zeros(net):
+def test_a_users_hook_sees_the_modules_output_and_no_zeros(net):
     model, x = early(net, EXITS), torch.randn(16, *SIZE)
     model.threshold = thresholds(model, x)
     seen: list[float] = []
@@ -209,7 +209,7 @@ def test_hooks_of_others_see_what_the_module_gave_and_no_zeros(net):
 
 
 class Shared(Cells):
-    """One activation serves inside of the cells and between them."""
+    """The same activation module is called inside of the cells and between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Shared(Cells):
         return self.classifier(x.mean((2, 3)))
 
 
-def test_a_module_that_serves_inside_of_others_and_between_them_gives_what_it_gave_there():
+def test_a_module_that_is_called_inside_and_outside_of_others_is_replayed_in_the_right_place():
     torch.manual_seed(0)
     model, x = early(Shared().eval(), EXITS), torch.randn(16, *SIZE)
     expected = model.all_exits(x).logits
@@ -241,7 +241,7 @@ def test_a_module_that_serves_inside_of_others_and_between_them_gives_what_it_ga
 
 
 def all_patterns(model: ptee.EarlyExitModel, x: Tensor) -> float:
-    """The largest error over all ways in which every second row leaves at some of the exits, and the others never."""
+    """The largest error over all sets of exits, if every second row leaves at exits of the set and the others stay."""
     every, worst = model.all_exits(x).logits.detach(), 0.0
     for leaves in itertools.product([False, True], repeat=len(model.exits)):
         open_to = [n for n, here in enumerate(leaves) if here]
@@ -255,11 +255,11 @@ def all_patterns(model: ptee.EarlyExitModel, x: Tensor) -> float:
     return worst
 
 
-def test_whoever_leaves_wherever_the_others_get_their_own_answers(net):
+def test_wherever_rows_leave_the_others_get_their_own_logits(net):
     assert all_patterns(early(net, EXITS), torch.randn(12, *SIZE)) < 1e-5
 
 
-def test_two_models_on_one_backbone_begin_anew_at_cuts_of_their_own(net):
+def test_two_models_on_one_backbone_start_again_at_their_own_cut_points(net):
     one, two = early(net, EXITS), early(net, ["cells.0", "cells.2"])
     x = torch.randn(12, *SIZE)
     assert max(all_patterns(one, x), all_patterns(two, x), all_patterns(one, x)) < 1e-5
@@ -269,13 +269,13 @@ def test_two_models_on_one_backbone_begin_anew_at_cuts_of_their_own(net):
 
 
 def leave(model: ptee.EarlyExitModel, x: Tensor) -> Tensor:
-    """Every second row leaves at the last exit."""
+    """Predict with every second row leaving at the last exit."""
     t = torch.full((len(x), len(model.exits)), 2.0)
     t[::2, -1] = 0.0
     return model.predict(x, t).logits
 
 
-def test_a_module_put_in_after_augment_is_noticed(net):
+def test_a_module_that_is_replaced_after_augment_is_noticed(net):
     model = early(net, ["cells.1", "cells.4"])
     net.cells[2] = Cell().eval()
     with pytest.raises(PteeError, match=r"cells\.2 ran 0 times before an exit, 1 times when"):
@@ -283,7 +283,7 @@ def test_a_module_put_in_after_augment_is_noticed(net):
 
 
 class Either(Cells):
-    """Large images take another entry."""
+    """Large images go through another entry module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,13 +304,13 @@ def test_another_way_through_the_backbone_is_noticed():
 
 
 class Chunks(Cells):
-    """Takes its batch apart where it is large."""
+    """Splits a large batch into parts."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super(Chunks, self).forward(part) for part in x.split(8)])
 
 
-def test_a_backbone_that_takes_its_batch_apart_is_noticed():
+def test_a_backbone_that_splits_its_batch_is_noticed():
     model = early(Chunks().eval(), EXITS)
     leave(model, torch.randn(8, *SIZE))
     with pytest.raises(PteeError, match=r"smaller batches|another way"):
@@ -319,14 +319,14 @@ def test_a_backbone_that_takes_its_batch_apart_is_noticed():
 
 def test_a_cell_that_fails_its_check_gets_no_exit(net, monkeypatch):
     monkeypatch.setattr(
-        "ptee.exits.placement.verify_cut_points", lambda _module, cuts, _size: {cut.name: "so" for cut in cuts}
+        "ptee.exits.placement.verify_cut_points", lambda _module, cuts, _size: {cut.name: "off" for cut in cuts}
     )
-    with pytest.raises(PteeError, match=r"cells\.1.*fails its check: so"):
+    with pytest.raises(PteeError, match=r"cells\.1.*fails its check: off"):
         early(net, ["cells.1"])
 
 
 class Positions(nn.Module):
-    """Gives its rows together with where each of their tokens stands, which is the same in each row."""
+    """Returns tokens, and the positions of the tokens, which are the same for each row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ class Positions(nn.Module):
 
 
 class Turned(nn.Module):
-    """Every block reads an embedding of those positions, made once."""
+    """Every block reads an embedding of the positions that was computed once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ class Turned(nn.Module):
         return self.classifier(x.mean(1))
 
 
-def test_what_is_the_same_for_every_row_shrinks_with_the_rows():
+def test_tensors_that_are_the_same_for_every_row_get_fewer_rows_too():
     torch.manual_seed(0)
     model, x = early(Turned().eval(), ["patches", "blocks.0", "blocks.2"]), torch.randn(16, *SIZE)
     assert [cut.steps[0].repeated for cut in model.plan.cuts] == [(1,)] * 3
@@ -364,7 +364,7 @@ def test_what_is_the_same_for_every_row_shrinks_with_the_rows():
 
 
 class Outside(Cells):
-    """Works outside of modules, where nothing can be remembered."""
+    """Computes outside of modules, where no output can be kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -377,20 +377,20 @@ class Outside(Cells):
         return self.classifier(x.mean((2, 3)))
 
 
-def test_work_that_would_be_done_twice_is_refused():
+def test_an_exit_is_refused_if_much_work_would_be_done_twice():
     with pytest.raises(PteeError, match=r"of its work lies outside of modules and would be done twice"):
         early(Outside().eval(), ["cells.1"])
 
 
-# ---------------------------------------------------------------------------------------------------- the memory alone
+# ---------------------------------------------------------------------------------------------------- the cache alone
 
 
-def test_rows_that_share_an_axis_with_their_tokens_go_together():
+def test_rows_are_taken_with_all_of_their_folded_tokens():
     x = torch.arange(12).view(6, 2)  # three rows of two tokens each
     assert take(x, torch.tensor([2, 0]), 3).tolist() == [[8, 9], [10, 11], [0, 1], [2, 3]]
 
 
-def test_the_steps_of_several_cuts_keep_what_any_of_them_needs():
+def test_merged_steps_keep_what_any_cut_needs():
     one, other = Step("a", (0,), False, True, (1, 2)), Step("a", (0, 1), True, False, (2,))
     assert merged([[one], [other]]) == {"a": Step("a", (0, 1), True, True, (2,))}
 
@@ -401,7 +401,7 @@ def test_a_tensor_that_does_not_carry_the_rows_is_refused():
 
 
 @pytest.mark.parametrize("needed", [True, False])
-def test_what_nobody_reads_again_keeps_its_shape_alone(needed):
+def test_only_the_shape_of_an_output_that_is_not_read_again_is_kept(needed):
     module = nn.Identity()
     make_cached([module])
     rows = ActiveRows(2)
@@ -423,7 +423,7 @@ def test_what_nobody_reads_again_keeps_its_shape_alone(needed):
     assert "forward" not in vars(module)
 
 
-def test_what_is_overwritten_later_is_kept_as_it_was():
+def test_an_output_that_is_overwritten_later_is_kept_as_it_was():
     module = nn.Identity()
     make_cached([module])
     rows = ActiveRows(2)
@@ -441,7 +441,7 @@ def test_what_is_overwritten_later_is_kept_as_it_was():
     assert run(Net(), torch.tensor([[1.0], [2.0]]), cache).tolist() == [[2.0]]
 
 
-def test_the_plan_says_at_which_exits_a_pass_begins_anew(net):
+def test_the_plan_says_at_which_exits_a_pass_starts_again(net):
     plan = early(net, EXITS).plan
     assert "When rows leave at exit 0, 1, 2, the forward pass starts again" in str(plan)
     assert [row["restarts"] for row in plan.to_dict()["exits"]] == [True] * 3

@@ -182,7 +182,7 @@ def test_the_plan_says_which_of_several_tensors_a_head_reads():
 
 
 @pytest.mark.parametrize(("name", "pixels"), [("crossvit_tiny_240", 120), ("pit_ti_224", 96)])
-def test_a_saved_run_of_a_network_that_begins_anew_is_loaded(name, pixels, tmp_path):
+def test_a_saved_run_of_a_network_that_starts_again_is_loaded(name, pixels, tmp_path):
     net = timm.create_model(name, num_classes=5, img_size=pixels).eval()
     model = ptee.augment(net, num_exits=3)
     x = random_images(net, 4, model.plan.input_size)

@@ -1,0 +1,262 @@
+"""Verification: rows leave at a cut point, and a wrong logit of the others is noticed and explained."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from awkward import REAL_SIZE, SIZE, InPlace, Net, Two, conv, each_network, hooks, real
+from torch import Tensor, nn
+
+from ptee._common.errors import BackboneError, PteeError
+from ptee.analysis.cut_points import Cut, random_images, survey
+from ptee.analysis.verify import verify_cut_points
+
+# ---------------------------------------------------------------------------------------------------- what only verification sees
+
+
+class BatchSize(Two):
+    """Keeps the number of rows in a Python variable."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        return self.two(self.one(x)).view(rows, 8, 8, 8)
+
+
+class BatchSizeInValues(Two):
+    """With fewer rows its shapes are right, but its values are scaled wrongly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        x = self.two(self.one(x))
+        return x * (rows / len(x))
+
+
+class SkipThroughNumpy(Two):
+    """A skip connection that torch does not see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x.numpy(force=True).copy()
+        return self.two(self.one(x)) + torch.from_numpy(before)
+
+
+class Halves(nn.Module):
+    """One half of the channels passes through `first`, the other around it, in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        return torch.cat([self.first(left), self.second(right)], 1)
+
+
+class Remembering(Two):
+    """Keeps values of the rows in a Python list. With fewer rows it uses the values of the wrong ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = x.mean((1, 2, 3)).tolist()
+        x = self.one(x)
+        return self.two(x * torch.tensor(scales[: len(x)]).view(-1, 1, 1, 1))
+
+
+SEEN_BY_VERIFICATION = {
+    "a batch size kept in Python": (BatchSize, "part.one", "fails with fewer rows .RuntimeError"),
+    "a batch size that scales the values": (BatchSizeInValues, "part.two", "the logits are off by"),
+    "a skip connection through numpy": (SkipThroughNumpy, "part.one", "fails with fewer rows"),
+    "another view of the same memory": (Halves, "part.first", "fails with fewer rows"),
+    "values kept in Python": (Remembering, "part.one", "the logits are off by"),
+}
+
+
+@pytest.mark.parametrize("case", SEEN_BY_VERIFICATION)
+def test_verification_sees_what_the_survey_cannot_see(case):
+    part, name, reason = SEEN_BY_VERIFICATION[case]
+    net = Net(part())
+    cuts = survey(net, SIZE).cuts
+    failed = verify_cut_points(net, [cuts["entry"], cuts[name], cuts["part"]], SIZE)
+    assert list(failed) == [name], "the cuts before and after it are good"
+    assert re.search(reason, failed[name])
+
+
+# Values of the batch that Python keeps, unseen by torch, are wrong also when the pass starts again.
+VALUES_LOST = {"a skip connection through numpy", "values kept in Python"}
+
+
+@pytest.mark.parametrize("case", SEEN_BY_VERIFICATION)
+def test_a_pass_that_remembers_the_whole_batch_can_start_again(case):
+    part, name, _ = SEEN_BY_VERIFICATION[case]
+    net = Net(part())
+    found = survey(net, SIZE)
+    cuts = [replace(found.cuts[name], steps=found.steps[name]), found.cuts["part"]]
+    assert list(verify_cut_points(net, cuts, SIZE)) == ([name] if case in VALUES_LOST else [])
+    assert not any("forward" in vars(module) for module in net.modules()), "the network is as it was"
+
+
+class FixedAnswer(nn.Module):
+    """Always returns logits for as many rows as it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = torch.zeros(len(x), 5)
+        vectors = self.inner(x).mean((2, 3))
+        answer[: len(vectors)] = vectors
+        return answer
+
+
+def test_a_network_that_still_returns_logits_for_all_rows_is_noticed():
+    net = FixedAnswer().eval()
+    failed = verify_cut_points(net, [survey(net, SIZE).cuts["inner"]], SIZE)
+    assert re.search(r"still answers with shape \(\d, 5\)", failed["inner"])
+
+
+# ---------------------------------------------------------------------------------------------------- rows must be independent
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of the batch from each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+def batch_statistics() -> nn.Module:
+    return nn.BatchNorm2d(8, track_running_stats=False)
+
+
+@pytest.mark.parametrize("part", [Centred, batch_statistics], ids=["batch mean", "batch norm without statistics"])
+@pytest.mark.parametrize("name", ["entry", "part"], ids=["cut before", "cut after"])
+def test_a_network_whose_rows_influence_one_another_is_refused(part, name):
+    net = Net(part())
+    cut = survey(net, SIZE).cuts[name]
+    with pytest.raises(BackboneError, match=r"Net.*influence one another"):
+        verify_cut_points(net, [cut], SIZE)
+
+
+class AlwaysDropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class Dividing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x - x)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [(AlwaysDropping, r"random in eval mode .*self\.training"), (Dividing, "values that are not finite")],
+    ids=["dropout", "not a number"],
+)
+def test_a_network_without_reproducible_logits_is_refused_with_the_reason(part, message):
+    net = Net(part())
+    with pytest.raises(BackboneError, match=f"Net answers .*{message}"):
+        verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE)
+
+
+# ---------------------------------------------------------------------------------------------------- rows are told apart
+
+
+class WrongRows(Cut):
+    """A wrong cut: it keeps the right number of rows, but the wrong ones."""
+
+    def select(self, output, rows):
+        return super().select(output, rows - 1)
+
+
+def broken(cut: Cut) -> WrongRows:
+    return WrongRows(**vars(cut))
+
+
+def nearly_constant(spread: float) -> nn.Module:
+    """A network whose logits are about 1 and differ from image to image by about `spread`."""
+    net = Net(nn.ReLU())
+    with torch.no_grad():
+        net.classifier.weight.mul_(spread)
+        net.classifier.bias.fill_(1)
+    return net
+
+
+def test_float32_cannot_tell_the_rows_of_a_nearly_constant_network_apart():
+    net = nearly_constant(1e-5)
+    answers = net(random_images(net, 4, SIZE)).detach()
+    assert 0 < (answers - answers.mean(0)).abs().max() < 1e-5, "far below what float32 is trusted with"
+
+
+@pytest.mark.parametrize("spread", [1, 1e-3, 1e-5, 1e-8])
+def test_wrong_rows_are_noticed_in_a_nearly_constant_network(spread):
+    net = nearly_constant(spread)
+    cut = survey(net, SIZE).cuts["entry"]
+    assert verify_cut_points(net, [cut], SIZE) == {}
+    assert "off by" in verify_cut_points(net, [broken(cut)], SIZE)["entry"]
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("efficientnet_b0", 0), ("mobilenet_v2", 0), ("mobilenet_v2", 0.05)],
+    ids=["efficientnet_b0", "mobilenet_v2", "mobilenet_v2 with a bias in its classifier"],
+)
+def test_wrong_rows_are_noticed_in_an_untrained_torchvision_network(name, bias):
+    net = getattr(torchvision.models, name)(num_classes=5).eval()
+    nn.init.uniform_(net.classifier[-1].bias, -bias, bias)  # its answers differ by 1e-9
+    cut = survey(net, (3, 32, 32)).cuts["features.2"]
+    assert verify_cut_points(net, [cut], (3, 32, 32)) == {}
+    assert "off by" in verify_cut_points(net, [broken(cut)], (3, 32, 32)).get("features.2", "nothing noticed")
+
+
+def test_a_nearly_constant_network_that_cannot_be_copied_is_verified_in_its_own_precision():
+    net = nearly_constant(1e-8)
+    net.lock = threading.Lock()
+    assert verify_cut_points(net, [survey(net, SIZE).cuts["entry"]], SIZE) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_cut_points_are_found_and_verified_in_other_precisions(dtype):
+    net = Net(InPlace()).to(dtype)
+    cut = survey(net, SIZE).cuts["part.one"]
+    assert verify_cut_points(net, [cut], SIZE) == {}
+    assert verify_cut_points(net, [broken(cut)], SIZE)
+
+
+# ---------------------------------------------------------------------------------------------------- real networks, and no trace
+
+
+@each_network
+def test_every_cut_point_of_a_real_network_passes_verification(name):
+    net, found = real(name)
+    assert len(found.cuts) > 5
+    assert verify_cut_points(net, list(found.cuts.values()), REAL_SIZE) == {}
+
+
+@each_network
+def test_one_wrong_cut_point_among_many_is_found(name):
+    net, found = real(name)
+    cuts = list(found.cuts.values())
+    place = len(cuts) // 2
+    failed = verify_cut_points(net, [*cuts[:place:3], broken(cuts[place]), *cuts[place + 1 :: 3]], REAL_SIZE)
+    assert list(failed) == [cuts[place].name]
+
+
+class FailingWithFewerRows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 2:
+            raise ZeroDivisionError("on purpose")
+        return x
+
+
+@pytest.mark.parametrize("part", [InPlace, BatchSize, FailingWithFewerRows])
+def test_verification_leaves_no_hook(part):
+    net = Net(part())
+    cuts = list(survey(net, SIZE).cuts.values())
+    with contextlib.suppress(PteeError):
+        verify_cut_points(net, cuts, SIZE)
+    assert hooks(net) == 0
