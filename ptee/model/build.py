@@ -141,7 +141,7 @@ def load(
     )
     if model.num_classes != run.config.backbone.classes:
         raise RunError(
-            f"{folder} is for {run.config.backbone.classes} classes, its backbone has {model.num_classes}. Copy the run anew."
+            f"{folder} is for {run.config.backbone.classes} classes, its backbone has {model.num_classes}. Copy the run again."
         )
     runs.fill(model.heads, run)
     model.calibrated, model.confidence = calibrated, confidence

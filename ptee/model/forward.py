@@ -176,7 +176,7 @@ class Call:
             raise PteeError(
                 f"Exit {n} ({self.plan.exits[n].name}) was planned for a feature map {tuple(cut.shape)} and its head cannot "
                 f"read this one, {tuple(z.shape[1:])} ({first_line(why).rstrip('.')}): the images have another size than "
-                f"{self.plan.input_size}. Plan anew with their input_size."
+                f"{self.plan.input_size}. Plan the exits again with their input_size."
             ) from why
 
     @contextmanager

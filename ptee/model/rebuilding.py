@@ -116,7 +116,7 @@ def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
     about = run.config.front
     assert about is not None
     if run.config.exits[0].head != FRONT:
-        raise RunError(f"{run.folder} tells of a front network, but has no exit for it. Copy the run anew.")
+        raise RunError(f"{run.folder} tells of a front network, but has no exit for it. Copy the run again.")
     if module is None:
         if about.source is None:
             raise RunError(
@@ -183,5 +183,5 @@ def confidence_of(run: Run) -> tuple[str, Calibrated | None]:
             f"own, register it first (ptee.register_confidence).{possible(found.name, CONFIDENCES)}"
         )
     if found.name == CALIBRATED and not found.scale:
-        raise RunError(f"{run.folder}: {CONFIG} has no numbers for the confidence {CALIBRATED!r}. Copy the run anew.")
+        raise RunError(f"{run.folder}: {CONFIG} has no numbers for the confidence {CALIBRATED!r}. Copy the run again.")
     return found.name, Calibrated(found.scale, found.shift) if found.scale else None

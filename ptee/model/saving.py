@@ -219,7 +219,7 @@ def fill(heads: nn.Module, run: Run) -> None:
     heads.load_state_dict(run.tensors)
 
 
-_NOT_ONE = f"{HEADS} and {CONFIG} do not belong together. Copy the run anew."
+_NOT_ONE = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
 
 def _json(folder: str | Path, path: Path) -> Any:
@@ -236,7 +236,7 @@ def _json(folder: str | Path, path: Path) -> Any:
     except OSError as why:
         raise RunError(f"{folder}: {path.name} cannot be read: {first_line(why)}") from why
     except (ValueError, RecursionError) as why:
-        raise RunError(f"{folder}: {path.name} is no complete JSON ({first_line(why)}) Copy the run anew.") from why
+        raise RunError(f"{folder}: {path.name} is no complete JSON ({first_line(why)}) Copy the run again.") from why
     return found
 
 
@@ -244,13 +244,13 @@ def _sane(folder: str | Path, name: str, value: Any) -> None:
     try:
         require_sane(value)
     except PteeError as why:
-        raise RunError(f"{folder}: in {name} {why} Copy the run anew.") from why
+        raise RunError(f"{folder}: in {name} {why} Copy the run again.") from why
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
     metrics = _json(folder, folder / METRICS)
     if not isinstance(metrics, dict):
-        raise RunError(f"{folder}: {METRICS} is no JSON object. Copy the run anew.")
+        raise RunError(f"{folder}: {METRICS} is no JSON object. Copy the run again.")
     _sane(folder, METRICS, metrics)
     return metrics
 
@@ -275,7 +275,7 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise RunError(f"{folder}: {CONFIG}: {from_pydantic(error)} Copy the run anew.") from error
+        raise RunError(f"{folder}: {CONFIG}: {from_pydantic(error)} Copy the run again.") from error
     _refuse_outside(folder, config.heads_file)
     if any(row.gate for row in config.exits):
         raise RunError(
@@ -285,7 +285,7 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
     if config.fingerprint is not None and config.fingerprint != fingerprint(values):
         raise RunError(
             f"{folder}: {CONFIG} was changed or damaged: its exits, its input or its backbone are not those that were saved. "
-            "Only threshold, off and confidence may be changed by hand. Copy the run anew."
+            "Only threshold, off and confidence may be changed by hand. Copy the run again."
         )
     return config
 

@@ -65,7 +65,7 @@ def test_a_run_that_is_damaged_is_not_tuned_by_half(text, run, finished):
     (finished / "metrics.json").write_text(text)
     before = files(finished)
     done = run("tune", finished, "--max-cost", 0.9, "--no-speed")
-    assert_refused(done, "metrics.json is no .*Copy the run anew")
+    assert_refused(done, "metrics.json is no .*Copy the run again")
     assert files(finished) == before
 
 

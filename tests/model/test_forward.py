@@ -167,7 +167,11 @@ class Fails(nn.Module):
 @pytest.mark.parametrize(
     ("planned", "error", "said"),
     [
-        ((C + 1,), PteeError, r"Exit 0 \(one\) was planned.*\(3,\).*\(2,\).*mat1.*Plan anew with their input_size"),
+        (
+            (C + 1,),
+            PteeError,
+            r"Exit 0 \(one\) was planned.*\(3,\).*\(2,\).*mat1.*Plan the exits again with their input_size",
+        ),
         ((C,), RuntimeError, "^mat1 and mat2 shapes cannot be multiplied$"),
     ],
     ids=["a feature map of another size", "any other failure"],
