@@ -116,7 +116,7 @@ def fit(
             command line lists them all.
 
     Returns:
-        The model in eval mode with its thresholds set. `model.results` has what was measured; `print(model.table)` shows it.
+        The model in eval mode with its thresholds set. `model.results` has what was measured; `log=print` shows it in tables.
 
     Raises:
         PteeError: naming the argument or setting that cannot be, and what is possible.
