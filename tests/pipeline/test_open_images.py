@@ -19,11 +19,14 @@ DOUBTFUL = LabelMap((0, 1), "Two classes.", doubt="The backbone is right by chan
 
 
 def images(n: int, labels: bool = True) -> TensorDataset:
-    return TensorDataset(torch.arange(n).float(), *([torch.zeros(n, dtype=torch.long)] if labels else []))
+    return TensorDataset(
+        torch.arange(n).float().expand(3, 4, 4, n).permute(3, 0, 1, 2),
+        *([torch.zeros(n, dtype=torch.long)] if labels else []),
+    )
 
 
 def levels(part: object) -> list[int]:
-    return [int(part[i][0]) for i in range(len(part))]
+    return [int(part[i][0].max()) for i in range(len(part))]
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -33,7 +36,7 @@ def test_parts_that_are_missing_are_drawn_from_the_training_images_and_none_is_i
     data = from_data_sets(images(20), None, None, seed=1)
     parts = [levels(part) for part in (data.train, data.calibration, data.validation)]
     assert [len(part) for part in parts] == [16, 2, 2]
-    assert sorted(sum(parts, [])) == list(range(20))
+    assert sorted(row for part in parts for row in part) == list(range(20))
     again, other = (from_data_sets(images(20), None, None, seed=seed) for seed in (1, 2))
     assert levels(again.validation) == parts[2] != levels(other.validation)
 
