@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptee._common.errors import BackboneError, DataError, RunError, first_line
+from ptee._common.errors import Argument, BackboneError, DataError, RunError, first_line
 from ptee._common.files import replace_file, require_writable
 from ptee._common.process import no_stdout, own_random_numbers
 from ptee.backbones.load import Backbone, load_backbone
@@ -152,8 +152,9 @@ def imagenette() -> Path:
         if folder.is_dir():  # another process was faster
             return folder
         raise DataError(
-            f"No --data is given, and Imagenette, which is used then, cannot be downloaded: {first_line(why)} "
-            "Give images of your own: --data FOLDER."
+            f"No data are given, and Imagenette, which is used then, cannot be downloaded: {first_line(why)} Give images of your own: ",
+            Argument("data", "FOLDER"),
+            ".",
         ) from why
     return folder
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, CutError, DataError, Interrupted, PteeError, unknown
+from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
 from ptee._common.files import write_json
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
@@ -22,16 +22,13 @@ from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.evaluation.targets import Solution, Target, require_labels, require_reachable
 from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
-from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
-from ptee.exits.front import FrontHead, named_front
-from ptee.exits.places import read_places
 from ptee.model import saving
-from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline import unreadable
 from ptee.pipeline.images import from_data_sets, has_labels, image_size
 from ptee.pipeline.recipe import Recipe, make_recipe, write_recipe
 from ptee.pipeline.run_folder import clear, new_folder, sole_writer, speaks_for_all
+from ptee.pipeline.untrained import build_model
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
@@ -119,7 +116,7 @@ def fit(
             command line lists them all.
 
     Returns:
-        The model in eval mode with its thresholds set. `model.results` has what was measured; `log=print` shows it as tables.
+        The model in eval mode with its thresholds set. `model.results` has what was measured; `log=print` shows it in tables.
 
     Raises:
         PteeError: naming the argument or setting that cannot be, and what is possible.
@@ -232,49 +229,6 @@ def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> 
 
 
 # ---------------------------------------------------------------------------------------------------- the steps
-
-
-def build_model(backbone: Backbone, recipe: Recipe) -> EarlyExitModel:
-    """The model with untrained heads; the same seed gives the same heads.
-
-    A backbone that has no room for exits at the default places gets as many by the rule pareto as it has room for.
-    """
-    config = recipe.exits.resolved()
-    front = front_of(backbone, config)
-    try:
-        return _build(backbone, config, front, recipe.seed)
-    except CutError:
-        if config.places != DEFAULT_PLACES:
-            raise
-        return _build(backbone, config.changed(places="pareto", head_budget=None), front, recipe.seed)
-
-
-def _build(backbone: Backbone, config: ExitsConfig, front: FrontHead | str | None, seed: int) -> EarlyExitModel:
-    torch.manual_seed(seed)
-    places: Any = read_places(config.places, backbone)
-    return build(
-        backbone,
-        exits=places,
-        num_exits=config.number,
-        head=config.head or "auto",
-        head_budget=config.head_budget,
-        front=front,
-    )
-
-
-def front_of(backbone: Backbone, config: ExitsConfig) -> FrontHead | str | None:
-    """The network in front of the backbone, "auto" for a learned head there, or None."""
-    return named_front(
-        config.front,
-        backbone,
-        weights=config.front_weights,
-        mean=_each(config.front_mean),
-        std=_each(config.front_std),
-    )
-
-
-def _each(value: Any) -> Any:
-    return (value,) if isinstance(value, int | float) else value
 
 
 def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
