@@ -29,6 +29,8 @@ def upgraded(run: Run) -> Run:
     Raises:
         RunError: if ptee 0.1.0 saved heads in it that this version does not have.
     """
+    if run.config.schema_version > 1:
+        return run
     linked = [int(name.partition(".")[0]) for name in run.tensors if re.fullmatch(r"\d+\.link\..+", name)]
     if linked:
         what = (
