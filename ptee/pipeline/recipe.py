@@ -207,12 +207,24 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise PteeError(
                 f"The recipe {path} has {path.stat().st_size:,} bytes; no recipe has more than {LARGEST_FILE:,}."
             )
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as why:
+        values = _from_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
         raise PteeError(f"The recipe {path} cannot be read: {first_line(why)}") from why
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.")
     return values
+
+
+def _from_yaml(text: str) -> Any:
+    """What YAML holds.
+
+    Raises:
+        yaml.YAMLError: whatever is wrong with it; the library itself lets other errors pass, as for the date 2001-99-99.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as why:
+        raise yaml.YAMLError(first_line(why)) from why
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
@@ -284,7 +296,7 @@ def read_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     try:
         if equals:
-            return path_of(name.strip()), yaml.safe_load(value)
+            return path_of(name.strip()), _from_yaml(value)
     except yaml.YAMLError as why:
-        raise PteeError(f"The value of {text!r} cannot be read: {first_line(why)}") from why
-    raise PteeError(f"{text!r} is no setting. Write it as NAME=VALUE, such as training.epochs=20.")
+        raise PteeError(f"The value of {text!r:.60} cannot be read: {first_line(why)}") from why
+    raise PteeError(f"{text!r:.60} is no setting. Write it as NAME=VALUE, such as training.epochs=20.")
