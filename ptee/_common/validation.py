@@ -128,6 +128,9 @@ def _within(path: str, error: PteeError) -> PteeError:
 
 
 def _fault(kind: type[PteeError], path: str, value: Any, words: str) -> PteeError:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        text = "a number of thousands of digits"
     shown = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
     return kind(Argument(path, shown), f" {words}", argument=path, value=value)

@@ -60,8 +60,8 @@ def read_checkpoint(file: str | Path, argument: str = "weights") -> Checkpoint:
         BackboneError: the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
     """
     path = Path(file)
-    if not path.is_file():
-        text = f"There is no weights file {file}. Give a .safetensors or .pth file that exists."
+    if not _is_file(path):
+        text = f"There is no weights file {file!s:.300}. Give a .safetensors or .pth file that exists."
         raise BackboneError(text, argument=argument, value=str(file))
     _require_whole(path, argument)
     try:
@@ -73,6 +73,13 @@ def read_checkpoint(file: str | Path, argument: str = "weights") -> Checkpoint:
         text = f"{file} holds no state_dict (names of tensors). Save model.state_dict() and nothing else."
         raise BackboneError(text, argument=argument, value=str(file))
     return Checkpoint(path, places)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for any
+        return False
 
 
 def _require_whole(path: Path, argument: str) -> None:

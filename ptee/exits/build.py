@@ -200,7 +200,7 @@ def require_saved(specs: Sequence[HeadSpec], cuts: Sequence[Cut], saved: Mapping
                 has = "is missing" if found is None else f"has shape {tuple(found.shape)}"
                 raise RunError(
                     f"The head {str(spec)!r} of exit {n} wants a tensor {key!r} of shape {tuple(tensor.shape)}, and in the run "
-                    f"it {has}. Copy the run anew."
+                    f"it {has}. Copy the run again."
                 )
 
 

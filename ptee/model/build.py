@@ -1,4 +1,4 @@
-"""Making and loading early-exit models: `augment` hangs untrained heads on a backbone, `load` reads a saved run."""
+"""How early-exit models are made: `augment` adds untrained exits to a backbone, `load` reads a saved run."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ def augment(
     pretrained: bool = True,
     weights: str | Path | None = None,
 ) -> EarlyExitModel:
-    """Hang exit heads on a trained classifier. They are untrained: `ptee.train` comes next.
+    """Add early exits to a trained classifier. Their heads are not trained yet: call `ptee.train` next.
 
     Args:
         model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module (b, c, h, w) -> (b, K).
-        exits: where: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
+        exits: where they stand: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
             cost, or a list of module names.
         num_exits: E; None for as many as the rule can place, at most five.
         head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a residual one
             (`res-32x2-64x2`), or "auto" for residual heads as large as their budget allows; one for all exits or one for
-            each. With a + behind its name (`auto+`, `conv2+`) a head builds on the answer of the exit before; one name for
-            all leaves the + out at the first exit.
+            each. With a + at the end (`auto+`, `conv2+`) a head builds on the logits of the exit before; if one name is
+            given for all, the first head is made without the +.
         head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each.
-        front: a small classifier with weights of its own, by name or as a module: the head of an exit at the input, before
-            all others. Rows that it is sure of never reach the backbone. "auto": a residual head there.
-        front_weights: for a name: a file of its weights.
+        front: a small classifier, by name or as a module, as the head of an exit at the input, before all others. Rows
+            that leave there never reach the backbone. "auto": a residual head there.
+        front_weights: for a front by name: a file of its weights.
         input_size: (c, h, w); None: the model's own, where it says so.
-        num_classes: K, where the model does not say.
-        pretrained: for a name: load its published weights.
-        weights: for a name: a file of weights instead.
+        num_classes: K; None: found by running the model.
+        pretrained: for a model by name: load its published weights.
+        weights: for a model by name: a file of weights to load instead.
 
     Returns:
         The model in eval mode, on the backbone's device. The backbone itself is used, not a copy.
 
     Raises:
-        PteeError: naming what cannot be met, why, and what is possible.
+        PteeError: saying what is not possible, why, and what is.
     """
     if isinstance(model, EarlyExitModel):
         raise PteeError(
-            "This model has exits already. Give its backbone for others: ptee.augment(model.detach(), ...)."
+            "This model has exits already. To make others, give its backbone: ptee.augment(model.detach(), ...)."
         )
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
@@ -105,20 +105,20 @@ def load(
 ) -> EarlyExitModel:
     """Load a saved early-exit model.
 
-    The exits are placed, verified and counted anew on the backbone; the folder is trusted for nothing but the numbers in
-    the heads.
+    The exits are placed on the backbone, checked and counted anew. The folder is trusted for nothing but the numbers in the
+    heads.
 
     Args:
         folder: what `save_pretrained` or `ptee augment --out` wrote, or "user/repo" on the hub.
-        backbone: the module to hang the heads on; None: built as config.json says.
-        front: the network of the exit at the input, which gets the weights that were saved; None: built as config.json says.
+        backbone: the module that gets the exits; None: built as config.json says.
+        front: the front network, which gets the weights that were saved; None: built as config.json says.
         hub: for a repo: revision, token, cache_dir, force_download, local_files_only.
 
     Raises:
-        RunError: if a file is missing, cut off, of a newer schema, or names a path outside; if the backbone's weights
-            are not those the heads were trained on (both hashes are given); if a front network is given and it has none.
-        BackboneError: if the backbone is no module, or cannot be built from what config.json says.
-        UnknownName: if there is no such argument.
+        RunError: if a file is missing, damaged, changed, of a newer schema or outside of the folder; if the backbone's
+            weights are not those that the heads were trained on; if a front network is given and the run has none.
+        BackboneError: if the backbone is no module, or cannot be built as config.json says.
+        UnknownName: if an argument does not exist.
     """
     known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     for name in hub.keys() - known:
@@ -128,7 +128,7 @@ def load(
     if backbone is not None:
         check_weights(run, backbone)
     if front is not None and run.config.front is None:
-        raise RunError(f"{folder} has no front network, and one is given. Leave out front=.")
+        raise RunError(f"{folder} has no front network, but one is given. Leave out front=.")
     network = network_of(run, backbone)
     check_weights(run, network.module)
     model = build(

@@ -1,8 +1,8 @@
 """One call of an early-exit model: what happens at each cut while the backbone runs.
 
-The hooks stay on the backbone between calls and hold no state. What a call knows (which rows are still here, who left where)
-lives in the call, and hooks find the call of their own thread. So two threads may use one model at once, and a backbone that
-is called by itself is the bare backbone.
+The hooks stay on the backbone between calls and hold no state. The state of a call (which rows are still there, which left
+where) is kept in a `Call`, and a hook finds the call of its own thread. So two threads can use one model at once, and a
+backbone that is called by itself is the bare backbone.
 """
 
 from __future__ import annotations
@@ -92,20 +92,20 @@ class AnswerTypes:
 
 
 class ExitHook:
-    """Stands at a cut. It knows no model, so that copies and pickles of a backbone do not drag one along."""
+    """A hook at a cut. It holds no model, so that a copy or a pickle of the backbone does not contain one."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The module has given `output`; what is returned takes its place."""
+        """Called when the module has given `output`; what is returned replaces it."""
         call = _CALL.get()
         return None if call is None else call.on_cut(self, output)
 
 
 class Call:
-    """One run of a model through its backbone. By itself it only runs the heads: all rows stay and nothing is kept.
+    """One pass of a model through its backbone. The base class only runs the heads: all rows stay and nothing is kept.
 
     Args:
         hooks: of the model, one for each exit.
-        heads: likewise.
+        heads: of the model, one for each exit.
         plan: where the exits stand.
         batch: number of rows.
     """
@@ -124,12 +124,12 @@ class Call:
         self._logits: list[tuple[int, Tensor]] = []  # of the exits so far, each with its moment
 
     def on_input(self, images: Tensor) -> None:
-        """The images are there: the exit at the input, if there is one, is the first."""
+        """Called with the images: runs the exit at the input, if there is one."""
         if self.plan.exits[0].name == INPUT:
             self._pass(0, images)
 
     def on_cut(self, hook: ExitHook, output: Any) -> Any:
-        """The backbone has given the output at a cut. Returns what it goes on with, None for the same."""
+        """Called with the backbone's output at a cut. Returns what replaces it, or None."""
         n = next((i for i, own in enumerate(self.hooks) if own is hook), None)
         if n is None:
             return None  # another model's, on the same backbone
@@ -143,7 +143,7 @@ class Call:
         return self._pass(n, output)
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
-        """A head has answered. Returns what the backbone goes on with, None for the same."""
+        """Called with a head's answer. Returns what replaces the backbone's output, or None."""
         return None
 
     def _pass(self, n: int, output: Any) -> Any:
@@ -164,7 +164,7 @@ class Call:
         return self.on_head_output(n, cut, output, said, earlier)
 
     def _run_head(self, n: int, cut: Cut, z: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
-        """What the head answers, given the logits of the exits so far."""
+        """The head's answer, given the logits of the exits so far."""
         try:
             with self._beside_backbone(n):
                 head: Any = self.heads[n]
@@ -181,7 +181,7 @@ class Call:
 
     @contextmanager
     def _beside_backbone(self, n: int) -> Iterator[None]:
-        """A head runs outside of this call, with gradients of its own, even where the backbone has none or checkpoints them."""
+        """A head runs outside of this call, with its own gradients, even where the backbone has none or checkpoints them."""
         if self.through and not torch.is_grad_enabled():
             raise PteeError(
                 f"Gradients of the images do not reach exit {n} ({self.plan.exits[n].name}): the backbone computes it without, by "
@@ -192,7 +192,7 @@ class Call:
             yield
 
     def check_all_passed(self) -> None:
-        """Nobody may reach the end around an exit: a compiled or changed backbone does not run its hooks."""
+        """Refuse an answer that passed around an exit, as of a compiled or changed backbone that does not run its hooks."""
         if self.passed < len(self.plan.exits):
             name = self.plan.exits[self.passed].name
             raise PteeError(
@@ -202,7 +202,7 @@ class Call:
 
 
 class RecordAll(Call):
-    """Nobody leaves, and what the heads answer is kept."""
+    """No row leaves, and the heads' answers are kept."""
 
     def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
         super().__init__(hooks, heads, plan, batch)
@@ -216,7 +216,7 @@ class RecordAll(Call):
 
 
 class RecordInputs(Call):
-    """Nobody leaves, and what the heads read is kept; they do not answer."""
+    """No row leaves, and the heads' inputs are kept; the heads do not answer."""
 
     def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
         super().__init__(hooks, heads, plan, batch)
@@ -231,7 +231,7 @@ class RecordInputs(Call):
 
 
 class _Leavers(NamedTuple):
-    """Rows that left together: which ones (None for all), where, and what they got."""
+    """Rows that left together: which (None for all), at which exit, with which answer."""
 
     rows: Tensor | None
     exit: int
@@ -275,7 +275,7 @@ class ExitEarly(Call):
         return self.cache.restarted
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
-        """Take the rows that are sure enough out of the batch."""
+        """Take the rows that are confident enough out of the batch."""
         if n in self.plan.off:
             return None
         self._require_all_rows(n, len(said.logits))
@@ -345,7 +345,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 class StopForward(BaseException):  # not an Exception: a backbone's own `except Exception` must not swallow it
-    """Nobody is left, so the rest of the backbone need not run."""
+    """No row is left, so the rest of the backbone need not run."""
 
 
 _CALL: ContextVar[Call | None] = ContextVar("the call of an early-exit model that is running", default=None)

@@ -1,4 +1,4 @@
-"""What images a model takes. One refusal, in words, for all others: wherever they come from, they are looked at here."""
+"""Checks of the images that a model is given: the same checks and the same messages in `predict`, training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ptee._common.errors import PteeError
 
 
 def require_images(x: Any, channels: int) -> None:
-    """Refuse what is no batch of images as a backbone takes them.
+    """Refuse what is no batch of images for the backbone.
 
     Args:
-        x: what was given for images (b, c, h, w).
+        x: what was given as images (b, c, h, w).
         channels: c.
 
     Raises:
@@ -22,7 +22,7 @@ def require_images(x: Any, channels: int) -> None:
     """
     if not isinstance(x, Tensor):
         raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
-    if x.dim() != 4:  # the axes of one image would be taken for a batch's
+    if x.dim() != 4:  # some backbones would take one image for a batch
         one = " For one image give x[None]." if x.dim() == 3 else ""
         raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
     if x.shape[1] != channels and x.shape[3] == channels:
@@ -37,7 +37,7 @@ def require_images(x: Any, channels: int) -> None:
     if not x.is_floating_point():
         scaled = "x.float() / 255" if x.dtype == torch.uint8 else "x.float()"
         raise PteeError(
-            f"These images are {name_of(x.dtype)}, and the model takes floating-point numbers, prepared as for its backbone. "
+            f"These images are {name_of(x.dtype)}, and the model takes floating-point numbers. "
             f"Give ({scaled} - mean) / std, with the mean and std that the backbone was trained with."
         )
 
@@ -57,12 +57,12 @@ def require_device(x: Tensor, device: torch.device) -> None:
 
 
 def wrong_type(x: Tensor, wanted: torch.dtype, why: str) -> PteeError:
-    """The refusal of images of a number type that the backbone's own code does not take.
+    """The error for images of a number type that the backbone cannot take.
 
     Args:
         x: images.
         wanted: the backbone's.
-        why: what its code said, as a sentence.
+        why: what the backbone raised, as a sentence.
     """
     return PteeError(
         f"These images are {name_of(x.dtype)}, and the model is {name_of(wanted)} ({why.rstrip('.')}). "
@@ -71,12 +71,12 @@ def wrong_type(x: Tensor, wanted: torch.dtype, why: str) -> PteeError:
 
 
 def wrong_size(x: Tensor, planned: tuple[int, int, int], why: str) -> PteeError:
-    """The refusal of images of a size that the backbone's own code does not take.
+    """The error for images of a size that the backbone cannot take.
 
     Args:
         x: images.
         planned: (c, h, w) for which the exits were planned.
-        why: what its code said, as a sentence.
+        why: what the backbone raised, as a sentence.
     """
     return PteeError(
         f"The backbone cannot take images of size {tuple(x.shape[1:])} ({why.rstrip('.')}): the exits were planned for "
@@ -85,16 +85,16 @@ def wrong_size(x: Tensor, planned: tuple[int, int, int], why: str) -> PteeError:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As in "float32"."""
+    """The name of a number type, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def _with_channels(have: int, want: int) -> str:
-    """What to type for images with the channels that are wanted."""
+    """What to type to get images with the right number of channels."""
     if have == 1:
-        return f"Give x.expand(-1, {want}, -1, -1), which repeats the grey."
+        return f"Give x.expand(-1, {want}, -1, -1), which repeats the grey channel."
     if (have, want) == (4, 3):
-        return "Give x[:, :3], without the fourth, if that is their opacity."
+        return "Give x[:, :3], if the fourth channel is the opacity."
     if want == 1:
-        return "Give x.mean(1, keepdim=True), which is grey."
-    return f"Give images with {want}, or plan anew with their input_size."
+        return "Give x.mean(1, keepdim=True), the grey images."
+    return f"Give images with {want} channels, or plan anew with their input_size."

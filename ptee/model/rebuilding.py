@@ -1,4 +1,4 @@
-"""What a saved run consists of besides its heads: the backbone, the network in front of it, and the confidence."""
+"""What a saved run needs besides its heads: the backbone, the front network and the confidence, built as config.json says."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def upgraded(run: Run) -> Run:
     Raises:
         RunError: if ptee 0.1.0 saved heads in it that this version does not have.
     """
+    if run.config.schema_version > 1:
+        return run
     linked = [int(name.partition(".")[0]) for name in run.tensors if re.fullmatch(r"\d+\.link\..+", name)]
     if linked:
         what = (
@@ -102,21 +104,21 @@ def require_at_hand(run: Run, source: Mapping[str, Any]) -> None:
 
 
 def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
-    """The network of the exit at the input, of a run that has one; its weights come with the heads'.
+    """The front network of a run that has one. Its weights are saved with the heads.
 
     Args:
         run: what was read from the folder.
-        module: the user's, which gets those weights; None: built as config.json says.
+        module: the user's own, which gets those weights; None: built as config.json says.
         behind: the backbone.
 
     Raises:
-        RunError: if config.json tells of no exit for it, or cannot rebuild it.
+        RunError: if config.json has no exit for it, or does not say how to build it.
         BackboneError: if it cannot be built from what config.json says.
     """
     about = run.config.front
     assert about is not None
     if run.config.exits[0].head != FRONT:
-        raise RunError(f"{run.folder} tells of a front network, but has no exit for it. Copy the run again.")
+        raise RunError(f"{run.folder} has a front network, but no exit for it. Copy the run again.")
     if module is None:
         if about.source is None:
             raise RunError(
@@ -138,10 +140,10 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
 
     Args:
         run: what was read from the folder.
-        backbone: the user's; None: built as config.json says.
+        backbone: the user's own; None: built as config.json says.
 
     Raises:
-        RunError: if config.json cannot rebuild it.
+        RunError: if config.json does not say how to build it.
         BackboneError: if it cannot be built from what config.json says.
     """
     module, label_space = backbone, None
@@ -153,7 +155,7 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
             )
         if run.remote and "file" in (run.config.backbone.source.get("weights") or {}):
             raise RunError(
-                f"{run.folder} was made with a weights file on somebody's disk, which is not looked for here. "
+                f"{run.folder} was made with a weights file on another machine, which is not looked for here. "
                 "Load it from Python: ptee.load(folder, backbone=...)."
             )
         require_at_hand(run, run.config.backbone.source)
@@ -172,15 +174,15 @@ def confidence_of(run: Run) -> tuple[str, Calibrated | None]:
         run: what was read from the folder.
 
     Raises:
-        RunError: if there is no such confidence here, or its numbers cannot be.
+        RunError: if there is no such confidence here, or it was not calibrated.
     """
     found = run.config.confidence
     if found is None:
         return LEARNED, None
     if found.name not in CONFIDENCES:
         raise RunError(
-            f"{run.folder}: its rows leave by the confidence {found.name!r:.60}, which is not known here. If it is one of your "
-            f"own, register it first (ptee.register_confidence).{possible(found.name, CONFIDENCES)}"
+            f"{run.folder}: its confidence {found.name!r:.60} is not known here. If it is your own, register it first "
+            f"(ptee.register_confidence).{possible(found.name, CONFIDENCES)}"
         )
     if found.name == CALIBRATED and not found.scale:
         raise RunError(f"{run.folder}: {CONFIG} has no numbers for the confidence {CALIBRATED!r}. Copy the run again.")

@@ -23,6 +23,7 @@ from ptee.exits.heads import AUTO, PLUS
 
 SCHEMA_VERSION = 2  # 2: hashes of the heads' tensors, and a fingerprint
 LONGEST_NAME = 255
+LONGEST_PATH = 1024  # and any other text in a record
 MOST_EXITS = 1000
 DEEPEST = 32  # lists and objects inside each other
 INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}  # numbers that JSON has no other way to say
@@ -55,8 +56,20 @@ def _or_nothing(value: Any) -> Any:
     return () if value is None else value
 
 
+def _short(source: dict[str, Any] | None) -> dict[str, Any] | None:
+    waiting: list[Any] = [source]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict | list):
+            waiting += [*part, *part.values()] if isinstance(part, dict) else part
+        elif isinstance(part, str) and (len(part) > LONGEST_PATH or printable(part) != part):
+            raise PydanticCustomError("long", "Input should be a record of short texts without control characters")
+    return source
+
+
 Text = Annotated[str, Field(strict=True)]
 Name = Annotated[Text, Field(max_length=LONGEST_NAME), AfterValidator(_printable)]
+Source = Annotated[dict[str, Any] | None, AfterValidator(_short)]
 HeadName = Annotated[Name, AfterValidator(_no_size_to_choose)]
 Positive = Annotated[Number, Field(gt=0)]
 Count = Annotated[Whole, Field(gt=0)]
@@ -104,7 +117,7 @@ class BackboneRecord(_Record):
 
     name: Name
     hash: Name
-    source: dict[str, Any] | None = None
+    source: Source = None
     classes: Count
     input: InputRecord
 
@@ -119,7 +132,7 @@ class FrontRecord(_Record):
     """
 
     name: Name
-    source: dict[str, Any] | None = None
+    source: Source = None
     input: InputRecord
 
 

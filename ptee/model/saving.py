@@ -187,7 +187,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """
     metrics = _metrics(folder) if (folder / METRICS).is_file() else {}
     if not isinstance(metrics.get("results"), dict):
-        raise RunError(f"{folder} has no {METRICS} with results. Make the run anew.")
+        raise RunError(f"{folder} has no {METRICS} with results. Make the run again.")
     return metrics
 
 

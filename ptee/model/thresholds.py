@@ -1,6 +1,6 @@
-"""The knob: thresholds as a person gives them, checked and brought to one for each exit.
+"""Thresholds as a user gives them, checked, and expanded to one for each exit.
 
-A row leaves at the first exit n with h_n >= T_n. A threshold is a number for all exits, one for each of them, or, for a
+A row leaves at the first exit n with h_n >= T_n. A user gives one number for all exits, or one for each exit, or, for a
 single call, one for each row and exit.
 """
 
@@ -18,25 +18,25 @@ Thresholds = float | Sequence[float] | Tensor
 
 
 def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:
-    """One T for each exit (E,).
+    """T_0 .. T_{E-1}: one threshold for each exit.
 
     Args:
         threshold: one number, or one for each exit.
         exits: E.
 
     Raises:
-        PteeError: for NaN, for what is no number, and for another number of values.
+        PteeError: for NaN, for a value that is no number, and for a wrong number of values.
     """
     given = _as_tensor(threshold)
     if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
         many = " x ".join(map(str, given.shape))
-        raise PteeError(f"{many} thresholds for {exits} exits. Give one number, or one for each exit.")
+        raise PteeError(f"There are {many} thresholds for {exits} exits. Give one number, or one for each exit.")
     _refuse_nan(given)
     return tuple(given.expand(1, exits)[0].tolist())
 
 
 def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.device) -> list[float | Tensor]:
-    """For each exit T as a number, or as a tensor (b,) on a device.
+    """The threshold of each exit: a number, or a tensor (b,) on the device.
 
     Args:
         threshold: anything that broadcasts to (b, E).
@@ -45,7 +45,7 @@ def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.dev
         device: where the confidences are.
 
     Raises:
-        PteeError: for NaN, for what is no number, and for another shape.
+        PteeError: for NaN, for a value that is no number, and for a wrong shape.
     """
     wide = _as_tensor(threshold)
     if wide.dim() > 2 or any(
@@ -58,19 +58,19 @@ def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.dev
     _refuse_nan(wide)
     if wide.dim() < 2 and wide.device.type == "cpu":
         return wide.expand(exits).tolist()
-    here = _moved(wide, device)  # once, not at each exit
+    here = _moved(wide, device)  # one transfer for all exits
     return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
 
 
 def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
-    """Numbers of exits, checked.
+    """The numbers of some exits, checked.
 
     Args:
-        value: one of them or several, such as [1].
+        value: one number or several, such as [1].
         exits: E.
 
     Raises:
-        PteeError: for what is no exit, and for one that is given twice.
+        PteeError: for a number that is no exit, and for one that is given twice.
     """
     try:
         given = [value] if isinstance(value, int) else list(value)

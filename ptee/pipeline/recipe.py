@@ -330,5 +330,5 @@ def read_setting(text: str) -> tuple[str, Any]:
         if equals:
             return path_of(name.strip()), read_yaml(value)
     except yaml.YAMLError as why:
-        raise PteeError(f"The value of {text!r} cannot be read: {first_line(why)}") from why
-    raise PteeError(f"{text!r} is no setting. Write it as NAME=VALUE, such as training.epochs=20.")
+        raise PteeError(f"The value of {text!r:.60} cannot be read: {first_line(why)}") from why
+    raise PteeError(f"{text!r:.60} is no setting. Write it as NAME=VALUE, such as training.epochs=20.")

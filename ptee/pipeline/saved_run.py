@@ -258,7 +258,7 @@ def _require_plain(run: str, recorded: Mapping[str, Any]) -> None:
                 ".",
             )
     if not 0 <= recorded.get("seed", 0) < 2**63:
-        raise RunError(f"{run}: results.data.split.seed={recorded['seed']!r:.40} is no seed. Copy the run anew.")
+        raise RunError(f"{run}: results.data.split.seed={recorded['seed']!r:.40} is no seed. Copy the run again.")
 
 
 def _is_text(value: Any) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import pickle
 
 import pytest
 
 import ptee
 from ptee._common import errors
 from ptee._common import text as tables
-from ptee._common.errors import PteeError, UnknownName, first_line, some, unknown
+from ptee._common.errors import Argument, PteeError, UnknownName, first_line, some, unknown
 
 KINDS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, PteeError)]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -154,3 +155,18 @@ def test_columns_are_as_wide_as_their_widest_cell():
 def test_no_line_ends_in_blanks():
     text = tables.table([("a", "name"), ("1", ""), ("22", "x")], left={1})
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+# ---------------------------------------------------------------------------------------------------- the terminal
+
+
+@each_kind
+@pytest.mark.parametrize("hostile", ["\x1b[2J\x1b]0;title\x07", "\x9b31m", "\u202e", "\ud800", "\x00\r"])
+def test_a_name_in_a_message_steers_no_terminal(kind, hostile):
+    said = kind(f"No run in '{hostile}'. ", Argument("run", f"a{hostile}"))
+    assert tables.printable(str(said)) == str(said)
+    assert str(said) == str(pickle.loads(pickle.dumps(said)))
+
+
+def test_lines_of_a_message_stay_apart():
+    assert str(PteeError("one\n\ttwo")) == "one\n\ttwo"

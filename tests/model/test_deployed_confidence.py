@@ -279,19 +279,28 @@ def test_a_run_of_0_1_0_with_gates_is_refused_with_what_to_do(gate, tmp_path):
     assert ptee.load(tmp_path, copy.deepcopy(model).detach()).confidence == "learned"
 
 
+NUMBERS = "confidence.scale and confidence.shift must have 2 numbers each, or none"
+
+
 @pytest.mark.parametrize(
     ("confidence", "said"),
     [
-        ("learned", "should have a dict at confidence"),
-        ({"name": 3, "scale": [], "shift": []}, "should have a str at confidence.name"),
-        ({"name": "learned"}, "should have a list at confidence.scale"),
+        ("learned", "confidence='learned' must be a mapping"),
+        ({"name": 3, "scale": [], "shift": []}, "confidence.name=3 must be text"),
+        ({"name": "learned"}, "confidence.scale is missing"),
         ({"name": "entorpy", "scale": [], "shift": []}, r"'entorpy'.*register_confidence.*Did you mean 'entropy'"),
         ({"name": "calibrated", "scale": [], "shift": []}, "no numbers for the confidence 'calibrated'"),
-        ({"name": "calibrated", "scale": [1.0], "shift": [0.0]}, "should have 2 numbers at confidence.scale"),
-        ({"name": "calibrated", "scale": [1.0, 1.0], "shift": []}, "should have 2 numbers at confidence.shift"),
-        ({"name": "learned", "scale": [], "shift": [1.0]}, "should have 0 numbers at confidence.shift"),
-        ({"name": "calibrated", "scale": [1.0, -1.0], "shift": [0.0, 0.0]}, "scale above 0"),
-        ({"name": "learned", "scale": [1.0, 1.0], "shift": ["Infinity", 0.0]}, "finite numbers"),
+        ({"name": "calibrated", "scale": [1.0], "shift": [0.0]}, NUMBERS),
+        ({"name": "calibrated", "scale": [1.0, 1.0], "shift": []}, NUMBERS),
+        ({"name": "learned", "scale": [], "shift": [1.0]}, NUMBERS),
+        (
+            {"name": "calibrated", "scale": [1.0, -1.0], "shift": [0.0, 0.0]},
+            r"confidence.scale\[1\]=-1.0 must be above 0",
+        ),
+        (
+            {"name": "learned", "scale": [1.0, 1.0], "shift": ["Infinity", 0.0]},
+            r"confidence.shift\[0\]='Infinity' must be a number",
+        ),
     ],
     ids=str,
 )

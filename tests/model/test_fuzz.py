@@ -8,12 +8,13 @@ import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ptee
@@ -64,6 +65,19 @@ def original(tmp_path) -> tuple[EarlyExitModel, Path]:
     model.save_pretrained(tmp_path / "run")
     write_json(tmp_path / "run" / "metrics.json", {"results": model.results, "plan": model.plan.to_dict()})
     write_recipe(make_recipe("ptee", {}), tmp_path / "run")
+    return model, tmp_path / "run"
+
+
+@pytest.fixture
+def named(tmp_path) -> tuple[EarlyExitModel, Path]:
+    """A model whose backbone and front network are built again from what config.json says."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    model = ptee.augment(
+        "cifar_resnet20", weights=weights, front="cifar_resnet20", front_weights=weights, exits=["layer2"]
+    )
+    model.results = {"rows": [], "samples": 3}
+    model.save_pretrained(tmp_path / "run")
     return model, tmp_path / "run"
 
 
@@ -134,7 +148,7 @@ def damaged(name: str, content: bytes, rng: random.Random) -> bytes:
 
 def answers(model: EarlyExitModel) -> tuple[Tensor, ...]:
     """What no edit of config.json may change."""
-    x = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, *model.plan.input_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model.predict(x)
         found = model.all_exits(x)
@@ -149,7 +163,8 @@ def outcome(folder: Path, name: str, model: EarlyExitModel) -> str:
     if name == "recipe.yaml":
         make_recipe(folder, {}).resolved()
         return "read"
-    loaded = ptee.load(folder, backbone=copy.deepcopy(model.backbone))
+    own = copy.deepcopy(model.backbone) if model.origin.source is None else None
+    loaded = ptee.load(folder, backbone=own)
     assert all(map(torch.equal, answers(loaded), answers(model))), "another answer"
     assert loaded.origin.input == model.origin.input, "another input"
     assert loaded.plan.switched_off(()).costs == model.costs, "other costs"
@@ -175,15 +190,15 @@ def too_long(*_: object) -> None:
     raise TimeoutError("it never ends")
 
 
-def fuzz(original: tuple[EarlyExitModel, Path], tries: int, seed: int) -> Counter[str]:
+def fuzz(original: tuple[EarlyExitModel, Path], tries: int, seed: int, files: Sequence[str] = FILES) -> Counter[str]:
     """How often what came of a damaged file, by file."""
     model, folder = original
-    whole = {name: (folder / name).read_bytes() for name in set(FILES)}
+    whole = {name: (folder / name).read_bytes() for name in set(files)}
     counts: Counter[str] = Counter()
     signal.signal(signal.SIGALRM, too_long)
     for n in range(tries):
         rng = random.Random(f"{seed} {n}")
-        name = FILES[n % len(FILES)]
+        name = files[n % len(files)]
         (folder / name).write_bytes(damaged(name, whole[name], rng))
         signal.alarm(PATIENCE_S)
         found = tried(folder, name, model)
@@ -215,6 +230,18 @@ def test_a_few_damaged_runs_are_refused_or_answer_as_before(original):
 def test_thousands_of_damaged_runs_are_refused_or_answer_as_before(original, capsys):
     with capsys.disabled():
         check(fuzz(original, 3000, seed=1), print)
+
+
+@needs_alarm
+def test_a_few_damaged_runs_of_named_networks_are_refused_or_answer_as_before(named):
+    check(fuzz(named, 20, seed=0, files=FILES[:4]), print)
+
+
+@needs_alarm
+@pytest.mark.fuzz
+def test_hundreds_of_damaged_runs_of_named_networks_are_refused_or_answer_as_before(named, capsys):
+    with capsys.disabled():
+        check(fuzz(named, 600, seed=1, files=FILES[:4]), print)
 
 
 def test_the_undamaged_run_loads_as_it_was(original):

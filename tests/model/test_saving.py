@@ -619,6 +619,7 @@ HOSTILE = [
     ("backbone.name", "x" * 5000), ("exits.0.name", "x" * 5000), ("exits.0.head", "pool" * 5000), ("confidence.name", "x" * 5000),
     ("heads_file", "\x1b[2J"), ("backbone.input.input_size", [3, 20000, 20000]), ("results", nested(500)), ("results", {"a": nested(500)}),
     ("results", {"seed": 2**65}), ("results", {"seed": -(2**65)}), ("backbone.name", "\ud800"), ("results", {"\ud800": 1}),
+    ("backbone.source", {"name": "x" * 5000}), ("backbone.source", {"args": {"block": ["\x1b[2J"]}}), ("backbone.source", {"x" * 5000: 1}),
     ("exits", [{"name": "one", "head": "pool"}] * 100_000), ("off", [2**70]),
 ]  # fmt: skip
 
@@ -792,6 +793,19 @@ def test_a_file_of_weights_that_has_changed_is_noticed(named):
     state["fc.bias"] += 1
     safetensors.torch.save_file(state, weights)
     assert re.search("[0-9a-f]{16}.*[0-9a-f]{16}", refused(folder, None))
+
+
+@pytest.mark.parametrize("file", ["x" * 300, "/dev/zero", "\\/host\\share"])
+def test_a_place_where_no_weights_can_be_is_refused(file, named):
+    edit(named[0], "backbone.source.weights", {"file": file})
+    assert len(refused(named[0], None, BackboneError)) < 600
+
+
+@pytest.mark.parametrize("classes", [10**7, 11])
+def test_a_network_of_other_classes_than_its_weights_is_refused_before_it_takes_memory(classes, named, monkeypatch):
+    monkeypatch.setattr("ptee.backbones.load.count_classes", lambda *_: pytest.fail("the network was made"))
+    edit(named[0], "backbone.source.num_classes", classes)
+    assert f"10 classes (fc.weight, fc.bias), the model has {classes}" in refused(named[0], None, BackboneError)
 
 
 def test_a_file_of_weights_that_has_gone_is_named(named):

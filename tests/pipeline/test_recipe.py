@@ -235,3 +235,25 @@ def test_a_recipe_may_be_given_as_a_value():
         "exits": {"places": "linear"},
         "training": {"epochs": 3},
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 2001-99-99",
+        "seed: !!int x",
+        "seed: !!timestamp x",
+        f"seed: {'9' * 5000}",
+        f"seed: {'[' * 500}",
+        "seed: 0x" + "f" * 5000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_value_that_yaml_itself_cannot_make_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    path, value = text.split(": ", 1)
+    for read in (lambda: make_recipe(tmp_path, {}), lambda: make_recipe(None, dict([read_setting(f"{path}={value}")]))):
+        with pytest.raises(PteeError) as refusal:
+            read()
+        assert "\n" not in str(refusal.value)
+        assert len(str(refusal.value)) < 400

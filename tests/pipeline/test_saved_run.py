@@ -1,0 +1,48 @@
+"""A saved run opened again: what it says of its data sends nobody where no run should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee._common.text import printable
+from ptee.backbones.load import load_backbone
+from ptee.pipeline.saved_run import open_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that says nothing of its data yet."""
+    folder = tmp_path_factory.mktemp("run")
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), folder / "weights.safetensors")
+    ptee.augment("cifar_resnet20", weights=folder / "weights.safetensors", exits=["layer1"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *({"source": place} for place in ("/", "//", "/.", "/./..", "C:\\", "c:/")),
+        *({"source": place} for place in ("//host/share", "\\\\host\\share", "\\/host\\share", "/\\host/share")),
+        *({"source": place} for place in ("x" * 5000, "\x1b[2J", "digits\x9b31m")),
+        {"source": "CIFAR10", "root": "\\/host\\share"},
+        {"source": "digits", "split": {"seed": -1}},
+        {"source": "digits", "split": {"seed": 2**63}},
+        {"source": "digits", "split": {"seed": 2**65}},
+    ],
+    ids=lambda data: f"{data!r:.60}",
+)
+def test_images_in_no_place_for_images_are_not_looked_for(data: dict[str, Any], run, monkeypatch):
+    monkeypatch.setattr("ptee.pipeline.saved_run.open_images", lambda *_, **__: pytest.fail("they are looked for"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"results": {"data": data}}))
+    with pytest.raises(PteeError) as refusal:
+        open_run(str(run))
+    assert printable(str(refusal.value)) == str(refusal.value)
+    assert len(str(refusal.value)) < 400
