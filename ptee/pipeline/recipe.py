@@ -223,7 +223,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 f"The recipe {path} has {path.stat().st_size:,} bytes; no recipe has more than {LARGEST_FILE:,}."
             )
         values = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as why:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
         raise PteeError(f"The recipe {path} cannot be read: {first_line(why)}") from why
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.")
@@ -262,9 +262,12 @@ def read_yaml(text: str) -> Any:
         text: of a file, or a single value.
 
     Raises:
-        yaml.YAMLError: if it is none.
+        yaml.YAMLError: if it is none. The library itself lets other errors pass, as for `!!int x`.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as why:
+        raise yaml.YAMLError(first_line(why)) from why
 
 
 # ---------------------------------------------------------------------------------------------------- names of settings

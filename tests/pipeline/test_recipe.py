@@ -188,6 +188,7 @@ def test_what_cannot_be_is_refused_in_one_line_with_its_path_and_value(recipe, c
         ("training: !!python/object/apply:os.system ['true']\n", "cannot be read"),
         ("a" * 300_000, "no recipe has more than"),
         ("[" * 5_000, "cannot be read"),
+        ("training: !!int x\n", "cannot be read"),
     ],
     ids=["broken", "a list", "numbers for names", "code", "too large", "nested deep"],
 )
