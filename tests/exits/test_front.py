@@ -340,7 +340,7 @@ def test_a_front_network_for_huge_images_is_refused():
 def test_a_run_that_has_none_takes_none(tmp_path):
     model = ptee.augment("cifar_resnet20", pretrained=False, exits=["layer1.0"])
     model.save_pretrained(tmp_path)
-    with pytest.raises(RunError, match="has no front network, and one is given"):
+    with pytest.raises(RunError, match="has no front network, but one is given"):
         ptee.load(tmp_path, model.detach(), front=Small())
 
 
