@@ -32,8 +32,10 @@ def as_before():
     """Restores the switches after a test."""
     cudnn, before = torch.backends.cudnn, switches()
     matmul, generic = torch.get_float32_matmul_precision(), torch._C._get_fp32_precision_getter("generic", "all")
+    tf32 = cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(matmul)
+    cudnn.allow_tf32 = tf32  # torch keeps it apart from the new switches, and raises where they disagree
     torch._C._set_fp32_precision_setter("generic", "all", generic)
     cudnn.benchmark, cudnn.deterministic = before["benchmark"], before["deterministic"]
     for key in SWITCHES:

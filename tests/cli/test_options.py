@@ -73,7 +73,7 @@ def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("epoch=3", r"Unknown setting 'epoch'\. Did you mean 'training\.epochs'"),
+        ("epoch=3", r"Unknown setting 'epoch'\. Did you mean 'epochs'"),
         ("training.epoch=3", r"Unknown setting 'training\.epoch'\. Did you mean 'training\.epochs'"),
         ("epochs", "'epochs' is no setting. Write it as NAME=VALUE, such as training.epochs=20"),
         ("training.lr=-1", "--set training.lr=-1 must be above 0"),

@@ -489,9 +489,9 @@ def test_a_heavy_network_is_proven_on_smaller_images(network, heavy, smallest, s
     assert {size[-1] for size in seen} == {side}
 
 
-def test_a_heavy_network_on_images_of_a_prime_side_is_proven_on_smaller_ones_if_it_takes_them(monkeypatch):
+def test_a_heavy_network_on_images_of_a_prime_side_is_verified_on_smaller_ones_if_it_takes_them(monkeypatch):
     monkeypatch.setattr(placement, "HEAVY", 0)
     monkeypatch.setattr(placement, "SMALLEST_SIDE", 5)
     backbone = load_backbone(Steps().eval(), input_size=(3, 13, 13))
     placer = Placer(backbone, survey(backbone.module, (3, 13, 13)), count(backbone.module, torch.zeros(1, 3, 13, 13)))
-    assert placer._size_to_prove_at == (3, 6, 6)
+    assert placer._size_to_verify_at == (3, 6, 6)

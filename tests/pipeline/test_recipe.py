@@ -190,7 +190,7 @@ def test_what_cannot_be_is_refused_in_one_line_with_its_path_and_value(recipe, c
         ("[" * 5_000, "cannot be read"),
         ("training: !!int x\n", "cannot be read"),
     ],
-    ids=["broken", "a list", "numbers for names", "code", "too large", "nested deep"],
+    ids=["broken", "a list", "numbers for names", "code", "too large", "nested deep", "another type"],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(text, said, tmp_path):
     path = tmp_path / "recipe.yaml"
@@ -225,7 +225,7 @@ def test_a_setting_is_read_from_text(text, read):
 def test_a_text_without_a_value_is_no_setting():
     with pytest.raises(PteeError, match="NAME=VALUE"):
         read_setting("training.epochs")
-    with pytest.raises(UnknownName, match=r"training\.epochs"):
+    with pytest.raises(UnknownName, match="'epochs'"):
         read_setting("epoch=3")
 
 

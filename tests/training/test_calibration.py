@@ -343,5 +343,5 @@ def test_a_share_that_leaves_one_side_nothing_is_refused(share):
 
 
 def test_a_share_too_small_to_calibrate_on_is_refused():
-    with pytest.raises(DataError, match=r"0.1 of 100 training images are 10.*calibrate_share"):
+    with pytest.raises(DataError, match=r"0.1 of 100 training images are 10.*calibration_share"):
         hold_out(TensorDataset(torch.arange(100)), 0.1)
