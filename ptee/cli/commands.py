@@ -380,6 +380,8 @@ def _file_name(model: str) -> str:
 
 
 def _refuse_of_demo(o: dict[str, Any]) -> None:
+    if not o["pretrained"]:
+        raise PteeError(Argument("pretrained", "False"), " needs a model. Give ", Argument("model", "NAME"), ".", argument="model")  # fmt: skip
     for key in ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std"):
         if o[key]:
             raise PteeError(Argument(key), " needs a model. Give ", Argument("model", "NAME"), ".", argument="model")  # fmt: skip

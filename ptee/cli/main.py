@@ -18,7 +18,8 @@ from ptee._common.errors import Interrupted, PteeError, unknown
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
-    if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` the first process speaks for all
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    if launched and os.environ["RANK"] != "0":  # under `accelerate launch` the first process speaks for all
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
     status = 0
@@ -27,6 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         add_commands(cli)
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has enough, as in `ptee plan ... | head -1`
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+        status = 1
     except PteeError as why:
         status = _failed(_worded(why, words), 2, why)
     except click.ClickException as why:

@@ -214,6 +214,21 @@ def choose_class_order(
     return replace(found, doubt=doubt, remedy=NAME_THEM if doubt else found.remedy)
 
 
+def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
+    """Labels that are the backbone's class numbers already, and whether the backbone is right under them.
+
+    Args:
+        backbone: with `module` and `num_classes`.
+        data: with labels.
+        device: for the images that are tried; None: where the backbone is.
+    """
+    found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
+    answers, labels = _ask(backbone.module, _some_images(data, [found]), device)
+    doubt = _doubt((answers == labels).double().mean().item(), len(labels), backbone.num_classes)
+    remedy = ("Check that the labels are the backbone's class numbers.",) if doubt else ()
+    return replace(found, doubt=doubt, remedy=remedy)
+
+
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
     """The maps that come into question, by the library that numbers class folders so."""
     names = list(data.class_names)

@@ -58,8 +58,11 @@ class ExitsConfig(FrozenConfig):
         """This config with a value in place of every None that depends on another setting."""
         network_in_front = self.front not in (None, AUTO)
         given_places = self.places is not None or self.number is not None
-        places = self.places or ("pareto" if self.number else PLACES_BEHIND_FRONT if self.front else DEFAULT_PLACES)
-        head = self.head or (f"{AUTO}+" if self.front and not given_places else AUTO)
+        places, head = self.places, self.head
+        if places is None:
+            places = "pareto" if self.number is not None else PLACES_BEHIND_FRONT if self.front else DEFAULT_PLACES
+        if head is None:
+            head = f"{AUTO}+" if self.front and not given_places else AUTO
         budget = self.head_budget
         if budget is None and not given_places and not network_in_front and head in (AUTO, f"{AUTO}+"):
             budget = DEFAULT_BUDGETS

@@ -25,7 +25,7 @@ from ptee.exits.confidence import CONFIDENCES
 from ptee.model import saving
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline import unreadable
-from ptee.pipeline.images import from_data_sets, has_labels, image_size
+from ptee.pipeline.images import from_data_sets, has_labels, image_size, labels_of, recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe, write_recipe
 from ptee.pipeline.run_folder import clear, new_folder, sole_writer, speaks_for_all
 from ptee.pipeline.untrained import build_model
@@ -122,21 +122,27 @@ def fit(
         PteeError: naming the argument or setting that cannot be, and what is possible.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
-    chosen = make_recipe(recipe, changes)
+    chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
+    if out is not None and not str(out):
+        raise PteeError("out is an empty text. Give a folder, or None to save nothing.", argument="out", value=out)
     folder = None if out is None else new_folder(Path(out), overwrite=overwrite, resume=resume)
     if resume and folder is None:
         raise PteeError(
             "There is nothing to resume without a folder. Give ", Argument("out", "FOLDER"), ".", argument="resume"
         )
+    data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
     if input_size is None and isinstance(model, nn.Module):
         input_size = image_size(train_data)
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
-    data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
+    labels = labels_of(data, backbone, resolve_device(device))
+    adapted = recipe_for(labels, chosen)
+    if log is not None:
+        log(str(PteeError(f"{labels.reason} {labels.doubt}".rstrip(), " ", *labels.remedy)).rstrip())
     again = "Call ptee.fit again with resume=True."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
-    return fit_backbone(backbone, data, chosen, job)
+    return fit_backbone(backbone, data, adapted, job)
 
 
 def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> EarlyExitModel:
@@ -175,9 +181,10 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
     try:
         _measure(model, report, outcome, recipe, job)
     except KeyboardInterrupt as why:
-        raise Interrupted(
-            f"Interrupted: the run in {job.out} is complete but for its results. {job.again}".strip()
-        ) from why
+        if job.out is None:
+            raise Interrupted("Interrupted.") from why
+        words = f"Interrupted: the run in {job.out} is complete but for its results. {job.again}"
+        raise Interrupted(words.strip()) from why
     _save(model, history, recipe, job)
     if job.out is not None:
         (job.out / saving.CHECKPOINT).unlink(missing_ok=True)

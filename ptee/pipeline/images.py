@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from ptee._common.errors import Argument, DataError
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, split_batch
-from ptee.data.labels import LabelMap, choose_class_order, relabelled
+from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
 from ptee.data.pictures import image_transform
 from ptee.data.sources import Key, complete, open_data, open_named
 from ptee.data.splits import Data
@@ -109,6 +109,19 @@ def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) 
         "sizes": {part: len(images) for part, images in parts.items()},
     }
     return Data(**parts, class_names=(), source=SOURCE, split=split)
+
+
+def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
+    """What is known about the labels of data sets of the user's own.
+
+    Args:
+        data: as of `from_data_sets`.
+        backbone: that takes the images.
+        device: for the images that are tried on it.
+    """
+    if has_labels(data):
+        return labels_as_given(backbone, data, device=device)
+    return LabelMap(None, "The images have no labels.", remedy=("Give data sets of (image, label).",))
 
 
 def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:

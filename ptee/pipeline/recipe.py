@@ -78,6 +78,16 @@ class Recipe(FrozenConfig):
     confidence: ConfidenceConfig = ConfidenceConfig()
     thresholds: ThresholdsConfig = ThresholdsConfig()
 
+    @model_validator(mode="after")
+    def _one_seed(self) -> Self:
+        own = self.training.seed
+        if "seed" in self.training.model_fields_set and own != self.seed:
+            raise PteeError(
+                Argument("training.seed", str(own)), " is not the recipe's seed. Give one for all: ", Argument("seed", str(own)), ".",
+                argument="training.seed", value=own,
+            )  # fmt: skip
+        return self
+
     def given(self) -> dict[str, Any]:
         """The settings that were set, nested by section; the others follow their defaults."""
         return self.model_dump(exclude_unset=True, exclude={"training": {"seed"}}, mode="json")
@@ -102,10 +112,26 @@ class Recipe(FrozenConfig):
             UnknownName: if there is no such setting; the nearest is named.
             PteeError: if a value cannot be, or does not go with the others.
         """
-        values = self.given()
-        for name, value in settings.items():
-            _set(values, path_of(name), value)
+        changes = {path_of(name): value for name, value in settings.items()}
+        values = self._without_what_follows().given() if changes else self.given()
+        for path, value in changes.items():
+            _set(values, path, value)
         return Recipe(**values)
+
+    def _without_what_follows(self) -> Recipe:
+        """The same recipe, in which settings that have the value that follows from the others are not set, so that they follow again."""
+        loose = {"exits": _loosened(self.exits), "training": _loosened(self.training)}
+        return self.model_copy(update={k: v for k, v in loose.items() if k in self.model_fields_set})
+
+
+def _loosened(config: Any) -> Any:
+    """A section without settings that have the value which follows from the others."""
+    kind, follow = type(config), [name for name, field in type(config).model_fields.items() if field.default is None]
+    values = {name: getattr(config, name) for name in config.model_fields_set}
+    without = kind(**{name: value for name, value in values.items() if name not in follow}).resolved()
+    kept = {name: value for name, value in values.items() if name not in follow or value != getattr(without, name)}
+    loose = kind(**kept)
+    return loose if loose.resolved() == config.resolved() else config
 
 
 BUILT_IN: dict[str, dict[str, Any]] = {
@@ -158,13 +184,13 @@ def make_recipe(
     Args:
         recipe: the name of a built-in recipe, a YAML file, a mapping like that file, or a recipe. None: "ptee", or, where a
             joint loss is among the settings, pool heads at pareto places that learn with Adam and decide by their own output.
-        settings: changes, as of `Recipe.with_settings`; those that are None are left out.
+        settings: changes, as of `Recipe.with_settings`. None unsets what the recipe says.
 
     Raises:
         UnknownName: if there is no such recipe or setting.
         PteeError: if a value cannot be.
     """
-    changes = {path_of(name): value for name, value in (settings or {}).items() if value is not None}
+    changes = {path_of(name): value for name, value in (settings or {}).items()}
     if recipe is None and _joint(changes.get("training.loss")):
         joint = {"name": "joint", "exits": {"places": "pareto", "head": "pool"}, **_OF_PAPERS}
         return Recipe(**joint).with_settings(_without_rivals(joint, changes))
@@ -173,15 +199,15 @@ def make_recipe(
 
 
 def _joint(loss: Any) -> bool:
-    return loss is not None and ALIASES.get(loss, loss) != SEPARATE
+    return isinstance(loss, str) and ALIASES.get(loss, loss) != SEPARATE
 
 
 def _without_rivals(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The changes; a way to get thresholds that is given takes the place of the recipe's own."""
-    own = values.get("thresholds", {})
+    own, given = values.get("thresholds", {}), {path for path, value in changes.items() if value is not None}
     ways = [f"thresholds.{name}" for name in ("threshold", "max_loss", "max_drop", "max_fidelity_drop", "max_cost")]
     rivals: dict[str, Any] = {}
-    if set(ways) & set(changes) and isinstance(own, Mapping):
+    if set(ways) & given and isinstance(own, Mapping):
         rivals = {way: None for way in ways if way.partition(".")[2] in own}
         if changes.get("thresholds.threshold") is not None:  # and nothing is chosen
             how = {"thresholds.one_threshold": False, "thresholds.margin": "auto"}
@@ -196,6 +222,11 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
         return dict(recipe)
     if isinstance(recipe, str) and recipe in BUILT_IN:
         return {"name": recipe, **BUILT_IN[recipe]}
+    if not isinstance(recipe, str | Path):
+        raise PteeError(
+            f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe.",
+            argument="recipe",
+        )
     path = Path(recipe)
     if path.is_dir() and (path / RECIPE_FILE).is_file():
         path = path / RECIPE_FILE
@@ -240,7 +271,16 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's truth values and numbers: `no` is a word, as in precision: no, and 1e-2 is a number."""
+    """YAML 1.2's truth values and numbers: `no` is a word, as in precision: no, and 1e-2 is a number.
+
+    A few lines of aliases can stand for more values than a machine can hold, so there are none.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node; PyYAML asks for it."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read here. Write the value again.")
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {

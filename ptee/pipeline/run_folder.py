@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ptee._common.errors import Argument, RunError
-from ptee._common.files import require_writable
+from ptee._common.files import WRITING, clear_unfinished, require_writable
 from ptee.model import saving
 from ptee.pipeline import unreadable
 from ptee.pipeline.recipe import RECIPE_FILE
@@ -31,7 +31,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
             f"There is no interrupted training in {out}. Give its folder with ", Argument("out"), ", or leave out ", Argument("resume"),
             ".", argument="resume",
         )  # fmt: skip
-    if resume or not out.is_dir() or {path.name for path in out.iterdir()} <= {unreadable.FILE, LOCK}:
+    if resume or not out.is_dir() or all(_is_left_over(path.name) for path in out.iterdir()):
         return out
     if not (run or unfinished):
         raise RunError(
@@ -46,6 +46,11 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
             Argument("overwrite", "True"), ".", argument="out", value=out,
         )  # fmt: skip
     return out
+
+
+def _is_left_over(name: str) -> bool:
+    """Whether a file is all that a process left that ended before its first epoch."""
+    return name in (unreadable.FILE, LOCK) or name.startswith(WRITING)
 
 
 @contextmanager
@@ -76,10 +81,12 @@ def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
         ) from None
     try:
         new_folder(out, overwrite=overwrite, resume=resume)
+        clear_unfinished(out)
         yield
     finally:
+        with suppress(OSError):  # where open files cannot be removed
+            (out / LOCK).unlink()  # while it is held: a file removed later could be another process's
         lock.release()
-        (out / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
             out.rmdir()  # where nothing was written
 

@@ -101,9 +101,8 @@ def open_run(
         raise DataError(
             f"{run} does not say which images it was made with. Give some: ", Argument("data", "FOLDER"), "."
         )
-    if not data:
-        _require_plain(run, recorded)
-    root, seed = data_root or recorded.get("root"), recorded.get("seed", 0)
+    _require_plain(run, recorded if not data else {"seed": recorded.get("seed", 0)})
+    root, seed = data_root or (None if data else recorded.get("root")), recorded.get("seed", 0)
     named = not data and not Path(source).is_absolute()  # of folders the whole path is recorded
     if named and source.startswith(f"{HUB}/"):
         raise DataError(
@@ -153,7 +152,8 @@ def tuning_recipe(settings: Mapping[str, Any], batch_size: int) -> Recipe:
     Raises:
         PteeError: if there is no target, or it cannot be met.
     """
-    recipe = make_recipe(None, {**settings, "training.batch_size": batch_size})
+    given = {path: value for path, value in settings.items() if value is not None}
+    recipe = make_recipe(None, {**given, "training.batch_size": batch_size})
     if all(settings.get(f"thresholds.{name}") is None for name in TARGETS):
         choices = [Argument(name) for name in TARGETS[1:]]
         raise PteeError(
@@ -230,7 +230,7 @@ def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
     split: Any = found.get("split") if isinstance(found.get("split"), dict) else {}
     said = {key: found.get(key) for key in ("source", "root")}
     said |= {key: split.get(key) for key in ("seed", "files_sha256")}
-    known: dict[str, Any] = {k: value for k, value in said.items() if isinstance(value, int if k == "seed" else str)}
+    known: dict[str, Any] = {k: value for k, value in said.items() if type(value) is (int if k == "seed" else str)}
     if _is_text(classes := split.get("classes")):
         known["classes"] = classes
     if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):

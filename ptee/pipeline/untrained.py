@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ptee._common.errors import CutError
+from ptee._common.process import own_random_numbers
 from ptee.backbones.load import Backbone
 from ptee.exits.config import DEFAULT_PLACES, ExitsConfig
 from ptee.exits.front import FrontHead, named_front
@@ -32,16 +31,16 @@ def build_model(backbone: Backbone, recipe: Recipe) -> EarlyExitModel:
 
 
 def _build(backbone: Backbone, config: ExitsConfig, front: FrontHead | str | None, seed: int) -> EarlyExitModel:
-    torch.manual_seed(seed)
     places: Any = read_places(config.places, backbone)
-    return build(
-        backbone,
-        exits=places,
-        num_exits=config.number,
-        head=config.head or "auto",
-        head_budget=config.head_budget,
-        front=front,
-    )
+    with own_random_numbers(seed):
+        return build(
+            backbone,
+            exits=places,
+            num_exits=config.number,
+            head=config.head or "auto",
+            head_budget=config.head_budget,
+            front=front,
+        )
 
 
 def front_of(backbone: Backbone, config: ExitsConfig) -> FrontHead | str | None:

@@ -17,6 +17,7 @@ from ptee.backbones.load import load_backbone
 from ptee.pipeline import fit as fitting
 from ptee.pipeline.images import open_images
 from ptee.pipeline.recipe import make_recipe
+from ptee.pipeline.untrained import build_model
 from ptee.training import trainer
 
 SIZE, K = (3, 8, 8), 4
@@ -65,7 +66,7 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
     model = ptee.fit(
         "cifar_resnet20", data.train, val_data=data.validation, calibration_data=data.calibration, recipe=recipe,
         out=tmp_path / "python", device="cpu", **source, exits=["layer1", "layer2"], head="pool", epochs=2, batch_size=8, precision="no",
-        **({} if recipe == "ptee" else {"targets": "pseudo"}), **({"max_fidelity_drop": 0.01} if recipe == "ptee" else {}),
+        **({} if recipe == "ptee" else {"targets": "pseudo"}),
     )  # fmt: skip
     command, python = (read_json(tmp_path / name, "config.json") for name in ("command", "python"))
     assert command["threshold"] == python["threshold"] == list(model.threshold)
@@ -126,6 +127,46 @@ def test_a_backbone_is_used_as_it_is_and_given_back_by_detach():
     assert torch.equal(backbone(x), before)
     model.detach()
     assert torch.equal(backbone(x), before)
+
+
+# ---------------------------------------------------------------------------------------------------- labels that cannot be right
+
+
+def right(n: int) -> TensorDataset:
+    """Images with the labels that the backbone gives them."""
+    pictures = images(n).tensors[0]
+    return TensorDataset(pictures, network()(pictures).argmax(-1))
+
+
+def test_labels_under_which_the_backbone_is_never_right_are_not_believed():
+    pictures, labels = right(80).tensors
+    wrong = TensorDataset(pictures, (labels + 1) % K)
+    with pytest.raises(
+        PteeError, match=r"max_drop=0\.01 needs labels under which the backbone is right.*class numbers"
+    ):
+        fit(network(), wrong, max_drop=0.01)
+    assert fit(network(), wrong).results["tuning"]["target"]["kind"] == "max_fidelity_drop"
+
+
+def test_without_labels_a_recipe_that_learns_labels_learns_the_backbones_answers():
+    said: list[str] = []
+    ptee.fit(
+        network(),
+        images(60, labels=False),
+        recipe="eenet",
+        exits=["0"],
+        epochs=1,
+        precision="no",
+        device="cpu",
+        log=said.append,
+    )
+    assert "The images have no labels." in said[0]
+
+
+def test_heads_are_built_without_the_callers_random_numbers():
+    backbone, before = load_backbone(network(), input_size=SIZE), torch.random.get_rng_state()
+    build_model(backbone, make_recipe(None, {"exits": ["0"], "head": "pool"}))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

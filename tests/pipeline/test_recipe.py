@@ -82,10 +82,6 @@ def test_python_and_the_command_call_some_settings_by_shorter_names():
     ]
 
 
-def test_a_setting_that_is_none_changes_nothing():
-    assert make_recipe("pteenet", {"epochs": None}) == make_recipe("pteenet")
-
-
 def test_the_seed_is_also_that_of_the_training():
     assert make_recipe(None, {"seed": 5}).resolved().training.seed == 5
 
@@ -258,3 +254,53 @@ def test_a_value_that_yaml_itself_cannot_make_is_refused_in_one_line(text, tmp_p
             read()
         assert "\n" not in str(refusal.value)
         assert len(str(refusal.value)) < 400
+
+
+# ---------------------------------------------------------------------------------------------------- changing a recipe
+
+
+def test_a_setting_of_a_recipe_can_be_unset():
+    assert make_recipe({"training": {"patience": 3}}, {"training.patience": None}).training.patience is None
+
+
+@pytest.mark.parametrize(
+    ("change", "follows"),
+    [
+        ({"targets": "labels"}, {"training.temperature": 1.0}),
+        ({"optimizer": "adam"}, {"training.lr": 0.001, "training.weight_decay": 0.0}),
+        ({"loss": "joint"}, {"training.optimizer": "adam", "training.schedule": "constant"}),
+        ({"head": "pool"}, {"exits.head_budget": None}),
+        ({"exits": "pareto"}, {"exits.head_budget": None}),
+        ({"front": "auto"}, {"exits.places": (0.4, 0.7), "exits.head": "auto+"}),
+    ],
+    ids=lambda change: ", ".join(change),
+)
+def test_in_a_run_s_recipe_that_is_changed_what_depends_on_the_change_follows_it(change, follows, tmp_path):
+    write_recipe(make_recipe(), tmp_path)
+    resolved = make_recipe(tmp_path, change).resolved()
+    for path, value in follows.items():
+        section, name = path.split(".")
+        assert getattr(getattr(resolved, section), name) == value, path
+
+
+def test_a_value_of_its_own_stays_when_something_else_is_changed(tmp_path):
+    write_recipe(make_recipe(None, {"lr": 0.5}), tmp_path)
+    assert make_recipe(tmp_path, {"optimizer": "adam"}).training.lr == 0.5
+
+
+def test_a_seed_of_the_training_alone_is_refused():
+    with pytest.raises(PteeError, match=r"training\.seed=7 is not the recipe's seed.*seed=7"):
+        make_recipe({"training": {"seed": 7}})
+
+
+@pytest.mark.parametrize("recipe", [5, ["ptee"]], ids=["a number", "a list"])
+def test_what_can_be_no_recipe_is_refused(recipe):
+    with pytest.raises(PteeError, match=r"recipe is .*Give a name"):
+        make_recipe(recipe)
+
+
+def test_a_file_that_stands_for_more_values_than_a_machine_can_hold_is_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(PteeError, match=r"aliases \(\*name\) are not read here"):
+        make_recipe(tmp_path / "bomb.yaml")
