@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ptee.training.calibration import calibrate as calibrate
     from ptee.training.trainer import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 _HOMES = {
     "AllExits": "model.forward",
     "EarlyExitModel": "model.early_exit",

@@ -147,9 +147,11 @@ class Small(nn.Module):
         return self.classifier(self.blocks(x).mean((2, 3)))
 
 
-def data(n: int, seed: int) -> TensorDataset:
+def data(backbone: nn.Module, n: int, seed: int) -> TensorDataset:
+    """Images with the labels that the backbone gives them."""
     generator = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.randn(n, 3, 32, 32, generator=generator), torch.randint(4, (n,), generator=generator))
+    pictures = torch.randn(n, 3, 32, 32, generator=generator)
+    return TensorDataset(pictures, backbone(pictures).argmax(-1))
 
 
 def names_of_examples() -> dict[str, object]:
@@ -159,7 +161,7 @@ def names_of_examples() -> dict[str, object]:
     model = ptee.augment(copy.deepcopy(backbone), num_exits=3, head="pool", input_size=(3, 32, 32))
     return {
         "ptee": ptee, "backbone": backbone, "images": images, "model": model, "out": model.predict(images),
-        "train_data": data(256, 1), "val_data": data(60, 2), "calibration_data": data(60, 3),
+        "train_data": data(backbone, 256, 1), "val_data": data(backbone, 60, 2), "calibration_data": data(backbone, 60, 3),
     }  # fmt: skip
 
 

@@ -133,7 +133,11 @@ class Numbers(click.ParamType):
         try:
             return [self.kind(part) for part in str(value).split(",")]
         except ValueError:
-            self.fail(f"{value!r} is no list of numbers between commas, such as {self.example}.", param, ctx)
+            self.fail(
+                f"{value!r} is not a number or a list of numbers separated by commas, such as {self.example}.",
+                param,
+                ctx,
+            )
 
 
 class Size(Numbers):
@@ -301,7 +305,7 @@ SPEED = cloup.option(
     "--speed/--no-speed", default=True, show_default=True, help="Measure images per second beside the bare backbone."
 )
 THRESHOLD = cloup.option(
-    "--threshold", type=Numbers(), help="T: one number, or one for each exit, with commas between."
+    "--threshold", type=Numbers(), help="T: one number, or one for each exit, separated by commas."
 )
 EXPLAIN = cloup.option("--explain", is_flag=True, help="Say below the tables what their columns mean.")
 JSON = cloup.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")

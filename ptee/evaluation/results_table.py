@@ -204,7 +204,7 @@ def _collapsed(results: Results) -> str:
     if share <= COLLAPSED:
         return ""
     where = _exit(n, results.exits[n])
-    return f"{share:.0%} of the images leave at {where}: this is a shorter network, not an adaptive one. Raise T, or allow a smaller drop."
+    return f"{share:.0%} of the images leave at {where}: this is a shorter network, not an adaptive one. Raise T, or choose T for a smaller loss."
 
 
 def _differs(results: Results) -> str:
@@ -214,7 +214,7 @@ def _differs(results: Results) -> str:
     if 1 - own.fidelity <= MANY_DIFFER or better:
         return ""
     accuracy = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
-    return f"{1 - own.fidelity:.1%} of the answers differ from the backbone's{accuracy}. Raise T, allow a smaller drop, or train longer."
+    return f"{1 - own.fidelity:.1%} of the answers differ from the backbone's{accuracy}. Raise T, choose T for a smaller loss, or train longer."
 
 
 def _beaten_by_cut_off(results: Results) -> str:

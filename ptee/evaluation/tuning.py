@@ -83,10 +83,10 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
         found, words = own["cost"], f"{own['cost']:.4f}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
         found = 1 - own["fidelity"]
-        words = f"{found:.4f} of the answers differ (uncertainty {_uncertainty(own['fidelity'], n):.4f})"
+        words = f"{found:.4f} of the answers differ (95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
     else:
         found = backbone["accuracy"] - own["accuracy"]
-        words = f"{below(found)} (uncertainty {_uncertainty(own['fidelity'], n):.4f})"
+        words = f"{below(found)} (95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
     outcome = f"{'Kept' if found <= target.limit + ROUNDING else 'Missed'} on {n:,} other images"
     if target.kind == "max_drop" and own["accuracy"] is None:
         outcome = f"Not known for {n:,} other images, which have no labels"

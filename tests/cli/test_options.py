@@ -125,9 +125,12 @@ def test_an_unknown_recipe_names_the_nearest(run):
     ("words", "said"),
     [
         (["--threshold", "70%"], "--threshold 70% must be a number"),
-        (["--input-size", "8x8"], "'8x8' is no list of numbers between commas, such as 3,224,224"),
+        (["--input-size", "8x8"], "'8x8' is not a number or a list of numbers separated by commas, such as 3,224,224"),
         (["--input-size", "16,16"], "16,16.*3,224,224"),
-        (["--mean", "grey"], "'grey' is no list of numbers between commas, such as 0.5 or 0.485,0.456,0.406"),
+        (
+            ["--mean", "grey"],
+            "'grey' is not a number or a list of numbers separated by commas, such as 0.5 or 0.485,0.456,0.406",
+        ),
         (["--model-arg", "pad_type"], "'pad_type' is not KEY=VALUE"),
         (["--exits", ","], "'--exits': ',' names nothing"),
         (["--seed", "one"], "--seed one must be a whole number"),

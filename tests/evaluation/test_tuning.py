@@ -136,13 +136,13 @@ def outcome(
 
 def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
     assert outcome(0.95, 1200, "max_drop", limit=0.01) == (
-        "Target: accuracy at most 0.01 below the backbone's. Missed on 1,200 other images: 0.0200 below (uncertainty 0.0128)."
+        "Target: accuracy at most 0.01 below the backbone's. Missed on 1,200 other images: 0.0200 below (95 % interval ± 0.0128)."
     )
     assert "Kept on 1,200 other images: 0.0200 below" in outcome(0.95, 1200, "max_drop", limit=0.02)
     assert "Kept on 1,000 other images: 0.0100 above" in outcome(0.95, 1000, "max_drop", accuracy=0.91)
     assert outcome(0.97, 1000) == (
         "Target: at most 0.02 of the answers differ from the backbone's. Missed on 1,000 other images: 0.0300 of the answers differ "
-        "(uncertainty 0.0110)."
+        "(95 % interval ± 0.0110)."
     )
     assert (
         outcome(0.95, 1000, "max_cost", limit=0.6)
@@ -158,7 +158,7 @@ def test_without_labels_it_is_not_known_whether_a_drop_of_accuracy_was_kept():
 
 
 def uncertainty(words: str) -> float:
-    return float(words.split("uncertainty ")[1].split(")")[0])
+    return float(words.split("interval ± ")[1].split(")")[0])
 
 
 @pytest.mark.parametrize("n", [50, 500, 5000])
