@@ -91,7 +91,7 @@ def fit(
 ) -> EarlyExitModel:
     """Add early exits to a trained classifier: place them, train their heads, choose thresholds, measure, save.
 
-    The steps, the defaults and the numbers are those of `ptee augment`.
+    The steps, the settings and the numbers are those of `ptee augment`. Speed is measured only when it is asked for.
 
     Args:
         model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module from images (b, c, h, w) to logits (b, K).

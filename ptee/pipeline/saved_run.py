@@ -27,7 +27,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import require_at_hand
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import has_labels, open_images
-from ptee.pipeline.recipe import Recipe, make_recipe
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, write_recipe
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
@@ -180,6 +180,7 @@ def tune_run(opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, **how: A
     target = Target.of(recipe.thresholds, labelled)
     assert target is not None
     require_labels(target, labelled)
+    own = make_recipe(folder) if (folder / RECIPE_FILE).is_file() else None
     job = Job(device=how["device"], num_workers=how["num_workers"], log=log)
     report, found = choose_thresholds(model, opened.unseen, target, recipe, job)
     images = (model.results or {})["tuning"]["images"]
@@ -187,6 +188,8 @@ def tune_run(opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, **how: A
     log(f"\n{results}")
     model.results = (model.results or {}) | results.to_dict()
     saving.update(folder, threshold=model.threshold, off=list(model.off), results=model.results)
+    if own is not None:  # so that the run's recipe gives these thresholds again
+        write_recipe(own.model_copy(update={"thresholds": recipe.thresholds}), folder)
     log(describe_outcome(found, model.results))
     return model.results
 

@@ -158,7 +158,7 @@ def calibrate(
     model: EarlyExitModel,
     data: Any,
     *,
-    target: str | None = None,
+    target: str = "agrees",
     seed: int = 0,
     batch_size: int = 128,
     num_workers: int = 0,
@@ -176,8 +176,7 @@ def calibrate(
         model: with trained heads. In eval mode, on the device it was on, afterwards.
         data: a map-style data set of (image (c, h, w), label) or (image,), or a loader.
         target: the question: "agrees" (is this answer the backbone's?), "right" (is it the label?) or "best" (is it the
-            label, or is no later answer the label either? Then leaving loses nothing). None: "best" with labels, "agrees"
-            without.
+            label, or is no later answer the label either? Then leaving loses nothing).
         seed: of what the data set draws, such as the order of a loader.
         batch_size: for a data set.
         num_workers: processes that load a data set.
@@ -203,7 +202,6 @@ def calibrate(
             outputs = _run_heads(model, loader)
         finally:
             model.to(home)
-    target = target or ("best" if outputs.labels is not None else "agrees")
     positives = outputs.positives(target)
     exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, positives))
     model.calibrated = Calibrated(tuple(e.scale for e in exits), tuple(e.shift for e in exits))

@@ -11,6 +11,8 @@ import torch
 from command import SHORT, assert_refused, evaluated, figures, files, read_json
 from safetensors.torch import load_file
 
+from ptee.pipeline.recipe import make_recipe
+
 
 def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, finished):
     before = load_file(finished / "heads.safetensors")
@@ -30,6 +32,12 @@ def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, fini
     said = "The run's own thresholds were chosen on the 3 calibration images and those given are measured on the 3 validation images."
     assert said not in again["about"]
     assert said in evaluated(run, finished, "--threshold", 0.7)["about"]
+
+
+def test_the_run_s_recipe_has_the_new_target(run, finished):
+    assert run("tune", finished, "--max-cost", 0.9, "--one-threshold", "--no-speed").status == 0
+    thresholds = make_recipe(finished).thresholds
+    assert (thresholds.max_cost, thresholds.max_fidelity_drop, thresholds.one_threshold) == (0.9, None, True)
 
 
 def test_as_json_the_results_are_all_there_is_on_standard_output(run, finished):

@@ -17,6 +17,7 @@ from ptee._common.errors import DataError, PteeError, UnknownName
 from ptee.backbones.load import load_backbone
 from ptee.exits.confidence import log_odds
 from ptee.model.build import build
+from ptee.pipeline.recipe import ConfidenceConfig
 from ptee.training.calibration import QUESTIONS, Calibration, calibrate, fit_scale_and_shift, hold_out
 
 n, K, SIZE = 400, 5, (3, 8, 8)
@@ -207,8 +208,9 @@ def test_with_few_images_of_one_answer_the_table_says_that_the_numbers_are_rough
 # ---------------------------------------------------------------------------------------------------- what is asked for
 
 
-def test_with_labels_the_question_is_best_and_without_agrees(model, images):
-    assert calibrate(model, random_labels(images)).target == "best"
+def test_the_question_is_the_recipes_with_labels_and_without(model, images):
+    assert ConfidenceConfig().question == "agrees"
+    assert calibrate(model, random_labels(images)).target == "agrees"
     assert calibrate(model, unlabelled(images)).target == "agrees"
     assert calibrate(model, TensorDataset(images, torch.full((n,), K))).target == "agrees"
     assert calibrate(model, TensorDataset(images, torch.full((n,), -1))).target == "agrees"
