@@ -133,10 +133,11 @@ def evaluate(run: str, as_json: bool, explain: bool, **o: Any) -> None:
 @SPEED
 @DEVICE
 @JSON
-def tune(run: str, as_json: bool, **o: Any) -> None:
-    """Choose the thresholds of a saved RUN anew, measure them on other images, and keep them in the run.
+@EXPLAIN
+def tune(run: str, as_json: bool, explain: bool, **o: Any) -> None:
+    """Choose the thresholds of a saved RUN again, measure them on other images, and keep them in the run.
 
-    Which exits are on is chosen anew, too.
+    Which exits are on is chosen again, too.
     """
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
@@ -148,7 +149,7 @@ def tune(run: str, as_json: bool, **o: Any) -> None:
     opened = open_run(run, max_drop=recipe.thresholds.max_drop, **_where(o))
     click.echo(f"{opened.words} {opened.accuracy}", err=as_json)
     with _threads(opened):
-        results = tune_run(opened, recipe, log=partial(click.echo, err=as_json), **_how(o))
+        results = tune_run(opened, recipe, log=partial(click.echo, err=as_json), explain=explain, **_how(o))
     click.echo(to_json(results) if as_json else f"\nThe thresholds are kept in {run}.")
 
 

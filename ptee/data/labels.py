@@ -170,7 +170,8 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Call both the same.")
     place = {name: index for index, name in enumerate(names)}
-    reason = f"The {len(class_names)} classes of the data are numbered by {where if is_file else 'the names given'}."
+    n, numbers = len(class_names), f"the numbers that {where} gives them" if is_file else "the backbone's numbers"
+    reason = f"The {n} classes of the data have {numbers}."
     return LabelMap(tuple(place[name] for name in class_names), reason, names)
 
 

@@ -162,7 +162,9 @@ def tuning_recipe(settings: Mapping[str, Any], batch_size: int) -> Recipe:
     return recipe
 
 
-def tune_run(opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, **how: Any) -> dict[str, Any]:
+def tune_run(
+    opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, explain: bool = False, **how: Any
+) -> dict[str, Any]:
     """Choose the thresholds of a saved run anew, measure them on other images, and keep both in the run.
 
     Args:
@@ -170,6 +172,7 @@ def tune_run(opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, **how: A
         recipe: as of `tuning_recipe`.
         log: is told what was found.
         speed: measure images per second, too.
+        explain: say what the columns of the results mean.
         how: batch_size, num_workers and device.
 
     Raises:
@@ -185,7 +188,7 @@ def tune_run(opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, **how: A
     report, found = choose_thresholds(model, opened.unseen, target, recipe, job)
     images = (model.results or {})["tuning"]["images"]
     results = measure(model, report, f"{opened.words} {images}", speed=speed, **how)
-    log(f"\n{results}")
+    log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
     saving.update(folder, threshold=model.threshold, off=list(model.off), results=model.results)
     if own is not None:  # so that the run's recipe gives these thresholds again

@@ -136,4 +136,4 @@ def test_a_file_of_class_names_is_recorded_and_used_again(augment, images, capsy
         main(["evaluate", "out", "--data", "val", "--no-speed"])
     said = capsys.readouterr()
     assert end.value.code == 0, said.err
-    assert "The 1 classes of the data are numbered by the names given." in said.out
+    assert "The 1 classes of the data have the backbone's numbers." in said.out
