@@ -164,8 +164,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"Save the state_dict alone, best as .safetensors."
         )
     if isinstance(error, pickle.UnpicklingError):  # its own text is about versions of PyTorch
-        return f"{path} cannot be read: it is damaged, no weights file, or could run code. Get it anew."
-    return f"{path} cannot be read: {first_line(error)} Get it anew."
+        return f"{path} cannot be read: it is damaged, no weights file, or could run code. Get it again."
+    return f"{path} cannot be read: {first_line(error)} Get it again."
 
 
 def shown(names: list[str], most: int = 5) -> str:

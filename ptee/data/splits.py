@@ -239,7 +239,7 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
             return images, ""
         raise DataError(
             f"{data.source} has other files than when the thresholds were chosen, so those that they were chosen on cannot be "
-            "told. Choose them anew (ptee tune), put the files back as they were, or give other images: ",
+            "told. Choose them again (ptee tune), put the files back as they were, or give other images: ",
             Argument("data", "FOLDER"),
             ".",
         )

@@ -80,7 +80,7 @@ def wrong_size(x: Tensor, planned: tuple[int, int, int], why: str) -> PteeError:
     """
     return PteeError(
         f"The backbone cannot take images of size {tuple(x.shape[1:])} ({why.rstrip('.')}): the exits were planned for "
-        f"{tuple(planned)}. Resize the images, or plan anew with their input_size."
+        f"{tuple(planned)}. Resize the images, or plan the exits again with their input_size."
     )
 
 
@@ -97,4 +97,4 @@ def _with_channels(have: int, want: int) -> str:
         return "Give x[:, :3], if the fourth channel is the opacity."
     if want == 1:
         return "Give x.mean(1, keepdim=True), the grey images."
-    return f"Give images with {want} channels, or plan anew with their input_size."
+    return f"Give images with {want} channels, or plan the exits again with their input_size."

@@ -295,7 +295,7 @@ def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it anew.")
+        raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -306,7 +306,7 @@ def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
     except RunError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as why:
-        raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it anew.") from why
+        raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it again.") from why
 
 
 def _require_saved(folder: str | Path, config: RunConfig, tensors: Mapping[str, Tensor]) -> None:

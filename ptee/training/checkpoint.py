@@ -120,7 +120,7 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
             raise ValueError("its content was changed")
         optimizer = _optimizer_state(tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as why:
-        raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to begin anew.") from why
+        raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to start again.") from why
     _require_same(path, written, training)
     return Checkpoint(_under(HEADS, tensors), _under(BEST, tensors), optimizer, history)
 

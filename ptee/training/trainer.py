@@ -374,7 +374,9 @@ class _Training:
             self._load(reached)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
             self.model.heads.load_state_dict(before)
-            raise RunError(f"{self.path} does not fit these heads: {first_line(why)} Delete it to begin anew.") from why
+            raise RunError(
+                f"{self.path} does not fit these heads: {first_line(why)} Delete it to start again."
+            ) from why
         if (done := len(self.history.epochs)) > self.epochs:
             self.model.heads.load_state_dict(before)
             text = f"{self.path} holds {done} complete epochs, more than "

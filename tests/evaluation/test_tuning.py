@@ -11,8 +11,7 @@ from small import made
 from torch.utils.data import TensorDataset
 
 import ptee
-from ptee._common.errors import DataError, PteeError
-from ptee.data.splits import Data, Unseen, parts_for_all, parts_for_tuning
+from ptee._common.errors import PteeError
 from ptee.evaluation.config import ThresholdsConfig
 from ptee.evaluation.targets import Solution, Target
 from ptee.evaluation.traces import Score
@@ -53,71 +52,6 @@ def test_the_defaults_are_those_of_recipes_so_that_a_reserve_is_kept():
     )
     assert by_default == by_name
     assert none.margin == 0
-
-
-def data(*delivered: str, n: int = 10) -> Data:
-    sets = [list(range(start, start + n)) for start in (0, 100, 200)]
-    return Data(*sets, ("a", "b"), "source", {"parts": dict.fromkeys(delivered)})
-
-
-@pytest.mark.parametrize(
-    ("delivered", "halved"),
-    [
-        (["train", "calibration", "validation"], False),
-        (["train", "validation"], True),  # the calibration images are training images, which the backbone knows
-        (["train", "calibration"], False),
-        (["train"], False),
-    ],
-    ids=str,
-)
-def test_thresholds_are_never_chosen_on_images_that_are_reported_on(delivered, halved):
-    source = data(*delivered)
-    parts = parts_for_tuning(source, source.validation, 0)
-    chosen, left = set(parts.calibration), set(parts.report)
-    assert not chosen & left
-    assert (chosen | left == set(source.validation)) == halved
-    assert parts.words.startswith(f"Thresholds are chosen on {'5 of the 10' if halved else 'the 10'}")
-
-
-def test_halves_are_the_same_for_the_same_seed_only():
-    source, unseen = data("train"), list(range(100))
-    one, same, other = (parts_for_tuning(source, unseen, seed) for seed in (1, 1, 2))
-    assert list(one.calibration) == list(same.calibration) != list(other.calibration)
-    assert sorted([*one.calibration, *one.report]) == unseen
-
-
-def test_one_image_is_too_few_to_choose_and_to_report():
-    source = data("train", "validation", n=1)
-    with pytest.raises(DataError, match=r"has 1\. Give more images: data=FOLDER\."):
-        parts_for_tuning(source, source.validation, 0)
-
-
-def unseen(source: Data, seed: int = 0, *, whole: bool = True) -> Unseen:
-    source.split["rule"] = f"drawn with seed {seed}"
-    return Unseen(f"run{seed}", source, source.validation if whole else list(range(1000)), seed)
-
-
-def test_runs_with_different_seeds_share_the_validation_images_of_the_data():
-    source = data("train", "validation")
-    parts = parts_for_all([unseen(source, 1), unseen(source, 2)])
-    assert sorted([*parts.calibration, *parts.report]) == source.validation
-
-
-def test_validation_images_that_were_drawn_with_different_seeds_cannot_be_shared():
-    with pytest.raises(DataError, match=r"run1 and run2 drew theirs with different seeds \(1, 2\).*data=FOLDER"):
-        parts_for_all([unseen(data("train"), 1), unseen(data("train"), 2)])
-
-
-def test_a_run_that_was_made_with_other_data_is_measured_on_what_the_others_have_not_seen():
-    source = data("train")
-    parts = parts_for_all([unseen(source, 2, whole=False), unseen(source, 1)])
-    assert (parts.calibration, parts.report) == (source.calibration, source.validation)
-
-
-def test_runs_that_were_measured_on_different_data_are_refused():
-    other = Data(*[[1, 2, 3]] * 3, ("a", "b"), "elsewhere", {"parts": {"train": None}})
-    with pytest.raises(DataError, match="run1 was measured on source, run2 on elsewhere"):
-        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
 
 
 # what is said of the outcome
