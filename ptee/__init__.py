@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from ptee.evaluation.comparison import compare as compare
     from ptee.evaluation.results import evaluate as evaluate
     from ptee.evaluation.tuning import tune as tune
-    from ptee.exits.build import plan as plan
     from ptee.exits.confidence import register_confidence as register_confidence
     from ptee.exits.heads import register_head as register_head
     from ptee.exits.plan import Exit as Exit
     from ptee.exits.plan import Plan as Plan
     from ptee.model.build import augment as augment
     from ptee.model.build import load as load
+    from ptee.model.build import plan as plan
     from ptee.model.early_exit import EarlyExitModel as EarlyExitModel
     from ptee.model.forward import AllExits as AllExits
     from ptee.model.forward import ExitOutput as ExitOutput
@@ -43,7 +43,7 @@ _HOMES = {
     "evaluate": "evaluation.results",
     "fit": "pipeline.fit",
     "load": "model.build",
-    "plan": "exits.build",
+    "plan": "model.build",
     "register_confidence": "exits.confidence",
     "register_head": "exits.heads",
     "train": "training.trainer",

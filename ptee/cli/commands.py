@@ -331,7 +331,7 @@ def _backbone(o: dict[str, Any]) -> Any:
 
 
 def _untrained(backbone: Any, recipe: Any) -> Any:
-    from ptee.pipeline.untrained import build_model
+    from ptee.pipeline.fit import build_model
 
     return build_model(backbone, recipe)
 

@@ -12,73 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import PteeError, RunError
-from ptee._common.process import alone, few_random_numbers
+from ptee._common.errors import CutError, PteeError, RunError
 from ptee.analysis.cut_points import Cut, random_images, survey
-from ptee.analysis.freezing import freeze
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count, parameters
-from ptee.backbones.load import Backbone, load_backbone
-from ptee.exits.front import FrontHead, named_front, require_front
+from ptee.backbones.load import Backbone
+from ptee.exits.config import DEFAULT_BUDGETS, DEFAULT_PLACES, PLACES_BEHIND_FRONT, with_defaults
+from ptee.exits.front import FrontHead, require_front
 from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
 from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
-from ptee.exits.placement import INPUT, Placer
+from ptee.exits.placement import INPUT, PLACEMENTS, Placer
 from ptee.exits.plan import Plan, counted
 from ptee.exits.residual_head import ResidualFeatures, sized
 
 HEAD_BUDGET = 0.05  # share of the backbone's cost that an "auto" head may have where nothing is said
 
 
-@alone()
-@torch.inference_mode(False)
-def plan(
-    model: Any,
-    *,
-    exits: str | Sequence[float] | Sequence[str] = "pareto",
-    num_exits: int | None = None,
-    head: str | Sequence[str] = "pool",
-    head_budget: float | Sequence[float] | None = None,
-    front: str | nn.Module | None = None,
-    front_weights: str | None = None,
-    input_size: tuple[int, int, int] | None = None,
-    num_classes: int | None = None,
-    pretrained: bool = True,
-    weights: str | None = None,
-) -> Plan:
-    """Where exits would stand on a model and what they would cost. The model is left as it was.
-
-    Takes what `augment` takes, and returns its plan.
-    """
-    backbone = load_backbone(
-        model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
-    )
-    state = freeze(backbone.module)
-    try:
-        with few_random_numbers():  # a plan changes no head that is built after it
-            first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
-            return make_plan(
-                backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first
-            )
-    finally:
-        state.restore(backbone.module)
-
-
-def make_plan(backbone: Backbone, **wish: Any) -> Plan:
-    """The plan of `build_exits`; its heads are dropped.
-
-    Args:
-        backbone: frozen, in eval mode.
-        wish: arguments of `build_exits`.
-    """
-    return build_exits(backbone, **wish)[0]
-
-
 def build_exits(
     backbone: Backbone,
     *,
-    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    exits: str | float | Sequence[float] | Sequence[str] | None = None,
     num_exits: int | None = None,
-    head: str | Sequence[str] = "pool",
+    head: str | Sequence[str] | None = None,
     head_budget: float | Sequence[float] | None = None,
     front: FrontHead | str | None = None,
     placed: bool = False,
@@ -86,16 +41,12 @@ def build_exits(
 ) -> tuple[Plan, list[ExitHead]]:
     """Place exits on a backbone, verify their cuts, build their heads, and count what they cost.
 
+    A backbone that has no room for exits at the default places gets those that the rule pareto finds room for.
+
     Args:
         backbone: frozen, in eval mode.
-        exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
-        num_exits: E; None for as many as the rule can place, at most five.
-        head: a name of `HEADS`, of a residual head (`res-32x2-64x2`), or "auto" for residual heads as large as their budget
-            allows; one for all exits or one for each. With a + behind it (`auto+`, `conv2+`) it builds on the exit before;
-            one name for all leaves the + out at the first.
-        head_budget: what each "auto" head may cost, as a share of the backbone; one for all exits or one for each.
-        front: a network that stands in front of the backbone, as the head of an exit at the input, before all others;
-            "auto" for a residual head there.
+        exits: as of `augment`, and so are num_exits, head and head_budget. None: the default of `ExitsConfig`.
+        front: the head of an exit at the input, before all others; "auto" for a residual head there.
         placed: `exits` are names that a plan gave, of a saved run.
         saved: the tensors of a saved run's heads; heads that would have others are refused before they are built.
 
@@ -108,27 +59,36 @@ def build_exits(
         PteeError: if the heads cannot be built.
     """
     require_front(front)
+    places, head, budget = with_defaults(exits, num_exits, head, head_budget, front)
     size = backbone.input.input_size
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
     placer = Placer(backbone, found, counts, placed)
-    cuts = placer.place(exits, num_exits, front is not None)
-    specs = head_specs(head, head_budget, cuts, counts.total, found.classes, front)
+    try:
+        cuts = placer.place(places, num_exits, front is not None)
+    except CutError:
+        if places not in (DEFAULT_PLACES, PLACES_BEHIND_FRONT):
+            raise
+        places, budget = "pareto", None if budget == DEFAULT_BUDGETS else budget
+        cuts = placer.place(places, num_exits, front is not None)
+    specs = head_specs(head, budget, cuts, counts.total, found.classes, front)
     if saved is not None:
         require_saved(specs, cuts, saved)
     heads = build_heads(specs, cuts, found.classes, front)
     shares = [0.0 if cut.name == INPUT else placer.cost(cut) for cut in cuts]
     rows = counted(shares, cuts, heads, list(map(str, specs)), counts.total)
-    words, weights = _words(exits), parameters(backbone.module)
-    made = Plan(backbone.name, words, size, rows, counts.total, weights, found.classes, tuple(cuts))
+    weights = parameters(backbone.module)
+    made = Plan(backbone.name, _words(places), size, rows, counts.total, weights, found.classes, tuple(cuts))
     return made.switched_off(()), heads
 
 
-def _words(exits: str | Sequence[float] | Sequence[str]) -> str:
-    if isinstance(exits, str):
-        return exits
-    where = ", ".join(map(str, exits))
-    return f"exits at {where}" if any(isinstance(e, str) for e in exits) else f"exits at or behind {where} of the cost"
+def _words(places: str | float | Sequence[float] | Sequence[str]) -> str:
+    parts = places if isinstance(places, list | tuple) else str(places).split(",")
+    where = ", ".join(map(str, parts))
+    if where in PLACEMENTS:
+        return where
+    numbers = all(isinstance(e, int | float) or e.replace(".", "", 1).isdecimal() for e in parts)
+    return f"exits at or behind {where} of the cost" if numbers else f"exits at {where}"
 
 
 # ---------------------------------------------------------------------------------------------------- one head

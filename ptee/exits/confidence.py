@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError, unknown
+from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 
-LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"
 LARGEST_LOG_ODDS = 50.0  # float32 cannot tell a probability with larger log-odds from 1
 OfProbabilities = Callable[[Tensor], Tensor]
 

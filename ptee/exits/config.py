@@ -1,18 +1,19 @@
-"""The settings of the exits: where they stand, and what heads stand there."""
+"""The settings of the exits: where they stand, what heads stand there, and what says how sure they are."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any, Literal
 
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole
 
 AUTO = "auto"  # the name of a head that is as large as its budget allows
+LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"  # names of confidences
 DEFAULT_PLACES = (0.03, 0.4, 0.7)
-DEFAULT_BUDGETS = (
-    0.15,
-    0.03,
-    0.03,
-)  # of the heads at those places: the first head is large, so that many images leave there
+DEFAULT_BUDGETS = (0.15, 0.03, 0.03)  # of the heads there; the first head is large, so that many images leave at it
 PLACES_BEHIND_FRONT = (0.4, 0.7)  # the front takes the place of the first exit
 
 Places = tuple[float | str, ...]
@@ -56,14 +57,58 @@ class ExitsConfig(FrozenConfig):
 
     def resolved(self) -> ExitsConfig:
         """This config with a value in place of every None that depends on another setting."""
-        network_in_front = self.front not in (None, AUTO)
-        given_places = self.places is not None or self.number is not None
-        places, head = self.places, self.head
-        if places is None:
-            places = "pareto" if self.number is not None else PLACES_BEHIND_FRONT if self.front else DEFAULT_PLACES
-        if head is None:
-            head = f"{AUTO}+" if self.front and not given_places else AUTO
-        budget = self.head_budget
-        if budget is None and not given_places and not network_in_front and head in (AUTO, f"{AUTO}+"):
-            budget = DEFAULT_BUDGETS
+        places, head, budget = with_defaults(self.places, self.number, self.head, self.head_budget, self.front)
         return self.changed(places=places, head=head, head_budget=budget)
+
+
+class ConfidenceConfig(FrozenConfig):
+    """What decides how sure an exit is of its answer."""
+
+    name: str | None = Field(
+        None,
+        description="calibrated (the largest probability, fitted after the training to be a probability), learned (the head's own "
+        "output), max_prob, entropy, margin or patience. Default: calibrated; learned for the joint losses, which train it.",
+    )
+    question: Literal["agrees", "right", "best"] = Field(
+        "agrees",
+        description="What the calibrated confidence is the probability of: agrees (the answer is the backbone's), right (it is "
+        "the label) or best (it is the label, or no later exit would give the label).",
+    )
+    calibration_share: Number = Field(
+        0.1,
+        gt=0,
+        le=0.5,
+        description="Share of the training images that the confidence is calibrated on; no head learns from them.",
+    )
+
+    @model_validator(mode="after")
+    def _only_for_calibrated(self) -> Self:
+        for name in ("question", "calibration_share"):
+            value = getattr(self, name)
+            if self.name not in (None, CALIBRATED) and value != type(self).model_fields[name].default:
+                raise PteeError(
+                    Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument("name", repr(self.name)),
+                    ". Leave it out.", argument=name, value=value,
+                )  # fmt: skip
+        return self
+
+
+def with_defaults(places: Any, number: int | None, head: Any, budget: Any, front: Any) -> tuple[Any, Any, Any]:
+    """Places, head and head budget, with the default in place of each None.
+
+    Args:
+        places: a rule, fractions, names, or None.
+        number: of exits, or None.
+        head: one name, one for each exit, or None.
+        budget: one share of the backbone's cost, one for each exit, or None.
+        front: the front network, "auto" for a head that learns there, or None.
+    """
+    given_places = places is not None or number is not None
+    head_in_front = front is None or (isinstance(front, str) and front == AUTO)
+    if head is None:
+        head = f"{AUTO}+" if front is not None and not given_places else AUTO
+    if budget is None and not given_places and head_in_front and head in (AUTO, f"{AUTO}+"):
+        budget = DEFAULT_BUDGETS
+    if places is None:
+        places = "pareto" if number is not None else DEFAULT_PLACES if front is None else PLACES_BEHIND_FRONT
+    return places, head, budget

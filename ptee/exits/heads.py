@@ -27,8 +27,8 @@ from ptee._common.errors import PteeError
 from ptee._common.process import few_random_numbers
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
+from ptee.exits.config import AUTO
 
-AUTO = "auto"  # a head that is sized when the exits are planned
 FRONT = "front"  # a network of its own, as the head of the exit at the input
 RESIDUAL = "res"
 RESIDUAL_NAME = r"res(-\d{1,5}x\d{1,3}(s\d{1,2})?){1,8}"

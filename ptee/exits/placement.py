@@ -40,6 +40,7 @@ PHI = (1 + 5**0.5) / 2
 MOST_EXITS = 5  # as many as a rule places where no number is given
 LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing left to save
 HEAVY = 2e10  # multiply-accumulates of one image above which a cut is verified on a smaller image
+MOST_NAMES = 12  # of rules and blocks in a message
 SMALLEST_SIDE = 40  # pixels; the smaller image has no shorter side. Three patches of 14 still fit
 MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass starts again
 
@@ -183,7 +184,7 @@ class Placer:
             CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
             UnknownName: if the rule or a module does not exist.
         """
-        at_input, behind, number = split_off_input(exits, num_exits)
+        at_input, behind, number = split_off_input(exits if self.placed else self._read(exits), num_exits)
         at_input = at_input or front
         cuts = self._in_backbone(behind, number) if behind or not at_input else []
         if any(cut.name == INPUT for cut in cuts):
@@ -193,15 +194,31 @@ class Placer:
             )
         return [input_cut(self.backbone.input.input_size)] * at_input + cuts
 
-    def _in_backbone(self, exits: Any, num_exits: Any) -> list[Cut]:
-        _require_number(num_exits)
-        if isinstance(exits, str) and (exits in PLACEMENTS or exits not in self.survey.order):
-            return self._by_rule(exits, num_exits)
-        if not isinstance(exits, str | Sequence):
+    def _read(self, exits: Any) -> str | list[float | str]:
+        """A rule, or a list of fractions or of names; "0.2,0.5" and "layer1,layer2" are lists, too."""
+        given = exits.split(",") if isinstance(exits, str) else [exits] if isinstance(exits, int | float) else exits
+        if not isinstance(given, Sequence) or not all(isinstance(e, str | int | float) for e in given):
             raise CutError(
                 f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
             )
-        return self._by_list([exits] if isinstance(exits, str) else list(exits), num_exits)
+        names = [name for name, _ in self.backbone.module.named_modules() if name]
+        parts = [_name_or_number(part, names) for part in given]
+        if len(parts) == 1 and parts[0] in PLACEMENTS and parts[0] not in names:
+            return str(parts[0])
+        if (
+            len(parts) != 1
+            or not isinstance(exits, str)
+            or not isinstance(parts[0], str)
+            or parts[0] in (INPUT, *names)
+        ):
+            return parts
+        outer = [name for name in self.survey.cuts if any(other.startswith(f"{name}.") for other in names)]
+        first = [*PLACEMENTS, *outer][:MOST_NAMES]
+        raise unknown("placement or module", parts[0], list(self.survey.cuts), first=first)
+
+    def _in_backbone(self, exits: str | list[Any], num_exits: Any) -> list[Cut]:
+        _require_number(num_exits)
+        return self._by_rule(exits, num_exits) if isinstance(exits, str) else self._by_list(exits, num_exits)
 
     def _by_list(self, wanted: list[Any], num_exits: int | None) -> list[Cut]:
         if num_exits is not None and num_exits != len(wanted):
@@ -217,9 +234,6 @@ class Placer:
         )
 
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
-        if rule not in PLACEMENTS:
-            raise unknown("placement", rule, PLACEMENTS)
-
         if num_exits is not None:
             return self._so_many(rule, num_exits)
         for exits in range(MOST_EXITS, 0, -1):
@@ -370,6 +384,17 @@ class Placer:
         early = [n for n in names if self.counts.until[n] <= LATEST * self.counts.total]
         largest = max(early or names, key=lambda n: self.counts.inside[n], default=None)
         return "" if largest is None else f" Not at {largest!r}, for one: {self.survey.refused[largest]}."
+
+
+def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:
+    """A module may be called "0"; then its name is meant, but a number between 0 and 1 is a fraction."""
+    text = part.strip() if isinstance(part, str) else f"{part:g}"
+    if text in names and (isinstance(part, str) or not 0 < part < 1):
+        return text
+    try:
+        return float(text) if isinstance(part, str) else part
+    except ValueError:
+        return text
 
 
 def _require_number(num_exits: Any) -> None:

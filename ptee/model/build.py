@@ -1,20 +1,21 @@
-"""How early-exit models are made: `augment` adds untrained exits to a backbone, `load` reads a saved run."""
+"""How early-exit models are made: `augment` adds untrained exits, `plan` only counts them, `load` reads a saved run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptee._common.errors import PteeError, RunError, unknown
-from ptee._common.process import alone
+from ptee._common.process import alone, few_random_numbers
 from ptee.analysis.freezing import freeze
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.build import build_exits
-from ptee.exits.front import FrontHead, named_front
+from ptee.exits.front import named_front
+from ptee.exits.plan import Plan
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import check_weights, confidence_of, front_of, network_of, upgraded
@@ -25,9 +26,9 @@ from ptee.model.rebuilding import check_weights, confidence_of, front_of, networ
 def augment(
     model: str | nn.Module,
     *,
-    exits: str | Sequence[float] | Sequence[str] = "pareto",
+    exits: str | float | Sequence[float] | Sequence[str] | None = None,
     num_exits: int | None = None,
-    head: str | Sequence[str] = "pool",
+    head: str | Sequence[str] | None = None,
     head_budget: float | Sequence[float] | None = None,
     front: str | nn.Module | None = None,
     front_weights: str | Path | None = None,
@@ -41,13 +42,15 @@ def augment(
     Args:
         model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module (b, c, h, w) -> (b, K).
         exits: where they stand: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
-            cost, or a list of module names.
+            cost, or a list of module names. None: 0.03, 0.4 and 0.7 of the cost, or pareto where `num_exits` is given or
+            the backbone has no room for these.
         num_exits: E; None for as many as the rule can place, at most five.
-        head: "pool", "bnpool", "plain", "conv1", "conv2", ..., one of yours (`register_head`), a residual one
-            (`res-32x2-64x2`), or "auto" for residual heads as large as their budget allows; one for all exits or one for
-            each. With a + at the end (`auto+`, `conv2+`) a head builds on the logits of the exit before; if one name is
-            given for all, the first head is made without the +.
-        head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each.
+        head: "auto" for residual heads as large as their budget allows, "pool", "bnpool", "plain", "conv1", "conv2", ..., one
+            of yours (`register_head`), or a residual one by name (`res-32x2-64x2`); one for all exits or one for each. With a
+            + at the end (`auto+`, `conv2+`) a head builds on the logits of the exit before; if one name is given for all,
+            the first head is made without the +. None: "auto".
+        head_budget: what each "auto" head may cost, as a share of the backbone: one for all exits or one for each. None:
+            0.15, 0.03 and 0.03 at the default places, else 0.05.
         front: a small classifier, by name or as a module, as the head of an exit at the input, before all others. Rows
             that leave there never reach the backbone. "auto": a residual head there.
         front_weights: for a front by name: a file of its weights.
@@ -73,29 +76,37 @@ def augment(
     return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
 
 
+def plan(model: str | nn.Module, **options: Any) -> Plan:
+    """Where exits would stand on a model and what they would cost. The model is left as it was.
+
+    Args:
+        model: as of `augment`.
+        options: as of `augment`: exits, num_exits, head, head_budget, front, input_size and so on.
+
+    Raises:
+        PteeError: saying what is not possible, why, and what is.
+    """
+    with few_random_numbers():  # a plan changes no head that is built after it
+        augmented = augment(model, **options)
+    augmented.detach()
+    return augmented.plan
+
+
 @alone()
 @torch.inference_mode(False)
-def build(
-    backbone: Backbone,
-    *,
-    exits: str | Sequence[float] | Sequence[str] = "pareto",
-    num_exits: int | None = None,
-    head: str | Sequence[str] = "pool",
-    placed: bool = False,
-    head_budget: float | Sequence[float] | None = None,
-    front: FrontHead | str | None = None,
-    saved: Mapping[str, Tensor] | None = None,
-) -> EarlyExitModel:
-    """`augment` for a backbone that is loaded already; on failure the backbone is left as it was."""
+def build(backbone: Backbone, **options: Any) -> EarlyExitModel:
+    """`augment` for a backbone that is loaded already; on failure the backbone is left as it was.
+
+    Args:
+        backbone: to be frozen.
+        options: as of `build_exits`.
+    """
     state = freeze(backbone.module)
     try:
-        plan, heads = build_exits(
-            backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=front, placed=placed,
-            saved=saved,
-        )  # fmt: skip
+        made, heads = build_exits(backbone, **options)
     finally:
         state.restore(backbone.module)
-    return EarlyExitModel(backbone, plan, heads)
+    return EarlyExitModel(backbone, made, heads)
 
 
 @alone()

@@ -16,19 +16,22 @@ from torch import nn
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
 from ptee._common.files import write_json
+from ptee._common.process import own_random_numbers
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.evaluation.targets import Solution, Target, require_labels, require_reachable
 from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
+from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
+from ptee.exits.front import named_front
 from ptee.model import saving
+from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline import unreadable
 from ptee.pipeline.images import from_data_sets, has_labels, image_size, labels_of, recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe, write_recipe
 from ptee.pipeline.run_folder import clear, new_folder, sole_writer, speaks_for_all
-from ptee.pipeline.untrained import build_model
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
@@ -167,6 +170,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
 
 def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> EarlyExitModel:
     for_heads, for_confidence = _images_of_each(data, recipe, job.log)
+    recipe = _adapted(recipe, data, for_confidence is not None)
     complete: list[Epoch] = []
     try:
         history = _train_on_files(model, for_heads, recipe, job, complete)
@@ -205,7 +209,7 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
     recipe, labelled = recipe.resolved(), has_labels(data)
     target = Target.of(recipe.thresholds, labelled)
     if recipe.confidence.name not in CONFIDENCES:
-        raise unknown("confidence", recipe.confidence.name, CONFIDENCES, argument="confidence")
+        raise unknown("confidence", str(recipe.confidence.name), CONFIDENCES, argument="confidence")
     if not labelled and recipe.confidence.question != "agrees":
         raise DataError(
             "The images have no labels for ", Argument("question", repr(recipe.confidence.question)), ". Give ",
@@ -225,6 +229,22 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
     return model, target
 
 
+def build_model(backbone: Backbone, recipe: Recipe) -> EarlyExitModel:
+    """A backbone with the exits of a recipe. Their heads have not learned yet; the same seed gives the same heads."""
+    exits = recipe.exits
+    front = named_front(
+        exits.front, backbone, weights=exits.front_weights, mean=_each(exits.front_mean), std=_each(exits.front_std)
+    )
+    with own_random_numbers(recipe.seed):
+        return build(
+            backbone, exits=exits.places, num_exits=exits.number, head=exits.head, head_budget=exits.head_budget, front=front
+        )  # fmt: skip
+
+
+def _each(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else value
+
+
 def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> None:
     if job.out is None:
         return
@@ -242,7 +262,7 @@ def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     """The data whose training images are for the heads, and the images to calibrate the confidence on, if there are any."""
     every: Any = data.train
     share = recipe.confidence.calibration_share
-    if recipe.confidence.name != "calibrated":
+    if recipe.confidence.name != CALIBRATED:
         return data, None
     usual = type(recipe.confidence).model_fields["calibration_share"].default
     if (
@@ -261,6 +281,16 @@ def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     return replace(data, train=for_heads), rest
 
 
+def _adapted(recipe: Recipe, data: Data, calibrates: bool) -> Recipe:
+    """The recipe that is carried out and saved: without mirror images of digits, calibrated only where there are images for it."""
+    changes: dict[str, Any] = {}
+    if not data.mirror:
+        changes["training.mirror"] = False
+    if recipe.confidence.name == CALIBRATED and not calibrates:
+        changes["confidence.name"] = MAX_PROB
+    return recipe.with_settings(changes).resolved()
+
+
 def _train_on_files(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
     """Train. If a picture cannot be read any more, all such pictures are named, and recorded for a resumption."""
     try:
@@ -273,10 +303,7 @@ def _train_on_files(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job,
 
 def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
     """Train the heads. Epochs are added to `complete` once they are kept in the folder."""
-    config = recipe.training
-    if not data.mirror:
-        config = config.changed(mirror=False)
-    config = resolve_config(config, model, data.train)
+    config = resolve_config(recipe.training, model, data.train)
     epochs = int(config.epochs)
 
     def on_epoch(epoch: Epoch) -> None:
@@ -299,15 +326,14 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
     )
     if history.interrupted:
         raise KeyboardInterrupt
-    if history.warning and recipe.confidence.name == "learned":
+    if history.warning and recipe.confidence.name == LEARNED:
         job.log(f"Warning: {history.warning}")
     return history
 
 
 def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job) -> None:
-    name = recipe.confidence.name
     if images is None:
-        model.confidence = "max_prob" if name == "calibrated" else name
+        model.confidence = str(recipe.confidence.name)
         return
     fits = calibrate(
         model,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -16,10 +16,10 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, unknown
 from ptee._common.files import write_text
-from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee._common.validation import FrozenConfig, Whole
 from ptee.evaluation.config import ThresholdsConfig
-from ptee.exits.config import ExitsConfig
-from ptee.training.config import ALIASES, SEPARATE, TrainingConfig
+from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
+from ptee.training.config import SEPARATE, TrainingConfig
 
 LARGEST_FILE = 2**18  # bytes; a recipe has about two thousand
 DEFAULT = "ptee"
@@ -28,38 +28,6 @@ OTHER_NAMES = {
     "num_exits": "exits.number",
     "confidence": "confidence.name",
 }  # of Python and the command
-
-
-class ConfidenceConfig(FrozenConfig):
-    """What decides how sure an exit is of its answer."""
-
-    name: str = Field(
-        "calibrated",
-        description="calibrated (the largest probability, fitted after the training to be a probability), learned (the head's own "
-        "output), max_prob, entropy, margin or patience.",
-    )
-    question: Literal["agrees", "right", "best"] = Field(
-        "agrees",
-        description="What the calibrated confidence is the probability of: agrees (the answer is the backbone's), right (it is "
-        "the label) or best (it is the label, or no later exit would give the label).",
-    )
-    calibration_share: Number = Field(
-        0.1,
-        gt=0,
-        le=0.5,
-        description="Share of the training images that the confidence is calibrated on; no head learns from them.",
-    )
-
-    @model_validator(mode="after")
-    def _only_for_calibrated(self) -> Self:
-        for name in ("question", "calibration_share"):
-            value = getattr(self, name)
-            if self.name != "calibrated" and value != type(self).model_fields[name].default:
-                raise PteeError(
-                    Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument("name", repr(self.name)),
-                    ". Leave it out.", argument=name, value=value,
-                )  # fmt: skip
-        return self
 
 
 class Recipe(FrozenConfig):
@@ -100,7 +68,12 @@ class Recipe(FrozenConfig):
     def resolved(self) -> Recipe:
         """The same recipe with a value in place of every None that depends on other settings."""
         training = self.training.changed(seed=self.seed).resolved()
-        return self.model_copy(update={"exits": self.exits.resolved(), "training": training})
+        confidence = self.confidence.changed(name=self.confidence.name or self._usual_confidence)
+        return self.model_copy(update={"exits": self.exits.resolved(), "training": training, "confidence": confidence})
+
+    @property
+    def _usual_confidence(self) -> str:
+        return CALIBRATED if self.training.loss == SEPARATE else LEARNED
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with some settings changed.
@@ -113,14 +86,21 @@ class Recipe(FrozenConfig):
             PteeError: if a value cannot be, or does not go with the others.
         """
         changes = {path_of(name): value for name, value in settings.items()}
-        values = self._without_what_follows().given() if changes else self.given()
+        values = self._without_what_follows("training.loss" in changes).given() if changes else self.given()
         for path, value in changes.items():
             _set(values, path, value)
         return Recipe(**values)
 
-    def _without_what_follows(self) -> Recipe:
-        """The same recipe, in which settings that have the value that follows from the others are not set, so that they follow again."""
-        loose = {"exits": _loosened(self.exits), "training": _loosened(self.training)}
+    def _without_what_follows(self, confidence: bool) -> Recipe:
+        """The same recipe, in which settings that have the value that follows from the others are not set, so that they follow again.
+
+        Args:
+            confidence: let the confidence follow the loss again, too.
+        """
+        loose: dict[str, Any] = {"exits": _loosened(self.exits), "training": _loosened(self.training)}
+        if confidence and self.confidence.name == self._usual_confidence:
+            values = self.confidence.model_dump(exclude_unset=True, exclude={"name"})
+            loose["confidence"] = ConfidenceConfig(**values)
         return self.model_copy(update={k: v for k, v in loose.items() if k in self.model_fields_set})
 
 
@@ -182,8 +162,7 @@ def make_recipe(
     """A recipe by name, from a file or from values, with some settings changed.
 
     Args:
-        recipe: the name of a built-in recipe, a YAML file, a mapping like that file, or a recipe. None: "ptee", or, where a
-            joint loss is among the settings, pool heads at pareto places that learn with Adam and decide by their own output.
+        recipe: the name of a built-in recipe, a YAML file, a mapping like that file, or a recipe. None: "ptee".
         settings: changes, as of `Recipe.with_settings`. None unsets what the recipe says.
 
     Raises:
@@ -191,15 +170,8 @@ def make_recipe(
         PteeError: if a value cannot be.
     """
     changes = {path_of(name): value for name, value in (settings or {}).items()}
-    if recipe is None and _joint(changes.get("training.loss")):
-        joint = {"name": "joint", "exits": {"places": "pareto", "head": "pool"}, **_OF_PAPERS}
-        return Recipe(**joint).with_settings(_without_rivals(joint, changes))
     values = _values(DEFAULT if recipe is None else recipe)
     return Recipe(**values).with_settings(_without_rivals(values, changes))
-
-
-def _joint(loss: Any) -> bool:
-    return isinstance(loss, str) and ALIASES.get(loss, loss) != SEPARATE
 
 
 def _without_rivals(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ptee.analysis.cut_points import survey
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
 from ptee.exits import build, placement
-from ptee.exits.build import build_exits, make_plan
+from ptee.exits.build import build_exits
 from ptee.exits.placement import LATEST, MOST_EXITS, PLACEMENTS, Placer, first_behind
 from ptee.exits.plan import Plan
 
@@ -174,7 +174,7 @@ SIZE = (3, 8, 8)
 
 def plan(exits="linear", num_exits=None, module=None, **wish) -> Plan:
     backbone = load_backbone(module or Steps().eval(), input_size=SIZE)
-    return make_plan(backbone, exits=exits, num_exits=num_exits, **wish)
+    return build_exits(backbone, exits=exits, num_exits=num_exits, **wish)[0]
 
 
 def at(n: int) -> float:
@@ -298,7 +298,7 @@ REFUSALS = {
     "no exit": (("linear", 0), CutError, r"0 exits: ask for one"),
     "fewer than none": (("linear", -1), CutError, r"-1 exits: ask for one"),
     "an empty list": (([],), CutError, r"No exit is named.*'pareto', fractions, or names"),
-    "an unknown rule": (("golde",), UnknownName, r"Unknown placement 'golde'\. Did you mean 'golden'\?"),
+    "an unknown rule": (("golde",), UnknownName, r"Unknown placement or module 'golde'\. Did you mean 'golden'\?"),
     "an unknown module": ((["blocks.7"],), UnknownName, r"Unknown module 'blocks\.7'\. Did you mean 'blocks\."),
     "the fraction 1": (([0.2, 1.0],), CutError, NEITHER),
     "the fraction 0": (([0.0],), CutError, NEITHER),
@@ -451,7 +451,7 @@ def test_where_no_exit_can_stand_the_reason_at_one_module_is_told():
             return self.classifier(self.block(self.block(x)).mean((2, 3)))
 
     with pytest.raises(CutError, match="Not at 'block', for one: it is called 2 times in one forward pass"):
-        make_plan(load_backbone(Twice().eval(), input_size=(3, 8, 8)))
+        build_exits(load_backbone(Twice().eval(), input_size=(3, 8, 8)))
 
 
 def test_one_module_may_be_named_without_a_list():

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import BackboneError
 from ptee.analysis.cut_points import random_images
+from ptee.backbones.cifar_resnet import cifar_resnet20
+from ptee.exits.config import DEFAULT_PLACES
 
 
 class Normalize(nn.Module):
@@ -192,3 +194,28 @@ def test_a_saved_run_of_a_network_that_starts_again_is_loaded(name, pixels, tmp_
     again = ptee.load(tmp_path, backbone=model.detach())
     assert [e.name for e in again.exits] == [e.name for e in model.exits]
     assert torch.equal(again.predict(x, here).logits, expected.logits)
+
+
+def test_without_a_wish_exits_and_heads_are_those_of_the_recipe():
+    net = cifar_resnet20()
+    model = ptee.augment(net, input_size=(3, 32, 32))
+    recipe = ptee.Recipe().resolved().exits
+    assert recipe.places == DEFAULT_PLACES
+    assert model.plan == ptee.plan(model.detach(), input_size=(3, 32, 32))
+    for exit_, place, budget in zip(model.exits, recipe.places, recipe.head_budget, strict=True):
+        assert exit_.backbone_cost >= place
+        assert exit_.head.startswith("res-") and exit_.head_cost <= budget
+
+
+def test_without_room_at_the_usual_places_exits_stand_where_there_is_room():
+    blocks = [nn.Sequential(nn.Conv2d(c, 6, 3, padding=1), nn.ReLU()) for c in (3, 6, 6)]
+    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    plan = ptee.plan(net, input_size=(3, 8, 8))
+    assert plan.placement == "pareto"
+    assert [e.name for e in plan.exits] == [e.name for e in ptee.plan(net, exits="pareto", input_size=(3, 8, 8)).exits]
+
+
+def test_exits_may_be_named_as_on_the_command_line():
+    plans = [ptee.plan(resnet(), exits=exits, head="pool", input_size=SMALL) for exits in ("0.3,0.6", [0.3, 0.6])]
+    assert [e.name for e in plans[0].exits] == [e.name for e in plans[1].exits]
+    assert plans[0].placement == plans[1].placement == "exits at or behind 0.3, 0.6 of the cost"

@@ -15,9 +15,9 @@ import ptee
 from ptee._common.errors import DataError, Interrupted, PteeError, RunError, UnknownName
 from ptee.backbones.load import load_backbone
 from ptee.pipeline import fit as fitting
+from ptee.pipeline.fit import build_model
 from ptee.pipeline.images import open_images
 from ptee.pipeline.recipe import make_recipe
-from ptee.pipeline.untrained import build_model
 from ptee.training import trainer
 
 SIZE, K = (3, 8, 8), 4

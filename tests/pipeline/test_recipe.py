@@ -100,12 +100,20 @@ def test_a_front_takes_the_place_of_the_first_exit():
     assert (exits.places, exits.head, exits.head_budget) == ((0.4, 0.7), "auto+", None)
 
 
+@pytest.mark.parametrize("recipe", [None, "ptee"])
 @pytest.mark.parametrize("loss", ["v1", "joint", "v2", "mc", "cost"])
-def test_without_a_recipe_a_joint_loss_means_pool_heads_adam_and_the_heads_own_confidence(loss):
-    recipe = make_recipe(None, {"loss": loss}).resolved()
-    assert (recipe.exits.places, recipe.exits.head) == ("pareto", "pool")
-    assert (recipe.training.optimizer, recipe.training.lr, recipe.training.epochs) == ("adam", 0.001, 5)
-    assert (recipe.confidence.name, recipe.thresholds.threshold) == ("learned", 0.5)
+def test_a_joint_loss_changes_what_depends_on_the_loss_and_nothing_else(recipe, loss):
+    made, usual = make_recipe(recipe, {"loss": loss}).resolved(), make_recipe("ptee").resolved()
+    assert made.exits == usual.exits
+    assert made.thresholds == usual.thresholds
+    assert (made.training.optimizer, made.training.lr, made.training.targets) == ("adam", 0.001, "labels")
+    assert (made.confidence.name, usual.confidence.name) == ("learned", "calibrated")
+
+
+def test_the_resolved_recipe_of_a_run_gets_another_confidence_with_another_loss():
+    saved = make_recipe("ptee").resolved()
+    assert saved.with_settings({"loss": "joint"}).resolved().confidence.name == "learned"
+    assert saved.with_settings({"loss": "joint", "confidence": "margin"}).resolved().confidence.name == "margin"
 
 
 @pytest.mark.parametrize(
