@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
-from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.pictures import File, Labelled
 from ptee.data.splits import FILES, Data
 
@@ -270,9 +270,10 @@ def _ask(module: torch.nn.Module, images: Any, device: str | torch.device | None
     try:
         module.to(home if device is None else device).eval()
         like = next(module.parameters())
-        for x, y in DataLoader(images, BATCH):
+        for batch in batches(images, batch_size=BATCH, shuffle=False):
+            x, y = split_batch(batch)
             answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
-            labels.append(y)
+            labels.append(torch.full((len(x),), UNKNOWN_LABEL) if y is None else y)
     finally:
         module.to(home)
         for each, training in modes.items():

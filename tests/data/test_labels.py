@@ -13,7 +13,15 @@ from torch.utils.data import TensorDataset
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.labels import choose_class_order, class_orders, map_labels, read_classes, relabelled, with_labels
+from ptee.data.labels import (
+    choose_class_order,
+    class_orders,
+    labels_as_given,
+    map_labels,
+    read_classes,
+    relabelled,
+    with_labels,
+)
 from ptee.data.splits import Data
 
 
@@ -230,3 +238,19 @@ def test_a_file_of_other_names_is_refused(text, said, tmp_path):
 def test_a_file_of_names_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.txt' cannot be read \(No such file"):
         read_classes(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [(torch.full((3, 4, 4), i / 255), torch.tensor([i])) for i in range(12)],
+        [{"image": torch.full((3, 4, 4), i / 255), "label": i} for i in range(12)],
+    ],
+    ids=["(b, 1)", "mapping"],
+)
+def test_labels_of_any_form_that_a_batch_can_have_are_tried(images):
+    data = Data(images, images[:0], images[:0], (), "your own data sets", {})
+    network = SimpleNamespace(module=Oracle(list(range(12))), num_classes=12)
+    assert not labels_as_given(network, data).doubt
+    wrong = SimpleNamespace(module=Oracle(list(range(12))[::-1]), num_classes=12)
+    assert "right on 0.0% of 12 images" in labels_as_given(wrong, data).doubt
