@@ -352,11 +352,7 @@ def _members(
 
 
 def _number_classes(
-    kind: str,
-    parts: Mapping[str, _Part],
-    paths: Mapping[str, Path],
-    removed: Sequence[Key],
-    not_read: tuple[str, ...],
+    kind: str, parts: Mapping[str, _Part], paths: Mapping[str, Path], removed: Sequence[Key], not_read: tuple[str, ...]
 ) -> Listing:
     """Labels are numbers of the classes, sorted by name as text. The training images say which classes there are."""
     first = next(iter(parts))  # "train" if it is there

@@ -36,7 +36,7 @@ def write_shards(folder: Path, state: dict[str, Tensor], suffix: str = ".safeten
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_the_index_of_shards_loads_all_of_them(suffix, tmp_path):
     trained, module = Tiny(), fresh()
-    load_weights(module, write_shards(tmp_path, trained.state_dict(), suffix))
+    load_weights(module, read_checkpoint(write_shards(tmp_path, trained.state_dict(), suffix)))
     assert weights_hash(module) == weights_hash(trained)
 
 
@@ -49,7 +49,7 @@ def test_one_shard_is_refused_and_the_index_is_named(tmp_path):
 
 def test_a_file_that_is_the_only_shard_is_a_whole_file(tmp_path):
     save_file(Tiny().state_dict(), tmp_path / "model-00001-of-00001.safetensors")
-    load_weights(fresh(), tmp_path / "model-00001-of-00001.safetensors")
+    load_weights(fresh(), read_checkpoint(tmp_path / "model-00001-of-00001.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,7 @@ IMAGES, LABELS = torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 2, 1, 0])
 
 
 @pytest.mark.parametrize(
-    "data",
-    [TensorDataset(IMAGES, LABELS), list(zip(IMAGES, LABELS.tolist(), strict=True))],
-    ids=["dataset", "list"],
+    "data", [TensorDataset(IMAGES, LABELS), list(zip(IMAGES, LABELS.tolist(), strict=True))], ids=["dataset", "list"]
 )
 def test_a_map_style_data_set_becomes_batches(data):
     first, last = map(split_batch, batches(data, batch_size=3, shuffle=False))
