@@ -26,12 +26,9 @@ LONGEST_NAME = 60  # of a tensor, in a message
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of weights holds.
+    """What a file of weights holds: tensors by name, for each place in the file. They stay on the disk until they are read.
 
-    Attributes:
-        file: where it lies.
-        places: tensors by name, for each place in the file: "" is the file itself, "model.state_dict" a dictionary in a
-            dictionary. They stay on the disk until they are read.
+    A place is "" for the file itself, or "model.state_dict" for a dictionary in a dictionary.
     """
 
     file: Path

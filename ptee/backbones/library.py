@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
 from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
@@ -25,33 +25,21 @@ OTHER_ARGUMENTS: Advice = ("Change ", Argument("model_args"), " or ", Argument("
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What is asked of a model library.
+    """What is asked of a model library. None stands for the model's own value."""
 
-    Attributes:
-        name: the library's name of the model.
-        label: the user's name of it, for messages.
-        weights: a file of weights, or None.
-        pretrained: take the library's published weights.
-        num_classes: K, or None for the library's own number.
-        input_size: (c, h, w), or None for the model's own.
-        mean: per channel, or None for the model's own.
-        std: likewise.
-        args: further arguments of the library's constructor.
-        origin: which published weights a record names: values for "tag", "hub" and "revision"; empty without a record.
-        tensors: the names of the tensors in the file of weights.
-    """
-
-    name: str
-    label: str
-    weights: str | None
-    pretrained: bool
+    name: str  # the library's name of the model
+    label: str  # the user's name of it, for messages
+    weights: str | None  # a file
+    pretrained: bool  # take the library's published weights
     num_classes: int | None
-    input_size: tuple[int, int, int] | None
-    mean: Sequence[float] | None
+    input_size: tuple[int, int, int] | None  # (c, h, w)
+    mean: Sequence[float] | None  # per channel
     std: Sequence[float] | None
-    args: dict[str, Any]
-    origin: Mapping[str, str | None]
-    tensors: Sequence[str] = ()
+    args: dict[str, Any]  # further arguments of the library's constructor
+    origin: Mapping[
+        str, str | None
+    ]  # of a record's published weights: "tag", "hub", "revision"; empty without a record
+    tensors: Sequence[str] = ()  # the names in the file of weights
 
 
 @dataclass(frozen=True)
@@ -73,37 +61,22 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class Known:
-    """What a library knows of one of its modules.
-
-    Attributes:
-        input: the images that it takes.
-        num_classes: the number of classes of its published weights, or None.
-        label_space: which classes these are and in which order, if that is known.
-        assumed: nothing is written on the module: all this holds only if the module has as many classes.
-    """
+    """What a library knows of one of its modules."""
 
     input: InputConfig
-    num_classes: int | None
-    label_space: str | None
-    assumed: bool = False
+    num_classes: int | None  # of its published weights
+    label_space: str | None  # which classes these are and in which order, if that is known
+    assumed: bool = False  # nothing is written on the module: this holds only if it has as many classes
 
 
 @dataclass(frozen=True)
 class Built:
-    """A module that a library built, and how it can be built again.
-
-    Attributes:
-        module: the network.
-        name: the library's name of it, with the tag of its published weights if these were loaded.
-        args: the arguments that it was built with.
-        origin: its published weights: "tag", "hub" (a repository) and "revision" (a commit).
-        known: what the library knows of it.
-    """
+    """A module that a library built, and how it can be built again."""
 
     module: nn.Module
-    name: str
+    name: str  # the library's name, with the tag of its published weights if these were loaded
     args: dict[str, Any]
-    origin: dict[str, str | None]
+    origin: dict[str, str | None]  # its published weights: "tag", "hub" (a repository) and "revision" (a commit)
     known: Known
 
 
@@ -122,24 +95,14 @@ class Library(Protocol):
     def recognise(self, module: nn.Module) -> Known | None:
         """What it knows of a module, or None for a module of others."""
 
-    def convert(self, module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors with the names of earlier versions of a model, under the names that its module has now."""
-
 
 @contextmanager
 def building(label: str, args: Mapping[str, Any], remedy: Advice | None) -> Iterator[None]:
     """While a library builds a network or fetches its weights: it prints nothing, unpickles nothing, and errors are one line.
 
-    torch.hub prints to standard output; timm and huggingface_hub log their retries. torchvision asks torch to unpickle files,
-    and so did timm before 1.0.26 if a repository names its file. Only the environment overrules them.
-
-    Args:
-        label: the user's name of the model.
-        args: the arguments of the library's constructor.
-        remedy: what to do if a download failed; None if nothing is downloaded.
-
-    Raises:
-        BackboneError: whatever the library raised.
+    `label` and `args` are for the error; `remedy` says what to do if a download failed. torch.hub prints to standard output,
+    timm and huggingface_hub log their retries. torchvision asks torch to unpickle files, and so did timm before 1.0.26 if a
+    repository names its file: only the environment overrules them.
     """
     try:
         with no_logs, no_warnings, no_stdout, no_pickles:
@@ -154,11 +117,7 @@ def building(label: str, args: Mapping[str, Any], remedy: Advice | None) -> Iter
 
 @contextmanager
 def other_words(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors in the words of a caller who has only some arguments of `load_backbone`, or calls them otherwise.
-
-    Args:
-        names: the caller's name of each argument that he has, such as {"weights": "front_weights"}.
-    """
+    """Errors in the words of a caller that has only some arguments of `load_backbone`, such as {"weights": "front_weights"}."""
     try:
         yield
     except PteeError as why:

@@ -6,6 +6,7 @@ read as data: nothing is unpickled.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,8 @@ from ptee.backbones.library import (
     checked_size,
     per_channel,
 )
-from ptee.backbones.matching import State, find_network
-from ptee.backbones.source import checked_record, is_plain, plain
+from ptee.backbones.matching import find_network
+from ptee.backbones.source import checked_record
 from ptee.backbones.weights import load_weights
 
 LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
@@ -149,7 +150,7 @@ def _load(library: str, request: ModelRequest, saved: Checkpoint | None = None) 
         _require_fit(library, request, expected)
     built = LIBRARIES[library].build(request)
     built.module.eval()
-    note = None if checkpoint is None else load_weights(built.module, checkpoint, _convert)
+    note = None if checkpoint is None else load_weights(built.module, checkpoint)
     config = _override(built.known.input, request)
     classes = _count_classes(built.module, config, request)
     source = _record(library, request, built, config, classes)
@@ -166,20 +167,13 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
         text = f"{request.label} does not say how large its images are. "
         raise BackboneError(text, *GIVE_SIZE, argument="input_size")
     config = _override(known.input if known else InputConfig((3, 1, 1), IMAGENET_MEAN, IMAGENET_STD), request)
-    note = load_weights(module, read_checkpoint(request.weights), _convert) if request.weights else None
+    note = load_weights(module, read_checkpoint(request.weights)) if request.weights else None
     classes = _count_classes(module, config, request)
     if known and known.assumed and request.input_size is None and classes != known.num_classes:
         text = f"{request.label} of {classes} classes may take any input size. "
         raise BackboneError(text, *GIVE_SIZE, argument="input_size")
     space = _label_space(known, classes) if known else None
     return Backbone(module, request.label, classes, config, None, space, note)
-
-
-def _convert(module: nn.Module, state: State) -> State:
-    for library in LIBRARIES.values():
-        if library.recognise(module):
-            return library.convert(module, state)
-    return state
 
 
 def _require_fit(library: str, request: ModelRequest, checkpoint: Checkpoint) -> None:
@@ -192,7 +186,7 @@ def _require_fit(library: str, request: ModelRequest, checkpoint: Checkpoint) ->
             text = f"{checkpoint.file} has fewer numbers than {request.label} has classes ({request.num_classes})."
             raise BackboneError(text, argument="num_classes", value=request.num_classes) from why
         return
-    find_network(checkpoint, module, _convert)
+    find_network(checkpoint, module)
 
 
 def _count_classes(module: nn.Module, config: InputConfig, request: ModelRequest) -> int:
@@ -238,18 +232,21 @@ def _record(
     library: str, request: ModelRequest, built: Built, config: InputConfig, classes: int
 ) -> dict[str, Any] | None:
     """What `rebuild` reads. None if the weights are random, or JSON cannot hold an argument."""
-    args = {key: plain(value) for key, value in built.args.items()}
-    if not (request.weights or request.pretrained) or not all(map(is_plain, args.values())):
+    if not (request.weights or request.pretrained):
         return None
     file = {"file": str(Path(request.weights).resolve())} if request.weights else None
-    return {
+    record: dict[str, Any] = {
         "library": library,
         "name": built.name,
-        "args": args,
+        "args": built.args,
         "num_classes": classes,
         "weights": file or {"pretrained": built.origin},
-        "input": {key: plain(value) for key, value in asdict(config).items()},
+        "input": asdict(config),
     }
+    try:
+        return json.loads(json.dumps(record))
+    except TypeError:
+        return None
 
 
 def _override(config: InputConfig, request: ModelRequest) -> InputConfig:

@@ -7,7 +7,9 @@ with the names that are there. If a file holds averaged (EMA) and raw weights, t
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +34,11 @@ LEFTOVER = re.compile(
     r"(^|\.)(n_averaged|num_updates|decay|initted|total_ops|total_params)$",
     re.IGNORECASE,
 )
+CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # timm's names for functions that rename old tensors
 CHECK = ("Check ", Argument("model"), " and ", Argument("model_args"), ".")
 
 State = Mapping[str, Tensor]
-Convert = Callable[[nn.Module, State], State]
+Convert = Callable[[State], State]
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class _Candidate:
         return [k for k in self.state if k not in self.used and not k.startswith(self.prefix)] if self.prefix else []
 
 
-def find_network(checkpoint: Checkpoint, module: nn.Module, convert: Convert | None = None) -> Match:
-    """The tensors of a module in a file. `convert` gives tensors of earlier versions the names that they have now.
+def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
+    """The tensors of a module in a file.
 
     Only the module's names, shapes and types are read, so it may be on the meta device.
 
@@ -88,8 +91,8 @@ def find_network(checkpoint: Checkpoint, module: nn.Module, convert: Convert | N
     """
     own, kind = module.state_dict(), type(module).__name__
     found = [c for place, state in checkpoint.places.items() for c in _candidates(place, state, own)]
-    if convert is not None:
-        found = [_converted(c, own, module, convert) if c.missing else c for c in found]
+    if (convert := _converter(module)) is not None:
+        found = [_converted(c, own, convert) if c.missing else c for c in found]
     for c in found:
         c.misshapen = [key for key, value in c.tensors.items() if not _same_kind(value, own[key])]
         _discount_copies(c, found)
@@ -177,12 +180,24 @@ def _rename_last_layer(found: _Candidate, own: State) -> None:
     found.missing, found.unknown = [], []
 
 
-def _converted(found: _Candidate, own: State, module: nn.Module, convert: Convert) -> _Candidate:
-    """The candidate with the library's new names for old tensors, or the candidate itself if these do not fit."""
+def _converter(module: nn.Module) -> Convert | None:
+    """timm's own function that gives tensors of original or earlier releases of this family of models their new names."""
+    home = sys.modules.get(type(module).__module__)
+    if home is None or not home.__name__.startswith(("timm.", "ptee.")):
+        return None
+    rename = next((getattr(home, name) for name in CONVERTERS if hasattr(home, name)), None)
+    if rename is None:
+        return None
+    takes_module = len(inspect.signature(rename).parameters) > 1  # some take the tensors alone
+    return lambda state: rename(dict(state), module) if takes_module else rename(dict(state))
+
+
+def _converted(found: _Candidate, own: State, convert: Convert) -> _Candidate:
+    """The candidate under timm's new names, or the candidate itself if these do not fit."""
     prefix = found.prefix
     inside = {name[len(prefix) :]: value for name, value in found.state.items() if name.startswith(prefix)}
     try:
-        renamed = dict(convert(module, inside))
+        renamed = dict(convert(inside))
     except Exception:  # it is made for files of one family, and fails on others
         return found
     # a table of positions that was stretched to another size is no longer what was trained

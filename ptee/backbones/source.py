@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from ptee._common.errors import BackboneError, PteeError
@@ -25,18 +25,6 @@ HUB_TIMEOUT_S = 10
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def is_plain(value: Any) -> bool:
-    """Whether JSON keeps it: a number, a text, true, false, null, or lists of these."""
-    if isinstance(value, list):
-        return all(is_plain(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
-    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
 def _local(file: str) -> str:
     # for Windows, two slashes at the start name another machine, and looking there means logging in
     if not file or "\0" in file or file.replace("\\", "/").startswith("//"):
@@ -48,12 +36,6 @@ def _not_a_folder(name: str) -> str:
     if name.startswith("local-dir:"):  # would open a folder of this machine that a stranger names
         raise PydanticCustomError("name", "Input should be the name of a model")
     return name
-
-
-def _all_plain(args: dict[str, Any]) -> dict[str, Any]:
-    if not all(map(is_plain, args.values())):
-        raise PydanticCustomError("plain", "Input should be a mapping of numbers and texts")
-    return args
 
 
 class _Origin(FrozenConfig):
@@ -82,7 +64,7 @@ class _Record(FrozenConfig):
 
     library: str
     name: Annotated[str, AfterValidator(_not_a_folder)]
-    args: Annotated[dict[str, Any], AfterValidator(_all_plain)]
+    args: dict[str, JsonValue]
     num_classes: Annotated[Whole, Field(gt=0)]
     weights: _File | _Published
     input: _Images

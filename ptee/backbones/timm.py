@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ptee._common.errors import Advice, Argument, BackboneError, unknown
 from ptee.backbones.library import (
@@ -24,7 +23,6 @@ from ptee.backbones.library import (
 from ptee.backbones.source import hub_revision, reach_hub
 
 HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
-CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # timm's names for the function that renames old tensors
 ON_THE_HUB: Advice = (
     "Its configuration is on the hub: go online once, or name another model and give a file with ",
     Argument("weights", "FILE"),
@@ -157,17 +155,3 @@ def recognise(module: nn.Module) -> Known | None:
     if not isinstance(getattr(module, "pretrained_cfg", None), dict):
         return None
     return _known(module, getattr(module, "_model_args", {}))
-
-
-def convert(module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of an original or earlier release, renamed by timm's own function for that family of models."""
-    home = sys.modules.get(type(module).__module__)
-    if home is None or not home.__name__.startswith(("timm.", "ptee.")):
-        return state
-    renamed = next((getattr(home, name) for name in CONVERTERS if hasattr(home, name)), None)
-    if renamed is None:
-        return state
-    try:
-        return renamed(dict(state), module)
-    except TypeError:  # some take the tensors alone
-        return renamed(dict(state))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ptee._common.errors import unknown
 from ptee.backbones.library import (
@@ -80,8 +79,3 @@ def recognise(module: nn.Module) -> Known | None:
         return None
     config = InputConfig((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD, "bilinear")
     return Known(config, 1000, IMAGENET, assumed=True)
-
-
-def convert(module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same tensors. torchvision's modules read their own earlier versions."""
-    return state

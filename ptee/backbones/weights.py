@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from ptee._common.errors import first_line, some
 from ptee.backbones.checkpoint import Checkpoint, refusal
-from ptee.backbones.matching import COUNTER, Convert, find_network
+from ptee.backbones.matching import COUNTER, find_network
 
 
-def load_weights(module: nn.Module, checkpoint: Checkpoint, convert: Convert | None = None) -> str | None:
+def load_weights(module: nn.Module, checkpoint: Checkpoint) -> str | None:
     """Copy the network in a file into a module: all of its weights, or none if anything does not fit.
 
-    Half-precision weights are widened to the module's type. `convert` renames tensors of earlier versions of the network.
-    Returns a sentence on which tensors were taken and which were left out, or None if there was nothing to choose.
+    Half-precision weights are widened to the module's type. Returns a sentence on which tensors were taken and which were left
+    out, or None if there was nothing to choose.
 
     Raises:
         BackboneError: if the file has other names or shapes.
     """
-    match = find_network(checkpoint, module, convert)
+    match = find_network(checkpoint, module)
     # some modules, such as torchvision's MNASNet, read old formats by a version number that safetensors cannot hold
     if getattr(match.tensors, "_metadata", None) is None:
         match.tensors._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
@@ -65,16 +65,13 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
         if prefix and _relevant({n.removeprefix(prefix): h for n, h in longer.items()}) == _relevant(shorter):
             return f"the weights are the same, but each name {place} begins with {prefix!r}"
     theirs, ours = _relevant(theirs), _relevant(ours)
-    names = theirs.keys() & ours.keys()
-    kinds = {
-        ("differs", "differ"): (ours, [n for n in ours if n in names and ours[n] != theirs[n]]),
-        ("is missing", "are missing"): (theirs, [n for n in theirs if n not in names]),
-        ("is new", "are new"): (ours, [n for n in ours if n not in names]),
-    }
+    kinds = (
+        ("differ", ours, [n for n in ours if n in theirs and ours[n] != theirs[n]]),
+        ("are missing", theirs, [n for n in theirs if n not in ours]),
+        ("are new", ours, [n for n in ours if n not in theirs]),
+    )
     return "; ".join(
-        f"of {len(every)} tensors {len(found)} {one if len(found) == 1 else many}: {some(found, 3)}"
-        for (one, many), (every, found) in kinds.items()
-        if found
+        f"tensors that {what} ({len(found)} of {len(every)}): {some(found, 3)}" for what, every, found in kinds if found
     )
 
 

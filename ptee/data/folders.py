@@ -44,21 +44,13 @@ TAR_BLOCK_BYTES = 512
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source delivers.
+    """What a source delivers."""
 
-    Attributes:
-        kind: of the source: "folder", "tar", or another.
-        parts: for each part, pictures (`File` or `PIL.Image`) with their labels.
-        origin: the name of each part in the source.
-        class_names: in the order of the labels.
-        not_read: what else lies in the source, in words.
-    """
-
-    kind: str
-    parts: Mapping[str, Sequence[tuple[Any, int]]]
-    origin: dict[str, str]
-    class_names: tuple[str, ...]
-    not_read: tuple[str, ...] = ()
+    kind: str  # of the source: "folder", "tar", or another
+    parts: Mapping[str, Sequence[tuple[Any, int]]]  # for each part, pictures (`File` or `PIL.Image`) with their labels
+    origin: dict[str, str]  # the name of each part in the source
+    class_names: tuple[str, ...]  # in the order of the labels
+    not_read: tuple[str, ...] = ()  # what else lies in the source, in words
 
 
 @dataclass

@@ -31,21 +31,13 @@ NAME_THEM: Advice = ("Give a file that names them in its order, one name a line 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """The backbone's class for each class of the data.
+    """The backbone's class for each class of the data."""
 
-    Attributes:
-        indices: one for each class of the data; None where the classes cannot be mapped.
-        reason: a sentence for the user.
-        classes: the names of all of the backbone's classes in its order, where the data tell them.
-        doubt: a sentence, if the backbone is hardly better than chance under these labels.
-        remedy: what to do about missing or doubtful labels, as parts of an error's message.
-    """
-
-    indices: tuple[int, ...] | None
-    reason: str
-    classes: tuple[str, ...] | None = None
-    doubt: str = ""
-    remedy: Advice = ()
+    indices: tuple[int, ...] | None  # None if the classes cannot be mapped
+    reason: str  # a sentence for the user
+    classes: tuple[str, ...] | None = None  # names of all of the backbone's classes in its order, if the data tell them
+    doubt: str = ""  # a sentence, if the backbone is hardly better than chance under these labels
+    remedy: Advice = ()  # what to do about missing or doubtful labels
 
     def __call__(self, label: int) -> int:
         """The backbone's number of a class of the data, or -1 where the classes cannot be mapped."""

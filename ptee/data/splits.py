@@ -34,24 +34,17 @@ GIVE_DATA = (Argument("data", "FOLDER"), ".")
 class Data:
     """Three map-style data sets of `(image (c, h, w), label)`, and where they come from.
 
-    Attributes:
-        train: what heads learn on. Empty where a source was opened for a report and has no training images.
-        calibration: what thresholds are chosen on. Empty likewise.
-        validation: what results are reported on.
-        class_names: in the order of the labels.
-        source: the folder or name that was asked for.
-        split: a record for JSON: kind and parts of the source, rule, seed, sizes; for files a hash of their names, what was
-            not read, and which pictures were removed; with labels of the backbone, the names of its classes.
-        mirror: whether a mirror image shows the same class. False for digits, letters and signs.
+    `split` is a record for JSON: kind and parts of the source, rule, seed, sizes; for files a hash of their names, what was not
+    read, and which pictures were removed; with labels of the backbone, the names of its classes.
     """
 
-    train: Labelled
+    train: Labelled  # empty if a source was opened for a report and has no training images; so is calibration
     calibration: Labelled
     validation: Labelled
-    class_names: tuple[str, ...]
-    source: str
+    class_names: tuple[str, ...]  # in the order of the labels
+    source: str  # the folder or name that was asked for
     split: dict[str, Any]
-    mirror: bool = True
+    mirror: bool = True  # whether a mirror image shows the same class; false for digits, letters and signs
 
     @property
     def summary(self) -> str:

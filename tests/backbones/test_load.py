@@ -10,7 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from tiny import Tiny, as_it_was, one_line
-from torch import Tensor, nn
+from torch import nn
 
 from ptee._common.errors import BackboneError, PteeError, UnknownName
 from ptee.backbones.library import Built, Known, other_words
@@ -19,17 +19,6 @@ from ptee.backbones.weights import weights_hash
 
 HALF = (0.5, 0.5, 0.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class Gives(nn.Module):
-    """A module that gives what it was built with, whatever its input."""
-
-    def __init__(self, output: object) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, x: Tensor) -> object:
-        return self.output
 
 
 @pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
@@ -218,22 +207,6 @@ def test_a_pass_that_fails_is_told_in_one_line_and_leaves_the_module_as_it_was()
     assert as_it_was(module) == before
 
 
-@pytest.mark.parametrize(
-    ("output", "said"),
-    [
-        ((torch.zeros(2, 3), torch.zeros(2, 3)), "gives a tuple for 2 images"),
-        ({"logits": torch.zeros(2, 3)}, "gives a dict"),
-        (torch.zeros(2, 3, 4), r"gives a tensor \(2, 3, 4\)"),
-        (torch.zeros(1, 3), r"gives a tensor \(1, 3\)"),
-        (torch.zeros(2, 1), r"gives a tensor \(2, 1\)"),
-        (None, "gives a NoneType"),
-    ],
-)
-def test_what_does_not_give_logits_is_no_classifier(output, said):
-    with pytest.raises(BackboneError, match=said):
-        load_backbone(Gives(output), input_size=(3, 8, 8))
-
-
 def test_a_timm_module_brings_its_own_input():
     import ptee.backbones.cifar_resnet  # noqa: F401 - registers them
 
@@ -282,6 +255,8 @@ def test_what_does_not_go_with_a_users_module_is_refused(given, said):
     with pytest.raises(BackboneError, match=said) as refusal:
         load_backbone(Tiny(), **given)
     one_line(refusal)
+    (argument,) = set(given) - {"input_size"} or {"input_size"}
+    assert refusal.value.argument == argument
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -313,9 +288,6 @@ class ThirdLibrary:
     def recognise(self, module):
         return None
 
-    def convert(self, module, state):
-        return state
-
 
 def test_a_third_library_is_one_entry_in_the_list(monkeypatch, tmp_path):
     monkeypatch.setitem(LIBRARIES, "third", ThirdLibrary())
@@ -330,12 +302,8 @@ def test_a_third_library_is_one_entry_in_the_list(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("wish", "argument", "value"),
     [
-        ({"num_classes": 1}, "num_classes", 1),
         ({"num_classes": 7, "pretrained": True}, "num_classes", 7),
-        ({"input_size": (3, 0, 4)}, "input_size", (3, 0, 4)),
-        ({"std": (0.5, 0.5, 0)}, "std", (0.5, 0.5, 0.0)),
         ({"mean": (124, 116, 104)}, "mean", (124.0, 116.0, 104.0)),
-        ({"mean": (0.5, 0.5)}, "mean", (0.5, 0.5)),
         ({"weights": "none.pth"}, "weights", "none.pth"),
         ({"model": "resnet5O"}, "model", "resnet5O"),
         ({"model_args": {"checkpoint_path": "x"}}, "model_args", "checkpoint_path"),
