@@ -84,7 +84,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     if not needed & found.keys():
         kind, found = "folder", _best(folders)
     if needed & found.keys():
-        not_read = _beside(folder, found, named, PARTS[2:] if report_only else PARTS)
+        not_read = _beside(folder, found, tars | named, PARTS[2:] if report_only else PARTS)
     else:
         _refuse_unknown_parts(folder, named, [path for path, part in (tars | folders).items() if part])
         _refuse_data_sets(folder)
@@ -177,16 +177,22 @@ def _is_part(path: Path) -> bool:
 def _beside(
     folder: Path, found: Mapping[str, Path], named: Mapping[Path, str | None], wanted: Collection[str]
 ) -> list[str]:
-    """What lies beside the parts that are read. What looks like a part that is wanted and missing is refused."""
+    """What lies beside the parts that are read. What looks like a missing part that is wanted is refused."""
+    first = next(iter(found.values()))
     for path, part in named.items():
         if part in wanted and part not in found:
-            holds = "pictures that lie in no class folders" if any(map(_is_picture, _visible(path))) else "no images"
-            raise DataError(
-                f"'{path}' holds {holds}, beside '{next(iter(found.values())).name}': sort its pictures into class folders of "
-                "the same names, or move it away."
-            )
+            raise DataError(f"'{path}' {_why_no_part(path, first)}, or move it away.")
     rest = [path for path in _visible(folder) if path not in found.values()]
     return [f"{path.name}/" for path in rest if path.is_dir()] + _loose(rest)
+
+
+def _why_no_part(path: Path, first: Path) -> str:
+    """Why a path is not read as a part beside the part `first`, and what to do."""
+    kinds = ("folder", "tar file") if path.is_dir() else ("tar file", "folder")
+    if first.is_dir() != path.is_dir() and (not path.is_dir() or _subfolders(path)):
+        return f"is a {kinds[0]}, but '{first.name}' a {kinds[1]}: make both folders or both tar files"
+    holds = "pictures that lie in no class folders" if any(map(_is_picture, _visible(path))) else "no images"
+    return f"holds {holds}, beside '{first.name}': sort its pictures into class folders of the same names"
 
 
 def _is_picture(path: Path) -> bool:

@@ -120,6 +120,15 @@ def test_a_part_without_class_folders_is_refused_by_name(tmp_path, names, said):
         opened(write_folder(tmp_path, names))
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_one_part_as_a_folder_and_another_as_a_tar_file_are_refused(kind, tmp_path):
+    folder, tar = ("train", "val") if kind == "folder" else ("val", "train")
+    write_folder(tmp_path / folder, numbered(10))
+    write_tar(tmp_path / f"{tar}.tar", numbered(10))
+    with pytest.raises(DataError, match=r"is a (folder|tar file), but 'train.*' a (tar file|folder): make both"):
+        opened(tmp_path)
+
+
 LAYOUTS = ".*it should hold train/CLASS"
 
 
@@ -214,12 +223,6 @@ def test_tars_and_folders_of_the_same_files_give_the_same(tars, folder):
     assert rows(of_tars) == rows(of_folders)
     assert of_tars.class_names == of_folders.class_names
     assert of_tars.split["files_sha256"] == of_folders.split["files_sha256"]
-
-
-def test_nothing_is_written_beside_the_tars(tars):
-    before = {path: path.stat().st_mtime_ns for path in tars.iterdir()}
-    opened(tars).train[0]
-    assert {path: path.stat().st_mtime_ns for path in tars.iterdir()} == before
 
 
 def test_a_tar_inside_a_tar_is_a_class(tars, tmp_path):
