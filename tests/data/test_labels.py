@@ -129,9 +129,8 @@ def test_where_orders_differ_the_one_is_taken_under_which_the_backbone_is_right(
 def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
     found = choose_class_order(backbone(NAMES[6:] + NAMES[:6]), numbered_classes)
     assert re.search(r"right on 0\.0% of \d+ images, and would be on 8\.3% by chance", found.doubt)
-    with pytest.raises(
-        DataError, match=r"max_drop=0\.01 needs labels under which the backbone is right.*classes=FILE.*max_fid"
-    ):
+    said = r"max_drop=0\.01 needs labels under which the backbone is right.*classes=FILE.*max_fid"
+    with pytest.raises(DataError, match=said):
         found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
 
 

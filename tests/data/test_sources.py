@@ -88,23 +88,20 @@ def test_for_a_report_a_class_folder_without_pictures_is_named(tmp_path):
     assert "not read: class b (empty) of validation" in opened(tmp_path, report_only=True).summary
 
 
-def test_real_cifar10_tars_are_three_parts(real_data):
-    data = opened(real_data / "cifar10")
-    assert data.split["sizes"] == {"train": 50_000, "calibration": 4_000, "validation": 4_000}
-    assert data.class_names[0] == "airplane" and data.train[0][0].shape == (3, 8, 8)
-    assert data.split["rule"] == "split as delivered"
-
-
-def test_real_imagenette_is_mapped_to_imagenet(real_data):
-    data = opened(real_data / "imagenette")
-    assert data.split["sizes"] == {"train": 1_980, "calibration": 220, "validation": 1_400}
-    assert map_labels(data.class_names, 1000).indices == (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
-
-
-def test_real_mnist_opens_by_name(real_data):
-    data = opened("MNIST", root=real_data / "mnist")
-    assert data.split["sizes"] == {"train": 14_400, "calibration": 1_600, "validation": 10_000}
-    assert map_labels(data.class_names, 10).indices == tuple(range(10))
+@pytest.mark.parametrize(
+    ("name", "folder", "sizes", "indices"),
+    [
+        (None, "cifar10", [50_000, 4_000, 4_000], range(10)),
+        (None, "imagenette", [1_980, 220, 1_400], (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)),
+        ("MNIST", "mnist", [14_400, 1_600, 10_000], range(10)),
+    ],
+    ids=["tar files", "WordNet folders", "a name"],
+)
+def test_real_data_open(name, folder, sizes, indices, real_data):
+    data = opened(name, root=real_data / folder) if name else opened(real_data / folder)
+    assert list(data.split["sizes"].values()) == sizes
+    assert map_labels(data.class_names, 1000 if folder == "imagenette" else 10).indices == tuple(indices)
+    assert data.train[0][0].shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(("source", "mirror"), [("folder", True), ("tars", True), ("digits", False)])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from images import PARTS, levels, numbered, opened, rows, write_folder, write_tar
+from images import PARTS, levels, numbered, opened, rows, write_folder
 from torch.utils.data import TensorDataset
 
 from ptee._common.errors import DataError
@@ -103,9 +103,21 @@ def test_runs_that_were_made_with_other_seeds_share_validation_images_that_were_
     assert sorted([*parts.calibration, *parts.report]) == source.validation
 
 
-def test_images_that_were_drawn_for_one_run_are_no_other_runs_to_report_on():
-    with pytest.raises(DataError, match=r"run1 and run2 drew theirs with different seeds \(1, 2\).*data=FOLDER"):
-        parts_for_all([unseen(data("train"), 1), unseen(data("train"), 2)])
+def elsewhere() -> Data:
+    return Data([], [], [1, 2, 3], ("a", "b"), "elsewhere", {"parts": {"train": None}})
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (data("train"), r"run1 and run2 drew theirs with different seeds \(1, 2\).*data=FOLDER"),
+        (elsewhere(), "run1 was measured on source, run2 on elsewhere"),
+    ],
+    ids=["other images were drawn", "other data"],
+)
+def test_runs_without_images_that_none_has_seen_are_refused(other, said):
+    with pytest.raises(DataError, match=said):
+        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
 
 
 def test_a_run_of_other_data_keeps_to_what_the_others_have_not_seen():
@@ -114,30 +126,17 @@ def test_a_run_of_other_data_keeps_to_what_the_others_have_not_seen():
     assert (parts.calibration, parts.report) == (source.calibration, source.validation)
 
 
-def test_runs_of_other_data_want_the_same_images():
-    other = Data(*[[1, 2, 3]] * 3, ("a", "b"), "elsewhere", {"parts": {"train": None}})
-    with pytest.raises(DataError, match="run1 was measured on source, run2 on elsewhere"):
-        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
-
-
-@pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_without_a_removed_picture_the_others_are_split_as_before(kind, tmp_path):
+@pytest.mark.parametrize("gone", [{17}, set()], ids=["removed", "still there"])
+def test_without_a_removed_picture_the_others_are_split_as_before(gone, tmp_path):
     names = numbered(40)
-    write = write_folder if kind == "folder" else write_tar
-    write(tmp_path / ("train" if kind == "folder" else "train.tar"), names)
-    before = opened(tmp_path)
+    before = opened(write_folder(tmp_path, names))
     drawn = rows(before)
-    if kind == "folder":
-        (tmp_path / "train" / names[17]).unlink()
+    for n in gone:
+        (tmp_path / names[n]).unlink()
         assert opened(tmp_path).split["files_sha256"] != before.split["files_sha256"]
-        after = opened(tmp_path, removed=[("train", names[17], "b")])
-        assert after.split["removed"] == [["train", names[17], "b"]]
-        assert sum(after.split["sizes"].values()) == 39
-    else:
-        after = opened(tmp_path, removed=[("train", names[17], "b")])  # is still there
-        assert "removed" not in after.split
+    after = opened(tmp_path, removed=[("train", names[17], "b")])
+    assert after.split.get("removed", []) == [["train", names[n], "b"] for n in gone]
     assert after.split["files_sha256"] == before.split["files_sha256"]
-    gone = {17} if kind == "folder" else set()
     assert rows(after) == {part: [level for level in drawn[part] if level not in gone] for part in PARTS}
 
 
@@ -159,20 +158,12 @@ def test_held_out_images_are_the_same_without_a_removed_picture(tmp_path):
     assert [len(part) + len(part.gaps) for part in parts] == [len(part) for part in before]
 
 
-def test_images_that_were_delivered_to_report_on_are_taken(folder):
-    data = opened(folder)
-    assert images_to_report_on(data, {}, "run")[0] is data.validation
-
-
-def test_of_a_runs_own_images_only_those_it_has_not_seen_are_reported_on(tmp_path):
-    data = opened(write_folder(tmp_path, numbered(20)))
+def test_a_run_is_reported_on_images_that_it_has_not_seen(folder, tmp_path):
+    delivered, data = opened(folder), opened(write_folder(tmp_path / "whole", numbered(20)))
     known = {"source": data.place, "files_sha256": data.split["files_sha256"]}
+    assert images_to_report_on(delivered, {}, "run")[0] is delivered.validation
     assert images_to_report_on(data, known, "run")[0] is data.validation
-    with pytest.raises(DataError, match=r"other files than when run was trained.*data=FOLDER"):
-        images_to_report_on(data, known | {"files_sha256": "another"}, "run")
-
-
-def test_of_other_images_all_are_reported_on(tmp_path):
-    data = opened(write_folder(tmp_path, numbered(20)))
     images, words = images_to_report_on(data, {"source": "elsewhere", "files_sha256": "another"}, "run")
     assert len(images) == 20 and "all 20 images" in words
+    with pytest.raises(DataError, match=r"other files than when run was trained.*data=FOLDER"):
+        images_to_report_on(data, known | {"files_sha256": "another"}, "run")
