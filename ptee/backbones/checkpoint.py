@@ -1,4 +1,4 @@
-"""The tensors in a file of weights, by the place where they lie in it. Files are read as data; nothing in them is run."""
+"""The tensors in a file of weights. Files are read as data: nothing in them is run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptee._common.errors import BackboneError, first_line, some
+from ptee._common.errors import Argument, BackboneError, first_line, some
 
-SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # as huggingface_hub names the parts of a large file
+SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # huggingface_hub's names for the parts of a large file
 LARGEST_INDEX = 64 * 2**20  # bytes
-DEEPEST = 4  # dictionaries around a network
-MOST_PLACES = 1000
+DEEPEST, MOST_PLACES = 4, 1000  # dictionaries around a network, and in a file
 LONGEST_NAME = 60  # of a tensor, in a message
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of weights holds.
+    """What a file of weights holds: tensors by name, for each place in the file. They stay on the disk until they are read.
 
-    Attributes:
-        file: where it lies.
-        places: tensors by name, by the keys around them: "" for the file itself, "model.state_dict" for a dictionary in
-            a dictionary. They lie on disk until they are read.
+    A place is "" for the file itself, or "model.state_dict" for a dictionary in a dictionary.
     """
 
     file: Path
@@ -45,50 +41,44 @@ class Checkpoint:
 
     @property
     def numbers(self) -> int:
-        """How many numbers all of its tensors have."""
+        """How many numbers all tensors have."""
         return sum(tensor.numel() for state in self.places.values() for tensor in state.values())
 
 
-def read_checkpoint(file: str | Path, argument: str = "weights") -> Checkpoint:
+def refusal(file: str | Path, text: str, *advice: str | Argument) -> BackboneError:
+    """The error for a file of weights that cannot be used."""
+    return BackboneError(f"{file!s:.300} {text}", *advice, argument="weights", value=str(file))
+
+
+def read_checkpoint(file: str | Path) -> Checkpoint:
     """Open a .safetensors file, the index of several, or what `torch.save` wrote.
 
-    Args:
-        file: where it lies.
-        argument: what the caller calls it, for messages.
-
     Raises:
-        BackboneError: the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
+        BackboneError: if the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
     """
     path = Path(file)
     if not _is_file(path):
         text = f"There is no weights file {file!s:.300}. Give a .safetensors or .pth file that exists."
-        raise BackboneError(text, argument=argument, value=str(file))
-    _require_whole(path, argument)
+        raise BackboneError(text, argument="weights", value=str(file))
+    part = SHARD.search(path.name)
+    if part is not None and part[2] != "1":
+        index = SHARD.sub(".", path.name, count=1) + ".index.json"
+        raise refusal(file, f"is one of {part[2]} shards of a file. Give their index: {path.parent / index}.")
     try:
         found = _read_shards(path) if path.suffix.lower() == ".json" else _read(path)
         places = dict(_places(found))
     except Exception as error:
-        raise BackboneError(_why_unreadable(path, error), argument=argument, value=str(file)) from error
+        raise refusal(file, _why_unreadable(path, error)) from error
     if not places:
-        text = f"{file} holds no state_dict (names of tensors). Save model.state_dict() and nothing else."
-        raise BackboneError(text, argument=argument, value=str(file))
+        raise refusal(file, "holds no state_dict (names of tensors). Save model.state_dict() and nothing else.")
     return Checkpoint(path, places)
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is too long for any
+    except OSError:  # the name is too long for any file
         return False
-
-
-def _require_whole(path: Path, argument: str) -> None:
-    part = SHARD.search(path.name)
-    if part is None or part[2] == "1":
-        return
-    index = SHARD.sub(".", path.name, count=1) + ".index.json"
-    text = f"{path} is one of {part[2]} shards of a file. Give their index: {path.parent / index}."
-    raise BackboneError(text, argument=argument, value=str(path))
 
 
 def _read(path: Path) -> Any:
@@ -104,7 +94,7 @@ def _read(path: Path) -> Any:
 
 
 def _require_uncompressed(path: Path) -> None:
-    """torch writes its tensors as they are; a small file that unpacks to a large one was made to do harm."""
+    """torch does not compress tensors. A small file that unpacks to a large one was made to do harm."""
     with zipfile.ZipFile(path) as archive:
         packed, unpacked = path.stat().st_size, sum(part.file_size for part in archive.infolist())
     if unpacked > 2 * packed:
@@ -112,7 +102,7 @@ def _require_uncompressed(path: Path) -> None:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names; all of them lie beside it."""
+    """The tensors of all files that an index names. The files lie beside it."""
     if index.stat().st_size > LARGEST_INDEX:
         raise ValueError(f"An index of shards has {LARGEST_INDEX:,} bytes at most")
     found = json.loads(index.read_text(encoding="utf-8"))
@@ -154,22 +144,22 @@ def _is_plain(value: Any) -> bool:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    try:  # can list what a pickle would call without calling it, but not in a damaged file, nor in the oldest format
+    try:  # lists what a pickle would call without calling it; fails on damaged files and on torch's oldest format
         code = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:
         code = []
     if code:
         return (
-            f"{path} holds more than weights ({some(code, 3)}), and reading that could run code. "
-            f"Save the state_dict alone, best as .safetensors."
+            f"holds more than weights ({some(code, 3)}), and reading that could run code. Save the state_dict alone, best as "
+            ".safetensors."
         )
     if isinstance(error, pickle.UnpicklingError):  # its own text is about versions of PyTorch
-        return f"{path} cannot be read: it is damaged, no weights file, or could run code. Get it again."
-    return f"{path} cannot be read: {first_line(error)} Get it again."
+        return "cannot be read: it is damaged, no weights file, or could run code. Get it again."
+    return f"cannot be read: {first_line(error)} Get it again."
 
 
 def shown(names: list[str], most: int = 5) -> str:
-    """The first of some names, short and without what a terminal would take for a command, and how many more there are."""
+    """The first names, each one short and printable, and how many more there are."""
     return some([_short(name) for name in names[:most]] + names[most:], most)
 
 

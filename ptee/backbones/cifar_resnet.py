@@ -2,24 +2,21 @@
 
 Importing this module registers them with timm, so that `timm.create_model("cifar_resnet56")` works.
 
-Source: He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2. Its shortcuts there are those of
-option A, without weights; some published checkpoints have those of option B, `shortcut="conv"`.
+Source: He et al., Deep residual learning for image recognition, CVPR 2016, section 4.2. The shortcuts there have no weights
+(option A); those of some published checkpoints have weights (option B, `shortcut="conv"`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, is_model, register_model
+from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, unknown
-from ptee._common.process import no_warnings
-
-__all__ = ["CifarResNet"]  # timm appends the names of the networks
 
 DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
@@ -41,12 +38,12 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """ReLU is a function here, not a module, so that each module is called once and the block's output is its."""
+        """ReLU is a function here, not a module, so that each module is called once."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Every second pixel, the new channels zero, half of them before the old ones and half after; or a convolution."""
+        """A convolution; or every second pixel, with half of the new channels, all zero, before the old ones and half after."""
         if self.downsample is not None:
             return self.downsample(x)
         if self.stride == 1 and self.new_channels == 0:
@@ -64,9 +61,6 @@ class CifarResNet(nn.Module):
         num_classes: K; 0 leaves the classifier out.
         in_chans: channels of the images.
         shortcut: "pad" (option A) or "conv" (option B), where a stage begins.
-
-    Raises:
-        BackboneError: if the depth is not of the form 6n + 2, or there is no such shortcut.
     """
 
     def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3, shortcut: str = "pad") -> None:
@@ -110,7 +104,7 @@ class CifarResNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new last layer for so many classes; `global_pool` is timm's argument, and only the average is here."""
+        """A new last layer for so many classes. `global_pool` is timm's argument; there is only the average here."""
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -120,18 +114,18 @@ def _stage(c_in: int, c_out: int, blocks: int, stride: int, shortcut: str) -> nn
     return nn.Sequential(first, *[BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)])
 
 
-def args_from(names: Iterable[str]) -> dict[str, Any]:
-    """The arguments that a file of weights asks for, by the names of its tensors: shortcuts with weights have names."""
-    return {"shortcut": "conv"} if any(".downsample.0." in n or ".shortcut.0." in n for n in names) else {}
+def shortcut_of(tensors: Iterable[str]) -> str:
+    """The kind of shortcut that a file of weights has, by the names of its tensors: only "conv" has weights."""
+    return "conv" if any(".downsample.0." in name or ".shortcut.0." in name for name in tensors) else "pad"
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the public CIFAR ResNets whose layers have other names, under the names here."""
-    renamed = {key.replace(".shortcut.", ".downsample."): value for key, value in state_dict.items()}
-    return {f"fc.{key[7:]}" if key.startswith("linear.") else key: value for key, value in renamed.items()}
+    """Tensors of public CIFAR ResNets that give other names to some layers, under the names here."""
+    names = {key: re.sub(r"^linear\.", "fc.", key.replace(".shortcut.", ".downsample.")) for key in state_dict}
+    return {names[key]: value for key, value in state_dict.items()}
 
 
-default_cfgs = {  # where timm looks for the input of each network; none has weights to download
+default_cfgs = {  # timm looks here for the input of each network; none has weights to download
     f"cifar_resnet{depth}": {
         "num_classes": 10,
         "input_size": (3, 32, 32),
@@ -146,41 +140,15 @@ default_cfgs = {  # where timm looks for the input of each network; none has wei
 }
 
 
-def _register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """timm's `register_model`, silent when this module is loaded anew: its newest functions are the right ones."""
-    with no_warnings if is_model(build.__name__) else nullcontext():
-        return register_model(build)
+def _entrypoint(name: str, depth: int) -> Callable[..., nn.Module]:
+    """The function that builds one network; timm knows it by its name."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(CifarResNet, name, pretrained, depth=depth, **kwargs)
+
+    build.__name__ = name
+    return build
 
 
-def _build(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(CifarResNet, f"cifar_resnet{depth}", pretrained, depth=depth, **kwargs)
-
-
-@_register
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """20 layers, 0.27 million parameters."""
-    return _build(20, pretrained, **kwargs)
-
-
-@_register
-def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """32 layers, 0.46 million parameters."""
-    return _build(32, pretrained, **kwargs)
-
-
-@_register
-def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """44 layers, 0.66 million parameters."""
-    return _build(44, pretrained, **kwargs)
-
-
-@_register
-def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """56 layers, 0.85 million parameters."""
-    return _build(56, pretrained, **kwargs)
-
-
-@_register
-def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """110 layers, 1.7 million parameters."""
-    return _build(110, pretrained, **kwargs)
+for _depth in DEPTHS:
+    register_model(_entrypoint(f"cifar_resnet{_depth}", _depth))

@@ -1,121 +1,56 @@
-"""What every model library offers to `load_backbone`: the interface, and the values that go through it."""
+"""What every model library offers to `load_backbone`: the interface, the values that go through it, and what they share."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from string import Formatter
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from ptee._common.errors import Advice, Argument
+from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
+from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # the factories' own
-
-
-@dataclass(frozen=True)
-class ArgumentNames:
-    """What the caller calls the arguments of `load_backbone`, so that a message names what can be typed.
-
-    None means that the caller has no such argument: a network in front of the backbone has no `num_classes` of its own.
-    """
-
-    model: str | None = "model"
-    weights: str = "weights"
-    pretrained: str | None = "pretrained"
-    num_classes: str | None = "num_classes"
-    input_size: str | None = "input_size"
-    mean: str | None = "mean"
-    std: str | None = "std"
-    model_args: str | None = "model_args"
-
-    def advice(self, sentence: str) -> Advice:
-        """The sentence with the arguments in it, or, where the caller lacks one of them, what else can be done.
-
-        >>> "".join(map(str, ArgumentNames(weights="front_weights").advice("Give a file with {weights:FILE}.")))
-        'Give a file with front_weights=FILE.'
-        >>> "".join(map(str, ArgumentNames(num_classes=None).advice("Try {num_classes:10}.")))
-        'Give another model=, or another file with weights=FILE.'
-        """
-        known = asdict(self)
-        wanted = [name for _, name, *_ in Formatter().parse(sentence) if name]
-        if any(known[name] is None for name in wanted):
-            sentence = "Give another {model}, or another file with {weights:FILE}."
-            sentence = sentence if self.model else "Give another file with {weights:FILE}."
-        return tuple(
-            part
-            for text, name, value, _ in Formatter().parse(sentence)
-            for part in (text, Argument(known[name], value or "") if name else "")
-            if part
-        )
-
-    @property
-    def weights_argument(self) -> str:
-        """The argument alone where the name says more: `static` of `static=resnet18`."""
-        return self.weights.partition("=")[0]
-
-    def check(self, *arguments: str) -> Advice:
-        """The sentence that asks to check these arguments, or those of them that the caller has."""
-        given = [name for name in map(asdict(self).get, arguments) if name] or [self.weights]
-        parts: list[str | Argument] = ["Check "]
-        for n, name in enumerate(given):
-            between = "" if n == 0 else " and " if n == len(given) - 1 else ", "
-            parts += [between, Argument(name, "FILE" if "=" in name else "")]
-        return (*parts, ".")
-
-    def other_weights(self) -> Advice:
-        """What to do where there are no published weights, or none that can be had."""
-        if self.pretrained is None:
-            return self.advice("Give a file with {weights:FILE}.")
-        return self.advice("Give a file with {weights:FILE}, or take random weights with {pretrained:False}.")
-
-
-WEIGHTS_ALONE = ArgumentNames(None, "weights", None, None, None, None, None, None)  # of a network in a list of them
+MOST_NUMBERS = 3 * 4096**2  # in one image; a record that asks for more would take gigabytes
+OTHER_WEIGHTS: Advice = (
+    *("Give a file with ", Argument("weights", "FILE"), ", or take random weights with "),
+    *(Argument("pretrained", "False"), "."),
+)
+OTHER_ARGUMENTS: Advice = ("Change ", Argument("model_args"), " or ", Argument("input_size"), ".")
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What is asked of a model library.
+    """What is asked of a model library. None stands for the model's own value."""
 
-    Attributes:
-        name: as the library calls the model.
-        label: as the user calls it, for messages.
-        weights: a file of weights, or None.
-        pretrained: take the library's published weights.
-        num_classes: K, or None for the library's own number.
-        input_size: (c, h, w), or None for the model's own.
-        mean: per channel, or None for the model's own.
-        std: likewise.
-        args: further arguments of the library's constructor.
-        origin: which published weights a record names: the values under "tag", "hub" and "revision".
-        names: what the caller calls these arguments.
-    """
-
-    name: str
-    label: str
-    weights: str | None
-    pretrained: bool
+    name: str  # the library's name of the model
+    label: str  # the user's name of it, for messages
+    weights: str | None  # a file
+    pretrained: bool  # take the library's published weights
     num_classes: int | None
-    input_size: tuple[int, int, int] | None
-    mean: Sequence[float] | None
+    input_size: tuple[int, int, int] | None  # (c, h, w)
+    mean: Sequence[float] | None  # per channel
     std: Sequence[float] | None
-    args: dict[str, Any]
-    origin: Mapping[str, str | None] = field(default_factory=dict)
-    names: ArgumentNames = ArgumentNames()
+    args: dict[str, Any]  # further arguments of the library's constructor
+    origin: Mapping[
+        str, str | None
+    ]  # of a record's published weights: "tag", "hub", "revision"; empty without a record
+    tensors: Sequence[str] = ()  # the names in the file of weights
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What a backbone expects to see.
+    """The images that a backbone takes.
 
     Attributes:
         input_size: (c, h, w) of one image.
         mean: (c,) subtracted from pixels in 0..1.
         std: (c,) by which the difference is divided.
-        interpolation: how images are resized, "bilinear" or "bicubic" as a rule.
+        interpolation: how images are resized, mostly "bilinear" or "bicubic".
     """
 
     input_size: tuple[int, int, int]
@@ -126,78 +61,117 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class Known:
-    """What a library knows of one of its modules.
-
-    Attributes:
-        input: the images that it takes.
-        num_classes: how many classes its published weights have; None where there are none.
-        label_space: which classes these are, in which order, where that is known.
-        assumed: nothing is written on the module; this holds only if it has as many classes.
-    """
+    """What a library knows of one of its modules."""
 
     input: InputConfig
-    num_classes: int | None
-    label_space: str | None
-    assumed: bool = False
+    num_classes: int | None  # of its published weights
+    label_space: str | None  # which classes these are and in which order, if that is known
+    assumed: bool = False  # nothing is written on the module: this holds only if it has as many classes
 
 
 @dataclass(frozen=True)
 class Built:
-    """A module that a library built, and how it would build it again.
-
-    Attributes:
-        module: the network.
-        name: the library's name for it, with the tag of its published weights where these were loaded.
-        args: the arguments that it was built with.
-        origin: its published weights: "tag", "hub" (a repository) and "revision" (a commit).
-        known: what the library knows of it.
-    """
+    """A module that a library built, and how it can be built again."""
 
     module: nn.Module
-    name: str
+    name: str  # the library's name, with the tag of its published weights if these were loaded
     args: dict[str, Any]
-    origin: dict[str, str | None]
+    origin: dict[str, str | None]  # its published weights: "tag", "hub" (a repository) and "revision" (a commit)
     known: Known
 
 
 class Library(Protocol):
-    """A model library. One module of this folder is one library: these functions, and a line in `load.LIBRARIES`."""
+    """A model library. It is one module of this folder with these functions, and a line in `load.LIBRARIES`."""
 
     def list_names(self) -> list[str]:
-        """All models that it can build, by name."""
+        """The names of all models that it can build."""
 
     def has_model(self, name: str) -> bool:
         """Whether it has a model of exactly that name."""
 
     def build(self, request: ModelRequest) -> Built:
-        """Build the model, with its published weights if they are asked for; files of weights are not its task."""
-
-    def args_from(self, name: str, tensors: Collection[str]) -> dict[str, Any]:
-        """Arguments of the constructor that the names of the tensors in a file ask for."""
+        """Build the model, with its published weights if they are asked for. A file of weights is loaded later."""
 
     def recognise(self, module: nn.Module) -> Known | None:
-        """What it knows of a module; None where the module is not its own."""
+        """What it knows of a module, or None for a module of others."""
 
-    def convert(self, module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors under names of earlier versions of a model, under the names that its module has now."""
+
+@contextmanager
+def building(label: str, args: Mapping[str, Any], remedy: Advice | None) -> Iterator[None]:
+    """While a library builds a network or fetches its weights: it prints nothing, unpickles nothing, and errors are one line.
+
+    `label` and `args` are for the error; `remedy` says what to do if a download failed. torch.hub prints to standard output,
+    timm and huggingface_hub log their retries. torchvision asks torch to unpickle files, and so did timm before 1.0.26 if a
+    repository names its file: only the environment overrules them.
+    """
+    try:
+        with no_logs, no_warnings, no_stdout, no_pickles:
+            yield
+    except Exception as error:
+        if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take
+            raise BackboneError(f"{label} cannot be downloaded or loaded: {first_line(error)} ", *remedy) from error
+        given = " with " + ", ".join(f"{k}={v!r}" for k, v in args.items()) if args else ""
+        change = OTHER_ARGUMENTS if args else ("Choose another model.",)
+        raise BackboneError(f"{label} cannot be built{given}: {first_line(error)} ", *change) from error
+
+
+@contextmanager
+def other_words(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors in the words of a caller that has only some arguments of `load_backbone`, such as {"weights": "front_weights"}."""
+    try:
+        yield
+    except PteeError as why:
+        parts = why.parts
+        if any(isinstance(part, Argument) and part.name not in names for part in parts):
+            another = ("another ", Argument("model"), ", or ") if "model" in names else ()
+            parts = (parts[0], "Give ", *another, "another file with ", Argument("weights", "FILE"), ".")
+        parts = tuple(Argument(names[p.name], p.value) if isinstance(p, Argument) else p for p in parts)
+        raise type(why)(*parts, argument=names.get(why.argument or ""), value=why.value) from why
+
+
+def require_trained(request: ModelRequest, published: int | None) -> None:
+    """Refuse published weights (of `published` classes, or of no classifier) if other classes are asked for.
+
+    The library would put in a random classifier, and exits would learn its noise.
+    """
+    if not published:
+        text = f"There are no pretrained weights of a classifier for {request.label}. "
+        raise BackboneError(text, *OTHER_WEIGHTS, argument="model", value=request.label)
+    if request.num_classes not in (None, published):
+        text = (
+            f"The pretrained classifier of {request.label} has {published} classes, not {request.num_classes}; another would "
+            "be random. "
+        )
+        raise BackboneError(text, *OTHER_WEIGHTS, argument="num_classes", value=request.num_classes)
 
 
 def label_space(num_classes: int | None) -> str | None:
-    """The classes of published weights: both libraries publish 1000 classes for ImageNet-1k alone."""
+    """The classes of published weights. timm and torchvision publish 1000 classes for ImageNet-1k alone."""
     return IMAGENET if num_classes == 1000 else None
 
 
-def per_channel(given: Sequence[float] | None, usual: Sequence[float], channels: int) -> tuple[float, ...] | None:
-    """One number for each channel; None if another number of them was given.
-
-    Args:
-        given: for each channel, or one for all; None for the usual ones.
-        usual: those of the model's configuration, perhaps for another number of channels.
-        channels: c.
-    """
+def per_channel(
+    argument: str, given: Sequence[float] | None, usual: Sequence[float], channels: int
+) -> tuple[float, ...]:
+    """One number for each channel: those that are given (one for each channel or one for all), or else the usual ones."""
     values = tuple(float(v) for v in (usual if given is None else given))
     if len(values) == channels:
         return values
-    if given is None:  # for another number of channels: their average is as good as any
+    if given is None:  # the model's own configuration has another number of channels
         return (sum(values) / len(values),) * channels
-    return values * channels if len(values) == 1 else None
+    if len(values) == 1:
+        return values * channels
+    text, found = f"Images of {channels} channels need {channels} numbers for ", f", or one, not {tuple(given)}."
+    raise BackboneError(text, Argument(argument), found, argument=argument, value=given)
+
+
+def checked_size(size: Any, argument: str = "input_size") -> tuple[int, int, int]:
+    """(c, h, w): three positive whole numbers, of an image that is not too large."""
+    is_size = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 3
+    if not is_size or not all(type(side) is int and side > 0 for side in size):
+        text = f"An input size is (channels, height, width), such as (3, 224, 224), not {size!r}."
+        raise BackboneError(text, argument=argument, value=size)
+    if math.prod(size) > MOST_NUMBERS:
+        text = f"Images of {' x '.join(map(str, size))} numbers are too large: {MOST_NUMBERS:,} at most. Give a smaller size."
+        raise BackboneError(text, argument=argument, value=size)
+    return (size[0], size[1], size[2])

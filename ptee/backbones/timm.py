@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ptee._common.errors import Advice, BackboneError, unknown
-from ptee.backbones.library import Built, InputConfig, Known, ModelRequest, label_space, per_channel
-from ptee.backbones.quiet import building
-from ptee.backbones.source import checked_size, hub_revision, reach_hub, require_trained
+from ptee._common.errors import Advice, Argument, BackboneError, unknown
+from ptee.backbones.library import (
+    OTHER_WEIGHTS,
+    Built,
+    InputConfig,
+    Known,
+    ModelRequest,
+    building,
+    checked_size,
+    label_space,
+    per_channel,
+    require_trained,
+)
+from ptee.backbones.source import hub_revision, reach_hub
 
 HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
-CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # what timm's files call the function that renames old tensors
-ON_THE_HUB = (
-    "Its configuration is on the hub: go online once, or name another model and give a file with {weights:FILE}."
+ON_THE_HUB: Advice = (
+    "Its configuration is on the hub: go online once, or name another model and give a file with ",
+    Argument("weights", "FILE"),
+    ".",
 )
 
 
 def _timm() -> Any:
-    """timm, knowing the CIFAR networks."""
+    """timm, with the CIFAR networks registered."""
     import timm
 
     import ptee.backbones.cifar_resnet  # noqa: F401 - registers them
@@ -35,7 +45,7 @@ def list_names() -> list[str]:
 
 
 def has_model(name: str) -> bool:
-    """Whether timm has a model of exactly that name: timm itself would take the last part of a path."""
+    """Whether timm has a model of exactly that name. timm itself would take the last part of a path."""
     source, colon, rest = name.partition(":")
     if colon:
         return source in HUB_SOURCES and bool(rest)
@@ -51,18 +61,18 @@ def build(request: ModelRequest) -> Built:
     """
     cfg = None if ":" in request.name else _config(request.name)
     _require_classifier(request, cfg)
-    args = _size_args(cfg, request.input_size) | request.args
-    _image_size((3, 1, 1) if cfg is None else cfg.input_size, args)  # before building what may be large
+    args = _form_args(request) | _size_args(cfg, request.input_size) | request.args
+    _image_size((3, 1, 1) if cfg is None else cfg.input_size, args)  # before anything large is built
     name, hub, pin = _origin(request, cfg)
-    random = not request.pretrained and request.num_classes is not None
-    classes = {"num_classes": request.num_classes} if random else {}
-    with building(request.label, args, _remedy(request, hub is not None and cfg is None)):
+    classes = {} if request.pretrained or request.num_classes is None else {"num_classes": request.num_classes}
+    remedy = OTHER_WEIGHTS if request.pretrained else None
+    with building(request.label, args, ON_THE_HUB if hub and cfg is None else remedy):
         if hub:
             reach_hub(hub)
         module = _timm().create_model(name, pretrained=request.pretrained, **pin, **args, **classes)
     note = module.pretrained_cfg
     if request.pretrained and cfg is not None and note.get("tag"):
-        name = f"{note['architecture']}.{note['tag']}"  # in another version of timm, the default may be another tag
+        name = f"{note['architecture']}.{note['tag']}"  # the default tag may differ in another version of timm
     origin = {"tag": note.get("tag"), "hub": hub, "revision": hub_revision(hub) if hub else None}
     return Built(module, name, args, origin, _known(module, args))
 
@@ -72,32 +82,25 @@ def _config(name: str) -> Any:
 
     _timm()
     try:
-        return get_pretrained_cfg(name)  # None for a name that timm keeps only to forward it
+        return get_pretrained_cfg(name)  # None for a name that timm only forwards
     except RuntimeError:
         raise unknown("pretrained timm model", name, get_arch_pretrained_cfgs(name)) from None
 
 
 def _require_classifier(request: ModelRequest, cfg: Any) -> None:
-    """Refuse a model that would have no classifier, before building what may be large."""
+    """Refuse a model that would have no classifier, before anything large is built."""
     if cfg is None:
         return
     if request.pretrained:
         require_trained(request, cfg.num_classes if cfg.has_weights else None)
     if cfg.num_classes == 0 and request.num_classes is None:
-        remedy = request.names.advice("Give it one: {num_classes:K} and {weights:FILE}.")
-        raise BackboneError(
-            f"{request.label} has no classifier. ", *remedy, argument=request.names.model, value=request.label
-        )
-
-
-def _remedy(request: ModelRequest, configured_on_hub: bool) -> Advice | None:
-    if configured_on_hub:
-        return request.names.advice(ON_THE_HUB)
-    return request.names.other_weights() if request.pretrained else None
+        advice = ("Give it one: ", Argument("num_classes", "K"), " and ", Argument("weights", "FILE"), ".")
+        text = f"{request.label} has no classifier. "
+        raise BackboneError(text, *advice, argument="model", value=request.label)
 
 
 def _origin(request: ModelRequest, cfg: Any) -> tuple[str, str | None, dict[str, Any]]:
-    """timm's name for the model, the hub repository where it will look, and what keeps it to the commit asked for."""
+    """timm's name of the model, the hub repository of its weights, and the argument that keeps it to a record's commit."""
     (source, colon, hub), commit = request.name.partition(":"), request.origin.get("revision")
     if colon and source != "local-dir":
         hub = f"{hub.partition('@')[0]}@{commit}" if commit else hub
@@ -107,12 +110,20 @@ def _origin(request: ModelRequest, cfg: Any) -> tuple[str, str | None, dict[str,
     if not commit:
         return request.name, cfg.hf_hub_id, {}
     hub = f"{cfg.hf_hub_id}@{commit}"
-    # another place of the weights would make timm forget that their format is special
+    # with another place of the weights, timm would forget that their format is special
     return request.name, hub, {"pretrained_cfg_overlay": {"hf_hub_id": hub, "custom_load": cfg.custom_load}}
 
 
+def _form_args(request: ModelRequest) -> dict[str, Any]:
+    """The CIFAR networks have two kinds of shortcuts. The file of weights tells which."""
+    from ptee.backbones.cifar_resnet import shortcut_of
+
+    is_cifar = request.name.startswith("cifar_resnet") and shortcut_of(request.tensors) == "conv"
+    return {"shortcut": "conv"} if is_cifar else {}
+
+
 def _size_args(cfg: Any, size: tuple[int, int, int] | None) -> dict[str, Any]:
-    """The arguments that build a model for images of another size than its configuration's."""
+    """The arguments that build a model for images of another size than in its configuration."""
     if size is None or cfg is None:
         return {}
     args: dict[str, Any] = {} if size[0] == cfg.input_size[0] else {"in_chans": size[0]}
@@ -129,39 +140,18 @@ def _image_size(usual: Sequence[int], args: Mapping[str, Any]) -> tuple[int, int
 
 
 def _known(module: nn.Module, args: Mapping[str, Any]) -> Known:
-    """timm's note on the module, with the sizes that it was really built for: the note tells of the weights' own."""
+    """timm's note on the module, with the sizes that it was really built for: the note has those of the weights."""
     from timm.data import resolve_model_data_config
 
     note = resolve_model_data_config(module)
     size = _image_size(note["input_size"], args)
-    mean, std = (per_channel(None, note[key], size[0]) or () for key in ("mean", "std"))
+    mean, std = (per_channel(key, None, note[key], size[0]) for key in ("mean", "std"))
     classes = module.pretrained_cfg.get("num_classes")  # type: ignore[union-attr,operator]
     return Known(InputConfig(size, mean, std, note["interpolation"]), classes, label_space(classes))
 
 
-def args_from(name: str, tensors: Collection[str]) -> dict[str, Any]:
-    """The CIFAR networks have two kinds of shortcuts, one of which has weights."""
-    from ptee.backbones import cifar_resnet
-
-    return cifar_resnet.args_from(tensors) if name.startswith("cifar_resnet") else {}
-
-
 def recognise(module: nn.Module) -> Known | None:
-    """What timm wrote on a module that it built."""
+    """timm's note on a module that it built."""
     if not isinstance(getattr(module, "pretrained_cfg", None), dict):
         return None
     return _known(module, getattr(module, "_model_args", {}))
-
-
-def convert(module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of an original or earlier release, renamed by timm's own function for that family of models."""
-    home = sys.modules.get(type(module).__module__)
-    if home is None or not home.__name__.startswith(("timm.", "ptee.")):
-        return state
-    renamed = next((getattr(home, name) for name in CONVERTERS if hasattr(home, name)), None)
-    if renamed is None:
-        return state
-    try:
-        return renamed(dict(state), module)
-    except TypeError:  # some take the tensors alone
-        return renamed(dict(state))

@@ -422,13 +422,15 @@ def _names_of(runs: tuple[str, ...]) -> dict[str, str]:
 
 def _static(texts: tuple[str, ...]) -> dict[str, Any]:
     """Smaller networks by name."""
-    from ptee.backbones.load import WEIGHTS_ALONE, load_backbone
+    from ptee.backbones.library import other_words
+    from ptee.backbones.load import load_backbone
 
     found: dict[str, Any] = {}
     for name, file in (text.partition("=")[::2] for text in texts):
         if name in found:
             raise PteeError(f"--static {name} is given twice. Give each network once.")
-        found[name] = load_backbone(name, weights=file or None, names=replace(WEIGHTS_ALONE, weights=f"static={name}"))
+        with other_words({"weights": f"static={name}"}):
+            found[name] = load_backbone(name, weights=file or None)
     return found
 
 

@@ -7,7 +7,6 @@ layer. With this exit alone, the model is a cascade of two networks. Heads behin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,14 +19,14 @@ from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import random_images
 from ptee.analysis.freezing import Attachment, freeze
 from ptee.analysis.layout import Layout
-from ptee.backbones.load import WEIGHTS_ALONE, Backbone, InputConfig, load_backbone
+from ptee.backbones.library import other_words
+from ptee.backbones.load import Backbone, InputConfig, load_backbone
 from ptee.exits.confidence import log_odds
 from ptee.exits.heads import AUTO, ExitHead
 
 LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may come from a stranger
-ITS_ARGUMENTS = replace(
-    WEIGHTS_ALONE, model="front", weights="front_weights", mean="front_mean", std="front_std"
-)  # what a caller can say of the network in front; all else follows from the backbone
+# What a caller can give for the network in front; everything else follows from the backbone.
+ITS_ARGUMENTS = {"model": "front", "weights": "front_weights", "mean": "front_mean", "std": "front_std"}
 
 
 def require_front(front: FrontHead | str | None) -> None:
@@ -71,16 +70,16 @@ def named_front(
     published = isinstance(front, str) and pretrained and weights is None
     says_its_size = isinstance(front, str) or hasattr(front, "pretrained_cfg")
     try:
-        network = load_backbone(
-            front,
-            weights=weights,
-            pretrained=published,
-            num_classes=None if published else behind.num_classes,
-            input_size=None if says_its_size else behind.input.input_size,
-            mean=mean,
-            std=std,
-            names=ITS_ARGUMENTS,
-        )
+        with other_words(ITS_ARGUMENTS):
+            network = load_backbone(
+                front,
+                weights=weights,
+                pretrained=published,
+                num_classes=None if published else behind.num_classes,
+                input_size=None if says_its_size else behind.input.input_size,
+                mean=mean,
+                std=std,
+            )
     except BackboneError as why:
         raise BackboneError("The front network: ", *why.parts, argument=why.argument, value=why.value) from why
     return FrontHead(network, behind.input, behind.num_classes)

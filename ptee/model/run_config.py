@@ -18,7 +18,7 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
 from ptee._common.validation import Number, Whole
-from ptee.backbones.source import MOST_NUMBERS
+from ptee.backbones.library import MOST_NUMBERS
 from ptee.exits.heads import AUTO, PLUS
 
 SCHEMA_VERSION = 2  # 2: hashes of the heads' tensors, and a fingerprint

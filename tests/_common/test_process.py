@@ -29,8 +29,8 @@ from ptee._common.process import (
     no_warnings,
     own_random_numbers,
 )
+from ptee.backbones.library import building
 from ptee.backbones.load import load_backbone
-from ptee.backbones.quiet import building
 
 CHANGES = {
     "logs": no_logs,

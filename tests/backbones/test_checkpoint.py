@@ -36,7 +36,7 @@ def write_shards(folder: Path, state: dict[str, Tensor], suffix: str = ".safeten
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_the_index_of_shards_loads_all_of_them(suffix, tmp_path):
     trained, module = Tiny(), fresh()
-    load_weights(module, write_shards(tmp_path, trained.state_dict(), suffix))
+    load_weights(module, read_checkpoint(write_shards(tmp_path, trained.state_dict(), suffix)))
     assert weights_hash(module) == weights_hash(trained)
 
 
@@ -49,23 +49,23 @@ def test_one_shard_is_refused_and_the_index_is_named(tmp_path):
 
 def test_a_file_that_is_the_only_shard_is_a_whole_file(tmp_path):
     save_file(Tiny().state_dict(), tmp_path / "model-00001-of-00001.safetensors")
-    load_weights(fresh(), tmp_path / "model-00001-of-00001.safetensors")
+    load_weights(fresh(), read_checkpoint(tmp_path / "model-00001-of-00001.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../outside.safetensors",
-        "/etc/passwd",
-        "..\\outside.safetensors",
-        "sub/w.safetensors",
-        "..",
-        "",
-        "C:w",
-        "gone",
-        3,
-    ],
-)
+ELSEWHERE = [
+    "../outside.safetensors",
+    "/etc/passwd",
+    "..\\outside.safetensors",
+    "sub/w.safetensors",
+    "..",
+    "",
+    "C:w",
+    "gone",
+    3,
+]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
 def test_an_index_that_names_a_file_elsewhere_is_refused(name, tmp_path):
     inside = tmp_path / "run"
     inside.mkdir()
@@ -143,14 +143,17 @@ def test_a_constructor_that_needs_numbers_is_not_asked_for_more_classes_than_the
         load_backbone("torchvision/regnet_y_400mf", weights=tmp_path / "w.safetensors", num_classes=10**12)
 
 
-@pytest.mark.parametrize("args", [{"in_chans": 10**9}, {"img_size": 10**6}, {"img_size": [9]}, {"img_size": "large"}])
-def test_arguments_that_make_images_of_no_possible_size_are_refused_before_anything_is_built(args):
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("test_vit", {"model_args": {"in_chans": 10**9}}),
+        ("test_vit", {"model_args": {"img_size": 10**6}}),
+        ("test_vit", {"model_args": {"img_size": [9]}}),
+        ("test_vit", {"model_args": {"img_size": "large"}}),
+        ("cifar_resnet20", {"input_size": (3, 20000, 20000)}),
+    ],
+)
+def test_images_of_no_possible_size_are_refused_before_anything_is_built(name, given):
     with pytest.raises(BackboneError, match=r"too large|is \(channels, height, width\)") as refusal:
-        load_backbone("test_vit", pretrained=False, model_args=args)
-    assert refusal.value.argument == "model_args"
-
-
-def test_images_of_more_numbers_than_any_have_are_refused():
-    with pytest.raises(BackboneError, match="3 x 20000 x 20000 numbers are too large") as refusal:
-        load_backbone("cifar_resnet20", pretrained=False, input_size=(3, 20000, 20000))
-    assert (refusal.value.argument, refusal.value.value) == ("input_size", (3, 20000, 20000))
+        load_backbone(name, pretrained=False, **given)
+    assert [refusal.value.argument] == list(given)

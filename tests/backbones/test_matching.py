@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ptee._common.errors import BackboneError
-from ptee.backbones.load import WEIGHTS_ALONE, load_backbone
+from ptee.backbones.checkpoint import read_checkpoint
+from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import load_weights, weights_hash
 
 ONE = torch.ones(1)
@@ -31,14 +32,12 @@ def averaged(network: nn.Module) -> dict[str, Tensor]:
         lambda s: {"state_dict": {**s, "loss_fn.weight": ONE, "val_f1.total": ONE}},
         lambda s: {**under("module.", s), "n_averaged": torch.tensor(3)},
         lambda s: under("module.model.", s),
-        lambda s: under("_orig_mod.module.", s),
         lambda s: under("module._orig_mod.net.", s),
         lambda s: {f"backbone.{k}" if "fc" not in k else k: v for k, v in s.items()},
         lambda s: {"state_dict": {f"model.backbone.{k}" if "fc" not in k else f"model.{k}": v for k, v in s.items()}},
         lambda s: {k.replace("fc.", "head."): v for k, v in s.items()},
         lambda s: {f"backbone.{k}" if "fc" not in k else f"classifier.{k[3:]}": v for k, v in s.items()},
-        lambda s: {"network": s, "opt": {"lr": 0.1}},
-        lambda s: {"params": s},
+        lambda s: {"params": s, "opt": {"lr": 0.1}},
         lambda s: {"checkpoint": {"model": {"state_dict": under("module.", s)}}, "best": 0.9},
         lambda s: {**s, "epoch": 3, "arch": "tiny"},
         lambda s: {**s, "total_ops": ONE, "conv.total_params": ONE},
@@ -48,16 +47,16 @@ def averaged(network: nn.Module) -> dict[str, Tensor]:
     ],
     ids=[
         *("Lightning with a loss weight", "Lightning with metrics", "leftovers without a prefix", "AveragedModel"),
-        *("module.model.", "_orig_mod.module.", "module._orig_mod.net.", "backbone. and a bare fc."),
+        *("module.model.", "module._orig_mod.net.", "backbone. and a bare fc."),
         *("the same under model.", "the last layer is called head.", "backbone. and a bare classifier."),
-        *("network", "params", "four deep", "numbers and words beside", "a profiler's counters", "an equal average"),
+        *("params", "four deep", "numbers and words beside", "a profiler's counters", "an equal average"),
         *("a teacher of another kind", "an optimizer"),
     ],
 )
 def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
     trained, module = Tiny(), fresh()
     torch.save(wrap(trained.state_dict()), tmp_path / "w.pth")
-    load_weights(module, tmp_path / "w.pth")
+    load_weights(module, read_checkpoint(tmp_path / "w.pth"))
     assert weights_hash(module) == weights_hash(trained)
 
 
@@ -91,7 +90,7 @@ def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
 def test_of_averaged_and_raw_weights_the_averaged_ones_are_taken_and_that_is_said(wrap, average, raw, tmp_path):
     trained, module = Tiny(), fresh()
     torch.save(wrap(trained.state_dict(), changed(trained.state_dict())), tmp_path / "w.pth")
-    note = load_weights(module, tmp_path / "w.pth")
+    note = load_weights(module, read_checkpoint(tmp_path / "w.pth"))
     assert weights_hash(module) == weights_hash(trained)
     assert f"its averaged weights ({average}) are taken, not the raw ones ({raw})" in note
 
@@ -100,7 +99,7 @@ def test_an_average_of_the_parameters_alone_is_not_taken_and_that_is_said(tmp_pa
     trained, module = Tiny(), fresh()
     average = {key: value + 1 for key, value in trained.named_parameters()}
     torch.save({"model": trained.state_dict(), "ema": average}, tmp_path / "w.pth")
-    note = load_weights(module, tmp_path / "w.pth")
+    note = load_weights(module, read_checkpoint(tmp_path / "w.pth"))
     assert weights_hash(module) == weights_hash(trained)
     assert "its averaged weights (ema) are no whole network, so the raw ones are taken" in note
 
@@ -108,20 +107,17 @@ def test_an_average_of_the_parameters_alone_is_not_taken_and_that_is_said(tmp_pa
 def test_a_note_says_what_was_left_out_and_which_layer_has_another_name(tmp_path):
     state = {k.replace("fc.", "head."): v for k, v in Tiny().state_dict().items()}
     torch.save({**under("model.", state), "criterion.weight": ONE}, tmp_path / "w.pth")
-    note = load_weights(fresh(), tmp_path / "w.pth")
+    note = load_weights(fresh(), read_checkpoint(tmp_path / "w.pth"))
     assert "head is taken for fc" in note
     assert "criterion.weight is left out" in note
 
 
-def test_a_plain_file_leaves_nothing_to_say(tmp_path):
-    torch.save(Tiny().state_dict(), tmp_path / "w.pth")
-    assert load_backbone(fresh(), weights=tmp_path / "w.pth", input_size=(3, 16, 16)).note is None
-
-
-def test_the_note_is_kept_with_the_backbone(tmp_path):
+def test_the_backbone_keeps_the_note_if_there_was_a_choice(tmp_path):
     state = Tiny().state_dict()
-    torch.save({"model": state, "model_ema": changed(state)}, tmp_path / "w.pth")
-    assert "model_ema" in load_backbone(fresh(), weights=tmp_path / "w.pth", input_size=(3, 16, 16)).note
+    for content, said in ((state, None), ({"model": state, "model_ema": changed(state)}, "model_ema")):
+        torch.save(content, tmp_path / "w.pth")
+        note = load_backbone(fresh(), weights=tmp_path / "w.pth", input_size=(3, 16, 16)).note
+        assert note is None if said is None else said in note
 
 
 @pytest.mark.parametrize(
@@ -143,6 +139,9 @@ def test_the_note_is_kept_with_the_backbone(tmp_path):
         ),
         (lambda s: {k: v for k, v in s.items() if "fc" not in k}, "lacks fc.weight, fc.bias and has only conv.weight"),
         (lambda s: {"a": ONE, "b": {"c": ONE}}, "holds no Tiny: its tensors are called a"),
+        (lambda s: {k: v for k, v in s.items() if k != "bn.weight"}, r"lacks bn\.weight"),
+        (lambda s: {**s, "conv.weight": torch.ones(8, 1, 3, 3)}, r"conv\.weight \(8, 1, 3, 3\), not \(8, 3, 3, 3\)"),
+        (lambda s: {k: torch.ones(7, 7) for k in s}, r"conv\.weight \(7, 7\), not .* and 4 more"),
         (lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.int8)}, "holds torch.int8 in fc.weight.*quantised"),
         (
             lambda s: {"model": {**s, "fc.weight": torch.ones(9, 8), "fc.bias": torch.ones(9)}},
@@ -159,7 +158,7 @@ def test_what_is_in_doubt_is_refused_with_the_names_that_are_there(wrap, said, t
     module = fresh()
     before = weights_hash(module)
     with pytest.raises(BackboneError, match=said) as refusal:
-        load_weights(module, tmp_path / "odd.pth")
+        load_weights(module, read_checkpoint(tmp_path / "odd.pth"))
     assert "\n" not in str(refusal.value)
     assert "odd.pth" in str(refusal.value)
     assert weights_hash(module) == before
@@ -169,17 +168,11 @@ def test_what_is_in_doubt_is_refused_with_the_names_that_are_there(wrap, said, t
 def test_long_names_and_terminal_codes_are_shown_short_and_harmless(tmp_path):
     torch.save({"\x1b[2Jevil": ONE, "x" * 5000: ONE}, tmp_path / "w.pth")
     with pytest.raises(BackboneError) as refusal:
-        load_weights(Tiny(), tmp_path / "w.pth")
+        load_weights(Tiny(), read_checkpoint(tmp_path / "w.pth"))
     text = str(refusal.value)
     assert "\x1b" not in text
     assert re.search(r"x{30}\.\.\.x{30}", text)
     assert len(text) < 500
-
-
-def test_errors_name_the_arguments_that_the_caller_has(tmp_path):
-    torch.save({"a": ONE}, tmp_path / "w.pth")
-    with pytest.raises(BackboneError, match=r"Check weights=\.$"):
-        load_weights(Tiny(), tmp_path / "w.pth", WEIGHTS_ALONE)
 
 
 def original_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,9 +37,8 @@ def test_a_hub_repository_brings_its_architecture_classes_and_input(hub):
     trained = timm.create_model("cifar_resnet20", num_classes=6)
     cfg = {"input_size": [3, 32, 32], "mean": HALF, "std": HALF, "num_classes": 6, "classifier": "fc"}
     cfg |= {"first_conv": "conv1", "interpolation": "bilinear"}
-    hub(
-        "someone/six", trained.state_dict(), {"architecture": "cifar_resnet20", "num_classes": 6, "pretrained_cfg": cfg}
-    )
+    config = {"architecture": "cifar_resnet20", "num_classes": 6, "pretrained_cfg": cfg}
+    hub("someone/six", trained.state_dict(), config)
     backbone = load_backbone("hf-hub:someone/six")
     assert weights_hash(backbone.module) == weights_hash(trained)
     assert (backbone.num_classes, backbone.input) == (6, InputConfig((3, 32, 32), HALF, HALF, "bilinear"))

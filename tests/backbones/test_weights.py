@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from tiny import RunsCodeWhenUnpickled, Tiny, one_line
-from torch import nn
+from tiny import RunsCodeWhenUnpickled, Tiny, fresh, one_line
+from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError
 from ptee.analysis.freezing import freeze
+from ptee.backbones.checkpoint import read_checkpoint
 from ptee.backbones.load import load_backbone, rebuild
 from ptee.backbones.weights import load_weights, weights_hash
+
+
+def floats(state: dict, change: Callable) -> dict:
+    return {key: change(value) if value.is_floating_point() else value for key, value in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -26,43 +32,24 @@ from ptee.backbones.weights import load_weights, weights_hash
     [
         (lambda s: s, ".pth"),
         (lambda s: s, ".safetensors"),
-        (lambda s: {"state_dict": s, "epoch": 3}, ".pt"),
-        (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)}, ".th"),
-        (lambda s: {"model_state_dict": s, "optimizer": {"lr": 0.1}}, ".bin"),
-        (lambda s: {"state_dict": {k: 0 * v for k, v in s.items()}, "state_dict_ema": s}, ".pth"),
-        (lambda s: {f"module.{k}": v for k, v in s.items()}, ".pth"),
-        (lambda s: {"state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}}, ".ckpt"),
-        (lambda s: {f"model.{k}": v for k, v in s.items()}, ".safetensors"),
-        (lambda s: {"state_dict": {f"net.encoder.{k}": v for k, v in s.items()}}, ".ckpt"),
-        (lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()}, ".safetensors"),
-        (lambda s: {k: v.bfloat16() if v.is_floating_point() else v for k, v in s.items()}, ".pth"),
-        (lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")}, ".safetensors"),
         (lambda s: OrderedDict(s), ".SAFETENSORS"),
+        (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)}, ".th"),
+        (lambda s: {"state_dict": s, "optimizer": {"lr": 0.1}}, ".bin"),
+        (lambda s: floats(s, Tensor.half), ".safetensors"),
+        (lambda s: floats(s, Tensor.bfloat16), ".pth"),
+        (lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")}, ".safetensors"),
     ],
-    ids=[
-        *("plain pth", "safetensors", "state_dict", "model", "model_state_dict", "average first", "module."),
-        *(
-            "module._orig_mod.",
-            "model.",
-            "a prefix of one's own",
-            "float16",
-            "bfloat16",
-            "no batch counters",
-            "capitals",
-        ),
-    ],
+    ids=["pth", "safetensors", "capitals", "timm's", "dictionary", "float16", "bfloat16", "no batch counters"],
 )
-def test_weights_as_they_are_found_in_the_wild_load(wrap, suffix, tmp_path):
+def test_weights_of_any_format_and_type_load(wrap, suffix, tmp_path):
     trained = Tiny()
     for parameter in trained.parameters():
         parameter.data = parameter.data.bfloat16().half().float()  # so that rounding to either type changes nothing
     file = tmp_path / f"weights{suffix}"
     (save_file if suffix.lower() == ".safetensors" else torch.save)(wrap(trained.state_dict()), file)
-    torch.manual_seed(1)
-    fresh = Tiny()
-    assert weights_hash(fresh) != weights_hash(trained)
-    load_weights(fresh, file)
-    assert weights_hash(fresh) == weights_hash(trained)
+    module = fresh()
+    load_weights(module, read_checkpoint(file))
+    assert weights_hash(module) == weights_hash(trained)
 
 
 def test_formats_that_depend_on_a_version_number_load_from_safetensors(tmp_path):
@@ -73,17 +60,10 @@ def test_formats_that_depend_on_a_version_number_load_from_safetensors(tmp_path)
 
 
 def test_a_prefix_that_the_model_itself_has_stays(tmp_path):
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = Tiny()
-
-    trained = Wrapped()
+    trained, module = (nn.Sequential(OrderedDict(model=network)) for network in (Tiny(), fresh()))
     torch.save({"state_dict": trained.state_dict()}, tmp_path / "w.pth")
-    torch.manual_seed(1)
-    fresh = Wrapped()
-    load_weights(fresh, tmp_path / "w.pth")
-    assert weights_hash(fresh) == weights_hash(trained)
+    load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert weights_hash(module) == weights_hash(trained)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -91,9 +71,8 @@ def test_weights_that_would_run_code_are_refused_and_the_code_not_run(tmp_path, 
     file = tmp_path / "hostile.pth"
     hostile = {"fc.bias": RunsCodeWhenUnpickled(tmp_path / "harm")}
     torch.save(hostile, file, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(
-        BackboneError, match=r"hostile\.pth (holds more than weights .*mkdir|cannot be read).*run code"
-    ) as refusal:
+    said = r"hostile\.pth (holds more than weights .*mkdir|cannot be read).*run code"
+    with pytest.raises(BackboneError, match=said) as refusal:
         load_backbone("cifar_resnet20", weights=file)
     one_line(refusal)
     assert not (tmp_path / "harm").exists()
@@ -127,49 +106,19 @@ def test_a_corrupt_file_is_refused_by_name(tmp_path, suffix, spoil):
 def test_a_file_without_a_state_dict_is_refused_by_name(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(BackboneError, match=r"other\.pth holds no state_dict"):
-        load_backbone("cifar_resnet20", weights=tmp_path / "other.pth")
+        read_checkpoint(tmp_path / "other.pth")
 
 
-@pytest.mark.parametrize("file", ["missing.safetensors", "."])
+@pytest.mark.parametrize("file", ["missing.safetensors", ".", "x" * 5000])
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path, file):
     with pytest.raises(BackboneError, match="There is no weights file"):
-        load_backbone("cifar_resnet20", weights=tmp_path / file)
+        read_checkpoint(tmp_path / file)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda s: s.pop("bn.weight"), r"lacks bn\.weight"),
-        (lambda s: s.update(extra=torch.zeros(1)), "has unknown extra"),
-        (lambda s: s.update({"fc.weight": torch.zeros(9, 8), "fc.bias": torch.zeros(9)}), "9 classes.*num_classes=9"),
-        (
-            lambda s: s.update({"conv.weight": torch.zeros(8, 1, 3, 3)}),
-            r"conv\.weight \(8, 1, 3, 3\), not \(8, 3, 3, 3\)",
-        ),
-        (lambda s: s.update({k: torch.zeros(7, 7) for k in s}), r"conv\.weight \(7, 7\), not .* and 4 more"),
-    ],
-    ids=["missing", "unknown", "other classes", "other channels", "all other"],
-)
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, change, said):
-    state = Tiny().state_dict()
-    change(state)
-    torch.save(state, tmp_path / "odd.pth")
-    torch.manual_seed(1)
-    module = Tiny()
-    before = weights_hash(module)
-    with pytest.raises(BackboneError, match=said) as refusal:
-        load_backbone(module, weights=tmp_path / "odd.pth", input_size=(3, 16, 16))
-    assert "odd.pth" in one_line(refusal)
-    assert weights_hash(module) == before
-
-
-def test_weights_of_another_number_of_classes_say_what_to_type(tmp_path):
+def test_weights_of_another_number_of_classes_load_if_that_is_given(tmp_path):
     save_file(timm.create_model("cifar_resnet20", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
-    with pytest.raises(BackboneError, match=r"seven\.safetensors has 7 classes.*num_classes=7"):
-        load_backbone("cifar_resnet20", weights=tmp_path / "seven.safetensors")
     backbone = load_backbone("cifar_resnet20", weights=tmp_path / "seven.safetensors", num_classes=7)
-    assert backbone.num_classes == 7
-    assert rebuild(backbone.source).num_classes == 7
+    assert backbone.num_classes == rebuild(backbone.source).num_classes == 7
 
 
 def test_the_hash_tells_any_change_of_name_type_shape_or_number():

@@ -6,28 +6,19 @@ import json
 
 import pytest
 import torch
-from images import PARTS, levels, numbered, opened, rows, write_folder, write_tar
+from images import PARTS, levels, numbered, opened, rows, write_folder
 from torch.utils.data import TensorDataset
 
 from ptee._common.errors import DataError
-from ptee.data.labels import map_labels, with_labels
 from ptee.data.splits import Data, Unseen, hold_out, images_to_report_on, parts_for_all, parts_for_tuning
 
 
-def test_split_is_disjoint_and_complete(tmp_path):
-    drawn = rows(opened(write_folder(tmp_path, numbered(40))))
-    assert sorted(level for part in PARTS for level in drawn[part]) == list(range(40))
-
-
-def test_same_seed_same_split_other_seed_other_split(tmp_path):
+def test_every_image_is_drawn_once_by_a_generator_of_its_own(tmp_path):
     write_folder(tmp_path, numbered(40))
-    assert rows(opened(tmp_path, seed=3)) == rows(opened(tmp_path, seed=3)) != rows(opened(tmp_path, seed=4))
-
-
-def test_split_leaves_global_random_numbers_alone(tmp_path):
-    write_folder(tmp_path, numbered(10))
     state = torch.get_rng_state()
-    opened(tmp_path)
+    drawn = rows(opened(tmp_path, seed=3))
+    assert sorted(level for part in PARTS for level in drawn[part]) == list(range(40))
+    assert drawn == rows(opened(tmp_path, seed=3)) != rows(opened(tmp_path, seed=4))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -37,16 +28,16 @@ def test_few_images_give_one_to_each_part_at_least(tmp_path, n):
     assert sizes == {"train": n - 2, "calibration": 1, "validation": 1}
 
 
-def test_too_few_images_are_refused_with_their_number(tmp_path):
-    with pytest.raises(DataError, match=r"it has 2, and at least 3 are needed"):
-        opened(write_folder(tmp_path, numbered(2)))
-
-
-def test_one_training_image_beside_validation_is_refused(tmp_path):
-    write_folder(tmp_path / "train", ["a/0.png"])
-    write_folder(tmp_path / "val", ["a/0.png"])
-    with pytest.raises(DataError, match=r"it has 1, and at least 2 are needed, as those for calibration"):
-        opened(tmp_path)
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (numbered(2), "it has 2, and at least 3 are needed"),
+        (["train/a/0.png", "val/a/0.png"], "it has 1, and at least 2 are needed, because those for calibration"),
+    ],
+)
+def test_too_few_images_are_refused_with_their_number(tmp_path, names, said):
+    with pytest.raises(DataError, match=said):
+        opened(write_folder(tmp_path, names))
 
 
 def test_split_record_survives_json_and_tells_files_apart(folder):
@@ -59,10 +50,9 @@ def test_split_record_survives_json_and_tells_files_apart(folder):
 
 def test_every_part_of_a_folder_knows_the_hash_of_its_files(folder):
     data = opened(folder)
-    label_map = map_labels(data.class_names, 2)
     for part in PARTS:
-        assert with_labels(getattr(data, part), label_map).files_sha256 == data.split["files_sha256"]
-    assert with_labels(opened("digits").train, label_map).files_sha256 is None
+        assert getattr(data, part).files_sha256 == data.split["files_sha256"]
+    assert opened("digits").train.files_sha256 is None
 
 
 def data(*delivered: str, n: int = 10) -> Data:
@@ -74,10 +64,7 @@ def data(*delivered: str, n: int = 10) -> Data:
     ("delivered", "halved"),
     [
         (["train", "calibration", "validation"], False),
-        (
-            ["train", "validation"],
-            True,
-        ),  # calibration images drawn from the training images: the backbone has seen them
+        (["train", "validation"], True),  # the backbone has seen calibration images that are drawn from training images
         (["train", "calibration"], False),
         (["train"], False),
     ],
@@ -85,7 +72,7 @@ def data(*delivered: str, n: int = 10) -> Data:
 )
 def test_images_to_tune_on_are_never_those_to_report_on(delivered, halved):
     source = data(*delivered)
-    parts = parts_for_tuning(source, source.validation, 0)
+    parts = parts_for_tuning(Unseen("run", source, source.validation, 0))
     chosen, left = set(parts.calibration), set(parts.report)
     assert not chosen & left
     assert (chosen | left == set(source.validation)) == halved
@@ -94,7 +81,7 @@ def test_images_to_tune_on_are_never_those_to_report_on(delivered, halved):
 
 def test_halves_are_the_same_for_the_same_seed_only():
     source, unseen = data("train"), list(range(100))
-    one, same, other = (parts_for_tuning(source, unseen, seed) for seed in (1, 1, 2))
+    one, same, other = (parts_for_tuning(Unseen("run", source, unseen, seed)) for seed in (1, 1, 2))
     assert list(one.calibration) == list(same.calibration) != list(other.calibration)
     assert sorted([*one.calibration, *one.report]) == unseen
 
@@ -102,7 +89,7 @@ def test_halves_are_the_same_for_the_same_seed_only():
 def test_one_image_is_too_few_to_choose_and_to_report():
     source = data("train", "validation", n=1)
     with pytest.raises(DataError, match=r"has 1\. Give more images: data=FOLDER\."):
-        parts_for_tuning(source, source.validation, 0)
+        parts_for_tuning(Unseen("run", source, source.validation, 0))
 
 
 def unseen(source: Data, seed: int = 0, *, whole: bool = True) -> Unseen:
@@ -116,9 +103,21 @@ def test_runs_that_were_made_with_other_seeds_share_validation_images_that_were_
     assert sorted([*parts.calibration, *parts.report]) == source.validation
 
 
-def test_images_that_were_drawn_for_one_run_are_no_other_runs_to_report_on():
-    with pytest.raises(DataError, match=r"run1 and run2 drew theirs with different seeds \(1, 2\).*data=FOLDER"):
-        parts_for_all([unseen(data("train"), 1), unseen(data("train"), 2)])
+def elsewhere() -> Data:
+    return Data([], [], [1, 2, 3], ("a", "b"), "elsewhere", {"parts": {"train": None}})
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (data("train"), r"run1 and run2 drew theirs with different seeds \(1, 2\).*data=FOLDER"),
+        (elsewhere(), "run1 was measured on source, run2 on elsewhere"),
+    ],
+    ids=["other images were drawn", "other data"],
+)
+def test_runs_without_images_that_none_has_seen_are_refused(other, said):
+    with pytest.raises(DataError, match=said):
+        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
 
 
 def test_a_run_of_other_data_keeps_to_what_the_others_have_not_seen():
@@ -127,34 +126,25 @@ def test_a_run_of_other_data_keeps_to_what_the_others_have_not_seen():
     assert (parts.calibration, parts.report) == (source.calibration, source.validation)
 
 
-def test_runs_of_other_data_want_the_same_images():
-    other = Data(*[[1, 2, 3]] * 3, ("a", "b"), "elsewhere", {"parts": {"train": None}})
-    with pytest.raises(DataError, match="run1 was measured on source, run2 on elsewhere"):
-        parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
-
-
-# Pictures that were removed as they could not be read
-
-
-@pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_without_a_removed_picture_the_others_are_split_as_before(kind, tmp_path):
+@pytest.mark.parametrize("gone", [{17}, set()], ids=["removed", "still there"])
+def test_without_a_removed_picture_the_others_are_split_as_before(gone, tmp_path):
     names = numbered(40)
-    write = write_folder if kind == "folder" else write_tar
-    write(tmp_path / ("train" if kind == "folder" else "train.tar"), names)
-    before = opened(tmp_path)
+    before = opened(write_folder(tmp_path, names))
     drawn = rows(before)
-    if kind == "folder":
-        (tmp_path / "train" / names[17]).unlink()
+    for n in gone:
+        (tmp_path / names[n]).unlink()
         assert opened(tmp_path).split["files_sha256"] != before.split["files_sha256"]
-        after = opened(tmp_path, removed=[("train", names[17], "b")])
-        assert after.split["removed"] == [["train", names[17], "b"]]
-        assert sum(after.split["sizes"].values()) == 39
-    else:
-        after = opened(tmp_path, removed=[("train", names[17], "b")])  # is still there
-        assert "removed" not in after.split
+    after = opened(tmp_path, removed=[("train", names[17], "b")])
+    assert after.split.get("removed", []) == [["train", names[n], "b"] for n in gone]
     assert after.split["files_sha256"] == before.split["files_sha256"]
-    gone = {17} if kind == "folder" else set()
     assert rows(after) == {part: [level for level in drawn[part] if level not in gone] for part in PARTS}
+
+
+def test_held_out_images_are_drawn_by_the_seed_and_kept_from_the_rest():
+    data = TensorDataset(torch.arange(100))
+    rest, held = hold_out(data, 10, 3)
+    assert sorted([*rest.indices, *held.indices]) == list(range(100)) and len(held) == 10
+    assert hold_out(data, 10, 3)[1].indices == held.indices != hold_out(data, 10, 4)[1].indices
 
 
 def test_held_out_images_are_the_same_without_a_removed_picture(tmp_path):
@@ -168,30 +158,12 @@ def test_held_out_images_are_the_same_without_a_removed_picture(tmp_path):
     assert [len(part) + len(part.gaps) for part in parts] == [len(part) for part in before]
 
 
-def test_held_out_images_are_drawn_by_the_seed_and_kept_from_the_rest():
-    data = TensorDataset(torch.arange(100))
-    rest, held = hold_out(data, 10, 3)
-    assert sorted([*rest.indices, *held.indices]) == list(range(100)) and len(held) == 10
-    assert hold_out(data, 10, 3)[1].indices == held.indices != hold_out(data, 10, 4)[1].indices
-
-
-# What a run reports on
-
-
-def test_images_that_were_delivered_to_report_on_are_taken(folder):
-    data = opened(folder)
-    assert images_to_report_on(data, {}, "run")[0] is data.validation
-
-
-def test_of_a_runs_own_images_only_those_it_has_not_seen_are_reported_on(tmp_path):
-    data = opened(write_folder(tmp_path, numbered(20)))
+def test_a_run_is_reported_on_images_that_it_has_not_seen(folder, tmp_path):
+    delivered, data = opened(folder), opened(write_folder(tmp_path / "whole", numbered(20)))
     known = {"source": data.place, "files_sha256": data.split["files_sha256"]}
+    assert images_to_report_on(delivered, {}, "run")[0] is delivered.validation
     assert images_to_report_on(data, known, "run")[0] is data.validation
-    with pytest.raises(DataError, match=r"other files than when run was trained.*data=FOLDER"):
-        images_to_report_on(data, known | {"files_sha256": "another"}, "run")
-
-
-def test_of_other_images_all_are_reported_on(tmp_path):
-    data = opened(write_folder(tmp_path, numbered(20)))
     images, words = images_to_report_on(data, {"source": "elsewhere", "files_sha256": "another"}, "run")
     assert len(images) == 20 and "all 20 images" in words
+    with pytest.raises(DataError, match=r"other files than when run was trained.*data=FOLDER"):
+        images_to_report_on(data, known | {"files_sha256": "another"}, "run")

@@ -683,13 +683,15 @@ def test_other_weights_are_refused_with_both_hashes(folder, net):
 
 def test_other_statistics_of_batch_norm_are_other_weights_and_are_named(folder, net):
     net.get_buffer("one.1.running_mean").add_(1)
-    assert re.search(r"of \d+ tensors 1 differs: one\.1\.running_mean\. ", refused(folder, net))
+    assert re.search(r"tensors that differ \(1 of \d+\): one\.1\.running_mean\. ", refused(folder, net))
 
 
 def test_several_other_tensors_are_named_together(folder, net):
     for name in ("one.1.running_mean", "one.1.running_var"):
         net.get_buffer(name).add_(1)
-    assert re.search(r"of \d+ tensors 2 differ: one\.1\.running_mean, one\.1\.running_var\. ", refused(folder, net))
+    assert re.search(
+        r"tensors that differ \(2 of \d+\): one\.1\.running_mean, one\.1\.running_var\. ", refused(folder, net)
+    )
 
 
 def test_another_count_of_batches_is_the_same_backbone(folder, net):
@@ -878,7 +880,7 @@ def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(name, hub, net
 
 def test_tensors_that_are_missing_are_counted_among_those_that_there_were():
     said = difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "d": "4"})
-    assert said == "of 3 tensors 2 are missing: b, c; of 2 tensors 1 is new: d"
+    assert said == "tensors that are missing (2 of 3): b, c; tensors that are new (1 of 2): d"
 
 
 def test_a_run_on_this_disk_that_names_a_repository_does_not_go_online(named, monkeypatch):
