@@ -134,7 +134,7 @@ def test_traces_keep_logits_from_which_the_same_probabilities_follow(classes, dt
 def test_logits_need_not_be_kept_and_are_missed_by_name():
     found = record(made(), TensorDataset(images(4, *SIZE)), logits=False)
     assert found.logits is None
-    with pytest.raises(PteeError, match="no logits"):
+    with pytest.raises(PteeError, match="needs logits"):
         found.under("margin")
 
 
