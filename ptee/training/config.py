@@ -22,7 +22,7 @@ WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 
 
 class TrainingConfig(FrozenConfig):
-    """How the heads are trained. Every setting has a default; a value that is None or "auto" depends on others or the data."""
+    """How the heads are trained. Every setting has a default; None and "auto" depend on other settings or on the data."""
 
     loss: Annotated[Loss, BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name)] = (
         Field(
@@ -120,11 +120,11 @@ class TrainingConfig(FrozenConfig):
 
     @property
     def resolved_targets(self) -> str:
-        """The targets, where None is given as well."""
+        """The targets, also if None is given."""
         return self.targets or ("soft" if self.loss == SEPARATE else "labels")
 
     def resolved(self) -> TrainingConfig:
-        """This config with the value in place of every None that depends on another setting."""
+        """This config with a value for every None that depends on another setting."""
         alone = self.loss == SEPARATE
         optimizer = self.optimizer or ("muon" if alone else "adam")
         softened = alone and self.resolved_targets == "soft"
@@ -141,31 +141,18 @@ class TrainingConfig(FrozenConfig):
 
 
 def choices(field: str) -> tuple[str, ...]:
-    """The words that a setting can have, such as those of "targets".
-
-    Args:
-        field: name of a field of `TrainingConfig` that takes words.
-    """
+    """The words that a setting can be, such as those of "targets"."""
     kinds = [TrainingConfig.model_fields[field].annotation, *get_args(TrainingConfig.model_fields[field].annotation)]
     return tuple(word for kind in kinds for word in get_args(kind) if isinstance(word, str))
 
 
 def epochs_for(images: int, batch_size: int) -> int:
-    """How many epochs "auto" stands for: enough updates, and not too many passes over the data.
-
-    Args:
-        images: number of training images.
-        batch_size: images in each update.
-    """
+    """How many epochs "auto" means for so many training images: enough updates, and not too many passes over the data."""
     return min(max(MIN_EPOCHS, -(-UPDATES * batch_size // images)), MAX_EPOCHS)
 
 
 def shift_for(input_size: tuple[int, int, int]) -> int:
-    """How many pixels "auto" stands for, where some head reads maps.
-
-    Args:
-        input_size: (c, h, w).
-    """
+    """How many pixels "auto" means for images (c, h, w), if some head reads maps."""
     return min(input_size[1:]) // SHIFTED_PART
 
 

@@ -338,12 +338,6 @@ def test_a_part_still_says_of_which_files_it_is():
     assert [part.files_sha256 for part in hold_out(data, 0.3)] == ["abc", "abc"]
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 0.6, math.nan])
-def test_a_share_that_leaves_one_side_nothing_is_refused(share):
-    with pytest.raises(PteeError, match=r"share.*above 0 and be 0\.5 at most"):
-        hold_out(TensorDataset(torch.arange(1000)), share)
-
-
 def test_a_share_too_small_to_calibrate_on_is_refused():
     with pytest.raises(DataError, match=r"0.1 of 100 training images are 10.*calibration_share"):
         hold_out(TensorDataset(torch.arange(100)), 0.1)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ptee
-from ptee._common.errors import PteeError, UnknownName
+from ptee._common.errors import PteeError
 from ptee.training.config import choices
-from ptee.training.losses import ALIASES, LOSSES, blend_log_probs, get_loss
+from ptee.training.losses import LOSSES, blend_log_probs
 
 E, b, K = 3, 5, 6
 COSTS = torch.tensor([0.3, 0.6, 0.9, 1.2], dtype=torch.float64)
-each_loss = pytest.mark.parametrize("name", sorted(LOSSES.keys() - ALIASES.keys()))
+each_loss = pytest.mark.parametrize("name", sorted(LOSSES))
 each_target = pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft targets"])
 
 
@@ -223,18 +223,8 @@ def test_a_confidence_of_the_backbone_itself_is_refused(name):
         LOSSES[name](logits, torch.cat([confidence_logits, confidence_logits[:1]]), COSTS, target)
 
 
-def test_unknown_loss_suggests_the_nearest():
-    with pytest.raises(UnknownName, match=r"Unknown loss 'v3'\. Did you mean 'v2' or 'v1'"):
-        get_loss("v3")
-
-
 def test_the_losses_of_the_config_are_those_that_there_are():
-    assert set(choices("loss")) == LOSSES.keys() - ALIASES.keys()
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_found_by_its_name(name):
-    assert get_loss(name) is LOSSES[ALIASES.get(name, name)]
+    assert set(choices("loss")) == LOSSES.keys()
 
 
 def test_the_losses_of_the_thesis_have_its_names_too():
