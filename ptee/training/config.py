@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
@@ -16,6 +16,7 @@ MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
 SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
 Auto = Literal["auto"]
 Loss = Literal["separate", "joint", "joint_each_exit", "mc", "cost"]
+Targets = Literal["labels", "pseudo", "soft"]
 # The weights of the optimizer's learning rate and weight decay where none are given.
 LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
@@ -33,7 +34,7 @@ class TrainingConfig(FrozenConfig):
             "Older names: each, v1, v2.",
         )
     )
-    targets: Literal["labels", "pseudo", "soft"] | None = Field(
+    targets: Targets | None = Field(
         default=None,
         description="What the heads learn: the labels, pseudo (the class that the backbone predicts) or soft (the backbone's "
         "probabilities). The last two need no labels. Default: soft for the loss separate, labels for the others.",
@@ -138,12 +139,6 @@ class TrainingConfig(FrozenConfig):
             "schedule": "cosine" if alone else "constant",
         }
         return self.changed(**{name: value for name, value in values.items() if getattr(self, name) is None})
-
-
-def choices(field: str) -> tuple[str, ...]:
-    """The words that a setting can be, such as those of "targets"."""
-    kinds = [TrainingConfig.model_fields[field].annotation, *get_args(TrainingConfig.model_fields[field].annotation)]
-    return tuple(word for kind in kinds for word in get_args(kind) if isinstance(word, str))
 
 
 def epochs_for(images: int, batch_size: int) -> int:

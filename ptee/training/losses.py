@@ -13,8 +13,16 @@ With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backb
 
 Cross-entropies are computed from logits in log space: Y itself underflows where a loss is most needed.
 
+Every loss takes the same and gives a scalar, the mean over the batch, in float32 at least:
+
+    logits             (E+1, b, K) of every exit; the last are the frozen backbone's and get no gradient
+    confidence_logits  (E, b), h is their sigmoid
+    costs              (E+1,) of leaving at each exit
+    target             (b,) int64 labels, or (b, K) probabilities
+    cost_weight        the thesis's lambda
+
 Sources: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12 (joint is its v1,
-joint_each_exit its v2); for `separate` Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015.
+joint_each_exit its v2); for `separate` Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015, section 2.
 """
 
 from __future__ import annotations
@@ -35,42 +43,21 @@ CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `separate_loss`
 def mc_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """Cross-entropy of the blended answer Y_0. The cost has no influence, so all images come to leave at the end.
-
-    Args:
-        logits: (E+1, b, K) of every exit; the last are the frozen backbone's and get no gradient.
-        confidence_logits: (E, b), h is their sigmoid.
-        costs: (E+1,) cost of leaving at each exit; not used here.
-        target: (b,) int64 labels, or (b, K) probabilities.
-        cost_weight: not used here.
-
-    Returns:
-        Scalar, mean over the batch, in float32 at least.
-
-    Source: thesis, eqs. 6-12.
-    """
+    """Cross-entropy of the blended answer Y_0. Costs have no influence, so all images come to leave at the end."""
     return _cross_entropies(logits, confidence_logits, target)[0]
 
 
 def cost_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """The expected cost C_0. The answers have no influence, so all images come to leave at exit 0.
-
-    Takes what `mc_loss` takes. `target` and `cost_weight` are not used, and only the confidences get a gradient.
-
-    Source: thesis, eqs. 6-12.
-    """
+    """The expected cost C_0. Answers have no influence, so all images come to leave at exit 0."""
     return _expected_costs(logits, confidence_logits, costs)[0]
 
 
 def joint_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """Cross-entropy of Y_0 plus `cost_weight` (the thesis's lambda) times C_0. Takes what `mc_loss` takes.
-
-    Source: thesis, eqs. 6-12; the loss PTEENet trains with, at weight 1.
-    """
+    """Cross-entropy of Y_0 plus `cost_weight` times C_0. PTEENet trains with it at weight 1."""
     cross_entropy = _cross_entropies(logits, confidence_logits, target)[0]
     return cross_entropy + cost_weight * _expected_costs(logits, confidence_logits, costs)[0]
 
@@ -78,12 +65,10 @@ def joint_loss(
 def joint_each_exit_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """As `joint_loss`, but the mean over every Y_n and C_n, n = 0..E. Takes what `mc_loss` takes.
+    """As `joint_loss`, but the mean over every Y_n and C_n, n = 0..E.
 
     The thesis sums these E+1 terms, and PTEENet's code divides the sum by E. With the mean, the size of the loss does not depend
     on the number of exits, so neither does what a learning rate means.
-
-    Source: thesis, eqs. 6-12.
     """
     cross_entropies = _cross_entropies(logits, confidence_logits, target)
     return (cross_entropies + cost_weight * _expected_costs(logits, confidence_logits, costs)).mean()
@@ -103,17 +88,8 @@ def separate_loss(
     h learns by cross-entropy whether the exit's answer is the target's largest class. This term counts a hundredth: the features
     are for the answers. The confidence layer gets no other gradient, and Adam without weight decay undoes the factor there.
 
-    Takes what `mc_loss` takes. `costs` and `cost_weight` are not used, nor are the backbone's logits.
-
-    Args:
-        logits: (E+1, b, K).
-        confidence_logits: (E, b).
-        costs: not used here.
-        target: (b,) int64 labels, or (b, K) probabilities at this same temperature.
-        cost_weight: not used here.
-        temperature: divides the exits' logits. The divergence is multiplied by its square, which keeps the size of gradients.
-
-    Source: Hinton, Vinyals & Dean 2015, section 2.
+    The temperature divides the exits' logits; a target of probabilities has the same temperature already. The divergence is
+    multiplied by its square, which keeps the size of gradients. Costs and the backbone's logits are not used.
     """
     _require_exits(logits, confidence_logits)
     wide = logits[:-1].to(_wide(logits))

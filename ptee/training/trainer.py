@@ -79,7 +79,11 @@ def train(
     require_early_exit(model)
     model.require_all_on()
     model.forget_calibration()
-    config = _given_config(config).changed(**changes)
+    config = TrainingConfig() if config is None else config
+    if not isinstance(config, TrainingConfig):
+        text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
+        raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
+    config = config.changed(**changes)
     for data in [train_data] if val_data is None else [train_data, val_data]:  # refuse what cannot be made into batches
         batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
     config = resolve_config(config, model, train_data)
@@ -99,15 +103,6 @@ def train(
         if resume:
             run.resume()
         return run.fit(loaders, train_data, val_data, on_epoch)
-
-
-def _given_config(config: Any) -> TrainingConfig:
-    if config is None:
-        return TrainingConfig()
-    if not isinstance(config, TrainingConfig):
-        text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
-        raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
-    return config
 
 
 def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: Any) -> TrainingConfig:
@@ -131,7 +126,7 @@ def _auto_epochs(config: TrainingConfig, data: Any) -> int:
 def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
     if config.shift == 0:
         return 0
-    maps, size = reads_maps(model), model.plan.input_size
+    maps, size = _reads_maps(model), model.plan.input_size
     if config.shift == "auto":
         return shift_for(size) if maps else 0
     given = Argument("shift", str(config.shift))
@@ -145,8 +140,8 @@ def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
 
 
 @torch.no_grad()
-def reads_maps(model: EarlyExitModel) -> bool:
-    """Whether some head learns from a map (b, c, h, w), which can be shifted. Leaves the model in eval mode."""
+def _reads_maps(model: EarlyExitModel) -> bool:
+    """Whether some head learns from a map (b, c, h, w), which can be shifted."""
     like = next(model.heads.parameters())
     reading = model.eval().read(torch.zeros(2, *model.plan.input_size, dtype=like.dtype, device=like.device))
     return any(x.dim() == 4 for x in reading.inputs)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from ptee._common.errors import PteeError, UnknownName
-from ptee.training.config import TrainingConfig, choices, epochs_for, shift_for
+from ptee.training.config import Loss, Targets, TrainingConfig, epochs_for, shift_for
 
 REFUSED = [
     ({"targets": "pseudos"}, "targets='pseudos' is unknown. Did you mean 'pseudo'? Choices: labels, pseudo, soft."),
@@ -84,8 +85,8 @@ def test_heads_that_learn_separately_and_together_have_defaults_of_their_own():
     assert (joint.optimizer, joint.lr, joint.weight_decay, joint.schedule) == ("adam", 0.001, 0.0, "constant")
 
 
-@pytest.mark.parametrize("loss", choices("loss"))
-@pytest.mark.parametrize("targets", [None, *choices("targets")])
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize("targets", [None, *get_args(Targets)])
 def test_a_resolved_config_can_be_written_down_and_given_back(loss, targets):
     resolved = TrainingConfig(loss=loss, targets=targets, lr=0.5).resolved()
     assert resolved.lr == 0.5

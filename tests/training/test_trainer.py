@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -29,14 +29,14 @@ import ptee
 from ptee._common.errors import DataError, DeviceError, PteeError, UnknownName
 from ptee.backbones.weights import weights_hash
 from ptee.training import trainer as training
-from ptee.training.config import TrainingConfig, choices
+from ptee.training.config import Targets, TrainingConfig
 from ptee.training.history import MIN_DELTA, Epoch
 from ptee.training.losses import joint_loss
 
 # what changes, and what does not
 
 
-@pytest.mark.parametrize("targets", choices("targets"))
+@pytest.mark.parametrize("targets", get_args(Targets))
 @pytest.mark.parametrize("head", ["pool", "bnpool", "conv1"])
 def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
     model = made(head)
