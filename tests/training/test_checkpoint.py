@@ -112,13 +112,12 @@ def test_every_optimiser_learns_and_goes_on_where_it_was_interrupted(optimizer, 
 
 
 def test_optimisers_differ():
-    made_by = {}
-    for optimizer in OPTIMIZERS:
-        model = made("conv1")
+    models = {optimizer: made("conv1") for optimizer in OPTIMIZERS}
+    for optimizer, model in models.items():
         fit(model, optimizer=optimizer, weight_decay=0.05)
-        made_by[optimizer] = heads(model)
-    assert not same(made_by["adam"], made_by["adamw"])
-    assert not same(made_by["adamw"], made_by["muon"])
+    adam, adamw, muon = (heads(models[name]) for name in ("adam", "adamw", "muon"))
+    assert not same(adam, adamw)
+    assert not same(adamw, muon)
 
 
 def test_more_epochs_would_be_another_cosine(tmp_path):
@@ -128,21 +127,14 @@ def test_more_epochs_would_be_another_cosine(tmp_path):
         fit(made(), epochs=4, resume=True, **settings)
 
 
-def test_where_nothing_was_kept_resuming_begins_anew(tmp_path):
-    begun, want = made(), made()
-    fit(begun, checkpoint=tmp_path / "none.safetensors", resume=True)
-    fit(want)
-    assert same(heads(begun), heads(want))
-
-
-def test_without_resume_an_old_checkpoint_is_written_over(tmp_path):
-    checkpoint = tmp_path / "c.safetensors"
-    fit(made(seed=9), checkpoint=checkpoint)
+@pytest.mark.parametrize("resume", [True, False], ids=["resumed without a checkpoint", "not resumed"])
+def test_a_training_that_does_not_go_on_begins_from_its_own_heads(resume, tmp_path):
     model, want = made(), made()
-    history = fit(model, checkpoint=checkpoint)
+    if not resume:
+        fit(made(seed=9), checkpoint=tmp_path / "c.safetensors")
+    assert len(fit(model, checkpoint=tmp_path / "c.safetensors", resume=resume).epochs) == 3
     fit(want)
     assert same(heads(model), heads(want))
-    assert len(history.epochs) == 3
 
 
 @pytest.fixture
@@ -167,14 +159,32 @@ def test_another_setting_is_refused_with_both_values(name, value, checkpoint):
     assert same(heads(model), before)
 
 
-def test_the_checkpoint_of_other_heads_is_refused(checkpoint):
-    with pytest.raises(RunError, match=r"conv1.*now pool"):
-        fit(made("pool"), checkpoint=checkpoint, resume=True)
+def other_backbone() -> ptee.EarlyExitModel:
+    net = Net()
+    with torch.no_grad():
+        net.fc.bias += 1
+    return on(net)
 
 
-def test_the_checkpoint_of_data_of_another_length_is_refused(checkpoint):
-    with pytest.raises(RunError, match=f"{N}.*now 32"):
-        fit(made(), TensorDataset(images()[:32], labels()[:32]), checkpoint=checkpoint, resume=True)
+OTHER_TRAININGS = {
+    "heads": (lambda: made("pool"), data, "conv1.*now pool"),
+    "exits": (lambda: ptee.augment(Net(), exits=["one"], head="conv1", input_size=SIZE), data, "exits"),
+    "number of classes": (lambda: on(Net(K + 1)), data, "classes 4"),
+    "backbone": (other_backbone, data, "backbone"),
+    "input": (
+        lambda: build(load_backbone(Net(), input_size=SIZE, mean=(0.4,)), exits=EXITS, head="conv1"),
+        data,
+        "input",
+    ),
+    "number of images": (made, lambda: TensorDataset(images()[:32], labels()[:32]), f"{N}.*now 32"),
+    "images": (made, lambda: TensorDataset(images() + 1, labels()), "samples"),
+}
+
+
+@pytest.mark.parametrize(("model", "train_data", "words"), OTHER_TRAININGS.values(), ids=OTHER_TRAININGS)
+def test_the_checkpoint_of_another_training_is_refused(model, train_data, words, checkpoint):
+    with pytest.raises(RunError, match=words):
+        fit(model(), train_data(), checkpoint=checkpoint, resume=True)
 
 
 class Files(TensorDataset):
@@ -191,17 +201,6 @@ def test_the_checkpoint_of_other_files_is_refused(tmp_path):
     fit(made(), Files("1" * 64), checkpoint=checkpoint, resume=True)
     with pytest.raises(RunError, match=r"data 48 long.*1111 \(now 48 long.*2222\)"):
         fit(made(), Files("2" * 64), checkpoint=checkpoint, resume=True)
-
-
-def test_the_checkpoint_of_other_exits_is_refused(checkpoint):
-    model = ptee.augment(Net(), exits=["one"], head="conv1", input_size=SIZE)
-    with pytest.raises(RunError, match="exits"):
-        fit(model, checkpoint=checkpoint, resume=True)
-
-
-def test_the_checkpoint_of_another_number_of_classes_is_refused(checkpoint):
-    with pytest.raises(RunError):
-        fit(on(Net(K + 1)), checkpoint=checkpoint, resume=True)
 
 
 def with_front(seed: int, size: tuple[int, int, int] = SIZE) -> ptee.EarlyExitModel:
@@ -223,25 +222,6 @@ def test_the_checkpoint_of_another_front_network_is_refused_and_leaves_it_as_it_
     with pytest.raises(RunError, match="front"):
         fit(model, checkpoint=checkpoint, resume=True)
     assert same(heads(model), before)
-
-
-def test_the_checkpoint_of_other_images_is_refused(tmp_path):
-    checkpoint = tmp_path / "checkpoint.safetensors"
-    models = [
-        build(load_backbone(made().detach(), input_size=SIZE, mean=(mean,)), exits=EXITS, head="conv1")
-        for mean in (0.4, 0.5)
-    ]
-    fit(models[0], epochs=1, checkpoint=checkpoint)
-    with pytest.raises(RunError, match="input"):
-        fit(models[1], checkpoint=checkpoint, resume=True)
-
-
-def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
-    net = Net()
-    with torch.no_grad():
-        net.fc.bias += 1
-    with pytest.raises(RunError, match="backbone"):
-        fit(on(net), checkpoint=checkpoint, resume=True)
 
 
 def rewritten(file: Path, about: dict[str, str] | None = None, drop: str = "-", **add: Tensor) -> None:
@@ -296,11 +276,6 @@ def test_a_checkpoint_with_more_epochs_than_are_wanted_is_refused(tmp_path):
     fit(made(), epochs=2, checkpoint=checkpoint)
     with pytest.raises(RunError, match=r"2 complete epochs, more than epochs=1\. Give 2 or more"):
         fit(made(), epochs=1, checkpoint=checkpoint, resume=True)
-
-
-def test_the_checkpoint_of_other_images_of_the_same_number_is_refused(checkpoint):
-    with pytest.raises(RunError, match="samples"):
-        fit(made(), TensorDataset(images() + 1, labels()), checkpoint=checkpoint, resume=True)
 
 
 def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):

@@ -62,16 +62,11 @@ def test_heads_that_learn_separately_come_nearer_to_their_targets_and_know_it(se
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_in_eval_mode_afterwards(training):
+def test_the_model_is_in_eval_mode_on_its_device_with_its_thresholds_afterwards(training):
     model = made().train(training)
-    fit(model, epochs=1)
-    assert not any(part.training for part in model.modules())
-
-
-def test_the_model_stays_on_its_device_with_its_thresholds():
-    model = made()
     model.threshold = [0.2, 0.8]
     fit(model, epochs=1)
+    assert not any(part.training for part in model.modules())
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert model.threshold == [0.2, 0.8]
 
@@ -146,7 +141,7 @@ def test_auto_epochs_of_a_loader_count_its_batches():
 # what is reported
 
 
-def test_each_epoch_tells_its_means_before_each_update():
+def test_an_epoch_reports_means_from_before_each_update():
     model = made()
     model.threshold = 0.5
     with torch.no_grad():
@@ -162,10 +157,6 @@ def test_each_epoch_tells_its_means_before_each_update():
     assert epoch.seconds > 0
 
 
-def test_without_labels_there_is_no_accuracy():
-    assert fit(made(), TensorDataset(images()), targets="soft").epochs[0].accuracy is None
-
-
 def test_the_validation_loss_is_measured_in_eval_mode_after_the_epoch():
     model = made("bnpool")
     history = fit(model, None, data(), epochs=2)
@@ -175,12 +166,11 @@ def test_the_validation_loss_is_measured_in_eval_mode_after_the_epoch():
     assert history.epochs[-1].val_loss == pytest.approx(want, rel=1e-5)
 
 
-def test_each_epoch_is_told_when_it_is_over():
-    told: list[Epoch] = []
-    history = fit(made(), on_epoch=told.append)
-    assert told == history.epochs
-    assert [epoch.number for epoch in told] == [1, 2, 3]
-    assert json.loads(json.dumps(history.to_dict()))["epochs"][2]["number"] == 3
+def test_each_epoch_is_reported_when_it_is_over():
+    reported: list[Epoch] = []
+    history = fit(made(), on_epoch=reported.append)
+    assert reported == history.epochs
+    assert [epoch["number"] for epoch in json.loads(json.dumps(history.to_dict()))["epochs"]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("loss", "where"), [("cost", r"exit 0 \(one\)"), ("mc", "backbone's own output")])
@@ -188,11 +178,9 @@ def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
     net = Net()
     with torch.no_grad():
         net.fc.weight *= 300  # so sure of its answers that no exit is as good
-    model = on(net, "pool")
+    settings = {"targets": "pseudo", "loss": loss, "epochs": 6, "batch_size": 16, "lr": 0.1, "precision": "no"}
     with pytest.warns(UserWarning, match=f"collapsed: .*{where}"):
-        history = ptee.train(
-            model, data(), targets="pseudo", loss=loss, epochs=6, batch_size=16, lr=0.1, precision="no"
-        )
+        history = ptee.train(on(net, "pool"), data(), **settings)
     assert "collapsed" in history.warning
 
 
@@ -271,13 +259,13 @@ def test_images_without_labels_are_enough_for_the_backbones_own_answers(source, 
     assert same(heads(got), heads(want))
 
 
+def with_odd_labels(label: int) -> TensorDataset:
+    return TensorDataset(images(), labels().where(labels() > 0, label))
+
+
 def test_missing_labels_are_refused_with_the_way_around():
     with pytest.raises(DataError, match="targets='pseudo'"):
         fit(made(), TensorDataset(images()))
-
-
-def with_odd_labels(label: int) -> TensorDataset:
-    return TensorDataset(images(), labels().where(labels() > 0, label))
 
 
 @pytest.mark.parametrize("label", [K, -2, 1000])
@@ -364,22 +352,9 @@ def test_settings_by_name_take_the_place_of_those_in_the_config():
     assert history.config == config.changed(epochs=2).resolved().model_dump()
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
-    got, want = made(), made()
-    settings = {"epochs": np.int64(2), "batch_size": np.int32(16), "seed": np.uint8(3), "lr": np.float32(0.5)}
-    fit(got, checkpoint=tmp_path / "checkpoint.safetensors", **settings)
-    fit(want, epochs=2, batch_size=16, seed=3, lr=0.5)
-    assert same(heads(got), heads(want))
-
-
-def test_a_loss_that_is_no_number_is_refused_with_a_lower_learning_rate():
-    with pytest.raises(PteeError, match=r"nan.*1e\+29"):
-        fit(made(), lr=1e30)
-
-
-def test_after_a_loss_that_is_no_number_a_lower_learning_rate_helps():
+def test_a_loss_that_is_no_number_is_refused_and_a_lower_learning_rate_helps():
     model = made()
-    with pytest.raises(PteeError):
+    with pytest.raises(PteeError, match=r"nan.*1e\+29"):
         fit(model, lr=1e30)
     fit(model, lr=1e-3)
 
@@ -420,18 +395,12 @@ def test_training_in_mixed_precision_lowers_the_loss_and_keeps_float32_heads(pre
     assert {value.dtype for value in model.heads.parameters()} == {torch.float32}
 
 
-def test_mixed_precision_is_really_used():
-    rough, fine = made(), made()
-    fit(rough, precision="bf16")
-    fit(fine, precision="no")
-    assert not same(heads(rough), heads(fine))
-
-
-def test_settings_of_one_training_do_not_reach_into_the_next():
-    first, second = made(), made()
+def test_mixed_precision_is_used_and_does_not_reach_into_the_next_training():
+    first, rough, second = made(), made(), made()
     fit(first)
-    fit(made(), precision="bf16")
+    fit(rough, precision="bf16")
     fit(second)
+    assert not same(heads(first), heads(rough))
     assert same(heads(first), heads(second))
 
 
@@ -446,15 +415,11 @@ def accelerator() -> Iterator[Callable[[], Any]]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_an_accelerator_of_the_callers_keeps_its_precision(accelerator):
-    mine = accelerator()
+@pytest.mark.parametrize("before", [True, False], ids=["made before", "made afterwards"])
+def test_an_accelerator_of_the_callers_has_its_own_precision(before, accelerator):
+    mine = accelerator() if before else None
     fit(made(), epochs=1)
-    assert mine.mixed_precision == "bf16"
-
-
-def test_after_training_the_caller_can_make_an_accelerator(accelerator):
-    fit(made(), epochs=1)
-    assert accelerator().mixed_precision == "bf16"
+    assert (mine or accelerator()).mixed_precision == "bf16"
 
 
 # early stopping
@@ -472,15 +437,6 @@ def test_training_stops_when_nothing_gets_better_and_goes_back_to_the_best():
     assert same(heads(model), seen[best])
 
 
-def test_without_patience_all_epochs_are_done_and_the_last_one_counts():
-    seen: list[dict[str, Tensor]] = []
-    model = made()
-    history = stopping(model, epochs=12, patience=None, on_epoch=lambda _: seen.append(heads(model)))
-    assert len(history.epochs) == 12
-    assert not history.stopped_early
-    assert same(heads(model), seen[-1])
-
-
 # Ctrl-C
 
 
@@ -496,7 +452,7 @@ def test_ctrl_c_keeps_the_heads_of_the_last_complete_epoch(head):
 
 
 @pytest.mark.parametrize(("place", "complete"), [("deepcopy", 1), ("_save", 2), ("on_epoch", 2)])
-def test_ctrl_c_between_two_epochs_ends_it_as_within_one(place, complete, monkeypatch):
+def test_ctrl_c_between_two_epochs_ends_the_training_as_within_one(place, complete, monkeypatch):
     model, want, calls, told = made(), made(), itertools.count(), {}
     fit(want, epochs=complete)
 
