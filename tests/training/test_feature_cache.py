@@ -1,4 +1,4 @@
-"""The cache: trained on what the backbone said once, heads become what they become when it says it in every epoch."""
+"""The cache: heads learn the same from it as when the backbone runs in every epoch."""
 
 from __future__ import annotations
 
@@ -91,20 +91,17 @@ class Counting(nn.Module):
         return self.net(x)
 
 
-def test_the_backbone_runs_once_over_the_data_however_many_epochs_there_are():
+@pytest.mark.parametrize(
+    ("data", "epochs", "count"),
+    [((images(40), images(20)), 5, 60), ((DataLoader(images(40), 8),), 2, 80)],
+    ids=["data sets", "a loader, which is not cached"],
+)
+def test_the_backbone_runs_once_over_a_data_set_however_many_epochs_there_are(data, epochs, count):
     net = Counting()
     model = ptee.augment(net, input_size=SIZE, num_exits=2)
     net.images = 0
-    short(model, images(40), images(20), epochs=5, cache=True)
-    assert net.images == 60
-
-
-def test_a_loader_keeps_its_own_batches_and_is_not_cached():
-    net = Counting()
-    model = ptee.augment(net, input_size=SIZE, num_exits=2)
-    net.images = 0
-    short(model, DataLoader(images(40), 8), epochs=2, cache=True)
-    assert net.images == 80
+    short(model, *data, epochs=epochs, cache=True)
+    assert net.images == count
 
 
 class Unlabelled(Dataset[Tensor]):
@@ -115,12 +112,8 @@ class Unlabelled(Dataset[Tensor]):
         return images(20)[i][0]
 
 
-def test_images_without_labels_can_be_cached():
-    history = short(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True)
-    assert history.epochs[0].accuracy is None
-
-
-def test_labels_that_are_missing_are_still_asked_for():
+def test_images_without_labels_can_be_cached_but_are_no_targets():
+    assert short(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True).epochs[0].accuracy is None
     with pytest.raises(DataError, match="no labels"):
         short(early(), Unlabelled(), targets="labels", epochs=1, cache=True)
 
@@ -129,7 +122,7 @@ def test_labels_that_are_missing_are_still_asked_for():
 
 
 @pytest.mark.parametrize("head", ["pool", "plain", "bnpool", "conv1"])
-def test_what_was_read_is_answered_as_the_images_are(head):
+def test_heads_answer_what_they_read_as_they_answer_the_images(head):
     model, x = early(head), images(6).tensors[0]
     with torch.no_grad():
         now, later = model.all_exits(x), model.answer(model.read(x))
@@ -143,7 +136,7 @@ def test_a_pooled_head_keeps_a_vector_and_a_convolution_the_whole_map():
     assert [r.shape[1:] for r in early("conv1").read(x).inputs] == [e.shape for e in early("conv1").exits]
 
 
-def test_what_draws_lots_or_learns_is_not_kept_but_done_anew(monkeypatch):
+def test_layers_that_are_random_or_learn_are_not_cached(monkeypatch):
     def dropped(channels: int, height: int, width: int) -> nn.Module:
         return nn.Sequential(nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -227,24 +220,23 @@ def test_a_cache_above_the_limit_is_refused_with_its_size(monkeypatch):
         filled(Path(), images(20))
 
 
-def test_a_disk_without_room_is_one_line(tmp_path, in_files, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "result"),
+    [("shutil", "disk_usage", lambda _: type("Usage", (), {"free": 10})), ("os", "posix_fallocate", full)],
+    ids=["has no room", "fills up meanwhile"],
+)
+def test_a_full_disk_is_refused_in_one_line(module, function, result, tmp_path, in_files, monkeypatch):
+    monkeypatch.setattr(getattr(cache, module), function, result, raising=False)
     with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
         filled(tmp_path, images(20))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, in_files, monkeypatch):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
-        filled(tmp_path, images(20))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_how_large_the_cache_of_the_training_images_becomes_is_said_before_it_is_filled(monkeypatch):
+def test_the_size_of_the_training_images_cache_is_reported_before_it_is_filled(monkeypatch):
     events: list[str] = []
     put = Cache.put
     monkeypatch.setattr(Cache, "put", lambda *args: events.append("filled") or put(*args))
@@ -257,9 +249,8 @@ def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    fill(
-        early().eval(), images(), batch_size=16, around=nullcontext, callback=lambda size: terminal.write(f"{size}\n")
-    ).close()
+    report = lambda size: terminal.write(f"{size}\n")  # noqa: E731
+    fill(early().eval(), images(), batch_size=16, around=nullcontext, callback=report).close()
     first = terminal.getvalue().split("\n")[0]
     assert "cache:   0%" in first
     assert first.rpartition("\r")[2].startswith("The backbone runs once")  # what is left to be seen
