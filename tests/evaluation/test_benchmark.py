@@ -71,19 +71,13 @@ def test_the_ratio_is_the_median_of_the_ratios_of_each_round():
         ratio([1.0, 2.0], [1.0])
 
 
-@pytest.mark.parametrize("batch", [2, 5, 8])
+@pytest.mark.parametrize("batch", [2, 5])
 def test_the_counted_cost_is_the_mean_of_the_models_costs(batch):
     model = made()
     first, _, last = model.costs
     half = batch // 2
-    found = bench(model, [batch], rounds=3)
-    assert {case.leaving: case.counted for case in found.cases} == pytest.approx(
-        {
-            "nobody": last,
-            "half at exit 0": (half * first + (batch - half) * last) / batch,
-            "all at exit 0": first,
-        }
-    )
+    some = (half * first + (batch - half) * last) / batch
+    assert [case.counted for case in bench(model, [batch], rounds=3).cases] == pytest.approx([last, some, first])
 
 
 def test_every_batch_size_has_every_case_but_half_of_one_image_cannot_leave():

@@ -231,15 +231,6 @@ def test_nothing_is_kept_in_reserve_where_images_that_were_left_out_lose_nothing
     assert solve(traces, Target("max_drop", 0.0), margin="auto").threshold == pytest.approx((0.7, 0.3))
 
 
-def test_logits_are_not_copied_to_choose_thresholds(monkeypatch):
-    traces, seen = replace(easy_and_hard(0, 2, 40), logits=torch.zeros(3, 40, K)), []
-    rows = Traces.rows
-    monkeypatch.setattr(Traces, "rows", lambda self, which: seen.append(self.logits) or rows(self, which))
-    solve(traces, Target("max_drop", 0.1), margin="auto")
-    assert seen
-    assert all(logits is None for logits in seen)
-
-
 def test_nothing_is_kept_in_reserve_for_a_cost_or_with_a_handful_of_images():
     traces = easy_and_hard(0, 3, 200)
     assert solve(traces, Target("max_cost", 0.6), margin="auto") == solve(traces, Target("max_cost", 0.6), margin=0)
