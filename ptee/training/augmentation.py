@@ -105,9 +105,9 @@ def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
     return change(sample)
 
 
-def draw_shifts(b: int, max_shift: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_shifts(b: int, max_shift: int) -> Tensor:
     """(b, 2) pixels of the input, down and to the right; each number from -max_shift to max_shift is equally likely."""
-    return torch.randint(-max_shift, max_shift + 1, (b, 2), generator=generator)
+    return torch.randint(-max_shift, max_shift + 1, (b, 2))
 
 
 def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor:

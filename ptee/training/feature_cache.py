@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -61,6 +60,13 @@ class Estimate:
     dtype: torch.dtype
     views: int = 1
 
+    @classmethod
+    def of(cls, reading: Reading, samples: int, views: int = 1) -> Estimate:
+        """The estimate for so many samples, from one batch of them."""
+        tensors = (*reading.inputs, reading.logits)
+        dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
+        return cls(samples, tuple(t.shape[1:] for t in tensors), dtype, views)
+
     @property
     def rows(self) -> int:
         """Number of all views of all samples."""
@@ -76,10 +82,6 @@ class Estimate:
         """Bytes."""
         return self._bytes(self.stored)
 
-    def __str__(self) -> str:
-        where = "in memory" if self.in_memory else "on disk until the training ends"
-        return f"The backbone runs once over {_images(self)}. What the heads read of them takes {_amount(self.size)} {where}."
-
     @property
     def in_memory(self) -> bool:
         """Whether it is small enough."""
@@ -88,22 +90,27 @@ class Estimate:
     def _bytes(self, dtype: torch.dtype) -> int:
         return self.rows * sum(shape.numel() for shape in self.shapes) * dtype.itemsize
 
+    @property
+    def images(self) -> str:
+        """Number of images and views, in words."""
+        return f"{self.samples:,} images" + (f" in {self.views} views each" if self.views > 1 else "")
+
+    def __str__(self) -> str:
+        where = "in memory" if self.in_memory else "on disk until the training ends"
+        return f"The backbone runs once over {self.images}. What the heads read of them takes {_amount(self.size)} {where}."
+
 
 class Cache(Dataset[Entry]):
-    """What the heads read of a data set. A DataError if it is larger than the limit, or if the disk is full.
+    """What the heads read of a data set. `views` is the data set if its samples have several views.
 
-    Args:
-        estimate: of its size.
-        folder: on whose disk a large one lies; None for the system's own folder.
-        views: the data set, if its samples have several views.
+    A DataError if it is larger than the limit, or if the disk is full.
     """
 
-    def __init__(self, estimate: Estimate, folder: Path | None = None, views: Views | None = None) -> None:
+    def __init__(self, estimate: Estimate, views: Views | None = None) -> None:
         self.estimate, self.views = estimate, views
-        self._folder = folder or Path(tempfile.gettempdir())
         if estimate.size > LIMIT:
             raise _too_large(
-                f"What the heads read of {_images(estimate)} takes {_amount(estimate.size)}, and a cache may take "
+                f"What the heads read of {estimate.images} takes {_amount(estimate.size)}, and a cache may take "
                 f"{_amount(LIMIT)}. Run",
                 ", or use heads that pool first",
             )
@@ -115,23 +122,14 @@ class Cache(Dataset[Entry]):
         if self.estimate.in_memory:
             return torch.empty(whole, dtype=dtype)
         try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:  # without a name; it lives as long as its mapping
-                self._reserve(file, whole.numel() * dtype.itemsize)
+            with tempfile.TemporaryFile() as file:  # without a name; it lives as long as its mapping
+                _reserve(file, whole.numel() * dtype.itemsize)
                 return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(whole)))
         except OSError as why:
             raise _too_large(
-                f"The disk of {self._folder} has no room for {_amount(self.estimate.size)} of what the heads read. Free some, "
-                "set TMPDIR to another disk, or run"
+                f"The disk of {tempfile.gettempdir()} has no room for {_amount(self.estimate.size)} of what the heads read. "
+                "Free some, set TMPDIR to another disk, or run"
             ) from why
-
-    def _reserve(self, file: IO[bytes], size: int) -> None:
-        """Take the room now: a file with holes would kill the process when the disk fills up."""
-        if shutil.disk_usage(self._folder).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
 
     def put(self, start: int, reading: Reading, labels: Tensor | None) -> None:
         """Write a batch, from this row on."""
@@ -187,7 +185,6 @@ def fill(
     batch_size: int,
     num_workers: int = 0,
     around: Callable[[], AbstractContextManager[Any]],
-    folder: Path | None = None,
     description: str = "cache",
     callback: Callable[[Estimate], None] | None = None,
 ) -> Cache:
@@ -199,7 +196,6 @@ def fill(
         batch_size: images per batch.
         num_workers: processes that load images.
         around: a context for the forward pass, such as autocast.
-        folder: on whose disk a large cache lies; None for the system's own folder.
         description: for the progress bar.
         callback: called with the size, as soon as it is known and there is room for it.
     """
@@ -211,7 +207,7 @@ def fill(
         with around():
             reading = model.read(model.prepared(images))
         if cache is None:
-            cache = Cache(estimate(reading, len(data), views.views if views else 1), folder, views)
+            cache = Cache(Estimate.of(reading, len(data), views.views if views else 1), views)
             if callback is not None:
                 with tqdm.external_write_mode():  # or it would be printed behind the bar
                     callback(cache.estimate)
@@ -221,21 +217,20 @@ def fill(
     return cache
 
 
-def estimate(reading: Reading, samples: int, views: int = 1) -> Estimate:
-    """How large a cache of so many samples would be, from one batch."""
-    tensors = (*reading.inputs, reading.logits)
-    dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
-    return Estimate(samples, tuple(t.shape[1:] for t in tensors), dtype, views)
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take the room now: a file with holes would kill the process when the disk fills up."""
+    if shutil.disk_usage(tempfile.gettempdir()).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 def _too_large(reason: str, more: str = "") -> DataError:
     """The error for a cache that cannot be; the reason ends in "run", in front of what to do instead."""
     instead = Argument("cache", "False")
     return DataError(f"{reason} the backbone in every epoch (", instead, f"){more}.", argument="cache")
-
-
-def _images(estimate: Estimate) -> str:
-    return f"{estimate.samples:,} images" + (f" in {estimate.views} views each" if estimate.views > 1 else "")
 
 
 def _amount(size: int) -> str:

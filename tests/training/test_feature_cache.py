@@ -24,7 +24,7 @@ from ptee.exits.heads import HEADS
 from ptee.model.forward import Reading
 from ptee.training import feature_cache as cache
 from ptee.training.augmentation import Views, draw_views
-from ptee.training.feature_cache import Cache, Estimate, estimate, fill
+from ptee.training.feature_cache import Cache, Estimate, fill
 from ptee.training.history import History
 
 SIZE = (3, 32, 32)
@@ -155,13 +155,13 @@ def test_a_small_cache_keeps_its_precision_and_a_large_one_half_of_it():
 
 def test_the_size_is_known_after_one_batch():
     reading = Reading((torch.zeros(4, 8), torch.zeros(4, 2, 3, 3)), torch.zeros(4, 5))
-    assert estimate(reading, 10).size == 10 * (8 + 18 + 5) * 4
+    assert Estimate.of(reading, 10).size == 10 * (8 + 18 + 5) * 4
 
 
 def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn():
     seen = Views(images(10), 3)
     kept = fill(early(), seen, batch_size=8, around=nullcontext)
-    assert kept.estimate.size == 3 * estimate(kept[[0]].reading, 10).size
+    assert kept.estimate.size == 3 * Estimate.of(kept[[0]].reading, 10).size
     kept.begin(4)
     assert torch.equal(seen.drawn, draw_views(10, 3, 0, 4))
     assert len(kept) == 10
@@ -175,27 +175,30 @@ def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn(
 # ---------------------------------------------------------------------------------------------------- its files
 
 
-def filled(folder: Path, data: Any) -> Cache:
-    return fill(early(), data, batch_size=8, around=nullcontext, folder=folder)
+def filled(data: Any) -> Cache:
+    return fill(early(), data, batch_size=8, around=nullcontext)
 
 
 @pytest.fixture
-def in_files(monkeypatch):
+def in_files(monkeypatch, tmp_path) -> Path:
+    """The folder of the files."""
     monkeypatch.setattr(cache, "IN_MEMORY", 0)
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
 
 
-def test_its_files_have_no_name_so_nothing_is_left_when_the_process_is_killed(tmp_path, in_files):
-    kept = filled(tmp_path, images(20))
-    assert list(tmp_path.iterdir()) == []
+def test_its_files_have_no_name_so_nothing_is_left_when_the_process_is_killed(in_files):
+    kept = filled(images(20))
+    assert list(in_files.iterdir()) == []
     assert not kept.estimate.in_memory
     assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]])
     kept.close()
 
 
-def test_values_that_half_precision_cannot_hold_are_refused(tmp_path, in_files):
+def test_values_that_half_precision_cannot_hold_are_refused(in_files):
     x, y = images(20).tensors
     with pytest.raises(DataError, match=r"as large as .*half precision cannot hold.*cache=False"):
-        filled(tmp_path, TensorDataset(x * 1e7, y))
+        filled(TensorDataset(x * 1e7, y))
 
 
 class Interrupting(Dataset[Any]):
@@ -208,16 +211,16 @@ class Interrupting(Dataset[Any]):
         return images(20)[i]
 
 
-def test_an_interrupted_cache_leaves_nothing(tmp_path, in_files):
+def test_an_interrupted_cache_leaves_nothing(in_files):
     with pytest.raises(KeyboardInterrupt):
-        filled(tmp_path, Interrupting())
-    assert list(tmp_path.iterdir()) == []
+        filled(Interrupting())
+    assert list(in_files.iterdir()) == []
 
 
 def test_a_cache_above_the_limit_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(cache, "LIMIT", 1000)
     with pytest.raises(DataError, match=r"20 images takes .* [GM]iB.*cache=False"):
-        filled(Path(), images(20))
+        filled(images(20))
 
 
 def full(*_: Any) -> None:
@@ -229,11 +232,11 @@ def full(*_: Any) -> None:
     [("shutil", "disk_usage", lambda _: type("Usage", (), {"free": 10})), ("os", "posix_fallocate", full)],
     ids=["has no room", "fills up meanwhile"],
 )
-def test_a_full_disk_is_refused_in_one_line(module, function, result, tmp_path, in_files, monkeypatch):
+def test_a_full_disk_is_refused_in_one_line(module, function, result, in_files, monkeypatch):
     monkeypatch.setattr(getattr(cache, module), function, result, raising=False)
     with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
-        filled(tmp_path, images(20))
-    assert list(tmp_path.iterdir()) == []
+        filled(images(20))
+    assert list(in_files.iterdir()) == []
 
 
 def test_the_size_of_the_training_images_cache_is_reported_before_it_is_filled(monkeypatch):
