@@ -4,17 +4,15 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import SIZE, K, made
+from small import SIZE, K, OwnLoader, Stream, made
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
@@ -140,35 +138,12 @@ def test_costs_without_some_heads_are_the_backbones_and_those_of_the_others(off)
     assert found.costs_without(off).tolist() == pytest.approx(want)
 
 
-class Own:
-    """A loader that is not torch's."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.parts = list(zip(x.split(4), y.split(4), strict=True))
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.parts)
-
-
-class Stream(IterableDataset):
-    """Images one after another, nobody knows how many."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.items = list(zip(x, y, strict=True))
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
-
-
 SOURCES = {
     "a data set": lambda x, y: TensorDataset(x, y),
     "a list": lambda x, y: list(zip(x, y.tolist(), strict=True)),
     "a loader": lambda x, y: DataLoader(TensorDataset(x, y), 3),
     "a loader of a stream": lambda x, y: DataLoader(Stream(x, y), 5),
-    "a loader of one's own": Own,
+    "a loader of one's own": lambda x, y: OwnLoader(x, y, 4),
     "mappings": lambda x, y: [{"image": image, "label": label} for image, label in zip(x, y, strict=True)],
 }
 
@@ -195,12 +170,12 @@ def test_data_without_labels_have_no_targets(make):
     assert record(made(), make(images(3, *SIZE))).targets is None
 
 
-@pytest.mark.parametrize(("labels", "said"), [([0, 1, K], "0 to 4.*0 to 3"), ([0, -2, 1], "-2 to 1")], ids=str)
+@pytest.mark.parametrize(("labels", "words"), [([0, 1, K], "0 to 4.*0 to 3"), ([0, -2, 1], "-2 to 1")], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_no_label_is_used_if_one_is_no_class_of_the_backbone_and_a_note_says_why(labels, said, batch_size):
+def test_no_label_is_used_if_one_is_no_class_of_the_backbone_and_a_note_says_why(labels, words, batch_size):
     found = record(made(), TensorDataset(images(3, *SIZE), torch.tensor(labels)), batch_size=batch_size)
     assert found.targets is None
-    assert re.search(said, found.note)
+    assert re.search(words, found.note)
 
 
 @pytest.mark.parametrize("batch_size", [2, 4], ids=["between batches", "in one batch"])
@@ -240,6 +215,6 @@ def test_the_sample_is_of_the_data_and_nearly_as_large_as_it_may_be(n, batch_siz
 
 @pytest.mark.parametrize(("name", "cost"), [("max_prob", 0.4), ("patience", 0.5)])
 def test_a_confidence_that_needs_the_answers_of_earlier_exits_pays_for_their_heads(name, cost):
-    said = {"logits": torch.rand(3, 4, K), "confidence_logits": torch.zeros(2, 4)}
-    found = replace(traces(), **said, head_costs=torch.tensor([0.1, 0.1], dtype=torch.float64))
+    logits = {"logits": torch.rand(3, 4, K), "confidence_logits": torch.zeros(2, 4)}
+    found = replace(traces(), **logits, head_costs=torch.tensor([0.1, 0.1], dtype=torch.float64))
     assert found.under(name).costs_without([0])[1].item() == pytest.approx(cost)

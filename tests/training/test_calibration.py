@@ -155,7 +155,7 @@ def test_scale_and_shift_are_found_again(scale, shift):
 
 
 @pytest.mark.parametrize("size", [20, 400])
-def test_answers_that_can_be_told_apart_entirely_make_nobody_entirely_sure(size):
+def test_answers_that_are_separated_perfectly_do_not_lead_to_certainty(size):
     odds, _ = log_odds_and_answers(size, 1, 0)
     scale, shift = fit_scale_and_shift(odds, (odds > odds.median()).double())
     assert 0 < scale < 20
@@ -279,7 +279,7 @@ def test_the_table_says_how_many_images_and_which_question(model, images):
 
 
 @pytest.mark.parametrize(
-    ("more", "kind", "said"),
+    ("more", "kind", "words"),
     [
         ({"target": "agree"}, UnknownName, "'agree'.*Did you mean 'agrees'"),
         ({"target": "right"}, DataError, "'right' needs labels: the data has none. Without them give target='agrees'"),
@@ -287,8 +287,8 @@ def test_the_table_says_how_many_images_and_which_question(model, images):
         ({"seed": "a"}, PteeError, "seed='a' must be a whole number"),
     ],
 )
-def test_a_refusal_leaves_the_model_as_it_was(more, kind, said, model, images):
-    with pytest.raises(kind, match=said):
+def test_a_refusal_leaves_the_model_as_it_was(more, kind, words, model, images):
+    with pytest.raises(kind, match=words):
         calibrate(model, unlabelled(images), **more)
     assert (model.confidence, model.calibrated) == ("learned", None)
 

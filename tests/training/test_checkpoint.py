@@ -225,7 +225,7 @@ def test_the_checkpoint_of_another_front_network_is_refused_and_leaves_it_as_it_
 
 
 def rewritten(file: Path, about: dict[str, str] | None = None, drop: str = "-", **add: Tensor) -> None:
-    """As somebody would who knows the hash."""
+    """A file with other content and the right hash."""
     with safe_open(file, "pt") as old:
         tensors = {key: old.get_tensor(key) for key in old.keys() if not key.startswith(drop)}  # noqa: SIM118
         about = old.metadata() | (about or {})

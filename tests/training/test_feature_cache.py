@@ -67,7 +67,7 @@ def short(model: ptee.EarlyExitModel, *data: Any, **settings: Any) -> History:
 
 @pytest.mark.parametrize("head", ["pool", "plain", "bnpool", "conv1"])
 @pytest.mark.parametrize("targets", ["labels", "soft"])
-def test_training_on_a_cache_goes_the_same_way(head, targets):
+def test_heads_learn_the_same_from_a_cache(head, targets):
     expected = losses(head, targets=targets)
     assert losses(head, targets=targets, cache=True) == (
         pytest.approx(expected[0], rel=1e-5),
@@ -75,7 +75,7 @@ def test_training_on_a_cache_goes_the_same_way(head, targets):
     )
 
 
-def test_training_on_a_cache_in_files_and_half_precision_goes_the_same_way(monkeypatch):
+def test_heads_learn_nearly_the_same_from_a_cache_in_files_and_half_precision(monkeypatch):
     expected = losses("conv1")
     monkeypatch.setattr(cache, "IN_MEMORY", 0)
     assert losses("conv1", cache=True)[0] == pytest.approx(expected[0], rel=2e-2)
@@ -244,8 +244,8 @@ def test_the_size_of_the_training_images_cache_is_reported_before_it_is_filled(m
     put = Cache.put
     monkeypatch.setattr(Cache, "put", lambda *args: events.append("filled") or put(*args))
     short(early(), images(), images(20, 1), epochs=1, cache=True, on_cache=lambda size: events.append(str(size)))
-    said = "The backbone runs once over 40 images. What the heads read of them takes 1 MiB in memory."
-    assert events == [said] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
+    words = "The backbone runs once over 40 images. What the heads read of them takes 1 MiB in memory."
+    assert events == [words] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
 
 
 def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
@@ -260,8 +260,8 @@ def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("samples", "said"),
+    ("samples", "words"),
     [(1000, "takes 1 MiB in memory"), (4_000_000, "takes 1.9 GiB on disk until the training ends")],
 )
-def test_a_size_reads_well_whether_it_is_small_or_large(samples, said):
-    assert said in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))
+def test_a_size_reads_well_whether_it_is_small_or_large(samples, words):
+    assert words in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 import torch
 from learning import Interrupted, K, N, Net, data, fit, heads, images, labels, made, on, same, stopping
+from small import OwnLoader, Stream
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, DeviceError, PteeError, UnknownName
@@ -101,14 +102,14 @@ def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, 
 
 
 def test_a_batch_that_is_too_small_counts_in_the_schedule(rates):
-    some = TensorDataset(*(part[:17] for part in data().tensors))  # of which one row is left over for batch norm
+    some = TensorDataset(*(part[:17] for part in data().tensors))  # the last batch has one row, too few for batch norm
     fit(made(head="conv1"), some, epochs=2, lr=0.01, schedule="cosine", batch_size=16)
     assert rates == pytest.approx([0.01, 0.005])  # the first and third of four places
 
 
 def test_a_cosine_schedule_needs_a_loader_with_a_length():
     with pytest.raises(DataError, match=r"cosine.*schedule='constant'"):
-        fit(made(), DataLoader(Stream(), 16), schedule="cosine")
+        fit(made(), DataLoader(stream(), 16), schedule="cosine")
 
 
 def test_the_callers_random_numbers_are_left_alone():
@@ -122,15 +123,15 @@ def test_the_callers_random_numbers_are_left_alone():
 def test_pseudo_labels_are_the_classes_that_the_backbone_predicts():
     model = made()
     want = model.backbone(images()).argmax(1)
-    pseudo, told = made(), made()
+    pseudo, labelled = made(), made()
     fit(pseudo, TensorDataset(images()), targets="pseudo")
-    fit(told, TensorDataset(images(), want), targets="labels")
-    assert same(heads(pseudo), heads(told))
+    fit(labelled, TensorDataset(images(), want), targets="labels")
+    assert same(heads(pseudo), heads(labelled))
 
 
 def test_auto_epochs_need_data_with_a_length():
     with pytest.raises(DataError, match=r"no length.*epochs=10"):
-        fit(made(), DataLoader(Stream(), 16), epochs="auto")
+        fit(made(), DataLoader(stream(), 16), epochs="auto")
 
 
 def test_auto_epochs_of_a_loader_count_its_batches():
@@ -196,30 +197,16 @@ def test_no_collapse_is_seen_where_images_leave_in_several_places():
 # data
 
 
-class Own:
-    """A loader that is not torch's."""
-
-    def __len__(self) -> int:
-        return 3
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(images().split(16), labels().split(16), strict=True))
-
-
-class Stream(IterableDataset):
-    def __init__(self, items: int = N) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(list(zip(images(), labels(), strict=True))[: self.items])
+def stream(items: int = N) -> Stream:
+    return Stream(images()[:items], labels()[:items])
 
 
 IN_ORDER = {
     "a loader": lambda: DataLoader(data(), 16),
-    "a loader of a stream": lambda: DataLoader(Stream(), 16),
+    "a loader of a stream": lambda: DataLoader(stream(), 16),
     "a loader of mappings": lambda: DataLoader([{"image": i, "label": y} for i, y in data()], 16),
     "a loader with a sampler of batches": lambda: DataLoader(data(), batch_sampler=[*torch.arange(N).split(16)]),
-    "a loader of one's own": Own,
+    "a loader of one's own": lambda: OwnLoader(images(), labels(), 16),
 }
 
 
@@ -296,7 +283,7 @@ def test_a_last_batch_of_one_row_is_left_out(head):
 EMPTY = {
     "a data set": lambda: TensorDataset(images()[:0], labels()[:0]),
     "a list": list,
-    "a loader of a stream": lambda: DataLoader(Stream(0)),
+    "a loader of a stream": lambda: DataLoader(stream(0)),
 }
 
 
@@ -336,11 +323,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "error", "said"), REFUSED, ids=[str(case[0]) for case in REFUSED])
-def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(settings, error, said):
+@pytest.mark.parametrize(("settings", "error", "words"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(settings, error, words):
     model = made()
     before = heads(model)
-    with pytest.raises(error, match=re.escape(said)):
+    with pytest.raises(error, match=re.escape(words)):
         fit(model, **settings)
     assert same(heads(model), before)
 
@@ -453,7 +440,7 @@ def test_ctrl_c_keeps_the_heads_of_the_last_complete_epoch(head):
 
 @pytest.mark.parametrize(("place", "complete"), [("deepcopy", 1), ("_save", 2), ("on_epoch", 2)])
 def test_ctrl_c_between_two_epochs_ends_the_training_as_within_one(place, complete, monkeypatch):
-    model, want, calls, told = made(), made(), itertools.count(), {}
+    model, want, calls, callback = made(), made(), itertools.count(), {}
     fit(want, epochs=complete)
 
     def second_call(real):
@@ -469,9 +456,9 @@ def test_ctrl_c_between_two_epochs_ends_the_training_as_within_one(place, comple
     elif place == "_save":
         monkeypatch.setattr(training._Training, "_save", second_call(training._Training._save))
     else:
-        told = {"on_epoch": second_call(lambda epoch: None)}
+        callback = {"on_epoch": second_call(lambda epoch: None)}
     try:
-        history = fit(model, epochs=3, **told)
+        history = fit(model, epochs=3, **callback)
     except KeyboardInterrupt:  # which would end the tests
         pytest.fail("It escaped.")
     monkeypatch.undo()
