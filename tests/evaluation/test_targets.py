@@ -131,13 +131,12 @@ def test_only_the_order_of_the_confidences_matters(shape, target, power):
 def test_the_score_is_that_of_the_thresholds_without_the_heads_that_are_off(target):
     traces = easy_and_hard(0, 4, 300)
     found = solve(traces, target, margin=0)
-    heads = traces.head_costs.clone()
-    heads[list(found.off)] = 0
-    bare = traces.costs - torch.cat([traces.head_costs.cumsum(0), traces.head_costs.sum()[None]])
-    cost = (bare + torch.cat([heads.cumsum(0), heads.sum()[None]]))[traces.leaving(found.threshold)].mean().item()
-    assert found.cost == pytest.approx(cost)
+    on = [t != NEVER for t in found.threshold]
+    passed = [0.03 * sum(on[: n + 1]) for n in range(4)]  # each head costs .03
+    costs = torch.linspace(0.15, 1, 5) + torch.tensor([*passed, passed[-1]])
+    assert found.cost == pytest.approx(costs[traces.leaving(found.threshold)].mean().item())
     assert found.on(traces) == found.score
-    assert all((found.threshold[n] == NEVER) == (n in found.off) for n in range(4))
+    assert found.off == tuple(n for n in range(4) if not on[n])
 
 
 @each_target
@@ -148,9 +147,10 @@ def test_one_threshold_is_the_same_for_all_exits_that_are_on(target):
 
 def test_an_exit_whose_head_costs_more_than_it_saves_is_off():
     traces = easy_and_hard(0, 3, 300)
-    heads = torch.tensor([0.03, 0.5, 0.03], dtype=torch.float64)
-    passed = torch.cat([heads.cumsum(0), heads.sum()[None]])
-    dear = replace(traces, costs=torch.tensor([0.15, 0.43, 0.72, 1]) + passed, head_costs=heads)
+    more = torch.tensor([0, 0.47, 0])  # of the second head
+    dear = replace(
+        traces, costs=traces.costs + torch.tensor([0, 0.47, 0.47, 0.47]), head_costs=traces.head_costs + more
+    )
     found = solve(dear, Target("max_drop", 0.02), margin=0)
     assert 1 in found.off
     assert "off" in str(found)
@@ -206,19 +206,16 @@ def test_the_margin_auto_keeps_the_target_on_other_images_on_average(kind):
             total += lost(other, score, fidelity=kind == "max_fidelity_drop")
         return total / 6 - target.limit
 
-    assert mean_excess(0.0) > 0.01
-    assert mean_excess("auto") < mean_excess(0.0) / 3
+    broken = mean_excess(0.0)
+    assert broken > 0.01
+    assert mean_excess("auto") < broken / 3
 
 
 def test_the_margin_auto_is_the_default_and_never_larger_than_the_limit():
     found = solve(easy_and_hard(0, 4, 400), Target("max_drop", 0.02))
     assert 0 < found.margin <= 0.02
     assert found.drop <= 0.02 - found.margin + TOLERANCE
-    assert found == solve(easy_and_hard(0, 4, 400), Target("max_drop", 0.02), margin="auto")
-    assert (
-        f"Target: accuracy at most 0.02 below the backbone's, with {found.margin:.4f} of that in reserve for new images."
-        in str(found)
-    )
+    assert f"below the backbone's, with {found.margin:.4f} of that in reserve for new images." in str(found)
     assert json.loads(json.dumps(found.to_dict()))["margin"] == found.margin
 
 
@@ -292,15 +289,9 @@ def test_a_solution_says_how_far_its_accuracy_is_from_the_backbones(accuracy, wo
 
 @pytest.mark.parametrize(
     ("threshold", "off", "words"),
-    [
-        ([0.9], [], "0.9"),
-        ([0.5, 0.5], [], "0.5"),
-        ([0.12345678, 0.5], [], "0.1235, 0.5"),
-        ([0.9, NEVER, 0.9], [1], "0.9, off, 0.9"),
-        ([NEVER, NEVER], [0, 1], "off"),
-    ],
+    [([0.5, 0.5], [], "0.5"), ([0.12345678, 0.5], [], "0.1235, 0.5"), ([0.9, NEVER], [1], "0.9, off"), ([NEVER] * 2, [0, 1], "off")],
     ids=str,
-)
+)  # fmt: skip
 def test_thresholds_are_described_with_off_where_an_exit_is_off(threshold, off, words):
     assert describe_thresholds(threshold, off) == words
 
@@ -318,25 +309,17 @@ def test_thresholds_that_no_confidence_decides_are_remarked_on(threshold, words)
     assert remark(threshold) == words
 
 
-# baselines, by hand: two exits and the backbone, four images
-
-
-def four() -> Traces:
-    return Traces(
+def test_a_backbone_that_is_cut_off_runs_one_head_only():
+    traces = Traces(
         answers=torch.tensor([[0, 1, 1, 0], [0, 1, 2, 0], [0, 1, 2, 2]]),
-        confidence=torch.tensor([[0.9, 0.2, 0.5, 0.1], [0.1, 0.8, 0.5, 0.4], [1.0, 1.0, 1.0, 1.0]]),
+        confidence=torch.ones(3, 4),
         targets=torch.tensor([0, 1, 2, 0]),
         costs=torch.tensor([0.25, 0.75, 1.5], dtype=torch.float64),
         sample=torch.empty(0),
         head_costs=torch.tensor([0.125, 0.375], dtype=torch.float64),
     )
-
-
-def test_a_backbone_that_is_cut_off_runs_one_head_only():
-    assert [(s.accuracy, s.fidelity, s.cost) for s in truncation(four())] == [
-        (3 / 4, 2 / 4, 0.25),
-        (4 / 4, 3 / 4, 0.75 - 0.125),
-    ]
+    found = [(s.accuracy, s.fidelity, s.cost) for s in truncation(traces)]
+    assert found == [(3 / 4, 2 / 4, 0.25), (4 / 4, 3 / 4, 0.75 - 0.125)]
 
 
 @pytest.mark.parametrize("seed", range(6))

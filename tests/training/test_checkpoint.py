@@ -56,24 +56,21 @@ def test_a_resumed_training_ends_with_exactly_the_heads_of_one_that_was_never_in
     assert not history.interrupted
 
 
-@pytest.mark.parametrize("when", ["before the best epoch", "after it"])
-def test_a_resumed_training_stops_where_one_that_was_never_interrupted_stops(when, tmp_path):
-    whole, resumed = made(), made(seed=9)
-    want = stopping(whole)
-    done = len(want.epochs) - (4 if when == "before the best epoch" else 2)
-    checkpoint = tmp_path / "checkpoint.safetensors"
-    stopping(made(), Interrupted(done * N + 20), checkpoint=checkpoint)
-    history = stopping(resumed, checkpoint=checkpoint, resume=True)
-    assert len(history.epochs) == len(want.epochs)
-    assert same(heads(resumed), heads(whole))
+STOPPED = {
+    "before the best epoch": (4, 0),
+    "after it": (2, 0),
+    "when it is over": (0, 0),
+    "and may go on for longer": (0, 5),
+}
 
 
-@pytest.mark.parametrize("more", [0, 5], ids=["the same epochs", "more epochs"])
-def test_a_training_that_stopped_early_is_over_when_it_is_resumed(more, tmp_path):
+@pytest.mark.parametrize(("left", "more"), STOPPED.values(), ids=STOPPED)
+def test_a_resumed_training_stops_early_where_one_that_was_never_interrupted_stops(left, more, tmp_path):
     whole, resumed, checkpoint = made(), made(seed=9), tmp_path / "checkpoint.safetensors"
-    want = stopping(whole, checkpoint=checkpoint)
-    history = stopping(resumed, epochs=len(want.epochs) + more, checkpoint=checkpoint, resume=True)
-    assert history.epochs == want.epochs
+    want = stopping(whole)
+    stopping(made(), Interrupted((len(want.epochs) - left) * N + 20) if left else None, checkpoint=checkpoint)
+    history = stopping(resumed, epochs=30 + more, checkpoint=checkpoint, resume=True)
+    assert on_time(history) == on_time(want)
     assert history.stopped_early
     assert same(heads(resumed), heads(whole))
 
@@ -286,13 +283,11 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"):
         fit(made(), checkpoint=tmp_path / "file" / "checkpoint.safetensors")
 
-
-def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch):
     def fail(*_: object) -> None:  # word for word what safetensors 0.8 raises
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
