@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 import ptee
 from ptee.backbones.load import load_backbone
@@ -46,6 +47,29 @@ def made(head: str = "pool") -> ptee.EarlyExitModel:
         for p in model.heads.parameters():
             p += torch.randn_like(p)
     return model
+
+
+class OwnLoader:
+    """A loader that is not torch's."""
+
+    def __init__(self, x: Tensor, y: Tensor, batch_size: int) -> None:
+        self.parts = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.parts)
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    """Images one after another, without a length."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.items = list(zip(x, y, strict=True))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.items)
 
 
 def labelled(n: int) -> tuple[Tensor, Tensor]:

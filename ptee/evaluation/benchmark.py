@@ -1,7 +1,7 @@
-"""Time beside the bare backbone's, measured in turns in the same process.
+"""Time beside the bare backbone's.
 
-The speed of a machine drifts, so absolute seconds mean little. Every time is a ratio to the bare backbone's, measured in turns
-with it, and stands beside the counted cost.
+The speed of a machine drifts, so absolute seconds mean little. Every time is divided by the bare backbone's, measured in turns
+with it in the same process, and shown beside the counted cost.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from ptee._common.errors import Argument, PteeError
 from ptee._common.text import table
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.forward import StopForward
 
 NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence reaches, and that every finite one does
 MAX_SECONDS = 120  # for one batch size; after that no further round begins
@@ -29,17 +31,14 @@ MAX_SECONDS = 120  # for one batch size; after that no further round begins
 def in_turns(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int = 7, seconds: float = 20.0
 ) -> dict[str, list[float]]:
-    """Seconds that each call takes, all of them timed once in every round. A terminal shows a progress bar.
+    """Seconds of each call in every round. A first round is not counted.
 
-    Args:
-        calls: what to time, by name.
-        device: where they run; the clock is read when it has finished.
-        rounds: how often, after a first round that does not count.
-        seconds: no further round begins after these, but three are timed in any case.
+    The clock is read when the device has finished. After `seconds` no further round begins, but three are timed in any case.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
-    with torch.inference_mode(), _bar((rounds + 1) * len(calls)) as bar:
+    bar = tqdm(total=(rounds + 1) * len(calls), desc="measuring speed", leave=False, disable=None)
+    with torch.inference_mode(), bar:
         for i in range(rounds + 1):
             for name, call in calls.items():
                 wait(device)
@@ -52,10 +51,6 @@ def in_turns(
             if i >= 3 and time.perf_counter() - begun > seconds:
                 break
     return times
-
-
-def _bar(steps: int) -> tqdm[Any]:
-    return tqdm(total=steps, desc="measuring speed", leave=False, disable=None)
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
@@ -73,15 +68,15 @@ def wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One batch size, and one number of images that leave. Times and costs are fractions of the bare backbone's.
+    """One batch size, and one number of images that leave. Times and costs are divided by the bare backbone's.
 
     Attributes:
         batch: number of images in the batch.
         leaving: how many of them leave, in words.
         time: measured.
         counted: the mean cost, in multiply-accumulates.
-        limit: the time if images that leave cost nothing after exit 0, measured in the same run; None where none leave.
-        saved: (1 - time) / (1 - limit), the share of the possible saving that is reached; None where none leave.
+        limit: the time if images that leave cost nothing after exit 0; None if none leave.
+        saved: (1 - time) / (1 - limit), the share of the possible saving that is reached; None if none leave.
     """
 
     batch: int
@@ -137,13 +132,7 @@ def _cells(case: Case) -> tuple[str, ...]:
 
 
 def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds: int = 7) -> Bench:
-    """Time a model beside its bare backbone: no image leaves, half of them leave at exit 0, all leave there.
-
-    Args:
-        model: on the device to be timed.
-        batch_sizes: number of images in a batch, for each measurement.
-        rounds: how often each is timed; the results are medians of ratios.
-    """
+    """Time a model beside its bare backbone if no image leaves, if half leave at exit 0, and if all leave there."""
     require_early_exit(model)
     for b in batch_sizes:
         if b < 1:
@@ -162,7 +151,7 @@ def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
         del ways["half at exit 0"]
     times = _times(model, b, ways, rounds)
     limits = {"all at exit 0": times["to exit 0"]}
-    if b >= 2:  # all run to exit 0, and after it only those that stay
+    if b >= 2:  # all run to exit 0, and those that stay run on
         parts = zip(times["to exit 0"], times["bare, half"], times["to exit 0, half"], strict=True)
         limits["half at exit 0"] = [to_exit + whole - half_to_exit for to_exit, whole, half_to_exit in parts]
     cases = []
@@ -176,7 +165,7 @@ def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
 
 
 def _times(model: EarlyExitModel, b: int, ways: Mapping[str, int], rounds: int) -> dict[str, list[float]]:
-    """Seconds of the model with so many images leaving, and of the parts of the backbone that the limits are made of."""
+    """Seconds of the model for each number of images that leave, and of the parts of the backbone that make up the limits."""
     like = next(model.heads.parameters())
     x = torch.randn(b, *model.plan.input_size, device=like.device, dtype=like.dtype)
     staying = x[b // 2 :]
@@ -200,21 +189,16 @@ def _threshold(model: EarlyExitModel, b: int, leaving: int) -> Any:
     return threshold
 
 
-class _Reached(BaseException):
-    """Stops the backbone at exit 0. Not an Exception, so that no backbone catches it."""
-
-
 def _up_to_first_exit(model: EarlyExitModel, x: Tensor) -> None:
     if model.exits[0].name == INPUT:  # nothing of the backbone comes before it
         return
 
     def stop(*_: object) -> None:
-        raise _Reached
+        raise StopForward
 
     handle = model.backbone.get_submodule(model.exits[0].name).register_forward_hook(stop)
     try:
-        model.backbone(x)
-    except _Reached:
-        pass
+        with suppress(StopForward):
+            model.backbone(x)
     finally:
         handle.remove()

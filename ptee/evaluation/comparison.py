@@ -1,15 +1,15 @@
 """Compare early-exit models of one backbone with each other and with the alternatives, on the same images.
 
-The alternatives: a smaller network alone; a cascade of that network and, where it is not confident, the backbone; the backbone
-cut off at one exit. Everything that can be chosen (thresholds, exits that are off, where to cut off) is chosen on the
-calibration images. All numbers are of the report images, so the drop that is found differs from the drop that was allowed.
+The alternatives are a smaller network alone, a cascade of that network and the backbone, and the backbone cut off at one exit.
+Everything that can be chosen (thresholds, exits that are off, where to cut off) is chosen on the calibration images. All numbers
+are of the report images, so the drop that is found differs from the drop that was allowed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -27,36 +27,26 @@ from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.evaluation.config import DropsConfig
-from ptee.evaluation.targets import AUTO, curve, first_to_give, truncation
+from ptee.evaluation.targets import Solution, curve, truncation
 from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.forward import one_parameter
 
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
-LINES = (
-    "own",
-    "one_threshold",
-    MAX_PROB,
-    "entropy",
-    "patience",
-    "oracle",
-    "truncation",
-)  # of a run, unless others are asked for
-WORDS = {
-    MAX_PROB: "max probability",
-    "entropy": "entropy (BranchyNet)",
-}  # behind a run's name; else the confidence's own name
+LINES = ("own", "one_threshold", MAX_PROB, "entropy", "patience", "oracle", "truncation")  # of a run by default
+WORDS = {MAX_PROB: "max probability", "entropy": "entropy (BranchyNet)"}  # of confidences; the others have their name
 
 
 class Way(NamedTuple):
-    """How a run decides who leaves.
+    """How a run decides which images leave.
 
     Attributes:
-        words: behind its name.
-        confidence: a name of `CONFIDENCES`; None for the one that the run has.
+        words: added to the run's name.
+        confidence: a key of `CONFIDENCES`; None for the run's own.
         one: all exits have the same threshold.
     """
 
@@ -66,7 +56,7 @@ class Way(NamedTuple):
 
 
 def ways() -> dict[str, Way]:
-    """The lines of a run that decide who leaves, by name: with its own confidence, and with each of `CONFIDENCES`."""
+    """The lines of a run with thresholds, by name: with its own confidence, and with each of `CONFIDENCES`."""
     others = {name: Way(f", {WORDS.get(name, name)}", name) for name in CONFIDENCES}
     return {"own": Way(""), "one_threshold": Way(", one T", one=True)} | others
 
@@ -87,73 +77,59 @@ def compare(
 ) -> Comparison:
     """Compare early-exit models of one backbone with each other, with smaller networks and with a cut-off backbone.
 
-    Every exit of every model answers all images once; everything else is computed from these answers.
+    Every exit of every model answers all images once. Everything else is computed from these answers.
 
     Args:
         models: names, and models with the same backbone.
-        calibration: images that thresholds are chosen on: a map-style data set of (image, label) or (image,), or a loader that
-            gives them in the same order each time. Nothing was trained on them.
+        calibration: images to choose thresholds on, which nothing was trained on: a map-style data set of (image, label) or
+            (image,), or a loader that gives them in the same order each time.
         report: other images, for all numbers.
         static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
             `ptee.backbones.load.load_backbone` gave, or a module that takes images as the backbone does.
-        drops: of accuracy (without labels: fidelity) that are allowed; .01 is one point.
-        lines: which lines each model gets: "own" (its own confidence), "one_threshold", any name of `CONFIDENCES`, "oracle",
-            "truncation". Fewer make a short table of many models. What is said in words is of these.
+        drops: allowed drops of accuracy (without labels: of fidelity); .01 is one point.
+        lines: which lines each model gets: "own" (its own confidence), "one_threshold", any key of `CONFIDENCES`, "oracle",
+            "truncation". Fewer make a short table of many models. The sentences below the table are about these lines.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the first model is.
-        progress: show bars, where standard error is a terminal.
+        progress: show bars if standard error is a terminal.
         about: a sentence about the data, kept with the results.
 
     Raises:
         PteeError: if the backbones differ, a network cannot take part, or a drop, a line or the data cannot be used.
     """
-    allowed, wanted = checked_drops(drops), checked_lines(lines)
+    allowed, wanted = tuple(sorted({*DropsConfig(drops=drops).drops})), checked_lines(lines)
     first = _of_one_backbone(models)
     for name, model in product(set(wanted) & set(CONFIDENCES), models.values()):
         find_confidence(name, model.calibrated)  # refuse before anything takes long
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
-    for data in (calibration, report):
-        _require_order(data)
+    parts = (calibration, report)
+    for part in parts:
+        _require_order(part)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
-    images = _Images(calibration, report, place, batch_size, num_workers, progress)
+    how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     found: list[Line] = []
     pair: Pair | None = None
     for name, model in models.items():
-        before, pair = pair, _recorded(model, images)
+        before, pair = pair, _labelled_alike(record(model, part, device=place, **how) for part in parts)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
-        silent = None if progress else True  # None: where standard error is no terminal
-        found += tqdm(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", disable=silent, leave=False)
+        hidden = None if progress else True  # None: unless standard error is a terminal
+        found += tqdm(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", disable=hidden, leave=False)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
-        both = zip(_logits(network, first, images, pair), pair, strict=True)
-        cascade = Pair(*(_cascade(logits, traces, cost) for logits, traces in both))
+        both = zip(parts, pair, strict=True)
+        cascade = Pair(*(_cascade(_logits(network, first, part, t, place, **how), t, cost) for part, t in both))
         found += _of_network(name, first.plan.backbone, cascade, allowed)
-    accuracy = pair.report.score(pair.report.at(len(pair.report.costs) - 1)).accuracy
+    accuracy = pair.report.score_at(pair.report.exits).accuracy
     chosen_on, samples = (t.answers.shape[1] for t in pair)
     note = pair.calibration.note or pair.report.note
     return Comparison(first.plan.backbone, allowed, tuple(found), chosen_on, samples, accuracy, about, note)
 
 
-def checked_drops(drops: Sequence[float]) -> tuple[float, ...]:
-    """Allowed drops in ascending order, each once.
-
-    Raises:
-        PteeError: if there is none, or one is not a fraction.
-    """
-    several = isinstance(drops, Iterable) and not isinstance(drops, str)
-    return tuple(sorted(set(DropsConfig(drops=list(drops) if several else drops).drops)))
-
-
 def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
-    """Names of a run's lines, in the order of the table.
-
-    Raises:
-        UnknownName: if there is no such line.
-        PteeError: if there is no way to decide who leaves among them, so that nothing could be said of the run.
-    """
+    """Names of a run's lines, in the order of the table. At least one of them must have thresholds."""
     deciding = ways()
     known = (*deciding, "oracle", "truncation")
     for name in lines:
@@ -161,7 +137,7 @@ def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
             raise unknown("line", name, known)
     if not set(lines) & set(deciding):
         raise PteeError(
-            f"No way to decide who leaves is among the lines ({', '.join(lines) or 'none'}). Add one or more of {', '.join(deciding)}."
+            f"None of the lines ({', '.join(lines) or 'none'}) has thresholds to choose. Add one or more of {', '.join(deciding)}."
         )
     return tuple(name for name in known if name in lines)
 
@@ -170,30 +146,10 @@ def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 class Pair(NamedTuple):
-    """Traces of the two parts."""
+    """Traces of the calibration and the report images."""
 
     calibration: Traces
     report: Traces
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The images of both parts, and how to run over them."""
-
-    calibration: Any
-    report: Any
-    device: torch.device
-    batch_size: int
-    num_workers: int
-    progress: bool
-
-    @property
-    def parts(self) -> tuple[Any, Any]:
-        return self.calibration, self.report
-
-    @property
-    def how(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "num_workers": self.num_workers, "progress": self.progress}
 
 
 def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
@@ -247,35 +203,26 @@ def _require_order(data: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-def _recorded(model: EarlyExitModel, images: _Images) -> Pair:
-    """The traces of both parts. Labels are used only where both parts have them."""
-    home, was_training = next(model.heads.parameters()).device, model.training
-    try:
-        model.to(images.device)
-        pair = Pair(*(record(model, part, **images.how) for part in images.parts))
-    finally:
-        model.to(home).train(was_training)
-    if any(traces.targets is None for traces in pair):
-        return Pair(*(replace(traces, targets=None) for traces in pair))
-    return pair
+def _labelled_alike(traces: Iterable[Traces]) -> Pair:
+    """Traces of both parts. Labels are used only if both parts have them."""
+    pair = Pair(*traces)
+    return pair if all(t.targets is not None for t in pair) else Pair(*(replace(t, targets=None) for t in pair))
 
 
-def _logits(network: Backbone, model: EarlyExitModel, images: _Images, pair: Pair) -> list[Tensor]:
-    """(n, K) logits of a network for the images of both traces."""
-    prepare = Prepare(model.origin.input, network.input).to(images.device)
-    with _running(network.module, images.device) as like, torch.inference_mode():
-        logits = []
-        for part, traces in zip(images.parts, pair, strict=True):
-            again = repeated(part, traces, words=network.name, **images.how)
-            ready = (prepare(x.to(images.device)).to(like.dtype) for x in again)
-            logits.append(torch.cat([network.module(x).float().cpu() for x in ready]))
-        return logits
+def _logits(
+    network: Backbone, model: EarlyExitModel, part: Any, traces: Traces, place: torch.device, **how: Any
+) -> Tensor:
+    """(n, K) logits of a network for the images of some traces."""
+    prepare = Prepare(model.origin.input, network.input).to(place)
+    with _running(network.module, place) as like, torch.inference_mode():
+        again = repeated(part, traces, words=network.name, **how)
+        return torch.cat([network.module(prepare(x.to(place)).to(like.dtype)).float().cpu() for x in again])
 
 
 @contextmanager
 def _running(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
     """A network in eval mode on a device, and one of its tensors. Mode and device are restored."""
-    like, before = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(())), modes(module)
+    like, before = one_parameter(module), modes(module)
     home = like.device
     try:
         module.to(device).eval()
@@ -285,12 +232,12 @@ def _running(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
 
 
 def _macs(network: Backbone) -> int:
-    like = next((p for p in network.module.parameters() if p.is_floating_point()), torch.zeros(()))
+    like = one_parameter(network.module)
     return count(network.module, like.new_zeros(1, *network.input.input_size)).total
 
 
 def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
-    """A cascade as traces: a smaller network is the only exit, and the backbone runs where that is not confident."""
+    """A cascade as traces: a smaller network is the only exit, and the backbone runs if that is not confident."""
     assert backbone.logits is not None
     return Traces(
         torch.stack([logits.argmax(-1), backbone.answers[-1]]),
@@ -310,12 +257,11 @@ def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
 def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]) -> Iterator[Line]:
     own = pair.report.confidence_name
     for way in (way for key, way in ways().items() if key in wanted):
-        if way.confidence != own or "own" not in wanted:  # else it is there already
+        if way.confidence != own or "own" not in wanted:  # else it is the same line again
             decided = Pair(*(t.under(way.confidence or own) for t in pair))
             yield _tuned(name, way.words, "adaptive", decided, drops, way.one)
     if "oracle" in wanted:
-        last = pair.report.answers.shape[0] - 1
-        agreeing = _entry(pair, lambda t: first_to_give(t, t.answers[last]))
+        agreeing = _entry(pair, lambda t: (t.answers == t.answers[-1]).int().argmax(0))  # argmax gives the first
         yield Line(f"{name}, oracle", "oracle", (agreeing,), name)
     for n in _worth_cutting_at(truncation(pair.calibration)) if "truncation" in wanted else []:
         yield Line(f"{name}, truncation at exit {n}", "truncation", (_cut_off(pair, n),), name)
@@ -328,42 +274,40 @@ def _of_network(name: str, backbone: str, pair: Pair, drops: Sequence[float]) ->
 
 def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], one_threshold: bool = False) -> Line:
     """Thresholds for each allowed drop, chosen on the calibration images."""
-    solutions = curve(pair.calibration, drops, one_threshold=one_threshold, margin=AUTO)
-    entries = (_at(pair, drop, found.threshold, found.off) for drop, found in zip(drops, solutions, strict=True))
-    return Line(of + words, kind, tuple(entries), of)
+    solutions = curve(pair.calibration, drops, one_threshold=one_threshold)
 
+    def entry(drop: float, found: Solution) -> Entry:
+        measured = _entry(pair, lambda t: t.leaving(found.threshold), found.off)
+        return replace(measured, allowed=drop, threshold=found.threshold)
 
-def _at(pair: Pair, allowed: float, threshold: tuple[float, ...], off: tuple[int, ...]) -> Entry:
-    return replace(_entry(pair, lambda t: t.leaving(threshold), off), allowed=allowed, threshold=threshold)
+    return Line(of + words, kind, tuple(map(entry, drops, solutions)), of)
 
 
 def _cut_off(pair: Pair, n: int) -> Entry:
-    """Everybody leaves at exit n, whose head is the only one, but for those that it reads."""
-    alone = Pair(*(replace(traces, confidence_name=LEARNED) for traces in pair))  # nobody asks for a confidence
-    return _entry(alone, lambda t: t.at(n), tuple(m for m in range(len(pair.report.costs) - 1) if m != n))
+    """Every image leaves at exit n. The only heads are its own and those that it reads."""
+    alone = Pair(*(replace(traces, confidence_name=LEARNED) for traces in pair))  # no confidence is needed
+    return _entry(alone, lambda t: t.at(n), tuple(m for m in range(pair.report.exits) if m != n))
 
 
 def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] = ()) -> Entry:
     """Cost and drop if each image leaves at the exit that `leave` gives for it, (n,)."""
     leaving = leave(pair.report)
-    calibration, report = _losses(pair.calibration, leave(pair.calibration)), _losses(pair.report, leaving)
-    cost = pair.report.costs_without(off)[leaving].mean().item()
-    some_leave = bool((leaving < len(pair.report.costs) - 1).any())
-    return Entry(None, cost, report.mean().item(), _interval(report, some_leave), calibration.mean().item(), off=off)
+    losses, in_calibration = _losses(pair.report, leaving), _losses(pair.calibration, leave(pair.calibration))
+    cost = pair.report.score(leaving, off).cost
+    some_leave = bool((leaving < pair.report.exits).any())
+    return Entry(None, cost, losses.mean().item(), _interval(losses, some_leave), in_calibration.mean().item(), off=off)
 
 
 def _losses(traces: Traces, leaving: Tensor) -> Tensor:
-    """(n,) 1 where only the bare backbone is right, -1 where only the exit is, else 0."""
-    wanted = traces.answers[-1] if traces.targets is None else traces.targets
-    right = traces.answers.eq(wanted).double()
-    return right[-1] - right.gather(0, leaving[None])[0]
+    """(n,) what each image loses that leaves where `leaving` says."""
+    return traces.losses.gather(0, leaving[None])[0]
 
 
 def _interval(losses: Tensor, some_leave: bool) -> tuple[float, float]:
-    """95 % interval of the mean, by bootstrap: of losses of 1, -1 and 0 only the numbers are drawn, from a multinomial.
+    """95 % interval of the mean loss, by bootstrap: how often it is 1, -1 and 0 is drawn from a multinomial distribution.
 
-    A loss (or gain) that none of the images shows is counted once, because none in a few images does not mean never. But if no
-    image leaves early, nothing can be lost.
+    If no image has a loss (or a gain), one is counted, because none in a few images does not mean never. But if no image leaves
+    early, nothing can be lost.
     """
     n = len(losses)
     counts = np.array([(losses == value).sum().item() for value in (1, -1, 0)], dtype=float)
@@ -374,10 +318,6 @@ def _interval(losses: Tensor, some_leave: bool) -> tuple[float, float]:
 
 
 def _worth_cutting_at(scores: Sequence[Score]) -> list[int]:
-    """Exits for which no other exit is both as cheap and as good, and better in one of the two."""
-    merits = [(-s.cost, s.fidelity if s.accuracy is None else s.accuracy) for s in scores]
-    return [n for n, own in enumerate(merits) if not any(_beats(other, own) for other in merits)]
-
-
-def _beats(other: tuple[float, float], own: tuple[float, float]) -> bool:
-    return other != own and all(theirs >= ours for theirs, ours in zip(other, own, strict=True))
+    """Exits that no other exit beats: it would be as cheap and as good, and better in one of the two."""
+    pairs = [(score.cost, -score.merit) for score in scores]
+    return [n for n, own in enumerate(pairs) if not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in pairs)]

@@ -20,10 +20,9 @@ class Entry:
     """One setting, chosen on the calibration images and measured on the report images.
 
     Attributes:
-        allowed: the drop that thresholds were chosen for, with a reserve as by the margin "auto" of `solve`; None where there
-            are no thresholds.
+        allowed: the drop that thresholds were chosen for, with the margin "auto"; None if there are no thresholds.
         cost: mean multiply-accumulates for an image, heads passed on the way included, over the bare backbone's.
-        drop: of accuracy (without labels: of fidelity) against the bare backbone; negative where it is better.
+        drop: of accuracy (without labels: of fidelity) against the bare backbone; negative if it is better.
         interval: of the drop, 95 %, by bootstrap over the images.
         drop_in_calibration: the same drop on the calibration images.
         threshold: (E) T of each exit, or None.
@@ -39,7 +38,7 @@ class Entry:
     off: tuple[int, ...] = ()
 
     def within(self, drop: float) -> bool:
-        """The drop is no larger than this, on the calibration images and on the report images."""
+        """The drop is at most this, on the calibration images and on the report images."""
         return max(self.drop, self.drop_in_calibration) <= drop + ROUNDING
 
     @property
@@ -64,7 +63,7 @@ class Line:
     Attributes:
         name: of the run or the network, and how it is used.
         kind: "adaptive", "static", "cascade", "truncation" or "oracle".
-        entries: one for each allowed drop; one alone where there is nothing to choose.
+        entries: one for each allowed drop; a single one if there is nothing to choose.
         of: the run or the network that is used.
     """
 
@@ -94,7 +93,7 @@ class Comparison:
         lines: one for each way to answer.
         calibration: number of images that thresholds were chosen on.
         samples: number of images that are reported on.
-        accuracy: the bare backbone's on these; None without labels, and then every drop is one of fidelity.
+        accuracy: of the bare backbone on these; None without labels, and then drops are of fidelity.
         about: where the images came from, in a sentence.
         note: why there is no accuracy though there are labels, in a sentence; else empty.
     """
@@ -126,7 +125,7 @@ class Comparison:
         return LEGEND.format(measure=measure, calibration=self.calibration, half=widest / 2) + ORACLE * oracle
 
     def _within(self, drop: float) -> list[Found]:
-        """What is within a drop and costs less than the backbone, the cheapest first. The oracle cannot be used."""
+        """Lines within a drop that cost less than the backbone, the cheapest first. The oracle cannot be used."""
         found = []
         for line in self.lines:
             inside = [e for e in line.entries if e.within(drop) and e.cost < 1 - ROUNDING]

@@ -1,4 +1,4 @@
-"""How good a confidence is: whether it can be read as a probability, and whether it separates right answers from wrong ones."""
+"""How good a confidence is: whether it can be read as a probability, and whether right answers have a higher one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ DIGITS = 6  # the last digits of a confidence depend on the size of the batch
 
 
 def calibration_error(h: Tensor, right: Tensor) -> float:
-    """Expected calibration error: sum over bins of (images in the bin / n) * |mean h - share of right answers|.
+    """Expected calibration error: the sum over bins of (images in the bin / n) * |mean h - share of right answers|.
 
-    scikit-learn has no such error: its `calibration_curve` does not say how many images are in each bin.
-
-    Args:
-        h: (n,) confidence; values that are not finite are left out.
-        right: (n,) bool.
+    scikit-learn's `calibration_curve` does not say how many images are in each bin. h (n,) and `right` (n,) bool; a
+    confidence that is not finite is left out.
     """
     known = h.isfinite()
     h, right = h[known].double(), right[known].double()
@@ -28,12 +25,7 @@ def calibration_error(h: Tensor, right: Tensor) -> float:
 def failure_auroc(h: Tensor, right: Tensor) -> float | None:
     """Area under the ROC curve: the chance that a right answer has a higher confidence than a wrong one; ties count half.
 
-    Args:
-        h: (n,) confidence; NaN is below every number.
-        right: (n,) bool.
-
-    Returns:
-        None where all answers are right, or all are wrong.
+    h (n,), where NaN is below every number, and `right` (n,) bool. None if all answers are right, or all are wrong.
     """
     from sklearn.metrics import roc_auc_score  # takes seconds to import
 

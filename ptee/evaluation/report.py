@@ -31,11 +31,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def require_page(path: Path) -> None:
-    """Refuse a file that cannot be written, or that a browser would not open as a page.
-
-    Raises:
-        RunError: saying what to give instead.
-    """
+    """Refuse a file that cannot be written, or that a browser would not open as a page."""
     if path.suffix.lower() != SUFFIX:
         raise RunError(
             f"{path} is not the name of a page. Give a name that ends in {SUFFIX}, such as ", Argument("html", f"{path.stem}{SUFFIX}"), ".",
@@ -49,15 +45,7 @@ def require_page(path: Path) -> None:
 
 
 def write(comparison: Comparison, path: Path) -> None:
-    """Write a comparison as a page: the picture, the table and its legend.
-
-    Args:
-        comparison: to write.
-        path: of the page.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
+    """Write a comparison as a page: the picture, the table and its legend."""
     page = PAGE.format(
         title=html.escape(f"{comparison.backbone}: early exits"),
         figure=picture(comparison).to_html(full_html=False, include_plotlyjs=True),
@@ -68,11 +56,7 @@ def write(comparison: Comparison, path: Path) -> None:
 
 
 def picture(comparison: Comparison) -> Any:
-    """A plotly figure: cost and accuracy (without labels: fidelity) on the report images, for each line of the comparison.
-
-    Args:
-        comparison: to draw.
-    """
+    """A plotly figure: cost and accuracy (without labels: fidelity) on the report images, a curve for each line."""
     from plotly import graph_objects
     from plotly.colors import qualitative
 
@@ -101,7 +85,7 @@ def picture(comparison: Comparison) -> Any:
 
 
 def _range(comparison: Comparison, bare: float) -> list[float]:
-    """Of all lines but the cut-off backbones: those may lie far below, and would flatten everything else."""
+    """Of all lines but the cut-off backbones, which may lie so far below that everything else would be flat."""
     shown = [entry for line in comparison.lines if line.kind != "truncation" for entry in line.entries]
     ends = [bare - drop for entry in shown for drop in (entry.drop, *entry.interval)] + [bare]
     room = 0.1 * (max(ends) - min(ends)) + 0.002
@@ -109,7 +93,7 @@ def _range(comparison: Comparison, bare: float) -> list[float]:
 
 
 def _curves(lines: tuple[Line, ...]) -> Iterator[tuple[list[Line], str]]:
-    """Lines to draw as one curve, and its dash. All exits at which one run is cut off are one curve."""
+    """Lines that are drawn as one curve, and its dash. The exits at which one run is cut off are one curve."""
     for of in dict.fromkeys(line.of for line in lines):
         own = [line for line in lines if line.of == of]
         others = [line for line in own if line.kind != "truncation"]
@@ -136,7 +120,6 @@ def _add(figure: Any, lines: list[Line], bare: float, colour: str, dash: str) ->
 
 
 def _words(line: Line, entry: Entry) -> str:
-    """What is shown beside the mouse."""
     allowed = [] if entry.allowed is None else [f"allowed drop: {entry.allowed:g}" + ", missed" * entry.missed]
     thresholds = [] if entry.threshold is None else [f"T = {describe_thresholds(entry.threshold, entry.off)}"]
     return "<br>".join([_text(line.name), *allowed, entry.words, *thresholds])

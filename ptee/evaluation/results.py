@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ptee._common.devices import resolve_device
 from ptee.evaluation.benchmark import ALWAYS, NEVER, in_turns, ratio
@@ -21,7 +22,7 @@ from ptee.model.thresholds import Thresholds
 
 __all__ = ["Results", "Row", "evaluate"]
 
-PROBE = 8  # images that are timed first, to see how many can be
+PROBE = 8  # images that are timed first, to find out how many can be
 MIN_TIMED = 16  # images that are timed at least
 SPEED_SECONDS = 20.0  # after which no further round of timing begins
 ROUND_SHARE = 0.4  # of these seconds that one round may take, unless MIN_TIMED images take longer
@@ -46,9 +47,9 @@ def evaluate(
 
     Args:
         model: any early-exit model.
-        data: a map-style data set of (image, label) or (image,), or a loader. If the labels are not classes of the backbone,
-            there is no accuracy, and the results say so.
-        threshold: one number or one per exit; None: the model's own, which is not changed.
+        data: a map-style data set of (image, label) or (image,), or a loader. If labels are no classes of the backbone, there is
+            no accuracy, and the results say so.
+        threshold: one number, or one for each exit; None: the model's own. The model keeps its own in any case.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.
@@ -62,9 +63,7 @@ def evaluate(
     require_early_exit(model)
     home, was_training = next(model.heads.parameters()).device, model.training
     place = home if device is None else resolve_device(device)
-    view = copy.copy(
-        model
-    )  # the same modules with thresholds of its own, so that other threads see the model unchanged
+    view = copy.copy(model)  # the same modules with thresholds of its own: other threads see the model unchanged
     if threshold is not None:
         view.threshold = threshold
     try:
@@ -76,18 +75,9 @@ def evaluate(
             images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
             rows = _timed(view, images, rows, batch_size, speed_seconds)
         return Results(
-            model.plan.backbone,
-            traces.answers.shape[1],
-            view.threshold,
-            tuple(rows),
-            leaving,
-            place.type,
-            min(batch_size, len(images)),
-            about,
-            traces.note,
-            truncation(traces),
-            view.off,
-        )
+            model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
+            min(batch_size, len(images)), about, traces.note, truncation(traces), view.off,
+        )  # fmt: skip
     finally:
         model.to(home).train(was_training)
 
@@ -95,31 +85,31 @@ def evaluate(
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
     """A row for each scenario, and the share of the images that leaves at each exit at the model's thresholds."""
     leaving = traces.leaving([NEVER if n in model.off else t for n, t in enumerate(model.threshold)])
-    last = len(model.exits)
-    backbone = replace(_row(model, traces, last, leaving, "backbone"), cost=1.0)  # bare: without heads
-    exits = [_row(model, traces, n, leaving, f"exit {n}", exit_.name) for n, exit_ in enumerate(model.exits)]
-    score, cost = traces.score(leaving), traces.costs_without(model.off)[leaving].mean().item()
-    own = Row("early exit", "", score.accuracy, score.fidelity, cost)
+    backbone = replace(_row(model, traces, len(model.exits), leaving, "backbone"), cost=1.0)  # bare: without heads
+    exits = [
+        replace(_row(model, traces, n, leaving, f"exit {n}", exit_.name), **_of_confidence(traces, n))
+        for n, exit_ in enumerate(model.exits)
+    ]
+    score = traces.score(leaving, model.off)
+    own = Row("early exit", "", score.accuracy, score.fidelity, score.cost)
     return [backbone, *exits, own], traces.shares(leaving)
 
 
-def _row(model: EarlyExitModel, traces: Traces, n: int, leaving: torch.Tensor, name: str, module: str = "") -> Row:
-    """Every image leaves at exit n, whose head is run even if the exit is off."""
-    score = traces.score(traces.at(n))
-    cost = traces.costs_without([m for m in model.off if m != n])[n].item()
-    confidence = _confidence(traces, n) if n < len(model.exits) else (None, None)
-    return Row(name, module, score.accuracy, score.fidelity, cost, traces.right(leaving, n), *confidence)
+def _row(model: EarlyExitModel, traces: Traces, n: int, leaving: Tensor, name: str, module: str = "") -> Row:
+    """Every image leaves at exit n, whose head runs even if the exit is off."""
+    score = traces.score_at(n, [m for m in model.off if m != n])
+    here = leaving == n
+    right = traces.right[n][here].double().mean().item() if here.any() else None
+    return Row(name, module, score.accuracy, score.fidelity, score.cost, right)
 
 
-def _confidence(traces: Traces, n: int) -> tuple[float, float | None]:
-    """Calibration error and AUROC of an exit's confidence."""
-    wanted = traces.answers[-1] if traces.targets is None else traces.targets
-    h, right = traces.confidence[n], traces.answers[n].eq(wanted)
-    return calibration_error(h, right), failure_auroc(h, right)
+def _of_confidence(traces: Traces, n: int) -> dict[str, Any]:
+    h, right = traces.confidence[n], traces.right[n]
+    return {"calibration_error": calibration_error(h, right), "failure_auroc": failure_auroc(h, right)}
 
 
-def _few_enough(model: EarlyExitModel, images: torch.Tensor, seconds: float) -> torch.Tensor:
-    """So many of the images, spread over all of them, that one round of timing takes about so many seconds."""
+def _few_enough(model: EarlyExitModel, images: Tensor, seconds: float) -> Tensor:
+    """Some of the images, spread over all of them, so many that one round of timing takes about so many seconds."""
     if len(images) <= MIN_TIMED:
         return images
     calls = {"backbone": lambda: model.backbone(images[:PROBE])}
@@ -128,7 +118,7 @@ def _few_enough(model: EarlyExitModel, images: torch.Tensor, seconds: float) -> 
     return images[:: math.ceil(len(images) / max(affordable, MIN_TIMED))]
 
 
-def _timed(model: EarlyExitModel, images: torch.Tensor, rows: list[Row], batch_size: int, seconds: float) -> list[Row]:
+def _timed(model: EarlyExitModel, images: Tensor, rows: list[Row], batch_size: int, seconds: float) -> list[Row]:
     """The rows with their speed, timed in turns with the bare backbone. Exits that are off are not timed."""
     batches, exits = images.split(batch_size), len(model.exits)
     scenarios: list[Any] = [[NEVER] * n + [ALWAYS] + [NEVER] * (exits - n - 1) for n in range(exits)]
@@ -138,16 +128,16 @@ def _timed(model: EarlyExitModel, images: torch.Tensor, rows: list[Row], batch_s
             calls[row.name] = partial(_predict_all, model, batches, threshold)
     times = in_turns(calls, images.device, seconds=seconds)
     base = times["backbone"]
-    typical = sorted(base)[len(base) // 2]
-    timed = []
-    for row in rows:
-        if row.name in times:
-            relative = ratio(times[row.name], base)
-            row = replace(row, images_per_s=len(images) / (typical * relative), speedup=1 / relative)
-        timed.append(row)
-    return timed
+    rate = len(images) / sorted(base)[len(base) // 2]
+    relative = {name: ratio(own, base) for name, own in times.items()}
+    return [
+        replace(row, images_per_s=rate / relative[row.name], speedup=1 / relative[row.name])
+        if row.name in relative
+        else row
+        for row in rows
+    ]
 
 
-def _predict_all(model: EarlyExitModel, batches: tuple[torch.Tensor, ...], threshold: Any) -> None:
+def _predict_all(model: EarlyExitModel, batches: tuple[Tensor, ...], threshold: Any) -> None:
     for x in batches:
         model.predict(x, threshold)

@@ -10,9 +10,9 @@ from ptee.evaluation.targets import describe_thresholds
 from ptee.evaluation.traces import Score
 from ptee.model.forward import COLLAPSED
 
-MANY_DIFFER = 0.05  # share of answers that differ from the backbone's above which the model is called bad
-SLOWER = 0.95  # times the bare backbone's speed; what lies above it may be noise
-WIDEST = 40  # letters of thresholds in the first column; more are in the second table only
+MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many
+SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise
+WIDEST = 40  # letters of thresholds in the first column; longer ones are in the second table only
 ON_AGAIN = "ptee tune chooses again which exits are on (in Python: set model.off = [] and model.threshold)."
 
 
@@ -26,12 +26,12 @@ class Row:
         accuracy: share of the answers that are the label; None without labels.
         fidelity: share of the answers that are the backbone's.
         cost: mean multiply-accumulates for an image, heads passed on the way included, over the bare backbone's.
-        right: of the images that leave at this exit at the model's thresholds, the share whose answer is the label (without
-            labels: the backbone's answer); None where no image leaves. In the backbone's row it is of those that never left.
+        right: of the images that leave here at the model's thresholds, the share whose answer is the label (without labels: the
+            backbone's answer); None if none leaves. In the backbone's row: of the images that never left.
         calibration_error: of an exit's confidence h on all images: mean distance of h from the share of right answers, over
             bins of h. None in other rows.
         failure_auroc: of an exit's confidence h on all images: the chance that h is higher for a right answer than for a wrong
-            one. .5 is chance, 1 is perfect. None in other rows, and where all answers are right or all are wrong.
+            one. .5 is chance, 1 is perfect. None in other rows, and if all answers are right or all are wrong.
         images_per_s: measured, or None.
         speedup: the bare backbone's time over this one's, measured in turns, or None.
     """
@@ -46,11 +46,6 @@ class Row:
     failure_auroc: float | None = None
     images_per_s: float | None = None
     speedup: float | None = None
-
-    @property
-    def merit(self) -> float:
-        """Accuracy; without labels fidelity."""
-        return self.fidelity if self.accuracy is None else self.accuracy
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Results:
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
-        off: exits at which no image leaves, whatever the threshold.
+        off: exits that are off: no image leaves there, whatever T is.
     """
 
     backbone: str
@@ -110,7 +105,7 @@ class Results:
 
     @property
     def verdict(self) -> list[str]:
-        """What is wrong with the early-exit model, a sentence each. Nothing where T is above 1, as then nobody leaves."""
+        """What is wrong with the early-exit model, a sentence each. Nothing if T is above 1, where no image leaves."""
         if self.all_off:
             return [f"Every exit is off, so the backbone answers all images, whatever T is. {ON_AGAIN}"]
         if min(self.threshold) > 1:
@@ -129,8 +124,9 @@ class Results:
 
     def __str__(self) -> str:
         timed = f"; speed on {self.device} in batches of {self.batch_size}" if self.timed else ""
-        off = [f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {ON_AGAIN}"] if self.off else []
-        sentences = [*([] if self.all_off else off), *self.verdict]
+        some_off = bool(self.off) and not self.all_off
+        off = f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {ON_AGAIN}"
+        sentences = [off] * some_off + self.verdict
         return (
             f"{self.backbone}, {self.samples:,} images{timed}\n"
             + (f"{self.note}\n" if self.note else "")
@@ -154,12 +150,15 @@ AUROC: the chance that the confidence is higher for a right answer than for a wr
 
 
 def _scenarios(results: Results) -> str:
-    """One way to use the network a row."""
+    """A row for each way to use the network."""
     timed = ("images/s", "speed") if results.timed else ()
-    first, *exits, last = results.rows
-    names = ["backbone", *(f"all leave at {_exit(n, row)}" for n, row in enumerate(exits)), _early_exit(results)]
+    names = [
+        "backbone",
+        *(f"all leave at {_exit(results, n)}" for n in range(len(results.exits))),
+        _early_exit(results),
+    ]
     lines = []
-    for name, row in zip(names, [first, *exits, last], strict=True):
+    for name, row in zip(names, results.rows, strict=True):
         speed = (_shown(row.images_per_s, ",.0f"), _shown(row.speedup, ".2f", "x")) if timed else ()
         lines.append((name, _shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}", *speed))
     return table([("", "accuracy", "fidelity", "cost", *timed), *lines], left={0})
@@ -167,13 +166,14 @@ def _scenarios(results: Results) -> str:
 
 def _at_exits(results: Results) -> str:
     """What happens at each exit when the model runs at its thresholds."""
-    lines = [("end of the backbone", "", f"{results.leaving[-1]:.1%}", _shown(results.rows[0].right, ".4f"), "")]
-    for n, row in reversed(list(enumerate(results.exits))):
+    lines = [("when it runs", "T", "leave here", "of these right", "AUROC")]
+    for n, row in enumerate(results.exits):
         off = n in results.off
         leave = "-" if off else f"{results.leaving[n]:.1%}"
         t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
-        lines.append((_exit(n, row), t, leave, _shown(row.right, ".4f"), _shown(row.failure_auroc, ".3f")))
-    return table([("when it runs", "T", "leave here", "of these right", "AUROC"), *reversed(lines)], left={0})
+        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), _shown(row.failure_auroc, ".3f")))
+    lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", _shown(results.rows[0].right, ".4f"), ""))
+    return table(lines, left={0})
 
 
 def _early_exit(results: Results) -> str:
@@ -183,8 +183,8 @@ def _early_exit(results: Results) -> str:
     return f"early exit, T = {thresholds}" if len(thresholds) <= WIDEST else "early exit, T as below"
 
 
-def _exit(n: int, row: Row) -> str:
-    return f"exit {n} ({row.module})"
+def _exit(results: Results, n: int) -> str:
+    return f"exit {n} ({results.exits[n].module})"
 
 
 def _exits(numbers: tuple[int, ...]) -> str:
@@ -203,14 +203,13 @@ def _collapsed(results: Results) -> str:
     share, n = max((share, n) for n, share in enumerate(results.leaving[:-1]))
     if share <= COLLAPSED:
         return ""
-    where = _exit(n, results.exits[n])
-    return f"{share:.0%} of the images leave at {where}: this is a shorter network, not an adaptive one. Raise T, or choose T for a smaller loss."
+    return f"{share:.0%} of the images leave at {_exit(results, n)}: this is a shorter network, not an adaptive one. Raise T, or choose T for a smaller loss."
 
 
 def _differs(results: Results) -> str:
     """Many answers differ from the backbone's, and they are not better ones."""
     backbone, own = results.rows[0], results.early_exit
-    better = None not in (own.accuracy, backbone.accuracy) and own.merit >= backbone.merit
+    better = own.accuracy is not None and backbone.accuracy is not None and own.accuracy >= backbone.accuracy
     if 1 - own.fidelity <= MANY_DIFFER or better:
         return ""
     accuracy = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
@@ -219,18 +218,18 @@ def _differs(results: Results) -> str:
 
 def _beaten_by_cut_off(results: Results) -> str:
     """The backbone cut off at some exit answers as well, and costs no more."""
-    own = results.early_exit
-    cut_off = [Row("", exit_.module, s.accuracy, s.fidelity, s.cost) for exit_, s in zip(results.exits, results.truncation, strict=False)]  # fmt: skip
-    better = [n for n, row in enumerate(cut_off) if row.cost <= own.cost and row.merit >= own.merit]
+    row = results.early_exit
+    own, cut_off = Score(row.accuracy, row.fidelity, row.cost), results.truncation
+    better = [n for n, score in enumerate(cut_off) if score.cost <= own.cost and score.merit >= own.merit]
     if not better:
         return ""
     n = max(better, key=lambda n: (cut_off[n].merit, -n))
-    row = cut_off[n]
-    cost = "costs less" if round(row.cost, 4) < round(own.cost, 4) else "costs the same"
-    accuracy = "" if row.accuracy is None else f"accuracy {row.accuracy:.4f}, "
+    best = cut_off[n]
+    cost = "costs less" if round(best.cost, 4) < round(own.cost, 4) else "costs the same"
+    accuracy = "" if best.accuracy is None else f"accuracy {best.accuracy:.4f}, "
     return (
-        f"The backbone cut off at {_exit(n, row)}, with no other heads, answers as well and {cost}: {accuracy}fidelity "
-        f"{row.fidelity:.4f}, cost {row.cost:.4f}."
+        f"The backbone cut off at {_exit(results, n)}, with no other heads, answers as well and {cost}: {accuracy}fidelity "
+        f"{best.fidelity:.4f}, cost {best.cost:.4f}."
     )
 
 

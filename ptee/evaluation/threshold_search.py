@@ -4,102 +4,70 @@
     subject to  (1/n) sum_i loss[e_i, i] <= limit
     where       e_i = min {k : h[k, i] >= T[k]}, and E if no exit k has that
 
-over the thresholds T and over which exits are on; or cost and loss change places. An exit that is off costs no head.
+over the thresholds T and over which exits are on; or with cost and loss in each other's place. The head of an exit that is off
+costs nothing.
 
-At one exit a threshold says no more than how many images, the most confident first, it takes from those that come there. While
-the other exits stay as they are, the best number for one exit is found exactly, by running sums. Everything here is built from
-that: coordinate descent on cost + weight * loss, with the weight found by bisection; then moves of two exits at a time within
-the limit, which reach solutions that no weight gives. Several subsets of exits are searched at once.
+A threshold decides how many images an exit takes, the most confident first. If the other exits stay as they are, running sums
+give the best number for one exit exactly. The rest is built from that: coordinate descent on cost + weight * loss, with the
+weight found by bisection; then moves of two exits at a time, which reach solutions that no weight gives. Several subsets of
+exits are searched at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
 
 import torch
 from torch import Tensor
 
-from ptee.exits.plan import heads_run
-
 NEVER = 2.0  # a threshold that no confidence reaches
-MAX_EXACT = 6  # up to so many exits every subset is tried; with more, exits are switched off one after the other
+MAX_EXACT = 6  # up to so many exits every subset is tried; with more, exits are switched off one after another
 WEIGHTS = (1e-3, 1e4)  # of one wrong answer, in costs of the backbone; bisected on a logarithmic scale
 BISECTIONS, MAX_SWEEPS = 12, 20
 IMPROVED = 4  # subsets that moves of two exits are tried on
 PAIR_STEPS, MAX_ROUNDS = 24, 3  # numbers tried for the first exit of a pair; rounds over all pairs
 BATCH = 4  # subsets that are searched at once: more do not fit into a processor's cache
 ROUNDING = 1e-9  # of means over the images
-TIE = 1e-7  # weight of what is limited, to decide between solutions that are equal in what is minimised
+TIE = 1e-7  # weight of what is limited, to choose among solutions that are equal in what is minimised
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How many images the threshold of each exit lets leave, and the mean cost and loss.
+    """How many images each exit takes, (E,), and the mean cost and loss. An exit that takes none is off."""
 
-    Attributes:
-        on: (E,) bool, exits that are on.
-        taken: (E,) the number of images, of all and the most confident first, whose confidence reaches T; 0 at exits that are
-            off.
-        cost: mean over the images.
-        loss: mean over the images.
-    """
-
-    on: Tensor
     taken: Tensor
     cost: float
     loss: float
 
 
 class Problem:
-    """Confidences, costs and losses of images, and a limit on the mean of loss or cost; the other one is minimised."""
+    """Confidences, losses and costs of n images, and a limit on the mean loss or cost; the other one is minimised.
+
+    Args:
+        confidence: (E, n) of the early exits.
+        loss: (E+1, n) of leaving there.
+        price: gives the costs (S, E+1) of leaving, for subsets of exits that are on (S, E).
+        limited: "loss" or "cost".
+        limit: of its mean.
+    """
 
     def __init__(
-        self,
-        confidence: Tensor,
-        loss: Tensor,
-        costs: Tensor,
-        head_costs: Tensor,
-        reads_earlier: Tensor,
-        *,
-        limited: str,
-        limit: float,
+        self, confidence: Tensor, loss: Tensor, price: Callable[[Tensor], Tensor], *, limited: str, limit: float
     ) -> None:
-        """Sort the images by the confidence at each exit.
-
-        Args:
-            confidence: (E, n) of the early exits.
-            loss: (E+1, n) of leaving there.
-            costs: (E+1,) of leaving there when all heads are run.
-            head_costs: (E,) what each head adds to the costs from its exit on.
-            reads_earlier: (E,) bool, exits that read the answers of earlier ones.
-            limited: "loss" or "cost".
-            limit: of its mean.
-        """
         self.exits, self.images = confidence.shape
-        h = confidence.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        self.h, self.loss, self.costs, self.head_costs = h, loss.double(), costs, head_costs
-        self.reads_earlier = reads_earlier
-        self.limited, self.limit = limited, limit
-        self.sorted, self.order = h.sort(dim=1, descending=True, stable=True)
+        self.h = confidence.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        self.loss, self.price, self.limited, self.limit = loss, price, limited, limit
+        self.sorted, self.order = self.h.sort(dim=1, descending=True, stable=True)
         self.rank = self.order.argsort(1).int()
         self.ends = _ends(self.sorted)
 
-    def priced(self, on: Tensor) -> Tensor:
-        """(S, E+1) costs if only the heads of exits that are on (S, E), and the heads that those read, are run."""
-        missing = (self.head_costs * ~heads_run(on, self.reads_earlier)).cumsum(1)
-        return self.costs - torch.cat([missing, missing[:, -1:]], 1)
-
     def thresholds(self, taken: Tensor, one_threshold: bool) -> list[float]:
-        """The thresholds that take so many images (E,); `NEVER` where none is taken.
+        """The thresholds by which the exits take so many images (E,); `NEVER` if none.
 
         They lie half way to the next confidence, because the last digits of a confidence depend on the size of the batch.
-
-        Args:
-            taken: number of images at each exit.
-            one_threshold: the same for all exits that take any.
         """
         gaps = [self._gap(n, int(k)) for n, k in enumerate(taken)]
         on = [gap for gap in gaps if gap is not None]
@@ -114,10 +82,12 @@ class Problem:
         following = self.sorted[n, taken].item() if taken < self.images else -math.inf
         return following, self.sorted[n, taken - 1].item()
 
-    def best(self, cost: Tensor, loss: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """The index of the best along the last axis, and its objective; infinite where nothing is within the limit."""
+    def best(self, cost: Tensor, loss: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The index of the best along the last axis, and its objective; infinite if none is within the limit."""
         objective, limited = (cost, loss) if self.limited == "loss" else (loss, cost)
-        fits = allowed & (limited <= self.limit + ROUNDING)
+        fits = limited <= self.limit + ROUNDING
+        if allowed is not None:
+            fits = fits & allowed
         return (objective + TIE * limited).masked_fill(~fits, torch.inf).min(-1)[::-1]
 
     def outcome(self, price: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,12 +99,7 @@ class Problem:
 
 
 def search(problem: Problem, one_threshold: bool = False) -> Choice | None:
-    """The best choice that was found; None if nothing is within the limit.
-
-    Args:
-        problem: what is limited, and what is minimised.
-        one_threshold: the same for all exits that are on.
-    """
+    """The best choice that was found; None if nothing is within the limit."""
     exits = problem.exits
     if exits <= MAX_EXACT:
         return _best_of(problem, torch.tensor(list(product([True, False], repeat=exits))), one_threshold)
@@ -144,23 +109,20 @@ def search(problem: Problem, one_threshold: bool = False) -> Choice | None:
         if best is not None and (found is None or _objective(problem, found) >= _objective(problem, best)):
             return best
         best = found or best
-        start = on[0] if found is None else found.on
+        start = on[0] if found is None else found.taken > 0
         on = start & ~torch.eye(exits, dtype=torch.bool)[start]  # in each subset one more exit is off
     return best
 
 
 def _best_of(problem: Problem, on: Tensor, one_threshold: bool) -> Choice | None:
     """The best choice among subsets of exits (S, E)."""
-    price = problem.priced(on)
+    price = problem.price(on)
     taken = _one_threshold(problem, on, price)
     if not one_threshold:
         taken = _several_thresholds(problem, on, price, taken)
     cost, loss = problem.outcome(price, taken)
-    allowed = torch.ones_like(cost, dtype=torch.bool)
-    fits = [problem.best(c[None], v[None], a[None])[1] < torch.inf for c, v, a in zip(cost, loss, allowed, strict=True)]
-    choices = [
-        Choice(taken[i] > 0, taken[i], float(cost[i]), float(loss[i])) for i, inside in enumerate(fits) if inside
-    ]
+    fits = problem.best(cost[:, None], loss[:, None])[1].isfinite()
+    choices = [Choice(taken[i], float(cost[i]), float(loss[i])) for i in fits.nonzero()[:, 0].tolist()]
     return min(choices, key=lambda choice: _objective(problem, choice), default=None)
 
 
@@ -172,7 +134,7 @@ def _between(low: float, high: float) -> float:
 def _objective(problem: Problem, choice: Choice) -> tuple[float, float, int]:
     """Less is better; of equals, the one with fewer exits."""
     pair = (choice.cost, choice.loss) if problem.limited == "loss" else (choice.loss, choice.cost)
-    return round(pair[0], 9), round(pair[1], 9), int(choice.on.sum())
+    return round(pair[0], 9), round(pair[1], 9), int((choice.taken > 0).sum())
 
 
 # ---------------------------------------------------------------------------------------------------- one threshold
@@ -199,7 +161,7 @@ def _one_threshold(problem: Problem, on: Tensor, price: Tensor) -> Tensor:
 
 
 def _ends(values: Tensor) -> Tensor:
-    """Which of the first 0..n of descending values a threshold can take: it cannot part equal values, nor take NaN (-inf)."""
+    """Which numbers 0..n of descending values a threshold can take: it cannot separate equal ones, or take NaN (-inf)."""
     more = torch.cat([values[..., 1:], torch.full_like(values[..., :1], -torch.inf)], -1)
     last = (values > more) & (values > -torch.inf)
     return torch.cat([torch.ones_like(last[..., :1]), last], -1)
@@ -218,7 +180,7 @@ def _several_thresholds(problem: Problem, on: Tensor, price: Tensor, start: Tens
     parts = zip(on.split(BATCH), price.split(BATCH), start.split(BATCH), strict=True)
     taken = torch.stack([start, torch.cat([_descended(problem, *part) for part in parts])])
     cost, loss = (each.view(2, -1) for each in problem.outcome(price.repeat(2, 1), taken.flatten(0, 1)))
-    which, objective = problem.best(cost.T, loss.T, torch.ones_like(cost.T, dtype=torch.bool))
+    which, objective = problem.best(cost.T, loss.T)
     taken = taken[which, torch.arange(len(on))]
     for s in objective.argsort(stable=True)[:IMPROVED].tolist():
         taken[s] = _improved(problem, on[s], price[s], taken[s])
@@ -226,7 +188,7 @@ def _several_thresholds(problem: Problem, on: Tensor, price: Tensor, start: Tens
 
 
 def _descended(problem: Problem, on: Tensor, price: Tensor, start: Tensor) -> Tensor:
-    """(S, E) the best that descent finds within the limit while the weight is bisected, from two starts: none taken, and one T."""
+    """(S, E) the best that descent finds while the weight is bisected. It starts twice: from none taken, and from one T."""
     both, prices = on.repeat(2, 1), price.repeat(2, 1)
     taken = torch.cat([torch.zeros_like(start), start])
     low, high = (torch.full((len(both),), w, dtype=torch.float64).log() for w in WEIGHTS)
@@ -235,7 +197,7 @@ def _descended(problem: Problem, on: Tensor, price: Tensor, start: Tensor) -> Te
         middle = (low + high) / 2
         taken = _descend(problem, both, prices, taken, middle.exp())
         cost, loss = problem.outcome(prices, taken)
-        now = problem.best(cost[:, None], loss[:, None], torch.ones_like(cost, dtype=torch.bool)[:, None])[1]
+        now = problem.best(cost[:, None], loss[:, None])[1]
         best, lowest = torch.where((now < lowest)[:, None], taken, best), torch.minimum(now, lowest)
         lighter = now.isfinite() == (problem.limited == "loss")  # within the limit of loss: a loss may weigh less
         low, high = torch.where(lighter, low, middle), torch.where(lighter, middle, high)
@@ -244,7 +206,7 @@ def _descended(problem: Problem, on: Tensor, price: Tensor, start: Tensor) -> Te
 
 
 def _descend(problem: Problem, on: Tensor, price: Tensor, taken: Tensor, weight: Tensor) -> Tensor:
-    """(B, E) numbers of images taken, such that no exit alone can lower the mean of cost + weight * loss."""
+    """(B, E) numbers of images taken for which no exit alone can lower the mean of cost + weight * loss."""
     value = [price[:, n, None] + weight[:, None] * problem.loss[n] for n in range(problem.exits + 1)]
     for _ in range(MAX_SWEEPS):
         before, taken = taken, taken.clone()
@@ -260,7 +222,7 @@ def _descend(problem: Problem, on: Tensor, price: Tensor, taken: Tensor, weight:
 
 
 def _reached(problem: Problem, taken: Tensor) -> Iterator[Tensor]:
-    """(B, n) for each exit: which images come there."""
+    """For each exit, (B, n) which images reach it."""
     staying = torch.ones(len(taken), problem.images, dtype=torch.bool)
     for n in range(problem.exits):
         yield staying
@@ -271,7 +233,7 @@ def _reached(problem: Problem, taken: Tensor) -> Iterator[Tensor]:
 
 
 def _improved(problem: Problem, on: Tensor, price: Tensor, taken: Tensor) -> Tensor:
-    """(E,) numbers of images taken, such that no move of two exits (the first of them in steps) does better."""
+    """(E,) numbers of images taken that no move of two exits (the first in steps) can better."""
     exits = on.nonzero()[:, 0].tolist()
     pairs = list(permutations(exits, 2)) or [(n, n) for n in exits]
     best = torch.inf
@@ -299,7 +261,7 @@ def _moved(problem: Problem, price: Tensor, taken: Tensor, i: int, numbers: Tens
     tried = taken.repeat(len(numbers), 1)
     tried[:, i] = numbers
     tried[:, j] = 0
-    later = torch.full((len(tried), problem.images), problem.exits)  # where images leave that pass exit j
+    later = torch.full((len(tried), problem.images), problem.exits)  # where images leave that exit j does not take
     for n in reversed(range(j + 1, problem.exits)):
         later = torch.where(problem.rank[n] < tried[:, n, None], n, later)
     reached = torch.ones_like(later, dtype=torch.bool)

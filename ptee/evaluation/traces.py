@@ -1,7 +1,7 @@
-"""Traces: every exit's answer and confidence on a data set, recorded once.
+"""Traces: the answer and the confidence of every exit for every image, recorded in one pass.
 
-Thresholds only choose among answers that every exit could give. So run the model once with nobody leaving and keep
-what each exit said; what any threshold would give is arithmetic from then on.
+Thresholds only choose among answers that every exit could give. So the model runs once while no image leaves, and what any
+thresholds would give is arithmetic from then on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from operator import length_hint
 import torch
 from torch import Tensor
 
+from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
@@ -22,29 +23,28 @@ from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confide
 from ptee.exits.plan import heads_run
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
-SAMPLE = 128  # images kept to measure speed on
+SAMPLE = 128  # images that are kept
 MANY_CLASSES = 100  # above which logits are kept in half precision
-ROUGH = 0.05  # of the deviation of pixels: by no more do they differ in what passes for the same image
+TOLERANCE = 0.05  # of the pixels' standard deviation: a larger difference is another image, a smaller one rounding
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What every exit said to every image; the exit axis comes first and ends with the backbone.
+    """What every exit answered for every image. The exit axis comes first and ends with the backbone.
 
     Attributes:
-        answers: (E+1, n) the class each exit chose.
-        confidence: (E+1, n) h, float32; the last are 1.
-        targets: (n,) labels, or None where there are none, or none that could be answers.
-        costs: (E+1,) float64, what leaving there costs, as a fraction of the bare backbone.
+        answers: (E+1, n) classes.
+        confidence: (E+1, n) h, float32; 1 in the last row.
+        targets: (n,) labels; None if there are none, or if some are no classes of the backbone.
+        costs: (E+1,) float64, the cost of leaving at each exit, as a fraction of the bare backbone.
         sample: (s, c, h, w) some of the images, spread over the data set.
-        note: why labels that are there are no targets, in a sentence; else empty.
-        logits: (E+1, n, K), float32; float16 for more than 100 classes, each row then shifted so that its largest is 0.
-            None where they were not kept.
-        head_costs: (E,) float64, what each exit's head adds to `costs` from there on; None is for heads that cost
-            nothing.
-        builds_on_previous: (E,) bool, heads that read what those before them answered; None is for none.
-        confidence_logits: (E, n) of the heads' confidence layers, float32. None where they were not kept.
-        confidence_name: what `confidence` was computed from, a name of `CONFIDENCES`.
+        note: why labels that are there are not used, in a sentence; else empty.
+        logits: (E+1, n, K), float32; with more than 100 classes float16, each row shifted so that its largest is 0. None if
+            they were not kept.
+        head_costs: (E,) float64, what the head of each exit adds to `costs` from there on; None if heads cost nothing.
+        builds_on_previous: (E,) bool, heads that read the answers of the exits before; None if none does.
+        confidence_logits: (E, n) of the heads' confidence layers, float32. None if they were not kept.
+        confidence_name: the key of `CONFIDENCES` that `confidence` was computed with.
         calibrated: the model's, or None.
     """
 
@@ -62,22 +62,23 @@ class Traces:
     calibrated: Calibrated | None = None
 
     @property
-    def reading(self) -> Tensor:
-        """(E,) bool, exits that read what those before them answered, for their own answer or for their confidence."""
-        if CONFIDENCES[self.confidence_name].needs_answers_of_earlier_exits:
-            return torch.ones(len(self.costs) - 1, dtype=torch.bool)
-        return (
-            torch.zeros(len(self.costs) - 1, dtype=torch.bool)
-            if self.builds_on_previous is None
-            else self.builds_on_previous
-        )
+    def exits(self) -> int:
+        """E."""
+        return len(self.costs) - 1
+
+    @property
+    def right(self) -> Tensor:
+        """(E+1, n) bool, whether the answer is the label; without labels, whether it is the backbone's answer."""
+        return self.answers == (self.answers[-1] if self.targets is None else self.targets)
+
+    @property
+    def losses(self) -> Tensor:
+        """(E+1, n) what leaving there loses: 1 if only the backbone is right, -1 if only the exit is, else 0; float64."""
+        right = self.right.double()
+        return right[-1] - right
 
     def rows(self, which: Tensor) -> Traces:
-        """Of some of the images.
-
-        Args:
-            which: (n,) bool, or indices.
-        """
+        """The traces of some images: `which` is (n,) bool, or indices."""
         return replace(
             self,
             answers=self.answers[:, which],
@@ -88,62 +89,60 @@ class Traces:
         )
 
     def under(self, name: str) -> Traces:
-        """The same traces with another confidence.
-
-        Args:
-            name: a key of `CONFIDENCES`.
+        """The same traces with another confidence, a key of `CONFIDENCES`.
 
         Raises:
             UnknownName: if there is no such confidence.
-            PteeError: if it is "calibrated" and the model was not, or no logits were kept.
+            PteeError: if it is "calibrated" and the model is not, or if no logits were kept.
         """
         confidence = find_confidence(name, self.calibrated)
         if name == self.confidence_name:
             return self
         if self.logits is None or self.confidence_logits is None:
             raise PteeError(
-                "These traces hold no logits to compute another confidence from. Record them with logits=True."
+                "Another confidence needs logits, and these traces have none. Record them with logits=True."
             )
-        return replace(
-            self, confidence=confidence.at_all_exits(self.logits[:-1], self.confidence_logits), confidence_name=name
-        )
+        h = confidence.at_all_exits(self.logits[:-1], self.confidence_logits)
+        return replace(self, confidence=h, confidence_name=name)
+
+    def costs_where(self, on: Tensor) -> Tensor:
+        """(..., E+1) costs if only these exits (..., E) are on. A head that is off still runs for exits that read its answer."""
+        if self.head_costs is None:
+            return self.costs.expand(*on.shape[:-1], -1)
+        reads_earlier = torch.zeros(self.exits, dtype=torch.bool)
+        if CONFIDENCES[self.confidence_name].needs_answers_of_earlier_exits:
+            reads_earlier = ~reads_earlier
+        elif self.builds_on_previous is not None:
+            reads_earlier = self.builds_on_previous
+        saved = (self.head_costs * ~heads_run(on, reads_earlier)).cumsum(-1)
+        return self.costs - torch.cat([saved, saved[..., -1:]], -1)
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
-        """(E+1,) `costs` where some exits are off: their heads are run only if one behind them reads what they say."""
-        if self.head_costs is None:
-            return self.costs
-        on = torch.tensor([n not in off for n in range(len(self.head_costs))])
-        missing = (self.head_costs * ~heads_run(on, self.reading)).cumsum(0)
-        return self.costs - torch.cat([missing, missing[-1:]])
+        """(E+1,) costs if these exits are off."""
+        return self.costs_where(torch.tensor([n not in off for n in range(self.exits)]))
 
     def leaving(self, threshold: Sequence[float] | Tensor) -> Tensor:
-        """Where each image leaves: (n,) the first exit n with h_n >= T_n, E at the latest.
-
-        Args:
-            threshold: (E,) one for each exit.
-        """
+        """(n,) the exit at which each image leaves: the first n with h_n >= T_n, or E. `threshold` is (E,)."""
         return first_exit(self.confidence[:-1], threshold)
 
     def shares(self, leaving: Tensor) -> list[float]:
-        """The share of the images that leaves at each of the E+1 exits."""
+        """(E+1) the share of the images that leaves at each exit."""
         return (torch.bincount(leaving, minlength=len(self.costs)) / len(leaving)).tolist()
 
-    def score(self, leaving: Tensor) -> Score:
-        """Accuracy, fidelity and cost when each image leaves where `leaving` (n,) says."""
+    def score(self, leaving: Tensor, off: Sequence[int] = ()) -> Score:
+        """The score if each image leaves where `leaving` (n,) says, and these exits are off."""
         answers = self.answers.gather(0, leaving[None])[0]
         accuracy = None if self.targets is None else (answers == self.targets).double().mean().item()
         fidelity = (answers == self.answers[-1]).double().mean().item()
-        return Score(accuracy, fidelity, self.costs[leaving].mean().item())
-
-    def right(self, leaving: Tensor, exit_index: int) -> float | None:
-        """Of those who leave at an exit, the share that is right there (without labels: that agrees with the backbone)."""
-        here = leaving == exit_index
-        wanted = self.answers[-1] if self.targets is None else self.targets
-        return (self.answers[exit_index] == wanted)[here].double().mean().item() if here.any() else None
+        return Score(accuracy, fidelity, self.costs_without(off)[leaving].mean().item())
 
     def at(self, exit_index: int) -> Tensor:
-        """(n,) everybody leaves at one exit."""
+        """(n,) every image leaves at this exit."""
         return torch.full((self.answers.shape[1],), exit_index)
+
+    def score_at(self, exit_index: int, off: Sequence[int] = ()) -> Score:
+        """The score if every image leaves at one exit, and these exits are off."""
+        return replace(self.score(self.at(exit_index)), cost=self.costs_without(off)[exit_index].item())
 
 
 @dataclass(frozen=True)
@@ -151,14 +150,19 @@ class Score:
     """Means over a data set.
 
     Attributes:
-        accuracy: share of answers equal to the label; None without labels.
-        fidelity: share of answers equal to the backbone's.
-        cost: multiply-accumulates spent, as a fraction of the bare backbone's.
+        accuracy: share of answers that are the label; None without labels.
+        fidelity: share of answers that are the backbone's.
+        cost: multiply-accumulates, as a fraction of the bare backbone's.
     """
 
     accuracy: float | None
     fidelity: float
     cost: float
+
+    @property
+    def merit(self) -> float:
+        """Accuracy; without labels, fidelity."""
+        return self.fidelity if self.accuracy is None else self.accuracy
 
 
 def record(
@@ -167,35 +171,37 @@ def record(
     *,
     batch_size: int = 128,
     num_workers: int = 0,
+    device: str | torch.device | None = None,
     progress: bool = True,
     logits: bool = True,
 ) -> Traces:
-    """Run a model once over data with nobody leaving. Labels that are no classes of the backbone are taken for none.
+    """Run a model once over data while no image leaves. If a label is no class of the backbone, no label is used.
 
     Args:
-        model: in eval mode, on the device it shall run on.
+        model: any early-exit model. Afterwards it is in the mode and on the device that it was.
         data: a map-style data set of (image, label) or (image,), or a loader.
         batch_size: for a data set.
         num_workers: processes that load a data set.
-        progress: show a bar, where standard error is a terminal.
-        logits: keep them; for E exits, n images and K classes they take (E+1) n K numbers.
+        device: where it runs; None: where the model is.
+        progress: show a bar if standard error is a terminal.
+        logits: keep them: (E+1) n K numbers.
 
     Raises:
-        DataError: if some images have labels and others none.
+        DataError: if some images have labels and others have none.
     """
     require_early_exit(model)
-    was_training = model.training
-    model.eval()
+    home, was_training = next(model.heads.parameters()).device, model.training
     parts: list[Traces] = []
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
     try:
+        model.to(home if device is None else resolve_device(device)).eval()
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
             part = _record_batch(model, images, labels, kept)
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
     finally:
-        model.train(was_training)
+        model.to(home).train(was_training)
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
     return _join(parts, model.num_classes)
@@ -204,19 +210,7 @@ def record(
 def repeated(
     data: object, traces: Traces, *, words: str, batch_size: int = 128, num_workers: int = 0, progress: bool = True
 ) -> Iterator[Tensor]:
-    """Images of data that were recorded before, batch by batch, so that others can answer them, too.
-
-    Args:
-        data: as of `record`.
-        traces: what came of it.
-        words: beside the bar.
-        batch_size: as of `record`.
-        num_workers: as of `record`.
-        progress: as of `record`.
-
-    Raises:
-        PteeError: if they are other images now, or come in another order.
-    """
+    """The images of data that `record` made these traces of, batch by batch. Other images or another order are refused."""
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     kept, seen = _kept_of_each_batch(loader), 0
     for images, _ in map(split_batch, with_bar(loader, words, progress)):
@@ -228,25 +222,17 @@ def repeated(
 
 
 def require_same_images(sample: Tensor, again: Tensor) -> None:
-    """Refuse data that shuffle, or give other images each time, in ways of their own; a decoder may round otherwise.
-
-    Args:
-        sample: (s, c, h, w) of the first time.
-        again: the same of another time.
-
-    Raises:
-        PteeError: if they differ.
-    """
+    """Refuse data that gave one sample (s, c, h, w) the first time and another the next time. Rounding may differ."""
     one, other = (x.float().nan_to_num(0, 0, 0) for x in (sample, again))
-    if one.shape != other.shape or (one - other).abs().gt(ROUGH * one.std(correction=0)).any():
+    if one.shape != other.shape or (one - other).abs().gt(TOLERANCE * one.std(correction=0)).any():
         raise PteeError(
-            "The data give other images, or another order, each time they are gone through, and networks are compared image "
-            "by image. Give them in order (shuffle=False, no sampler that draws), without random transforms."
+            "The data gives other images, or another order, each time it is read, and networks are compared image by image. "
+            "Give it in order (shuffle=False, no sampler that draws), without random transforms."
         )
 
 
 def _kept_of_each_batch(loader: object) -> int:
-    """How many images of each batch, the first ones, go into a sample; a loader need not know its length."""
+    """How many images of each batch go into the sample. A loader need not know its length."""
     return math.ceil(SAMPLE / max(1, length_hint(loader, 16)))
 
 
@@ -271,7 +257,7 @@ def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, 
 
 
 def compact(logits: Tensor) -> Tensor:
-    """Logits as traces keep them. Shifted before they are halved, which changes no softmax: so none overflows."""
+    """Logits as traces keep them. The shift before half precision changes no softmax, and none overflows."""
     wide = logits.float()
     return wide if wide.shape[-1] <= MANY_CLASSES else (wide - wide.amax(-1, keepdim=True)).half()
 

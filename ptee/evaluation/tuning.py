@@ -1,4 +1,4 @@
-"""Tuning: thresholds of a model chosen on some images, to be reported on others. `data/splits.py` says which."""
+"""Tuning: thresholds are chosen on some images and reported on others. `data/splits.py` says which."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from ptee._common.devices import resolve_device
 from ptee.evaluation.config import ThresholdsConfig
-from ptee.evaluation.targets import DEFAULTS, Margin, Solution, Target, below, solve_target
+from ptee.evaluation.targets import DEFAULTS, Margin, Solution, Target, below, solve
 from ptee.evaluation.threshold_search import ROUNDING
 from ptee.evaluation.traces import record
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -44,7 +43,7 @@ def tune(
         max_cost: the best answers at this mean cost or less, as a fraction of the bare backbone's.
         one_threshold: the same threshold for all exits.
         margin: how much of the limit is kept in reserve, because new images lose more than those that T is chosen on. "auto":
-            how much more is estimated by cross-validation.
+            cross-validation estimates how much more.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.
@@ -53,40 +52,31 @@ def tune(
         The thresholds, the exits that are off, and accuracy, fidelity and cost on these data.
 
     Raises:
-        PteeError: if there is not exactly one target, or it cannot be met; the message says what can be.
+        PteeError: if there is not exactly one target, or if it cannot be met; the message says what can.
     """
     require_early_exit(model)
     config = ThresholdsConfig(
         max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_cost=max_cost, one_threshold=one_threshold, margin=margin
     )  # fmt: skip
     target = Target.given(config)
-    home, was_training = next(model.heads.parameters()).device, model.training
-    try:
-        model.to(home if device is None else resolve_device(device))
-        traces = record(model, data, batch_size=batch_size, num_workers=num_workers, logits=False)
-    finally:
-        model.to(home).train(was_training)
-    found = solve_target(traces, target, one_threshold=config.one_threshold, margin=config.margin)
+    traces = record(model, data, batch_size=batch_size, num_workers=num_workers, device=device, logits=False)
+    found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin)
     model.threshold, model.off = found.threshold, found.off
     return found
 
 
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
-    """Whether a target was kept or missed on the images that are reported on, by how much, and how certain that is.
-
-    Args:
-        solution: found on other images.
-        results: JSON-able, of an evaluation on these.
-    """
+    """Whether a target is kept or missed in JSON-able results on other images, by how much, and how certain that is."""
     target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
+    interval = f"(95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
     if target.kind == "max_cost":
         found, words = own["cost"], f"{own['cost']:.4f}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
         found = 1 - own["fidelity"]
-        words = f"{found:.4f} of the answers differ (95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
+        words = f"{found:.4f} of the answers differ {interval}"
     else:
         found = backbone["accuracy"] - own["accuracy"]
-        words = f"{below(found)} (95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
+        words = f"{below(found)} {interval}"
     outcome = f"{'Kept' if found <= target.limit + ROUNDING else 'Missed'} on {n:,} other images"
     if target.kind == "max_drop" and own["accuracy"] is None:
         outcome = f"Not known for {n:,} other images, which have no labels"
@@ -98,8 +88,8 @@ def _uncertainty(fidelity: float, n: int) -> float:
 
         1.96 sqrt(p / (n + 4)),  p = (n (1 - fidelity) + 2) / (n + 4)
 
-    Only answers that differ from the backbone's can lose anything, each of them one image at most, so p bounds the variance. Two
-    images are added to either side (Agresti and Coull, 1998), because none in a few images does not mean never.
+    Only answers that differ from the backbone's can lose anything, at most one image each, so p bounds the variance. Two images
+    are added on either side (Agresti and Coull, 1998), because no loss on a few images does not mean that there never is one.
     """
     p = (n * (1 - fidelity) + 2) / (n + 4)
     return WITHIN * math.sqrt(p / (n + 4))

@@ -1,8 +1,8 @@
-"""Augmentation of a training: views of the images, and random shifts of the feature maps that the heads read.
+"""Augmentation: views of the images, and random shifts of the feature maps that the heads read.
 
-A view is made of the prepared tensor (c, h, w), after the data set's own transforms. View 0 is the image as it is, view 1 its
-mirror image, the others are random crops of the padded image, mirrored or not. What a view shows depends on its number, the
-sample and the seed alone, so it is the same whenever it is made. Each epoch draws one view of each image; a cache holds all.
+A view is made of the image tensor (c, h, w), after the data set's own transforms. View 0 is the image itself, view 1 its mirror
+image; the others are random crops of the padded image, mirrored or not. What a view shows depends only on its number, the sample
+and the seed. Each epoch draws one view of each image; a cache holds all.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ IMAGE_KEYS = ("image", "images", "pixel_values")
 
 
 class Views(Dataset[Any]):
-    """A map-style data set that shows one view of each sample, drawn anew for each epoch.
+    """A map-style data set with one view of each sample, drawn in each epoch.
 
     Args:
         data: of images (c, h, w), alone or with a label in a pair or a mapping.
         views: number of views of each image.
         seed: decides what the views show, and which one an epoch draws.
-        mirror: whether a mirror image shows the same class. If not, view 1 is a random crop like the others.
+        mirror: a mirror image shows the same class. If not, view 1 is a random crop like the others.
     """
 
     def __init__(self, data: Any, views: int, *, seed: int = 0, mirror: bool = True) -> None:
@@ -51,11 +51,7 @@ class Views(Dataset[Any]):
 
 
 class AllViews(Dataset[Any]):
-    """All views of all samples: view 0 of each, then view 1 of each, and so on. For the cache.
-
-    Args:
-        data: the data set with views.
-    """
+    """View 0 of all samples, then view 1 of all samples, and so on. For the cache."""
 
     def __init__(self, data: Views) -> None:
         self.data = data
@@ -69,32 +65,18 @@ class AllViews(Dataset[Any]):
 
 
 def draw_views(samples: int, views: int, seed: int, epoch: int) -> Tensor:
-    """(samples,) the number of the view of each sample in an epoch.
-
-    Args:
-        samples: how many there are.
-        views: how many each one has.
-        seed: of the training.
-        epoch: its number.
-    """
+    """(samples,) the view of each sample in an epoch, 0..views-1."""
     generator = torch.Generator().manual_seed(seed * PRIME + epoch)
     return torch.randint(views, (samples,), generator=generator)
 
 
 def make_view(image: Tensor, number: int, generator: torch.Generator, *, mirror: bool = True) -> Tensor:
-    """One view of an image.
-
-    Args:
-        image: (c, h, w), prepared for the backbone.
-        number: 0 for the image as it is, 1 for its mirror image, any other for a random crop.
-        generator: where the random numbers come from.
-        mirror: whether views may be mirrored.
-    """
+    """The view of this number of an image (c, h, w)."""
     from torchvision.transforms.v2 import functional
 
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image)
-    if not isinstance(image, Tensor) or number == 0:  # what is no image is refused where batches are made
+    if not isinstance(image, Tensor) or number == 0:  # anything else is refused when batches are made
         return image
     if number == 1 and mirror:
         return functional.horizontal_flip(image)
@@ -114,7 +96,7 @@ def _random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
-    """The sample with its image changed: it is the image, or has it in front or under a name."""
+    """The sample with its image changed: the image is the sample, its first item, or has a name in it."""
     if isinstance(sample, Mapping):
         name = next((key for key in IMAGE_KEYS if key in sample), None)
         return sample if name is None else {**sample, name: change(sample[name])}
@@ -123,24 +105,15 @@ def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
     return change(sample)
 
 
-def draw_shifts(b: int, max_shift: int, generator: torch.Generator | None = None) -> Tensor:
-    """(b, 2) whole pixels of the input, down and to the right, all from -max_shift to max_shift as likely.
-
-    Args:
-        b: number of samples.
-        max_shift: the largest shift.
-        generator: where the random numbers come from; None for torch's own.
-    """
-    return torch.randint(-max_shift, max_shift + 1, (b, 2), generator=generator)
+def draw_shifts(b: int, max_shift: int) -> Tensor:
+    """(b, 2) pixels of the input, down and to the right; each number from -max_shift to max_shift is equally likely."""
+    return torch.randint(-max_shift, max_shift + 1, (b, 2))
 
 
 def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor:
-    """Feature maps shifted by the nearest whole number of positions; zeros come in. Pooled vectors stay as they are.
+    """Feature maps (b, c, h, w) shifted by the nearest whole number of positions, with zeros at the edge. Vectors stay.
 
-    Args:
-        x: (b, c, h, w), or (b, F).
-        pixels: (b, 2) of the input, down and to the right; the same for the maps of all exits.
-        input_size: (h, w).
+    `pixels` (b, 2) are those of the input of size (h, w), down and to the right.
     """
     if x.dim() != 4:
         return x

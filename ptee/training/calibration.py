@@ -1,19 +1,19 @@
-"""Calibration: two numbers for each exit turn its largest probability into the probability that a question is answered yes.
+"""Calibration: two numbers for each exit turn its largest probability into the probability of a yes to a question.
 
-The heads run once over images that neither they nor the backbone were trained on. Then scale and shift of each exit are
+The heads run once over images that neither they nor the backbone were trained on. Then the scale and the shift of each exit are
 fitted by maximum likelihood (J. Platt, Probabilistic outputs for support vector machines, 1999):
 
     h = sigmoid(scale * log(p / (1 - p)) + shift),   p the largest probability of the exit.
 
-With n1 images whose answer is yes and n0 whose answer is no, the targets are Platt's (n1 + 1) / (n1 + 2) and 1 / (n0 + 2)
-instead of 1 and 0, so that few images make nobody entirely sure.
+If n1 images have the answer yes and n0 the answer no, the targets are Platt's (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) instead of
+1 and 0. So few images do not lead to certainty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, DataError, PteeError, unknown
+from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
 from ptee._common.text import table
 from ptee.data import splits
@@ -37,9 +37,8 @@ QUESTIONS = {
     "best": "Is the answer the label, or is no later answer the label either?",
 }
 MIN_IMAGES = 20  # with fewer, h stays the largest probability
-MIN_OF_EITHER = 20  # images with answer yes, and with answer no; with fewer, the two numbers are rough
+MIN_OF_EITHER = 20  # images with the answer yes, and with no; with fewer, the two numbers are rough
 STEPS = 100  # of L-BFGS; it needs far fewer
-LARGEST_SHARE = 0.5  # of the training images, for calibration
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class ExitCalibration:
     """What was fitted for one exit, and cross-entropies on the same images.
 
     Attributes:
-        exit: the module behind which it stands.
-        images: those with finite answers.
-        yes: share of them for which the answer to the question is yes.
+        exit: its module.
+        images: number of those with finite answers.
+        yes: share of them with the answer yes to the question.
         scale: of the log-odds of the largest probability.
         shift: added to them.
         loss: cross-entropy of the calibrated h.
@@ -68,7 +67,7 @@ class ExitCalibration:
 
     @property
     def remark(self) -> str:
-        """What few images meant here, in a sentence; else empty."""
+        """A sentence if there were too few images; else empty."""
         if self.images < MIN_IMAGES:
             return f"{self.images} images with finite answers are too few: h is the largest probability as it is."
         positives = round(self.yes * self.images)
@@ -81,11 +80,11 @@ class ExitCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What came of a calibration. Prints as a table.
+    """The result of a calibration. Prints as a table.
 
     Attributes:
         target: a key of `QUESTIONS`.
-        images: how many there were.
+        images: their number.
         exits: one entry for each early exit.
     """
 
@@ -113,44 +112,15 @@ class Calibration:
         )
 
 
-def check_target(target: str | None, *others: str) -> None:
-    """Refuse what is no question.
-
-    Args:
-        target: a key of `QUESTIONS`, or None.
-        others: what else could have been given.
-
-    Raises:
-        UnknownName: naming those that are.
-    """
-    if target is not None and target not in QUESTIONS:
-        raise unknown("calibration target", target, [*QUESTIONS, *others])
-
-
 def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
-    """Split a map-style data set into images for the heads and images for calibration.
-
-    Args:
-        data: the training images.
-        share: of them, for calibration.
-        seed: which ones.
-
-    Raises:
-        PteeError: if the share is out of range.
-        DataError: if it is too few images.
-    """
-    if not 0 < share <= LARGEST_SHARE:
-        raise PteeError(
-            f"The share of the images for calibration is {share!r}. It must lie above 0 and be {LARGEST_SHARE} at most."
-        )
+    """The training images for the heads, and a share of them for calibration. A DataError if that is too few."""
     n = len(data) + len(getattr(data, "gaps", ()))
     size = round(share * n)
     if size < MIN_IMAGES:
         raise DataError(
             f"{share:g} of {n:,} training images are {size}, and calibration needs {MIN_IMAGES}. Give a larger share (",
-            Argument("calibration_share", "0.3"),
-            "), or do not calibrate.",
-        )
+            Argument("calibration_share", "0.3"), "), or do not calibrate.",
+        )  # fmt: skip
     return splits.hold_out(data, size, seed)
 
 
@@ -164,20 +134,20 @@ def calibrate(
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Calibration:
-    """Let rows leave by a calibrated confidence: the probability that the answer to a question is yes. No answer changes.
+    """Calibrate the confidence: it becomes the probability that the answer to a question is yes. No answer changes.
 
-    Two numbers for each exit are fitted to images. `model.confidence` is "calibrated" afterwards, and thresholds mean
-    something else than before, so choose them again (`ptee.tune`). Calibrate again after the heads were trained further.
+    Two numbers for each exit are fitted to images. Afterwards `model.confidence` is "calibrated" and thresholds have another
+    meaning, so choose them again (`ptee.tune`). Calibrate again whenever the heads were trained further.
 
-    Take images that neither the heads nor the backbone were trained on: on its training images the backbone is nearly
-    always right, so h would be too high. With fewer than 20 images h stays the largest probability, and the result says so.
+    Give images that neither the heads nor the backbone were trained on: on its training images the backbone is nearly always
+    right, so h would be too high. With fewer than 20 images h stays the largest probability, and the result says so.
 
     Args:
-        model: with trained heads. In eval mode, on the device it was on, afterwards.
+        model: with trained heads. Afterwards it is in eval mode, on the device it was on.
         data: a map-style data set of (image (c, h, w), label) or (image,), or a loader.
         target: the question: "agrees" (is this answer the backbone's?), "right" (is it the label?) or "best" (is it the
             label, or is no later answer the label either? Then leaving loses nothing).
-        seed: of what the data set draws, such as the order of a loader.
+        seed: of random numbers that the data draws, such as the order of a loader.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: for the heads; None: where the model is.
@@ -187,12 +157,13 @@ def calibrate(
 
     Raises:
         UnknownName: if there is no such target.
-        DataError: if there are no images, or no labels where the target needs them.
+        DataError: if there are no images, or no labels and the target needs them.
         PteeError: if exits are off.
     """
     require_early_exit(model)
-    check_target(target)
-    TrainingConfig(seed=seed)  # refuses what is no seed
+    if target not in QUESTIONS:
+        raise unknown("calibration target", target, QUESTIONS)
+    TrainingConfig(seed=seed)  # refuses a value that is no seed
     model.require_all_on()
     home = next(model.heads.parameters()).device
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
@@ -202,19 +173,17 @@ def calibrate(
             outputs = _run_heads(model, loader)
         finally:
             model.to(home)
-    positives = outputs.positives(target)
-    exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, positives))
+    exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, _positives(outputs, target)))
     model.calibrated = Calibrated(tuple(e.scale for e in exits), tuple(e.shift for e in exits))
     model.confidence = CALIBRATED
     return Calibration(target, outputs.answers.shape[1], exits)
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """What the exits answer for all images, as far as calibration needs it.
+class _Outputs(NamedTuple):
+    """What the exits answer for all images.
 
     Attributes:
-        log_odds: (E, n) of the largest probability, float64; NaN where the answer is not finite.
+        log_odds: (E, n) of the largest probability, float64; NaN if the answer is not finite.
         answers: (E+1, n) classes.
         labels: (n,) or None.
         fault: why there are no labels.
@@ -225,21 +194,19 @@ class _Outputs:
     labels: Tensor | None
     fault: str
 
-    def positives(self, target: str) -> Tensor:
-        """(E, n) whether the answer to the question is yes."""
-        if target == "agrees":
-            return self.answers[:-1] == self.answers[-1]
-        if self.labels is None:
-            raise DataError(
-                f"The target {target!r} needs labels: {self.fault}. Without them give ",
-                Argument("target", "'agrees'"),
-                ".",
-            )
-        right = self.answers == self.labels
-        if target == "right":
-            return right[:-1]
-        later = torch.stack([right[n + 1 :].any(0) for n in range(len(right) - 1)])
-        return right[:-1] | ~later
+
+def _positives(outputs: _Outputs, target: str) -> Tensor:
+    """(E, n) whether the answer to the question is yes."""
+    if target == "agrees":
+        return outputs.answers[:-1] == outputs.answers[-1]
+    if outputs.labels is None:
+        text = f"The target {target!r} needs labels: {outputs.fault}. Without them give "
+        raise DataError(text, Argument("target", "'agrees'"), ".")
+    right = outputs.answers == outputs.labels
+    if target == "right":
+        return right[:-1]
+    later = torch.stack([right[n + 1 :].any(0) for n in range(len(right) - 1)])
+    return right[:-1] | ~later
 
 
 @torch.inference_mode()
@@ -278,14 +245,9 @@ def _fitted(name: str, odds: Tensor, positives: Tensor) -> ExitCalibration:
 
 
 def fit_scale_and_shift(odds: Tensor, yes: Tensor) -> tuple[float, float]:
-    """Platt's method, with a weak prior that the scale is near 1; the scale is positive, and both are finite.
+    """Scale (positive) and shift by Platt's method, with a weak prior that the scale is near 1.
 
-    Args:
-        odds: (n,) log-odds, float64.
-        yes: (n,) 1 where the answer to the question is yes, else 0; float64.
-
-    Returns:
-        Scale and shift.
+    `odds` (n,) are log-odds; `yes` (n,) is 1 if the answer to the question is yes, else 0. Both are float64.
     """
     positives = yes.sum()
     target = torch.where(yes > 0, (positives + 1) / (positives + 2), 1 / (len(yes) - positives + 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
@@ -16,13 +16,14 @@ MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
 SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
 Auto = Literal["auto"]
 Loss = Literal["separate", "joint", "joint_each_exit", "mc", "cost"]
+Targets = Literal["labels", "pseudo", "soft"]
 # The weights of the optimizer's learning rate and weight decay where none are given.
 LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 
 
 class TrainingConfig(FrozenConfig):
-    """How the heads are trained. Every setting has a default; a value that is None or "auto" depends on others or the data."""
+    """How the heads are trained. Every setting has a default; None and "auto" depend on other settings or on the data."""
 
     loss: Annotated[Loss, BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name)] = (
         Field(
@@ -33,7 +34,7 @@ class TrainingConfig(FrozenConfig):
             "Older names: each, v1, v2.",
         )
     )
-    targets: Literal["labels", "pseudo", "soft"] | None = Field(
+    targets: Targets | None = Field(
         default=None,
         description="What the heads learn: the labels, pseudo (the class that the backbone predicts) or soft (the backbone's "
         "probabilities). The last two need no labels. Default: soft for the loss separate, labels for the others.",
@@ -120,11 +121,11 @@ class TrainingConfig(FrozenConfig):
 
     @property
     def resolved_targets(self) -> str:
-        """The targets, where None is given as well."""
+        """The targets, also if None is given."""
         return self.targets or ("soft" if self.loss == SEPARATE else "labels")
 
     def resolved(self) -> TrainingConfig:
-        """This config with the value in place of every None that depends on another setting."""
+        """This config with a value for every None that depends on another setting."""
         alone = self.loss == SEPARATE
         optimizer = self.optimizer or ("muon" if alone else "adam")
         softened = alone and self.resolved_targets == "soft"
@@ -140,32 +141,13 @@ class TrainingConfig(FrozenConfig):
         return self.changed(**{name: value for name, value in values.items() if getattr(self, name) is None})
 
 
-def choices(field: str) -> tuple[str, ...]:
-    """The words that a setting can have, such as those of "targets".
-
-    Args:
-        field: name of a field of `TrainingConfig` that takes words.
-    """
-    kinds = [TrainingConfig.model_fields[field].annotation, *get_args(TrainingConfig.model_fields[field].annotation)]
-    return tuple(word for kind in kinds for word in get_args(kind) if isinstance(word, str))
-
-
 def epochs_for(images: int, batch_size: int) -> int:
-    """How many epochs "auto" stands for: enough updates, and not too many passes over the data.
-
-    Args:
-        images: number of training images.
-        batch_size: images in each update.
-    """
+    """How many epochs "auto" means for so many training images: enough updates, and not too many passes over the data."""
     return min(max(MIN_EPOCHS, -(-UPDATES * batch_size // images)), MAX_EPOCHS)
 
 
 def shift_for(input_size: tuple[int, int, int]) -> int:
-    """How many pixels "auto" stands for, where some head reads maps.
-
-    Args:
-        input_size: (c, h, w).
-    """
+    """How many pixels "auto" means for images (c, h, w), if some head reads maps."""
     return min(input_size[1:]) // SHIFTED_PART
 
 

@@ -1,10 +1,10 @@
-"""The feature cache: what the heads read and what the backbone answered, computed once and trained on in every epoch.
+"""The feature cache: the heads' inputs and the backbone's answers, computed once for all epochs.
 
-The backbone is frozen, so its feature maps of an image never change. Each head reads its map after its own parameter-free
-part (a pooled head: one vector), so the cache of a whole data set is small for pooled heads and large for convolutional ones.
-It lies in memory or, above a size, in files without a name: they are gone when the process ends, however it ends.
+The backbone is frozen, so its feature maps of an image never change. Each head's input is taken after its own layers without
+parameters (of a pooled head: one vector), so the cache is small for pooled heads and large for convolutional ones. It is in
+memory or, above a size, in files without a name, which are gone when the process ends, however it ends.
 
-Of a data set with views all of them are kept, and each epoch reads one of each image.
+Of a data set with views all views are kept, and each epoch reads one of each image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -35,16 +34,11 @@ from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
 
 IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision it was computed in
-LIMIT = 32 * 2**30  # bytes above which none is made
+LIMIT = 32 * 2**30  # bytes above which a cache is refused
 
 
 class Entry(NamedTuple):
-    """Some samples of a cache.
-
-    Attributes:
-        reading: what the heads read, and the backbone's logits.
-        labels: (b,) int64, `UNKNOWN_LABEL` where there are none.
-    """
+    """Some samples of a cache, and their labels (b,), `UNKNOWN_LABEL` if there are none."""
 
     reading: Reading
     labels: Tensor
@@ -55,9 +49,9 @@ class Estimate:
     """How large a cache would be. Prints as a sentence.
 
     Attributes:
-        samples: in the data.
-        shapes: of what each head reads of one sample, and of the logits.
-        dtype: in which it was computed.
+        samples: their number.
+        shapes: of each head's input for one sample, and of the logits.
+        dtype: in which they were computed.
         views: of each sample.
     """
 
@@ -66,24 +60,27 @@ class Estimate:
     dtype: torch.dtype
     views: int = 1
 
+    @classmethod
+    def of(cls, reading: Reading, samples: int, views: int = 1) -> Estimate:
+        """The estimate for so many samples, from one batch of them."""
+        tensors = (*reading.inputs, reading.logits)
+        dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
+        return cls(samples, tuple(t.shape[1:] for t in tensors), dtype, views)
+
     @property
     def rows(self) -> int:
-        """All views of all samples."""
+        """Number of all views of all samples."""
         return self.samples * self.views
 
     @property
     def stored(self) -> torch.dtype:
-        """As it was computed where that fits into memory, in half precision otherwise."""
+        """The computed type if that fits into memory, else half precision."""
         return self.dtype if self._bytes(self.dtype) <= IN_MEMORY else torch.float16
 
     @property
     def size(self) -> int:
         """Bytes."""
         return self._bytes(self.stored)
-
-    def __str__(self) -> str:
-        where = "in memory" if self.in_memory else "on disk until the training ends"
-        return f"The backbone runs once over {_images(self)}. What the heads read of them takes {_amount(self.size)} {where}."
 
     @property
     def in_memory(self) -> bool:
@@ -93,29 +90,29 @@ class Estimate:
     def _bytes(self, dtype: torch.dtype) -> int:
         return self.rows * sum(shape.numel() for shape in self.shapes) * dtype.itemsize
 
+    @property
+    def images(self) -> str:
+        """Number of images and views, in words."""
+        return f"{self.samples:,} images" + (f" in {self.views} views each" if self.views > 1 else "")
+
+    def __str__(self) -> str:
+        where = "in memory" if self.in_memory else "on disk until the training ends"
+        return f"The backbone runs once over {self.images}. What the heads read of them takes {_amount(self.size)} {where}."
+
 
 class Cache(Dataset[Entry]):
-    """What the heads read of a data set.
+    """What the heads read of a data set. `views` is the data set if its samples have several views.
 
-    Args:
-        estimate: of its size.
-        folder: on whose disk a large one lies; None for the system's own folder.
-        views: the data set, where its samples have several views.
-
-    Raises:
-        DataError: if it is larger than the limit, or the disk is full.
+    A DataError if it is larger than the limit, or if the disk is full.
     """
 
-    def __init__(self, estimate: Estimate, folder: Path | None = None, views: Views | None = None) -> None:
+    def __init__(self, estimate: Estimate, views: Views | None = None) -> None:
         self.estimate, self.views = estimate, views
-        self._folder = folder or Path(tempfile.gettempdir())
         if estimate.size > LIMIT:
-            raise DataError(
-                f"What the heads read of {_images(estimate)} takes {_amount(estimate.size)}, and a cache may take "
-                f"{_amount(LIMIT)}. Run the backbone in every epoch (",
-                Argument("cache", "False"),
-                "), or take heads that pool first.",
-                argument="cache",
+            raise _too_large(
+                f"What the heads read of {estimate.images} takes {_amount(estimate.size)}, and a cache may take "
+                f"{_amount(LIMIT)}. Run",
+                ", or use heads that pool first",
             )
         self._tensors = [self._empty(shape) for shape in estimate.shapes]
         self.labels = torch.full((estimate.rows,), UNKNOWN_LABEL)
@@ -125,26 +122,14 @@ class Cache(Dataset[Entry]):
         if self.estimate.in_memory:
             return torch.empty(whole, dtype=dtype)
         try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:  # without a name; it lives as long as its mapping
-                self._reserve(file, whole.numel() * dtype.itemsize)
+            with tempfile.TemporaryFile() as file:  # without a name; it lives as long as its mapping
+                _reserve(file, whole.numel() * dtype.itemsize)
                 return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(whole)))
         except OSError as why:
-            raise DataError(
-                f"The disk of {self._folder} has no room for {_amount(self.estimate.size)} of what the heads read. Free some, "
-                "set TMPDIR to another disk, or run the backbone in every epoch (",
-                Argument("cache", "False"),
-                ").",
-                argument="cache",
+            raise _too_large(
+                f"The disk of {tempfile.gettempdir()} has no room for {_amount(self.estimate.size)} of what the heads read. "
+                "Free some, set TMPDIR to another disk, or run"
             ) from why
-
-    def _reserve(self, file: IO[bytes], size: int) -> None:
-        """Take the room now: a file with holes would end the process when the disk fills up."""
-        if shutil.disk_usage(self._folder).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
 
     def put(self, start: int, reading: Reading, labels: Tensor | None) -> None:
         """Write a batch, from this row on."""
@@ -152,12 +137,9 @@ class Cache(Dataset[Entry]):
         for to, tensor in zip(self._tensors, (*reading.inputs, reading.logits), strict=True):
             to[start:end] = tensor
             if to.dtype == torch.float16 and not to[start:end].isfinite().all() and tensor.isfinite().all():
-                raise DataError(
+                raise _too_large(
                     f"Some of what the heads read is as large as {tensor.abs().max():g}, which half precision cannot hold, and "
-                    "single precision takes too much memory. Run the backbone in every epoch (",
-                    Argument("cache", "False"),
-                    ").",
-                    argument="cache",
+                    "single precision takes too much memory. Run"
                 )
         if labels is not None:
             self.labels[start:end] = labels
@@ -166,7 +148,7 @@ class Cache(Dataset[Entry]):
         return self.estimate.samples
 
     def __getitem__(self, rows: Sequence[int]) -> Entry:
-        """A batch: these samples, in this order, each in the view that is drawn for this epoch."""
+        """A batch of these samples, each in the view that is drawn for this epoch."""
         at = torch.as_tensor(rows)
         if self.views is not None:
             at = at + len(self) * self.views.drawn[at]
@@ -179,23 +161,19 @@ class Cache(Dataset[Entry]):
             self.views.begin(epoch)
 
     def with_views(self, views: Views | None) -> Cache:
-        """The same numbers for another training, which draws views of its own.
-
-        Args:
-            views: that training's data, of the same images in the same views; None where they have no views.
-        """
+        """The same cache for another training with the same images and views, which draws its own."""
         other = copy.copy(self)
         other.views = views
         return other
 
     def loader(self, batch_size: int, shuffle: bool, generator: torch.Generator | None = None) -> DataLoader[Entry]:
-        """Batches, in the order in which `batches` gives them."""
+        """Batches in the order of `batches`."""
         sampler = RandomSampler(self, generator=generator) if shuffle else SequentialSampler(self)
         whole = BatchSampler(sampler, batch_size, drop_last=False)
         return DataLoader(self, batch_size=None, sampler=whole, generator=generator)
 
     def close(self) -> None:
-        """Give its memory and its room on the disk back."""
+        """Free its memory and its room on the disk."""
         self._tensors = []
 
 
@@ -206,9 +184,7 @@ def fill(
     *,
     batch_size: int,
     num_workers: int = 0,
-    prepare: Callable[[Tensor], Tensor] = lambda images: images,
     around: Callable[[], AbstractContextManager[Any]],
-    folder: Path | None = None,
     description: str = "cache",
     callback: Callable[[Estimate], None] | None = None,
 ) -> Cache:
@@ -219,14 +195,9 @@ def fill(
         data: map-style, of images that are the same each time; of `Views` all views.
         batch_size: images per batch.
         num_workers: processes that load images.
-        prepare: brings images to the model's device and type.
         around: a context for the forward pass, such as autocast.
-        folder: on whose disk a large cache lies; None for the system's own folder.
         description: for the progress bar.
         callback: called with the size, as soon as it is known and there is room for it.
-
-    Raises:
-        DataError: if the cache would be too large, or the disk is full.
     """
     views = data if isinstance(data, Views) else None
     loader = batches(AllViews(views) if views else data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
@@ -234,37 +205,32 @@ def fill(
     start = 0
     for images, labels in map(split_batch, with_bar(loader, description)):
         with around():
-            reading = model.read(prepare(images))
+            reading = model.read(model.prepared(images))
         if cache is None:
-            cache = Cache(estimate(reading, len(data), views.views if views else 1), folder, views)
-            _announce(cache.estimate, callback)
+            cache = Cache(Estimate.of(reading, len(data), views.views if views else 1), views)
+            if callback is not None:
+                with tqdm.external_write_mode():  # or it would be printed behind the bar
+                    callback(cache.estimate)
         cache.put(start, reading, labels)
         start += len(images)
     assert cache is not None and start == cache.estimate.rows
     return cache
 
 
-def _announce(size: Estimate, callback: Callable[[Estimate], None] | None) -> None:
-    if callback is not None:
-        with tqdm.external_write_mode():  # or it would be printed behind the bar
-            callback(size)
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Take the room now: a file with holes would kill the process when the disk fills up."""
+    if shutil.disk_usage(tempfile.gettempdir()).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
-def estimate(reading: Reading, samples: int, views: int = 1) -> Estimate:
-    """How large a cache of so many samples would be, from one batch.
-
-    Args:
-        reading: of any batch.
-        samples: in the data.
-        views: of each sample.
-    """
-    tensors = (*reading.inputs, reading.logits)
-    dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
-    return Estimate(samples, tuple(t.shape[1:] for t in tensors), dtype, views)
-
-
-def _images(estimate: Estimate) -> str:
-    return f"{estimate.samples:,} images" + (f" in {estimate.views} views each" if estimate.views > 1 else "")
+def _too_large(reason: str, more: str = "") -> DataError:
+    """The error for a cache that cannot be; the reason ends in "run", in front of what to do instead."""
+    instead = Argument("cache", "False")
+    return DataError(f"{reason} the backbone in every epoch (", instead, f"){more}.", argument="cache")
 
 
 def _amount(size: int) -> str:
@@ -272,7 +238,7 @@ def _amount(size: int) -> str:
 
 
 def entries(loader: Any) -> Iterator[tuple[Any, Tensor | None]]:
-    """Batches of a cache's loader or of any other: what the step takes, and labels or None."""
+    """Batches of a cache's or another loader: what the heads read or images, and labels or None."""
     for batch in loader:
         if isinstance(batch, Entry):
             yield batch.reading, None if (batch.labels == UNKNOWN_LABEL).all() else batch.labels

@@ -39,11 +39,7 @@ class Epoch:
         return self.loss if self.val_loss is None else self.val_loss
 
     def line(self, epochs: int) -> str:
-        """What to say of it while the training goes on.
-
-        Args:
-            epochs: how many there will be.
-        """
+        """The epoch in one line, of so many epochs."""
         fidelity = " ".join(f"{f:.3f}" for f in self.fidelity[:-1])
         val = "" if self.val_loss is None else f"  validation loss {self.val_loss:.4f}"
         head = f"epoch {self.number}/{epochs}  loss {self.loss:.4f}"
@@ -59,7 +55,7 @@ class History:
         interrupted: Ctrl-C ended it; the heads are those of the last complete epoch.
         stopped_early: the loss no longer fell; the heads are those of the best epoch.
         warning: a sentence about a collapse, or None.
-        config: the settings, with a value in place of every None and "auto"; JSON-able.
+        config: the settings, with a value for every None and "auto"; JSON-able.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -78,11 +74,7 @@ class History:
         return best
 
     def has_stalled(self, patience: int | None) -> bool:
-        """Whether the loss has not fallen for so many epochs.
-
-        Args:
-            patience: number of epochs; None for no limit.
-        """
+        """Whether the loss has not fallen for so many epochs; None for no limit."""
         return patience is not None and bool(self.epochs) and len(self.epochs) - self.best.number >= patience
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,14 +83,9 @@ class History:
 
     def __str__(self) -> str:
         title = ("epoch", "loss", "accuracy", "fidelity", "leaving", "validation loss", "seconds")
-        end = (
-            "Interrupted."
-            if self.interrupted
-            else "Stopped early: the loss no longer fell."
-            if self.stopped_early
-            else None
-        )
-        return "\n".join(filter(None, [table([title, *map(_row, self.epochs)]), LEGEND, end, self.warning]))
+        end = ["Interrupted."] * self.interrupted or ["Stopped early: the loss no longer fell."] * self.stopped_early
+        warning = [self.warning] if self.warning else []
+        return "\n".join([table([title, *map(_row, self.epochs)]), LEGEND, *end, *warning])
 
 
 LEGEND = """Several numbers stand for the exits in order, the last one for the backbone's own output.

@@ -1,4 +1,4 @@
-"""What training minimises: the exits together, blended by their confidences, or each exit by itself.
+"""What training minimises: the exits together, blended by their confidences, or each exit alone.
 
 With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backbone's own output (h_E = 1):
 
@@ -11,10 +11,18 @@ With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backb
     mc              = CE(target, Y_0)
     cost            = C_0
 
-Cross-entropies are computed in log space, from logits: Y itself underflows where a loss is most needed.
+Cross-entropies are computed from logits in log space: Y itself underflows where a loss is most needed.
+
+Every loss takes the same and gives a scalar, the mean over the batch, in float32 at least:
+
+    logits             (E+1, b, K) of every exit; the last are the frozen backbone's and get no gradient
+    confidence_logits  (E, b), h is their sigmoid
+    costs              (E+1,) of leaving at each exit
+    target             (b,) int64 labels, or (b, K) probabilities
+    cost_weight        the thesis's lambda
 
 Sources: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12 (joint is its v1,
-joint_each_exit its v2); for `separate` Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015.
+joint_each_exit its v2); for `separate` Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015, section 2.
 """
 
 from __future__ import annotations
@@ -25,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptee._common.errors import PteeError, unknown
-from ptee.training.config import ALIASES, SEPARATE
+from ptee._common.errors import PteeError
+from ptee.training.config import SEPARATE
 
 Loss = Callable[..., Tensor]
 CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `separate_loss`
@@ -35,42 +43,21 @@ CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `separate_loss`
 def mc_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """Cross-entropy of the blended answer Y_0. What leaving costs plays no part: alone it sends all to the end.
-
-    Args:
-        logits: (E+1, b, K) of every exit; the last are the frozen backbone's and get no gradient.
-        confidence_logits: (E, b), h is their sigmoid.
-        costs: (E+1,) cost of leaving at each exit; not used here.
-        target: (b,) int64 labels, or (b, K) probabilities.
-        cost_weight: not used here.
-
-    Returns:
-        Scalar, mean over the batch, in float32 at least.
-
-    Source: thesis, eqs. 6-12.
-    """
+    """Cross-entropy of the blended answer Y_0. Costs have no influence, so all images come to leave at the end."""
     return _cross_entropies(logits, confidence_logits, target)[0]
 
 
 def cost_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """The expected cost C_0. Whether answers are right plays no part: alone it sends all to exit 0.
-
-    Takes what `mc_loss` takes. Neither `target` nor `cost_weight` is used, and only the confidences get a gradient.
-
-    Source: thesis, eqs. 6-12.
-    """
+    """The expected cost C_0. Answers have no influence, so all images come to leave at exit 0."""
     return _expected_costs(logits, confidence_logits, costs)[0]
 
 
 def joint_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """Cross-entropy of Y_0 plus `cost_weight` (the thesis's lambda) times C_0. Takes what `mc_loss` takes.
-
-    Source: thesis, eqs. 6-12; the loss PTEENet trains with, at weight 1.
-    """
+    """Cross-entropy of Y_0 plus `cost_weight` times C_0. PTEENet trains with it at weight 1."""
     cross_entropy = _cross_entropies(logits, confidence_logits, target)[0]
     return cross_entropy + cost_weight * _expected_costs(logits, confidence_logits, costs)[0]
 
@@ -78,12 +65,10 @@ def joint_loss(
 def joint_each_exit_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """As `joint_loss`, but of every Y_n and C_n, n = 0..E: the MEAN over these E+1 terms.
+    """As `joint_loss`, but the mean over every Y_n and C_n, n = 0..E.
 
-    The thesis sums them and PTEENet's code divides the sum by E. With the mean, the size of the loss, and so what a
-    learning rate or a least improvement means, does not depend on the number of exits. Takes what `mc_loss` takes.
-
-    Source: thesis, eqs. 6-12.
+    The thesis sums these E+1 terms, and PTEENet's code divides the sum by E. With the mean, the size of the loss does not depend
+    on the number of exits, so neither does what a learning rate means.
     """
     cross_entropies = _cross_entropies(logits, confidence_logits, target)
     return (cross_entropies + cost_weight * _expected_costs(logits, confidence_logits, costs)).mean()
@@ -98,23 +83,13 @@ def separate_loss(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Each exit by itself: the divergence of its answer from the target, mean over the E exits, and what h learns.
+    """Each exit alone: the divergence of its answer from the target, mean over the E exits, and what h learns.
 
-    h learns whether the exit's answer is the target's largest class, by cross-entropy, and nothing else moves it. This term
-    counts a hundredth. The confidence layer gets no other gradient, and Adam without weight decay undoes the factor there; in
-    the features, which the answers need, it stays a hundredth.
+    h learns by cross-entropy whether the exit's answer is the target's largest class. This term counts a hundredth: the features
+    are for the answers. The confidence layer gets no other gradient, and Adam without weight decay undoes the factor there.
 
-    Takes what `mc_loss` takes. Neither `costs` nor `cost_weight` is used: the thresholds set the price.
-
-    Args:
-        logits: (E+1, b, K); the last are the backbone's and play no part, except in a target made of them.
-        confidence_logits: (E, b).
-        costs: not used here.
-        target: (b,) int64 labels, or (b, K) probabilities at this same temperature.
-        cost_weight: not used here.
-        temperature: divides the exits' logits; the divergence is multiplied by its square, which keeps the size of gradients.
-
-    Source: Hinton, Vinyals & Dean 2015, section 2.
+    The temperature divides the exits' logits; a target of probabilities has the same temperature already. The divergence is
+    multiplied by its square, which keeps the size of gradients. Costs and the backbone's logits are not used.
     """
     _require_exits(logits, confidence_logits)
     wide = logits[:-1].to(_wide(logits))
@@ -137,32 +112,13 @@ def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {
     SEPARATE: separate_loss, "joint": joint_loss, "joint_each_exit": joint_each_exit_loss, "mc": mc_loss, "cost": cost_loss,
 }  # fmt: skip
-v1_loss, v2_loss = joint_loss, joint_each_exit_loss
-LOSSES |= {alias: LOSSES[name] for alias, name in ALIASES.items()}
-
-
-def get_loss(name: str) -> Loss:
-    """The loss of that name.
-
-    Raises:
-        UnknownName: if there is none; the message suggests the nearest.
-    """
-    if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
-    return LOSSES[name]
+v1_loss, v2_loss = joint_loss, joint_each_exit_loss  # the thesis's names
 
 
 def blend_log_probs(log_y: Tensor, confidence_logits: Tensor) -> Tensor:
-    """log Y_0 .. log Y_E; exp of the first is the soft ensemble of all exits.
+    """log Y_0 .. log Y_E (E+1, b, K), from log y_n of the same shape and confidence logits (E, b, 1).
 
-    Args:
-        log_y: (E+1, b, K), or (E+1, b) of one class: classes are blended each on its own.
-        confidence_logits: (E, b, 1), or (E, b) for one class.
-
-    Returns:
-        Same shape as `log_y`.
-
-    Source: thesis, eqs. 6-12 (the recursion Y_n), as logarithms.
+    Classes are blended each on its own, so (E+1, b) and (E, b) of one class give (E+1, b).
     """
     leave, stay = F.logsigmoid(confidence_logits), F.logsigmoid(-confidence_logits)  # log h, log (1 - h)
     blended = [log_y[-1]]
@@ -197,12 +153,12 @@ def _expected_costs(logits: Tensor, confidence_logits: Tensor, costs: Tensor) ->
 
 
 def _wide(logits: Tensor) -> torch.dtype:
-    """The type to compute in: half types are too coarse for sums of logarithms over many classes."""
+    """The type to compute in: half precision is too coarse for sums over many classes."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _require_exits(logits: Tensor, confidence_logits: Tensor) -> None:
-    """Broadcasting would hide a confidence too many, or the backbone's own h_E = 1 passed along with the others."""
+    """Broadcasting would hide a confidence too many, such as the backbone's own h_E = 1."""
     if confidence_logits.shape != (len(logits) - 1, *logits.shape[1:2]):
         raise PteeError(
             f"Losses need logits (E+1, b, K) and confidence logits (E, b), got {tuple(logits.shape)} and "

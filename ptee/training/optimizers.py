@@ -18,15 +18,9 @@ OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "muon": "nmuon"}  # names here a
 def make_optimizer(
     name: str, heads: nn.Module, *, lr: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of the heads' parameters.
+    """The optimizer of the heads, by a key of `OPTIMIZERS`. Weight decay is for matrices and convolutions.
 
-    Args:
-        name: of `OPTIMIZERS`. "muon" makes the updates of matrices and convolutions orthogonal, and uses AdamW for the rest
-            (Jordan et al. 2024).
-        heads: of a model.
-        lr: learning rate.
-        weight_decay: of matrices and convolutions.
-        device: where it computes.
+    "muon" makes the updates of matrices and convolutions orthogonal, and uses AdamW for the rest (Jordan et al. 2024).
     """
     from timm.optim import create_optimizer_v2
 
@@ -37,24 +31,14 @@ def make_optimizer(
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, lr: float, steps: int, done: int) -> LambdaLR:
-    """The learning rate falls to 0 along half a cosine, a step with each batch.
-
-    Args:
-        optimizer: torch's own.
-        lr: at the beginning.
-        steps: number of batches in the whole training.
-        done: number of those that are over.
-    """
+    """The learning rate falls from `lr` to 0 along half a cosine, over `steps` batches, of which some are done."""
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
     return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2, last_epoch=done - 1)
 
 
 def _iterate_in_float32(optimizer: torch.optim.Optimizer) -> None:
-    """Let timm's Muon make matrices orthogonal in float32, not bfloat16.
-
-    Without instructions for bfloat16, a device takes ten times as long for it.
-    """
+    """Let timm's Muon compute in float32: without instructions for bfloat16, a device takes ten times as long."""
     from timm.optim import muon
 
     in_bfloat16 = muon.zeropower_via_newtonschulz

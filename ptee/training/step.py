@@ -1,4 +1,4 @@
-"""One batch of a training: from images, or from what the heads read of them, to the loss; and the sums of an epoch."""
+"""One batch of a training, from images or from the heads' inputs to the loss; and the sums of an epoch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import draw_shifts, shift_maps
 from ptee.training.config import TrainingConfig
-from ptee.training.losses import SEPARATE, get_loss
+from ptee.training.losses import LOSSES, SEPARATE
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What one batch showed: the mean loss, and counts of its rows. Tensors on the device.
+    """The mean loss of a batch, and counts of its rows. Tensors on the device.
 
     Attributes:
         loss: the mean over the rows.
@@ -43,53 +43,40 @@ class EpochMeans(NamedTuple):
 
 
 class Step(nn.Module):
-    """From one batch to its loss, in one forward pass, so that DistributedDataParallel sees it.
-
-    Args:
-        model: whose heads are trained.
-        config: resolved, with numbers in place of "auto".
-    """
+    """From one batch to its loss, in one forward pass, so that DistributedDataParallel sees it. The config is resolved."""
 
     def __init__(self, model: EarlyExitModel, config: TrainingConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.loss = get_loss(config.loss)
-        alone = config.loss == SEPARATE
+        self.loss, alone = LOSSES[config.loss], config.loss == SEPARATE
         self.weights: dict[str, Any] = (
             {"temperature": config.temperature} if alone else {"cost_weight": config.cost_weight}
         )
 
     def forward(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
-        """Judge a batch.
-
-        Args:
-            batch: images (b, c, h, w), or what the heads read of them.
-            labels: (b,) or None.
-        """
+        """The result of a batch: images (b, c, h, w), or what the heads read of them, and labels (b,) or None."""
         if self.config.shift and self.model.training:
             batch = self._shifted(batch if isinstance(batch, Reading) else self.model.read(batch))
         every = self.model.answer(batch) if isinstance(batch, Reading) else self.model.all_exits(batch)
         target = self._target(every.logits[-1].detach(), labels)
         costs = torch.tensor(self.model.costs, device=every.logits.device, dtype=torch.float32)
         loss = self.loss(every.logits, every.confidence_logits, costs, target, **self.weights)
-        return self._result(loss, every.logits, every.confidence, labels)
-
-    @torch.no_grad()
-    def _result(self, loss: Tensor, logits: Tensor, confidence: Tensor, labels: Tensor | None) -> BatchResult:
-        answers = logits.argmax(-1)
-        first = first_exit(confidence[:-1], self.model.threshold)
-        right = None if labels is None else (answers == labels).sum(1)
-        return BatchResult(loss, right, (answers == answers[-1]).sum(1), torch.bincount(first, minlength=len(answers)))
+        with torch.no_grad():
+            answers = every.logits.argmax(-1)
+            right = None if labels is None else (answers == labels).sum(1)
+            first = first_exit(every.confidence[:-1], self.model.threshold)
+            leaving = torch.bincount(first, minlength=len(answers))
+            return BatchResult(loss, right, (answers == answers[-1]).sum(1), leaving)
 
     def _shifted(self, reading: Reading) -> Reading:
-        """The maps shifted; the backbone's answer stays the one to the image as it was."""
+        """The maps shifted; the backbone's answer stays that for the image itself."""
         assert isinstance(self.config.shift, int)
         pixels = draw_shifts(len(reading.logits), self.config.shift)
         _, height, width = self.model.plan.input_size
         return reading._replace(inputs=tuple(shift_maps(x, pixels, (height, width)) for x in reading.inputs))
 
     def _target(self, final: Tensor, labels: Tensor | None) -> Tensor:
-        """(b,) labels, or (b, K) probabilities, made of the backbone's logits (b, K) where labels are not the targets."""
+        """What the heads learn: (b,) classes or (b, K) probabilities, from the labels or the backbone's logits (b, K)."""
         if self.config.targets == "soft":
             return (final.float() / (self.config.temperature or 1.0)).softmax(-1)
         if self.config.targets == "pseudo":
@@ -132,7 +119,7 @@ class EpochSums:
         return shown | ({"accuracy": _percent(right)} if self.labelled else {})
 
     def tensor(self) -> Tensor:
-        """All sums in one vector, to be added up over processes; on the CPU, as MPS has no float64."""
+        """All sums in one vector, to add up over processes; on the CPU, as MPS has no float64."""
         head = torch.tensor([self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64)
         return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
 

@@ -1,7 +1,7 @@
 """Training: the heads learn, the backbone does not.
 
-Each batch runs through the frozen backbone once, or once for all epochs (`feature_cache`). Every head answers, and a loss
-(`losses`) judges all answers and confidences. accelerate runs the loop: the same on a CPU, on a GPU and, under
+The images run through the frozen backbone in every epoch, or once for all epochs (`feature_cache`). Every head answers, and a
+loss (`losses`) judges all answers and confidences. accelerate runs the same loop on a CPU, on a GPU and, under
 `accelerate launch`, on several.
 """
 
@@ -56,21 +56,21 @@ def train(
 ) -> History:
     """Train the heads of an early-exit model; not a byte of the backbone changes.
 
-    Ctrl-C ends the training after the last complete epoch, and the heads of that epoch are kept.
+    After Ctrl-C the heads are those of the last complete epoch.
 
     Args:
         model: as `augment` made it. Afterwards it is in eval mode, on the device it was on.
-        train_data: a map-style data set of (image (c, h, w), label), or of (image,) where the targets are the backbone's
-            answers; or a loader, whose own batches and order are used.
+        train_data: a map-style data set of (image (c, h, w), label), or of (image,) if the targets are the backbone's answers;
+            or a loader, whose own batches and order are used.
         val_data: likewise; its loss is recorded after each epoch.
         config: the settings; see `TrainingConfig` for their meaning and defaults.
-        device: where to train; None: a GPU where there is one.
+        device: where to train; None: a GPU if there is one.
         num_workers: processes that load a data set.
         checkpoint: a file to keep the last complete epoch in.
-        resume: go on from that file, where it exists.
+        resume: go on from that file, if it exists.
         on_epoch: called after each epoch, on the main process.
         on_cache: called with the size of the cache of the training images, before it is filled.
-        changes: settings of `TrainingConfig` by name, such as `epochs=20`; they take the place of those in `config`.
+        changes: settings of `TrainingConfig` by name, such as `epochs=20`; they replace those in `config`.
 
     Raises:
         PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or the model is calibrated.
@@ -79,13 +79,17 @@ def train(
     require_early_exit(model)
     model.require_all_on()
     model.forget_calibration()
-    config = _given_config(config).changed(**changes)
-    for data in [train_data] if val_data is None else [train_data, val_data]:  # refuse what no batches can be made of
+    config = TrainingConfig() if config is None else config
+    if not isinstance(config, TrainingConfig):
+        text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
+        raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
+    config = config.changed(**changes)
+    for data in [train_data] if val_data is None else [train_data, val_data]:  # refuse what cannot be made into batches
         batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
     config = resolve_config(config, model, train_data)
     path = Path(checkpoint) if checkpoint else None
     with (
-        own_random_numbers(),  # and accelerate's state, which two trainings cannot share either
+        own_random_numbers(),  # two trainings cannot share accelerate's state, either
         accelerator_on(device, config.precision) as accelerator,
         _ready_to_learn(model, accelerator.device),
     ):
@@ -101,26 +105,8 @@ def train(
         return run.fit(loaders, train_data, val_data, on_epoch)
 
 
-def _given_config(config: Any) -> TrainingConfig:
-    if config is None:
-        return TrainingConfig()
-    if not isinstance(config, TrainingConfig):
-        text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
-        raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
-    return config
-
-
 def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: Any) -> TrainingConfig:
-    """The settings with a value in place of every None and "auto".
-
-    Args:
-        config: the settings.
-        model: whose heads are to be trained.
-        train_data: as for `train`.
-
-    Raises:
-        PteeError: if a setting does not fit the model or the data.
-    """
+    """The settings with a value for every None and "auto". A PteeError if one does not fit the model or the data."""
     values: dict[str, Any] = {"shift": _resolved_shift(config, model)}
     if config.epochs == "auto":
         values["epochs"] = _auto_epochs(config, train_data)
@@ -140,7 +126,7 @@ def _auto_epochs(config: TrainingConfig, data: Any) -> int:
 def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
     if config.shift == 0:
         return 0
-    maps, size = reads_maps(model), model.plan.input_size
+    maps, size = _reads_maps(model), model.plan.input_size
     if config.shift == "auto":
         return shift_for(size) if maps else 0
     given = Argument("shift", str(config.shift))
@@ -154,12 +140,8 @@ def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
 
 
 @torch.no_grad()
-def reads_maps(model: EarlyExitModel) -> bool:
-    """Whether some head learns from a map (b, c, h, w), which can be shifted.
-
-    Args:
-        model: as `augment` made it. In eval mode afterwards.
-    """
+def _reads_maps(model: EarlyExitModel) -> bool:
+    """Whether some head learns from a map (b, c, h, w), which can be shifted."""
     like = next(model.heads.parameters())
     reading = model.eval().read(torch.zeros(2, *model.plan.input_size, dtype=like.dtype, device=like.device))
     return any(x.dim() == 4 for x in reading.inputs)
@@ -167,7 +149,7 @@ def reads_maps(model: EarlyExitModel) -> bool:
 
 @contextmanager
 def _ready_to_learn(model: EarlyExitModel, device: torch.device) -> Iterator[None]:
-    """The model is on this device, with gradients; afterwards it is as it was."""
+    """The model is on this device, with gradients; afterwards it is in eval mode where it was."""
     home = next(model.heads.parameters()).device
     with torch.inference_mode(False), torch.enable_grad():
         model.to(device)
@@ -194,6 +176,8 @@ class _Training:
         if self.dtype not in (torch.float32, torch.float64):
             raise PteeError(f"Heads in {self.dtype} cannot be trained well. Train model.float(), then convert it.")
         assert config.optimizer and config.lr is not None and config.weight_decay is not None  # it is resolved
+        assert isinstance(config.epochs, int)
+        self.epochs = config.epochs
         optimizer = make_optimizer(
             config.optimizer, model.heads, lr=config.lr, weight_decay=config.weight_decay, device=accelerator.device
         )
@@ -203,12 +187,6 @@ class _Training:
         self.best_heads: dict[str, Tensor] = {}
         norms = nn.modules.batchnorm._BatchNorm
         self.min_rows = 2 if any(isinstance(m, norms) for m in model.heads.modules()) else 1  # one row has no variance
-
-    @property
-    def epochs(self) -> int:
-        """How many there are to be."""
-        assert isinstance(self.config.epochs, int)
-        return self.config.epochs
 
     @property
     def is_over(self) -> bool:
@@ -232,7 +210,7 @@ class _Training:
     def _run_epoch(
         self, data: TrainingData, loader: Any, val_loader: Any, rates: LambdaLR | None, on_epoch: Any
     ) -> None:
-        """One more epoch; the heads go back to the last complete one if it is broken off."""
+        """One more epoch. If it is interrupted, the heads go back to those of the last complete one."""
         number = len(self.history.epochs) + 1
         data.begin(number)
         before = None
@@ -251,12 +229,12 @@ class _Training:
             raise
 
     def _rates(self, loader: Any) -> LambdaLR | None:
-        """The learning rate of each batch, from the one after the last complete epoch on; None where it is constant."""
+        """The learning rate of each batch after the last complete epoch; None if it is constant."""
         if self.config.schedule == "constant":
             return None
         steps = length_hint(loader, 0)
         if not steps:
-            text = "The cosine schedule must know how many batches there are, and this loader has no length. Give "
+            text = "The cosine schedule needs the number of batches, and this loader has no length. Give "
             raise DataError(text, Argument("schedule", "'constant'"), ".", argument="schedule", value="cosine")
         assert self.config.lr is not None  # it is resolved
         optimizer = self.optimizer.optimizer  # torch's, inside accelerate's
@@ -280,7 +258,7 @@ class _Training:
             if rows_of(batch) >= self.min_rows:
                 sums.add(self._update(batch, labels), rows_of(batch))
             if rates is not None:
-                rates.step()  # after a batch that was too small as well: the plan counts all batches
+                rates.step()  # also after a batch that was too small: the schedule counts all batches
             if sums.samples and not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
@@ -299,7 +277,7 @@ class _Training:
     def _loss_on(self, loader: Any) -> float:
         self.model.eval()
         sums = EpochSums()
-        step = self.accelerator.unwrap_model(self.step)  # another process may have no batch left to go along with
+        step = self.accelerator.unwrap_model(self.step)  # another process may have no batch left
         for batch, labels in entries(with_bar(loader, "validation", bool(self.accelerator.is_local_main_process))):
             sums.add(self._judge(batch, labels, step), rows_of(batch))
         samples, _, loss = self._over_processes(sums.tensor()[:3]).tolist()
@@ -314,7 +292,7 @@ class _Training:
         return result
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
-        """On the device; None where there are none, or where they are no classes and only accuracy would need them."""
+        """On the device; None if there are none, or if they are no classes and only accuracy would need them."""
         fault = "it has no labels" if labels is None else odd_labels(labels, self.model.num_classes)
         if not fault:
             return None if labels is None else labels.to(self.accelerator.device)
@@ -324,7 +302,7 @@ class _Training:
         return None
 
     def _share_statistics(self) -> None:
-        """Batch norm saw other rows in each process; all go on with those of the first."""
+        """Batch norm saw other rows in each process; all go on with the statistics of the first."""
         from accelerate.utils import broadcast
 
         if self.accelerator.num_processes > 1:
@@ -337,7 +315,7 @@ class _Training:
         return sums
 
     def _warn_of_collapse(self) -> None:
-        if not self.history.epochs or self.config.loss == SEPARATE:  # there h says who is right, not who should leave
+        if not self.history.epochs or self.config.loss == SEPARATE:  # there h means that the answer is right
             return
         last = self.history.best if self.history.stopped_early else self.history.epochs[-1]
         share, n = max((share, n) for n, share in enumerate(last.leaving))
@@ -361,36 +339,31 @@ class _Training:
         if self.path is None or not self.accelerator.is_main_process:
             return
         heads, optimizer = self.model.heads.state_dict(), self.optimizer.state_dict()["state"]
-        reached = checkpoints.Checkpoint(heads, self.best_heads, optimizer, self.history.to_dict())
+        reached = checkpoints.Checkpoint(heads, self.best_heads, optimizer, self.history.epochs)
         checkpoints.write(self.path, reached, self.training)
 
     def resume(self) -> None:
-        """Go on where the checkpoint stopped; without one, begin."""
+        """Go on from the checkpoint, if there is one."""
         if self.path is None or not self.path.is_file():
             return
         reached = checkpoints.read(self.path, self.training)
+        if (done := len(reached.epochs)) > self.epochs:
+            text = f"{self.path} holds {done} complete epochs, more than "
+            raise RunError(text, Argument("epochs", str(self.epochs)), f". Give {done} or more, or delete it.")
         before = copy.deepcopy(self.model.heads.state_dict())
         try:
             self._load(reached)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
             self.model.heads.load_state_dict(before)
-            raise RunError(
-                f"{self.path} does not fit these heads: {first_line(why)} Delete it to start again."
-            ) from why
-        if (done := len(self.history.epochs)) > self.epochs:
-            self.model.heads.load_state_dict(before)
-            text = f"{self.path} holds {done} complete epochs, more than "
-            raise RunError(text, Argument("epochs", str(self.epochs)), f". Give {done} or more, or delete it.")
+            text = f"{self.path} does not fit these heads: {first_line(why)} Delete it to start again."
+            raise RunError(text) from why
+        self.best_heads, self.history.epochs = dict(reached.best_heads), list(reached.epochs)
 
     def _load(self, reached: checkpoints.Checkpoint) -> None:
-        epochs = [Epoch(**epoch) for epoch in reached.history["epochs"]]
-        if [epoch.number for epoch in epochs] != [*range(1, len(epochs) + 1)]:
-            raise ValueError("its epochs are not numbered one after another")
         if self.config.patience is not None:
-            self.model.heads.load_state_dict(reached.best_heads)  # so it fits, should the training go back to it
+            self.model.heads.load_state_dict(reached.best_heads)  # training may go back to them, so they must fit
         self.model.heads.load_state_dict(reached.heads)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": reached.optimizer})
         for p, state in self.optimizer.optimizer.state.items():
             if any(value.dim() and value.shape != p.shape for value in state.values()):
                 raise ValueError("the optimizer's state has other shapes")
-        self.best_heads, self.history.epochs = reached.best_heads, epochs

@@ -19,18 +19,16 @@ from ptee.training.augmentation import PRIME, Views
 from ptee.training.config import TrainingConfig
 from ptee.training.feature_cache import LIMIT, Cache, Estimate, fill
 
-SAMPLES = 8  # of the data, read to see whether they are always the same
-
-
+SAMPLES = 8  # of the data, which are read twice to see whether they are always the same
 _SHARED: ContextVar[dict[Any, Cache] | None] = ContextVar("shared caches", default=None)
 
 
 @contextmanager
 def shared_caches() -> Iterator[None]:
-    """Meanwhile the backbone runs once over images that several trainings read in the same way.
+    """Within this context the backbone runs once for all trainings that read the same images in the same way.
 
-    Such trainings have the same backbone, the same images in the same views, and heads whose parts that do not learn are the
-    same. Images are known again by their data set: an object whose samples must not change meanwhile.
+    These have the same backbone, the same images in the same views, and heads with the same layers before those that learn.
+    A data set is known by the object, whose samples must not change meanwhile.
     """
     caches: dict[Any, Cache] = {}
     before = _SHARED.set(caches)
@@ -43,15 +41,7 @@ def shared_caches() -> Iterator[None]:
 
 
 class TrainingData:
-    """Makes the batches of a training.
-
-    Args:
-        model: whose heads are trained.
-        accelerator: accelerate's.
-        config: resolved, with numbers in place of "auto".
-        num_workers: processes that load a data set.
-        on_cache: called with the size of the cache of the training images.
-    """
+    """The batches of a training with a resolved config. `on_cache` is called with the size of the training images' cache."""
 
     def __init__(
         self, model: EarlyExitModel, accelerator: Any, config: TrainingConfig, num_workers: int, on_cache: Any = None
@@ -64,18 +54,12 @@ class TrainingData:
 
     @property
     def caches(self) -> bool:
-        """Whether data sets are cached: several processes each see other rows in each epoch."""
+        """Whether data sets are cached. With several processes, each sees other rows in each epoch."""
         return self.config.cache and self.accelerator.num_processes == 1
 
     @contextmanager
     def opened(self, train_data: Any, val_data: Any, *, cached: bool) -> Iterator[tuple[Any, Any]]:
-        """Loaders of the training images and, where there is such data, of the validation images.
-
-        Args:
-            train_data: a data set or a loader.
-            val_data: likewise, or None.
-            cached: fill the caches; not where no epoch is left.
-        """
+        """Loaders of the training and the validation images (or None). Caches are filled only if `cached`."""
         train_data = self._with_views(train_data)
         with ExitStack() as stack:
             if cached and self.caches:
@@ -85,11 +69,7 @@ class TrainingData:
             yield self._loader(train_data, True), None if val_data is None else self._loader(val_data, False)
 
     def begin(self, epoch: int) -> None:
-        """Draw the order and the views of an epoch.
-
-        Args:
-            epoch: its number.
-        """
+        """Draw the order and the views of the epoch of this number."""
         seed = self.config.seed * PRIME + epoch
         self.order.manual_seed(seed)
         torch.manual_seed(seed)
@@ -123,10 +103,8 @@ class TrainingData:
             data,
             batch_size=self.config.batch_size,
             num_workers=self.num_workers,
-            prepare=self.model.prepared,
             around=self.accelerator.autocast,
-            description=f"backbone, once over the {words}"
-            + (f", {data.views} views" if isinstance(data, Views) else ""),
+            description=f"backbone, once over the {words}" + (f", {views.views} views" if views else ""),
             callback=callback,
         )
         if shared is None:
@@ -151,14 +129,14 @@ class TrainingData:
         loader = batches(data, batch_size=size, shuffle=shuffle, generator=generator, num_workers=self.num_workers)
         if not isinstance(loader, DataLoader) or self.accelerator.num_processes == 1:  # or somebody's own batches
             return loader
-        # In training all processes take the same number of steps, so the last batches are filled up with other rows; in
-        # validation each row counts once.
+        # In training all processes take equally many steps, so rows are repeated in the last batches; in validation each row
+        # counts once.
         self.accelerator.even_batches = shuffle
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
 
 class _Same:
-    """An object that is equal to itself alone; it is kept, so that no other one gets its place in memory."""
+    """An object, equal only to itself. It is kept alive, so that no other gets its id."""
 
     def __init__(self, thing: Any) -> None:
         self.thing = thing
@@ -173,7 +151,7 @@ class _Same:
 def _of_data(data: Any) -> Any:
     """Which images a data set gives, in which views."""
     if isinstance(data, Views):
-        drawn = data.seed if data.views > 2 or not data.mirror else None  # the image and its mirror image need no seed
+        drawn = data.seed if data.views > 2 or not data.mirror else None  # an image and its mirror image need no seed
         return ("views", _of_data(data.data), data.views, data.mirror, drawn if data.views > 1 else None)
     if type(data) is Subset:
         return ("subset", _of_data(data.dataset), tuple(int(i) for i in data.indices))
@@ -181,22 +159,14 @@ def _of_data(data: Any) -> Any:
 
 
 def _of_head(head: Any) -> Any:
-    """What a head does to its input before anything learns; of a front network, which one it is."""
+    """The layers of a head before those that learn; of a front head, its network."""
     if (network := getattr(head, "network", None)) is not None:
         return _Same(network)
     return (head.layout, *(repr(part) for part in head.parts()[0]))
 
 
 def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
-    """Hash of a few samples of a data set, to know it again; None where it gives other images each time.
-
-    Args:
-        data: map-style.
-        must_repeat: refuse data that gives other images each time.
-
-    Raises:
-        DataError: if it does and must not.
-    """
+    """Hash of a few samples of a data set; None if it gives other images each time, which `must_repeat` refuses."""
     some = Subset(data, torch.linspace(0, len(data) - 1, min(SAMPLES, len(data))).long().tolist())
     first, second = _read(some), _read(some)
     if len(first) == len(second) and all(map(torch.equal, first, second)):
@@ -206,7 +176,7 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
         return digest.hexdigest()[:16]
     if must_repeat:
         text = "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "
-        more = ", or take the random transforms out: views of the images are made instead ("
+        more = ", or remove the random transforms and let ptee make views of the images ("
         raise DataError(
             text, Argument("cache", "False"), more, Argument("views", "4"), ").", argument="cache", value=True
         )

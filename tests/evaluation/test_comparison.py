@@ -7,24 +7,16 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SubsetRandomSampler,
-    TensorDataset,
-)
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import ptee
-from ptee._common.errors import PteeError, UnknownName
+from ptee._common.errors import PteeError
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
 from ptee.evaluation.comparison import _interval, compare
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
-from ptee.evaluation.targets import accuracy_drop, curve
+from ptee.evaluation.targets import curve
 from ptee.evaluation.traces import record
 from ptee.exits.front import named_front
 from ptee.model.build import build
@@ -69,16 +61,14 @@ def images(seed: int, labels: bool = True) -> TensorDataset:
     return TensorDataset(x, y) if labels else TensorDataset(x)
 
 
-@functools.cache
-def usual() -> Comparison:
-    return compared(drops=DROPS)
-
-
 def compared(**arguments) -> Comparison:
-    if not arguments:
-        return usual()
     arguments = {"static": {"small": small()}, "drops": DROPS, "progress": False} | arguments
     return compare({"one": made(1), "two": made(2)}, images(1), images(2), **arguments)
+
+
+@functools.cache
+def usual() -> Comparison:
+    return compared()
 
 
 def line(found: Comparison, name: str) -> Line:
@@ -89,19 +79,16 @@ def line(found: Comparison, name: str) -> Line:
 
 
 def test_there_is_a_line_for_each_confidence_and_each_alternative():
-    found = compared()
+    found = usual()
     names = [each.name for each in found.lines]
     for run in ("one", "two"):
         ways = ("", ", one T", ", max probability", ", entropy (BranchyNet)", ", patience", ", oracle")
         assert [name for name in names if name.startswith(run)][:6] == [f"{run}{way}" for way in ways]
         assert any(name.startswith(f"{run}, truncation at exit") for name in names)
     assert names[-2:] == ["small", "small, then Sequential"]
-    assert [len(line(found, name).entries) for name in ("one", "one, oracle", "small", names[-1])] == [
-        len(DROPS),
-        1,
-        1,
-        len(DROPS),
-    ]
+    several, alone = [("one", names[-1]), ("one, oracle", "small")]
+    assert all(len(line(found, name).entries) == len(DROPS) for name in several)
+    assert all(len(line(found, name).entries) == 1 for name in alone)
 
 
 def answered(model: ptee.EarlyExitModel, entry: Entry, data: TensorDataset) -> tuple[float, float]:
@@ -115,7 +102,7 @@ def answered(model: ptee.EarlyExitModel, entry: Entry, data: TensorDataset) -> t
 
 
 def test_every_number_of_a_run_is_what_running_it_gives():
-    found = compared()
+    found = usual()
     for name, seed in (("one", 1), ("one, one T", 1), ("two", 2)):
         for entry in line(found, name).entries:
             cost, drop = answered(made(seed), entry, images(2))
@@ -125,7 +112,7 @@ def test_every_number_of_a_run_is_what_running_it_gives():
 
 
 def test_a_static_network_has_the_drop_and_the_cost_of_running_it_alone():
-    (entry,) = line(compared(), "small").entries
+    (entry,) = line(usual(), "small").entries
     (x, y), net = images(2).tensors, small().eval()
     with torch.no_grad():
         own, bare = net(x).argmax(1), network().eval()(x).argmax(1)
@@ -137,11 +124,11 @@ def test_a_cascade_is_a_model_with_that_network_in_front_and_maximum_probability
     backbone = load_backbone(copy.deepcopy(network()), input_size=SIZE)
     model = build(backbone, exits=["input"], head="front", front=named_front(small(), backbone))
     there, here = (record(model, images(seed), progress=False).under("max_prob") for seed in (1, 2))
-    entries = line(compared(), "small, then Sequential").entries
-    for entry, solution in zip(entries, curve(there, DROPS, margin="auto"), strict=True):
+    entries = line(usual(), "small, then Sequential").entries
+    for entry, solution in zip(entries, curve(there, DROPS), strict=True):
         score = solution.on(here)
         assert entry.threshold == pytest.approx(solution.threshold)
-        assert entry.drop == pytest.approx(accuracy_drop(score, here.score(here.at(1))))
+        assert entry.drop == pytest.approx(here.score_at(1).accuracy - score.accuracy)
         assert entry.cost == pytest.approx(score.cost, rel=0.02)  # a front network also has a small layer for h
 
     own = compare({"it": model}, images(1), images(2), drops=DROPS, progress=False)
@@ -150,7 +137,7 @@ def test_a_cascade_is_a_model_with_that_network_in_front_and_maximum_probability
 
 
 def test_the_oracle_loses_nothing_and_with_truncation_every_image_leaves_at_one_exit():
-    found = compared()
+    found = usual()
     assert line(found, "one, oracle").entries[0].drop == 0
     model, (x, y) = made(1), images(2).tensors
     for each in found.lines:
@@ -202,10 +189,8 @@ def test_the_networks_are_left_as_they_were():
 # ---------------------------------------------------------------------------------------------------- intervals
 
 
-def test_every_interval_holds_its_drop_and_is_the_same_each_time():
-    found, again = compared(), compared()
-    assert found == again
-    for each in found.lines:
+def test_every_interval_holds_its_drop():
+    for each in usual().lines:
         for entry in each.entries:
             low, high = entry.interval
             assert low <= entry.drop + 1e-9
@@ -234,37 +219,17 @@ def test_no_loss_on_a_few_images_is_uncertain_unless_no_image_leaves():
 
 
 def test_a_comparison_can_be_written_as_json():
-    found = compared(about="Random images.")
-    back = json.loads(json.dumps(found.to_dict()))
-    assert back["about"] == "Random images."
-    assert [each["name"] for each in back["lines"]] == [each.name for each in found.lines]
+    back = json.loads(json.dumps(usual().to_dict()))
+    assert [each["name"] for each in back["lines"]] == [each.name for each in usual().lines]
     assert back["lines"][0]["entries"][0].keys() >= {"allowed", "cost", "drop", "interval", "threshold", "off"}
-    assert back["verdict"] == found.verdict
+    assert back["verdict"] == usual().verdict
 
 
 def test_a_run_gets_only_the_lines_that_are_asked_for_with_the_same_numbers():
-    every, some = compared(), compared(lines=["max_prob", "own"])
+    every, some = usual(), compared(lines=["max_prob", "own"])
     names = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
     assert [each.name for each in some.lines] == [*names, "small", "small, then Sequential"]
     assert all(line(every, each.name) == each for each in some.lines)
-
-
-@pytest.mark.parametrize(
-    ("lines", "error", "words"),
-    [
-        (["learnt"], UnknownName, "Unknown line 'learnt'. Did you mean 'learned'"),
-        (
-            ["oracle"],
-            PteeError,
-            r"No way to decide who leaves is among the lines \(oracle\). Add one or more of own, ",
-        ),
-        ([], PteeError, r"\(none\). Add"),
-    ],
-    ids=str,
-)
-def test_lines_that_do_not_exist_or_choose_no_thresholds_are_refused(lines, error, words):
-    with pytest.raises(error, match=words):
-        compared(lines=lines)
 
 
 def test_drops_are_sorted_and_repeated_ones_are_dropped():
@@ -274,29 +239,24 @@ def test_drops_are_sorted_and_repeated_ones_are_dropped():
 # ---------------------------------------------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize(
-    ("models", "words"),
-    [
-        (None, r"Give the models by name, such as \{'mine': model\}, not as NoneType"),
-        ({}, "There is no model to compare"),
-    ],
-    ids=["not by name", "none"],
-)
-def test_models_that_are_not_given_by_name_are_refused(models, words):
+MODELS = {
+    "not by name": (lambda: None, r"Give the models by name, such as \{'mine': model\}, not as NoneType"),
+    "none": (dict, "There is no model to compare"),
+    "another backbone": (
+        lambda: {"one": made(), "two": ptee.augment(small(), exits=["0"], input_size=SIZE)},
+        r"two has another backbone \(Sequential, weights .* than one \(Sequential",
+    ),
+    "images of another size": (
+        lambda: {"one": made(), "two": ptee.augment(copy.deepcopy(network()), exits=["0"], input_size=(3, 10, 10))},
+        "another size, mean or deviation than one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("models", "words"), MODELS.values(), ids=MODELS)
+def test_models_that_cannot_be_compared_are_refused(models, words):
     with pytest.raises(PteeError, match=words):
-        compare(models, images(1), images(2))
-
-
-def test_another_backbone_is_refused_with_both_weights():
-    other = ptee.augment(small(), exits=["0"], input_size=SIZE)
-    with pytest.raises(PteeError, match=r"two has another backbone \(Sequential, weights .* than one \(Sequential"):
-        compare({"one": made(), "two": other}, images(1), images(2))
-
-
-def test_other_images_are_refused():
-    other = ptee.augment(copy.deepcopy(network()), exits=["0"], input_size=(3, 10, 10))
-    with pytest.raises(PteeError, match="another size, mean or deviation than one"):
-        compare({"one": made(), "two": other}, images(1), images(2))
+        compare(models(), images(1), images(2))
 
 
 @pytest.mark.parametrize(
@@ -311,6 +271,9 @@ def test_other_images_are_refused():
         ({"drops": "0.01"}, "drops='0.01' must be a list"),
         ({"static": {"s": small(classes=7)}}, "The network s has 7 classes, the backbone 4"),
         ({"static": {"s": "resnet81"}}, "Unknown model 'resnet81'"),
+        ({"lines": ["learnt"]}, "Unknown line 'learnt'. Did you mean 'learned'"),
+        ({"lines": ["oracle"]}, r"None of the lines \(oracle\) has thresholds to choose. Add one or more of own, "),
+        ({"lines": []}, r"\(none\) has"),
     ],
     ids=str,
 )
@@ -325,21 +288,18 @@ def test_a_loader_that_shuffles_is_refused():
         compare({"one": made()}, DataLoader(images(1), shuffle=True), images(2))
 
 
-@pytest.mark.parametrize("other", [{"models": {"two": made}}, {"static": {"small": small}}], ids=["a run", "a network"])
-@pytest.mark.parametrize(
-    "drawn",
-    [
-        lambda data: {"sampler": SubsetRandomSampler(range(len(data)))},
-        lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 8, drop_last=False)},
-    ],
-    ids=["a sampler", "a sampler of batches"],
-)
-def test_data_in_another_order_each_time_are_refused(drawn, other):
-    loader = DataLoader(images(1), **drawn(images(1)))
-    models = {"one": made()} | {name: make() for name, make in other.get("models", {}).items()}
-    static = {name: make() for name, make in other.get("static", {}).items()}
+OTHERS = {
+    "a run": lambda **data: compare({"one": made(), "two": made(1)}, drops=[0.1], progress=False, **data),
+    "a network": lambda **data: compare({"one": made()}, static={"s": small()}, drops=[0.1], progress=False, **data),
+}
+each_other = pytest.mark.parametrize("compare_with", OTHERS.values(), ids=OTHERS)
+
+
+@each_other
+def test_data_in_another_order_each_time_is_refused(compare_with):
+    sampler = BatchSampler(RandomSampler(images(1)), 8, drop_last=False)
     with pytest.raises(PteeError, match="another order, each time"):
-        compare(models, images(2), loader, static=static, drops=[0.1], progress=False)
+        compare_with(calibration=images(2), report=DataLoader(images(1), batch_sampler=sampler))
 
 
 class Passes(Dataset):
@@ -357,19 +317,18 @@ class Passes(Dataset):
         return self.change(x, self.passes), y
 
 
-@pytest.mark.parametrize("static", [{}, {"small": small}], ids=["runs", "a network"])
-def test_images_that_a_decoder_rounds_differently_each_time_are_accepted(static):
-    models = {"one": made()} if static else {"one": made(), "two": made(1)}
+@each_other
+def test_images_that_a_decoder_rounds_differently_each_time_are_accepted(compare_with):
     data = Passes(images(1), lambda x, passes: x + 0.001 * passes)
-    networks = {name: make() for name, make in static.items()}
-    assert compare(models, images(2), data, static=networks, drops=[0.1], progress=False).lines
+    assert compare_with(calibration=images(2), report=data).lines
     assert data.passes == 2
 
 
-def test_images_that_are_changed_at_random_are_refused():
+@each_other
+def test_images_that_are_changed_at_random_are_refused(compare_with):
     data = Passes(images(1), lambda x, passes: x.flip(-1) if passes > 1 else x)
     with pytest.raises(PteeError, match="without random transforms"):
-        compare({"one": made()}, images(2), data, static={"small": small()}, drops=[0.1], progress=False)
+        compare_with(calibration=images(2), report=data)
 
 
 class Fewer(IterableDataset):
@@ -384,29 +343,19 @@ class Fewer(IterableDataset):
 
 
 @pytest.mark.parametrize("batch", [4, 32])
-def test_data_that_give_fewer_images_the_second_time_are_refused(batch):
-    data = DataLoader(Fewer(images(1)), batch_size=batch)
+@each_other
+def test_data_that_gives_fewer_images_the_second_time_is_refused(compare_with, batch):
     with pytest.raises(PteeError, match="other images"):
-        compare({"one": made()}, images(2), data, static={"small": small()}, drops=[0.1], progress=False)
+        compare_with(calibration=images(2), report=DataLoader(Fewer(images(1)), batch_size=batch))
 
 
-def test_a_loader_that_does_not_shuffle_is_accepted():
-    found = [compared(), compare({"one": made(1)}, DataLoader(images(1), 32), images(2), drops=DROPS, progress=False)]
-    one, other = (line(each, "one").entries for each in found)
-    assert [e.cost for e in one] == pytest.approx([e.cost for e in other])
-
-
-def test_the_order_of_the_images_does_not_matter():
-    """The same images in another order give the same numbers."""
-    x, y = images(2).tensors
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    mixed: tuple[Tensor, Tensor] = (x[order], y[order])
+def test_neither_a_loader_nor_the_order_of_the_images_matters():
+    mixed = [part[torch.randperm(N, generator=torch.Generator().manual_seed(0))] for part in images(2).tensors]
     found = [
-        compare(
-            {"one": made(1)}, images(1), data, static={"s": small()}, drops=[0.1], progress=False, batch_size=13
-        ).lines
-        for data in (images(2), TensorDataset(*mixed))
+        OTHERS["a network"](calibration=images(1), report=data, batch_size=size).lines
+        for data, size in ((images(2), 128), (TensorDataset(*mixed), 13), (DataLoader(images(2), 32), 1))
     ]
-    for one, other in zip(*found, strict=True):
-        assert one.entries[0].drop == pytest.approx(other.entries[0].drop)
-        assert one.entries[0].cost == pytest.approx(other.entries[0].cost)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert one.entries[0].drop == pytest.approx(other.entries[0].drop)
+            assert one.entries[0].cost == pytest.approx(other.entries[0].cost)

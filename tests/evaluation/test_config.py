@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from ptee._common.errors import PteeError
 from ptee.evaluation.config import DEFAULT_LOSS, TARGETS, DropsConfig, ThresholdsConfig
+from ptee.evaluation.targets import Target
 
 
 @pytest.mark.parametrize(("labelled", "kind"), [(True, "max_drop"), (False, "max_fidelity_drop")])
@@ -21,22 +24,44 @@ def test_thresholds_that_are_given_need_no_target():
     assert ThresholdsConfig(threshold=(0.9, 0.8)).target(labelled=True) is None
 
 
-def test_two_ways_to_choose_thresholds_are_refused():
-    with pytest.raises(PteeError, match=r"threshold=0\.5 and max_cost=0\.5 are given"):
-        ThresholdsConfig(threshold=0.5, max_cost=0.5)
+REFUSED = {
+    "no target": ({}, r"no target.*Give one: max_drop=0.01, max_fidelity_drop=0.01 or max_cost=0.6\.", None),
+    "two": ({"max_drop": 0.1, "max_cost": 0.5}, "max_drop=0.1 and max_cost=0.5 are given", "max_drop"),
+    "a percentage": ({"max_drop": 2}, "max_drop=2 must be below 1", "max_drop"),
+    "a negative drop": ({"max_fidelity_drop": -0.1}, "max_fidelity_drop=-0.1 must be 0 or more", "max_fidelity_drop"),
+    "NaN": ({"max_drop": math.nan}, "max_drop=nan must be a finite number", "max_drop"),
+    "words": ({"max_drop": "0.1"}, "max_drop='0.1' must be a number", "max_drop"),
+    "True": ({"max_cost": True}, "max_cost=True must be a number", "max_cost"),
+    "no cost": ({"max_cost": 0}, "max_cost=0 must be above 0", "max_cost"),
+    "a cost in percent": ({"max_cost": 60}, "max_cost=60 must be below 10", "max_cost"),
+    "a negative margin": ({"max_drop": 0.1, "margin": -1}, "margin=-1 must be 0 or more", "margin"),
+    "a margin of words": ({"max_drop": 0.1, "margin": "much"}, "margin='much' must be a number, or 'auto'", "margin"),
+    "a margin of None": ({"max_drop": 0.1, "margin": None}, "margin=None must be a number, or 'auto'", "margin"),
+    "a margin larger than the drop": (
+        {"max_fidelity_drop": 0.1, "margin": 0.2},
+        r"margin=0.2 leaves nothing of max_fidelity_drop=0.1\. Give margin=0.1 or less",
+        "margin",
+    ),
+    "a margin larger than the default": (
+        {"margin": 0.05},
+        r"margin=0.05 leaves nothing of max_loss=0.01\. Give",
+        "margin",
+    ),
+    "one threshold of 1": (
+        {"max_drop": 0.1, "one_threshold": 1},
+        "one_threshold=1 must be True or False",
+        "one_threshold",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"max_drop": 0.02}, r"margin=0.05 leaves nothing of max_drop=0.02\. Give margin=0.02 or less\."),
-        ({}, r"margin=0.05 leaves nothing of max_loss=0.01\. Give margin=0.01 or less\."),
-    ],
-    ids=str,
-)
-def test_a_margin_larger_than_the_limit_is_refused(settings, words):
-    with pytest.raises(PteeError, match=words):
-        ThresholdsConfig(margin=0.05, **settings)
+@pytest.mark.parametrize(("arguments", "words", "argument"), REFUSED.values(), ids=REFUSED)
+def test_a_target_that_cannot_be_is_refused_in_one_line_that_names_the_argument(arguments, words, argument):
+    with pytest.raises(PteeError, match=words) as refused:
+        Target.given(ThresholdsConfig(**arguments))
+    assert "\n" not in str(refused.value)
+    assert refused.value.argument == argument
+    assert refused.value.value is arguments.get(argument)
 
 
 @pytest.mark.parametrize("settings", [{"max_cost": 0.5}, {"max_drop": 0.05}], ids=str)

@@ -81,13 +81,12 @@ def test_labels_that_are_not_classes_are_ignored_and_the_results_say_so(batch_si
         assert f"no accuracy for this data: its labels are 1 to {K}, the backbone's classes 0 to {K - 1}." in text
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 128])
+@pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize("loader", [False, True], ids=["a data set", "a loader"])
 def test_batches_of_any_size_give_the_same_numbers(batch_size, loader):
     model, data = made(), TensorDataset(*labelled())
-    want = evaluate(model, data, speed=False)
     got = evaluate(model, DataLoader(data, batch_size) if loader else data, batch_size=batch_size, speed=False)
-    assert got.rows == want.rows
+    assert got.rows == evaluate(model, data, speed=False).rows
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -150,11 +149,9 @@ def test_without_labels_a_right_answer_is_the_backbones():
     model, (x, _) = made(), labelled()
     with torch.no_grad():
         bare = model.backbone(x).argmax(1)
-    rows = evaluate(model, TensorDataset(x), speed=False).rows
-    for row, same in zip(rows, evaluate(model, TensorDataset(x, bare), speed=False).rows, strict=True):
-        assert (row.failure_auroc, row.calibration_error, row.right) == (
-            same.failure_auroc, same.calibration_error, same.right,
-        )  # fmt: skip
+    own, same = (evaluate(model, TensorDataset(x, *more), speed=False).rows for more in ([], [bare]))
+    for key in ("failure_auroc", "calibration_error", "right"):
+        assert [getattr(row, key) for row in own] == [getattr(row, key) for row in same]
 
 
 REFUSED = {
@@ -212,12 +209,11 @@ def test_speed_is_a_ratio_to_the_bare_backbone_measured_in_turns(monkeypatch):
 def test_measured_speed_is_positive():
     results = evaluate(made(), TensorDataset(*labelled()), batch_size=7)
     assert all(row.images_per_s > 0 and row.speedup > 0 for row in results.rows)
-    assert results.rows[0].speedup == 1
-    assert (results.device, results.batch_size) == ("cpu", 7)
+    assert (results.device, results.batch_size, results.rows[0].speedup) == ("cpu", 7, 1)
 
 
 @pytest.mark.parametrize(("seconds", "count"), [(0.001, 128), (0.1, 128), (8 * 8 / 4 / 64, 64), (100.0, 16)])
-def test_speed_is_measured_on_so_few_images_that_a_round_is_short(seconds, count, monkeypatch):
+def test_speed_is_measured_on_few_enough_images_for_a_short_round(seconds, count, monkeypatch):
     """With two exits, four scenarios are timed in a round of eight seconds; eight images are timed first."""
     monkeypatch.setattr(evaluation, "in_turns", lambda calls, *_, **__: {name: [seconds] for name in calls})
     images = torch.arange(128.0)[:, None, None, None].expand(128, *SIZE)

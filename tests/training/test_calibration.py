@@ -1,4 +1,4 @@
-"""Calibration: two numbers an exit, fitted to a question by the images alone; nothing but h changes."""
+"""Calibration: two numbers for each exit are fitted to a question; nothing but h changes."""
 
 from __future__ import annotations
 
@@ -155,25 +155,20 @@ def test_scale_and_shift_are_found_again(scale, shift):
 
 
 @pytest.mark.parametrize("size", [20, 400])
-def test_answers_that_can_be_told_apart_entirely_make_nobody_entirely_sure(size):
+def test_answers_that_are_separated_perfectly_do_not_lead_to_certainty(size):
     odds, _ = log_odds_and_answers(size, 1, 0)
     scale, shift = fit_scale_and_shift(odds, (odds > odds.median()).double())
     assert 0 < scale < 20
     assert (odds * scale + shift).sigmoid().median() < 0.9
 
 
-@pytest.mark.parametrize("yes", [0.0, 1.0])
-def test_answers_of_one_kind_give_finite_numbers_that_keep_the_order(yes):
-    scale, shift = fit_scale_and_shift(log_odds_and_answers(20, 1, 0)[0], torch.full((20,), yes, dtype=torch.double))
+@pytest.mark.parametrize("kind", ["no", "yes", "against the largest probability"])
+def test_scale_and_shift_stay_finite_and_keep_the_order(kind):
+    odds, _ = log_odds_and_answers(400, 1, 0)
+    yes = {"no": torch.zeros_like(odds), "yes": torch.ones_like(odds)}.get(kind, (odds < odds.median()).double())
+    scale, shift = fit_scale_and_shift(odds, yes)
     assert scale > 0
     assert math.isfinite(scale) and math.isfinite(shift)
-
-
-def test_answers_that_go_against_the_largest_probability_keep_the_scale_positive():
-    odds, _ = log_odds_and_answers(400, 1, 0)
-    scale, shift = fit_scale_and_shift(odds, (odds < odds.median()).double())
-    assert 0 < scale < 0.2
-    assert math.isfinite(shift)
 
 
 @pytest.mark.parametrize(("size", "shift"), [(30, 0.5), (60, 0.5), (300, 2.5)])
@@ -208,12 +203,11 @@ def test_with_few_images_of_one_answer_the_table_says_that_the_numbers_are_rough
 # ---------------------------------------------------------------------------------------------------- what is asked for
 
 
-def test_the_question_is_the_recipes_with_labels_and_without(model, images):
+@pytest.mark.parametrize("labels", [None, 0, K, -1], ids=str)
+def test_the_question_is_the_recipes_with_labels_and_without(labels, model, images):
     assert ConfidenceConfig().question == "agrees"
-    assert calibrate(model, random_labels(images)).target == "agrees"
-    assert calibrate(model, unlabelled(images)).target == "agrees"
-    assert calibrate(model, TensorDataset(images, torch.full((n,), K))).target == "agrees"
-    assert calibrate(model, TensorDataset(images, torch.full((n,), -1))).target == "agrees"
+    data = TensorDataset(images, *([] if labels is None else [torch.full((n,), labels)]))
+    assert calibrate(model, data).target == "agrees"
 
 
 def test_no_answer_changes_and_neither_does_the_backbone_or_a_cost(model, images):
@@ -241,29 +235,14 @@ def test_batches_of_any_size_a_loader_and_inference_mode_give_the_same(images):
     assert found[0] == pytest.approx(found[2], rel=1e-3)
 
 
-def test_a_loader_that_shuffles_is_drawn_by_the_seed(images):
+def test_the_seed_draws_the_order_of_a_loader_and_a_second_calibration_replaces_the_first(model, images):
     data = DataLoader(unlabelled(images), 64, shuffle=True)
-    torch.manual_seed(0)
-    model = make()
     calibrate(model, data, seed=3)
     first = model.calibrated
     calibrate(model, data, seed=3)
     assert model.calibrated == first
-
-
-def test_a_second_calibration_takes_the_place_of_the_first(model, images):
-    calibrate(model, unlabelled(images))
-    first = model.calibrated
     calibrate(model, random_labels(images), target="right")
     assert model.calibrated != first
-
-
-def test_another_confidence_and_back_changes_nothing(model, images):
-    calibrate(model, unlabelled(images))
-    before = model.all_exits(images).confidence
-    model.confidence = "margin"
-    model.confidence = "calibrated"
-    assert torch.equal(model.all_exits(images).confidence, before)
 
 
 def test_an_image_whose_answers_are_not_finite_teaches_nothing(model, images):
@@ -300,7 +279,7 @@ def test_the_table_says_how_many_images_and_which_question(model, images):
 
 
 @pytest.mark.parametrize(
-    ("more", "kind", "said"),
+    ("more", "kind", "words"),
     [
         ({"target": "agree"}, UnknownName, "'agree'.*Did you mean 'agrees'"),
         ({"target": "right"}, DataError, "'right' needs labels: the data has none. Without them give target='agrees'"),
@@ -308,13 +287,13 @@ def test_the_table_says_how_many_images_and_which_question(model, images):
         ({"seed": "a"}, PteeError, "seed='a' must be a whole number"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_and_the_model_is_as_before(more, kind, said, model, images):
-    with pytest.raises(kind, match=said):
+def test_a_refusal_leaves_the_model_as_it_was(more, kind, words, model, images):
+    with pytest.raises(kind, match=words):
         calibrate(model, unlabelled(images), **more)
     assert (model.confidence, model.calibrated) == ("learned", None)
 
 
-def test_labels_that_are_no_classes_cannot_be_asked_for(model, images):
+def test_labels_that_are_no_classes_are_refused_where_the_question_needs_labels(model, images):
     with pytest.raises(DataError, match=f"its labels are {K} to {K}"):
         calibrate(model, TensorDataset(images, torch.full((n,), K)), target="best")
 
@@ -322,26 +301,11 @@ def test_labels_that_are_no_classes_cannot_be_asked_for(model, images):
 # ---------------------------------------------------------------------------------------------------- images of their own
 
 
-def test_images_for_calibration_are_drawn_by_the_seed_and_kept_from_the_heads():
-    data = TensorDataset(torch.arange(1000))
-    heads, held = hold_out(data, 0.1, seed=3)
+def test_a_share_of_the_images_is_drawn_for_calibration_and_kept_from_the_heads():
+    heads, held = hold_out(TensorDataset(torch.arange(1000)), 0.1, seed=3)
     rows = [{int(part[i][0]) for i in range(len(part))} for part in (heads, held)]
     assert [len(r) for r in rows] == [900, 100]
     assert rows[0] | rows[1] == set(range(1000))
-    assert hold_out(data, 0.1, seed=3)[1].indices == held.indices
-    assert hold_out(data, 0.1, seed=4)[1].indices != held.indices
-
-
-def test_a_part_still_says_of_which_files_it_is():
-    data = TensorDataset(torch.arange(100))
-    data.files_sha256 = "abc"
-    assert [part.files_sha256 for part in hold_out(data, 0.3)] == ["abc", "abc"]
-
-
-@pytest.mark.parametrize("share", [0, -0.1, 0.6, math.nan])
-def test_a_share_that_leaves_one_side_nothing_is_refused(share):
-    with pytest.raises(PteeError, match=r"share.*above 0 and be 0\.5 at most"):
-        hold_out(TensorDataset(torch.arange(1000)), share)
 
 
 def test_a_share_too_small_to_calibrate_on_is_refused():

@@ -56,24 +56,21 @@ def test_a_resumed_training_ends_with_exactly_the_heads_of_one_that_was_never_in
     assert not history.interrupted
 
 
-@pytest.mark.parametrize("when", ["before the best epoch", "after it"])
-def test_a_resumed_training_stops_where_one_that_was_never_interrupted_stops(when, tmp_path):
-    whole, resumed = made(), made(seed=9)
-    want = stopping(whole)
-    done = len(want.epochs) - (4 if when == "before the best epoch" else 2)
-    checkpoint = tmp_path / "checkpoint.safetensors"
-    stopping(made(), Interrupted(done * N + 20), checkpoint=checkpoint)
-    history = stopping(resumed, checkpoint=checkpoint, resume=True)
-    assert len(history.epochs) == len(want.epochs)
-    assert same(heads(resumed), heads(whole))
+STOPPED = {
+    "before the best epoch": (4, 0),
+    "after it": (2, 0),
+    "when it is over": (0, 0),
+    "and may go on for longer": (0, 5),
+}
 
 
-@pytest.mark.parametrize("more", [0, 5], ids=["the same epochs", "more epochs"])
-def test_a_training_that_stopped_early_is_over_when_it_is_resumed(more, tmp_path):
+@pytest.mark.parametrize(("left", "more"), STOPPED.values(), ids=STOPPED)
+def test_a_resumed_training_stops_early_where_one_that_was_never_interrupted_stops(left, more, tmp_path):
     whole, resumed, checkpoint = made(), made(seed=9), tmp_path / "checkpoint.safetensors"
-    want = stopping(whole, checkpoint=checkpoint)
-    history = stopping(resumed, epochs=len(want.epochs) + more, checkpoint=checkpoint, resume=True)
-    assert history.epochs == want.epochs
+    want = stopping(whole)
+    stopping(made(), Interrupted((len(want.epochs) - left) * N + 20) if left else None, checkpoint=checkpoint)
+    history = stopping(resumed, epochs=30 + more, checkpoint=checkpoint, resume=True)
+    assert on_time(history) == on_time(want)
     assert history.stopped_early
     assert same(heads(resumed), heads(whole))
 
@@ -112,13 +109,12 @@ def test_every_optimiser_learns_and_goes_on_where_it_was_interrupted(optimizer, 
 
 
 def test_optimisers_differ():
-    made_by = {}
-    for optimizer in OPTIMIZERS:
-        model = made("conv1")
+    models = {optimizer: made("conv1") for optimizer in OPTIMIZERS}
+    for optimizer, model in models.items():
         fit(model, optimizer=optimizer, weight_decay=0.05)
-        made_by[optimizer] = heads(model)
-    assert not same(made_by["adam"], made_by["adamw"])
-    assert not same(made_by["adamw"], made_by["muon"])
+    adam, adamw, muon = (heads(models[name]) for name in ("adam", "adamw", "muon"))
+    assert not same(adam, adamw)
+    assert not same(adamw, muon)
 
 
 def test_more_epochs_would_be_another_cosine(tmp_path):
@@ -128,21 +124,14 @@ def test_more_epochs_would_be_another_cosine(tmp_path):
         fit(made(), epochs=4, resume=True, **settings)
 
 
-def test_where_nothing_was_kept_resuming_begins_anew(tmp_path):
-    begun, want = made(), made()
-    fit(begun, checkpoint=tmp_path / "none.safetensors", resume=True)
-    fit(want)
-    assert same(heads(begun), heads(want))
-
-
-def test_without_resume_an_old_checkpoint_is_written_over(tmp_path):
-    checkpoint = tmp_path / "c.safetensors"
-    fit(made(seed=9), checkpoint=checkpoint)
+@pytest.mark.parametrize("resume", [True, False], ids=["resumed without a checkpoint", "not resumed"])
+def test_a_training_that_does_not_go_on_begins_from_its_own_heads(resume, tmp_path):
     model, want = made(), made()
-    history = fit(model, checkpoint=checkpoint)
+    if not resume:
+        fit(made(seed=9), checkpoint=tmp_path / "c.safetensors")
+    assert len(fit(model, checkpoint=tmp_path / "c.safetensors", resume=resume).epochs) == 3
     fit(want)
     assert same(heads(model), heads(want))
-    assert len(history.epochs) == 3
 
 
 @pytest.fixture
@@ -167,14 +156,32 @@ def test_another_setting_is_refused_with_both_values(name, value, checkpoint):
     assert same(heads(model), before)
 
 
-def test_the_checkpoint_of_other_heads_is_refused(checkpoint):
-    with pytest.raises(RunError, match=r"conv1.*now pool"):
-        fit(made("pool"), checkpoint=checkpoint, resume=True)
+def other_backbone() -> ptee.EarlyExitModel:
+    net = Net()
+    with torch.no_grad():
+        net.fc.bias += 1
+    return on(net)
 
 
-def test_the_checkpoint_of_data_of_another_length_is_refused(checkpoint):
-    with pytest.raises(RunError, match=f"{N}.*now 32"):
-        fit(made(), TensorDataset(images()[:32], labels()[:32]), checkpoint=checkpoint, resume=True)
+OTHER_TRAININGS = {
+    "heads": (lambda: made("pool"), data, "conv1.*now pool"),
+    "exits": (lambda: ptee.augment(Net(), exits=["one"], head="conv1", input_size=SIZE), data, "exits"),
+    "number of classes": (lambda: on(Net(K + 1)), data, "classes 4"),
+    "backbone": (other_backbone, data, "backbone"),
+    "input": (
+        lambda: build(load_backbone(Net(), input_size=SIZE, mean=(0.4,)), exits=EXITS, head="conv1"),
+        data,
+        "input",
+    ),
+    "number of images": (made, lambda: TensorDataset(images()[:32], labels()[:32]), f"{N}.*now 32"),
+    "images": (made, lambda: TensorDataset(images() + 1, labels()), "samples"),
+}
+
+
+@pytest.mark.parametrize(("model", "train_data", "words"), OTHER_TRAININGS.values(), ids=OTHER_TRAININGS)
+def test_the_checkpoint_of_another_training_is_refused(model, train_data, words, checkpoint):
+    with pytest.raises(RunError, match=words):
+        fit(model(), train_data(), checkpoint=checkpoint, resume=True)
 
 
 class Files(TensorDataset):
@@ -191,17 +198,6 @@ def test_the_checkpoint_of_other_files_is_refused(tmp_path):
     fit(made(), Files("1" * 64), checkpoint=checkpoint, resume=True)
     with pytest.raises(RunError, match=r"data 48 long.*1111 \(now 48 long.*2222\)"):
         fit(made(), Files("2" * 64), checkpoint=checkpoint, resume=True)
-
-
-def test_the_checkpoint_of_other_exits_is_refused(checkpoint):
-    model = ptee.augment(Net(), exits=["one"], head="conv1", input_size=SIZE)
-    with pytest.raises(RunError, match="exits"):
-        fit(model, checkpoint=checkpoint, resume=True)
-
-
-def test_the_checkpoint_of_another_number_of_classes_is_refused(checkpoint):
-    with pytest.raises(RunError):
-        fit(on(Net(K + 1)), checkpoint=checkpoint, resume=True)
 
 
 def with_front(seed: int, size: tuple[int, int, int] = SIZE) -> ptee.EarlyExitModel:
@@ -225,27 +221,8 @@ def test_the_checkpoint_of_another_front_network_is_refused_and_leaves_it_as_it_
     assert same(heads(model), before)
 
 
-def test_the_checkpoint_of_other_images_is_refused(tmp_path):
-    checkpoint = tmp_path / "checkpoint.safetensors"
-    models = [
-        build(load_backbone(made().detach(), input_size=SIZE, mean=(mean,)), exits=EXITS, head="conv1")
-        for mean in (0.4, 0.5)
-    ]
-    fit(models[0], epochs=1, checkpoint=checkpoint)
-    with pytest.raises(RunError, match="input"):
-        fit(models[1], checkpoint=checkpoint, resume=True)
-
-
-def test_the_checkpoint_of_another_backbone_is_refused(checkpoint):
-    net = Net()
-    with torch.no_grad():
-        net.fc.bias += 1
-    with pytest.raises(RunError, match="backbone"):
-        fit(on(net), checkpoint=checkpoint, resume=True)
-
-
 def rewritten(file: Path, about: dict[str, str] | None = None, drop: str = "-", **add: Tensor) -> None:
-    """As somebody would who knows the hash."""
+    """A file with other content and the right hash."""
     with safe_open(file, "pt") as old:
         tensors = {key: old.get_tensor(key) for key in old.keys() if not key.startswith(drop)}  # noqa: SIM118
         about = old.metadata() | (about or {})
@@ -298,11 +275,6 @@ def test_a_checkpoint_with_more_epochs_than_are_wanted_is_refused(tmp_path):
         fit(made(), epochs=1, checkpoint=checkpoint, resume=True)
 
 
-def test_the_checkpoint_of_other_images_of_the_same_number_is_refused(checkpoint):
-    with pytest.raises(RunError, match="samples"):
-        fit(made(), TensorDataset(images() + 1, labels()), checkpoint=checkpoint, resume=True)
-
-
 def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
     left = tmp_path / ".writing-abc" / "checkpoint.safetensors"
     left.parent.mkdir()
@@ -311,13 +283,11 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_a_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"):
         fit(made(), checkpoint=tmp_path / "file" / "checkpoint.safetensors")
 
-
-def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch):
     def fail(*_: object) -> None:  # word for word what safetensors 0.8 raises
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 

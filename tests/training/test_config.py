@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import json
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from ptee._common.errors import PteeError, UnknownName
-from ptee.training.config import TrainingConfig, choices, epochs_for, shift_for
+from ptee.training.config import Loss, Targets, TrainingConfig, epochs_for, shift_for
 
 REFUSED = [
     ({"targets": "pseudos"}, "targets='pseudos' is unknown. Did you mean 'pseudo'? Choices: labels, pseudo, soft."),
     ({"loss": "v3"}, "loss='v3' is unknown. Choices: cost, joint, joint_each_exit, mc, separate."),
-    ({"loss": 3}, "loss=3 is unknown. Choices: cost, joint, joint_each_exit, mc, separate."),
     (
         {"precision": "bf61"},
         "precision='bf61' is unknown. Did you mean 'bf16' or 'fp16'? Choices: auto, bf16, fp16, no.",
@@ -20,16 +20,10 @@ REFUSED = [
     ({"optimizer": "muonn"}, "optimizer='muonn' is unknown. Did you mean 'muon'? Choices: adam, adamw, muon."),
     ({"schedule": "cosin"}, "schedule='cosin' is unknown. Did you mean 'cosine'? Choices: constant, cosine."),
     ({"epochs": 0}, "epochs=0 must be 1 or more, or 'auto'."),
-    ({"epochs": 1.5}, "epochs=1.5 must be a whole number, or 'auto'."),
-    ({"epochs": "3"}, "epochs='3' must be a whole number, or 'auto'."),
     ({"epochs": True}, "epochs=True must be a whole number, or 'auto'."),
     ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number."),
-    ({"batch_size": 0}, "batch_size=0 must be 1 or more."),
     ({"lr": 0.0}, "lr=0.0 must be above 0."),
     ({"lr": math.nan}, "lr=nan must be a finite number."),
-    ({"lr": math.inf}, "lr=inf must be a finite number."),
-    ({"lr": "0.1"}, "lr='0.1' must be a number."),
-    ({"lr": np.bool_(True)}, "lr=True must be a number."),
     ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or more."),
     ({"cost_weight": math.nan, "loss": "joint"}, "cost_weight=nan must be a finite number."),
     ({"temperature": 0}, "temperature=0 must be above 0."),
@@ -38,7 +32,6 @@ REFUSED = [
     ({"seed": 10**18}, "seed=1000000000000000000 must be below 4294967296."),
     ({"views": 0}, "views=0 must be 1 or more, or 'auto'."),
     ({"shift": -1}, "shift=-1 must be 0 or more, or 'auto'."),
-    ({"shift": 0.5}, "shift=0.5 must be a whole number, or 'auto'."),
     ({"mirror": "yes"}, "mirror='yes' must be True or False."),
     ({"cache": 1}, "cache=1 must be True or False."),
     ({"weightdecay": 0.1}, "weightdecay=0.1 is unknown. Did you mean 'weight_decay'"),
@@ -84,8 +77,8 @@ def test_heads_that_learn_separately_and_together_have_defaults_of_their_own():
     assert (joint.optimizer, joint.lr, joint.weight_decay, joint.schedule) == ("adam", 0.001, 0.0, "constant")
 
 
-@pytest.mark.parametrize("loss", choices("loss"))
-@pytest.mark.parametrize("targets", [None, *choices("targets")])
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize("targets", [None, *get_args(Targets)])
 def test_a_resolved_config_can_be_written_down_and_given_back(loss, targets):
     resolved = TrainingConfig(loss=loss, targets=targets, lr=0.5).resolved()
     assert resolved.lr == 0.5

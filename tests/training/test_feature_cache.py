@@ -1,4 +1,4 @@
-"""The cache: trained on what the backbone said once, heads become what they become when it says it in every epoch."""
+"""The cache: heads learn the same from it as when the backbone runs in every epoch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ptee.exits.heads import HEADS
 from ptee.model.forward import Reading
 from ptee.training import feature_cache as cache
 from ptee.training.augmentation import Views, draw_views
-from ptee.training.feature_cache import Cache, Estimate, estimate, fill
+from ptee.training.feature_cache import Cache, Estimate, fill
 from ptee.training.history import History
 
 SIZE = (3, 32, 32)
@@ -67,7 +67,7 @@ def short(model: ptee.EarlyExitModel, *data: Any, **settings: Any) -> History:
 
 @pytest.mark.parametrize("head", ["pool", "plain", "bnpool", "conv1"])
 @pytest.mark.parametrize("targets", ["labels", "soft"])
-def test_training_on_a_cache_goes_the_same_way(head, targets):
+def test_heads_learn_the_same_from_a_cache(head, targets):
     expected = losses(head, targets=targets)
     assert losses(head, targets=targets, cache=True) == (
         pytest.approx(expected[0], rel=1e-5),
@@ -75,7 +75,7 @@ def test_training_on_a_cache_goes_the_same_way(head, targets):
     )
 
 
-def test_training_on_a_cache_in_files_and_half_precision_goes_the_same_way(monkeypatch):
+def test_heads_learn_nearly_the_same_from_a_cache_in_files_and_half_precision(monkeypatch):
     expected = losses("conv1")
     monkeypatch.setattr(cache, "IN_MEMORY", 0)
     assert losses("conv1", cache=True)[0] == pytest.approx(expected[0], rel=2e-2)
@@ -91,20 +91,17 @@ class Counting(nn.Module):
         return self.net(x)
 
 
-def test_the_backbone_runs_once_over_the_data_however_many_epochs_there_are():
+@pytest.mark.parametrize(
+    ("data", "epochs", "count"),
+    [((images(40), images(20)), 5, 60), ((DataLoader(images(40), 8),), 2, 80)],
+    ids=["data sets", "a loader, which is not cached"],
+)
+def test_the_backbone_runs_once_over_a_data_set_however_many_epochs_there_are(data, epochs, count):
     net = Counting()
     model = ptee.augment(net, input_size=SIZE, num_exits=2)
     net.images = 0
-    short(model, images(40), images(20), epochs=5, cache=True)
-    assert net.images == 60
-
-
-def test_a_loader_keeps_its_own_batches_and_is_not_cached():
-    net = Counting()
-    model = ptee.augment(net, input_size=SIZE, num_exits=2)
-    net.images = 0
-    short(model, DataLoader(images(40), 8), epochs=2, cache=True)
-    assert net.images == 80
+    short(model, *data, epochs=epochs, cache=True)
+    assert net.images == count
 
 
 class Unlabelled(Dataset[Tensor]):
@@ -115,12 +112,8 @@ class Unlabelled(Dataset[Tensor]):
         return images(20)[i][0]
 
 
-def test_images_without_labels_can_be_cached():
-    history = short(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True)
-    assert history.epochs[0].accuracy is None
-
-
-def test_labels_that_are_missing_are_still_asked_for():
+def test_images_without_labels_can_be_cached_but_are_no_targets():
+    assert short(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True).epochs[0].accuracy is None
     with pytest.raises(DataError, match="no labels"):
         short(early(), Unlabelled(), targets="labels", epochs=1, cache=True)
 
@@ -129,7 +122,7 @@ def test_labels_that_are_missing_are_still_asked_for():
 
 
 @pytest.mark.parametrize("head", ["pool", "plain", "bnpool", "conv1"])
-def test_what_was_read_is_answered_as_the_images_are(head):
+def test_heads_answer_what_they_read_as_they_answer_the_images(head):
     model, x = early(head), images(6).tensors[0]
     with torch.no_grad():
         now, later = model.all_exits(x), model.answer(model.read(x))
@@ -143,7 +136,7 @@ def test_a_pooled_head_keeps_a_vector_and_a_convolution_the_whole_map():
     assert [r.shape[1:] for r in early("conv1").read(x).inputs] == [e.shape for e in early("conv1").exits]
 
 
-def test_what_draws_lots_or_learns_is_not_kept_but_done_anew(monkeypatch):
+def test_layers_that_are_random_or_learn_are_not_cached(monkeypatch):
     def dropped(channels: int, height: int, width: int) -> nn.Module:
         return nn.Sequential(nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -162,13 +155,13 @@ def test_a_small_cache_keeps_its_precision_and_a_large_one_half_of_it():
 
 def test_the_size_is_known_after_one_batch():
     reading = Reading((torch.zeros(4, 8), torch.zeros(4, 2, 3, 3)), torch.zeros(4, 5))
-    assert estimate(reading, 10).size == 10 * (8 + 18 + 5) * 4
+    assert Estimate.of(reading, 10).size == 10 * (8 + 18 + 5) * 4
 
 
 def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn():
     seen = Views(images(10), 3)
     kept = fill(early(), seen, batch_size=8, around=nullcontext)
-    assert kept.estimate.size == 3 * estimate(kept[[0]].reading, 10).size
+    assert kept.estimate.size == 3 * Estimate.of(kept[[0]].reading, 10).size
     kept.begin(4)
     assert torch.equal(seen.drawn, draw_views(10, 3, 0, 4))
     assert len(kept) == 10
@@ -182,27 +175,30 @@ def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn(
 # ---------------------------------------------------------------------------------------------------- its files
 
 
-def filled(folder: Path, data: Any) -> Cache:
-    return fill(early(), data, batch_size=8, around=nullcontext, folder=folder)
+def filled(data: Any) -> Cache:
+    return fill(early(), data, batch_size=8, around=nullcontext)
 
 
 @pytest.fixture
-def in_files(monkeypatch):
+def in_files(monkeypatch, tmp_path) -> Path:
+    """The folder of the files."""
     monkeypatch.setattr(cache, "IN_MEMORY", 0)
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
 
 
-def test_its_files_have_no_name_so_nothing_is_left_when_the_process_is_killed(tmp_path, in_files):
-    kept = filled(tmp_path, images(20))
-    assert list(tmp_path.iterdir()) == []
+def test_its_files_have_no_name_so_nothing_is_left_when_the_process_is_killed(in_files):
+    kept = filled(images(20))
+    assert list(in_files.iterdir()) == []
     assert not kept.estimate.in_memory
     assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]])
     kept.close()
 
 
-def test_values_that_half_precision_cannot_hold_are_refused(tmp_path, in_files):
+def test_values_that_half_precision_cannot_hold_are_refused(in_files):
     x, y = images(20).tensors
     with pytest.raises(DataError, match=r"as large as .*half precision cannot hold.*cache=False"):
-        filled(tmp_path, TensorDataset(x * 1e7, y))
+        filled(TensorDataset(x * 1e7, y))
 
 
 class Interrupting(Dataset[Any]):
@@ -215,59 +211,57 @@ class Interrupting(Dataset[Any]):
         return images(20)[i]
 
 
-def test_an_interrupted_cache_leaves_nothing(tmp_path, in_files):
+def test_an_interrupted_cache_leaves_nothing(in_files):
     with pytest.raises(KeyboardInterrupt):
-        filled(tmp_path, Interrupting())
-    assert list(tmp_path.iterdir()) == []
+        filled(Interrupting())
+    assert list(in_files.iterdir()) == []
 
 
 def test_a_cache_above_the_limit_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(cache, "LIMIT", 1000)
     with pytest.raises(DataError, match=r"20 images takes .* [GM]iB.*cache=False"):
-        filled(Path(), images(20))
+        filled(images(20))
 
 
-def test_a_disk_without_room_is_one_line(tmp_path, in_files, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "result"),
+    [("shutil", "disk_usage", lambda _: type("Usage", (), {"free": 10})), ("os", "posix_fallocate", full)],
+    ids=["has no room", "fills up meanwhile"],
+)
+def test_a_full_disk_is_refused_in_one_line(module, function, result, in_files, monkeypatch):
+    monkeypatch.setattr(getattr(cache, module), function, result, raising=False)
     with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
-        filled(tmp_path, images(20))
-    assert list(tmp_path.iterdir()) == []
+        filled(images(20))
+    assert list(in_files.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, in_files, monkeypatch):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DataError, match=r"no room for .*TMPDIR"):
-        filled(tmp_path, images(20))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_how_large_the_cache_of_the_training_images_becomes_is_said_before_it_is_filled(monkeypatch):
+def test_the_size_of_the_training_images_cache_is_reported_before_it_is_filled(monkeypatch):
     events: list[str] = []
     put = Cache.put
     monkeypatch.setattr(Cache, "put", lambda *args: events.append("filled") or put(*args))
     short(early(), images(), images(20, 1), epochs=1, cache=True, on_cache=lambda size: events.append(str(size)))
-    said = "The backbone runs once over 40 images. What the heads read of them takes 1 MiB in memory."
-    assert events == [said] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
+    words = "The backbone runs once over 40 images. What the heads read of them takes 1 MiB in memory."
+    assert events == [words] + ["filled"] * 5  # three batches of 40 images, two of the 20 held-out ones
 
 
 def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    fill(
-        early().eval(), images(), batch_size=16, around=nullcontext, callback=lambda size: terminal.write(f"{size}\n")
-    ).close()
+    report = lambda size: terminal.write(f"{size}\n")  # noqa: E731
+    fill(early().eval(), images(), batch_size=16, around=nullcontext, callback=report).close()
     first = terminal.getvalue().split("\n")[0]
     assert "cache:   0%" in first
     assert first.rpartition("\r")[2].startswith("The backbone runs once")  # what is left to be seen
 
 
 @pytest.mark.parametrize(
-    ("samples", "said"),
+    ("samples", "words"),
     [(1000, "takes 1 MiB in memory"), (4_000_000, "takes 1.9 GiB on disk until the training ends")],
 )
-def test_a_size_reads_well_whether_it_is_small_or_large(samples, said):
-    assert said in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))
+def test_a_size_reads_well_whether_it_is_small_or_large(samples, words):
+    assert words in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))

@@ -4,11 +4,11 @@ from ptee.training.history import Epoch, History
 
 
 def test_a_history_prints_as_a_table_of_epochs():
-    told = [
+    epochs = [
         Epoch(1, 1.5, [0.25, 0.5], [0.5, 1.0], [0.75, 0.25], None, 3.2),
         Epoch(2, 1.25, None, [1, 1], [0, 1], 2.0, 3),
     ]
-    lines = str(History(told, stopped_early=True, warning="It collapsed.")).splitlines()
+    lines = str(History(epochs, stopped_early=True, warning="It collapsed.")).splitlines()
     assert lines[2].split() == ["1", "1.5000", "0.250", "0.500", "0.500", "1.000", "0.750", "0.250", "-", "3"]
     assert lines[3].split() == ["2", "1.2500", "-", "1.000", "1.000", "0.000", "1.000", "2.0000", "3"]
     assert lines[-3] == "All but the validation loss were measured on the training images."
@@ -16,5 +16,5 @@ def test_a_history_prints_as_a_table_of_epochs():
 
 
 def test_the_line_of_an_epoch_says_what_was_measured_on_which_images():
-    said = Epoch(1, 1.5, None, [0.5, 0.25, 1.0], [1, 0, 0], 2.0, 3).line(5)
-    assert said == "epoch 1/5  loss 1.5000  fidelity on training images 0.500 0.250  validation loss 2.0000  3 s"
+    line = Epoch(1, 1.5, None, [0.5, 0.25, 1.0], [1, 0, 0], 2.0, 3).line(5)
+    assert line == "epoch 1/5  loss 1.5000  fidelity on training images 0.500 0.250  validation loss 2.0000  3 s"

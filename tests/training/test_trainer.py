@@ -15,28 +15,29 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from learning import Interrupted, K, N, Net, data, fit, heads, images, labels, made, on, same, stopping
+from small import OwnLoader, Stream
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, DeviceError, PteeError, UnknownName
 from ptee.backbones.weights import weights_hash
 from ptee.training import trainer as training
-from ptee.training.config import TrainingConfig, choices
+from ptee.training.config import Targets, TrainingConfig
 from ptee.training.history import MIN_DELTA, Epoch
 from ptee.training.losses import joint_loss
 
 # what changes, and what does not
 
 
-@pytest.mark.parametrize("targets", choices("targets"))
+@pytest.mark.parametrize("targets", get_args(Targets))
 @pytest.mark.parametrize("head", ["pool", "bnpool", "conv1"])
 def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
     model = made(head)
@@ -62,16 +63,11 @@ def test_heads_that_learn_separately_come_nearer_to_their_targets_and_know_it(se
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_in_eval_mode_afterwards(training):
+def test_the_model_is_in_eval_mode_on_its_device_with_its_thresholds_afterwards(training):
     model = made().train(training)
-    fit(model, epochs=1)
-    assert not any(part.training for part in model.modules())
-
-
-def test_the_model_stays_on_its_device_with_its_thresholds():
-    model = made()
     model.threshold = [0.2, 0.8]
     fit(model, epochs=1)
+    assert not any(part.training for part in model.modules())
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert model.threshold == [0.2, 0.8]
 
@@ -106,14 +102,14 @@ def test_the_learning_rate_follows_its_schedule_with_each_batch(schedule, want, 
 
 
 def test_a_batch_that_is_too_small_counts_in_the_schedule(rates):
-    some = TensorDataset(*(part[:17] for part in data().tensors))  # of which one row is left over for batch norm
+    some = TensorDataset(*(part[:17] for part in data().tensors))  # the last batch has one row, too few for batch norm
     fit(made(head="conv1"), some, epochs=2, lr=0.01, schedule="cosine", batch_size=16)
     assert rates == pytest.approx([0.01, 0.005])  # the first and third of four places
 
 
 def test_a_cosine_schedule_needs_a_loader_with_a_length():
     with pytest.raises(DataError, match=r"cosine.*schedule='constant'"):
-        fit(made(), DataLoader(Stream(), 16), schedule="cosine")
+        fit(made(), DataLoader(stream(), 16), schedule="cosine")
 
 
 def test_the_callers_random_numbers_are_left_alone():
@@ -127,15 +123,15 @@ def test_the_callers_random_numbers_are_left_alone():
 def test_pseudo_labels_are_the_classes_that_the_backbone_predicts():
     model = made()
     want = model.backbone(images()).argmax(1)
-    pseudo, told = made(), made()
+    pseudo, labelled = made(), made()
     fit(pseudo, TensorDataset(images()), targets="pseudo")
-    fit(told, TensorDataset(images(), want), targets="labels")
-    assert same(heads(pseudo), heads(told))
+    fit(labelled, TensorDataset(images(), want), targets="labels")
+    assert same(heads(pseudo), heads(labelled))
 
 
 def test_auto_epochs_need_data_with_a_length():
     with pytest.raises(DataError, match=r"no length.*epochs=10"):
-        fit(made(), DataLoader(Stream(), 16), epochs="auto")
+        fit(made(), DataLoader(stream(), 16), epochs="auto")
 
 
 def test_auto_epochs_of_a_loader_count_its_batches():
@@ -146,7 +142,7 @@ def test_auto_epochs_of_a_loader_count_its_batches():
 # what is reported
 
 
-def test_each_epoch_tells_its_means_before_each_update():
+def test_an_epoch_reports_means_from_before_each_update():
     model = made()
     model.threshold = 0.5
     with torch.no_grad():
@@ -162,10 +158,6 @@ def test_each_epoch_tells_its_means_before_each_update():
     assert epoch.seconds > 0
 
 
-def test_without_labels_there_is_no_accuracy():
-    assert fit(made(), TensorDataset(images()), targets="soft").epochs[0].accuracy is None
-
-
 def test_the_validation_loss_is_measured_in_eval_mode_after_the_epoch():
     model = made("bnpool")
     history = fit(model, None, data(), epochs=2)
@@ -175,12 +167,11 @@ def test_the_validation_loss_is_measured_in_eval_mode_after_the_epoch():
     assert history.epochs[-1].val_loss == pytest.approx(want, rel=1e-5)
 
 
-def test_each_epoch_is_told_when_it_is_over():
-    told: list[Epoch] = []
-    history = fit(made(), on_epoch=told.append)
-    assert told == history.epochs
-    assert [epoch.number for epoch in told] == [1, 2, 3]
-    assert json.loads(json.dumps(history.to_dict()))["epochs"][2]["number"] == 3
+def test_each_epoch_is_reported_when_it_is_over():
+    reported: list[Epoch] = []
+    history = fit(made(), on_epoch=reported.append)
+    assert reported == history.epochs
+    assert [epoch["number"] for epoch in json.loads(json.dumps(history.to_dict()))["epochs"]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("loss", "where"), [("cost", r"exit 0 \(one\)"), ("mc", "backbone's own output")])
@@ -188,11 +179,9 @@ def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
     net = Net()
     with torch.no_grad():
         net.fc.weight *= 300  # so sure of its answers that no exit is as good
-    model = on(net, "pool")
+    settings = {"targets": "pseudo", "loss": loss, "epochs": 6, "batch_size": 16, "lr": 0.1, "precision": "no"}
     with pytest.warns(UserWarning, match=f"collapsed: .*{where}"):
-        history = ptee.train(
-            model, data(), targets="pseudo", loss=loss, epochs=6, batch_size=16, lr=0.1, precision="no"
-        )
+        history = ptee.train(on(net, "pool"), data(), **settings)
     assert "collapsed" in history.warning
 
 
@@ -208,30 +197,16 @@ def test_no_collapse_is_seen_where_images_leave_in_several_places():
 # data
 
 
-class Own:
-    """A loader that is not torch's."""
-
-    def __len__(self) -> int:
-        return 3
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(images().split(16), labels().split(16), strict=True))
-
-
-class Stream(IterableDataset):
-    def __init__(self, items: int = N) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(list(zip(images(), labels(), strict=True))[: self.items])
+def stream(items: int = N) -> Stream:
+    return Stream(images()[:items], labels()[:items])
 
 
 IN_ORDER = {
     "a loader": lambda: DataLoader(data(), 16),
-    "a loader of a stream": lambda: DataLoader(Stream(), 16),
+    "a loader of a stream": lambda: DataLoader(stream(), 16),
     "a loader of mappings": lambda: DataLoader([{"image": i, "label": y} for i, y in data()], 16),
     "a loader with a sampler of batches": lambda: DataLoader(data(), batch_sampler=[*torch.arange(N).split(16)]),
-    "a loader of one's own": Own,
+    "a loader of one's own": lambda: OwnLoader(images(), labels(), 16),
 }
 
 
@@ -271,13 +246,13 @@ def test_images_without_labels_are_enough_for_the_backbones_own_answers(source, 
     assert same(heads(got), heads(want))
 
 
+def with_odd_labels(label: int) -> TensorDataset:
+    return TensorDataset(images(), labels().where(labels() > 0, label))
+
+
 def test_missing_labels_are_refused_with_the_way_around():
     with pytest.raises(DataError, match="targets='pseudo'"):
         fit(made(), TensorDataset(images()))
-
-
-def with_odd_labels(label: int) -> TensorDataset:
-    return TensorDataset(images(), labels().where(labels() > 0, label))
 
 
 @pytest.mark.parametrize("label", [K, -2, 1000])
@@ -308,7 +283,7 @@ def test_a_last_batch_of_one_row_is_left_out(head):
 EMPTY = {
     "a data set": lambda: TensorDataset(images()[:0], labels()[:0]),
     "a list": list,
-    "a loader of a stream": lambda: DataLoader(Stream(0)),
+    "a loader of a stream": lambda: DataLoader(stream(0)),
 }
 
 
@@ -348,11 +323,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "error", "said"), REFUSED, ids=[str(case[0]) for case in REFUSED])
-def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(settings, error, said):
+@pytest.mark.parametrize(("settings", "error", "words"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(settings, error, words):
     model = made()
     before = heads(model)
-    with pytest.raises(error, match=re.escape(said)):
+    with pytest.raises(error, match=re.escape(words)):
         fit(model, **settings)
     assert same(heads(model), before)
 
@@ -364,22 +339,9 @@ def test_settings_by_name_take_the_place_of_those_in_the_config():
     assert history.config == config.changed(epochs=2).resolved().model_dump()
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
-    got, want = made(), made()
-    settings = {"epochs": np.int64(2), "batch_size": np.int32(16), "seed": np.uint8(3), "lr": np.float32(0.5)}
-    fit(got, checkpoint=tmp_path / "checkpoint.safetensors", **settings)
-    fit(want, epochs=2, batch_size=16, seed=3, lr=0.5)
-    assert same(heads(got), heads(want))
-
-
-def test_a_loss_that_is_no_number_is_refused_with_a_lower_learning_rate():
-    with pytest.raises(PteeError, match=r"nan.*1e\+29"):
-        fit(made(), lr=1e30)
-
-
-def test_after_a_loss_that_is_no_number_a_lower_learning_rate_helps():
+def test_a_loss_that_is_no_number_is_refused_and_a_lower_learning_rate_helps():
     model = made()
-    with pytest.raises(PteeError):
+    with pytest.raises(PteeError, match=r"nan.*1e\+29"):
         fit(model, lr=1e30)
     fit(model, lr=1e-3)
 
@@ -420,18 +382,12 @@ def test_training_in_mixed_precision_lowers_the_loss_and_keeps_float32_heads(pre
     assert {value.dtype for value in model.heads.parameters()} == {torch.float32}
 
 
-def test_mixed_precision_is_really_used():
-    rough, fine = made(), made()
-    fit(rough, precision="bf16")
-    fit(fine, precision="no")
-    assert not same(heads(rough), heads(fine))
-
-
-def test_settings_of_one_training_do_not_reach_into_the_next():
-    first, second = made(), made()
+def test_mixed_precision_is_used_and_does_not_reach_into_the_next_training():
+    first, rough, second = made(), made(), made()
     fit(first)
-    fit(made(), precision="bf16")
+    fit(rough, precision="bf16")
     fit(second)
+    assert not same(heads(first), heads(rough))
     assert same(heads(first), heads(second))
 
 
@@ -446,15 +402,11 @@ def accelerator() -> Iterator[Callable[[], Any]]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_an_accelerator_of_the_callers_keeps_its_precision(accelerator):
-    mine = accelerator()
+@pytest.mark.parametrize("before", [True, False], ids=["made before", "made afterwards"])
+def test_an_accelerator_of_the_callers_has_its_own_precision(before, accelerator):
+    mine = accelerator() if before else None
     fit(made(), epochs=1)
-    assert mine.mixed_precision == "bf16"
-
-
-def test_after_training_the_caller_can_make_an_accelerator(accelerator):
-    fit(made(), epochs=1)
-    assert accelerator().mixed_precision == "bf16"
+    assert (mine or accelerator()).mixed_precision == "bf16"
 
 
 # early stopping
@@ -472,15 +424,6 @@ def test_training_stops_when_nothing_gets_better_and_goes_back_to_the_best():
     assert same(heads(model), seen[best])
 
 
-def test_without_patience_all_epochs_are_done_and_the_last_one_counts():
-    seen: list[dict[str, Tensor]] = []
-    model = made()
-    history = stopping(model, epochs=12, patience=None, on_epoch=lambda _: seen.append(heads(model)))
-    assert len(history.epochs) == 12
-    assert not history.stopped_early
-    assert same(heads(model), seen[-1])
-
-
 # Ctrl-C
 
 
@@ -496,8 +439,8 @@ def test_ctrl_c_keeps_the_heads_of_the_last_complete_epoch(head):
 
 
 @pytest.mark.parametrize(("place", "complete"), [("deepcopy", 1), ("_save", 2), ("on_epoch", 2)])
-def test_ctrl_c_between_two_epochs_ends_it_as_within_one(place, complete, monkeypatch):
-    model, want, calls, told = made(), made(), itertools.count(), {}
+def test_ctrl_c_between_two_epochs_ends_the_training_as_within_one(place, complete, monkeypatch):
+    model, want, calls, callback = made(), made(), itertools.count(), {}
     fit(want, epochs=complete)
 
     def second_call(real):
@@ -513,9 +456,9 @@ def test_ctrl_c_between_two_epochs_ends_it_as_within_one(place, complete, monkey
     elif place == "_save":
         monkeypatch.setattr(training._Training, "_save", second_call(training._Training._save))
     else:
-        told = {"on_epoch": second_call(lambda epoch: None)}
+        callback = {"on_epoch": second_call(lambda epoch: None)}
     try:
-        history = fit(model, epochs=3, **told)
+        history = fit(model, epochs=3, **callback)
     except KeyboardInterrupt:  # which would end the tests
         pytest.fail("It escaped.")
     monkeypatch.undo()
