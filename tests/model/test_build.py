@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import BackboneError
 from ptee.analysis.cut_points import random_images
-from ptee.backbones.cifar_resnet import cifar_resnet20
+from ptee.backbones.cifar_resnet import CifarResNet
 from ptee.exits.config import DEFAULT_PLACES
 
 
@@ -197,7 +197,7 @@ def test_a_saved_run_of_a_network_that_starts_again_is_loaded(name, pixels, tmp_
 
 
 def test_without_a_wish_exits_and_heads_are_those_of_the_recipe():
-    net = cifar_resnet20()
+    net = CifarResNet(20)
     model = ptee.augment(net, input_size=(3, 32, 32))
     recipe = ptee.Recipe().resolved().exits
     assert recipe.places == DEFAULT_PLACES
