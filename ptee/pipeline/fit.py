@@ -170,7 +170,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
 
 def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> EarlyExitModel:
     for_heads, for_confidence = _images_of_each(data, recipe, job.log)
-    recipe = _adapted(recipe, data, for_confidence is not None)
+    recipe = carried_out(recipe, data)
     complete: list[Epoch] = []
     try:
         history = _train_on_files(model, for_heads, recipe, job, complete)
@@ -258,37 +258,41 @@ def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> 
 # ---------------------------------------------------------------------------------------------------- the steps
 
 
+def carried_out(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe as these images allow it: no mirror images of digits; calibrated only where there are enough images for it."""
+    changes: dict[str, Any] = {}
+    if not data.mirror:
+        changes["training.mirror"] = False
+    if recipe.resolved().confidence.name == CALIBRATED and _too_few_to_calibrate(recipe, data):
+        changes["confidence.name"] = MAX_PROB
+    return recipe.with_settings(changes).resolved()
+
+
+def _too_few_to_calibrate(recipe: Recipe, data: Data) -> bool:
+    """Whether the usual share is too few images. Another share that is too small is refused."""
+    every: Any = data.train
+    share = recipe.confidence.calibration_share
+    usual = type(recipe.confidence).model_fields["calibration_share"].default
+    return share == usual and len(every) * share < MIN_IMAGES
+
+
 def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     """The data whose training images are for the heads, and the images to calibrate the confidence on, if there are any."""
     every: Any = data.train
-    share = recipe.confidence.calibration_share
     if recipe.confidence.name != CALIBRATED:
         return data, None
-    usual = type(recipe.confidence).model_fields["calibration_share"].default
-    if (
-        len(every) * share < MIN_IMAGES and share == usual
-    ):  # whoever asks for another share is told that it is too small
+    if _too_few_to_calibrate(recipe, data):
         log(
             f"{len(every):,} training images are too few to calibrate the confidence as well: the heads learn from all of them, "
             "and the confidence is the largest probability.\n"
         )
         return data, None
-    for_heads, rest = hold_out(every, share, recipe.seed)
+    for_heads, rest = hold_out(every, recipe.confidence.calibration_share, recipe.seed)
     log(
         f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence is calibrated on the other "
         f"{len(rest):,}, drawn with seed {recipe.seed}.\n"
     )
     return replace(data, train=for_heads), rest
-
-
-def _adapted(recipe: Recipe, data: Data, calibrates: bool) -> Recipe:
-    """The recipe that is carried out and saved: without mirror images of digits, calibrated only where there are images for it."""
-    changes: dict[str, Any] = {}
-    if not data.mirror:
-        changes["training.mirror"] = False
-    if recipe.confidence.name == CALIBRATED and not calibrates:
-        changes["confidence.name"] = MAX_PROB
-    return recipe.with_settings(changes).resolved()
 
 
 def _train_on_files(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:

@@ -21,7 +21,7 @@ from ptee.backbones.weights import weights_hash
 from ptee.data.labels import LabelMap
 from ptee.data.splits import AS_DELIVERED, Data
 from ptee.model import saving
-from ptee.pipeline.fit import Job, Log, about, checked_model, fit_backbone, new_folder
+from ptee.pipeline.fit import Job, Log, about, carried_out, checked_model, fit_backbone, new_folder
 from ptee.pipeline.images import recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe, path_of, read_yaml
 from ptee.training.training_data import shared_caches
@@ -228,7 +228,7 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
         return False
     results = saving.read_metrics(folder).get("results") or {}
     same = {
-        "recipe": make_recipe(folder).to_yaml() == recipe.to_yaml(),
+        "recipe": make_recipe(folder).to_yaml() == carried_out(recipe, data).to_yaml(),
         "images": results.get("data") == json.loads(json.dumps(about(data))),
         "backbone": saving.read(folder).config.backbone.hash == weights_hash(backbone.module),
     }
