@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, unknown
 from ptee._common.process import no_fused_attention
-from ptee.analysis.arithmetic import TOLERANCES, comparable, exact_copy, exact_images, tolerance
+from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
 from ptee.analysis.cut_points import random_images
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
@@ -255,7 +255,7 @@ def failure(model: EarlyExitModel, images: Tensor) -> str:
         model: with untrained heads, whose confidences are spread here.
         images: (b, c, h, w) of which one leaves at each exit.
     """
-    with comparable():
+    with exact_arithmetic:
         expected = model.backbone(images)
         model.threshold = 2.0
         if not torch.equal(model(images), expected):

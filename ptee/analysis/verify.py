@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, first_line
-from ptee.analysis.arithmetic import TOLERANCES, comparable, exact_copy, exact_images, tolerance
+from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
@@ -44,7 +44,7 @@ def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[
     Raises:
         BackboneError: if the network is random, or if the rows of a batch influence one another even without a cut.
     """
-    with comparable():
+    with exact_arithmetic:
         try:
             failures = _failures(module, cuts, input_size)
         except _InexactError:

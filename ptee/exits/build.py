@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, RunError
-from ptee._common.process import alone, few_random_numbers
+from ptee._common.process import alone, own_random_numbers
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.freezing import freeze
 from ptee.analysis.layout import Layout
@@ -54,7 +54,7 @@ def plan(
     )
     state = freeze(backbone.module)
     try:
-        with few_random_numbers():  # a plan changes no head that is built after it
+        with own_random_numbers(wait=False):  # a plan changes no head that is built after it
             first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
             return make_plan(
                 backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first

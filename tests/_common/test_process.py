@@ -21,7 +21,6 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.process import (
     LOUD,
-    few_random_numbers,
     no_fused_attention,
     no_logs,
     no_pickles,
@@ -29,6 +28,7 @@ from ptee._common.process import (
     no_warnings,
     own_random_numbers,
 )
+from ptee.analysis.arithmetic import exact_arithmetic
 from ptee.backbones.load import load_backbone
 from ptee.backbones.quiet import building
 
@@ -38,6 +38,7 @@ CHANGES = {
     "stdout": no_stdout,
     "pickles": no_pickles,
     "attention": no_fused_attention,
+    "arithmetic": exact_arithmetic,
 }
 
 
@@ -51,6 +52,7 @@ def state() -> dict[str, object]:
         "showwarning": warnings.showwarning,
         "environment": dict(os.environ),
         "fused attention": torch.backends.mha.get_fastpath_enabled(),
+        "same algorithm": torch.backends.cudnn.deterministic,
     }
 
 
@@ -196,8 +198,8 @@ def test_random_numbers_go_on_as_if_none_had_been_drawn():
     before = torch.get_rng_state()
     with own_random_numbers(3):
         torch.rand(2)
-        with few_random_numbers():
+        with own_random_numbers(wait=False):
             torch.rand(2)
-    with few_random_numbers():
+    with own_random_numbers(wait=False):
         torch.rand(2)
     assert torch.equal(torch.get_rng_state(), before)
