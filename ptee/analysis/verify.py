@@ -48,25 +48,20 @@ def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[
         try:
             failures = _failures(module, cuts, input_size)
         except _InexactError:
-            if (exact := _reasons_in_float64(module, cuts, input_size)) is None:
+            if (exact := _failures_in_float64(module, cuts, input_size)) is None:
                 raise
-            return exact
-        doubtful = [cut for cut in cuts if cut.name in failures and failures[cut.name].inexact]
-        exact = _reasons_in_float64(module, doubtful, input_size) if doubtful else None
-    if exact is None:
-        return {name: failure.reason for name, failure in failures.items()}
-    reasons = {name: failure.reason for name, failure in failures.items() if not failure.inexact} | exact
-    return {cut.name: reasons[cut.name] for cut in cuts if cut.name in reasons}
+            failures = exact
+        else:
+            doubtful = [cut for cut in cuts if cut.name in failures and failures[cut.name].inexact]
+            exact = _failures_in_float64(module, doubtful, input_size) if doubtful else None
+            if exact is not None:
+                failures = {name: failure for name, failure in failures.items() if not failure.inexact} | exact
+    return {cut.name: failures[cut.name].reason for cut in cuts if cut.name in failures}
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why rows cannot leave.
-
-    Attributes:
-        reason: in words.
-        inexact: whether rounding may be the cause: there are logits for all rows, but they differ too much.
-    """
+    """Why rows cannot leave. Inexact if rounding may be the cause: all rows have logits, but they differ too much."""
 
     reason: str
     inexact: bool = False
@@ -80,53 +75,42 @@ def _failures(
     module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int], exact: bool = False
 ) -> dict[str, _Failure]:
     reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size), exact)
-    if cuts and reference.failure_reason(cuts) is None:
+    if cuts and reference.failure(cuts) is None:
         return {}
     reference.check_independence()
     reference = _Reference.of(module, random_images(module, STAYING + 2, input_size), exact)
-    return {cut.name: failure for cut in cuts if (failure := reference.failure_reason([cut])) is not None}
+    return {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
 
 
-def _reasons_in_float64(
+def _failures_in_float64(
     module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]
-) -> dict[str, str] | None:
-    """The cut points that fail in float64, with the reasons; None if the network cannot compute in float64."""
+) -> dict[str, _Failure] | None:
+    """The cut points that fail in float64; None if the network cannot compute in float64."""
     exact = exact_copy(module)
     if exact is None:
         return None
     try:
-        failures = _failures(exact, cuts, input_size, exact=True)
+        return _failures(exact, cuts, input_size, exact=True)
     except _InexactError:
         raise
     except BackboneError:  # the network's code casts to a type of its own
         return None
-    return {name: failure.reason for name, failure in failures.items()}
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The logits that the last rows of a batch get when each is alone, which they must get in any batch.
-
-    Attributes:
-        module: the network.
-        images: (b, c, h, w).
-        logits: (STAYING, K) of the last images.
-        tolerance: how much logits may differ from these.
-    """
+    """The logits that the last rows of a batch get when each is alone, which they must get in any batch."""
 
     module: nn.Module
-    images: Tensor
-    logits: Tensor
-    tolerance: float
+    images: Tensor  # (b, c, h, w)
+    logits: Tensor  # (STAYING, K) of the last images
+    tolerance: float  # how much logits may differ from these
 
     @classmethod
     def of(cls, module: nn.Module, images: Tensor, exact: bool = False) -> _Reference:
-        """The reference for a network.
+        """The reference for a network, or for an exact copy.
 
-        Args:
-            module: the network.
-            images: (b, c, h, w).
-            exact: whether this is a copy in float64. It need only be as exact as float32, unless that tells no rows apart.
+        A copy in float64 need only be as exact as float32, unless float32 tells no rows apart.
         """
         reference = cls._run(module, images, TOLERANCES[torch.float32] if exact else 0.0)
         if reference._rows_differ():
@@ -151,11 +135,7 @@ class _Reference:
         return min(gaps) > 10 * self.tolerance
 
     def check_independence(self) -> None:
-        """Check that a row gets the same logits in the same batch again, and in another batch.
-
-        Raises:
-            BackboneError: if it does not.
-        """
+        """Refuse a network that does not give a row the same logits in the same batch again, and in another batch."""
         kind = type(self.module).__name__
         with torch.no_grad():
             together, again = (logits_of(self.module, self.images.clone()) for _ in range(2))
@@ -176,7 +156,7 @@ class _Reference:
                 "its rows influence one another, so none of them can leave early."
             )
 
-    def failure_reason(self, cuts: Sequence[Cut]) -> _Failure | None:
+    def failure(self, cuts: Sequence[Cut]) -> _Failure | None:
         """Run the pass with the first rows leaving, as many at each cut. None if the last rows get the right logits."""
         try:
             logits = self._run_with_rows_leaving(cuts)
