@@ -120,8 +120,10 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
-    outputs, cuts, bypassed, refused = recorder.first_outputs, {}, {}, {}
-    for output in outputs:
+    cuts: dict[str, Cut] = {}
+    bypassed: dict[str, Cut] = {}
+    refused: dict[str, str] = {}
+    for output in (outputs := recorder.first_outputs):
         result = recorder.cut_or_reason(output)
         if isinstance(result, str):
             refused[output.name] = result
