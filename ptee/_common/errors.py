@@ -117,6 +117,8 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
     If there are more than `most` choices, they are listed only if none is near. Those of `first` are always listed.
     """
     choices = [*first, *sorted(set(choices).difference(first))]
+    if not choices:
+        return ""
     near = _near(name, choices)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     if len(choices) <= most:
