@@ -165,6 +165,8 @@ class AxisTracker:
                 self.set(out, _renumber(axes))
 
     def _result(self, op: str, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+        if op in _REORDERING:
+            return None
         if op == "cat":
             return self._cat(args, shape)
         first = self.get(args[0]) if args else None
@@ -323,7 +325,8 @@ def _unsqueeze(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
 def _remove(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     """select and the reductions: dimensions go, or stay with size 1."""
     named = args[1] if len(args) > 1 else None
-    dims = {d % len(axes) for d in (range(len(axes)) if named is None else _dims(named))}
+    given = range(len(axes)) if named is None else named if isinstance(named, list | tuple) else [named]
+    dims = {int(d) % len(axes) for d in given}
     if len(shape) == len(axes):
         return tuple(() if d in dims else axis for d, axis in enumerate(axes))
     left = tuple(axis for d, axis in enumerate(axes) if d not in dims)
@@ -352,28 +355,6 @@ def _slice(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
     return tuple(out)
 
 
-def _forget(axes: Axes, shape: tuple[int, ...], dims: Sequence[int]) -> Axes | None:
-    """The axes without these, whose entries now have another order or are other entries."""
-    if len(shape) != len(axes):
-        return None
-    moved = {d % len(axes) for d in dims}
-    return tuple((Atom(UNKNOWN, n),) if d in moved and n > 1 else axes[d] for d, n in enumerate(shape))
-
-
-def _reorder(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
-    """gather, index_select, sort, flip: the dimensions that are named get another order."""
-    return _forget(axes, shape, _dims(args[1] if len(args) > 1 else -1))
-
-
-def _dims(named: Any) -> list[int]:
-    return [int(d) for d in (named if isinstance(named, list | tuple) else [named])]
-
-
-def _index(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
-    """x[:, indices]: the dimensions that have indices get another order."""
-    return _forget(axes, shape, [d for d, indices in enumerate(args[1]) if indices is not None])
-
-
 def _unfold(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     """Patches: (b, channels and places in a patch, patches line after line)."""
     _, kernel, dilation, padding, stride = args
@@ -385,12 +366,12 @@ def _unfold(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | N
     return (axes[0], (Atom(UNKNOWN, shape[1]),), (*_axis("h", h), *_axis("w", w)))
 
 
+_REORDERING = {"index", "index_select", "gather", "take_along_dim", "flip", "sort"}  # after these nothing is known
 _RULES = {
     "view": _reshape, "_unsafe_view": _reshape, "reshape": _reshape, "_reshape_alias": _reshape,
     "squeeze": _reshape,  # the dimensions that go have no atoms
     "permute": _permute, "transpose": _transpose, "t": _transpose,
     "unsqueeze": _unsqueeze, "select": _remove, "unbind": _unbind, "slice": _slice,
-    "index": _index, "index_select": _reorder, "gather": _reorder, "take_along_dim": _reorder, "flip": _reorder,
-    "sort": _reorder, "im2col": _unfold,
+    "im2col": _unfold,
     "mean": _remove, "sum": _remove, "amax": _remove, "amin": _remove, "max": _remove,
 }  # fmt: skip
