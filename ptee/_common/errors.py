@@ -42,11 +42,11 @@ def _safe(part: str | Argument) -> str | Argument:
 
 
 class PteeError(ValueError):
-    """Everything a user can mend; the command prints it as one line and ends with status 2.
+    """Everything a user can mend. The command prints it as one line and ends with status 2.
 
     Args:
         parts: of the message, joined as they are: texts, and arguments that the user can give.
-        argument: the name of the argument that is at fault, where it is one.
+        argument: the name of the argument that is wrong, if one is.
         value: what was given for it.
     """
 

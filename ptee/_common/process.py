@@ -36,10 +36,9 @@ def alone() -> Iterator[None]:
 
 
 class Change:
-    """A change of the process's state. The first to enter makes it, and the last to leave undoes it, in any order.
+    """A change of the process's state, from a context that makes and undoes it.
 
-    Args:
-        make: gives a context that makes the change and undoes it.
+    The first to enter makes it, and the last to leave undoes it, in any order.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -172,10 +171,8 @@ def no_checkpointing() -> Iterator[None]:
 def own_random_numbers(seed: int | None = None, *, wait: bool = True) -> Iterator[None]:
     """torch's random numbers belong to this thread, and go on afterwards as if none had been drawn.
 
-    Args:
-        seed: to begin with. None goes on from where they are.
-        wait: for another thread that has them. If False, a few numbers are drawn from those of that thread: they are not
-            the user's, so the user misses none.
+    This waits for another thread that has them. A few numbers may be drawn without waiting, from those of that thread: they
+    are not the user's, so the user misses none.
     """
     owned = _RANDOM.acquire(blocking=wait)
     try:

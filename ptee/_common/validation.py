@@ -46,12 +46,9 @@ class FrozenConfig(BaseModel):
 
 
 def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str] = ()) -> PteeError:
-    """The first finding of pydantic as an error of one line.
+    """The first finding of pydantic as an error of one line. `where` begins the dotted path of the setting.
 
-    Args:
-        error: what pydantic raised.
-        where: what the dotted path of the setting begins with.
-        fields: the settings that exist. The one nearest to an unknown setting is named.
+    Of the settings that exist (`fields`), the one nearest to an unknown setting is named.
 
     >>> class Example(BaseModel):
     ...     lr: Number = Field(0.1, gt=0)

@@ -125,12 +125,9 @@ def exact_images(images: Tensor, module: nn.Module) -> Tensor:
 
 
 def keeps_rows_apart(module: nn.Module, images: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:
-    """Whether each row gets the same output in a batch as alone. If the outputs differ, they are compared again in float64.
+    """Whether `run`, (module, images) -> (b, n), gives each row the same output in a batch as alone.
 
-    Args:
-        module: in eval mode.
-        images: (b, ...) rows that differ.
-        run: (module, images) -> (b, n).
+    If the outputs differ, they are compared again in float64. The module is in eval mode, and the rows of the images differ.
     """
     with torch.no_grad(), exact_arithmetic:
         if _same_alone(module, images, run):

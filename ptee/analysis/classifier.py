@@ -85,11 +85,7 @@ def _require_values(tensor: Tensor, name: str, kind: str) -> None:
 def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str, other_size: Advice) -> int:
     """K, from a forward pass in eval mode with two images of zeros. The modes are restored, even if the pass fails.
 
-    Args:
-        module: any network.
-        input_size: (c, h, w).
-        name: the network's name in errors.
-        other_size: what to do if the network takes images of another size, as parts of a message.
+    Errors call the network by `name`, and say `other_size` if it takes images of another size.
     """
     like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
@@ -108,11 +104,7 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
 
 
 def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: Advice = GIVE_SIZE) -> Tensor:
-    """The logits (b, K), K >= 2, of a classifier for images (b, c, h, w).
-
-    A pass that fails or gives something else raises BackboneError with the advice what to do. `name` and `other_size` are
-    those of `count_classes`.
-    """
+    """The logits (b, K), K >= 2, of a classifier. Anything else is a BackboneError that says what to do (`count_classes`)."""
     name = name or type(module).__name__
     try:
         logits = module(images)

@@ -68,12 +68,8 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
 class Attachment:
     """Keeps a module frozen, with hooks on it, until `release` is called or this object is gone.
 
-    Shallow copies of its owner share it. Deep copies and pickles have their own copy of the module.
-
-    Args:
-        module: the module.
-        hooks: a forward hook for each of these parts of the module.
-        cached: parts whose outputs a call can keep (`replay`).
+    Shallow copies of its owner share it. Deep copies and pickles have their own copy of the module. Each hook is a forward
+    hook of the part of that name. A call can keep the outputs of the `cached` parts (`replay`).
     """
 
     def __init__(self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], cached: Sequence[str] = ()) -> None:

@@ -68,12 +68,8 @@ class _Operator:
 def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Counts:
     """Count what one forward pass costs, and how much of it has run when each module's output is ready.
 
-    The module is counted in eval mode, and left as it was: mode, buffers and hooks.
-
-    Args:
-        module: any module with forward(x).
-        example: (1, ...) one sample, on the module's device. A larger batch would give larger counts.
-        products_only: count only convolutions and matrix products, as torch's FlopCounterMode does.
+    The module is counted in eval mode, and left as it was: mode, buffers and hooks. The example is one sample (1, ...).
+    `products_only` counts convolutions and matrix products alone, as torch's FlopCounterMode does.
     """
     with alone(), _left_as_it_was(module), torch.no_grad(), no_fused_attention, no_checkpointing:
         operators = _operators(module.eval(), example)

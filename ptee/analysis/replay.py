@@ -82,14 +82,7 @@ class Step:
 
 
 def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """Some rows of a batch.
-
-    Args:
-        tensor: (batch * n, ...): in the first axis, each row has n entries one after another. n is 1, or the number of
-            tokens or windows that are folded into the batch.
-        rows: (kept,) positions in the batch.
-        batch: number of rows.
-    """
+    """The rows at these positions of a tensor (batch * n, ...), where n tokens or windows are folded into the batch."""
     if len(tensor) == batch:
         return tensor[rows]  # index_select would lose channels_last
     if len(tensor) % batch:
@@ -100,14 +93,7 @@ def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
 
 
 def select(output: Any, leaves: Sequence[int], rows: Tensor, batch: int) -> Any:
-    """A module's output with only these rows of the batch.
-
-    Args:
-        output: a tensor, or nested tuples, lists and dicts of tensors.
-        leaves: which of its tensors carry rows.
-        rows: (kept,) positions in the batch as it was at this module.
-        batch: how many rows it had there.
-    """
+    """A module's output with only these rows of the batch. `leaves` says which of its tensors carry rows."""
     flat, spec = tree_flatten(output)
     for i in leaves:
         flat[i] = take(flat[i], rows, batch)
@@ -139,12 +125,7 @@ class _Kept:
 
 
 class ReplayCache:
-    """The outputs of modules in one call of the model, to be returned again when the forward pass starts again.
-
-    Args:
-        steps: what to keep, by module.
-        rows: the rows of the call.
-    """
+    """The outputs of modules in one call of the model, to be returned again when the forward pass starts again."""
 
     def __init__(self, steps: Mapping[nn.Module, Step], rows: ActiveRows) -> None:
         self.rows = rows
@@ -269,11 +250,7 @@ class RestartForward(BaseException):  # not an Exception: a backbone's own `exce
 
 
 def run(backbone: nn.Module, images: Tensor, cache: ReplayCache) -> Tensor:
-    """The backbone's output for the rows that are left at the end.
-
-    The pass starts again whenever a hook raises `RestartForward`. The modules of the cache's steps must be cached
-    (`make_cached`).
-    """
+    """The backbone's output for the rows that are left at the end. `make_cached` was called for the modules of the cache."""
     token = _CACHE.set(cache)
     try:
         while True:

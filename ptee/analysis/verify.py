@@ -29,20 +29,10 @@ STAYING = 2  # rows that never leave: one alone would broadcast where a skip con
 
 @torch.inference_mode(False)
 def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
-    """Let rows leave at each cut point, and check that the network gives the others the right logits.
+    """The cut points (in order of execution) at which rows cannot leave a network in eval mode, each with the reason.
 
-    All cut points are tried in one pass, where one row leaves at each. Only if that fails, each is tried in a pass of its own.
-
-    Args:
-        module: the network in eval mode.
-        cuts: the cut points, in order of execution.
-        input_size: (c, h, w).
-
-    Returns:
-        The names of the cut points that failed, each with the reason. Empty if none failed.
-
-    Raises:
-        BackboneError: if the network is random, or if the rows of a batch influence one another even without a cut.
+    All are tried in one pass, where one row leaves at each. Only if that fails, each is tried in a pass of its own. A network
+    that is random, or whose rows influence one another even without a cut, raises BackboneError.
     """
     with exact_arithmetic:
         try:
@@ -71,14 +61,12 @@ class _InexactError(BackboneError):
     """Logits that should be the same differ even without a cut, and rounding may be the cause."""
 
 
-def _failures(
-    module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int], exact: bool = False
-) -> dict[str, _Failure]:
-    reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size), exact)
+def _failures(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, _Failure]:
+    reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size))
     if cuts and reference.failure(cuts) is None:
         return {}
     reference.check_independence()
-    reference = _Reference.of(module, random_images(module, STAYING + 2, input_size), exact)
+    reference = _Reference.of(module, random_images(module, STAYING + 2, input_size))
     return {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
 
 
@@ -90,7 +78,7 @@ def _failures_in_float64(
     if exact is None:
         return None
     try:
-        return _failures(exact, cuts, input_size, exact=True)
+        return _failures(exact, cuts, input_size)
     except _InexactError:
         raise
     except BackboneError:  # the network's code casts to a type of its own
@@ -107,23 +95,20 @@ class _Reference:
     tolerance: float  # how much logits may differ from these
 
     @classmethod
-    def of(cls, module: nn.Module, images: Tensor, exact: bool = False) -> _Reference:
-        """The reference for a network, or for an exact copy.
-
-        A copy in float64 need only be as exact as float32, unless float32 tells no rows apart.
-        """
-        reference = cls._run(module, images, TOLERANCES[torch.float32] if exact else 0.0)
+    def of(cls, module: nn.Module, images: Tensor) -> _Reference:
+        """The reference for a network. It need only be as exact as float32, if that tells its rows apart."""
+        reference = cls._run(module, images, TOLERANCES[torch.float32])
         if reference._rows_differ():
             return reference
         # An untrained network can give nearly the same logits for every image. Float64 still tells the rows apart.
-        copied = module if exact else exact_copy(module)
+        copied = exact_copy(module)
         try:
-            return reference if copied is None else cls._run(copied, exact_images(images, copied))
+            return reference if copied is None else cls._run(copied, exact_images(images, copied), 0.0)
         except Exception:  # the network's code casts to a type of its own
             return reference
 
     @classmethod
-    def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float = 0.0) -> _Reference:
+    def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float) -> _Reference:
         with torch.no_grad():
             logits = torch.cat([logits_of(module, image[None].clone()) for image in images[-STAYING:]])
         relative = max(tolerance(logits.dtype, logits.device), min_tolerance)
@@ -157,7 +142,7 @@ class _Reference:
             )
 
     def failure(self, cuts: Sequence[Cut]) -> _Failure | None:
-        """Run the pass with the first rows leaving, as many at each cut. None if the last rows get the right logits."""
+        """Let the first rows leave, as many at each cut. None if the last rows get the right logits."""
         try:
             logits = self._run_with_rows_leaving(cuts)
         except Exception as why:  # the network's own code may raise anything when there are fewer rows
