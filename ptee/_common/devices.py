@@ -11,21 +11,21 @@ import torch
 from ptee._common.errors import DeviceError
 
 
-def resolve_device(wish: str | torch.device | None) -> torch.device:
+def resolve_device(name: str | torch.device | None) -> torch.device:
     """The device of that name. None is a GPU where there is one, otherwise the CPU."""
     mps = torch.backends.mps.is_available()
-    if wish is None:
+    if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     there = ["cpu", *(["mps"] if mps else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     try:
-        device = torch.device(wish)
-    except RuntimeError:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
         device = None
     if device is not None and device.type == "cpu":
         return torch.device("cpu")
     first = torch.device("cuda:0") if device == torch.device("cuda") else device
     if first is None or str(first) not in there:
-        raise DeviceError(f"There is no device {str(wish)!r} on this machine. Possible: {', '.join(there)}.")
+        raise DeviceError(f"There is no device {str(name)!r} on this machine. Possible: {', '.join(there)}.")
     return first
 
 

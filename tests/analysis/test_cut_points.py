@@ -259,12 +259,9 @@ def test_rows_cannot_leave_at_a_refused_module(name):
     assert [part for part in refused[::3] if rows_can_leave(net, part)] == []
 
 
-def test_cut_points_are_in_the_order_of_execution():
+def test_cut_points_are_in_the_order_of_execution_and_the_classes_are_counted():
     names = list(real("resnet18")[1].cuts)
     assert names.index("conv1") < names.index("layer1.1") < names.index("layer1") < names.index("layer2.0")
-
-
-def test_the_number_of_classes_is_the_number_of_logits():
     assert real("resnet18")[1].classes == 5
 
 
