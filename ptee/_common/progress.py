@@ -53,7 +53,8 @@ class LogLines(Generic[Item]):
             writer.join()
 
     def _write_lines(self, over: threading.Event) -> None:
-        form, total = (LINE, self.total) if self.total else (LINE_WITHOUT_TOTAL, None)
+        form = LINE if self.total else LINE_WITHOUT_TOTAL
+        total: Any = self.total or None
         while not over.wait(self.seconds):
             elapsed = time.monotonic() - self.start
             line = tqdm.format_meter(self.done, total, elapsed, prefix=self.description, bar_format=form)
