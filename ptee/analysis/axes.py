@@ -165,7 +165,7 @@ class AxisTracker:
                 self.set(out, _renumber(axes))
 
     def _result(self, op: str, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
-        if op in _REORDERING:
+        if op.removesuffix("_") in _REORDERING:
             return None
         if op == "cat":
             return self._cat(args, shape)
@@ -366,7 +366,11 @@ def _unfold(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | N
     return (axes[0], (Atom(UNKNOWN, shape[1]),), (*_axis("h", h), *_axis("w", w)))
 
 
-_REORDERING = {"index", "index_select", "gather", "take_along_dim", "flip", "sort"}  # after these nothing is known
+# Entries change their places. Of the output nothing is known.
+_REORDERING = {
+    "index", "index_select", "gather", "take_along_dim", "flip", "sort", "topk",
+    "index_copy", "index_add", "index_put", "scatter", "scatter_add", "scatter_reduce", "masked_scatter",
+}  # fmt: skip
 _RULES = {
     "view": _reshape, "_unsafe_view": _reshape, "reshape": _reshape, "_reshape_alias": _reshape,
     "squeeze": _reshape,  # the dimensions that go have no atoms

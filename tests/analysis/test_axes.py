@@ -194,6 +194,7 @@ def test_a_layout_never_moves_a_value_to_another_place(shape, steps):
         assert torch.equal(read[:, read[0, :, 0, 0].argsort()], images)
 
 
+COLUMNS = torch.tensor([1, 0, 2, 3, 5, 4])
 NO_LAYOUT = {
     "rows and positions in one axis": lambda x: x.permute(0, 2, 3, 1).flatten(0, 2),
     "channels and positions in one axis": lambda x: x.flatten(1),
@@ -208,9 +209,13 @@ NO_LAYOUT = {
     "values that do not come from the image": lambda x: torch.randn(4, 5, 4, 6),
     "windows with the batch folded in": lambda x: windows(x.permute(0, 2, 3, 1), 2, 2),
     "a reshape across axes": lambda x: x.reshape(4, 5, 8, 3),
-    "columns in another order": lambda x: x[:, :, :, [1, 0, 2, 3, 5, 4]],
+    "columns in another order": lambda x: x[:, :, :, COLUMNS],
     "flipped rows": lambda x: x.flip(2),
     "sorted values": lambda x: x.sort(3).values,
+    "the largest values first": lambda x: x.topk(6, 3).values,
+    "columns scattered": lambda x: torch.zeros(4, 5, 4, 6).scatter(3, COLUMNS.expand(4, 5, 4, 6), x),
+    "columns scattered in place": lambda x: torch.zeros(4, 5, 4, 6).scatter_(3, COLUMNS.expand(4, 5, 4, 6), x),
+    "columns written at other places": lambda x: torch.zeros(4, 5, 4, 6).index_copy(3, COLUMNS, x),
 }
 
 
