@@ -335,7 +335,7 @@ def _spread(model: EarlyExitModel, images: Tensor) -> Tensor:
 
 def _costs(model: EarlyExitModel, image: Tensor) -> str:
     """Counted against torch's own counter, on the operators that both know: convolutions and matrix products."""
-    counts, executed = count(model.backbone, image, products_only=True), _executed(model.backbone, image)
+    counts, executed = count(model.backbone, image, products_only=True), executed_macs(model.backbone, image)
     for e in model.exits:
         ours, theirs = counts.until[e.name], executed[e.name]
         if not abs(ours - theirs) <= COUNTED * theirs:
@@ -343,7 +343,7 @@ def _costs(model: EarlyExitModel, image: Tensor) -> str:
     return ""
 
 
-def _executed(module: nn.Module, image: Tensor) -> dict[str, float]:
+def executed_macs(module: nn.Module, image: Tensor) -> dict[str, float]:
     """Multiply-accumulates that torch's counter has seen when each module has given its output."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

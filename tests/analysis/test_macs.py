@@ -9,14 +9,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+import zoo
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from ptee._common.process import no_fused_attention
 from ptee.analysis.macs import count, parameters
 
-NORMS = {nn.BatchNorm2d: 1, nn.LayerNorm: 5}  # per element; torch's counter leaves them out, 5 is fvcore's number
 NETS = {  # and the edge of their images
     "resnet50": (lambda: timm.create_model("resnet50", num_classes=10), 64),
     "vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4), 64),
@@ -26,42 +23,20 @@ NETS = {  # and the edge of their images
 }
 
 
-class Executed:
-    """Multiply-accumulates while a model runs: half of what FlopCounterMode counts, and those of normalisations."""
-
-    def __init__(self, module: nn.Module, image: Tensor) -> None:
-        self.before, self.until, self._norms = {}, {}, 0
-        self._counter = FlopCounterMode(display=False)
-        handles = []
-        for name, part in module.named_modules():
-            handles.append(part.register_forward_pre_hook(lambda part, args, name=name: self._enter(name, part, args)))
-            handles.append(part.register_forward_hook(lambda *_, name=name: self.until.update({name: self.now()})))
-        # attention as matrix products, which the counter sees: nothing fused
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counter:
-            module(image)
-        for handle in handles:
-            handle.remove()
-
-    def now(self) -> float:
-        return self._counter.get_total_flops() / 2 + self._norms
-
-    def _enter(self, name: str, part: nn.Module, args: tuple[Tensor]) -> None:
-        self.before[name] = self.now()
-        self._norms += sum(macs * args[0].numel() for kind, macs in NORMS.items() if isinstance(part, kind))
-
-
 @pytest.mark.parametrize("name", NETS)
-def test_counts_at_every_module_agree_with_torchs_counter_within_one_percent(name):
+def test_convolutions_and_products_until_every_module_agree_with_torchs_counter(name):
     make, edge = NETS[name]
     module, image = make().eval(), torch.randn(1, 3, edge, edge)
-    with no_fused_attention:
-        counts, executed = count(module, image), Executed(module, image)
-    assert counts.total == pytest.approx(executed.now(), rel=0.01)
+    counts, executed = count(module, image, products_only=True), zoo.executed_macs(module, image)
+    assert counts.total == counts.until[""] == pytest.approx(executed[""], rel=0.01)
     for part, macs in counts.until.items():
-        assert macs == pytest.approx(executed.until[part], rel=0.01), f"until the output of {part!r}"
-        assert macs - counts.inside[part] == pytest.approx(executed.before[part], rel=0.01, abs=0.01 * macs), (
-            f"before the input of {part!r}"
-        )
+        assert macs == pytest.approx(executed[part], rel=0.01), f"until the output of {part!r}"
+
+
+def test_a_stage_costs_what_runs_between_the_outputs_of_two_stages():
+    counts = count(timm.create_model("resnet18"), torch.randn(1, 3, 64, 64))
+    assert counts.inside["layer2"] == counts.until["layer2"] - counts.until["layer1"]
+    assert counts.inside["layer2"] == counts.inside["layer2.0"] + counts.inside["layer2.1"]
 
 
 def test_fused_attention_costs_the_same_as_its_matrix_products():
@@ -126,6 +101,7 @@ def test_a_transformer_layer_that_is_fused_in_eval_mode_is_counted_inside():
         (nn.Conv2d(8, 8, 3, padding=1, groups=8), (8, 4, 4), 9 * 8 * 4 * 4),
         (nn.Linear(6, 5), (7, 6), 7 * 6 * 5),
         (nn.Conv2d(4, 8, 3, padding="same", groups=2), (4, 5, 5), 9 * 2 * 8 * 5 * 5),
+        (nn.LayerNorm(6), (7, 6), 5 * 7 * 6),  # fvcore's number
         (nn.BatchNorm2d(3).train(), (3, 8, 8), 3 * 8 * 8),  # counted in eval mode
         (nn.ReLU(), (3, 8, 8), 0),
         (nn.MaxPool2d(2), (3, 8, 8), 0),
