@@ -17,7 +17,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @each_kind
-def test_every_error_is_a_ptee_error_and_a_value_error_and_stands_in_the_tree_of_the_docstring(kind):
+def test_every_error_is_in_the_tree_of_the_docstring(kind):
     assert issubclass(kind, ptee.PteeError)
     assert issubclass(kind, ValueError)
     assert str(kind("No 'such' thing.")) == "No 'such' thing."
@@ -73,7 +73,7 @@ def test_all_of_a_few_choices_are_named_and_the_nearest_of_many(name, choices, s
     assert str(unknown("head", name, choices)) == said
 
 
-def test_of_many_choices_none_of_which_is_near_some_are_named():
+def test_if_no_choice_is_near_some_of_many_are_named():
     assert "There are 100 choices, among them layer0, layer1, layer10" in str(unknown("module", "zzz", MANY))
 
 

@@ -73,7 +73,7 @@ class Counting:
 
 @pytest.mark.parametrize(("file", "written"), [(Terminal, "reading images: "), (Log, "")], ids=["terminal", "log"])
 @pytest.mark.parametrize("shown", [True, False])
-def test_a_terminal_shows_a_bar_and_a_loader_begins_once(file, written, shown, monkeypatch):
+def test_only_a_terminal_shows_a_bar_and_a_loader_begins_once(file, written, shown, monkeypatch):
     monkeypatch.setattr(sys, "stderr", file())
     items = Counting()
     assert list(with_bar(items, "reading images", shown)) == [0, 1, 2]

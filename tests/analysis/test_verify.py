@@ -81,7 +81,7 @@ VALUES_LOST = {"a skip connection through numpy", "values kept in Python"}
 
 
 @pytest.mark.parametrize("case", SEEN_BY_VERIFICATION)
-def test_verification_sees_what_the_survey_cannot_see_unless_the_pass_may_start_again(case):
+def test_verification_finds_what_the_survey_missed_and_a_pass_that_starts_again_mends_it(case):
     part, name, reason = SEEN_BY_VERIFICATION[case]
     net = Net(part())
     found = survey(net, SIZE)
@@ -135,7 +135,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("case", UNUSABLE)
 @pytest.mark.parametrize("name", ["entry", "part"], ids=["cut before", "cut after"])
-def test_a_network_without_logits_of_each_row_alone_is_refused_with_the_reason(case, name):
+def test_an_unusable_network_is_refused_with_the_reason(case, name):
     function, message = UNUSABLE[case]
     net = Net(Applying(function))
     cut = survey(net, SIZE).cuts[name]
