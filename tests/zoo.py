@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, unknown
 from ptee._common.process import no_fused_attention
-from ptee.analysis.arithmetic import TOLERANCES, comparable, exact_copy, exact_images, tolerance
+from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
 from ptee.analysis.cut_points import random_images
 from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
@@ -255,7 +255,7 @@ def failure(model: EarlyExitModel, images: Tensor) -> str:
         model: with untrained heads, whose confidences are spread here.
         images: (b, c, h, w) of which one leaves at each exit.
     """
-    with comparable():
+    with exact_arithmetic:
         expected = model.backbone(images)
         model.threshold = 2.0
         if not torch.equal(model(images), expected):
@@ -335,7 +335,7 @@ def _spread(model: EarlyExitModel, images: Tensor) -> Tensor:
 
 def _costs(model: EarlyExitModel, image: Tensor) -> str:
     """Counted against torch's own counter, on the operators that both know: convolutions and matrix products."""
-    counts, executed = count(model.backbone, image, products_only=True), _executed(model.backbone, image)
+    counts, executed = count(model.backbone, image, products_only=True), executed_macs(model.backbone, image)
     for e in model.exits:
         ours, theirs = counts.until[e.name], executed[e.name]
         if not abs(ours - theirs) <= COUNTED * theirs:
@@ -343,7 +343,7 @@ def _costs(model: EarlyExitModel, image: Tensor) -> str:
     return ""
 
 
-def _executed(module: nn.Module, image: Tensor) -> dict[str, float]:
+def executed_macs(module: nn.Module, image: Tensor) -> dict[str, float]:
     """Multiply-accumulates that torch's counter has seen when each module has given its output."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

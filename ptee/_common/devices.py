@@ -1,4 +1,4 @@
-"""Where to compute: a device that is there, the precision it is good at, and with how many threads."""
+"""Where to compute: the device, its best precision, and the number of threads."""
 
 from __future__ import annotations
 
@@ -11,32 +11,26 @@ import torch
 from ptee._common.errors import DeviceError
 
 
-def resolve_device(wish: str | torch.device | None) -> torch.device:
-    """The device of that name; None for a GPU where there is one, else the CPU.
-
-    Raises:
-        DeviceError: if it does not exist on this machine; the message names those that do.
-    """
-    if wish is None:
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
-    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name. None is a GPU where there is one, otherwise the CPU."""
+    mps = torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    there = ["cpu", *(["mps"] if mps else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     try:
-        device = torch.device(wish)
-    except RuntimeError:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
         device = None
     if device is not None and device.type == "cpu":
         return torch.device("cpu")
     first = torch.device("cuda:0") if device == torch.device("cuda") else device
     if first is None or str(first) not in there:
-        raise DeviceError(f"There is no device {str(wish)!r} on this machine. Possible: {', '.join(there)}.")
+        raise DeviceError(f"There is no device {str(name)!r} on this machine. Possible: {', '.join(there)}.")
     return first
 
 
 def best_precision(device: torch.device) -> str:
-    """ "bf16" where the device has instructions for it, else "no"."""
+    """ "bf16" where the device has instructions for it, otherwise "no"."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if device.type == "cpu":
@@ -48,7 +42,7 @@ def best_precision(device: torch.device) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch computes in one CPU thread meanwhile: on tiny tensors several spend their time waiting for each other."""
+    """torch computes in one CPU thread: on tiny tensors, several threads spend their time waiting for each other."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -59,9 +53,9 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def accelerator_on(device: str | torch.device | None, precision: str) -> Iterator[Any]:
-    """An Accelerator for this device and precision, whatever another one in this process is for.
+    """An Accelerator for this device and precision.
 
-    accelerate keeps one state for all Accelerators of a process; it is put back afterwards.
+    accelerate keeps one state for all Accelerators of a process. It is restored afterwards.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState

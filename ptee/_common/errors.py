@@ -1,4 +1,4 @@
-"""What a person at the keyboard can mend.
+"""What a user can mend.
 
     PteeError (ValueError)
      +-- UnknownName (KeyError)     a name that is not in a registry, a model or a folder
@@ -8,9 +8,8 @@
      +-- RunError                   a saved run that cannot be trusted or does not fit
      +-- DeviceError                a device that is not there
 
-Every message is one line: what was given, why it cannot be, what to type instead. An argument to type stands in the message
-as an `Argument`, so that Python can say `num_classes=10` and the command `--num-classes 10`. Interrupted is no error, but the
-wish of a person to end something.
+Every message is one line: what was wrong with the value, what is possible, what to type. An argument to type stands in the
+message as an `Argument`, so that Python can say `num_classes=10` and the command `--num-classes 10`.
 """
 
 from __future__ import annotations
@@ -25,12 +24,7 @@ from ptee._common.text import printable
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument that a message asks the user to give, in Python's words: `num_classes=10`.
-
-    Attributes:
-        name: as a Python function has it.
-        value: an example, or what to give; empty to name the argument alone.
-    """
+    """An argument that a message asks the user to give, as Python names it. Without a value it is named alone."""
 
     name: str
     value: str = ""
@@ -43,16 +37,16 @@ Advice = tuple[str | Argument, ...]  # some parts of a message
 
 
 def _safe(part: str | Argument) -> str | Argument:
-    """A part of a message without control characters, which would steer the terminal; a name in it may be a stranger's."""
+    """A part of a message without control characters: a stranger may have chosen the names in it."""
     return printable(part) if isinstance(part, str) else Argument(printable(part.name), printable(part.value))
 
 
 class PteeError(ValueError):
-    """Everything a user can mend; the command prints it as one line and ends with status 2.
+    """Everything a user can mend. The command prints it as one line and ends with status 2.
 
     Args:
         parts: of the message, joined as they are: texts, and arguments that the user can give.
-        argument: the name of the argument that is at fault, where it is one.
+        argument: the name of the argument that is wrong, if one is.
         value: what was given for it.
     """
 
@@ -65,11 +59,7 @@ class PteeError(ValueError):
         return self.worded(str)
 
     def worded(self, word: Callable[[Argument], str]) -> str:
-        """The message with each argument in other words.
-
-        Args:
-            word: what to call an argument.
-        """
+        """The message, with `word` saying how each argument is called."""
         return "".join(part if isinstance(part, str) else word(part) for part in self.parts)
 
 
@@ -99,8 +89,8 @@ class DeviceError(PteeError):
     """A device that is not there."""
 
 
-class Interrupted(Exception):  # noqa: N818 - it is none
-    """A person ended it; what has become of it until then, in a sentence."""
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The user ended a run. The message says what was saved until then."""
 
 
 def unknown(
@@ -112,15 +102,7 @@ def unknown(
     most: int = 12,
     argument: str | None = None,
 ) -> UnknownName:
-    """The error for a name that is not among `choices`, nearest first.
-
-    Args:
-        kind: what the name should have named, as the message calls it: "placement", "head".
-        name: what was given.
-        choices: all that is possible.
-        first: more choices, which are listed in any case, before the others.
-        most: how many choices to list at most, and only when none is near.
-        argument: the argument that the name was given for.
+    """The error for a `kind` of thing that is not among `choices`; the rest is as in `possible`.
 
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
@@ -130,8 +112,13 @@ def unknown(
 
 
 def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), most: int = 12) -> str:
-    """The sentences about what `name` could have been, as `unknown` puts them; each begins with a blank."""
+    """Sentences that say what `name` could have been, each with a blank before it.
+
+    If there are more than `most` choices, they are listed only if none is near. Those of `first` are always listed.
+    """
     choices = [*first, *sorted(set(choices).difference(first))]
+    if not choices:
+        return ""
     near = _near(name, choices)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     if len(choices) <= most:
@@ -142,7 +129,7 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
 
 
 def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
-    """Names that begin so, the shortest first; then those spelt much alike. Capitals and underscores do not matter."""
+    """First the shortest choices that begin with the name, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
     begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))
     alike = get_close_matches(asked, spelt, n=most, cutoff=0.5)
@@ -159,7 +146,7 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says in its first sentence, with a full stop, for the middle of a one-line message."""
+    """The type of an exception and the first sentence of its message, with a full stop."""
     lines = str(error).strip().splitlines()
     text = lines[0].split(". ")[0].strip()[:200].rstrip(".:!") if lines else ""
     return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: beside their place first, then renamed. JSON for people and programs."""
+"""Files that are written whole or not at all: first under another name, then renamed. JSON for people and programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRITING = ".writing-"  # begins the name of a folder in which a file is written 
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON for people and programs, whole or not at all."""
+    """Write JSON, whole or not at all."""
     write_text(path, to_json(values) + "\n")
 
 
@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(values: Any) -> str:
-    """JSON by the letter: it has no endless numbers and no NaN, so these become words ("Infinity")."""
+    """Strict JSON. It has no infinite numbers and no NaN, so these become words ("Infinity")."""
     return json.dumps(_finite(values), indent=2, allow_nan=False)
 
 
@@ -43,11 +43,7 @@ def _finite(value: Any) -> Any:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that could not be made or written; it is left as it was.
-
-    Raises:
-        RunError: saying why.
-    """
+    """Refuse a folder that cannot be made or written. It is left as it was."""
     try:
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         reason = f"{place} is a file" if place.is_file() else ""
@@ -60,23 +56,16 @@ def require_writable(folder: Path) -> None:
 
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
-    """Write beside, then rename: whoever looks sees the old file or the new one.
-
-    Raises:
-        RunError: if the file cannot be written (disk full, no permission).
-    """
+    """Write a file whole or not at all. A reader sees the old file or the new one."""
     replace_files(path.parent, {path.name: write_to})
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Write several files of a folder beside it, then rename them in order: all are new, or, on failure, all are old.
+    """Write several files of a folder: afterwards all are new, or all are old and a RunError says why.
 
     Args:
         folder: made where it does not exist.
-        writers: writes a file to the path that it is given, by the file's name.
-
-    Raises:
-        RunError: if one of them cannot be written (disk full, no permission).
+        writers: by file name, what writes that file to the path that it is given. Files are renamed in this order.
     """
     from safetensors import SafetensorError
 
@@ -103,22 +92,20 @@ def _swap(folder: Path, beside: Path, names: Sequence[str]) -> None:
     if len(names) > 1:
         for name in names:
             _keep(folder / name, kept / name)
-    done: list[str] = []
     try:
         for name in names:
             (beside / name).replace(folder / name)
-            done.append(name)
     except BaseException:
-        for name in done:
+        for name in names if len(names) > 1 else ():
             if (kept / name).exists():
                 (kept / name).replace(folder / name)
-            else:
+            elif (folder / name).is_file():  # it was not there before
                 (folder / name).unlink()
         raise
 
 
 def _keep(path: Path, copy: Path) -> None:
-    """A second name for a file, or a copy of it where the disk knows no second names."""
+    """A hard link to a file, or a copy of it where the disk has no hard links."""
     if not path.is_file():
         return
     try:
@@ -128,11 +115,7 @@ def _keep(path: Path, copy: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what a process left half written that was killed meanwhile.
-
-    Args:
-        folder: in which this process alone writes.
-    """
+    """Delete what a killed process left half written in a folder in which only this process writes."""
     for left in folder.glob(f"{WRITING}*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -143,5 +126,5 @@ def plain(value: Any) -> dict[str, Any]:
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, each with memory of its own, as safetensors wants them."""
+    """Copies on the CPU, each with its own memory, as safetensors wants them."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}

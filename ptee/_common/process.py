@@ -1,11 +1,11 @@
-"""What belongs to the whole process is changed here, by one thread at a time, and put back.
+"""Changes of what belongs to the whole process: one thread at a time makes them, and undoes them.
 
 Standard output, log levels, warning filters, the environment, torch's switches and its random numbers are shared by all
-threads. Two threads that each save and restore them lose what was there: the second saves what the first has put there, and
-restores it last. So one lock is held for as long as anything of it is changed, and whoever changes it does so here.
+threads. If two threads each save and restore them, the second saves what the first has set, and restores that last. So one
+lock is held as long as anything of it is changed, and all changes are made through this module.
 
-Random numbers have a lock of their own, as a training keeps them for hours, and others may load a model meanwhile. Whoever
-needs both takes that one first.
+Random numbers have a lock of their own, because a training keeps them for hours, and others may load a model meanwhile. Code
+that needs both locks takes the one of the random numbers first.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ def alone() -> Iterator[None]:
         yield
 
 
-class _Change:
-    """A change of the process's state: made when it is first entered, undone when it is left as often, in any order.
+class Change:
+    """A change of the process's state, from a context that makes and undoes it.
 
-    Args:
-        make: gives a context that makes the change and undoes it.
+    The first to enter makes it, and the last to leave undoes it, in any order.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -66,56 +65,62 @@ class _Change:
             _CHANGES.release()
 
 
+@Change
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def no_warnings() -> Iterator[None]:
+    """No warning is shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-class _Unheard:
-    """Standard output for all threads but the one that made this, whose words go nowhere."""
+@Change
+@contextmanager
+def no_logs() -> Iterator[None]:
+    """The loud loggers are silent."""
+    levels = {name: logging.getLogger(name).level for name in LOUD}
+    try:
+        for name in LOUD:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+class _Muted:
+    """Standard output that drops what the thread that made it writes. Other threads go on printing."""
 
     def __init__(self, stdout: Any) -> None:
         self._stdout, self._thread = stdout, threading.get_ident()
 
     def write(self, text: str) -> int:
-        """Write, or pretend to."""
         return len(text) if threading.get_ident() == self._thread else self._stdout.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stdout, name)
 
 
+@Change
 @contextmanager
-def _without_stdout() -> Iterator[None]:
+def no_stdout() -> Iterator[None]:
+    """This thread prints nothing."""
     before = sys.stdout
     if before is None:  # a program without a console
         yield
         return
-    sys.stdout = unheard = _Unheard(before)
+    sys.stdout = muted = _Muted(before)
     try:
         yield
     finally:
-        if sys.stdout is unheard:  # else another thread has redirected it meanwhile, and will put it back itself
+        if sys.stdout is muted:  # otherwise another thread has redirected it meanwhile, and will restore it itself
             sys.stdout = before
 
 
+@Change
 @contextmanager
-def _without_logs() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOUD]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _without_pickles() -> Iterator[None]:
+def no_pickles() -> Iterator[None]:
+    """torch reads files as data, even where a library asks it to unpickle them."""
     safe, unsafe = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch refuses to have both
     before = {name: os.environ.pop(name) for name in (safe, unsafe) if name in os.environ}
     os.environ[safe] = "1"
@@ -126,8 +131,10 @@ def _without_pickles() -> Iterator[None]:
         os.environ.update(before)
 
 
+@Change
 @contextmanager
-def _without_fused_attention() -> Iterator[None]:
+def no_fused_attention() -> Iterator[None]:
+    """nn.MultiheadAttention and nn.TransformerEncoderLayer call their parts one by one."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -136,63 +143,45 @@ def _without_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _Uncheckpointed:
-    """torch's reentrant checkpointing for all threads but the one that made this, which just calls what was to be called."""
+class _NoCheckpoints:
+    """Takes the place of torch's reentrant checkpointing. In the thread that made it, it just calls the function."""
 
     def __init__(self) -> None:
         self._own, self._thread = checkpoint.CheckpointFunction, threading.get_ident()
 
     def apply(self, function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        """In place of the same of torch.autograd.Function."""
         if threading.get_ident() == self._thread:
             return function(*args)
         return self._own.apply(function, preserve_rng_state, *args)
 
 
+@Change
 @contextmanager
-def _without_checkpointing() -> Iterator[None]:
+def no_checkpointing() -> Iterator[None]:
+    """This thread does no reentrant gradient checkpointing, because a trace does not see into it."""
     before = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _Uncheckpointed()  # type: ignore[assignment, misc]
+    checkpoint.CheckpointFunction = _NoCheckpoints()  # type: ignore[assignment, misc]
     try:
         yield
     finally:
         checkpoint.CheckpointFunction = before  # type: ignore[misc]
 
 
-no_warnings = _Change(_without_warnings)
-no_stdout = _Change(_without_stdout)  # of this thread; others go on printing
-no_logs = _Change(_without_logs)
-no_pickles = _Change(_without_pickles)  # torch reads files as data, even where a library asks it to unpickle them
-no_fused_attention = _Change(
-    _without_fused_attention
-)  # nn.MultiheadAttention and nn.TransformerEncoderLayer show their parts
-no_checkpointing = _Change(_without_checkpointing)  # of this thread: a trace does not see into it
-
-
 @contextmanager
-def own_random_numbers(seed: int | None = None) -> Iterator[None]:
-    """torch's random numbers are this thread's own, and go on afterwards as if none had been drawn.
+def own_random_numbers(seed: int | None = None, *, wait: bool = True) -> Iterator[None]:
+    """torch's random numbers belong to this thread, and go on afterwards as if none had been drawn.
 
-    Waits for another thread that has them.
-
-    Args:
-        seed: to begin with; None goes on from where they are.
+    This waits for another thread that has them. A few numbers may be drawn without waiting, from those of that thread: they
+    are not the user's, so the user misses none.
     """
-    with _RANDOM, _forked():
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def few_random_numbers() -> Iterator[None]:
-    """The same for a moment, without waiting: if another thread has them, they are not the user's, who misses none of them."""
-    free = _RANDOM.acquire(blocking=False)
+    owned = _RANDOM.acquire(blocking=wait)
     try:
-        with _forked() if free else nullcontext():
+        with _forked() if owned else nullcontext():
+            if seed is not None:
+                torch.manual_seed(seed)
             yield
     finally:
-        if free:
+        if owned:
             _RANDOM.release()
 
 

@@ -18,16 +18,7 @@ LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} done in {elapsed}"
 
 
 def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any:
-    """The items; how far one is with them can be seen meanwhile.
-
-    On a terminal this is a bar, which goes away at the end. In a log it is a line every half minute, with an estimate of the
-    time left; what takes less than that writes nothing.
-
-    Args:
-        items: what takes long.
-        description: what is being done.
-        shown: whether to show it.
-    """
+    """The items, with their progress shown meanwhile: as a bar on a terminal, as a line every half minute in a log."""
     if shown and not getattr(sys.stderr, "isatty", lambda: False)():
         return LogLines(items, description)
     total = length_hint(items, 0) or None
@@ -40,13 +31,7 @@ def _begun_once(items: Iterable[Item]) -> Iterator[Item]:
 
 
 class LogLines(Generic[Item]):
-    """Iterates over items, and writes a line to standard error from time to time, also while one item takes long.
-
-    Args:
-        items: what takes long.
-        description: what is being done.
-        seconds: between two lines.
-    """
+    """Iterates over items, and writes a line to standard error from time to time, even while one item takes long."""
 
     disable = True  # there is no bar to put figures on
 
@@ -67,14 +52,10 @@ class LogLines(Generic[Item]):
             over.set()
             writer.join()
 
-    def line(self) -> str:
-        """What there is to say now."""
+    def _write_lines(self, over: threading.Event) -> None:
         form = LINE if self.total else LINE_WITHOUT_TOTAL
         total: Any = self.total or None
-        elapsed = time.monotonic() - self.start
-        text: str = tqdm.format_meter(self.done, total, elapsed, prefix=self.description, bar_format=form)
-        return text
-
-    def _write_lines(self, over: threading.Event) -> None:
         while not over.wait(self.seconds):
-            tqdm.write(self.line(), file=sys.stderr)
+            elapsed = time.monotonic() - self.start
+            line = tqdm.format_meter(self.done, total, elapsed, prefix=self.description, bar_format=form)
+            tqdm.write(line, file=sys.stderr)

@@ -9,11 +9,7 @@ STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
-    """Align columns; the first row is the title.
-
-    Args:
-        rows: cells, as many in each row.
-        left: columns to align to the left; numbers go to the right.
+    """Align columns under the title in the first row: to the right, or to the left for the columns named in `left`.
 
     >>> print(table([("exit", "cost"), ("a", "0.2"), ("bcd", "1.0")], left={0}))
     exit  cost
@@ -21,7 +17,7 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
     a      0.2
     bcd    1.0
     """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = zip(row, widths, strict=True)
@@ -30,9 +26,7 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without what would steer a terminal: escapes, other control characters, and marks that turn the direction.
-
-    Line breaks and tabs stay.
+    """A text without characters that steer a terminal: escapes and marks that turn the direction. Line breaks and tabs stay.
 
     >>> printable("a\\x1b[2Jb")
     'a[2Jb'

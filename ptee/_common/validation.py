@@ -41,21 +41,14 @@ class FrozenConfig(BaseModel):
             raise from_pydantic(error, fields=type(self).model_fields) from None
 
     def changed(self, **changes: Any) -> Self:
-        """A checked copy with some fields changed; fields that were never set keep following their default.
-
-        Args:
-            changes: new values of fields.
-        """
+        """A checked copy with some fields changed. Fields that were never set still follow their default."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
 
 def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str] = ()) -> PteeError:
-    """What pydantic found wrong, as one line about its first finding.
+    """The first finding of pydantic as an error of one line. `where` begins the dotted path of the setting.
 
-    Args:
-        error: what pydantic raised.
-        where: what the dotted path of the setting begins with, such as "training".
-        fields: the settings that exist, to name the nearest one of an unknown one.
+    Of the settings that exist (`fields`), the one nearest to an unknown setting is named.
 
     >>> class Example(BaseModel):
     ...     lr: Number = Field(0.1, gt=0)
@@ -70,7 +63,7 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
     place = _place(first["loc"])
     path = ".".join(filter(None, [where, place]))
     inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, PteeError):  # of a rule, or of settings inside these
+    if isinstance(inner, PteeError):  # from a rule, or from settings inside of these
         return _within(path, inner)
     if first["type"] == "extra_forbidden":
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(place, fields)}")
@@ -85,7 +78,7 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
-    """The dotted path of a setting, without the members of a union that pydantic puts behind it."""
+    """The dotted path of a setting, without the types of a union that pydantic adds to it."""
     parts = [f"[{part}]" if isinstance(part, int) else part for part in loc]
     names = [part for part in parts if re.fullmatch(r"[a-z_][a-z_0-9]*|\[\d+\]", part)]
     names = [name for name in names if name not in ("int", "float", "bool", "str", "none")]
@@ -97,7 +90,7 @@ def _choices(finding: Mapping[str, Any]) -> list[str]:
 
 
 def _possible(finding: Mapping[str, Any]) -> str:
-    """What would have been possible, to stand behind "must be"."""
+    """What is possible, for a sentence with "must be"."""
     kind, ctx = finding["type"], finding.get("ctx", {})
     if kind == "literal_error":
         return str(ctx["expected"])
@@ -119,7 +112,7 @@ _LIMITS = {
 
 
 def _within(path: str, error: PteeError) -> PteeError:
-    """The same error, about settings that lie inside others."""
+    """The error of settings that are inside of others, with the whole path."""
     if not path:
         return error
     parts = [Argument(f"{path}.{p.name}", p.value) if isinstance(p, Argument) else p for p in error.parts]

@@ -1,7 +1,7 @@
 """Comparing the outputs of a network: how near counts as equal, and arithmetic that is exact enough for it.
 
 On a GPU a row gets slightly different logits in a batch than alone. The GPU uses another algorithm for another number of
-rows, and may round float32 to TF32. Inside of `comparable` both are off. If outputs still differ too much, they are
+rows, and may round float32 to TF32. Inside of `exact_arithmetic` both are off. If outputs still differ too much, they are
 computed again in float64. There the differences that come from rounding are gone, but the influence of one row on another
 stays.
 """
@@ -9,13 +9,14 @@ stays.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ptee._common.process import Change
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 MIN_SCALE = 1e-3  # if all values are below this, they are the rounding errors of zeros
@@ -28,9 +29,7 @@ _FULL = "ieee"  # float32 without rounding to a shorter type
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """How much two outputs for one row may differ by rounding alone, as a share of the largest value.
 
-    Args:
-        dtype: the type of the outputs.
-        device: where they were computed. If it rounds float32 to TF32 or bfloat16, this is the tolerance of half precision.
+    A device that rounds float32 to TF32 or bfloat16 has the tolerance of half precision.
     """
     if dtype == torch.float32 and _rounds_float32(device):
         return TOLERANCES[torch.float16]
@@ -50,56 +49,29 @@ def _rounds_float32(device: torch.device) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- exact switches
 
-_LOCK = threading.Lock()
-_USERS: list[Callable[[], None]] = []  # one entry for each use at the moment; the first entry restores the switches
-
 
 @contextmanager
-def comparable() -> Iterator[None]:
-    """Inside, float32 is not rounded to a shorter type, and the same algorithm runs each time.
-
-    The switches belong to the whole process. With several threads, the first to enter sets them and the last to leave
-    restores them. Meanwhile the other work of the process is as exact, and a little slower.
-    """
-    with _LOCK:
-        _USERS.append(_set_all() if not _USERS else _do_nothing)
-    try:
+def _exact_switches() -> Iterator[None]:
+    with ExitStack() as undo:
+        _set(undo, torch.backends.cudnn, "benchmark", False)
+        _set(undo, torch.backends.cudnn, "deterministic", True)
+        if _has_new_switches():
+            _use_full_float32(undo)
+        else:  # before torch 2.9
+            _set(undo, torch.backends.cudnn, "allow_tf32", False)
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        with _LOCK:
-            if len(_USERS) > 1:
-                _USERS.pop()
-            else:
-                _USERS.pop()()
 
 
-def _do_nothing() -> None:
-    """Somebody else restores the switches."""
+exact_arithmetic = Change(
+    _exact_switches
+)  # float32 is not rounded to a shorter type; the same algorithm runs each time
 
 
-def _set_all() -> Callable[[], None]:
-    """Set all switches. Returns a function that restores them."""
-    undo: list[Callable[[], None]] = []
-
-    def restore() -> None:
-        for step in reversed(undo):
-            step()
-
-    try:
-        undo.append(_set_attribute(torch.backends.cudnn, "benchmark", False))
-        undo.append(_set_attribute(torch.backends.cudnn, "deterministic", True))
-        for step in _full_float32() if _has_new_switches() else _full_float32_before_2_9():
-            undo.append(step)
-    except BaseException:
-        restore()
-        raise
-    return restore
-
-
-def _set_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    before = getattr(owner, name)
+def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    undo.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-    return lambda: setattr(owner, name, before)
 
 
 def _has_new_switches() -> bool:
@@ -107,29 +79,20 @@ def _has_new_switches() -> bool:
     return hasattr(torch._C, "_get_fp32_precision_getter")
 
 
-def _full_float32() -> Iterator[Callable[[], None]]:
-    """Switch off TF32 and bfloat16 in products of float32. Yields functions that undo it."""
-    before = {(backend, op): _read(backend, op) for backend, ops in _BACKENDS.items() for op in (*ops, "all")}
+def _use_full_float32(undo: ExitStack) -> None:
+    """Switch off TF32 and bfloat16 in products of float32.
 
-    def restore() -> None:
-        for key, value in before.items():
-            if _read(*key) != value:
-                _write(*key, value)
-
-    yield restore
+    An operator without a setting of its own follows its backend, and a backend without one follows the general setting.
+    One that gets a setting does not follow any more. So only those that do not follow now get one.
+    """
     for backend, operators in _BACKENDS.items():
-        # An operator without a setting of its own follows its backend, and a backend without one follows the general
-        # setting. One that gets a setting does not follow any more. So only those that do not follow now get one.
         follows = _read(backend, "all") == _read("generic", "all")
-        yield _set_precision(backend, "all", "none" if follows else _read(backend, "all"))
+        undo.callback(_write, backend, "all", "none" if follows else _read(backend, "all"))
+        _write(backend, "all", _FULL)
         for op in operators:
-            if _read(backend, op) != _FULL:
-                yield _set_precision(backend, op, _read(backend, op))
-
-
-def _set_precision(backend: str, op: str, before: str) -> Callable[[], None]:
-    _write(backend, op, _FULL)
-    return lambda: _write(backend, op, before)
+            if (precision := _read(backend, op)) != _FULL:
+                undo.callback(_write, backend, op, precision)
+                _write(backend, op, _FULL)
 
 
 def _read(backend: str, op: str) -> str:
@@ -138,14 +101,6 @@ def _read(backend: str, op: str) -> str:
 
 def _write(backend: str, op: str, precision: str) -> None:
     torch._C._set_fp32_precision_setter(backend, op, precision)
-
-
-def _full_float32_before_2_9() -> Iterator[Callable[[], None]]:
-    """The same, with the switches of torch before 2.9."""
-    before = torch.get_float32_matmul_precision()
-    yield _set_attribute(torch.backends.cudnn, "allow_tf32", False)
-    torch.set_float32_matmul_precision("highest")
-    yield lambda: torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------------------------------------------- float64
@@ -170,23 +125,16 @@ def exact_images(images: Tensor, module: nn.Module) -> Tensor:
 
 
 def keeps_rows_apart(module: nn.Module, images: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:
-    """Whether each row gets the same output in a batch as alone.
+    """Whether `run`, (module, images) -> (b, n), gives each row the same output in a batch as alone.
 
-    If the outputs differ, they are compared again in float64.
-
-    Args:
-        module: in eval mode.
-        images: (b, ...) rows that differ.
-        run: (module, images) -> (b, n).
+    If the outputs differ, they are compared again in float64. The module is in eval mode, and the rows of the images differ.
     """
-    with torch.no_grad(), comparable():
+    with torch.no_grad(), exact_arithmetic:
         if _same_alone(module, images, run):
             return True
         exact = exact_copy(module)
-        if exact is None:
-            return False
         try:
-            return _same_alone(exact, exact_images(images, exact), run)
+            return exact is not None and _same_alone(exact, exact_images(images, exact), run)
         except Exception:  # the network's code casts to a type of its own
             return False
 

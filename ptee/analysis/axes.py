@@ -51,10 +51,10 @@ def _axis(letter: str, size: int) -> Axis:
 
 
 def memory_of(tensor: Tensor) -> StorageWeakRef:
-    """A key for the memory of a tensor. The tensor's views have the same key.
+    """A key for the memory of a tensor and its views.
 
-    An address would not do as a key: when a memory is freed, its address is used again for other values. The key is a weak
-    reference. As long as it exists, torch does not use the address again, but the values themselves are freed.
+    An address would not do: when memory is freed, its address is used again for other values. As long as this weak
+    reference exists, torch does not use the address again, but the values themselves are freed.
     """
     return StorageWeakRef(tensor.untyped_storage())
 
@@ -140,53 +140,48 @@ def _join(axis: Axis) -> Axis:
 class AxisTracker:
     """Remembers the axes of each tensor, and finds the axes of an operator's outputs from those of its inputs.
 
-    A tensor is known by its place in memory (`memory_of`), so a tensor and its alias have the same axes.
-
-    Args:
-        rows: number of rows of the batch. A convolution tells what all its axes are, except the first. If the first was lost
-            before, it is taken for the batch if it has this size. Verification finds out whether that was right.
+    A tensor is known by its place in memory (`memory_of`), so a tensor and its alias have the same axes. A convolution tells
+    what all its axes are, except the first. If the first was lost before, it is taken for the batch if it has as many
+    `rows`. Verification finds out whether that was right.
     """
 
     def __init__(self, rows: int | None = None) -> None:
-        self._axes: dict[StorageWeakRef, dict[tuple[object, ...], Axes]] = {}
+        self._axes: dict[tuple[object, ...], Axes] = {}
         self._rows = rows
 
     def set(self, tensor: Tensor, axes: Axes) -> None:
         """Remember the axes of a tensor."""
-        self._axes.setdefault(memory_of(tensor), {})[_place(tensor)] = axes
+        self._axes[_place(tensor)] = axes
 
     def get(self, tensor: Any) -> Axes | None:
         """The axes of a tensor, or None if they are not known."""
-        return self._axes.get(memory_of(tensor), {}).get(_place(tensor)) if isinstance(tensor, Tensor) else None
+        return self._axes.get(_place(tensor)) if isinstance(tensor, Tensor) else None
 
     def follow(self, op: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        """Find and remember the axes of an operator's outputs.
-
-        Args:
-            op: the operator's name without namespace and overload: "convolution".
-            args: its positional arguments.
-            outputs: the tensors that it returned.
-        """
+        """Find and remember the axes of an operator's outputs. Its name has no namespace and overload: "convolution"."""
         for out in outputs:
             axes = self._result(op, args, tuple(out.shape))
             if axes is not None:
                 self.set(out, _renumber(axes))
 
     def _result(self, op: str, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+        if op.removesuffix("_") in _REORDERING:
+            return None
         if op == "cat":
             return self._cat(args, shape)
         first = self.get(args[0]) if args else None
         if op == "convolution":
             return self._convolution(first, args, shape)
-        if op in ("mm", "bmm", "addmm", "baddbmm", "linear"):
-            return self._product(op, args, shape)
+        if op in ("mm", "bmm", "linear"):
+            return self._product(args[0], args[1], shape)
+        if op in ("addmm", "baddbmm"):
+            return self._product(args[1], args[2], shape)
         if first is None or op not in _RULES:
             return self._elementwise(args, shape)
         return _RULES[op](first, args, shape)
 
-    def _product(self, op: str, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+    def _product(self, left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Axes | None:
         """The last axis comes from the right factor, or is new channels. All others come from the left factor."""
-        left, right = args[1:3] if op in ("addmm", "baddbmm") else args[:2]
         rows, columns = self.get(left), self.get(right)
         if rows is None or len(rows) != len(shape):
             return None
@@ -232,26 +227,23 @@ class AxisTracker:
         return tuple(_most_telling([(axes[d], s[d]) for axes, s in operands], size) for d, size in enumerate(shape))
 
 
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return memory_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
 def _may_be(axis: Axis, letter: str) -> bool:
     """Whether the axis is h (or w), or is unknown, so that what the convolution says about it holds."""
     return _letter(axis) in (letter, ".") or any(a.letter == UNKNOWN for a in axis)
 
 
 def _renumber(axes: Axes) -> Axes:
-    """Give the atoms of a letter new strides if one of them is gone (summed over, or mixed into the channels).
-
-    The atoms that are left make up the whole of a coarser axis.
-    """
+    """Give the atoms of a letter new strides if one of them is gone: those that are left make up a coarser axis."""
     stride: dict[tuple[str, int], int] = {}
     size: dict[str, int] = {}
     for atom in sorted((a for axis in axes for a in axis), key=lambda a: a.stride):
         stride[atom.letter, atom.stride] = size.get(atom.letter, 1)
         size[atom.letter] = size.get(atom.letter, 1) * atom.size
     return tuple(tuple(replace(a, stride=stride[a.letter, a.stride]) for a in axis) for axis in axes)
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _most_telling(choices: list[tuple[Axis, int]], size: int) -> Axis:
@@ -279,7 +271,7 @@ def _with_other_tokens(axis: Axis, size: int, before: int) -> Atom:
 
 
 # ------------------------------------------------------------------------------------------- a rule for each operator
-# Each takes the axes of the first input, the operator's arguments and the shape of its output. It returns the output's axes.
+# Each takes the axes of the first input, the arguments and the shape of the output. It returns the axes of the output.
 
 
 def _reshape(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
@@ -341,10 +333,6 @@ def _remove(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | N
     return left if len(left) == len(shape) else None
 
 
-def _squeeze(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
-    return _reshape(axes, args, shape)  # the dimensions that go have no atoms
-
-
 def _unbind(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     return _remove(axes, (args[0], args[1] if len(args) > 1 else 0), shape)
 
@@ -367,27 +355,6 @@ def _slice(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
     return tuple(out)
 
 
-def _forget(axes: Axes, shape: tuple[int, ...], dims: Sequence[int]) -> Axes | None:
-    """The axes without these, whose entries now have another order or are other entries."""
-    if len(shape) != len(axes):
-        return None
-    moved = {d % len(axes) for d in dims}
-    return tuple(
-        (Atom(UNKNOWN, n),) if d in moved and n > 1 else a for d, (a, n) in enumerate(zip(axes, shape, strict=True))
-    )
-
-
-def _reorder(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
-    """gather, index_select, sort, flip: the dimensions that are named get another order."""
-    named = args[1] if len(args) > 1 else -1
-    return _forget(axes, shape, named if isinstance(named, list | tuple) else [int(named)])
-
-
-def _index(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
-    """x[:, indices]: the dimensions that have indices get another order."""
-    return _forget(axes, shape, [d for d, indices in enumerate(args[1]) if indices is not None])
-
-
 def _unfold(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
     """Patches: (b, channels and places in a patch, patches line after line)."""
     _, kernel, dilation, padding, stride = args
@@ -399,11 +366,16 @@ def _unfold(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | N
     return (axes[0], (Atom(UNKNOWN, shape[1]),), (*_axis("h", h), *_axis("w", w)))
 
 
+# Entries change their places. Of the output nothing is known.
+_REORDERING = {
+    "index", "index_select", "gather", "take_along_dim", "flip", "sort", "topk",
+    "index_copy", "index_add", "index_put", "scatter", "scatter_add", "scatter_reduce", "masked_scatter",
+}  # fmt: skip
 _RULES = {
     "view": _reshape, "_unsafe_view": _reshape, "reshape": _reshape, "_reshape_alias": _reshape,
+    "squeeze": _reshape,  # the dimensions that go have no atoms
     "permute": _permute, "transpose": _transpose, "t": _transpose,
-    "unsqueeze": _unsqueeze, "squeeze": _squeeze, "select": _remove, "unbind": _unbind, "slice": _slice,
-    "index": _index, "index_select": _reorder, "gather": _reorder, "take_along_dim": _reorder, "flip": _reorder,
-    "sort": _reorder, "im2col": _unfold,
+    "unsqueeze": _unsqueeze, "select": _remove, "unbind": _unbind, "slice": _slice,
+    "im2col": _unfold,
     "mean": _remove, "sum": _remove, "amax": _remove, "amin": _remove, "max": _remove,
 }  # fmt: skip

@@ -21,13 +21,7 @@ LARGE = 0.25  # share of the network's cost above which a module is divided if i
 
 
 def blocks(module: nn.Module, survey: Survey, counts: Counts) -> list[str]:
-    """The names of the modules that end a block, in order of execution.
-
-    Args:
-        module: the network.
-        survey: its cut points.
-        counts: its costs.
-    """
+    """The names of the modules that end a block, in order of execution."""
     tree = _Tree(dict(module.named_modules()), survey, counts)
     order = {name: i for i, name in enumerate(survey.cuts)}
     units = sorted(tree.units(""), key=order.__getitem__)
@@ -51,19 +45,22 @@ class _Tree:
         return [unit for child in children if child in self.modules for unit in self.units(child)]
 
     def one_per_layer(self, units: list[str]) -> list[str]:
-        """Of units with no matrix product between them, such as a convolution and its ReLU, keep the last block, or the last."""
+        """Keep one of several units with no matrix product between them, such as a convolution and its ReLU.
+
+        It is the last block among them, or the last unit if none is a block.
+        """
         last: dict[int, str] = {}
         for name in units:
-            products = self.counts.products_until.get(name, 0)
-            if self.is_composite(name) or products not in last or not self.is_composite(last[products]):
+            products = self._products_until(name)
+            if self._is_composite(name) or products not in last or not self._is_composite(last[products]):
                 last[products] = name
         return list(last.values())
 
     def without_ends(self, units: list[str]) -> list[str]:
         """Leave out the stem before the first block, and everything after the last block."""
         last = max(self.counts.products_until.values())
-        units = [name for name in units if self.counts.products_until.get(name, 0) < last]  # the classifier
-        composite = [i for i, name in enumerate(units) if self.is_composite(name)]
+        units = [name for name in units if self._products_until(name) < last]  # the classifier
+        composite = [i for i, name in enumerate(units) if self._is_composite(name)]
         if not composite or self._is_chain(units, composite):
             return units[1:]
         classes = [type(self.modules[units[i]]) for i in composite]
@@ -76,33 +73,27 @@ class _Tree:
 
     def _is_chain(self, units: list[str], composite: list[int]) -> bool:
         """Whether single layers, one after another, make up nearly all of the cost, and the first block comes after them."""
-        cost = sum(self.counts.inside.get(units[i], 0) for i in composite)
-        return composite[0] > len(composite) and cost < LARGE * self.counts.total
-
-    def is_composite(self, name: str) -> bool:
-        """Whether it has more than one layer."""
-        return self.counts.products.get(name, 0) >= 2
+        return composite[0] > len(composite) and self._cost(*[units[i] for i in composite]) < LARGE * self.counts.total
 
     def _is_divided(self, name: str) -> bool:
         """Whether the blocks are inside of this module, rather than the module being a block itself."""
         inside = self._cuts_inside(name)
         if not inside or self._is_block_class(type(self.modules[name])):
             return False
-        parts = [n for n in inside if self.is_composite(n)]
+        parts = [n for n in inside if self._is_composite(n)]
         outermost = [n for n in parts if not any(n.startswith(f"{other}.") for other in parts)]
-        cost = self.counts.inside.get(name, 0)
-        if sum(self.counts.inside.get(n, 0) for n in outermost) >= cost / 2:
+        if self._cost(*outermost) >= self._cost(name) / 2:
             return True
-        return cost > LARGE * self.counts.total and bool(self._earlier(name, inside))
+        return self._cost(name) > LARGE * self.counts.total and bool(self._earlier(name, inside))
 
     def _is_block_class(self, kind: type[nn.Module]) -> bool:
         """Whether some module of this class contains no cut point before its end, so that all of the class are blocks."""
         if kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             return False
         for name, module in self.modules.items():
-            if type(module) is kind and name in self.survey.cuts and self.is_composite(name):
+            if type(module) is kind and name in self.survey.cuts and self._is_composite(name):
                 inside = self._cuts_inside(name)
-                if not self._earlier(name, inside) and not any(self.is_composite(n) for n in inside):
+                if not self._earlier(name, inside) and not any(self._is_composite(n) for n in inside):
                     return True
         return False
 
@@ -110,6 +101,16 @@ class _Tree:
         return [n for n in self.survey.cuts if n.startswith(f"{name}.")]
 
     def _earlier(self, name: str, inside: list[str]) -> list[str]:
-        """The cut points inside of a module that come before its last matrix product."""
-        end = self.counts.products_until.get(name, 0)
-        return [n for n in inside if end - self.counts.products[name] < self.counts.products_until.get(n, 0) < end]
+        """The cut points inside of a module that come between its first and its last matrix product."""
+        end = self._products_until(name)
+        return [n for n in inside if end - self.counts.products[name] < self._products_until(n) < end]
+
+    def _is_composite(self, name: str) -> bool:
+        """Whether it has more than one layer."""
+        return self.counts.products.get(name, 0) >= 2
+
+    def _products_until(self, name: str) -> int:
+        return self.counts.products_until.get(name, 0)
+
+    def _cost(self, *names: str) -> int:
+        return sum(self.counts.inside.get(name, 0) for name in names)

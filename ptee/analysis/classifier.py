@@ -27,59 +27,26 @@ QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and 
 
 
 def require_runnable(module: nn.Module) -> None:
-    """Refuse a module that cannot be hooked, counted or run.
-
-    Raises:
-        BackboneError: if it is compiled, runs copies of a network, is quantised, or has parameters without values or from
-            inference mode.
-    """
+    """Refuse a module that cannot be hooked, counted or run."""
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
         raise BackboneError(f"{kind} is compiled, so its modules cannot be hooked. Give the module that was compiled.")
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise BackboneError(f"{kind} runs copies of a network, and the copies have no hooks. Give its .module.")
-    require_uncompiled(module)
-    _require_unquantised(module)
-    _require_values(module)
-
-
-def _require_unquantised(module: nn.Module) -> None:
-    kind = type(module).__name__
+    _require_uncompiled(module, kind)
     for name, part in module.named_modules():
         if type(part).__module__.startswith(QUANTISED):
             raise BackboneError(
                 f"{kind} is quantised ({name or 'it'} is a {type(part).__name__} of {type(part).__module__}), and the "
                 "operators of such modules cannot be counted. Give the network as it was before it was quantised."
             )
-
-
-def _require_values(module: nn.Module) -> None:
-    """Refuse parameters and buffers that have no values, or whose gradients cannot be switched off."""
-    kind = type(module).__name__
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise BackboneError(
-                f"{kind} has lazy parameters ({name}). Run it once on an image, so that they get their shapes."
-            )
-        if tensor.is_meta:
-            raise BackboneError(
-                f"{kind} is on the meta device ({name}), where tensors have no values. Build it on the CPU, or call "
-                "net.to_empty(device='cpu') and load its weights."
-            )
-        if tensor.is_inference() and tensor.requires_grad:
-            raise BackboneError(
-                f"{kind} was built under torch.inference_mode ({name}), so its gradients cannot be switched off and on. "
-                "Build it outside of inference_mode, or give copy.deepcopy(net), made outside of it."
-            )
+        _require_values(tensor, name, kind)
 
 
-def require_uncompiled(module: nn.Module) -> None:
-    """Refuse a network with compiled parts: compiled code may run no hooks, or none that were added later.
-
-    Raises:
-        BackboneError: naming the parts, and how to get the network without torch.compile.
-    """
-    kind, parts = type(module).__name__, dict(module.named_modules())
+def _require_uncompiled(module: nn.Module, kind: str) -> None:
+    """Refuse compiled parts: compiled code may run no hooks, or none that were added later."""
+    parts = dict(module.named_modules())
     if wrapped := [name for name, part in parts.items() if name and hasattr(part, "_orig_mod")]:
         first = wrapped[0]
         raise BackboneError(
@@ -97,19 +64,28 @@ def require_uncompiled(module: nn.Module) -> None:
         )
 
 
-def count_classes(
-    module: nn.Module, input_size: tuple[int, int, int], name: str, other_size: Advice = GIVE_SIZE
-) -> int:
+def _require_values(tensor: Tensor, name: str, kind: str) -> None:
+    """Refuse a parameter or buffer that has no values, or whose gradients cannot be switched off."""
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+        raise BackboneError(
+            f"{kind} has lazy parameters ({name}). Run it once on an image, so that they get their shapes."
+        )
+    if tensor.is_meta:
+        raise BackboneError(
+            f"{kind} is on the meta device ({name}), where tensors have no values. Build it on the CPU, or call "
+            "net.to_empty(device='cpu') and load its weights."
+        )
+    if tensor.is_inference() and tensor.requires_grad:
+        raise BackboneError(
+            f"{kind} was built under torch.inference_mode ({name}), so its gradients cannot be switched off and on. "
+            "Build it outside of inference_mode, or give copy.deepcopy(net), made outside of it."
+        )
+
+
+def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str) -> int:
     """K, from a forward pass in eval mode with two images of zeros. The modes are restored, even if the pass fails.
 
-    Args:
-        module: the network.
-        input_size: (c, h, w).
-        name: the network's name in errors.
-        other_size: what to do if the network takes images of another size, as parts of a message.
-
-    Raises:
-        BackboneError: if the pass fails, or its output is not (b, K) with a row for each image and K >= 2.
+    Errors call the network by `name`.
     """
     like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
@@ -117,9 +93,7 @@ def count_classes(
     try:
         module.eval()
         with torch.no_grad():
-            logits = with_fake_tensors(
-                lambda network, batch: logits_of(network, batch, name, other_size), module, images
-            )
+            logits = with_fake_tensors(lambda net, batch: logits_of(net, batch, name), module, images)
     finally:
         set_modes(module, before)
     if getattr(module, "num_classes", None) == 0:  # timm's networks return features then
@@ -129,23 +103,13 @@ def count_classes(
     return logits.shape[1]
 
 
-def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: Advice = GIVE_SIZE) -> Tensor:
-    """The logits of a classifier: (b, K), K >= 2.
-
-    Args:
-        module: the network.
-        images: (b, c, h, w).
-        name: the network's name in errors. By default the name of its class.
-        other_size: what to do if the network takes images of another size, as parts of a message.
-
-    Raises:
-        BackboneError: if the pass fails, or its output is something else than one tensor (b, K).
-    """
+def logits_of(module: nn.Module, images: Tensor, name: str = "") -> Tensor:
+    """The logits (b, K), K >= 2, of a classifier. Anything else is a BackboneError that says what to do (`count_classes`)."""
     name = name or type(module).__name__
     try:
         logits = module(images)
     except Exception as why:
-        raise BackboneError(f"{name} ", *_why_it_failed(images, why, other_size)) from why
+        raise BackboneError(f"{name} ", *_why_it_failed(images, why)) from why
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images) and logits.shape[1] >= 2:
         return logits
     what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -155,16 +119,15 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "", other_size: Adv
     )
 
 
-def _why_it_failed(images: Tensor, why: Exception, other_size: Advice) -> Advice:
-    """The rest of a sentence: the forward pass needs more arguments than images, or, mostly, images of another size."""
+def _why_it_failed(images: Tensor, why: Exception) -> Advice:
+    """The rest of a sentence: the forward pass needs more arguments than images, or images of another size."""
     if missing := MISSING.search(str(why)):
         more = [name.strip("'") for name in re.findall(r"'\w+'", missing[2])]
-        text = (
+        return (
             f"is called with images alone, and {missing[1]} wants {' and '.join(more)} too. Wrap it in a module that gives "
-            f"them: forward(self, x): return self.net(x, {', '.join(f'{name}=...' for name in more)})."
+            f"them: forward(self, x): return self.net(x, {', '.join(f'{name}=...' for name in more)}).",
         )
-        return (text,)
-    return (f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} ", *other_size)
+    return (f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} ", *GIVE_SIZE)
 
 
 def _how_to_get_logits(output: Any, rows: int) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Cut:
     Attributes:
         name: the module, as in `named_modules()`.
         shape: shape of the tensor that the head reads, without the batch.
-        layout: how to read that tensor as (b, c, h, w).
+        layout: of that tensor.
         main: which of the output's tensors that is, counted through nested tuples, lists and dicts.
         carried: all tensors of the output that carry the batch. They lose their rows together.
         overwritten: whether something later writes into the memory of the output, so that a head that keeps it needs a copy.
@@ -65,12 +66,7 @@ class Cut:
         return tree_flatten(output)[0][self.main]
 
     def select(self, output: Any, rows: Tensor) -> Any:
-        """The module's output with only these rows of the batch.
-
-        Args:
-            output: the module's output: a tensor, or nested tuples, lists and dicts of tensors.
-            rows: (kept,) positions in the batch as it is at this module.
-        """
+        """The module's output with only these rows: (kept,) positions in the batch as it is at this module."""
         return select(output, self.carried, rows, len(self.feature_map(output)))
 
 
@@ -99,12 +95,9 @@ class Survey:
     classes: int
 
     def cut(self, name: str, backbone: nn.Module, bypassed: bool = False) -> Cut:
-        """The cut at a module, or a CutError that says why there is none.
+        """The cut at a module of the surveyed network, or a CutError that says why there is none.
 
-        Args:
-            name: the module.
-            backbone: the network that was surveyed.
-            bypassed: accept every module of `bypassed`, not only cells.
+        Of the modules of `bypassed`, only cells are accepted, unless `bypassed` says all.
         """
         if name in self.cuts:
             return self.cuts[name]
@@ -118,36 +111,34 @@ class Survey:
 
 @torch.inference_mode(False)  # inside of it torch shows the parts of an operator in place of the operator
 def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
-    """Find all cut points of a network in one forward pass. A heavy network runs without computing its values.
-
-    Args:
-        module: a classifier in eval mode: (b, c, h, w) -> (b, K).
-        input_size: (c, h, w).
-
-    Raises:
-        BackboneError: see `logits_of`.
-    """
+    """Find all cut points of a classifier in eval mode, in one forward pass over images of size (c, h, w)."""
     return with_fake_tensors(_survey, module, random_images(module, SURVEY_ROWS, input_size))
 
 
 def _survey(module: nn.Module, images: Tensor) -> Survey:
     recorder = _Recorder(images)
-    names = {m: n for n, m in module.named_modules() if n}
-    compound = {n for n, m in module.named_modules() if n and next(m.children(), None) is not None}
-    with torch.no_grad(), recorder.recording(names):
+    with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
-    outputs = recorder.first_outputs
-    results = {output.name: recorder.cut_or_reason(output, output.name in compound) for output in outputs}
-    found = {name: result for name, result in results.items() if isinstance(result, Cut)}
-    strict = {output.name: recorder.cut_or_reason(output, may_restart=False) for output in outputs}
+    cuts: dict[str, Cut] = {}
+    bypassed: dict[str, Cut] = {}
+    refused: dict[str, str] = {}
+    for output in (outputs := recorder.first_outputs):
+        result = recorder.cut_or_reason(output)
+        if isinstance(result, str):
+            refused[output.name] = result
+            if list(module.get_submodule(output.name).children()):
+                result = recorder.cut_or_reason(output, may_restart=True)
+        if isinstance(result, Cut):
+            (bypassed if result.steps else cuts)[output.name] = result
+    found = [output for output in outputs if output.name in cuts or output.name in bypassed]
     return Survey(
-        cuts={name: cut for name, cut in found.items() if not cut.steps},
-        bypassed={name: cut for name, cut in found.items() if cut.steps},
-        cells={output.name for output in outputs if output.name in found and recorder.is_cell(output)},
-        steps={output.name: recorder.steps(output) for output in outputs if output.name in found},
-        refused={name: reason for name, reason in strict.items() if isinstance(reason, str)},
-        order=tuple(results),
+        cuts=cuts,
+        bypassed=bypassed,
+        cells={output.name for output in found if recorder.is_cell(output)},
+        steps={output.name: recorder.steps(output) for output in found},
+        refused=refused,
+        order=tuple(output.name for output in outputs),
         classes=logits.shape[1],
     )
 
@@ -175,7 +166,7 @@ def remedy(name: str, cuts: dict[str, Cut]) -> str:
 # ---------------------------------------------------------------------------------------------------- the recording
 
 
-@dataclass
+@dataclass(eq=False)
 class _Value:
     """The values in one piece of memory. They depend on the images. Times count operators; the images have time 0."""
 
@@ -191,35 +182,43 @@ class _Value:
 
 
 @dataclass(frozen=True)
+class _Leaf:
+    """A tensor in the output of a call. Its value is None if it does not depend on the images."""
+
+    shape: tuple[int, ...]
+    value: _Value | None
+    layout: Layout | None
+    carries_rows: bool  # whether its first axis starts with the rows of the batch
+
+
+@dataclass(frozen=True)
 class _Output:
     """The output of one call of a module."""
 
     name: str
     outer_calls: tuple[int, ...]  # numbers of the calls that were still running, outermost first
     time: int
-    leaves: list[Any]  # its tensors, as their shapes, and whatever else it holds
-    values: list[_Value | None]  # of each leaf; None if it is no tensor, or does not depend on the images
-    layouts: list[Layout | None]
-    carries_rows: list[bool]  # of each leaf: whether its first axis starts with the rows of the batch
+    leaves: dict[int, _Leaf]  # its tensors, counted through nested tuples, lists and dicts
 
     @property
-    def dependent(self) -> list[int]:
+    def dependent(self) -> dict[int, _Leaf]:
         """The leaves that depend on the images."""
-        return [i for i, value in enumerate(self.values) if value is not None]
+        return {i: leaf for i, leaf in self.leaves.items() if leaf.value is not None}
+
+    @property
+    def values(self) -> set[_Value]:
+        """The values of the leaves that depend on the images."""
+        return {leaf.value for leaf in self.leaves.values() if leaf.value is not None}
 
     @property
     def repeated(self) -> tuple[int, ...]:
         """The leaves that do not depend on the images but have as many rows: positions, masks."""
-        return tuple(
-            i
-            for i, (leaf, value) in enumerate(zip(self.leaves, self.values, strict=True))
-            if value is None and isinstance(leaf, tuple) and leaf[:1] == (SURVEY_ROWS,)
-        )
+        return tuple(i for i, leaf in self.leaves.items() if leaf.value is None and leaf.shape[:1] == (SURVEY_ROWS,))
 
     @property
     def overwritten(self) -> bool:
         """Whether something later writes into its memory."""
-        return any(v is not None and v.last_write > self.time for v in self.values)
+        return any(value.last_write > self.time for value in self.values)
 
 
 class _Recorder(TorchDispatchMode):
@@ -240,7 +239,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def recording(self, names: dict[nn.Module, str]) -> Iterator[None]:
-        """Record the operators that run inside, and the outputs of these modules."""
+        """Record the operators that run inside of this context, and the outputs of these modules."""
         handles = []
         try:
             for module, name in names.items():
@@ -258,15 +257,15 @@ class _Recorder(TorchDispatchMode):
             value.last_read = self.time + 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         self.time += 1
-        inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        known = [value for t in inputs if (value := self._find(t)) is not None]
+        outputs = _tensors(out)
+        known = [value for t in _tensors((args, kwargs)) if (value := self._find(t)) is not None]
         for value in known:
             value.last_read = self.time
-        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         if known:
-            self._mark_dependent(func, args, kwargs or {}, outputs)
+            self._mark_dependent(func, args, kwargs, outputs)
         self._axes.follow(func.overloadpacket.__name__, args, outputs)
         return out
 
@@ -275,9 +274,8 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-            for t in tree_flatten(written)[0]:
-                if isinstance(t, Tensor):
-                    (self._find(t) or self._add(t)).last_write = self.time
+            for t in _tensors(written):
+                (self._find(t) or self._add(t)).last_write = self.time
         for t in outputs:
             if self._find(t) is None:
                 self._add(t)
@@ -297,106 +295,93 @@ class _Recorder(TorchDispatchMode):
 
     def _leave(self, name: str, output: Any) -> None:
         self._running.pop()
-        leaves = tree_flatten(output)[0]
-        axes = [self._axes.get(leaf) for leaf in leaves]
-        recorded = _Output(
-            name,
-            tuple(number for _, number in self._running),
-            self.time,
-            [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
-            [self._find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves],
-            [layout_of(a, leaf.shape) if a is not None else None for a, leaf in zip(axes, leaves, strict=True)],
-            [isinstance(leaf, Tensor) and _carries_rows(leaf, a) for leaf, a in zip(leaves, axes, strict=True)],
-        )
+        leaves = {i: self._leaf(t) for i, t in enumerate(tree_flatten(output)[0]) if isinstance(t, Tensor)}
+        recorded = _Output(name, tuple(number for _, number in self._running), self.time, leaves)
         self._outputs.append(recorded)
         if self._calls[name] == 1:
             self.first_outputs.append(recorded)
 
+    def _leaf(self, tensor: Tensor) -> _Leaf:
+        axes, shape = self._axes.get(tensor), tuple(tensor.shape)
+        layout = layout_of(axes, shape) if axes is not None else None
+        return _Leaf(shape, self._find(tensor), layout, _carries_rows(shape, axes))
+
     # ------------------------------------------------------------------------------------------- what the recording says
 
-    def cut_or_reason(self, output: _Output, may_restart: bool) -> Cut | str:
-        """The cut at this output, or the reason why there is none.
+    def cut_or_reason(self, output: _Output, may_restart: bool = False) -> Cut | str:
+        """The cut at the output of a module's first call, or the reason why there is none.
 
-        Args:
-            output: of a module's first call.
-            may_restart: if other values pass around the output, the pass may start again there.
+        With `may_restart`, values may pass around the output if the pass can start again there.
         """
-        if self._calls[output.name] > 1:
-            return (
-                f"it is called {self._calls[output.name]} times in one forward pass, and an exit must be reached once"
-            )
+        if (calls := self._calls[output.name]) > 1:
+            return f"it is called {calls} times in one forward pass, and an exit must be reached once"
         if not output.dependent:
             return "its output does not depend on the images"
         around = self._values_around(output)
         steps = self.steps(output) if around and may_restart else ()
         if around and not steps:
             return f"the rest of the network also reads {around[0]}, which passes around it"
-        return self._cut_at(output, steps)
-
-    def _cut_at(self, output: _Output, steps: tuple[Step, ...]) -> Cut | str:
-        """The cut at an output around which nothing passes, or at which the pass starts again."""
-        without_rows = [output.leaves[i] for i in output.dependent if not output.carries_rows[i]]
-        if without_rows:
-            return (
-                f"the first axis of a tensor in its output, of shape {without_rows[0]}, is not the {SURVEY_ROWS} images"
-            )
-        readable = [i for i in output.dependent if output.layouts[i] is not None]
-        if not readable:
-            shape = output.leaves[output.dependent[0]]
-            return f"images, channels and positions cannot be told apart in its output of shape {shape}"
-        # Of several tensors the head reads the largest. If several are the largest, it reads the last of them.
-        main = max(readable, key=lambda i: (np.prod(output.leaves[i]), i))
-        layout = output.layouts[main]
-        assert layout is not None
-        carried = tuple(output.dependent)
-        return Cut(output.name, output.leaves[main][1:], layout, main, carried, output.overwritten, steps)
+        return _cut_at(output, steps)
 
     def steps(self, output: _Output) -> tuple[Step, ...]:
-        """The calls that have ended at this output and need not run again if the pass starts again there.
+        """The outermost calls that have ended at this output and need not run again if the pass starts again there.
 
-        Only outermost calls: what ran inside of them does not run again either. Empty if one of them returned a tensor
-        without the rows of the batch.
+        Empty if one of them returned a tensor without the rows of the batch.
         """
         ended = self._outputs[: self._outputs.index(output) + 1]
         ended = [o for o in ended if o.dependent and o.outer_calls == output.outer_calls[: len(o.outer_calls)]]
-        if any(not o.carries_rows[i] for o in ended for i in o.dependent):
+        if not all(leaf.carries_rows for o in ended for leaf in o.dependent.values()):
             return ()
-        around = {id(value) for value in self._values_around(output) if value.made_at}  # all but the images
-        read = around | {id(output.values[i]) for i in output.dependent}
-        returned = {id(o.values[i]) for o in ended for i in o.dependent}
+        around = {value for value in self._values_around(output) if value.made_at}  # all but the images
+        read = around | output.values
         # A value that no call returned was computed between the calls, from any of their outputs. Then all are needed.
-        all_needed = not read <= returned
+        all_needed = not read <= set().union(*(o.values for o in ended))
         return tuple(
-            Step(
-                o.name,
-                tuple(o.dependent),
-                needed=all_needed or any(id(o.values[i]) in read for i in o.dependent),
-                overwritten=o.overwritten,
-                repeated=o.repeated,
-            )
+            Step(o.name, tuple(o.dependent), all_needed or bool(o.values & read), o.overwritten, o.repeated)
             for o in ended
         )
 
     def is_cell(self, output: _Output) -> bool:
         """Whether only the outputs of its siblings pass around it."""
-        siblings = {id(v) for o in self._outputs if _parent(o.name) == _parent(output.name) for v in o.values}
-        return all(id(value) in siblings for value in self._values_around(output))
+        siblings = [o.values for o in self._outputs if _parent(o.name) == _parent(output.name)]
+        return set().union(*siblings).issuperset(self._values_around(output))
 
     def _values_around(self, output: _Output) -> list[_Value]:
         """The values that pass around an output: made before it, read after it, and not part of it."""
         made_at, last_read = self._times
         passing = np.flatnonzero((made_at <= output.time) & (last_read > output.time))
-        own = {id(output.values[i]) for i in output.dependent}
-        return [self._values[i] for i in passing if id(self._values[i]) not in own]
+        own = output.values
+        return [self._values[i] for i in passing if self._values[i] not in own]
 
     @cached_property
     def _times(self) -> np.ndarray[Any, Any]:
         return np.array([(v.made_at, v.last_read) for v in self._values]).T
 
 
-def _carries_rows(tensor: Tensor, axes: Axes | None) -> bool:
+def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
+    """The cut at an output around which nothing passes, or at which the pass starts again."""
+    without_rows = [leaf.shape for leaf in output.dependent.values() if not leaf.carries_rows]
+    if without_rows:
+        return f"the first axis of a tensor in its output, of shape {without_rows[0]}, is not the {SURVEY_ROWS} images"
+    readable = {i: leaf for i, leaf in output.dependent.items() if leaf.layout is not None}
+    if not readable:
+        shape = next(iter(output.dependent.values())).shape
+        return f"images, channels and positions cannot be told apart in its output of shape {shape}"
+    # Of several tensors the head reads the largest. If several are the largest, it reads the last of them.
+    main = max(readable, key=lambda i: (prod(readable[i].shape), i))
+    layout = readable[main].layout
+    assert layout is not None
+    carried = tuple(output.dependent)
+    return Cut(output.name, readable[main].shape[1:], layout, main, carried, output.overwritten, steps)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _carries_rows(shape: tuple[int, ...], axes: Axes | None) -> bool:
     """Whether the first axis is the batch, or the batch with something else folded into it."""
-    folded, rest = divmod(tensor.shape[0], SURVEY_ROWS) if tensor.dim() else (0, 1)
+    folded, rest = divmod(shape[0], SURVEY_ROWS) if shape else (0, 1)
     if rest or folded <= 1:
         return not rest and folded == 1
     first = axes is not None and axes[0] and axes[0][0]  # if nothing is known, verification will tell

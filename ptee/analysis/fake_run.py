@@ -21,13 +21,8 @@ PATCH = 16 * 16  # pixels of a patch of a ViT; each patch uses all parameters on
 def with_fake_tensors(work: Callable[[nn.Module, Tensor], T], module: nn.Module, images: Tensor) -> T:
     """Do work that needs only shapes: on a fake copy of the network if the network is heavy, else on the network itself.
 
-    The fake copy is separate, so that nothing fake stays in the network if its code keeps a tensor for later. If the fake run
-    fails, the work is done on the network itself.
-
-    Args:
-        work: (network, images) -> result. It may be called twice.
-        module: the network.
-        images: (b, c, h, w).
+    Nothing fake stays in the network, even if its code keeps a tensor for later. If the fake run fails, the work is done
+    once more on the network itself.
     """
     macs = sum(p.numel() for p in module.parameters()) * images.shape[-2:].numel() / PATCH * len(images)
     if macs > HEAVY:

@@ -38,6 +38,9 @@ class FrozenState:
         set_modes(module, self.training)
 
 
+_HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[FrozenState]] = WeakKeyDictionary()
+
+
 def freeze(module: nn.Module) -> FrozenState:
     """Switch off the gradients of a module and put it in eval mode. Returns how it was before."""
     first = next(iter(_HOLDERS.get(module, ())), None)
@@ -51,9 +54,6 @@ def freeze(module: nn.Module) -> FrozenState:
     return state
 
 
-_HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[FrozenState]] = WeakKeyDictionary()
-
-
 def modes(module: nn.Module) -> dict[str, bool]:
     """The training flag of each part, by name."""
     return {name: part.training for name, part in module.named_modules()}
@@ -65,18 +65,11 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
         part.training = flags.get(name, part.training)
 
 
-# ---------------------------------------------------------------------------------------------------- with hooks on it
-
-
 class Attachment:
     """Keeps a module frozen, with hooks on it, until `release` is called or this object is gone.
 
-    Shallow copies of its owner share it. Deep copies and pickles have their own copy of the module.
-
-    Args:
-        module: the module.
-        hooks: a forward hook for each of these parts of the module.
-        cached: parts whose outputs a call can keep (`replay`).
+    Shallow copies of its owner share it. Deep copies and pickles have their own copy of the module. Each hook is a forward
+    hook of the part of that name. A call can keep the outputs of the `cached` parts (`replay`).
     """
 
     def __init__(self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], cached: Sequence[str] = ()) -> None:
@@ -87,17 +80,19 @@ class Attachment:
         self._held = [True]  # empty after the release; shared with the finalizer
         make_cached([module.get_submodule(name) for name in cached])
         self._parts = list(module.modules())  # read at each call; walking the tree takes ten times as long
-        self._watch()
+        self._release_when_gone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if not self.released:
             self._state.hold(self._module)
-            self._watch()
+            self._release_when_gone()
 
-    def _watch(self) -> None:
-        arguments = (ref(self._module), self._state, self._handles, self._cached, self._held)
-        finalize(self, _release, *arguments).atexit = False
+    def _release_when_gone(self) -> None:
+        finalize(self, _release, *self._release_arguments()).atexit = False
+
+    def _release_arguments(self) -> tuple[Any, ...]:  # the finalizer must not hold this object or the module
+        return ref(self._module), self._state, self._handles, self._cached, self._held
 
     @property
     def released(self) -> bool:
@@ -106,7 +101,7 @@ class Attachment:
 
     def release(self) -> None:
         """Remove the hooks and restore the module as it was."""
-        _release(ref(self._module), self._state, self._handles, self._cached, self._held)
+        _release(*self._release_arguments())
 
     def keep(self) -> None:
         """Put the module back in eval mode if any part of it is in training mode."""

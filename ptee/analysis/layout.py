@@ -19,9 +19,7 @@ class Layout:
 
     Attributes:
         order: "bchw", "bhwc", "bnc" (tokens), "bnnc" (windows of tokens, in any number of axes), "bcn" or "bc" (a vector).
-        channels: c.
-        height: h, 1 for a vector.
-        width: w, 1 for a vector.
+        height: 1 for a vector, as is the width.
         prefix: number of class and register tokens before the h * w positions. Tokens after the positions are dropped too.
         tokens: number of all tokens, for a token layout.
         pieces: (letter, size, stride) of the parts of h and w in the token axis, from major to minor, if the tokens are not
@@ -37,17 +35,7 @@ class Layout:
     pieces: tuple[tuple[str, int, int], ...] = ()
 
     def to_map(self, z: Tensor) -> Tensor:
-        """Read a tensor of this layout as a map.
-
-        Args:
-            z: the module's output: (b, c, h, w), (b, h, w, c), (b, n, c), (b, c, n) or (b, c).
-
-        Returns:
-            (b, c, h, w), a view where possible.
-
-        Raises:
-            PteeError: if the tensor has another rank, another number of channels, or another number of tokens.
-        """
+        """A tensor of this layout as (b, c, h, w), a view where possible. Raises PteeError if it has another layout."""
         axis = self.order.index("c")
         if z.dim() != len(self.order) or z.shape[axis] != self.channels:
             raise PteeError(

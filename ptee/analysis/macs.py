@@ -22,18 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptee._common.errors import BackboneError
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
+from ptee.analysis.freezing import modes, set_modes
 
 # Convolutions and matrix products. Each makes a layer; normalisation, activation and pooling belong to the layer before.
 PRODUCTS = frozenset({
     "aten::_convolution", "aten::_convolution_mode", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
     "aten::einsum", "aten::scaled_dot_product_attention",
 })  # fmt: skip
-
-LARGE = 10**8  # parameters above which a network is counted without computing its matrix products, if possible
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,8 @@ class _Operator:
 def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Counts:
     """Count what one forward pass costs, and how much of it has run when each module's output is ready.
 
-    The module is left as it was: mode, buffers and hooks.
-
-    Args:
-        module: any module with forward(x). It is counted in eval mode.
-        example: (1, ...) one sample, on the module's device. A larger batch would give larger counts.
-        products_only: count only convolutions and matrix products, as torch's FlopCounterMode does.
+    The module is counted in eval mode, and left as it was: mode, buffers and hooks. The example is one sample (1, ...).
+    `products_only` counts convolutions and matrix products alone, as torch's FlopCounterMode does.
     """
     with alone(), _left_as_it_was(module), torch.no_grad(), no_fused_attention, no_checkpointing:
         operators = _operators(module.eval(), example)
@@ -111,16 +105,6 @@ def parameters(module: nn.Module) -> int:
 
 def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
     """The operators of one forward pass, in order of execution."""
-    if parameters(module) > LARGE:
-        try:
-            with _without_products(module):
-                return _traced(module, example)
-        except Exception:  # there is a convolution that the trace would miss, or the network fails on zeros
-            pass
-    return _traced(module, example)
-
-
-def _traced(module: nn.Module, example: Tensor) -> list[_Operator]:
     with no_warnings:  # it scripts functions, which torch says is deprecated
         from fvcore.nn import FlopCountAnalysis  # imported here, because it is slow to import
 
@@ -196,81 +180,24 @@ def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return batch * n * m * _shape(inputs[2])[-1]
 
 
-class _UntracedError(Exception):
-    """A convolution ran inside of a dispatch mode, where the trace does not record it."""
-
-
-class _ZeroProducts(TorchDispatchMode):
-    """Matrix products and attention return zeros of the right shape: the trace records them, but they are not computed."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
-            left, right = args[-2:]
-            return left.new_zeros(*left.shape[:-1], right.shape[-1])
-        if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
-            query, value = args[0], args[2]
-            b, heads, length = query.shape[:-1]
-            answer = query.new_zeros(b, length, heads, value.shape[-1]).transpose(
-                1, 2
-            )  # the operator's order in memory
-            return answer, query.new_zeros(b, heads, length)
-        if func is aten.convolution.default:
-            raise _UntracedError
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _without_products(module: nn.Module) -> Iterator[None]:
-    """Inside, the parts of a network that contain no convolution do not compute their matrix products."""
-    parts = [m for m in _outermost(module) if "forward" not in vars(m)]
-
-    def with_zeros(part: nn.Module) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with _ZeroProducts():
-                return type(part).forward(part, *args, **kwargs)
-
-        return forward
-
-    try:
-        for part in parts:
-            part.forward = with_zeros(part)
-        yield
-    finally:
-        for part in parts:
-            vars(part).pop("forward", None)
-
-
-def _outermost(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest parts without a convolution. Of a list these are its members, because a list itself is never called."""
-    listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    if not listed and not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
-        yield module
-    else:
-        for child in module.children():
-            yield from _outermost(child)
-
-
 @contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Restores modes, buffers and hooks at the end, also after an error."""
-    modes = {m: m.training for m in module.modules()}
-    hooks = {m: (dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in module.modules()}
+    training, parts = modes(module), list(module.modules())
+    hooks = [(registered, set(registered)) for m in parts for registered in (m._forward_pre_hooks, m._forward_hooks)]
     buffers = [
         (m, name, b, b._version, b.detach().clone())
-        for m in module.modules()
+        for m in parts
         for name, b in m._buffers.items()
         if b is not None and not b.is_inference()
     ]
     try:
         yield
     finally:
-        for m, mode in modes.items():
-            m.training = mode
-        for m, (before, after) in hooks.items():
-            for now, then in ((m._forward_pre_hooks, before), (m._forward_hooks, after)):
-                for key in set(now) - set(then):
-                    del now[key]
+        set_modes(module, training)
+        for registered, before in hooks:
+            for key in set(registered) - before:
+                del registered[key]
         with torch.no_grad():
             for m, name, buffer, version, value in buffers:
                 m._buffers[name] = buffer

@@ -17,7 +17,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -33,17 +32,11 @@ class ActiveRows:
     """The rows of one call that have not left yet. All that must follow the rows of a call asks here.
 
     A moment is the number of times that rows had left by then. With it, something that was computed earlier can be matched
-    to the rows that are left now.
-
-    Attributes:
-        count: how many rows are left.
-
-    Args:
-        batch: how many rows there are at the start.
+    to the rows that are left now. Moment 0 is the start.
     """
 
     def __init__(self, batch: int) -> None:
-        self.count = batch
+        self.count = batch  # of the rows that are left
         self._stayed: list[Tensor] = []  # for each time that rows left: the others, as positions among the rows before
 
     @property
@@ -52,32 +45,19 @@ class ActiveRows:
         return len(self._stayed)
 
     def keep(self, staying: Tensor) -> None:
-        """Let all other rows leave.
-
-        Args:
-            staying: (kept,) positions among the rows that are left.
-        """
+        """Let all rows leave but these: (kept,) positions among the rows that are left."""
         self._stayed.append(staying)
         self.count = len(staying)
 
     def since(self, moment: int = 0) -> Tensor | None:
-        """(count,) the rows that are left, as positions among those of an earlier moment. None if no row has left since.
-
-        Args:
-            moment: 0 for the start.
-        """
+        """(count,) the rows that are left, as positions among those of an earlier moment. None if no row has left since."""
         rows = None
         for staying in self._stayed[moment:]:
             rows = staying if rows is None else rows.index_select(0, staying)
         return rows
 
     def select(self, tensor: Tensor, moment: int = 0) -> Tensor:
-        """The part of an earlier tensor that belongs to the rows that are left.
-
-        Args:
-            tensor: (rows of that moment, ...).
-            moment: 0 for the start.
-        """
+        """The part of a tensor (rows of an earlier moment, ...) that belongs to the rows that are left."""
         rows = self.since(moment)
         return tensor if rows is None else tensor.index_select(0, rows)
 
@@ -102,17 +82,7 @@ class Step:
 
 
 def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """Some rows of a batch.
-
-    Args:
-        tensor: (batch * n, ...): in the first axis, each row has n entries one after another. n is 1, or the number of
-            tokens or windows that are folded into the batch.
-        rows: (kept,) positions in the batch.
-        batch: number of rows.
-
-    Raises:
-        PteeError: if the first axis cannot be divided into so many rows.
-    """
+    """The rows at these positions of a tensor (batch * n, ...), where n tokens or windows are folded into the batch."""
     if len(tensor) == batch:
         return tensor[rows]  # index_select would lose channels_last
     if len(tensor) % batch:
@@ -123,14 +93,7 @@ def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
 
 
 def select(output: Any, leaves: Sequence[int], rows: Tensor, batch: int) -> Any:
-    """A module's output with only these rows of the batch.
-
-    Args:
-        output: the module's output: a tensor, or nested tuples, lists and dicts of tensors.
-        leaves: which of its tensors carry rows.
-        rows: (kept,) positions in the batch as it was at this module.
-        batch: how many rows it had there.
-    """
+    """A module's output with only these rows of the batch. `leaves` says which of its tensors carry rows."""
     flat, spec = tree_flatten(output)
     for i in leaves:
         flat[i] = take(flat[i], rows, batch)
@@ -154,13 +117,7 @@ def merged(plans: Sequence[Sequence[Step]]) -> dict[str, Step]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The output of one call of a module.
-
-    Attributes:
-        moment: the moment of `ActiveRows` at which it was returned.
-        batch: how many rows there were.
-        output: the output.
-    """
+    """The output of one call of a module, with the moment of `ActiveRows` at which it was returned and the rows it had."""
 
     moment: int
     batch: int
@@ -168,27 +125,18 @@ class _Kept:
 
 
 class ReplayCache:
-    """The outputs of modules in one call of the model, to be returned again when the forward pass starts again.
-
-    Args:
-        steps: what to keep, by module.
-        rows: the rows of the call.
-    """
+    """The outputs of modules in one call of the model, to be returned again when the forward pass starts again."""
 
     def __init__(self, steps: Mapping[nn.Module, Step], rows: ActiveRows) -> None:
         self.rows = rows
         self.restarted = self._started = False
         self._steps = steps
-        self._kept: dict[nn.Module, list[_Kept]] = {}
+        self._kept: dict[nn.Module, list[_Kept]] = {module: [] for module in steps}
         self._calls: Counter[nn.Module] = Counter()  # in this pass
         self._inside: list[list[nn.Module]] = []  # for each step that is running, which steps have ended inside of it
 
     def start(self, images: Tensor) -> Tensor:
-        """Start a forward pass. Returns the images of the rows that are left.
-
-        Args:
-            images: (b, c, h, w) all images of the call.
-        """
+        """Start a forward pass. Of all images of the call, returns those of the rows that are left."""
         self._calls.clear()
         self._inside.clear()
         rows = self.rows.since()
@@ -199,14 +147,10 @@ class ReplayCache:
         return images.clone() if self._steps else images  # the backbone may write into them, and a new pass needs them
 
     def require(self, steps: Sequence[Step]) -> None:
-        """Refuse to start again if the modules that ran are not those of the plan, or ran more often.
-
-        Raises:
-            PteeError: naming one of them.
-        """
+        """Refuse to start again if the modules that ran are not those of the plan, or ran more often."""
         planned = Counter(step.name for step in steps)
         for module, step in self._steps.items():
-            ran = len(self._kept.get(module, ()))
+            ran = len(self._kept[module])
             if ran != planned[step.name]:
                 raise PteeError(
                     f"{step.name} ran {ran} times before an exit, {planned[step.name]} times when the exits were planned. "
@@ -218,10 +162,9 @@ class ReplayCache:
         step = self._steps.get(module)
         if step is None:
             return forward(*args, **kwargs)
-        kept = self._kept.setdefault(module, [])
         self._calls[module] += 1
-        if self._calls[module] <= len(kept):
-            output = self._replay(step, kept[self._calls[module] - 1])
+        if self._calls[module] <= len(self._kept[module]):
+            output = self._replay(step, self._kept[module][self._calls[module] - 1])
         else:
             output = self._run(step, module, forward, args, kwargs)
         if self._inside:
@@ -240,33 +183,18 @@ class ReplayCache:
         return output
 
     def _replay(self, step: Step, kept: _Kept) -> Any:
-        leaves, spec = tree_flatten(kept.output)
-        whole = tree_unflatten([_zeros(leaf) if isinstance(leaf, _Shape) else leaf for leaf in leaves], spec)
         rows = self.rows.since(kept.moment)
-        return whole if rows is None else select(whole, step.leaves + step.repeated, rows, kept.batch)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Stands for a tensor whose values are never read."""
-
-    like: Tensor  # (), with its type and device
-    shape: tuple[int, ...]
+        return kept.output if rows is None else select(kept.output, step.leaves + step.repeated, rows, kept.batch)
 
 
 def _stored(step: Step, output: Any, needed: bool) -> Any:
     leaves, spec = tree_flatten(output)
     for i in step.leaves + step.repeated:
-        leaf = leaves[i]
         if not needed and i in step.leaves:
-            leaves[i] = _Shape(leaf.new_zeros(()), tuple(leaf.shape))
+            leaves[i] = leaves[i].new_zeros(()).expand_as(leaves[i])  # the shape in the memory of one number
         elif step.overwritten:
-            leaves[i] = leaf.clone()
+            leaves[i] = leaves[i].clone()
     return tree_unflatten(leaves, spec)
-
-
-def _zeros(shape: _Shape) -> Tensor:
-    return torch.zeros(shape.shape, dtype=shape.like.dtype, device=shape.like.device)
 
 
 # ------------------------------------------------------------------------------------------- modules that are cached
@@ -288,9 +216,9 @@ class CachedModule:
         return cache.call(self.module, self._forward, args, kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (
-            type(self.module).forward(self.module, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
-        )
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def make_cached(modules: Sequence[nn.Module]) -> None:
@@ -322,16 +250,7 @@ class RestartForward(BaseException):  # not an Exception: a backbone's own `exce
 
 
 def run(backbone: nn.Module, images: Tensor, cache: ReplayCache) -> Tensor:
-    """Run a forward pass, and start it again with the rows that are left whenever a hook raises `RestartForward`.
-
-    Args:
-        backbone: the network. The modules of the cache's steps must be cached (`make_cached`).
-        images: (b, c, h, w).
-        cache: the cache of this call.
-
-    Returns:
-        The backbone's output for the rows that are left.
-    """
+    """The backbone's output for the rows that are left at the end. `make_cached` was called for the modules of the cache."""
     token = _CACHE.set(cache)
     try:
         while True:

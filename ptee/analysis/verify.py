@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, first_line
-from ptee.analysis.arithmetic import TOLERANCES, comparable, exact_copy, exact_images, tolerance
+from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
@@ -29,44 +29,29 @@ STAYING = 2  # rows that never leave: one alone would broadcast where a skip con
 
 @torch.inference_mode(False)
 def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
-    """Let rows leave at each cut point, and check that the network gives the others the right logits.
+    """The cut points (in order of execution) at which rows cannot leave a network in eval mode, each with the reason.
 
-    All cut points are tried in one pass, where one row leaves at each. Only if that fails, each is tried in a pass of its own.
-
-    Args:
-        module: the network in eval mode.
-        cuts: the cut points, in order of execution.
-        input_size: (c, h, w).
-
-    Returns:
-        The names of the cut points that failed, each with the reason. Empty if none failed.
-
-    Raises:
-        BackboneError: if the network is random, or if the rows of a batch influence one another even without a cut.
+    All are tried in one pass, where one row leaves at each. Only if that fails, each is tried in a pass of its own. A network
+    that is random, or whose rows influence one another even without a cut, raises BackboneError.
     """
-    with comparable():
+    with exact_arithmetic:
         try:
             failures = _failures(module, cuts, input_size)
         except _InexactError:
-            if (exact := _reasons_in_float64(module, cuts, input_size)) is None:
+            if (exact := _failures_in_float64(module, cuts, input_size)) is None:
                 raise
-            return exact
-        doubtful = [cut for cut in cuts if cut.name in failures and failures[cut.name].inexact]
-        exact = _reasons_in_float64(module, doubtful, input_size) if doubtful else None
-    if exact is None:
-        return {name: failure.reason for name, failure in failures.items()}
-    reasons = {name: failure.reason for name, failure in failures.items() if not failure.inexact} | exact
-    return {cut.name: reasons[cut.name] for cut in cuts if cut.name in reasons}
+            failures = exact
+        else:
+            doubtful = [cut for cut in cuts if cut.name in failures and failures[cut.name].inexact]
+            exact = _failures_in_float64(module, doubtful, input_size) if doubtful else None
+            if exact is not None:
+                failures = {name: failure for name, failure in failures.items() if not failure.inexact} | exact
+    return {cut.name: failures[cut.name].reason for cut in cuts if cut.name in failures}
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why rows cannot leave.
-
-    Attributes:
-        reason: in words.
-        inexact: whether rounding may be the cause: there are logits for all rows, but they differ too much.
-    """
+    """Why rows cannot leave. Inexact if rounding may be the cause: all rows have logits, but they differ too much."""
 
     reason: str
     inexact: bool = False
@@ -76,70 +61,54 @@ class _InexactError(BackboneError):
     """Logits that should be the same differ even without a cut, and rounding may be the cause."""
 
 
-def _failures(
-    module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int], exact: bool = False
-) -> dict[str, _Failure]:
-    reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size), exact)
-    if cuts and reference.failure_reason(cuts) is None:
+def _failures(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, _Failure]:
+    reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size))
+    if cuts and reference.failure(cuts) is None:
         return {}
     reference.check_independence()
-    reference = _Reference.of(module, random_images(module, STAYING + 2, input_size), exact)
-    return {cut.name: failure for cut in cuts if (failure := reference.failure_reason([cut])) is not None}
+    reference = _Reference.of(module, random_images(module, STAYING + 2, input_size))
+    return {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
 
 
-def _reasons_in_float64(
+def _failures_in_float64(
     module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]
-) -> dict[str, str] | None:
-    """The cut points that fail in float64, with the reasons; None if the network cannot compute in float64."""
+) -> dict[str, _Failure] | None:
+    """The cut points that fail in float64; None if the network cannot compute in float64."""
     exact = exact_copy(module)
     if exact is None:
         return None
     try:
-        failures = _failures(exact, cuts, input_size, exact=True)
+        return _failures(exact, cuts, input_size)
     except _InexactError:
         raise
     except BackboneError:  # the network's code casts to a type of its own
         return None
-    return {name: failure.reason for name, failure in failures.items()}
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The logits that the last rows of a batch get when each is alone, which they must get in any batch.
-
-    Attributes:
-        module: the network.
-        images: (b, c, h, w).
-        logits: (STAYING, K) of the last images.
-        tolerance: how much logits may differ from these.
-    """
+    """The logits that the last rows of a batch get when each is alone, which they must get in any batch."""
 
     module: nn.Module
-    images: Tensor
-    logits: Tensor
-    tolerance: float
+    images: Tensor  # (b, c, h, w)
+    logits: Tensor  # (STAYING, K) of the last images
+    tolerance: float  # how much logits may differ from these
 
     @classmethod
-    def of(cls, module: nn.Module, images: Tensor, exact: bool = False) -> _Reference:
-        """The reference for a network.
-
-        Args:
-            module: the network.
-            images: (b, c, h, w).
-            exact: whether this is a copy in float64. It need only be as exact as float32, unless that tells no rows apart.
-        """
-        reference = cls._run(module, images, TOLERANCES[torch.float32] if exact else 0.0)
+    def of(cls, module: nn.Module, images: Tensor) -> _Reference:
+        """The reference for a network. It need only be as exact as float32, if that tells its rows apart."""
+        reference = cls._run(module, images, TOLERANCES[torch.float32])
         if reference._rows_differ():
             return reference
         # An untrained network can give nearly the same logits for every image. Float64 still tells the rows apart.
-        copied = module if exact else exact_copy(module)
+        copied = exact_copy(module)
         try:
-            return reference if copied is None else cls._run(copied, exact_images(images, copied))
+            return reference if copied is None else cls._run(copied, exact_images(images, copied), 0.0)
         except Exception:  # the network's code casts to a type of its own
             return reference
 
     @classmethod
-    def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float = 0.0) -> _Reference:
+    def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float) -> _Reference:
         with torch.no_grad():
             logits = torch.cat([logits_of(module, image[None].clone()) for image in images[-STAYING:]])
         relative = max(tolerance(logits.dtype, logits.device), min_tolerance)
@@ -151,11 +120,7 @@ class _Reference:
         return min(gaps) > 10 * self.tolerance
 
     def check_independence(self) -> None:
-        """Check that a row gets the same logits in the same batch again, and in another batch.
-
-        Raises:
-            BackboneError: if it does not.
-        """
+        """Refuse a network that does not give a row the same logits in the same batch again, and in another batch."""
         kind = type(self.module).__name__
         with torch.no_grad():
             together, again = (logits_of(self.module, self.images.clone()) for _ in range(2))
@@ -176,8 +141,8 @@ class _Reference:
                 "its rows influence one another, so none of them can leave early."
             )
 
-    def failure_reason(self, cuts: Sequence[Cut]) -> _Failure | None:
-        """Run the pass with the first rows leaving, as many at each cut. None if the last rows get the right logits."""
+    def failure(self, cuts: Sequence[Cut]) -> _Failure | None:
+        """Let the first rows leave, as many at each cut. None if the last rows get the right logits."""
         try:
             logits = self._run_with_rows_leaving(cuts)
         except Exception as why:  # the network's own code may raise anything when there are fewer rows

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError
-from ptee._common.process import few_random_numbers
+from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
 from ptee.exits.config import AUTO
@@ -277,7 +277,7 @@ def vector_length(name: str, features: nn.Module, layout: Layout) -> int:
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     rows[1] *= 2  # so that the statistics of both rows together are those of neither
     rows = rows.to(next((p.device for p in features.parameters()), rows.device))
-    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False), few_random_numbers():
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False), own_random_numbers(wait=False):
         features.eval()
         width = int(_vectors(name, features, rows).shape[1])
         apart = keeps_rows_apart(features, rows, lambda module, some: _vectors(name, module, some))

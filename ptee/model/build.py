@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ptee._common.errors import PteeError, RunError, unknown
-from ptee._common.process import alone, few_random_numbers
+from ptee._common.process import alone, own_random_numbers
 from ptee.analysis.freezing import freeze
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.build import build_exits
@@ -86,7 +86,7 @@ def plan(model: str | nn.Module, **options: Any) -> Plan:
     Raises:
         PteeError: saying what is not possible, why, and what is.
     """
-    with few_random_numbers():  # a plan changes no head that is built after it
+    with own_random_numbers(wait=False):  # a plan changes no head that is built after it
         augmented = augment(model, **options)
     augmented.detach()
     return augmented.plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,32 @@ def test_all_files_are_replaced_in_order_and_nothing_else_is_left(folder):
     assert contents(folder) == {"first": "new", "second": "new", "last": "new"}
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_file_that_cannot_be_renamed_leaves_all_as_they_were(name, folder, monkeypatch):
+def failing_at(name: str, error: BaseException, renamed: bool) -> Callable[[Path, Path], Any]:
+    """`Path.replace` that fails with the new file of this name, before or after renaming it."""
     replace = Path.replace
 
     def fail(self: Path, to: Path) -> Any:
-        if self.name == name and self.read_text() == "new":
-            raise PermissionError(13, "Permission denied")
-        return replace(self, to)
+        fails = self.name == name and self.read_text() == "new"
+        if not fails or renamed:
+            replace(self, to)
+        if fails:
+            raise error
 
-    monkeypatch.setattr(Path, "replace", fail)
+    return fail
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_cannot_be_renamed_leaves_all_as_they_were(name, folder, monkeypatch):
+    monkeypatch.setattr(Path, "replace", failing_at(name, PermissionError(13, "Permission denied"), renamed=False))
     with pytest.raises(RunError, match="Permission denied"):
+        replace_files(folder, WRITERS)
+    assert contents(folder) == {"first": "old", "last": "old"}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_interruption_after_any_rename_leaves_all_as_they_were(name, folder, monkeypatch):
+    monkeypatch.setattr(Path, "replace", failing_at(name, KeyboardInterrupt(), renamed=True))
+    with pytest.raises(KeyboardInterrupt):
         replace_files(folder, WRITERS)
     assert contents(folder) == {"first": "old", "last": "old"}
 
@@ -55,6 +71,6 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_all_as_they_were(fold
     assert contents(folder) == {"first": "old", "last": "old"}
 
 
-def test_files_are_kept_where_a_disk_knows_no_second_names(folder, monkeypatch):
+def test_files_are_kept_where_a_disk_has_no_hard_links(folder, monkeypatch):
     monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
     test_a_file_that_cannot_be_renamed_leaves_all_as_they_were("last", folder, monkeypatch)

@@ -21,7 +21,6 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.process import (
     LOUD,
-    few_random_numbers,
     no_fused_attention,
     no_logs,
     no_pickles,
@@ -29,6 +28,7 @@ from ptee._common.process import (
     no_warnings,
     own_random_numbers,
 )
+from ptee.analysis.arithmetic import exact_arithmetic
 from ptee.backbones.library import building
 from ptee.backbones.load import load_backbone
 
@@ -38,11 +38,12 @@ CHANGES = {
     "stdout": no_stdout,
     "pickles": no_pickles,
     "attention": no_fused_attention,
+    "arithmetic": exact_arithmetic,
 }
 
 
 def state() -> dict[str, object]:
-    """Of the process, as far as ptee changes it."""
+    """What ptee changes of the process."""
     return {
         "stdout": sys.stdout,
         "stderr": sys.stderr,
@@ -51,11 +52,12 @@ def state() -> dict[str, object]:
         "showwarning": warnings.showwarning,
         "environment": dict(os.environ),
         "fused attention": torch.backends.mha.get_fastpath_enabled(),
+        "same algorithm": torch.backends.cudnn.deterministic,
     }
 
 
 def at_once(*works: Callable[[], object]) -> list[object]:
-    """What these give, each in a thread of its own, all begun together."""
+    """Run each in a thread of its own, all begun together. Returns what they return."""
     meeting = threading.Barrier(len(works))
 
     def begin(work: Callable[[], object]) -> object:
@@ -89,20 +91,20 @@ def test_threads_that_load_build_and_augment_at_once_leave_the_process_as_it_was
     assert state() == before
 
 
-def test_two_threads_inside_a_library_at_once_leave_the_process_as_it_was():
+def test_threads_inside_a_library_at_once_leave_the_process_as_it_was():
     before, inside = state(), threading.Semaphore(0)
 
     def work() -> None:
         with building("a network", {}, None):
             inside.release()
-            inside.acquire(timeout=0.05)  # the other one may come in now, if anything lets it
+            inside.acquire(timeout=0.05)  # another thread may come in now, if anything lets it
 
     at_once(*[work] * 6)
     assert state() == before
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_undone_when_the_last_who_asked_for_it_is_done(name):
+def test_a_change_is_undone_when_the_last_to_enter_it_has_left(name):
     change, before = CHANGES[name], state()
     with change:
         changed = state()
@@ -124,7 +126,7 @@ def test_changes_may_be_left_in_any_order():
     assert state() == before
 
 
-def test_what_fails_inside_of_a_library_leaves_the_process_as_it_was():
+def test_a_library_that_fails_leaves_the_process_as_it_was():
     before = state()
     with pytest.raises(ptee.PteeError, match="cannot be built"), building("a network", {}, None):
         raise OSError("on purpose")
@@ -132,20 +134,17 @@ def test_what_fails_inside_of_a_library_leaves_the_process_as_it_was():
 
 
 def test_other_threads_go_on_printing_while_a_library_is_quiet(capsys):
-    def silent() -> None:
-        print("of the library")
-
     with no_stdout:
-        silent()
+        print("of the library")
         at_once(lambda: print("of another thread"))
     print("afterwards")
     assert capsys.readouterr().out == "of another thread\nafterwards\n"
 
 
-def test_who_redirects_standard_output_meanwhile_gets_back_what_was_there():
-    before, mine = sys.stdout, StringIO()
+def test_standard_output_that_is_redirected_meanwhile_is_restored():
+    before = sys.stdout
     outer, inner = ExitStack(), ExitStack()
-    outer.enter_context(redirect_stdout(mine))
+    outer.enter_context(redirect_stdout(StringIO()))
     inner.enter_context(no_stdout)
     outer.close()
     inner.close()
@@ -196,8 +195,8 @@ def test_random_numbers_go_on_as_if_none_had_been_drawn():
     before = torch.get_rng_state()
     with own_random_numbers(3):
         torch.rand(2)
-        with few_random_numbers():
+        with own_random_numbers(wait=False):
             torch.rand(2)
-    with few_random_numbers():
+    with own_random_numbers(wait=False):
         torch.rand(2)
     assert torch.equal(torch.get_rng_state(), before)

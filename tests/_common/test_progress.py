@@ -28,11 +28,6 @@ class Log(io.StringIO):
         return done
 
 
-def standard_error(monkeypatch: pytest.MonkeyPatch, file: io.StringIO) -> io.StringIO:
-    monkeypatch.setattr(sys, "stderr", file)
-    return file
-
-
 class Slow:
     """Four items, of which the second one takes until a line is written."""
 
@@ -49,19 +44,13 @@ class Slow:
         yield from (1, 2, 3)
 
 
-def test_a_log_gets_lines_also_while_one_item_takes_long(monkeypatch):
+def test_a_log_gets_lines_even_while_one_item_takes_long(monkeypatch):
     log = Log()
-    standard_error(monkeypatch, log)
+    monkeypatch.setattr(sys, "stderr", log)
     assert list(LogLines(Slow(log), "reading images", seconds=0.05)) == [0, 1, 2, 3]
     lines = log.getvalue().splitlines()
     assert lines[-1].startswith("reading images: 1 of 4 done in ")
     assert lines[-1].endswith(" left")
-
-
-def test_what_is_done_soon_writes_nothing_into_a_log(monkeypatch):
-    log = standard_error(monkeypatch, Log())
-    assert list(with_bar(range(4), "reading images")) == [0, 1, 2, 3]
-    assert log.getvalue() == ""
 
 
 def test_no_line_is_written_after_the_end():
@@ -69,12 +58,6 @@ def test_no_line_is_written_after_the_end():
     for _ in LogLines(range(2), "reading images", seconds=0.01):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
-
-
-def test_a_terminal_shows_a_bar(monkeypatch):
-    terminal = standard_error(monkeypatch, Terminal())
-    assert list(with_bar(range(4), "reading images")) == [0, 1, 2, 3]
-    assert "reading images:   0%" in terminal.getvalue()
 
 
 class Counting:
@@ -88,18 +71,12 @@ class Counting:
         return iter(range(3))
 
 
-@pytest.mark.parametrize("file", [Terminal, Log])
+@pytest.mark.parametrize(("file", "written"), [(Terminal, "reading images: "), (Log, "")], ids=["terminal", "log"])
 @pytest.mark.parametrize("shown", [True, False])
-def test_items_are_begun_once_so_that_a_loader_draws_the_same_order_with_and_without_a_terminal(
-    file, shown, monkeypatch
-):
-    standard_error(monkeypatch, file())
+def test_only_a_terminal_shows_a_bar_and_a_loader_begins_once(file, written, shown, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", file())
     items = Counting()
     assert list(with_bar(items, "reading images", shown)) == [0, 1, 2]
-    assert items.begun == 1
-
-
-def test_nothing_is_shown_where_nothing_is_wanted(monkeypatch):
-    terminal = standard_error(monkeypatch, Terminal())
-    assert list(with_bar(range(4), "reading images", shown=False)) == [0, 1, 2, 3]
-    assert terminal.getvalue() == ""
+    assert items.begun == 1, "or it would draw another order"
+    assert sys.stderr.getvalue().strip("\r").startswith(written if shown else "")
+    assert shown or not sys.stderr.getvalue()

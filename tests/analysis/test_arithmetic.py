@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import BackboneError, PteeError
-from ptee.analysis.arithmetic import comparable, keeps_rows_apart, tolerance
+from ptee.analysis.arithmetic import exact_arithmetic, keeps_rows_apart, tolerance
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SWITCHES = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")]
@@ -43,25 +42,25 @@ def as_before():
             torch._C._set_fp32_precision_setter(*key, before[key])
 
 
-def nothing() -> None:
+def untouched() -> None:
     """Leave the switches as torch sets them."""
 
 
-def all_by_the_new_way() -> None:
+def general_switch() -> None:
     torch.backends.fp32_precision = "tf32"
 
 
-def one_by_the_new_way() -> None:
+def switches_of_operators() -> None:
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
-def by_the_old_way() -> None:
+def old_switches() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def by_both_ways() -> None:
+def old_and_new_switches() -> None:
     torch.backends.cudnn.rnn.fp32_precision = "ieee"  # from here on, to read cudnn.allow_tf32 raises
     torch.set_float32_matmul_precision("medium")
 
@@ -70,26 +69,18 @@ def benchmarking() -> None:
     torch.backends.cudnn.benchmark = True
 
 
-WAYS = [nothing, all_by_the_new_way, one_by_the_new_way, by_the_old_way, by_both_ways, benchmarking]
-each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+SETTINGS = [untouched, general_switch, switches_of_operators, old_switches, old_and_new_switches, benchmarking]
 
 
 @new_switches
-@each_way
-def test_float32_is_exact_inside_whatever_the_switches_were(way: Callable[[], None], as_before: None) -> None:
-    way()
-    with comparable():
-        now = switches()
-    assert {now[key] for key in SWITCHES} == {"ieee"}
-    assert (now["benchmark"], now["deterministic"]) == (False, True)
-
-
-@new_switches
-@each_way
-def test_all_switches_are_restored_even_after_an_error(way: Callable[[], None], as_before: None) -> None:
-    way()
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)
+def test_float32_is_exact_inside_and_all_switches_are_restored_even_after_an_error(
+    setting: Callable[[], None], as_before: None
+) -> None:
+    setting()
     before = switches()
-    with pytest.raises(ZeroDivisionError), comparable(), comparable():
+    with pytest.raises(ZeroDivisionError), exact_arithmetic, exact_arithmetic:
+        assert switches() == dict.fromkeys(SWITCHES, "ieee") | {"benchmark": False, "deterministic": True}
         raise ZeroDivisionError
     assert switches() == before
 
@@ -103,29 +94,9 @@ def test_switches_that_followed_the_general_one_follow_it_again(as_before: None)
         return {key for key in SWITCHES if now[key] == precision}
 
     before = followers("ieee")
-    with comparable():
+    with exact_arithmetic:
         pass
     assert followers("ieee") == before
-
-
-@new_switches
-def test_with_several_threads_the_last_restores_the_switches(as_before: None) -> None:
-    torch.backends.cudnn.benchmark = True
-    before, inside, leave = switches(), threading.Event(), threading.Event()
-
-    def other() -> None:
-        with comparable():
-            inside.set()
-            leave.wait()
-
-    thread = threading.Thread(target=other)
-    with comparable():
-        thread.start()
-        inside.wait()
-    assert not torch.backends.cudnn.benchmark
-    leave.set()
-    thread.join()
-    assert switches() == before
 
 
 # ---------------------------------------------------------------------------------------------------- how near is equal
@@ -144,7 +115,7 @@ def test_a_device_that_rounds_float32_to_tf32_has_the_tolerance_of_half_precisio
     assert tolerance(torch.float32, GPU) == tolerance(torch.float16, GPU)
     assert tolerance(torch.float32, CPU) < tolerance(torch.float16, CPU)
     assert tolerance(torch.float64, GPU) == tolerance(torch.float64, CPU)
-    with comparable():
+    with exact_arithmetic:
         assert tolerance(torch.float32, GPU) == tolerance(torch.float32, CPU)
 
 
@@ -154,10 +125,10 @@ def test_a_cpu_that_rounds_float32_to_bfloat16_has_the_tolerance_of_bfloat16(as_
     assert tolerance(torch.float32, CPU) == tolerance(torch.bfloat16, CPU)
 
 
-# ---------------------------------------------------------------------------------------------------- noise and mixed rows
+# ---------------------------------------------------------------------------------------------------- rounding and mixed rows
 
 
-class Noisy(nn.Module):
+class Rounding(nn.Module):
     """Like a GPU: its output depends on the number of rows by 1e-3, but not in float64."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,36 +147,36 @@ def net(part: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(*stages, nn.Linear(6, 4)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+each_type = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@each_type
 def test_a_backbone_whose_rounding_depends_on_the_batch_gets_exits(dtype: torch.dtype) -> None:
-    model = ptee.augment(net(Noisy(), dtype), exits=["0", "3"], input_size=(3, 8, 8))
+    model = ptee.augment(net(Rounding(), dtype), exits=["0", "3"], input_size=(3, 8, 8))
     assert [e.name for e in model.exits] == ["0", "3"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each_type
 def test_a_backbone_that_mixes_rows_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(BackboneError, match="its rows influence one another"):
-        ptee.augment(net(nn.Sequential(Noisy(), Mixing()), dtype), exits=["0", "3"], input_size=(3, 8, 8))
+        ptee.augment(net(nn.Sequential(Rounding(), Mixing()), dtype), exits=["0", "3"], input_size=(3, 8, 8))
 
 
-def test_a_front_whose_rounding_depends_on_the_batch_is_accepted() -> None:
-    model = ptee.augment(net(nn.Identity()), exits=["3"], front=net(Noisy()), input_size=(3, 8, 8))
+def test_a_front_may_round_but_not_mix_rows() -> None:
+    model = ptee.augment(net(nn.Identity()), exits=["3"], front=net(Rounding()), input_size=(3, 8, 8))
     assert [e.name for e in model.exits] == ["input", "3"]
-
-
-def test_a_front_that_mixes_rows_is_refused() -> None:
     with pytest.raises(PteeError, match="its rows influence one another"):
         ptee.augment(net(nn.Identity()), exits=["3"], front=net(Mixing()), input_size=(3, 8, 8))
 
 
-@pytest.mark.parametrize(("part", "apart"), [(Noisy(), True), (Mixing(), False)], ids=["rounding", "mixing"])
+@pytest.mark.parametrize(("part", "apart"), [(Rounding(), True), (Mixing(), False)], ids=["rounding", "mixing"])
 def test_float64_tells_rounding_from_mixed_rows(part: nn.Module, apart: bool) -> None:
     images = torch.randn(2, 5)
     assert keeps_rows_apart(part, images, lambda module, x: module(x)) is apart
 
 
 def test_a_network_that_cannot_be_copied_is_compared_in_its_own_precision() -> None:
-    class Alone(Noisy):
+    class Alone(Rounding):
         def __deepcopy__(self, memo: object) -> Alone:
             raise TypeError("there is only one")
 
@@ -219,7 +190,7 @@ def test_a_backbone_that_casts_to_float32_inside_gets_exits() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.float().sigmoid().to(x.dtype)
 
-    model = ptee.augment(net(nn.Sequential(Noisy(), Casting())), exits=["0", "3"], input_size=(3, 8, 8))
+    model = ptee.augment(net(nn.Sequential(Rounding(), Casting())), exits=["0", "3"], input_size=(3, 8, 8))
     assert len(model.exits) == 2
 
 
@@ -230,8 +201,7 @@ def test_values_that_are_not_finite_are_not_taken_for_rounding() -> None:
         ptee.augment(broken, exits=["0"], input_size=(3, 8, 8))
 
 
-def test_verification_restores_the_switches() -> None:
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+def test_verification_computes_with_exact_arithmetic() -> None:
     seen = []
 
     class Watching(nn.Module):
@@ -241,4 +211,3 @@ def test_verification_restores_the_switches() -> None:
 
     ptee.augment(net(Watching()), exits=["0"], input_size=(3, 8, 8))
     assert True in seen
-    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before

@@ -107,39 +107,21 @@ def found(name: str) -> Found:
 
 
 @each_network
-def test_every_block_ends_at_a_cut_point(name):
-    assert found(name).blocks
-    assert set(found(name).blocks) <= set(found(name).survey.cuts)
+def test_blocks_end_at_cut_points_each_with_layers_and_costs_of_its_own(name):
+    f = found(name)
+    assert f.blocks
+    assert set(f.blocks) <= set(f.survey.cuts)
+    for counts in (f.counts.products_until, f.counts.until):
+        assert all(counts[one] < counts[two] for one, two in pairwise(f.blocks))
 
 
 @each_network
-def test_blocks_are_in_order_and_each_has_layers_of_its_own(name):
-    products = [found(name).counts.products_until[block] for block in found(name).blocks]
-    assert all(one < two for one, two in pairwise(products))
-
-
-@each_network
-def test_the_cost_grows_from_block_to_block(name):
-    macs = [found(name).counts.until[block] for block in found(name).blocks]
-    assert all(one < two for one, two in pairwise(macs))
-
-
-@each_network
-def test_no_block_is_in_the_stem(name):
-    stem = NETS[name].stem
-    assert not [b for b in found(name).blocks if any(b == s or b.startswith(f"{s}.") for s in stem)]
-
-
-@each_network
-def test_no_block_is_the_classifier(name):
-    counts = found(name).counts
-    assert counts.products_until[found(name).blocks[-1]] < counts.products_until[""]
-
-
-@each_network
-def test_no_block_ends_inside_a_unit(name):
-    units = found(name).named(*NETS[name].units)
-    assert not [b for b in found(name).blocks if any(b.startswith(f"{unit}.") for unit in units)]
+def test_no_block_is_in_the_stem_inside_a_unit_or_the_classifier(name):
+    f, kind = found(name), NETS[name]
+    assert not set(f.blocks) & set(kind.stem)
+    outer = (*kind.stem, *f.named(*kind.units))
+    assert not [block for block in f.blocks if any(block.startswith(f"{name}.") for name in outer)]
+    assert f.counts.products_until[f.blocks[-1]] < f.counts.products_until[""]
 
 
 @pytest.mark.parametrize("name", [name for name in NETS if name not in PLAIN])
@@ -173,10 +155,7 @@ class Wrapped(nn.Module):
         return self.net(x * 2 - 1)
 
 
-WRAPPED = ["resnet18", "resnet50d", "vit_tiny", "squeezenet1_1"]
-
-
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50d", "vit_tiny", "squeezenet1_1"])
 def test_a_wrapped_network_has_the_same_blocks(name):
     wrapped = find(Wrapped(found(name).module), NETS[name].size)
     assert wrapped.blocks == [f"net.{block}" for block in found(name).blocks]
@@ -211,9 +190,8 @@ def test_a_stem_of_several_layers_is_no_block_even_if_all_blocks_have_different_
 
 
 def test_an_activation_after_a_block_is_not_the_end_of_the_block():
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 1), Residual(), nn.ReLU(), Residual(), nn.ReLU(), nn.Conv2d(8, 5, 8), nn.Flatten()
-    )
+    blocks = (Residual(), nn.ReLU(), Residual(), nn.ReLU())
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.Conv2d(8, 5, 8), nn.Flatten())
     assert find(net, (3, 8, 8)).blocks == ["1", "3"]
 
 

@@ -10,7 +10,7 @@ from tiny import Tiny, as_it_was
 from ptee.analysis.freezing import freeze
 
 
-def test_freezing_switches_gradients_and_train_mode_off_and_restoring_switches_them_on():
+def test_a_frozen_module_has_no_gradients_and_is_restored_as_it_was():
     module = Tiny().train()
     module.bn.eval()
     before = as_it_was(module)

@@ -6,11 +6,13 @@ import copy
 import functools
 import io
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ptee
@@ -51,7 +53,6 @@ class Cells(nn.Module):
         super().__init__()
         self.entry, self.classifier = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
         self.cells = nn.ModuleList(Cell() for _ in range(5))
-        self.runs = 0
 
     def forward(self, x: Tensor) -> Tensor:
         rows, mask = len(x), x.new_ones(len(x), 1, 1, 1)
@@ -63,28 +64,27 @@ class Cells(nn.Module):
 
 @pytest.fixture
 def net() -> Cells:
-    torch.manual_seed(0)
-    return Cells().eval()
-
-
-def early(net: nn.Module, exits: list[str]) -> ptee.EarlyExitModel:
-    return build(load_backbone(net, input_size=SIZE), exits=exits, placed=True)
+    return Cells()
 
 
 EXITS = ["cells.0", "cells.1", "cells.3"]
 
 
-def thresholds(model: ptee.EarlyExitModel, x: Tensor) -> list[float]:
-    """Thresholds at which some rows leave at each exit and some stay."""
-    h = model.all_exits(x).confidence[:-1]
-    return [row.sort().values[len(x) * 3 // 4].item() for row in h]
+def early(net: nn.Module, exits: list[str] = EXITS) -> ptee.EarlyExitModel:
+    return build(load_backbone(net.eval(), input_size=SIZE), exits=exits, placed=True)
+
+
+def leaving(model: ptee.EarlyExitModel) -> tuple[ptee.EarlyExitModel, Tensor]:
+    """The model and images of which some leave at each exit and some stay."""
+    x = torch.randn(16, *SIZE)
+    model.threshold = [h.sort().values[12].item() for h in model.all_exits(x).confidence[:-1]]
+    assert set(model.predict(x).exit_index.tolist()) == {0, 1, 2, 3}
+    return model, x
 
 
 def test_every_row_gets_the_answer_that_it_gets_alone(net):
-    model, x = early(net, EXITS), torch.randn(16, *SIZE)
-    model.threshold = thresholds(model, x)
+    model, x = leaving(early(net))
     together = model.predict(x)
-    assert set(together.exit_index.tolist()) == {0, 1, 2, 3}
     for i in range(len(x)):
         alone = model.predict(x[i : i + 1])
         assert alone.exit_index.item() == together.exit_index[i].item()
@@ -92,7 +92,7 @@ def test_every_row_gets_the_answer_that_it_gets_alone(net):
 
 
 def test_a_confidence_of_all_answers_so_far_follows_the_rows_through_passes_that_start_again(net):
-    model, x = early(net, EXITS), torch.randn(40, *SIZE)
+    model, x = early(net), torch.randn(40, *SIZE)
     with torch.no_grad():
         for head, logits in zip(model.heads, model.all_exits(x).logits, strict=False):
             head.logits.bias -= logits.mean(0)  # so that answers differ
@@ -107,14 +107,13 @@ def test_a_confidence_of_all_answers_so_far_follows_the_rows_through_passes_that
 def test_if_no_row_leaves_the_logits_are_the_backbones(net):
     x = torch.randn(4, *SIZE)
     expected = net(x).detach()
-    model = early(net, EXITS)
+    model = early(net)
     model.threshold = 2.0
     assert torch.equal(model(x), expected)
 
 
 def test_no_convolution_runs_twice_for_a_row(net):
-    model, x = early(net, EXITS), torch.randn(16, *SIZE)
-    model.threshold = thresholds(model, x)
+    model, x = leaving(early(net))
     rows: dict[str, list[int]] = {}
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -131,19 +130,16 @@ def test_no_convolution_runs_twice_for_a_row(net):
 
 def test_detaching_leaves_no_trace(net):
     before = {name: set(vars(module)) for name, module in net.named_modules()}
-    one, two = early(net, EXITS), early(net, ["cells.2"])
+    one, two = early(net, ["cells.2"]), early(net)
     assert any(isinstance(vars(m).get("forward"), CachedModule) for m in net.modules())
     one.detach()
-    x = torch.randn(4, *SIZE)
-    two.threshold = thresholds(two, x)
-    two.predict(x)
+    leaving(two)
     two.detach()
     assert {name: set(vars(module)) for name, module in net.named_modules()} == before
 
 
 def test_copies_and_pickles_return_the_same_logits(net):
-    model, x = early(net, EXITS), torch.randn(8, *SIZE)
-    model.threshold = thresholds(model, x)
+    model, x = leaving(early(net))
     expected = model.predict(x)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -152,46 +148,27 @@ def test_copies_and_pickles_return_the_same_logits(net):
         got = other.predict(x)
         assert torch.equal(got.logits, expected.logits)
         assert torch.equal(got.exit_index, expected.exit_index)
-        assert all(
-            vars(m)["forward"].module is m
-            for m in other.backbone.modules()
-            if isinstance(vars(m).get("forward"), CachedModule)
-        )
+        cached = [m for m in other.backbone.modules() if isinstance(vars(m).get("forward"), CachedModule)]
+        assert all(vars(m)["forward"].module is m for m in cached)
 
 
 def test_two_threads_may_call_one_model_at_once(net):
-    model = early(net, EXITS)
-    batches = [torch.randn(8, *SIZE) for _ in range(2)]
-    model.threshold = thresholds(model, torch.cat(batches))
-    expected = [model.predict(x).logits for x in batches]
-    wrong: list[Any] = []
-
-    def work(i: int) -> None:
-        for _ in range(20):
-            got = model.predict(batches[i]).logits
-            if not torch.equal(got, expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    model, x = leaving(early(net))
+    expected = [model.predict(part).logits for part in x.split(8)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: model.predict(x.split(8)[i % 2]).logits, range(40)))
+    assert all(torch.equal(logits, expected[i % 2]) for i, logits in enumerate(found))
 
 
 def test_another_forward_on_a_module_still_runs_and_is_restored(net):
-    own = net.cells[0].forward
-    calls = []
+    own, calls = net.cells[0].forward, []
 
     def theirs(*args: Any) -> Any:
         calls.append(1)
         return own(*args)
 
     net.cells[0].forward = theirs
-    model, x = early(net, EXITS), torch.randn(8, *SIZE)
-    calls.clear()
-    model.threshold = thresholds(model, x)
+    model, x = leaving(early(net))
     calls.clear()
     model.predict(x)
     assert calls == [1]
@@ -199,8 +176,7 @@ def test_another_forward_on_a_module_still_runs_and_is_restored(net):
 
 
 def test_a_users_hook_sees_the_modules_output_and_no_zeros(net):
-    model, x = early(net, EXITS), torch.randn(16, *SIZE)
-    model.threshold = thresholds(model, x)
+    model, x = leaving(early(net))
     seen: list[float] = []
     net.entry.register_forward_hook(lambda _m, _i, out: seen.append(out.abs().min(0).values.max().item()))
     model.predict(x)
@@ -231,12 +207,8 @@ class Shared(Cells):
 
 
 def test_a_module_that_is_called_inside_and_outside_of_others_is_replayed_in_the_right_place():
-    torch.manual_seed(0)
-    model, x = early(Shared().eval(), EXITS), torch.randn(16, *SIZE)
-    expected = model.all_exits(x).logits
-    model.threshold = thresholds(model, x)
-    got = model.predict(x)
-    assert len(set(got.exit_index.tolist())) == 4
+    model, x = leaving(early(Shared()))
+    expected, got = model.all_exits(x).logits, model.predict(x)
     assert torch.allclose(got.logits, expected[got.exit_index, range(16)], atol=1e-5)
 
 
@@ -256,11 +228,11 @@ def all_patterns(model: ptee.EarlyExitModel, x: Tensor) -> float:
 
 
 def test_wherever_rows_leave_the_others_get_their_own_logits(net):
-    assert all_patterns(early(net, EXITS), torch.randn(12, *SIZE)) < 1e-5
+    assert all_patterns(early(net), torch.randn(12, *SIZE)) < 1e-5
 
 
 def test_two_models_on_one_backbone_start_again_at_their_own_cut_points(net):
-    one, two = early(net, EXITS), early(net, ["cells.0", "cells.2"])
+    one, two = early(net), early(net, ["cells.0", "cells.2"])
     x = torch.randn(12, *SIZE)
     assert max(all_patterns(one, x), all_patterns(two, x), all_patterns(one, x)) < 1e-5
 
@@ -298,7 +270,7 @@ class Either(Cells):
 
 
 def test_another_way_through_the_backbone_is_noticed():
-    model = early(Either().eval(), EXITS)
+    model = early(Either())
     with pytest.raises(PteeError, match=r"entry ran 0 times.*another way"):
         leave(model, torch.randn(4, 3, 32, 32))
 
@@ -311,7 +283,7 @@ class Chunks(Cells):
 
 
 def test_a_backbone_that_splits_its_batch_is_noticed():
-    model = early(Chunks().eval(), EXITS)
+    model = early(Chunks())
     leave(model, torch.randn(8, *SIZE))
     with pytest.raises(PteeError, match=r"smaller batches|another way"):
         leave(model, torch.randn(12, *SIZE))
@@ -354,13 +326,9 @@ class Turned(nn.Module):
 
 
 def test_tensors_that_are_the_same_for_every_row_get_fewer_rows_too():
-    torch.manual_seed(0)
-    model, x = early(Turned().eval(), ["patches", "blocks.0", "blocks.2"]), torch.randn(16, *SIZE)
+    model, x = leaving(early(Turned(), ["patches", "blocks.0", "blocks.2"]))
     assert [cut.steps[0].repeated for cut in model.plan.cuts] == [(1,)] * 3
-    model.threshold = thresholds(model, x)
-    together = model(x)
-    assert set(model.predict(x).exit_index.tolist()) == {0, 1, 2, 3}
-    assert torch.allclose(together, torch.cat([model(image[None]) for image in x]), atol=1e-5)
+    assert torch.allclose(model(x), torch.cat([model(image[None]) for image in x]), atol=1e-5)
 
 
 class Outside(Cells):
@@ -379,7 +347,7 @@ class Outside(Cells):
 
 def test_an_exit_is_refused_if_much_work_would_be_done_twice():
     with pytest.raises(PteeError, match=r"of its work lies outside of modules and would be done twice"):
-        early(Outside().eval(), ["cells.1"])
+        early(Outside(), ["cells.1"])
 
 
 # ---------------------------------------------------------------------------------------------------- the cache alone
@@ -400,48 +368,59 @@ def test_a_tensor_that_does_not_carry_the_rows_is_refused():
         take(torch.zeros(5, 2), torch.tensor([0]), 3)
 
 
-@pytest.mark.parametrize("needed", [True, False])
-def test_only_the_shape_of_an_output_that_is_not_read_again_is_kept(needed):
-    module = nn.Identity()
-    make_cached([module])
-    rows = ActiveRows(2)
-    cache = ReplayCache({module: Step("m", (0,), needed, False)}, rows)
-    seen: list[Tensor] = []
+def seen_in_two_passes(step: Step, staying: int, add: float = 0.0) -> list[Tensor]:
+    """What a cached module returns in a pass over rows 1 and 2, and in the next pass, in which one row stays."""
+    module, rows, seen = nn.Identity(), ActiveRows(2), []
 
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(module(x))
+            seen.append(module(x.clone()).add_(add))
             if len(seen) == 1:
-                rows.keep(torch.tensor([1]))
+                rows.keep(torch.tensor([staying]))
                 raise RestartForward
             return seen[-1]
 
-    x = torch.tensor([[1.0], [2.0]])
-    run(Net(), x, cache)
-    assert seen[1].tolist() == ([[2.0]] if needed else [[0.0]])
+    make_cached([module])
+    run(Net(), torch.tensor([[1.0], [2.0]]), ReplayCache({module: step}, rows))
     undo_cached([module])
     assert "forward" not in vars(module)
+    return [z.tolist() for z in seen]
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_only_the_shape_of_an_output_that_is_not_read_again_is_kept(needed):
+    assert seen_in_two_passes(Step("m", (0,), needed, False), 1)[1] == ([[2.0]] if needed else [[0.0]])
 
 
 def test_an_output_that_is_overwritten_later_is_kept_as_it_was():
-    module = nn.Identity()
-    make_cached([module])
-    rows = ActiveRows(2)
-    cache = ReplayCache({module: Step("m", (0,), True, True)}, rows)
-    seen: list[Tensor] = []
-
-    class Net(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(module(x.clone()).add_(1))
-            if len(seen) == 1:
-                rows.keep(torch.tensor([0]))
-                raise RestartForward
-            return seen[-1]
-
-    assert run(Net(), torch.tensor([[1.0], [2.0]]), cache).tolist() == [[2.0]]
+    assert seen_in_two_passes(Step("m", (0,), True, True), 0, add=1) == [[[2.0], [3.0]], [[2.0]]]
 
 
 def test_the_plan_says_at_which_exits_a_pass_starts_again(net):
-    plan = early(net, EXITS).plan
+    plan = early(net).plan
     assert "When rows leave at exit 0, 1, 2, the forward pass starts again" in str(plan)
     assert [row["restarts"] for row in plan.to_dict()["exits"]] == [True] * 3
+
+
+# ---------------------------------------------------------------------------------------------------- the rows that are left
+
+
+def test_at_the_start_all_rows_are_left_and_nothing_is_copied():
+    rows, x = ActiveRows(3), torch.randn(3, 2)
+    assert (rows.count, rows.moment, rows.since()) == (3, 0, None)
+    assert rows.select(x) is x
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 2**12), max_size=4))
+def test_the_rows_that_are_left_are_taken_from_a_tensor_of_any_earlier_moment(batch, departures):
+    rows, left = ActiveRows(batch), torch.arange(batch)
+    moments = [(rows.moment, left)]
+    for bits in departures:
+        staying = torch.tensor([i for i in range(len(left)) if bits >> i & 1], dtype=torch.long)
+        rows.keep(staying)
+        left = left[staying]
+        moments.append((rows.moment, left))
+    assert rows.count == len(left)
+    for moment, then in moments:
+        assert rows.select(then, moment).tolist() == left.tolist()
+        assert rows.since(moment) is None or then[rows.since(moment)].tolist() == left.tolist()
