@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from device import seeded
 from torch import Tensor, nn
 
 import ptee
@@ -50,7 +51,7 @@ def made(head: str = "pool") -> ptee.EarlyExitModel:
 
 def labelled(n: int) -> tuple[Tensor, Tensor]:
     """Images for it, always the same, and labels."""
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     return torch.randn(n, *SIZE, generator=generator), torch.randint(K, (n,), generator=generator)
 
 

@@ -136,7 +136,7 @@ def _content_hash(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> st
     digest = hashlib.sha256(json.dumps([about["training"], about["history"]]).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -133,14 +133,16 @@ class EpochSums:
 
     def tensor(self) -> Tensor:
         """All sums in one vector, to be added up over processes; on the CPU, as MPS has no float64."""
-        head = torch.tensor([self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64)
+        head = torch.tensor(
+            [self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64, device="cpu"
+        )
         return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
 
     @staticmethod
     def means(sums: Tensor) -> EpochMeans:
         """The means, of the vector that `tensor` gives."""
         samples, unlabelled, loss, *counts = sums.tolist()
-        right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
+        right, faithful, leaving = torch.tensor(counts, device="cpu").view(3, -1).div(samples).tolist()
         return EpochMeans(loss / samples, None if unlabelled else right, faithful, leaving)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -71,7 +72,7 @@ class Pair(nn.Module):
 
 def moved(model: EarlyExitModel) -> EarlyExitModel:
     """The model with its heads moved off their initial values, so that confidences differ between rows."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     with torch.no_grad():
         for p in model.heads.parameters():
             p += torch.randn(p.shape, generator=generator).to(p)
@@ -84,7 +85,7 @@ def make(net: nn.Module | None = None, exits: tuple[str, ...] = ("stem", "body",
 
 def images(rows: int = b) -> Tensor:
     """Rows of growing contrast, so that they differ after pooling."""
-    noise = torch.randn(rows, *SIZE, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(rows, *SIZE, generator=seeded(2))
     return noise * torch.linspace(0.3, 3, rows)[:, None, None, None]
 
 

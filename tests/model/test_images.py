@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import seeded
 from small import SIZE, K, labelled, made
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -40,7 +41,7 @@ FROM_DATA: dict[str, Callable[[Any, Tensor], Any]] = {
     "compare": lambda model, x: ptee.compare({"mine": model}, data_of(x), data_of(x)),
 }
 ANYWHERE = FROM_TENSORS | FROM_DATA
-x = torch.rand(8, *SIZE, generator=torch.Generator().manual_seed(0))
+x = torch.rand(8, *SIZE, generator=seeded(0))
 REFUSED = {
     "bytes": ((255 * x).byte(), r"These images are uint8, .*Give \(x\.float\(\) / 255 - mean\) / std"),
     "whole numbers": ((255 * x).long(), r"These images are int64, .*Give \(x\.float\(\) - mean\) / std"),

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from device import seeded
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def refused(folder: Path | str, net: nn.Module | None, kind: type[Exception] = R
 
 
 def answers(model: EarlyExitModel) -> tuple[Tensor, ...]:
-    x = torch.randn(6, *SIZE, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(6, *SIZE, generator=seeded(1))
     with torch.no_grad():
         return (*model.predict(x), *model.all_exits(x))
 
