@@ -11,6 +11,7 @@ from device import seeded
 from torch import Tensor, nn
 
 import ptee
+from ptee._common.process import own_random_numbers
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
 from ptee.model.forward import AllExits, ExitOutput
@@ -27,8 +28,7 @@ def once(make: Callable[..., ptee.EarlyExitModel]) -> Callable[..., ptee.EarlyEx
 
     @functools.cache
     def original(*args: object, **wish: object) -> ptee.EarlyExitModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_random_numbers(0):
             return make(*args, **wish)
 
     @functools.wraps(make)

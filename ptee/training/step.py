@@ -127,7 +127,7 @@ class EpochSums:
 
     def postfix(self) -> dict[str, str]:
         """For the progress bar: the loss, and fidelity and accuracy of each exit in per cent."""
-        right, faithful, _ = (torch.as_tensor(self.counts) / self.samples).tolist()
+        right, faithful, _ = (torch.as_tensor(self.counts, device="cpu") / self.samples).tolist()
         shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fidelity": _percent(faithful)}
         return shown | ({"accuracy": _percent(right)} if self.labelled else {})
 
@@ -136,7 +136,7 @@ class EpochSums:
         head = torch.tensor(
             [self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64, device="cpu"
         )
-        return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
+        return torch.cat([head, torch.as_tensor(self.counts, device="cpu").double().flatten()])
 
     @staticmethod
     def means(sums: Tensor) -> EpochMeans:

@@ -164,7 +164,7 @@ def test_in_half_precision_with_1000_classes_rows_differ_in_h_and_leave_as_trace
     if name != "patience":  # which has one value at the first exit
         assert len(every.confidence[0].unique()) > N / 2
     limits = splitting(every.confidence[:-1])
-    assert torch.equal(record(model, list(x)).leaving(limits), model.predict(x, limits).exit_index)
+    assert torch.equal(record(model, list(x)).leaving(limits), model.predict(x, limits).exit_index.cpu())
 
 
 # ---------------------------------------------------------------------------------------------------- set and saved

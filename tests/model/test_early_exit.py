@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from device import seeded
+from device import here, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -271,7 +271,7 @@ FORMS = {
     "a float64 tensor": torch.tensor([ALWAYS, NEVER, NEVER], dtype=torch.float64),
     "a tensor of whole numbers": torch.tensor([0, 2, 2]),
     "a tensor that wants gradients": torch.tensor([ALWAYS, NEVER, NEVER], requires_grad=True),
-    "a NumPy array": torch.tensor([ALWAYS, NEVER, NEVER]).numpy(),
+    "a NumPy array": torch.tensor([ALWAYS, NEVER, NEVER], device="cpu").numpy(),
     "one row for all": torch.tensor([[ALWAYS, NEVER, NEVER]]),
 }
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -864,7 +864,7 @@ def test_a_backbone_in_half_precision_gets_heads_in_half_precision():
 
 def test_the_model_works_under_autocast_with_confidences_in_float32():
     model, x = shared("conv1"), images()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast(here().type, torch.bfloat16), torch.no_grad():
         assert torch.equal(model.predict(x, NEVER).logits, model.backbone(x))
         out = model.predict(x, sending([0, 1, 2, 3, 2, 1]))
     assert out.exit_index.tolist() == [0, 1, 2, 3, 2, 1]
@@ -886,7 +886,7 @@ def test_the_type_of_an_answer_does_not_depend_on_who_leaves(around, first):
     if around != "autocast":
         model, x = model.bfloat16(), x.bfloat16()
     want = torch.bfloat16 if around == "both alike" else torch.float32
-    with torch.autocast("cpu", torch.bfloat16, enabled=around == "autocast"), torch.no_grad():
+    with torch.autocast(here().type, torch.bfloat16, enabled=around == "autocast"), torch.no_grad():
         for threshold in (first, ALWAYS, NEVER, sending([0, 1, 2, 3, 2, 1]), sending([0, 1, 2, 0, 2, 1])):
             assert model.predict(x, threshold).logits.dtype == want
         assert model.predict(x[:0]).logits.dtype == model.all_exits(x[:0]).logits.dtype == want
