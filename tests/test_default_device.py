@@ -63,7 +63,7 @@ def evaluated(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> 
 
 
 def compared(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
-    return ptee.compare({"mine": model}, data, data).to_dict()
+    return ptee.compare({"mine": model}, data, data, drops=[0.1], device=HOW["device"]).to_dict()
 
 
 def saved(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:

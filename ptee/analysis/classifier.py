@@ -111,7 +111,9 @@ def count_classes(
     Raises:
         BackboneError: if the pass fails, or its output is not (b, K) with a row for each image and K >= 2.
     """
-    like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0))
+    like = next(
+        (t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0, device="cpu")
+    )
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
     before = modes(module)
     try:

@@ -272,7 +272,7 @@ def _ask(module: torch.nn.Module, images: Any, device: str | torch.device | None
         like = next(module.parameters())
         for x, y in batches(images, batch_size=BATCH, shuffle=False):
             answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
-            labels.append(y)
+            labels.append(y.cpu())
     finally:
         module.to(home)
         for each, training in modes.items():

@@ -275,7 +275,10 @@ def _logits(network: Backbone, model: EarlyExitModel, images: _Images, pair: Pai
 @contextmanager
 def _running(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
     """A network in eval mode on a device, and one of its tensors. Mode and device are restored."""
-    like, before = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(())), modes(module)
+    like, before = (
+        next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu")),
+        modes(module),
+    )
     home = like.device
     try:
         module.to(device).eval()
@@ -285,7 +288,7 @@ def _running(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
 
 
 def _macs(network: Backbone) -> int:
-    like = next((p for p in network.module.parameters() if p.is_floating_point()), torch.zeros(()))
+    like = next((p for p in network.module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
     return count(network.module, like.new_zeros(1, *network.input.input_size)).total
 
 

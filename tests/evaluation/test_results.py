@@ -214,7 +214,7 @@ def test_measured_speed_is_positive():
     results = evaluate(made(), TensorDataset(*labelled()), batch_size=7)
     assert all(row.images_per_s > 0 and row.speedup > 0 for row in results.rows)
     assert results.rows[0].speedup == 1
-    assert (results.device, results.batch_size) == ("cpu", 7)
+    assert (results.device, results.batch_size) == (here().type, 7)
 
 
 @pytest.mark.parametrize(("seconds", "count"), [(0.001, 128), (0.1, 128), (8 * 8 / 4 / 64, 64), (100.0, 16)])

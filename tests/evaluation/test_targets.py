@@ -321,7 +321,7 @@ def test_where_every_exit_costs_more_than_the_backbone_all_are_off_for_a_cost_of
 
 def test_a_cost_that_cannot_be_reached_is_refused_with_what_can():
     traces = easy_and_hard(0, 3, 50)
-    assert traces.costs[0] == pytest.approx(0.18)
+    assert traces.costs[0].item() == pytest.approx(0.18)
     with pytest.raises(PteeError, match=r"max_cost=0.1 cannot be reached.*0\.1800 of.*Give max_cost=0.18 or more"):
         solve(traces, max_cost=0.1)
     with pytest.raises(PteeError, match=r"max_cost=0.3 less margin=0.2 cannot be reached.*Give max_cost=0.38 or more"):
