@@ -115,12 +115,13 @@ class FrontHead(ExitHead):
         with torch.device("cpu"):  # as other heads
             super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
             self.confidence = nn.Linear(num_classes + 1, 1)
+            self._prepare = Prepare(images, network.input)
         self.logits = nn.Identity()  # the network's own
         if (like := next(module.parameters(), None)) is not None:
             self.confidence.to(like.device, like.dtype)
+            self._prepare.to(like.device, like.dtype)
         self.network, self.origin = module, network
         self._hold = hold
-        self._prepare = Prepare(images, network.input)
 
     def requires_grad_(self, requires_grad: bool = True) -> FrontHead:
         """Gradients, but not for the network."""

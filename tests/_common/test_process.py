@@ -163,11 +163,11 @@ def test_a_program_without_standard_output_can_build_networks(monkeypatch):
 
 
 def test_threads_that_train_at_once_learn_what_each_learns_alone():
-    data = TensorDataset(*labelled(16))
+    data, device = TensorDataset(*labelled(16)), here()
 
     def trained(seed: int) -> list[torch.Tensor]:
         model = made("conv1")
-        ptee.train(model, data, epochs=2, batch_size=4, seed=seed, shift=1, precision="no", device=here())
+        ptee.train(model, data, epochs=2, batch_size=4, seed=seed, shift=1, precision="no", device=device)
         return list(model.heads.state_dict().values())
 
     alone = [trained(seed) for seed in (1, 2, 3)]

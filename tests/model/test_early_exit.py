@@ -245,7 +245,7 @@ def real_pictures(file: Path, count: int) -> tuple[Tensor, Tensor]:
         members = members[:: len(members) // count][:count]
         read = [Image.open(tar.extractfile(m)).convert("RGB") for m in members]
     x = torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2) / 255
-    return x, torch.tensor([classes.index(m.name.split("/")[-2]) for m in members])
+    return x.to(here()), torch.tensor([classes.index(m.name.split("/")[-2]) for m in members])
 
 
 def test_real_images_get_the_trained_networks_answers_when_nobody_leaves(weights, real_data):

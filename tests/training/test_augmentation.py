@@ -39,7 +39,7 @@ def test_view_zero_is_the_image_and_view_one_its_mirror_image():
 
 
 def test_images_of_numpy_have_views_too():
-    image = images()[0]
+    image = images()[0].cpu()
     for number in range(4):
         assert torch.equal(make_view(image.numpy(), number, generator()), make_view(image, number, generator()))
 

@@ -177,14 +177,14 @@ def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn(
     with torch.no_grad():
         for got, want in zip(kept[[7, 2]].reading.inputs, early().read(rows).inputs, strict=True):
             torch.testing.assert_close(got, want)
-    assert torch.equal(kept[[7, 2]].labels, images(10).tensors[1][[7, 2]])
+    assert torch.equal(kept[[7, 2]].labels, images(10).tensors[1][[7, 2]].cpu())
 
 
 # ---------------------------------------------------------------------------------------------------- its files
 
 
 def filled(folder: Path, data: Any) -> Cache:
-    return fill(early(), data, batch_size=8, around=nullcontext, folder=folder)
+    return fill(early(), data, batch_size=8, around=nullcontext, folder=folder, prepare=early().prepared)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_its_files_have_no_name_so_nothing_is_left_when_the_process_is_killed(tm
     kept = filled(tmp_path, images(20))
     assert list(tmp_path.iterdir()) == []
     assert not kept.estimate.in_memory
-    assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]])
+    assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]].cpu())
     kept.close()
 
 

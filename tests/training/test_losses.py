@@ -149,7 +149,7 @@ def test_a_class_with_target_zero_and_no_probability_adds_nothing(confidence):
 def test_an_answer_far_from_the_target_is_as_dear_as_its_logits_say():
     logits = torch.tensor([1e4, 0.0]).expand(2, 1, 2)  # both exits give class 1 the probability exp(-1e4)
     value = LOSSES["mc"](logits, torch.zeros(1, 1), COSTS[:2], torch.tensor([1]))
-    assert value == pytest.approx(1e4)
+    assert value.item() == pytest.approx(1e4)
 
 
 @each_target
