@@ -77,7 +77,7 @@ def test_threads_that_load_build_and_augment_at_once_leave_the_process_as_it_was
 
     def own() -> object:
         net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
-        return ptee.augment(net, exits=["0"], input_size=SIZE).predict(x)
+        return ptee.augment(net.to(x.device), exits=["0"], input_size=SIZE).predict(x)
 
     def loaded() -> object:
         return ptee.load(tmp_path, made().backbone).predict(x)

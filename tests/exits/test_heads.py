@@ -40,7 +40,7 @@ def registry():
 
 
 def make_head(name: str, layout: Layout, classes: int) -> ExitHead:
-    return build_head(parse_head(name), layout, classes)
+    return build_head(parse_head(name), layout, classes).to(here())
 
 
 def count(module: nn.Module) -> int:
