@@ -55,7 +55,7 @@ def pictures(folder: Path, classes: list[str], count: int) -> Path:
     for name in classes:
         (folder / name).mkdir(parents=True)
         for n in range(count):
-            pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
+            pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8, device="cpu")
             Image.fromarray(pixels.numpy()).save(folder / name / f"{n}.png")
     return folder
 

@@ -7,10 +7,12 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
+from device import seeded
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 import ptee
+from ptee._common.process import own_random_numbers
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
 from ptee.model.forward import AllExits, ExitOutput
@@ -27,8 +29,7 @@ def once(make: Callable[..., ptee.EarlyExitModel]) -> Callable[..., ptee.EarlyEx
 
     @functools.cache
     def original(*args: object, **wish: object) -> ptee.EarlyExitModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_random_numbers(0):
             return make(*args, **wish)
 
     @functools.wraps(make)
@@ -74,7 +75,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
 
 def labelled(n: int) -> tuple[Tensor, Tensor]:
     """Images for it, always the same, and labels."""
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     return torch.randn(n, *SIZE, generator=generator), torch.randint(K, (n,), generator=generator)
 
 

@@ -119,6 +119,22 @@ def test_the_method_knows_no_file_and_no_arguments(module):
     assert not names & {"open", "Path", "os", "argparse", "click", "json"}
 
 
+# ---------------------------------------------------------------------------------------------------- where tensors lie
+
+MAKERS = {
+    *("tensor", "as_tensor", "zeros", "ones", "full", "empty", "eye", "arange", "linspace"),
+    *("rand", "randn", "randint", "randperm", "normal"),
+}
+
+
+@each_module
+def test_a_tensor_is_made_where_the_module_says_and_not_on_the_default_device(module):
+    made = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+    made = [node for node in made if ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}]
+    left = [ast.unparse(node) for node in made if "device" not in {argument.arg for argument in node.keywords}]
+    assert not left, 'say where: device=x.device, x.new_zeros(...), or device="cpu"'
+
+
 # ---------------------------------------------------------------------------------------------------- what is public
 
 

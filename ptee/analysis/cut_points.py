@@ -148,7 +148,7 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
 
     The images have the device and type of the module's parameters.
     """
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
     noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
     noise = noise * torch.linspace(0.5, 1.5, rows, device="cpu")[:, None, None, None]
     return noise.to(like.device, like.dtype)

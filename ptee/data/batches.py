@@ -15,6 +15,29 @@ from ptee._common.errors import DataError, some
 UNKNOWN_LABEL = -1
 
 
+class CpuLoader(DataLoader[Any]):
+    """A loader that reads images on the CPU, whatever torch's default device is.
+
+    After `torch.set_default_device("cuda")` one of torch's own cannot shuffle, and its processes cannot make a tensor.
+    """
+
+    def __iter__(self) -> Any:
+        with torch.device("cpu"):
+            found = super().__iter__()  # starts the processes
+        return _on_cpu(found)
+
+
+def _on_cpu(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each made on the CPU; the default device is the user's own again while one is used."""
+    end = object()
+    while True:
+        with torch.device("cpu"):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
 def batches(
     data: Any, *, batch_size: int, shuffle: bool, generator: torch.Generator | None = None, num_workers: int = 0
 ) -> DataLoader[Any]:
@@ -40,7 +63,7 @@ def batches(
         raise DataError(f"Data is empty: this {kind} has length 0.")
     if is_loader(data):
         return data
-    return DataLoader(
+    return CpuLoader(
         data, int(batch_size), shuffle, generator=generator, num_workers=int(num_workers), collate_fn=_collate
     )
 
@@ -86,7 +109,8 @@ def _collate(samples: list[Any]) -> Any:
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images (b, c, h, w) and labels (b,) int64 of a loader's batch. Labels are None if there are none or all are unknown.
+    """Images (b, c, h, w) and labels (b,) int64 of a loader's batch. Labels lie on the CPU, and
+    are None if there are none or all are unknown.
 
     A batch is `(images, labels)`, `(images,)`, images alone, or a mapping with image, images or pixel_values, and label
     or labels.
@@ -112,9 +136,9 @@ def _pick(batch: Any) -> tuple[Any, Any]:
 
 def _class_numbers(labels: Any, b: int) -> Tensor:
     try:
-        numbers = torch.as_tensor(labels)
+        numbers = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        numbers = torch.empty(0)
+        numbers = torch.empty(0, device="cpu")
     if numbers.shape not in ((b,), (b, 1)) or numbers.is_floating_point():
         raise DataError(f"The labels of {b} images should be {b} class numbers, but they are a {_describe(labels)}.")
     return numbers.flatten().long()  # (b, 1) -> (b,)

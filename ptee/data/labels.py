@@ -227,7 +227,7 @@ def _try(module: torch.nn.Module, images: Any, device: str | torch.device | None
         for batch in batches(images, batch_size=BATCH, shuffle=False):
             x, y = split_batch(batch)
             answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
-            labels.append(torch.full((len(x),), UNKNOWN_LABEL) if y is None else y)
+            labels.append(torch.full((len(x),), UNKNOWN_LABEL, device="cpu") if y is None else y)
     finally:
         module.to(home)
         for each, training in modes.items():
@@ -236,7 +236,7 @@ def _try(module: torch.nn.Module, images: Any, device: str | torch.device | None
 
 
 def _share_right(answers: Tensor, labels: Tensor, label_map: Callable[[int], int]) -> float:
-    return (answers == torch.tensor([label_map(label) for label in labels.tolist()])).double().mean().item()
+    return (answers == labels.new_tensor([label_map(label) for label in labels.tolist()])).double().mean().item()
 
 
 def _reason(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: int) -> str:

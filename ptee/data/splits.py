@@ -68,7 +68,7 @@ def draw(n: int, sizes: Sequence[int], seed: int) -> tuple[list[int], ...]:
 
     Each part is sorted, so that pictures are read in the order in which they lie on the disk.
     """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     ends = [*accumulate(sizes, initial=0), n]
     return tuple(sorted(order[start:end]) for start, end in pairwise(ends))
 

@@ -109,7 +109,7 @@ class Traces:
         """(..., E+1) costs if only these exits (..., E) are on. A head that is off still runs for exits that read its answer."""
         if self.head_costs is None:
             return self.costs.expand(*on.shape[:-1], -1)
-        reads_earlier = torch.zeros(self.exits, dtype=torch.bool)
+        reads_earlier = torch.zeros_like(self.costs[1:], dtype=torch.bool)
         if CONFIDENCES[self.confidence_name].needs_answers_of_earlier_exits:
             reads_earlier = ~reads_earlier
         elif self.builds_on_previous is not None:
@@ -119,7 +119,7 @@ class Traces:
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
         """(E+1,) costs if these exits are off."""
-        return self.costs_where(torch.tensor([n not in off for n in range(self.exits)]))
+        return self.costs_where(torch.tensor([n not in off for n in range(self.exits)], device=self.costs.device))
 
     def leaving(self, threshold: Sequence[float] | Tensor) -> Tensor:
         """(n,) the exit at which each image leaves: the first n with h_n >= T_n, or E. `threshold` is (E,)."""
@@ -138,7 +138,7 @@ class Traces:
 
     def at(self, exit_index: int) -> Tensor:
         """(n,) every image leaves at this exit."""
-        return torch.full((self.answers.shape[1],), exit_index)
+        return torch.full_like(self.answers[0], exit_index)
 
     def score_at(self, exit_index: int, off: Sequence[int] = ()) -> Score:
         """The score if every image leaves at one exit, and these exits are off."""
@@ -215,7 +215,7 @@ def repeated(
     kept, seen = _kept_of_each_batch(loader), 0
     for images, _ in map(split_batch, with_bar(loader, words, progress)):
         if now := min(kept, len(images), SAMPLE - seen):
-            require_same_images(traces.sample[seen : seen + now], images[:now].to(traces.sample.dtype))
+            require_same_images(traces.sample[seen : seen + now], images[:now].to(traces.sample))
         seen += now
         yield images
     require_same_images(traces.sample, traces.sample[:seen])  # no fewer than before
@@ -240,16 +240,16 @@ def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, 
     ready = model.prepared(images)
     with torch.inference_mode():
         every = model.all_exits(ready)
-    costs = torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64)  # of all heads, whichever are off now
+    costs = model.plan.switched_off(()).costs  # of all heads, whichever are off now
     return Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
         labels,
-        costs,
-        images[:kept].to(ready.dtype, copy=True),  # a slice alone would keep the whole batch
+        torch.tensor(costs, dtype=torch.float64, device="cpu"),
+        images[:kept].to("cpu", ready.dtype, copy=True),  # a slice alone would keep the whole batch
         logits=compact(every.logits).cpu(),
-        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
-        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits]),
+        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
+        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
         confidence_logits=every.confidence_logits.float().cpu(),
         confidence_name=model.confidence,
         calibrated=model.calibrated,

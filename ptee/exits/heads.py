@@ -78,7 +78,7 @@ class ExitHead(nn.Module):
         self.num_classes = num_classes
         self.logits: nn.Module = nn.Linear(num_features, num_classes)
         self.confidence = nn.Linear(num_features, 1)
-        self.previous_weight = nn.Parameter(torch.zeros(())) if builds_on_previous else None
+        self.previous_weight = nn.Parameter(torch.zeros((), device="cpu")) if builds_on_previous else None
 
     @property
     def builds_on_previous(self) -> bool:

@@ -71,7 +71,7 @@ class Reading(NamedTuple):
 
 def one_parameter(module: nn.Module) -> Tensor:
     """A parameter of a network that tells its device and number type."""
-    return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
 
 
 class AnswerTypes:

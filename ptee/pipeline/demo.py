@@ -170,7 +170,8 @@ def train_demo_network(data: Data, file: Path, log: Log) -> None:
     from safetensors.torch import save_file
 
     with own_random_numbers(SEED):
-        net = load_backbone(MODEL, pretrained=False, **VIEW).module.train()
+        with torch.device("cpu"):
+            net = load_backbone(MODEL, pretrained=False, **VIEW).module.train()
         net.to(memory_format=torch.channels_last)  # faster on CPUs
         every: Any = data.train
         images, labels = (torch.stack(column) for column in zip(*map(_as_tensors, every), strict=True))
@@ -180,7 +181,7 @@ def train_demo_network(data: Data, file: Path, log: Log) -> None:
         for epoch in range(EPOCHS):
             total = 0.0
             for rows in tqdm(
-                torch.randperm(len(images)).split(BATCH),
+                torch.randperm(len(images), device="cpu").split(BATCH),
                 f"network, epoch {epoch + 1}/{EPOCHS}",
                 leave=False,
                 disable=None,
@@ -198,7 +199,7 @@ def train_demo_network(data: Data, file: Path, log: Log) -> None:
 
 
 def _as_tensors(pair: tuple[Tensor, int]) -> tuple[Tensor, Tensor]:
-    return pair[0], torch.as_tensor(pair[1])
+    return pair[0], torch.as_tensor(pair[1], device="cpu")
 
 
 def what_happened(results: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ class AllViews(Dataset[Any]):
 def draw_views(samples: int, views: int, seed: int, epoch: int) -> Tensor:
     """(samples,) the view of each sample in an epoch, 0..views-1."""
     generator = torch.Generator().manual_seed(seed * PRIME + epoch)
-    return torch.randint(views, (samples,), generator=generator)
+    return torch.randint(views, (samples,), generator=generator, device="cpu")
 
 
 def make_view(image: Tensor, number: int, generator: torch.Generator, *, mirror: bool = True) -> Tensor:
@@ -81,7 +81,7 @@ def make_view(image: Tensor, number: int, generator: torch.Generator, *, mirror:
     if number == 1 and mirror:
         return functional.horizontal_flip(image)
     cropped = _random_crop(image, generator)
-    flip = mirror and bool(torch.randint(2, (), generator=generator))
+    flip = mirror and bool(torch.randint(2, (), generator=generator, device="cpu"))
     return functional.horizontal_flip(cropped) if flip else cropped
 
 
@@ -91,7 +91,7 @@ def _random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
     height, width = image.shape[-2:]
     down, right = (min(max(1, side // PADDED_PART), side - 1) for side in (height, width))
     padded = functional.pad(image, [right, down, right, down], padding_mode="reflect")
-    top, left = (int(torch.randint(2 * limit + 1, (), generator=generator)) for limit in (down, right))
+    top, left = (int(torch.randint(2 * limit + 1, (), generator=generator, device="cpu")) for limit in (down, right))
     return functional.crop(padded, top, left, height, width)
 
 
@@ -107,7 +107,7 @@ def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
 
 def draw_shifts(b: int, max_shift: int) -> Tensor:
     """(b, 2) pixels of the input, down and to the right; each number from -max_shift to max_shift is equally likely."""
-    return torch.randint(-max_shift, max_shift + 1, (b, 2))
+    return torch.randint(-max_shift, max_shift + 1, (b, 2), device="cpu")
 
 
 def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor:
@@ -118,7 +118,7 @@ def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor
     if x.dim() != 4:
         return x
     h, w = x.shape[2:]
-    strides = torch.tensor([input_size[0] / h, input_size[1] / w])
+    strides = torch.tensor([input_size[0] / h, input_size[1] / w], device=pixels.device)
     positions = (pixels / strides).round().long()
     if not positions.any():
         return x

@@ -75,7 +75,7 @@ def write(path: Path, reached: Checkpoint, training: Mapping[str, Any]) -> None:
     groups: dict[str, Mapping[str, Any]] = {"heads": reached.heads, "best": reached.best_heads}
     groups |= {f"optimizer.{i}": state for i, state in reached.optimizer.items()}
     tensors = storable(
-        {f"{group}.{k}": torch.as_tensor(v) for group, state in groups.items() for k, v in state.items()}
+        {f"{group}.{k}": torch.as_tensor(v, device="cpu") for group, state in groups.items() for k, v in state.items()}
     )
     history = {"epochs": [asdict(epoch) for epoch in reached.epochs]}
     about = {"training": json.dumps(training), "history": json.dumps(history)}
@@ -122,5 +122,5 @@ def _content_hash(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> st
     digest = hashlib.sha256(json.dumps([about["training"], about["history"]]).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

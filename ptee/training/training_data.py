@@ -167,12 +167,12 @@ def _of_head(head: Any) -> Any:
 
 def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
     """Hash of a few samples of a data set; None if it gives other images each time, which `must_repeat` refuses."""
-    some = Subset(data, torch.linspace(0, len(data) - 1, min(SAMPLES, len(data))).long().tolist())
+    some = Subset(data, torch.linspace(0, len(data) - 1, min(SAMPLES, len(data)), device="cpu").long().tolist())
     first, second = _read(some), _read(some)
     if len(first) == len(second) and all(map(torch.equal, first, second)):
         digest = hashlib.sha256()
         for tensor in first:
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
     if must_repeat:
         text = "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "

@@ -24,14 +24,16 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.devices import resolve_device
+from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import tolerance
+from ptee.analysis.verify import verify_cut_points
 from ptee.evaluation.traces import record
 from ptee.model.early_exit import EarlyExitModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from zoo import failure
 
-CLASSES, ROWS, NOBODY, EVERYBODY = 10, 6, 2.0, 0.0
+CLASSES, ROWS, NOBODY, EVERYBODY = 10, 6, 2.0, 0.0  # the last two are thresholds
 FAMILIES: dict[str, int] = {  # and the side of their images
     "timm/test_resnet": 64, "timm/test_convnext": 64, "timm/test_efficientnet": 64, "timm/test_vit": 160, "timm/resnet18": 64,
     "torchvision/mobilenet_v3_small": 64, "torchvision/densenet121": 64, "torchvision/swin_t": 64,
@@ -50,18 +52,9 @@ def network(family: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     return make(name, num_classes=CLASSES).eval().to(device, dtype)
 
 
-def noise(family: str, like: EarlyExitModel) -> Tensor:
-    """Random images, the same each time."""
-    parameter = next(like.backbone.parameters())
-    images = torch.randn(ROWS, 3, FAMILIES[family], FAMILIES[family], generator=torch.Generator().manual_seed(1))
-    return images.to(parameter.device, parameter.dtype)
-
-
-def labelled(family: str, rows: int = 32) -> TensorDataset:
-    """Images on the CPU, as a data set gives them, and labels."""
-    generator = torch.Generator().manual_seed(2)
-    images = torch.randn(rows, 3, FAMILIES[family], FAMILIES[family], generator=generator)
-    return TensorDataset(images, torch.randint(CLASSES, (rows,), generator=generator))
+def noise(*size: int, rows: int = ROWS) -> Tensor:
+    """Random images, the same each time, on the CPU."""
+    return torch.randn(rows, *size, generator=torch.Generator().manual_seed(1), device="cpu")
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -80,27 +73,35 @@ def require_near(got: Tensor, expected: Tensor, what: str) -> None:
 # ---------------------------------------------------------------------------------------------------- the promises
 
 
-def above_one_all_get_the_backbones_answers(model: EarlyExitModel, x: Tensor, _: str) -> None:
+def its_cuts_are_proven(model: EarlyExitModel, x: Tensor) -> None:
+    """With rows leaving at each of them, the others get the right logits."""
+    failed = verify_cut_points(copy.deepcopy(model).detach(), model.plan.cuts, model.plan.input_size)
+    require(not failed, str(failed))
+
+
+def above_one_all_get_the_backbones_answers(model: EarlyExitModel, x: Tensor) -> None:
     """Bit for bit."""
     require(torch.equal(model.predict(x, NOBODY).logits, model.backbone(x)), "other answers than the backbone's")
 
 
-def rows_in_a_batch_are_answered_as_alone(model: EarlyExitModel, x: Tensor, _: str) -> None:
+def rows_in_a_batch_are_answered_as_alone(model: EarlyExitModel, x: Tensor) -> None:
     """Wherever they leave, and what they cost is what torch counts."""
     require(not (wrong := failure(copy.deepcopy(model), x)), wrong)
 
 
-def each_row_has_its_own_thresholds(model: EarlyExitModel, x: Tensor, _: str) -> None:
-    """Row i leaves at exit i, counted around."""
-    exits = len(model.exits)
-    want = torch.arange(len(x), device=x.device) % (exits + 1)
+def rows_leave_where_they_are_told_in_any_order(model: EarlyExitModel, x: Tensor) -> None:
+    """Row i leaves at exit i, counted around; then the rows come in another order."""
+    rows, exits = torch.arange(len(x), device=x.device), len(model.exits)
+    want = rows % (exits + 1)
     thresholds = torch.where(torch.arange(exits, device=x.device) == want[:, None], EVERYBODY, NOBODY)
-    out, every = model.predict(x, thresholds), model.all_exits(x)
-    require(out.exit_index.tolist() == want.tolist(), f"rows left at {out.exit_index.tolist()}")
-    require_near(out.logits, every.logits[want, torch.arange(len(x), device=x.device)], "a row's answer")
+    every = model.all_exits(x).logits[want, rows]
+    for order in (rows, rows.flip(0), rows.roll(2)):
+        out = model.predict(x[order], thresholds[order])
+        require(torch.equal(out.exit_index, want[order]), f"rows left at {out.exit_index.tolist()}")
+        require_near(out.logits, every[order], "a row's answer")
 
 
-def nobody_leaves_where_an_exit_is_off(model: EarlyExitModel, x: Tensor, _: str) -> None:
+def nobody_leaves_where_an_exit_is_off(model: EarlyExitModel, x: Tensor) -> None:
     """All go on to the next."""
     model.off = [0]
     try:
@@ -109,15 +110,15 @@ def nobody_leaves_where_an_exit_is_off(model: EarlyExitModel, x: Tensor, _: str)
         model.off = []
 
 
-def inference_mode_changes_nothing(model: EarlyExitModel, x: Tensor, family: str) -> None:
+def inference_mode_changes_nothing(model: EarlyExitModel, x: Tensor) -> None:
     """Exits are made in it, and answer in it."""
     with torch.inference_mode():
-        again = ptee.augment(model.backbone, num_exits=2, input_size=tuple(x.shape[1:]))
+        again = ptee.augment(model.backbone, num_exits=2, input_size=model.plan.input_size)
         require([e.name for e in again.exits] == [e.name for e in model.exits], "other exits in inference mode")
         require(len(again.predict(x)) == 4, "no answer")
 
 
-def a_saved_model_answers_as_before(model: EarlyExitModel, x: Tensor, _: str) -> None:
+def a_saved_model_answers_as_before(model: EarlyExitModel, x: Tensor) -> None:
     """Bit for bit, on the same device."""
     before = model.all_exits(x)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,58 +127,53 @@ def a_saved_model_answers_as_before(model: EarlyExitModel, x: Tensor, _: str) ->
     require(all(torch.equal(a, b) for a, b in zip(before, again.all_exits(x), strict=True)), "other answers")
 
 
-def heads_learn_and_traces_are_what_predict_says(model: EarlyExitModel, x: Tensor, family: str) -> None:
-    """One epoch; the backbone stays as it is, bit for bit."""
-    data, device = labelled(family), x.device
-    before, heads = copy.deepcopy(model.backbone.state_dict()), copy.deepcopy(model.heads.state_dict())
-    history = ptee.train(model, data, data, epochs=1, batch_size=8, device=device)
-    require(
-        all(torch.equal(a, b) for a, b in zip(before.values(), model.backbone.state_dict().values(), strict=True)),
-        "the backbone changed",
+def an_epoch_changes_the_heads_and_not_the_backbone(model: EarlyExitModel, x: Tensor) -> None:
+    """And the traces that are recorded afterwards are what the model says."""
+    images = noise(*model.plan.input_size, rows=32)
+    data = TensorDataset(images, torch.arange(len(images), device="cpu") % CLASSES)
+    before = [copy.deepcopy(part.state_dict()) for part in (model.backbone, model.heads)]
+    history = ptee.train(model, data, data, epochs=1, batch_size=8, device=x.device)
+    backbone, heads = (
+        all(torch.equal(old[name], new) for name, new in part.state_dict().items())
+        for old, part in zip(before, (model.backbone, model.heads), strict=True)
     )
-    require(
-        any(not torch.equal(a, b) for a, b in zip(heads.values(), model.heads.state_dict().values(), strict=True)),
-        "no head changed",
-    )
+    require(backbone, "the backbone changed")
+    require(not heads, "no head changed")
     require(len(history.epochs) == 1, "no epoch is recorded")
-    traces = record(model, data, batch_size=8)
-    said = model.all_exits(data.tensors[0].to(device)).logits.argmax(-1).cpu()
-    require((traces.answers == said).float().mean().item() > 0.9, "traces say something else than the model")
+    said = model.all_exits(images.to(x.device)).logits.argmax(-1).cpu()
+    share = (record(model, data, batch_size=8).answers == said).double().mean().item()
+    require(share > 0.9, f"traces say the same as the model for {share:.0%} of the images")
 
 
-def a_front_and_learned_heads_serve(model: EarlyExitModel, x: Tensor, family: str) -> None:
+def a_front_network_and_learned_heads_serve(model: EarlyExitModel, x: Tensor) -> None:
     """A network of its own at the images, a head with convolutions behind."""
-    small = network("timm/test_resnet", x.dtype, x.device)
-    backbone = copy.deepcopy(model).detach()
-    served = ptee.augment(backbone, front=small, num_exits=2, head="conv1", input_size=tuple(x.shape[1:]))
-    require(set(served.predict(x, EVERYBODY).exit_index.tolist()) == {0}, "rows passed the front")
+    front, backbone = network("timm/test_resnet", x.dtype, x.device), copy.deepcopy(model).detach()
+    served = ptee.augment(backbone, front=front, num_exits=2, head="conv1", input_size=model.plan.input_size)
+    require(set(served.predict(x, EVERYBODY).exit_index.tolist()) == {0}, "rows passed the front network")
     require(torch.equal(served.predict(x, NOBODY).logits, served.backbone(x)), "other answers than the backbone's")
 
 
-Promise = Callable[[EarlyExitModel, Tensor, str], None]
+Promise = Callable[[EarlyExitModel, Tensor], None]
 PROMISES: tuple[Promise, ...] = (
-    above_one_all_get_the_backbones_answers, rows_in_a_batch_are_answered_as_alone, each_row_has_its_own_thresholds,
-    nobody_leaves_where_an_exit_is_off, inference_mode_changes_nothing, a_saved_model_answers_as_before,
+    its_cuts_are_proven, above_one_all_get_the_backbones_answers, rows_in_a_batch_are_answered_as_alone,
+    rows_leave_where_they_are_told_in_any_order, nobody_leaves_where_an_exit_is_off, inference_mode_changes_nothing,
+    a_saved_model_answers_as_before,
 )  # fmt: skip
-OF_TRAINED: tuple[Promise, ...] = (heads_learn_and_traces_are_what_predict_says, a_front_and_learned_heads_serve)
+OF_TRAINED: tuple[Promise, ...] = (
+    an_epoch_changes_the_heads_and_not_the_backbone,
+    a_front_network_and_learned_heads_serve,
+)
 
 
-def checks(
-    families: tuple[str, ...], types: tuple[str, ...], device: torch.device
-) -> Iterator[tuple[str, str, str, str, float]]:
-    """(family, type, promise, what is wrong or nothing, seconds), as they are found."""
-    for family in families:
-        for name in types:
-            start = time.perf_counter()
-            model, wrong = outcome(augmented, family, TYPES[name], device)
-            yield family, name, "it gets exits", wrong, time.perf_counter() - start
-            if model is None:
-                continue
-            more = OF_TRAINED if family in TRAINED and name == "float32" else ()
-            for promise in PROMISES + more:
-                start = time.perf_counter()
-                _, wrong = outcome(kept, promise, model, family)
-                yield family, name, promise.__name__.replace("_", " "), wrong, time.perf_counter() - start
+def checks(family: str, name: str, device: torch.device) -> Iterator[tuple[str, str, float]]:
+    """(promise, what is wrong or nothing, seconds) of a family in a number type, as they are found."""
+    model, wrong, seconds = outcome(augmented, family, TYPES[name], device)
+    yield "it gets exits", wrong, seconds
+    if model is None:
+        return
+    for promise in PROMISES + (OF_TRAINED if family in TRAINED and name == "float32" else ()):
+        _, wrong, seconds = outcome(kept, promise, model)
+        yield promise.__name__.replace("_", " "), wrong, seconds
 
 
 def augmented(family: str, dtype: torch.dtype, device: torch.device) -> EarlyExitModel:
@@ -186,18 +182,21 @@ def augmented(family: str, dtype: torch.dtype, device: torch.device) -> EarlyExi
     return ptee.augment(network(family, dtype, device), num_exits=2, input_size=(3, side, side))
 
 
-def kept(promise: Promise, model: EarlyExitModel, family: str) -> None:
+def kept(promise: Promise, model: EarlyExitModel) -> None:
     """Raises where a promise is broken; the model is as it was afterwards, but for training."""
-    with torch.random.fork_rng(), torch.no_grad():
-        promise(model, noise(family, model), family)
+    like = next(model.backbone.parameters())
+    with own_random_numbers(), torch.no_grad():
+        promise(model, noise(*model.plan.input_size).to(like.device, like.dtype))
 
 
-def outcome(work: Callable[..., Any], *args: Any) -> tuple[Any, str]:
-    """What came of it, and what was wrong."""
+def outcome(work: Callable[..., Any], *args: Any) -> tuple[Any, str, float]:
+    """What came of it, what was wrong, and how many seconds it took."""
+    start, done, wrong = time.perf_counter(), None, ""
     try:
-        return work(*args), ""
+        done = work(*args)
     except Exception as why:
-        return None, f"{type(why).__name__}: {' '.join(str(why).split())}"
+        wrong = f"{type(why).__name__}: {' '.join(str(why).split())}"
+    return done, wrong, time.perf_counter() - start
 
 
 @click.command()
@@ -208,13 +207,19 @@ def outcome(work: Callable[..., Any], *args: Any) -> tuple[Any, str]:
 @click.option("--type", "types", multiple=True, type=click.Choice([*TYPES]), help="Only this one; may be repeated.")
 def main(device: str, families: tuple[str, ...], types: tuple[str, ...]) -> None:
     """Check every promise on a device, and print a table."""
-    place = resolve_device(device)
+    try:
+        place = resolve_device(device)
+    except ptee.PteeError as why:
+        raise click.UsageError(str(why)) from why
     total = broken = 0
-    for family, name, promise, wrong, seconds in checks(families or tuple(FAMILIES), types or tuple(TYPES), place):
-        click.echo(f"{family:32} {name:9} {promise:46} {seconds:6.1f} s  {'FAILED: ' + wrong if wrong else 'ok'}")
-        total, broken = total + 1, broken + bool(wrong)
+    for family in families or FAMILIES:
+        for name in types or TYPES:
+            for promise, wrong, seconds in checks(family, name, place):
+                end = f"FAILED: {wrong}" if wrong else "ok"
+                click.echo(f"{family:32} {name:9} {promise:46} {seconds:6.1f} s  {end}")
+                total, broken = total + 1, broken + bool(wrong)
     click.echo(f"{total - broken} of {total} hold on {place}.")
-    raise SystemExit(bool(broken))
+    raise SystemExit(int(broken > 0))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from io import StringIO
 
 import pytest
 import torch
+from device import here
 from small import SIZE, labelled, made
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -78,7 +79,7 @@ def test_threads_that_load_build_and_augment_at_once_leave_the_process_as_it_was
 
     def own() -> object:
         net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
-        return ptee.augment(net, exits=["0"], input_size=SIZE).predict(x)
+        return ptee.augment(net.to(x.device), exits=["0"], input_size=SIZE).predict(x)
 
     def loaded() -> object:
         return ptee.load(tmp_path, made().backbone).predict(x)
@@ -161,11 +162,11 @@ def test_a_program_without_standard_output_can_build_networks(monkeypatch):
 
 
 def test_threads_that_train_at_once_learn_what_each_learns_alone():
-    data = TensorDataset(*labelled(16))
+    data, device = TensorDataset(*labelled(16)), here()
 
     def trained(seed: int) -> list[torch.Tensor]:
         model = made("conv1")
-        ptee.train(model, data, epochs=2, batch_size=4, seed=seed, shift=1, precision="no", device="cpu")
+        ptee.train(model, data, epochs=2, batch_size=4, seed=seed, shift=1, precision="no", device=device)
         return list(model.heads.state_dict().values())
 
     alone = [trained(seed) for seed in (1, 2, 3)]

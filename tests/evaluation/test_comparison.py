@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from device import seeded
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
@@ -52,7 +53,7 @@ def small(classes: int = K, channels: int = 3) -> nn.Module:
 
 def images(seed: int, labels: bool = True) -> TensorDataset:
     """Labels that are mostly the backbone's answers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(N, *SIZE, generator=generator) * torch.linspace(0.2, 2, N)[:, None, None, None]
     with torch.no_grad():
         y = network().eval()(x).argmax(1)
@@ -350,7 +351,7 @@ def test_data_that_gives_fewer_images_the_second_time_is_refused(compare_with, b
 
 
 def test_neither_a_loader_nor_the_order_of_the_images_matters():
-    mixed = [part[torch.randperm(N, generator=torch.Generator().manual_seed(0))] for part in images(2).tensors]
+    mixed = [part[torch.randperm(N, generator=seeded(0))] for part in images(2).tensors]
     found = [
         OTHERS["a network"](calibration=images(1), report=data, batch_size=size).lines
         for data, size in ((images(2), 128), (TensorDataset(*mixed), 13), (DataLoader(images(2), 32), 1))

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import small
 import torch
+from device import here
 from small import SIZE, K, made
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -97,7 +98,7 @@ def test_the_model_is_left_as_it_was(threshold, used, training):
     model = made("bnpool").train(training)
     model.threshold = [0.3, 0.6]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    results = evaluate(model, TensorDataset(*labelled()), threshold=threshold, device="cpu")
+    results = evaluate(model, TensorDataset(*labelled()), threshold=threshold, device=here())
     assert results.threshold == used
     assert model.threshold == [0.3, 0.6]
     assert model.training is training
@@ -209,7 +210,7 @@ def test_speed_is_a_ratio_to_the_bare_backbone_measured_in_turns(monkeypatch):
 def test_measured_speed_is_positive():
     results = evaluate(made(), TensorDataset(*labelled()), batch_size=7)
     assert all(row.images_per_s > 0 and row.speedup > 0 for row in results.rows)
-    assert (results.device, results.batch_size, results.rows[0].speedup) == ("cpu", 7, 1)
+    assert (results.device, results.batch_size, results.rows[0].speedup) == (here().type, 7, 1)
 
 
 @pytest.mark.parametrize(("seconds", "count"), [(0.001, 128), (0.1, 128), (8 * 8 / 4 / 64, 64), (100.0, 16)])

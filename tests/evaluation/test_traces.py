@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from device import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from small import SIZE, K, OwnLoader, Stream, made
@@ -18,7 +19,7 @@ import ptee
 from ptee._common.errors import DataError, PteeError
 from ptee.evaluation.traces import SAMPLE, Traces, record
 
-images = functools.partial(torch.randn, generator=torch.Generator().manual_seed(3))
+images = functools.partial(torch.randn, generator=seeded(3))
 
 
 # arithmetic, by hand: two exits and the backbone, four images
@@ -101,9 +102,9 @@ def test_traces_hold_what_every_exit_says_to_every_image():
     found = record(model, TensorDataset(x, y), batch_size=4)
     with torch.no_grad():
         every = model.all_exits(x)
-    assert torch.equal(found.answers, every.logits.argmax(-1))
-    torch.testing.assert_close(found.confidence, every.confidence)
-    assert torch.equal(found.targets, y)
+    assert torch.equal(found.answers, every.logits.argmax(-1).cpu())
+    torch.testing.assert_close(found.confidence, every.confidence.cpu())
+    assert torch.equal(found.targets, y.cpu())
     assert found.costs.tolist() == list(model.costs)
     assert found.confidence.dtype == torch.float32
 
@@ -115,7 +116,7 @@ def test_traces_keep_logits_from_which_the_same_probabilities_follow(classes, dt
     model = ptee.augment(wide, exits=["0", "2"], input_size=SIZE)
     with torch.no_grad():
         model.backbone[-1].weight *= 1e6  # beyond half precision
-        want = model.all_exits(x).logits.softmax(-1)
+        want = model.all_exits(x).logits.softmax(-1).cpu()
     found = record(model, TensorDataset(x), batch_size=4)
     assert (found.logits.dtype, found.logits.shape) == (dtype, (3, 11, classes))
     torch.testing.assert_close(found.logits.float().softmax(-1), want, atol=1e-3, rtol=0)

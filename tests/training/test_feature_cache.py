@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from device import here, seeded
 from small import once
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -31,7 +32,7 @@ SIZE = (3, 32, 32)
 
 
 def images(n: int = 40, seed: int = 0) -> TensorDataset:
-    order = torch.Generator().manual_seed(seed)
+    order = seeded(seed)
     return TensorDataset(torch.randn(n, *SIZE, generator=order), torch.randint(0, 5, (n,), generator=order))
 
 
@@ -54,7 +55,7 @@ def short(model: ptee.EarlyExitModel, *data: Any, **settings: Any) -> History:
         "views": 1,
         "shift": 0,
         "cache": False,
-        "device": "cpu",
+        "device": here(),
         "precision": "no",
     }
     with warnings.catch_warnings():
@@ -169,7 +170,7 @@ def test_all_views_are_kept_and_counted_and_an_epoch_reads_those_that_are_drawn(
     with torch.no_grad():
         for got, want in zip(kept[[7, 2]].reading.inputs, early().read(rows).inputs, strict=True):
             torch.testing.assert_close(got, want)
-    assert torch.equal(kept[[7, 2]].labels, images(10).tensors[1][[7, 2]])
+    assert torch.equal(kept[[7, 2]].labels, images(10).tensors[1][[7, 2]].cpu())
 
 
 # ---------------------------------------------------------------------------------------------------- its files
@@ -191,7 +192,7 @@ def test_its_files_have_no_name_so_nothing_is_left_when_the_process_is_killed(in
     kept = filled(images(20))
     assert list(in_files.iterdir()) == []
     assert not kept.estimate.in_memory
-    assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]])
+    assert torch.equal(kept[[3, 1]].labels, images(20).tensors[1][[3, 1]].cpu())
     kept.close()
 
 
