@@ -18,7 +18,7 @@ from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count, parameters
 from ptee.backbones.load import Backbone
 from ptee.exits.config import DEFAULT_BUDGETS, DEFAULT_PLACES, PLACES_BEHIND_FRONT, with_defaults
-from ptee.exits.front import FrontHead, require_front
+from ptee.exits.front import FrontHead
 from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
 from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
 from ptee.exits.placement import INPUT, PLACEMENTS, Placer
@@ -58,7 +58,6 @@ def build_exits(
         UnknownName: if the rule, a module or a head does not exist.
         PteeError: if the heads cannot be built.
     """
-    require_front(front)
     places, head, budget = with_defaults(exits, num_exits, head, head_budget, front)
     size = backbone.input.input_size
     found = survey(backbone.module, size)

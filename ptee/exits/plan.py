@@ -273,5 +273,5 @@ class _AfterAnother(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and the confidence logit."""
         earlier = () if self.first else (z.new_zeros(len(z), self.head.num_classes),)
-        output = self.head.follow(z, earlier)
+        output = self.head(z, earlier)
         return output.logits, output.confidence_logit

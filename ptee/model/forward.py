@@ -168,7 +168,7 @@ class Call:
         try:
             with self._beside_backbone(n):
                 head: Any = self.heads[n]
-                said: HeadOutput = head.follow(z, earlier) if self.builds_on_previous else HeadOutput(*head(z))
+                said: HeadOutput = head(z, earlier) if self.builds_on_previous else HeadOutput(*head(z))
                 return said
         except RuntimeError as why:
             if z.shape[1:] == cut.shape:

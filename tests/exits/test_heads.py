@@ -109,7 +109,7 @@ def building_head(name: str, previous_weight: float) -> ExitHead:
 @each_head
 def test_a_head_adds_the_log_probabilities_of_the_answer_before_times_its_weight(name):
     head, z, before = building_head(name, 0.5), torch.randn(b, C, H, W), torch.randn(b, K)
-    alone, building = head.follow(z, []), head.follow(z, [torch.randn(b, K), before])
+    alone, building = head(z, []), head(z, [torch.randn(b, K), before])
     torch.testing.assert_close(building.logits, alone.logits + 0.5 * before.log_softmax(-1))
     assert torch.equal(head.answer(head.read(z), [before]).logits, building.logits)
 
@@ -119,10 +119,10 @@ def test_the_probabilities_are_the_weighted_geometric_mean_of_those_so_far():
         [make_head("pool", MAP, K), building_head("pool", 0.5), building_head("pool", 0.8)],
         torch.randn(b, C, H, W),
     )
-    own = [head.follow(z, []).logits.softmax(-1) for head in heads]
+    own = [head(z, []).logits.softmax(-1) for head in heads]
     answers: list[Tensor] = []
     for head in heads:
-        answers.append(head.follow(z, answers).logits)
+        answers.append(head(z, answers).logits)
     mean = own[2] * own[1] ** 0.8 * own[0] ** (0.8 * 0.5)
     torch.testing.assert_close(answers[-1].softmax(-1), mean / mean.sum(-1, keepdim=True))
 
@@ -131,7 +131,7 @@ def test_the_probabilities_are_the_weighted_geometric_mean_of_those_so_far():
 def test_the_weight_starts_at_zero_and_learns_while_the_answer_before_gets_no_gradient(name):
     head, z, before = make_head(f"{name}+", MAP, K), torch.randn(b, C, H, W), torch.randn(b, K, requires_grad=True)
     assert count(head) == count(make_head(name, MAP, K)) + 1
-    head.follow(z, [before]).logits.square().sum().backward()
+    head(z, [before]).logits.square().sum().backward()
     assert before.grad is None
     assert head.previous_weight == 0
     assert head.previous_weight.grad != 0
@@ -237,7 +237,7 @@ def test_a_poisoned_row_has_no_confidence_and_its_neighbours_keep_theirs(name, p
 def test_nobody_is_sure_of_an_answer_that_builds_on_a_poisoned_one(name, poison):
     head, z, before = make_head(f"{name}+", MAP, K).eval(), torch.randn(b, C, H, W), torch.zeros(b, K)
     before[1, 2] = poison
-    said = head.follow(z, [before])
+    said = head(z, [before])
     assert not said.logits[1].isfinite().any()
     assert learned(said).isnan().tolist() == [False, True, False, False]
 
