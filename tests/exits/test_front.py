@@ -364,7 +364,7 @@ def test_the_input_stands_before_what_a_rule_places():
     ("exits", "num_exits", "said"),
     [
         ("input", 5, "1 exits are named, 5 are asked for"),
-        (["input", "pareto"], 1, "'input' is one exit, and 1 are asked for. Ask for 2 or more"),
+        (["input", "pareto"], 1, "'input' is one exit, and 1 is asked for. Ask for 2 or more"),
         (["input", "layer1.0"], 1, "2 exits are named, 1 are asked for"),
         (["input", "layer1.0"], 3, "2 exits are named, 3 are asked for"),
     ],
@@ -476,27 +476,38 @@ def test_a_network_that_could_change_other_answers_is_refused(network, said):
     assert state_of(front) == before
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.one(x))
+
+
+class Named(nn.Module):
+    """Blocks called as an exit and a rule are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.body, self.linear, self.rest, self.classifier = *(Block() for _ in range(4)), nn.Linear(3, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.rest(self.linear(self.body(self.input(x)))).mean((2, 3)))
+
+
 def test_a_module_of_the_backbone_that_is_called_input_is_no_exit():
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.two(self.one(x))
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.input, self.body, self.rest, self.classifier = Block(), Block(), Block(), nn.Linear(3, K)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.classifier(self.rest(self.body(self.input(x))).mean((2, 3)))
-
     network = load_backbone(Named().eval(), input_size=SIZE)
     with pytest.raises(CutError, match="a module called 'input'"):
         build(network, exits=[0.05])
     assert [e.name for e in build(network, exits=["body"]).exits] == ["body"]
+
+
+def test_a_module_called_like_a_rule_is_meant_behind_the_input_too(tmp_path):
+    model = ptee.augment(Named(), exits=["input", "linear"], head="pool", input_size=SIZE)
+    assert [e.name for e in model.exits] == ["input", "linear"]
+    model.save_pretrained(tmp_path)
+    assert [e.name for e in ptee.load(tmp_path, model.detach()).exits] == ["input", "linear"]
 
 
 def test_the_benchmark_takes_it(model):
