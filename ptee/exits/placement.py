@@ -84,6 +84,10 @@ PLACEMENTS: dict[str, Rule] = {
 }
 
 
+def _choice(rule: str, exits: int) -> Choice:
+    return lambda costs: PLACEMENTS[rule](costs, exits)
+
+
 def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
     """The rule, with exits moved forward where those behind them would find no block of their own."""
 
@@ -200,13 +204,13 @@ class Placer:
             return self._so_many(rule, num_exits)
         for exits in range(MOST_EXITS, 0, -1):
             for places in (self._blocks, self._cells):
-                if found := self._chosen(partial(PLACEMENTS[rule], exits=exits), exits, places):
+                if found := self._chosen(_choice(rule, exits), exits, places):
                     return found
         raise self._no_room(1, rule)
 
     def _so_many(self, rule: str, exits: int) -> list[Cut]:
         """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
-        choose: Choice = partial(PLACEMENTS[rule], exits=exits)
+        choose = _choice(rule, exits)
         nearest = _with_room_for_all(choose, exits)
         for places in (self._blocks, self._cells, self._parts):
             for choice in (choose, nearest):

@@ -93,7 +93,7 @@ def test_the_answers_of_the_others_stay_the_same(x):
 def test_the_plan_says_so(model):
     assert "Off" not in str(model.plan)
     model.off = [0, 2]
-    assert "Off: exit 0, 2. Nobody leaves there, and no head is run there." in str(model.plan)
+    assert "Off: exit 0, 2. No row leaves there, and no head runs there." in str(model.plan)
     chained = early(("res-8x1", "res-8x1+", "conv1"))
     chained.off = [0]
     assert "except at 0, which later heads build on" in str(chained.plan)
@@ -117,7 +117,7 @@ def test_what_is_no_exit_cannot_be_off(model, off):
 def test_training_and_calibration_need_all_exits_on(model, x, off):
     model.off = off
     for learn in (ptee.train, ptee.calibrate):
-        with pytest.raises(PteeError, match=rf"{', '.join(map(str, off))} (is|are) off.*model\.off = \[\]"):
+        with pytest.raises(PteeError, match=rf"Exits are off \({', '.join(map(str, off))}\).*model\.off = \[\]"):
             learn(model, [(image, 1) for image in x])
 
 
