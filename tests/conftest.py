@@ -1,8 +1,9 @@
-"""One thread and the same random numbers for every test; where the real data and weights lie, if they are there."""
+"""One thread, one device and the same random numbers for every test; where the real data and weights lie."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on busy cores are many times slower on small tensors
@@ -22,33 +23,39 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests of devices compute: cpu or cuda")
+    parser.addoption("--device", default="cpu", help="where the networks and images of all tests lie: cpu or cuda")
 
 
-def absent(device: str) -> str:
-    """Why there is no such device here; empty where there is one."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Tensors that a test file makes as it is read lie on the device, too."""
+    torch.set_default_device(wanted_device(config))
+
+
+def wanted_device(config: pytest.Config) -> torch.device:
+    """The device that `--device` names."""
     try:
-        resolve_device(device)
+        return resolve_device(config.getoption("--device"))
     except DeviceError as why:
-        return str(why)
-    return ""
+        raise pytest.UsageError(str(why)) from why
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a GPU run with `--device cuda` alone; those of any device only where it is there."""
-    wanted = str(config.getoption("--device"))
-    missing = absent(wanted)
+    """Some tests run on a GPU only, and a few on the CPU only."""
+    on_cpu = wanted_device(config).type == "cpu"
     for item in items:
-        if item.get_closest_marker("cuda") and not wanted.startswith("cuda"):
+        if on_cpu and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: run with --device cuda"))
-        elif missing and (item.get_closest_marker("cuda") or "device" in getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.skip(reason=missing))
+        elif not on_cpu and (marker := item.get_closest_marker("cpu")):
+            item.add_marker(pytest.mark.skip(reason=marker.args[0]))
 
 
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where to compute, as `--device` says."""
-    return resolve_device(request.config.getoption("--device"))
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """What a test makes lies on this device, unless it says otherwise."""
+    wanted = wanted_device(request.config)
+    torch.set_default_device(wanted)
+    yield wanted
+    torch.set_default_device(wanted)
 
 
 @pytest.fixture(autouse=True)

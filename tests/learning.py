@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from device import here, seeded
 from small import once
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -50,7 +51,7 @@ def on(net: nn.Module, head: str = "conv1", seed: int = 0) -> ptee.EarlyExitMode
 
 @functools.cache
 def images() -> Tensor:
-    noise = torch.randn(N, *SIZE, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(N, *SIZE, generator=seeded(5))
     return noise * torch.linspace(0.3, 3, N)[:, None, None, None]
 
 
@@ -67,7 +68,7 @@ def fit(model: ptee.EarlyExitModel, train_data: Any = None, *more: Any, **settin
     plain = {"loss": "joint", "epochs": 3, "batch_size": 16, "lr": 1e-2, "views": 1, "shift": 0, "cache": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        settings = plain | {"precision": "no", "device": "cpu"} | settings
+        settings = plain | {"precision": "no", "device": here()} | settings
         return ptee.train(model, data() if train_data is None else train_data, *more, **settings)
 
 
@@ -97,7 +98,7 @@ class Interrupted(Dataset[Any]):
 
 def stubborn() -> TensorDataset:
     """Images on which training makes the loss rise sooner or later."""
-    generator = torch.Generator().manual_seed(6)
+    generator = seeded(6)
     return TensorDataset(torch.randn(32, *SIZE, generator=generator), torch.randint(K, (32,), generator=generator))
 
 

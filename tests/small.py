@@ -7,9 +7,11 @@ import functools
 from collections.abc import Callable
 
 import torch
+from device import seeded
 from torch import Tensor, nn
 
 import ptee
+from ptee._common.process import own_random_numbers
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
 from ptee.model.forward import AllExits, ExitOutput
@@ -26,8 +28,7 @@ def once(make: Callable[..., ptee.EarlyExitModel]) -> Callable[..., ptee.EarlyEx
 
     @functools.cache
     def original(*args: object, **wish: object) -> ptee.EarlyExitModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_random_numbers(0):
             return make(*args, **wish)
 
     @functools.wraps(make)
@@ -50,7 +51,7 @@ def made(head: str = "pool") -> ptee.EarlyExitModel:
 
 def labelled(n: int) -> tuple[Tensor, Tensor]:
     """Images for it, always the same, and labels."""
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     return torch.randn(n, *SIZE, generator=generator), torch.randint(K, (n,), generator=generator)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from device import seeded
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -149,7 +150,7 @@ class Small(nn.Module):
 
 def data(backbone: nn.Module, n: int, seed: int) -> TensorDataset:
     """Images with the labels that the backbone gives them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     pictures = torch.randn(n, 3, 32, 32, generator=generator)
     return TensorDataset(pictures, backbone(pictures).argmax(-1))
 

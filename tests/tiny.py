@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor, nn
 
+from ptee._common.process import own_random_numbers
 from ptee.backbones.weights import weights_hash
 
 
@@ -39,8 +39,7 @@ def changed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def fresh(num_classes: int = 4) -> Tiny:
     """The classifier with other random numbers than that of the same test."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(99)
+    with own_random_numbers(99):
         return Tiny(num_classes)
 
 

@@ -17,22 +17,21 @@ def resolve_device(wish: str | torch.device | None) -> torch.device:
     Raises:
         DeviceError: if it does not exist on this machine; the message names those that do.
     """
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wish is None:
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
-    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        return gpu or torch.device("cpu")
+    there = ["cpu", *(f"{gpu.type}:{i}" for i in range(torch.accelerator.device_count()) if gpu)]
     try:
         device = torch.device(wish)
     except RuntimeError:
         device = None
     if device is not None and device.type == "cpu":
         return torch.device("cpu")
-    first = torch.device("cuda:0") if device == torch.device("cuda") else device
-    if first is None or str(first) not in there:
+    if device is not None and device.index is None:
+        device = torch.device(device.type, 0)
+    if device is None or str(device) not in there:
         raise DeviceError(f"There is no device {str(wish)!r} on this machine. Possible: {', '.join(there)}.")
-    return first
+    return device
 
 
 def best_precision(device: torch.device) -> str:

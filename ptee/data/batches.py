@@ -15,6 +15,29 @@ from ptee._common.errors import DataError, some
 UNKNOWN_LABEL = -1
 
 
+class CpuLoader(DataLoader[Any]):
+    """A loader that reads images on the CPU, whatever torch's default device is.
+
+    After `torch.set_default_device("cuda")` one of torch's own cannot shuffle, and its processes cannot make a tensor.
+    """
+
+    def __iter__(self) -> Any:
+        with torch.device("cpu"):
+            found = super().__iter__()  # starts the processes
+        return _on_cpu(found)
+
+
+def _on_cpu(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each made on the CPU; the default device is the user's own again while one is used."""
+    end = object()
+    while True:
+        with torch.device("cpu"):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
 def batches(
     data: Any, *, batch_size: int, shuffle: bool, generator: torch.Generator | None = None, num_workers: int = 0
 ) -> DataLoader[Any]:
@@ -40,7 +63,7 @@ def batches(
             f"Data is a {kind}, which is neither a map-style data set nor a DataLoader: "
             "of tensors, make a torch.utils.data.TensorDataset(images, labels)."
         )
-    return DataLoader(
+    return CpuLoader(
         _not_empty(data),
         int(batch_size),
         shuffle,
@@ -88,7 +111,7 @@ def _not_empty(data: Any) -> Any:
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images (b, c, h, w) and labels (b,) int64, or None, of whatever a loader yields.
+    """Images (b, c, h, w) and labels (b,) int64 on the CPU, or None, of whatever a loader yields.
 
     Takes `(images, labels)`, `(images,)`, images alone, or a mapping with image, images or pixel_values and perhaps
     label or labels. Labels that are all `UNKNOWN_LABEL` are none.
@@ -115,9 +138,9 @@ def _pick(batch: Any) -> tuple[Any, Any]:
 
 def _class_numbers(labels: Any, b: int) -> Tensor:
     try:
-        numbers = torch.as_tensor(labels)
+        numbers = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        numbers = torch.empty(0)
+        numbers = torch.empty(0, device="cpu")
     if numbers.numel() != b or numbers.shape not in ((b,), (b, 1)) or numbers.is_floating_point():
         raise DataError(f"The labels of {b} images should be {b} class numbers, but they are a {_describe(labels)}.")
     return numbers.flatten().long()  # (b, 1) -> (b,)

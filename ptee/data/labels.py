@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
-from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.batches import UNKNOWN_LABEL, batches
 from ptee.data.pictures import File, Labelled
 from ptee.data.splits import FILES, Data
 
@@ -270,7 +270,7 @@ def _ask(module: torch.nn.Module, images: Any, device: str | torch.device | None
     try:
         module.to(home if device is None else device).eval()
         like = next(module.parameters())
-        for x, y in DataLoader(images, BATCH):
+        for x, y in batches(images, batch_size=BATCH, shuffle=False):
             answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
             labels.append(y)
     finally:
@@ -281,7 +281,7 @@ def _ask(module: torch.nn.Module, images: Any, device: str | torch.device | None
 
 
 def _share_right(answers: Tensor, labels: Tensor, label_map: LabelMap) -> float:
-    return (answers == torch.tensor([label_map(int(label)) for label in labels])).double().mean().item()
+    return (answers == labels.new_tensor([label_map(int(label)) for label in labels])).double().mean().item()
 
 
 def _words(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: int) -> str:

@@ -67,7 +67,7 @@ def draw(n: int, sizes: Sequence[int], seed: int) -> tuple[list[int], ...]:
 
     Each part is sorted: pictures are read in the order in which they lie on the disk.
     """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size)

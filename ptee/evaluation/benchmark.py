@@ -65,8 +65,8 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
 
 def wait(device: torch.device) -> None:
     """Return when the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
@@ -195,7 +195,9 @@ def _threshold(model: EarlyExitModel, b: int, leaving: int) -> Any:
     """Thresholds with which the first images of a batch leave at exit 0, and no other image leaves at all."""
     if leaving in (0, b):
         return [ALWAYS if leaving else NEVER, *[NEVER] * (len(model.exits) - 1)]
-    threshold = torch.full((b, len(model.exits)), NEVER)  # on the CPU, where the check for NaN does not wait for a GPU
+    threshold = torch.full(
+        (b, len(model.exits)), NEVER, device="cpu"
+    )  # on the CPU, where the check for NaN does not wait for a GPU
     threshold[:leaving, 0] = ALWAYS
     return threshold
 

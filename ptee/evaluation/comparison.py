@@ -294,13 +294,13 @@ def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
     assert backbone.logits is not None
     return Traces(
         torch.stack([logits.argmax(-1), backbone.answers[-1]]),
-        torch.ones(2, len(logits)),
+        torch.ones(2, len(logits), device=logits.device),
         backbone.targets,
-        torch.tensor([cost, 1 + cost], dtype=torch.float64),
+        backbone.costs.new_tensor([cost, 1 + cost]),
         backbone.sample,
         logits=torch.stack([compact(logits), backbone.logits[-1]]),
-        head_costs=torch.tensor([cost], dtype=torch.float64),
-        confidence_logits=torch.zeros(1, len(logits)),
+        head_costs=backbone.costs.new_tensor([cost]),
+        confidence_logits=torch.zeros(1, len(logits), device=logits.device),
     ).under(MAX_PROB)
 
 

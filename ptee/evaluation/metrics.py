@@ -21,7 +21,7 @@ def calibration_error(h: Tensor, right: Tensor) -> float:
     known = h.isfinite()
     h, right = h[known].double(), right[known].double()
     bins = (h.clamp(0, 1) * BINS).long().clamp(max=BINS - 1)  # of equal width
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, h - right)
+    gap = h.new_zeros(BINS).index_add(0, bins, h - right)
     return round(gap.abs().sum().item() / max(1, len(h)), DIGITS)
 
 
@@ -40,4 +40,4 @@ def failure_auroc(h: Tensor, right: Tensor) -> float | None:
     if right.all() or not right.any():
         return None
     lowest = torch.finfo(torch.float32).min
-    return float(roc_auc_score(right.numpy(), h.float().nan_to_num(nan=lowest).numpy()))
+    return float(roc_auc_score(right.cpu().numpy(), h.float().nan_to_num(nan=lowest).cpu().numpy()))

@@ -249,11 +249,13 @@ def _optimism(traces: Traces, target: Target, one_threshold: bool) -> float:
 
     optimism = (1/n) sum_i loss_i(thresholds chosen on the folds without image i) - limit
     """
-    drawn = torch.randperm(traces.answers.shape[1], generator=torch.Generator().manual_seed(0))[:MAX_IMAGES]
+    drawn = torch.randperm(traces.answers.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")[
+        :MAX_IMAGES
+    ]
     traces, images = traces.rows(drawn), len(drawn)
     if images < 2 * FOLDS:
         return 0.0
-    order, loss = torch.arange(images), 0.0
+    order, loss = torch.arange(images, device=traces.answers.device), 0.0
     for fold in range(FOLDS):
         left_out = order % FOLDS == fold
         found = solve_target(traces.rows(~left_out), target, one_threshold=one_threshold, margin=0)

@@ -122,7 +122,7 @@ class Problem:
 
     def outcome(self, price: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cost and loss (B,) if the exits take so many images (B, E), at prices (B, E+1)."""
-        leaving = torch.full((len(taken), self.images), self.exits)
+        leaving = taken.new_full((len(taken), self.images), self.exits)
         for n in reversed(range(self.exits)):
             leaving = torch.where(self.rank[n] < taken[:, n, None], n, leaving)
         return price.gather(1, leaving).mean(1), self.loss.gather(0, leaving).mean(1)
@@ -137,15 +137,19 @@ def search(problem: Problem, one_threshold: bool = False) -> Choice | None:
     """
     exits = problem.exits
     if exits <= MAX_EXACT:
-        return _best_of(problem, torch.tensor(list(product([True, False], repeat=exits))), one_threshold)
-    best, on = None, torch.ones(1, exits, dtype=torch.bool)
+        return _best_of(
+            problem, torch.tensor(list(product([True, False], repeat=exits)), device=problem.h.device), one_threshold
+        )
+    best, on = None, torch.ones(1, exits, dtype=torch.bool, device=problem.h.device)
     while len(on):
         found = _best_of(problem, on, one_threshold)
         if best is not None and (found is None or _objective(problem, found) >= _objective(problem, best)):
             return best
         best = found or best
         start = on[0] if found is None else found.on
-        on = start & ~torch.eye(exits, dtype=torch.bool)[start]  # in each subset one more exit is off
+        on = (
+            start & ~torch.eye(exits, dtype=torch.bool, device=start.device)[start]
+        )  # in each subset one more exit is off
     return best
 
 
@@ -219,7 +223,7 @@ def _several_thresholds(problem: Problem, on: Tensor, price: Tensor, start: Tens
     taken = torch.stack([start, torch.cat([_descended(problem, *part) for part in parts])])
     cost, loss = (each.view(2, -1) for each in problem.outcome(price.repeat(2, 1), taken.flatten(0, 1)))
     which, objective = problem.best(cost.T, loss.T, torch.ones_like(cost.T, dtype=torch.bool))
-    taken = taken[which, torch.arange(len(on))]
+    taken = taken[which, torch.arange(len(on), device=on.device)]
     for s in objective.argsort(stable=True)[:IMPROVED].tolist():
         taken[s] = _improved(problem, on[s], price[s], taken[s])
     return taken
@@ -229,7 +233,7 @@ def _descended(problem: Problem, on: Tensor, price: Tensor, start: Tensor) -> Te
     """(S, E) the best that descent finds within the limit while the weight is bisected, from two starts: none taken, and one T."""
     both, prices = on.repeat(2, 1), price.repeat(2, 1)
     taken = torch.cat([torch.zeros_like(start), start])
-    low, high = (torch.full((len(both),), w, dtype=torch.float64).log() for w in WEIGHTS)
+    low, high = (problem.h.new_full((len(both),), w).log() for w in WEIGHTS)
     best, lowest = taken, torch.full_like(low, torch.inf)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -261,7 +265,7 @@ def _descend(problem: Problem, on: Tensor, price: Tensor, taken: Tensor, weight:
 
 def _reached(problem: Problem, taken: Tensor) -> Iterator[Tensor]:
     """(B, n) for each exit: which images come there."""
-    staying = torch.ones(len(taken), problem.images, dtype=torch.bool)
+    staying = torch.ones(len(taken), problem.images, dtype=torch.bool, device=taken.device)
     for n in range(problem.exits):
         yield staying
         staying = staying & (problem.rank[n] >= taken[:, n, None])
@@ -290,8 +294,8 @@ def _improved(problem: Problem, on: Tensor, price: Tensor, taken: Tensor) -> Ten
 def _steps(ends: Tensor, now: int) -> Tensor:
     """Some of the numbers of images that a threshold can take, and the present number."""
     possible = ends.nonzero()[:, 0]
-    spread = torch.linspace(0, len(possible) - 1, min(len(possible), PAIR_STEPS)).round().long()
-    return torch.cat([torch.tensor([now]), possible[spread]]).unique()
+    spread = torch.linspace(0, len(possible) - 1, min(len(possible), PAIR_STEPS), device=ends.device).round().long()
+    return torch.cat([possible.new_tensor([now]), possible[spread]]).unique()
 
 
 def _moved(problem: Problem, price: Tensor, taken: Tensor, i: int, numbers: Tensor, j: int) -> tuple[Tensor, float]:
@@ -299,7 +303,7 @@ def _moved(problem: Problem, price: Tensor, taken: Tensor, i: int, numbers: Tens
     tried = taken.repeat(len(numbers), 1)
     tried[:, i] = numbers
     tried[:, j] = 0
-    later = torch.full((len(tried), problem.images), problem.exits)  # where images leave that pass exit j
+    later = taken.new_full((len(tried), problem.images), problem.exits)  # where images leave that pass exit j
     for n in reversed(range(j + 1, problem.exits)):
         later = torch.where(problem.rank[n] < tried[:, n, None], n, later)
     reached = torch.ones_like(later, dtype=torch.bool)

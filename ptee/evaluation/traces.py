@@ -65,9 +65,9 @@ class Traces:
     def reading(self) -> Tensor:
         """(E,) bool, exits that read what those before them answered, for their own answer or for their confidence."""
         if CONFIDENCES[self.confidence_name].needs_answers_of_earlier_exits:
-            return torch.ones(len(self.costs) - 1, dtype=torch.bool)
+            return torch.ones_like(self.costs[1:], dtype=torch.bool)
         return (
-            torch.zeros(len(self.costs) - 1, dtype=torch.bool)
+            torch.zeros_like(self.costs[1:], dtype=torch.bool)
             if self.builds_on_previous is None
             else self.builds_on_previous
         )
@@ -112,7 +112,7 @@ class Traces:
         """(E+1,) `costs` where some exits are off: their heads are run only if one behind them reads what they say."""
         if self.head_costs is None:
             return self.costs
-        on = torch.tensor([n not in off for n in range(len(self.head_costs))])
+        on = torch.tensor([n not in off for n in range(len(self.head_costs))], device=self.costs.device)
         missing = (self.head_costs * ~heads_run(on, self.reading)).cumsum(0)
         return self.costs - torch.cat([missing, missing[-1:]])
 
@@ -143,7 +143,7 @@ class Traces:
 
     def at(self, exit_index: int) -> Tensor:
         """(n,) everybody leaves at one exit."""
-        return torch.full((self.answers.shape[1],), exit_index)
+        return torch.full_like(self.answers[0], exit_index)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def repeated(
     kept, seen = _kept_of_each_batch(loader), 0
     for images, _ in map(split_batch, with_bar(loader, words, progress)):
         if now := min(kept, len(images), SAMPLE - seen):
-            require_same_images(traces.sample[seen : seen + now], images[:now].to(traces.sample.dtype))
+            require_same_images(traces.sample[seen : seen + now], images[:now].to(traces.sample))
         seen += now
         yield images
     require_same_images(traces.sample, traces.sample[:seen])  # no fewer than before
@@ -254,16 +254,18 @@ def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, 
     ready = model.prepared(images)
     with torch.inference_mode():
         every = model.all_exits(ready)
-    costs = torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64)  # of all heads, whichever are off now
+    costs = torch.tensor(
+        model.plan.switched_off(()).costs, dtype=torch.float64, device="cpu"
+    )  # of all heads, whichever are off now
     return Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
         labels,
         costs,
-        images[:kept].to(ready.dtype, copy=True),  # a slice alone would keep the whole batch
+        images[:kept].to("cpu", ready.dtype, copy=True),  # a slice alone would keep the whole batch
         logits=compact(every.logits).cpu(),
-        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
-        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits]),
+        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
+        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
         confidence_logits=every.confidence_logits.float().cpu(),
         confidence_name=model.confidence,
         calibrated=model.calibrated,

@@ -93,9 +93,10 @@ def _words(places: str | float | Sequence[float] | Sequence[str]) -> str:
 
 def build_head(spec: HeadSpec, layout: Layout, classes: int) -> ExitHead:
     """A new head, from a spec that is neither "auto" nor "front"."""
-    features = _features(spec, layout)
-    length = spec.stages[-1].channels if spec.stages else vector_length(spec.kind, features, layout)
-    return ExitHead(layout, features, length, classes, builds_on_previous=spec.builds_on_previous)
+    with torch.device("cpu"):  # whatever torch's default device is: the same seed gives the same head
+        features = _features(spec, layout)
+        length = spec.stages[-1].channels if spec.stages else vector_length(spec.kind, features, layout)
+        return ExitHead(layout, features, length, classes, builds_on_previous=spec.builds_on_previous)
 
 
 def _features(spec: HeadSpec, layout: Layout) -> nn.Module:

@@ -91,9 +91,10 @@ class FrontHead(ExitHead):
             hold = Attachment(module, {})
         finally:
             state.restore(module)
-        super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
+        with torch.device("cpu"):  # as other heads
+            super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
+            self.confidence = nn.Linear(num_classes + 1, 1)
         self.logits = nn.Identity()  # the network's own
-        self.confidence = nn.Linear(num_classes + 1, 1)
         if (like := next(module.parameters(), None)) is not None:
             self.confidence.to(like.device, like.dtype)
         self.network, self.origin = module, network
@@ -161,7 +162,7 @@ class Prepare(nn.Module):
         pairs = zip(given.mean, given.std, wanted.mean, wanted.std, strict=True)
         steps = [(std / own_std, (mean - own_mean) / own_std) for mean, std, own_mean, own_std in pairs]
         self.same = all(step == (1.0, 0.0) for step in steps)
-        scale, shift = torch.tensor(steps).T[:, :, None, None]
+        scale, shift = torch.tensor(steps, device="cpu").T[:, :, None, None]
         self.scale: Tensor
         self.shift: Tensor
         self.register_buffer("scale", scale, persistent=False)

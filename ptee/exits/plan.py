@@ -102,8 +102,8 @@ class Plan:
     @cached_property  # each call of a model asks for it
     def skipped(self) -> tuple[int, ...]:
         """Exits whose heads are not run."""
-        on = torch.tensor([n not in self.off for n in range(len(self.exits))])
-        run = heads_run(on, torch.tensor(self.reads_earlier_exits)).tolist()
+        on = torch.tensor([n not in self.off for n in range(len(self.exits))], device="cpu")
+        run = heads_run(on, torch.tensor(self.reads_earlier_exits, device="cpu")).tolist()
         return tuple(n for n, is_run in enumerate(run) if not is_run)
 
     def switched_off(self, off: Sequence[int]) -> Plan:

@@ -62,11 +62,11 @@ def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
 
 def _as_tensor(threshold: Thresholds) -> Tensor:
     try:
-        given = torch.as_tensor(threshold)
+        given = threshold if isinstance(threshold, Tensor) else torch.as_tensor(threshold, device="cpu")
         if given.dtype == torch.bool or given.is_complex():
             raise TypeError(f"{given.dtype} is no threshold")
         if not isinstance(threshold, Tensor):
-            return torch.as_tensor(threshold, dtype=torch.float64)  # not rounded to float32 first
+            return torch.as_tensor(threshold, dtype=torch.float64, device="cpu")  # not rounded to float32 first
     except (TypeError, ValueError, RuntimeError) as why:
         raise PteeError(f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}.") from why
     return given.detach() if given.is_floating_point() else given.to(_widest(given.device))

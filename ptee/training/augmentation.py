@@ -78,7 +78,7 @@ def draw_views(samples: int, views: int, seed: int, epoch: int) -> Tensor:
         epoch: its number.
     """
     generator = torch.Generator().manual_seed(seed * PRIME + epoch)
-    return torch.randint(views, (samples,), generator=generator)
+    return torch.randint(views, (samples,), generator=generator, device="cpu")
 
 
 def make_view(image: Tensor, number: int, generator: torch.Generator, *, mirror: bool = True) -> Tensor:
@@ -99,7 +99,7 @@ def make_view(image: Tensor, number: int, generator: torch.Generator, *, mirror:
     if number == 1 and mirror:
         return functional.horizontal_flip(image)
     cropped = _random_crop(image, generator)
-    flip = mirror and bool(torch.randint(2, (), generator=generator))
+    flip = mirror and bool(torch.randint(2, (), generator=generator, device="cpu"))
     return functional.horizontal_flip(cropped) if flip else cropped
 
 
@@ -109,7 +109,7 @@ def _random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
     height, width = image.shape[-2:]
     down, right = (min(max(1, side // PADDED_PART), side - 1) for side in (height, width))
     padded = functional.pad(image, [right, down, right, down], padding_mode="reflect")
-    top, left = (int(torch.randint(2 * limit + 1, (), generator=generator)) for limit in (down, right))
+    top, left = (int(torch.randint(2 * limit + 1, (), generator=generator, device="cpu")) for limit in (down, right))
     return functional.crop(padded, top, left, height, width)
 
 
@@ -131,7 +131,7 @@ def draw_shifts(b: int, max_shift: int, generator: torch.Generator | None = None
         max_shift: the largest shift.
         generator: where the random numbers come from; None for torch's own.
     """
-    return torch.randint(-max_shift, max_shift + 1, (b, 2), generator=generator)
+    return torch.randint(-max_shift, max_shift + 1, (b, 2), generator=generator, device="cpu")
 
 
 def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor:
@@ -145,7 +145,7 @@ def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor
     if x.dim() != 4:
         return x
     h, w = x.shape[2:]
-    strides = torch.tensor([input_size[0] / h, input_size[1] / w])
+    strides = torch.tensor([input_size[0] / h, input_size[1] / w], device=pixels.device)
     positions = (pixels / strides).round().long()
     if not positions.any():
         return x

@@ -252,7 +252,7 @@ def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
         usable = own.amax(-1).isfinite() & every.confidence_logits.isfinite()  # elsewhere h is NaN
         odds.append(torch.where(usable, log_odds(own), torch.nan).cpu().double())
         answers.append(every.logits.argmax(-1).cpu())
-        labels.append(torch.full((len(images),), UNKNOWN_LABEL) if known is None else known)
+        labels.append(torch.full((len(images),), UNKNOWN_LABEL, device="cpu") if known is None else known)
     if not answers:
         raise DataError("The data gave no batch: it is empty.")
     targets = torch.cat(labels)
@@ -291,7 +291,7 @@ def fit_scale_and_shift(odds: Tensor, yes: Tensor) -> tuple[float, float]:
     target = torch.where(yes > 0, (positives + 1) / (positives + 2), 1 / (len(yes) - positives + 2))
     with torch.inference_mode(False), torch.enable_grad():
         odds, target = odds.clone(), target.clone()  # tensors made in inference mode cannot be differentiated
-        found = torch.zeros(2, dtype=odds.dtype, requires_grad=True)  # log of the scale, shift
+        found = torch.zeros(2, dtype=odds.dtype, device=odds.device, requires_grad=True)  # log of the scale, shift
         optimizer = torch.optim.LBFGS([found], max_iter=STEPS, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:

@@ -92,7 +92,7 @@ def write(path: Path, reached: Checkpoint, training: Mapping[str, Any]) -> None:
     tensors = {f"{HEADS}{k}": v for k, v in reached.heads.items()}
     tensors |= {f"{BEST}{k}": v for k, v in reached.best_heads.items()}
     for i, state in reached.optimizer.items():
-        tensors |= {f"{OPTIMIZER}{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors |= {f"{OPTIMIZER}{i}.{k}": torch.as_tensor(v, device="cpu") for k, v in state.items()}
     tensors = storable(tensors)
     about = {"training": json.dumps(training), "history": json.dumps(reached.history)}
     about["sha256"] = _content_hash(tensors, about)
@@ -136,7 +136,7 @@ def _content_hash(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> st
     digest = hashlib.sha256(json.dumps([about["training"], about["history"]]).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
-from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
@@ -118,12 +118,12 @@ class Cache(Dataset[Entry]):
                 argument="cache",
             )
         self._tensors = [self._empty(shape) for shape in estimate.shapes]
-        self.labels = torch.full((estimate.rows,), UNKNOWN_LABEL)
+        self.labels = torch.full((estimate.rows,), UNKNOWN_LABEL, device="cpu")
 
     def _empty(self, shape: torch.Size) -> Tensor:
         whole, dtype = torch.Size((self.estimate.rows, *shape)), self.estimate.stored
         if self.estimate.in_memory:
-            return torch.empty(whole, dtype=dtype)
+            return torch.empty(whole, dtype=dtype, device="cpu")
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:  # without a name; it lives as long as its mapping
                 self._reserve(file, whole.numel() * dtype.itemsize)
@@ -167,7 +167,7 @@ class Cache(Dataset[Entry]):
 
     def __getitem__(self, rows: Sequence[int]) -> Entry:
         """A batch: these samples, in this order, each in the view that is drawn for this epoch."""
-        at = torch.as_tensor(rows)
+        at = torch.as_tensor(rows, device="cpu")
         if self.views is not None:
             at = at + len(self) * self.views.drawn[at]
         *inputs, logits = (tensor[at] for tensor in self._tensors)
@@ -192,7 +192,7 @@ class Cache(Dataset[Entry]):
         """Batches, in the order in which `batches` gives them."""
         sampler = RandomSampler(self, generator=generator) if shuffle else SequentialSampler(self)
         whole = BatchSampler(sampler, batch_size, drop_last=False)
-        return DataLoader(self, batch_size=None, sampler=whole, generator=generator)
+        return CpuLoader(self, batch_size=None, sampler=whole, generator=generator)
 
     def close(self) -> None:
         """Give its memory and its room on the disk back."""

@@ -127,20 +127,22 @@ class EpochSums:
 
     def postfix(self) -> dict[str, str]:
         """For the progress bar: the loss, and fidelity and accuracy of each exit in per cent."""
-        right, faithful, _ = (torch.as_tensor(self.counts) / self.samples).tolist()
+        right, faithful, _ = (torch.as_tensor(self.counts, device="cpu") / self.samples).tolist()
         shown = {"loss": f"{float(self.loss) / self.samples:.3f}", "fidelity": _percent(faithful)}
         return shown | ({"accuracy": _percent(right)} if self.labelled else {})
 
     def tensor(self) -> Tensor:
         """All sums in one vector, to be added up over processes; on the CPU, as MPS has no float64."""
-        head = torch.tensor([self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64)
-        return torch.cat([head, torch.as_tensor(self.counts).cpu().double().flatten()])
+        head = torch.tensor(
+            [self.samples, float(not self.labelled), float(self.loss)], dtype=torch.float64, device="cpu"
+        )
+        return torch.cat([head, torch.as_tensor(self.counts, device="cpu").double().flatten()])
 
     @staticmethod
     def means(sums: Tensor) -> EpochMeans:
         """The means, of the vector that `tensor` gives."""
         samples, unlabelled, loss, *counts = sums.tolist()
-        right, faithful, leaving = torch.tensor(counts).view(3, -1).div(samples).tolist()
+        right, faithful, leaving = torch.tensor(counts, device="cpu").view(3, -1).div(samples).tolist()
         return EpochMeans(loss / samples, None if unlabelled else right, faithful, leaving)
 
 

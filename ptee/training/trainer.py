@@ -291,7 +291,8 @@ class _Training:
     def _update(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
         result = self._judge(batch, labels, self.step)
         self.accelerator.backward(result.loss)
-        self.optimizer.step()
+        with torch.device("cpu"):  # where it counts its steps, whatever torch's default device is
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
 

@@ -197,12 +197,12 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
     Raises:
         DataError: if it does and must not.
     """
-    some = Subset(data, torch.linspace(0, len(data) - 1, min(SAMPLES, len(data))).long().tolist())
+    some = Subset(data, torch.linspace(0, len(data) - 1, min(SAMPLES, len(data)), device="cpu").long().tolist())
     first, second = _read(some), _read(some)
     if len(first) == len(second) and all(map(torch.equal, first, second)):
         digest = hashlib.sha256()
         for tensor in first:
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
     if must_repeat:
         text = "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "

@@ -53,15 +53,17 @@ def network(family: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
 def noise(family: str, like: EarlyExitModel) -> Tensor:
     """Random images, the same each time."""
     parameter = next(like.backbone.parameters())
-    images = torch.randn(ROWS, 3, FAMILIES[family], FAMILIES[family], generator=torch.Generator().manual_seed(1))
+    images = torch.randn(
+        ROWS, 3, FAMILIES[family], FAMILIES[family], generator=torch.Generator().manual_seed(1), device="cpu"
+    )
     return images.to(parameter.device, parameter.dtype)
 
 
 def labelled(family: str, rows: int = 32) -> TensorDataset:
     """Images on the CPU, as a data set gives them, and labels."""
     generator = torch.Generator().manual_seed(2)
-    images = torch.randn(rows, 3, FAMILIES[family], FAMILIES[family], generator=generator)
-    return TensorDataset(images, torch.randint(CLASSES, (rows,), generator=generator))
+    images = torch.randn(rows, 3, FAMILIES[family], FAMILIES[family], generator=generator, device="cpu")
+    return TensorDataset(images, torch.randint(CLASSES, (rows,), generator=generator, device="cpu"))
 
 
 def require(holds: bool, otherwise: str) -> None:

@@ -14,6 +14,7 @@ from io import StringIO
 
 import pytest
 import torch
+from device import here
 from small import SIZE, labelled, made
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -166,7 +167,7 @@ def test_threads_that_train_at_once_learn_what_each_learns_alone():
 
     def trained(seed: int) -> list[torch.Tensor]:
         model = made("conv1")
-        ptee.train(model, data, epochs=2, batch_size=4, seed=seed, shift=1, precision="no", device="cpu")
+        ptee.train(model, data, epochs=2, batch_size=4, seed=seed, shift=1, precision="no", device=here())
         return list(model.heads.state_dict().values())
 
     alone = [trained(seed) for seed in (1, 2, 3)]

@@ -42,7 +42,7 @@ class SkipThroughNumpy(Two):
 
     def forward(self, x: Tensor) -> Tensor:
         before = x.numpy(force=True).copy()
-        return self.two(self.one(x)) + torch.from_numpy(before)
+        return self.two(self.one(x)) + torch.from_numpy(before).to(x.device)
 
 
 class Halves(nn.Module):

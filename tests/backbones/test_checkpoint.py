@@ -124,7 +124,9 @@ def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
     assert list(read_checkpoint(tmp_path / "w.pth").places) == ["model"]
 
 
-@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"])
+@pytest.mark.parametrize(
+    "tensor", [torch.eye(3, device="cpu").to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"]
+)
 def test_tensors_without_plain_numbers_are_no_weights(tensor, tmp_path):
     torch.save({"fc.weight": tensor}, tmp_path / "w.pth")
     with pytest.raises(BackboneError, match="holds no state_dict"):

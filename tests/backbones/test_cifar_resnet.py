@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from device import here
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def first_images(file: tarfile.TarFile, count: int) -> tuple[Tensor, Tensor]:
     members = members[:: len(members) // count][:count]
     read = [Image.open(io.BytesIO(file.extractfile(m).read())).convert("RGB") for m in members]
     x = torch.from_numpy(np.stack([np.asarray(image) for image in read])).permute(0, 3, 1, 2) / 255
-    return x, torch.tensor([classes.index(m.name.split("/")[-2]) for m in members])
+    return x.to(here()), torch.tensor([classes.index(m.name.split("/")[-2]) for m in members])
 
 
 def test_the_trained_resnet20_is_as_accurate_as_published(weights, real_data):

@@ -23,7 +23,7 @@ IMAGES, LABELS = torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 2, 1, 0])
 def test_map_style_data_becomes_batches(data):
     first, last = map(split_batch, batches(data, batch_size=3, shuffle=False))
     assert torch.equal(torch.cat([first[0], last[0]]), IMAGES)
-    assert torch.equal(torch.cat([first[1], last[1]]), LABELS)
+    assert torch.equal(torch.cat([first[1], last[1]]), LABELS.cpu())
 
 
 def test_shuffling_follows_the_generator():
@@ -140,7 +140,7 @@ def test_other_data_is_refused_by_name(data, words):
 def test_batch_with_labels_is_split(batch):
     images, labels = split_batch(batch)
     assert images is IMAGES
-    assert labels.dtype == torch.int64 and torch.equal(labels, LABELS)
+    assert labels.dtype == torch.int64 and torch.equal(labels, LABELS.cpu())
 
 
 @pytest.mark.parametrize("batch", [IMAGES, (IMAGES,), [IMAGES], {"images": IMAGES}, (IMAGES, None)])

@@ -21,7 +21,7 @@ from ptee.data.splits import hold_out
 @pytest.mark.parametrize("c", [1, 3])
 def test_any_kind_of_picture_gives_the_channels_asked_for(mode, c):
     x = image_transform((c, 6, 6), (0.5,), (0.5,))(picture(255, mode, (9, 9)))
-    assert x.shape == (c, 6, 6) and torch.allclose(x, torch.ones(c, 6, 6))
+    assert x.shape == (c, 6, 6) and torch.allclose(x, torch.ones_like(x))
 
 
 def noise(height: int, width: int) -> Image.Image:
@@ -30,14 +30,14 @@ def noise(height: int, width: int) -> Image.Image:
 
 def test_picture_of_the_right_size_is_only_normalised():
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    pixels = torch.tensor(np.asarray(noise(7, 5)), dtype=torch.float64).permute(2, 0, 1) / 255  # (h, w, c) -> (c, h, w)
-    expected = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    pixels = torch.from_numpy(np.array(noise(7, 5))).double().permute(2, 0, 1) / 255  # (h, w, c) -> (c, h, w)
+    expected = (pixels - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(std).view(3, 1, 1)
     assert torch.allclose(image_transform((3, 7, 5), mean, std)(noise(7, 5)).double(), expected, atol=1e-6)
 
 
 def test_square_picture_is_resized_whole():
     resized = noise(16, 16).resize((8, 8), Image.Resampling.BICUBIC)
-    expected = torch.tensor(np.asarray(resized)).permute(2, 0, 1) / 255  # (h, w, c) -> (c, h, w)
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255  # (h, w, c) -> (c, h, w)
     assert torch.allclose(TRANSFORM(noise(16, 16)), expected)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from device import here
 from torch import Tensor, nn
 
 import ptee
@@ -94,7 +95,7 @@ def test_every_batch_size_has_every_case_but_half_of_one_image_cannot_leave():
     for case in found.cases:
         assert case.time > 0
         assert (case.limit is None) == (case.saved is None) == (case.leaving == "nobody")
-    assert (found.device, found.exits, found.threads) == ("cpu", 2, 1)
+    assert (found.device, found.exits, found.threads) == (here().type, 2, 1)
 
 
 def test_the_images_leave_where_the_case_says(monkeypatch):

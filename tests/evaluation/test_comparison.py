@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from device import seeded
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -60,7 +61,7 @@ def small(classes: int = K, channels: int = 3) -> nn.Module:
 
 def images(seed: int, labels: bool = True) -> TensorDataset:
     """Labels that are mostly the backbone's answers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(N, *SIZE, generator=generator) * torch.linspace(0.2, 2, N)[:, None, None, None]
     with torch.no_grad():
         y = network().eval()(x).argmax(1)
@@ -399,7 +400,7 @@ def test_a_loader_that_does_not_shuffle_is_accepted():
 def test_the_order_of_the_images_does_not_matter():
     """The same images in another order give the same numbers."""
     x, y = images(2).tensors
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(N, generator=seeded(0))
     mixed: tuple[Tensor, Tensor] = (x[order], y[order])
     found = [
         compare(

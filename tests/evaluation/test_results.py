@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import small
 import torch
+from device import here
 from small import SIZE, K, made
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -98,7 +99,7 @@ def test_the_model_is_left_as_it_was(threshold, used, training):
     model = made("bnpool").train(training)
     model.threshold = [0.3, 0.6]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    results = evaluate(model, TensorDataset(*labelled()), threshold=threshold, device="cpu")
+    results = evaluate(model, TensorDataset(*labelled()), threshold=threshold, device=here())
     assert results.threshold == used
     assert model.threshold == [0.3, 0.6]
     assert model.training is training

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from small import SIZE, K, made
@@ -20,7 +21,7 @@ import ptee
 from ptee._common.errors import DataError, PteeError
 from ptee.evaluation.traces import SAMPLE, Traces, record
 
-images = functools.partial(torch.randn, generator=torch.Generator().manual_seed(3))
+images = functools.partial(torch.randn, generator=seeded(3))
 
 
 # arithmetic, by hand: two exits and the backbone, four images

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from device import here
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -51,7 +52,7 @@ def test_half_precision_is_computed_in_float32_also_for_1000_classes_and_inside_
     logits, sure = answers(1000)
     logits[0, :, 0] += 20  # p near 1, where half precision has few numbers
     half, half_sure = logits.to(dtype), sure.to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here().type, torch.bfloat16):
         h = confidence(name).at_all_exits(half, half_sure)
     exact = confidence(name).at_all_exits(half.double(), half_sure.double())
     torch.testing.assert_close(h, exact, rtol=1e-5, atol=1e-6)

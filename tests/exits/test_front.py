@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from device import seeded
 from safetensors.torch import load_file, save_file
 from small import leaving_everywhere, once
 from torch import Tensor, nn
@@ -62,10 +63,7 @@ def model() -> ptee.EarlyExitModel:
 
 @pytest.fixture
 def x() -> Tensor:
-    return (
-        torch.randn(24, *SIZE, generator=torch.Generator().manual_seed(1))
-        * torch.linspace(0.2, 2, 24)[:, None, None, None]
-    )
+    return torch.randn(24, *SIZE, generator=seeded(1)) * torch.linspace(0.2, 2, 24)[:, None, None, None]
 
 
 def test_the_front_network_is_the_first_exit_and_costs_what_it_costs(model):

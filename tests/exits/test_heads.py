@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from device import here
 from torch import Tensor, nn
 
 import ptee
@@ -196,7 +197,7 @@ def rounded_to_bfloat16(x: Tensor) -> bool:
 @each_head
 def test_under_autocast_the_confidence_is_float32_and_not_a_rounded_number(name):
     head = make_head(name, MAP, K).eval()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here().type, torch.bfloat16):
         logits, confidence = head(torch.randn(b, C, H, W))
     assert (logits.dtype, confidence.dtype) == (torch.bfloat16, torch.float32)
     assert not rounded_to_bfloat16(confidence)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device import seeded
 from small import made
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ def with_confidence(name: str, kind: str = "alone") -> EarlyExitModel:
 
 
 def images(model: EarlyExitModel, n: int = N) -> Tensor:
-    return torch.randn(n, *model.plan.input_size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, *model.plan.input_size, generator=seeded(1))
 
 
 def splitting(h: Tensor) -> list[float]:
@@ -163,7 +164,7 @@ def test_in_half_precision_with_1000_classes_rows_differ_in_h_and_leave_as_trace
     if name != "patience":  # which has one value at the first exit
         assert len(every.confidence[0].unique()) > N / 2
     limits = splitting(every.confidence[:-1])
-    assert torch.equal(record(model, list(x)).leaving(limits), model.predict(x, limits).exit_index)
+    assert torch.equal(record(model, list(x)).leaving(limits), model.predict(x, limits).exit_index.cpu())
 
 
 # ---------------------------------------------------------------------------------------------------- set and saved
@@ -312,9 +313,7 @@ def test_a_run_whose_confidence_cannot_be_is_refused(confidence, said, tmp_path)
         ptee.load(tmp_path, copy.deepcopy(model).detach())
 
 
-@pytest.mark.parametrize(
-    "threshold", [0.3, [0.2, 0.5], torch.rand(N, 2, generator=torch.Generator().manual_seed(0))], ids=type
-)
+@pytest.mark.parametrize("threshold", [0.3, [0.2, 0.5], torch.rand(N, 2, generator=seeded(0))], ids=type)
 @each_confidence
 def test_each_row_meets_its_own_threshold(name, threshold: Thresholds):
     model = with_confidence(name)

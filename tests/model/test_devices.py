@@ -46,7 +46,7 @@ def net(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
 
 def images(device: torch.device, dtype: torch.dtype = torch.float32, rows: int = 6) -> Tensor:
-    return torch.randn(rows, *SIZE, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    return torch.randn(rows, *SIZE, generator=torch.Generator().manual_seed(3), device="cpu").to(device, dtype)
 
 
 @each_type

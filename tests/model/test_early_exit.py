@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device import here, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -71,7 +72,7 @@ class Pair(nn.Module):
 
 def moved(model: EarlyExitModel) -> EarlyExitModel:
     """The model with its heads moved off their initial values, so that confidences differ between rows."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     with torch.no_grad():
         for p in model.heads.parameters():
             p += torch.randn(p.shape, generator=generator).to(p)
@@ -84,7 +85,7 @@ def make(net: nn.Module | None = None, exits: tuple[str, ...] = ("stem", "body",
 
 def images(rows: int = b) -> Tensor:
     """Rows of growing contrast, so that they differ after pooling."""
-    noise = torch.randn(rows, *SIZE, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(rows, *SIZE, generator=seeded(2))
     return noise * torch.linspace(0.3, 3, rows)[:, None, None, None]
 
 
@@ -270,7 +271,7 @@ FORMS = {
     "a float64 tensor": torch.tensor([ALWAYS, NEVER, NEVER], dtype=torch.float64),
     "a tensor of whole numbers": torch.tensor([0, 2, 2]),
     "a tensor that wants gradients": torch.tensor([ALWAYS, NEVER, NEVER], requires_grad=True),
-    "a NumPy array": torch.tensor([ALWAYS, NEVER, NEVER]).numpy(),
+    "a NumPy array": torch.tensor([ALWAYS, NEVER, NEVER], device="cpu").numpy(),
     "one row for all": torch.tensor([[ALWAYS, NEVER, NEVER]]),
 }
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -863,7 +864,7 @@ def test_a_backbone_in_half_precision_gets_heads_in_half_precision():
 
 def test_the_model_works_under_autocast_with_confidences_in_float32():
     model, x = shared("conv1"), images()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast(here().type, torch.bfloat16), torch.no_grad():
         assert torch.equal(model.predict(x, NEVER).logits, model.backbone(x))
         out = model.predict(x, sending([0, 1, 2, 3, 2, 1]))
     assert out.exit_index.tolist() == [0, 1, 2, 3, 2, 1]
@@ -885,7 +886,7 @@ def test_the_type_of_an_answer_does_not_depend_on_who_leaves(around, first):
     if around != "autocast":
         model, x = model.bfloat16(), x.bfloat16()
     want = torch.bfloat16 if around == "both alike" else torch.float32
-    with torch.autocast("cpu", torch.bfloat16, enabled=around == "autocast"), torch.no_grad():
+    with torch.autocast(here().type, torch.bfloat16, enabled=around == "autocast"), torch.no_grad():
         for threshold in (first, ALWAYS, NEVER, sending([0, 1, 2, 3, 2, 1]), sending([0, 1, 2, 0, 2, 1])):
             assert model.predict(x, threshold).logits.dtype == want
         assert model.predict(x[:0]).logits.dtype == model.all_exits(x[:0]).logits.dtype == want

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import seeded
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -148,7 +149,7 @@ def damaged(name: str, content: bytes, rng: random.Random) -> bytes:
 
 def answers(model: EarlyExitModel) -> tuple[Tensor, ...]:
     """What no edit of config.json may change."""
-    x = torch.randn(4, *model.plan.input_size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, *model.plan.input_size, generator=seeded(1))
     with torch.no_grad():
         model.predict(x)
         found = model.all_exits(x)

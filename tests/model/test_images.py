@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import here, seeded
 from small import SIZE, K, labelled, made
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -40,7 +41,7 @@ FROM_DATA: dict[str, Callable[[Any, Tensor], Any]] = {
     "compare": lambda model, x: ptee.compare({"mine": model}, data_of(x), data_of(x)),
 }
 ANYWHERE = FROM_TENSORS | FROM_DATA
-x = torch.rand(8, *SIZE, generator=torch.Generator().manual_seed(0))
+x = torch.rand(8, *SIZE, generator=seeded(0))
 REFUSED = {
     "bytes": ((255 * x).byte(), r"These images are uint8, .*Give \(x\.float\(\) / 255 - mean\) / std"),
     "whole numbers": ((255 * x).long(), r"These images are int64, .*Give \(x\.float\(\) - mean\) / std"),
@@ -70,7 +71,11 @@ def test_images_of_another_kind_are_refused_in_one_line_everywhere(where, images
         (x, torch.float64, r"These images are float32, and the model is float64 .*Give x.to\(torch.float64\)"),
         (x, torch.bfloat16, r"These images are float32, and the model is bfloat16 .*Give x.to\(torch.bfloat16\)"),
         (x.half(), torch.float32, "These images are float16, and the model is float32"),
-        (x.to("meta"), torch.float32, r"These images are on meta, and the model is on cpu. Give x.to\('cpu'\)"),
+        (
+            x.to("meta"),
+            torch.float32,
+            rf"These images are on meta, and the model is on {here()}. Give x.to\('{here()}'\)",
+        ),
     ],
     ids=["float64", "a double model", "a bfloat16 model", "float16", "another device"],
 )
@@ -93,13 +98,13 @@ def test_data_sets_may_give_another_floating_point_type(given):
 def test_a_half_model_is_evaluated_on_a_data_set_of_single_precision():
     model = made().bfloat16()
     traces = record(model, data_of(x))
-    assert torch.equal(traces.answers, model.all_exits(x.bfloat16()).logits.argmax(-1))
+    assert torch.equal(traces.answers, model.all_exits(x.bfloat16()).logits.argmax(-1).cpu())
     assert traces.sample.dtype == torch.bfloat16
 
 
 def test_under_autocast_images_of_single_precision_are_taken():
     model = made()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(here().type, torch.bfloat16):
         out = model.predict(x, 2.0)
         assert torch.equal(out.logits, model.backbone(x))
         assert model.predict(x.bfloat16(), 2.0).logits.dtype == torch.bfloat16

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from device import seeded
 from small import once
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def model() -> ptee.EarlyExitModel:
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(1))
+    return torch.randn(8, *SIZE, generator=seeded(1))
 
 
 def heads_that_ran(model: ptee.EarlyExitModel, x: Tensor) -> set[int]:

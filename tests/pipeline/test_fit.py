@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from command import BRIEF, MODEL, TEN, figures, make_run, pictures, read_json
+from device import here, seeded
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -31,12 +32,12 @@ def network() -> nn.Module:
 
 
 def images(n: int, seed: int = 0, labels: bool = True) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x, y = torch.randn(n, *SIZE, generator=generator), torch.randint(K, (n,), generator=generator)
     return TensorDataset(x, y) if labels else TensorDataset(x)
 
 
-fit = partial(ptee.fit, input_size=SIZE, device="cpu", **SETTINGS)
+fit = partial(ptee.fit, input_size=SIZE, device=here(), **SETTINGS)
 
 
 # ---------------------------------------------------------------------------------------------------- as the command does
@@ -65,7 +66,7 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
     data, _ = open_images(str(folder), load_backbone("cifar_resnet20", **source), seed=0)
     model = ptee.fit(
         "cifar_resnet20", data.train, val_data=data.validation, calibration_data=data.calibration, recipe=recipe,
-        out=tmp_path / "python", device="cpu", **source, exits=["layer1", "layer2"], head="pool", epochs=2, batch_size=8, precision="no",
+        out=tmp_path / "python", device=here(), **source, exits=["layer1", "layer2"], head="pool", epochs=2, batch_size=8, precision="no",
         **({} if recipe == "ptee" else {"targets": "pseudo"}),
     )  # fmt: skip
     command, python = (read_json(tmp_path / name, "config.json") for name in ("command", "python"))
@@ -100,7 +101,7 @@ def test_a_model_with_thresholds_and_results_comes_back_and_is_saved_with_its_re
 
 def test_the_recipe_of_a_run_gives_the_same_model_again(tmp_path):
     fit(network(), images(80), out=tmp_path / "one", seed=3)
-    ptee.fit(network(), images(80), recipe=tmp_path / "one", out=tmp_path / "two", input_size=SIZE, device="cpu")
+    ptee.fit(network(), images(80), recipe=tmp_path / "one", out=tmp_path / "two", input_size=SIZE, device=here())
     one, two = (read_json(tmp_path / name, "config.json") for name in ("one", "two"))
     assert one["threshold"] == two["threshold"]
     assert figures(one["results"]) == figures(two["results"])
@@ -157,7 +158,7 @@ def test_without_labels_a_recipe_that_learns_labels_learns_the_backbones_answers
         exits=["0"],
         epochs=1,
         precision="no",
-        device="cpu",
+        device=here(),
         log=said.append,
     )
     assert "The images have no labels." in said[0]
@@ -190,7 +191,7 @@ REFUSED = {
 @pytest.mark.parametrize(("given", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_is_refused_in_one_line_before_the_training(given, said, monkeypatch):
     monkeypatch.setattr(fitting, "train", None)
-    arguments = {"train_data": images(60), "device": "cpu", "input_size": SIZE, **SETTINGS, **given}
+    arguments = {"train_data": images(60), "device": here(), "input_size": SIZE, **SETTINGS, **given}
     with pytest.raises(PteeError, match=said) as refusal:
         ptee.fit(network(), arguments.pop("train_data"), **arguments)
     assert "\n" not in str(refusal.value)

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from device import here, seeded
 from small import once
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -20,7 +21,7 @@ N, SIZE = 12, (3, 16, 16)
 
 
 def images() -> Tensor:
-    return torch.randn(N, *SIZE, generator=torch.Generator().manual_seed(1))
+    return torch.randn(N, *SIZE, generator=seeded(1))
 
 
 def data() -> TensorDataset:
@@ -181,7 +182,7 @@ def made(head: str = "conv1") -> ptee.EarlyExitModel:
 
 def losses(head: str = "conv1", **settings: object) -> list[float]:
     settings = {"epochs": 3, "lr": 1e-3, "views": 1, "shift": 0, "cache": False} | settings
-    history = ptee.train(made(head), data(), data(), batch_size=4, device="cpu", precision="no", **settings)
+    history = ptee.train(made(head), data(), data(), batch_size=4, device=here(), precision="no", **settings)
     return [x for epoch in history.epochs for x in (epoch.loss, epoch.val_loss)]
 
 
@@ -228,7 +229,7 @@ def test_auto_makes_two_views_of_a_data_set_and_shifts_what_heads_read_as_maps()
 
 def test_a_loader_makes_its_own_batches_and_gets_no_views():
     with pytest.raises(DataError, match=r"views=4 needs a data set, and this is a DataLoader.*views=1"):
-        ptee.train(made(), DataLoader(data(), 4), epochs=1, device="cpu", views=4)
+        ptee.train(made(), DataLoader(data(), 4), epochs=1, device=here(), views=4)
 
 
 def test_a_shift_is_refused_where_all_heads_read_vectors():

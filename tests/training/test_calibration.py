@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from device import seeded
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -143,8 +144,8 @@ def test_where_every_image_has_the_same_answer_h_says_so_and_still_tells_rows_ap
 
 def log_odds_and_answers(size: int, scale: float, shift: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Log-odds (size,), and whether the answer is yes (size,), by chance."""
-    odds = log_odds(3 * torch.randn(size, 10, generator=torch.Generator().manual_seed(seed))).double()
-    drawn = torch.rand(size, dtype=torch.double, generator=torch.Generator().manual_seed(seed + 1))
+    odds = log_odds(3 * torch.randn(size, 10, generator=seeded(seed))).double()
+    drawn = torch.rand(size, dtype=torch.double, generator=seeded(seed + 1))
     return odds, ((scale * odds + shift).sigmoid() > drawn).double()
 
 

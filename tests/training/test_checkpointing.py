@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from device import here, seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
@@ -40,7 +41,7 @@ def model_and_twin(reentrant: bool) -> tuple[ptee.EarlyExitModel, ptee.EarlyExit
 
 
 each_kind = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-x = torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0))
+x = torch.randn(8, *SIZE, generator=seeded(0))
 y = torch.arange(8) % 5
 
 
@@ -49,7 +50,7 @@ y = torch.arange(8) % 5
 def test_heads_learn_what_they_would_without(reentrant, cache):
     pair = model_and_twin(reentrant)
     for model in pair:
-        ptee.train(model, TensorDataset(x, y), epochs=2, batch_size=4, cache=cache, precision="no", device="cpu")
+        ptee.train(model, TensorDataset(x, y), epochs=2, batch_size=4, cache=cache, precision="no", device=here())
     one, other = (model.heads.state_dict() for model in pair)
     assert all(torch.equal(one[key], other[key]) for key in one)
 

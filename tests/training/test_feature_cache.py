@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from device import here, seeded
 from small import once
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -31,7 +32,7 @@ SIZE = (3, 32, 32)
 
 
 def images(n: int = 40, seed: int = 0) -> TensorDataset:
-    order = torch.Generator().manual_seed(seed)
+    order = seeded(seed)
     return TensorDataset(torch.randn(n, *SIZE, generator=order), torch.randint(0, 5, (n,), generator=order))
 
 
@@ -54,7 +55,7 @@ def short(model: ptee.EarlyExitModel, *data: Any, **settings: Any) -> History:
         "views": 1,
         "shift": 0,
         "cache": False,
-        "device": "cpu",
+        "device": here(),
         "precision": "no",
     }
     with warnings.catch_warnings():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from device import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -176,7 +177,7 @@ anything = st.lists(st.floats(-30, 30), min_size=E * 2, max_size=E * 2)
 
 @given(gates=anything, seed=st.integers(0, 99))
 def test_blended_probabilities_sum_to_one(gates, seed):
-    logits = 20 * torch.randn(E + 1, 2, K, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = 20 * torch.randn(E + 1, 2, K, dtype=torch.float64, generator=seeded(seed))
     confidence_logits = torch.tensor(gates, dtype=torch.float64).view(E, 2, 1)
     blended = blend_log_probs(logits.log_softmax(-1), confidence_logits).exp()
     torch.testing.assert_close(blended.sum(-1), torch.ones(E + 1, 2, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import here
 from small import labelled, made
 from torch.utils.data import Subset, TensorDataset
 
@@ -11,7 +12,7 @@ from ptee.training import training_data
 from ptee.training.trainer import train
 from ptee.training.training_data import shared_caches
 
-HOW = {"epochs": 1, "batch_size": 8, "device": "cpu", "precision": "no", "views": 2, "shift": 0}
+HOW = {"epochs": 1, "batch_size": 8, "device": here(), "precision": "no", "views": 2, "shift": 0}
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device import here
 from learning import Interrupted, K, N, Net, data, fit, heads, images, labels, made, on, same, stopping
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -359,7 +360,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(setting
 
 def test_settings_by_name_take_the_place_of_those_in_the_config():
     config = TrainingConfig(loss="joint", epochs=1, batch_size=16, views=1, shift=0, cache=False, precision="no")
-    history = ptee.train(made(), data(), config=config, epochs=2, device="cpu")
+    history = ptee.train(made(), data(), config=config, epochs=2, device=here())
     assert len(history.epochs) == 2
     assert history.config == config.changed(epochs=2).resolved().model_dump()
 

@@ -1,0 +1,15 @@
+"""Where the tensors of the tests lie, as `--device` says, and random numbers that are made there."""
+
+from __future__ import annotations
+
+import torch
+
+
+def here() -> torch.device:
+    """The device of this run."""
+    return torch.get_default_device()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """Random numbers that are the same each time."""
+    return torch.Generator(here()).manual_seed(seed)

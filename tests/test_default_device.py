@@ -1,0 +1,99 @@
+"""Whatever torch's default device is, a model computes where it lies and gives the same.
+
+Tensors on the meta device have no numbers: what ptee leaves to the default device would fail there, on any machine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device import here
+from small import SIZE, labelled, made
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+import ptee
+
+N = 40
+HOW: dict[str, Any] = {"epochs": 2, "batch_size": 8, "precision": "no", "device": here()}
+
+
+def images_of(data: TensorDataset) -> Tensor:
+    return data.tensors[0].to(HOW["device"])
+
+
+def heads(model: ptee.EarlyExitModel) -> list[Any]:
+    return [value.tolist() for value in model.heads.state_dict().values()]
+
+
+def augmented(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    backbone = model.detach()
+    again = ptee.augment(backbone, exits=["0", "2"], head="res-8x1+", front=copy.deepcopy(backbone), input_size=SIZE)
+    with torch.no_grad():
+        return again.plan.to_dict(), again.predict(images_of(data), 0.3).logits.tolist()
+
+
+def answered(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    x = images_of(data)
+    every = model.all_exits(x)
+    thresholds = [0.3, every.confidence[:-1].median(1).values.tolist(), every.confidence[:-1].T]
+    return [part.tolist() for threshold in thresholds for part in model.predict(x, threshold)]
+
+
+def trained(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path, **wish: Any) -> Any:
+    ptee.train(model, data, data, **HOW, **wish)
+    return heads(model)
+
+
+def calibrated(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    return [(fit.scale, fit.shift) for fit in ptee.calibrate(model, data, target="right").exits]
+
+
+def tuned(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    return [ptee.tune(model, data, **limit).to_dict() for limit in ({"max_drop": 0.1}, {"max_cost": 1.5})]
+
+
+def evaluated(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    return ptee.evaluate(model, data, threshold=0.3, speed=False).to_dict()
+
+
+def compared(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    return ptee.compare({"mine": model}, data, data).to_dict()
+
+
+def saved(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    again = ptee.load(folder, model.detach())
+    return heads(again)
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "exits": augmented,
+    "answers": answered,
+    "a training of views from a cache": lambda *given: trained(*given, views=3, cache=True),
+    "a training of shifted maps": lambda *given: trained(*given, views=1, shift=1, cache=False),
+    "a training with processes that read": lambda *given: trained(*given, cache=False, num_workers=1),
+    "a calibration": calibrated,
+    "thresholds": tuned,
+    "results": evaluated,
+    "a comparison": compared,
+    "a saved model": saved,
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_it_gives_the_same_with_another_default_device(step, tmp_path):
+    torch.manual_seed(0)
+    images, labels = labelled(N)
+    data = TensorDataset(images.cpu(), labels.cpu())
+    want = STEPS[step](made("conv1"), data, tmp_path / "one")
+    torch.manual_seed(0)
+    model = made("conv1")
+    with torch.device("meta"):
+        got = STEPS[step](model, data, tmp_path / "two")
+    assert got == want
