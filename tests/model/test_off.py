@@ -114,6 +114,12 @@ def test_what_is_no_exit_cannot_be_off(model, off):
         model.off = off
 
 
+@pytest.mark.parametrize("off", [None, 0.5, torch.tensor(1)], ids=str)
+def test_exits_that_are_off_are_given_by_number(model, off):
+    with pytest.raises(PteeError, match=r"Exits that are off are given by their numbers, such as .1., not as"):
+        model.off = off
+
+
 @pytest.mark.parametrize("off", [[1], [0, 2]])
 def test_training_and_calibration_need_all_exits_on(model, x, off):
     model.off = off
@@ -127,12 +133,6 @@ def test_any_whole_numbers_will_do(model):
     assert model.off == (1, 2)
     model.off = 0
     assert model.off == (0,)
-
-
-def test_learned_heads_that_read_nothing_run_for_themselves_alone():
-    model = early(("res-8x1", "res-8x1", "res-16x1"))
-    model.off = [0, 1]
-    assert model.plan.skipped == (0, 1)
 
 
 def test_traces_are_of_all_exits_and_the_table_of_those_that_are_on(model, x):
