@@ -1,4 +1,4 @@
-"""Building exits: placement gives the cuts, a spec says what head stands at each, the heads are built, the plan counts them.
+"""Building exits: choose the cuts, read what head stands at each, build the heads, count what they cost.
 
 names --parse_head--> HeadSpec --sized--> HeadSpec --build_head--> ExitHead --counted--> Plan
 """
@@ -18,7 +18,7 @@ from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count, parameters
 from ptee.backbones.load import Backbone
 from ptee.exits.config import DEFAULT_BUDGETS, DEFAULT_PLACES, PLACES_BEHIND_FRONT, with_defaults
-from ptee.exits.front import FrontHead, require_front
+from ptee.exits.front import FrontHead
 from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
 from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
 from ptee.exits.placement import INPUT, PLACEMENTS, Placer
@@ -47,18 +47,12 @@ def build_exits(
         backbone: frozen, in eval mode.
         exits: as of `augment`, and so are num_exits, head and head_budget. None: the default of `ExitsConfig`.
         front: the head of an exit at the input, before all others; "auto" for a residual head there.
-        placed: `exits` are names that a plan gave, of a saved run.
-        saved: the tensors of a saved run's heads; heads that would have others are refused before they are built.
+        placed: `exits` are names from the plan of a saved run.
+        saved: the tensors of a saved run's heads; other heads are refused before they are built.
 
     Returns:
-        The plan, and the heads that it counted: new, in train mode, on the CPU in float32.
-
-    Raises:
-        CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
-        UnknownName: if the rule, a module or a head does not exist.
-        PteeError: if the heads cannot be built.
+        The plan, and the new heads that it counted, in train mode, on the CPU in float32.
     """
-    require_front(front)
     places, head, budget = with_defaults(exits, num_exits, head, head_budget, front)
     size = backbone.input.input_size
     found = survey(backbone.module, size)
@@ -77,12 +71,15 @@ def build_exits(
     heads = build_heads(specs, cuts, found.classes, front)
     shares = [0.0 if cut.name == INPUT else placer.cost(cut) for cut in cuts]
     rows = counted(shares, cuts, heads, list(map(str, specs)), counts.total)
-    weights = parameters(backbone.module)
-    made = Plan(backbone.name, _words(places), size, rows, counts.total, weights, found.classes, tuple(cuts))
+    made = Plan(
+        backbone=backbone.name, placement=_words(places), input_size=size, exits=rows, macs=counts.total,
+        parameters=parameters(backbone.module), classes=found.classes, cuts=tuple(cuts),
+    )  # fmt: skip
     return made.switched_off(()), heads
 
 
 def _words(places: str | float | Sequence[float] | Sequence[str]) -> str:
+    """Where the exits stand, for the title of a plan."""
     parts = places if isinstance(places, list | tuple) else str(places).split(",")
     where = ", ".join(map(str, parts))
     if where in PLACEMENTS:
@@ -95,16 +92,7 @@ def _words(places: str | float | Sequence[float] | Sequence[str]) -> str:
 
 
 def build_head(spec: HeadSpec, layout: Layout, classes: int) -> ExitHead:
-    """A new head.
-
-    Args:
-        spec: what it is made of; neither "auto" nor "front".
-        layout: of the cut.
-        classes: K.
-
-    Raises:
-        PteeError: if a registered head does not give one vector for each row, overwrites its input, or mixes rows.
-    """
+    """A new head, from a spec that is neither "auto" nor "front"."""
     with torch.device("cpu"):  # whatever torch's default device is: the same seed gives the same head
         features = _features(spec, layout)
         length = spec.stages[-1].channels if spec.stages else vector_length(spec.kind, features, layout)
@@ -120,17 +108,7 @@ def _features(spec: HeadSpec, layout: Layout) -> nn.Module:
 def build_heads(
     specs: Sequence[HeadSpec], cuts: Sequence[Cut], classes: int, front: FrontHead | str | None = None
 ) -> list[ExitHead]:
-    """New heads, one for each exit; the front network is the first of them where there is one.
-
-    Args:
-        specs: one for each exit.
-        cuts: where the exits stand.
-        classes: K.
-        front: as of `build_exits`.
-
-    Raises:
-        PteeError: as of `build_head`, or if the first head builds on another.
-    """
+    """New heads, one for each exit; a front network is the first of them. The first head cannot build on another."""
     if specs[0].builds_on_previous:
         raise PteeError(f"The first head {str(specs[0])!r} has none before it to build on. Leave out the +.")
     return [
@@ -140,16 +118,7 @@ def build_heads(
 
 
 def require_saved(specs: Sequence[HeadSpec], cuts: Sequence[Cut], saved: Mapping[str, Tensor]) -> None:
-    """Refuse heads with other layers than were saved, before they take any memory: a stranger may have written their names.
-
-    Args:
-        specs: one for each exit.
-        cuts: where the exits stand.
-        saved: each tensor of the saved heads, by its name with the number of the exit in front.
-
-    Raises:
-        RunError: naming the head.
-    """
+    """Refuse heads whose layers are not those of the saved tensors, before they take memory: a stranger may have named them."""
     for n, (spec, cut) in enumerate(zip(specs, cuts, strict=True)):
         if not (spec.kind == RESIDUAL or is_conv(spec.kind)):
             continue
@@ -176,20 +145,7 @@ def head_specs(
     classes: int,
     front: FrontHead | str | None = None,
 ) -> list[HeadSpec]:
-    """The spec of each exit's head; "auto" heads are sized.
-
-    Args:
-        head: as of `build_exits`.
-        budget: as of `build_exits`.
-        cuts: where the exits stand.
-        macs: B.
-        classes: K.
-        front: as of `build_exits`.
-
-    Raises:
-        UnknownName: if there is no such head.
-        PteeError: if the budget is none, or there is one and nothing to size.
-    """
+    """The spec of each exit's head; those that are "auto" get a size from `budget`, a share of the backbone's `macs`."""
     specs = _named(head, len(cuts), front)
     if not any(spec.kind == AUTO for spec in specs):
         if budget is not None:
@@ -207,7 +163,7 @@ def head_specs(
 
 
 def _named(head: str | Sequence[str], exits: int, front: FrontHead | str | None) -> list[HeadSpec]:
-    """As the names say. A front need not be named; one name for all leaves the + out at the first exit."""
+    """The specs that the names stand for. A front need not be named. One name for all has no + at the first exit."""
     names = _as_list(head)
     if isinstance(front, FrontHead):
         others = names[1:] if len(names) == exits and names[0] == FRONT else names
@@ -220,7 +176,7 @@ def _named(head: str | Sequence[str], exits: int, front: FrontHead | str | None)
 
 
 def _budgets(given: float | Sequence[float] | None, specs: Sequence[HeadSpec]) -> list[float]:
-    """Of the heads; a front network has none."""
+    """The share of each head; a front network has none."""
     front = [0.0] * (specs[0] == FRONT_SPEC)
     own = _one_each("head budget", _as_list(HEAD_BUDGET if given is None else given), len(specs) - len(front))
     for budget in own:

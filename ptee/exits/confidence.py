@@ -1,7 +1,7 @@
 """Confidences: how sure an exit is of its answer. A row leaves at the first exit n whose confidence h_n reaches T_n.
 
-A confidence is computed from the logits of the exit, those of the exits before it, and the logit that the head's own
-confidence layer gives. It knows no labels. The same code serves `predict`, which decides row by row, and recorded traces.
+A confidence is computed from the exit's logits, the logits of the exits before it, and the output of the head's confidence
+layer. It knows no labels. `predict` and recorded traces use the same code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,24 @@ from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 
 LARGEST_LOG_ODDS = 50.0  # float32 cannot tell a probability with larger log-odds from 1
 OfProbabilities = Callable[[Tensor], Tensor]
+
+
+class Answer(NamedTuple):
+    """What an exit answered for some rows.
+
+    Attributes:
+        exit: its number n.
+        logits: (b, K), in float32 or float64.
+        earlier: (b, K) logits of each exit before it; empty unless the confidence reads them.
+        confidence_logit: (b,) of its head's confidence layer.
+        num_exits: E.
+    """
+
+    exit: int
+    logits: Tensor
+    earlier: Sequence[Tensor]
+    confidence_logit: Tensor
+    num_exits: int
 
 
 class Confidence(ABC):
@@ -34,52 +52,33 @@ class Confidence(ABC):
     def __call__(
         self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
     ) -> Tensor:
-        """The confidence of exit n for some rows.
+        """(b,) h of exit n in 0..1, float32; NaN where the confidence logit or the largest class logit is not finite.
 
-        Args:
-            n: the exit.
-            logits: (b, K) of exit n, in any precision.
-            earlier: (b, K) logits of each exit before it; read only if `needs_answers_of_earlier_exits`.
-            confidence_logit: (b,) what the confidence layer of its head gives.
-            num_exits: E.
-
-        Returns:
-            (b,) h in 0..1, float32; NaN where the confidence logit or the largest class logit is not finite.
+        The arguments are those of `Answer`, the logits in any precision.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            h = self._compute(n, _at_least_float32(logits), earlier, _at_least_float32(confidence_logit), num_exits)
+            sure = _at_least_float32(confidence_logit)
+            h = self._compute(Answer(n, _at_least_float32(logits), earlier, sure, num_exits))
             # A logit of -inf only rules out its class. The largest one is NaN where any is.
             finite = logits.amax(-1).isfinite() & confidence_logit.isfinite()
             return torch.where(finite, h, torch.nan).float()
 
     def at_all_exits(self, logits: Iterable[Tensor], confidence_logits: Iterable[Tensor]) -> Tensor:
-        """The confidence of every exit for some rows; that of the backbone is 1.
-
-        Args:
-            logits: (b, K) of each of the E exits, or a tensor (E, b, K).
-            confidence_logits: (b,) of each of them, or a tensor (E, b).
-
-        Returns:
-            (E+1, b), float32.
-        """
+        """(E+1, b) h of every exit, float32, from logits (E, b, K) and confidence logits (E, b); that of the backbone is 1."""
         own, sure = list(logits), list(confidence_logits)
         h = [self(n, own[n], own[:n], sure[n], len(own)) for n in range(len(own))]
         return torch.stack([*h, torch.ones_like(h[0])])
 
     @abstractmethod
-    def _compute(
-        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
-    ) -> Tensor:
-        """(b,) h in 0..1. Arguments are those of `__call__`, in float32 or float64."""
+    def _compute(self, answer: Answer) -> Tensor:
+        """(b,) h in 0..1."""
 
 
 class Learned(Confidence):
     """The sigmoid of the head's own confidence layer (EENet, PTEENet)."""
 
-    def _compute(
-        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
-    ) -> Tensor:
-        return confidence_logit.sigmoid()
+    def _compute(self, answer: Answer) -> Tensor:
+        return answer.confidence_logit.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,8 @@ class FromProbabilities(Confidence):
 
     function: OfProbabilities
 
-    def _compute(
-        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
-    ) -> Tensor:
-        return self.function(logits.softmax(-1))
+    def _compute(self, answer: Answer) -> Tensor:
+        return self.function(answer.logits.softmax(-1))
 
 
 class Patience(Confidence):
@@ -103,17 +100,15 @@ class Patience(Confidence):
 
     needs_answers_of_earlier_exits = True
 
-    def _compute(
-        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
-    ) -> Tensor:
-        answer = logits.argmax(-1)
-        agrees = torch.ones_like(answer, dtype=torch.bool)
-        streak = torch.ones_like(answer)
-        for before in reversed(list(earlier)):
-            finite = before.amax(-1).isfinite()  # else argmax is an accident
-            agrees = agrees & finite & (before.argmax(-1) == answer)
+    def _compute(self, answer: Answer) -> Tensor:
+        own = answer.logits.argmax(-1)
+        agrees = torch.ones_like(own, dtype=torch.bool)
+        streak = torch.ones_like(own)
+        for logits in reversed(answer.earlier):
+            finite = logits.amax(-1).isfinite()  # else argmax is an accident
+            agrees = agrees & finite & (logits.argmax(-1) == own)
             streak = streak + agrees
-        return streak.to(logits.dtype) / (num_exits + 1)
+        return streak.to(answer.logits.dtype) / (answer.num_exits + 1)
 
 
 @dataclass(frozen=True)
@@ -128,12 +123,10 @@ class Calibrated(Confidence):
     scale: tuple[float, ...] = ()
     shift: tuple[float, ...] = ()
 
-    def _compute(
-        self, n: int, logits: Tensor, earlier: Sequence[Tensor], confidence_logit: Tensor, num_exits: int
-    ) -> Tensor:
-        if len(self.scale) != num_exits:
-            raise not_calibrated()
-        return (log_odds(logits) * self.scale[n] + self.shift[n]).sigmoid()
+    def _compute(self, answer: Answer) -> Tensor:
+        if len(self.scale) != answer.num_exits:
+            raise _not_calibrated()
+        return (log_odds(answer.logits) * self.scale[answer.exit] + self.shift[answer.exit]).sigmoid()
 
 
 def max_prob(probabilities: Tensor) -> Tensor:
@@ -154,10 +147,7 @@ def margin(probabilities: Tensor) -> Tensor:
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """(b, K) -> (b,) log(p / (1 - p)) of the largest probability p, precise also where p rounds to 1.
-
-    Bounded by `LARGEST_LOG_ODDS`.
-    """
+    """(b, K) -> (b,) log(p / (1 - p)) of the largest probability p, also where p rounds to 1; within LARGEST_LOG_ODDS."""
     logits = _at_least_float32(logits)
     largest, answer = logits.max(-1)
     others = logits.scatter(-1, answer[..., None], -math.inf).logsumexp(-1)
@@ -175,27 +165,17 @@ CONFIDENCES: dict[str, Confidence] = {
 
 
 def find_confidence(name: str, calibrated: Calibrated | None = None) -> Confidence:
-    """The confidence of a name.
-
-    Args:
-        name: a key of `CONFIDENCES`.
-        calibrated: what "calibrated" stands for; None if nothing was calibrated.
-
-    Raises:
-        UnknownName: if there is no such confidence.
-        PteeError: if it is "calibrated" and nothing was calibrated.
-    """
+    """The confidence of a name; "calibrated" is the model's own. Refuses unknown names, and "calibrated" before it is fitted."""
     if not isinstance(name, str) or name not in CONFIDENCES:
         raise unknown("confidence", name, CONFIDENCES)
     if name != CALIBRATED:
         return CONFIDENCES[name]
     if calibrated is None:
-        raise not_calibrated()
+        raise _not_calibrated()
     return calibrated
 
 
-def not_calibrated() -> PteeError:
-    """The error for the confidence "calibrated" of a model that is not."""
+def _not_calibrated() -> PteeError:
     others = ", ".join(name for name in CONFIDENCES if name != CALIBRATED)
     return PteeError(
         f"The confidence {CALIBRATED!r} has not been fitted to this model. Call ptee.calibrate(model, data) first, or choose "
@@ -223,7 +203,9 @@ def register_confidence(name: str) -> Callable[[OfProbabilities], OfProbabilitie
 
     def add(function: OfProbabilities) -> OfProbabilities:
         known = CONFIDENCES.get(name)
-        if known is not None and not (isinstance(known, FromProbabilities) and _same(known.function, function)):
+        if known is not None and not (
+            isinstance(known, FromProbabilities) and same_definition(known.function, function)
+        ):
             raise PteeError(f"The confidence name {name!r} is taken. Register yours under another name.")
         _check_function(name, function)
         CONFIDENCES[name] = FromProbabilities(function)
@@ -232,8 +214,8 @@ def register_confidence(name: str) -> Callable[[OfProbabilities], OfProbabilitie
     return add
 
 
-def _same(one: OfProbabilities, other: OfProbabilities) -> bool:
-    """A notebook cell that is run twice defines the same function again."""
+def same_definition(one: Any, other: Any) -> bool:
+    """Whether two functions or classes have one name in one module, as when a notebook cell runs twice."""
     return all(getattr(one, key, one) == getattr(other, key, other) for key in ("__module__", "__qualname__"))
 
 
@@ -257,28 +239,12 @@ def _check_function(name: str, function: OfProbabilities) -> None:
 
 
 def leaves(confidence: Tensor, threshold: float | Tensor) -> Tensor:
-    """Whether rows leave: h >= T. A confidence of NaN never leaves.
-
-    Args:
-        confidence: (...) h.
-        threshold: a number, or a tensor that broadcasts to h.
-
-    Returns:
-        (...) bool.
-    """
+    """Whether rows leave: h >= T, for any T that broadcasts to h. A confidence of NaN never leaves."""
     return _widest(confidence) >= threshold  # float64: a threshold between two float32 numbers must not be rounded
 
 
 def first_exit(confidence: Tensor, threshold: Sequence[float] | Tensor) -> Tensor:
-    """Where rows leave: at the first exit with h >= T, at the backbone's end if there is none.
-
-    Args:
-        confidence: (E, b) h of the early exits.
-        threshold: (E,) of each of them.
-
-    Returns:
-        (b,) the exit, 0..E.
-    """
+    """(b,) where rows leave: the first exit n with h_n >= T_n, of h (E, b) and T (E,); E if there is none."""
     limits = torch.as_tensor(threshold, dtype=_widest(confidence).dtype, device=confidence.device)
     leaving = leaves(confidence, limits[:, None])
     at_the_end = torch.ones_like(leaving[:1])

@@ -94,15 +94,7 @@ class ConfidenceConfig(FrozenConfig):
 
 
 def with_defaults(places: Any, number: int | None, head: Any, budget: Any, front: Any) -> tuple[Any, Any, Any]:
-    """Places, head and head budget, with the default in place of each None.
-
-    Args:
-        places: a rule, fractions, names, or None.
-        number: of exits, or None.
-        head: one name, one for each exit, or None.
-        budget: one share of the backbone's cost, one for each exit, or None.
-        front: the front network, "auto" for a head that learns there, or None.
-    """
+    """Places, head and head budget, with the default in place of each None."""
     given_places = places is not None or number is not None
     head_in_front = front is None or (isinstance(front, str) and front == AUTO)
     if head is None:

@@ -1,7 +1,7 @@
 """The front network: a small classifier as the head of the exit at the input.
 
-Rows that it is sure of never reach the backbone. It has weights of its own, and nothing of it is trained but its confidence
-layer. With this exit alone, the model is a cascade of two networks. Heads behind it may build on its logits.
+Rows that it is sure of never reach the backbone. Only its confidence layer is trained. With this exit alone, the model is a
+cascade of two networks. Later heads may read its logits.
 """
 
 from __future__ import annotations
@@ -29,16 +29,6 @@ LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may
 ITS_ARGUMENTS = {"model": "front", "weights": "front_weights", "mean": "front_mean", "std": "front_std"}
 
 
-def require_front(front: FrontHead | str | None) -> None:
-    """Refuse a word as a front network, except "auto" for a residual head.
-
-    Raises:
-        PteeError: saying what to give.
-    """
-    if isinstance(front, str) and front != AUTO:
-        raise PteeError(f"The front {front!r} is neither a network nor {AUTO!r}. Load it with load_backbone.")
-
-
 def named_front(
     front: str | nn.Module | None,
     behind: Backbone,
@@ -50,16 +40,8 @@ def named_front(
 ) -> FrontHead | str | None:
     """What stands in front of a backbone: the head of a classifier by name or as a module, "auto", or None.
 
-    Args:
-        front: a name as of `load_backbone`, a module, "auto" or None.
-        behind: the backbone, whose classes it shares.
-        weights: for a name: a file of its weights.
-        pretrained: for a name: take the library's own weights if no file is given.
-        mean: per channel, where its configuration says otherwise.
-        std: likewise.
-
-    Raises:
-        PteeError: if it cannot be loaded, or answers something else than the backbone.
+    A classifier by name gets the backbone's classes. `mean` and `std` (per channel) are for images that its own
+    configuration does not describe. Errors name the arguments as a caller knows them: front, front_weights and so on.
     """
     if front is None or (isinstance(front, str) and front == AUTO):
         if weights is not None or mean is not None or std is not None:
@@ -88,17 +70,14 @@ def named_front(
 class FrontHead(ExitHead):
     """A frozen classifier as the head of the exit at the input.
 
-    Its confidence layer reads the network's class probabilities and the log-odds of the largest one. The network is always
-    in eval mode and has no gradients, whatever is asked of the heads, until `release`.
+    Its confidence layer reads the network's class probabilities and the log-odds of the largest one. Until `release`, the
+    network is in eval mode and has no gradients, whatever is asked of the heads. A network is refused, and left as it was, if
+    it has other classes or channels than the backbone, takes very large images, or if its rows influence one another.
 
     Args:
         network: the classifier.
-        images: how the images are prepared for the backbone. They are prepared anew for this network.
+        images: how the images are prepared for the backbone; they are converted for this network.
         num_classes: K of the backbone.
-
-    Raises:
-        PteeError: if it has other classes, its images have other channels or are very large, or its rows influence one
-            another; then the network is left as it was.
     """
 
     def __init__(self, network: Backbone, images: InputConfig, num_classes: int) -> None:
@@ -135,7 +114,7 @@ class FrontHead(ExitHead):
         return self
 
     def release(self) -> None:
-        """Give the network back as it was: its gradients, its modes, no hook left."""
+        """Give the network back with its own gradients and modes, without hooks."""
         self._hold.release()
 
     def read(self, z: Tensor) -> Tensor:
@@ -151,17 +130,7 @@ class FrontHead(ExitHead):
 
 
 def require_same_question(name: str, network: Backbone, images: InputConfig, num_classes: int) -> None:
-    """Refuse a network that answers something else than the backbone.
-
-    Args:
-        name: of the network, as the message begins.
-        network: a classifier.
-        images: the backbone's.
-        num_classes: the backbone's.
-
-    Raises:
-        PteeError: if it has other classes, or its images other channels.
-    """
+    """Refuse a network that has other classes than the backbone, or takes other channels. The message begins with `name`."""
     if network.num_classes != num_classes:
         raise PteeError(
             f"{name} has {network.num_classes} classes, the backbone {num_classes}. Both must answer the same question: "
@@ -175,15 +144,7 @@ def require_same_question(name: str, network: Backbone, images: InputConfig, num
 
 
 def require_small(name: str, input_size: tuple[int, int, int]) -> None:
-    """Refuse a front network for images that are larger than any should be.
-
-    Args:
-        name: of the network.
-        input_size: (c, h, w) of its images.
-
-    Raises:
-        PteeError: saying what is possible.
-    """
+    """Refuse a front network for images that are larger than any should be."""
     if max(input_size[1:]) > LARGEST_SIDE:
         height, width = input_size[1:]
         raise PteeError(
@@ -193,12 +154,7 @@ def require_small(name: str, input_size: tuple[int, int, int]) -> None:
 
 
 class Prepare(nn.Module):
-    """Images prepared for one network as another takes them.
-
-    Args:
-        given: how they are prepared.
-        wanted: how the network takes them.
-    """
+    """Turns images prepared as `given` into images as a network takes them, `wanted`."""
 
     def __init__(self, given: InputConfig, wanted: InputConfig) -> None:
         super().__init__()
@@ -213,17 +169,16 @@ class Prepare(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (b, c, h, w)."""
+        """Images (b, c, h, w), rescaled and resized."""
         if not self.same:
             x = x * self.scale + self.shift
         if self.size is None:
             return x
-        wide = x.float()  # there is no half precision for it
-        return F.interpolate(wide, self.size, mode="bilinear", antialias=True).to(x.dtype)
+        return F.interpolate(x.float(), self.size, mode="bilinear", antialias=True).to(x.dtype)  # not in half precision
 
 
 def _require_rows_apart(network: Backbone) -> None:
-    """Refuse a network whose rows influence one another, or which writes into the images that the backbone goes on with."""
+    """Refuse a network whose rows influence one another, or which overwrites the images that the backbone reads next."""
     images = random_images(network.module, 2, network.input.input_size)
     given = images.clone()
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """What a head is made of, read once from the name that a user gives.
 
-name     pool, bnpool, plain, conv2, a registered name, res-32x2-64x2, or auto; each with or without a + behind it
+name     pool, bnpool, plain, conv2, a registered name, res-32x2-64x2, or auto; each with or without a + at the end
 spec     HeadSpec(kind, stages, builds_on_previous); str(spec) is the name again
 """
 
@@ -18,13 +18,7 @@ LARGEST = {"channels": 1024, "blocks": 8, "stride": 16}  # of a stage; a saved r
 
 @dataclass(frozen=True)
 class Stage:
-    """Residual blocks of one width.
-
-    Attributes:
-        channels: of each block.
-        blocks: how many.
-        stride: of the first block.
-    """
+    """Residual blocks of one width. `stride` is that of the first block."""
 
     channels: int
     blocks: int
@@ -42,7 +36,7 @@ class HeadSpec:
         kind: a name of `HEADS`, convN with a number, "res" for a residual network, "auto" for one that is still to be
             sized, or "front" for a network of its own.
         stages: of a residual network.
-        builds_on_previous: its logits build on those of the exit before.
+        builds_on_previous: it reads the logits of the exit before.
     """
 
     kind: str
@@ -57,15 +51,7 @@ FRONT_SPEC = HeadSpec(FRONT)
 
 
 def parse_head(name: Any) -> HeadSpec:
-    """The spec of a head's name.
-
-    Args:
-        name: as the user gives it, or as a saved run has it.
-
-    Raises:
-        UnknownName: if there is no such head.
-        PteeError: if it is no text, or a residual network that is larger than any head should be.
-    """
+    """The spec of a head's name, given by a user or a saved run. Refuses unknown names, and residual heads that are too large."""
     if not isinstance(name, str):
         raise PteeError(
             f"The head {name!r} is no name. Give a name such as 'pool', or a list of names.", argument="head"

@@ -1,16 +1,15 @@
 """Exit heads: small networks that classify from a feature map and say how sure they are.
 
-Every head turns the map into one feature vector v and ends in two linear layers on it: logits W1 v + b1 (K classes), and a
-confidence logit w2 v + b2, of which `confidence` can make h (EENet fig. 3.1, PTEENet fig. 2). `HEADS` names the ways to make v.
+Every head turns the map into one feature vector v. Two linear layers follow: logits W1 v + b1 (K classes), and a confidence
+logit w2 v + b2 (EENet fig. 3.1, PTEENet fig. 2). `HEADS` names the ways to make v.
 
-A head with a `+` behind its name, such as `conv2+`, builds on the logits y' of the exit before it (Zero Time Waste, Wołczyk
-et al., NeurIPS 2021):
+A head with a `+` behind its name, such as `conv2+`, also reads the logits y' of the exit before it (after Zero Time Waste,
+Wołczyk et al., NeurIPS 2021):
 
     y = W1 v + b1 + w log_softmax(y')        w is learned with the head and starts at 0; no gradient flows into y'
 
-So its probabilities are a weighted geometric mean of those of the exits so far. Two things of that paper are left out:
-there a head reads y' among its features, with a weight for each pair of classes, and the weights of the mean are learned
-after the heads, one for each earlier exit. Here an exit further back gets the product of the weights between.
+Its probabilities are then a weighted geometric mean of those of the exits so far. The paper differs in two ways: its heads
+have a weight for each pair of classes, and it learns the weights of the mean after the heads, one for each earlier exit.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from ptee._common.errors import PteeError
 from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
+from ptee.exits.confidence import same_definition
 from ptee.exits.config import AUTO
 
 FRONT = "front"  # a network of its own, as the head of the exit at the input
@@ -42,7 +42,7 @@ class HeadOutput(NamedTuple):
 
     Attributes:
         logits: (b, K).
-        confidence_logit: (b,) what its confidence layer gives, in float32 at least.
+        confidence_logit: (b,) of its confidence layer, in float32 at least.
     """
 
     logits: Tensor
@@ -53,14 +53,14 @@ class ExitHead(nn.Module):
     """The head of one exit. Takes the tensor of a cut in any layout, gives logits and a confidence logit.
 
     Attributes:
-        previous_weight: (), how much of the previous exit's answer is added to its own; None if it does not build on it.
+        previous_weight: (), the weight of the previous exit's answer; None if the head does not read it.
 
     Args:
-        layout: how the cut's tensor lies in memory.
+        layout: of the cut's tensor.
         features: (b, c, h, w) -> (b, F), the vector v.
         num_features: F.
         num_classes: K.
-        builds_on_previous: it builds on the logits of the exit before.
+        builds_on_previous: it reads the logits of the exit before.
     """
 
     def __init__(
@@ -85,45 +85,19 @@ class ExitHead(nn.Module):
         """Whether it reads the logits of the exit before."""
         return self.previous_weight is not None
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Classify as the first exit does.
-
-        Args:
-            z: the cut's tensor, in its own layout.
-
-        Returns:
-            Logits (b, K) and the confidence logit (b,), the latter in float32 at least whatever the precision around.
-        """
-        output = self.follow(z, ())
-        return output.logits, output.confidence_logit
-
-    def follow(self, z: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
-        """Classify after other exits.
-
-        Args:
-            z: the cut's tensor, in its own layout.
-            earlier: (b, K) logits of each exit before this one.
-        """
+    def forward(self, z: Tensor, earlier: Sequence[Tensor] = ()) -> HeadOutput:
+        """Classify the cut's tensor z, after exits with the logits `earlier` (b, K) each."""
         return self.answer(self.read(z), earlier)
 
     def read(self, z: Tensor) -> Tensor:
-        """The input of the first layer that learns: a pooled vector, or the whole map.
-
-        Args:
-            z: the cut's tensor, in its own layout.
-        """
+        """The input of the first layer that learns: a pooled vector, or the whole map."""
         x = self.layout.to_map(z)
         for part in self.parts()[0]:
             x = part(x)
         return x
 
     def answer(self, x: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
-        """Classify from what `read` gave, as `follow` from the cut's tensor.
-
-        Args:
-            x: what `read` gave.
-            earlier: (b, K) logits of each exit before this one.
-        """
+        """Classify what `read` gave."""
         v = x
         for part in self.parts()[1]:
             v = part(v)
@@ -157,23 +131,8 @@ class _MeanPool(nn.Module):
         return x.mean((2, 3))
 
 
-NOTHING_TO_LEARN = (
-    _MeanPool,
-    nn.Flatten,
-    nn.Identity,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-)
-
-
-def _plain(channels: int, height: int, width: int) -> nn.Module:
-    return nn.Flatten()
-
-
-def _pool(channels: int, height: int, width: int) -> nn.Module:
-    return _MeanPool()
+_POOLS = (_MeanPool, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
+NOTHING_TO_LEARN = (*_POOLS, nn.Flatten, nn.Identity)
 
 
 def _bnpool(channels: int, height: int, width: int) -> nn.Module:
@@ -193,8 +152,8 @@ def _conv(blocks: int) -> FeatureFactory:
 
 
 HEADS: dict[str, FeatureFactory] = {
-    "plain": _plain,
-    "pool": _pool,
+    "plain": lambda channels, height, width: nn.Flatten(),
+    "pool": lambda channels, height, width: _MeanPool(),
     "bnpool": _bnpool,
     "conv1": _conv(1),
     "conv2": _conv(2),
@@ -208,11 +167,7 @@ def is_conv(kind: str) -> bool:
 
 
 def feature_factory(kind: str) -> FeatureFactory:
-    """What makes the layers before v.
-
-    Args:
-        kind: a name of `HEADS`, or convN.
-    """
+    """What makes the layers before v, of a name of `HEADS` or convN."""
     return HEADS[kind] if kind in HEADS else _conv(int(kind.removeprefix("conv")))
 
 
@@ -220,7 +175,7 @@ def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
     """Add a head of your own, which can then be named wherever a head is named.
 
     Args:
-        name: the new head's name. A name that exists is refused, and so is one that ends in +.
+        name: the new head's name.
 
     Returns:
         A decorator for a function or class `(channels, height, width) -> nn.Module` whose module maps a feature map
@@ -248,30 +203,18 @@ def _require_free(name: str, factory: FeatureFactory) -> None:
             f"The head name {name!r} ends in {PLUS}, which marks a head that builds on the exit before. Register it as "
             f"{name.rstrip(PLUS)!r}; any head can then be named with a {PLUS}."
         )
-    known = HEADS.get(name)
-    same = known is not None and _origin(known) == _origin(factory)  # a notebook cell that is run twice
     reserved = name in (AUTO, FRONT) or re.fullmatch(rf"conv\d+|{RESIDUAL_NAME}", name)
-    if reserved or (known is not None and not same):
+    if reserved or (name in HEADS and not same_definition(HEADS[name], factory)):
         raise PteeError(f"The head name {name!r} is taken. Register yours under another name.")
-
-
-def _origin(factory: FeatureFactory) -> tuple[str, str]:
-    return getattr(factory, "__module__", ""), getattr(factory, "__qualname__", repr(factory))
 
 
 # ---------------------------------------------------------------------------------------------------- what is checked
 
 
 def vector_length(name: str, features: nn.Module, layout: Layout) -> int:
-    """F, found by a trial on random numbers; the layers are left as they were.
+    """F, found by a trial on random numbers that leaves the layers as they were.
 
-    Args:
-        name: of the head, for messages.
-        features: (b, c, h, w) -> (b, F).
-        layout: of the cut.
-
-    Raises:
-        PteeError: if the layers do not give one vector for each row, overwrite their input, or mix rows.
+    Refuses layers that do not give one vector for each row, overwrite their input, or mix rows; `name` is for messages.
     """
     shape = (2, layout.channels, layout.height, layout.width)
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -294,7 +237,7 @@ def vector_length(name: str, features: nn.Module, layout: Layout) -> int:
 
 
 def _vectors(name: str, features: nn.Module, rows: Tensor) -> Tensor:
-    """(b, F) of these rows, or the refusal of a head that gives something else or harms the backbone."""
+    """(b, F) of these rows. Refuses a head that gives something else, or overwrites them."""
     given = rows.clone()
     v = features(given)
     if not torch.equal(given, rows):

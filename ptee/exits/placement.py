@@ -1,8 +1,8 @@
 """Placement: where along the backbone the exits stand.
 
-A rule sees only the cumulative cost at the end of each block, as fractions of the whole, and chooses blocks. Its names are
-those of EENet (Demir & Akbas 2021), which shares out the number of parameters; ptee shares out the multiply-accumulates.
-Exit n of E, counted from 0, stands behind the first block whose cumulative cost reaches
+A rule sees the cumulative cost at the end of each block, as a fraction of the whole, and chooses blocks. The rules have the
+names of EENet (Demir & Akbas 2021), which divides the number of parameters; ptee divides the multiply-accumulates. Exit n of
+E, counted from 0, stands behind the first block whose cumulative cost reaches
 
     pareto   1 - 0.8^(n+1)       a fifth of what is left
     fine     1 - 0.95^(n+1)      a twentieth of what is left
@@ -16,7 +16,7 @@ Exit n of E, counted from 0, stands behind the first block whose cumulative cost
 the cost between two exits grows, as later blocks have more parameters. EENet gives no formula for it; this one gives all
 rows of the tables 4.5 and 4.8 of the thesis.
 
-The images themselves are a cut, too, called "input": nothing is computed before it. It stands before all other exits.
+The images themselves are a cut, too, called "input". Nothing is computed before it, and it stands before all other exits.
 """
 
 from __future__ import annotations
@@ -52,14 +52,9 @@ Choice = Callable[[Sequence[float]], list[int]]  # a rule that knows how many ex
 
 
 def first_behind(costs: Sequence[float], fractions: Sequence[float]) -> list[int]:
-    """The first block whose cumulative cost reaches each fraction. Two fractions never share a block.
+    """The first block whose cumulative cost reaches each fraction; two fractions never share a block.
 
-    Args:
-        costs: (L,) cumulative cost at the end of each block, as fractions of the whole, growing.
-        fractions: (E,) wanted costs, growing.
-
-    Returns:
-        Indices of blocks, fewer than E if the blocks run out.
+    `costs` (L,) at the end of each block and `fractions` (E,) both grow. Fewer than E blocks if they run out.
     """
     chosen: list[int] = []
     for fraction in fractions:
@@ -106,47 +101,6 @@ def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
     return choose
 
 
-# ---------------------------------------------------------------------------------------------------- the input
-
-
-def input_cut(input_size: tuple[int, int, int]) -> Cut:
-    """The images as a cut.
-
-    Args:
-        input_size: (c, h, w).
-    """
-    return Cut(INPUT, input_size, Layout("bchw", *input_size), 0, (0,), overwritten=False)
-
-
-def split_off_input(exits: Any, num_exits: int | None) -> tuple[bool, Any, int | None]:
-    """Whether an exit at the input is named, and what is asked for behind it: where, and how many.
-
-    Args:
-        exits: as of `build_exits`; `["input", "pareto"]` asks for the rule behind the input.
-        num_exits: as of `build_exits`. It counts the exit at the input where that is named.
-
-    Raises:
-        CutError: if the input is named behind another exit, or the number is not that of the exits.
-    """
-    exits = [INPUT] if isinstance(exits, str) and exits == INPUT else exits
-    if not isinstance(exits, Sequence) or isinstance(exits, str) or INPUT not in exits:
-        return False, exits, num_exits
-    if exits[0] != INPUT:
-        raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
-    behind: Any = list(exits[1:])
-    if len(behind) == 1 and behind[0] in PLACEMENTS:
-        behind = behind[0]
-    if not isinstance(num_exits, int):
-        return True, behind, num_exits
-    if isinstance(behind, list) and num_exits != len(exits):
-        raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
-    if num_exits < 2 and behind:
-        raise CutError(
-            f"{INPUT!r} is one exit, and {num_exits} are asked for. Ask for 2 or more, or leave out {behind!r}."
-        )
-    return True, behind, num_exits - 1
-
-
 # ---------------------------------------------------------------------------------------------------- placing
 
 
@@ -175,24 +129,37 @@ class Placer:
     ) -> list[Cut]:
         """Verified cuts, in order of execution.
 
-        Args:
-            exits: a rule of `PLACEMENTS`, or wanted fractions of the backbone's cost, or names of modules.
-            num_exits: E; None for as many as the rule can place, at most five.
-            front: there is an exit at the input, whether it is named or not.
-
-        Raises:
-            CutError: if an exit cannot stand where it was asked for, or there is no room for so many.
-            UnknownName: if the rule or a module does not exist.
+        `exits` is a rule, wanted fractions of the backbone's cost, or names of modules. `num_exits` is E; None for as many
+        as the rule can place, at most five. `front`: there is an exit at the input, named or not.
         """
-        at_input, behind, number = split_off_input(exits if self.placed else self._read(exits), num_exits)
-        at_input = at_input or front
+        _require_number(num_exits)
+        named, behind, number = self._split_off_input(exits if self.placed else self._read(exits), num_exits)
+        at_input = named or front
         cuts = self._in_backbone(behind, number) if behind or not at_input else []
         if any(cut.name == INPUT for cut in cuts):
             raise CutError(
                 f"{self.backbone.name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
                 "Name the exits, without it."
             )
-        return [input_cut(self.backbone.input.input_size)] * at_input + cuts
+        size = self.backbone.input.input_size
+        return [Cut(INPUT, size, Layout("bchw", *size), 0, (0,), overwritten=False)] * at_input + cuts
+
+    def _split_off_input(self, exits: Any, num_exits: int | None) -> tuple[bool, Any, int | None]:
+        """Whether an exit at the input is named; what is asked for behind it; and how many exits there.
+
+        `["input", "pareto"]` asks for the rule behind the input. `num_exits` counts an exit at the input that is named.
+        """
+        if isinstance(exits, str) or INPUT not in exits:
+            return False, exits, num_exits
+        if exits[0] != INPUT:
+            raise CutError(f"The exit {INPUT!r} is the first of all. Name it in front of {exits[0]!r}.")
+        behind = list(exits[1:])
+        by_rule = len(behind) == 1 and behind[0] in PLACEMENTS and behind[0] not in self._names
+        if num_exits is not None and not by_rule and num_exits != len(exits):
+            raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+        if num_exits == 1 and behind:
+            raise CutError(f"{INPUT!r} is one exit, and 1 is asked for. Ask for 2 or more, or leave out {behind[0]!r}.")
+        return True, behind[0] if by_rule else behind, None if num_exits is None else num_exits - 1
 
     def _read(self, exits: Any) -> str | list[float | str]:
         """A rule, or a list of fractions or of names; "0.2,0.5" and "layer1,layer2" are lists, too."""
@@ -201,23 +168,22 @@ class Placer:
             raise CutError(
                 f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
             )
-        names = [name for name, _ in self.backbone.module.named_modules() if name]
+        names = self._names
         parts = [_name_or_number(part, names) for part in given]
-        if len(parts) == 1 and parts[0] in PLACEMENTS and parts[0] not in names:
-            return str(parts[0])
-        if (
-            len(parts) != 1
-            or not isinstance(exits, str)
-            or not isinstance(parts[0], str)
-            or parts[0] in (INPUT, *names)
-        ):
-            return parts
-        outer = [name for name in self.survey.cuts if any(other.startswith(f"{name}.") for other in names)]
-        first = [*PLACEMENTS, *outer][:MOST_NAMES]
-        raise unknown("placement or module", parts[0], list(self.survey.cuts), first=first)
+        word = parts[0] if len(parts) == 1 else None
+        if word in PLACEMENTS and word not in names:
+            return str(word)
+        if isinstance(exits, str) and isinstance(word, str) and word not in (INPUT, *names):
+            outer = [name for name in self.survey.cuts if any(other.startswith(f"{name}.") for other in names)]
+            first = [*PLACEMENTS, *outer][:MOST_NAMES]
+            raise unknown("placement or module", word, list(self.survey.cuts), first=first)
+        return parts
 
-    def _in_backbone(self, exits: str | list[Any], num_exits: Any) -> list[Cut]:
-        _require_number(num_exits)
+    @cached_property
+    def _names(self) -> list[str]:
+        return [name for name, _ in self.backbone.module.named_modules() if name]
+
+    def _in_backbone(self, exits: str | list[Any], num_exits: int | None) -> list[Cut]:
         return self._by_rule(exits, num_exits) if isinstance(exits, str) else self._by_list(exits, num_exits)
 
     def _by_list(self, wanted: list[Any], num_exits: int | None) -> list[Cut]:
@@ -238,26 +204,25 @@ class Placer:
             return self._so_many(rule, num_exits)
         for exits in range(MOST_EXITS, 0, -1):
             for places in (self._blocks, self._cells):
-                if found := self._chosen(_choice(rule, exits), exits, places, LATEST):
+                if found := self._chosen(_choice(rule, exits), exits, places):
                     return found
         raise self._no_room(1, rule)
 
     def _so_many(self, rule: str, exits: int) -> list[Cut]:
         """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
-        choose: Choice = _choice(rule, exits)
+        choose = _choice(rule, exits)
         nearest = _with_room_for_all(choose, exits)
         for places in (self._blocks, self._cells, self._parts):
             for choice in (choose, nearest):
-                if found := self._chosen(choice, exits, places, LATEST):
+                if found := self._chosen(choice, exits, places):
                     return found
-        if found := self._chosen(nearest, exits, self._blocks, 1.0):
+        if found := self._chosen(nearest, exits, self._blocks, latest=1.0):
             return found
         raise self._no_room(exits, rule)
 
     def _by_fractions(self, fractions: list[float]) -> list[Cut]:
-        choose: Choice = partial(first_behind, fractions=fractions)
         for places in (self._blocks, self._cells, self._parts):
-            if found := self._chosen(choose, len(fractions), places, LATEST):
+            if found := self._chosen(partial(first_behind, fractions=fractions), len(fractions), places):
                 return found
         raise self._no_room(len(fractions), f"at {', '.join(map(str, fractions))}")
 
@@ -314,7 +279,7 @@ class Placer:
         cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
         return [cuts[name] for name in self.survey.order if name in cuts]
 
-    def _chosen(self, rule: Choice, wanted: int, places: list[Cut], latest: float) -> list[Cut] | None:
+    def _chosen(self, rule: Choice, wanted: int, places: list[Cut], latest: float = LATEST) -> list[Cut] | None:
         """What the rule chooses among the places that pass their check; None if too few are left."""
         while True:
             places = [cut for cut in places if self.cost(cut) <= latest and cut.name not in self.failed]
@@ -327,34 +292,32 @@ class Placer:
                 return [self.verified[cut.name] for cut in chosen]
 
     def _verify(self, cuts: Sequence[Cut]) -> None:
-        """Verify cuts. Where one fails because the code keeps the number of rows, try it again with a pass that restarts."""
+        """Verify cuts. One that fails because the code keeps the number of rows is tried again with a pass that restarts."""
         size = self._size_to_verify_at
         failed = verify_cut_points(self.backbone.module, cuts, size)
-        anew = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
-        anew = [cut for cut in anew if cut.steps]
-        still = verify_cut_points(self.backbone.module, anew, size) if anew else {}
-        for cut in (*cuts, *anew):
+        again = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
+        again = [cut for cut in again if cut.steps]
+        failed_again = verify_cut_points(self.backbone.module, again, size) if again else {}
+        mended = {cut.name for cut in again} - failed_again.keys()
+        failed = {name: why for name, why in failed.items() if name not in mended}
+        for cut in (*cuts, *again):
             if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:
-                failed[cut.name] = still[cut.name] = (
+                failed[cut.name] = (
                     f"the forward pass would start again there, and {share:.0%} of its work lies outside of modules and would be "
                     "done twice"
                 )
-        self.verified |= {cut.name: cut for cut in (*cuts, *anew)}
-        mended = {cut.name for cut in anew} - still.keys()
-        self.failed |= {name: why for name, why in failed.items() if name not in mended}
+        self.verified |= {cut.name: cut for cut in (*cuts, *again)}
+        self.failed |= failed
 
     @cached_property
     def _size_to_verify_at(self) -> tuple[int, int, int]:
-        """(c, h, w): the images' own, or for a large network smaller ones that take the same way through it.
-
-        The same way: the same modules in the same order, the same cuts, and the same values alive past each of them.
-        """
+        """(c, h, w): the images' own, or for a large network smaller ones that take the same way through it."""
         channels, height, width = size = self.backbone.input.input_size
         if self.counts.total < HEAVY:
             return size
         most = min(height, width) // SMALLEST_SIDE
         whole = [n for n in range(most, 1, -1) if not (height % n or width % n)]
-        for part in whole or [most] * (most > 1):  # of a prime side there is no part but for what takes any size
+        for part in whole or [most] * (most > 1):  # a prime side has no whole part; some networks take any size
             small = (channels, height // part, width // part)
             try:
                 found = survey(self.backbone.module, small)
@@ -405,4 +368,5 @@ def _require_number(num_exits: Any) -> None:
 
 
 def _way(survey: Survey) -> tuple[Any, ...]:
+    """The modules in order, the cuts, and the values that are alive past each."""
     return survey.order, survey.refused, survey.steps, list(survey.cuts), list(survey.bypassed)

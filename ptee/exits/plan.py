@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -19,12 +19,7 @@ from ptee.exits.heads import ExitHead
 
 
 def heads_run(on: Tensor, builds_on_previous: Tensor) -> Tensor:
-    """Which heads are run: those that are on, and those before a head that is on and builds on what they say.
-
-    Args:
-        on: (..., E) bool, exits where rows may leave.
-        builds_on_previous: (E,) bool, heads that build on the exits before.
-    """
+    """(..., E) which heads run: those that are on (..., E), and those before a head that is on and reads earlier answers (E,)."""
     needed = (on & builds_on_previous).flip(-1).cumsum(-1).flip(-1) > 0  # by this exit or a later one
     return on | torch.cat([needed[..., 1:], torch.zeros_like(needed[..., :1])], -1)
 
@@ -35,7 +30,7 @@ class Exit:
 
     Attributes:
         name: the module behind which it stands.
-        backbone_cost: B_n / B, the backbone up to and with that module.
+        backbone_cost: B_n / B, the backbone up to the end of that module.
         head_cost: H_n / B, its head alone.
         cost: c_n of a sample that leaves here: the backbone so far, and all heads that were run.
         shape: of the tensor its head reads, of one sample.
@@ -67,7 +62,7 @@ class Plan:
         parameters: of the backbone.
         classes: K.
         cuts: what the hooks need, one per exit.
-        off: exits at which nobody leaves. Their heads are not run, unless a later exit reads what they answer.
+        off: exits where no row leaves. Their heads do not run, unless a later exit reads their answers.
         confidence: a name of `CONFIDENCES`, by which rows leave.
     """
 
@@ -100,7 +95,7 @@ class Plan:
 
     @property
     def reads_earlier_exits(self) -> list[bool]:
-        """(E) exits that read what those before them answered: for their own answer, or for their confidence."""
+        """(E,) exits that read the answers of those before them, for their own answer or for their confidence."""
         everywhere = CONFIDENCES[self.confidence].needs_answers_of_earlier_exits
         return [e.builds_on_previous or everywhere for e in self.exits]
 
@@ -112,7 +107,7 @@ class Plan:
         return tuple(n for n, is_run in enumerate(run) if not is_run)
 
     def switched_off(self, off: Sequence[int]) -> Plan:
-        """The same plan with these exits off, and no others.
+        """The same plan with these exits off and all others on.
 
         Args:
             off: their numbers.
@@ -132,7 +127,7 @@ class Plan:
 
     @property
     def least_cost(self) -> float:
-        """What it costs where everybody leaves at one exit and the others are off, at the cheapest of them."""
+        """The cost where all rows leave at one exit and the others are off, at the cheapest exit."""
         every = range(len(self.exits))
         return min(self.switched_off([m for m in every if m != n]).costs[n] for n in every)
 
@@ -153,21 +148,12 @@ class Plan:
         size = "x".join(map(str, self.input_size))
         heads = "several kinds of heads" if differ else f"{self.head} heads"
         title = f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {heads}"
-        notes = [*self._too_expensive(), *self._starting_again(), *self._switched_off(), *self._by_confidence()]
-        return "\n".join([title, self._table(differ), *notes, LEGEND])
+        return "\n".join([title, self._table(differ), *self._notes(), LEGEND])
 
     def _table(self, differ: bool) -> str:
-        """A row for each exit and one for the backbone; with a column for the heads where they differ."""
-        title = (
-            "exit",
-            "module",
-            "shape",
-            *(["head"] if differ else []),
-            "backbone",
-            "head cost",
-            "cost",
-            "parameters",
-        )
+        """A row for each exit and one for the backbone. The heads have a column where they differ."""
+        heads = ["head"] if differ else []
+        title = ("exit", "module", "shape", *heads, "backbone", "head cost", "cost", "parameters")
         rows = [
             (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), f"{e.backbone_cost:.4f}",
              f"{e.head_cost:.4f}", f"{e.cost:.4f}", f"{e.parameters:,}")
@@ -179,33 +165,27 @@ class Plan:
         )  # fmt: skip
         return table([title, *rows, end], left={1})
 
-    def _too_expensive(self) -> list[str]:
-        return [self._why_too_expensive(n) for n, e in enumerate(self.exits) if e.cost >= 1 and n not in self.off]
+    def _notes(self) -> Iterator[str]:
+        yield from (self._why_too_expensive(n) for n, e in enumerate(self.exits) if e.cost >= 1 and n not in self.off)
+        if restarts := [str(n) for n, cut in enumerate(self.cuts) if cut.steps]:
+            yield (
+                f"When rows leave at exit {', '.join(restarts)}, the forward pass starts again with the other rows, because the "
+                "backbone's code remembers the whole batch. No module computes anything twice."
+            )
+        if self.off:
+            needed = ", ".join(str(n) for n in self.off if n not in self.skipped)
+            but = f", except at {needed}, which later heads build on" if needed else ""
+            yield f"Off: exit {', '.join(map(str, self.off))}. No row leaves there, and no head runs there{but}."
+        if self.confidence != LEARNED:
+            yield f"Rows leave by the confidence {self.confidence!r}."
 
     def _why_too_expensive(self, n: int) -> str:
-        """Its own head, or the heads before it. In any case an earlier exit helps."""
         e = self.exits[n]
         alone = e.backbone_cost + e.head_cost
         mend = f"Take a cheaper head than {e.head} there, or an earlier exit."
         if alone < 1:
             mend = f"Without the heads before it, it would cost {alone:.4f}: take fewer exits or cheaper heads."
         return f"Exit {n} ({e.name}) costs {e.cost:.4f}, no less than the bare backbone: it cannot pay. {mend}"
-
-    def _starting_again(self) -> list[str]:
-        exits = [str(n) for n, cut in enumerate(self.cuts) if cut.steps]
-        return [
-            f"When rows leave at exit {', '.join(exits)}, the forward pass starts again with the other rows, because the "
-            "backbone's code remembers the whole batch. No module computes anything twice."
-        ] * bool(exits)
-
-    def _switched_off(self) -> list[str]:
-        needed = [str(n) for n in self.off if n not in self.skipped]
-        but = f", except at {', '.join(needed)}, which later heads build on" if needed else ""
-        off = ", ".join(map(str, self.off))
-        return [f"Off: exit {off}. Nobody leaves there, and no head is run there{but}."] * bool(self.off)
-
-    def _by_confidence(self) -> list[str]:
-        return [f"Rows leave by the confidence {self.confidence!r}."] * (self.confidence != LEARNED)
 
 
 LEGEND = (
@@ -215,7 +195,7 @@ LEGEND = (
 
 
 def _shape(exit_: Exit, cut: Cut) -> str:
-    """Of the tensor that the head reads, and which one that is where the module gives several."""
+    """Of the tensor that the head reads; where the module gives several, also which one it is."""
     which = f" ({cut.main + 1} of {len(cut.carried)})" if len(cut.carried) > 1 else ""
     return "x".join(map(str, exit_.shape)) + which
 
@@ -226,52 +206,38 @@ def _shape(exit_: Exit, cut: Cut) -> str:
 def counted(
     backbone_costs: Sequence[float], cuts: Sequence[Cut], heads: Sequence[ExitHead], names: Sequence[str], macs: int
 ) -> tuple[Exit, ...]:
-    """The exits with what their heads cost; `Plan.switched_off` sums up.
-
-    Args:
-        backbone_costs: B_n / B of each.
-        cuts: where they stand.
-        heads: what stands there.
-        names: of the heads.
-        macs: B.
-    """
+    """The exits with what their heads cost. `Plan.switched_off` adds up `cost`."""
     return tuple(
         Exit(
-            cut.name,
-            share,
-            head_macs(head, cut, first=n == 0) / macs,
-            0.0,
-            cut.shape,
-            parameters(head),
-            name,
-            head.builds_on_previous,
+            name=cut.name,
+            backbone_cost=share,
+            head_cost=_head_macs(head, cut, first=n == 0) / macs,
+            cost=0.0,
+            shape=cut.shape,
+            parameters=parameters(head),
+            head=name,
+            builds_on_previous=head.builds_on_previous,
         )
         for n, (share, cut, head, name) in enumerate(zip(backbone_costs, cuts, heads, names, strict=True))
     )
 
 
-def head_macs(head: ExitHead, cut: Cut, first: bool) -> int:
-    """Multiply-accumulates of a head for one sample.
-
-    Args:
-        head: in eval mode or not.
-        cut: where it stands.
-        first: no exit stands before it.
-    """
+def _head_macs(head: ExitHead, cut: Cut, first: bool) -> int:
+    """Multiply-accumulates of a head for one sample."""
     like = next(head.parameters())
     example = torch.zeros(1, *cut.shape, device=like.device, dtype=like.dtype)
     return count(_AfterAnother(head, first), example).total
 
 
 class _AfterAnother(nn.Module):
-    """A head as a module of one input, to be counted: behind an exit whose logits are 0, or behind none."""
+    """A head as a module of one input, to be counted: after an exit whose logits are 0, or as the first."""
 
     def __init__(self, head: ExitHead, first: bool) -> None:
         super().__init__()
         self.head, self.first = head, first
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and the confidence logit."""
+        """(1, K) logits and (1,) the confidence logit."""
         earlier = () if self.first else (z.new_zeros(len(z), self.head.num_classes),)
-        output = self.head.follow(z, earlier)
+        output = self.head(z, earlier)
         return output.logits, output.confidence_logit

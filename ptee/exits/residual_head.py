@@ -1,7 +1,7 @@
 """Residual heads: small residual networks, as large as a budget allows.
 
-`res-32x2-64x2` has two stages, of two residual blocks each, with 32 and 64 channels. Each stage halves the sides of the
-map; `16x3s1` would leave them. The head called `auto` is such a network, sized when the exits are planned.
+`res-32x2-64x2` has two stages of two residual blocks each, with 32 and 64 channels. Each stage halves the sides of the map;
+a stage `16x3s1` keeps them. The head `auto` is such a network; its size is chosen when the exits are planned.
 """
 
 from __future__ import annotations
@@ -42,17 +42,12 @@ class _Block(nn.Module):
 
 
 def _kernel_size(stride: int) -> int:
-    """Odd, and so large that the convolution leaves out no position."""
+    """Odd, and large enough that no position is skipped."""
     return max(3, stride + 1 - stride % 2)
 
 
 class ResidualFeatures(nn.Module):
-    """The layers of a residual head: batch norm, residual blocks, global average pool.
-
-    Args:
-        stages: of blocks, one after another.
-        channels: of the map.
-    """
+    """The layers of a residual head: batch norm, residual blocks, global average pool. `channels` are those of the map."""
 
     def __init__(self, stages: Sequence[Stage], channels: int) -> None:
         super().__init__()
@@ -72,13 +67,7 @@ class ResidualFeatures(nn.Module):
 
 
 def residual_macs(stages: Sequence[Stage], shape: Shape, classes: int) -> int:
-    """Multiply-accumulates of a residual head's convolutions and linear layers for one map.
-
-    Args:
-        stages: of the head.
-        shape: (c, h, w) of the map.
-        classes: K.
-    """
+    """Multiply-accumulates of a residual head's convolutions and linear layers for one map."""
     channels, height, width = shape
     total = 0
     for stage in stages:
@@ -96,15 +85,9 @@ def residual_macs(stages: Sequence[Stage], shape: Shape, classes: int) -> int:
 
 
 def sized(spec: HeadSpec, shape: Shape, max_macs: float, classes: int) -> HeadSpec:
-    """The residual head that a budget allows in place of "auto"; a pool head if it allows none.
+    """The residual head that costs `max_macs` at most, in place of "auto"; a pool head if none is so small.
 
     Wide first, up to what is usual for the map, then deep, then wider.
-
-    Args:
-        spec: of the kind "auto".
-        shape: (c, h, w) of the map.
-        max_macs: multiply-accumulates that the head may cost.
-        classes: K.
     """
     for strides in _strides(shape):
         fitting = [stages for stages in _stages(strides) if residual_macs(stages, shape, classes) <= max_macs]
@@ -130,7 +113,7 @@ def _stages(strides: Sequence[int]) -> Iterator[tuple[Stage, ...]]:
 
 
 def _strides(shape: Shape) -> list[list[int]]:
-    """Strides of the stages, best first: halve down to a small map, or get there in fewer and larger steps."""
+    """Strides of the stages, best first: halve the map until it is small, or get there in fewer and larger steps."""
     side, halvings = min(shape[1:]), 0
     while side > SMALLEST_SIDE:
         side, halvings = -(-side // 2), halvings + 1

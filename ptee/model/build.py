@@ -95,12 +95,7 @@ def plan(model: str | nn.Module, **options: Any) -> Plan:
 @alone()
 @torch.inference_mode(False)
 def build(backbone: Backbone, **options: Any) -> EarlyExitModel:
-    """`augment` for a backbone that is loaded already; on failure the backbone is left as it was.
-
-    Args:
-        backbone: to be frozen.
-        options: as of `build_exits`.
-    """
+    """`augment` for a backbone that is loaded already; on failure it is left as it was. Options as of `build_exits`."""
     state = freeze(backbone.module)
     try:
         made, heads = build_exits(backbone, **options)
@@ -116,8 +111,7 @@ def load(
 ) -> EarlyExitModel:
     """Load a saved early-exit model.
 
-    The exits are placed on the backbone, checked and counted anew. The folder is trusted for nothing but the numbers in the
-    heads.
+    The exits are placed on the backbone, checked and counted again. Of the folder, only the numbers in the heads are trusted.
 
     Args:
         folder: what `save_pretrained` or `ptee augment --out` wrote, or "user/repo" on the hub.

@@ -1,13 +1,12 @@
 """The early-exit model: a frozen backbone with a hook and a head at each cut, and a threshold for each exit.
 
-`predict`, `forward` and `all_exits` all run the backbone's own forward pass. At each cut the hook asks the call that is
-running what to do (`forward`).
+`predict` and `all_exits` run the backbone's own forward pass. At each cut the hook asks the running call what to do
+(`ptee.model.forward`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line
 from ptee.analysis.freezing import Attachment
-from ptee.analysis.replay import merged, run
+from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
 from ptee.exits.confidence import CALIBRATED, LEARNED, Calibrated, find_confidence
 from ptee.exits.front import FrontHead
@@ -28,7 +27,6 @@ from ptee.exits.plan import Exit, Plan
 from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
-    AnswerTypes,
     Call,
     ExitEarly,
     ExitHook,
@@ -84,8 +82,8 @@ class EarlyExitModel(
         self._thresholds: tuple[float, ...] = ()
         self.threshold = DEFAULT_THRESHOLD
         self.eval()
-        self._answer_types = AnswerTypes()
-        self._answer_types.find(self.backbone, like.new_zeros(1, *plan.input_size))
+        self._answer_types: dict[tuple[torch.dtype | None, ...], torch.dtype] = {}
+        self._answer_type(like.new_zeros(1, *plan.input_size))
 
     # -------------------------------------------------------------------------------------------- what it is
 
@@ -109,7 +107,8 @@ class EarlyExitModel(
         """T of each exit; a row leaves at the first exit n with h_n >= T_n.
 
         Set it at any time, to one number or to one for each exit. Above 1 no row leaves. At 0 every row leaves, except
-        one whose confidence is not finite: it never leaves. Raises PteeError for NaN and for a wrong number of values.
+        one whose confidence is not finite: it never leaves. Below 0 is as 0. Raises PteeError for NaN and for a wrong number
+        of values.
         """
         return list(self._thresholds)
 
@@ -186,12 +185,9 @@ class EarlyExitModel(
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
-            with self._running(call, x):
-                answer = run(self.backbone, x, call.cache)
+            return call.result(self._run(call, x))
         except StopForward:
-            return call.result(None, self._answer_types.find(self.backbone, x))
-        call.check_all_passed()
-        return call.result(answer)
+            return call.result(None, self._answer_type(x))
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:
@@ -205,41 +201,29 @@ class EarlyExitModel(
         """
         self._ready_for(x)
         if len(x) == 0:
-            empty, none = self._no_rows(x), x.new_zeros(len(self.exits), 0, dtype=torch.float32)
-            return AllExits(
-                empty.expand(len(self.exits) + 1, 0, -1), x.new_zeros(len(none) + 1, 0, dtype=torch.float32), none
-            )
+            empty = HeadOutput(self._no_rows(x), x.new_zeros(0, dtype=torch.float32))
+            return self._all_exits([empty] * len(self.exits), empty.logits)
         call = RecordAll(self._hooks, list(self.heads), self.plan, len(x))
-        with self._running(call, x):
-            answer = self.backbone(x)
-        call.check_all_passed()
-        return self._all_exits(call.logits, call.confidence_logits, answer)
+        answer = self._run(call, x)
+        return self._all_exits(call.outputs, answer)
 
     def read(self, x: Tensor) -> Reading:
-        """The heads' inputs for some images, and the backbone's answer: all that training needs of the backbone.
-
-        Args:
-            x: (b, c, h, w) images on the model's device.
-        """
+        """The heads' inputs for images (b, c, h, w), and the backbone's answer: all that training needs of the backbone."""
         self._ready_for(x)
         call = RecordInputs(self._hooks, list(self.heads), self.plan, len(x))
-        with self._running(call, x):
-            answer = self.backbone(x)
-        call.check_all_passed()
+        answer = self._run(call, x)
         return Reading(tuple(call.inputs), answer)
 
     def answer(self, reading: Reading) -> AllExits:
-        """Every exit's answer to what was read, as `all_exits` gives it for the images. Gradients reach the heads.
-
-        Args:
-            reading: what `read` gave, or rows of it.
-        """
+        """Every exit's answer to what `read` gave, or to rows of it, as `all_exits` gives it for the images."""
         outputs: list[HeadOutput] = []
-        for head, x in zip(self._exit_heads(), reading.inputs, strict=True):
+        for head, x in zip(self.heads, reading.inputs, strict=True):
+            assert isinstance(head, ExitHead)
             outputs.append(head.answer(x, [output.logits for output in outputs]))
-        return self._all_exits([o.logits for o in outputs], [o.confidence_logit for o in outputs], reading.logits)
+        return self._all_exits(outputs, reading.logits)
 
-    def _all_exits(self, logits: list[Tensor], confidence_logits: list[Tensor], answer: Tensor) -> AllExits:
+    def _all_exits(self, outputs: Sequence[HeadOutput], answer: Tensor) -> AllExits:
+        logits, confidence_logits = [o.logits for o in outputs], [o.confidence_logit for o in outputs]
         confidence = find_confidence(self.confidence, self.calibrated)
         return AllExits(
             torch.stack([*(y.to(answer.dtype) for y in logits), answer]),
@@ -248,32 +232,21 @@ class EarlyExitModel(
         )
 
     def require_all_on(self) -> None:
-        """Refuse to go on while exits are off: training and calibration need all of them.
-
-        Raises:
-            PteeError: naming those that are off.
-        """
+        """Refuse to train or calibrate while exits are off."""
         if self.off:
             raise PteeError(
-                f"{_exits(self.off)} off, and training and calibration serve all exits. Switch all on first "
-                "(model.off = []), and tune again afterwards (ptee.tune)."
+                f"Exits are off ({', '.join(map(str, self.off))}), and training and calibration serve all exits. Switch all on "
+                "first (model.off = []), and tune again afterwards (ptee.tune)."
             )
 
     def forget_calibration(self) -> None:
-        """Drop the calibration before the heads change, for which it was fitted.
-
-        Raises:
-            PteeError: if the calibrated confidence is in use.
-        """
+        """Drop the calibration before the heads change, for which it was fitted. Refused while it is in use."""
         if self.confidence == CALIBRATED:
             raise PteeError(
                 "This model is calibrated, and training changes the heads that this was done for. Set model.confidence = "
                 f"{LEARNED!r} first, and call ptee.calibrate again afterwards."
             )
         self.calibrated = None
-
-    def _exit_heads(self) -> list[ExitHead]:
-        return [head for head in self.heads if isinstance(head, ExitHead)]
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
@@ -296,53 +269,55 @@ class EarlyExitModel(
         return self.backbone
 
     def _ready_for(self, x: Tensor) -> None:
-        """Check the images, and put right what somebody may have done to the backbone without this model."""
+        """Check the images, and restore what was done to the backbone without this model."""
         if self._hold.released:
             raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
         require_images(x, self.plan.input_size[0])
         require_device(x, next(self.heads.parameters()).device)
         self._hold.keep()
-        if x.dtype != (
-            own := one_parameter(self.backbone).dtype
-        ):  # which autocast may mend, or the backbone's own code
-            try:
-                self._answer_types.find(self.backbone, x.new_zeros(1, *self.plan.input_size))
-            except Exception as why:  # whatever that code raises
-                raise wrong_type(x, own, first_line(why)) from why
+        own = one_parameter(self.backbone).dtype
+        if x.dtype == own:
+            return
+        try:  # autocast or the backbone's own code may convert it
+            self._answer_type(x.new_zeros(1, *self.plan.input_size))
+        except Exception as why:  # whatever that code raises
+            raise wrong_type(x, own, first_line(why)) from why
 
     def prepared(self, x: Tensor) -> Tensor:
-        """Images of a data set, moved to the model's device and number type. What `predict` would refuse is refused.
-
-        Args:
-            x: (b, c, h, w) in any floating-point type, on any device.
-
-        Raises:
-            PteeError: if they have other axes or other channels, or are whole numbers.
-        """
+        """Images (b, c, h, w) of a data set, moved to the model's device and number type, if `predict` would take them then."""
         require_images(x, self.plan.input_size[0])
         like = next(self.heads.parameters())
         return x.to(like.device, like.dtype)
 
-    @contextmanager
-    def _running(self, call: Call, x: Tensor) -> Iterator[None]:
-        """Run the backbone for a call, with gradients only where the images or the backbone require them."""
+    def _run(self, call: Call, x: Tensor) -> Tensor:
+        """The backbone's answer in a call, with gradients only where the images or the backbone require them."""
         call.through = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.backbone.parameters())
         )
         try:
             with running(call), torch.set_grad_enabled(call.through):
-                call.on_input(x)
-                yield
+                answer = call.forward(self.backbone, x)
         except PteeError:
             raise
         except Exception as why:
             if x.shape[1:] == tuple(self.plan.input_size) or isinstance(why, torch.OutOfMemoryError):
                 raise
             raise wrong_size(x, self.plan.input_size, first_line(why)) from why
+        call.check_all_passed()
+        return answer
+
+    def _answer_type(self, x: Tensor) -> torch.dtype:
+        """The number type of the backbone's answer to such images, in the autocast that is on. Each is tried out once."""
+        kind = x.device.type
+        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        types = (x.dtype, one_parameter(self.backbone).dtype, around)
+        if types not in self._answer_types:
+            with torch.no_grad(), running(None):
+                self._answer_types[types] = self.backbone(x.new_zeros(1, *x.shape[1:])).dtype
+        return self._answer_types[types]
 
     def _no_rows(self, x: Tensor) -> Tensor:
-        dtype = self._answer_types.find(self.backbone, x)
-        return torch.zeros(0, self.num_classes, device=x.device, dtype=dtype)
+        return x.new_zeros(0, self.num_classes, dtype=self._answer_type(x))
 
     def _in_force(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
         """The thresholds of a call: for each exit a number or a tensor (b,)."""
@@ -398,11 +373,7 @@ class EarlyExitModel(
 
 
 def require_early_exit(model: Any) -> None:
-    """Refuse what is no early-exit model.
-
-    Raises:
-        PteeError: saying what it is.
-    """
+    """Refuse what is no early-exit model, naming what it is."""
     if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
         kind = "a module of class" if isinstance(model, nn.Module) else "of type"
         raise PteeError(
@@ -416,7 +387,3 @@ def _refuse_capture() -> NoReturn:
         "An early-exit model cannot be traced, scripted or exported, nor get exits of its own: which rows leave where depends "
         "on the images. Take model.detach(), the backbone alone."
     )
-
-
-def _exits(numbers: Sequence[int]) -> str:
-    return f"Exit{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} {'are' if len(numbers) > 1 else 'is'}"

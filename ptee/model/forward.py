@@ -1,8 +1,8 @@
 """One call of an early-exit model: what happens at each cut while the backbone runs.
 
-The hooks stay on the backbone between calls and hold no state. The state of a call (which rows are still there, which left
-where) is kept in a `Call`, and a hook finds the call of its own thread. So two threads can use one model at once, and a
-backbone that is called by itself is the bare backbone.
+The hooks stay on the backbone between calls and hold no state. A `Call` keeps the state of one call: which rows are still
+there, and which left where. A hook finds the call of its own thread. So two threads can use one model at once, and a backbone
+that is called by itself is the bare backbone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import PteeError, first_line
 from ptee.analysis.cut_points import Cut
-from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step
+from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, run
 from ptee.exits.confidence import Confidence, leaves
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
@@ -58,7 +58,7 @@ class AllExits(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the heads read of some images. It is computed once, however often the heads are trained on it.
+    """What the heads read of some images, computed once however often the heads are trained on it.
 
     Attributes:
         inputs: for each exit the input of its head, after the layers of the head that are not trained.
@@ -74,28 +74,11 @@ def one_parameter(module: nn.Module) -> Tensor:
     return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
 
 
-class AnswerTypes:
-    """The number types of a backbone's answers, which may differ from those of its images; each is tried out once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[torch.dtype | None, ...], torch.dtype] = {}
-
-    def find(self, backbone: nn.Module, x: Tensor) -> torch.dtype:
-        """The type of the answer to such images, in the autocast that is on."""
-        kind = x.device.type
-        around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        precision = (x.dtype, one_parameter(backbone).dtype, around)
-        if precision not in self._known:
-            with torch.no_grad(), running(None):
-                self._known[precision] = backbone(x.new_zeros(1, *x.shape[1:])).dtype
-        return self._known[precision]
-
-
 class ExitHook:
     """A hook at a cut. It holds no model, so that a copy or a pickle of the backbone does not contain one."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Called when the module has given `output`; what is returned replaces it."""
+        """Returns what replaces the module's output, or None."""
         call = _CALL.get()
         return None if call is None else call.on_cut(self, output)
 
@@ -103,11 +86,7 @@ class ExitHook:
 class Call:
     """One pass of a model through its backbone. The base class only runs the heads: all rows stay and nothing is kept.
 
-    Args:
-        hooks: of the model, one for each exit.
-        heads: of the model, one for each exit.
-        plan: where the exits stand.
-        batch: number of rows.
+    `hooks` and `heads` are the model's, one for each exit; `batch` is the number of rows.
     """
 
     skipped: tuple[int, ...] = ()  # exits whose heads do not run
@@ -123,13 +102,18 @@ class Call:
         self.keeps_logits = self.builds_on_previous  # for later exits
         self._logits: list[tuple[int, Tensor]] = []  # of the exits so far, each with its moment
 
-    def on_input(self, images: Tensor) -> None:
-        """Called with the images: runs the exit at the input, if there is one."""
+    def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
+        """The backbone's answer. The exit at the input, if there is one, is the first that the images pass."""
         if self.plan.exits[0].name == INPUT:
             self._pass(0, images)
+        return self._run_backbone(backbone, images)
+
+    def _run_backbone(self, backbone: nn.Module, images: Tensor) -> Tensor:
+        answer: Tensor = backbone(images)
+        return answer
 
     def on_cut(self, hook: ExitHook, output: Any) -> Any:
-        """Called with the backbone's output at a cut. Returns what replaces it, or None."""
+        """Called with the backbone's output at a cut; returns what replaces it, or None."""
         n = next((i for i, own in enumerate(self.hooks) if own is hook), None)
         if n is None:
             return None  # another model's, on the same backbone
@@ -143,7 +127,7 @@ class Call:
         return self._pass(n, output)
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
-        """Called with a head's answer. Returns what replaces the backbone's output, or None."""
+        """Called with a head's answer; returns what replaces the backbone's output, or None."""
         return None
 
     def _pass(self, n: int, output: Any) -> Any:
@@ -168,7 +152,7 @@ class Call:
         try:
             with self._beside_backbone(n):
                 head: Any = self.heads[n]
-                said: HeadOutput = head.follow(z, earlier) if self.builds_on_previous else HeadOutput(*head(z))
+                said: HeadOutput = head(z, earlier) if self.builds_on_previous else HeadOutput(*head(z))
                 return said
         except RuntimeError as why:
             if z.shape[1:] == cut.shape:
@@ -192,7 +176,7 @@ class Call:
             yield
 
     def check_all_passed(self) -> None:
-        """Refuse an answer that passed around an exit, as of a compiled or changed backbone that does not run its hooks."""
+        """Refuse an answer that passed no exit, as of a compiled or changed backbone that does not run its hooks."""
         if self.passed < len(self.plan.exits):
             name = self.plan.exits[self.passed].name
             raise PteeError(
@@ -206,13 +190,11 @@ class RecordAll(Call):
 
     def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
         super().__init__(hooks, heads, plan, batch)
-        self.logits: list[Tensor] = []
-        self.confidence_logits: list[Tensor] = []
+        self.outputs: list[HeadOutput] = []
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> None:
         """Keep what the head answered."""
-        self.logits.append(said.logits)
-        self.confidence_logits.append(said.confidence_logit)
+        self.outputs.append(said)
 
 
 class RecordInputs(Call):
@@ -242,14 +224,7 @@ class _Leavers(NamedTuple):
 class ExitEarly(Call):
     """Rows leave at the first exit n with h_n >= T_n.
 
-    Args:
-        hooks: of the model, one for each exit.
-        heads: likewise.
-        plan: where the exits stand, and which are off.
-        batch: number of rows.
-        confidence: computes h.
-        thresholds: T of each exit, a number or (b,).
-        steps: modules to replay where the pass must start again.
+    `thresholds` has T of each exit, a number or (b,); `steps` the modules to replay where the pass must start again.
     """
 
     def __init__(
@@ -271,8 +246,11 @@ class ExitEarly(Call):
 
     @property
     def restarted(self) -> bool:  # type: ignore[override]
-        """Whether this is not the first pass of the call."""
+        """This is not the first pass of the call."""
         return self.cache.restarted
+
+    def _run_backbone(self, backbone: nn.Module, images: Tensor) -> Tensor:
+        return run(backbone, images, self.cache)
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
         """Take the rows that are confident enough out of the batch."""
@@ -320,12 +298,7 @@ class ExitEarly(Call):
         return t if isinstance(t, float) or t.dim() == 0 else self.rows.select(t)
 
     def result(self, answer: Tensor | None, dtype: torch.dtype | None = None) -> ExitOutput:
-        """Put the rows back in order.
-
-        Args:
-            answer: the backbone's for those who never left; None where all did.
-            dtype: of the logits; None for that of the answer, or of the last exit.
-        """
+        """The rows back in order. `answer` is the backbone's for rows that never left; None where all rows left."""
         if answer is not None:
             sure = torch.ones(len(answer), device=answer.device)
             self._left.append(_Leavers(self.rows.since(), len(self.plan.exits), answer, sure))

@@ -1,4 +1,4 @@
-"""Checks of the images that a model is given: the same checks and the same messages in `predict`, training and evaluation."""
+"""Checks of the images that a model is given. `predict`, training and evaluation refuse the same ones, in the same words."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from ptee._common.errors import PteeError
 
 
 def require_images(x: Any, channels: int) -> None:
-    """Refuse what is no batch of images for the backbone.
-
-    Args:
-        x: what was given as images (b, c, h, w).
-        channels: c.
-
-    Raises:
-        PteeError: if it is no tensor, has other axes or other channels, or holds whole numbers.
-    """
+    """Refuse what is no batch (b, c, h, w) of floating-point images with this many channels."""
     if not isinstance(x, Tensor):
         raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
     if x.dim() != 4:  # some backbones would take one image for a batch
@@ -37,55 +29,34 @@ def require_images(x: Any, channels: int) -> None:
     if not x.is_floating_point():
         scaled = "x.float() / 255" if x.dtype == torch.uint8 else "x.float()"
         raise PteeError(
-            f"These images are {name_of(x.dtype)}, and the model takes floating-point numbers. "
+            f"These images are {_name_of(x.dtype)}, and the model takes floating-point numbers. "
             f"Give ({scaled} - mean) / std, with the mean and std that the backbone was trained with."
         )
 
 
 def require_device(x: Tensor, device: torch.device) -> None:
-    """Refuse images on another device than the model's.
-
-    Args:
-        x: images.
-        device: the model's.
-
-    Raises:
-        PteeError: naming both.
-    """
+    """Refuse images on another device than the model's."""
     if x.device != device:
         raise PteeError(f"These images are on {x.device}, and the model is on {device}. Give x.to({str(device)!r}).")
 
 
 def wrong_type(x: Tensor, wanted: torch.dtype, why: str) -> PteeError:
-    """The error for images of a number type that the backbone cannot take.
-
-    Args:
-        x: images.
-        wanted: the backbone's.
-        why: what the backbone raised, as a sentence.
-    """
+    """The error for images of a number type that the backbone cannot take; `why` is what the backbone raised."""
     return PteeError(
-        f"These images are {name_of(x.dtype)}, and the model is {name_of(wanted)} ({why.rstrip('.')}). "
+        f"These images are {_name_of(x.dtype)}, and the model is {_name_of(wanted)} ({why.rstrip('.')}). "
         f"Give x.to({wanted}), or convert the model with model.to({x.dtype})."
     )
 
 
 def wrong_size(x: Tensor, planned: tuple[int, int, int], why: str) -> PteeError:
-    """The error for images of a size that the backbone cannot take.
-
-    Args:
-        x: images.
-        planned: (c, h, w) for which the exits were planned.
-        why: what the backbone raised, as a sentence.
-    """
+    """The error for images of a size that the backbone cannot take; the exits were planned for (c, h, w)."""
     return PteeError(
         f"The backbone cannot take images of size {tuple(x.shape[1:])} ({why.rstrip('.')}): the exits were planned for "
         f"{tuple(planned)}. Resize the images, or plan the exits again with their input_size."
     )
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """The name of a number type, such as "float32"."""
+def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""What a saved run needs besides its heads: the backbone, the front network and the confidence, built as config.json says."""
+"""What a saved run needs besides its heads: backbone, front network and confidence, built as config.json says."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ ITS_TENSORS = "0.network."  # begins the names of the front network's tensors am
 
 
 def upgraded(run: Run) -> Run:
-    """A run with the tensor names of today.
-
-    Raises:
-        RunError: if ptee 0.1.0 saved heads in it that this version does not have.
-    """
+    """A run with today's tensor names. Refuses heads of ptee 0.1.0 that this version does not have."""
     if run.config.schema_version > 1:
         return run
     linked = [int(name.partition(".")[0]) for name in run.tensors if re.fullmatch(r"\d+\.link\..+", name)]
@@ -51,12 +47,7 @@ def _of_an_older_version(run: Run, what: str) -> RunError:
 
 
 def check_weights(run: Run, module: nn.Module) -> None:
-    """Refuse a backbone with other weights than the heads were trained on.
-
-    Raises:
-        RunError: with both hashes, and which tensors differ where that was recorded.
-        BackboneError: if it is no module.
-    """
+    """Refuse a backbone with other weights than the heads were trained on; names the tensors that differ, where recorded."""
     if not isinstance(module, nn.Module):
         raise BackboneError(
             f"The backbone {module!r} is no module. Give one with its weights, such as "
@@ -66,11 +57,8 @@ def check_weights(run: Run, module: nn.Module) -> None:
     found = weights_hash(module)
     if found == run.config.backbone.hash:
         return
-    why = (
-        difference(run.config.backbone_tensors, tensor_hashes(module))
-        if run.config.backbone_tensors
-        else "which differ was not recorded"
-    )
+    saved = run.config.backbone_tensors
+    why = difference(saved, tensor_hashes(module)) if saved else "which differ was not recorded"
     if why:
         raise RunError(
             f"{run.folder} was made for {run.config.backbone.name} with weights {run.config.backbone.hash[:16]}; this backbone's are "
@@ -79,14 +67,9 @@ def check_weights(run: Run, module: nn.Module) -> None:
 
 
 def require_at_hand(run: Run, source: Mapping[str, Any]) -> None:
-    """Refuse a run on this disk whose network would have to be fetched from a repository that nobody asked for.
+    """Refuse a local run whose network would have to be fetched from a repository that nobody asked for.
 
-    Args:
-        run: what was read from the folder.
-        source: how to rebuild one of its networks.
-
-    Raises:
-        RunError: if the network is not in the hub's cache on this machine.
+    `source` says how to rebuild one of its networks.
     """
     name = str(source.get("name"))
     kind, _, repo = name.partition(":")
@@ -104,17 +87,7 @@ def require_at_hand(run: Run, source: Mapping[str, Any]) -> None:
 
 
 def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
-    """The front network of a run that has one. Its weights are saved with the heads.
-
-    Args:
-        run: what was read from the folder.
-        module: the user's own, which gets those weights; None: built as config.json says.
-        behind: the backbone.
-
-    Raises:
-        RunError: if config.json has no exit for it, or does not say how to build it.
-        BackboneError: if it cannot be built from what config.json says.
-    """
+    """The front network of a run that has one, with the weights that were saved; `module` is the user's own, if given."""
     about = run.config.front
     assert about is not None
     if run.config.exits[0].head != FRONT:
@@ -136,46 +109,30 @@ def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
 
 
 def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
-    """The backbone of a run, its weights not yet checked.
-
-    Args:
-        run: what was read from the folder.
-        backbone: the user's own; None: built as config.json says.
-
-    Raises:
-        RunError: if config.json does not say how to build it.
-        BackboneError: if it cannot be built from what config.json says.
-    """
+    """The backbone of a run, its weights not yet checked: the user's own, or built as config.json says."""
+    about = run.config.backbone
     module, label_space = backbone, None
     if module is None:
-        if run.config.backbone.source is None:
+        if about.source is None:
             raise RunError(
-                f"{run.folder} was made for {run.config.backbone.name}, which config.json cannot rebuild (a Python module, or "
-                "random weights). Load it from Python: ptee.load(folder, backbone=...)."
+                f"{run.folder} was made for {about.name}, which config.json cannot rebuild (a Python module, or random weights). "
+                "Load it from Python: ptee.load(folder, backbone=...)."
             )
-        if run.remote and "file" in (run.config.backbone.source.get("weights") or {}):
+        if run.remote and "file" in (about.source.get("weights") or {}):
             raise RunError(
                 f"{run.folder} was made with a weights file on another machine, which is not looked for here. "
                 "Load it from Python: ptee.load(folder, backbone=...)."
             )
-        require_at_hand(run, run.config.backbone.source)
-        rebuilt = rebuild(run.config.backbone.source)
+        require_at_hand(run, about.source)
+        rebuilt = rebuild(about.source)
         module, label_space = rebuilt.module, rebuilt.label_space
-    about = run.config.backbone
     images = InputConfig(**about.input.model_dump())
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
     return Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
 
 
 def confidence_of(run: Run) -> tuple[str, Calibrated | None]:
-    """The name of a run's confidence, and the numbers of "calibrated" if it was calibrated.
-
-    Args:
-        run: what was read from the folder.
-
-    Raises:
-        RunError: if there is no such confidence here, or it was not calibrated.
-    """
+    """The name of a run's confidence, and the numbers of "calibrated" if it was calibrated."""
     found = run.config.confidence
     if found is None:
         return LEARNED, None

@@ -82,14 +82,7 @@ class _Record(BaseModel):
 
 
 class InputRecord(_Record):
-    """The images that a network takes.
-
-    Attributes:
-        input_size: (c, h, w).
-        mean: for each channel.
-        std: likewise.
-        interpolation: how images are resized.
-    """
+    """The images that a network takes: (c, h, w), their mean and std for each channel, and how they are resized."""
 
     input_size: tuple[Side, Side, Side]
     mean: tuple[Number, ...]
@@ -105,15 +98,7 @@ class InputRecord(_Record):
 
 
 class BackboneRecord(_Record):
-    """The backbone that the heads were trained on.
-
-    Attributes:
-        name: for messages.
-        hash: sha256 of its weights.
-        source: how to rebuild it, or None. `rebuild` checks it.
-        classes: K.
-        input: its images.
-    """
+    """The backbone that the heads were trained on. `hash` is the sha256 of its weights; `source` says how to rebuild it."""
 
     name: Name
     hash: Name
@@ -123,13 +108,7 @@ class BackboneRecord(_Record):
 
 
 class FrontRecord(_Record):
-    """The network of the exit at the input.
-
-    Attributes:
-        name: for messages.
-        source: how to rebuild it, or None.
-        input: its images.
-    """
+    """The network of the exit at the input."""
 
     name: Name
     source: Source = None
@@ -137,27 +116,15 @@ class FrontRecord(_Record):
 
 
 class ExitRecord(_Record):
-    """One exit.
-
-    Attributes:
-        name: of the module behind which it stands.
-        head: its name.
-        gate: of runs of ptee 0.1.0: a small network that this version does not build.
-    """
+    """One exit: the module behind which it stands, and its head."""
 
     name: Name
     head: HeadName
-    gate: Name | None = None
+    gate: Name | None = None  # of runs of ptee 0.1.0: a small network that this version does not build
 
 
 class ConfidenceRecord(_Record):
-    """What the confidence is computed from.
-
-    Attributes:
-        name: of `CONFIDENCES`.
-        scale: for each exit, if the model was calibrated; else empty.
-        shift: likewise.
-    """
+    """What the confidence is computed from; a scale and a shift for each exit if the model was calibrated."""
 
     name: Name
     scale: tuple[Positive, ...]
@@ -165,47 +132,27 @@ class ConfidenceRecord(_Record):
 
 
 class TensorRecord(_Record):
-    """One tensor of the heads.
-
-    Attributes:
-        dtype: such as "float32".
-        sha256: of its type, shape and bytes, shortened.
-    """
+    """One tensor of the heads. The hash is of its type, shape and bytes, shortened."""
 
     dtype: Name
     sha256: Name
 
 
 class RunConfig(_Record):
-    """What config.json says.
-
-    Attributes:
-        schema_version: of the form of the file.
-        heads_file: where the heads' tensors are, a name in the same folder.
-        backbone: the backbone.
-        front: the network of the exit at the input, or None.
-        exits: in order.
-        threshold: one for each exit.
-        confidence: None in runs of ptee 0.1.0, whose heads' own confidence decided.
-        off: exits that are switched off.
-        results: what was measured, or None.
-        backbone_tensors: short hashes of the backbone's tensors, to say which differ; old runs have none.
-        tensors: the heads' tensors by name; None in runs of schema 1.
-        fingerprint: of all that no hand may change; None in runs of schema 1.
-    """
+    """What config.json says."""
 
     schema_version: Whole
-    heads_file: Text
+    heads_file: Text  # a name in the same folder
     backbone: BackboneRecord
     front: FrontRecord | None = None
     exits: Annotated[tuple[ExitRecord, ...], Field(max_length=MOST_EXITS)]
     threshold: tuple[Threshold, ...]
-    confidence: ConfidenceRecord | None = None
+    confidence: ConfidenceRecord | None = None  # runs of ptee 0.1.0 have none: the heads' own confidence decided
     off: Annotated[tuple[Whole, ...], BeforeValidator(_or_nothing)] = ()
     results: dict[str, Any] | None = None
-    backbone_tensors: dict[Text, Text] | None = None
-    tensors: dict[Text, TensorRecord] | None = None
-    fingerprint: Name | None = None
+    backbone_tensors: dict[Text, Text] | None = None  # short hashes, to say which differ; old runs have none
+    tensors: dict[Text, TensorRecord] | None = None  # schema 1 has neither these
+    fingerprint: Name | None = None  # nor this
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -225,14 +172,7 @@ class RunConfig(_Record):
 
 
 def require_sane(value: Any) -> None:
-    """Refuse JSON that would do harm before anybody looks at its fields.
-
-    Args:
-        value: what was read.
-
-    Raises:
-        PteeError: if it is nested too deeply, has a whole number beyond 64 bits, or text that is none.
-    """
+    """Refuse JSON that is nested too deeply, has a whole number beyond 64 bits, or text that is none."""
     waiting = [(value, 0)]
     while waiting:
         part, depth = waiting.pop()
@@ -249,11 +189,7 @@ def require_sane(value: Any) -> None:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """A short hash of the fields that decide what the model computes; thresholds may be changed by hand, these may not.
-
-    Args:
-        config: as JSON gives it, checked for type.
-    """
+    """A short hash of the fields that decide what the model computes. Thresholds may be changed by hand, these may not."""
     backbone, front = config["backbone"], config.get("front")
     source = {key: value for key, value in (backbone.get("source") or {}).items() if key != "weights"}
     kept = {

@@ -1,7 +1,7 @@
 """The run folder: config.json and heads.safetensors, written whole or not at all, and read with suspicion.
 
-A run holds the heads and never the backbone; config.json says where that came from, and the hash of its weights. Nothing is
-unpickled, no path may lead out of the folder, and every field is checked before it is used (`run_config`).
+A run holds the heads and never the backbone; config.json says where the backbone came from, and the hash of its weights.
+Nothing is unpickled, no path may lead out of the folder, and every field is checked before it is used (`run_config`).
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ its weights. `model.threshold` trades accuracy for cost at any time.
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. Every field has the type and the size that it should; whether it fits a backbone is open.
+    """What a run folder holds, its fields checked. Whether it fits a backbone is open.
 
     Attributes:
-        folder: where it was read, as the user named it.
+        folder: as the user named it.
         config: what config.json says.
         tensors: the heads' parameters and buffers, by name.
-        remote: it came from the hub, so no file it names on this machine is meant.
+        remote: it came from the hub, so its paths do not mean files on this machine.
     """
 
     folder: str
@@ -72,16 +72,7 @@ def describe(
     calibrated: Calibrated | None,
     results: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What config.json says of a model.
-
-    Args:
-        network: the backbone.
-        plan: where the exits stand, which are off, and what the confidence is computed from.
-        heads: of the exits.
-        threshold: one for each exit.
-        calibrated: the numbers of the calibrated confidence, if there are any.
-        results: what was measured, or None.
-    """
+    """What config.json says of a model. `calibrated` has the numbers of the calibrated confidence; `results` were measured."""
     front = next((head for head in heads.children() if isinstance(head, FrontHead)), None)
     return {
         "backbone": {
@@ -106,14 +97,7 @@ def describe(
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str | None = None) -> None:
     """Write a run: all of it, or on failure nothing, so that a run that was there stays as it was.
 
-    Args:
-        folder: made where it does not exist.
-        config: as `describe` gives it; version, hashes and fingerprint are added.
-        tensors: the heads' state.
-        card: text of README.md; None to leave that as it is.
-
-    Raises:
-        RunError: if it cannot be written.
+    `config` comes from `describe`; version, hashes and fingerprint are added. `card` is the text of README.md; None leaves it.
     """
     from safetensors.torch import save_file
 
@@ -129,12 +113,7 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def update(folder: Path, **fields: Any) -> None:
-    """Replace fields of a run's config.json, and of its metrics.json those that it has: in both files or in none.
-
-    Args:
-        folder: of a complete run.
-        fields: JSON-able; those that may be changed after the training.
-    """
+    """Replace fields of a run's config.json, and in its metrics.json those that it has: in both files or in none."""
     new = {CONFIG: _config(folder, folder / CONFIG) | fields}
     if (folder / METRICS).is_file():
         metrics = _metrics(folder)
@@ -154,16 +133,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def read(folder: str | Path, **hub: Any) -> Run:
-    """Read a run from a folder, or from a repo "user/name" on the hub.
-
-    Args:
-        folder: where it lies.
-        hub: for a repo: revision, token, cache_dir, force_download, local_files_only.
-
-    Raises:
-        RunError: if a file is missing, cut off, changed or of a newer schema, a field is missing or of another type, or a
-            path leads out of the folder.
-    """
+    """Read and check a run from a folder, or from a repo "user/name" on the hub; `hub` are arguments of hf_hub_download."""
     local = Path(folder)
     remote = not _is_folder(local)
     config_path = _download(str(folder), CONFIG, hub) if remote else local / CONFIG
@@ -180,11 +150,7 @@ def read(folder: str | Path, **hub: Any) -> Run:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """What was measured when a run was made, as its metrics.json says.
-
-    Raises:
-        RunError: if there is none, or it holds something else.
-    """
+    """What was measured when a run was made, as its metrics.json says."""
     metrics = _metrics(folder) if (folder / METRICS).is_file() else {}
     if not isinstance(metrics.get("results"), dict):
         raise RunError(f"{folder} has no {METRICS} with results. Make the run again.")
@@ -201,15 +167,9 @@ def is_run(folder: Path) -> bool:
 
 
 def fill(heads: nn.Module, run: Run) -> None:
-    """Load a run's tensors into heads built for it.
-
-    Raises:
-        RunError: if a tensor is missing, of another shape, or not wanted.
-    """
+    """Load a run's tensors into heads built for it. Refuses tensors that are missing, of another shape, or not wanted."""
     wanted = heads.state_dict()
-    for name in sorted(set(wanted) ^ set(run.tensors)):
-        where = "is missing" if name in wanted else "belongs to no head"
-        raise RunError(f"{run.folder}: tensor {name!r:.80} {where}; {_NOT_ONE}")
+    _require_names(run.folder, wanted, run.tensors)
     for name, tensor in run.tensors.items():
         if tensor.shape != wanted[name].shape:
             raise RunError(
@@ -219,6 +179,12 @@ def fill(heads: nn.Module, run: Run) -> None:
     heads.load_state_dict(run.tensors)
 
 
+def _require_names(folder: str | Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for name in sorted(set(wanted) ^ set(found)):
+        where = "is missing" if name in wanted else "belongs to no head"
+        raise RunError(f"{folder}: tensor {name!r:.80} {where}; {_NOT_ONE}")
+
+
 _NOT_ONE = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
 
@@ -226,18 +192,14 @@ def _json(folder: str | Path, path: Path) -> Any:
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST_CONFIG_BYTES + 1)
-        if len(text) > LARGEST_CONFIG_BYTES:
-            raise RunError(
-                f"{folder}: {path.name} is longer than {LARGEST_CONFIG_BYTES:,} bytes; no run writes so much."
-            )
-        found = json.loads(text.decode("utf-8"))
-    except RunError:
-        raise
     except OSError as why:
         raise RunError(f"{folder}: {path.name} cannot be read: {first_line(why)}") from why
+    if len(text) > LARGEST_CONFIG_BYTES:
+        raise RunError(f"{folder}: {path.name} is longer than {LARGEST_CONFIG_BYTES:,} bytes; no run writes so much.")
+    try:
+        return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as why:
         raise RunError(f"{folder}: {path.name} is no complete JSON ({first_line(why)}) Copy the run again.") from why
-    return found
 
 
 def _sane(folder: str | Path, name: str, value: Any) -> None:
@@ -271,7 +233,7 @@ def _config(folder: str | Path, path: Path) -> dict[str, Any]:
 
 
 def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
-    """config.json with every field checked, and that no field was changed that may not be."""
+    """config.json with every field checked; refused where a field was changed that may not be."""
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -310,11 +272,9 @@ def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
 
 
 def _require_saved(folder: str | Path, config: RunConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse other tensors than those that were saved with this config.json."""
+    """Refuse tensors that were not saved with this config.json."""
     wanted = config.tensors or {}
-    for name in sorted(set(wanted) ^ set(tensors)):
-        where = "is missing" if name in wanted else "belongs to no head"
-        raise RunError(f"{folder}: tensor {name!r:.80} {where}; {_NOT_ONE}")
+    _require_names(folder, wanted, tensors)
     for name, tensor in tensors.items():
         if _dtype(tensor) != wanted[name].dtype or tensor_hash(tensor) != wanted[name].sha256:
             raise RunError(f"{folder}: tensor {name!r} is damaged, or of another training; {_NOT_ONE}")

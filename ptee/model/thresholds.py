@@ -1,7 +1,7 @@
 """Thresholds as a user gives them, checked, and expanded to one for each exit.
 
-A row leaves at the first exit n with h_n >= T_n. A user gives one number for all exits, or one for each exit, or, for a
-single call, one for each row and exit.
+A row leaves at the first exit n with h_n >= T_n. A user gives one number for all exits or one for each exit; for a single
+call, also one for each row and exit.
 """
 
 from __future__ import annotations
@@ -18,15 +18,7 @@ Thresholds = float | Sequence[float] | Tensor
 
 
 def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:
-    """T_0 .. T_{E-1}: one threshold for each exit.
-
-    Args:
-        threshold: one number, or one for each exit.
-        exits: E.
-
-    Raises:
-        PteeError: for NaN, for a value that is no number, and for a wrong number of values.
-    """
+    """T_0 .. T_{E-1}, from one number or one for each exit. Refuses NaN, what is no number, and a wrong number of values."""
     given = _as_tensor(threshold)
     if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
         many = " x ".join(map(str, given.shape))
@@ -36,17 +28,7 @@ def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:
 
 
 def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.device) -> list[float | Tensor]:
-    """The threshold of each exit: a number, or a tensor (b,) on the device.
-
-    Args:
-        threshold: anything that broadcasts to (b, E).
-        exits: E.
-        rows: b.
-        device: where the confidences are.
-
-    Raises:
-        PteeError: for NaN, for a value that is no number, and for a wrong shape.
-    """
+    """The threshold of each exit, a number or a tensor (b,) on the device, from anything that broadcasts to (b, E)."""
     wide = _as_tensor(threshold)
     if wide.dim() > 2 or any(
         have not in (1, want) for have, want in zip(reversed(wide.shape), (exits, rows), strict=False)
@@ -63,15 +45,7 @@ def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.dev
 
 
 def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
-    """The numbers of some exits, checked.
-
-    Args:
-        value: one number or several, such as [1].
-        exits: E.
-
-    Raises:
-        PteeError: for a number that is no exit, and for one that is given twice.
-    """
+    """The numbers of some exits, given as one or several. Refuses a number that is no exit or is given twice."""
     try:
         given = [value] if isinstance(value, int) else list(value)
     except TypeError:

@@ -110,7 +110,7 @@ def building_head(name: str, previous_weight: float) -> ExitHead:
 @each_head
 def test_a_head_adds_the_log_probabilities_of_the_answer_before_times_its_weight(name):
     head, z, before = building_head(name, 0.5), torch.randn(b, C, H, W), torch.randn(b, K)
-    alone, building = head.follow(z, []), head.follow(z, [torch.randn(b, K), before])
+    alone, building = head(z, []), head(z, [torch.randn(b, K), before])
     torch.testing.assert_close(building.logits, alone.logits + 0.5 * before.log_softmax(-1))
     assert torch.equal(head.answer(head.read(z), [before]).logits, building.logits)
 
@@ -120,10 +120,10 @@ def test_the_probabilities_are_the_weighted_geometric_mean_of_those_so_far():
         [make_head("pool", MAP, K), building_head("pool", 0.5), building_head("pool", 0.8)],
         torch.randn(b, C, H, W),
     )
-    own = [head.follow(z, []).logits.softmax(-1) for head in heads]
+    own = [head(z, []).logits.softmax(-1) for head in heads]
     answers: list[Tensor] = []
     for head in heads:
-        answers.append(head.follow(z, answers).logits)
+        answers.append(head(z, answers).logits)
     mean = own[2] * own[1] ** 0.8 * own[0] ** (0.8 * 0.5)
     torch.testing.assert_close(answers[-1].softmax(-1), mean / mean.sum(-1, keepdim=True))
 
@@ -132,7 +132,7 @@ def test_the_probabilities_are_the_weighted_geometric_mean_of_those_so_far():
 def test_the_weight_starts_at_zero_and_learns_while_the_answer_before_gets_no_gradient(name):
     head, z, before = make_head(f"{name}+", MAP, K), torch.randn(b, C, H, W), torch.randn(b, K, requires_grad=True)
     assert count(head) == count(make_head(name, MAP, K)) + 1
-    head.follow(z, [before]).logits.square().sum().backward()
+    head(z, [before]).logits.square().sum().backward()
     assert before.grad is None
     assert head.previous_weight == 0
     assert head.previous_weight.grad != 0
@@ -155,10 +155,6 @@ def test_a_head_has_the_layers_of_the_papers(name):
     assert count(make_head(name, MAP, K)) == PARAMETERS[name]
 
 
-def test_the_formulas_above_cover_every_head_of_the_papers():
-    assert set(HEADS) <= set(PARAMETERS)
-
-
 def test_pool_and_plain_read_the_mean_and_the_whole_map():
     z = torch.randn(b, C, H, W)
     assert torch.equal(make_head("pool", MAP, K).features(z), z.mean((2, 3)))
@@ -171,11 +167,6 @@ def test_bnpool_is_batch_norm_relu_and_the_mean():
         ((z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), correction=0, keepdim=True)).relu().mean((2, 3))
     )
     torch.testing.assert_close(make_head("bnpool", MAP, K).features(z), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_conv_heads_keep_channels_and_size():
-    features = make_head("conv3", MAP, K).features
-    assert features[:-1](torch.randn(b, C, H, W)).shape == (b, C, H, W)
 
 
 @pytest.mark.parametrize("name", ["conv0", "conv", "conv100", "convX", "conv-1", "pol", "", "pol+"])
@@ -224,21 +215,10 @@ def learned(said: HeadOutput) -> Tensor:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @each_head
-def test_a_poisoned_row_has_no_confidence_and_its_neighbours_keep_theirs(name, poison):
-    head, z = make_head(name, MAP, K).eval(), torch.randn(b, C, H, W)
-    clean = learned(HeadOutput(*head(z)))
-    z[1] = poison
-    h = learned(HeadOutput(*head(z)))
-    assert h[1].isnan()
-    torch.testing.assert_close(h[[0, 2, 3]], clean[[0, 2, 3]])
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@each_head
 def test_nobody_is_sure_of_an_answer_that_builds_on_a_poisoned_one(name, poison):
     head, z, before = make_head(f"{name}+", MAP, K).eval(), torch.randn(b, C, H, W), torch.zeros(b, K)
     before[1, 2] = poison
-    said = head.follow(z, [before])
+    said = head(z, [before])
     assert not said.logits[1].isfinite().any()
     assert learned(said).isnan().tolist() == [False, True, False, False]
 
@@ -264,13 +244,6 @@ def add_maxpool() -> None:
             return self.scale * x.amax((2, 3))
 
 
-def test_a_registered_head_can_be_made_by_its_name(registry):
-    add_maxpool()
-    head = make_head("maxpool", LAYOUTS["map, channels last"][0], K)
-    assert count(head) == C + TWO_LAYERS["vector"]
-    assert head(torch.randn(b, H, W, C))[0].shape == (b, K)
-
-
 def test_a_registered_head_works_end_to_end(registry):
     add_maxpool()
     net = nn.Sequential(nn.Conv2d(3, C, 3), nn.ReLU(), nn.Conv2d(C, C, 3), nn.Flatten(), nn.Linear(16 * C, K))
@@ -281,16 +254,9 @@ def test_a_registered_head_works_end_to_end(registry):
     torch.testing.assert_close(model.predict(x, threshold=0).logits, model.heads[0].logits(z))
 
 
-def test_register_head_gives_the_factory_back(registry):
-    def factory(channels: int, height: int, width: int) -> nn.Module:
-        return nn.Flatten()
-
-    assert register_head("flat")(factory) is factory is registry["flat"]
-
-
 def test_the_same_factory_may_be_registered_again_as_when_a_notebook_cell_runs_twice(registry):
-    add_maxpool()
-    add_maxpool()
+    for _ in range(2):
+        add_maxpool()
     assert count(make_head("maxpool", MAP, K)) == C + TWO_LAYERS["vector"]
 
 
@@ -398,19 +364,3 @@ def test_trying_a_head_draws_no_random_numbers(registry):
 def test_heads_are_made_alike_under_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         assert count(make_head(name, MAP, K)) == PARAMETERS[name]
-
-
-def test_an_unknown_head_is_refused_with_those_registered(registry):
-    add_maxpool()
-    with pytest.raises(UnknownName, match=re.escape("Did you mean 'maxpool'")):
-        make_head("maxpol", MAP, K)
-
-
-def test_a_head_refuses_a_tensor_of_another_layout():
-    with pytest.raises(PteeError, match="Expected a feature map"):
-        make_head("pool", MAP, K)(torch.randn(b, H, W, C))
-
-
-def test_any_module_that_makes_vectors_can_be_a_head():
-    head = ExitHead(MAP, nn.Sequential(nn.AdaptiveMaxPool2d(2), nn.Flatten()), 4 * C, K)
-    assert head(torch.randn(b, C, H, W))[0].shape == (b, K)

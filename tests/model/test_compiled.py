@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small import SIZE, K, labelled, made
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import BackboneError, PteeError
@@ -53,6 +54,16 @@ WAYS = {
     replaced: r"Net has compiled parts \(b\).*net.set_submodule\('b', net.get_submodule\('b'\)._orig_mod\)",
     forward: r"Net has a compiled forward \(b\).*Leave out torch.compile",
 }
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What torch.compile keeps is forgotten before and afterwards."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 each_way = pytest.mark.parametrize("how", WAYS, ids=lambda how: how.__name__)
 
 
@@ -80,18 +91,23 @@ def test_a_compiled_function_in_a_networks_code_is_refused():
         ptee.augment(Net(torch.compile(F.gelu, backend="eager")), exits=["a"], input_size=SIZE)
 
 
-@pytest.mark.parametrize("how", [whole, block, layer])
-def test_the_copy_that_is_advised_is_not_compiled(how):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiler", [torch.compile, torch.jit.script], ids=["torch.compile", "torch.jit.script"])
+def test_what_a_compiler_made_of_a_network_is_refused(compiler):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K)).eval()
+    with pytest.raises(PteeError, match="compiled"):
+        ptee.augment(compiler(net), exits="linear", num_exits=1, input_size=SIZE)
+
+
+@pytest.mark.parametrize("how", [whole, block, layer, replaced])
+def test_the_network_that_is_advised_is_not_compiled(how):
     net = Net()
     how(net)
-    assert ptee.augment(copy.deepcopy(net), exits=["a"], input_size=SIZE).predict(labelled(2)[0]).logits.shape == (2, K)
-
-
-def test_the_parts_that_are_put_back_are_not_compiled():
-    net = Net()
-    replaced(net)
-    net.set_submodule("b", net.get_submodule("b")._orig_mod)
-    assert ptee.augment(net, exits=["a"], input_size=SIZE)
+    if how is replaced:
+        net.set_submodule("b", net.get_submodule("b")._orig_mod)
+    else:
+        net = copy.deepcopy(net)
+    assert ptee.augment(net, exits=["a"], input_size=SIZE).predict(labelled(2)[0]).logits.shape == (2, K)
 
 
 @each_way
@@ -147,8 +163,17 @@ def test_what_is_advised_can_be_captured():
 
 
 def test_a_model_gives_the_same_answers_under_torch_compile():
-    model, (x, _) = made(), labelled(4)
-    expected = model(x)
-    assert torch.equal(torch.compile(model, backend="eager")(x), expected)
+    model, (x, y) = made(), labelled(4)
+    compiled = torch.compile(model, backend="eager")
+    for threshold in (0.0, [0.4, 0.5], 2.0):
+        model.threshold = threshold
+        assert torch.equal(compiled(x), model(x))
+    data = TensorDataset(x, y)
+    assert ptee.evaluate(compiled, data, speed=False) == ptee.evaluate(model, data, speed=False)
     model.compile(backend="eager")
-    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), compiled(x))
+
+
+def test_a_model_compiled_into_one_graph_fails_loudly():
+    with pytest.raises(RuntimeError, match="disable"):
+        torch.compile(made(), backend="eager", fullgraph=True)(labelled(2)[0])

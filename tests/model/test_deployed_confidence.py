@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import pickle
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from ptee.evaluation.traces import record
 from ptee.exits.confidence import CONFIDENCES, Calibrated
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.saving import CONFIG
-from ptee.model.thresholds import Thresholds
 
 N = 24
 each_confidence = pytest.mark.parametrize("name", CONFIDENCES)
@@ -101,19 +99,6 @@ def test_predict_a_slow_loop_and_traces_agree_on_who_leaves_where(name, kind):
     under = record(model, list(x)).under(name)
     assert under.leaving(limits).tolist() == exits
     assert under.confidence_name == name
-
-
-@each_kind
-@each_confidence
-def test_a_row_leaves_in_a_batch_of_any_size_as_it_leaves_alone(name, kind):
-    model = with_confidence(name, kind)
-    x = images(model)
-    limits = splitting(model.all_exits(x).confidence[:-1])
-    together = model.predict(x, limits)
-    for size in (1, 7):
-        parts = [model.predict(part, limits) for part in x.split(size)]
-        assert torch.equal(torch.cat([part.exit_index for part in parts]), together.exit_index)
-        torch.testing.assert_close(torch.cat([p.confidence for p in parts]), together.confidence, rtol=1e-4, atol=1e-5)
 
 
 @each_confidence
@@ -217,22 +202,6 @@ def test_the_plan_says_by_what_rows_leave_where_it_is_not_the_learned_confidence
     assert "Rows leave by" not in str(model.plan)
 
 
-@each_confidence
-@pytest.mark.parametrize(
-    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
-)
-def test_copies_have_the_same_confidence(name, how):
-    model = with_confidence(name)
-    x = images(model)
-    assert torch.equal(how(model).predict(x, 0.4).confidence, model.predict(x, 0.4).confidence)
-
-
-def test_another_precision_leaves_the_two_numbers_as_they_are():
-    model = with_confidence("calibrated")
-    before = model.calibrated
-    assert model.half().float().calibrated == before
-
-
 def saved(model: EarlyExitModel, folder: Path) -> EarlyExitModel:
     model.save_pretrained(folder)
     return ptee.load(folder, copy.deepcopy(model).detach())
@@ -311,14 +280,3 @@ def test_a_run_whose_confidence_cannot_be_is_refused(confidence, said, tmp_path)
     edit(tmp_path, confidence=confidence)
     with pytest.raises(RunError, match=said):
         ptee.load(tmp_path, copy.deepcopy(model).detach())
-
-
-@pytest.mark.parametrize("threshold", [0.3, [0.2, 0.5], torch.rand(N, 2, generator=seeded(0))], ids=type)
-@each_confidence
-def test_each_row_meets_its_own_threshold(name, threshold: Thresholds):
-    model = with_confidence(name)
-    x = images(model)
-    limits = torch.as_tensor(threshold).expand(N, 2)
-    h = model.all_exits(x).confidence[:-1].T  # (n, E)
-    want = torch.cat([h >= limits, torch.ones(N, 1, dtype=torch.bool)], 1).int().argmax(1)
-    assert torch.equal(model.predict(x, threshold).exit_index, want)

@@ -72,14 +72,19 @@ def test_images_of_another_kind_are_refused_in_one_line_everywhere(where, images
         (x, torch.bfloat16, r"These images are float32, and the model is bfloat16 .*Give x.to\(torch.bfloat16\)"),
         (x.half(), torch.float32, "These images are float16, and the model is float32"),
         (
+            x[0],
+            torch.float32,
+            r"Images come as \(b, c, h, w\), and these are \(3, 8, 8\)\. For one image give x\[None\]",
+        ),
+        (
             x.to("meta"),
             torch.float32,
             rf"These images are on meta, and the model is on {here()}. Give x.to\('{here()}'\)",
         ),
     ],
-    ids=["float64", "a double model", "a bfloat16 model", "float16", "another device"],
+    ids=["float64", "a double model", "a bfloat16 model", "float16", "one image", "another device"],
 )
-def test_tensors_of_another_number_type_or_device_are_refused(where, images, model, words):
+def test_tensors_of_another_type_shape_or_device_are_refused(where, images, model, words):
     with torch.no_grad(), pytest.raises(PteeError, match=words):
         FROM_TENSORS[where](made().to(model), images)
 
@@ -137,13 +142,10 @@ def test_an_empty_batch_is_looked_at_like_any_other():
         made().predict(x[:0].byte())
 
 
-def test_rows_that_are_no_numbers_go_to_the_end():
-    model = made()
-    poisoned = x.clone()
-    poisoned[1], poisoned[3] = float("nan"), float("inf")
-    out = model.predict(poisoned, 0.0)
-    assert out.exit_index.tolist() == [0, 2, 0, 2, 0, 0, 0, 0]
-    assert torch.equal(out.logits[[0, 2]], model.predict(x, 0.0).logits[[0, 2]])
+@pytest.mark.parametrize("images", [x.cpu().numpy(), [1], None], ids=["numpy", "a list", "None"])
+def test_images_that_are_no_tensor_are_refused_by_type(images):
+    with pytest.raises(PteeError, match=f"a tensor .b, c, h, w., not as {type(images).__name__}"):
+        made()(images)
 
 
 def test_pooled_heads_take_other_sizes():

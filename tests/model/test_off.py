@@ -94,7 +94,7 @@ def test_the_answers_of_the_others_stay_the_same(x):
 def test_the_plan_says_so(model):
     assert "Off" not in str(model.plan)
     model.off = [0, 2]
-    assert "Off: exit 0, 2. Nobody leaves there, and no head is run there." in str(model.plan)
+    assert "Off: exit 0, 2. No row leaves there, and no head runs there." in str(model.plan)
     chained = early(("res-8x1", "res-8x1+", "conv1"))
     chained.off = [0]
     assert "except at 0, which later heads build on" in str(chained.plan)
@@ -114,11 +114,17 @@ def test_what_is_no_exit_cannot_be_off(model, off):
         model.off = off
 
 
+@pytest.mark.parametrize("off", [None, 0.5, torch.tensor(1)], ids=str)
+def test_exits_that_are_off_are_given_by_number(model, off):
+    with pytest.raises(PteeError, match=r"Exits that are off are given by their numbers, such as .1., not as"):
+        model.off = off
+
+
 @pytest.mark.parametrize("off", [[1], [0, 2]])
 def test_training_and_calibration_need_all_exits_on(model, x, off):
     model.off = off
     for learn in (ptee.train, ptee.calibrate):
-        with pytest.raises(PteeError, match=rf"{', '.join(map(str, off))} (is|are) off.*model\.off = \[\]"):
+        with pytest.raises(PteeError, match=rf"Exits are off \({', '.join(map(str, off))}\).*model\.off = \[\]"):
             learn(model, [(image, 1) for image in x])
 
 
@@ -127,12 +133,6 @@ def test_any_whole_numbers_will_do(model):
     assert model.off == (1, 2)
     model.off = 0
     assert model.off == (0,)
-
-
-def test_learned_heads_that_read_nothing_run_for_themselves_alone():
-    model = early(("res-8x1", "res-8x1", "res-16x1"))
-    model.off = [0, 1]
-    assert model.plan.skipped == (0, 1)
 
 
 def test_traces_are_of_all_exits_and_the_table_of_those_that_are_on(model, x):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
-from ptee._common.files import replace_file, require_writable, to_json, write_json
+from ptee._common.files import require_writable, to_json, write_json
 from ptee._common.text import printable
 from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import difference, weights_hash
@@ -129,31 +129,18 @@ def assert_same(one: EarlyExitModel, two: EarlyExitModel) -> None:
 
 
 @pytest.mark.parametrize("head", ["plain", "pool", "bnpool", "conv2"])
-def test_a_loaded_model_is_the_saved_one_bit_for_bit(head, tmp_path):
+def test_a_model_saved_over_an_older_run_loads_bit_for_bit_and_can_be_saved_again(head, folder, tmp_path):
     model = make(head)
-    model.save_pretrained(tmp_path)
-    assert_same(ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)), model)
-
-
-def test_results_and_modes_come_back_too(original, folder, net):
-    loaded = ptee.load(folder, backbone=net)
-    assert loaded.results == {"rows": [], "samples": 3}
-    assert not loaded.training
-    assert loaded.backbone is net
-
-
-def test_what_was_loaded_can_be_saved_and_loaded_again(original, folder, net, tmp_path):
-    loaded = ptee.load(folder, backbone=net)
+    model.heads[1].confidence.bias = model.heads[0].confidence.bias  # heads may share weights
+    model.results = {"rows": [], "samples": 3}
+    model.save_pretrained(folder)
+    loaded = ptee.load(folder, backbone=copy.deepcopy(model.backbone))
+    assert_same(loaded, model)
+    assert (loaded.results, loaded.training) == (model.results, False)
     loaded.save_pretrained(tmp_path / "again")
-    assert_same(ptee.load(tmp_path / "again", backbone=copy.deepcopy(net)), original[0])
+    assert_same(ptee.load(tmp_path / "again", backbone=copy.deepcopy(model.backbone)), model)
     written = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "again")]
     assert written[0] == written[1]
-
-
-def test_saving_over_an_older_run_replaces_it(folder):
-    model = make("pool")
-    model.save_pretrained(folder)
-    assert_same(ptee.load(folder, backbone=copy.deepcopy(model.backbone)), model)
 
 
 @pytest.mark.parametrize("convention", ["full", "paper"])
@@ -243,24 +230,6 @@ def test_the_folder_holds_the_heads_alone_and_tells_where_they_belong(original, 
     assert "ptee.load(" in (folder / "README.md").read_text()
 
 
-def test_a_run_reads_without_any_model(folder, original):
-    run = runs.read(folder)
-    assert [(row.name, row.head) for row in run.config.exits] == [("one", "conv1"), ("two", "conv1")]
-    assert run.config.backbone.classes == 4
-    assert run.config.backbone.input.input_size == SIZE
-    assert run.config.threshold == (0.75, 0.625)
-    assert not run.remote
-    for name, tensor in original[0].heads.state_dict().items():
-        assert torch.equal(run.tensors[name], tensor.cpu())
-
-
-def test_heads_that_share_weights_are_saved(tmp_path):
-    model = make("pool")
-    model.heads[1].confidence.bias = model.heads[0].confidence.bias
-    model.save_pretrained(tmp_path)
-    assert_same(ptee.load(tmp_path, backbone=copy.deepcopy(model.backbone)), model)
-
-
 # writing
 
 
@@ -310,13 +279,6 @@ def test_a_first_save_that_fails_leaves_nothing_that_looks_like_a_run(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_config_is_renamed_last(monkeypatch, tmp_path):
-    order, replace = [], Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append(to.name), replace(self, to))[1])
-    make().save_pretrained(tmp_path)
-    assert order == ["heads.safetensors", "README.md", "config.json"]
-
-
 @pytest.mark.parametrize("name", ["config.json", "metrics.json"])
 @pytest.mark.parametrize("method", ["write_text", "replace"])
 def test_config_and_metrics_are_changed_both_or_neither(method, name, folder, monkeypatch):
@@ -351,20 +313,6 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(place, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"):
         make().save_pretrained(tmp_path / place)
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")], ids=str
-)
-def test_a_failed_replacement_keeps_the_old_file_and_leaves_no_rubbish(error, tmp_path):
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise error
-
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(RunError, match=f"file: .*{error.strerror}"):
-        replace_file(tmp_path / "file", fail)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 
 def test_writing_json_makes_the_folders_it_needs(tmp_path):
@@ -478,16 +426,16 @@ WRONG = [
     ("backbone.name", [None, 1, ["Net"]]),
     ("backbone.hash", [None, 1, {}]),
     ("backbone.source", [[], "timm", 1]),
-    ("backbone.classes", [None, "4", 4.0, True]),
+    ("backbone.classes", [None, "4", 4.0, True, -1, 0, 3, 5]),
     ("backbone.input", [None, [], 16]),
     ("backbone.input.input_size", [None, 16, [16], [3, 16], [3, 16, 16, 16], [3, 16, 16.5], [3, "16", 16], [3, 0, 16], [3, -16, 16], [3, True, 16], [3, 2**20, 16]]),
-    ("backbone.input.mean", [None, 0.5, ["0.5"] * 3, [None] * 3, [True] * 3, [0.5, 0.5], ["Infinity"] * 3]),
+    ("backbone.input.mean", [[10**400] * 3, None, 0.5, ["0.5"] * 3, [None] * 3, [True] * 3, [0.5, 0.5], ["Infinity"] * 3]),
     ("backbone.input.std", [None, {}, ["1"] * 3, [0, 1, 1], [-1, 1, 1], [1, 1], ["Infinity", 1, 1], [float("nan"), 1, 1]]),
     ("backbone.input.interpolation", [None, 1, []]),
     ("exits", [None, {}, "one", ["one", "two"], [1, 2], [], [[]], [{}]]),
     ("exits.0.name", [None, 1, "", "nowhere", "two", "one.0.weight"]),
     ("exits.0.head", [None, 1, "", "nothing", "pool", "auto", "auto+"]),
-    ("threshold", [None, 0.5, "0.5", [], [0.5], [0.5, 0.5, 0.5], ["0.5", "0.5"], [True, False], [None, 0.5], [[0.5], [0.5]], [float("nan"), 0.5]]),
+    ("threshold", [[10**400, 0.5], None, 0.5, "0.5", [], [0.5], [0.5, 0.5, 0.5], ["0.5", "0.5"], [True, False], [None, 0.5], [[0.5], [0.5]], [float("nan"), 0.5]]),
     ("results", [[], "none", 1]),
 ]  # fmt: skip
 
@@ -503,23 +451,6 @@ def test_a_head_that_the_tensors_are_not_of_is_refused_before_it_is_made(head, f
     monkeypatch.setattr("ptee.exits.build.build_head", lambda *_: pytest.fail("the head was made"))
     edit(folder, "exits.0.head", head)
     assert f"The head '{head}' of exit 0 wants a tensor" in refused(folder, net)
-
-
-HUGE = 10**400
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("threshold", [HUGE, 0.5]), ("backbone.input.mean", [HUGE] * 3)], ids=lambda v: str(v)[:20]
-)
-def test_a_number_beyond_all_floats_is_refused(key, value, folder, net):
-    edit(folder, key, value)
-    refused(folder, net, PteeError)
-
-
-@pytest.mark.parametrize("classes", [-1, 0, 3, 5])
-def test_a_number_of_classes_that_is_not_the_backbones_is_refused(classes, folder, net):
-    edit(folder, "backbone.classes", classes)
-    refused(folder, net, PteeError)
 
 
 @pytest.mark.parametrize("key", ["heads_file", "backbone", "exits", "threshold"])
@@ -847,13 +778,6 @@ def test_a_run_is_loaded_from_the_hub(load, hub, folder, net, original):
 def test_an_argument_that_there_is_not_is_refused_by_name(load, folder, net):
     with pytest.raises(PteeError, match=r"'weights'.*backbone, front, cache_dir, .*revision"):
         load(folder, backbone=net, weights="x")
-
-
-def test_a_run_from_the_hub_names_no_file_outside_of_its_repository(hub, folder, net):
-    hub["user/repo"] = folder
-    edit(folder, "heads_file", "../../heads.safetensors")
-    assert "not in the folder" in refused("user/repo", net)
-    assert [name for _, name, _ in hub["asked"]] == ["config.json"]
 
 
 def test_a_run_from_the_hub_reads_no_weights_of_this_machine(hub, named):

@@ -1,42 +1,107 @@
-"""Thresholds as a person gives them, without a model."""
+"""Thresholds as a person gives them: to a model or to one call, in any form, or refused."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from small import labelled, made
 from torch import Tensor
 
+from ptee._common.errors import PteeError
 from ptee.model.thresholds import for_each_exit, for_each_row
 
-CPU = torch.device("cpu")
+b, E = 6, 2
+NEVER, ALWAYS = 2.0, 0.0
+FORMS = {
+    "a list": [ALWAYS, NEVER],
+    "a tuple": (ALWAYS, NEVER),
+    "a list of one list": [[ALWAYS, NEVER]],
+    "whole numbers": [0, 2],
+    "a float32 tensor": torch.tensor([ALWAYS, NEVER]),
+    "a float64 tensor": torch.tensor([ALWAYS, NEVER], dtype=torch.float64),
+    "a tensor of whole numbers": torch.tensor([0, 2]),
+    "a tensor that wants gradients": torch.tensor([ALWAYS, NEVER], requires_grad=True),
+    "a NumPy array": torch.tensor([ALWAYS, NEVER], device="cpu").numpy(),
+    "one row for all": torch.tensor([[ALWAYS, NEVER]]),
+}
 
 
-def test_one_number_stands_for_all_exits():
-    assert for_each_exit(0.7, 3) == (0.7, 0.7, 0.7)
+def images() -> Tensor:
+    return labelled(b)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_threshold_is_given_or_set_in_any_form_and_reads_as_a_list(form):
+    model = made()
+    assert model.predict(images(), FORMS[form]).exit_index.tolist() == [0] * b
+    model.threshold = FORMS[form]
+    assert model.predict(images()).exit_index.tolist() == [0] * b
+    model.threshold.append(0.1)  # a copy
+    assert model.threshold == [ALWAYS, NEVER]
+    assert all(type(t) is float for t in model.threshold)
+
+
+@pytest.mark.parametrize("shape", [(b, E), (b, 1), (1, E), (1, 1), (E,), (1,), ()], ids=str)
+def test_a_call_takes_every_shape_that_broadcasts(shape):
+    assert made().predict(images(), torch.full(shape, ALWAYS)).exit_index.tolist() == [0] * b
+    assert made().predict(images(), torch.full(shape, NEVER)).exit_index.tolist() == [E] * b
+
+
+REFUSED = {
+    "three for two exits": ([0.5, 0.5, 0.5], r"\b3\b.*\b2\b"),
+    "none": ([], r"\b0\b.*\b2\b"),
+    "NaN": (math.nan, "NaN"),
+    "a NaN among them": ([0.5, math.nan], "NaN"),
+    "a word": ("high", "'high'"),
+    "a list with None": ([0.5, None], "None"),
+    "a complex number": (1j, "1j"),
+    "a complex tensor": (torch.tensor(1j), "number"),
+    "a truth": (True, "True"),
+    "truths": ([True, False], "True"),
+    "a tensor of truths": (torch.ones(2) > 0, "True"),
+}
+
+
+@pytest.mark.parametrize(("threshold", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_threshold_is_refused_and_the_one_in_force_stays(threshold, said):
+    model = made()
+    model.threshold = [0.1, 0.2]
+    with pytest.raises(PteeError, match=said):
+        model.threshold = threshold
+    with pytest.raises(PteeError, match=said):
+        model.predict(images(), threshold)
+    assert model.threshold == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("shape", [(b, 3), (b + 1, E), (2, 1), (1, 1, E), (b,)], ids=str)
+def test_a_threshold_that_does_not_broadcast_is_refused_with_both_shapes(shape):
+    with pytest.raises(PteeError, match=rf"\({', '.join(map(str, shape))},?\).*\({b}, {E}\)"):
+        made().predict(images(), torch.full(shape, 0.5))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (2, 4)], ids=str)
+def test_the_threshold_is_set_by_one_number_for_each_exit_and_not_by_a_table(shape):
+    with pytest.raises(PteeError, match=f"{shape[0]} x {shape[1]} thresholds for 4 exits"):
+        for_each_exit(torch.full(shape, 0.1).tolist(), 4)
 
 
 def test_numbers_are_not_rounded_to_float32():
     assert for_each_exit([0.1, 0.2], 2) == (0.1, 0.2)
-    assert for_each_row([0.1, 0.2], 2, 5, CPU) == [0.1, 0.2]
-
-
-def test_a_table_becomes_a_column_for_each_exit():
-    columns = for_each_row([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], 2, 3, CPU)
-    assert [c.tolist() for c in columns] == [[0.1, 0.3, 0.5], [0.2, 0.4, 0.6]]
+    assert for_each_row([0.1, 0.2], 2, 5, torch.device("cpu")) == [0.1, 0.2]
 
 
 @pytest.mark.parametrize(
     ("device", "given", "sent"),
     [
         ("mps", torch.float64, torch.float32),  # there is no float64
-        ("mps", torch.float32, torch.float32),
         ("mps", torch.bfloat16, torch.bfloat16),
         ("cuda", torch.float64, torch.float64),
     ],
 )
-def test_a_threshold_goes_to_a_device_in_a_type_that_is_there(device, given, sent):
+def test_a_threshold_goes_to_a_device_once_in_a_type_that_is_there(device, given, sent):
     asked: list[Any] = []
 
     class Staying(Tensor):
@@ -45,4 +110,4 @@ def test_a_threshold_goes_to_a_device_in_a_type_that_is_there(device, given, sen
             return self
 
     for_each_row(torch.zeros(1, 2, dtype=given).as_subclass(Staying), 2, 3, torch.device(device))
-    assert asked == [(torch.device(device), sent)]  # once, not at each exit
+    assert asked == [(torch.device(device), sent)]
