@@ -1,4 +1,4 @@
-"""Batches of whatever a user hands over: map-style data sets and loaders, with labels or without."""
+"""Batches of images and labels, from the data sets and loaders of a user."""
 
 from __future__ import annotations
 
@@ -18,48 +18,62 @@ UNKNOWN_LABEL = -1
 def batches(
     data: Any, *, batch_size: int, shuffle: bool, generator: torch.Generator | None = None, num_workers: int = 0
 ) -> DataLoader[Any]:
-    """The batches of a map-style data set; a loader is returned as it is, its own batches and order included.
+    """A loader of a map-style data set. A loader is returned as it is: it keeps its own batches and its own order.
 
     Raises:
-        DataError: if `data` is empty, can be gone through only once, or is something else; or a number is none.
+        DataError: if `data` is empty, can be read only once, or is neither a data set nor a loader, or a number is wrong.
     """
     for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
-            raise DataError(f"The {name} {number!r} must be a whole number, {least} at least.")
+            raise DataError(f"The {name} {number!r} must be a whole number, at least {least}.")
     kind = type(data).__name__
     if isinstance(data, Iterator):
         raise DataError(f"Data is a {kind}, which can be read only once: pass the DataLoader or data set it came from.")
     if isinstance(data, IterableDataset):
         raise DataError(f"Data is a {kind}, which is an iterable data set: pass a DataLoader of it.")
-    if is_loader(data):
-        return _not_empty(data)
-    if isinstance(data, (str, bytes, tuple, Mapping)) or not (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    ):
+    if not is_loader(data) and not _is_map_style(data):
         raise DataError(
             f"Data is a {kind}, which is neither a map-style data set nor a DataLoader: "
             "of tensors, make a torch.utils.data.TensorDataset(images, labels)."
         )
+    if _is_empty(data):
+        raise DataError(f"Data is empty: this {kind} has length 0.")
+    if is_loader(data):
+        return data
     return DataLoader(
-        _not_empty(data),
-        int(batch_size),
-        shuffle,
-        generator=generator,
-        num_workers=int(num_workers),
-        collate_fn=_collate,
+        data, int(batch_size), shuffle, generator=generator, num_workers=int(num_workers), collate_fn=_collate
     )
 
 
+def is_loader(data: Any) -> bool:
+    """Whether `data` gives batches. A loader of another library, such as timm's, need not be torch's class."""
+    looks_so = hasattr(data, "__iter__") and hasattr(data, "__len__") and not hasattr(data, "__getitem__")
+    return looks_so or isinstance(data, DataLoader)
+
+
+def _is_map_style(data: Any) -> bool:
+    if isinstance(data, (str, bytes, tuple, Mapping)):
+        return False
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _is_empty(data: Any) -> bool:
+    try:
+        return len(data) == 0
+    except TypeError:  # the loader of an iterable data set has no length
+        return False
+
+
 def _collate(samples: list[Any]) -> Any:
-    """A batch, or the refusal of what is no tensor yet."""
+    """A batch of the samples. Where torch cannot make one, the error says what to change in the data set."""
     try:
         return default_collate(samples)
     except RuntimeError as why:
         if "equal size" not in str(why):
             raise
         raise DataError(
-            "The data set gives images, or labels, of several sizes, of which no batch can be made: resize images to the "
-            "backbone's size, and give each one class number."
+            "The images or labels of the data set differ in size, so they cannot form a batch: resize all images to the "
+            "backbone's size, and give each image one class number."
         ) from why
     except TypeError as why:
         if "PIL" in str(why):
@@ -67,34 +81,18 @@ def _collate(samples: list[Any]) -> Any:
                 "The data set gives PIL images: give it transform=ToTensor(), with the backbone's size and normalisation."
             ) from why
         raise DataError(
-            f"The data set gives a {_describe(samples[0])}, of which no batch can be made: give (image tensor, class number)."
+            f"The data set gives a {_describe(samples[0])}, which cannot form a batch: give (image tensor, class number)."
         ) from why
 
 
-def is_loader(data: Any) -> bool:
-    """Those of timm and others look like torch's, but need not be one."""
-    looks_so = hasattr(data, "__iter__") and hasattr(data, "__len__") and not hasattr(data, "__getitem__")
-    return looks_so or isinstance(data, DataLoader)
-
-
-def _not_empty(data: Any) -> Any:
-    try:
-        empty = len(data) == 0
-    except TypeError:  # a loader of an iterable data set does not know
-        empty = False
-    if empty:
-        raise DataError(f"Data is empty: this {type(data).__name__} has length 0.")
-    return data
-
-
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images (b, c, h, w) and labels (b,) int64, or None, of whatever a loader yields.
+    """Images (b, c, h, w) and labels (b,) int64 of a loader's batch. Labels are None if there are none or all are unknown.
 
-    Takes `(images, labels)`, `(images,)`, images alone, or a mapping with image, images or pixel_values and perhaps
-    label or labels. Labels that are all `UNKNOWN_LABEL` are none.
+    A batch is `(images, labels)`, `(images,)`, images alone, or a mapping with image, images or pixel_values, and label
+    or labels.
 
     Raises:
-        DataError: if the batch is something else.
+        DataError: if the batch has another form.
     """
     images, labels = _pick(batch)
     if not isinstance(images, Tensor) or images.ndim != 4:
@@ -104,7 +102,6 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _pick(batch: Any) -> tuple[Any, Any]:
-    """Images and labels, None where there are none."""
     if isinstance(batch, Mapping):
         images = [batch[key] for key in ("image", "images", "pixel_values") if key in batch]
         labels = [batch[key] for key in ("label", "labels") if key in batch]
@@ -118,13 +115,13 @@ def _class_numbers(labels: Any, b: int) -> Tensor:
         numbers = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         numbers = torch.empty(0)
-    if numbers.numel() != b or numbers.shape not in ((b,), (b, 1)) or numbers.is_floating_point():
+    if numbers.shape not in ((b,), (b, 1)) or numbers.is_floating_point():
         raise DataError(f"The labels of {b} images should be {b} class numbers, but they are a {_describe(labels)}.")
     return numbers.flatten().long()  # (b, 1) -> (b,)
 
 
 def _describe(value: Any) -> str:
-    """Types and shapes, as in `tuple (Tensor (4, 3, 8, 8) float32, str)`."""
+    """Types and shapes: `tuple (Tensor (4, 3, 8, 8) float32, str)`."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -1,7 +1,7 @@
-"""Image folders and tar files: which pictures lie in them, of which part and class, and where. Finding decodes none.
+"""Image folders and tar files: which pictures lie in them, and of which part and class. No picture is decoded.
 
-The classes, hidden folders, links and unread files are looked after here, as neither timm's nor torchvision's reader names
-what it passes over.
+timm's and torchvision's readers do not say what they leave out, so ptee has its own: it names every class, part, archive and
+kind of picture that it does not read.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError, some
-from ptee.data.pictures import File
+from ptee.data.pictures import File, Key
 
 PARTS = ("train", "calibration", "validation")
-# What a part may be called, in any case, best first; "set" and other words may follow: test_set, val2017, "Training images".
+# Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
 NAMES = {
     "train": ("train", "training"),
     "calibration": ("calibration", "calib"),
@@ -28,29 +28,30 @@ NAMES = {
         *("eval", "evaluation", "evaluate", "test", "testing", "holdout"),
     ),
 }
+BEST_FIRST = [name for names in NAMES.values() for name in names]
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pictures, too, but neither torchvision nor ptee reads them, so a backbone was not trained on them.
+# Pictures that neither torchvision nor ptee reads, so the backbone was not trained on them.
 UNREAD = (
     *(".avif", ".cr2", ".dds", ".dng", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jxl", ".nef"),
     *(".npy", ".pbm", ".pcx", ".raw", ".svg", ".tga"),
 )
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
-LINK = "linked"  # in a tar file
+LINK = "linked"  # a picture in a tar file that is a link to another
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 TAR_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source delivers, before missing parts are drawn.
+    """What a source delivers.
 
     Attributes:
         kind: of the source: "folder", "tar", or another.
-        parts: for each, pictures (`File` or `PIL.Image`) with their labels.
-        origin: what each part is called in the source.
+        parts: for each part, pictures (`File` or `PIL.Image`) with their labels.
+        origin: the name of each part in the source.
         class_names: in the order of the labels.
-        not_read: what lies in the source beside that, in words.
+        not_read: what else lies in the source, in words.
     """
 
     kind: str
@@ -61,48 +62,46 @@ class Listing:
 
 
 @dataclass
-class _Found:
+class _Part:
     """What lies in one part."""
 
-    files: dict[str, list[File]]  # of each class, those without pictures included
-    not_read: list[str] = field(default_factory=list)
-    others: dict[str, Counter[str]] = field(default_factory=dict)  # how many files a class holds of other kinds
+    files: dict[str, list[File]] = field(default_factory=dict)  # by class; classes without pictures included
+    others: defaultdict[str, Counter[str]] = field(
+        default_factory=lambda: defaultdict(Counter)
+    )  # by class: kind, number
+    loose: list[str] = field(default_factory=list)  # outside of class folders, in words
+
+    @property
+    def classes(self) -> set[str]:
+        """The classes that have pictures."""
+        return {name for name, files in self.files.items() if files}
 
 
-class _Named(NamedTuple):
-    rank: tuple[int, int, str]
-    path: Path
-
-
-def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[tuple[str, str, str]] = ()) -> Listing:
-    """The pictures of a folder that is a data set, in tar files or class folders.
-
-    Args:
-        folder: that is there.
-        report_only: validation images alone will do.
-        removed: keys of files that could not be read and may be missing now.
+def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key] = ()) -> Listing:
+    """The pictures of a folder that holds tar files or class folders, as `sources.open_data` takes it.
 
     Raises:
-        DataError: if it holds none, classes that the training images lack, several data sets, a part or a class that
-            cannot be read, or a damaged tar file.
+        DataError: if it holds no pictures, several data sets, classes that the training images lack, or a part, a class or
+            a tar file that cannot be read.
     """
     tars = {path: part_of(path.stem) for path in _visible(folder) if path.suffix.lower() == ".tar" and path.is_file()}
     named = {path: part_of(path.name) for path in _subfolders(folder)}
     folders = {path: part for path, part in named.items() if part and _subfolders(path)}
-    needed = ("train", "validation") if report_only else ("train",)
-    found, kind = _best(tars), "tar"
-    if not any(part in found for part in needed):
-        found, kind = _best(folders), "folder"
-    whole = not any(part in found for part in needed)
-    if whole:
-        _refuse_unknown_parts(folder, named, {path: part for path, part in (tars | folders).items() if part})
+    needed = {"train", "validation"} if report_only else {"train"}
+    kind, found = "tar", _best(tars)
+    if not needed & found.keys():
+        kind, found = "folder", _best(folders)
+    if needed & found.keys():
+        not_read = _beside(folder, found, named, PARTS[2:] if report_only else PARTS)
+    else:
+        _refuse_unknown_parts(folder, named, [path for path, part in (tars | folders).items() if part])
         _refuse_data_sets(folder)
-        found = {"train": folder}
-    not_read = [] if whole else _beside(folder, found, named, PARTS[2:] if report_only else PARTS)
+        found, not_read = {"train": folder}, []
     read = _read_tar if kind == "tar" else _read_folder
     parts = {part: read(path, part) for part, path in found.items()}
-    for part, each in parts.items():
-        not_read += _told_of(each, part, found[part], strict=part == "train" and not report_only)
+    if "train" in parts and not report_only:
+        _refuse_empty_classes(parts["train"], found["train"])
+    not_read += [words for part, own in parts.items() for words in _left_out(own, part)]
     return _number_classes(kind, parts, found, removed, tuple(not_read))
 
 
@@ -116,21 +115,30 @@ def _first_word(name: str) -> str:
 
 
 def _best(paths: Mapping[Path, str | None]) -> dict[str, Path]:
-    """The path for each part that has the best name, in the order of parts."""
-    ranked: dict[str, list[_Named]] = {part: [] for part in PARTS}
-    for path, part in paths.items():
-        if part is not None:
-            rank = (NAMES[part].index(_first_word(path.stem)), len(path.stem), path.stem)
-            ranked[part].append(_Named(rank, path))
-    return {part: min(named).path for part, named in ranked.items() if named}
+    """For each part, the path that has the best name."""
+
+    def rank(path: Path) -> tuple[int, int, str]:
+        return BEST_FIRST.index(_first_word(path.stem)), len(path.stem), path.stem
+
+    of_part = {part: [path for path in paths if paths[path] == part] for part in PARTS}
+    return {part: min(own, key=rank) for part, own in of_part.items() if own}
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds that is not hidden, sorted by name. An entry knows its kind without another look at the disk."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as why:
+        raise _not_listed(why) from why
 
 
 def _visible(folder: Path) -> list[Path]:
-    """What a folder holds that is not hidden, in the order of names; nothing if it is no folder."""
-    try:
-        return sorted(path for path in folder.iterdir() if not _is_hidden(path.name)) if folder.is_dir() else []
-    except OSError as why:
-        raise _not_listed(why) from why
+    return [Path(entry.path) for entry in _entries(folder)]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
 
 
 def _is_hidden(name: str) -> bool:
@@ -143,19 +151,11 @@ def _not_listed(why: OSError) -> DataError:
     )
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:  # which knows folders without asking for each file
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
-    except OSError as why:
-        raise _not_listed(why) from why
+# ------------------------------------------------------------------------------------------------ what is refused or named
 
 
-# ------------------------------------------------------------------------------------------------ what is refused or told
-
-
-def _refuse_unknown_parts(folder: Path, named: Mapping[Path, str | None], parts: Mapping[Path, str]) -> None:
-    """Parts without the training images would be taken for classes."""
+def _refuse_unknown_parts(folder: Path, named: Mapping[Path, str | None], parts: Sequence[Path]) -> None:
+    """Without training images, the folders of other parts would be taken for classes."""
     if not parts:
         return
     flat = [path.name for path, part in named.items() if part == "train" and path not in parts]
@@ -165,12 +165,11 @@ def _refuse_unknown_parts(folder: Path, named: Mapping[Path, str | None], parts:
 
 
 def _refuse_data_sets(folder: Path) -> None:
-    """Its folders would be taken for classes; but where some are whole data sets, one of those was meant."""
+    """Folders that are whole data sets would be taken for classes."""
     whole = []
     for path in _subfolders(folder):
         inside = {each: part_of(each.stem) for each in _visible(path)}
-        likely = {each: part for each, part in inside.items() if part}
-        parts = _best({each: part for each, part in likely.items() if _is_part(each)})
+        parts = _best({each: part for each, part in inside.items() if part and _is_part(each)})
         if {"train", "validation"} <= parts.keys():
             whole.append(f"'{path}' ({', '.join(part.name for part in parts.values())})")
     if whole:
@@ -184,13 +183,9 @@ def _is_part(path: Path) -> bool:
 
 
 def _beside(
-    folder: Path, found: Mapping[str, Path], named: Mapping[Path, str | None], wanted: Sequence[str]
+    folder: Path, found: Mapping[str, Path], named: Mapping[Path, str | None], wanted: Collection[str]
 ) -> list[str]:
-    """What lies beside the parts that are read.
-
-    Raises:
-        DataError: if it looks like a part that is wanted and missing.
-    """
+    """What lies beside the parts that are read. What looks like a part that is wanted and missing is refused."""
     for path, part in named.items():
         if part in wanted and part not in found:
             holds = "pictures that lie in no class folders" if any(map(_is_picture, _visible(path))) else "no images"
@@ -207,48 +202,54 @@ def _is_picture(path: Path) -> bool:
 
 
 def _loose(paths: Sequence[Path]) -> list[str]:
-    """Archives and pictures beside folders."""
+    """The archives and pictures among some paths, in words."""
     n = sum(map(_is_picture, paths))
     archives = [path.name for path in paths if path.suffix.lower() in (".tar", *ARCHIVES) and not path.is_dir()]
     return archives + ([f"{n:,} picture{'s' * (n != 1)} outside of class folders"] if n else [])
 
 
-def _told_of(found: _Found, part: str, path: Path, *, strict: bool) -> list[str]:
-    """What is not read of a part, in words.
-
-    Raises:
-        DataError: if `strict` and it holds classes without pictures, which the backbone may have.
-    """
-    empty = [name for name, files in found.files.items() if not files]
-    kinds = {name: ", ".join(f"{n} {kind}" for kind, n in found.others.get(name, {}).items()) for name in empty}
-    words = [f"{name} ({kinds[name]})" if kinds[name] else f"{name} (empty)" for name in empty]
-    if empty and strict:
+def _refuse_empty_classes(found: _Part, path: Path) -> None:
+    """The backbone may have classes of which no picture can be read."""
+    if empty := _empty_classes(found):
+        s = "s" * (len(empty) > 1)
         raise DataError(
-            f"Class folder{'s' * (len(empty) > 1)} of '{path}' without pictures that can be read: {some(words)}. Save the "
-            f"pictures as .png or .jpg, or remove the folder{'s' * (len(empty) > 1)}."
+            f"Class folder{s} of '{path}' without pictures that can be read: {some(empty)}. Save the pictures as .png or .jpg, "
+            f"or remove the folder{s}."
         )
-    told = [f"class {name} of {part}" for name in words]
+
+
+def _empty_classes(found: _Part) -> list[str]:
+    """Classes without pictures, each with what it holds instead."""
+    empty = [name for name, files in found.files.items() if not files]
+    return [f"{name} ({_numbers(found.others[name]) or 'empty'})" for name in empty]
+
+
+def _numbers(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+
+
+def _left_out(found: _Part, part: str) -> list[str]:
+    """What is not read of a part, in words."""
     pictures: Counter[str] = Counter()
-    for name, kind_counts in found.others.items():
-        if name not in empty:
-            pictures += Counter({kind: n for kind, n in kind_counts.items() if kind in (*UNREAD, LINK)})
-    told += [f"{n:,} {kind} file{'s' * (n > 1)} of {part}" for kind, n in pictures.items()]
-    return told + [f"{words} of {part}" for words in found.not_read]
+    for name in found.classes:
+        pictures.update({kind: n for kind, n in found.others[name].items() if kind in (*UNREAD, LINK)})
+    kinds = [f"{n:,} {kind} file{'s' * (n > 1)}" for kind, n in sorted(pictures.items())]
+    return [f"{words} of {part}" for words in [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]]
 
 
 # ------------------------------------------------------------------------------------------------ read
 
 
-def _read_folder(folder: Path, part: str) -> _Found:
+def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
-    found = _Found({}, _loose(_visible(folder)))
+    found = _Part(loose=_loose(_visible(folder)))
     for path in _subfolders(folder):
-        names, found.others[path.name] = _files_below(path)
-        below = len(str(path))
+        pictures, found.others[path.name] = _files_below(path)
+        start = len(str(path))
         found.files[path.name] = [
-            File(name, path.name + name[below:].replace(os.sep, "/"), part, path.name) for name in names
+            File(picture, path.name + picture[start:].replace(os.sep, "/"), part, path.name) for picture in pictures
         ]
-    if not any(found.files.values()):
+    if not found.classes:
         _refuse_no_images(folder, found)
     if all(map(part_of, found.files)):
         parts = " and ".join(found.files)
@@ -256,24 +257,28 @@ def _read_folder(folder: Path, part: str) -> _Found:
     return found
 
 
-def _refuse_no_images(folder: Path, found: _Found) -> None:
+def _refuse_no_images(folder: Path, found: _Part) -> None:
     if any(map(_is_picture, _visible(folder))):
         raise DataError(
-            f"The images of '{folder}' lie in no class folder. Where they have no labels, move them into a single one: "
+            f"The images of '{folder}' lie in no class folder. If they have no labels, move them into a single one: "
             f"{folder / 'all'}."
         )
     archives = [path.name for path in _visible(folder) if path.suffix.lower() in ARCHIVES]
     unpack = f" Unpack {some(archives)} first." if archives else ""
-    kinds = sum(found.others.values(), Counter())
-    holds = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if kinds else ""
+    kinds = _numbers(sum(found.others.values(), Counter()))
+    holds = f" ({kinds})" if kinds else ""
     raise DataError(f"No images in class folders of '{folder}'{holds}: it should hold {LAYOUTS}.{unpack}")
 
 
 def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The pictures below a class folder, as torchvision finds them, but for hidden ones; and how many others of each kind."""
+    """The pictures below a class folder, and how many other files there are of each kind."""
+
+    def refuse(why: OSError) -> None:
+        raise _not_listed(why) from why
+
     pictures, others = [], Counter[str]()
-    # os.walk asks nothing of each single file, which on a million files is minutes less than Path.rglob and is_file
-    for top, inner, names in os.walk(folder, followlinks=True, onerror=_refuse_unlisted):
+    # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
+    for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
         inner[:] = [name for name in inner if not _is_hidden(name) and not _leads_back(top, name)]
         for path in (Path(top, name) for name in names if not _is_hidden(name)):
             if path.suffix.lower() in EXTENSIONS:
@@ -283,79 +288,64 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
     return sorted(pictures), others
 
 
-def _refuse_unlisted(why: OSError) -> None:
-    raise _not_listed(why) from why
-
-
 def _leads_back(top: str, name: str) -> bool:
-    """Whether a folder is a link to one that it lies in."""
+    """Whether a folder is a link to a folder that contains it."""
     path = Path(top, name)
     return path.is_symlink() and Path(top).resolve().is_relative_to(path.resolve())
 
 
-def _read_tar(path: Path, part: str) -> _Found:
-    """The pictures in one tar file, by the folder or inner tar file that each lies in, which timm calls their class.
+def _read_tar(path: Path, part: str) -> _Part:
+    """The pictures in one tar file. As in timm, the class is the folder or the inner tar file around a picture.
 
-    timm's reader would keep an open file, which the workers of a loader share, each moving the other's position. So only
-    where the pictures lie is kept.
+    Only the positions of the pictures are kept. timm's reader keeps an open file, which the workers of a loader would share.
     """
-    found = _Found({})
-    files: list[File] = []
+    found, folders, with_pictures = _Part(), [], set()
     try:
         with path.open("rb") as stream:
-            end = _read_members(stream, path, part, found, files)
-        _check_end(path, end)
+            for place, member, offset in _members(stream):
+                *above, name = place
+                class_name, extension = above[-1] if above else "", Path(name).suffix.lower()
+                if member.isdir():
+                    folders.append(place)
+                elif member.isfile() and extension in EXTENSIONS:
+                    with_pictures.add(tuple(above))
+                    file = File(str(path), member.name, part, class_name, offset, member.size)
+                    found.files.setdefault(class_name, []).append(file)
+                elif extension in EXTENSIONS + UNREAD:
+                    found.files.setdefault(class_name, [])
+                    found.others[class_name][extension if member.isfile() else LINK] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
-    if not files:
+    if not found.classes:
         raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg or *.png.")
-    for file in files:
-        if not file.class_name:
-            raise DataError(f"'{path}' holds images outside of class folders: its members should be CLASS/*.jpg.")
-        found.files[file.class_name].append(file)
+    if "" in found.classes:
+        raise DataError(f"'{path}' holds images outside of class folders: its members should be CLASS/*.jpg.")
+    class_folders = {place[:-1] for place in with_pictures}  # the folders that hold the class folders
+    for place in folders:
+        if place not in with_pictures and place[:-1] in class_folders:
+            found.files.setdefault(place[-1], [])
     return found
 
 
-def _read_members(
-    stream: BinaryIO, path: Path, part: str, found: _Found, files: list[File], class_name: str = "", start: int = 0
-) -> int:
-    """Add the pictures of a tar file, or of one inside it that begins at `start`; where the last member ends."""
-    end, folders, classes = start, [], set()
+def _members(
+    stream: BinaryIO, above: tuple[str, ...] = (), start: int = 0
+) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, int]]:
+    """The visible members of a tar file and of the tar files inside it: names from the top, member, offset in the file."""
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             names = [name for name in member.name.split("/") if name not in ("", ".")]
             offset = start + member.offset_data
-            end = max(end, offset + member.size * member.isfile())
-            if any(map(_is_hidden, names)):
+            if not names or any(map(_is_hidden, names)):
                 continue
-            *above, name = names or [""]
-            inside, extension = above[-1] if above else class_name, Path(name).suffix.lower()
-            if member.isdir():
-                folders.append((*above, name))
-            elif member.isfile() and extension == ".tar":
+            if member.isfile() and Path(names[-1]).suffix.lower() == ".tar":
                 inner: Any = tar.extractfile(member)
-                _read_members(inner, path, part, found, files, Path(name).stem, offset)
-            elif member.isfile() and extension in EXTENSIONS:
-                classes.add(tuple(above))
-                found.files.setdefault(inside, [])
-                files.append(File(str(path), member.name, part, inside, offset, member.size))
-            elif extension in EXTENSIONS + UNREAD:
-                found.files.setdefault(inside, [])
-                found.others.setdefault(inside, Counter())[extension if member.isfile() else LINK] += 1
-    beside = {place[:-1] for place in classes if place}
-    for place in folders:
-        if place not in classes and place[:-1] in beside:  # an empty class
-            found.files.setdefault(place[-1], [])
-    return end
-
-
-def _check_end(path: Path, end: int) -> None:
-    """tarfile takes a damaged header or the end of the file for the end of the archive, which is a block of zeros."""
-    with path.open("rb") as file:
-        file.seek(-(-end // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES)
-        block = file.read(TAR_BLOCK_BYTES)
-    if block != bytes(TAR_BLOCK_BYTES):
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # a member that is no picture, or HeaderError
+                yield from _members(inner, (*above, *names[:-1], Path(names[-1]).stem), offset)
+            else:
+                yield (*above, *names), member, offset
+        stream.seek(tar.offset)
+        # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
+        if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):
+            raise tarfile.ReadError(f"no member and no end at byte {start + tar.offset:,}")
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -363,33 +353,30 @@ def _check_end(path: Path, end: int) -> None:
 
 def _number_classes(
     kind: str,
-    parts: Mapping[str, _Found],
+    parts: Mapping[str, _Part],
     paths: Mapping[str, Path],
-    removed: Sequence[tuple[str, str, str]],
+    removed: Sequence[Key],
     not_read: tuple[str, ...],
 ) -> Listing:
-    """Classes in the order of their names as text; the training images say which there are."""
+    """Labels are numbers of the classes, sorted by name as text. The training images say which classes there are."""
     first = next(iter(parts))  # "train" if it is there
-    telling = [parts[first]] if first == "train" else list(parts.values())
-    class_names = tuple(sorted({name for found in telling for name, files in found.files.items() if files}))
-    number = {name: index for index, name in enumerate(class_names)}
-    for part, found in parts.items():
-        strange = sorted({name for name, files in found.files.items() if files}.difference(class_names))
-        if strange:
-            where = f"'{paths[part]}' has classes that '{paths[first]}' has not"
-            raise DataError(f"{where}: {some(strange)}; remove or rename them.")
+    known = parts[first].classes if first == "train" else set().union(*(own.classes for own in parts.values()))
+    number = {name: index for index, name in enumerate(sorted(known))}
     labelled = {}
-    for part, found in parts.items():
-        files = [file for each in found.files.values() for file in each]
+    for part, own in parts.items():
+        if strange := sorted(own.classes - known):
+            where = f"'{paths[part]}' has classes that '{paths[first]}' does not have"
+            raise DataError(f"{where}: {some(strange)}; remove or rename them.")
+        files = [file for each in own.files.values() for file in each]
         there = {file.name for file in files}
-        gone = [(name, own) for whose, name, own in removed if whose == part and name not in there and own in number]
-        files += [File("", name, part, own) for name, own in gone]
+        files += [File("", n, part, c) for whose, n, c in removed if whose == part and n not in there and c in number]
         labelled[part] = [(file, number[file.class_name]) for file in sorted(files, key=_order(kind))]
-    return Listing(kind, labelled, {part: path.name for part, path in paths.items()}, class_names, not_read)
+    origin = {part: path.name for part, path in paths.items()}
+    return Listing(kind, labelled, origin, tuple(number), not_read)
 
 
-def _order(kind: str) -> Any:
-    """The order of files, which does not depend on the file system or on what was removed."""
+def _order(kind: str) -> Callable[[File], Any]:
+    """Sorts files by name, so that the order depends neither on the file system nor on what was removed."""
     from timm.utils.misc import natural_key
 
     if kind == "tar":

@@ -1,7 +1,4 @@
-"""Data sets that have a name: scikit-learn's digits, those of torchvision, and those of the Hugging Face hub.
-
-A data set is a function in `NAMED`, from the folder that holds it to a `Listing`.
-"""
+"""Data sets that have a name: those in `NAMED`, torchvision's, and those of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,22 +16,19 @@ from ptee.data.folders import Listing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What torchvision's `split` argument may be for training and validation; the first pair that is there is used.
-# 'trainval' contains 'val', so it goes with 'test' alone.
+# Values of torchvision's `split` for training and validation; the first pair that exists is used. 'trainval' contains 'val'.
 SPLIT_PAIRS = (("train", "val"), ("train", "valid"), ("train", "test"), ("trainval", "test"), ("train-standard", "val"))
 HUB = "hfds"  # timm's prefix for data sets of the Hugging Face hub
 STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes for data that can only be read from beginning to end
-HUB_VALIDATION = ("validation", "valid", "val", "test")  # splits; the first that is there is used
+HUB_VALIDATION = ("validation", "valid", "val", "test")  # splits; the first that exists is used
 # Data sets whose mirror images are of another class or of none.
 SIDED = (DEMO, "digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
 
 
 def list_named(name: str, root: Path | None) -> Listing:
-    """The pictures of a data set that is named as ptee, torchvision or timm does.
+    """The pictures of "digits", "CIFAR10", "torch/cifar10", "hfds/user/name" and the like.
 
-    Args:
-        name: such as "digits", "CIFAR10", "torch/cifar10" or "hfds/user/name".
-        root: the folder that holds it; for torchvision the current one if not given, for the hub its cache.
+    `root` is the folder that holds torchvision's data set, by default the current one; or the cache of the hub.
 
     Raises:
         DataError: if it cannot be read.
@@ -49,39 +43,39 @@ def list_named(name: str, root: Path | None) -> Listing:
     if prefix == HUB and rest:
         return _list_hub(name, root)
     if name in NAMED:
-        return NAMED[name](root or Path())
+        return NAMED[name]()
     return _list_torchvision(rest if prefix == "torch" and rest else name, root or Path())
 
 
 def is_prefixed(name: str) -> bool:
-    """Whether a name is timm's for a data set, in which a slash does not mean a folder."""
+    """Whether the name has a prefix of timm, so that its slash does not mean a folder."""
     return name.partition("/")[0] in (HUB, "torch", *STREAMS)
 
 
 def is_sided(name: str) -> bool:
-    """Whether its mirror images would be of another class or of none."""
+    """Whether mirror images of this data set are of another class or of none."""
     return name.lower().rpartition("/")[2].replace("_", "") in SIDED
 
 
-def _list_digits(_: Path) -> Listing:
+def _list_digits() -> Listing:
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")  # (n, 8, 8), was 0..16
     pictures = [(Image.fromarray(rows), int(label)) for rows, label in zip(pixels, digits.target, strict=True)]
-    # not '0'..'9', which would be numbers of whatever classes the backbone has
+    # '0'..'9' would be taken for numbers of a backbone's classes
     return Listing("digits", {"train": pictures}, {"train": "digits"}, tuple(f"digit {i}" for i in range(10)))
 
 
-NAMED: dict[str, Callable[[Path], Listing]] = {"digits": _list_digits, DEMO: lambda _: demo_listing()}
+NAMED: dict[str, Callable[[], Listing]] = {"digits": _list_digits, DEMO: demo_listing}
 
 
 # ------------------------------------------------------------------------------------------------ the hub
 
 
-class _OfReader:
-    """Pictures with labels of a reader of timm."""
+class _HubPictures:
+    """Pictures with labels of timm's reader."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -104,23 +98,24 @@ def _list_hub(name: str, root: Path | None) -> Listing:
         parts, origin = _open_hub(name, root)
     except ImportError as why:
         raise DataError(f"'{name}' needs the package datasets: pip install datasets.") from why
-    except Exception as why:  # whatever a data set's own script, the connection and the disk can raise
+    except Exception as why:  # from the data set's own script, the connection or the disk
         raise DataError(f"'{name}' cannot be read from the Hugging Face hub: {first_line(why)}") from why
     names: dict[str, int] = parts["train"].reader.class_to_idx
-    class_names = tuple(sorted(map(str, names), key=lambda key: names[key]))
-    if not class_names:
+    if not names:
         raise DataError(f"'{name}' does not name its classes: pass it from Python, as a data set of (image, label).")
-    return Listing(HUB, parts, origin, class_names)
+    return Listing(HUB, parts, origin, tuple(map(str, sorted(names, key=lambda key: names[key]))))
 
 
 def _open_hub(name: str, root: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
     from timm.data.readers import create_reader
 
-    cache = str(root) if root else None
-    parts, origin = {"train": _OfReader(create_reader(name, root=cache, split="train"))}, {"train": "train"}
+    def opened(split: str) -> _HubPictures:
+        return _HubPictures(create_reader(name, root=str(root) if root else None, split=split))
+
+    parts, origin = {"train": opened("train")}, {"train": "train"}
     for split in HUB_VALIDATION:
         with suppress(ValueError):  # there is no such split
-            parts["validation"], origin["validation"] = _OfReader(create_reader(name, root=cache, split=split)), split
+            parts["validation"], origin["validation"] = opened(split), split
             break
     return parts, origin
 
@@ -133,7 +128,7 @@ def _list_torchvision(name: str, root: Path) -> Listing:
 
     makers = {key: make for key, make in vars(datasets).items() if inspect.isclass(make) and _has_training_part(make)}
     lower = {key.lower(): key for key in makers}
-    asked = name.lower() if name.lower() in lower else name.lower().replace("_", "")  # timm's fashion_mnist
+    asked = name.lower() if name.lower() in lower else name.lower().replace("_", "")  # timm says fashion_mnist
     if asked not in lower:
         names = possible(name, lower if name.islower() else makers, first=[*NAMED], most=len(lower) + len(NAMED))
         raise UnknownName(f"There is no folder {name!r}, and no data set of that name.{names}")
@@ -141,20 +136,19 @@ def _list_torchvision(name: str, root: Path) -> Listing:
     try:
         parts, origin = _open_parts(make, root)
         labels = [part[0][1] for part in parts.values()]
-    except Exception as error:  # each data set has its own kinds
+    except Exception as error:  # each data set raises its own kinds
         raise DataError(_not_read(make, root, error)) from error
     for label in labels:
         if not isinstance(label, Integral):
-            raise DataError(
-                f"torchvision's {make.__name__} has {type(label).__name__} for a label, not a class number."
-            )
+            kind = type(label).__name__
+            raise DataError(f"torchvision's {make.__name__} has {kind} for a label, not a class number.")
     return Listing("torchvision", parts, origin, _class_names(parts))
 
 
 def _has_training_part(make: type) -> bool:
-    """And needs no other argument than `root`."""
+    """Whether a data set has a training part, takes a transform, and needs no other argument than `root`."""
     parameters = inspect.signature(make).parameters
-    more = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]  # passed on to a class that takes `transform`
+    more = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]  # for a base class that takes `transform`
     needed = [p.name for p in parameters.values() if p.default is p.empty and p not in more]
     split = parameters.get("split")
     has_part = "train" in parameters or (split is not None and str(split.default).startswith("train"))
@@ -162,8 +156,7 @@ def _has_training_part(make: type) -> bool:
 
 
 def _open_parts(make: Callable[..., Any], root: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    arguments = inspect.signature(make).parameters
-    if "train" in arguments:
+    if "train" in inspect.signature(make).parameters:
         parts = {"train": make(str(root), train=True), "validation": make(str(root), train=False)}
         return parts, {"train": "train=True", "validation": "train=False"}
     for train, validation in SPLIT_PAIRS:
@@ -178,7 +171,7 @@ def _open_parts(make: Callable[..., Any], root: Path) -> tuple[dict[str, Any], d
 
 
 def _not_read(make: type, root: Path, error: Exception) -> str:
-    """With torchvision's first sentence; the next is its advice to download, which a reader of data should not follow."""
+    """torchvision's first sentence, and where it looked. Its second advises a download that the reader should not start."""
     why = (str(error) or type(error).__name__).split("\n")[0].split(". ")[0].rstrip(".")
     fetch = f", or fetch it once with torchvision.datasets.{make.__name__}('{root}', download=True)"
     hint = fetch if "download" in inspect.signature(make).parameters else ""
@@ -187,10 +180,10 @@ def _not_read(make: type, root: Path, error: Exception) -> str:
 
 
 def _class_names(parts: dict[str, Any]) -> tuple[str, ...]:
-    """WordNet ids where there are any, else names, else made up."""
+    """WordNet ids or names, where the data set has them."""
     for attribute in ("wnids", "classes"):
-        if getattr(parts["train"], attribute, None):
-            return tuple(map(str, getattr(parts["train"], attribute)))
+        if names := getattr(parts["train"], attribute, None):
+            return tuple(map(str, names))
     return tuple(f"class {i}" for i in range(1 + max(max(_labels(part)) for part in parts.values())))
 
 

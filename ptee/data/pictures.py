@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,14 +22,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Labelled = Dataset[tuple[Tensor, int]]
-CHECKED_AT_ONCE = 64  # pictures; one by one, small ones would take less time than their thread
+Key = tuple[str, str, str]  # part, name and class of a file
+CHECKED_AT_ONCE = 64  # pictures for one thread at a time; handing over a small one costs more than checking it
 NAMED_AT_MOST = 100  # unreadable pictures in one message
 SIXTEEN_BITS = 65535
 NOT_A_FILE = "not a regular file"
 
 
 class File(NamedTuple):
-    """An encoded picture: `size` bytes of the file `path`, from `offset` on. Without a path, it was removed."""
+    """An encoded picture: `size` bytes of the file `path`, from `offset` on. Without a path, the picture was removed."""
 
     path: str
     name: str  # inside its part
@@ -37,8 +40,8 @@ class File(NamedTuple):
     size: int = -1  # to the end
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What the file is known by wherever the data lie."""
+    def key(self) -> Key:
+        """Identifies the picture, also after the data have moved to another place."""
         return self.part, self.name, self.class_name
 
     @property
@@ -48,20 +51,17 @@ class File(NamedTuple):
 
 
 class UnreadablePicturesError(DataError):
-    """Pictures that cannot be read.
+    """Pictures that cannot be read; `keys` holds the `File.key` of each."""
 
-    Attributes:
-        keys: `File.key` of each one.
-    """
-
-    keys: list[tuple[str, str, str]]
+    keys: list[Key]
 
 
 class Pictures(Labelled):
-    """Pictures with labels, decoded and transformed on access. Holds no open file, so any process may read it.
+    """Pictures with labels, decoded and transformed on access. No file stays open, so any process can read them.
 
     Attributes:
-        gaps: places of the pictures that were removed because they could not be read. The split counts them in.
+        rows: pictures (`File` or `PIL.Image`) with the labels of the data.
+        gaps: positions of pictures that were removed because they could not be read. Splits are drawn as if they were there.
         files_sha256: a hash of the names of all files of the source, or None.
     """
 
@@ -69,22 +69,30 @@ class Pictures(Labelled):
         self, rows: Sequence[tuple[Any, int]], transform: Callable[[Image], Tensor], files_sha256: str | None = None
     ) -> None:
         self.gaps: tuple[int, ...] = ()
-        if isinstance(rows, list):  # files; going through a data set would decode it
+        if isinstance(rows, list):  # other sequences are data sets, and reading a row of those decodes the picture
             self.gaps = tuple(i for i, (picture, _) in enumerate(rows) if _is_removed(picture))
             rows = [row for row in rows if not _is_removed(row[0])]
         self.rows, self.transform, self.files_sha256 = rows, transform, files_sha256
+        self.label_map: Callable[[int], int] = int
 
     @property
     def files(self) -> list[File]:
         """The files among the pictures."""
         return [picture for picture, _ in self.rows if isinstance(picture, File)] if isinstance(self.rows, list) else []
 
+    def relabelled(self, label_map: Callable[[int], int]) -> Pictures:
+        """The same pictures with other labels."""
+        found = copy.copy(self)
+        found.label_map = label_map
+        return found
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         picture, label = self.rows[index]
-        return self.transform(decode(picture) if isinstance(picture, File) else picture), int(label)
+        image = decode(picture) if isinstance(picture, File) else picture
+        return self.transform(image), self.label_map(int(label))
 
 
 def _is_removed(picture: Any) -> bool:
@@ -98,29 +106,29 @@ def decode(file: File) -> Image:
     """The picture in a file, with 8 bits for each value.
 
     Raises:
-        DataError: naming the picture, if it cannot be decoded or its range of values is unknown.
+        DataError: if the picture cannot be decoded, or its range of values is unknown.
     """
     try:
         image = _open(file)
         image.load()
         return eight_bits(image)
-    except _unreadable() as why:
-        if isinstance(why, DataError):
-            raise DataError(f"Picture '{file.words}' cannot be used: {why}") from why
+    except DataError as why:
+        raise DataError(f"Picture '{file.words}' cannot be used: {why}") from why
+    except _decoding_errors() as why:
         raise DataError(f"Picture '{file.words}' cannot be decoded: replace or remove it.") from why
 
 
-def _unreadable() -> tuple[type[Exception], ...]:
+def _decoding_errors() -> tuple[type[Exception], ...]:
     from PIL.Image import DecompressionBombError
 
     return OSError, SyntaxError, ValueError, EOFError, DecompressionBombError
 
 
 def _open(file: File) -> Image:
-    """Opened, not decoded. The bytes are read first, so that no file stays open."""
+    """The picture, not yet decoded. Its bytes are read first, so that no file stays open."""
     from PIL import Image
 
-    if not stat.S_ISREG(Path(file.path).stat().st_mode):  # reading from a named pipe would wait for ever
+    if not stat.S_ISREG(Path(file.path).stat().st_mode):  # reading a named pipe would wait for ever
         raise OSError(NOT_A_FILE)
     with Path(file.path).open("rb") as stream:
         stream.seek(file.offset)
@@ -128,10 +136,10 @@ def _open(file: File) -> Image:
 
 
 def eight_bits(image: Image) -> Image:
-    """The same picture with 8 bits for each value. Pillow's `convert` would turn all values above 255 into white.
+    """The same picture with 8 bits for each value. Pillow's `convert` would make every value above 255 white.
 
     Raises:
-        DataError: if the picture holds 32-bit integers, or floats outside of 0 to 1: their white is not known.
+        DataError: if the picture holds 32-bit integers, or floats outside of 0 to 1: which value is white is unknown.
     """
     import numpy as np
     from PIL import Image
@@ -152,25 +160,22 @@ def eight_bits(image: Image) -> Image:
 
 
 def check_pictures(parts: Iterable[Any]) -> None:
-    """Read every file of some data sets, and name all pictures that cannot be decoded.
+    """Read every file of some data sets. Data sets that do not read files are skipped.
 
-    JPEG is decoded at an eighth of its size, and PNG is compared with its checksums. Both read the whole file and take a
-    fraction of the time of decoding. Other formats are decoded.
-
-    Args:
-        parts: as `open_data` gives them. Data sets that do not read files are passed over.
+    JPEG is decoded at an eighth of its size, and PNG is compared with its checksums: both read the whole file, and are much
+    faster than decoding. Other formats are decoded.
 
     Raises:
-        UnreadablePicturesError: naming all of them.
+        UnreadablePicturesError: naming all pictures that cannot be decoded.
     """
     files = list(dict.fromkeys(file for part in parts for file in _files(part)))
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside of Python's lock
+    chunks = [files[i : i + CHECKED_AT_ONCE] for i in range(0, len(files), CHECKED_AT_ONCE)]
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
     try:
-        lots = [files[i : i + CHECKED_AT_ONCE] for i in range(0, len(files), CHECKED_AT_ONCE)]
-        checked = tqdm(pool.map(_faults, lots), "checking pictures", len(lots), leave=False, disable=None)
+        checked = tqdm(pool.map(_faults, chunks), "checking pictures", len(chunks), leave=False, disable=None)
         broken = {file: fault for faults in checked for file, fault in faults.items()}
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C ends it, too
     if not broken:
         return
     named = some([f"'{file.words}' ({fault})" for file, fault in broken.items()], NAMED_AT_MOST)
@@ -183,7 +188,7 @@ def check_pictures(parts: Iterable[Any]) -> None:
 
 
 def _files(part: Any) -> list[File]:
-    """Of a data set, or of the one that it is a part of."""
+    """The files of a data set, or of the data set that it is a subset of."""
     return getattr(part, "files", None) or (_files(part.dataset) if hasattr(part, "dataset") else [])
 
 
@@ -192,62 +197,52 @@ def _faults(files: Sequence[File]) -> dict[File, str]:
 
 
 def _fault(file: File) -> str:
-    """What is wrong with a picture; empty where nothing is."""
+    """What is wrong with a picture. Empty if nothing is."""
     try:
         image = _open(file)
         if image.format == "PNG" and image.mode != "I":
             image.verify()
-        else:
-            if image.format == "JPEG":
-                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
-            eight_bits(image)
+            return ""
+        if image.format == "JPEG":
+            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+        eight_bits(image)
     except DataError as why:
         return str(why).split(". ")[0]
-    except _unreadable() as why:
-        return str(why) if isinstance(why, OSError) and str(why) == NOT_A_FILE else "damaged"
+    except _decoding_errors() as why:
+        return NOT_A_FILE if str(why) == NOT_A_FILE else "damaged"
     return ""
 
 
 # ------------------------------------------------------------------------------------------------ input of a backbone
 
 
-class _ToInput:
-    """A picture as a backbone reads it: (c, h, w) float32, normalised."""
-
-    def __init__(self, mode: str, transform: Callable[[Image], Tensor]) -> None:
-        self.mode, self.transform = mode, transform
-
-    def __call__(self, image: Image) -> Tensor:
-        return self.transform(eight_bits(image).convert(self.mode))
-
-
 def image_transform(
     input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
 ) -> Callable[[Image], Tensor]:
-    """timm's transform for evaluation, without its margin: resize until the input is just covered, crop the centre, normalise.
+    """Makes a backbone's input (c, h, w) float32 of a picture: timm's transform for evaluation, with a crop of 100 %.
 
-    Args:
-        input_size: (c, h, w); c is 3 for colours or 1 for grey levels.
-        mean: of each channel, for values in 0..1; one number stands for all channels.
-        std: the same.
-        interpolation: as torchvision's `InterpolationMode` names it.
+    `mean` and `std` have one number for each channel, or one for all, for pixels in 0..1. `interpolation` is named as in
+    torchvision's `InterpolationMode`.
 
     Raises:
-        DataError: if c is neither 3 nor 1, or `mean` or `std` has another length.
+        DataError: if c is neither 3 (colours) nor 1 (grey levels).
         UnknownName: if there is no such interpolation.
     """
     from timm.data import create_transform
-    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import Compose, InterpolationMode
 
-    c, h, w = input_size
-    if c not in (1, 3):
-        raise DataError(f"The backbone reads {c} channels, but pictures have 3 or 1: pass tensors from Python.")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, c):
-            raise DataError(f"The {name} has {len(values)} numbers for {c} channels: give {c}.")
+    if input_size[0] not in (1, 3):
+        raise DataError(
+            f"The backbone reads {input_size[0]} channels, but pictures have 3 or 1: pass tensors from Python."
+        )
     modes = [mode.value for mode in InterpolationMode if mode.value != "nearest-exact"]  # which timm does not know
     if interpolation not in modes:
         raise unknown("interpolation", interpolation, modes)
     args: dict[str, Any] = {"interpolation": interpolation, "mean": tuple(mean), "std": tuple(std), "crop_pct": 1.0}
-    return _ToInput("RGB" if c == 3 else "L", create_transform((c, h, w), is_training=False, **args))
+    convert = partial(_convert, mode="RGB" if input_size[0] == 3 else "L")
+    return Compose([convert, create_transform(input_size, is_training=False, **args)])
+
+
+def _convert(image: Image, mode: str) -> Image:
+    return eight_bits(image).convert(mode)

@@ -1,10 +1,9 @@
 """From a data source to data sets: image folders, tar files, and data sets that have a name.
 
-    source --open_data--> Data(train, calibration, validation)    heads learn on the first, thresholds are chosen on
-                                                                  the second, results are reported on the third
+    source --open_data--> Data(train, calibration, validation)
 
 A part that the source does not deliver is drawn from its training images, and `Data.split` records how. Opening decodes
-no picture: each is read and decoded when it is asked for.
+no picture: each is decoded when it is asked for.
 """
 
 from __future__ import annotations
@@ -16,23 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import Subset
 
 from ptee._common.errors import DataError
 from ptee.data.demo_images import DEMO, fingerprint
 from ptee.data.folders import LAYOUTS, PARTS, Listing, list_files
 from ptee.data.named import is_prefixed, is_sided, list_named
-from ptee.data.pictures import Pictures
-from ptee.data.splits import FILES, Data, draw
+from ptee.data.pictures import Key, Pictures
+from ptee.data.splits import FILES, Data, complete
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 GIVE = "give a folder, 'digits' or the name of a data set of torchvision"
-ALL = "all of them to report on"
-AS_DELIVERED = "split as delivered"  # no image was drawn, whatever the seed
-Key = tuple[str, str, str]
 
 
 def open_data(
@@ -44,18 +38,18 @@ def open_data(
     report_only: bool = False,
     removed: Sequence[Key] = (),
 ) -> Data:
-    """Open a data source and split it. Nothing is written; only a data set of the hub may be downloaded.
+    """Open a data source and split it. Nothing is written. Only a data set of the hub may be downloaded.
 
     Args:
         source: a folder (of `train/CLASS/*` and `val/CLASS/*`, of `CLASS/*`, or of train.tar, calibration.tar and
-            validation.tar), "digits", a classification data set of torchvision, or timm's "hfds/NAME" for one of the Hugging
-            Face hub. A folder goes before a name.
-        transform: makes the tensor (c, h, w) of a picture; must be picklable where a loader has workers.
-        root: the folder that holds torchvision's data set; the current one if not given.
-        seed: which images are drawn for the parts that are not delivered: 10 % of the training images for each.
-        report_only: images to report on are enough: validation images without training images, or a few in all.
-        removed: keys of files that could not be read (`UnreadablePicturesError.keys`). Where they are missing now, the
-            others are split, and the files are called the same, as if they were there.
+            validation.tar), or else a name: "digits", "demo", a classification data set of torchvision, or timm's
+            "hfds/NAME" for one of the Hugging Face hub.
+        transform: makes the tensor (c, h, w) of a picture; picklable if a loader has workers.
+        root: the folder that holds torchvision's data set; by default the current one.
+        seed: draws the images of parts that are not delivered, 10 % of the training images for each.
+        report_only: accept validation images without training images, or a few images in all.
+        removed: keys of pictures that could not be read (`UnreadablePicturesError.keys`). Where they are missing now, the
+            others are split as if they were there.
 
     Raises:
         DataError: if the source cannot be read, has too few images, or its parts disagree on the classes.
@@ -70,17 +64,12 @@ def open_data(
 
 
 def open_named(name: str, *, transform: Callable[[Image], Tensor], root: Path | None = None, seed: int = 0) -> Data:
-    """Open a data set by its name as `open_data` does, whatever folders of that name there are.
-
-    Raises:
-        DataError: if it cannot be read.
-        UnknownName: if there is no data set of that name.
-    """
+    """The same for a name, even if there is a folder of that name."""
     return _split(list_named(name, root), name, transform, seed)
 
 
 def _refuse_path(source: str | Path, path: Path) -> None:
-    """What is no folder, and cannot be a name."""
+    """Refuse what is no folder and cannot be a name."""
     name = str(source)
     if not name.strip():
         raise DataError(f"The name of the data source is empty: {GIVE}.")
@@ -91,75 +80,27 @@ def _refuse_path(source: str | Path, path: Path) -> None:
 
 
 def _split(
-    listing: Listing,
-    source: str | Path,
-    transform: Callable[[Image], Tensor],
-    seed: int,
-    report_only: bool = False,
+    listing: Listing, source: str | Path, transform: Callable[[Image], Tensor], seed: int, report_only: bool = False
 ) -> Data:
-    pictures, rule = complete(dict(listing.parts), source, seed, report_only)
-    split: dict[str, Any] = {"kind": listing.kind, "parts": listing.origin, "rule": rule, "seed": seed}
+    rows, rule = complete(listing.parts, source, seed, report_only)
     is_files = listing.kind in FILES
+    files = _hash_of_names(listing) if is_files else None
+    parts = {part: Pictures(rows[part], transform, files) for part in PARTS}
+    split: dict[str, Any] = {"kind": listing.kind, "parts": listing.origin, "rule": rule, "seed": seed}
     if is_files:
-        split["files_sha256"] = _hash_of_names(listing)
-    parts = {part: Pictures(pictures[part], transform, split.get("files_sha256")) for part in PARTS}
+        split["files_sha256"] = files
     if listing.kind == DEMO:
         split["pictures_sha256"] = fingerprint(listing)
-    split["sizes"] = {part: len(parts[part]) for part in PARTS}
+    split["sizes"] = {part: len(pictures) for part, pictures in parts.items()}
     if listing.not_read:
         split["not_read"] = list(listing.not_read)
-    if is_files and (
-        removed := [list(file.key) for rows in listing.parts.values() for file, _ in rows if not file.path]
-    ):
-        split["removed"] = removed
+    if is_files and (gone := [list(f.key) for part in listing.parts.values() for f, _ in part if not f.path]):
+        split["removed"] = gone
     mirror = is_files or not is_sided(str(source))
     return Data(**parts, class_names=listing.class_names, source=str(source), split=split, mirror=mirror)
 
 
-def complete(
-    delivered: dict[str, Any], source: str | Path, seed: int, report_only: bool = False
-) -> tuple[dict[str, Any], str]:
-    """All parts, missing ones drawn from the training images; and in words how.
-
-    Args:
-        delivered: the parts that there are, by name.
-        source: what to call them in messages.
-        seed: which images are drawn.
-        report_only: images to report on are enough.
-
-    Raises:
-        DataError: if there are too few training images.
-    """
-    delivered = dict(delivered)
-    missing = [part for part in PARTS if part not in delivered]
-    if "train" in missing:
-        return {part: delivered.get(part, []) for part in PARTS}, AS_DELIVERED
-    if not missing:
-        return delivered, AS_DELIVERED
-    n, names = len(delivered["train"]), " and ".join(missing)
-    if n <= len(missing):
-        if report_only:
-            return _without_draw(delivered)
-        needed = f"at least {1 + len(missing)} are needed, as those for {names} are drawn from them"
-        raise DataError(f"'{source}' has too few training images: it has {n}, and {needed}.")
-    size = max(1, round(n * DRAWN_PERCENT / 100))
-    drawn = dict(zip([*missing, "train"], draw(n, [size] * len(missing), seed), strict=True))
-    parts = delivered | {part: _take(delivered["train"], places) for part, places in drawn.items()}
-    each = "each " if len(missing) > 1 else ""
-    return parts, f"{names}: {each}{DRAWN_PERCENT} % of the training images, drawn with seed {seed}"
-
-
-def _without_draw(delivered: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    if "validation" in delivered:
-        return delivered | {"calibration": []}, AS_DELIVERED
-    return {"train": [], "calibration": delivered.get("calibration", []), "validation": delivered["train"]}, ALL
-
-
-def _take(pictures: Any, places: list[int]) -> Any:
-    return [pictures[i] for i in places] if isinstance(pictures, list) else Subset(pictures, places)
-
-
 def _hash_of_names(listing: Listing) -> str:
-    """Of part, name and class of every file: where it agrees, the same seed gives the same split."""
+    """A hash of the part, name and class of every file. If it is the same, the same seed gives the same split."""
     lines = (f"{part}/{file.name}\t{label}\n" for part, files in listing.parts.items() for file, label in files)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,18 +1,19 @@
-"""Which images are for what: for the heads, for thresholds, for the report, and none for two of these.
+"""Which images are for what. No image is for two of these:
 
     train        heads learn on these
     calibration  thresholds are chosen on these
     validation   results are reported on these
 
-Thresholds want images that neither the heads nor, where that can be had, the backbone was trained on. Where the data
-deliver calibration images, those are taken. Where they deliver validation images alone, half of these are: what was drawn
-from the training images is known to the backbone too well.
+Thresholds should be chosen on images that neither the heads nor the backbone were trained on. So calibration images that the
+data deliver are taken. If they deliver validation images alone, half of those are: images drawn from the training images are
+known to the backbone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,24 +21,28 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Argument, DataError
+from ptee.data.folders import PARTS
 from ptee.data.pictures import Labelled
 
 FILES = ("folder", "tar")  # kinds of sources that are found by a path
+DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
+AS_DELIVERED = "split as delivered"  # no image was drawn, so the seed does not matter
+GIVE_DATA = (Argument("data", "FOLDER"), ".")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Three map-style data sets of `(image (c, h, w), label)` and how they came about.
+    """Three map-style data sets of `(image (c, h, w), label)`, and where they come from.
 
     Attributes:
         train: what heads learn on. Empty where a source was opened for a report and has no training images.
         calibration: what thresholds are chosen on. Empty likewise.
         validation: what results are reported on.
         class_names: in the order of the labels.
-        source: what was asked for; `open_data` takes it again.
-        split: for JSON: kind and parts of the source, rule, seed, sizes; for files a hash of their names, what was not read
-            and what was removed as it could not be read; with labels of the backbone, the names of its classes.
-        mirror: whether a mirror image shows the same class; false for data known to be of digits, letters or signs.
+        source: the folder or name that was asked for.
+        split: a record for JSON: kind and parts of the source, rule, seed, sizes; for files a hash of their names, what was
+            not read, and which pictures were removed; with labels of the backbone, the names of its classes.
+        mirror: whether a mirror image shows the same class. False for digits, letters and signs.
     """
 
     train: Labelled
@@ -53,32 +58,66 @@ class Data:
         """One sentence: where the images come from, how many there are, how they were split, what was not read."""
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
         n, unread = len(self.class_names), self.split.get("not_read", [])
-        told = f"; not read: {', '.join(unread)}" if unread else ""
-        return f"{self.source}: images of {n} class{'es' * (n != 1)}, {sizes}; {self.split['rule']}{told}."
+        rest = f"; not read: {', '.join(unread)}" if unread else ""
+        return f"{self.source}: images of {n} class{'es' * (n != 1)}, {sizes}; {self.split['rule']}{rest}."
 
     @property
     def place(self) -> str:
-        """A folder as it is found from anywhere; a name as it is."""
+        """The absolute path of a folder; a name as it is."""
         return str(Path(self.source).expanduser().resolve()) if self.split["kind"] in FILES else self.source
 
 
-def draw(n: int, sizes: Sequence[int], seed: int) -> tuple[list[int], ...]:
-    """Numbers 0..n-1 drawn into parts of these sizes, and the rest as the last part. The same seed draws the same ones.
+# ------------------------------------------------------------------------------------------------ drawn
 
-    Each part is sorted: pictures are read in the order in which they lie on the disk.
+
+def draw(n: int, sizes: Sequence[int], seed: int) -> tuple[list[int], ...]:
+    """The numbers 0..n-1, drawn into parts of these sizes; the rest is the last part. The same seed draws the same parts.
+
+    Each part is sorted, so that pictures are read in the order in which they lie on the disk.
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    ends = [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    return tuple(sorted(order[start:end]) for start, end in zip(ends, [*ends[1:], n], strict=True))
+    ends = [*accumulate(sizes, initial=0), n]
+    return tuple(sorted(order[start:end]) for start, end in pairwise(ends))
+
+
+def complete(
+    delivered: Mapping[str, Any], source: str | Path, seed: int, report_only: bool = False
+) -> tuple[dict[str, Any], str]:
+    """All three parts, and the rule in words. Parts that are not delivered are drawn from the training images.
+
+    With `report_only`, validation images alone will do, or a few images in all.
+
+    Raises:
+        DataError: if there are too few training images.
+    """
+    missing = [part for part in PARTS if part not in delivered]
+    if not missing or "train" in missing:
+        return {part: delivered.get(part, []) for part in PARTS}, AS_DELIVERED
+    train, names = delivered["train"], " and ".join(missing)
+    n = len(train)
+    if n <= len(missing):
+        if report_only and "validation" in missing:
+            return {"calibration": [], **delivered, "train": [], "validation": train}, "all of them to report on"
+        if report_only:
+            return {"calibration": [], **delivered}, AS_DELIVERED
+        needed = f"at least {1 + len(missing)} are needed, because those for {names} are drawn from them"
+        raise DataError(f"'{source}' has too few training images: it has {n}, and {needed}.")
+    size = max(1, round(n * DRAWN_PERCENT / 100))
+    drawn = dict(zip([*missing, "train"], draw(n, [size] * len(missing), seed), strict=True))
+    parts = {**delivered, **{part: _take(train, places) for part, places in drawn.items()}}
+    each = "each " if len(missing) > 1 else ""
+    return parts, f"{names}: {each}{DRAWN_PERCENT} % of the training images, drawn with seed {seed}"
+
+
+def _take(pictures: Any, places: list[int]) -> Any:
+    return [pictures[i] for i in places] if isinstance(pictures, list) else Subset(pictures, places)
 
 
 def hold_out(data: Any, size: int, seed: int) -> tuple[Any, Any]:
-    """All images of a map-style data set but a number of them, and these.
+    """The rest of a map-style data set, and `size` images of it that are held out.
 
-    Pictures that were removed as they could not be read count as if they were there, so that without them the others are
-    drawn as before.
+    Pictures that were removed because they could not be read are drawn as if they were there. So the others are drawn as
+    before.
     """
     gaps = set(getattr(data, "gaps", ()))
     n = len(data) + len(gaps)
@@ -94,8 +133,20 @@ def hold_out(data: Any, size: int, seed: int) -> tuple[Any, Any]:
     return part(rest), part(held)
 
 
+# ------------------------------------------------------------------------------------------------ unseen by a run
+
+
+class Unseen(NamedTuple):
+    """What a run has not seen of its data."""
+
+    run: str  # its name
+    data: Data
+    images: Any  # that can be reported on: `data.validation`, or all of the data
+    seed: int  # of all draws
+
+
 class Parts(NamedTuple):
-    """Images to choose thresholds on, others to report on, and which those are, in words."""
+    """Images to choose thresholds on, images to report on, and which those are, in words."""
 
     calibration: Any
     report: Any
@@ -104,64 +155,39 @@ class Parts(NamedTuple):
 
     @property
     def words(self) -> str:
-        """A sentence, where thresholds are chosen on these images."""
+        """The sentence for thresholds that are chosen on these images."""
         return f"Thresholds are chosen on {self.chosen_on} and reported on {self.reported_on}."
 
     @property
     def words_of_others(self) -> str:
-        """A sentence, where other thresholds are given than those that were chosen on these images."""
+        """The sentence for thresholds that the user gives."""
         return f"The run's own thresholds were chosen on {self.chosen_on} and those given are measured on {self.reported_on}."
 
 
-def parts_for_tuning(data: Data, unseen: Any, seed: int) -> Parts:
-    """Which images thresholds are chosen on, and which are left to report on. The same seed gives the same ones.
-
-    Args:
-        data: as it was opened.
-        unseen: what can be reported on if nothing is tuned: `data.validation`, or all of it.
-        seed: of the halves.
+def parts_for_tuning(unseen: Unseen) -> Parts:
+    """Images to choose thresholds on, and the others to report on. The same seed gives the same ones.
 
     Raises:
         DataError: if there are too few images.
     """
-    whole, delivered, n = unseen is data.validation, data.split["parts"], len(unseen)
-    if whole and ("calibration" in delivered or "validation" not in delivered):
-        calibration: Any = data.calibration
-        chosen = f"the {len(calibration):,} calibration images"
-        return Parts(calibration, unseen, chosen, f"the {n:,} validation images")
+    data, images, n = unseen.data, unseen.images, len(unseen.images)
+    own, delivered = images is data.validation, data.split["parts"]
+    if own and ("calibration" in delivered or "validation" not in delivered):
+        chosen = f"the {len(data.calibration):,} calibration images"  # type: ignore[arg-type]
+        return Parts(data.calibration, images, chosen, f"the {n:,} validation images")
     if n < 2:
-        raise DataError(
-            f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}. Give more images: ",
-            Argument("data", "FOLDER"),
-            ".",
-        )
-    first, second = draw(n, [n // 2], seed)
-    kind = "validation images" if whole else "images"
-    drawn = f"{len(first):,} of the {n:,} {kind}, drawn with seed {seed},"
-    return Parts(Subset(unseen, first), Subset(unseen, second), drawn, f"the other {len(second):,}")
-
-
-class Unseen(NamedTuple):
-    """What a run has not seen of its data.
-
-    Attributes:
-        run: its name.
-        data: as it was opened.
-        images: that can be reported on: `data.validation`, or all of it.
-        seed: of the halves, and of what was drawn.
-    """
-
-    run: str
-    data: Data
-    images: Any
-    seed: int
+        text = f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}. Give more images: "
+        raise DataError(text, *GIVE_DATA)
+    first, second = draw(n, [n // 2], unseen.seed)
+    chosen = f"{len(first):,} of the {n:,} {'validation ' * own}images, drawn with seed {unseen.seed},"
+    return Parts(Subset(images, first), Subset(images, second), chosen, f"the other {len(second):,}")
 
 
 def parts_for_all(runs: Sequence[Unseen]) -> Parts:
-    """As `parts_for_tuning`, of images that none of several runs has seen.
+    """The same, of images that none of several runs has seen.
 
     Raises:
-        DataError: if they were made with other data, or other images of theirs were drawn for each.
+        DataError: if the runs have different data, or drew their validation images with different seeds.
     """
     strict = [own for own in runs if own.images is own.data.validation] or list(runs)
     first = strict[0]
@@ -170,30 +196,25 @@ def parts_for_all(runs: Sequence[Unseen]) -> Parts:
             raise DataError(
                 f"{first.run} was measured on {first.data.source}, {own.run} on {own.data.source}. Give the same images to "
                 "all: ",
-                Argument("data", "FOLDER"),
-                ".",
+                *GIVE_DATA,
             )
     for own in strict:
         if "validation" not in own.data.split["parts"] and own.data.split["rule"] != first.data.split["rule"]:
             raise DataError(
                 f"{own.data.source} delivers no validation images, and {first.run} and {own.run} drew theirs with different "
                 f"seeds ({first.seed}, {own.seed}), so each was trained on the other's. Give images of their own: ",
-                Argument("data", "FOLDER"),
-                ".",
+                *GIVE_DATA,
             )
-    return parts_for_tuning(first.data, first.images, first.seed)
+    return parts_for_tuning(first)
 
 
 def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tuple[Any, str]:
     """Images that a run's heads were not trained on, and a sentence about them.
 
-    Args:
-        data: the images that are there now.
-        recorded: source and files_sha256 of those it was trained with, as far as they are known.
-        run: its name.
+    `recorded` holds the source and the files_sha256 of the data that the run was trained with, as far as they are known.
 
     Raises:
-        DataError: if the images are the run's own, but files were added or are missing, so that others would be drawn.
+        DataError: if they are the run's own data, but with other files: so others would be drawn.
     """
     here, files = data.place == recorded.get("source"), recorded.get("files_sha256")
     same = here if files is None else files == data.split.get("files_sha256")
@@ -201,27 +222,24 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
         return data.validation, data.summary
     if here:
         raise DataError(
-            f"{data.source} has other files than when {run} was trained, so those that it has not seen cannot be told. "
+            f"{data.source} has other files than when {run} was trained, so nobody knows which of them it has not seen. "
             "Put them back as they were, or give other images: ",
-            Argument("data", "FOLDER"),
-            ".",
+            *GIVE_DATA,
         )
     every: Any = ConcatDataset([data.train, data.calibration, data.validation])
     return every, f"{data.source}: all {len(every):,} images."
 
 
 def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tuple[Any, str]:
-    """Of images that thresholds were chosen on, only those that were left; and a sentence about them, or none.
+    """The images that the run's thresholds were not chosen on, and a sentence about them, or none.
 
-    Args:
-        unseen: the images that are there now.
-        tuned: source and files_sha256 (or None) of those that the run's thresholds were chosen on; empty if not known.
-        given: other thresholds are given, which nobody chose on these images.
+    `tuned` holds the source and the files_sha256 (or None) of the images that they were chosen on; it is empty if those are
+    not known. With `given`, the user gives other thresholds, which were not chosen on these images.
 
     Raises:
-        DataError: if the images are the same, but files were added or are missing.
+        DataError: if the images are the same ones, but files were added or are missing.
     """
-    _, data, images, seed = unseen
+    data, images = unseen.data, unseen.images
     if not tuned:
         return images, ""
     where, files = tuned["source"], data.split.get("files_sha256")
@@ -233,16 +251,17 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
             f"The run's thresholds were chosen on images of {shown}; whether some of them are among these is not known."
         )
         return images, "" if given else elsewhere
-    parts = parts_for_tuning(data, images, seed)
-    if not same and parts.report is not images:  # other halves are drawn
+    parts = parts_for_tuning(unseen)
+    if not same and parts.report is not images:  # so other halves would be drawn
         if given:
             return images, ""
         raise DataError(
-            f"{data.source} has other files than when the thresholds were chosen, so those that they were chosen on cannot be "
-            "told. Choose them again (ptee tune), put the files back as they were, or give other images: ",
-            Argument("data", "FOLDER"),
-            ".",
+            f"{data.source} has other files than when the thresholds were chosen, so nobody knows which they were chosen on. "
+            "Choose them again (ptee tune), put the files back as they were, or give other images: ",
+            *GIVE_DATA,
         )
     words = parts.words_of_others if given else parts.words
-    known = f" The files are called as those of {shown}, on which the thresholds were chosen, and are taken for them."
-    return parts.report, words + ("" if here else known)
+    moved = (
+        f" The files have the names of those in {shown}, on which the thresholds were chosen, and are taken for them."
+    )
+    return parts.report, words + ("" if here else moved)

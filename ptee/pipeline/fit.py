@@ -388,7 +388,7 @@ def choose_thresholds(
     Returns:
         The images that are left to report on, and the thresholds that were found.
     """
-    parts = parts_for_tuning(unseen.data, unseen.images, unseen.seed)
+    parts = parts_for_tuning(unseen)
     found = tune(
         model, parts.calibration, **{target.kind: target.limit}, one_threshold=recipe.thresholds.one_threshold, margin=recipe.thresholds.margin,
         batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device,

@@ -14,9 +14,9 @@ from ptee._common.errors import Argument, DataError
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, split_batch
 from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
-from ptee.data.pictures import image_transform
-from ptee.data.sources import Key, complete, open_data, open_named
-from ptee.data.splits import Data
+from ptee.data.pictures import Key, image_transform
+from ptee.data.sources import open_data, open_named
+from ptee.data.splits import Data, complete
 from ptee.pipeline.recipe import Recipe
 
 SOURCE = "your own data sets"  # what data sets from Python are called

@@ -19,8 +19,7 @@ from ptee._common.text import table
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.labels import LabelMap
-from ptee.data.sources import AS_DELIVERED
-from ptee.data.splits import Data
+from ptee.data.splits import AS_DELIVERED, Data
 from ptee.model import saving
 from ptee.pipeline.fit import Job, Log, about, checked_model, fit_backbone, new_folder
 from ptee.pipeline.images import recipe_for

@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 
 from ptee._common.files import write_json
-from ptee.data.pictures import UnreadablePicturesError, check_pictures
-from ptee.data.sources import Key
+from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
 from ptee.model.saving import CHECKPOINT, is_run
 

@@ -120,7 +120,7 @@ def test_images_that_thresholds_were_chosen_on_are_known_again_in_another_folder
     here, there = (evaluated(run, tuned_on_two, "--data", place) for place in ("two", "moved"))
     assert there["samples"] == 6
     assert figures(there) == figures(here)
-    said = f"The files are called as those of '{Path('two').resolve()}', on which the thresholds were chosen"
+    said = f"The files have the names of those in '{Path('two').resolve()}', on which the thresholds were chosen"
     assert [said in each["about"] for each in (here, there)] == [False, True]
 
 

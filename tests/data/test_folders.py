@@ -14,39 +14,63 @@ from images import encoded, levels, numbered, opened, rows, write_folder, write_
 from ptee._common.errors import DataError
 from ptee.data.batches import batches, split_batch
 
+CUT_OFF = r"train\.tar' is cut off or no tar file \(.*\): make or fetch it again"
 
-def test_delivered_calibration_folder_is_used(folder):
-    write_folder(folder / "calibration", numbered(4))
-    data = opened(folder)
+
+@pytest.fixture(params=["folder", "tars"])
+def source(request) -> Path:
+    """The same images as class folders or as tar files."""
+    return request.getfixturevalue(request.param)
+
+
+def write_part(source: Path, name: str, names: list[str]) -> None:
+    """A part of the source; class folders keep the pictures that they have."""
+    if (source / "train.tar").exists():
+        write_tar(source / f"{name}.tar", names)
+    else:
+        write_folder(source / name, names)
+
+
+def test_a_calibration_part_is_used_if_there_is_one(source):
+    write_part(source, "calibration", numbered(4))
+    data = opened(source)
     assert list(data.split["sizes"].values()) == [20, 4, 6]
     assert data.split["rule"] == "split as delivered"
 
 
 @pytest.mark.parametrize("top", [".", "train"])
-def test_without_validation_part_split_is_80_10_10(tmp_path, top):
+def test_without_a_validation_part_the_split_is_80_10_10(tmp_path, top):
     write_folder(tmp_path / top, numbered(40))
     assert opened(tmp_path).split["sizes"] == {"train": 32, "calibration": 4, "validation": 4}
 
 
-def test_class_called_train_is_a_class(tmp_path):
-    data = opened(write_folder(tmp_path, ["car/0.png", "car/1.png", "train/2.png"]))
-    assert data.class_names == ("car", "train")
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["car/0.png", "car/1.png", "train/2.png"], ("car", "train")),
+        (numbered(10, "a"), ("a",)),
+        ([f"{name}/{part}/{n}.png" for name in "ab" for part in ("train", "val") for n in range(5)], ("a", "b")),
+    ],
+    ids=["a class called train", "one class", "folders called train and val inside of classes"],
+)
+def test_class_folders_may_have_any_name_and_depth(names, classes, tmp_path):
+    assert opened(write_folder(tmp_path, names)).class_names == classes
 
 
-def test_classes_are_numbered_by_name_and_files_come_in_order_of_names(tmp_path):
+def test_classes_and_files_are_sorted_by_name(tmp_path):
     write_folder(tmp_path / "train", ["b/2.png", "b/deep/1.png", "a/9.png", "a/10.PNG", "b/1.png"])
     write_folder(tmp_path / "calibration", ["b/0.png"])
     write_folder(tmp_path / "val", ["b/0.png"])
     data = opened(tmp_path)
     assert data.class_names == ("a", "b")
     assert levels(data.train) == [3, 2, 4, 0, 1]
-    assert [data.train[i][1] for i in range(5)] == [0, 0, 1, 1, 1]
+    assert [label for _, label in data.train] == [0, 0, 1, 1, 1]
 
 
-def test_validation_may_lack_classes(tmp_path):
-    write_folder(tmp_path / "train", numbered(6, "abc"))
-    write_folder(tmp_path / "val", ["c/0.png"])
-    assert opened(tmp_path).validation[0][1] == 2
+def test_other_parts_may_lack_classes(source):
+    write_part(source, "train", numbered(6, "abc"))
+    write_part(source, "calibration", ["c/0.png"])
+    assert opened(source).calibration[0][1] == 2
 
 
 @pytest.mark.parametrize(
@@ -71,7 +95,7 @@ def test_parts_may_have_any_usual_name_in_any_case(tmp_path, train, val):
     assert data.split["sizes"] == {"train": 9, "calibration": 1, "validation": 3}
 
 
-def test_a_part_that_is_not_needed_is_named_as_not_read(folder):
+def test_what_lies_beside_the_parts_is_named(folder):
     write_folder(folder / "test", numbered(4))
     write_folder(folder / "extra", ["0.png"])
     (folder / "loose.png").write_bytes(encoded(0))
@@ -96,35 +120,43 @@ def test_a_part_without_class_folders_is_refused_by_name(tmp_path, names, said):
         opened(write_folder(tmp_path, names))
 
 
+LAYOUTS = ".*it should hold train/CLASS"
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
         (["Testing/a/0.png", "Testing/b/1.png"], "'Testing', but no training images"),
         (["test/a/0.png", "images/b/1.png"], "'test', but no training images"),
         (["val/a/0.png", "train/1.png"], "'val', and the images of 'train' lie in no class folders"),
+        (["train/0.png", "val/0.png"], f"holds train and val without class folders{LAYOUTS}"),
+        ([], f"No images in class folders of{LAYOUTS}"),
+        (["a/notes.txt"], f"No images in class folders of{LAYOUTS}"),
+        (["train.zip"], r"No images .* Unpack train\.zip first"),
+        (["0.png", "1.png"], r"lie in no class folder\. If they have no labels, move them .*/all\."),
+        (["pets/Train/a/0.png", "pets/VAL/a/0.png", "more/0.png"], r"did you mean '.*pets' \(Train, VAL\)\?"),
     ],
 )
-def test_parts_without_training_images_are_not_taken_for_classes(tmp_path, names, said):
+def test_a_folder_without_training_images_in_classes_is_refused(tmp_path, names, said):
     with pytest.raises(DataError, match=said):
         opened(write_folder(tmp_path, names))
 
 
+def test_a_folder_of_tar_data_sets_is_refused_with_the_one_to_give(tars):
+    write_folder(tars.parent / "other", ["0.png"])
+    with pytest.raises(DataError, match=rf"did you mean '{tars}' \(train\.tar, validation\.tar\)\?"):
+        opened(tars.parent)
+
+
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".Trash-0", "__MACOSX", "@eaDir"])
 @pytest.mark.parametrize("where", ["", "a/"])
-@pytest.mark.parametrize("kind", ["folder", "tars"])
-def test_hidden_folders_and_files_are_not_read(kind, where, hidden, request):
-    source = request.getfixturevalue(kind)
-    more = [f"{where}{hidden}/0.png", "a/._000.png"]
-    if kind == "folder":
-        write_folder(source / "train", more)
-        (source / "train" / "a" / "notes.txt").write_text("notes")
-    else:
-        write_tar(source / "train.tar", numbered(20) + more)
+def test_hidden_folders_and_files_are_not_read(source, where, hidden):
+    write_part(source, "train", [*numbered(20), f"{where}{hidden}/0.png", "a/._000.png", "a/notes.txt"])
     data = opened(source)
     assert (data.class_names, data.split["sizes"]["train"]) == (("a", "b"), 18)
 
 
-def test_linked_folders_are_read_and_a_link_that_leads_back_is_not_followed(tmp_path):
+def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):
     write_folder(tmp_path / "elsewhere", ["0.png", "1.png"])
     write_folder(tmp_path / "data" / "a", ["2.png"])
     (tmp_path / "data" / "a" / "more").symlink_to(tmp_path / "elsewhere")
@@ -148,13 +180,8 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     [(["cat/0.gif", "cat/1.gif"], r"cat \(2 \.gif\)\. Save"), (["cat/"], r"cat \(empty\)\. Save")],
     ids=["unknown kind", "empty"],
 )
-@pytest.mark.parametrize("kind", ["folder", "tars"])
-def test_a_class_without_pictures_that_can_be_read_is_refused_by_name(kind, more, said, request):
-    source = request.getfixturevalue(kind)
-    if kind == "folder":
-        write_folder(source / "train", more)
-    else:
-        write_tar(source / "train.tar", numbered(20) + more)
+def test_a_class_without_pictures_that_can_be_read_is_refused_by_name(source, more, said):
+    write_part(source, "train", numbered(20) + more)
     with pytest.raises(DataError, match=f"Class folder of '.*train.*' without pictures .*: {said}"):
         opened(source)
 
@@ -166,7 +193,7 @@ def test_pictures_of_unknown_kinds_beside_others_are_named(folder):
     assert opened(folder).summary.endswith(said)
 
 
-def test_links_in_a_tar_file_are_named_as_not_read(tars):
+def test_links_in_a_tar_file_are_named(tars):
     with tarfile.open(tars / "train.tar", "a") as tar:
         link = tarfile.TarInfo("a/link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "000.png"
@@ -174,16 +201,8 @@ def test_links_in_a_tar_file_are_named_as_not_read(tars):
     assert "not read: 1 linked file of train" in opened(tars).summary
 
 
-def test_archives_where_images_should_be_are_to_be_unpacked(tmp_path):
-    (tmp_path / "train.zip").write_bytes(b"")
-    with pytest.raises(DataError, match=r"No images .* Unpack train\.zip first"):
-        opened(tmp_path)
-
-
-def test_order_does_not_depend_on_file_system(folder, monkeypatch):
-    expected = opened(folder)
-    listed, walked = Path.iterdir, os.walk
-    monkeypatch.setattr(Path, "iterdir", lambda path: sorted(listed(path), reverse=True))
+def test_the_order_does_not_depend_on_the_file_system(folder, monkeypatch):
+    expected, walked = opened(folder), os.walk
     monkeypatch.setattr("os.walk", lambda top, **more: ((t, d, sorted(f)[::-1]) for t, d, f in walked(top, **more)))
     again = opened(folder)
     assert levels(again.train) == levels(expected.train)
@@ -197,21 +216,13 @@ def test_tars_and_folders_of_the_same_files_give_the_same(tars, folder):
     assert of_tars.split["files_sha256"] == of_folders.split["files_sha256"]
 
 
-def test_labels_in_other_tars_follow_the_training_tar(tars):
-    write_tar(tars / "train.tar", numbered(6, "abc"))
-    write_tar(tars / "calibration.tar", ["c/0.png"])
-    data = opened(tars)
-    assert data.calibration[0][1] == 2
-    assert data.split["rule"] == "split as delivered"
-
-
 def test_nothing_is_written_beside_the_tars(tars):
     before = {path: path.stat().st_mtime_ns for path in tars.iterdir()}
     opened(tars).train[0]
     assert {path: path.stat().st_mtime_ns for path in tars.iterdir()} == before
 
 
-def test_tar_inside_tar_is_read_where_its_pictures_lie(tars, tmp_path):
+def test_a_tar_inside_a_tar_is_a_class(tars, tmp_path):
     inner = write_tar(tmp_path / "b.tar", ["0.png", "1.png", "2.png"])
     with tarfile.open(tars / "train.tar", "w") as tar:
         tar.add(inner, "b.tar")
@@ -228,9 +239,8 @@ def test_workers_read_a_tar_that_was_read_before(tars):
     assert torch.equal(torch.cat([split_batch(batch)[0] for batch in loader]), expected)
 
 
-@pytest.mark.parametrize("source", ["folder", "tars", "digits"])
-def test_data_sets_can_be_pickled_after_use(source, request):
-    data = opened(source if source == "digits" else request.getfixturevalue(source))
+def test_data_sets_can_be_pickled_after_use(source):
+    data = opened(source)
     image, label = data.validation[0]
     again = pickle.loads(pickle.dumps(data)).validation[0]
     assert torch.equal(again[0], image) and again[1] == label
@@ -238,22 +248,27 @@ def test_data_sets_can_be_pickled_after_use(source, request):
 
 # a member is a header of 512 bytes and the picture, filled up to 512 more: the 20th starts at 19 * 1024
 @pytest.mark.parametrize("end", [0, 100, 700, 19 * 1024, 19 * 1024 + 300, 19 * 1024 + 520, 20 * 1024])
-def test_tar_that_is_cut_off_is_refused(tars, end):
+def test_a_tar_that_is_cut_off_is_refused(tars, end):
     whole = (tars / "train.tar").read_bytes()
     (tars / "train.tar").write_bytes(whole[:end])
-    with pytest.raises(DataError, match=r"train\.tar' is cut off or no tar file \(.*\): make or fetch it again"):
+    with pytest.raises(DataError, match=CUT_OFF):
         opened(tars)
 
 
-def test_tar_with_a_damaged_header_is_refused(tars):
-    damaged = bytearray((tars / "train.tar").read_bytes())
+@pytest.mark.parametrize("inside", [False, True], ids=["outer", "inner"])
+def test_a_tar_with_a_damaged_header_is_refused(tars, inside, tmp_path):
+    path = write_tar(tmp_path / "c.tar", numbered(20)) if inside else tars / "train.tar"
+    damaged = bytearray(path.read_bytes())
     damaged[10 * 1024 : 10 * 1024 + 100] = b"x" * 100
-    (tars / "train.tar").write_bytes(damaged)
-    with pytest.raises(DataError, match=r"train\.tar' is cut off or no tar file"):
+    path.write_bytes(damaged)
+    if inside:
+        with tarfile.open(tars / "train.tar", "a") as tar:
+            tar.add(path, "c.tar")
+    with pytest.raises(DataError, match=CUT_OFF):
         opened(tars)
 
 
-def test_member_that_is_no_picture_may_end_a_tar(tars):
+def test_a_member_that_is_no_picture_may_end_a_tar(tars):
     with tarfile.open(tars / "train.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("readme.txt"))
     assert opened(tars).split["sizes"]["train"] == 18
@@ -263,64 +278,14 @@ def test_member_that_is_no_picture_may_end_a_tar(tars):
     ("members", "words"),
     [([], "No images in '.*train.tar'"), (["a.txt"], "No images in"), (["0.png"], "outside of class folders")],
 )
-def test_tar_without_images_in_classes_is_refused(tars, members, words):
+def test_a_tar_without_images_in_classes_is_refused(tars, members, words):
     write_tar(tars / "train.tar", members)
     with pytest.raises(DataError, match=words):
         opened(tars)
 
 
-@pytest.mark.parametrize("kind", ["folder", "tars"])
-def test_classes_unknown_in_training_are_refused_by_name(kind, request):
-    source = request.getfixturevalue(kind)
-    if kind == "folder":
-        write_folder(source / "val", ["owl/0.png"])
-    else:
-        write_tar(source / "validation.tar", ["owl/0.png"])
-    with pytest.raises(DataError, match=r"val.*' has classes that '.*train.*' has not: owl; remove or rename them\."):
+def test_classes_that_the_training_images_lack_are_refused_by_name(source):
+    write_part(source, "val" if (source / "val").exists() else "validation", ["owl/0.png"])
+    said = r"val.*' has classes that '.*train.*' does not have: owl; remove or rename them\."
+    with pytest.raises(DataError, match=said):
         opened(source)
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        ([], "No images in class folders of"),
-        (["a/notes.txt"], "No images in class folders of"),
-        (["train/0.png", "val/0.png"], "holds train and val without class folders"),
-    ],
-    ids=["empty", "no pictures", "parts without classes"],
-)
-def test_folder_without_images_in_classes_is_refused(tmp_path, names, words):
-    with pytest.raises(DataError, match=f"{words}.*it should hold train/CLASS"):
-        opened(write_folder(tmp_path, names))
-
-
-def test_images_without_a_class_folder_are_refused_with_what_to_do_where_they_have_no_labels(tmp_path):
-    with pytest.raises(DataError, match=r"lie in no class folder\. Where they have no labels, move them .*/all\."):
-        opened(write_folder(tmp_path, ["0.png", "1.png"]))
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"), [("folder", r"images' \(train, val\)"), ("tars", r"tars' \(train\.tar, validation\.tar\)")]
-)
-def test_folder_of_data_sets_is_refused_with_the_one_to_give(kind, said, request):
-    place = request.getfixturevalue(kind).parent
-    write_folder(place / "other", ["0.png"])
-    with pytest.raises(DataError, match=f"did you mean '{place}/{said}\\?"):
-        opened(place)
-
-
-def test_a_folder_of_data_sets_is_refused_in_whatever_case_their_parts_are_spelt(tmp_path):
-    write_folder(tmp_path / "pets" / "Train", numbered(4))
-    write_folder(tmp_path / "pets" / "VAL", numbered(4))
-    write_folder(tmp_path / "other", ["0.png"])
-    with pytest.raises(DataError, match=r"did you mean '.*pets' \(Train, VAL\)"):
-        opened(tmp_path)
-
-
-def test_class_folders_may_have_folders_of_images_called_train_and_val(tmp_path):
-    write_folder(tmp_path, [f"{name}/{part}/{n}.png" for name in "ab" for part in ("train", "val") for n in range(5)])
-    assert opened(tmp_path).class_names == ("a", "b")
-
-
-def test_one_folder_of_images_is_one_class(tmp_path):
-    assert opened(write_folder(tmp_path, numbered(10, "a"))).class_names == ("a",)

@@ -9,72 +9,41 @@ import pytest
 import torch
 from images import levels, opened, write_folder
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.labels import choose_class_order, class_orders, map_labels, read_classes, relabelled, with_labels
+from ptee.data.labels import choose_class_order, class_orders, labels_as_given, map_labels, relabelled
 from ptee.data.splits import Data
 
-
-def test_wordnet_ids_go_to_their_places_in_imagenet():
-    label_map = map_labels(["n01440764", "n01443537", "n15075141"], 1000)
-    assert label_map.indices == (0, 1, 999)
-    assert "ImageNet-1k" in label_map.reason
-
-
-def test_wordnet_id_outside_of_imagenet_cannot_be_mapped():
-    label_map = map_labels(["n01440764", "n00000000"], 1000)
-    assert label_map.indices is None and "n00000000" in label_map.reason
+THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
 
 
 @pytest.mark.parametrize(
-    ("class_names", "num_classes", "indices"),
+    ("class_names", "num_classes", "indices", "said"),
     [
-        (["0", "7"], 10, (0, 7)),
-        (["0", "1", "10", "2"], 100, (0, 1, 10, 2)),
-        (sorted(map(str, range(1000))), 1000, tuple(map(int, sorted(map(str, range(1000)))))),
-        (sorted(map(str, range(12))), 12, tuple(range(12))),
-        ([f"{i:02}" for i in range(12)], 12, tuple(range(12))),
-        (list(map(str, range(12))), 12, tuple(range(12))),
-        (["1", "2"], 2, (0, 1)),
-        (["07", "7"], 10, None),
-        (["cat", "dog"], 2, (0, 1)),
-        (["n01440764", "n02102040"], 2, (0, 1)),
-        (["0 - zero", "1 - one"], 2, (0, 1)),
-        (["cat", "dog"], 3, None),
-        (["²", "cat"], 3, None),
+        (["n01440764", "n01443537", "n15075141"], 1000, (0, 1, 999), "ImageNet-1k classes"),
+        (["n01440764", "n00000000"], 1000, None, "not among the classes of ImageNet-1k: n00000000"),
+        (["n01440764", "n02102040"], 2, (0, 1), "in this order"),
+        (["0", "7"], 10, (0, 7), "names are taken for numbers of the backbone's 10"),
+        (["0", "1", "10", "2"], 100, (0, 1, 10, 2), "taken for numbers"),
+        (THOUSAND, 1000, tuple(map(int, THOUSAND)), "taken for numbers of the backbone's 1000"),
+        (sorted(map(str, range(12))), 12, tuple(range(12)), r"in this order: 0, 1, 10, 11, 2 and 7 more\.$"),
+        ([f"{i:02}" for i in range(12)], 12, tuple(range(12)), r"in this order: 00, 01, 02, 03, 04 and 7 more\.$"),
+        (["1", "2"], 2, (0, 1), "in this order: 1, 2"),
+        (["07", "7"], 10, None, "cannot be mapped"),
+        (["0 - zero", "1 - one"], 2, (0, 1), "in this order: 0 - zero"),
+        (["cat", "dog"], 2, (0, 1), "in this order: cat, dog"),
+        (["cat", "dog"], 3, None, r"cannot be mapped .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$"),
+        (["all"], 3, None, r"cannot be mapped to the backbone's 3\.$"),  # as where there are no labels
+        (["a", "b", "c"], 2, None, r"cannot be mapped to the backbone's 2\.$"),
+        (["²", "cat"], 3, None, "cannot be mapped"),
     ],
 )
-def test_names_become_the_backbones_classes(class_names, num_classes, indices):
-    label_map = map_labels(class_names, num_classes)
-    assert label_map.indices == indices
-    assert label_map.reason.endswith(".")
-
-
-@pytest.mark.parametrize(
-    ("class_names", "num_classes", "said"),
-    [
-        (sorted(map(str, range(12))), 12, r"in this order: 0, 1, 10, 11, 2 and 7 more\.$"),
-        ([f"{i:02}" for i in range(12)], 12, r"in this order: 00, 01, 02, 03, 04 and 7 more\.$"),
-        (sorted(map(str, range(10))), 10, r"in this order: 0, 1, 2, 3, 4 and 5 more\.$"),
-        (["1", "10", "2"], 12, "names are taken for numbers of the backbone's 12"),
-        (sorted(map(str, range(1000))), 1000, "names are taken for numbers of the backbone's 1000"),
-        (
-            ["cat", "dog"],
-            3,
-            r"cannot be mapped to the backbone's 3\. .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$",
-        ),
-        (["all"], 3, r"cannot be mapped to the backbone's 3\.$"),  # as where there are no labels
-        (["a", "b", "c"], 2, r"cannot be mapped to the backbone's 2\.$"),
-    ],
-    ids=["text", "padded", "ten", "some of the classes", "ImageNet", "no numbers", "no labels", "too many"],
-)
-def test_the_reason_says_how_names_were_read_or_what_to_call_them(class_names, num_classes, said):
+def test_names_become_the_backbones_classes_and_the_reason_is_said(class_names, num_classes, indices, said):
     found = map_labels(class_names, num_classes)
+    assert found.indices == indices
     reason = str(DataError(found.reason, " " * bool(found.remedy), *found.remedy))
-    assert re.search(said, reason)
-    assert "\n" not in reason
+    assert re.search(said, reason) and "\n" not in reason
 
 
 def test_folders_of_numbers_get_the_classes_that_image_folder_gave_them(tmp_path):
@@ -82,7 +51,7 @@ def test_folders_of_numbers_get_the_classes_that_image_folder_gave_them(tmp_path
 
     write_folder(tmp_path, [f"{i}/{i}.png" for i in range(12)])
     data = opened(tmp_path)
-    mapped = with_labels(data.train, map_labels(data.class_names, 12))
+    mapped = relabelled(data, map_labels(data.class_names, 12)).train
     trained = dict(ImageFolder(str(tmp_path)).samples)
     for i, level in enumerate(levels(data.train)):
         assert mapped[i][1] == trained[str(tmp_path / f"{level}" / f"{level}.png")]
@@ -92,16 +61,13 @@ def test_digits_are_no_class_numbers_of_a_larger_backbone():
     assert map_labels(opened("digits").class_names, 1000).indices is None
 
 
-@pytest.mark.parametrize(("names", "expected"), [(["1", "0"], [1, 0]), (["x", "y"], [UNKNOWN_LABEL] * 2)])
-def test_relabelled_data_has_mapped_labels_and_the_same_images(names, expected):
-    images = torch.rand(2, 3, 4, 4)
-    data = TensorDataset(images, torch.tensor([0, 1]))
-    relabelled = with_labels(data, map_labels(names, 3))
-    assert [relabelled[i][1] for i in range(2)] == expected
-    assert all(torch.equal(relabelled[i][0], images[i]) for i in range(2)) and len(relabelled) == 2
-
-
-# The order of class folders
+@pytest.mark.parametrize(("names", "expected"), [(("1", "0"), {1, 0}), (("x", "y"), {UNKNOWN_LABEL})])
+def test_relabelled_data_has_mapped_labels_and_the_same_images(names, expected, folder):
+    data = opened(folder)
+    mapped = relabelled(data, map_labels(names, 3))
+    assert levels(mapped.validation) == levels(data.validation)
+    assert {label for _, label in mapped.validation} == expected
+    assert {label for _, label in data.validation} == {0, 1}
 
 
 def test_the_orders_of_timm_and_torchvision_are_theirs(tmp_path):
@@ -146,6 +112,7 @@ def backbone(order: list[str]) -> SimpleNamespace:
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_where_orders_differ_the_one_is_taken_under_which_the_backbone_is_right(library, numbered_classes):
     network = backbone(class_orders(NAMES)[library])
+    network.module.train()
     found = choose_class_order(network, numbered_classes, check=False)
     assert list(found.classes) == class_orders(NAMES)[library]
     assert not found.doubt
@@ -156,13 +123,7 @@ def test_where_orders_differ_the_one_is_taken_under_which_the_backbone_is_right(
     labels = [mapped.validation[i][1] for i in range(len(mapped.validation))]
     assert network.module(answers).argmax(1).tolist() == labels
     assert mapped.split["classes"] == list(found.classes)
-
-
-def test_asking_leaves_the_backbone_as_it_was(numbered_classes):
-    network = backbone(NAMES)
-    network.module.train()
-    choose_class_order(network, numbered_classes)
-    assert network.module.training
+    assert network.module.training  # is left as it was
 
 
 def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
@@ -218,15 +179,28 @@ def test_names_that_are_given_go_before_the_libraries_orders(numbered_classes):
         ("cat\n\ndog\n", "holds an empty line"),
         ("", "holds no class names"),
         ("\xff\xfe", "cannot be read"),
+        (None, r"classes\.txt' cannot be read \(No such file"),
     ],
-    ids=["too few", "twice", "other names", "gap", "empty", "no text"],
+    ids=["too few", "twice", "other names", "gap", "empty", "no text", "no file"],
 )
 def test_a_file_of_other_names_is_refused(text, said, tmp_path):
-    (tmp_path / "classes.txt").write_bytes(text.encode("latin-1"))
+    if text is not None:
+        (tmp_path / "classes.txt").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=said):
         map_labels(["cat", "dog"], 3, classes=tmp_path / "classes.txt")
 
 
-def test_a_file_of_names_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.txt' cannot be read \(No such file"):
-        read_classes(tmp_path / "nowhere.txt")
+@pytest.mark.parametrize(
+    "images",
+    [
+        [(torch.full((3, 4, 4), i / 255), torch.tensor([i])) for i in range(12)],
+        [{"image": torch.full((3, 4, 4), i / 255), "label": i} for i in range(12)],
+    ],
+    ids=["(b, 1)", "mapping"],
+)
+def test_labels_of_any_form_that_a_batch_can_have_are_tried(images):
+    data = Data(images, images[:0], images[:0], (), "your own data sets", {})
+    network = SimpleNamespace(module=Oracle(list(range(12))), num_classes=12)
+    assert not labels_as_given(network, data).doubt
+    wrong = SimpleNamespace(module=Oracle(list(range(12))[::-1]), num_classes=12)
+    assert "right on 0.0% of 12 images" in labels_as_given(wrong, data).doubt

@@ -103,12 +103,15 @@ def test_split_argument_gives_training_and_test_part(tmp_path):
     assert type(data.train[0][1]) is int
 
 
-def test_val_goes_before_test():
-    assert opened("NamedToys").split["parts"] == {"train": "train", "validation": "val"}
-
-
-def test_trainval_goes_with_test_as_it_contains_val():
-    assert opened("TrainvalToys").split["parts"] == {"train": "trainval", "validation": "test"}
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("NamedToys", {"train": "train", "validation": "val"}),
+        ("TrainvalToys", {"train": "trainval", "validation": "test"}),  # it contains val
+    ],
+)
+def test_val_goes_before_test_unless_the_training_images_contain_it(name, parts):
+    assert opened(name).split["parts"] == parts
 
 
 def test_wordnet_ids_go_before_names_and_missing_names_are_made_up():

@@ -4,49 +4,45 @@ from __future__ import annotations
 
 import pytest
 import torch
-from images import levels, numbered, opened, rows, write_folder
+from images import numbered, opened, rows, write_folder
 from torch import Tensor
 
 from ptee._common.errors import DataError
 from ptee.data.labels import map_labels
 
 
-def test_item_is_float_image_and_plain_int(folder):
+def test_an_item_is_a_float_image_and_an_int(folder):
     image, label = opened(folder).validation[1]
     assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and type(image) is Tensor
     assert type(label) is int
 
 
-def test_summary_says_source_sizes_and_rule(folder):
+def test_the_summary_says_source_sizes_and_rule(folder):
     assert opened(folder).summary == (
         f"{folder}: images of 2 classes, 18 for train, 2 for calibration, 6 for validation; "
         "calibration: 10 % of the training images, drawn with seed 0."
     )
 
 
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"Data folder '.*/nowhere' does not exist: give a folder"):
-        opened(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere/", r"Data folder '.*/nowhere' does not exist: give a folder"),
+        ("train.tar", r"train\.tar' is a file, not a folder"),
+    ],
+)
+def test_a_path_that_is_no_folder_is_refused_in_one_line(name, said, tars):
+    with pytest.raises(DataError, match=said) as caught:
+        opened(tars / name)
+    assert "\n" not in str(caught.value)
 
 
-def test_file_is_refused_with_the_layouts(tars):
-    with pytest.raises(DataError, match=r"train\.tar' is a file, not a folder"):
-        opened(tars / "train.tar")
-
-
-def test_empty_name_is_not_the_current_folder():
+def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(DataError, match="empty"):
         opened("")
 
 
-@pytest.mark.parametrize("make_error", [lambda path: opened(path / "no"), lambda path: opened("CIFAR10", root=path)])
-def test_refusals_are_one_line(make_error, tmp_path):
-    with pytest.raises(DataError) as caught:
-        make_error(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_folder_goes_before_name(tmp_path, monkeypatch):
+def test_a_folder_goes_before_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "digits", numbered(5))
     assert opened("digits").split["kind"] == "folder"
@@ -56,9 +52,8 @@ def test_folder_goes_before_name(tmp_path, monkeypatch):
 def test_validation_images_alone_will_do_for_a_report(kind, request):
     source = request.getfixturevalue(kind)
     expected = rows(opened(source))["validation"]
-    for path in source.iterdir():
-        if path.stem == "train":
-            path.rename(source.parent / path.name)
+    for path in source.glob("train*"):
+        path.rename(source.parent / path.name)
     with pytest.raises(DataError, match=r"no training images|No images in class folders"):
         opened(source)
     data = opened(source, report_only=True)
@@ -67,11 +62,21 @@ def test_validation_images_alone_will_do_for_a_report(kind, request):
     assert ": images of 2 classes, 6 for validation; split as delivered." in data.summary
 
 
-@pytest.mark.parametrize("names", [["a/0.png"], ["a/0.png", "b/1.png"]])
-def test_a_few_images_in_class_folders_will_do_for_a_report(tmp_path, names):
+ALL = "all of them to report on"
+
+
+@pytest.mark.parametrize(
+    ("names", "reported", "rule"),
+    [
+        (["a/0.png"], 1, ALL),
+        (["a/0.png", "b/1.png"], 2, ALL),
+        (["train/a/0.png", "val/a/1.png", "val/a/2.png"], 2, "split as delivered"),
+    ],
+)
+def test_a_few_images_will_do_for_a_report(tmp_path, names, reported, rule):
     data = opened(write_folder(tmp_path, names), report_only=True)
-    assert levels(data.validation) == list(range(len(names)))
-    assert data.split["rule"] == "all of them to report on"
+    assert len(data.validation) == reported
+    assert data.split["rule"] == rule
 
 
 def test_for_a_report_the_split_is_that_of_the_training(folder):

@@ -10,24 +10,15 @@ from images import PARTS, levels, numbered, opened, rows, write_folder, write_ta
 from torch.utils.data import TensorDataset
 
 from ptee._common.errors import DataError
-from ptee.data.labels import map_labels, with_labels
 from ptee.data.splits import Data, Unseen, hold_out, images_to_report_on, parts_for_all, parts_for_tuning
 
 
-def test_split_is_disjoint_and_complete(tmp_path):
-    drawn = rows(opened(write_folder(tmp_path, numbered(40))))
-    assert sorted(level for part in PARTS for level in drawn[part]) == list(range(40))
-
-
-def test_same_seed_same_split_other_seed_other_split(tmp_path):
+def test_every_image_is_drawn_once_by_a_generator_of_its_own(tmp_path):
     write_folder(tmp_path, numbered(40))
-    assert rows(opened(tmp_path, seed=3)) == rows(opened(tmp_path, seed=3)) != rows(opened(tmp_path, seed=4))
-
-
-def test_split_leaves_global_random_numbers_alone(tmp_path):
-    write_folder(tmp_path, numbered(10))
     state = torch.get_rng_state()
-    opened(tmp_path)
+    drawn = rows(opened(tmp_path, seed=3))
+    assert sorted(level for part in PARTS for level in drawn[part]) == list(range(40))
+    assert drawn == rows(opened(tmp_path, seed=3)) != rows(opened(tmp_path, seed=4))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -37,16 +28,16 @@ def test_few_images_give_one_to_each_part_at_least(tmp_path, n):
     assert sizes == {"train": n - 2, "calibration": 1, "validation": 1}
 
 
-def test_too_few_images_are_refused_with_their_number(tmp_path):
-    with pytest.raises(DataError, match=r"it has 2, and at least 3 are needed"):
-        opened(write_folder(tmp_path, numbered(2)))
-
-
-def test_one_training_image_beside_validation_is_refused(tmp_path):
-    write_folder(tmp_path / "train", ["a/0.png"])
-    write_folder(tmp_path / "val", ["a/0.png"])
-    with pytest.raises(DataError, match=r"it has 1, and at least 2 are needed, as those for calibration"):
-        opened(tmp_path)
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (numbered(2), "it has 2, and at least 3 are needed"),
+        (["train/a/0.png", "val/a/0.png"], "it has 1, and at least 2 are needed, because those for calibration"),
+    ],
+)
+def test_too_few_images_are_refused_with_their_number(tmp_path, names, said):
+    with pytest.raises(DataError, match=said):
+        opened(write_folder(tmp_path, names))
 
 
 def test_split_record_survives_json_and_tells_files_apart(folder):
@@ -59,10 +50,9 @@ def test_split_record_survives_json_and_tells_files_apart(folder):
 
 def test_every_part_of_a_folder_knows_the_hash_of_its_files(folder):
     data = opened(folder)
-    label_map = map_labels(data.class_names, 2)
     for part in PARTS:
-        assert with_labels(getattr(data, part), label_map).files_sha256 == data.split["files_sha256"]
-    assert with_labels(opened("digits").train, label_map).files_sha256 is None
+        assert getattr(data, part).files_sha256 == data.split["files_sha256"]
+    assert opened("digits").train.files_sha256 is None
 
 
 def data(*delivered: str, n: int = 10) -> Data:
@@ -74,10 +64,7 @@ def data(*delivered: str, n: int = 10) -> Data:
     ("delivered", "halved"),
     [
         (["train", "calibration", "validation"], False),
-        (
-            ["train", "validation"],
-            True,
-        ),  # calibration images drawn from the training images: the backbone has seen them
+        (["train", "validation"], True),  # the backbone has seen calibration images that are drawn from training images
         (["train", "calibration"], False),
         (["train"], False),
     ],
@@ -85,7 +72,7 @@ def data(*delivered: str, n: int = 10) -> Data:
 )
 def test_images_to_tune_on_are_never_those_to_report_on(delivered, halved):
     source = data(*delivered)
-    parts = parts_for_tuning(source, source.validation, 0)
+    parts = parts_for_tuning(Unseen("run", source, source.validation, 0))
     chosen, left = set(parts.calibration), set(parts.report)
     assert not chosen & left
     assert (chosen | left == set(source.validation)) == halved
@@ -94,7 +81,7 @@ def test_images_to_tune_on_are_never_those_to_report_on(delivered, halved):
 
 def test_halves_are_the_same_for_the_same_seed_only():
     source, unseen = data("train"), list(range(100))
-    one, same, other = (parts_for_tuning(source, unseen, seed) for seed in (1, 1, 2))
+    one, same, other = (parts_for_tuning(Unseen("run", source, unseen, seed)) for seed in (1, 1, 2))
     assert list(one.calibration) == list(same.calibration) != list(other.calibration)
     assert sorted([*one.calibration, *one.report]) == unseen
 
@@ -102,7 +89,7 @@ def test_halves_are_the_same_for_the_same_seed_only():
 def test_one_image_is_too_few_to_choose_and_to_report():
     source = data("train", "validation", n=1)
     with pytest.raises(DataError, match=r"has 1\. Give more images: data=FOLDER\."):
-        parts_for_tuning(source, source.validation, 0)
+        parts_for_tuning(Unseen("run", source, source.validation, 0))
 
 
 def unseen(source: Data, seed: int = 0, *, whole: bool = True) -> Unseen:
@@ -133,9 +120,6 @@ def test_runs_of_other_data_want_the_same_images():
         parts_for_all([unseen(data("train"), 1), unseen(other, 2)])
 
 
-# Pictures that were removed as they could not be read
-
-
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_without_a_removed_picture_the_others_are_split_as_before(kind, tmp_path):
     names = numbered(40)
@@ -157,6 +141,13 @@ def test_without_a_removed_picture_the_others_are_split_as_before(kind, tmp_path
     assert rows(after) == {part: [level for level in drawn[part] if level not in gone] for part in PARTS}
 
 
+def test_held_out_images_are_drawn_by_the_seed_and_kept_from_the_rest():
+    data = TensorDataset(torch.arange(100))
+    rest, held = hold_out(data, 10, 3)
+    assert sorted([*rest.indices, *held.indices]) == list(range(100)) and len(held) == 10
+    assert hold_out(data, 10, 3)[1].indices == held.indices != hold_out(data, 10, 4)[1].indices
+
+
 def test_held_out_images_are_the_same_without_a_removed_picture(tmp_path):
     names = numbered(40)
     whole = opened(write_folder(tmp_path, names)).train
@@ -166,16 +157,6 @@ def test_held_out_images_are_the_same_without_a_removed_picture(tmp_path):
     parts = hold_out(opened(tmp_path, removed=[("train", names[gone], names[gone][0])]).train, 10, 3)
     assert [levels(part) for part in parts] == [[level for level in part if level != gone] for part in before]
     assert [len(part) + len(part.gaps) for part in parts] == [len(part) for part in before]
-
-
-def test_held_out_images_are_drawn_by_the_seed_and_kept_from_the_rest():
-    data = TensorDataset(torch.arange(100))
-    rest, held = hold_out(data, 10, 3)
-    assert sorted([*rest.indices, *held.indices]) == list(range(100)) and len(held) == 10
-    assert hold_out(data, 10, 3)[1].indices == held.indices != hold_out(data, 10, 4)[1].indices
-
-
-# What a run reports on
 
 
 def test_images_that_were_delivered_to_report_on_are_taken(folder):
