@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
+from ptee._common.validation import BATCH_SIZE
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
@@ -165,7 +166,7 @@ def record(
     model: EarlyExitModel,
     data: object,
     *,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     progress: bool = True,
     logits: bool = True,
@@ -202,7 +203,13 @@ def record(
 
 
 def repeated(
-    data: object, traces: Traces, *, words: str, batch_size: int = 128, num_workers: int = 0, progress: bool = True
+    data: object,
+    traces: Traces,
+    *,
+    words: str,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> Iterator[Tensor]:
     """Images of data that were recorded before, batch by batch, so that others can answer them, too.
 
