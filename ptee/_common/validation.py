@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, UnknownName, possible
 
+BATCH_SIZE = 128  # the default of every function and command that makes batches
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
 

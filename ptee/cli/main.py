@@ -1,4 +1,4 @@
-"""The entrance: run a command, and say in one line what went wrong. Heavy libraries are imported when a command needs them."""
+"""The entrance: run a command, and say in one line what went wrong. Heavy libraries are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -19,66 +19,65 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-    if launched and os.environ["RANK"] != "0":  # under `accelerate launch` the first process speaks for all
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    if launched and os.environ["RANK"] != "0":  # under `accelerate launch` only the first process prints
+        _print_no_more()
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
-    status = 0
     try:
         from ptee.cli.commands import add_commands
 
         add_commands(cli)
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has enough, as in `ptee plan ... | head -1`
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    except BrokenPipeError:  # the reader has gone, as in `ptee plan ... | head -1`
+        _print_no_more()
         status = 1
-    except PteeError as why:
-        status = _failed(_worded(why, words), 2, why)
-    except click.ClickException as why:
-        status = _failed(why.format_message(), 2, why)
-    except Interrupted as why:
-        status = _failed(str(why), 130)
-    except (KeyboardInterrupt, click.Abort):
-        status = _failed("Interrupted.", 130)
-    except Exception as why:
-        if type(why).__name__ == "OutOfMemoryError":
-            sys.exit(_failed("The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2, why))
-        status = _failed(
-            f"ptee failed: {type(why).__name__}: {why}. PTEE_DEBUG=1 shows where; please report it.", 1, why
-        )
+    except (Exception, KeyboardInterrupt) as why:
+        status = _failed(why, words)
     sys.exit(status)
 
 
-def _worded(error: PteeError, words: list[str]) -> str:
-    """The message with options of the command that was typed in place of Python's arguments."""
-    from ptee.cli.options import as_option
-
-    command = cli.commands.get(words[0]) if words else None
-    return _without_worker_traceback(error.worded(lambda argument: as_option(argument, command)))
+def _print_no_more() -> None:
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
 
 
-def _without_worker_traceback(message: str) -> str:
-    """An error of a process that loads images arrives with that process's traceback; its last line says it all."""
-    if "Original Traceback" not in message:
-        return message
-    return message.strip().splitlines()[-1].partition(": ")[2]
-
-
-def _failed(message: str, status: int, why: BaseException | None = None) -> int:
-    if why is not None and os.environ.get("PTEE_DEBUG"):
-        traceback.print_exception(why)
+def _failed(error: BaseException, words: list[str]) -> int:
+    """Print an error in one line. Gives the exit status."""
+    if isinstance(error, KeyboardInterrupt | click.Abort | Interrupted):
+        message, status = str(error) if isinstance(error, Interrupted) else "Interrupted.", 130
+    elif isinstance(error, PteeError):
+        message, status = _worded(error, words), 2
+    elif isinstance(error, click.ClickException):
+        message, status = error.format_message(), 2
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        message, status = "The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2
+    else:
+        name = type(error).__name__
+        message, status = f"ptee failed: {name}: {error}. PTEE_DEBUG=1 shows where; please report it.", 1
+    if status != 130 and os.environ.get("PTEE_DEBUG"):
+        traceback.print_exception(error)
     click.echo(" ".join(message.split()), err=True)
     return status
 
 
+def _worded(error: PteeError, words: list[str]) -> str:
+    """The message, with options of the command that was typed in place of Python's arguments."""
+    from ptee.cli.options import as_option
+
+    command = cli.commands.get(words[0]) if words else None
+    message = error.worded(lambda argument: as_option(argument, command))
+    if "Original Traceback" in message:  # of a process that loads images: its last line says it all
+        return message.strip().splitlines()[-1].partition(": ")[2]
+    return message
+
+
 class _InOrder(click.Group):
-    """Commands are listed as they are written."""
+    """Lists commands in the order in which they were added."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """As click asks for it; click itself would not say which commands there are."""
+        """Called by click, which would not say which commands there are."""
         if args and args[0][:1] != "-" and args[0] not in self.commands and not ctx.resilient_parsing:
             raise unknown("command", args[0], self.commands)
         return super().resolve_command(ctx, args)

@@ -42,11 +42,14 @@ LEVELS = (
 
 
 def demo_listing(seed: int = 0) -> Listing:
-    """The canvases of all parts. The seed draws the digits of each part, and the canvases."""
+    """The canvases of all parts. The seed draws the digits of the calibration and validation images, and their canvases.
+
+    The training images are the same for every seed, because the demo's network has learned from them.
+    """
     digits, labels = _digits()
     parts = {}
     for n, (part, own) in enumerate(zip(PARTS, _digits_of_parts(len(digits), seed), strict=True)):
-        generator = np.random.default_rng((seed, n))
+        generator = np.random.default_rng((0 if part == "train" else seed, n))
         parts[part] = [_canvas(digits[own], labels[own], i, generator) for i in range(CANVASES[part])]
     names = tuple(f"digit {k}" for k in range(10))  # '0'..'9' would be taken for numbers of a backbone's classes
     return Listing(DEMO, parts, {part: part for part in PARTS}, names)
@@ -81,9 +84,11 @@ def _digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 def _digits_of_parts(n: int, seed: int) -> list[np.ndarray[Any, Any]]:
     """The positions of the digits that belong to each part."""
-    order = np.random.default_rng(seed).permutation(n)
-    ends = (np.cumsum(DIGITS_SHARE[:-1]) * n).astype(int)
-    return np.split(order, ends)
+    order = np.random.default_rng(0).permutation(n)
+    end, middle = (np.cumsum(DIGITS_SHARE[:-1]) * n).astype(int)
+    if seed:
+        order[end:] = np.random.default_rng(seed).permutation(order[end:])
+    return np.split(order, [end, middle])
 
 
 def _canvas(digits: Any, labels: Any, index: int, generator: np.random.Generator) -> tuple[Image.Image, int]:

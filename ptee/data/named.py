@@ -25,7 +25,7 @@ HUB_VALIDATION = ("validation", "valid", "val", "test")  # splits; the first tha
 SIDED = (DEMO, "digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
 
 
-def list_named(name: str, root: Path | None) -> Listing:
+def list_named(name: str, root: Path | None, seed: int = 0) -> Listing:
     """The pictures of "digits", "CIFAR10", "torch/cifar10", "hfds/user/name" and the like.
 
     `root` is the folder that holds torchvision's data set, by default the current one; or the cache of the hub.
@@ -34,16 +34,12 @@ def list_named(name: str, root: Path | None) -> Listing:
         DataError: if it cannot be read.
         UnknownName: if there is no data set of that name.
     """
+    require_name(name)
     prefix, _, rest = name.partition("/")
-    if prefix in STREAMS and rest:
-        raise DataError(
-            f"'{name}' is a stream, and ptee needs images that it can pick by their number. Give a folder, or '{HUB}/{rest}' "
-            "from the Hugging Face hub."
-        )
     if prefix == HUB and rest:
         return _list_hub(name, root)
     if name in NAMED:
-        return NAMED[name]()
+        return NAMED[name](seed)
     return _list_torchvision(rest if prefix == "torch" and rest else name, root or Path())
 
 
@@ -57,7 +53,7 @@ def is_sided(name: str) -> bool:
     return name.lower().rpartition("/")[2].replace("_", "") in SIDED
 
 
-def _list_digits() -> Listing:
+def _list_digits(_: int) -> Listing:
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -68,7 +64,7 @@ def _list_digits() -> Listing:
     return Listing("digits", {"train": pictures}, {"train": "digits"}, tuple(f"digit {i}" for i in range(10)))
 
 
-NAMED: dict[str, Callable[[], Listing]] = {"digits": _list_digits, DEMO: demo_listing}
+NAMED: dict[str, Callable[[int], Listing]] = {"digits": _list_digits, DEMO: demo_listing}
 
 
 # ------------------------------------------------------------------------------------------------ the hub
@@ -123,7 +119,24 @@ def _open_hub(name: str, root: Path | None) -> tuple[dict[str, Any], dict[str, s
 # ------------------------------------------------------------------------------------------------ torchvision
 
 
-def _list_torchvision(name: str, root: Path) -> Listing:
+def require_name(name: str) -> None:
+    """Refuse what is no name of a data set, without reading any.
+
+    Raises:
+        DataError: if it is a stream.
+        UnknownName: if there is no data set of that name.
+    """
+    prefix, _, rest = name.partition("/")
+    if prefix in STREAMS and rest:
+        raise DataError(
+            f"'{name}' is a stream, and ptee needs images that it can pick by their number. Give a folder, or '{HUB}/{rest}' "
+            "from the Hugging Face hub."
+        )
+    if name not in NAMED and not (prefix == HUB and rest):
+        _find_in_torchvision(rest if prefix == "torch" and rest else name)
+
+
+def _find_in_torchvision(name: str) -> Any:
     from torchvision import datasets
 
     makers = {key: make for key, make in vars(datasets).items() if inspect.isclass(make) and _has_training_part(make)}
@@ -132,7 +145,11 @@ def _list_torchvision(name: str, root: Path) -> Listing:
     if asked not in lower:
         names = possible(name, lower if name.islower() else makers, first=[*NAMED], most=len(lower) + len(NAMED))
         raise UnknownName(f"There is no folder {name!r}, and no data set of that name.{names}")
-    make = makers[lower[asked]]
+    return makers[lower[asked]]
+
+
+def _list_torchvision(name: str, root: Path) -> Listing:
+    make = _find_in_torchvision(name)
     try:
         parts, origin = _open_parts(make, root)
         labels = [part[0][1] for part in parts.values()]

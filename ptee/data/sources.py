@@ -19,7 +19,7 @@ from torch import Tensor
 from ptee._common.errors import DataError
 from ptee.data.demo_images import DEMO, fingerprint
 from ptee.data.folders import LAYOUTS, PARTS, Listing, list_files
-from ptee.data.named import is_prefixed, is_sided, list_named
+from ptee.data.named import is_prefixed, is_sided, list_named, require_name
 from ptee.data.pictures import Key, Pictures
 from ptee.data.splits import FILES, Data, complete
 
@@ -65,7 +65,20 @@ def open_data(
 
 def open_named(name: str, *, transform: Callable[[Image], Tensor], root: Path | None = None, seed: int = 0) -> Data:
     """The same for a name, even if there is a folder of that name."""
-    return _split(list_named(name, root), name, transform, seed)
+    return _split(list_named(name, root, seed), name, transform, seed)
+
+
+def require_source(source: str) -> None:
+    """Refuse what is neither a folder nor the name of a data set. Nothing is read.
+
+    Raises:
+        DataError: if it is a file, or a path where there is nothing.
+        UnknownName: if there is no data set of that name.
+    """
+    path = Path(source).expanduser()
+    if not source.strip() or not path.is_dir():
+        _refuse_path(source, path)
+        require_name(source)
 
 
 def _refuse_path(source: str | Path, path: Path) -> None:

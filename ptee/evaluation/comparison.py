@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.validation import BATCH_SIZE
 from ptee.analysis.freezing import modes, set_modes
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
@@ -69,7 +70,7 @@ def compare(
     static: Mapping[str, str | nn.Module | Backbone] | None = None,
     drops: Sequence[float] = DROPS,
     lines: Sequence[str] = LINES,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,

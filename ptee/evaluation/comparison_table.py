@@ -153,7 +153,7 @@ class Comparison:
 
     def __str__(self) -> str:
         own = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
-        title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "as it is")
+        title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "no threshold")
         return (
             f"{self.backbone}, {self.samples:,} images{own}; thresholds chosen on {self.calibration:,} other images\n"
             + (f"{self.note}\n" if self.note else "")
@@ -168,7 +168,8 @@ class Comparison:
 
 
 LEGEND = """\
-Each column: the largest drop of {measure} that was allowed. "as it is": there is no threshold to choose.
+Each column: the largest drop of {measure} that was allowed. "no threshold": lines without one, such as a
+smaller network alone.
 Each cell: the cost, and in parentheses the drop of {measure} on the report images. "missed": it is larger than allowed.
 cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
 Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with a reserve for new images.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.devices import resolve_device
+from ptee._common.validation import BATCH_SIZE
 from ptee.evaluation.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import Results, Row
@@ -33,7 +34,7 @@ def evaluate(
     data: Any,
     *,
     threshold: Thresholds | None = None,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
     speed: bool = True,

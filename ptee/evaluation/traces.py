@@ -17,6 +17,7 @@ from torch import Tensor
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
+from ptee._common.validation import BATCH_SIZE
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
@@ -169,7 +170,7 @@ def record(
     model: EarlyExitModel,
     data: object,
     *,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -208,7 +209,13 @@ def record(
 
 
 def repeated(
-    data: object, traces: Traces, *, words: str, batch_size: int = 128, num_workers: int = 0, progress: bool = True
+    data: object,
+    traces: Traces,
+    *,
+    words: str,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> Iterator[Tensor]:
     """The images of data that `record` made these traces of, batch by batch. Other images or another order are refused."""
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)

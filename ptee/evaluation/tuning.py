@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ptee._common.validation import BATCH_SIZE
 from ptee.evaluation.config import ThresholdsConfig
 from ptee.evaluation.targets import DEFAULTS, Margin, Solution, Target, below, solve
 from ptee.evaluation.threshold_search import ROUNDING
@@ -26,7 +27,7 @@ def tune(
     max_cost: float | None = None,
     one_threshold: bool = DEFAULTS.one_threshold,
     margin: Margin = DEFAULTS.margin,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Solution:

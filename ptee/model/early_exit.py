@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -334,6 +334,7 @@ class EarlyExitModel(
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
+        more_files: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> str | None:
         """Write config.json and heads.safetensors into a folder; the backbone is not saved.
@@ -345,6 +346,7 @@ class EarlyExitModel(
             repo_id: on the hub, for push_to_hub.
             push_to_hub: upload the folder.
             model_card_kwargs: for README.md.
+            more_files: texts of further files of the folder, by name.
             hub: further arguments of huggingface_hub's push_to_hub.
 
         Raises:
@@ -357,7 +359,7 @@ class EarlyExitModel(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results
             )
             text = str(self.generate_model_card(**card)) if new else None
-            runs.write(folder, config, self.heads.state_dict(), text)
+            runs.write(folder, config, self.heads.state_dict(), text, more_files)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)
         except OSError as why:

@@ -94,10 +94,17 @@ def describe(
     }
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str | None = None) -> None:
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str | None = None,
+    more: Mapping[str, str] | None = None,
+) -> None:
     """Write a run: all of it, or on failure nothing, so that a run that was there stays as it was.
 
-    `config` comes from `describe`; version, hashes and fingerprint are added. `card` is the text of README.md; None leaves it.
+    `config` comes from `describe`; version, hashes and fingerprint are added. `card` is the text of README.md; None leaves
+    it. `more` holds the texts of further files, by name.
     """
     from safetensors.torch import save_file
 
@@ -109,16 +116,21 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     writers: dict[str, Callable[[Path], Any]] = {HEADS: lambda path: save_file(stored, path)}
     if card is not None:
         writers[CARD] = _text(card)
+    writers |= {name: _text(text) for name, text in (more or {}).items()}
     replace_files(folder, writers | {CONFIG: _text(to_json(whole) + "\n")})
 
 
-def update(folder: Path, **fields: Any) -> None:
-    """Replace fields of a run's config.json, and in its metrics.json those that it has: in both files or in none."""
+def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -> None:
+    """Replace fields of a run's config.json, and in its metrics.json those that it has: in all files or in none.
+
+    `more` holds the texts of further files, by name.
+    """
     new = {CONFIG: _config(folder, folder / CONFIG) | fields}
     if (folder / METRICS).is_file():
         metrics = _metrics(folder)
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
-    replace_files(folder, {name: _text(to_json(values) + "\n") for name, values in reversed(new.items())})
+    texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
+    replace_files(folder, {name: _text(text) for name, text in {**(more or {}), **texts}.items()})
 
 
 def _text(text: str) -> Callable[[Path], Any]:

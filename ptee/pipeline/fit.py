@@ -1,21 +1,21 @@
-"""Everything from a backbone and images to a saved early-exit model: exits, training, calibration, thresholds, results.
+"""From a backbone and images to a saved early-exit model: exits, training, calibration, thresholds, results.
 
 `fit` does from Python what `ptee augment` does on the command line; both are `fit_backbone` with the same recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
-from ptee._common.files import write_json
+from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
@@ -28,10 +28,9 @@ from ptee.exits.front import named_front
 from ptee.model import saving
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
-from ptee.pipeline import unreadable
-from ptee.pipeline.images import from_data_sets, has_labels, image_size, labels_of, recipe_for
-from ptee.pipeline.recipe import Recipe, make_recipe, write_recipe
-from ptee.pipeline.run_folder import clear, new_folder, sole_writer, speaks_for_all
+from ptee.pipeline.images import describe_labels, from_data_sets, has_labels, image_size, labels_of, recipe_for
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.pipeline.run_folder import clear, forget_training, is_main_process, new_folder, require_readable, sole_writer
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
@@ -45,33 +44,21 @@ def silent(text: str) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """How a fit is run; nothing here changes what comes out of it.
+    """How a fit is run. Nothing here changes the model that comes out."""
 
-    Attributes:
-        out: folder of the run; None to save nothing.
-        device: where the heads learn; None for a GPU where there is one.
-        num_workers: processes that load images.
-        resume: go on with the training that was interrupted in `out`.
-        speed: measure images per second, too.
-        log: is told what happens, in lines for a person.
-        again: what to type to go on after an interruption; empty where nothing helps.
-        overwrite: replace the run that `out` holds.
-        speed_seconds: how long measuring speed may take, in about.
-        explain: say what the columns of the results mean.
-    """
-
-    out: Path | None = None
-    device: str | torch.device | None = None
-    num_workers: int = 0
-    resume: bool = False
-    speed: bool = False
-    log: Log = silent
-    again: str = ""
-    overwrite: bool = False
-    speed_seconds: float = SPEED_SECONDS
-    explain: bool = False
+    out: Path | None = None  # folder of the run; None to save nothing
+    device: str | torch.device | None = None  # None: a GPU if there is one
+    num_workers: int = 0  # processes that load images
+    resume: bool = False  # go on with the interrupted training in `out`
+    speed: bool = False  # measure images per second, too
+    log: Log = silent  # gets every message to the user
+    again: str = ""  # what to type after an interruption
+    overwrite: bool = False  # replace the run in `out`
+    speed_seconds: float = SPEED_SECONDS  # about how long measuring the speed may take
+    explain: bool = False  # add the legend to the table of results
 
 
+@own_random_numbers()
 def fit(
     model: str | nn.Module,
     train_data: Any,
@@ -94,45 +81,40 @@ def fit(
 ) -> EarlyExitModel:
     """Add early exits to a trained classifier: place them, train their heads, choose thresholds, measure, save.
 
-    The steps, the settings and the numbers are those of `ptee augment`. Speed is measured only when it is asked for.
+    The steps, the settings and the numbers are those of `ptee augment`, except that speed is measured only on request. The
+    caller's random numbers of torch go on as if `fit` had not been called.
 
     Args:
         model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module from images (b, c, h, w) to logits (b, K).
-            It stays frozen, and is used as it is, not copied.
-        train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. The images come as the backbone
-            takes them: resized and normalised.
+            A module stays frozen, and is used itself, not copied.
+        train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. The images are resized and
+            normalised as the backbone expects.
         val_data: other images, for the report. None: a tenth of the training images.
         calibration_data: other images, for the thresholds. None: one half of `val_data`, or a tenth of the training images.
         recipe: the name of a built-in recipe ("ptee", "pteenet", "eenet", "branchynet", "ztw"), a YAML file, or a `Recipe`.
         out: a folder for the run. None: nothing is saved.
-        num_classes: K, where the model does not say.
-        input_size: (c, h, w). None: the model's own, for a module that of the first training image.
+        num_classes: K, if the model does not say.
+        input_size: (c, h, w). None: the model's own; for a module, that of the first training image.
         pretrained: for a name: load its published weights.
         weights: for a name: a file of weights instead.
-        device: None: a GPU where there is one.
+        device: None: a GPU if there is one.
         num_workers: processes that load images.
         speed: measure images per second beside the bare backbone.
-        overwrite: replace the run that `out` holds.
-        resume: go on with the training that was interrupted in `out`.
-        log: is told what happens, such as `print`.
+        overwrite: replace the run in `out`.
+        resume: go on with the interrupted training in `out`.
+        log: a function that gets the messages, such as `print`.
         changes: settings of the recipe by name: `epochs=20`, `head="pool"`, `max_drop=0.01`, `seed=1`. `ptee recipe ptee` on the
             command line lists them all.
 
     Returns:
-        The model in eval mode with its thresholds set. `model.results` has what was measured; `log=print` shows it in tables.
+        The model in eval mode with its thresholds set. `model.results` holds the measurements; `log=print` shows them as tables.
 
     Raises:
-        PteeError: naming the argument or setting that cannot be, and what is possible.
+        PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
-    if out is not None and not str(out):
-        raise PteeError("out is an empty text. Give a folder, or None to save nothing.", argument="out", value=out)
-    folder = None if out is None else new_folder(Path(out), overwrite=overwrite, resume=resume)
-    if resume and folder is None:
-        raise PteeError(
-            "There is nothing to resume without a folder. Give ", Argument("out", "FOLDER"), ".", argument="resume"
-        )
+    folder = _folder(out, overwrite, resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
     if input_size is None and isinstance(model, nn.Module):
         input_size = image_size(train_data)
@@ -142,21 +124,25 @@ def fit(
     labels = labels_of(data, backbone, resolve_device(device))
     adapted = recipe_for(labels, chosen)
     if log is not None:
-        log(str(PteeError(f"{labels.reason} {labels.doubt}".rstrip(), " ", *labels.remedy)).rstrip())
+        log(describe_labels(labels))
     again = "Call ptee.fit again with resume=True."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)
 
 
-def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> EarlyExitModel:
-    """`fit` for a backbone and images that are there already.
+def _folder(out: str | Path | None, overwrite: bool, resume: bool) -> Path | None:
+    if out is not None and not str(out):
+        raise PteeError("out is an empty text. Give a folder, or None to save nothing.", argument="out", value=out)
+    if out is not None:
+        return new_folder(Path(out), overwrite=overwrite, resume=resume)
+    if resume:
+        give = Argument("out", "FOLDER")
+        raise PteeError("There is nothing to resume without a folder. Give ", give, ".", argument="resume")
+    return None
 
-    Args:
-        backbone: to be frozen.
-        data: images as it takes them, with its labels or none.
-        recipe: every setting.
-        job: where, and how it is told.
-    """
+
+def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> EarlyExitModel:
+    """`fit` for a backbone and images that are loaded already."""
     recipe = recipe.resolved()
     job = replace(job, device=resolve_device(job.device))
     model, target = checked_model(backbone, data, recipe)
@@ -169,12 +155,12 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
 
 
 def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> EarlyExitModel:
-    for_heads, for_confidence = _images_of_each(data, recipe, job.log)
-    recipe = carried_out(recipe, data)
+    wanted, recipe = recipe, carried_out(recipe, data)
+    for_heads, for_confidence = _images_of_each(data, wanted, recipe, job.log)
     complete: list[Epoch] = []
     try:
         history = _train_on_files(model, for_heads, recipe, job, complete)
-        if not speaks_for_all():
+        if not is_main_process():
             return model
         model.results = {"data": about(data)}
         _set_confidence(model, for_confidence, recipe, job)
@@ -185,36 +171,29 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
     try:
         _measure(model, report, outcome, recipe, job)
     except KeyboardInterrupt as why:
-        if job.out is None:
-            raise Interrupted("Interrupted.") from why
-        words = f"Interrupted: the run in {job.out} is complete but for its results. {job.again}"
-        raise Interrupted(words.strip()) from why
+        words = f": the run in {job.out} is complete but for its results. {job.again}".rstrip()
+        raise Interrupted("Interrupted." if job.out is None else f"Interrupted{words}") from why
     _save(model, history, recipe, job)
     if job.out is not None:
-        (job.out / saving.CHECKPOINT).unlink(missing_ok=True)
+        forget_training(job.out)
     return model
 
 
 def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[EarlyExitModel, Target | None]:
-    """The model with untrained heads, and what its thresholds are to meet. Refuses before anything is trained what cannot be.
-
-    Args:
-        backbone: to be frozen.
-        data: images as it takes them.
-        recipe: every setting.
+    """The model with untrained heads, and the target of its thresholds. Refuses whatever cannot work before any training.
 
     Raises:
         PteeError: naming the setting.
     """
     recipe, labelled = recipe.resolved(), has_labels(data)
     target = Target.of(recipe.thresholds, labelled)
+    question = recipe.confidence.question
     if recipe.confidence.name not in CONFIDENCES:
         raise unknown("confidence", str(recipe.confidence.name), CONFIDENCES, argument="confidence")
-    if not labelled and recipe.confidence.question != "agrees":
-        raise DataError(
-            "The images have no labels for ", Argument("question", repr(recipe.confidence.question)), ". Give ",
-            Argument("question", "'agrees'"), ".", argument="question", value=recipe.confidence.question,
-        )  # fmt: skip
+    if not labelled and question != "agrees":
+        wanted, instead = Argument("question", repr(question)), Argument("question", "'agrees'")
+        text = "The images have no labels for "
+        raise DataError(text, wanted, ". Give ", instead, ".", argument="question", value=question)
     model = build_model(backbone, recipe)
     try:
         if target is not None:
@@ -230,58 +209,46 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
 
 
 def build_model(backbone: Backbone, recipe: Recipe) -> EarlyExitModel:
-    """A backbone with the exits of a recipe. Their heads have not learned yet; the same seed gives the same heads."""
+    """A backbone with the exits of a recipe. Their heads are not trained; the same seed gives the same heads."""
     exits = recipe.exits
-    front = named_front(
-        exits.front, backbone, weights=exits.front_weights, mean=_each(exits.front_mean), std=_each(exits.front_std)
-    )
+    mean, std = ((v,) if isinstance(v, int | float) else v for v in (exits.front_mean, exits.front_std))
+    front = named_front(exits.front, backbone, weights=exits.front_weights, mean=mean, std=std)
+    options = {"exits": exits.places, "num_exits": exits.number, "head": exits.head, "head_budget": exits.head_budget}
     with own_random_numbers(recipe.seed):
-        return build(
-            backbone, exits=exits.places, num_exits=exits.number, head=exits.head, head_budget=exits.head_budget, front=front
-        )  # fmt: skip
-
-
-def _each(value: Any) -> Any:
-    return (value,) if isinstance(value, int | float) else value
+        return build(backbone, front=front, **options)
 
 
 def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> None:
+    """Write all files of the run, or on failure none."""
     if job.out is None:
         return
-    model.save_pretrained(job.out)
-    write_recipe(recipe, job.out)
-    unreadable.forget(job.out)
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
-    write_json(job.out / saving.METRICS, metrics)
+    more = {saving.METRICS: f"{to_json(metrics)}\n", RECIPE_FILE: recipe.to_yaml()}
+    model.save_pretrained(job.out, more_files=more)
 
 
 # ---------------------------------------------------------------------------------------------------- the steps
 
 
 def carried_out(recipe: Recipe, data: Data) -> Recipe:
-    """The recipe as these images allow it: no mirror images of digits; calibrated only where there are enough images for it."""
+    """The recipe as these images allow it: no mirror images of digits; calibrated only if there are enough images for it."""
     changes: dict[str, Any] = {}
     if not data.mirror:
         changes["training.mirror"] = False
-    if recipe.resolved().confidence.name == CALIBRATED and _too_few_to_calibrate(recipe, data):
+    confidence, every = recipe.resolved().confidence, cast(Sized, data.train)
+    usual = type(confidence).model_fields["calibration_share"].default  # another share that is too small is refused
+    too_few = len(every) * confidence.calibration_share < MIN_IMAGES and confidence.calibration_share == usual
+    if confidence.name == CALIBRATED and too_few:
         changes["confidence.name"] = MAX_PROB
     return recipe.with_settings(changes).resolved()
 
 
-def _too_few_to_calibrate(recipe: Recipe, data: Data) -> bool:
-    """Whether the usual share is too few images. Another share that is too small is refused."""
+def _images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Log) -> tuple[Data, Any]:
+    """The data with the training images of the heads, and the images to calibrate the confidence on, or None."""
     every: Any = data.train
-    share = recipe.confidence.calibration_share
-    usual = type(recipe.confidence).model_fields["calibration_share"].default
-    return share == usual and len(every) * share < MIN_IMAGES
-
-
-def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
-    """The data whose training images are for the heads, and the images to calibrate the confidence on, if there are any."""
-    every: Any = data.train
-    if recipe.confidence.name != CALIBRATED:
+    if wanted.confidence.name != CALIBRATED:
         return data, None
-    if _too_few_to_calibrate(recipe, data):
+    if recipe.confidence.name != CALIBRATED:
         log(
             f"{len(every):,} training images are too few to calibrate the confidence as well: the heads learn from all of them, "
             "and the confidence is the largest probability.\n"
@@ -289,32 +256,32 @@ def _images_of_each(data: Data, recipe: Recipe, log: Log) -> tuple[Data, Any]:
         return data, None
     for_heads, rest = hold_out(every, recipe.confidence.calibration_share, recipe.seed)
     log(
-        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence is calibrated on the other "
-        f"{len(rest):,}, drawn with seed {recipe.seed}.\n"
+        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence is calibrated on the "
+        f"other {len(rest):,}, drawn with seed {recipe.seed}.\n"
     )
     return replace(data, train=for_heads), rest
 
 
 def _train_on_files(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
-    """Train. If a picture cannot be read any more, all such pictures are named, and recorded for a resumption."""
+    """Train. If a picture can no longer be read, name all such pictures, and record them for --resume."""
     try:
         return _train(model, data, recipe, job, complete)
     except DataError:
         if job.out is not None and data.split["kind"] in FILES:
-            unreadable.require_readable(data, job.out)
+            require_readable(data, job.out)
         raise
 
 
 def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
-    """Train the heads. Epochs are added to `complete` once they are kept in the folder."""
+    """Train the heads. Each epoch is added to `complete` once it is saved in the folder."""
     config = resolve_config(recipe.training, model, data.train)
-    epochs = int(config.epochs)
+    checkpoint = None if job.out is None else job.out / saving.CHECKPOINT
 
     def on_epoch(epoch: Epoch) -> None:
         complete.append(epoch)
         if job.out is not None:
             clear(job.out)
-        job.log(epoch.line(epochs))
+        job.log(epoch.line(int(config.epochs)))
 
     history = train(
         model,
@@ -323,8 +290,8 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         config=config,
         device=job.device,
         num_workers=job.num_workers,
-        checkpoint=None if job.out is None else job.out / saving.CHECKPOINT,
-        resume=job.resume and (job.out or Path()).joinpath(saving.CHECKPOINT).is_file(),
+        checkpoint=checkpoint,
+        resume=job.resume and checkpoint is not None and checkpoint.is_file(),
         on_epoch=on_epoch,
         on_cache=lambda estimate: job.log(str(estimate)),
     )
@@ -335,18 +302,15 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
     return history
 
 
+def _batches(recipe: Recipe, job: Job) -> dict[str, Any]:
+    return {"batch_size": recipe.training.batch_size, "num_workers": job.num_workers, "device": job.device}
+
+
 def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job) -> None:
     if images is None:
         model.confidence = str(recipe.confidence.name)
         return
-    fits = calibrate(
-        model,
-        images,
-        target=recipe.confidence.question,
-        batch_size=recipe.training.batch_size,
-        num_workers=job.num_workers,
-        device=job.device,
-    )
+    fits = calibrate(model, images, target=recipe.confidence.question, **_batches(recipe, job))
     job.log(f"\n{fits}")
     model.results = (model.results or {}) | {"calibration": fits.to_dict()}
 
@@ -354,62 +318,48 @@ def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job
 def _set_thresholds(
     model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job
 ) -> tuple[tuple[Any, str], Solution | None]:
-    """Give the model its thresholds. Returns images to report on, a sentence about them, and what was found for the target."""
+    """Set the thresholds. Returns the images to report on with a sentence about them, and the solution for the target."""
     if target is None:
         assert recipe.thresholds.threshold is not None  # else there is a target
         model.threshold = recipe.thresholds.threshold
         return (data.validation, data.summary), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
-    images, found = choose_thresholds(model, unseen, target, recipe, job)
-    return (images, f"{data.summary} {(model.results or {})['tuning']['images']}"), found
+    images, words, found = choose_thresholds(model, unseen, target, recipe, job)
+    return (images, f"{data.summary} {words}"), found
+
+
+def choose_thresholds(
+    model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job
+) -> tuple[Any, str, Solution]:
+    """Set the thresholds of a trained model for a target, and record it in the model's results.
+
+    Returns the images that are left to report on, a sentence about the split, and the solution.
+    """
+    parts, how = parts_for_tuning(unseen), recipe.thresholds
+    goal: dict[str, Any] = {target.kind: target.limit, "one_threshold": how.one_threshold, "margin": how.margin}
+    found = tune(model, parts.calibration, **goal, **_batches(recipe, job))
+    record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
+    model.results = (model.results or {}) | {"tuning": record | found.to_dict()}
+    job.log(f"\n{parts.words}\n{found}")
+    return parts.report, parts.words, found
 
 
 def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job) -> None:
-    """Measure on images that the thresholds were not chosen on."""
-    images, about = report
-    results = evaluate(
-        model, images, batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device, speed=job.speed,
-        speed_seconds=job.speed_seconds, about=about,
-    )  # fmt: skip
+    images, words = report
+    how: dict[str, Any] = {"speed": job.speed, "speed_seconds": job.speed_seconds, "about": words}
+    results = evaluate(model, images, **how, **_batches(recipe, job))
     job.log(f"\n{results}" + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
     if found is not None:
         job.log(describe_outcome(found, model.results))
 
 
-def choose_thresholds(
-    model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job
-) -> tuple[Any, Any]:
-    """Set the thresholds for a target, and record in the model's results how.
-
-    Args:
-        model: trained.
-        unseen: images that its heads have not seen.
-        target: what the thresholds are to meet.
-        recipe: its batch size, margin, and whether all exits get one threshold.
-        job: where, and how it is told.
-
-    Returns:
-        The images that are left to report on, and the thresholds that were found.
-    """
-    parts = parts_for_tuning(unseen)
-    found = tune(
-        model, parts.calibration, **{target.kind: target.limit}, one_threshold=recipe.thresholds.one_threshold, margin=recipe.thresholds.margin,
-        batch_size=recipe.training.batch_size, num_workers=job.num_workers, device=job.device,
-    )  # fmt: skip
-    record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
-    model.results = (model.results or {}) | {"tuning": record | found.to_dict()}
-    job.log(f"\n{parts.words}\n{found}")
-    return parts.report, found
-
-
 def about(data: Data) -> dict[str, Any]:
-    """Where the images are found again."""
+    """The record of the images in a run, by which they are found again."""
     return {"source": data.place, "root": data.split.get("root", ""), "split": data.split}
 
 
 def _interrupted(complete: list[Epoch], job: Job) -> Interrupted:
-    """What is kept of a training, in epochs that were completed now or before."""
     if job.out is None or not (complete or job.resume):
         return Interrupted("Interrupted.")
     kept = f"{complete[-1].number} complete epochs are" if complete else "what was trained before is"

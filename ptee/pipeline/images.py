@@ -1,8 +1,8 @@
-"""Images for a backbone: prepared as it takes them, with its labels."""
+"""Images for a backbone, prepared as it takes them and with its labels, and the recipe that these labels allow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ptee._common.errors import Argument, DataError
+from ptee._common.errors import Argument, DataError, PteeError
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, split_batch
 from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
@@ -20,6 +20,7 @@ from ptee.data.splits import Data, complete
 from ptee.pipeline.recipe import Recipe
 
 SOURCE = "your own data sets"  # what data sets from Python are called
+ARGUMENTS = {"train": "train_data", "calibration": "calibration_data", "validation": "val_data"}  # of `ptee.fit`
 
 
 def open_images(
@@ -37,24 +38,21 @@ def open_images(
     removed: Sequence[Key] = (),
     require: Callable[[Data], None] | None = None,
 ) -> tuple[Data, LabelMap]:
-    """Open a data source for a backbone.
+    """Open a data source for a backbone: its images in three parts, and how their classes became the backbone's.
 
     Args:
         source: a folder, or the name of a data set.
-        backbone: that takes the images.
-        seed: which images are drawn for parts that the source does not have.
-        root: where a data set of torchvision lies.
-        named: the source is a name, even where a folder has the same name.
+        backbone: reads the images.
+        seed: draws the images of parts that the source does not deliver.
+        root: the folder of a data set of torchvision.
+        named: the source is a name, even if there is a folder of that name.
         classes: a file that names the backbone's classes in its order.
         trained: these names as a run recorded them; used if the data have no other classes.
         check: see whether the backbone is right under these labels.
-        device: for that.
+        device: for this check.
         report_only: images to report on are enough.
         removed: keys of files that could not be read.
-        require: is called with the data before a picture of them is decoded, and may refuse them.
-
-    Returns:
-        The images in three parts, and how their classes became the backbone's.
+        require: may refuse the data before any picture is decoded.
 
     Raises:
         DataError: if the data cannot be read, or the class names do not fit.
@@ -66,73 +64,64 @@ def open_images(
         data = open_named(source, transform=transform, root=place, seed=seed)
     else:
         data = open_data(source, transform=transform, root=place, seed=seed, report_only=report_only, removed=removed)
-    if data.split["kind"] == "torchvision":  # found by its name there, from wherever the run is opened again
+    if data.split["kind"] == "torchvision":  # a saved run finds it by its name in this folder
         data = replace(data, split=data.split | {"root": str((place or Path()).resolve())})
     if require is not None:
         require(data)
     fits = trained and len(trained) == backbone.num_classes and {*data.class_names} <= {*trained}
-    labels = choose_class_order(
-        backbone, data, classes=classes or (trained if fits else None), check=check, device=device
-    )
+    names = classes or (trained if fits else None)
+    labels = choose_class_order(backbone, data, classes=names, check=check, device=device)
     return relabelled(data, labels), labels
 
 
-def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) -> Data:
-    """Data sets of the user's own as the three parts; a part that is missing is drawn from the training images.
+def describe_labels(labels: LabelMap, word: Callable[[Argument], str] = str) -> str:
+    """How the labels were mapped, why they are in doubt, and what to do about it. `word` says how to call an argument."""
+    return PteeError(f"{labels.reason} {labels.doubt}".rstrip(), " ", *labels.remedy).worded(word).rstrip()
 
-    Args:
-        train: a map-style data set of (image, label) or (image,), the images as the backbone takes them.
-        validation: likewise, or None.
-        calibration: likewise, or None.
-        seed: which images are drawn.
+
+def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) -> Data:
+    """The user's own data sets as the three parts; a part that is None is drawn from the training images.
 
     Raises:
         DataError: if one is no map-style data set, or there are too few training images.
     """
     given = {"train": train, "calibration": calibration, "validation": validation}
-    for name, data_set in given.items():
-        if data_set is not None and not (hasattr(data_set, "__getitem__") and hasattr(data_set, "__len__")):
-            argument = "train_data" if name == "train" else "val_data" if name == "validation" else "calibration_data"
-            raise DataError(
-                f"{argument} is a {type(data_set).__name__}. Give a map-style data set, of which each item is (image, label) or "
-                "(image,); of a loader, its .dataset.",
-                argument=argument,
-                value=data_set,
-            )
-    delivered = {name: data_set for name, data_set in given.items() if data_set is not None}
+    delivered = {part: data_set for part, data_set in given.items() if data_set is not None or part == "train"}
+    for part, data_set in delivered.items():
+        _require_map_style(data_set, ARGUMENTS[part])
     parts, rule = complete(delivered, SOURCE, seed)
-    split = {
-        "kind": "data sets",
-        "parts": dict.fromkeys(delivered, SOURCE),
-        "rule": rule,
-        "seed": seed,
-        "sizes": {part: len(images) for part, images in parts.items()},
-    }
+    sizes = {part: len(images) for part, images in parts.items()}
+    split = {"kind": "data sets", "parts": dict.fromkeys(delivered, SOURCE), "rule": rule, "seed": seed, "sizes": sizes}
     return Data(**parts, class_names=(), source=SOURCE, split=split)
 
 
-def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
-    """What is known about the labels of data sets of the user's own.
+def _require_map_style(data: Any, argument: str) -> None:
+    kind = type(data).__name__
+    if isinstance(data, Tensor):
+        text = f"{argument} is a Tensor. Give a data set of it: torch.utils.data.TensorDataset({argument})."
+    elif isinstance(data, tuple) or (isinstance(data, list) and data and isinstance(data[0], Tensor)):
+        of = "tensors" if all(isinstance(each, Tensor) for each in data) else "values"
+        text = f"{argument} is a {kind} of {of}. Give a data set of tensors: torch.utils.data.TensorDataset(X, y)."
+    elif isinstance(data, str | bytes | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        each = "of which each item is (image, label) or (image,): a loader's .dataset, a folder's ImageFolder"
+        text = f"{argument} is a {kind}. Give a map-style data set, {each}."
+    else:
+        return
+    raise DataError(text, argument=argument, value=data)
 
-    Args:
-        data: as of `from_data_sets`.
-        backbone: that takes the images.
-        device: for the images that are tried on it.
-    """
+
+def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
+    """The labels of the user's own data sets. The backbone is tried on some of the images, on `device`."""
     if has_labels(data):
         return labels_as_given(backbone, data, device=device)
     return LabelMap(None, "The images have no labels.", remedy=("Give data sets of (image, label).",))
 
 
 def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
-    """The recipe as the labels allow it: without labels that can be trusted, the heads learn the backbone's answers.
-
-    Args:
-        labels: of the images.
-        recipe: as it was asked for.
+    """The recipe that the labels allow: without labels that can be trusted, the heads learn the backbone's answers.
 
     Raises:
-        DataError: if something was asked for that needs labels.
+        DataError: if the recipe asks for something that needs labels.
     """
     _require_labels(labels, recipe)
     if labels.indices is not None and not labels.doubt:
@@ -145,7 +134,6 @@ def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
 
 
 def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
-    """Refuse what needs labels where there are none, or where the backbone is hardly ever right under them."""
     limit, question = recipe.thresholds.max_drop, recipe.confidence.question
     needs = [
         (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
@@ -154,10 +142,8 @@ def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
     ]
     for needed, wanted, instead in needs:
         if needed and labels.indices is None:
-            raise DataError(
-                f"{labels.reason} So there are no labels for ", wanted, ". ", *labels.remedy, " Or give ", instead, ".",
-                argument=wanted.name,
-            )  # fmt: skip
+            text = (f"{labels.reason} So there are no labels for ", wanted, ". ", *labels.remedy)
+            raise DataError(*text, " Or give ", instead, ".", argument=wanted.name)
         if needed:
             labels.require_accuracy(wanted, instead)
 
@@ -169,10 +155,10 @@ def has_labels(data: Data) -> bool:
 
 
 def image_size(train_data: Any) -> tuple[int, int, int] | None:
-    """(c, h, w) of the first image of a data set, None where it is no tensor of that form."""
+    """(c, h, w) of the first image of a data set, or None if it is no such tensor."""
     try:
         image = train_data[0][0]
-    except Exception:  # whatever a data set of somebody's own raises; it is refused by name later
+    except Exception:  # whatever a user's data set raises; it is refused by name later
         return None
     if not isinstance(image, Tensor) or image.dim() != 3:
         return None

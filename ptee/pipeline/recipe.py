@@ -1,4 +1,4 @@
-"""A recipe: every setting from exits to thresholds, in one value. It is the one place of defaults for Python and the command.
+"""A recipe: every setting from exits to thresholds in one value, and the only place of their defaults.
 
 Recipes are YAML files; five are built in. `ptee recipe NAME` prints one, and every run keeps the recipe it was made with.
 """
@@ -15,19 +15,16 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, unknown
-from ptee._common.files import write_text
 from ptee._common.validation import FrozenConfig, Whole
-from ptee.evaluation.config import ThresholdsConfig
+from ptee.evaluation.config import TARGETS, ThresholdsConfig
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
 from ptee.training.config import SEPARATE, TrainingConfig
 
+RECIPE_FILE = "recipe.yaml"
 LARGEST_FILE = 2**18  # bytes; a recipe has about two thousand
 DEFAULT = "ptee"
-OTHER_NAMES = {
-    "exits": "exits.places",
-    "num_exits": "exits.number",
-    "confidence": "confidence.name",
-}  # of Python and the command
+# Shorter names of settings, in Python and on the command line.
+OTHER_NAMES = {"exits": "exits.places", "num_exits": "exits.number", "confidence": "confidence.name"}
 
 
 class Recipe(FrozenConfig):
@@ -50,23 +47,22 @@ class Recipe(FrozenConfig):
     def _one_seed(self) -> Self:
         own = self.training.seed
         if "seed" in self.training.model_fields_set and own != self.seed:
-            raise PteeError(
-                Argument("training.seed", str(own)), " is not the recipe's seed. Give one for all: ", Argument("seed", str(own)), ".",
-                argument="training.seed", value=own,
-            )  # fmt: skip
+            wrong, right = (Argument(name, str(own)) for name in ("training.seed", "seed"))
+            text = " is not the recipe's seed. Give one for all: "
+            raise PteeError(wrong, text, right, ".", argument="training.seed", value=own)
         return self
 
     def given(self) -> dict[str, Any]:
-        """The settings that were set, nested by section; the others follow their defaults."""
+        """The settings that were set, nested by section; the others have their defaults."""
         return self.model_dump(exclude_unset=True, exclude={"training": {"seed"}}, mode="json")
 
     def to_yaml(self) -> str:
-        """The recipe as a file: every setting, defaults too."""
+        """The recipe as the text of a file, with every setting."""
         values = self.resolved().model_dump(exclude={"training": {"seed"}}, mode="json")
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
     def resolved(self) -> Recipe:
-        """The same recipe with a value in place of every None that depends on other settings."""
+        """The same recipe with a value for every None that depends on other settings."""
         training = self.training.changed(seed=self.seed).resolved()
         confidence = self.confidence.changed(name=self.confidence.name or self._usual_confidence)
         return self.model_copy(update={"exits": self.exits.resolved(), "training": training, "confidence": confidence})
@@ -79,112 +75,107 @@ class Recipe(FrozenConfig):
         """The recipe with some settings changed.
 
         Args:
-            settings: values by name: `training.epochs`, or the last word alone (`epochs`) where only one section has it.
+            settings: values by name: `training.epochs`, or the last word alone (`epochs`) if only one section has it.
 
         Raises:
             UnknownName: if there is no such setting; the nearest is named.
-            PteeError: if a value cannot be, or does not go with the others.
+            PteeError: if a value is not possible, or does not go with the others.
         """
         changes = {path_of(name): value for name, value in settings.items()}
-        values = self._without_what_follows("training.loss" in changes).given() if changes else self.given()
+        values = self._loosened("training.loss" in changes).given() if changes else self.given()
         for path, value in changes.items():
             _set(values, path, value)
         return Recipe(**values)
 
-    def _without_what_follows(self, confidence: bool) -> Recipe:
-        """The same recipe, in which settings that have the value that follows from the others are not set, so that they follow again.
-
-        Args:
-            confidence: let the confidence follow the loss again, too.
-        """
+    def _loosened(self, confidence: bool) -> Recipe:
+        """The same recipe, in which values that follow from other settings are not set, so that they follow a change of these."""
         loose: dict[str, Any] = {"exits": _loosened(self.exits), "training": _loosened(self.training)}
         if confidence and self.confidence.name == self._usual_confidence:
-            values = self.confidence.model_dump(exclude_unset=True, exclude={"name"})
-            loose["confidence"] = ConfidenceConfig(**values)
-        return self.model_copy(update={k: v for k, v in loose.items() if k in self.model_fields_set})
+            loose["confidence"] = ConfidenceConfig(**self.confidence.model_dump(exclude_unset=True, exclude={"name"}))
+        return self.model_copy(update={name: value for name, value in loose.items() if name in self.model_fields_set})
 
 
 def _loosened(config: Any) -> Any:
-    """A section without settings that have the value which follows from the others."""
-    kind, follow = type(config), [name for name, field in type(config).model_fields.items() if field.default is None]
+    kind = type(config)
+    following = {name for name, field in kind.model_fields.items() if field.default is None}
     values = {name: getattr(config, name) for name in config.model_fields_set}
-    without = kind(**{name: value for name, value in values.items() if name not in follow}).resolved()
-    kept = {name: value for name, value in values.items() if name not in follow or value != getattr(without, name)}
+    usual = kind(**{name: value for name, value in values.items() if name not in following}).resolved()
+    kept = {name: value for name, value in values.items() if name not in following or value != getattr(usual, name)}
     loose = kind(**kept)
     return loose if loose.resolved() == config.resolved() else config
+
+
+def _of_paper(about: str, exits: Any, training: Any, confidence: str = "learned") -> dict[str, Any]:
+    """A paper's recipe. All learn for five epochs with Adam, on the images themselves."""
+    common = {
+        "epochs": 5, "optimizer": "adam", "lr": 0.001, "weight_decay": 0.0, "schedule": "constant", "views": 1, "shift": 0
+    }  # fmt: skip
+    how = {"confidence": {"name": confidence}, "thresholds": {"threshold": 0.5}}
+    return {"about": about, "exits": exits, "training": {**common, **training}, **how}
 
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "ptee": {
         "about": "The default: three heads that learn the backbone's probabilities, the first one large and early."
     },
-    "pteenet": {
-        "about": "Lahiany and Aperstein, IEEE Access 10, 2022: a joint loss on the backbone's own answers, threshold 0.5.",
-        "exits": {"places": "fine", "head": "conv2"},
-        "training": {"loss": "joint", "targets": "pseudo"},
-    },
-    "eenet": {
-        "about": "Demir and Akbas, thesis 2019 and arXiv 2409.05336: the smallest heads; the answer blended from each exit on is judged.",
-        "exits": {"places": "pareto", "head": "bnpool"},
-        "training": {"loss": "joint_each_exit"},
-    },
-    "branchynet": {
-        "about": "Teerapittayanon et al., ICPR 2016, with a frozen backbone: heads learn the labels, rows leave by entropy.",
-        "exits": {"places": "pareto", "head": "conv2"},
-        "training": {"loss": "separate", "targets": "labels"},
-        "confidence": {"name": "entropy"},
-    },
-    "ztw": {
-        "about": "Wolczyk et al., NeurIPS 2021 (Zero Time Waste): each head also reads the answer of the exit before it.",
-        "exits": {"places": "pareto", "head": "conv2+"},
-        "training": {"loss": "separate", "targets": "labels"},
-        "confidence": {"name": "max_prob"},
-    },
+    "pteenet": _of_paper(
+        "Lahiany and Aperstein, IEEE Access 10, 2022: a joint loss on the backbone's own answers, threshold 0.5.",
+        {"places": "fine", "head": "conv2"},
+        {"loss": "joint", "targets": "pseudo"},
+    ),
+    "eenet": _of_paper(
+        "Demir and Akbas, thesis 2019 and arXiv 2409.05336: the smallest heads; the answer blended from each exit on is judged.",
+        {"places": "pareto", "head": "bnpool"},
+        {"loss": "joint_each_exit"},
+    ),
+    "branchynet": _of_paper(
+        "Teerapittayanon et al., ICPR 2016, with a frozen backbone: heads learn the labels, rows leave by entropy.",
+        {"places": "pareto", "head": "conv2"},
+        {"loss": "separate", "targets": "labels"},
+        "entropy",
+    ),
+    "ztw": _of_paper(
+        "Wolczyk et al., NeurIPS 2021 (Zero Time Waste): each head also reads the answer of the exit before it.",
+        {"places": "pareto", "head": "conv2+"},
+        {"loss": "separate", "targets": "labels"},
+        "max_prob",
+    ),
 }
-# What the papers' recipes have in common. They learn for five epochs, on the images as they are, with Adam.
-_OF_PAPERS: dict[str, Any] = {
-    "training": {
-        "epochs": 5, "optimizer": "adam", "lr": 0.001, "weight_decay": 0.0, "schedule": "constant", "views": 1, "shift": 0,
-    },
-    "confidence": {"name": "learned"},
-    "thresholds": {"threshold": 0.5},
-}  # fmt: skip
-for _name in set(BUILT_IN) - {DEFAULT}:
-    BUILT_IN[_name] = {
-        key: {**_OF_PAPERS.get(key, {}), **BUILT_IN[_name].get(key, {})} if key != "about" else BUILT_IN[_name]["about"]
-        for key in ("about", "exits", "training", "confidence", "thresholds")
-    }
+
+
+# ---------------------------------------------------------------------------------------------------- from names, files and values
 
 
 def make_recipe(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None, settings: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """A recipe by name, from a file or from values, with some settings changed.
+    """A recipe with some settings changed.
 
     Args:
-        recipe: the name of a built-in recipe, a YAML file, a mapping like that file, or a recipe. None: "ptee".
-        settings: changes, as of `Recipe.with_settings`. None unsets what the recipe says.
+        recipe: the name of a built-in recipe, a YAML file, the folder of a run, a mapping, or a recipe. None: "ptee".
+        settings: changes, as of `Recipe.with_settings`. None as a value unsets what the recipe says.
 
     Raises:
         UnknownName: if there is no such recipe or setting.
-        PteeError: if a value cannot be.
+        PteeError: if a value is not possible.
     """
     changes = {path_of(name): value for name, value in (settings or {}).items()}
     values = _values(DEFAULT if recipe is None else recipe)
     return Recipe(**values).with_settings(_without_rivals(values, changes))
 
 
-def _without_rivals(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes; a way to get thresholds that is given takes the place of the recipe's own."""
-    own, given = values.get("thresholds", {}), {path for path, value in changes.items() if value is not None}
-    ways = [f"thresholds.{name}" for name in ("threshold", "max_loss", "max_drop", "max_fidelity_drop", "max_cost")]
-    rivals: dict[str, Any] = {}
-    if set(ways) & given and isinstance(own, Mapping):
-        rivals = {way: None for way in ways if way.partition(".")[2] in own}
-        if changes.get("thresholds.threshold") is not None:  # and nothing is chosen
-            how = {"thresholds.one_threshold": False, "thresholds.margin": "auto"}
-            rivals |= {path: value for path, value in how.items() if path.partition(".")[2] in own}
-    return {**rivals, **changes}
+def _without_rivals(values: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes. A threshold or target among them replaces the one of the recipe."""
+    own = values.get("thresholds")
+    given = {path.removeprefix("thresholds.") for path, value in changes.items() if value is not None}
+    if not isinstance(own, Mapping) or not given & {"threshold", *TARGETS}:
+        return changes
+    rivals = {name: None for name in ("threshold", *TARGETS) if name in own}
+    if "threshold" in given:  # nothing is chosen, so nothing says how
+        rivals |= {
+            name: ThresholdsConfig.model_fields[name].default for name in ("one_threshold", "margin") if name in own
+        }
+    return {**{f"thresholds.{name}": value for name, value in rivals.items()}, **changes}
 
 
 def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
@@ -195,36 +186,24 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
     if isinstance(recipe, str) and recipe in BUILT_IN:
         return {"name": recipe, **BUILT_IN[recipe]}
     if not isinstance(recipe, str | Path):
-        raise PteeError(
-            f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe.",
-            argument="recipe",
-        )
+        text = f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe."
+        raise PteeError(text, argument="recipe")
     path = Path(recipe)
-    if path.is_dir() and (path / RECIPE_FILE).is_file():
+    if (path / RECIPE_FILE).is_file():
         path = path / RECIPE_FILE
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        return read_recipe(path)
+        return _read(path)
     raise unknown("recipe", str(recipe), BUILT_IN)
 
 
-RECIPE_FILE = "recipe.yaml"
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, not yet checked.
-
-    Raises:
-        PteeError: if it cannot be read, or is no YAML mapping.
-    """
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet checked."""
     try:
         if not path.is_file():
-            raise PteeError(
-                f"There is no recipe file {path}. Give a file, or one of {', '.join(BUILT_IN)}.", argument="recipe"
-            )
-        if path.stat().st_size > LARGEST_FILE:
-            raise PteeError(
-                f"The recipe {path} has {path.stat().st_size:,} bytes; no recipe has more than {LARGEST_FILE:,}."
-            )
+            text = f"There is no recipe file {path}. Give a file, or one of {', '.join(BUILT_IN)}."
+            raise PteeError(text, argument="recipe")
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise PteeError(f"The recipe {path} has {size:,} bytes; no recipe has more than {LARGEST_FILE:,}.")
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
         raise PteeError(f"The recipe {path} cannot be read: {first_line(why)}") from why
@@ -233,23 +212,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Keep a recipe in a run's folder.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
-    write_text(folder / RECIPE_FILE, recipe.to_yaml())
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's truth values and numbers: `no` is a word, as in precision: no, and 1e-2 is a number.
+    """YAML 1.2's truth values and numbers: in `precision: no`, no is a word, and 1e-2 is a number.
 
-    A few lines of aliases can stand for more values than a machine can hold, so there are none.
+    Aliases are refused, because a few lines of them can stand for more values than a machine can hold.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node; PyYAML asks for it."""
+        """PyYAML calls this for each value."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read here. Write the value again.")
         return super().compose_node(parent, index)
@@ -268,13 +238,10 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a YAML text stands for.
-
-    Args:
-        text: of a file, or a single value.
+    """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: if it is none. The library itself lets other errors pass, as for `!!int x`.
+        yaml.YAMLError: if it has none. The library itself raises other errors, too, as for `!!int x`.
     """
     try:
         return yaml.load(text, _Loader)
@@ -289,21 +256,16 @@ def settings() -> Iterator[tuple[str, Any]]:
     """Every setting by its dotted path, with its field (default, description)."""
     for name, field in Recipe.model_fields.items():
         section = field.annotation
-        if isinstance(section, type) and issubclass(section, FrozenConfig):
-            yield from (
-                (f"{name}.{key}", inner)
-                for key, inner in section.model_fields.items()
-                if (name, key) != ("training", "seed")
-            )
-        else:
+        if not (isinstance(section, type) and issubclass(section, FrozenConfig)):
             yield name, field
+            continue
+        for key, inner in section.model_fields.items():
+            if (name, key) != ("training", "seed"):  # which is the recipe's
+                yield f"{name}.{key}", inner
 
 
 def path_of(name: str) -> str:
-    """The dotted path of a setting.
-
-    Args:
-        name: the path, or its last word where only one section has it, or a name of `OTHER_NAMES`.
+    """The dotted path of a setting, from its path, its last word if only one section has it, or one of `OTHER_NAMES`.
 
     Raises:
         UnknownName: if there is no such setting.
@@ -322,22 +284,16 @@ def path_of(name: str) -> str:
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:
     section, _, key = path.rpartition(".")
-    if not section:
-        values[key] = value
-        return
-    inner = values.get(section)
-    if inner is not None and not isinstance(inner, Mapping):
-        raise PteeError(
-            f"The section {section} of a recipe holds settings, not {inner!r:.60}.", argument=section, value=inner
-        )
-    values[section] = {**(inner or {}), key: value}
+    if section:
+        key, value = section, {**values.get(section, {}), key: value}
+    values[key] = value
 
 
 def read_setting(text: str) -> tuple[str, Any]:
     """`training.epochs=20` as a path and a value, which is read as YAML.
 
     Raises:
-        PteeError: if it is not of that form.
+        PteeError: if it has another form.
         UnknownName: if there is no such setting.
     """
     name, equals, value = text.partition("=")

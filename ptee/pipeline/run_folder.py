@@ -1,7 +1,12 @@
-"""The folder of a run that is about to be made: nobody else's, and nothing in it is lost unasked."""
+"""The folder of a run that is being made: one process writes it, and nothing in it is lost without the user's word.
+
+Pictures that cannot be read are recorded there. After the user has removed them, --resume goes on with the same training: the
+other pictures are split, and known, as if these were still there.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,63 +14,57 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ptee._common.errors import Argument, RunError
-from ptee._common.files import WRITING, clear_unfinished, require_writable
+from ptee._common.files import WRITING, clear_unfinished, require_writable, write_json
+from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
+from ptee.data.splits import Data
 from ptee.model import saving
-from ptee.pipeline import unreadable
 from ptee.pipeline.recipe import RECIPE_FILE
 
 LOCK = ".ptee.lock"  # held by the process that trains into a folder
+UNREADABLE = "unreadable.json"  # keys of pictures that could not be read
+OUT, RESUME = Argument("out"), Argument("resume")
 
 
 def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
-    """The folder of a run that is about to be made: new, empty, or one that may be written over.
+    """`out`, if a run may be written there: it is new, empty, to be resumed, or may be overwritten.
 
     Raises:
         RunError: if it holds something else, or there is nothing to resume.
     """
     require_writable(out)
-    run, unfinished = saving.is_run(out), (out / saving.CHECKPOINT).is_file()
-    stopped = (out / unreadable.FILE).is_file()  # before the training, by pictures that could not be read
-    if resume and not (unfinished or stopped):
-        raise RunError(
-            f"There is no interrupted training in {out}. Give its folder with ", Argument("out"), ", or leave out ", Argument("resume"),
-            ".", argument="resume",
-        )  # fmt: skip
+    unfinished = is_interrupted(out)
+    if resume and not (unfinished or (out / UNREADABLE).is_file()):
+        text = f"There is no interrupted training in {out}. Give its folder with "
+        raise RunError(text, OUT, ", or leave out ", RESUME, ".", argument="resume")
     if resume or not out.is_dir() or all(_is_left_over(path.name) for path in out.iterdir()):
         return out
-    if not (run or unfinished):
-        raise RunError(
-            f"{out} holds something else than a run. Give a new folder with ", Argument("out"), ".", argument="out"
-        )
-    if not overwrite:
-        found = (
-            ("an interrupted training; ", Argument("resume", "True"), " goes on with it") if unfinished else ("a run",)
-        )
-        raise RunError(
-            f"{out} holds ", *found, ". Give another folder with ", Argument("out"), ", or replace it with ",
-            Argument("overwrite", "True"), ".", argument="out", value=out,
-        )  # fmt: skip
-    return out
+    if not (unfinished or saving.is_run(out)):
+        raise RunError(f"{out} holds something else than a run. Give a new folder with ", OUT, ".", argument="out")
+    if overwrite:
+        return out
+    goes_on = ("an interrupted training; ", Argument("resume", "True"), " goes on with it")
+    found = (f"{out} holds ", *(goes_on if unfinished else ("a run",)), ". Give another folder with ", OUT)
+    raise RunError(*found, ", or replace it with ", Argument("overwrite", "True"), ".", argument="out", value=out)
+
+
+def is_interrupted(out: Path) -> bool:
+    """Whether a folder holds the checkpoint of a training that is not over."""
+    return (out / saving.CHECKPOINT).is_file()
 
 
 def _is_left_over(name: str) -> bool:
-    """Whether a file is all that a process left that ended before its first epoch."""
-    return name in (unreadable.FILE, LOCK) or name.startswith(WRITING)
+    """Whether a process that ended before its first epoch may have left this file."""
+    return name in (UNREADABLE, LOCK) or name.startswith(WRITING)
 
 
 @contextmanager
 def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """No other process trains into the folder meanwhile.
-
-    Args:
-        out: the folder; None where nothing is saved.
-        overwrite: as of `new_folder`, which looks once more.
-        resume: likewise.
+    """Meanwhile no other process trains into the folder.
 
     Raises:
-        RunError: if one does, or has made a run there since the folder was looked at.
+        RunError: if one does, or has made a run there since `new_folder` looked.
     """
-    if out is None or not speaks_for_all():
+    if out is None or not is_main_process():
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -73,32 +72,61 @@ def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(
-            f"Another process trains into {out}. Wait for it, or give another folder with ",
-            Argument("out"),
-            ".",
-            argument="out",
-        ) from None
+        text = f"Another process trains into {out}. Wait for it, or give another folder with "
+        raise RunError(text, OUT, ".", argument="out") from None
     try:
         new_folder(out, overwrite=overwrite, resume=resume)
         clear_unfinished(out)
         yield
     finally:
-        with suppress(OSError):  # where open files cannot be removed
-            (out / LOCK).unlink()  # while it is held: a file removed later could be another process's
+        with suppress(OSError):  # some systems do not remove open files
+            (out / LOCK).unlink()  # before the release: afterwards it could be another process's
         lock.release()
         with suppress(OSError):
-            out.rmdir()  # where nothing was written
+            out.rmdir()  # if nothing was written
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier run left, so that it is not taken for this one's."""
-    for name in (saving.CONFIG, saving.HEADS, saving.METRICS, RECIPE_FILE):
-        (out / name).unlink(missing_ok=True)
-
-
-def speaks_for_all() -> bool:
+def is_main_process() -> bool:
     """Of several processes that train together, the first goes on alone."""
     from accelerate.state import PartialState
 
     return bool(PartialState().is_main_process)
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier run, so that it is not taken for this one."""
+    for name in (saving.CONFIG, saving.HEADS, saving.METRICS, RECIPE_FILE):
+        (out / name).unlink(missing_ok=True)
+
+
+def forget_training(out: Path) -> None:
+    """Remove what only --resume needs."""
+    for name in (saving.CHECKPOINT, UNREADABLE):
+        (out / name).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------- unreadable pictures
+
+
+def removed_pictures(out: Path) -> list[Key]:
+    """Keys of the pictures that could not be read; none if the record is missing or damaged."""
+    try:
+        rows = json.loads((out / UNREADABLE).read_text("utf-8"))
+        return [(str(part), str(name), str(class_name)) for part, name, class_name in rows]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def require_readable(data: Data, out: Path) -> None:
+    """Read every picture, and record those that cannot be read. A complete run in the folder is left as it is.
+
+    Raises:
+        UnreadablePicturesError: naming all of them.
+    """
+    try:
+        check_pictures([data.train, data.calibration, data.validation])
+    except UnreadablePicturesError as why:
+        if is_interrupted(out) or not saving.is_run(out):
+            known = [tuple(key) for key in data.split.get("removed", [])]
+            write_json(out / UNREADABLE, sorted({*known, *why.keys}))
+        raise

@@ -1,15 +1,17 @@
 """A saved run opened again, with images that its heads have not seen.
 
-What a run says of its data is not trusted where a stranger may have written it.
+A run may come from a stranger. So what it says of its data is checked before anything is looked for.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ptee._common.devices import one_thread
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError
 from ptee._common.text import printable
 from ptee.backbones.load import rebuild
@@ -18,7 +20,7 @@ from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.config import TARGETS
-from ptee.evaluation.results import Results, evaluate
+from ptee.evaluation.results import evaluate
 from ptee.evaluation.targets import Target, require_labels
 from ptee.evaluation.tuning import describe_outcome
 from ptee.model import saving
@@ -27,39 +29,28 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import require_at_hand
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import has_labels, open_images
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, write_recipe
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
+FOLDER = Argument("data", "FOLDER")
 
 
 class OpenRun(NamedTuple):
-    """A saved run and its data, or others.
+    """A saved run and images."""
 
-    Attributes:
-        model: with its heads and thresholds.
-        unseen: what of the data its heads have not seen.
-        words: which images those are, in a sentence.
-        accuracy: what is known of their labels, in a sentence.
-    """
+    model: EarlyExitModel  # with its heads and thresholds
+    unseen: Unseen  # the images that its heads have not seen
+    words: str  # which images those are, in a sentence
+    accuracy: str  # what is known of their labels, in a sentence
 
-    model: EarlyExitModel
-    unseen: Unseen
-    words: str
-    accuracy: str
-
-    @property
-    def tiny(self) -> bool:
-        """The images are so small that one CPU thread is faster than several."""
-        return self.model.plan.macs < FEW_MACS
+    def threads(self) -> AbstractContextManager[None]:
+        """One CPU thread for a tiny network, else as many as torch takes."""
+        return one_thread() if self.model.plan.macs < FEW_MACS else nullcontext()
 
     def left_by_tuning(self, given: bool) -> tuple[Any, str]:
-        """Of images that the thresholds were chosen on, only those that were left; and a sentence about them.
-
-        Args:
-            given: other thresholds are, which nobody chose on these images.
-        """
+        """The images that the thresholds were not chosen on, and a sentence about them. `given`: the user gives others."""
         images, about = left_by_tuning(self.unseen, _tuned_on(self.model), given)
         return images, f"{self.words} {about}".rstrip()
 
@@ -78,43 +69,30 @@ def open_run(
     Args:
         run: a folder, or user/repo on the hub.
         weights: a file with the backbone's weights, if they are not where the run says.
-        data: other images than those that the run was made with: a folder, or the name of a data set.
-        data_root: where a data set of torchvision lies.
+        data: other images than those of the run: a folder, or the name of a data set.
+        data_root: the folder of a data set of torchvision.
         classes: a file that names the backbone's classes in its order.
-        max_drop: of accuracy, which is to be asked for; so the labels must be those of the backbone.
+        max_drop: of accuracy, if the user asks for one; then the backbone must be right under the labels.
 
     Raises:
         DataError: if the run does not say which images it was made with, or they have changed.
         PteeError: as of `load`.
     """
-    try:
-        model = load(run, _moved_backbone(run, weights))
-    except BackboneError as why:
-        if why.argument != "backbone":
-            raise
-        raise BackboneError(
-            *why.parts, " Or say where a file of its weights is: ", Argument("weights", "FILE"), ".", argument="weights"
-        ) from why
+    model = _load(run, weights)
     recorded = _recorded_data(run, model)
-    source = data or recorded.get("source")
+    source, seed = data or recorded.get("source"), recorded.get("seed", 0)
     if not source:
-        raise DataError(
-            f"{run} does not say which images it was made with. Give some: ", Argument("data", "FOLDER"), "."
-        )
-    _require_plain(run, recorded if not data else {"seed": recorded.get("seed", 0)})
-    root, seed = data_root or (None if data else recorded.get("root")), recorded.get("seed", 0)
-    named = not data and not Path(source).is_absolute()  # of folders the whole path is recorded
+        raise DataError(f"{run} does not say which images it was made with. Give some: ", FOLDER, ".")
+    _require_plain(run, {"seed": seed} if data else recorded)
+    named = not data and not Path(source).is_absolute()  # the whole path of a folder is recorded
     if named and source.startswith(f"{HUB}/"):
-        raise DataError(
-            f"{run} was made with {source}, which may have to be fetched. If you trust it, give it again: ",
-            Argument("data", source),
-            ".",
-        )
+        text = f"{run} was made with {source}, which may have to be fetched. If you trust it, give it again: "
+        raise DataError(text, Argument("data", source), ".")
     found, labels = open_images(
         source,
         model.origin,
         seed=seed,
-        root=root,
+        root=data_root or (None if data else recorded.get("root")),
         named=named,
         classes=classes,
         trained=recorded.get("classes"),
@@ -129,81 +107,56 @@ def open_run(
     return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)
 
 
-def measure(model: EarlyExitModel, images: Any, about: str, *, threshold: Any = None, **how: Any) -> Results:
-    """The results of a model on images.
-
-    Args:
-        model: with its thresholds.
-        images: a data set.
-        about: the images, in a sentence.
-        threshold: another T; None for the model's own.
-        how: batch_size, num_workers, device and speed, as of `evaluate`.
-    """
-    return evaluate(model, images, threshold=threshold, about=about, **how)
-
-
-def tuning_recipe(settings: Mapping[str, Any], batch_size: int) -> Recipe:
-    """The recipe by which thresholds are chosen anew.
-
-    Args:
-        settings: of the thresholds, by path: a target, a margin.
-        batch_size: images in each batch.
+def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
+    """The recipe by which the thresholds of a run are chosen again, from its settings by path.
 
     Raises:
-        PteeError: if there is no target, or it cannot be met.
+        PteeError: if there is no target, or a setting is not possible.
     """
-    given = {path: value for path, value in settings.items() if value is not None}
+    given = {path: value for path, value in thresholds.items() if value is not None}
     recipe = make_recipe(None, {**given, "training.batch_size": batch_size})
-    if all(settings.get(f"thresholds.{name}") is None for name in TARGETS):
-        choices = [Argument(name) for name in TARGETS[1:]]
-        raise PteeError(
-            "What are the thresholds to meet? Give one of ", choices[0], ", ", choices[1], " and ", choices[2], "."
-        )
+    if not any(f"thresholds.{name}" in given for name in TARGETS):
+        one, two, three = (Argument(name) for name in TARGETS[1:])
+        raise PteeError("What are the thresholds to meet? Give one of ", one, ", ", two, " and ", three, ".")
     return recipe
 
 
 def tune_run(
     opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, explain: bool = False, **how: Any
 ) -> dict[str, Any]:
-    """Choose the thresholds of a saved run anew, measure them on other images, and keep both in the run.
+    """Choose the thresholds of a saved run again, measure them on other images, and write both into the run.
 
     Args:
         opened: a run on this disk.
         recipe: as of `tuning_recipe`.
-        log: is told what was found.
+        log: gets the messages to the user.
         speed: measure images per second, too.
-        explain: say what the columns of the results mean.
+        explain: add the legend to the table.
         how: batch_size, num_workers and device.
 
     Raises:
         PteeError: if the target cannot be met.
     """
-    labelled = has_labels(opened.unseen.data)
-    model, folder = opened.model, Path(opened.unseen.run)
+    model, folder, labelled = opened.model, Path(opened.unseen.run), has_labels(opened.unseen.data)
     target = Target.of(recipe.thresholds, labelled)
     assert target is not None
     require_labels(target, labelled)
     own = make_recipe(folder) if (folder / RECIPE_FILE).is_file() else None
     job = Job(device=how["device"], num_workers=how["num_workers"], log=log)
-    report, found = choose_thresholds(model, opened.unseen, target, recipe, job)
-    images = (model.results or {})["tuning"]["images"]
-    results = measure(model, report, f"{opened.words} {images}", speed=speed, **how)
+    report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job)
+    results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
-    saving.update(folder, threshold=model.threshold, off=list(model.off), results=model.results)
+    more = {}
     if own is not None:  # so that the run's recipe gives these thresholds again
-        write_recipe(own.model_copy(update={"thresholds": recipe.thresholds}), folder)
+        more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()
+    saving.update(folder, more, threshold=model.threshold, off=list(model.off), results=model.results)
     log(describe_outcome(found, model.results))
     return model.results
 
 
 def compare_runs(runs: Mapping[str, OpenRun], *, log: Log, **how: Any) -> Comparison:
-    """Compare saved runs on images that none of them has seen.
-
-    Args:
-        runs: by what to call them.
-        log: is told which images those are.
-        how: as of `compare`.
+    """Compare saved runs, by name, on images that none of them has seen; `how` as of `compare`.
 
     Raises:
         PteeError: as of `compare`, and if there are no such images.
@@ -212,12 +165,22 @@ def compare_runs(runs: Mapping[str, OpenRun], *, log: Log, **how: Any) -> Compar
     parts = parts_for_all([run.unseen for run in runs.values()])
     about = f"{first.unseen.data.source}. {parts.words}"
     log(f"{about} {first.accuracy}")
-    models = {name: run.model for name, run in runs.items()}
-    return compare(models, parts.calibration, parts.report, about=about, **how)
+    return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
+
+
+def _load(run: str, weights: Path | None) -> EarlyExitModel:
+    try:
+        return load(run, _moved_backbone(run, weights))
+    except BackboneError as why:
+        if why.argument != "backbone":
+            raise
+        file = Argument("weights", "FILE")
+        text = " Or say where a file of its weights is: "
+        raise BackboneError(*why.parts, text, file, ".", argument="weights") from why
 
 
 def _moved_backbone(run: str, weights: Path | None) -> Any:
-    """The backbone of a run, with its weights from another place; None to look where the run says."""
+    """The backbone of a run with weights from another place; None to look where the run says."""
     if weights is None:
         return None
     found = saving.read(run)
@@ -229,14 +192,15 @@ def _moved_backbone(run: str, weights: Path | None) -> Any:
 
 
 def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
-    """source, root, seed, files_sha256, classes and removed of what a run was measured on; nothing where a stranger recorded them."""
+    """source, root, seed, files_sha256, classes and removed of a run's images, as far as they are recorded on this disk."""
     found = (model.results or {}).get("data")
     if not Path(run).is_dir() or not isinstance(found, dict):
         return {}
     split: Any = found.get("split") if isinstance(found.get("split"), dict) else {}
-    said = {key: found.get(key) for key in ("source", "root")}
-    said |= {key: split.get(key) for key in ("seed", "files_sha256")}
-    known: dict[str, Any] = {k: value for k, value in said.items() if type(value) is (int if k == "seed" else str)}
+    values = {**{key: found.get(key) for key in ("source", "root")}, "files_sha256": split.get("files_sha256")}
+    known: dict[str, Any] = {key: value for key, value in values.items() if isinstance(value, str)}
+    if type(seed := split.get("seed")) is int:
+        known["seed"] = seed
     if _is_text(classes := split.get("classes")):
         known["classes"] = classes
     if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):
@@ -245,24 +209,17 @@ def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
 
 
 def _require_plain(run: str, recorded: Mapping[str, Any]) -> None:
-    """Refuse to look for images where a run should not send anybody: over the whole disk, or on another machine.
+    """Refuse to look for images over the whole disk, or on another machine, because a run says so.
 
     Raises:
         DataError: naming the place.
     """
     for place in (recorded[key] for key in ("source", "root") if key in recorded):
         path = place.replace("\\", "/")
-        if (
-            WHOLE_DISK.fullmatch(path)
-            or path.startswith("//")
-            or len(place) > LONGEST_PATH
-            or printable(place) != place
-        ):
-            raise DataError(
-                f"{run} says that its images are in {place!r:.80}, which is not read unasked. If you trust it, give the images: ",
-                Argument("data", "FOLDER"),
-                ".",
-            )
+        wide = WHOLE_DISK.fullmatch(path) or path.startswith("//")
+        if wide or len(place) > LONGEST_PATH or printable(place) != place:
+            text = f"{run} says that its images are in {place!r:.80}, which is not read unasked. If you trust it, give the images: "
+            raise DataError(text, FOLDER, ".")
     if not 0 <= recorded.get("seed", 0) < 2**63:
         raise RunError(f"{run}: results.data.split.seed={recorded['seed']!r:.40} is no seed. Copy the run again.")
 
@@ -272,7 +229,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:
-    """source and files_sha256 (or None) of the images that the thresholds were chosen on; nothing where that is not known."""
+    """source and files_sha256 (or None) of the images that the thresholds were chosen on; empty if that is not known."""
     tuning, trained = ((model.results or {}).get(key) for key in ("tuning", "data"))
     if not isinstance(tuning, dict) or not isinstance(tuning.get("source"), str):
         return {}

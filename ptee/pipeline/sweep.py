@@ -18,56 +18,48 @@ from ptee._common.files import replace_file, require_writable, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
+from ptee.data.demo_images import DEMO
 from ptee.data.labels import LabelMap
 from ptee.data.splits import AS_DELIVERED, Data
 from ptee.model import saving
-from ptee.pipeline.fit import Job, Log, about, carried_out, checked_model, fit_backbone, new_folder
+from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbone
 from ptee.pipeline.images import recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe, path_of, read_yaml
+from ptee.pipeline.run_folder import is_interrupted, new_folder
 from ptee.training.training_data import shared_caches
 
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
 MOST_RUNS = 1000
-OpenData = Callable[[int], tuple[Data, LabelMap]]
+OpenData = Callable[[int], tuple[Data, LabelMap]]  # gives the images for a seed
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        folder: name of the run's folder.
-        settings: what was changed for it, by path.
-        figures: cost, accuracy and fidelity on the report images; the backbone's accuracy, too.
-    """
-
-    folder: str
-    settings: dict[str, Any]
-    figures: dict[str, float | None]
+    folder: str  # its name
+    settings: dict[str, Any]  # those that were changed, by path
+    figures: dict[str, float | None]  # on the report images: FIGURES, and the accuracy of the backbone
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came of a sweep. Prints as a table."""
+    """The runs of a sweep. Prints as a table."""
 
     rows: tuple[SweepRow, ...]
     folder: Path
 
     def __str__(self) -> str:
-        return f"{table(self._cells(), left={0})}\n\nThe table is in {self.folder / 'sweep.csv'}, the figure in {self.folder / 'sweep.html'}."
+        files = f"The table is in {self.folder / 'sweep.csv'}, the figure in {self.folder / 'sweep.html'}."
+        return f"{table(self._cells(), left={0})}\n\n{files}"
 
     def _cells(self) -> list[tuple[str, ...]]:
-        names = list(self.rows[0].settings)
-        title = ("run", *names, *FIGURES, "backbone's accuracy")
-        lines = [
-            (
-                row.folder,
-                *(str(row.settings[name]) for name in names),
-                *(_shown(row.figures[f]) for f in (*FIGURES, "backbone")),
-            )
-            for row in self.rows
-        ]
-        return [title, *lines]
+        cells = [("run", *self.rows[0].settings, *FIGURES, "backbone's accuracy")]
+        for row in self.rows:
+            numbers = [row.figures[name] for name in (*FIGURES, "backbone")]
+            shown = ["-" if number is None else f"{number:.4f}" for number in numbers]
+            cells.append((row.folder, *map(str, row.settings.values()), *shown))
+        return cells
 
     def to_csv(self) -> str:
         """The table as CSV."""
@@ -76,132 +68,115 @@ class Sweep:
         return text.getvalue()
 
 
-def _shown(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.4f}"
-
-
 def read_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Settings and their values, of texts such as `training.cost_weight=0.3,0.5,0.9`.
+    """Settings and their values, from texts such as `training.cost_weight=0.3,0.5,0.9`.
 
     Raises:
         UnknownName: if there is no such setting.
-        PteeError: if a text is not of that form, or a setting is named twice.
+        PteeError: if a text has another form, or a setting is named twice.
     """
     axes: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not values.strip():
-            raise PteeError(
-                f"{text!r} says no values. Write NAME=VALUE,VALUE, such as seed=0,1,2.", argument="over", value=text
-            )
+            raise _fault(f"{text!r} has no values. Write NAME=VALUE,VALUE, such as seed=0,1,2.", text)
         path = path_of(name.strip())
         if path in axes:
-            raise PteeError(
-                f"The setting {path} is given twice. Give all its values at once.", argument="over", value=text
-            )
+            raise _fault(f"The setting {path} is given twice. Give all its values at once.", text)
         try:
             axes[path] = list(read_yaml(f"[{values}]"))
         except yaml.YAMLError as why:
-            raise PteeError(
-                f"The values of {text!r} cannot be read: {first_line(why)}", argument="over", value=text
-            ) from why
+            raise _fault(f"The values of {text!r} cannot be read: {first_line(why)}", text) from why
     return axes
 
 
+def _fault(text: str, value: Any = None) -> PteeError:
+    return PteeError(text, argument="over", value=value)
+
+
 def run_sweep(
-    open_data: OpenData,
-    backbone: Backbone,
-    base: Recipe,
-    axes: Mapping[str, Sequence[Any]],
-    out: Path,
-    *,
-    device: Any = None,
-    num_workers: int = 0,
-    log: Log,
+    open_data: OpenData, backbone: Backbone, base: Recipe, axes: Mapping[str, Sequence[Any]], job: Job
 ) -> Sweep:
-    """Fit every combination of settings; runs that are complete already are kept.
+    """Fit every combination of the values of some settings. Runs that are complete are kept.
 
     Args:
         open_data: gives the images for a seed.
-        backbone: the same for all.
+        backbone: the same for all runs.
         base: the recipe that is changed.
-        axes: settings by path, with the values to try.
-        out: folder of all runs.
-        device: where the heads learn.
-        num_workers: processes that load images.
-        log: is told what happens.
+        axes: the values to try, by the path of their setting.
+        job: how each run is fitted; `out` is the folder of all of them.
 
     Raises:
-        PteeError: if a combination cannot be; before anything is trained.
+        PteeError: before any training, if a combination is not possible.
         Interrupted: on Ctrl-C.
     """
-    combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    if len(combinations) > MOST_RUNS:
-        raise PteeError(
-            f"These are {len(combinations):,} runs; a sweep has {MOST_RUNS:,} at most. Give fewer values.",
-            argument="over",
-        )
-    names = [_name(settings) for settings in combinations]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise PteeError(f"Two runs would be called {twice}. Give each value once.", argument="over")
-    require_writable(out)
-    recipes = [make_recipe(base, settings) for settings in combinations]
-    data = _Images(open_data, log)
-    for name, recipe in zip(names, recipes, strict=True):
+    assert job.out is not None
+    require_writable(job.out)
+    data, runs = _Images(open_data), _runs(base, axes, job.out)
+    for folder, _, recipe in runs:
         images, adapted = data.for_recipe(recipe)
-        if not _is_complete(out / name, adapted, images, backbone):
-            new_folder(out / name, overwrite=False, resume=_is_interrupted(out / name))
+        if not _is_complete(folder, adapted, images, backbone):
+            new_folder(folder, overwrite=False, resume=is_interrupted(folder))
             checked_model(backbone, images, adapted)[0].detach()
     with shared_caches():
-        return _run_all(backbone, data, combinations, recipes, out, device, num_workers, log)
+        return _fit_all(backbone, data, runs, job)
+
+
+def _runs(base: Recipe, axes: Mapping[str, Sequence[Any]], out: Path) -> list[tuple[Path, dict[str, Any], Recipe]]:
+    """Folder, changed settings and recipe of each run."""
+    combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    if len(combinations) > MOST_RUNS:
+        raise _fault(f"These are {len(combinations):,} runs; a sweep has {MOST_RUNS:,} at most. Give fewer values.")
+    names = [_name(settings) for settings in combinations]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise _fault(f"Two runs would be called {twice}. Give each value once.")
+    return [(out / name, each, make_recipe(base, each)) for name, each in zip(names, combinations, strict=True)]
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """The changed settings, in letters that any file system takes."""
+    text = "_".join(f"{path.rpartition('.')[2]}={value}" for path, value in settings.items())
+    return "".join(c if c.isalnum() or c in "=._-" else "-" for c in text)[:200]
 
 
 class _Images:
     """The images of each seed, opened once."""
 
-    def __init__(self, open_data: OpenData, log: Log) -> None:
-        self.open_data, self.log = open_data, log
+    def __init__(self, open_data: OpenData) -> None:
+        self.open_data = open_data
         self.of_seed: dict[int, tuple[Data, LabelMap]] = {}
 
     def for_recipe(self, recipe: Recipe) -> tuple[Data, Recipe]:
-        """The images, and the recipe as their labels allow it."""
+        """The images, and the recipe that their labels allow."""
         data, labels = self._opened(recipe.seed)
         return data, recipe_for(labels, recipe)
 
     def _opened(self, seed: int) -> tuple[Data, LabelMap]:
-        if seed in self.of_seed:
-            return self.of_seed[seed]
+        if seed not in self.of_seed:
+            self.of_seed[seed] = self._delivered(seed) or self.open_data(seed)
+        return self.of_seed[seed]
+
+    def _delivered(self, seed: int) -> tuple[Data, LabelMap] | None:
+        """The images of another seed, if no seed draws any."""
         for data, labels in self.of_seed.values():
-            if data.split["rule"] == AS_DELIVERED:  # no image is drawn, so these are the same ones
+            if data.split["rule"] == AS_DELIVERED and data.split["kind"] != DEMO:
                 return replace(data, split=data.split | {"seed": seed}), labels
-        data, labels = self.of_seed[seed] = self.open_data(seed)
-        self.log(f"{labels.reason} {labels.doubt}".rstrip())
-        return data, labels
+        return None
 
 
-def _run_all(
-    backbone: Backbone,
-    data: _Images,
-    combinations: Sequence[dict[str, Any]],
-    recipes: Sequence[Recipe],
-    out: Path,
-    device: Any,
-    num_workers: int,
-    log: Log,
-) -> Sweep:
+def _fit_all(backbone: Backbone, data: _Images, runs: Sequence[tuple[Path, dict[str, Any], Recipe]], job: Job) -> Sweep:
     rows: list[SweepRow] = []
-    for number, (settings, recipe) in enumerate(zip(combinations, recipes, strict=True), 1):
-        folder = out / _name(settings)
+    assert job.out is not None
+    for number, (folder, settings, recipe) in enumerate(runs, 1):
         images, adapted = data.for_recipe(recipe)
-        if _is_complete(folder, adapted, images, backbone):
-            log(f"\nRun {number} of {len(recipes)}: {folder.name} is complete already.")
-        else:
-            log(f"\nRun {number} of {len(recipes)}: {folder.name}")
-            _fit(backbone, images, adapted, Job(folder, device, num_workers, _is_interrupted(folder), log=log))
+        complete = _is_complete(folder, adapted, images, backbone)
+        job.log(f"\nRun {number} of {len(runs)}: {folder.name}{' is complete already.' * complete}")
+        if not complete:
+            _fit(backbone, images, adapted, replace(job, out=folder, resume=is_interrupted(folder)))
         rows.append(_row(folder, settings))
-        sweep = Sweep(tuple(rows), out)
-        write_text(out / "sweep.csv", sweep.to_csv())
-    _draw(sweep, out / "sweep.html")
+        sweep = Sweep(tuple(rows), job.out)
+        write_text(job.out / "sweep.csv", sweep.to_csv())
+    _draw(sweep, job.out / "sweep.html")
     return sweep
 
 
@@ -212,19 +187,13 @@ def _fit(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> None:
         raise Interrupted(f"{why} The same command goes on.") from why
 
 
-def _name(settings: Mapping[str, Any]) -> str:
-    """Of a folder: the settings that were changed, in letters that any file system takes."""
-    text = "_".join(f"{path.rpartition('.')[2]}={value}" for path, value in settings.items())
-    return "".join(c if c.isalnum() or c in "=._-" else "-" for c in text)[:200]
-
-
 def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -> bool:
     """Whether a folder holds a run that was measured.
 
     Raises:
         RunError: if that run was made by another recipe, of other images or of another backbone.
     """
-    if not saving.is_run(folder) or _is_interrupted(folder):
+    if not saving.is_run(folder) or is_interrupted(folder):
         return False
     results = saving.read_metrics(folder).get("results") or {}
     same = {
@@ -233,43 +202,32 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
         "backbone": saving.read(folder).config.backbone.hash == weights_hash(backbone.module),
     }
     if other := [name for name, is_same in same.items() if not is_same]:
-        raise RunError(
-            f"{folder} holds a run of another {' and another '.join(other)}. Give another folder with ",
-            Argument("out"),
-            ".",
-            argument="out",
-        )
+        text = f"{folder} holds a run of another {' and another '.join(other)}. Give another folder with "
+        raise RunError(text, Argument("out"), ".", argument="out")
     return "rows" in results
 
 
-def _is_interrupted(folder: Path) -> bool:
-    return (folder / saving.CHECKPOINT).is_file()
-
-
 def _row(folder: Path, settings: Mapping[str, Any]) -> SweepRow:
-    results = saving.read_metrics(folder)["results"]
-    own, bare = results["rows"][-1], results["rows"][0]
+    bare, *_, own = saving.read_metrics(folder)["results"]["rows"]
     figures = {name: own[name] for name in FIGURES} | {"backbone": bare["accuracy"]}
     return SweepRow(folder.name, dict(settings), figures)
 
 
 def _draw(sweep: Sweep, path: Path) -> None:
-    """Accuracy (without labels: fidelity) against cost, a point for each run."""
+    """Accuracy, or without labels fidelity, against cost: a point for each run."""
     from plotly import graph_objects as go
 
     measure = "fidelity" if any(row.figures["accuracy"] is None for row in sweep.rows) else "accuracy"
-    figure = go.Figure(
-        go.Scatter(
-            x=[row.figures["cost"] for row in sweep.rows],
-            y=[row.figures[measure] for row in sweep.rows],
-            text=[row.folder for row in sweep.rows],
-            mode="markers+text" if len(sweep.rows) <= 20 else "markers",
-            textposition="top center",
-        )
+    points = go.Scatter(
+        x=[row.figures["cost"] for row in sweep.rows],
+        y=[row.figures[measure] for row in sweep.rows],
+        text=[row.folder for row in sweep.rows],
+        mode="markers+text" if len(sweep.rows) <= 20 else "markers",
+        textposition="top center",
     )
+    figure = go.Figure(points)
     bare = sweep.rows[0].figures["backbone"] if measure == "accuracy" else 1.0
     figure.add_hline(y=bare, line_dash="dot", annotation_text="backbone")
-    figure.update_layout(
-        xaxis_title="cost, as a fraction of the bare backbone's", yaxis_title=measure, template="plotly_white"
-    )
+    cost = "cost, as a fraction of the bare backbone's"
+    figure.update_layout(xaxis_title=cost, yaxis_title=measure, template="plotly_white")
     replace_file(path, lambda beside: figure.write_html(beside, include_plotlyjs=True))

@@ -24,6 +24,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
 from ptee._common.text import table
+from ptee._common.validation import BATCH_SIZE
 from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
@@ -130,7 +131,7 @@ def calibrate(
     *,
     target: str = "agrees",
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Calibration:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
+from ptee._common.validation import BATCH_SIZE, FrozenConfig, Number, Whole, YesNo
 
 SEPARATE = "separate"  # the loss in which every head learns for itself
 ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit"}  # older names
@@ -55,7 +55,7 @@ class TrainingConfig(FrozenConfig):
         description=f"Passes over the training images. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
         f"{MAX_EPOCHS}.",
     )
-    batch_size: Whole = Field(default=128, ge=1, description="Images in each update, on each process.")
+    batch_size: Whole = Field(default=BATCH_SIZE, ge=1, description="Images in each update, on each process.")
     optimizer: Literal["muon", "adam", "adamw"] | None = Field(
         default=None,
         description="muon (convolutions learn in far fewer epochs), adam or adamw. Default: muon for the loss separate, adam "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import BRIEF, MODEL, RANDOM, SHORT, Done, assert_refused, figures, files, read_json
+from command import BRIEF, RANDOM, SHORT, assert_refused, figures, files, read_json
 from safetensors.torch import load_file
 
 import ptee
@@ -70,26 +70,17 @@ def assert_same_heads(one: str, other: str) -> None:
 
 
 def test_augment_takes_every_way_of_learning(run, known):
-    how = (
-        "--loss",
-        "each",
-        "--targets",
-        "soft",
-        "--set",
-        "temperature=3",
-        "--set",
-        "schedule=cosine",
-        "--set",
-        "views=3",
+    changes = ("temperature=3", "schedule=cosine", "views=3", "mirror=false", "shift=2", "patience=1", "cache=false")
+    more = [word for change in changes for word in ("--set", change)]
+    done = run(
+        "augment", *known, *SHORT, "--loss", "each", "--targets", "soft", *more, "--head", "conv1", "--out", "out"
     )
-    more = ("--set", "mirror=false", "--set", "shift=2", "--set", "patience=1", "--set", "cache=false")
-    done = run("augment", *known, *SHORT, *how, *more, "--head", "conv1", "--out", "out")
     assert done.status == 0, done.err
     assert "epoch 2/2" in done.out
 
 
 @pytest.mark.parametrize("off", [[], [0], [0, 1]], ids=str)
-def test_another_threshold_is_suggested_where_an_exit_is_on(off, run, known, monkeypatch):
+def test_another_threshold_is_suggested_if_an_exit_is_on(off, run, known, monkeypatch):
     measure = fitting._measure
 
     def switched_off(model: ptee.EarlyExitModel, *more: object) -> None:
@@ -102,12 +93,11 @@ def test_another_threshold_is_suggested_where_an_exit_is_on(off, run, known, mon
     assert ("Another threshold" in done.out) == (len(off) < 2)
 
 
-def test_labels_that_cannot_be_mapped_make_way_for_the_backbones_answers(run, foreign):
+def test_if_labels_cannot_be_mapped_the_heads_learn_the_backbones_answers(run, foreign):
     done = run("augment", *foreign, *SHORT, "--loss", "joint", "--out", "out")
     assert done.status == 0, done
-    assert re.search(
-        r"cat, dog.*cannot be mapped.*\(--classes FILE\).*The heads learn the backbone's own answers", done.out
-    )
+    said = r"cat, dog.*cannot be mapped.*\(--classes FILE\).*The heads learn the backbone's own answers"
+    assert re.search(said, done.out)
     assert {row["accuracy"] for row in read_json("out", "metrics.json")["results"]["rows"]} == {None}
 
 
@@ -119,8 +109,6 @@ def test_a_collapse_of_the_training_is_told(run, known):
 
 
 def test_a_threshold_that_no_confidence_decides_is_remarked_on_before_the_training(run, known):
-    done = run("augment", *known, *SHORT, "--threshold", 70, "--set", "lr=-1", "--out", "out")
-    assert done.err.startswith("--set training.lr=-1") or done.err.startswith("T above 1: nobody leaves. A")
     done = run("augment", *known, *SHORT, "--threshold", 70, "--out", "out")
     assert done.err.startswith("T above 1: nobody leaves. A")
 
@@ -167,9 +155,7 @@ def test_too_few_images_to_calibrate_leave_the_largest_probability(run, known):
 def test_another_confidence_is_saved_by_its_name(name, run, known):
     done = run("augment", *known, *SHORT, "--confidence", name, "--out", "out")
     assert (done.status, ptee.load("out").confidence) == (0, name)
-    assert "calibrat" not in done.out.replace("for calibration", "").replace("calibration images", "").replace(
-        "calibration and validation", ""
-    )
+    assert "calibrate" not in done.out
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -179,9 +165,7 @@ REFUSED = {
     "no data for a network of other classes": (RANDOM, "--data FOLDER"),
     "no data, and Imagenette out of reach": (["--model", "resnet18", "--no-pretrained"], "Imagenette.*--data"),
     "weights that cannot be had": (["--model", "resnet18", "--data", "TEN"], "resnet18.*--weights FILE.*--no-pretrained"),
-    "weights that are not there": ([*MODEL, "--data", "TEN", "--weights", "none.pth"], "none.pth"),
     "a folder without images": ([*RANDOM, "--data", "EMPTY"], "empty"),
-    "a folder that is not there": ([*RANDOM, "--data", "nowhere"], "no folder 'nowhere', and no data set.*digits, "),
     "a data set that lies elsewhere": ([*RANDOM, "--data", "CIFAR10"], "CIFAR10.*--data-root"),
     "labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--targets", "labels"], "cat, dog.*--targets pseudo"),
     "a recipe for labels that cannot be mapped": ([*RANDOM, "--data", "TWO", "--recipe", "ztw"], "cat, dog.*--targets pseudo"),
@@ -192,29 +176,21 @@ REFUSED = {
     "an unknown precision": ([*R, "--set", "precision=bf61"], "bf61.*Did you mean"),
     "an unknown device": ([*R, "--device", "cuda:99"], "cuda:99.*cpu"),
     "an unknown confidence": ([*R, "--confidence", "calibrate"], "'calibrate'.*Did you mean 'calibrated'"),
-    "an unknown question": ([*R, "--question", "agree"], "agree.*Did you mean 'agrees'"),
     "a question about another confidence": ([*R, "--confidence", "entropy", "--question", "right"], "--question right.*--confidence entropy"),
-    "images to calibrate another confidence": ([*R, "--recipe", "eenet", "--set", "calibration_share=0.2"], "calibration_share=0.2"),
     "too few images to calibrate": ([*R, "--set", "calibration_share=0.2"], "0.2 of 24.*calibration_share"),
-    "a share of all images": ([*R, "--set", "calibration_share=1"], "calibration_share=1.* 0.5 or less"),
     "no epochs": ([*R, "--epochs", 0], "--epochs"),
-    "a learning rate of nothing": ([*R, "--set", "lr=0"], "lr=0 must be above 0"),
-    "a negative weight decay": ([*R, "--set", "weight_decay=-1"], "weight_decay=-1 must be 0 or more"),
     "a price of NaN": ([*R, "--loss", "joint", "--cost-weight", "nan"], "--cost-weight nan"),
     "a price for heads that learn alone": ([*R, "--cost-weight", 0.5], "--cost-weight 0.5 needs a joint loss"),
-    "a shift of vectors": ([*R, "--head", "pool", "--set", "shift=4"], "shift=4 moves feature maps.*--head|shift=4 moves feature maps"),
+    "a shift of vectors": ([*R, "--head", "pool", "--set", "shift=4"], "shift=4 moves feature maps"),
     "thresholds for other exits": ([*R, "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
     "a threshold of NaN": ([*R, "--threshold", "0.5,nan"], "nan"),
     "a threshold of words": ([*R, "--threshold", "high"], "high"),
     "a threshold and a target": ([*R, "--threshold", 0.5, "--max-drop", 0.1], "--threshold 0.5 and --max-drop 0.1 are given"),
-    "two targets": ([*R, "--max-drop", 0.1, "--max-cost", 0.5], "--max-drop 0.1 and --max-cost 0.5 are given"),
     "a drop above 1": ([*R, "--max-drop", 2], "--max-drop 2 must be below 1"),
     "a margin for thresholds that are given": ([*R, "--threshold", 0.5, "--set", "margin=0.1"], "margin=0.1.*--threshold 0.5"),
-    "a margin that is none": ([*R, "--set", "margin=much"], "margin=much must be a number, or 'auto'"),
     "a margin above the drop": ([*R, "--max-drop", 0.1, "--set", "margin=0.2"], "margin=0.2 leaves nothing of --max-drop 0.1"),
     "a cost that cannot be reached": ([*R, "--max-cost", 0.01], "--max-cost 0.01 cannot be reached: .* Give --max-cost .* or more"),
     "a cost that the margin puts out of reach": ([*R, "--max-cost", 0.9, "--set", "margin=0.89"], "0.89.* cannot be reached"),
-    "an unknown recipe": ([*R, "--recipe", "ptee-net"], "'ptee-net'.*Did you mean 'pteenet'"),
     "a resumption of nothing": ([*R, "--resume"], "no interrupted training in out.*--resume"),
 }  # fmt: skip
 
@@ -229,6 +205,23 @@ def test_augment_refuses_in_one_line_before_the_training_and_writes_nothing(
     assert list(elsewhere.iterdir()) == []
 
 
+MISSING = {
+    "weights": (["--weights", "none.pth"], "There is no file none.pth. Give one that exists"),
+    "class names": (["--classes", "none.txt"], "There is no file none.txt. Give one that exists"),
+    "a folder": (["--data", "some/where"], "Data folder 'some/where' does not exist"),
+    "a folder, or a data set of that name": (["--data", "nowhere"], "no folder 'nowhere', and no data set.*digits, "),
+    "a data set that can be indexed": (["--data", "wds/some"], "'wds/some' is a stream"),
+}
+
+
+@pytest.mark.parametrize("command", ["augment", "sweep"])
+@pytest.mark.parametrize(("words", "said"), MISSING.values(), ids=MISSING)
+def test_what_is_missing_is_said_before_the_weights_of_a_model_are_downloaded(command, words, said, run, monkeypatch):
+    monkeypatch.setattr("ptee.backbones.load.load_backbone", None)
+    over = ("--over", "seed=0,1") if command == "sweep" else ()
+    assert_refused(run(command, "--model", "resnet50", *words, *over, "--out", "out"), said)
+
+
 def test_settings_are_checked_before_any_model_is_built(run, known, monkeypatch):
     monkeypatch.setattr("ptee.backbones.load.load_backbone", None)
     assert_refused(run("augment", *known, "--loss", "v3"), "v3")
@@ -236,6 +229,7 @@ def test_settings_are_checked_before_any_model_is_built(run, known, monkeypatch)
 
 @pytest.mark.parametrize("option", ["data", "weights", "classes", "num-classes", "input-size", "model-arg"])
 def test_what_needs_a_model_is_refused_without_one(option, run):
+    Path("here").touch()
     value = {"num-classes": "10", "input-size": "32", "model-arg": "a=1"}.get(option, "here")
     assert_refused(run("augment", f"--{option}", value), f"--{option} needs a model. Give --model NAME")
 
@@ -308,11 +302,7 @@ def test_an_earlier_run_is_written_over_where_that_is_said(run, known, finished)
     assert [e.name for e in ptee.load(finished).exits] == ["layer3.0"]
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [("config.json", "--overwrite"), ("checkpoint.safetensors", "--resume")],
-    ids=["run", "training"],
-)
+@pytest.mark.parametrize(("name", "option"), [("config.json", "--overwrite"), ("checkpoint.safetensors", "--resume")])
 def test_where_nothing_is_given_the_second_run_is_told_what_to_type(name, option, run):
     Path("runs/demo").mkdir(parents=True)
     Path("runs/demo", name).write_text(json.dumps({"schema_version": 1}))
@@ -324,7 +314,5 @@ def test_nothing_is_written_of_a_run_that_fails(run, known, monkeypatch, elsewhe
         raise LookupError("somewhere")
 
     monkeypatch.setattr(fitting, "train", fail)
-    assert run("augment", *known, *SHORT, "--out", "out") == Done(
-        1, *run("augment", *known, *SHORT, "--out", "out")[1:]
-    )
+    assert run("augment", *known, *SHORT, "--out", "out").status == 1
     assert list(elsewhere.iterdir()) == []

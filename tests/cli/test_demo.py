@@ -48,23 +48,15 @@ def test_with_nothing_given_a_network_learns_the_demo_once_and_gets_exits(run, h
     assert "train/CLASS/*.jpg" in folder
 
 
-@pytest.mark.parametrize(
-    ("speedup", "leaving", "words"),
-    [
-        (
-            1.42,
-            [0.6, 0.0, 0.15, 0.25],
-            "60% left at exit 0, 15% left at exit 2 and 25% went through the whole network.",
-        ),
-        (1.42, [0.0, 0.0, 0.0, 1.0], "seen, 100% went through the whole network."),
-        (
-            1.42,
-            [1.0, 0.0],
-            "the network needs 0.58 of its multiply-accumulates and is 1.4 times as fast on this cpu; its",
-        ),
-        (None, [1.0, 0.0], "needs 0.58 of its multiply-accumulates; its accuracy is 0.982, without them 0.985."),
-    ],
-)
+HAPPENED = [
+    (1.42, [0.6, 0.0, 0.15, 0.25], "60% left at exit 0, 15% left at exit 2 and 25% went through the whole network."),
+    (1.42, [0.0, 0.0, 0.0, 1.0], "seen, 100% went through the whole network."),
+    (1.42, [1.0, 0.0], "needs 0.58 of its multiply-accumulates and is 1.4 times as fast on this cpu; its"),
+    (None, [1.0, 0.0], "needs 0.58 of its multiply-accumulates; its accuracy is 0.982, without them 0.985."),
+]
+
+
+@pytest.mark.parametrize(("speedup", "leaving", "words"), HAPPENED)
 def test_what_happened_is_told_in_plain_words(speedup, leaving, words):
     rows = [{"accuracy": 0.985}, {"accuracy": 0.982, "cost": 0.58, "speedup": speedup}]
     told = demo.what_happened({"rows": rows, "leaving": leaving, "samples": 1200, "device": "cpu"})
@@ -111,23 +103,36 @@ def test_another_recipe_or_other_images_have_another_network(hasty, monkeypatch)
     assert len({first, second, weights()}) == 3
 
 
-def test_the_network_and_its_exits_have_the_same_parts_whatever_the_seed(run, hasty, monkeypatch):
-    parts: list[str] = []
+def test_the_seed_draws_the_images_that_are_reported_on_and_the_network_is_trained_once(run, hasty, monkeypatch):
+    parts: list[Data] = []
+    trained: list[Data] = []
     train = demo.train_demo_network
 
     def note(data: Data, *more: Any) -> None:
-        parts.append(data.split["pictures_sha256"])
+        trained.append(data)
         train(data, *more)
 
     def stop(model: ptee.EarlyExitModel, data: Data, *_: object) -> None:
-        parts.append(data.split["pictures_sha256"])
+        parts.append(data)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "train_demo_network", note)
     monkeypatch.setattr(fitting, "_train", stop)
     for seed in (0, 1):
         run("augment", "--seed", seed)
-    assert (len(parts), len(set(parts))) == (3, 1)
+    (network,), (first, second) = trained, parts
+    assert pixels(network.train) == pixels(first.train) == pixels(second.train)
+    assert pixels(network.validation) == pixels(first.validation) != pixels(second.validation)
+    assert (first.split["seed"], second.split["seed"]) == (0, 1)
+
+
+def pixels(images: Any) -> list[list[float]]:
+    return [image.flatten().tolist() for image, _ in images]
+
+
+def test_a_run_of_the_demo_with_another_seed_is_measured_again_on_its_own_images(run, hasty):
+    assert run("augment", *TINY, "--seed", 1).status == 0
+    assert figures(evaluated(run, "runs/demo")) == figures(read_json("runs/demo", "metrics.json")["results"])
 
 
 def test_no_digit_is_mirrored(run, hasty, monkeypatch):

@@ -57,11 +57,8 @@ def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
 
     seen = {}
     monkeypatch.setattr(commands, "_backbone", lambda o: None)
-    monkeypatch.setattr(
-        commands,
-        "_untrained",
-        lambda backbone, recipe: seen.update(recipe=recipe) or click.get_current_context().exit(),
-    )
+    stop = lambda backbone, recipe: seen.update(recipe=recipe) or click.get_current_context().exit()  # noqa: E731
+    monkeypatch.setattr(commands, "_untrained", stop)
     value = yaml.safe_dump(OTHER[path], default_flow_style=True).removesuffix("\n...\n").strip()
     words = [word for each in (*ALSO.get(path, ()), f"{path}={value}") for word in ("--set", each)]
     plan.main([*words], standalone_mode=False)
@@ -170,7 +167,7 @@ def test_what_the_command_says_to_type_can_be_typed():
     names = {name for option in augment.params for name in (*option.opts, *option.secondary_opts)}
     arguments = ("model", "weights", "pretrained", "num_classes", "model_args", "input_size", "mean", "std", "data", "data_root",
                  "classes", "out", "resume", "overwrite", "device", *SETTINGS)  # fmt: skip
-    said = {as_option(Argument(name, "x")).split()[0] for name in arguments}
+    said = {as_option(Argument(name, "x"), augment).split()[0] for name in arguments}
     assert said <= names
 
 

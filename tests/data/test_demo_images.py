@@ -22,6 +22,12 @@ def test_a_seed_always_draws_the_same_canvases():
     assert fingerprint(demo_listing(3)) == fingerprint(demo_listing(3)) != fingerprint(demo_listing(4))
 
 
+def test_the_training_images_are_the_same_for_every_seed():
+    one, other = (demo_listing(seed).parts for seed in (3, 4))
+    same = {part: [p.tobytes() for p, _ in one[part]] == [p.tobytes() for p, _ in other[part]] for part in one}
+    assert same == {"train": True, "calibration": False, "validation": False}
+
+
 def test_a_canvas_is_a_grey_picture_of_the_size_that_the_demos_network_reads():
     picture, label = demo_listing().parts["train"][0]
     assert (picture.size, picture.mode, type(label)) == ((SIDE, SIDE), "L", int)

@@ -29,7 +29,7 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
     assert str(found).splitlines() == [
         "net, 1,200 images, accuracy 0.9000; thresholds chosen on 600 other images",
         "",
-        "       <= 0.01 lost      <= 0.02 lost             as it is",
+        "       <= 0.01 lost      <= 0.02 lost             no threshold",
         "------------------------------------------------------------------",
         "ours   0.5000 (+0.0040)  0.4000 (+0.0250) missed",
         "small                                             0.3000 (+0.0000)",

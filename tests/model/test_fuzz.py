@@ -27,7 +27,7 @@ from ptee.exits.confidence import Calibrated
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.saving import read_metrics
-from ptee.pipeline.recipe import make_recipe, write_recipe
+from ptee.pipeline.recipe import make_recipe
 
 SIZE = (3, 16, 16)
 PATIENCE_S = 120  # until a load counts as one that never ends
@@ -65,7 +65,7 @@ def original(tmp_path) -> tuple[EarlyExitModel, Path]:
     }
     model.save_pretrained(tmp_path / "run")
     write_json(tmp_path / "run" / "metrics.json", {"results": model.results, "plan": model.plan.to_dict()})
-    write_recipe(make_recipe("ptee", {}), tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(make_recipe().to_yaml())
     return model, tmp_path / "run"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,28 +48,23 @@ fit = partial(ptee.fit, input_size=SIZE, device=here(), **SETTINGS)
 def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(recipe, tmp_path):
     weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 30)
     save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
-    words = (
-        "--weights",
-        weights,
-        "--data",
-        folder,
-        *BRIEF,
-        "--head",
-        "pool",
-        "--recipe",
-        recipe,
-        "--targets",
-        "pseudo",
-    )
-    words = (*words, "--no-speed", "--device", "cpu", "--out", tmp_path / "command")
-    make_run(*MODEL, *(words if recipe != "ptee" else (word for word in words if word not in ("--targets", "pseudo"))))
+    targets = {} if recipe == "ptee" else {"targets": "pseudo"}
+    words = ("--weights", weights, "--data", folder, "--recipe", recipe, *(("--targets", "pseudo") if targets else ()))
+    words = (*words, "--head", "pool", "--no-speed", "--device", here(), "--out", tmp_path / "command")
+    make_run(*MODEL, *BRIEF, *words)
     source = {"weights": weights, "input_size": (3, 16, 16)}
     data, _ = open_images(str(folder), load_backbone("cifar_resnet20", **source), seed=0)
-    model = ptee.fit(
-        "cifar_resnet20", data.train, val_data=data.validation, calibration_data=data.calibration, recipe=recipe,
-        out=tmp_path / "python", device=here(), **source, exits=["layer1", "layer2"], head="pool", epochs=2, batch_size=8, precision="no",
-        **({} if recipe == "ptee" else {"targets": "pseudo"}),
-    )  # fmt: skip
+    settings = {
+        "exits": ["layer1", "layer2"],
+        "head": "pool",
+        "epochs": 2,
+        "batch_size": 8,
+        "precision": "no",
+        **targets,
+    }
+    parts = {"val_data": data.validation, "calibration_data": data.calibration}
+    how = {"recipe": recipe, "out": tmp_path / "python", "device": here()}
+    model = ptee.fit("cifar_resnet20", data.train, **parts, **how, **source, **settings)
     command, python = (read_json(tmp_path / name, "config.json") for name in ("command", "python"))
     assert command["threshold"] == python["threshold"] == list(model.threshold)
     assert command["confidence"] == python["confidence"]
@@ -114,10 +110,23 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_labels_the_heads_learn_the_backbones_answers_and_fidelity_is_kept(tmp_path):
-    model = fit(network(), images(60, labels=False))
-    assert {row["accuracy"] for row in model.results["rows"]} == {None}
-    assert model.results["tuning"]["target"]["kind"] == "max_fidelity_drop"
+@pytest.mark.parametrize("more", [{}, {"confidence": "learned"}, {"threshold": 0.5}, {"epochs": 0}], ids=str)
+def test_the_callers_random_numbers_go_on_as_if_nothing_had_been_drawn(more):
+    backbone = network()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    try:
+        fit(backbone, images(140), **more)
+    except PteeError:
+        assert more == {"epochs": 0}
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_heads_are_built_without_the_callers_random_numbers():
+    backbone, before = load_backbone(network(), input_size=SIZE), torch.random.get_rng_state()
+    build_model(backbone, make_recipe(None, {"exits": ["0"], "head": "pool"}))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_backbone_is_used_as_it_is_and_given_back_by_detach():
@@ -130,51 +139,59 @@ def test_a_backbone_is_used_as_it_is_and_given_back_by_detach():
     assert torch.equal(backbone(x), before)
 
 
-# ---------------------------------------------------------------------------------------------------- labels that cannot be right
+@pytest.mark.parametrize("name", ["config.json", "heads.safetensors", "metrics.json", "recipe.yaml"])
+def test_if_a_file_cannot_be_written_all_files_of_the_run_stay_as_they_were(name, tmp_path, monkeypatch):
+    """The run is written before and after the measurement; here the disk is full at the second time."""
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target == tmp_path / "run" / name and target.exists() and self.parent.name != "kept":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(RunError, match="No space left"):
+        fit(network(), images(80), out=tmp_path / "run")
+    monkeypatch.undo()
+    config, metrics = (read_json(tmp_path / "run", file) for file in ("config.json", "metrics.json"))
+    assert config["results"] == metrics["results"]
+    assert "rows" not in config["results"]
+    assert ptee.load(tmp_path / "run", network()).results == config["results"]
 
 
-def right(n: int) -> TensorDataset:
-    """Images with the labels that the backbone gives them."""
-    pictures = images(n).tensors[0]
-    return TensorDataset(pictures, network()(pictures).argmax(-1))
+# ---------------------------------------------------------------------------------------------------- labels
+
+
+def test_without_labels_the_heads_learn_the_backbones_answers_and_fidelity_is_kept():
+    said: list[str] = []
+    unlabelled = images(60, labels=False)
+    model = fit(network(), unlabelled, log=said.append)
+    assert "The images have no labels." in said[0]
+    assert {row["accuracy"] for row in model.results["rows"]} == {None}
+    assert model.results["tuning"]["target"]["kind"] == "max_fidelity_drop"
+    fit(network(), unlabelled, recipe="eenet")  # which learns labels where there are any
 
 
 def test_labels_under_which_the_backbone_is_never_right_are_not_believed():
-    pictures, labels = right(80).tensors
-    wrong = TensorDataset(pictures, (labels + 1) % K)
-    with pytest.raises(
-        PteeError, match=r"max_drop=0\.01 needs labels under which the backbone is right.*class numbers"
-    ):
+    pictures = images(80).tensors[0]
+    wrong = TensorDataset(pictures, (network()(pictures).argmax(-1) + 1) % K)
+    said = r"max_drop=0\.01 needs labels under which the backbone is right.*class numbers"
+    with pytest.raises(PteeError, match=said):
         fit(network(), wrong, max_drop=0.01)
     assert fit(network(), wrong).results["tuning"]["target"]["kind"] == "max_fidelity_drop"
 
 
-def test_without_labels_a_recipe_that_learns_labels_learns_the_backbones_answers():
-    said: list[str] = []
-    ptee.fit(
-        network(),
-        images(60, labels=False),
-        recipe="eenet",
-        exits=["0"],
-        epochs=1,
-        precision="no",
-        device=here(),
-        log=said.append,
-    )
-    assert "The images have no labels." in said[0]
-
-
-def test_heads_are_built_without_the_callers_random_numbers():
-    backbone, before = load_backbone(network(), input_size=SIZE), torch.random.get_rng_state()
-    build_model(backbone, make_recipe(None, {"exits": ["0"], "head": "pool"}))
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 # ---------------------------------------------------------------------------------------------------- refusals
 
+X, Y = images(60).tensors
 REFUSED = {
     "a loader": ({"train_data": iter([])}, "train_data is a .*map-style data set"),
     "an iterable for validation": ({"val_data": iter([])}, "val_data is a .*map-style data set"),
+    "a tuple of tensors": ({"train_data": (X, Y)}, r"train_data is a tuple of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
+    "a list of tensors": ({"val_data": [X, Y]}, r"val_data is a list of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
+    "a tensor": ({"train_data": X}, r"train_data is a Tensor.*TensorDataset\(train_data\)"),
+    "arrays": ({"train_data": (X.numpy(), Y.numpy())}, r"train_data is a tuple of values.*TensorDataset\(X, y\)"),
+    "a folder": ({"train_data": "images/train"}, "train_data is a str.*ImageFolder"),
     "too few images": ({"train_data": images(2)}, "too few training images: it has 2, and at least 3 are needed"),
     "a target about labels without labels": ({"train_data": images(60, labels=False), "max_drop": 0.1}, "no labels.*max_fidelity_drop"),
     "a question about labels without labels": ({"train_data": images(60, labels=False), "question": "right"}, "question='right'.*question='agrees'"),
@@ -189,7 +206,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("given", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_refused_in_one_line_before_the_training(given, said, monkeypatch):
+def test_what_is_not_possible_is_refused_in_one_line_before_the_training(given, said, monkeypatch):
     monkeypatch.setattr(fitting, "train", None)
     arguments = {"train_data": images(60), "device": here(), "input_size": SIZE, **SETTINGS, **given}
     with pytest.raises(PteeError, match=said) as refusal:
@@ -197,7 +214,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_the_training(given, said, 
     assert "\n" not in str(refusal.value)
 
 
-def test_after_a_refusal_the_backbone_can_be_given_again(monkeypatch):
+def test_after_a_refusal_the_backbone_can_be_given_again():
     backbone = network()
     with pytest.raises(PteeError, match="cannot be reached"):
         fit(backbone, images(60), max_cost=0.001)
@@ -209,21 +226,14 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(RunError, match=r"something else than a run\. Give a new folder with out="):
         fit(network(), images(60), out=tmp_path)
     fit(network(), images(60), out=tmp_path / "run")
-    with pytest.raises(
-        RunError, match=r"holds a run\. Give another folder with out=, or replace it with overwrite=True"
-    ):
+    said = r"holds a run\. Give another folder with out=, or replace it with overwrite=True"
+    with pytest.raises(RunError, match=said):
         fit(network(), images(60), out=tmp_path / "run")
     assert fit(network(), images(60), out=tmp_path / "run", overwrite=True).results
 
 
-# ---------------------------------------------------------------------------------------------------- Ctrl-C
-
-
 def test_an_interrupted_fit_goes_on_with_resume(tmp_path, monkeypatch):
-    def go(name: str, **more: object) -> ptee.EarlyExitModel:
-        return fit(network(), images(80), out=tmp_path / name, **more)
-
-    whole, epoch = go("whole"), trainer._Training._epoch
+    whole, epoch = fit(network(), images(80)), trainer._Training._epoch
 
     def broken(self, number: int, *more: object) -> trainer.Epoch:
         if number == 2:
@@ -233,9 +243,9 @@ def test_an_interrupted_fit_goes_on_with_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Training, "_epoch", broken)
         with pytest.raises(Interrupted, match=r"1 complete epoch.* Call ptee\.fit again with resume=True"):
-            go("broken")
-    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["checkpoint.safetensors"]
-    model = go("broken", resume=True)
+            fit(network(), images(80), out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    model = fit(network(), images(80), out=tmp_path, resume=True)
     assert model.threshold == whole.threshold
     assert figures(model.results) == figures(whole.results)
 

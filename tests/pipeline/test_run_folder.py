@@ -18,6 +18,10 @@ from ptee.pipeline import fit
 from ptee.training import trainer
 
 Run = Callable[..., tuple[int, str]]
+WORDS = (
+    "augment --model cifar_resnet20 --num-classes 2 --input-size 3,16,16 --weights w.safetensors --data images --out out "
+    "--exits layer1 --head pool --recipe pteenet --epochs 3 --batch-size 8 --set precision=no --no-speed"
+)
 
 
 @pytest.fixture
@@ -34,20 +38,16 @@ def images(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def augment(images, capsys) -> Run:
-    """`ptee augment` in this process: its status and all that it says."""
-    model = (
-        "--model cifar_resnet20 --num-classes 2 --input-size 3,16,16 --weights w.safetensors --data images --out out"
-    )
-    how = "--exits layer1 --head pool --recipe pteenet --epochs 3 --batch-size 8 --set precision=no --no-speed"
+def ptee(images, capsys) -> Run:
+    """The command in this process: its status and all that it says."""
 
-    def augment(*words: str) -> tuple[int, str]:
+    def ptee(command: str, *words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as end:
-            main(["augment", *model.split(), *how.split(), *words])
+            main([*command.split(), *words])
         said = capsys.readouterr()
         return end.value.code, said.out + said.err
 
-    return augment
+    return ptee
 
 
 def damage(path: Path) -> Path:
@@ -55,20 +55,26 @@ def damage(path: Path) -> Path:
     return path
 
 
+def recorded() -> dict:
+    return json.loads(Path("out", "config.json").read_text())["results"]["data"]["split"]
+
+
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["the same command", "--resume"])
-def test_all_of_them_are_named_before_the_training_and_without_them_it_goes_on(augment, images, more):
+def test_all_of_them_are_named_before_the_training_and_without_them_it_goes_on(ptee, images, more):
     broken = [damage(images / "a" / "00.png"), damage(images / "b" / "07.png")]
-    status, said = augment()
+    status, said = ptee(WORDS)
     assert status == 2 and "epoch" not in said
     assert all(str(path.relative_to(images.parent)) in said for path in broken)
     for path in broken:
         path.unlink()
-    status, said = augment(*more)
+    status, said = ptee(WORDS, *more)
     assert status == 0, said
     assert not Path("out", "unreadable.json").exists()
 
 
-def test_a_training_that_has_begun_goes_on_without_them(augment, images, monkeypatch, capsys):
+@pytest.fixture
+def interrupted(ptee, monkeypatch) -> None:
+    """A training that was interrupted in its second epoch."""
     whole = trainer._Training._epoch
 
     def epoch(self, number: int, *more: object) -> trainer.Epoch:
@@ -78,23 +84,28 @@ def test_a_training_that_has_begun_goes_on_without_them(augment, images, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Training, "_epoch", epoch)
-        assert augment()[0] == 130
+        assert ptee(WORDS)[0] == 130
+
+
+def test_a_training_that_has_begun_goes_on_without_them(ptee, images, interrupted, monkeypatch):
     broken = damage(images / "a" / "10.png")
-    assert "images/a/10.png" in augment("--resume")[1]
+    assert "images/a/10.png" in ptee(WORDS, "--resume")[1]
     broken.unlink()
     (images / "b" / "11.png").rename(images / "b" / "gone.png")
-    assert "belongs to a training with data" in augment("--resume")[1]
+    assert "belongs to a training with data" in ptee(WORDS, "--resume")[1]
     (images / "b" / "gone.png").rename(images / "b" / "11.png")
-    status, said = augment("--resume")
-    assert status == 0 and "epoch 1/3" not in said, said
-    split = json.loads(Path("out", "config.json").read_text())["results"]["data"]["split"]
-    assert split["removed"] == [["train", "a/10.png", "a"]]
-    with pytest.raises(SystemExit) as end:
-        main(["evaluate", "out", "--no-speed"])
-    assert end.value.code == 0, capsys.readouterr().err
+    with monkeypatch.context() as patch:  # and is interrupted again, when only the measurement is left
+        patch.setattr(fit, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        status, said = ptee(WORDS, "--resume")
+    assert status == 130 and "epoch 1/3" not in said, said
+    status, said = ptee(WORDS, "--resume")
+    assert status == 0, said
+    assert recorded()["removed"] == [["train", "a/10.png", "a"]]
+    status, said = ptee("evaluate out --no-speed")
+    assert status == 0, said
 
 
-def test_a_picture_that_breaks_during_the_training_is_recorded_too(augment, images, monkeypatch):
+def test_a_picture_that_breaks_during_the_training_is_recorded_too(ptee, images, monkeypatch):
     broken = images / "b" / "13.png"
 
     def train(*_: object, **__: object) -> None:
@@ -105,35 +116,31 @@ def test_a_picture_that_breaks_during_the_training_is_recorded_too(augment, imag
 
     with monkeypatch.context() as patch:
         patch.setattr(fit, "train", train)
-        status, said = augment()
+        status, said = ptee(WORDS)
     assert status == 2 and "1 of 40 pictures cannot be read" in said
     broken.unlink()
-    assert augment("--resume")[0] == 0
+    assert ptee(WORDS, "--resume")[0] == 0
 
 
-def test_near_chance_a_wish_about_accuracy_is_refused_and_the_heads_learn_the_backbones_answers(augment):
+def test_near_chance_a_target_of_accuracy_is_refused_and_the_heads_learn_the_backbones_answers(ptee):
     with torch.no_grad():
         state = load_backbone("cifar_resnet20", pretrained=False, num_classes=2).module.state_dict()
         save_file({key: value * 0 if "fc" in key else value for key, value in state.items()}, "w.safetensors")
     for words in (["--max-drop", "0.01"], ["--targets", "labels"]):
-        status, said = augment(*words)
+        status, said = ptee(WORDS, *words)
         assert status == 2
         assert f"{' '.join(words)} needs labels under which the backbone is right" in said and "--classes FILE" in said
-    status, said = augment()
+    status, said = ptee(WORDS)
     assert status == 0
     assert "by chance" in said
 
 
-def test_a_file_of_class_names_is_recorded_and_used_again(augment, images, capsys):
+def test_a_file_of_class_names_is_recorded_and_used_again(ptee, images):
     Path("classes.txt").write_text("b\na\n")
-    assert augment("--classes", "classes.txt")[0] == 0
-    split = json.loads(Path("out", "config.json").read_text())["results"]["data"]["split"]
-    assert split["classes"] == ["b", "a"]
-    (images / "a").rename("a")
+    assert ptee(WORDS, "--classes", "classes.txt")[0] == 0
+    assert recorded()["classes"] == ["b", "a"]
     Path("val").mkdir()
-    Path("a").rename("val/a")
-    with pytest.raises(SystemExit) as end:  # one of the two classes alone
-        main(["evaluate", "out", "--data", "val", "--no-speed"])
-    said = capsys.readouterr()
-    assert end.value.code == 0, said.err
-    assert "The 1 classes of the data have the backbone's numbers." in said.out
+    (images / "a").rename("val/a")
+    status, said = ptee("evaluate out --data val --no-speed")  # one of the two classes alone
+    assert status == 0, said
+    assert "The 1 classes of the data have the backbone's numbers." in said
