@@ -181,10 +181,17 @@ def choose_class_order(
 
 
 def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
-    """For labels that are already the backbone's class numbers. They are doubted if the backbone is near chance."""
+    """For labels that are already the backbone's class numbers. They are doubted if the backbone is near chance.
+
+    Raises:
+        DataError: if only some of them are class numbers, or the data cannot form batches of images.
+    """
     found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
     answers, labels = _try(backbone.module, _some_images(data, [found]), device)
+    fault = odd_labels(labels, backbone.num_classes)
     doubt = _doubt(_share_right(answers, labels, int), len(labels), backbone.num_classes)
+    if fault:
+        doubt = f"They are not: {fault}."
     remedy = ("Check that the labels are the backbone's class numbers.",) if doubt else ()
     return replace(found, doubt=doubt, remedy=remedy)
 
@@ -272,8 +279,23 @@ def relabelled(data: Data, label_map: LabelMap) -> Data:
 
 
 def odd_labels(labels: Tensor, classes: int) -> str:
-    """What is wrong with labels of which some are no class of the backbone. Empty if nothing is."""
+    """What is wrong with labels that are no classes of the backbone. Empty if nothing is.
+
+    Raises:
+        DataError: if some labels are classes and others are not; -1 is no label.
+    """
     if not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes:
         return ""
+    within = (labels >= 0) & (labels < classes)
+    strange = labels[~within & (labels != UNKNOWN_LABEL)]
+    if within.any() and len(strange):
+        values, counts = strange.unique(return_counts=True)
+        named = some(
+            [f"{value} ({n:,} of {len(labels):,} images)" for value, n in zip(values.tolist(), counts, strict=True)]
+        )
+        raise DataError(
+            f"There are labels that are no classes of the backbone, which are 0 to {classes - 1}: {named}. Correct them, or "
+            f"leave these images out. If they mean that an image has no label, leave out all labels: give (image,)."
+        )
     found = f"its labels are {int(labels.min())} to {int(labels.max())}"
     return f"{found}, the backbone's classes 0 to {classes - 1}"

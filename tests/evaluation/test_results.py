@@ -76,10 +76,20 @@ def test_without_labels_accuracy_is_none_and_all_else_is_the_same():
 @pytest.mark.parametrize("batch_size", [5, N])
 def test_labels_that_are_not_classes_are_ignored_and_the_results_say_so(batch_size):
     model, (x, y) = made(), labelled()
-    results = evaluate(model, TensorDataset(x, y.where(y > 0, K)), batch_size=batch_size, speed=False)
+    results = evaluate(model, TensorDataset(x, y + K), batch_size=batch_size, speed=False)
     assert results.rows == evaluate(model, TensorDataset(x), speed=False).rows
     for text in (str(results), json.dumps(results.to_dict())):
-        assert f"no accuracy for this data: its labels are 1 to {K}, the backbone's classes 0 to {K - 1}." in text
+        assert (
+            f"no accuracy for this data: its labels are {K} to {2 * K - 1}, the backbone's classes 0 to {K - 1}."
+            in text
+        )
+
+
+def test_a_label_that_is_no_class_among_others_is_refused_by_name():
+    model, (x, y) = made(), labelled()
+    y[3] = 255
+    with pytest.raises(DataError, match=rf"0 to {K - 1}: 255 \(1 of {N} images\)\. Correct them"):
+        evaluate(model, TensorDataset(x, y), batch_size=5, speed=False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])

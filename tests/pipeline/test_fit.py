@@ -181,6 +181,24 @@ def test_labels_under_which_the_backbone_is_never_right_are_not_believed():
     assert fit(network(), wrong).results["tuning"]["target"]["kind"] == "max_fidelity_drop"
 
 
+@pytest.mark.parametrize("part", ["train_data", "val_data"])
+def test_one_label_that_is_no_class_is_refused_by_name_before_the_training(part, monkeypatch):
+    monkeypatch.setattr(fitting, "train", None)
+    x, y = images(60).tensors
+    y[7] = 255
+    data = {"train_data": images(60), part: TensorDataset(x, y)}
+    with pytest.raises(DataError, match=r"no classes of the backbone, which are 0 to 3: 255 \(1 of \d+ images\)"):
+        fit(network(), data.pop("train_data"), **data)
+
+
+def test_labels_of_which_none_is_a_class_are_not_used_and_it_is_said():
+    said: list[str] = []
+    x, y = images(60).tensors
+    model = fit(network(), TensorDataset(x, y + K), log=said.append)
+    assert "They are not: its labels are 4 to 7, the backbone's classes 0 to 3." in said[0]
+    assert model.results["tuning"]["target"]["kind"] == "max_fidelity_drop"
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 
 X, Y = images(60).tensors
