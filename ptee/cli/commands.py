@@ -335,8 +335,11 @@ def _remark_on(threshold: Any) -> None:
 
 
 def _where(o: dict[str, Any]) -> dict[str, Any]:
-    """Where a saved run's weights and images are."""
-    return {key: o[key] for key in ("weights", "data", "data_root", "classes")}
+    """Where a saved run's weights and images are, and where the backbone is tried on these."""
+    from ptee._common.devices import resolve_device
+
+    places = {key: o[key] for key in ("weights", "data", "data_root", "classes")}
+    return {**places, "device": resolve_device(o["device"]), "word": as_option}
 
 
 def _how(o: dict[str, Any]) -> dict[str, Any]:

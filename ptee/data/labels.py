@@ -155,6 +155,7 @@ def choose_class_order(
     data: Data,
     *,
     classes: Sequence[str] | str | Path | None = None,
+    recorded: Sequence[str] | None = None,
     check: bool = True,
     device: str | torch.device | None = None,
 ) -> LabelMap:
@@ -163,18 +164,26 @@ def choose_class_order(
     With `check`, the backbone is tried on some images even if there is one order only, so that labels under which it is near
     chance are doubted. The backbone (with `module` and `num_classes`) computes on `device`, by default where it is.
 
+    `recorded` are the backbone's classes as a run says. They are taken, unless the backbone is near chance under them and is
+    not in the order of their names.
+
     Raises:
-        DataError: as of `map_labels`, or if a picture cannot be decoded.
+        DataError: as of `map_labels`, if a picture cannot be decoded, or if the recorded classes are not the backbone's.
     """
-    first = map_labels(data.class_names, backbone.num_classes, classes=classes)
+    first = map_labels(data.class_names, backbone.num_classes, classes=recorded if classes is None else classes)
     maps = {"": first} if classes is not None else _candidates(data, first)
+    if classes is None and recorded is not None:
+        maps = {"": first} | _rivals(data, first, backbone.num_classes)
     if first.indices is None or not (check or len(maps) > 1):
         return first
     answers, labels = _try(backbone.module, _some_images(data, list(maps.values())), device)
     right = {name: _share_right(answers, labels, each) for name, each in maps.items()}
     best = max(right, key=lambda name: right[name])  # of equal ones the first
+    if classes is None and recorded is not None:
+        best = ""
+        _require_recorded(recorded, maps, answers, labels, backbone.num_classes)
     found = maps[best]
-    if len(maps) > 1:
+    if best:
         found = replace(found, reason=_reason(maps, best, right, len(labels)))
     doubt = _doubt(right[best], len(labels), backbone.num_classes)
     return replace(found, doubt=doubt, remedy=NAME_THEM if doubt else found.remedy)
@@ -210,6 +219,30 @@ def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
         library: LabelMap(tuple(place[name] for name in names), "", tuple(orders[library]))
         for library, place in places.items()
     }
+
+
+def _rivals(data: Data, recorded: LabelMap, num_classes: int) -> dict[str, LabelMap]:
+    """What would be taken if the run had recorded no classes, where that is something else."""
+    own = map_labels(data.class_names, num_classes)
+    found = {} if own.indices is None else _candidates(data, own)
+    return {name or "names": each for name, each in found.items() if each.indices != recorded.indices}
+
+
+def _require_recorded(
+    recorded: Sequence[str], maps: dict[str, LabelMap], answers: Tensor, labels: Tensor, num_classes: int
+) -> None:
+    """Refuse a run's classes if the backbone is near chance where they differ from a rival, and right under the rival."""
+    first, *rivals = maps.values()
+    for rival in rivals:
+        rows = torch.tensor([first(label) != rival(label) for label in labels.tolist()], device="cpu")
+        right, other = (_share_right(answers[rows], labels[rows], each) for each in (first, rival))
+        n = int(rows.sum())
+        if n and _doubt(right, n, num_classes) and not _doubt(other, n, num_classes):
+            raise DataError(
+                f"The run says that the backbone's classes are {some(recorded)}. Of {n} images whose class is in question the "
+                f"backbone is right on {right:.0%} so, and on {other:.0%} in the order of their names: the run was changed. Copy it "
+                "again, or say which is right. ", *NAME_THEM,
+            )  # fmt: skip
 
 
 def _some_images(data: Data, maps: Sequence[LabelMap]) -> Any:

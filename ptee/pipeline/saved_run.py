@@ -6,7 +6,7 @@ A run may come from a stranger. So what it says of its data is checked before an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import require_at_hand
 from ptee.pipeline.fit import Job, Log, choose_thresholds
-from ptee.pipeline.images import has_labels, open_images
+from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
@@ -63,6 +63,8 @@ def open_run(
     data_root: Path | None = None,
     classes: Path | None = None,
     max_drop: float | None = None,
+    device: Any = None,
+    word: Callable[[Argument], str] = str,
 ) -> OpenRun:
     """Open a saved run, with images that its heads have not seen.
 
@@ -73,9 +75,12 @@ def open_run(
         data_root: the folder of a data set of torchvision.
         classes: a file that names the backbone's classes in its order.
         max_drop: of accuracy, if the user asks for one; then the backbone must be right under the labels.
+        device: where the backbone is tried on some images; None: the CPU.
+        word: says how to call an argument.
 
     Raises:
-        DataError: if the run does not say which images it was made with, or they have changed.
+        DataError: if the run does not say which images it was made with, they have changed, or its classes are not the
+            backbone's.
         PteeError: as of `load`.
     """
     model = _load(run, weights)
@@ -96,14 +101,16 @@ def open_run(
         named=named,
         classes=classes,
         trained=recorded.get("classes"),
-        check=max_drop is not None,
+        check=True,
+        device=device,
         report_only=True,
         removed=recorded.get("removed", ()),
     )
     if max_drop is not None:
         labels.require_accuracy(Argument("max_drop", str(max_drop)), Argument("max_fidelity_drop", str(max_drop)))
     images, words = images_to_report_on(found, recorded, run)
-    accuracy = labels.reason if labels.indices is not None else f"{labels.reason} So there is no accuracy."
+    known = labels.indices is not None
+    accuracy = describe_labels(labels, word) if known else f"{labels.reason} So there is no accuracy."
     return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)
 
 

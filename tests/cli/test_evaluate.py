@@ -125,6 +125,12 @@ def test_what_a_run_says_of_its_data_is_not_trusted(data, words, run, finished, 
     assert done.status in (0, 2), done.err
 
 
+@pytest.mark.parametrize("command", [("evaluate",), ("tune", "--max-cost", 1)], ids=str)
+def test_it_is_said_where_the_backbone_is_hardly_better_than_chance(command, run, finished):
+    done = run(command[0], finished, *command[1:], "--no-speed")
+    assert re.search(r"right on \d+\.\d% of 30 images, and would be on 10\.0% by chance.*--classes FILE", done.out)
+
+
 def test_weights_that_were_moved_are_asked_for_and_taken(run, things, tmp_path):
     old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
     shutil.copy(things / "weights.safetensors", old)

@@ -169,6 +169,21 @@ def test_names_that_are_given_go_before_the_libraries_orders(numbered_classes):
     assert list(found.classes) == order and not found.doubt
 
 
+def test_classes_that_a_run_recorded_are_taken_if_the_backbone_knows_them_so(numbered_classes):
+    order = NAMES[6:] + NAMES[:6]
+    found = choose_class_order(backbone(order), numbered_classes, recorded=order)
+    assert list(found.classes) == order and not found.doubt
+
+
+def test_recorded_classes_are_refused_if_the_backbone_is_right_in_the_order_of_their_names(numbered_classes):
+    network, swapped = backbone(NAMES), [*NAMES[1::-1], *NAMES[2:]]
+    with pytest.raises(
+        DataError, match=r"classes are class2, class1, .* right on 0%.*100% .*Copy it again.*classes=FILE"
+    ):
+        choose_class_order(network, numbered_classes, recorded=swapped)
+    assert choose_class_order(network, numbered_classes, recorded=swapped, classes=NAMES).indices is not None
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
