@@ -88,7 +88,8 @@ def map_labels(
     numbers = tuple(int(name) for name in class_names if re.fullmatch("[0-9]+", name) and int(name) < num_classes)
     are_numbers = len(set(numbers)) == n  # '7' and '07' would be one class
     if are_numbers and (n < num_classes or num_classes == IMAGENET_CLASSES):
-        return LabelMap(numbers, f"The {n} class names are taken for numbers of the backbone's {num_classes} classes.")
+        are = "name is taken for a number" if n == 1 else "names are taken for numbers"
+        return LabelMap(numbers, f"The {n} class {are} of the backbone's {num_classes} classes.")
     if n == num_classes:
         reason = f"The {n} classes are taken for the backbone's, in this order: {named}."
         return LabelMap(tuple(range(n)), reason, tuple(class_names))
@@ -107,8 +108,8 @@ def _map_wordnet(class_names: Sequence[str]) -> LabelMap:
     strange = [name for name in class_names if name not in place]
     if strange:
         return LabelMap(None, f"These WordNet ids are not among the classes of ImageNet-1k: {some(strange)}.")
-    indices = tuple(place[name] for name in class_names)
-    return LabelMap(indices, f"{len(indices)} WordNet ids are mapped to the backbone's ImageNet-1k classes.")
+    indices, ids = tuple(place[name] for name in class_names), "id is" if len(class_names) == 1 else "ids are"
+    return LabelMap(indices, f"{len(indices)} WordNet {ids} mapped to the backbone's ImageNet-1k classes.")
 
 
 def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequence[str] | str | Path) -> LabelMap:
@@ -122,14 +123,15 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         raise DataError(f"{where} names {some(twice)} more than once: give each of the backbone's classes once.")
     if len(names) != num_classes:
         raise DataError(
-            f"{where} names {len(names):,} classes, but the backbone has {num_classes:,}: name all of them."
+            f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
         )
     if strange := [name for name in class_names if name not in place]:
         near = get_close_matches(strange[0], names, 1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
     indices = tuple(place[name] for name in class_names)
-    return LabelMap(indices, f"The {len(class_names)} classes of the data have {whose}.", names)
+    have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
+    return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
 
 
 def _read_names(file: str | Path) -> tuple[str, ...]:
@@ -197,7 +199,7 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
     """
     found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
     answers, labels = _try(backbone.module, _some_images(data, [found]), device)
-    fault = odd_labels(labels, backbone.num_classes)
+    fault = labels_of_other_classes(labels, backbone.num_classes)
     doubt = _doubt(_share_right(answers, labels, int), len(labels), backbone.num_classes)
     if fault:
         doubt = f"They are not: {fault}."
@@ -312,23 +314,26 @@ def relabelled(data: Data, label_map: LabelMap) -> Data:
 
 
 def odd_labels(labels: Tensor, classes: int) -> str:
-    """What is wrong with labels that are no classes of the backbone. Empty if nothing is.
-
-    Raises:
-        DataError: if some labels are classes and others are not; -1 is no label.
-    """
+    """What is wrong with labels of which some are no class of the backbone. Empty if nothing is."""
     if not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes:
         return ""
+    found = f"its labels are {int(labels.min())} to {int(labels.max())}"
+    return f"{found}, the backbone's classes 0 to {classes - 1}"
+
+
+def labels_of_other_classes(labels: Tensor, classes: int) -> str:
+    """The same of labels of which none is a class.
+
+    Raises:
+        DataError: if some are classes and others are not; -1 is no label.
+    """
     within = (labels >= 0) & (labels < classes)
     strange = labels[~within & (labels != UNKNOWN_LABEL)]
     if within.any() and len(strange):
         values, counts = strange.unique(return_counts=True)
-        named = some(
-            [f"{value} ({n:,} of {len(labels):,} images)" for value, n in zip(values.tolist(), counts, strict=True)]
-        )
+        each = [f"{value} ({n:,} of {len(labels):,} images)" for value, n in zip(values.tolist(), counts, strict=True)]
         raise DataError(
-            f"There are labels that are no classes of the backbone, which are 0 to {classes - 1}: {named}. Correct them, or "
-            f"leave these images out. If they mean that an image has no label, leave out all labels: give (image,)."
+            f"There are labels that are no classes of the backbone, which are 0 to {classes - 1}: {some(each)}. Correct them, or "
+            "leave these images out. If they mean that an image has no label, leave out all labels: give (image,)."
         )
-    found = f"its labels are {int(labels.min())} to {int(labels.max())}"
-    return f"{found}, the backbone's classes 0 to {classes - 1}"
+    return odd_labels(labels, classes)

@@ -48,8 +48,8 @@ def evaluate(
 
     Args:
         model: any early-exit model.
-        data: a map-style data set of (image, label) or (image,), or a loader. If labels are no classes of the backbone, there is
-            no accuracy, and the results say so.
+        data: a map-style data set of (image, label) or (image,), or a loader. If no label is a class of the backbone, there
+            is no accuracy, and the results say so.
         threshold: one number, or one for each exit; None: the model's own. The model keeps its own in any case.
         batch_size: for a data set.
         num_workers: processes that load a data set.

@@ -19,7 +19,7 @@ from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
-from ptee.data.labels import odd_labels
+from ptee.data.labels import labels_of_other_classes
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
 from ptee.exits.plan import heads_run
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -36,7 +36,7 @@ class Traces:
     Attributes:
         answers: (E+1, n) classes.
         confidence: (E+1, n) h, float32; 1 in the last row.
-        targets: (n,) labels; None if there are none, or if some are no classes of the backbone.
+        targets: (n,) labels; None if there are none, or if none is a class of the backbone.
         costs: (E+1,) float64, the cost of leaving at each exit, as a fraction of the bare backbone.
         sample: (s, c, h, w) some of the images, spread over the data set.
         note: why labels that are there are not used, in a sentence; else empty.
@@ -176,7 +176,7 @@ def record(
     progress: bool = True,
     logits: bool = True,
 ) -> Traces:
-    """Run a model once over data while no image leaves. If a label is no class of the backbone, no label is used.
+    """Run a model once over data while no image leaves. If no label is a class of the backbone, no label is used.
 
     Args:
         model: any early-exit model. Afterwards it is in the mode and on the device that it was.
@@ -188,7 +188,7 @@ def record(
         logits: keep them: (E+1) n K numbers.
 
     Raises:
-        DataError: if some images have labels and others have none.
+        DataError: if some images have labels that are classes, and others have other labels or none.
     """
     require_early_exit(model)
     home, was_training = next(model.heads.parameters()).device, model.training
@@ -276,7 +276,7 @@ def _join(parts: list[Traces], classes: int) -> Traces:
     targets = torch.cat(labels) if labels else None
     if targets is not None and (len(labels) < len(parts) or (targets == UNKNOWN_LABEL).any()):
         raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
-    fault = "" if targets is None else odd_labels(targets, classes)
+    fault = "" if targets is None else labels_of_other_classes(targets, classes)
     return replace(
         parts[0],
         answers=torch.cat([p.answers for p in parts], 1),

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -150,7 +151,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         if network is not None and network.note:
             job.log(f"{network.note}\n")
     job.log(f"{data.summary}\n\n{model.plan}\n")
-    with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume):
+    with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
         return _fit(model, data, target, recipe, job)
 
 
@@ -159,7 +160,7 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
     for_heads, for_confidence = _images_of_each(data, wanted, recipe, job.log)
     complete: list[Epoch] = []
     try:
-        history = _train_on_files(model, for_heads, recipe, job, complete)
+        history = _train(model, for_heads, recipe, job, complete)
         if not is_main_process():
             return model
         model.results = {"data": about(data)}
@@ -177,6 +178,17 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
     if job.out is not None:
         forget_training(job.out)
     return model
+
+
+@contextmanager
+def _unreadable_named(data: Data, job: Job) -> Iterator[None]:
+    """If a picture can no longer be read meanwhile, name all such pictures, and record them for --resume."""
+    try:
+        yield
+    except DataError:
+        if job.out is not None and data.split["kind"] in FILES:
+            require_readable(data, job.out)
+        raise
 
 
 def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[EarlyExitModel, Target | None]:
@@ -260,16 +272,6 @@ def _images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Log) -> tup
         f"other {len(rest):,}, drawn with seed {recipe.seed}.\n"
     )
     return replace(data, train=for_heads), rest
-
-
-def _train_on_files(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
-    """Train. If a picture can no longer be read, name all such pictures, and record them for --resume."""
-    try:
-        return _train(model, data, recipe, job, complete)
-    except DataError:
-        if job.out is not None and data.split["kind"] in FILES:
-            require_readable(data, job.out)
-        raise
 
 
 def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:

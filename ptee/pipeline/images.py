@@ -69,8 +69,8 @@ def open_images(
     if require is not None:
         require(data)
     fits = trained and len(trained) == backbone.num_classes and {*data.class_names} <= {*trained}
-    names = {"classes": classes, "recorded": trained if fits else None}
-    labels = choose_class_order(backbone, data, **names, check=check, device=device)
+    recorded = trained if fits else None
+    labels = choose_class_order(backbone, data, classes=classes, recorded=recorded, check=check, device=device)
     return relabelled(data, labels), labels
 
 

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import length_hint
+from operator import eq, length_hint
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import TrainingConfig
 from ptee.training.history import Epoch
+from ptee.training.training_data import same_samples
 
 # Why not accelerate's save_state: it pickles the optimizer and the random states, and ptee unpickles nothing that lies on a disk.
 
@@ -49,7 +50,7 @@ class Checkpoint:
 def describe_training(
     config: TrainingConfig, model: EarlyExitModel, data: Any, samples: str | None, processes: int
 ) -> dict[str, Any]:
-    """What must stay the same for a training to go on, JSON-able. `samples` is a hash of some images, if it is known."""
+    """What must stay the same for a training to go on, JSON-able. `samples` is of `sample_hash`."""
     files = getattr(data, "files_sha256", None)  # with one file more, others would be drawn for training
     front = model.heads[0]  # its weights are among the heads' and would be taken for theirs
     return config.model_dump(exclude={"cache"} | ({"epochs"} if config.schedule == "constant" else set())) | {
@@ -97,7 +98,11 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
         reached = _from_tensors(tensors, [Epoch(**epoch) for epoch in json.loads(about["history"])["epochs"]])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as why:
         raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to start again.") from why
-    differing = [name for name in {**training, **written} if written.get(name) != training.get(name)]
+    differing = [
+        name
+        for name in {**training, **written}
+        if not (same_samples if name == "samples" else eq)(written.get(name), training.get(name))
+    ]
     if differing:
         other = ", ".join(f"{name} {written.get(name)} (now {training.get(name)})" for name in differing)
         raise RunError(f"{path} belongs to a training with {other}. Use the same settings and data, or delete it.")

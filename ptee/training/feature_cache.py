@@ -29,7 +29,6 @@ from tqdm.auto import tqdm
 from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
 from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
-from ptee.data.labels import odd_labels
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
@@ -199,9 +198,6 @@ def fill(
         around: a context for the forward pass, such as autocast.
         description: for the progress bar.
         callback: called with the size, as soon as it is known and there is room for it.
-
-    Raises:
-        DataError: if only some of the labels are classes of the backbone, or the cache would be too large.
     """
     views = data if isinstance(data, Views) else None
     loader = batches(AllViews(views) if views else data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
@@ -218,7 +214,6 @@ def fill(
         cache.put(start, reading, labels)
         start += len(images)
     assert cache is not None and start == cache.estimate.rows
-    odd_labels(cache.labels[: len(data)], model.num_classes)  # refuses some of them before any training
     return cache
 
 

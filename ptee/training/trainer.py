@@ -120,6 +120,7 @@ def _auto_epochs(config: TrainingConfig, data: Any) -> int:
     if not length:
         text = "A number of epochs cannot be chosen for data that is empty or has no length. Give one, such as "
         raise DataError(text, Argument("epochs", "10"), ".", argument="epochs", value="auto")
+    length += len(getattr(data, "gaps", ()))  # a training that goes on without some has as many epochs as before
     return epochs_for(length, 1 if is_loader(data) else config.batch_size)  # a loader is as long as it has batches
 
 

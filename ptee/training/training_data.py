@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ptee._common.errors import Argument, DataError
@@ -20,6 +19,7 @@ from ptee.training.config import TrainingConfig
 from ptee.training.feature_cache import LIMIT, Cache, Estimate, fill
 
 SAMPLES = 8  # of the data, which are read twice to see whether they are always the same
+NO_SAMPLE = "----"  # stands for a picture that was removed, in the place of its hash
 _SHARED: ContextVar[dict[Any, Cache] | None] = ContextVar("shared caches", default=None)
 
 
@@ -166,14 +166,19 @@ def _of_head(head: Any) -> Any:
 
 
 def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
-    """Hash of a few samples of a data set; None if it gives other images each time, which `must_repeat` refuses."""
-    some = Subset(data, torch.linspace(0, len(data) - 1, min(SAMPLES, len(data)), device="cpu").long().tolist())
-    first, second = _read(some), _read(some)
-    if len(first) == len(second) and all(map(torch.equal, first, second)):
-        digest = hashlib.sha256()
-        for tensor in first:
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+    """A hash of each of a few samples of a data set, one after another; dashes for a picture that was removed.
+
+    None if the data set gives other images each time, which `must_repeat` refuses.
+    """
+    gaps = getattr(data, "gaps", ())
+    n = len(data) + len(gaps)
+    drawn = torch.linspace(0, n - 1, min(SAMPLES, n), device="cpu").long().tolist()
+    there = [place for place in drawn if place not in gaps]
+    some = Subset(data, [place - sum(gap < place for gap in gaps) for place in there])
+    first, second = (_hashes(some) for _ in range(2))
+    if first == second:
+        found = dict(zip(there, first, strict=True))
+        return "".join(found.get(place, NO_SAMPLE) for place in drawn)
     if must_repeat:
         text = "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "
         more = ", or remove the random transforms and let ptee make views of the images ("
@@ -183,7 +188,24 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
     return None
 
 
-def _read(data: Any) -> list[Tensor]:
-    """Images and labels, as batches are made of them."""
+def same_samples(one: Any, other: Any) -> bool:
+    """Whether two of these may be of the same data set: they are equal but for pictures that were removed."""
+    if not isinstance(one, str) or not isinstance(other, str) or len(one) != len(other):
+        return one == other
+    parts = ([text[i : i + len(NO_SAMPLE)] for i in range(0, len(text), len(NO_SAMPLE))] for text in (one, other))
+    return all(a == b or NO_SAMPLE in (a, b) for a, b in zip(*parts, strict=True))
+
+
+def _hashes(data: Subset[Any]) -> list[str]:
+    """Of each image with its label. Hashes are compared, not numbers, because NaN is not equal to itself."""
+    if not len(data):
+        return []
     images, labels = split_batch(next(iter(batches(data, batch_size=len(data), shuffle=False))))
-    return [images] if labels is None else [images, labels]
+    tensors = [images] if labels is None else [images, labels]
+    rows = ([tensor[i : i + 1].cpu().contiguous() for tensor in tensors] for i in range(len(images)))
+    return [
+        hashlib.sha256(b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in row)).hexdigest()[
+            : len(NO_SAMPLE)
+        ]
+        for row in rows
+    ]

@@ -34,6 +34,8 @@ THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
         (["0 - zero", "1 - one"], 2, (0, 1), "in this order: 0 - zero"),
         (["cat", "dog"], 2, (0, 1), "in this order: cat, dog"),
         (["cat", "dog"], 3, None, r"cannot be mapped .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$"),
+        (["7"], 10, (7,), "The 1 class name is taken for a number of"),
+        (["n01440764"], 1000, (0,), "^1 WordNet id is mapped"),
         (["all"], 3, None, r"cannot be mapped to the backbone's 3\.$"),  # as where there are no labels
         (["a", "b", "c"], 2, None, r"cannot be mapped to the backbone's 2\.$"),
         (["²", "cat"], 3, None, "cannot be mapped"),
@@ -187,6 +189,7 @@ def test_recorded_classes_are_refused_if_the_backbone_is_right_in_the_order_of_t
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("cat\n", "names 1 class, but"),
         ("cat\ndog\n", "names 2 classes, but the backbone has 3"),
         ("cat\ndog\ncat\n", "names cat more than once"),
         ("cat\nDog\nowl\n", r"lacks classes of the data: dog \(did you mean 'Dog'\?\)"),
@@ -195,7 +198,7 @@ def test_recorded_classes_are_refused_if_the_backbone_is_right_in_the_order_of_t
         ("\xff\xfe", "cannot be read"),
         (None, r"classes\.txt' cannot be read \(No such file"),
     ],
-    ids=["too few", "twice", "other names", "gap", "empty", "no text", "no file"],
+    ids=["one", "too few", "twice", "other names", "gap", "empty", "no text", "no file"],
 )
 def test_a_file_of_other_names_is_refused(text, said, tmp_path):
     if text is not None:

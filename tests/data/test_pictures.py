@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -102,13 +104,24 @@ def test_values_whose_white_is_not_known_are_refused(tmp_path, values, said):
         TRANSFORM(Image.fromarray(values))
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_of(data: bytes) -> bytes:
+    """A PNG whose checksums are right, with any bytes for its compressed pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
 @pytest.fixture
 def damaged(folder):
-    """Images of which six cannot be read, each for another reason."""
+    """Images of which seven cannot be read, each for another reason."""
     val = folder / "val"
     whole = encoded(3, "JPEG")
     (val / "a" / "cut.png").write_bytes(encoded(1)[:50])
     (val / "a" / "flipped.png").write_bytes(encoded(1).replace(b"IDAT", b"IDAT\x01", 1))
+    (val / "a" / "no_pixels.png").write_bytes(png_of(b"garbage"))
     (val / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (val / "b" / "text.jpg").write_text("no picture")
     os.mkfifo(val / "b" / "pipe.jpg")
@@ -121,16 +134,16 @@ def test_all_pictures_that_cannot_be_read_are_named_in_one_line(damaged):
     with pytest.raises(UnreadablePicturesError) as caught:
         check_pictures([data.train, data.validation.relabelled(int)])
     said = str(caught.value)
-    assert said.startswith("6 of 30 pictures cannot be read. Replace or remove them")
+    assert said.startswith("7 of 31 pictures cannot be read. Replace or remove them")
     pipe = "b/pipe.jpg' (not a regular file)"
-    for name in ("a/cut.png", "a/flipped.png", "a/cut.jpg", "b/text.jpg", pipe, "b/gone.jpg"):
+    for name in ("a/cut.png", "a/flipped.png", "a/no_pixels.png", "a/cut.jpg", "b/text.jpg", pipe, "b/gone.jpg"):
         assert name in said
     assert "\n" not in said
     assert sorted(caught.value.keys)[0] == ("validation", "a/cut.jpg", "a")
 
 
 def test_pictures_of_a_part_that_was_held_out_are_checked_too(damaged):
-    with pytest.raises(UnreadablePicturesError, match="6 of 12"):
+    with pytest.raises(UnreadablePicturesError, match="7 of 13"):
         check_pictures(hold_out(opened(damaged).validation, 3, 0))
 
 

@@ -171,12 +171,21 @@ def test_data_without_labels_have_no_targets(make):
     assert record(made(), make(images(3, *SIZE))).targets is None
 
 
-@pytest.mark.parametrize(("labels", "words"), [([0, 1, K], "0 to 4.*0 to 3"), ([0, -2, 1], "-2 to 1")], ids=str)
+@pytest.mark.parametrize(("labels", "words"), [([7, 9, K], "4 to 9.*0 to 3"), ([-3, -2, 9], "-3 to 9")], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_no_label_is_used_if_one_is_no_class_of_the_backbone_and_a_note_says_why(labels, words, batch_size):
+def test_no_label_is_used_if_none_is_a_class_of_the_backbone_and_a_note_says_why(labels, words, batch_size):
     found = record(made(), TensorDataset(images(3, *SIZE), torch.tensor(labels)), batch_size=batch_size)
     assert found.targets is None
     assert re.search(words, found.note)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"), [([0, 255, 255], r"255 \(2 of 3"), ([K, -2, 1], r"-2 \(1 .*, 4 \(1 ")], ids=str
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_labels_that_are_no_classes_among_others_are_refused_by_name(labels, words, batch_size):
+    with pytest.raises(DataError, match=words):
+        record(made(), TensorDataset(images(3, *SIZE), torch.tensor(labels)), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [2, 4], ids=["between batches", "in one batch"])

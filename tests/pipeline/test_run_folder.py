@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ptee.backbones.load import load_backbone
 from ptee.cli.main import main
+from ptee.data.pictures import File, decode
 from ptee.pipeline import fit
 from ptee.training import trainer
 
@@ -105,21 +106,21 @@ def test_a_training_that_has_begun_goes_on_without_them(ptee, images, interrupte
     assert status == 0, said
 
 
-def test_a_picture_that_breaks_during_the_training_is_recorded_too(ptee, images, monkeypatch):
+@pytest.mark.parametrize("step", ["train", "_set_confidence", "evaluate"])
+def test_a_picture_that_breaks_at_any_step_is_recorded_and_no_epoch_is_lost(step, ptee, images, monkeypatch):
     broken = images / "b" / "13.png"
 
-    def train(*_: object, **__: object) -> None:
-        damage(broken)
-        from ptee.data.pictures import File, decode
-
-        decode(File(str(broken), broken.name))
+    def breaks(*_: object, **__: object) -> None:
+        decode(File(str(damage(broken)), broken.name))
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "train", train)
+        patch.setattr(fit, step, breaks)
         status, said = ptee(WORDS)
     assert status == 2 and "1 of 40 pictures cannot be read" in said
     broken.unlink()
-    assert ptee(WORDS, "--resume")[0] == 0
+    status, said = ptee(WORDS, "--resume")
+    assert status == 0, said
+    assert ("epoch 1/3" in said) is (step == "train")
 
 
 def test_near_chance_a_target_of_accuracy_is_refused_and_the_heads_learn_the_backbones_answers(ptee):
@@ -143,4 +144,4 @@ def test_a_file_of_class_names_is_recorded_and_used_again(ptee, images):
     (images / "a").rename("val/a")
     status, said = ptee("evaluate out --data val --no-speed")  # one of the two classes alone
     assert status == 0, said
-    assert "The 1 classes of the data have the backbone's numbers." in said
+    assert "The 1 class of the data has the backbone's numbers." in said

@@ -12,7 +12,7 @@ from learning import EXITS, SIZE, Interrupted, K, N, Net, data, fit, heads, imag
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import ptee
 from ptee._common.errors import RunError
@@ -198,6 +198,32 @@ def test_the_checkpoint_of_other_files_is_refused(tmp_path):
     fit(made(), Files("1" * 64), checkpoint=checkpoint, resume=True)
     with pytest.raises(RunError, match=r"data 48 long.*1111 \(now 48 long.*2222\)"):
         fit(made(), Files("2" * 64), checkpoint=checkpoint, resume=True)
+
+
+class WithGaps(Subset):
+    """The data without some images, which were removed because they cannot be read."""
+
+    def __init__(self, *gaps: int) -> None:
+        super().__init__(data(), [i for i in range(N) if i not in gaps])
+        self.gaps = gaps
+
+
+def interrupt(_: Epoch) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("gone", [(0,), (20,), (0, N - 1), (3, 4, 30)], ids=str)
+def test_a_training_goes_on_without_images_that_were_removed(gone, tmp_path):
+    how = {
+        "checkpoint": tmp_path / "checkpoint.safetensors",
+        "schedule": "cosine",
+        "epochs": "auto",
+        "on_epoch": interrupt,
+    }
+    assert fit(made(), data(), **how).interrupted
+    with pytest.raises(RunError, match="samples"):
+        fit(made(), TensorDataset(images() + 1, labels()), resume=True, **how)
+    assert len(fit(made(), WithGaps(*gone), resume=True, **how).epochs) == 2
 
 
 def with_front(seed: int, size: tuple[int, int, int] = SIZE) -> ptee.EarlyExitModel:

@@ -113,13 +113,6 @@ class Unlabelled(Dataset[Tensor]):
         return images(20)[i][0]
 
 
-def test_a_label_that_is_no_class_is_refused_while_the_cache_is_filled():
-    pictures, labels = images().tensors
-    labels[33] = 255
-    with pytest.raises(DataError, match=r"0 to 4: 255 \(1 of 40 images\)"):
-        short(early(), TensorDataset(pictures, labels), cache=True, views=2, epochs=1)
-
-
 def test_images_without_labels_can_be_cached_but_are_no_targets():
     assert short(early(), Unlabelled(), targets="pseudo", epochs=1, cache=True).epochs[0].accuracy is None
     with pytest.raises(DataError, match="no labels"):

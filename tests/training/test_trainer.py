@@ -311,6 +311,13 @@ def test_a_cache_of_images_that_change_is_refused():
     assert len(fit(made(), Flickering(), epochs=1, cache=False).epochs) == 1
 
 
+def test_an_image_with_nan_is_not_called_another_image():
+    spoilt = images().clone()
+    spoilt[0, 0, 0, 0] = torch.nan
+    with pytest.raises(PteeError, match=r"The loss is nan.*leave out images with values that are not finite"):
+        fit(made(), TensorDataset(spoilt, labels()), cache=True)
+
+
 # what is refused
 
 
