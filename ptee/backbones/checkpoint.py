@@ -21,7 +21,9 @@ from ptee._common.errors import Argument, BackboneError, first_line, some
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # huggingface_hub's names for the parts of a large file
 LARGEST_INDEX = 64 * 2**20  # bytes
 DEEPEST, MOST_PLACES = 4, 1000  # dictionaries around a network, and in a file
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile and others
 LONGEST_NAME = 60  # of a tensor, in a message
+OLDEST = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # begins what torch.save wrote before it wrote zip files
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
     try:
         found = _read_shards(path) if path.suffix.lower() == ".json" else _read(path)
         places = dict(_places(found))
+    except BackboneError:
+        raise
     except Exception as error:
         raise refusal(file, _why_unreadable(path, error)) from error
     if not places:
@@ -82,23 +86,43 @@ def _is_file(path: Path) -> bool:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix.lower() == ".safetensors":
+    is_zip, named = zipfile.is_zipfile(path), path.suffix.lower() == ".safetensors"
+    _require_suffix(path, named, is_zip)
+    if named:
         from safetensors.torch import load_file
 
         return load_file(path)
-    is_zip = zipfile.is_zipfile(path)
     if is_zip:
-        _require_uncompressed(path)
+        _require_whole(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments as one
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
-def _require_uncompressed(path: Path) -> None:
-    """torch does not compress tensors. A small file that unpacks to a large one was made to do harm."""
+def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:
+    """Refuse a file of one kind that has the suffix of the other. `named`: .safetensors."""
+    with path.open("rb") as file:
+        start = file.read(len(OLDEST))
+    header = int.from_bytes(start[:8], "little")
+    if named and (is_zip or start == OLDEST):
+        raise refusal(path, f"was written by torch.save and is no safetensors file. Name it {path.stem}.pth.")
+    if not named and not is_zip and start[8:] == b"{" and header < path.stat().st_size:
+        raise refusal(path, f"is a safetensors file. Name it {path.stem}.safetensors.")
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a file of torch.save that is not as it was written.
+
+    torch itself compares no checksums. It does not compress tensors, so a small file that unpacks to a large one was made to do
+    harm.
+    """
     with zipfile.ZipFile(path) as archive:
-        packed, unpacked = path.stat().st_size, sum(part.file_size for part in archive.infolist())
-    if unpacked > 2 * packed:
-        raise ValueError(f"It unpacks to {unpacked:,} bytes from {packed:,}")
+        parts = archive.infolist()
+        packed, unpacked = path.stat().st_size, sum(part.file_size for part in parts)
+        if unpacked > 2 * packed:
+            raise ValueError(f"It unpacks to {unpacked:,} bytes from {packed:,}")
+        has_checksums = any(part.CRC for part in parts)  # torch can be told to write none
+        if has_checksums and (damaged := archive.testzip()) is not None:
+            raise ValueError(f"It is damaged in {damaged[-LONGEST_NAME:]!r}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -132,11 +156,20 @@ def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
         seen.add(id(value))
         state = OrderedDict((key, part) for key, part in value.items() if isinstance(key, str) and _is_plain(part))
         if state:
-            state._metadata = getattr(value, "_metadata", None)  # type: ignore[attr-defined]
+            names, versions = [_bare(name) for name in state], getattr(value, "_metadata", None)
+            if len(set(names)) == len(names):  # else two would have one name
+                state = OrderedDict(zip(names, state.values(), strict=True))
+                versions = versions and OrderedDict((_bare(name), version) for name, version in versions.items())
+            state._metadata = versions  # type: ignore[attr-defined]
             yield place, state
         if depth < DEEPEST and len(seen) < MOST_PLACES:
             inner = [(key, part) for key, part in value.items() if isinstance(key, str) and isinstance(part, Mapping)]
             waiting += [(f"{place}.{key}" if place else key, part, depth + 1) for key, part in inner]
+
+
+def _bare(name: str) -> str:
+    """The name of a tensor or module without those of modules that torch puts around others."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _is_plain(value: Any) -> bool:

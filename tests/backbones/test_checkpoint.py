@@ -110,6 +110,45 @@ def test_a_file_that_unpacks_to_a_much_larger_one_is_refused(tmp_path):
         read_checkpoint(tmp_path / "packed.pth")
 
 
+def test_one_changed_byte_in_a_file_of_torch_is_refused(tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(1000)}, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(BackboneError, match=r"w\.pth cannot be read: .*It is damaged in 'w/data/0'\. Get it again"):
+        read_checkpoint(file)
+
+
+def test_a_file_that_was_written_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.zeros(3)}, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "w.pth").names == ["a"]
+
+
+def save_old(state: dict[str, Tensor], file: Path) -> None:
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("save", "name", "said"),
+    [
+        (torch.save, "w.safetensors", r"was written by torch\.save and is no safetensors file\. Name it w\.pth\.$"),
+        (save_old, "w.safetensors", r"was written by torch\.save and is no safetensors file\. Name it w\.pth\.$"),
+        (save_file, "w.pth", r"w\.pth is a safetensors file\. Name it w\.safetensors\.$"),
+        (save_file, "w", r"w is a safetensors file\. Name it w\.safetensors\.$"),
+    ],
+    ids=["torch's", "torch's oldest", "safetensors", "safetensors without a suffix"],
+)
+def test_a_file_with_the_suffix_of_another_kind_is_refused_and_the_right_one_named(save, name, said, tmp_path):
+    save(Tiny().state_dict(), tmp_path / name)
+    with pytest.raises(BackboneError, match=said):
+        read_checkpoint(tmp_path / name)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "w.pth")

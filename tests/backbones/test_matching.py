@@ -18,6 +18,7 @@ from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import load_weights, weights_hash
 
 ONE = torch.ones(1)
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def averaged(network: nn.Module) -> dict[str, Tensor]:
@@ -33,6 +34,13 @@ def averaged(network: nn.Module) -> dict[str, Tensor]:
         lambda s: {**under("module.", s), "n_averaged": torch.tensor(3)},
         lambda s: under("module.model.", s),
         lambda s: under("module._orig_mod.net.", s),
+        *(
+            lambda s, w=w: {k.replace("conv.", f"conv.{w}.").replace("fc.", f"{w}.fc."): v for k, v in s.items()}
+            for w in WRAPPERS
+        ),
+        lambda s: {
+            k.replace("conv.", "conv._fsdp_wrapped_module._orig_mod."): v for k, v in under("module.", s).items()
+        },
         lambda s: {f"backbone.{k}" if "fc" not in k else k: v for k, v in s.items()},
         lambda s: {"state_dict": {f"model.backbone.{k}" if "fc" not in k else f"model.{k}": v for k, v in s.items()}},
         lambda s: {k.replace("fc.", "head."): v for k, v in s.items()},
@@ -47,7 +55,7 @@ def averaged(network: nn.Module) -> dict[str, Tensor]:
     ],
     ids=[
         *("Lightning with a loss weight", "Lightning with metrics", "leftovers without a prefix", "AveragedModel"),
-        *("module.model.", "module._orig_mod.net.", "backbone. and a bare fc."),
+        *("module.model.", "module._orig_mod.net.", *WRAPPERS, "two inside", "backbone. and a bare fc."),
         *("the same under model.", "the last layer is called head.", "backbone. and a bare classifier."),
         *("params", "four deep", "numbers and words beside", "a profiler's counters", "an equal average"),
         *("a teacher of another kind", "an optimizer"),
@@ -58,6 +66,18 @@ def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
     torch.save(wrap(trained.state_dict()), tmp_path / "w.pth")
     load_weights(module, read_checkpoint(tmp_path / "w.pth"))
     assert weights_hash(module) == weights_hash(trained)
+
+
+def test_wrapped_and_plain_tensors_of_one_name_are_not_mixed(tmp_path):
+    state = Tiny().state_dict()
+    torch.save({**under("_orig_mod.", changed(state)), **state}, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match="several networks that fit"):
+        load_weights(Tiny(), read_checkpoint(tmp_path / "w.pth"))
+
+
+def test_versions_of_modules_are_found_without_the_names_of_wrappers(tmp_path):
+    torch.save(torch.compile(Tiny()).state_dict(), tmp_path / "w.pth")
+    assert read_checkpoint(tmp_path / "w.pth").places[""]._metadata["bn"] == {"version": 2}
 
 
 @pytest.mark.parametrize(
