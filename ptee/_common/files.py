@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from ptee._common.errors import RunError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+LONGEST_KEY = 60  # of JSON, in a message
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
 
 
@@ -32,6 +34,26 @@ def write_text(path: Path, text: str) -> None:
 def to_json(values: Any) -> str:
     """Strict JSON. It has no infinite numbers and no NaN, so these become words ("Infinity")."""
     return json.dumps(_finite(values), indent=2, allow_nan=False)
+
+
+def from_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: if it is none, is nested too deeply, or has a key twice: which of the two counts would be a guess.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as why:
+        raise ValueError("it is nested too deeply") from why
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{name[:LONGEST_KEY]!r} is there twice")
+    return found
 
 
 def _finite(value: Any) -> Any:

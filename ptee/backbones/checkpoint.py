@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import zipfile
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, BackboneError, first_line, some
+from ptee._common.files import from_json
 
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # huggingface_hub's names for the parts of a large file
 LARGEST_INDEX = 64 * 2**20  # bytes
@@ -129,7 +129,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names. The files lie beside it."""
     if index.stat().st_size > LARGEST_INDEX:
         raise ValueError(f"An index of shards has {LARGEST_INDEX:,} bytes at most")
-    found = json.loads(index.read_text(encoding="utf-8"))
+    found = from_json(index.read_text(encoding="utf-8"))
     home = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(home, dict) or not home:
         raise ValueError("It is no index of shards: it has no weight_map")

@@ -90,12 +90,15 @@ def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
         BackboneError: if the file holds no such network, several that differ, or one with other shapes.
     """
     own, kind = module.state_dict(), type(module).__name__
-    found = [c for place, state in checkpoint.places.items() for c in _candidates(place, state, own)]
-    if (convert := _converter(module)) is not None:
-        found = [_converted(c, own, convert) if c.missing else c for c in found]
-    for c in found:
-        c.misshapen = [key for key, value in c.tensors.items() if not _same_kind(value, own[key])]
-        _discount_copies(c, found)
+    convert, found = _converter(module), []
+    for place, state in checkpoint.places.items():
+        here = list(_candidates(place, state, own))
+        if convert is not None:
+            here = [_converted(c, own, convert) if c.missing else c for c in here]
+        for c in here:
+            c.misshapen = [key for key, value in c.tensors.items() if not _same_kind(value, own[key])]
+            _discount_copies(c, here)
+        found += here
     whole = [c for c in found if c.is_whole]
     if not whole:
         raise refusal(checkpoint.file, _no_network(found, kind), *CHECK)
@@ -210,9 +213,9 @@ def _converted(found: _Candidate, own: State, convert: Convert) -> _Candidate:
     return _Candidate(found.place, prefix, found.state, again.tensors, [], [], used, again.renamed)
 
 
-def _discount_copies(candidate: _Candidate, found: Sequence[_Candidate]) -> None:
-    """Another copy of the network under a longer prefix, such as `ema.`, is nothing unknown."""
-    copies = [c for c in found if c.state is candidate.state and not c.missing]
+def _discount_copies(candidate: _Candidate, here: Sequence[_Candidate]) -> None:
+    """Another copy of the network in the same dictionary under a longer prefix, such as `ema.`, is nothing unknown."""
+    copies = [c for c in here if not c.missing]
     longer = tuple(c.prefix for c in copies if len(c.prefix) > len(candidate.prefix))
     candidate.unknown = [name for name in candidate.unknown if not name.startswith(longer)]
 

@@ -253,7 +253,8 @@ def _show(found: Any, o: dict[str, Any]) -> None:
 def _recipe(o: dict[str, Any], default: Any = None) -> Any:
     from ptee.pipeline.recipe import make_recipe
 
-    return make_recipe(o.pop("recipe", None) or default, given_settings(o))
+    recipe = o.pop("recipe", None)
+    return make_recipe(default if recipe is None else recipe, given_settings(o))
 
 
 def _require_model(o: dict[str, Any]) -> None:

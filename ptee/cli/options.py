@@ -5,7 +5,6 @@ A setting is declared once, in the recipe. Its option takes name, help text and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import click
 from cloup import option, option_group
 
 from ptee._common.errors import Argument
+from ptee._common.files import from_json
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -150,7 +150,7 @@ class KeyValue(click.ParamType):
         if not (key and equals):
             self.fail(f"{value!r} is not KEY=VALUE.", param, ctx)
         try:
-            return key, json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+            return key, from_json({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except ValueError:
             return key, text
 

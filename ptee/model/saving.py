@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from ptee import __version__
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import plain, replace_files, storable, to_json
+from ptee._common.files import from_json, plain, replace_files, storable, to_json
 from ptee._common.validation import from_pydantic
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
@@ -209,8 +209,8 @@ def _json(folder: str | Path, path: Path) -> Any:
     if len(text) > LARGEST_CONFIG_BYTES:
         raise RunError(f"{folder}: {path.name} is longer than {LARGEST_CONFIG_BYTES:,} bytes; no run writes so much.")
     try:
-        return json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as why:
+        return from_json(text.decode("utf-8"))
+    except ValueError as why:
         raise RunError(f"{folder}: {path.name} is no complete JSON ({first_line(why)}) Copy the run again.") from why
 
 

@@ -6,6 +6,7 @@ Recipes are YAML files; five are built in. `ptee recipe NAME` prints one, and ev
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, unknown
+from ptee._common.files import LONGEST_KEY
 from ptee._common.validation import FrozenConfig, Whole
 from ptee.evaluation.config import TARGETS, ThresholdsConfig
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
@@ -188,6 +190,10 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
     if not isinstance(recipe, str | Path):
         text = f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe."
         raise PteeError(text, argument="recipe")
+    if not str(recipe).strip():
+        raise PteeError(
+            f"The recipe is an empty text. Give a name ({', '.join(BUILT_IN)}) or a file.", argument="recipe"
+        )
     path = Path(recipe)
     if (path / RECIPE_FILE).is_file():
         path = path / RECIPE_FILE
@@ -215,7 +221,8 @@ def _read(path: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's truth values and numbers: in `precision: no`, no is a word, and 1e-2 is a number.
 
-    Aliases are refused, because a few lines of them can stand for more values than a machine can hold.
+    010 and 1:30 are words, too: they would be 8 and 90. Aliases are refused, because a few lines of them can stand for more
+    values than a machine can hold, and so is a key that stands there twice.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -224,12 +231,23 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("aliases (*name) are not read here. Write the value again.")
         return super().compose_node(parent, index)
 
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """PyYAML calls this for each mapping."""
+        node = super().compose_mapping_node(anchor)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, n in keys.items() if n > 1]:
+            raise yaml.YAMLError(f"{twice[0][:LONGEST_KEY]!r} stands there twice. Keep one of them.")
+        return node
+
 
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    letter: [
+        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))
+    ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|false|False"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$|[-+]?\.(inf|nan)$"),

@@ -6,7 +6,6 @@ other pictures are split, and known, as if these were still there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ptee._common.errors import Argument, RunError
-from ptee._common.files import WRITING, clear_unfinished, require_writable, write_json
+from ptee._common.files import WRITING, clear_unfinished, from_json, require_writable, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
 from ptee.model import saving
@@ -111,7 +110,7 @@ def forget_training(out: Path) -> None:
 def removed_pictures(out: Path) -> list[Key]:
     """Keys of the pictures that could not be read; none if the record is missing or damaged."""
     try:
-        rows = json.loads((out / UNREADABLE).read_text("utf-8"))
+        rows = from_json((out / UNREADABLE).read_text("utf-8"))
         return [(str(part), str(name), str(class_name)) for part, name, class_name in rows]
     except (OSError, ValueError, TypeError):
         return []

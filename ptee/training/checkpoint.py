@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import RunError
-from ptee._common.files import plain, replace_file, storable
+from ptee._common.files import from_json, plain, replace_file, storable
 from ptee.backbones.weights import weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
@@ -92,11 +92,11 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        written = dict(json.loads(about["training"]))
+        written = dict(from_json(about["training"]))
         if about["sha256"] != _content_hash(tensors, about):
             raise ValueError("its content was changed")
-        reached = _from_tensors(tensors, [Epoch(**epoch) for epoch in json.loads(about["history"])["epochs"]])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as why:
+        reached = _from_tensors(tensors, [Epoch(**epoch) for epoch in from_json(about["history"])["epochs"]])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as why:
         raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to start again.") from why
     differing = [
         name

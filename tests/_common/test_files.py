@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ptee._common.errors import RunError
-from ptee._common.files import replace_files
+from ptee._common.files import from_json, replace_files
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -74,3 +74,18 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_all_as_they_were(fold
 def test_files_are_kept_where_a_disk_has_no_hard_links(folder, monkeypatch):
     monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
     test_a_file_that_cannot_be_renamed_leaves_all_as_they_were("last", folder, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
+        ('[{"a": {"b": 1, "b": 1}}]', "'b' is there twice"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "nested too deeply"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+    ids=["twice", "twice inside", "deep objects", "deep lists"],
+)
+def test_json_that_could_be_read_in_two_ways_or_not_at_all_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        from_json(text)

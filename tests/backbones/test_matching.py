@@ -68,6 +68,13 @@ def test_what_trainers_put_around_a_network_is_taken_off(wrap, tmp_path):
     assert weights_hash(module) == weights_hash(trained)
 
 
+def test_a_network_among_thousands_of_other_dictionaries_is_found(tmp_path):
+    trained, module = Tiny(), fresh()
+    torch.save({**{f"{i}": {"a": ONE} for i in range(3000)}, "model": trained.state_dict()}, tmp_path / "w.pth")
+    load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert weights_hash(module) == weights_hash(trained)
+
+
 def test_wrapped_and_plain_tensors_of_one_name_are_not_mixed(tmp_path):
     state = Tiny().state_dict()
     torch.save({**under("_orig_mod.", changed(state)), **state}, tmp_path / "w.pth")

@@ -41,13 +41,13 @@ def sweep(run, things, elsewhere) -> Run:
 def trained(monkeypatch) -> list[str]:
     """The folders of the runs that are trained."""
     names: list[str] = []
-    fit = fitting._train_on_files
+    fit = fitting._train
 
     def noted(model, data, recipe, job, complete):
         names.append(job.out.name)
         return fit(model, data, recipe, job, complete)
 
-    monkeypatch.setattr(fitting, "_train_on_files", noted)
+    monkeypatch.setattr(fitting, "_train", noted)
     return names
 
 

@@ -369,6 +369,12 @@ def test_a_config_that_is_none_is_refused(text, folder, net):
     assert re.search("config.json (is no complete JSON|has no schema_version)", refused(folder, net))
 
 
+def test_a_config_with_a_key_twice_is_refused(folder, net):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"threshold": [2, 2],', 1))
+    assert "'threshold' is there twice" in refused(folder, net)
+
+
 def test_a_config_of_absurd_size_is_refused_unread(folder, net, monkeypatch):
     monkeypatch.setattr(runs, "LARGEST_CONFIG_BYTES", 100)
     assert "longer than 100 bytes" in refused(folder, net)

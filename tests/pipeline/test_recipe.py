@@ -130,12 +130,14 @@ def test_with_thresholds_that_are_given_those_of_the_recipe_are_no_longer_chosen
 
 REFUSED = {
     "an unknown recipe": ("pteenett", {}, "Unknown recipe 'pteenett'. Did you mean 'pteenet'"),
+    "an empty text": ("", {}, r"The recipe is an empty text\. Give a name \(ptee"),
     "what can be no recipe": (5, {}, "recipe is 5. Give a name"),
     "an unknown setting": (None, {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'epochs'"),
     "an unknown setting of a section": ({"training": {"epoch": 3}}, {}, "training.epoch=3 is unknown. Did you mean 'epochs'"),
     "an unknown section": ({"train": {"epochs": 3}}, {}, "train=.* is unknown. Did you mean 'training'"),
     "a section that is no mapping": ({"training": 3}, {"epochs": 3}, "training=3 must be a mapping of settings"),
     "a value below the least": (None, {"epochs": 0}, "training.epochs=0 must be 1 or more, or 'auto'"),
+    "a number that may be octal": (None, dict([read_setting("seed=010")]), "seed='010' must be a whole number"),
     "a value of another kind": (None, {"seed": "one"}, "seed='one' must be a whole number"),
     "a seed of the training alone": ({"training": {"seed": 7}}, {}, "training.seed=7 is not the recipe's seed.*seed=7"),
     "two ways to get thresholds": (None, {"max_drop": 0.01, "max_cost": 0.5}, "max_drop=0.01 and thresholds.max_cost=0.5 are given"),
@@ -157,6 +159,8 @@ def test_what_is_not_possible_is_refused_in_one_line_with_its_path_and_value(rec
 NO_RECIPES = {
     "broken": ("training: [", "cannot be read"),
     "a list": ("- 1\n- 2\n", "is no YAML mapping"),
+    "a key twice": ("training: {lr: 0.1}\ntraining: {epochs: 3}\n", "'training' stands there twice"),
+    "a key twice in a section": ("training: {lr: 0.1, epochs: 2, lr: 0.2}\n", "'lr' stands there twice"),
     "numbers for names": ("1: 2\n", "is no YAML mapping"),
     "code": ("training: !!python/object/apply:os.system ['true']\n", "cannot be read"),
     "too large": ("a" * 300_000, "no recipe has more than"),
@@ -189,6 +193,10 @@ def test_a_recipe_file_that_is_missing_is_named(tmp_path):
         ("precision=no", ("training.precision", "no")),
         ("epochs=null", ("training.epochs", None)),
         ("cache=false", ("training.cache", False)),
+        ("seed=010", ("seed", "010")),  # 8 or 10
+        ("seed=1:30", ("seed", "1:30")),  # 90
+        ("seed=1_000", ("seed", "1_000")),
+        ("seed=+3", ("seed", 3)),
         ("exits=[0.2, 0.5]", ("exits.places", [0.2, 0.5])),
         ("head=auto+", ("exits.head", "auto+")),
     ],
