@@ -28,8 +28,9 @@ from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.evaluation.config import DropsConfig
-from ptee.evaluation.targets import Solution, curve, truncation
+from ptee.evaluation.targets import Solution, can_blend, curve, truncation
 from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images
+from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -38,7 +39,16 @@ from ptee.model.forward import one_parameter
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
-LINES = ("own", "one_threshold", MAX_PROB, "entropy", "patience", "oracle", "truncation")  # of a run by default
+LINES = (
+    "own",
+    BLENDED,
+    "one_threshold",
+    MAX_PROB,
+    "entropy",
+    "patience",
+    "oracle",
+    "truncation",
+)  # of a run by default
 WORDS = {MAX_PROB: "max probability", "entropy": "entropy (BranchyNet)"}  # of confidences; the others have their name
 
 
@@ -49,17 +59,20 @@ class Way(NamedTuple):
         words: added to the run's name.
         confidence: a key of `CONFIDENCES`; None for the run's own.
         one: all exits have the same threshold.
+        answers: "own" or "blended"; None for the run's own.
     """
 
     words: str
     confidence: str | None = None
     one: bool = False
+    answers: str | None = OWN
 
 
 def ways() -> dict[str, Way]:
     """The lines of a run with thresholds, by name: with its own confidence, and with each of `CONFIDENCES`."""
     others = {name: Way(f", {WORDS.get(name, name)}", name) for name in CONFIDENCES}
-    return {"own": Way(""), "one_threshold": Way(", one T", one=True)} | others
+    run = {"own": Way("", answers=None), BLENDED: Way(", blended", answers=BLENDED)}
+    return run | {"one_threshold": Way(", one T", one=True, answers=None)} | others
 
 
 def compare(
@@ -88,7 +101,7 @@ def compare(
         static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
             `ptee.backbones.load.load_backbone` gave, or a module that takes images as the backbone does.
         drops: allowed drops of accuracy (without labels: of fidelity); .01 is one point.
-        lines: which lines each model gets: "own" (its own confidence), "one_threshold", any key of `CONFIDENCES`, "oracle",
+        lines: which lines each model gets: "own" (its own confidence and kind of answers), "blended", "one_threshold", any key of `CONFIDENCES`, "oracle",
             "truncation". Fewer make a short table of many models. The sentences below the table are about these lines.
         batch_size: for a data set.
         num_workers: processes that load a data set.
@@ -112,11 +125,13 @@ def compare(
     found: list[Line] = []
     pair: Pair | None = None
     for name, model in models.items():
-        before, pair = pair, _labelled_alike(record(model, part, device=place, **how) for part in parts)
+        before, pair = pair, _labelled_alike(record(model, part, device=place, own=True, **how) for part in parts)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
         hidden = None if progress else True  # None: unless standard error is a terminal
-        found += tqdm(_of_run(name, pair, allowed, wanted), f"thresholds of {name}", disable=hidden, leave=False)
+        found += tqdm(
+            _of_run(name, pair, allowed, wanted, model.answers), f"thresholds of {name}", disable=hidden, leave=False
+        )
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
@@ -255,12 +270,16 @@ def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
 # ---------------------------------------------------------------------------------------------------- lines of the table
 
 
-def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]) -> Iterator[Line]:
-    own = pair.report.confidence_name
+def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str], answers: str) -> Iterator[Line]:
+    own, done = pair.report.confidence_name, set()
     for way in (way for key, way in ways().items() if key in wanted):
-        if way.confidence != own or "own" not in wanted:  # else it is the same line again
-            decided = Pair(*(t.under(way.confidence or own) for t in pair))
-            yield _tuned(name, way.words, "adaptive", decided, drops, way.one)
+        confidence, kind = way.confidence or own, way.answers or answers
+        if kind == BLENDED and not can_blend(pair.calibration):
+            continue
+        if (same := (confidence, kind, way.one)) not in done:  # else it is the same line again
+            done.add(same)
+            decided = Pair(*(t.under(confidence) for t in pair))
+            yield _tuned(name, way.words, "adaptive", decided, drops, way.one, kind)
     if "oracle" in wanted:
         agreeing = _entry(pair, lambda t: (t.answers == t.answers[-1]).int().argmax(0))  # argmax gives the first
         yield Line(f"{name}, oracle", "oracle", (agreeing,), name)
@@ -270,15 +289,25 @@ def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]
 
 def _of_network(name: str, backbone: str, pair: Pair, drops: Sequence[float]) -> Iterator[Line]:
     yield Line(name, "static", (_cut_off(pair, 0),), name)
-    yield _tuned(name, f", then {backbone}", "cascade", pair, drops)
+    for words, kind in (("", OWN), (", blended", BLENDED)):
+        if kind == OWN or can_blend(pair.calibration):
+            yield _tuned(name, f", then {backbone}{words}", "cascade", pair, drops, answers=kind)
 
 
-def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], one_threshold: bool = False) -> Line:
+def _tuned(
+    of: str,
+    words: str,
+    kind: str,
+    pair: Pair,
+    drops: Sequence[float],
+    one_threshold: bool = False,
+    answers: str = OWN,
+) -> Line:
     """Thresholds for each allowed drop, chosen on the calibration images."""
-    solutions = curve(pair.calibration, drops, one_threshold=one_threshold)
+    solutions = curve(pair.calibration, drops, one_threshold=one_threshold, answers=answers)
 
     def entry(drop: float, found: Solution) -> Entry:
-        measured = _entry(pair, lambda t: t.leaving(found.threshold), found.off)
+        measured = _entry(Pair(*map(found.answering, pair)), lambda t: t.leaving(found.threshold), found.off)
         return replace(measured, allowed=drop, threshold=found.threshold)
 
     return Line(of + words, kind, tuple(map(entry, drops, solutions)), of)

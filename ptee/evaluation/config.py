@@ -12,9 +12,11 @@ from ptee._common.validation import FrozenConfig, Number, YesNo
 
 DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
+HOW = ("one_threshold", "margin", "answers")  # settings of a choice, not of given thresholds
 LARGEST_COST = 10  # times the backbone; more was meant as a percentage
 
 Share = Annotated[Number, Field(ge=0, lt=1)]
+Drop = Annotated[Number, Field(gt=-1, lt=1)]  # below 0 it is a gain
 
 
 class ThresholdsConfig(FrozenConfig):
@@ -28,10 +30,10 @@ class ThresholdsConfig(FrozenConfig):
         description="Choose T: the lowest mean cost at which no more is lost than this share, of accuracy where there are labels, "
         f"else of fidelity. Default: {DEFAULT_LOSS}, where nothing else is given.",
     )
-    max_drop: Share | None = Field(
+    max_drop: Drop | None = Field(
         None,
         description="Choose T: the lowest mean cost at which accuracy is at most this much below the backbone's. 0.01 is one "
-        "percentage point. Needs labels.",
+        "percentage point; -0.002 is a gain of a fifth of a point. Needs labels.",
     )
     max_fidelity_drop: Share | None = Field(
         None,
@@ -50,6 +52,12 @@ class ThresholdsConfig(FrozenConfig):
         "auto: how much more they lose is estimated by cross-validation.",
     )
 
+    answers: Literal["auto", "own", "blended"] = Field(
+        "auto",
+        description="own: an exit answers by itself. blended: it adds up what the exits so far have said, with fitted weights, and "
+        "so does the end. auto: blended where that meets the target better on images that the weights were not fitted to.",
+    )
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         given = [name for name in ("threshold", *TARGETS) if getattr(self, name) is not None]
@@ -60,7 +68,7 @@ class ThresholdsConfig(FrozenConfig):
                 argument=given[0], value=getattr(self, given[0]),
             )  # fmt: skip
         if self.threshold is not None:
-            for name in ("one_threshold", "margin"):
+            for name in HOW:
                 if (value := getattr(self, name)) != type(self).model_fields[name].default:
                     raise PteeError(
                         Argument(name, f"{value}"), " is about thresholds that are chosen, and ", Argument("threshold", f"{self.threshold}"),
@@ -74,7 +82,7 @@ class ThresholdsConfig(FrozenConfig):
             return self
         name = next((name for name in TARGETS if getattr(self, name) is not None), TARGETS[0])
         limit = getattr(self, name) if getattr(self, name) is not None else DEFAULT_LOSS
-        if self.margin > limit:
+        if self.margin > limit >= 0:
             raise PteeError(
                 Argument("margin", f"{self.margin:g}"), " leaves nothing of ", Argument(name, f"{limit:g}"), ". Give ",
                 Argument("margin", f"{limit:g}"), " or less.", argument="margin", value=self.margin,

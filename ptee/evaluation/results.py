@@ -15,7 +15,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.validation import BATCH_SIZE
 from ptee.evaluation.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.evaluation.metrics import calibration_error, failure_auroc
-from ptee.evaluation.results_table import Results, Row
+from ptee.evaluation.results_table import BLENDED_END, Results, Row
 from ptee.evaluation.targets import truncation
 from ptee.evaluation.traces import Traces, record
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -77,7 +77,7 @@ def evaluate(
             rows = _timed(view, images, rows, batch_size, speed_seconds)
         return Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
-            min(batch_size, len(images)), about, traces.note, truncation(traces), view.off,
+            min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)
@@ -85,15 +85,21 @@ def evaluate(
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
     """A row for each scenario, and the share of the images that leaves at each exit at the model's thresholds."""
-    leaving = traces.leaving([NEVER if n in model.off else t for n, t in enumerate(model.threshold)])
-    backbone = replace(_row(model, traces, len(model.exits), leaving, "backbone"), cost=1.0)  # bare: without heads
+    thresholds = [NEVER if n in model.off else t for n, t in enumerate(model.threshold)]
+    if min(thresholds) > 1:
+        traces = traces.alone  # no image can leave, so the backbone's own answer stands
+    leaving = traces.leaving(thresholds)
+    backbone = replace(
+        _row(model, traces.alone, len(model.exits), leaving, "backbone"), cost=1.0
+    )  # bare: without heads
     exits = [
         replace(_row(model, traces, n, leaving, f"exit {n}", exit_.name), **_of_confidence(traces, n))
         for n, exit_ in enumerate(model.exits)
     ]
+    end = [_row(model, traces, len(model.exits), leaving, BLENDED_END)] if traces.own is not None else []
     score = traces.score(leaving, model.off)
     own = Row("early exit", "", score.accuracy, score.fidelity, score.cost)
-    return [backbone, *exits, own], traces.shares(leaving)
+    return [backbone, *exits, *end, own], traces.shares(leaving)
 
 
 def _row(model: EarlyExitModel, traces: Traces, n: int, leaving: Tensor, name: str, module: str = "") -> Row:
@@ -124,9 +130,10 @@ def _timed(model: EarlyExitModel, images: Tensor, rows: list[Row], batch_size: i
     batches, exits = images.split(batch_size), len(model.exits)
     scenarios: list[Any] = [[NEVER] * n + [ALWAYS] + [NEVER] * (exits - n - 1) for n in range(exits)]
     calls: dict[str, Any] = {"backbone": lambda: [model.backbone(x) for x in batches]}
-    for n, (row, threshold) in enumerate(zip(rows[1:], [*scenarios, None], strict=True)):
+    for n, threshold in enumerate(scenarios):
         if n not in model.off:
-            calls[row.name] = partial(_predict_all, model, batches, threshold)
+            calls[rows[1 + n].name] = partial(_predict_all, model, batches, threshold)
+    calls[rows[-1].name] = partial(_predict_all, model, batches, None)
     times = in_turns(calls, images.device, seconds=seconds)
     base = times["backbone"]
     rate = len(images) / sorted(base)[len(base) // 2]

@@ -12,6 +12,7 @@ from ptee.model.forward import COLLAPSED
 
 MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many
 SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise
+BLENDED_END = "blended end"  # the name of a row
 WIDEST = 40  # letters of thresholds in the first column; longer ones are in the second table only
 ON_AGAIN = "ptee tune chooses again which exits are on (in Python: set model.off = [] and model.threshold)."
 
@@ -21,7 +22,8 @@ class Row:
     """One scenario, measured on a data set.
 
     Attributes:
-        name: "backbone", "exit 0" (every image leaves there), "exit 1", ..., "early exit".
+        name: "backbone", "exit 0" (every image leaves there), "exit 1", ..., "blended end" (no image leaves, and the answers
+            are blended), "early exit".
         module: the exit's module, or empty.
         accuracy: share of the answers that are the label; None without labels.
         fidelity: share of the answers that are the backbone's.
@@ -56,7 +58,8 @@ class Results:
         backbone: its name.
         samples: n.
         threshold: (E) T of each exit.
-        rows: the bare backbone, every image leaving at each exit, the early-exit model at its thresholds.
+        rows: the bare backbone, every image leaving at each exit, all images going to the end if answers are blended, the
+            early-exit model at its thresholds.
         leaving: (E+1) share of the images that leave at each exit.
         device: where speed was measured.
         batch_size: at which speed was measured.
@@ -86,7 +89,12 @@ class Results:
     @property
     def exits(self) -> tuple[Row, ...]:
         """The rows in which every image leaves at one exit."""
-        return self.rows[1:-1]
+        return tuple(row for row in self.rows[1:-1] if row.name != BLENDED_END)
+
+    @property
+    def blended_end(self) -> Row | None:
+        """The row in which all images go to the end and the answers are blended; None if each exit answers by itself."""
+        return next((row for row in self.rows if row.name == BLENDED_END), None)
 
     @property
     def all_off(self) -> bool:
@@ -155,6 +163,7 @@ def _scenarios(results: Results) -> str:
     names = [
         "backbone",
         *(f"all leave at {_exit(results, n)}" for n in range(len(results.exits))),
+        *(["all go to the end, blended"] if results.blended_end else []),
         _early_exit(results),
     ]
     lines = []
@@ -172,7 +181,8 @@ def _at_exits(results: Results) -> str:
         leave = "-" if off else f"{results.leaving[n]:.1%}"
         t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
         lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), _shown(row.failure_auroc, ".3f")))
-    lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", _shown(results.rows[0].right, ".4f"), ""))
+    right = _shown((results.blended_end or results.rows[0]).right, ".4f")
+    lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", right, ""))
     return table(lines, left={0})
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
 from ptee.evaluation.config import ThresholdsConfig
-from ptee.evaluation.threshold_search import ROUNDING, Problem, search
+from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective, search
 from ptee.evaluation.traces import Score, Traces
-from ptee.exits.confidence import LEARNED
+from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
+from ptee.exits.confidence import CONFIDENCES, LEARNED
+from ptee.exits.config import AUTO
 
 EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
 WORDS = {
@@ -93,6 +95,7 @@ class Solution:
         backbone: the same of the bare backbone.
         samples: number of images.
         margin: how much of the target's limit was kept in reserve for other images.
+        blend: the weights of blended answers; None if each exit answers by itself.
     """
 
     target: Target
@@ -102,6 +105,7 @@ class Solution:
     backbone: Score
     samples: int
     margin: float = 0.0
+    blend: Blend | None = None
 
     @property
     def cost(self) -> float:
@@ -122,11 +126,18 @@ class Solution:
 
     def on(self, traces: Traces) -> Score:
         """Accuracy, fidelity and cost of these thresholds on other traces of the same model."""
+        traces = self.answering(traces)
         return traces.score(traces.leaving(self.threshold), self.off)
+
+    def answering(self, traces: Traces) -> Traces:
+        """Traces of own answers, with the answers that these thresholds were chosen for."""
+        on = tuple(n for n in range(traces.exits) if n not in self.off)
+        return traces.blended(self.blend, on) if self.blend is not None else traces
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self) | {"threshold": list(self.threshold), "off": list(self.off), "drop": self.drop}
+        values = asdict(replace(self, blend=None)) | {"blend": self.blend and self.blend.to_dict()}
+        return values | {"threshold": list(self.threshold), "off": list(self.off), "drop": self.drop}
 
     def __str__(self) -> str:
         reserve = f", with {self.margin:.4f} of that in reserve for new images" if self.margin else ""
@@ -151,7 +162,12 @@ def below(drop: float) -> str:
 
 
 def solve(
-    traces: Traces, target: Target, *, one_threshold: bool = DEFAULTS.one_threshold, margin: Margin = DEFAULTS.margin
+    traces: Traces,
+    target: Target,
+    *,
+    one_threshold: bool = DEFAULTS.one_threshold,
+    margin: Margin = DEFAULTS.margin,
+    answers: str = OWN,
 ) -> Solution:
     """The thresholds that meet a target best on these traces, and the exits that should be off.
 
@@ -159,73 +175,153 @@ def solve(
     fidelity). The result is never worse than the best single threshold with any exits off.
 
     Args:
-        traces: of images that neither the backbone nor the heads were trained on.
+        traces: of the own answers to images that neither the backbone nor the heads were trained on.
         target: the limit.
         one_threshold: the same T for all exits that are on.
         margin: how much of the limit is kept in reserve, because new images lose more than those that T is chosen on. "auto":
             cross-validation estimates how much more; at most the whole limit. A largest cost gets no such reserve, nor do
             fewer than 8 images.
+        answers: "own", "blended", or "auto": whichever meets the target better on images that its weights were not fitted to.
 
     Raises:
         PteeError: if the target cannot be met; the message says what can.
     """
-    if isinstance(margin, str):
-        return _with_reserve(traces, target, one_threshold)
-    require_reachable(target, min(_costs_alone(traces)), margin)
-    limited = "cost" if target.kind == "max_cost" else "loss"
-    loss = _loss(traces, target)
-    problem = Problem(traces.confidence[:-1], loss, traces.costs_where, limited=limited, limit=target.limit - margin)
-    choice = search(problem, one_threshold)
-    if choice is None:
-        raise PteeError(
-            target.argument, " cannot be met: too many confidences are NaN. Train the heads again.",
-            argument=target.kind, value=target.limit,
-        )  # fmt: skip
+    return _solved(_candidates(traces, target, answers), target, one_threshold, margin)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Traces to choose thresholds on: of own answers while any exits are on, or of a blend while these exits are on."""
+
+    traces: Traces
+    on: Exits = ()
+    blend: Blend | None = None
+
+
+def _candidates(traces: Traces, target: Target, answers: str) -> list[list[_Candidate]]:
+    """Each kind of answers that may be chosen."""
+    small = replace(traces, logits=None, confidence_logits=None)
+    own = [_Candidate(small)]
+    if answers == OWN or (answers == AUTO and not can_blend(traces)):
+        return [own]
+    blended = _cross_fitted(traces, small, None if target.kind == "max_fidelity_drop" else traces.targets)
+    return [own, blended] if answers == AUTO else [blended]
+
+
+def can_blend(traces: Traces) -> bool:
+    """Whether these traces hold what blended answers and their confidence are computed from."""
+    reads_earlier = CONFIDENCES[traces.confidence_name].needs_answers_of_earlier_exits
+    return traces.logits is not None and not reads_earlier and traces.answers.shape[1] >= 2 * FOLDS
+
+
+def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list[_Candidate]:
+    """Blended answers of each choice of exits. The weights for an image are fitted to others, so they do not flatter."""
+    logits, exits = traces.logits, traces.exits
+    assert logits is not None
+    fold = torch.arange(logits.shape[1], device=logits.device) % FOLDS
+    whole = fit_blend(logits, targets)
+    blends = [fit_blend(logits[:, fold != f], None if targets is None else targets[fold != f]) for f in range(FOLDS)]
+    found = []
+    for on in subsets(exits)[1:] if exits <= MAX_EXITS else [tuple(range(exits))]:
+        answers, h = traces.answers.clone(), traces.confidence.clone()
+        for f, blend in enumerate(blends):
+            part = traces.rows(fold == f).blended(blend, on)
+            answers[:, fold == f], h[:, fold == f] = part.answers, part.confidence
+        found.append(_Candidate(replace(small, answers=answers, confidence=h, own=small.answers), on, whole))
+    return found
+
+
+def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
+    """The best solution of all kinds of answers."""
+    found: list[Solution] = []
+    failed: list[PteeError] = []
+    for candidates in kinds:
+        try:
+            if isinstance(margin, str):
+                found.append(_with_reserve(candidates, target, one_threshold))
+            else:
+                found.append(_within(candidates, target, one_threshold, margin))
+        except PteeError as why:
+            failed.append(why)
+    if not found:
+        raise failed[-1]
+    return min(found, key=lambda s: s.cost if target.kind != "max_cost" else -s.score.merit)
+
+
+def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
+    """The best solution whose mean loss, or cost, is within the limit less a margin."""
+    first = candidates[0].traces
+    require_reachable(target, min(_costs_alone(first)), margin)
+    limit, limited = target.limit - margin, "cost" if target.kind == "max_cost" else "loss"
+    best: tuple[Choice, Problem, _Candidate] | None = None
+    for candidate in candidates:
+        traces = candidate.traces
+        problem = Problem(
+            traces.confidence[:-1], _loss(traces, target), traces.costs_where, limited=limited, limit=limit
+        )
+        choice = search(problem, one_threshold, candidate.on if candidate.blend else None)
+        if choice is not None and (best is None or objective(problem, choice) < objective(problem, best[0])):
+            best = choice, problem, candidate
+    if best is None:
+        raise _unreachable(target, candidates)
+    choice, problem, candidate = best
+    on = candidate.on if candidate.blend else tuple(n for n, taken in enumerate(choice.taken.tolist()) if taken)
+    off = tuple(n for n in range(first.exits) if n not in on)
     threshold = tuple(problem.thresholds(choice.taken, one_threshold))
-    off = tuple(n for n, taken in enumerate(choice.taken.tolist()) if not taken)
-    score = traces.score(traces.leaving(threshold), off)
-    bare = replace(traces.score_at(traces.exits), cost=1.0)
-    return Solution(target, threshold, off, score, bare, problem.images, margin)
+    score = candidate.traces.score(candidate.traces.leaving(threshold), off)
+    bare = replace(first.alone.score_at(first.exits), cost=1.0)
+    return Solution(target, threshold, off, score, bare, problem.images, margin, candidate.blend)
 
 
-def _with_reserve(traces: Traces, target: Target, one_threshold: bool) -> Solution:
+def _unreachable(target: Target, candidates: list[_Candidate]) -> PteeError:
+    text = " cannot be met: too many confidences are NaN. Train the heads again."
+    if target.limit < 0:
+        text = " cannot be met: the answers of the exits gain less than that on these images. Ask for a smaller gain, or for no reserve (margin 0)."
+    return PteeError(target.argument, text, argument=target.kind, value=target.limit)
+
+
+def _with_reserve(candidates: list[_Candidate], target: Target, one_threshold: bool) -> Solution:
     """Keep in reserve what the thresholds lose more on images that they were not chosen on.
 
-        reserve = min(max(optimism, 0), limit)
+        reserve = min(max(optimism, 0), |limit|)
 
     One T for all exits is tried too: it fits less of the noise, so it needs a smaller reserve, and may cost less in the end.
     """
     if target.kind == "max_cost":
-        return solve(traces, target, one_threshold=one_threshold, margin=0)
-    traces = replace(traces, logits=None)  # they are large, and not needed here
+        return _within(candidates, target, one_threshold, margin=0)
     solutions, safe = [], []
-    for one in (True,) if one_threshold or traces.exits == 1 else (True, False):
-        optimism = _optimism(traces, target, one)
-        reserve = min(max(optimism, 0.0), target.limit)
-        solutions.append(solve(traces, target, one_threshold=one, margin=reserve))
-        if optimism <= target.limit:  # else even the whole limit in reserve is too little
+    for one in (True,) if one_threshold or candidates[0].traces.exits == 1 else (True, False):
+        optimism = _optimism(candidates, target, one)
+        reserve = min(max(optimism, 0.0), abs(target.limit))
+        solutions.append(_within(candidates, target, one, margin=reserve))
+        if optimism <= abs(target.limit):  # else even the whole limit in reserve is too little
             safe.append(solutions[-1])
     return min(safe or solutions[:1], key=lambda s: s.cost)
 
 
-def _optimism(traces: Traces, target: Target, one_threshold: bool) -> float:
+def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool) -> float:
     """How much more than the limit is lost on images that the thresholds were not chosen on, by cross-validation.
 
     optimism = (1/n) sum_i loss_i(thresholds chosen on the folds without image i) - limit
     """
-    drawn = torch.randperm(traces.answers.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")[
-        :MAX_IMAGES
-    ]
-    traces, images = traces.rows(drawn), len(drawn)
+    whole = candidates[0].traces
+    order = torch.randperm(whole.answers.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+    drawn = order[:MAX_IMAGES].to(whole.answers.device)
+    images = len(drawn)
     if images < 2 * FOLDS:
         return 0.0
-    order, loss = torch.arange(images, device=traces.answers.device), 0.0
-    for fold in range(FOLDS):
-        left_out = order % FOLDS == fold
-        found = solve(traces.rows(~left_out), target, one_threshold=one_threshold, margin=0)
-        other = traces.rows(left_out)
+    fold, loss = torch.arange(images, device=drawn.device) % FOLDS, 0.0
+    for left_out in range(FOLDS):
+        others = [replace(c, traces=c.traces.rows(drawn[fold != left_out])) for c in candidates]
+        found = _within(others, target, one_threshold, margin=0)
+        chosen = next(c for c in candidates if not c.blend or _on(found) == c.on)
+        other = chosen.traces.rows(drawn[fold == left_out])
         loss += _loss(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
     return loss / images - target.limit
+
+
+def _on(found: Solution) -> Exits:
+    return tuple(n for n in range(len(found.threshold)) if n not in found.off)
 
 
 def _loss(traces: Traces, target: Target) -> Tensor:
@@ -290,7 +386,7 @@ def _costs_alone(traces: Traces) -> list[float]:
 
 
 def curve(
-    traces: Traces, drops: Sequence[float], *, one_threshold: bool = DEFAULTS.one_threshold
+    traces: Traces, drops: Sequence[float], *, one_threshold: bool = DEFAULTS.one_threshold, answers: str = OWN
 ) -> tuple[Solution, ...]:
     """The best thresholds for each allowed drop of accuracy (without labels: of fidelity), with the margin "auto".
 
@@ -299,8 +395,9 @@ def curve(
     kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
     targets = [Target.given(ThresholdsConfig(**{kind: drop})) for drop in drops]
     found: dict[Target, Solution] = {}
+    kinds = _candidates(traces, targets[0], answers)
     for target in sorted(targets, key=lambda target: target.limit):
-        own = solve(traces, target, one_threshold=one_threshold, margin="auto")
+        own = _solved(kinds, target, one_threshold, "auto")
         best = min([own, *found.values()], key=lambda s: s.cost)
         reserve = target.limit - best.target.limit + best.margin
         found[target] = own if best is own else replace(best, target=target, margin=reserve)

@@ -16,7 +16,7 @@ exits are searched at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 
@@ -98,23 +98,27 @@ class Problem:
         return price.gather(1, leaving).mean(1), self.loss.gather(0, leaving).mean(1)
 
 
-def search(problem: Problem, one_threshold: bool = False) -> Choice | None:
-    """The best choice that was found; None if nothing is within the limit."""
-    exits = problem.exits
+def search(problem: Problem, one_threshold: bool = False, on: Sequence[int] | None = None) -> Choice | None:
+    """The best choice that was found; None if nothing is within the limit.
+
+    With `on`, these exits are on and no others, and at least one of them takes an image.
+    """
+    exits, device = problem.exits, problem.h.device
+    if on is not None:
+        only = torch.tensor([[n in on for n in range(exits)]], device=device)
+        found = _best_of(problem, only, one_threshold)
+        return found if found is not None and found.taken.any() else None
     if exits <= MAX_EXACT:
-        return _best_of(
-            problem, torch.tensor(list(product([True, False], repeat=exits)), device=problem.h.device), one_threshold
-        )
-    best, on = None, torch.ones(1, exits, dtype=torch.bool, device=problem.h.device)
-    while len(on):
-        found = _best_of(problem, on, one_threshold)
-        if best is not None and (found is None or _objective(problem, found) >= _objective(problem, best)):
+        return _best_of(problem, torch.tensor(list(product([True, False], repeat=exits)), device=device), one_threshold)
+    best, some = None, torch.ones(1, exits, dtype=torch.bool, device=device)
+    while len(some):
+        found = _best_of(problem, some, one_threshold)
+        if best is not None and (found is None or objective(problem, found) >= objective(problem, best)):
             return best
         best = found or best
-        start = on[0] if found is None else found.taken > 0
-        on = (
-            start & ~torch.eye(exits, dtype=torch.bool, device=start.device)[start]
-        )  # in each subset one more exit is off
+        start = some[0] if found is None else found.taken > 0
+        each = torch.eye(exits, dtype=torch.bool, device=start.device)[start]
+        some = start & ~each  # in each subset one more exit is off
     return best
 
 
@@ -127,7 +131,7 @@ def _best_of(problem: Problem, on: Tensor, one_threshold: bool) -> Choice | None
     cost, loss = problem.outcome(price, taken)
     fits = problem.best(cost[:, None], loss[:, None])[1].isfinite()
     choices = [Choice(taken[i], float(cost[i]), float(loss[i])) for i in fits.nonzero()[:, 0].tolist()]
-    return min(choices, key=lambda choice: _objective(problem, choice), default=None)
+    return min(choices, key=lambda choice: objective(problem, choice), default=None)
 
 
 def _between(low: float, high: float) -> float:
@@ -135,7 +139,7 @@ def _between(low: float, high: float) -> float:
     return min(0.0, high) if low == -math.inf else (low + high) / 2
 
 
-def _objective(problem: Problem, choice: Choice) -> tuple[float, float, int]:
+def objective(problem: Problem, choice: Choice) -> tuple[float, float, int]:
     """Less is better; of equals, the one with fewer exits."""
     pair = (choice.cost, choice.loss) if problem.limited == "loss" else (choice.loss, choice.cost)
     return round(pair[0], 9), round(pair[1], 9), int((choice.taken > 0).sum())

@@ -20,6 +20,7 @@ from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import labels_of_other_classes
+from ptee.exits.blend import Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
 from ptee.exits.plan import heads_run
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -47,6 +48,7 @@ class Traces:
         confidence_logits: (E, n) of the heads' confidence layers, float32. None if they were not kept.
         confidence_name: the key of `CONFIDENCES` that `confidence` was computed with.
         calibrated: the model's, or None.
+        own: (E+1, n) classes that each exit answers by itself, if `answers` are blended; else None.
     """
 
     answers: Tensor
@@ -61,6 +63,7 @@ class Traces:
     confidence_logits: Tensor | None = None
     confidence_name: str = LEARNED
     calibrated: Calibrated | None = None
+    own: Tensor | None = None
 
     @property
     def exits(self) -> int:
@@ -68,21 +71,31 @@ class Traces:
         return len(self.costs) - 1
 
     @property
+    def bare(self) -> Tensor:
+        """(n,) the backbone's own answers."""
+        return (self.answers if self.own is None else self.own)[-1]
+
+    @property
+    def alone(self) -> Traces:
+        """The same with each exit's own answers; the confidence stays that of blended ones."""
+        return self if self.own is None else replace(self, answers=self.own, own=None)
+
+    @property
     def right(self) -> Tensor:
         """(E+1, n) bool, whether the answer is the label; without labels, whether it is the backbone's answer."""
-        return self.answers == (self.answers[-1] if self.targets is None else self.targets)
+        return self.answers == (self.bare if self.targets is None else self.targets)
 
     @property
     def losses(self) -> Tensor:
         """(E+1, n) what leaving there loses: 1 if only the backbone is right, -1 if only the exit is, else 0; float64."""
-        right = self.right.double()
-        return right[-1] - right
+        return self.alone.right[-1].double() - self.right.double()
 
     def rows(self, which: Tensor) -> Traces:
         """The traces of some images: `which` is (n,) bool, or indices."""
         return replace(
             self,
             answers=self.answers[:, which],
+            own=None if self.own is None else self.own[:, which],
             confidence=self.confidence[:, which],
             targets=None if self.targets is None else self.targets[which],
             logits=None if self.logits is None else self.logits[:, which],
@@ -105,6 +118,15 @@ class Traces:
             )
         h = confidence.at_all_exits(self.logits[:-1], self.confidence_logits)
         return replace(self, confidence=h, confidence_name=name)
+
+    def blended(self, blend: Blend, on: Exits) -> Traces:
+        """The same if the exits that are on answer with a blend, from own answers with their logits."""
+        assert self.logits is not None and self.confidence_logits is not None
+        z = blend.at_all_exits(self.logits, on)
+        confidence = find_confidence(confidence_of_blend(self.confidence_name), self.calibrated)
+        answers = torch.where(z.isnan().any(-1), self.answers, z.argmax(-1))
+        h = confidence.at_all_exits(z[:-1], self.confidence_logits)
+        return replace(self, answers=answers, confidence=h, own=self.answers)
 
     def costs_where(self, on: Tensor) -> Tensor:
         """(..., E+1) costs if only these exits (..., E) are on. A head that is off still runs for exits that read its answer."""
@@ -134,7 +156,7 @@ class Traces:
         """The score if each image leaves where `leaving` (n,) says, and these exits are off."""
         answers = self.answers.gather(0, leaving[None])[0]
         accuracy = None if self.targets is None else (answers == self.targets).double().mean().item()
-        fidelity = (answers == self.answers[-1]).double().mean().item()
+        fidelity = (answers == self.bare).double().mean().item()
         return Score(accuracy, fidelity, self.costs_without(off)[leaving].mean().item())
 
     def at(self, exit_index: int) -> Tensor:
@@ -175,6 +197,7 @@ def record(
     device: str | torch.device | None = None,
     progress: bool = True,
     logits: bool = True,
+    own: bool = False,
 ) -> Traces:
     """Run a model once over data while no image leaves. If no label is a class of the backbone, no label is used.
 
@@ -186,6 +209,7 @@ def record(
         device: where it runs; None: where the model is.
         progress: show a bar if standard error is a terminal.
         logits: keep them: (E+1) n K numbers.
+        own: record each exit's own answers, also if the model blends them.
 
     Raises:
         DataError: if some images have labels that are classes, and others have other labels or none.
@@ -199,7 +223,7 @@ def record(
         model.to(home if device is None else resolve_device(device)).eval()
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
-            part = _record_batch(model, images, labels, kept)
+            part = _record_batch(model, images, labels, kept, own)
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
     finally:
         model.to(home).train(was_training)
@@ -243,10 +267,11 @@ def _kept_of_each_batch(loader: object) -> int:
     return math.ceil(SAMPLE / max(1, length_hint(loader, 16)))
 
 
-def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, kept: int) -> Traces:
+def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, kept: int, alone: bool) -> Traces:
     ready = model.prepared(images)
     with torch.inference_mode():
-        every = model.all_exits(ready)
+        own = model.all_exits(ready)
+        every = own if alone else model.blended(own)
     costs = model.plan.switched_off(()).costs  # of all heads, whichever are off now
     return Traces(
         every.logits.argmax(-1).cpu(),
@@ -254,12 +279,13 @@ def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, 
         labels,
         torch.tensor(costs, dtype=torch.float64, device="cpu"),
         images[:kept].to("cpu", ready.dtype, copy=True),  # a slice alone would keep the whole batch
-        logits=compact(every.logits).cpu(),
+        logits=compact(own.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
         builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
         confidence_logits=every.confidence_logits.float().cpu(),
         confidence_name=model.confidence,
         calibrated=model.calibrated,
+        own=None if every is own else own.logits.argmax(-1).cpu(),
     )
 
 
@@ -281,6 +307,7 @@ def _join(parts: list[Traces], classes: int) -> Traces:
         parts[0],
         answers=torch.cat([p.answers for p in parts], 1),
         confidence=torch.cat([p.confidence for p in parts], 1),
+        own=None if parts[0].own is None else torch.cat([p.own for p in parts if p.own is not None], 1),
         targets=None if fault else targets,
         sample=torch.cat([p.sample for p in parts])[:SAMPLE],
         logits=torch.cat(logits, 1) if logits else None,

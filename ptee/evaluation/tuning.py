@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from ptee.evaluation.config import ThresholdsConfig
 from ptee.evaluation.targets import DEFAULTS, Margin, Solution, Target, below, solve
 from ptee.evaluation.threshold_search import ROUNDING
 from ptee.evaluation.traces import record
+from ptee.exits.blend import OWN
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
@@ -27,6 +28,7 @@ def tune(
     max_cost: float | None = None,
     one_threshold: bool = DEFAULTS.one_threshold,
     margin: Margin = DEFAULTS.margin,
+    answers: Literal["auto", "own", "blended"] = DEFAULTS.answers,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -45,6 +47,8 @@ def tune(
         one_threshold: the same threshold for all exits.
         margin: how much of the limit is kept in reserve, because new images lose more than those that T is chosen on. "auto":
             cross-validation estimates how much more.
+        answers: "own", "blended" (weights are fitted to these images, too), or "auto": whichever meets the target better on
+            images that the weights were not fitted to.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.
@@ -57,12 +61,14 @@ def tune(
     """
     require_early_exit(model)
     config = ThresholdsConfig(
-        max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_cost=max_cost, one_threshold=one_threshold, margin=margin
+        max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_cost=max_cost, one_threshold=one_threshold, margin=margin,
+        answers=answers,
     )  # fmt: skip
     target = Target.given(config)
-    traces = record(model, data, batch_size=batch_size, num_workers=num_workers, device=device, logits=False)
-    found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin)
-    model.threshold, model.off = found.threshold, found.off
+    how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    traces = record(model, data, logits=config.answers != OWN, own=True, **how)
+    found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=config.answers)
+    model.choose(found.threshold, found.off, found.blend)
     return found
 
 

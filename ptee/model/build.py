@@ -18,7 +18,7 @@ from ptee.exits.front import named_front
 from ptee.exits.plan import Plan
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.rebuilding import check_weights, confidence_of, front_of, network_of, upgraded
+from ptee.model.rebuilding import blend_of, check_weights, confidence_of, front_of, network_of, upgraded
 
 
 @alone()
@@ -129,7 +129,7 @@ def load(
     for name in hub.keys() - known:
         raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
     run = upgraded(runs.read(folder, **hub))
-    confidence, calibrated = confidence_of(run)
+    (confidence, calibrated), blend = confidence_of(run), blend_of(run)
     if backbone is not None:
         check_weights(run, backbone)
     if front is not None and run.config.front is None:
@@ -151,6 +151,10 @@ def load(
     runs.fill(model.heads, run)
     model.calibrated, model.confidence = calibrated, confidence
     model.threshold = run.config.threshold
-    model.off = run.config.off
+    model.off, model.blend = run.config.off, blend
+    try:
+        model.answers = run.config.answers.name
+    except PteeError as why:  # the weights are not those of the exits that are on
+        raise RunError(f"{folder}: {why}") from why
     model.results = run.config.results
     return model.eval()

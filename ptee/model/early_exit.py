@@ -15,10 +15,11 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.errors import PteeError, RunError, first_line, unknown
 from ptee.analysis.freezing import Attachment
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
+from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
 from ptee.exits.confidence import CALIBRATED, LEARNED, Calibrated, find_confidence
 from ptee.exits.front import FrontHead
 from ptee.exits.heads import ExitHead, HeadOutput
@@ -63,6 +64,7 @@ class EarlyExitModel(
         heads: one ExitHead for each early exit.
         plan: where the exits stand and what they cost.
         calibrated: the two numbers of each exit that `ptee.calibrate` fitted, or None.
+        blend: the weights of the answers that `ptee.tune` fitted, or None.
         results: what was measured last, JSON-able, or None; saved with the model.
     """
 
@@ -78,6 +80,8 @@ class EarlyExitModel(
         like = one_parameter(network.module)
         self.heads = nn.ModuleList(exit_heads).to(like.device, like.dtype)
         self.calibrated: Calibrated | None = None
+        self.blend: Blend | None = None
+        self._answers = OWN
         self.results: dict[str, Any] | None = None
         self._thresholds: tuple[float, ...] = ()
         self.threshold = DEFAULT_THRESHOLD
@@ -128,7 +132,33 @@ class EarlyExitModel(
     @confidence.setter
     def confidence(self, name: str) -> None:
         find_confidence(name, self.calibrated)
+        if self.answers == BLENDED:
+            require_blend(self.blend, name, self.off, len(self.exits))
         self.plan = self.plan.with_confidence(name)
+
+    @property
+    def answers(self) -> str:
+        """ "own": an exit answers by itself. "blended": it adds up what the exits so far have said, and so does the end.
+
+        Set it at any time, and then choose the thresholds again (`ptee.tune`, which also fits the weights of the blend). A row
+        whose thresholds are all above 1 gets the backbone's own answer in any case. Raises PteeError for another value, and
+        for "blended" if there are no weights for the exits that are on.
+        """
+        return self._answers
+
+    @answers.setter
+    def answers(self, value: str) -> None:
+        if value not in (OWN, BLENDED):
+            raise unknown("kind of answers", value, (OWN, BLENDED))
+        if value == BLENDED:
+            require_blend(self.blend, self.confidence, self.off, len(self.exits))
+        self._answers = value
+
+    def choose(self, threshold: Thresholds, off: Sequence[int], blend: Blend | None) -> None:
+        """Set thresholds, exits that are off and the weights of blended answers (None: own answers) together."""
+        self._answers = OWN
+        self.threshold, self.off, self.blend = threshold, off, blend or self.blend
+        self.answers = OWN if blend is None else BLENDED
 
     @property
     def off(self) -> tuple[int, ...]:
@@ -141,7 +171,10 @@ class EarlyExitModel(
 
     @off.setter
     def off(self, value: Sequence[int]) -> None:
-        self.plan = self.plan.switched_off(exit_numbers(value, len(self.exits)))
+        numbers = exit_numbers(value, len(self.exits))
+        if self.answers == BLENDED:
+            require_blend(self.blend, self.confidence, numbers, len(self.exits))
+        self.plan = self.plan.switched_off(numbers)
 
     # -------------------------------------------------------------------------------------------- what it does
 
@@ -179,9 +212,12 @@ class EarlyExitModel(
             )
         self._ready_for(x)
         plan, thresholds = self.plan, self._in_force(threshold, len(x))
-        confidence = find_confidence(plan.confidence, self.calibrated)
+        blend = self.blend if self.answers == BLENDED else None
+        confidence = find_confidence(
+            confidence_of_blend(plan.confidence) if blend else plan.confidence, self.calibrated
+        )
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
-        call = ExitEarly(self._hooks, list(self.heads), plan, len(x), confidence, thresholds, steps)
+        call = ExitEarly(self._hooks, list(self.heads), plan, len(x), confidence, thresholds, steps, blend)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
@@ -191,7 +227,9 @@ class EarlyExitModel(
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:
-        """Every exit's answer for every row; no row leaves. Gradients reach the heads, and images that require them.
+        """Every exit's own answer for every row; no row leaves. Gradients reach the heads, and images that require them.
+
+        `model.blended` turns own answers into blended ones.
 
         Args:
             x: (b, c, h, w) images on the model's device.
@@ -231,6 +269,17 @@ class EarlyExitModel(
             torch.stack(confidence_logits),
         )
 
+    def blended(self, own: AllExits) -> AllExits:
+        """What `predict` would answer at each exit that is on, from each exit's own answer; as it is if answers are "own"."""
+        if self.answers == OWN or self.blend is None:
+            return own
+        on = tuple(n for n in range(len(self.exits)) if n not in self.off)
+        mixed = self.blend.at_all_exits(own.logits, on)
+        logits = torch.where(mixed.isnan().any(-1, keepdim=True), own.logits, mixed)
+        confidence = find_confidence(confidence_of_blend(self.confidence), self.calibrated)
+        h = confidence.at_all_exits(mixed[:-1], own.confidence_logits)
+        return AllExits(logits.to(own.logits.dtype), h, own.confidence_logits)
+
     def require_all_on(self) -> None:
         """Refuse to train or calibrate while exits are off."""
         if self.off:
@@ -240,13 +289,18 @@ class EarlyExitModel(
             )
 
     def forget_calibration(self) -> None:
-        """Drop the calibration before the heads change, for which it was fitted. Refused while it is in use."""
+        """Drop calibration and blend before the heads change, for which they were fitted. Refused while one is in use."""
+        if self.answers == BLENDED:
+            raise PteeError(
+                "This model's answers are blended, and training changes the heads that this was fitted to. Set model.answers = "
+                f"{OWN!r} first, and choose the thresholds again afterwards (ptee.tune)."
+            )
         if self.confidence == CALIBRATED:
             raise PteeError(
                 "This model is calibrated, and training changes the heads that this was done for. Set model.confidence = "
                 f"{LEARNED!r} first, and call ptee.calibrate again afterwards."
             )
-        self.calibrated = None
+        self.calibrated = self.blend = None
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
@@ -356,8 +410,9 @@ class EarlyExitModel(
         try:
             new = not (folder / runs.CARD).exists()
             config = runs.describe(
-                self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results
-            )
+                self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
+                blend=self.blend, answers=self.answers,
+            )  # fmt: skip
             text = str(self.generate_model_card(**card)) if new else None
             runs.write(folder, config, self.heads.state_dict(), text, more_files)
             if push_to_hub:

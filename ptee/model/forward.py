@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ptee._common.errors import PteeError, first_line
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, run
+from ptee.exits.blend import Blend
 from ptee.exits.confidence import Confidence, leaves
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
@@ -100,7 +101,7 @@ class Call:
         self.through = False  # and of the backbone
         self.builds_on_previous = any(getattr(head, "builds_on_previous", False) for head in heads)
         self.keeps_logits = self.builds_on_previous  # for later exits
-        self._logits: list[tuple[int, Tensor]] = []  # of the exits so far, each with its moment
+        self._logits: dict[int, tuple[int, Tensor]] = {}  # of the exits so far, each with its moment
 
     def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
         """The backbone's answer. The exit at the input, if there is one, is the first that the images pass."""
@@ -126,8 +127,8 @@ class Call:
             )
         return self._pass(n, output)
 
-    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
-        """Called with a head's answer; returns what replaces the backbone's output, or None."""
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> Any:
+        """Called with a head's answer and the logits of the exits so far; returns what replaces the backbone's output, or None."""
         return None
 
     def _pass(self, n: int, output: Any) -> Any:
@@ -141,11 +142,15 @@ class Call:
         return self._at_exit(n, cut, output, z)
 
     def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> Any:
-        earlier = [self.rows.select(logits, moment) for moment, logits in self._logits]
-        said = self._run_head(n, cut, z, earlier)
+        earlier = self._earlier()
+        said = self._run_head(n, cut, z, list(earlier.values()))
         if self.keeps_logits:
-            self._logits.append((self.rows.moment, said.logits))
+            self._logits[n] = self.rows.moment, said.logits
         return self.on_head_output(n, cut, output, said, earlier)
+
+    def _earlier(self) -> dict[int, Tensor]:
+        """The logits (b, K) of the exits so far, of the rows that are still there."""
+        return {n: self.rows.select(logits, moment) for n, (moment, logits) in self._logits.items()}
 
     def _run_head(self, n: int, cut: Cut, z: Tensor, earlier: Sequence[Tensor]) -> HeadOutput:
         """The head's answer, given the logits of the exits so far."""
@@ -192,7 +197,7 @@ class RecordAll(Call):
         super().__init__(hooks, heads, plan, batch)
         self.outputs: list[HeadOutput] = []
 
-    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> None:
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> None:
         """Keep what the head answered."""
         self.outputs.append(said)
 
@@ -224,7 +229,8 @@ class _Leavers(NamedTuple):
 class ExitEarly(Call):
     """Rows leave at the first exit n with h_n >= T_n.
 
-    `thresholds` has T of each exit, a number or (b,); `steps` the modules to replay where the pass must start again.
+    `thresholds` has T of each exit, a number or (b,); `steps` the modules to replay where the pass must start again; `blend`
+    the weights of the exits' answers, None if each exit answers alone.
     """
 
     def __init__(
@@ -236,11 +242,12 @@ class ExitEarly(Call):
         confidence: Confidence,
         thresholds: Sequence[float | Tensor],
         steps: Mapping[nn.Module, Step] | None = None,
+        blend: Blend | None = None,
     ) -> None:
         super().__init__(hooks, heads, plan, batch)
         self.skipped = plan.skipped
-        self.confidence, self.thresholds = confidence, thresholds
-        self.keeps_logits |= confidence.needs_answers_of_earlier_exits
+        self.confidence, self.thresholds, self.blend = confidence, thresholds, blend
+        self.keeps_logits |= confidence.needs_answers_of_earlier_exits or blend is not None
         self.cache = ReplayCache(steps or {}, self.rows)
         self._left: list[_Leavers] = []
 
@@ -252,12 +259,14 @@ class ExitEarly(Call):
     def _run_backbone(self, backbone: nn.Module, images: Tensor) -> Tensor:
         return run(backbone, images, self.cache)
 
-    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Sequence[Tensor]) -> Any:
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> Any:
         """Take the rows that are confident enough out of the batch."""
         if n in self.plan.off:
             return None
         self._require_all_rows(n, len(said.logits))
-        h = self.confidence(n, said.logits, earlier, said.confidence_logit, len(self.plan.exits))
+        if self.blend is not None:
+            said = said._replace(logits=self.blend.logits(n, said.logits, self._on(earlier)))
+        h = self.confidence(n, said.logits, list(earlier.values()), said.confidence_logit, len(self.plan.exits))
         stay = ~leaves(h, self._threshold(n))
         staying = int(stay.sum())  # the only host synchronisation of this exit
         if staying == len(h):
@@ -300,8 +309,9 @@ class ExitEarly(Call):
     def result(self, answer: Tensor | None, dtype: torch.dtype | None = None) -> ExitOutput:
         """The rows back in order. `answer` is the backbone's for rows that never left; None where all rows left."""
         if answer is not None:
+            dtype = answer.dtype
             sure = torch.ones(len(answer), device=answer.device)
-            self._left.append(_Leavers(self.rows.since(), len(self.plan.exits), answer, sure))
+            self._left.append(_Leavers(self.rows.since(), len(self.plan.exits), self._at_end(answer), sure))
         costs = self.plan.costs
         logits = _joined([p.logits for p in self._left]).to(dtype or self._left[-1].logits.dtype)
         confidence = _joined([p.confidence for p in self._left])
@@ -311,6 +321,20 @@ class ExitEarly(Call):
             back = torch.cat([p.rows for p in self._left if p.rows is not None]).argsort()
             logits, index, confidence, cost = (t.index_select(0, back) for t in (logits, index, confidence, cost))
         return ExitOutput(logits, index, confidence, cost)
+
+    def _on(self, earlier: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Heads that are off may run for later heads. The blend leaves their answers out."""
+        return {m: logits for m, logits in earlier.items() if m not in self.plan.off}
+
+    def _at_end(self, own: Tensor) -> Tensor:
+        """The answers of the rows that never left. Rows that no exit could take get the backbone's own, bit for bit."""
+        earlier = self._on(self._earlier()) if self.blend is not None and self.blend.to_the_end else {}
+        if self.blend is None or not earlier:
+            return own
+        possible = torch.stack([torch.as_tensor(self._threshold(n) <= 1, device=own.device) for n in earlier]).any(0)
+        blended = self.blend.logits(len(self.plan.exits), own, earlier)
+        usable = possible & ~blended.isnan().any(-1)
+        return torch.where(usable[..., None], blended, own).to(own.dtype)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

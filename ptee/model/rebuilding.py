@@ -15,6 +15,7 @@ from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.source import is_cached
 from ptee.backbones.timm import HUB_SOURCES
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
+from ptee.exits.blend import BLENDED, Blend
 from ptee.exits.confidence import CALIBRATED, CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.front import FrontHead, require_small
 from ptee.exits.heads import FRONT
@@ -129,6 +130,16 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     images = InputConfig(**about.input.model_dump())
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
     return Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
+
+
+def blend_of(run: Run) -> Blend | None:
+    """The weights of a run's blended answers, if it has some."""
+    found = run.config.answers.blend
+    if found is None:
+        if run.config.answers.name == BLENDED:
+            raise RunError(f"{run.folder}: {CONFIG} has no weights for the blended answers. Copy the run again.")
+        return None
+    return Blend({(row.exit, row.before): row.weights for row in found.weights}, found.to_the_end)
 
 
 def confidence_of(run: Run) -> tuple[str, Calibrated | None]:

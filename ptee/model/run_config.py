@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -72,6 +72,7 @@ Name = Annotated[Text, Field(max_length=LONGEST_NAME), AfterValidator(_printable
 Source = Annotated[dict[str, Any] | None, AfterValidator(_short)]
 HeadName = Annotated[Name, AfterValidator(_no_size_to_choose)]
 Positive = Annotated[Number, Field(gt=0)]
+Weight = Annotated[Number, Field(ge=0)]
 Count = Annotated[Whole, Field(gt=0)]
 Side = Annotated[Whole, Field(gt=0, lt=2**16)]  # of an image
 Threshold = Annotated[float, Field(strict=True, allow_inf_nan=True), BeforeValidator(_number), AfterValidator(_not_nan)]
@@ -131,6 +132,35 @@ class ConfidenceRecord(_Record):
     shift: tuple[Number, ...]
 
 
+class WeightsRecord(_Record):
+    """The weights of the answers so far at one exit: of the exits before it that are on, then its own."""
+
+    exit: Whole
+    before: tuple[Whole, ...] = Field(alias="with")
+    weights: tuple[Weight, ...]
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> Self:
+        numbers = (*self.before, self.exit)
+        if list(numbers) != sorted({*numbers}) or numbers[0] < 0 or len(self.weights) != len(numbers):
+            raise PteeError(f"answers.blend has no weight for each of the exits {list(numbers)!r:.60}.")
+        return self
+
+
+class BlendRecord(_Record):
+    """The weights of blended answers."""
+
+    to_the_end: Annotated[bool, Field(strict=True)]
+    weights: Annotated[tuple[WeightsRecord, ...], Field(max_length=MOST_EXITS)]
+
+
+class AnswersRecord(_Record):
+    """Whether an exit answers by itself ("own") or with those before it ("blended")."""
+
+    name: Literal["own", "blended"] = "own"
+    blend: BlendRecord | None = None
+
+
 class TensorRecord(_Record):
     """One tensor of the heads. The hash is of its type, shape and bytes, shortened."""
 
@@ -148,6 +178,7 @@ class RunConfig(_Record):
     exits: Annotated[tuple[ExitRecord, ...], Field(max_length=MOST_EXITS)]
     threshold: tuple[Threshold, ...]
     confidence: ConfidenceRecord | None = None  # runs of ptee 0.1.0 have none: the heads' own confidence decided
+    answers: AnswersRecord = AnswersRecord()
     off: Annotated[tuple[Whole, ...], BeforeValidator(_or_nothing)] = ()
     results: dict[str, Any] | None = None
     backbone_tensors: dict[Text, Text] | None = None  # short hashes, to say which differ; old runs have none

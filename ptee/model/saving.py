@@ -20,6 +20,7 @@ from ptee._common.files import from_json, plain, replace_files, storable, to_jso
 from ptee._common.validation import from_pydantic
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
+from ptee.exits.blend import OWN, Blend
 from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead
 from ptee.exits.plan import Plan
@@ -71,6 +72,8 @@ def describe(
     *,
     calibrated: Calibrated | None,
     results: Mapping[str, Any] | None,
+    blend: Blend | None = None,
+    answers: str = OWN,
 ) -> dict[str, Any]:
     """What config.json says of a model. `calibrated` has the numbers of the calibrated confidence; `results` were measured."""
     front = next((head for head in heads.children() if isinstance(head, FrontHead)), None)
@@ -88,10 +91,16 @@ def describe(
         "exits": plan.to_dict()["exits"],
         "threshold": list(threshold),
         "confidence": {"name": plan.confidence} | plain(calibrated or Calibrated()),
+        "answers": describe_answers(answers, blend),
         "off": list(plan.off),
         "results": results,
         "backbone_tensors": tensor_hashes(network.module),
     }
+
+
+def describe_answers(answers: str, blend: Blend | None) -> dict[str, Any]:
+    """What config.json says of own or blended answers."""
+    return {"name": answers, "blend": blend and blend.to_dict()}
 
 
 def write(

@@ -338,7 +338,12 @@ def choose_thresholds(
     Returns the images that are left to report on, a sentence about the split, and the solution.
     """
     parts, how = parts_for_tuning(unseen), recipe.thresholds
-    goal: dict[str, Any] = {target.kind: target.limit, "one_threshold": how.one_threshold, "margin": how.margin}
+    goal: dict[str, Any] = {
+        target.kind: target.limit,
+        "one_threshold": how.one_threshold,
+        "margin": how.margin,
+        "answers": how.answers,
+    }
     found = tune(model, parts.calibration, **goal, **_batches(recipe, job))
     record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
     model.results = (model.results or {}) | {"tuning": record | found.to_dict()}

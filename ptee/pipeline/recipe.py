@@ -18,7 +18,7 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError, first_line, unknown
 from ptee._common.files import LONGEST_KEY
 from ptee._common.validation import FrozenConfig, Whole
-from ptee.evaluation.config import TARGETS, ThresholdsConfig
+from ptee.evaluation.config import HOW, TARGETS, ThresholdsConfig
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
 from ptee.training.config import SEPARATE, TrainingConfig
 
@@ -174,9 +174,7 @@ def _without_rivals(values: Mapping[str, Any], changes: dict[str, Any]) -> dict[
         return changes
     rivals = {name: None for name in ("threshold", *TARGETS) if name in own}
     if "threshold" in given:  # nothing is chosen, so nothing says how
-        rivals |= {
-            name: ThresholdsConfig.model_fields[name].default for name in ("one_threshold", "margin") if name in own
-        }
+        rivals |= {name: ThresholdsConfig.model_fields[name].default for name in HOW if name in own}
     return {**{f"thresholds.{name}": value for name, value in rivals.items()}, **changes}
 
 

@@ -157,7 +157,8 @@ def tune_run(
     more = {}
     if own is not None:  # so that the run's recipe gives these thresholds again
         more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()
-    saving.update(folder, more, threshold=model.threshold, off=list(model.off), results=model.results)
+    answers = saving.describe_answers(model.answers, model.blend)
+    saving.update(folder, more, threshold=model.threshold, off=list(model.off), answers=answers, results=model.results)
     log(describe_outcome(found, model.results))
     return model.results
 
