@@ -191,10 +191,10 @@ def solve(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Traces to choose thresholds on: of own answers while any exits are on, or of a blend while these exits are on."""
+    """Traces to choose thresholds on, while these exits are on (None: any), of own answers or of a blend."""
 
     traces: Traces
-    on: Exits = ()
+    on: Exits | None = None
     blend: Blend | None = None
 
 
@@ -221,7 +221,7 @@ def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list
     fold = torch.arange(logits.shape[1], device=logits.device) % FOLDS
     whole = fit_blend(logits, targets)
     blends = [fit_blend(logits[:, fold != f], None if targets is None else targets[fold != f]) for f in range(FOLDS)]
-    found = []
+    found = [_Candidate(small, ())]  # the bare backbone
     for on in subsets(exits)[1:] if exits <= MAX_EXITS else [tuple(range(exits))]:
         answers, h = traces.answers.clone(), traces.confidence.clone()
         for f, blend in enumerate(blends):
@@ -259,13 +259,14 @@ def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, m
         problem = Problem(
             traces.confidence[:-1], _loss(traces, target), traces.costs_where, limited=limited, limit=limit
         )
-        choice = search(problem, one_threshold, candidate.on if candidate.blend else None)
+        choice = search(problem, one_threshold, candidate.on)
         if choice is not None and (best is None or objective(problem, choice) < objective(problem, best[0])):
             best = choice, problem, candidate
     if best is None:
         raise _unreachable(target, candidates)
     choice, problem, candidate = best
-    on = candidate.on if candidate.blend else tuple(n for n, taken in enumerate(choice.taken.tolist()) if taken)
+    taken = tuple(n for n, number in enumerate(choice.taken.tolist()) if number)
+    on = taken if candidate.on is None else candidate.on
     off = tuple(n for n in range(first.exits) if n not in on)
     threshold = tuple(problem.thresholds(choice.taken, one_threshold))
     score = candidate.traces.score(candidate.traces.leaving(threshold), off)
@@ -314,7 +315,7 @@ def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool)
     for left_out in range(FOLDS):
         others = [replace(c, traces=c.traces.rows(drawn[fold != left_out])) for c in candidates]
         found = _within(others, target, one_threshold, margin=0)
-        chosen = next(c for c in candidates if not c.blend or _on(found) == c.on)
+        chosen = next(c for c in candidates if c.on in (None, _on(found)))
         other = chosen.traces.rows(drawn[fold == left_out])
         loss += _loss(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
     return loss / images - target.limit

@@ -101,13 +101,13 @@ class Problem:
 def search(problem: Problem, one_threshold: bool = False, on: Sequence[int] | None = None) -> Choice | None:
     """The best choice that was found; None if nothing is within the limit.
 
-    With `on`, these exits are on and no others, and at least one of them takes an image.
+    With `on`, these exits are on and no others, and one of them at least takes an image.
     """
     exits, device = problem.exits, problem.h.device
     if on is not None:
         only = torch.tensor([[n in on for n in range(exits)]], device=device)
         found = _best_of(problem, only, one_threshold)
-        return found if found is not None and found.taken.any() else None
+        return found if found is not None and (found.taken.any() or not on) else None
     if exits <= MAX_EXACT:
         return _best_of(problem, torch.tensor(list(product([True, False], repeat=exits)), device=device), one_threshold)
     best, some = None, torch.ones(1, exits, dtype=torch.bool, device=device)

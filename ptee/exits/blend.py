@@ -174,10 +174,10 @@ def _fitted(logits: Tensor, goal: Tensor) -> tuple[float, ...]:
     from scipy.optimize import minimize
 
     def loss(weights: object) -> tuple[float, object]:
-        v = torch.as_tensor(weights, dtype=logits.dtype).requires_grad_()
+        v = torch.as_tensor(weights, dtype=logits.dtype, device=logits.device).requires_grad_()
         value = torch.nn.functional.cross_entropy(torch.einsum("m,mnk->nk", v, logits), goal)
         (gradient,) = torch.autograd.grad(value, v)
-        return value.item(), gradient.numpy()
+        return value.item(), gradient.cpu().numpy()
 
     start = [1 / len(logits)] * len(logits)
     found = minimize(
