@@ -141,8 +141,9 @@ def _letters(name: str) -> str:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """The first names of a list, with line breaks and the like as escapes, and how many more there are."""
+    plain = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:most]]
+    return ", ".join(plain) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

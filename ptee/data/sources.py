@@ -57,6 +57,7 @@ def open_data(
     """
     path = Path(source).expanduser()
     if str(source).strip() and path.is_dir():
+        _refuse_system(source, path)
         listing = list_files(path, report_only=report_only, removed=removed)
         return _split(listing, source, transform, seed, report_only)
     _refuse_path(source, path)
@@ -79,6 +80,15 @@ def require_source(source: str) -> None:
     if not source.strip() or not path.is_dir():
         _refuse_path(source, path)
         require_name(source)
+    else:
+        _refuse_system(source, path)
+
+
+def _refuse_system(source: str | Path, path: Path) -> None:
+    """Refuse folders in which the operating system shows itself. Of these, /dev/shm alone holds files of users."""
+    top = path.resolve().parts[1:3]
+    if top[:1] in (("proc",), ("sys",), ("dev",)) and top != ("dev", "shm"):
+        raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
 
 
 def _refuse_path(source: str | Path, path: Path) -> None:

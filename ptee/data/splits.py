@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from ptee._common.errors import Argument, DataError
+from ptee._common.errors import Argument, DataError, some
 from ptee.data.folders import PARTS
 from ptee.data.pictures import Labelled
 
@@ -51,7 +51,7 @@ class Data:
         """One sentence: where the images come from, how many there are, how they were split, what was not read."""
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
         n, unread = len(self.class_names), self.split.get("not_read", [])
-        rest = f"; not read: {', '.join(unread)}" if unread else ""
+        rest = f"; not read: {some(unread, len(unread))}" if unread else ""
         return f"{self.source}: images of {n} class{'es' * (n != 1)}, {sizes}; {self.split['rule']}{rest}."
 
     @property
