@@ -9,6 +9,7 @@ import pytest
 import torch
 from command import BRIEF, MODEL, TEN, figures, make_run, pictures, read_json
 from device import here, seeded
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -230,6 +231,43 @@ def test_what_is_not_possible_is_refused_in_one_line_before_the_training(given, 
     with pytest.raises(PteeError, match=said) as refusal:
         ptee.fit(network(), arguments.pop("train_data"), **arguments)
     assert "\n" not in str(refusal.value)
+
+
+def samples(change) -> list:
+    """The data set as a list, each of whose items is changed."""
+    return [change(x, int(y), i) for i, (x, y) in enumerate(images(60))]
+
+
+UNFIT = {
+    "the channels last": (lambda x, y, _: (x.permute(1, 2, 0), y), r"with the channels last\. Give x\.permute"),
+    "grey images": (lambda x, y, _: (x[:1], y), "have 1 channel, and the model takes 3"),
+    "whole numbers": (lambda x, y, _: (x.mul(9).byte(), y), "are uint8, and the model takes floating-point"),
+    "flat images": (lambda x, y, _: (x.flatten(), y), r"A batch should be \(images \(b, c, h, w\)"),
+    "several sizes": (lambda x, y, i: (x[:, : 8 - i % 2], y), "differ in size.*resize all images"),
+    "too small": (lambda x, y, _: (x[:, :2], y), r"cannot take images of size \(3, 2, 8\)"),
+    "pictures": (lambda x, y, _: (Image.new("RGB", (8, 8)), y), r"gives PIL images: give it transform=ToTensor\(\)"),
+    "no label": (lambda x, *_: (x, None), "cannot form a batch: give .image tensor, class number"),
+    "no label for some": (lambda x, y, i: (x, None if i == 50 else y), "cannot form a batch|differ"),
+    "words for labels": (lambda x, *_: (x, "cat"), "should be 1 class numbers"),
+    "a label of 70 bits": (lambda x, *_: (x, 2**70), "cannot form a batch"),
+    "other names": (lambda x, y, i: {"image": x, "label" if i else "class": y}, "cannot form a batch|should be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [SIZE, None], ids=["size given", "size of the first image"])
+@pytest.mark.parametrize(("change", "said"), UNFIT.values(), ids=UNFIT)
+def test_images_that_fit_cannot_use_are_refused_in_words_before_the_training(change, said, size, monkeypatch):
+    monkeypatch.setattr(fitting, "train", None)
+    with pytest.raises(PteeError, match=said if size else "") as refusal:
+        ptee.fit(network(), samples(change), input_size=size, device=here(), **SETTINGS)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("pixel_values", "labels")], ids=str)
+def test_mappings_are_a_data_set_as_pairs_are(names):
+    mappings = samples(lambda x, y, _: dict(zip(names, (x, y), strict=True)))
+    model = ptee.fit(network(), mappings, device=here(), **SETTINGS)
+    assert model.threshold == fit(network(), images(60)).threshold
 
 
 def test_after_a_refusal_the_backbone_can_be_given_again():
