@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ptee._common.errors import Argument, BackboneError, PteeError, unknown
+from ptee._common.files import as_path
 from ptee._common.process import alone
 from ptee.analysis.classifier import TWO_LOGITS, count_classes, require_runnable
 from ptee.backbones import timm, torchvision
@@ -108,7 +109,7 @@ def load_backbone(
         advice = ("Give another ", Argument("num_classes"), ".", f" {TWO_LOGITS}" * (num_classes == 1))
         raise BackboneError(text, *advice, argument="num_classes", value=num_classes)
     size = None if input_size is None else checked_size(input_size)
-    file = None if weights is None else str(weights)
+    file = None if weights is None else str(as_path(weights, "weights"))
     if not isinstance(model, str | nn.Module):
         text = f"A model is a name such as 'resnet50' or an nn.Module, not a {type(model).__name__}."
         raise BackboneError(text, argument="model", value=model)

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Argument, DataError
+from ptee._common.files import expanded
 from ptee.data.folders import PARTS
 from ptee.data.pictures import Labelled
 
@@ -57,7 +58,7 @@ class Data:
     @property
     def place(self) -> str:
         """The absolute path of a folder; a name as it is."""
-        return str(Path(self.source).expanduser().resolve()) if self.split["kind"] in FILES else self.source
+        return str(expanded(self.source).resolve()) if self.split["kind"] in FILES else self.source
 
 
 # ------------------------------------------------------------------------------------------------ drawn

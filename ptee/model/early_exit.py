@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.files import as_path
 from ptee.analysis.freezing import Attachment
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
@@ -352,7 +353,7 @@ class EarlyExitModel(
         Raises:
             RunError: if it cannot be written.
         """
-        folder, card = Path(save_directory), model_card_kwargs or {}
+        folder, card = as_path(save_directory, "save_directory"), model_card_kwargs or {}
         try:
             new = not (folder / runs.CARD).exists()
             config = runs.describe(

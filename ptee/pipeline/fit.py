@@ -15,7 +15,7 @@ from torch import nn
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
-from ptee._common.files import to_json
+from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
@@ -131,10 +131,8 @@ def fit(
 
 
 def _folder(out: str | Path | None, overwrite: bool, resume: bool) -> Path | None:
-    if out is not None and not str(out):
-        raise PteeError("out is an empty text. Give a folder, or None to save nothing.", argument="out", value=out)
     if out is not None:
-        return new_folder(Path(out), overwrite=overwrite, resume=resume)
+        return new_folder(as_path(out, "out"), overwrite=overwrite, resume=resume)
     if resume:
         give = Argument("out", "FOLDER")
         raise PteeError("There is nothing to resume without a folder. Give ", give, ".", argument="resume")

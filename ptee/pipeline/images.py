@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.files import as_path
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, split_batch
 from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
@@ -59,7 +60,7 @@ def open_images(
     """
     view = backbone.input
     transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
-    place = Path(root) if root else None
+    place = as_path(root, "data_root") if root else None
     if named:
         data = open_named(source, transform=transform, root=place, seed=seed)
     else:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, unknown
+from ptee._common.files import as_path
 from ptee._common.validation import FrozenConfig, Whole
 from ptee.evaluation.config import TARGETS, ThresholdsConfig
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
@@ -188,7 +189,7 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
     if not isinstance(recipe, str | Path):
         text = f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe."
         raise PteeError(text, argument="recipe")
-    path = Path(recipe)
+    path = as_path(recipe, "recipe")
     if (path / RECIPE_FILE).is_file():
         path = path / RECIPE_FILE
     if path.suffix in (".yaml", ".yml") or path.is_file():

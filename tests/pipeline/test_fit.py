@@ -259,3 +259,25 @@ def test_a_picture_of_the_users_own_data_that_breaks_is_an_error_of_the_data():
 
     with pytest.raises(DataError, match="Picture 37"):
         fit(network(), Broken(*images(60).tensors), val_data=images(9), calibration_data=images(9))
+
+
+NO_PATHS = {
+    "out": partial(fit, network(), images(60)),
+    "weights": partial(ptee.fit, "cifar_resnet20", images(60), **SETTINGS),
+    "recipe": partial(fit, network(), images(60)),
+}
+
+
+@pytest.mark.parametrize("given", [b"", "", 3, object()], ids=str)
+@pytest.mark.parametrize("name", NO_PATHS)
+def test_what_is_no_path_is_refused_by_the_name_of_its_argument(name, given):
+    with pytest.raises(PteeError, match=rf"^(Unknown )?{name}"):
+        NO_PATHS[name](**{name: given})
+
+
+def test_the_folder_of_a_run_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fit(network(), images(60), out="~/run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert ptee.load("~/run", network()).results
