@@ -210,6 +210,8 @@ class Placer:
 
     def _so_many(self, rule: str, exits: int) -> list[Cut]:
         """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
+        if exits > len(self.survey.order):
+            raise self._no_room(exits, rule)
         choose = _choice(rule, exits)
         nearest = _with_room_for_all(choose, exits)
         for places in (self._blocks, self._cells, self._parts):

@@ -311,6 +311,13 @@ def test_a_network_without_a_place_for_an_exit_is_refused_under_every_number():
             plan("pareto", num_exits, module=net)
 
 
+@each_rule
+def test_more_exits_than_modules_are_refused_before_any_work(rule, monkeypatch):
+    monkeypatch.setitem(PLACEMENTS, rule, lambda *_: pytest.fail("the rule was asked"))
+    with pytest.raises(CutError, match=r"Cannot place 1000000000 exits .*Ask for fewer \(num_exits=\)"):
+        plan(rule, 10**9)
+
+
 # ---------------------------------------------------------------------------------------------------- the plan as a value
 
 
