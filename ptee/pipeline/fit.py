@@ -195,6 +195,7 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
     model = build_model(backbone, recipe)
     try:
         if target is not None:
+            parts_for_tuning(Unseen(data.source, data, data.validation, recipe.seed))
             require_labels(target, labelled)
             require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
         elif recipe.thresholds.threshold is not None:
