@@ -14,7 +14,7 @@ import click
 from cloup import option, option_group
 
 from ptee._common.errors import Argument
-from ptee._common.files import as_path
+from ptee._common.files import as_path, expanded
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -185,7 +185,9 @@ class RunName(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         """Called by click."""
-        return str(as_path(value, "run")) if value[:1] in ("", "~") else value
+        if not value:
+            self.fail("The name of the run is empty. Give a folder, or user/repo on the hub.", param, ctx)
+        return str(expanded(value)) if value.startswith("~") else value
 
 
 class File(Place):

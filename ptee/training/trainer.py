@@ -142,8 +142,7 @@ def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
 @torch.no_grad()
 def _reads_maps(model: EarlyExitModel) -> bool:
     """Whether some head learns from a map (b, c, h, w), which can be shifted."""
-    like = next(model.heads.parameters())
-    reading = model.eval().read(torch.zeros(2, *model.plan.input_size, dtype=like.dtype, device=like.device))
+    reading = model.eval().read(model.prepared(torch.zeros(2, *model.plan.input_size, device="cpu")))
     return any(x.dim() == 4 for x in reading.inputs)
 
 

@@ -82,6 +82,7 @@ MISTYPED = {
     "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
+    "a run without a name": (["evaluate", ""], "The name of the run is empty"),
     "no run to compare": (["compare"], "RUN"),
     "no folder for a sweep": (["sweep", "--over", "seed=0,1"], "--out"),
 }
