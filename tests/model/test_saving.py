@@ -805,7 +805,7 @@ def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(name, hub, net
 
 @pytest.mark.parametrize("given", ["", b"run", 3, None], ids=repr)
 def test_what_is_no_path_is_no_run(given, net):
-    with pytest.raises(PteeError, match="folder=.* is no path"):
+    with pytest.raises(PteeError, match=r"folder=.* is no path"):
         ptee.load(given, net)
 
 
