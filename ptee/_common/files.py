@@ -41,6 +41,14 @@ def as_path(value: Any, argument: str) -> Path:
     return expanded(text)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name. No file can have some names, such as those of thousands of letters."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, to_json(values) + "\n")

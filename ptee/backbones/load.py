@@ -123,10 +123,11 @@ def load_backbone(
 
 
 def _checked_classes(given: Any) -> int:
-    if isinstance(given, Integral) and not isinstance(given, bool) and 2 <= int(given) <= MOST_CLASSES:
-        return int(given)
+    whole = int(given) if isinstance(given, Integral) and not isinstance(given, bool) else 0
+    if 2 <= whole <= MOST_CLASSES:
+        return whole
     text = f"A classifier has 2 to {MOST_CLASSES:,} classes, not {given!r:.40}. "
-    two = f" {TWO_LOGITS}" * (given is not True and given == 1)
+    two = f" {TWO_LOGITS}" * (whole == 1)
     raise BackboneError(text, "Give another ", Argument("num_classes"), ".", two, argument="num_classes", value=given)
 
 

@@ -14,7 +14,7 @@ import click
 from cloup import option, option_group
 
 from ptee._common.errors import Argument
-from ptee._common.files import as_path, expanded
+from ptee._common.files import as_path, expanded, is_file
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -198,11 +198,7 @@ class File(Place):
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         """Called by click."""
         path = super().convert(value, param, ctx)
-        try:
-            exists = path.is_file()
-        except OSError:  # no file can have this name
-            exists = False
-        if not exists:
+        if not is_file(path):
             self.fail(f"There is no file {value!s:.300}. Give one that exists.", param, ctx)
         return path
 

@@ -113,6 +113,10 @@ def fit(
         PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
+    if not (log is None or callable(log)):
+        raise PteeError(
+            f"log is {log!r:.60}. Give a function that gets the messages, such as print.", argument="log", value=log
+        )
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)

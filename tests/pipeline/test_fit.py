@@ -185,6 +185,7 @@ def test_labels_under_which_the_backbone_is_never_right_are_not_believed():
 
 X, Y = images(60).tensors
 REFUSED = {
+    "a log that is no function": ({"log": True}, "log is True. Give a function"),
     "a loader": ({"train_data": iter([])}, "train_data is a .*map-style data set"),
     "an iterable for validation": ({"val_data": iter([])}, "val_data is a .*map-style data set"),
     "a tuple of tensors": ({"train_data": (X, Y)}, r"train_data is a tuple of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
