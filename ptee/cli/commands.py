@@ -349,8 +349,9 @@ def _how(o: dict[str, Any]) -> dict[str, Any]:
 
 def _names_of(runs: tuple[str, ...]) -> dict[str, str]:
     """Runs by the name of their folder, or by the whole path where two folders have one name."""
-    for run in runs:
-        if runs.count(run) > 1:
+    places = [Path(run).resolve() for run in runs]
+    for run, place in zip(reversed(runs), reversed(places), strict=True):
+        if places.count(place) > 1:
             raise PteeError(f"The run {run} is given twice. Give each run once.")
     ends = [Path(run).absolute().name for run in runs]
     return {end if ends.count(end) == 1 else run: run for run, end in zip(runs, ends, strict=True)}

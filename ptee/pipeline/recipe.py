@@ -5,6 +5,7 @@ Recipes are YAML files; five are built in. `ptee recipe NAME` prints one, and ev
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -194,6 +195,10 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
         path = path / RECIPE_FILE
     if path.suffix in (".yaml", ".yml") or is_file(path):
         return _read(path)
+    if os.path.isdir(path):  # noqa: PTH112 - which takes names that no folder can have
+        raise PteeError(
+            f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file.", argument="recipe"
+        )
     raise unknown("recipe", str(recipe), BUILT_IN)
 
 
