@@ -107,7 +107,7 @@ def unknown(
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
     """
-    text = f"Unknown {kind} {name!r}.{possible(str(name), choices, first=first, most=most)}"
+    text = f"Unknown {kind} {name!r:.200}.{possible(str(name), choices, first=first, most=most)}"
     return UnknownName(text, argument=argument, value=name)
 
 

@@ -39,6 +39,7 @@ UNREAD = (
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 LINK = "linked"  # a picture in a tar file that is a link to another
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 TAR_BLOCK_BYTES = 512
 
@@ -303,6 +304,16 @@ def _is_new(path: Path, folder: Path, seen: set[Path]) -> bool:
     return is_new
 
 
+def _packed_by(path: Path) -> str:
+    """The program that compressed a file, or nothing."""
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(6)
+    except OSError:
+        return ""
+    return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
+
+
 def _read_tar(path: Path, part: str) -> _Part:
     """The pictures in one tar file. As in timm, the class is the folder or the inner tar file around a picture.
 
@@ -324,6 +335,8 @@ def _read_tar(path: Path, part: str) -> _Part:
                     found.files.setdefault(class_name, [])
                     found.others[class_name][extension if member.isfile() else LINK] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
+        if packed := _packed_by(path):
+            raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
     if not found.classes:
         raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg or *.png.")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
+from ptee._common.files import as_path
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.folders import PARTS
 from ptee.data.splits import FILES, Data
@@ -142,7 +143,7 @@ def _nfc(name: str) -> str:
 
 def _read_names(file: str | Path) -> tuple[str, ...]:
     """Class names from a text file, one a line. Empty lines at its end do not count."""
-    path = Path(file).expanduser()
+    path = as_path(file, "classes")
     try:  # a pipe or a folder holds no names
         lines = path.read_text("utf-8-sig").rstrip().splitlines() if path.is_file() or not path.exists() else []
     except (OSError, UnicodeDecodeError) as why:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ptee._common.errors import DataError
+from ptee._common.files import expanded
 from ptee.data.demo_images import DEMO, fingerprint
 from ptee.data.folders import LAYOUTS, PARTS, Listing, list_files
 from ptee.data.named import is_prefixed, is_sided, list_named, require_name
@@ -55,7 +56,7 @@ def open_data(
         DataError: if the source cannot be read, has too few images, or its parts disagree on the classes.
         UnknownName: if it is neither a folder nor the name of a data set.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if str(source).strip() and path.is_dir():
         _refuse_system(source, path)
         listing = list_files(path, report_only=report_only, removed=removed)
@@ -76,7 +77,7 @@ def require_source(source: str) -> None:
         DataError: if it is a file, or a path where there is nothing.
         UnknownName: if there is no data set of that name.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not source.strip() or not path.is_dir():
         _refuse_path(source, path)
         require_name(source)

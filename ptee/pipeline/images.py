@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, DataError, PteeError, first_line
+from ptee._common.files import as_path
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of
 from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
 from ptee.data.pictures import Key, image_transform
 from ptee.data.sources import open_data, open_named
-from ptee.data.splits import Data, complete
+from ptee.data.splits import DATA_SETS, Data, complete
 from ptee.model.images import require_images, wrong_size
 from ptee.pipeline.recipe import Recipe
 
@@ -60,7 +61,7 @@ def open_images(
     """
     view = backbone.input
     transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
-    place = Path(root) if root else None
+    place = as_path(root, "data_root") if root else None
     if named:
         data = open_named(source, transform=transform, root=place, seed=seed)
     else:
@@ -90,9 +91,9 @@ def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) 
     delivered = {part: data_set for part, data_set in given.items() if data_set is not None or part == "train"}
     for part, data_set in delivered.items():
         _require_map_style(data_set, ARGUMENTS[part])
-    parts, rule = complete(delivered, SOURCE, seed)
+    parts, rule = complete(delivered, ARGUMENTS["train"], seed)
     sizes = {part: len(images) for part, images in parts.items()}
-    split = {"kind": "data sets", "parts": dict.fromkeys(delivered, SOURCE), "rule": rule, "seed": seed, "sizes": sizes}
+    split = {"kind": DATA_SETS, "parts": dict.fromkeys(delivered, SOURCE), "rule": rule, "seed": seed, "sizes": sizes}
     return Data(**parts, class_names=(), source=SOURCE, split=split)
 
 
@@ -106,6 +107,8 @@ def _require_map_style(data: Any, argument: str) -> None:
     elif isinstance(data, str | bytes | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         each = "of which each item is (image, label) or (image,): a loader's .dataset, a folder's ImageFolder"
         text = f"{argument} is a {kind}. Give a map-style data set, {each}."
+    elif not len(data):
+        text = f"{argument} is empty. Give a data set with images."
     else:
         return
     raise DataError(text, argument=argument, value=data)

@@ -335,3 +335,11 @@ def test_classes_that_the_training_images_lack_are_refused_by_name(source):
     said = r"val.*' has classes that '.*train.*' does not have: owl; remove or rename them\."
     with pytest.raises(DataError, match=said):
         opened(source)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_a_compressed_tar_file_is_refused_with_the_way_to_unpack_it(mode, name, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", mode) as packed:
+        packed.addfile(tarfile.TarInfo("cat/a.png"))
+    with pytest.raises(DataError, match=rf"train\.tar' is compressed \({name}\): unpack it once, {name} -dc OLD > NEW"):
+        opened(tmp_path)

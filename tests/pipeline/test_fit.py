@@ -204,6 +204,7 @@ def test_labels_of_which_none_is_a_class_are_not_used_and_it_is_said():
 
 X, Y = images(60).tensors
 REFUSED = {
+    "a log that is no function": ({"log": True}, "log is True. Give a function"),
     "a loader": ({"train_data": iter([])}, "train_data is a .*map-style data set"),
     "an iterable for validation": ({"val_data": iter([])}, "val_data is a .*map-style data set"),
     "a tuple of tensors": ({"train_data": (X, Y)}, r"train_data is a tuple of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
@@ -211,7 +212,11 @@ REFUSED = {
     "a tensor": ({"train_data": X}, r"train_data is a Tensor.*TensorDataset\(train_data\)"),
     "arrays": ({"train_data": (X.numpy(), Y.numpy())}, r"train_data is a tuple of values.*TensorDataset\(X, y\)"),
     "a folder": ({"train_data": "images/train"}, "train_data is a str.*ImageFolder"),
-    "too few images": ({"train_data": images(2)}, "too few training images: it has 2, and at least 3 are needed"),
+    "one image to choose thresholds on and to report on": ({"val_data": images(1)}, r"two images at least, and there is one\. Give more: val_data=DATASET, or others: calibration_data=DATASET"),
+    "no image for validation": ({"val_data": images(0)}, "val_data is empty"),
+    "no image for calibration": ({"calibration_data": []}, "calibration_data is empty"),
+    "no image to train on": ({"train_data": [], "val_data": images(9), "calibration_data": images(9)}, "train_data is empty"),
+    "too few images": ({"train_data": images(2)}, "'train_data' has too few training images: it has 2, and at least 3 are needed"),
     "a target about labels without labels": ({"train_data": images(60, labels=False), "max_drop": 0.1}, "no labels.*max_fidelity_drop"),
     "a question about labels without labels": ({"train_data": images(60, labels=False), "question": "right"}, "question='right'.*question='agrees'"),
     "an unknown confidence": ({"confidence": "max_probb"}, "'max_probb'.*Did you mean 'max_prob'"),
@@ -315,3 +320,25 @@ def test_a_picture_of_the_users_own_data_that_breaks_is_an_error_of_the_data():
 
     with pytest.raises(DataError, match="Picture 37"):
         fit(network(), Broken(*images(60).tensors), val_data=images(9), calibration_data=images(9))
+
+
+NO_PATHS = {
+    "out": partial(fit, network(), images(60)),
+    "weights": partial(ptee.fit, "cifar_resnet20", images(60), **SETTINGS),
+    "recipe": partial(fit, network(), images(60)),
+}
+
+
+@pytest.mark.parametrize("given", [b"", "", 3, object()], ids=["bytes", "nothing", "a number", "an object"])
+@pytest.mark.parametrize("name", NO_PATHS)
+def test_what_is_no_path_is_refused_by_the_name_of_its_argument(name, given):
+    with pytest.raises(PteeError, match=rf"^(Unknown |The )?{name}"):
+        NO_PATHS[name](**{name: given})
+
+
+def test_the_folder_of_a_run_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fit(network(), images(60), out="~/run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert ptee.load("~/run", network()).results
