@@ -19,7 +19,7 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     there = ["cpu", *(f"{gpu.type}:{i}" for i in range(torch.accelerator.device_count()) if gpu)]
     try:
         device = torch.device(name)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         device = None
     if device is not None and device.type == "cpu":
         return torch.device("cpu")

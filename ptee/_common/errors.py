@@ -107,7 +107,7 @@ def unknown(
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
     """
-    text = f"Unknown {kind} {name!r}.{possible(str(name), choices, first=first, most=most)}"
+    text = f"Unknown {kind} {name!r:.200}.{possible(str(name), choices, first=first, most=most)}"
     return UnknownName(text, argument=argument, value=name)
 
 
@@ -141,8 +141,9 @@ def _letters(name: str) -> str:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """The first names of a list, with line breaks and the like as escapes, and how many more there are."""
+    plain = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:most]]
+    return ", ".join(plain) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -12,13 +14,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptee._common.errors import RunError, first_line
+from ptee._common.errors import Argument, PteeError, RunError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST_KEY = 60  # of JSON, in a message
+FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))  # what a full disk says
+ANOTHER_FOLDER = "Choose another folder."
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder for ~, which a shell leaves where it is in quotes or behind an = sign."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own fails where there is no such home folder
+
+
+def as_path(value: Any, argument: str) -> Path:
+    """A path that the user gives, `expanded`.
+
+    Raises:
+        PteeError: if it is empty, or no path.
+    """
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else ""
+    if not text or "\0" in text:
+        given = Argument(argument, f"{value!r:.60}")
+        raise PteeError(given, " is no path. Give the name of a file or folder.", argument=argument, value=value)
+    return expanded(text)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name. No file can have some names, such as those of thousands of letters."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -64,17 +94,25 @@ def _finite(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written. It is left as it was."""
+def require_writable(folder: Path, remedy: str = ANOTHER_FOLDER) -> None:
+    """Refuse a folder that cannot be made or written, with this remedy. It is left as it was."""
     try:
-        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        every = (folder.absolute(), *folder.absolute().parents)
+        place = next(path for path in every if path.is_symlink() or path.exists())
         reason = f"{place} is a file" if place.is_file() else ""
+        if not place.exists():
+            reason = f"{place} is a link that leads nowhere"
         if not reason:
             tempfile.TemporaryDirectory(dir=place, prefix=WRITING).cleanup()
     except OSError as why:
         reason = str(why.strerror)
     if reason:
-        raise RunError(f"Cannot write {folder}: {reason}. Choose another folder.")
+        raise _cannot_write(folder, reason, remedy)
+
+
+def _cannot_write(path: Path, reason: str, remedy: str) -> RunError:
+    is_full = any(words in reason for words in FULL)
+    return RunError(f"Cannot write {path}: {reason}. {'Make room on that disk.' if is_full else remedy}")
 
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
@@ -82,12 +120,13 @@ def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
     replace_files(path.parent, {path.name: write_to})
 
 
-def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], remedy: str = ANOTHER_FOLDER) -> None:
     """Write several files of a folder: afterwards all are new, or all are old and a RunError says why.
 
     Args:
         folder: made where it does not exist.
         writers: by file name, what writes that file to the path that it is given. Files are renamed in this order.
+        remedy: what a user can do where the folder cannot be written, unless its disk is full.
     """
     from safetensors import SafetensorError
 
@@ -104,7 +143,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]]) ->
             _swap(folder, Path(beside), list(writers))
     except (OSError, SafetensorError) as why:
         reason = getattr(why, "strerror", None) or first_line(why).rstrip(".")
-        raise RunError(f"Cannot write {folder / name}: {reason}. Choose another folder.") from why
+        raise _cannot_write(folder / name, reason, remedy) from why
 
 
 def _swap(folder: Path, beside: Path, names: Sequence[str]) -> None:

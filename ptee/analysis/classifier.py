@@ -53,6 +53,11 @@ def _require_uncompiled(module: nn.Module, kind: str) -> None:
             f"{kind} has compiled parts ({some(wrapped)}), whose modules cannot be hooked. Put each back as it was: "
             f"net.set_submodule({first!r}, net.get_submodule({first!r})._orig_mod)."
         )
+    if scripted := [name for name, part in parts.items() if isinstance(part, torch.jit.ScriptModule)]:
+        raise BackboneError(
+            f"{kind} has parts of TorchScript ({some(scripted)}), whose modules cannot be hooked. Give the network as it was before "
+            "torch.jit.script or torch.jit.trace."
+        )
     if in_place := [name or "all of it" for name, part in parts.items() if part._compiled_call_impl is not None]:
         raise BackboneError(
             f"{kind} is compiled in place ({some(in_place)}), so its modules cannot be hooked. Give copy.deepcopy(net), which is "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, BackboneError, first_line, some
-from ptee._common.files import from_json
+from ptee._common.files import from_json, is_file
 
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # huggingface_hub's names for the parts of a large file
 LARGEST_INDEX = 64 * 2**20  # bytes
@@ -59,7 +59,7 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
         BackboneError: if the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
     """
     path = Path(file)
-    if not _is_file(path):
+    if not is_file(path):
         text = f"There is no weights file {file!s:.300}. Give a .safetensors or .pth file that exists."
         raise BackboneError(text, argument="weights", value=str(file))
     part = SHARD.search(path.name)
@@ -76,13 +76,6 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
     if not places:
         raise refusal(file, "holds no state_dict (names of tensors). Save model.state_dict() and nothing else.")
     return Checkpoint(path, places)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # the name is too long for any file
-        return False
 
 
 def _read(path: Path) -> Any:

@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ptee._common.errors import Argument, BackboneError, PteeError, unknown
+from ptee._common.files import as_path
 from ptee._common.process import alone
 from ptee.analysis.classifier import TWO_LOGITS, count_classes, require_runnable
 from ptee.backbones import timm, torchvision
@@ -25,6 +27,7 @@ from ptee.backbones.checkpoint import Checkpoint, read_checkpoint
 from ptee.backbones.library import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MOST_CLASSES,
     Built,
     InputConfig,
     Known,
@@ -103,23 +106,29 @@ def load_backbone(
         UnknownName: no library has a model of that name.
         BackboneError: it cannot be built, its weights cannot be had or do not fit, or it is no image classifier.
     """
-    if num_classes is not None and num_classes < 2:
-        text = f"A classifier has two classes or more, not {num_classes}. "
-        advice = ("Give another ", Argument("num_classes"), ".", f" {TWO_LOGITS}" * (num_classes == 1))
-        raise BackboneError(text, *advice, argument="num_classes", value=num_classes)
+    classes = None if num_classes is None else _checked_classes(num_classes)
     size = None if input_size is None else checked_size(input_size)
-    file = None if weights is None else str(weights)
+    file = None if weights is None else str(as_path(weights, "weights"))
     if not isinstance(model, str | nn.Module):
         text = f"A model is a name such as 'resnet50' or an nn.Module, not a {type(model).__name__}."
         raise BackboneError(text, argument="model", value=model)
     label = model if isinstance(model, str) else type(model).__name__
     own, args = pretrained and not file, dict(model_args or {})
-    request = ModelRequest(label, label, file, own, num_classes, size, mean, std, args, {})
+    request = ModelRequest(label, label, file, own, classes, size, mean, std, args, {})
     if isinstance(model, nn.Module):
         require_runnable(model)
         return _wrap(model, request)
     library, name = find_model(model)
     return _load(library, replace(request, name=name))
+
+
+def _checked_classes(given: Any) -> int:
+    whole = int(given) if isinstance(given, Integral) and not isinstance(given, bool) else 0
+    if 2 <= whole <= MOST_CLASSES:
+        return whole
+    text = f"A classifier has 2 to {MOST_CLASSES:,} classes, not {given!r:.40}. "
+    two = f" {TWO_LOGITS}" * (whole == 1)
+    raise BackboneError(text, "Give another ", Argument("num_classes"), ".", two, argument="num_classes", value=given)
 
 
 def find_model(text: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from ptee._common.errors import BackboneError, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole
-from ptee.backbones.library import ModelRequest, checked_size
+from ptee.backbones.library import MOST_CLASSES, ModelRequest, checked_size
 
 HUB_FILES = (  # timm's names for the weights in a hub repository, and for its configuration
     *("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -65,7 +65,7 @@ class _Record(FrozenConfig):
     library: str
     name: Annotated[str, AfterValidator(_not_a_folder)]
     args: dict[str, JsonValue]
-    num_classes: Annotated[Whole, Field(gt=0)]
+    num_classes: Annotated[Whole, Field(gt=0, le=MOST_CLASSES)]
     weights: _File | _Published
     input: _Images
 

@@ -12,7 +12,7 @@ from cloup import command, option
 
 from ptee._common.errors import Argument, DataError, PteeError, RunError
 from ptee.cli import options
-from ptee.cli.options import Numbers, as_option, given_settings, in_groups
+from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
 
 AGAIN = "The same command with --resume goes on."
 RANDOM_WEIGHTS = (
@@ -73,7 +73,7 @@ def plan(**o: Any) -> None:
 
 
 @command()
-@click.argument("run")
+@click.argument("run", type=RunName())
 @option("--threshold", type=Numbers(), help="T: one number, or one for each exit, separated by commas.")
 @options.SPEED
 @options.OF_RUN
@@ -92,7 +92,7 @@ def evaluate(run: str, **o: Any) -> None:
 
 
 @command()
-@click.argument("run")
+@click.argument("run", type=RunName())
 @options.TARGET
 @options.SPEED
 @options.OF_RUN
@@ -116,7 +116,7 @@ def tune(run: str, **o: Any) -> None:
 
 
 @command()
-@click.argument("run", nargs=-1, required=True)
+@click.argument("run", type=RunName(), nargs=-1, required=True)
 @option(
     "--static",
     metavar="NAME[=FILE]",
@@ -136,7 +136,7 @@ def tune(run: str, **o: Any) -> None:
     show_default=True,
     help="Which lines each run gets in the table; fewer make a short table of many runs.",
 )
-@option("--html", "page", type=click.Path(path_type=Path), help="Draw accuracy against cost on a page: curve.html.")
+@option("--html", "page", type=Place(), help="Draw accuracy against cost on a page: curve.html.")
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:
     """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
@@ -207,7 +207,7 @@ def recipe(name: str) -> None:
     help="A setting and the values to try, such as training.epochs=5,20 or seed=0,1,2. Repeatable: every combination is run.",
 )
 @in_groups(options.MODEL, options.DATA)
-@option("--out", type=click.Path(path_type=Path), required=True, help="Folder for runs, table, CSV and figure.")
+@option("--out", type=Place(), required=True, help="Folder for runs, table, CSV and figure.")
 @options.DEVICE
 def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
     """Fit one model by a RECIPE many times, with other settings each time: one table, one CSV, one figure.
@@ -353,8 +353,9 @@ def _how(o: dict[str, Any]) -> dict[str, Any]:
 
 def _names_of(runs: tuple[str, ...]) -> dict[str, str]:
     """Runs by the name of their folder, or by the whole path where two folders have one name."""
-    for run in runs:
-        if runs.count(run) > 1:
+    places = [Path(run).resolve() for run in runs]
+    for run, place in zip(reversed(runs), reversed(places), strict=True):
+        if places.count(place) > 1:
             raise PteeError(f"The run {run} is given twice. Give each run once.")
     ends = [Path(run).absolute().name for run in runs]
     return {end if ends.count(end) == 1 else run: run for run, end in zip(runs, ends, strict=True)}

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    _open_closed()
     if launched and os.environ["RANK"] != "0":  # under `accelerate launch` only the first process prints
         _print_no_more()
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
@@ -36,8 +38,29 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _print_no_more() -> None:
-    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+def _open_closed() -> None:
+    """Let standard streams that are closed lead nowhere. Otherwise the next file would get their number, and their text."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 - until the process ends
+
+
+def _print_no_more(name: str = "stdout") -> None:
+    """Let a standard stream lead nowhere, with what it still holds: Python would write that at the end."""
+    null = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    with suppress(OSError, ValueError):  # a program has put something without a number in its place
+        os.dup2(null.fileno(), getattr(sys, name).fileno())
+    setattr(sys, name, null)
+
+
+def _full_output() -> str:
+    """Why standard output cannot be written, if it cannot."""
+    try:
+        print(flush=True)
+    except OSError as why:
+        _print_no_more()
+        return why.strerror or str(why)
+    return ""
 
 
 def _failed(error: BaseException, words: list[str]) -> int:
@@ -50,12 +73,17 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         message, status = "The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2
+    elif isinstance(error, OSError) and (reason := _full_output()):
+        message, status = f"The output cannot be written: {reason}. Send it elsewhere, such as > FILE.", 2
     else:
         name = type(error).__name__
         message, status = f"ptee failed: {name}: {error}. PTEE_DEBUG=1 shows where; please report it.", 1
     if status != 130 and os.environ.get("PTEE_DEBUG"):
         traceback.print_exception(error)
-    click.echo(" ".join(message.split()), err=True)
+    try:
+        click.echo(" ".join(message.split()), err=True)
+    except OSError:
+        _print_no_more("stderr")
     return status
 
 

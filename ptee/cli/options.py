@@ -13,7 +13,7 @@ import click
 from cloup import option, option_group
 
 from ptee._common.errors import Argument
-from ptee._common.files import from_json
+from ptee._common.files import as_path, expanded, from_json, is_file
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -167,20 +167,39 @@ class Setting(click.ParamType):
         return value if isinstance(value, tuple) else read_setting(value)
 
 
-class File(click.ParamType):
+class Place(click.ParamType):
+    """A file or folder."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """Called by click."""
+        return as_path(value, param.name)
+
+
+class RunName(click.ParamType):
+    """A run: a folder, or user/repo on the hub."""
+
+    name = "run"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Called by click."""
+        if not value:
+            self.fail("The name of the run is empty. Give a folder, or user/repo on the hub.", param, ctx)
+        return str(expanded(value)) if value.startswith("~") else value
+
+
+class File(Place):
     """A file that exists. It is looked for before anything else is done."""
 
     name = "file"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         """Called by click."""
-        try:
-            exists = Path(value).is_file()
-        except (OSError, ValueError):  # no file can have this name
-            exists = False
-        if not exists:
+        path = super().convert(value, param, ctx)
+        if not is_file(path):
             self.fail(f"There is no file {value!s:.300}. Give one that exists.", param, ctx)
-        return Path(value)
+        return path
 
 
 # ---------------------------------------------------------------------------------------------------- groups of options
@@ -216,7 +235,7 @@ DATA_OPTIONS = (
         "--data",
         help="A folder of images (train/ and val/, class folders, or tar files), or the name of a data set of torchvision.",
     ),
-    option("--data-root", type=click.Path(path_type=Path), help="The folder of that data set of torchvision."),
+    option("--data-root", type=Place(), help="The folder of that data set of torchvision."),
     option("--classes", type=File(), help="A text file with the backbone's classes in its order, one a line."),
     option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."),
 )
@@ -284,7 +303,7 @@ EXPLAIN = option("--explain", is_flag=True, help="Say below the tables what thei
 JSON = option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 OUTPUT = option_group(
     "Output",
-    option("--out", type=click.Path(path_type=Path), help="Folder for the run. Default: runs/NAME."),
+    option("--out", type=Place(), help="Folder for the run. Default: runs/NAME."),
     option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out."),
     option("--overwrite", is_flag=True, help="Replace the run that --out holds."),
     DEVICE,

@@ -92,20 +92,38 @@ def _collate(samples: list[Any]) -> Any:
     try:
         return default_collate(samples)
     except RuntimeError as why:
+        if "infer dtype" in str(why):  # of a label that is None
+            raise _no_batch(samples) from why
         if "equal size" not in str(why):
             raise
         raise DataError(
             "The images or labels of the data set differ in size, so they cannot form a batch: resize all images to the "
             "backbone's size, and give each image one class number."
         ) from why
-    except TypeError as why:
+    except (TypeError, ValueError, KeyError) as why:
         if "PIL" in str(why):
             raise DataError(
                 "The data set gives PIL images: give it transform=ToTensor(), with the backbone's size and normalisation."
             ) from why
-        raise DataError(
-            f"The data set gives a {_describe(samples[0])}, which cannot form a batch: give (image tensor, class number)."
-        ) from why
+        raise _no_batch(samples) from why
+
+
+def _no_batch(samples: list[Any]) -> DataError:
+    """The error for samples of which torch cannot make a batch."""
+    first, *others = dict.fromkeys(map(_describe, samples))
+    and_another = f" and a {others[0]}" if others else ""
+    return DataError(
+        f"The data set gives a {first}{and_another}, which cannot form a batch: give (image tensor, class number)."
+    )
+
+
+def batch_of(samples: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of some samples, as `split_batch` gives them.
+
+    Raises:
+        DataError: if they cannot form a batch of images.
+    """
+    return split_batch(_collate(samples))
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -149,6 +167,8 @@ def _describe(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"{kind} of {value.bit_length()} bits"
     if isinstance(value, Mapping):
         return f"{kind} with keys {some(list(map(str, value)))}"
     if isinstance(value, (tuple, list)):

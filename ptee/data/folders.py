@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +39,7 @@ UNREAD = (
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 LINK = "linked"  # a picture in a tar file that is a link to another
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 TAR_BLOCK_BYTES = 512
 
@@ -274,10 +276,11 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
     def refuse(why: OSError) -> None:
         raise _not_listed(why) from why
 
-    pictures, others = [], Counter[str]()
+    pictures, others, seen = [], Counter[str](), {folder.resolve()}
     # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
     for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
-        inner[:] = [name for name in inner if not _is_hidden(name) and not _leads_back(top, name)]
+        below = sorted((Path(top, name) for name in inner if not _is_hidden(name)), key=lambda p: (p.is_symlink(), p))
+        inner[:] = [path.name for path in below if _is_new(path, folder, seen)]
         for path in (Path(top, name) for name in names if not _is_hidden(name)):
             if path.suffix.lower() in EXTENSIONS:
                 pictures.append(str(path))
@@ -286,10 +289,29 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
     return sorted(pictures), others
 
 
-def _leads_back(top: str, name: str) -> bool:
-    """Whether a folder is a link to a folder that contains it."""
-    path = Path(top, name)
-    return path.is_symlink() and Path(top).resolve().is_relative_to(path.resolve())
+def _is_new(path: Path, folder: Path, seen: set[Path]) -> bool:
+    """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it."""
+    place = path.resolve()
+    if path.is_symlink() and path.parent.resolve().is_relative_to(place):
+        return False
+    if place == folder.resolve():
+        raise DataError(
+            f"Class folder '{folder}' and '{path.parent.resolve()}' hold links to each other, so their pictures would have several "
+            f"classes: remove the link '{path}'."
+        )
+    is_new = place not in seen
+    seen.add(place)
+    return is_new
+
+
+def _packed_by(path: Path) -> str:
+    """The program that compressed a file, or nothing."""
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(6)
+    except OSError:
+        return ""
+    return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
 
 
 def _read_tar(path: Path, part: str) -> _Part:
@@ -313,6 +335,8 @@ def _read_tar(path: Path, part: str) -> _Part:
                     found.files.setdefault(class_name, [])
                     found.others[class_name][extension if member.isfile() else LINK] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
+        if packed := _packed_by(path):
+            raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
     if not found.classes:
         raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg or *.png.")
@@ -355,6 +379,7 @@ def _number_classes(
     """Labels are numbers of the classes, sorted by name as text. The training images say which classes there are."""
     first = next(iter(parts))  # "train" if it is there
     known = parts[first].classes if first == "train" else set().union(*(own.classes for own in parts.values()))
+    _refuse_two_spellings(known.union(*(own.classes for own in parts.values())))
     number = {name: index for index, name in enumerate(sorted(known))}
     labelled = {}
     for part, own in parts.items():
@@ -367,6 +392,18 @@ def _number_classes(
         labelled[part] = [(file, number[file.class_name]) for file in sorted(files, key=_order(kind))]
     origin = {part: path.name for part, path in paths.items()}
     return Listing(kind, labelled, origin, tuple(number), not_read)
+
+
+def _refuse_two_spellings(names: Iterable[str]) -> None:
+    """Refuse names that look the same: Unicode writes an accent with its letter or after it, and macOS changes that in copies."""
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        other = found.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise DataError(
+                f"Class '{name}' is written in two ways that look the same, {other!a} and {name!a}: rename its folders to "
+                "one of them."
+            )
 
 
 def _order(kind: str) -> Callable[[File], Any]:

@@ -7,6 +7,7 @@ torchvision sorts them as text (class10, class2). Where the two orders differ, t
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
+from ptee._common.files import as_path
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.folders import PARTS
 from ptee.data.splits import FILES, Data
@@ -117,26 +119,31 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         names, where, whose = _read_names(classes), f"'{classes}'", f"the numbers that '{classes}' gives them"
     else:
         names, where, whose = tuple(classes), "The list of classes", "the backbone's numbers"
-    place = {name: index for index, name in enumerate(names)}
+    place = {_nfc(name): index for index, name in enumerate(names)}
     if len(place) < len(names):
-        twice = sorted({name for index, name in enumerate(names) if place[name] != index})
+        twice = sorted({name for index, name in enumerate(names) if place[_nfc(name)] != index})
         raise DataError(f"{where} names {some(twice)} more than once: give each of the backbone's classes once.")
     if len(names) != num_classes:
         raise DataError(
             f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
         )
-    if strange := [name for name in class_names if name not in place]:
+    if strange := [name for name in class_names if _nfc(name) not in place]:
         near = get_close_matches(strange[0], names, 1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
-    indices = tuple(place[name] for name in class_names)
+    indices = tuple(place[_nfc(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
 
 
+def _nfc(name: str) -> str:
+    """The name in one of the ways in which Unicode can write an accent. A file and a folder may differ in that."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _read_names(file: str | Path) -> tuple[str, ...]:
     """Class names from a text file, one a line. Empty lines at its end do not count."""
-    path = Path(file).expanduser()
+    path = as_path(file, "classes")
     try:  # a pipe or a folder holds no names
         lines = path.read_text("utf-8-sig").rstrip().splitlines() if path.is_file() or not path.exists() else []
     except (OSError, UnicodeDecodeError) as why:

@@ -115,13 +115,26 @@ def decode(file: File) -> Image:
     except DataError as why:
         raise DataError(f"Picture '{file.words}' cannot be used: {why}") from why
     except _decoding_errors() as why:
-        raise DataError(f"Picture '{file.words}' cannot be decoded: replace or remove it.") from why
+        raise DataError(f"Picture '{file.words}' cannot be decoded ({_reason(why)}): replace or remove it.") from why
 
 
 def _decoding_errors() -> tuple[type[Exception], ...]:
     from PIL.Image import DecompressionBombError
 
     return OSError, SyntaxError, ValueError, EOFError, DecompressionBombError
+
+
+def _reason(error: Exception) -> str:
+    """Why a picture cannot be decoded, in words."""
+    from PIL.Image import MAX_IMAGE_PIXELS, DecompressionBombError
+
+    if isinstance(error, DecompressionBombError):
+        return f"it has more than {2 * (MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller"
+    if "MAX_TEXT" in str(error):
+        return "the text stored beside its pixels is too large; save it without"
+    if isinstance(error, OSError) and error.strerror:  # of the system, not of Pillow
+        return error.strerror
+    return NOT_A_FILE if str(error) == NOT_A_FILE else "damaged"
 
 
 def _open(file: File) -> Image:
@@ -218,7 +231,7 @@ def _fault(file: File) -> str:
     except DataError as why:
         return str(why).split(". ")[0]
     except _decoding_errors() as why:
-        return NOT_A_FILE if str(why) == NOT_A_FILE else "damaged"
+        return _reason(why)
     return ""
 
 

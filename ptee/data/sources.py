@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ptee._common.errors import DataError
+from ptee._common.files import expanded
 from ptee.data.demo_images import DEMO, fingerprint
 from ptee.data.folders import LAYOUTS, PARTS, Listing, list_files
 from ptee.data.named import is_prefixed, is_sided, list_named, require_name
@@ -55,8 +56,9 @@ def open_data(
         DataError: if the source cannot be read, has too few images, or its parts disagree on the classes.
         UnknownName: if it is neither a folder nor the name of a data set.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if str(source).strip() and path.is_dir():
+        _refuse_system(source, path)
         listing = list_files(path, report_only=report_only, removed=removed)
         return _split(listing, source, transform, seed, report_only)
     _refuse_path(source, path)
@@ -75,10 +77,19 @@ def require_source(source: str) -> None:
         DataError: if it is a file, or a path where there is nothing.
         UnknownName: if there is no data set of that name.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not source.strip() or not path.is_dir():
         _refuse_path(source, path)
         require_name(source)
+    else:
+        _refuse_system(source, path)
+
+
+def _refuse_system(source: str | Path, path: Path) -> None:
+    """Refuse folders in which the operating system shows itself. Of these, /dev/shm alone holds files of users."""
+    top = path.resolve().parts[1:3]
+    if top[:1] in (("proc",), ("sys",), ("dev",)) and top != ("dev", "shm"):
+        raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
 
 
 def _refuse_path(source: str | Path, path: Path) -> None:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from ptee._common.errors import Argument, DataError
+from ptee._common.errors import Argument, DataError, some
+from ptee._common.files import expanded
 from ptee.data.folders import PARTS
 from ptee.data.pictures import Labelled
 
@@ -28,6 +29,8 @@ FILES = ("folder", "tar")  # kinds of sources that are found by a path
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 AS_DELIVERED = "split as delivered"  # no image was drawn, so the seed does not matter
 GIVE_DATA = (Argument("data", "FOLDER"), ".")
+GIVE_DATA_SETS = (Argument("val_data", "DATASET"), ", or others: ", Argument("calibration_data", "DATASET"), ".")
+DATA_SETS = "data sets"  # the kind of what a user gives from Python
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ class Data:
         """One sentence: where the images come from, how many there are, how they were split, what was not read."""
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
         n, unread = len(self.class_names), self.split.get("not_read", [])
-        rest = f"; not read: {', '.join(unread)}" if unread else ""
+        rest = f"; not read: {some(unread, len(unread))}" if unread else ""
         return f"{self.source}: images of {n} class{'es' * (n != 1)}, {sizes}; {self.split['rule']}{rest}."
 
     @property
     def place(self) -> str:
         """The absolute path of a folder; a name as it is."""
-        return str(Path(self.source).expanduser().resolve()) if self.split["kind"] in FILES else self.source
+        return str(expanded(self.source).resolve()) if self.split["kind"] in FILES else self.source
 
 
 # ------------------------------------------------------------------------------------------------ drawn
@@ -169,8 +172,11 @@ def parts_for_tuning(unseen: Unseen) -> Parts:
         chosen = f"the {len(data.calibration):,} calibration images"  # type: ignore[arg-type]
         return Parts(data.calibration, images, chosen, f"the {n:,} validation images")
     if n < 2:
-        text = f"Thresholds are chosen on some images and reported on others, but {data.source} has {n}. Give more images: "
-        raise DataError(text, *GIVE_DATA)
+        found = "one" if n else "none"
+        text = (
+            f"Thresholds are chosen on some images and reported on others: two images at least, and there is {found}. "
+        )
+        raise DataError(text, "Give more: ", *(GIVE_DATA_SETS if data.split.get("kind") == DATA_SETS else GIVE_DATA))
     first, second = draw(n, [n // 2], unseen.seed)
     chosen = f"{len(first):,} of the {n:,} {'validation ' * own}images, drawn with seed {unseen.seed},"
     return Parts(Subset(images, first), Subset(images, second), chosen, f"the other {len(second):,}")

@@ -164,8 +164,7 @@ def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
 
 def _times(model: EarlyExitModel, b: int, ways: Mapping[str, int], rounds: int) -> dict[str, list[float]]:
     """Seconds of the model for each number of images that leave, and of the parts of the backbone that make up the limits."""
-    like = next(model.heads.parameters())
-    x = torch.randn(b, *model.plan.input_size, device=like.device, dtype=like.dtype)
+    x = model.prepared(torch.randn(b, *model.plan.input_size, device="cpu"))
     staying = x[b // 2 :]
     calls: dict[str, Callable[[], object]] = {
         "bare": lambda: model.backbone(x),

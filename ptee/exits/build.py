@@ -53,6 +53,7 @@ def build_exits(
     Returns:
         The plan, and the new heads that it counted, in train mode, on the CPU in float32.
     """
+    exits, head_budget = _plain(exits), _plain(head_budget)
     places, head, budget = with_defaults(exits, num_exits, head, head_budget, front)
     size = backbone.input.input_size
     found = survey(backbone.module, size)
@@ -76,6 +77,11 @@ def build_exits(
         parameters=parameters(backbone.module), classes=found.classes, cuts=tuple(cuts),
     )  # fmt: skip
     return made.switched_off(()), heads
+
+
+def _plain(given: Any) -> Any:
+    """Arrays and tensors as lists."""
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
 def _words(places: str | float | Sequence[float] | Sequence[str]) -> str:

@@ -92,6 +92,8 @@ class ExitHead(nn.Module):
     def read(self, z: Tensor) -> Tensor:
         """The input of the first layer that learns: a pooled vector, or the whole map."""
         x = self.layout.to_map(z)
+        if not torch.is_autocast_enabled(z.device.type):  # parts of the backbone may compute in another type
+            x = x.to(self.confidence.weight.dtype)
         for part in self.parts()[0]:
             x = part(x)
         return x

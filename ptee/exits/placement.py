@@ -210,6 +210,8 @@ class Placer:
 
     def _so_many(self, rule: str, exits: int) -> list[Cut]:
         """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
+        if exits > len(self.survey.order):
+            raise self._no_room(exits, rule)
         choose = _choice(rule, exits)
         nearest = _with_room_for_all(choose, exits)
         for places in (self._blocks, self._cells, self._parts):
@@ -351,7 +353,7 @@ class Placer:
 
 def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:
     """A module may be called "0"; then its name is meant, but a number between 0 and 1 is a fraction."""
-    text = part.strip() if isinstance(part, str) else f"{part:g}"
+    text = part.strip() if isinstance(part, str) else str(part) if isinstance(part, int) else f"{part:g}"
     if text in names and (isinstance(part, str) or not 0 < part < 1):
         return text
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line, unknown
+from ptee._common.files import as_path
 from ptee.analysis.freezing import Attachment
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
@@ -38,6 +39,7 @@ from ptee.model.forward import (
     StopForward,
     one_parameter,
     running,
+    widest_type,
 )
 from ptee.model.images import require_device, require_images, wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
@@ -78,7 +80,7 @@ class EarlyExitModel(
         self._hold = Attachment(network.module, hooks, list(self._steps))
         self.backbone = network.module
         like = one_parameter(network.module)
-        self.heads = nn.ModuleList(exit_heads).to(like.device, like.dtype)
+        self.heads = nn.ModuleList(exit_heads).to(like.device, widest_type(network.module))
         self.calibrated: Calibrated | None = None
         self.blend: Blend | None = None
         self._answers = OWN
@@ -340,8 +342,7 @@ class EarlyExitModel(
     def prepared(self, x: Tensor) -> Tensor:
         """Images (b, c, h, w) of a data set, moved to the model's device and number type, if `predict` would take them then."""
         require_images(x, self.plan.input_size[0])
-        like = next(self.heads.parameters())
-        return x.to(like.device, like.dtype)
+        return x.to(next(self.heads.parameters()).device, one_parameter(self.backbone).dtype)
 
     def _run(self, call: Call, x: Tensor) -> Tensor:
         """The backbone's answer in a call, with gradients only where the images or the backbone require them."""
@@ -406,7 +407,7 @@ class EarlyExitModel(
         Raises:
             RunError: if it cannot be written.
         """
-        folder, card = Path(save_directory), model_card_kwargs or {}
+        folder, card = as_path(save_directory, "save_directory"), model_card_kwargs or {}
         try:
             new = not (folder / runs.CARD).exists()
             config = runs.describe(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,12 @@ class Reading(NamedTuple):
 def one_parameter(module: nn.Module) -> Tensor:
     """A parameter of a network that tells its device and number type."""
     return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
+
+
+def widest_type(module: nn.Module) -> torch.dtype:
+    """The number type that holds those of all floating-point parameters of a network, some of which may be in half precision."""
+    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return reduce(torch.promote_types, types or {one_parameter(module).dtype})
 
 
 class ExitHook:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from ptee import __version__
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import from_json, plain, replace_files, storable, to_json
+from ptee._common.files import as_path, from_json, plain, replace_files, storable, to_json
 from ptee._common.validation import from_pydantic
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
@@ -139,7 +139,8 @@ def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -
         metrics = _metrics(folder)
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
     texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
-    replace_files(folder, {name: _text(text) for name, text in {**(more or {}), **texts}.items()})
+    writers = {name: _text(text) for name, text in {**(more or {}), **texts}.items()}
+    replace_files(folder, writers, "Copy the run to a folder that you may write.")
 
 
 def _text(text: str) -> Callable[[Path], Any]:
@@ -155,7 +156,7 @@ def _dtype(tensor: Tensor) -> str:
 
 def read(folder: str | Path, **hub: Any) -> Run:
     """Read and check a run from a folder, or from a repo "user/name" on the hub; `hub` are arguments of hf_hub_download."""
-    local = Path(folder)
+    local = as_path(folder, "folder")
     remote = not _is_folder(local)
     config_path = _download(str(folder), CONFIG, hub) if remote else local / CONFIG
     if not config_path.is_file():

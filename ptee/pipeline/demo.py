@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ptee._common.devices import one_thread
-from ptee._common.errors import Argument, BackboneError, DataError, RunError, first_line
+from ptee._common.errors import Argument, BackboneError, DataError, first_line
 from ptee._common.files import replace_file, require_writable
 from ptee._common.process import no_stdout, own_random_numbers
 from ptee.backbones.load import Backbone, load_backbone
@@ -107,11 +107,7 @@ def demo_network(data: Data, log: Log) -> Backbone:
             log(f"The network that was kept cannot be used, so it is trained again: {why}")
     else:
         log(f"A small network is trained on the demo's images once and kept in {file.parent}.")
-    try:
-        require_writable(file.parent)
-    except RunError as why:
-        text = str(why).removesuffix("Choose another folder.")
-        raise RunError(f"{text}Set XDG_CACHE_HOME to another folder.") from why
+    require_writable(file.parent, "Set XDG_CACHE_HOME to another folder.")
     train_demo_network(data, file, log)
     return _kept_network(file)
 

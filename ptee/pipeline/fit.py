@@ -16,7 +16,7 @@ from torch import nn
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
-from ptee._common.files import to_json
+from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
@@ -114,6 +114,10 @@ def fit(
         PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
+    if not (log is None or callable(log)):
+        raise PteeError(
+            f"log is {log!r:.60}. Give a function that gets the messages, such as print.", argument="log", value=log
+        )
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
@@ -132,10 +136,8 @@ def fit(
 
 
 def _folder(out: str | Path | None, overwrite: bool, resume: bool) -> Path | None:
-    if out is not None and not str(out):
-        raise PteeError("out is an empty text. Give a folder, or None to save nothing.", argument="out", value=out)
     if out is not None:
-        return new_folder(Path(out), overwrite=overwrite, resume=resume)
+        return new_folder(as_path(out, "out"), overwrite=overwrite, resume=resume)
     if resume:
         give = Argument("out", "FOLDER")
         raise PteeError("There is nothing to resume without a folder. Give ", give, ".", argument="resume")
@@ -209,6 +211,7 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
     model = build_model(backbone, recipe)
     try:
         if target is not None:
+            parts_for_tuning(Unseen(data.source, data, data.validation, recipe.seed))
             require_labels(target, labelled)
             require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
         elif recipe.thresholds.threshold is not None:

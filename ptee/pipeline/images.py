@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.errors import Argument, DataError, PteeError, first_line
+from ptee._common.files import as_path
 from ptee.backbones.load import Backbone
-from ptee.data.batches import UNKNOWN_LABEL, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batch_of
 from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
 from ptee.data.pictures import Key, image_transform
 from ptee.data.sources import open_data, open_named
-from ptee.data.splits import Data, complete
+from ptee.data.splits import DATA_SETS, Data, complete
+from ptee.model.images import require_images, wrong_size
 from ptee.pipeline.recipe import Recipe
 
 SOURCE = "your own data sets"  # what data sets from Python are called
@@ -59,7 +61,7 @@ def open_images(
     """
     view = backbone.input
     transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
-    place = Path(root) if root else None
+    place = as_path(root, "data_root") if root else None
     if named:
         data = open_named(source, transform=transform, root=place, seed=seed)
     else:
@@ -89,9 +91,9 @@ def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) 
     delivered = {part: data_set for part, data_set in given.items() if data_set is not None or part == "train"}
     for part, data_set in delivered.items():
         _require_map_style(data_set, ARGUMENTS[part])
-    parts, rule = complete(delivered, SOURCE, seed)
+    parts, rule = complete(delivered, ARGUMENTS["train"], seed)
     sizes = {part: len(images) for part, images in parts.items()}
-    split = {"kind": "data sets", "parts": dict.fromkeys(delivered, SOURCE), "rule": rule, "seed": seed, "sizes": sizes}
+    split = {"kind": DATA_SETS, "parts": dict.fromkeys(delivered, SOURCE), "rule": rule, "seed": seed, "sizes": sizes}
     return Data(**parts, class_names=(), source=SOURCE, split=split)
 
 
@@ -105,16 +107,39 @@ def _require_map_style(data: Any, argument: str) -> None:
     elif isinstance(data, str | bytes | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         each = "of which each item is (image, label) or (image,): a loader's .dataset, a folder's ImageFolder"
         text = f"{argument} is a {kind}. Give a map-style data set, {each}."
+    elif not len(data):
+        text = f"{argument} is empty. Give a data set with images."
     else:
         return
     raise DataError(text, argument=argument, value=data)
 
 
 def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
-    """The labels of the user's own data sets. The backbone is tried on some of the images, on `device`."""
-    if has_labels(data):
+    """The labels of the user's own data sets. The backbone is tried on some of the images, on `device`.
+
+    Raises:
+        PteeError: if the images are not such as the backbone takes, in the words of `predict`; or as of `labels_as_given`.
+    """
+    size = backbone.input.input_size
+    firsts = [_first_image(part, size[0]) for part in (data.train, data.calibration, data.validation)]
+    if not has_labels(data):
+        return LabelMap(None, "The images have no labels.", remedy=("Give data sets of (image, label).",))
+    try:
         return labels_as_given(backbone, data, device=device)
-    return LabelMap(None, "The images have no labels.", remedy=("Give data sets of (image, label).",))
+    except (PteeError, torch.OutOfMemoryError):
+        raise
+    except Exception as why:  # the backbone's own
+        for image in firsts:
+            if image.shape[1:] != size:
+                raise wrong_size(image, size, first_line(why)) from why
+        raise
+
+
+def _first_image(part: Any, channels: int) -> Tensor:
+    """(1, c, h, w)"""
+    images, _ = batch_of([part[0]])
+    require_images(images, channels)
+    return images
 
 
 def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
@@ -150,17 +175,15 @@ def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
 
 def has_labels(data: Data) -> bool:
     """Whether the images have labels that are classes of the backbone."""
-    _, labels = split_batch(default_collate([data.validation[0]]))
+    _, labels = batch_of([data.validation[0]])
     return labels is not None and int(labels[0]) != UNKNOWN_LABEL
 
 
 def image_size(train_data: Any) -> tuple[int, int, int] | None:
     """(c, h, w) of the first image of a data set, or None if it is no such tensor."""
     try:
-        image = train_data[0][0]
+        images, _ = batch_of([train_data[0]])
     except Exception:  # whatever a user's data set raises; it is refused by name later
         return None
-    if not isinstance(image, Tensor) or image.dim() != 3:
-        return None
-    channels, height, width = image.shape
+    _, channels, height, width = images.shape
     return channels, height, width

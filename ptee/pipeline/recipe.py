@@ -5,6 +5,7 @@ Recipes are YAML files; five are built in. `ptee recipe NAME` prints one, and ev
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, unknown
-from ptee._common.files import LONGEST_KEY
+from ptee._common.files import LONGEST_KEY, as_path, is_file
 from ptee._common.validation import FrozenConfig, Whole
 from ptee.evaluation.config import HOW, TARGETS, ThresholdsConfig
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
@@ -182,38 +183,50 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
     if isinstance(recipe, Recipe):
         return recipe.given()
     if isinstance(recipe, Mapping):
-        return dict(recipe)
+        return _with_names(recipe, "recipe")
     if isinstance(recipe, str) and recipe in BUILT_IN:
         return {"name": recipe, **BUILT_IN[recipe]}
     if not isinstance(recipe, str | Path):
         text = f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe."
         raise PteeError(text, argument="recipe")
     if not str(recipe).strip():
-        raise PteeError(
-            f"The recipe is an empty text. Give a name ({', '.join(BUILT_IN)}) or a file.", argument="recipe"
-        )
-    path = Path(recipe)
-    if (path / RECIPE_FILE).is_file():
+        names = ", ".join(BUILT_IN)
+        raise PteeError(f"The recipe is an empty text. Give a name ({names}) or a file.", argument="recipe")
+    path = as_path(recipe, "recipe")
+    if is_file(path / RECIPE_FILE):
         path = path / RECIPE_FILE
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or is_file(path):
         return _read(path)
+    if os.path.isdir(path):  # noqa: PTH112 - which takes names that no folder can have
+        raise PteeError(
+            f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file.", argument="recipe"
+        )
     raise unknown("recipe", str(recipe), BUILT_IN)
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, not yet checked."""
     try:
-        if not path.is_file():
-            text = f"There is no recipe file {path}. Give a file, or one of {', '.join(BUILT_IN)}."
+        if not is_file(path):
+            text = f"There is no recipe file {path!s:.300}. Give a file, or one of {', '.join(BUILT_IN)}."
             raise PteeError(text, argument="recipe")
         if (size := path.stat().st_size) > LARGEST_FILE:
             raise PteeError(f"The recipe {path} has {size:,} bytes; no recipe has more than {LARGEST_FILE:,}.")
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
         raise PteeError(f"The recipe {path} cannot be read: {first_line(why)}") from why
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.")
-    return values
+    if not isinstance(values, dict):
+        raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.", argument="recipe")
+    return _with_names(values, f"recipe {path}")
+
+
+def _with_names(values: Mapping[Any, Any], what: str) -> dict[str, Any]:
+    """The values, if each has a name. YAML and Python know other keys, too."""
+    sections = [section for section in values.values() if isinstance(section, Mapping)]
+    if odd := [key for each in (values, *sections) for key in each if not isinstance(key, str)]:
+        text = f"The {what} has a setting called {odd[0]!r:.60}. Name each by text, such as training: {{epochs: 20}}."
+        raise PteeError(text, argument="recipe")
+    return dict(values)
 
 
 class _Loader(yaml.SafeLoader):

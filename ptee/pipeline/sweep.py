@@ -204,12 +204,24 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
     if other := [name for name, is_same in same.items() if not is_same]:
         text = f"{folder} holds a run of another {' and another '.join(other)}. Give another folder with "
         raise RunError(text, Argument("out"), ".", argument="out")
-    return "rows" in results
+    if "rows" not in results:
+        return False
+    _row(folder, {})
+    return True
 
 
 def _row(folder: Path, settings: Mapping[str, Any]) -> SweepRow:
-    bare, *_, own = saving.read_metrics(folder)["results"]["rows"]
-    figures = {name: own[name] for name in FIGURES} | {"backbone": bare["accuracy"]}
+    try:
+        bare, *_, own = saving.read_metrics(folder)["results"]["rows"]
+        figures = {name: own[name] for name in FIGURES} | {"backbone": bare["accuracy"]}
+        sound = all(value is None or isinstance(value, int | float) for value in figures.values())
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        text = (
+            f"{folder}: {saving.METRICS} does not hold what was measured. Delete the folder, and the run is made again."
+        )
+        raise RunError(text)
     return SweepRow(folder.name, dict(settings), figures)
 
 

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ptee._common.devices import accelerator_on
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
-from ptee._common.files import clear_unfinished
+from ptee._common.files import as_path, clear_unfinished
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee.data.batches import batches, is_loader
@@ -87,7 +87,7 @@ def train(
     for data in [train_data] if val_data is None else [train_data, val_data]:  # refuse what cannot be made into batches
         batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
     config = resolve_config(config, model, train_data)
-    path = Path(checkpoint) if checkpoint else None
+    path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
     with (
         own_random_numbers(),  # two trainings cannot share accelerate's state, either
         accelerator_on(device, config.precision) as accelerator,
@@ -143,8 +143,7 @@ def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
 @torch.no_grad()
 def _reads_maps(model: EarlyExitModel) -> bool:
     """Whether some head learns from a map (b, c, h, w), which can be shifted."""
-    like = next(model.heads.parameters())
-    reading = model.eval().read(torch.zeros(2, *model.plan.input_size, dtype=like.dtype, device=like.device))
+    reading = model.eval().read(model.prepared(torch.zeros(2, *model.plan.input_size, device="cpu")))
     return any(x.dim() == 4 for x in reading.inputs)
 
 

@@ -96,6 +96,10 @@ def test_a_long_list_is_cut_and_counted(names, said):
     assert some(names, most=2) == said
 
 
+def test_a_name_with_a_line_break_is_shown_on_one_line():
+    assert some(["a\nb", "caf\u00e9"]) == "a\\nb, caf\u00e9"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

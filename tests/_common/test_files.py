@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ptee._common.errors import RunError
-from ptee._common.files import from_json, replace_files
+from ptee._common.errors import PteeError, RunError
+from ptee._common.files import as_path, from_json, replace_files, require_writable
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -89,3 +89,42 @@ def test_files_are_kept_where_a_disk_has_no_hard_links(folder, monkeypatch):
 def test_json_that_could_be_read_in_two_ways_or_not_at_all_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         from_json(text)
+
+
+# ---------------------------------------------------------------------------------------------------- paths that a user gives
+
+
+@pytest.mark.parametrize("given", ["~/run", Path("~/run")], ids=repr)
+def test_a_path_may_begin_with_the_home_folder(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert as_path(given, "out") == tmp_path / "run"
+
+
+@pytest.mark.parametrize("given", ["run", "~nobody-of-this-name/run", "a~b", " "], ids=repr)
+def test_any_other_path_stays_as_it_is(given):
+    assert as_path(given, "out") == Path(given)
+
+
+@pytest.mark.parametrize("given", ["", b"", b"run", 3, True, ["run"], {}, "a\0b", object], ids=repr)
+def test_what_is_no_path_is_refused_by_the_name_of_its_argument(given):
+    with pytest.raises(PteeError, match=r"^out=.* is no path\. Give the name of a file or folder"):
+        as_path(given, "out")
+
+
+@pytest.mark.parametrize("place", ["link", "link/run", "circle"])
+def test_a_link_that_leads_nowhere_is_no_place_to_write(place, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "x")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(RunError, match=r"is a link that leads nowhere\. Choose another folder"):
+        require_writable(tmp_path / place)
+
+
+# ---------------------------------------------------------------------------------------------------- a full disk
+
+
+def test_on_a_full_disk_the_advice_is_to_make_room(folder):
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"No space left on device\. Make room on that disk\."):
+        replace_files(folder, {"first": fail})

@@ -174,14 +174,14 @@ def test_tensors_without_plain_numbers_are_no_weights(tensor, tmp_path):
 
 def test_a_network_much_larger_than_its_file_is_refused_before_it_is_built(tmp_path):
     save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(BackboneError, match=r"has 10 classes.*the model has 1000000000000"):
-        load_backbone("cifar_resnet20", weights=tmp_path / "w.safetensors", num_classes=10**12)
+    with pytest.raises(BackboneError, match=r"has 10 classes.*the model has 1000000"):
+        load_backbone("cifar_resnet20", weights=tmp_path / "w.safetensors", num_classes=10**6)
 
 
 def test_a_constructor_that_needs_numbers_is_not_asked_for_more_classes_than_the_file_can_have(tmp_path):
     save_file(Tiny().state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(BackboneError, match=r"fewer numbers than torchvision/regnet_y_400mf has classes"):
-        load_backbone("torchvision/regnet_y_400mf", weights=tmp_path / "w.safetensors", num_classes=10**12)
+        load_backbone("torchvision/regnet_y_400mf", weights=tmp_path / "w.safetensors", num_classes=10**6)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +14,7 @@ from tiny import Tiny, as_it_was, one_line
 from torch import nn
 
 from ptee._common.errors import BackboneError, PteeError, UnknownName
+from ptee.backbones import load
 from ptee.backbones.library import Built, Known, other_words
 from ptee.backbones.load import LIBRARIES, InputConfig, find_model, load_backbone, rebuild
 from ptee.backbones.weights import weights_hash
@@ -186,6 +188,20 @@ def test_without_published_weights_of_these_classes_it_is_said_what_to_give(name
     one_line(refusal)
 
 
+@pytest.mark.parametrize(
+    "num_classes",
+    [20_000_000, 10**10, 1, 0, -3, True, 10.0, "10", [10], np.array([1, 2]), torch.ones(2), np.float32(1)],
+    ids=repr,
+)
+def test_a_number_of_classes_that_no_classifier_has_is_refused_before_any_work(num_classes, monkeypatch):
+    monkeypatch.setattr(load, "_load", lambda *_: pytest.fail("the model was built"))
+    said = r"^A classifier has 2 to 1,000,000 classes, not .*\. Give another num_classes="
+    with pytest.raises(BackboneError, match=said) as refusal:
+        load_backbone("cifar_resnet20", pretrained=False, num_classes=num_classes)
+    assert refusal.value.argument == "num_classes"
+    assert refusal.value.value is num_classes
+
+
 def test_a_users_module_is_taken_as_it_is_and_left_as_it_was():
     module = Tiny().train()
     module.bn.eval()
@@ -235,9 +251,9 @@ def test_a_timm_model_without_classifier_is_refused():
         ({"input_size": (3, 32)}, "channels, height, width"),
         ({"input_size": (3, 0, 4)}, "channels, height, width"),
         ({"input_size": "3,8,8"}, "channels, height, width"),
-        ({"num_classes": -1}, "two classes or more, not -1"),
-        ({"num_classes": 0}, "two classes or more, not 0"),
-        ({"num_classes": 1}, "two classes or more, not 1.*One logit"),
+        ({"num_classes": -1}, "2 to 1,000,000 classes, not -1"),
+        ({"num_classes": 0}, "2 to 1,000,000 classes, not 0"),
+        ({"num_classes": 1}, "2 to 1,000,000 classes, not 1.*One logit"),
         ({"num_classes": 5}, "Tiny has 4 classes, not 5"),
         ({"model_args": {"num_classes": 3}}, "model_args= is for models given by name"),
         ({"mean": (0.5, 0.5)}, "3 channels need 3 numbers for mean="),

@@ -79,6 +79,7 @@ def test_runs_that_drew_their_images_with_other_seeds_are_not_compared(run, fini
 REFUSED = {
     "a line that is none": (["--lines", "own,max"], "Unknown line 'max'. Did you mean 'max_prob'"),
     "a run beside itself": (["RUN"], "out is given twice"),
+    "a run beside itself under another name": (["./out"], "out is given twice"),
     "drops of one word": (["--drops", "low"], "'low' is not a number or a list.* such as 0,0.01"),
     "a drop that is no fraction": (["--drops", "0.01,2"], "--drops 2.0 must be below 1"),
     "an unknown network": (["--static", "resnet81=x"], "'resnet81'.*Did you mean"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -81,6 +82,7 @@ MISTYPED = {
     "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
+    "a run without a name": (["evaluate", ""], "The name of the run is empty"),
     "no run to compare": (["compare"], "RUN"),
     "no folder for a sweep": (["sweep", "--over", "seed=0,1"], "--out"),
 }
@@ -140,3 +142,30 @@ def test_a_reader_that_goes_away_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(60) in (0, 1)  # click's own, and no traceback
+
+
+# ---------------------------------------------------------------------------------------------------- standard output
+
+FULL = "The output cannot be written: No space left on device. Send it elsewhere, such as > FILE."
+UNKNOWN = "Unknown recipe 'ptea'. Did you mean 'ptee' or 'pteenet'? Choices: branchynet, eenet, ptee, pteenet, ztw."
+CLOSED_OR_FULL = {
+    "ptee >&-": (0, ""),
+    "ptee >/dev/full": (2, FULL),
+    "ptee >&- 2>&-": (0, ""),
+    "ptee >/dev/full 2>/dev/full": (2, ""),
+    "ptee <&- >&- 2>&-": (0, ""),
+    "ptea >&-": (2, UNKNOWN),
+    "ptea 2>&-": (2, ""),
+    "ptea 2>/dev/full": (2, ""),
+    "ptea >/dev/full": (2, UNKNOWN),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("words", CLOSED_OR_FULL)
+def test_output_that_cannot_be_written_is_no_error_of_ptee(words, buffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", buffered)
+    command = ["bash", "-c", f'exec "$0" -m ptee recipe {words}', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, (done.stdout + done.stderr).strip()) == CLOSED_OR_FULL[words]

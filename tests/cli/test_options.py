@@ -186,3 +186,27 @@ def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere
     words = [word for name in names if values.get(name) is not None for word in (name, values[name])]
     done = run(command.name, *words, "--no-pretrained", "--json")
     assert (done.status, done.err) == (0, "")
+
+
+# ---------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize("command", [*cli.commands])
+def test_every_option_that_takes_a_path_knows_the_home_folder(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    for parameter in cli.commands[command].params:
+        if {"path", "file", "run"} & {parameter.type.name}:
+            assert str(parameter.type.convert("~/file", parameter, None)) == str(tmp_path / "file")
+
+
+def test_no_option_takes_a_path_in_another_way():
+    plain = (click.Path, click.File)
+    assert not [o for _, o in OPTIONS if isinstance(o.type, plain)]
+
+
+def test_the_run_can_be_below_the_home_folder(run, finished, elsewhere, monkeypatch):
+    monkeypatch.setenv("HOME", str(elsewhere))
+    for word in ("~/out", "~/out/"):
+        assert run("evaluate", word, "--no-speed").status == 0
+    assert run("recipe", "~/out").status == 0

@@ -100,7 +100,7 @@ REFUSED = {
         ["--model", "test_vit", "--no-pretrained", "--model-arg", "img_size=100"],
         "100.*--input-size",
     ),
-    "more classes than there are": ([*NETWORK, "--no-pretrained", "--num-classes", 1], "two classes or more.*--num-classes"),
+    "a class alone": ([*NETWORK, "--no-pretrained", "--num-classes", 1], "2 to 1,000,000 classes.*--num-classes"),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,30 @@ def test_runs_of_another_recipe_or_of_other_images_are_neither_kept_nor_written_
 
 
 # ---------------------------------------------------------------------------------------------------- one cache for many runs
+
+
+DAMAGE = {
+    "rows that are numbers": lambda rows: [1, 2],
+    "no cost": lambda rows: [{"accuracy": 1.0}, {"accuracy": 1.0, "fidelity": 1.0}],
+    "a cost in words": lambda rows: [rows[0], rows[-1] | {"cost": "low"}],
+    "one row": lambda rows: rows[:1],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_run_of_a_sweep_is_refused_by_name_before_anything_is_trained(damage, sweep, trained):
+    sweep("seed=0")
+    metrics = read_json("all/seed=0", "metrics.json")
+    metrics["results"]["rows"] = damage(metrics["results"]["rows"])
+    Path("all/seed=0/metrics.json").write_text(json.dumps(metrics))
+    assert_refused(sweep("seed=1,0"), r"all/seed=0: metrics\.json does not hold what was measured\. Delete the folder")
+    assert trained == ["seed=0"]
+
+
+def test_a_run_that_lost_its_recipe_is_named(sweep):
+    sweep("seed=0")
+    Path("all/seed=0/recipe.yaml").unlink()
+    assert_refused(sweep("seed=0"), r"all/seed=0 is a folder without recipe\.yaml")
 
 
 @pytest.fixture

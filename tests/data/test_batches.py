@@ -37,10 +37,24 @@ def test_shuffling_follows_the_generator():
     [
         ([(picture(), 1)] * 2, "gives PIL images: give it transform=ToTensor()"),
         ([(IMAGES[0], None)] * 2, r"gives a tuple \(Tensor"),
+        (
+            [(IMAGES[0], 1), (IMAGES[0], None)],
+            r"\(3, 4, 4\) float32, int\) and a tuple \(Tensor .*, NoneType\), which cannot form",
+        ),
+        ([(IMAGES[0], 2**70)] * 2, "int of 71 bits"),
+        ([{"image": IMAGES[0]}, {"images": IMAGES[0]}], "dict with keys image and a dict with keys images"),
         ([(IMAGES[0], 0), (IMAGES[0][:, 1:], 0)], r"differ in size.*resize all images.*one class number"),
         ([(IMAGES[0], torch.zeros(1)), (IMAGES[0], torch.zeros(2))], "images or labels of the data set differ in size"),
     ],
-    ids=["pictures", "no label", "images of several sizes", "labels of several sizes"],
+    ids=[
+        "pictures",
+        "no label",
+        "no label for some",
+        "a label of 71 bits",
+        "other keys",
+        "images of several sizes",
+        "labels of several sizes",
+    ],
 )
 def test_samples_that_cannot_form_a_batch_are_refused(samples, said):
     with pytest.raises(DataError, match=said):

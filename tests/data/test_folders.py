@@ -13,6 +13,7 @@ from images import encoded, levels, numbered, opened, rows, write_folder, write_
 
 from ptee._common.errors import DataError
 from ptee.data.batches import batches, split_batch
+from ptee.data.folders import list_files
 
 CUT_OFF = r"train\.tar' is cut off or no tar file \(.*\): make or fetch it again"
 
@@ -202,6 +203,48 @@ def test_pictures_of_unknown_kinds_beside_others_are_named(folder):
     assert opened(folder).summary.endswith(said)
 
 
+def test_class_folders_that_hold_links_to_each_other_are_refused(tmp_path):
+    write_folder(tmp_path, ["a/0.png", "b/1.png", "c/2.png"])
+    for one, other in (("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")):
+        (tmp_path / one / other).symlink_to(tmp_path / other)
+    with pytest.raises(DataError, match=r"a' and '.*b' hold links to each other.*remove the link '.*a/b/a'"):
+        opened(tmp_path)
+
+
+def test_a_folder_is_read_once_however_many_links_lead_there(tmp_path):
+    write_folder(tmp_path / "data", ["a/0.png", "a/in/1.png", "b/2.png"])
+    write_folder(tmp_path / "one", ["3.png"])
+    write_folder(tmp_path / "two", ["4.png"])
+    (tmp_path / "data" / "a" / "again").symlink_to(tmp_path / "data" / "a" / "in")
+    for name in ("one", "two"):  # which contain each other
+        (tmp_path / "data" / "a" / name).symlink_to(tmp_path / name)
+        for other in ("one", "two"):
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    names = [file.name for file, _ in list_files(tmp_path / "data").parts["train"]]
+    assert names == ["a/0.png", "a/in/1.png", "a/one/3.png", "a/two/4.png", "b/2.png"]
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    "names", [[f"train/{NFC}/0.png", f"train/{NFD}/1.png"], [f"train/{NFC}/0.png", f"val/{NFD}/1.png"]]
+)
+def test_classes_that_differ_only_in_how_accents_are_written_are_refused(names, tmp_path):
+    with pytest.raises(DataError, match=r"two ways that look the same, 'cafe\\u0301' and 'caf\\xe9': rename"):
+        opened(write_folder(tmp_path, names))
+
+
+def test_a_class_name_with_a_line_break_breaks_no_line(source):
+    write_part(source, "train", [*numbered(20), "a\nb/0.png"])
+    write_part(
+        source, "val" if source.is_dir() and not (source / "train.tar").exists() else "validation", ["c\nd/0.png"]
+    )
+    with pytest.raises(DataError) as refusal:
+        opened(source)
+    assert "c\\nd" in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
 def test_links_in_a_tar_file_are_named(tars):
     with tarfile.open(tars / "train.tar", "a") as tar:
         link = tarfile.TarInfo("a/link.png")
@@ -292,3 +335,11 @@ def test_classes_that_the_training_images_lack_are_refused_by_name(source):
     said = r"val.*' has classes that '.*train.*' does not have: owl; remove or rename them\."
     with pytest.raises(DataError, match=said):
         opened(source)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_a_compressed_tar_file_is_refused_with_the_way_to_unpack_it(mode, name, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", mode) as packed:
+        packed.addfile(tarfile.TarInfo("cat/a.png"))
+    with pytest.raises(DataError, match=rf"train\.tar' is compressed \({name}\): unpack it once, {name} -dc OLD > NEW"):
+        opened(tmp_path)

@@ -33,6 +33,7 @@ THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
         (["07", "7"], 10, None, "cannot be mapped"),
         (["0 - zero", "1 - one"], 2, (0, 1), "in this order: 0 - zero"),
         (["cat", "dog"], 2, (0, 1), "in this order: cat, dog"),
+        (["a\nb", "c"], 2, (0, 1), r"in this order: a\\nb, c"),
         (["cat", "dog"], 3, None, r"cannot be mapped .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$"),
         (["7"], 10, (7,), "The 1 class name is taken for a number of"),
         (["n01440764"], 1000, (0,), "^1 WordNet id is mapped"),
@@ -163,6 +164,11 @@ def test_a_file_of_names_settles_the_order(tmp_path):
     found = map_labels(["cat", "dog"], 3, classes=tmp_path / "classes.txt")
     assert (found.indices, found.classes) == ((1, 0), ("dog", "cat", "owl"))
     assert "classes.txt'" in found.reason
+
+
+def test_a_file_may_write_accents_in_another_way(tmp_path):
+    (tmp_path / "classes.txt").write_text("th\u00e9\ncaf\u00e9\n", encoding="utf-8")
+    assert map_labels(["cafe\u0301"], 2, classes=tmp_path / "classes.txt").indices == (1,)
 
 
 def test_names_that_are_given_go_before_the_libraries_orders(numbered_classes):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from images import TRANSFORM, encoded, opened, picture
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ptee._common.errors import DataError
-from ptee.data.pictures import File, UnreadablePicturesError, check_pictures, decode, image_transform
+from ptee.data.pictures import File, Pictures, UnreadablePicturesError, check_pictures, decode, image_transform
 from ptee.data.splits import hold_out
 
 
@@ -108,9 +109,9 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png_of(data: bytes) -> bytes:
+def png_of(data: bytes, side: int = 8) -> bytes:
     """A PNG whose checksums are right, with any bytes for its compressed pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
@@ -136,10 +137,34 @@ def test_all_pictures_that_cannot_be_read_are_named_in_one_line(damaged):
     said = str(caught.value)
     assert said.startswith("7 of 31 pictures cannot be read. Replace or remove them")
     pipe = "b/pipe.jpg' (not a regular file)"
-    for name in ("a/cut.png", "a/flipped.png", "a/no_pixels.png", "a/cut.jpg", "b/text.jpg", pipe, "b/gone.jpg"):
+    for name in (
+        "a/cut.png",
+        "a/flipped.png",
+        "a/no_pixels.png",
+        "a/cut.jpg",
+        "b/text.jpg",
+        pipe,
+        "b/gone.jpg' (No such file",
+    ):
         assert name in said
     assert "\n" not in said
     assert sorted(caught.value.keys)[0] == ("validation", "a/cut.jpg", "a")
+
+
+def test_what_pillow_refuses_to_decode_is_not_called_damaged(tmp_path):
+    text = PngInfo()
+    text.add_text("a", "x" * 2**21, zip=True)
+    picture().save(tmp_path / "text.png", pnginfo=text)
+    (tmp_path / "huge.png").write_bytes(png_of(b"", side=14_000))
+    for name, said in (
+        ("text", "text stored beside its pixels is too large"),
+        ("huge", "more than 178,956,970 pixels"),
+    ):
+        file = File(str(tmp_path / f"{name}.png"), f"{name}.png")
+        with pytest.raises(DataError, match=rf"{name}\.png' cannot be decoded \(.*{said}.*\): replace or remove it"):
+            decode(file)
+        with pytest.raises(UnreadablePicturesError, match=rf"{name}\.png' \(.*{said}"):
+            check_pictures([Pictures([(file, 0)], TRANSFORM)])
 
 
 def test_pictures_of_a_part_that_was_held_out_are_checked_too(damaged):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from images import numbered, opened, rows, write_folder
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ptee._common.errors import DataError
 from ptee.data.labels import map_labels
+from ptee.data.sources import require_source
 
 
 def test_an_item_is_a_float_image_and_an_int(folder):
@@ -86,6 +89,16 @@ def test_for_a_report_the_split_is_that_of_the_training(folder):
 def test_for_a_report_a_class_folder_without_pictures_is_named(tmp_path):
     write_folder(tmp_path, ["val/a/0.png", "val/b/"])
     assert "not read: class b (empty) of validation" in opened(tmp_path, report_only=True).summary
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system does not show itself in folders")
+@pytest.mark.parametrize("source", ["/proc", "/sys", "/dev", "/proc/self/fd", "/tmp/../proc"])
+def test_folders_of_the_operating_system_are_not_searched(source):
+    for look in (opened, require_source):
+        with pytest.raises(
+            DataError, match="is a folder of the operating system, which holds no images: give a folder"
+        ):
+            look(source)
 
 
 @pytest.mark.parametrize(

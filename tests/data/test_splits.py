@@ -88,7 +88,7 @@ def test_halves_are_the_same_for_the_same_seed_only():
 
 def test_one_image_is_too_few_to_choose_and_to_report():
     source = data("train", "validation", n=1)
-    with pytest.raises(DataError, match=r"has 1\. Give more images: data=FOLDER\."):
+    with pytest.raises(DataError, match=r"and there is one\. Give more: data=FOLDER\."):
         parts_for_tuning(Unseen("run", source, source.validation, 0))
 
 

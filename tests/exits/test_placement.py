@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import accumulate, pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -309,6 +310,24 @@ def test_a_network_without_a_place_for_an_exit_is_refused_under_every_number():
     for num_exits in (None, 1):
         with pytest.raises(CutError, match="No exit can stand on Sequential: none of its blocks"):
             plan("pareto", num_exits, module=net)
+
+
+@pytest.mark.parametrize("given", [np.array([0.3, 0.6]), torch.tensor([0.3, 0.6])], ids=["NumPy's", "torch's"])
+def test_arrays_are_lists(given):
+    assert plan(given).exits == plan([0.3, 0.6]).exits
+
+
+@pytest.mark.parametrize("given", [10**400, np.float32(2), [10**400, 0.5]], ids=["huge", "NumPy's", "a list"])
+def test_a_number_that_is_no_fraction_is_refused(given):
+    with pytest.raises(CutError, match="neither names of modules nor fractions"):
+        plan(given)
+
+
+@each_rule
+def test_more_exits_than_modules_are_refused_before_any_work(rule, monkeypatch):
+    monkeypatch.setitem(PLACEMENTS, rule, lambda *_: pytest.fail("the rule was asked"))
+    with pytest.raises(CutError, match=r"Cannot place 1000000000 exits .*Ask for fewer \(num_exits=\)"):
+        plan(rule, 10**9)
 
 
 # ---------------------------------------------------------------------------------------------------- the plan as a value

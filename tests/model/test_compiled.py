@@ -99,6 +99,18 @@ def test_what_a_compiler_made_of_a_network_is_refused(compiler):
         ptee.augment(compiler(net), exits="linear", num_exits=1, input_size=SIZE)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", [torch.jit.script, lambda part: torch.jit.trace(part, torch.zeros(1, 3, *SIZE[1:]))])
+def test_a_scripted_part_of_a_network_is_refused_by_name(script):
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K)
+    )
+    net[0] = script(net[0])
+    said = r"^Sequential has parts of TorchScript \(0, 0\.0\), .*cannot be hooked\. Give the network as it was before torch\.jit"
+    with pytest.raises(BackboneError, match=said):
+        ptee.augment(net, exits=["1"], input_size=SIZE)
+
+
 @pytest.mark.parametrize("how", [whole, block, layer, replaced])
 def test_the_network_that_is_advised_is_not_compiled(how):
     net = Net()

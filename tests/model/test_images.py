@@ -136,6 +136,45 @@ def test_a_network_that_casts_its_images_itself_takes_them():
     assert torch.equal(model.predict(x).logits, model.predict(x.bfloat16()).logits)
 
 
+class Mixed(nn.Module):
+    """A network some of whose parts compute in another number type."""
+
+    def __init__(self, *types: torch.dtype) -> None:
+        super().__init__()
+        layers = (nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, K))
+        self.layers = nn.ModuleList(layer.to(dtype) for layer, dtype in zip(layers, types, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, last = self.layers
+        x = two(one(x.to(one.weight.dtype)).relu().to(two.weight.dtype)).relu()
+        return last(x.mean((2, 3)).to(last.weight.dtype))
+
+
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("types", "widest"),
+    [((HALF, HALF, SINGLE), SINGLE), ((SINGLE, HALF, HALF), SINGLE), ((HALF, SINGLE, DOUBLE), DOUBLE)],
+    ids=str,
+)
+@pytest.mark.parametrize("head", ["conv1", "auto+"])
+def test_a_network_of_several_number_types_gets_heads_of_the_widest(types, widest, head, tmp_path):
+    net = Mixed(*types)
+    model = ptee.augment(net, exits=["layers.0", "layers.1"], head=head, input_size=SIZE)
+    assert {p.dtype for p in model.heads.parameters()} == {widest}
+    data = TensorDataset(x.to(here()), torch.zeros(len(x), dtype=torch.long))
+    ptee.train(model, data, epochs=1, batch_size=4, device=here())
+    bare = net(x.to(here()))
+    for leaving in ([0.0, 0.0], [[0.0, 2.0], [2.0, 0.0], [2.0, 2.0], [2.0, 2.0]] * 2, [2.0, 2.0]):
+        assert model.predict(x.to(here()), torch.tensor(leaving)).logits.dtype == bare.dtype
+    assert torch.equal(model.predict(x.to(here()), 2.0).logits, bare)
+    assert record(model, data).answers.shape == (3, len(x))
+    model.save_pretrained(tmp_path)
+    again = ptee.load(tmp_path, net)
+    assert torch.equal(again.predict(x.to(here()), 0.0).logits, model.predict(x.to(here()), 0.0).logits)
+
+
 def test_an_empty_batch_is_looked_at_like_any_other():
     assert made().predict(x[:0]).logits.shape == (0, K)
     with pytest.raises(PteeError, match="uint8"):

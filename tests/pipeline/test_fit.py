@@ -9,6 +9,7 @@ import pytest
 import torch
 from command import BRIEF, MODEL, TEN, figures, make_run, pictures, read_json
 from device import here, seeded
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -203,6 +204,7 @@ def test_labels_of_which_none_is_a_class_are_not_used_and_it_is_said():
 
 X, Y = images(60).tensors
 REFUSED = {
+    "a log that is no function": ({"log": True}, "log is True. Give a function"),
     "a loader": ({"train_data": iter([])}, "train_data is a .*map-style data set"),
     "an iterable for validation": ({"val_data": iter([])}, "val_data is a .*map-style data set"),
     "a tuple of tensors": ({"train_data": (X, Y)}, r"train_data is a tuple of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
@@ -210,7 +212,11 @@ REFUSED = {
     "a tensor": ({"train_data": X}, r"train_data is a Tensor.*TensorDataset\(train_data\)"),
     "arrays": ({"train_data": (X.numpy(), Y.numpy())}, r"train_data is a tuple of values.*TensorDataset\(X, y\)"),
     "a folder": ({"train_data": "images/train"}, "train_data is a str.*ImageFolder"),
-    "too few images": ({"train_data": images(2)}, "too few training images: it has 2, and at least 3 are needed"),
+    "one image to choose thresholds on and to report on": ({"val_data": images(1)}, r"two images at least, and there is one\. Give more: val_data=DATASET, or others: calibration_data=DATASET"),
+    "no image for validation": ({"val_data": images(0)}, "val_data is empty"),
+    "no image for calibration": ({"calibration_data": []}, "calibration_data is empty"),
+    "no image to train on": ({"train_data": [], "val_data": images(9), "calibration_data": images(9)}, "train_data is empty"),
+    "too few images": ({"train_data": images(2)}, "'train_data' has too few training images: it has 2, and at least 3 are needed"),
     "a target about labels without labels": ({"train_data": images(60, labels=False), "max_drop": 0.1}, "no labels.*max_fidelity_drop"),
     "a question about labels without labels": ({"train_data": images(60, labels=False), "question": "right"}, "question='right'.*question='agrees'"),
     "an unknown confidence": ({"confidence": "max_probb"}, "'max_probb'.*Did you mean 'max_prob'"),
@@ -230,6 +236,43 @@ def test_what_is_not_possible_is_refused_in_one_line_before_the_training(given, 
     with pytest.raises(PteeError, match=said) as refusal:
         ptee.fit(network(), arguments.pop("train_data"), **arguments)
     assert "\n" not in str(refusal.value)
+
+
+def samples(change) -> list:
+    """The data set as a list, each of whose items is changed."""
+    return [change(x, int(y), i) for i, (x, y) in enumerate(images(60))]
+
+
+UNFIT = {
+    "the channels last": (lambda x, y, _: (x.permute(1, 2, 0), y), r"with the channels last\. Give x\.permute"),
+    "grey images": (lambda x, y, _: (x[:1], y), "have 1 channel, and the model takes 3"),
+    "whole numbers": (lambda x, y, _: (x.mul(9).byte(), y), "are uint8, and the model takes floating-point"),
+    "flat images": (lambda x, y, _: (x.flatten(), y), r"A batch should be \(images \(b, c, h, w\)"),
+    "several sizes": (lambda x, y, i: (x[:, : 8 - i % 2], y), "differ in size.*resize all images"),
+    "too small": (lambda x, y, _: (x[:, :2], y), r"cannot take images of size \(3, 2, 8\)"),
+    "pictures": (lambda x, y, _: (Image.new("RGB", (8, 8)), y), r"gives PIL images: give it transform=ToTensor\(\)"),
+    "no label": (lambda x, *_: (x, None), "cannot form a batch: give .image tensor, class number"),
+    "no label for some": (lambda x, y, i: (x, None if i == 50 else y), "cannot form a batch|differ"),
+    "words for labels": (lambda x, *_: (x, "cat"), "should be 1 class numbers"),
+    "a label of 70 bits": (lambda x, *_: (x, 2**70), "cannot form a batch"),
+    "other names": (lambda x, y, i: {"image": x, "label" if i else "class": y}, "cannot form a batch|should be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [SIZE, None], ids=["size given", "size of the first image"])
+@pytest.mark.parametrize(("change", "said"), UNFIT.values(), ids=UNFIT)
+def test_images_that_fit_cannot_use_are_refused_in_words_before_the_training(change, said, size, monkeypatch):
+    monkeypatch.setattr(fitting, "train", None)
+    with pytest.raises(PteeError, match=said if size else None) as refusal:
+        ptee.fit(network(), samples(change), input_size=size, device=here(), **SETTINGS)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("pixel_values", "labels")], ids=str)
+def test_mappings_are_a_data_set_as_pairs_are(names):
+    mappings = samples(lambda x, y, _: dict(zip(names, (x, y), strict=True)))
+    model = ptee.fit(network(), mappings, device=here(), **SETTINGS)
+    assert model.threshold == fit(network(), images(60)).threshold
 
 
 def test_after_a_refusal_the_backbone_can_be_given_again():
@@ -277,3 +320,25 @@ def test_a_picture_of_the_users_own_data_that_breaks_is_an_error_of_the_data():
 
     with pytest.raises(DataError, match="Picture 37"):
         fit(network(), Broken(*images(60).tensors), val_data=images(9), calibration_data=images(9))
+
+
+NO_PATHS = {
+    "out": partial(fit, network(), images(60)),
+    "weights": partial(ptee.fit, "cifar_resnet20", images(60), **SETTINGS),
+    "recipe": partial(fit, network(), images(60)),
+}
+
+
+@pytest.mark.parametrize("given", [b"", "", 3, object()], ids=["bytes", "nothing", "a number", "an object"])
+@pytest.mark.parametrize("name", NO_PATHS)
+def test_what_is_no_path_is_refused_by_the_name_of_its_argument(name, given):
+    with pytest.raises(PteeError, match=rf"^(Unknown |The )?{name}"):
+        NO_PATHS[name](**{name: given})
+
+
+def test_the_folder_of_a_run_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fit(network(), images(60), out="~/run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert ptee.load("~/run", network()).results

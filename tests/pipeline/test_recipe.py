@@ -145,6 +145,10 @@ REFUSED = {
     "a question about another confidence": (None, {"confidence": "entropy", "question": "right"}, "question='right' is about the calibrated"),
     "a share for another confidence": ("eenet", {"calibration_share": 0.2}, "calibration_share=0.2 is about the calibrated"),
     "a margin of thresholds that are given": ("eenet", {"margin": 0.1}, "margin=0.1 is about thresholds that are chosen"),
+    "a number for a name": ({1: 2}, {}, "The recipe has a setting called 1. Name each by text"),
+    "a number for a name in a section": ({"exits": {1: 2}}, {}, "The recipe has a setting called 1. Name each by text"),
+    "a name that no file can have": ("a" * 5000, {}, "Unknown recipe 'aaa"),
+    "a path that no file can have": ("a/" * 3000 + "r.yaml", {}, "There is no recipe file a/a"),
     "a share above a half": (None, {"calibration_share": 0.6}, "confidence.calibration_share=0.6 must be 0.5 or less"),
 }  # fmt: skip
 
@@ -161,7 +165,8 @@ NO_RECIPES = {
     "a list": ("- 1\n- 2\n", "is no YAML mapping"),
     "a key twice": ("training: {lr: 0.1}\ntraining: {epochs: 3}\n", "'training' stands there twice"),
     "a key twice in a section": ("training: {lr: 0.1, epochs: 2, lr: 0.2}\n", "'lr' stands there twice"),
-    "numbers for names": ("1: 2\n", "is no YAML mapping"),
+    "numbers for names": ("1: 2\n", r"The recipe .* has a setting called 1\. Name each by text"),
+    "numbers for names in a section": ("exits: {1: 2}\n", r"has a setting called 1\. Name each by text"),
     "code": ("training: !!python/object/apply:os.system ['true']\n", "cannot be read"),
     "too large": ("a" * 300_000, "no recipe has more than"),
     "nested deep": ("[" * 5_000, "cannot be read"),
