@@ -204,6 +204,7 @@ def _candidates(traces: Traces, target: Target, answers: str) -> list[list[_Cand
     own = [_Candidate(small)]
     if answers == OWN or (answers == AUTO and not can_blend(traces)):
         return [own]
+    _require_blendable(traces)
     blended = _cross_fitted(traces, small, None if target.kind == "max_fidelity_drop" else traces.targets)
     return [own, blended] if answers == AUTO else [blended]
 
@@ -212,6 +213,18 @@ def can_blend(traces: Traces) -> bool:
     """Whether these traces hold what blended answers and their confidence are computed from."""
     reads_earlier = CONFIDENCES[traces.confidence_name].needs_answers_of_earlier_exits
     return traces.logits is not None and not reads_earlier and traces.answers.shape[1] >= 2 * FOLDS
+
+
+def _require_blendable(traces: Traces) -> None:
+    """Refuse traces that blended answers cannot be computed from."""
+    images = traces.answers.shape[1]
+    if images < 2 * FOLDS:
+        text = f" need {2 * FOLDS} images at least to fit weights to, and there are {images}. Give more images, or "
+    elif not can_blend(traces):
+        text = f" cannot be given: the confidence {traces.confidence_name!r} needs the exits' own answers. Set another, or give "
+    else:
+        return
+    raise PteeError(Argument("answers", "'blended'"), text, Argument("answers", "'own'"), ".", argument="answers")
 
 
 def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list[_Candidate]:

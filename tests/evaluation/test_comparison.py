@@ -83,11 +83,11 @@ def test_there_is_a_line_for_each_confidence_and_each_alternative():
     found = usual()
     names = [each.name for each in found.lines]
     for run in ("one", "two"):
-        ways = ("", ", one T", ", max probability", ", entropy (BranchyNet)", ", patience", ", oracle")
-        assert [name for name in names if name.startswith(run)][:6] == [f"{run}{way}" for way in ways]
+        ways = ("", ", blended", ", one T", ", max probability", ", entropy (BranchyNet)", ", patience", ", oracle")
+        assert [name for name in names if name.startswith(run)][:7] == [f"{run}{way}" for way in ways]
         assert any(name.startswith(f"{run}, truncation at exit") for name in names)
-    assert names[-2:] == ["small", "small, then Sequential"]
-    several, alone = [("one", names[-1]), ("one, oracle", "small")]
+    assert names[-3:] == ["small", "small, then Sequential", "small, then Sequential, blended"]
+    several, alone = [("one", "one, blended", *names[-2:]), ("one, oracle", "small")]
     assert all(len(line(found, name).entries) == len(DROPS) for name in several)
     assert all(len(line(found, name).entries) == 1 for name in alone)
 
@@ -229,7 +229,12 @@ def test_a_comparison_can_be_written_as_json():
 def test_a_run_gets_only_the_lines_that_are_asked_for_with_the_same_numbers():
     every, some = usual(), compared(lines=["max_prob", "own"])
     names = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
-    assert [each.name for each in some.lines] == [*names, "small", "small, then Sequential"]
+    assert [each.name for each in some.lines] == [
+        *names,
+        "small",
+        "small, then Sequential",
+        "small, then Sequential, blended",
+    ]
     assert all(line(every, each.name) == each for each in some.lines)
 
 

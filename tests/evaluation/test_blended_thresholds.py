@@ -1,0 +1,116 @@
+"""Thresholds for blended answers: what they promise is kept by other images, and they are taken only where they pay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from device import seeded
+from learning import data, made
+from torch import Tensor
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.evaluation.targets import Target, curve, solve
+from ptee.evaluation.traces import Traces
+
+E, K = 3, 5
+COSTS = [0.2, 0.5, 0.8, 1.1]
+
+
+def traces(seed: int, n: int = 1500, *, labels: bool = True, same: bool = False) -> Traces:
+    """Exits that err independently (or, `same`, all as the backbone does), the later the less."""
+    generator = seeded(seed)
+    y = torch.randint(K, (n,), generator=generator)
+    skill = torch.tensor([1.6, 1.8, 2.0, 2.4])[:, None, None]
+    noise = torch.randn(1 if same else E + 1, n, K, generator=generator).expand(E + 1, n, K)
+    logits = 2 * (skill * F.one_hot(y, K) + noise)
+    return Traces(
+        logits.argmax(-1),
+        torch.ones(E + 1, n),
+        y if labels else None,
+        torch.tensor(COSTS, dtype=torch.float64),
+        torch.zeros(1, 3, 2, 2),
+        logits=logits,
+        head_costs=torch.full((E,), 0.1 / E, dtype=torch.float64),
+        confidence_logits=torch.zeros(E, n),
+    ).under("max_prob")
+
+
+def test_blended_answers_cost_less_for_the_same_loss_and_keep_it_on_other_images():
+    target, lost = Target("max_drop", 0.01), []
+    for seed in range(4):
+        own, blended = (solve(traces(seed), target, answers=kind) for kind in ("own", "blended"))
+        assert blended.cost < own.cost - 0.03
+        other = traces(100 + seed)
+        lost.append((other.bare == other.targets).double().mean().item() - blended.on(other).accuracy)
+    assert sum(lost) / len(lost) < 0.01
+
+
+def test_a_gain_over_the_backbone_can_be_asked_for():
+    with pytest.raises(PteeError, match=r"max_drop=-0\.3 cannot be met.*Ask for a smaller gain"):
+        solve(traces(1), Target("max_drop", -0.3), answers="blended")
+    found, other = solve(traces(1), Target("max_drop", -0.02), answers="blended"), traces(2)
+    assert found.on(other).accuracy > (other.bare == other.targets).double().mean()
+
+
+def test_the_cheaper_kind_of_answers_is_taken():
+    target = Target("max_drop", 0.01)
+    assert solve(traces(1), target, answers="auto") == solve(traces(1), target, answers="blended")
+    alike = solve(traces(1, same=True), target, answers="auto")
+    assert alike.cost <= solve(traces(1, same=True), target, answers="own").cost
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_for_fidelity_the_end_keeps_the_backbones_answer(labels):
+    found = solve(traces(1, labels=labels), Target("max_fidelity_drop", 0.05), answers="blended")
+    assert not found.blend.to_the_end
+    assert found.fidelity_drop <= 0.05 + 1e-9
+    assert torch.equal(found.answering(traces(2)).answers[-1], traces(2).bare)
+
+
+def test_where_nothing_may_be_lost_all_exits_may_be_off():
+    found = solve(traces(1), Target("max_fidelity_drop", 0), answers="blended", margin=0)
+    assert found.fidelity_drop == 0
+
+
+def test_a_larger_drop_never_costs_more():
+    costs = [found.cost for found in curve(traces(1), [0, 0.005, 0.01, 0.02], answers="blended")]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_the_best_answers_within_a_cost_are_found():
+    own, blended = (solve(traces(1), Target("max_cost", 0.6), answers=kind) for kind in ("own", "blended"))
+    assert blended.cost <= 0.6
+    assert blended.score.accuracy > own.score.accuracy
+
+
+def test_an_answer_of_nan_changes_no_other_image():
+    broken = traces(1)
+    broken.logits[1, :40] = torch.nan
+    found = solve(broken.under("entropy").under("max_prob"), Target("max_drop", 0.01), answers="blended")
+    assert found.blend.weights and found.score.accuracy > 0
+
+
+def with_answers(kind: str, **target: float) -> tuple[ptee.EarlyExitModel, Tensor]:
+    model = made()
+    ptee.tune(model, data(), answers=kind, **target)
+    return model, model.predict(data().tensors[0]).logits
+
+
+def test_tune_sets_weights_thresholds_and_exits_together():
+    model, _ = with_answers("blended", max_cost=1.5)
+    assert (model.answers == "blended") == (
+        model.blend is not None and bool(set(range(len(model.exits))) - set(model.off))
+    )
+    before = model.blend
+    ptee.tune(model, data(), answers="own", max_cost=1.5)
+    assert (model.answers, model.blend) == ("own", before)
+
+
+def test_a_confidence_that_needs_own_answers_is_tuned_with_own_answers():
+    model = made()
+    model.confidence = "patience"
+    assert ptee.tune(model, data(), max_cost=1.5).blend is None
+    with pytest.raises(PteeError, match="'patience' needs the exits' own answers"):
+        ptee.tune(model, data(), max_cost=1.5, answers="blended")
