@@ -132,7 +132,7 @@ def tune(run: str, **o: Any) -> None:
 )
 @option(
     "--lines",
-    default="own,one_threshold,max_prob,entropy,patience,oracle,truncation",
+    default="own,blended,one_threshold,max_prob,entropy,patience,oracle,truncation",
     show_default=True,
     help="Which lines each run gets in the table; fewer make a short table of many runs.",
 )

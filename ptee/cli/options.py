@@ -294,6 +294,7 @@ TARGET = option_group(
     *TARGET_OPTIONS,
     setting("thresholds.one_threshold", is_flag=True, default=None),
     setting("thresholds.margin"),
+    setting("thresholds.answers"),
 )
 DEVICE = option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")
 SPEED = option(

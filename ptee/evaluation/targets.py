@@ -153,7 +153,9 @@ class Solution:
         if len(self.off) == len(self.threshold):
             return "all exits off, because none of them pays; the backbone answers every image."
         off = " Exits that are off do not pay, and the cost is without their heads." if self.off else ""
-        return f"T = {describe_thresholds(self.threshold, self.off)}.{off}"
+        blended = " Answers are blended." if self.blend else ""
+        remark = f" {self.blend.remark}" if self.blend and self.blend.remark else ""
+        return f"T = {describe_thresholds(self.threshold, self.off)}.{off}{blended}{remark}"
 
 
 def below(drop: float) -> str:
