@@ -247,7 +247,10 @@ def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list
 
 
 def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
-    """The best solution of all kinds of answers."""
+    """The best solution of all kinds of answers.
+
+    A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
+    """
     found: list[Solution] = []
     failed: list[PteeError] = []
     for candidates in kinds:
@@ -260,6 +263,10 @@ def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bo
             failed.append(why)
     if not found:
         raise failed[-1]
+    largest = max(solution.margin for solution in found)
+    if len(found) == len(kinds) > 1:
+        again = zip(kinds, found, strict=True)
+        found = [s if s.margin == largest else _within(own, target, one_threshold, largest) for own, s in again]
     return min(found, key=lambda s: s.cost if target.kind != "max_cost" else -s.score.merit)
 
 
