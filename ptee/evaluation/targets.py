@@ -251,6 +251,20 @@ def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bo
 
     A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
     """
+    found, failed = _each_kind(kinds, target, one_threshold, margin)
+    if not found:
+        raise failed[-1]
+    if isinstance(margin, str) and len(found) > 1:
+        largest = max(solution.margin for solution in found)
+        best = max(found, key=lambda s: s.margin)  # stays within the limit, whatever becomes of the others
+        found = [best, *_each_kind(kinds, target, one_threshold, largest)[0]]
+    return min(found, key=lambda s: s.cost if target.kind != "max_cost" else -s.score.merit)
+
+
+def _each_kind(
+    kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin
+) -> tuple[list[Solution], list[PteeError]]:
+    """The solutions with each kind of answers, and why others have none."""
     found: list[Solution] = []
     failed: list[PteeError] = []
     for candidates in kinds:
@@ -261,13 +275,7 @@ def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bo
                 found.append(_within(candidates, target, one_threshold, margin))
         except PteeError as why:
             failed.append(why)
-    if not found:
-        raise failed[-1]
-    largest = max(solution.margin for solution in found)
-    if len(found) == len(kinds) > 1:
-        again = zip(kinds, found, strict=True)
-        found = [s if s.margin == largest else _within(own, target, one_threshold, largest) for own, s in again]
-    return min(found, key=lambda s: s.cost if target.kind != "max_cost" else -s.score.merit)
+    return found, failed
 
 
 def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:

@@ -54,6 +54,13 @@ def test_a_gain_over_the_backbone_can_be_asked_for():
     assert found.on(other).accuracy > (other.bare == other.targets).double().mean()
 
 
+@pytest.mark.parametrize("gain", [0.001, 0.005, 0.01, 0.02, 0.03])
+def test_a_gain_that_one_kind_of_answers_reaches_is_reached_by_the_better_kind(gain):
+    target = Target("max_drop", -gain)
+    assert solve(traces(1, 600), target, answers="blended")
+    assert solve(traces(1, 600), target, answers="auto").drop <= -gain
+
+
 def test_the_cheaper_kind_of_answers_is_taken():
     target = Target("max_drop", 0.01)
     assert solve(traces(1), target, answers="auto") == solve(traces(1), target, answers="blended")
