@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptee._common.errors import PteeError as PteeError
+    from ptee.deploy.optimized import optimize as optimize
     from ptee.evaluation.comparison import compare as compare
     from ptee.evaluation.results import evaluate as evaluate
     from ptee.evaluation.tuning import tune as tune
@@ -43,6 +44,7 @@ _HOMES = {
     "evaluate": "evaluation.results",
     "fit": "pipeline.fit",
     "load": "model.build",
+    "optimize": "deploy.optimized",
     "plan": "model.build",
     "register_confidence": "exits.confidence",
     "register_head": "exits.heads",

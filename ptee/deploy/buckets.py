@@ -1,0 +1,245 @@
+"""A model in recorded pieces, for a few sizes of batches: the buckets.
+
+A piece is recorded once for each bucket. A batch fills the smallest bucket that takes it, and empty places hold nobody. Behind an
+exit the host reads one number, how many rows stay. Where a smaller bucket takes them, what is alive at the cut is copied there;
+otherwise nothing moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptee.deploy.decision import Answers, Staying, decide, end
+from ptee.deploy.recording import Graphs, Recorder, Rerun
+from ptee.deploy.segments import Segment
+from ptee.exits.blend import BLENDED, confidence_of_blend
+from ptee.exits.confidence import find_confidence
+from ptee.exits.config import LEARNED, MAX_PROB
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import ExitOutput
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)  # and from there on in steps of 1/8 or less
+Piece = Callable[..., Any]
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """The sizes of buckets for batches of up to so many images."""
+    sizes = list(SIZES)
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(32, sizes[-1] // 256 * 32))
+    return [*(s for s in sizes if s < most), most]
+
+
+@dataclass
+class Bucket:
+    """The pieces, recorded for one size of batches.
+
+    Attributes:
+        images: (size, c, h, w) what the first piece reads.
+        rows: (size,) the row that each place holds at first, or nobody.
+        filled: how many places hold a row at first.
+        alive: for each exit the tensors that the next piece reads.
+        staying: for each exit who goes on.
+        replay: for each piece what repeats it.
+    """
+
+    images: Tensor
+    rows: Tensor
+    filled: int = 0
+    alive: list[Sequence[Tensor]] = field(default_factory=list)
+    staying: list[Staying] = field(default_factory=list)
+    replay: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Places."""
+        return len(self.rows)
+
+
+class Buckets:
+    """Runs batches through recorded pieces.
+
+    Args:
+        model: in eval mode; what it says of confidence, exits that are off and blended answers is recorded as it is now.
+        segments: of the model.
+        pieces: for each segment what computes it.
+        max_batch: the largest batch.
+    """
+
+    def __init__(
+        self, model: EarlyExitModel, segments: Sequence[Segment], pieces: Sequence[Piece], max_batch: int, example: Tensor
+    ) -> None:
+        self.segments, self.pieces = segments, pieces
+        self.device = example.device
+        self.exits = [s.exit for s in segments[:-1]]
+        self.sizes = sizes_up_to(max_batch)
+        self._size_for = [next(s for s in self.sizes if s >= n) for n in range(1, max_batch + 1)]
+        self._example = example[:1]
+        dtype = model._answer_type(self._example)
+        self.answers = Answers(max_batch, model.num_classes, len(model.exits), dtype, self.device)
+        self.answer = _Answering(model)
+        self._costs = torch.tensor(model.costs, dtype=torch.float32, device=self.device)
+        self._counts = torch.zeros(len(segments), dtype=torch.int64, device="cpu")
+        if self.device.type == "cuda":
+            self._counts = self._counts.pin_memory()
+        self._recorder: Recorder = Graphs() if self.device.type == "cuda" else Rerun()
+        self._buckets: dict[int, Bucket] = {}
+        self._in_force: tuple[float, ...] | None = None
+
+    def bucket_for(self, rows: int) -> Bucket:
+        """The smallest bucket for so many rows, recorded if it is asked for for the first time."""
+        size = self._size_for[rows - 1]
+        if size not in self._buckets:
+            self._buckets[size] = self._recorded(size)
+        return self._buckets[size]
+
+    def __call__(self, x: Tensor, thresholds: Sequence[float | Tensor]) -> ExitOutput:
+        """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,)."""
+        bucket = self.bucket_for(len(x))
+        self._fill(bucket, x, thresholds)
+        for n, exit in enumerate(self.exits):
+            bucket.replay[n]()
+            if isinstance(thresholds[exit], float) and thresholds[exit] > 1:
+                continue  # nobody leaves, so there is no number to wait for
+            staying = self._number(n)
+            if not staying:
+                break
+            smaller = self.bucket_for(staying)
+            if smaller.size < bucket.size:
+                self._move(n, bucket, smaller)
+                bucket = smaller
+        else:
+            bucket.replay[-1]()
+        return self._result(len(x))
+
+    def _number(self, n: int) -> int:
+        """How many rows stay at exit n, once that is known."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return int(self._counts[n])
+
+    def _fill(self, bucket: Bucket, x: Tensor, thresholds: Sequence[float | Tensor]) -> None:
+        bucket.images[: len(x)].copy_(x)
+        if bucket.filled != len(x):
+            torch.arange(len(x), out=bucket.rows[: len(x)])
+            bucket.rows[len(x) :] = self.answers.nobody
+            bucket.filled = len(x)
+        if all(isinstance(t, float) for t in thresholds):
+            if self._in_force != tuple(thresholds):
+                self._in_force = tuple(thresholds)
+                self.answers.thresholds.copy_(torch.tensor(self._in_force, dtype=torch.float64, device="cpu"))
+            return
+        self._in_force = None
+        for n, t in enumerate(thresholds):
+            self.answers.thresholds[: len(x), n] = t
+
+    def _move(self, n: int, bucket: Bucket, smaller: Bucket) -> None:
+        """Copy what is alive behind exit n to where a smaller bucket goes on."""
+        staying, to = bucket.staying[n], smaller.staying[n]
+        order = staying.order[: smaller.size]
+        for rows, source, target in zip(self.segments[n].rows, bucket.alive[n], smaller.alive[n], strict=True):
+            rows.select(source, order, out=target)
+        to.rows.copy_(staying.packed[: smaller.size])
+
+    def _result(self, rows: int) -> ExitOutput:
+        exit = self.answers.exit[:rows].clone()
+        confidence = self.answers.confidence[:rows].clone()
+        return ExitOutput(self.answers.logits[:rows].clone(), exit, confidence, self._costs[exit])
+
+    # -------------------------------------------------------------------------------------------- recording
+
+    def _recorded(self, size: int) -> Bucket:
+        images = self._example.expand(size, *self._example.shape[1:]).clone(memory_format=torch.preserve_format)
+        if self._example.is_contiguous(memory_format=torch.channels_last):
+            images = images.contiguous(memory_format=torch.channels_last)
+        bucket = Bucket(images, torch.full((size,), self.answers.nobody, device=self.device))
+        takes, rows = (images,), bucket.rows
+        with torch.no_grad():
+            for n in range(len(self.exits)):
+                (takes, staying), replay = self._recorder.record(self._exit(n, takes, rows))
+                rows = staying.rows
+                bucket.alive.append(takes)
+                bucket.staying.append(staying)
+                bucket.replay.append(replay)
+            bucket.replay.append(self._recorder.record(self._end(takes, rows))[1])
+        return bucket
+
+    def _exit(self, n: int, takes: Sequence[Tensor], rows: Tensor) -> Callable[[], tuple[Sequence[Tensor], Staying]]:
+        segment = self.segments[n]
+
+        def work() -> tuple[Sequence[Tensor], Staying]:
+            alive, logits, sure = self.pieces[n](*takes)
+            earlier = {m: alive[i] for m, i in segment.earlier.items()}
+            return alive, self._decided(n, rows, logits, sure, earlier)
+
+        return work
+
+    def _decided(self, n: int, rows: Tensor, logits: Tensor, sure: Tensor, earlier: dict[int, Tensor]) -> Staying:
+        exit = self.exits[n]
+        if self.device.type == "cuda":
+            from ptee.deploy import kernels
+
+            logits, h, kind = self.answer.for_kernel(exit, logits, sure, earlier)
+            return kernels.decide(self.answers, exit, rows, logits, h, kind, self._counts[n : n + 1])
+        logits, h = self.answer.at_exit(exit, logits, sure, earlier)
+        staying = decide(self.answers, exit, rows, logits, h)
+        self._counts[n].copy_(staying.count)
+        return staying
+
+    def _end(self, takes: Sequence[Tensor], rows: Tensor) -> Callable[[], None]:
+        segment = self.segments[-1]
+
+        def work() -> None:
+            own = self.pieces[-1](*takes)
+            earlier = {m: takes[i] for m, i in segment.earlier.items()}
+            end(self.answers, self._costs.shape[0] - 1, rows, self.answer.at_end(own, earlier, self.answers.thresholds[rows]))
+
+        return work
+
+
+class _Answering:
+    """What an exit answers, and how sure it is, as the model says at the time of the recording."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self.blend = model.blend if model.answers == BLENDED else None
+        self.name = confidence_of_blend(model.confidence) if self.blend else model.confidence
+        self.confidence = find_confidence(self.name, model.calibrated)
+        self.off, self.num_exits = model.off, len(model.exits)
+
+    @property
+    def reads_earlier(self) -> bool:
+        """Whether the answers of earlier exits must be kept."""
+        return self.blend is not None or self.confidence.needs_answers_of_earlier_exits
+
+    def at_exit(self, n: int, own: Tensor, sure: Tensor, earlier: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """(logits, h) of exit n."""
+        logits = self._blended(n, own, earlier)
+        return logits, self.confidence(n, logits, list(earlier.values()), sure, self.num_exits)
+
+    def for_kernel(self, n: int, own: Tensor, sure: Tensor, earlier: dict[int, Tensor]) -> tuple[Tensor, Tensor, int]:
+        """(logits, what h is computed from, how)."""
+        from ptee.deploy import kernels
+
+        if self.name in (LEARNED, MAX_PROB):
+            return self._blended(n, own, earlier), sure, kernels.LEARNED if self.name == LEARNED else kernels.MAX_PROB
+        return *self.at_exit(n, own, sure, earlier), kernels.GIVEN
+
+    def at_end(self, own: Tensor, earlier: dict[int, Tensor], thresholds: Tensor) -> Tensor:
+        """The answers of the rows that never left. Rows that no exit could take get the backbone's own."""
+        on = self._on(earlier)
+        if self.blend is None or not self.blend.to_the_end or not on:
+            return own
+        blended = self.blend.logits(self.num_exits, own, on)
+        usable = (thresholds[:, list(on)] <= 1).any(1) & ~blended.isnan().any(-1)
+        return torch.where(usable[:, None], blended, own).to(own.dtype)
+
+    def _blended(self, n: int, own: Tensor, earlier: dict[int, Tensor]) -> Tensor:
+        return own if self.blend is None else self.blend.logits(n, own, self._on(earlier))
+
+    def _on(self, earlier: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {m: logits for m, logits in earlier.items() if m not in self.off}

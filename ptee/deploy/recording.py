@@ -1,0 +1,59 @@
+"""Work that is recorded once and then repeated: always on the same memory, with the values that lie there by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Recorder(Protocol):
+    """Records work. What it allocates belongs to the recording and keeps its place in memory."""
+
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What the work returned, and what repeats it: it fills the tensors that were returned."""
+
+
+class Rerun:
+    """Repeats work by doing it again. Stands in for graphs where there are none."""
+
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """See `Recorder`."""
+        flat, spec = tree_flatten(work())
+        kept = [t.clone(memory_format=torch.preserve_format) if isinstance(t, Tensor) else t for t in flat]
+
+        def again() -> None:
+            for old, new in zip(kept, tree_flatten(work())[0], strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+        return tree_unflatten(kept, spec), again
+
+
+class Graphs:
+    """Records work as CUDA graphs. All graphs of one recorder share memory, so one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """See `Recorder`."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):  # libraries choose their algorithms and take their memory before the recording
+                work()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Not torch.cuda.graph: it collects garbage each time, and there are many recordings.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                made = work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph.replay()  # the capture itself computes nothing, and what was returned is read next
+        return made, graph.replay

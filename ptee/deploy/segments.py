@@ -1,0 +1,304 @@
+"""Segments: the forward pass of an early-exit model as pieces, one behind the other.
+
+A cut cuts the forward pass in time as well. Piece n takes the tensors that are alive at cut n-1 and gives those that are alive
+at cut n, with the answer of exit n. The last piece gives the backbone's answer. Between two pieces rows may leave: all that
+must follow them are the tensors that are alive.
+
+The pass is captured once by `torch.export`, with a number of rows that stays open. A hook at each cut passes the feature map
+through an operator that does nothing and marks the place. The captured graph is then taken apart at the marks. A graph knows
+exactly what is alive at a place, so a piece may hand on several tensors, and a model whose code remembers the number of rows is
+no exception: in each piece that number is read from the tensors that the piece takes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from ptee._common.errors import PteeError, first_line
+from ptee.analysis.cut_points import Cut, random_images
+from ptee.exits.heads import HeadOutput
+from ptee.exits.placement import INPUT
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import Call, ExitHook, RecordAll, one_parameter, running
+
+MAX_ROWS = 4096  # of a batch
+EXAMPLE_ROWS = 3
+
+
+@torch.library.custom_op("ptee::cut", mutates_args=())
+def _mark(x: Tensor, exit: int) -> Tensor:
+    """Marks a cut in a captured graph. It never runs: the graph is taken apart there."""
+    return x.clone()
+
+
+@_mark.register_fake
+def _(x: Tensor, exit: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a batch lie in a tensor.
+
+    Attributes:
+        axis: that holds them.
+        each: how many entries of the axis belong to a row, such as its tokens or windows.
+    """
+
+    axis: int = 0
+    each: int = 1
+
+    def select(self, tensor: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """The part of a tensor that belongs to these rows (n,), written to `out` if that is given."""
+        if self.each == 1:
+            return torch.index_select(tensor, self.axis, rows, **({} if out is None else {"out": out}))
+        folded = tensor.unflatten(self.axis, (-1, self.each)).index_select(self.axis, rows)
+        whole = folded.flatten(self.axis, self.axis + 1)
+        return whole if out is None else out.copy_(whole)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the forward pass.
+
+    Attributes:
+        module: takes the tensors that are alive before; gives (those alive behind, logits (b, K), confidence logit (b,)), or
+            for the last piece the backbone's answer (b, K).
+        rows: where the rows lie in each tensor that is alive behind it; empty for the last.
+        exit: the number of the exit at its end, E for the last piece.
+        earlier: for each earlier exit that is kept, the number of its logits among the tensors that are alive behind it.
+    """
+
+    module: fx.GraphModule
+    rows: tuple[Rows, ...]
+    exit: int
+    earlier: Mapping[int, int]
+
+
+def segments(model: EarlyExitModel, *, keep_logits: bool = False) -> list[Segment]:
+    """The pieces of a model, one for each exit whose head runs, and the last.
+
+    Args:
+        model: in eval mode. The pieces share its weights.
+        keep_logits: hand on the logits of each exit to all later pieces, for a confidence or a blend that reads them.
+
+    Raises:
+        PteeError: if torch.export cannot capture the model, or rows and something else are mixed in one axis at a cut.
+    """
+    graph = _captured(model)
+    return _Splitter(graph, keep_logits).pieces()
+
+
+# ---------------------------------------------------------------------------------------------------- capture
+
+
+class _Marking(RecordAll):
+    """All heads run that would run in `predict`, and a mark is left at each cut."""
+
+    def __init__(self, model: EarlyExitModel, skipped: tuple[int, ...], batch: int) -> None:
+        super().__init__(model._hooks, list(model.heads), model.plan, batch)
+        self.skipped = skipped
+
+    def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
+        """The backbone's answer. The exit at the input, if there is one, marks the images."""
+        if self.plan.exits[0].name == INPUT and (marked := self._pass(0, images)) is not None:
+            images = marked
+        return self._run_backbone(backbone, images)
+
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> Any:
+        """Keep the head's answer, and mark the place."""
+        super().on_head_output(n, cut, output, said, earlier)
+        return tree_map_only(Tensor, lambda t: _mark(t, n), output)
+
+
+class _Passes(nn.Module):
+    """What is captured: images -> (the backbone's answer, each exit's answer)."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__()
+        self.backbone, self.heads = model.backbone, model.heads
+        skipped = model.plan.skipped  # computed here: nothing of it belongs into the graph
+        self._call = lambda batch: _Marking(model, skipped, batch)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        call = self._call(x.shape[0])  # len(x) would fix the number of rows
+        with running(call):
+            answer = call.forward(self.backbone, x)
+        return answer, [tuple(said) for said in call.outputs]
+
+
+def _captured(model: EarlyExitModel) -> fx.GraphModule:
+    like = one_parameter(model.backbone)
+    x = random_images(model.backbone, EXAMPLE_ROWS, model.plan.input_size)
+    if like.dim() and any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in model.backbone.parameters() if p.dim() == 4):
+        x = x.contiguous(memory_format=torch.channels_last)
+    rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(_Passes(model), (x,), dynamic_shapes=({0: rows},), strict=False)
+    except PteeError:
+        raise
+    except Exception as why:  # whatever the backbone's code and torch.export raise
+        raise PteeError(
+            f"torch.export cannot capture {model.plan.backbone}: {first_line(why)}"
+        ) from why
+    return program.module()
+
+
+# ---------------------------------------------------------------------------------------------------- taking apart
+
+
+class _Splitter:
+    """Takes a captured graph apart at its marks."""
+
+    def __init__(self, whole: fx.GraphModule, keep_logits: bool) -> None:
+        self.whole = whole
+        self.nodes = [n for n in whole.graph.nodes if n.op not in ("get_attr", "output") and not _only_checks(n)]
+        self.images = next(n for n in self.nodes if n.op == "placeholder")
+        self.batch = self.images.meta["val"].shape[0]
+        answer, *said = next(n for n in whole.graph.nodes if n.op == "output").args[0]
+        self.answer = answer
+        self.said = list(zip(said[0::2], said[1::2], strict=True))
+        self.exits, self.piece = self._numbered()
+        self.of_images = self._depend_on_images()
+        self.kept_logits = [logits for logits, _ in self.said] if keep_logits else []
+
+    def _numbered(self) -> tuple[list[int], dict[fx.Node, int]]:
+        """The exits in order, and the number of the piece in which each node is computed."""
+        exits: list[int] = []
+        piece: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if _is_mark(node) and node.args[1] not in exits:
+                exits.append(node.args[1])
+            piece[node] = len(exits) - _is_mark(node)
+        return exits, piece
+
+    def _depend_on_images(self) -> set[fx.Node]:
+        """The nodes whose values, not only whose shapes, depend on the images."""
+        found = {self.images}
+        for node in self.nodes:
+            if any(a in found and not _is_number(a) for a in node.all_input_nodes) and not _is_number(node):
+                found.add(node)
+        return found
+
+    def pieces(self) -> list[Segment]:
+        """All of them, in order."""
+        alive = [[self.images], *[self._alive_behind(i) for i in range(len(self.exits))]]
+        rows = [[self._rows_of(node) for node in nodes] for nodes in alive]
+        made = []
+        for i, exit in enumerate(self.exits):
+            outputs = (tuple(alive[i + 1]), *self.said[i])
+            earlier = {m: alive[i + 1].index(logits) for m, (logits, _) in zip(self.exits[:i], self.said, strict=False) if logits in alive[i + 1]}
+            made.append(Segment(self._graph(i, alive[i], rows[i], outputs), tuple(rows[i + 1]), exit, earlier))
+        last = len(self.exits)
+        earlier = {m: alive[last].index(y) for m, (y, _) in zip(self.exits, self.said, strict=True) if y in alive[last]}
+        made.append(Segment(self._graph(last, alive[last], rows[last], self.answer), (), -1, earlier))
+        return made
+
+    def _alive_behind(self, i: int) -> list[fx.Node]:
+        """What is computed in the pieces up to number i, and read in those behind. Marks stand for what they mark."""
+        wanted: dict[fx.Node, None] = {}
+        readers = [(node, node.all_input_nodes) for node in self.nodes if self.piece[node] > i]
+        for _, inputs in [*readers, (None, [self.answer, *self.kept_logits])]:
+            for node in map(_behind_mark, inputs):
+                if node in self.of_images and self.piece[node] <= i:
+                    wanted[node] = None
+        return [n for n in self.nodes if n in wanted]
+
+    def _rows_of(self, node: fx.Node) -> Rows:
+        shape = node.meta["val"].shape
+        for axis, size in enumerate(shape):
+            if isinstance(size, torch.SymInt):
+                each = _multiple(size, self.batch)
+                if each is not None:
+                    return Rows(axis, each)
+        raise PteeError(f"At a cut, a tensor of shape {tuple(shape)} is alive in which no axis holds the rows of the batch.")
+
+    def _graph(self, i: int, takes: Sequence[fx.Node], rows: Sequence[Rows], gives: Any) -> fx.GraphModule:
+        return fx.GraphModule(self.whole, _Piece(self, i, takes, rows).graph_of(gives))
+
+
+class _Piece:
+    """Builds the graph of one piece."""
+
+    def __init__(self, splitter: _Splitter, number: int, takes: Sequence[fx.Node], rows: Sequence[Rows]) -> None:
+        self.splitter, self.number = splitter, number
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, Any] = {}
+        for node in takes:
+            self.copies[node] = self.graph.placeholder(node.name)
+            self.copies[node].meta = dict(node.meta)
+        self._first, self._rows = self.copies[takes[0]], rows[0]
+        self._count: fx.Node | None = None
+
+    def graph_of(self, gives: Any) -> fx.Graph:
+        """The graph that gives these nodes."""
+        for node in self.splitter.nodes:
+            if self.splitter.piece[node] == self.number and node.op != "placeholder" and not _is_mark(node) and _writes(node):
+                self.copy(node)
+        self.graph.output(fx.map_arg(gives, self.copy))
+        self.graph.lint()
+        return self.graph
+
+    def copy(self, node: fx.Node) -> Any:
+        """The node's copy in this graph, made with all it needs where there is none yet."""
+        node = _behind_mark(node)
+        if node not in self.copies:
+            self.copies[node] = self._size(node) if self._is_size(node) else self._copied(node)
+        return self.copies[node]
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        if node in self.splitter.of_images and self.splitter.piece[node] != self.number:
+            raise PteeError(f"{node.name} is needed behind a cut and was not handed on.")
+        return self.graph.node_copy(node, self.copy)
+
+    def _is_size(self, node: fx.Node) -> bool:
+        return _is_number(node) and any(a in self.splitter.of_images for a in node.all_input_nodes)
+
+    def _size(self, node: fx.Node) -> Any:
+        """A size that was read from a tensor: a multiple of the number of rows."""
+        each = _multiple(node.meta["val"], self.splitter.batch)
+        if each is None:
+            raise PteeError(f"{node.name} is a size that is no multiple of the number of rows.")
+        if self._count is None:
+            size = self.graph.call_function(torch.ops.aten.sym_size.int, (self._first, self._rows.axis))
+            self._count = size if self._rows.each == 1 else self.graph.call_function(operator.floordiv, (size, self._rows.each))
+        return self._count if each == 1 else self.graph.call_function(operator.mul, (self._count, each))
+
+
+def _is_mark(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.ptee.cut.default
+
+
+def _behind_mark(node: fx.Node) -> fx.Node:
+    return node.args[0] if _is_mark(node) else node
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+
+
+def _only_checks(node: fx.Node) -> bool:
+    """Nodes that check what export assumed, and give nothing."""
+    return node.op == "call_module" or "assert" in str(node.target) or "sym_constrain" in str(node.target)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operator changes one of its inputs, so that it must run even if nobody reads what it gives."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _multiple(size: Any, batch: torch.SymInt) -> int | None:
+    """k if size is k * batch, for every batch."""
+    if not isinstance(size, torch.SymInt):
+        return None
+    quotient = size.node.expr / batch.node.expr
+    return int(quotient) if quotient.is_Integer and quotient > 0 else None
