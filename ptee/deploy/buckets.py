@@ -7,6 +7,7 @@ otherwise nothing moves.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptee._common.errors import PteeError
 from ptee.deploy.decision import Answers, Staying, decide, end
 from ptee.deploy.recording import Graphs, Recorder, Rerun
 from ptee.deploy.segments import Segment
@@ -23,7 +25,9 @@ from ptee.exits.config import LEARNED, MAX_PROB
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import ExitOutput
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)  # and from there on in steps of 1/8 or less
+SIZES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)  # and from there on in steps of 1/8 or less
+UNKNOWN = -1  # how many rows stay, before the device has said so
+LOOKS = 4096  # between two checks that the device is still at work
 Piece = Callable[..., Any]
 
 
@@ -31,7 +35,7 @@ def sizes_up_to(most: int) -> list[int]:
     """The sizes of buckets for batches of up to so many images."""
     sizes = list(SIZES)
     while sizes[-1] < most:
-        sizes.append(sizes[-1] + max(32, sizes[-1] // 256 * 32))
+        sizes.append(sizes[-1] + max(16, sizes[-1] // 128 * 16))
     return [*(s for s in sizes if s < most), most]
 
 
@@ -81,12 +85,12 @@ class Buckets:
         self._size_for = [next(s for s in self.sizes if s >= n) for n in range(1, max_batch + 1)]
         self._example = example[:1]
         dtype = model._answer_type(self._example)
-        self.answers = Answers(max_batch, model.num_classes, len(model.exits), dtype, self.device)
+        self.answers = Answers(max_batch, model.num_classes, model.costs, dtype, self.device)
         self.answer = _Answering(model)
-        self._costs = torch.tensor(model.costs, dtype=torch.float32, device=self.device)
         self._counts = torch.zeros(len(segments), dtype=torch.int64, device="cpu")
         if self.device.type == "cuda":
             self._counts = self._counts.pin_memory()
+        self._read = self._counts.numpy()  # the same memory
         self._recorder: Recorder = Graphs() if self.device.type == "cuda" else Rerun()
         self._buckets: dict[int, Bucket] = {}
         self._in_force: tuple[float, ...] | None = None
@@ -102,6 +106,7 @@ class Buckets:
         """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,)."""
         bucket = self.bucket_for(len(x))
         self._fill(bucket, x, thresholds)
+        self._read[:] = UNKNOWN
         for n, exit in enumerate(self.exits):
             bucket.replay[n]()
             if isinstance(thresholds[exit], float) and thresholds[exit] > 1:
@@ -115,16 +120,23 @@ class Buckets:
                 bucket = smaller
         else:
             bucket.replay[-1]()
-        return self._result(len(x))
+        return ExitOutput(*self.answers.of_rows(len(x)))
 
     def _number(self, n: int) -> int:
-        """How many rows stay at exit n, once that is known."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return int(self._counts[n])
+        """How many rows stay at exit n, once that is known.
+
+        The device writes it to the host's memory. Looking there is much faster than waiting for the device.
+        """
+        looks = 0
+        while (number := self._read[n]) < 0:
+            looks += 1
+            if looks % LOOKS == 0 and torch.cuda.current_stream().query() and self._read[n] < 0:
+                raise PteeError(f"Exit {n} was not reached on the GPU.")
+            time.sleep(0)  # other threads may run
+        return int(number)
 
     def _fill(self, bucket: Bucket, x: Tensor, thresholds: Sequence[float | Tensor]) -> None:
-        bucket.images[: len(x)].copy_(x)
+        (bucket.images if len(x) == bucket.size else bucket.images[: len(x)]).copy_(x)
         if bucket.filled != len(x):
             torch.arange(len(x), out=bucket.rows[: len(x)])
             bucket.rows[len(x) :] = self.answers.nobody
@@ -145,11 +157,6 @@ class Buckets:
         for rows, source, target in zip(self.segments[n].rows, bucket.alive[n], smaller.alive[n], strict=True):
             rows.select(source, order, out=target)
         to.rows.copy_(staying.packed[: smaller.size])
-
-    def _result(self, rows: int) -> ExitOutput:
-        exit = self.answers.exit[:rows].clone()
-        confidence = self.answers.confidence[:rows].clone()
-        return ExitOutput(self.answers.logits[:rows].clone(), exit, confidence, self._costs[exit])
 
     # -------------------------------------------------------------------------------------------- recording
 
@@ -174,8 +181,8 @@ class Buckets:
 
         def work() -> tuple[Sequence[Tensor], Staying]:
             alive, logits, sure = self.pieces[n](*takes)
-            earlier = {m: alive[i] for m, i in segment.earlier.items()}
-            return alive, self._decided(n, rows, logits, sure, earlier)
+            staying = self._decided(n, rows, logits, sure, self._earlier(n, takes))
+            return (segment.ahead(*alive) if segment.ahead else alive), staying
 
         return work
 
@@ -191,13 +198,15 @@ class Buckets:
         self._counts[n].copy_(staying.count)
         return staying
 
-    def _end(self, takes: Sequence[Tensor], rows: Tensor) -> Callable[[], None]:
-        segment = self.segments[-1]
+    def _earlier(self, n: int, takes: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The logits of the exits before piece n, where they are kept: they are among what it takes."""
+        return {m: takes[i] for m, i in self.segments[n - 1].earlier.items()} if n else {}
 
+    def _end(self, takes: Sequence[Tensor], rows: Tensor) -> Callable[[], None]:
         def work() -> None:
             own = self.pieces[-1](*takes)
-            earlier = {m: takes[i] for m, i in segment.earlier.items()}
-            end(self.answers, self._costs.shape[0] - 1, rows, self.answer.at_end(own, earlier, self.answers.thresholds[rows]))
+            earlier = self._earlier(len(self.exits), takes)
+            end(self.answers, rows, self.answer.at_end(own, earlier, self.answers.thresholds[rows]))
 
         return work
 

@@ -7,6 +7,7 @@ recorded. Only where a smaller size takes the rows that stay do they move, and `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,15 +24,32 @@ class Answers:
         logits: (rows + 1, K) of the exit at which each row left.
         exit: (rows + 1,) that exit.
         confidence: (rows + 1,) h there, float32.
+        cost: (rows + 1,) of that exit, float32.
         thresholds: (rows + 1, E) T of each row at each exit, float64.
+        costs: (E + 1,) what a row costs that leaves at each exit.
     """
 
-    def __init__(self, rows: int, classes: int, exits: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.nobody = rows
-        self.logits = torch.zeros(rows + 1, classes, dtype=dtype, device=device)
-        self.exit = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-        self.confidence = torch.zeros(rows + 1, dtype=torch.float32, device=device)
-        self.thresholds = torch.zeros(rows + 1, exits, dtype=torch.float64, device=device)
+    def __init__(self, rows: int, classes: int, costs: Sequence[float], dtype: torch.dtype, device: torch.device) -> None:
+        self.nobody, self._classes, self._dtype = rows, classes, dtype
+        width = classes * torch.empty((), dtype=dtype, device="cpu").element_size()
+        self._ends = [(rows + 1) * size for size in (8, 12, 16, 16 + width)]
+        self._memory = torch.zeros(self._ends[-1], dtype=torch.uint8, device=device)  # in one piece, so one copy takes all
+        self.logits, self.exit, self.confidence, self.cost = self._views(self._memory)
+        self.thresholds = torch.zeros(rows + 1, len(costs) - 1, dtype=torch.float64, device=device)
+        self.costs = torch.tensor(costs, dtype=torch.float32, device=device)
+
+    def _views(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        exit, confidence, cost, logits = (memory[a:b] for a, b in zip([0, *self._ends], self._ends, strict=False))
+        return (
+            logits.view(self._dtype).view(-1, self._classes),
+            exit.view(torch.int64),
+            confidence.view(torch.float32),
+            cost.view(torch.float32),
+        )
+
+    def of_rows(self, rows: int) -> tuple[Tensor, ...]:
+        """(logits, exit, confidence, cost) of the first rows, as they are now."""
+        return tuple(t[:rows] for t in self._views(self._memory.clone()))
 
 
 class Staying(NamedTuple):
@@ -67,6 +85,7 @@ def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor) ->
     answers.logits.index_copy_(0, to, logits.to(answers.logits.dtype))
     answers.confidence.index_copy_(0, to, h)
     answers.exit.index_fill_(0, to, n)
+    answers.cost.index_copy_(0, to, answers.costs[n].expand(len(to)))
     b = len(rows)
     place = torch.where(stay, stay.cumsum(0) - 1, b)  # b: thrown away
     order = rows.new_zeros(b + 1).scatter_(0, place, torch.arange(b, device=rows.device))
@@ -74,8 +93,9 @@ def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor) ->
     return Staying(torch.where(stay, rows, answers.nobody), order[:b], packed[:b], stay.sum())
 
 
-def end(answers: Answers, exits: int, rows: Tensor, logits: Tensor) -> None:
+def end(answers: Answers, rows: Tensor, logits: Tensor) -> None:
     """Take the backbone's answers (b, K) of the rows that are left."""
     answers.logits.index_copy_(0, rows, logits.to(answers.logits.dtype))
     answers.confidence.index_fill_(0, rows, 1.0)
-    answers.exit.index_fill_(0, rows, exits)
+    answers.exit.index_fill_(0, rows, len(answers.costs) - 1)
+    answers.cost.index_copy_(0, rows, answers.costs[-1].expand(len(rows)))

@@ -14,7 +14,7 @@ GIVEN, LEARNED, MAX_PROB = 0, 1, 2  # where h comes from
 
 @triton.jit
 def _leave(
-    logits, sure, rows, thresholds, out, exits, confidence, stay, n, num_exits, classes, nobody, own, stride,
+    logits, sure, rows, thresholds, costs, out, exits, confidence, cost, stay, n, num_exits, classes, nobody, stride,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each place: h, whether its row leaves, and its answer if so."""
@@ -38,8 +38,9 @@ def _leave(
     left = here & finite & (h.to(tl.float64) >= t)
     to = tl.where(left, r, nobody)
     tl.store(out + to * classes + columns, y.to(out.dtype.element_ty), mask=inside)
-    tl.store(exits + to, own)
+    tl.store(exits + to, tl.zeros_like(r) + n)
     tl.store(confidence + to, h)
+    tl.store(cost + to, tl.load(costs + n))
     tl.store(stay + i, (here & (left == 0)).to(tl.int32))
 
 
@@ -59,7 +60,7 @@ def _pack(stay, rows, next_rows, order, packed, count, nobody, b, BLOCK: tl.cons
     free = inside & (i >= number)
     tl.store(order + i, tl.zeros_like(r), mask=free)
     tl.store(packed + i, tl.zeros_like(r) + nobody, mask=free)
-    tl.store(count, number.to(tl.int64))
+    tl.atomic_xchg(count, number.to(tl.int64), sem="release", scope="sys")  # the host reads it while other work goes on
 
 
 def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor, kind: int, count: Tensor) -> Staying:
@@ -69,8 +70,9 @@ def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor, ki
     stay = torch.empty(b, dtype=torch.int32, device=rows.device)
     next_rows, order, packed = torch.empty_like(rows), torch.empty_like(rows), torch.empty_like(rows)
     _leave[(b,)](
-        logits, h, rows, answers.thresholds, answers.logits, answers.exit, answers.confidence, stay, n,
-        answers.thresholds.shape[1], classes, answers.nobody, n, logits.stride(0), KIND=kind,
+        logits, h, rows, answers.thresholds, answers.costs, answers.logits, answers.exit, answers.confidence,
+        answers.cost, stay, n,
+        answers.thresholds.shape[1], classes, answers.nobody, logits.stride(0), KIND=kind,
         BLOCK=triton.next_power_of_2(classes), num_warps=4 if classes < 4096 else 8,
     )  # fmt: skip
     _pack[(1,)](stay, rows, next_rows, order, packed, count, answers.nobody, b, BLOCK=max(16, triton.next_power_of_2(b)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from ptee.deploy.buckets import Buckets, _Answering
 from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter
+from ptee.model.images import wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
+AHEAD = int(__import__('os').environ.get('AHEAD', 0))
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
 
 
@@ -37,6 +40,7 @@ class OptimizedModel(nn.Module):
         self._lock = threading.Lock()
         self._made: Buckets | None = None
         self._made_for: tuple[Any, ...] = ()
+        self._example = _example(model)
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -71,17 +75,32 @@ class OptimizedModel(nn.Module):
     @torch.no_grad()
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
         """As `EarlyExitModel.predict`."""
-        self.model._ready_for(x)
-        if not len(x):
-            return self.model.predict(x, threshold)
-        thresholds = self.model._in_force(threshold, len(x))
+        rows = len(x)
+        if not self._fits(x) or not rows:
+            return self._refused(x, threshold)
+        thresholds = self.model._in_force(threshold, rows)
         with self._lock:
             run = self._buckets()
+            if rows <= self.max_batch:
+                return run(x, thresholds)
             parts = [
                 run(part, [t if isinstance(t, float) or not t.dim() else t[i : i + self.max_batch] for t in thresholds])
-                for i, part in zip(range(0, len(x), self.max_batch), x.split(self.max_batch), strict=True)
+                for i, part in zip(range(0, rows, self.max_batch), x.split(self.max_batch), strict=True)
             ]
-        return parts[0] if len(parts) == 1 else ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
+        return ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _fits(self, x: Any) -> bool:
+        like = self._example
+        return isinstance(x, Tensor) and x.shape[1:] == like.shape[1:] and x.dtype == like.dtype and x.device == like.device
+
+    def _refused(self, x: Tensor, threshold: Thresholds | None) -> ExitOutput:
+        """No rows are answered by the model itself. Images that it would take and the pieces do not are refused."""
+        self.model._ready_for(x)
+        if not len(x) and x.shape[1:] == self._example.shape[1:]:
+            return self.model.predict(x, threshold)
+        if x.dtype != self._example.dtype:
+            raise wrong_type(x, self._example.dtype, "the pieces were made for one number type")
+        raise wrong_size(x, self.model.plan.input_size, "the pieces were made for one size of images")
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Record the pieces for batches of these sizes now, not when they are first seen."""
@@ -94,9 +113,11 @@ class OptimizedModel(nn.Module):
         now = (model.plan, model.answers, model.blend, model.calibrated)
         if self._made is None or any(a is not b for a, b in zip(now, self._made_for, strict=True)):
             self._made, self._made_for = None, now
-            pieces = segments(model, keep_logits=_Answering(model).reads_earlier)
+            pieces = segments(model, keep_logits=_Answering(model).reads_earlier, ahead=AHEAD)
             run = [_compiled(p.module) if self.mode == COMPILE else p.module for p in pieces]
-            self._made = Buckets(model, pieces, run, self.max_batch, _example(model))
+            if self.mode == COMPILE:
+                pieces = [replace(p, ahead=p.ahead and _compiled(p.ahead)) for p in pieces]
+            self._made = Buckets(model, pieces, run, self.max_batch, self._example)
         return self._made
 
 

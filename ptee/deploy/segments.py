@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from ptee.model.forward import Call, ExitHook, RecordAll, one_parameter, running
 
 MAX_ROWS = 4096  # of a batch
 EXAMPLE_ROWS = 3
+PRODUCTS = ("conv", "linear", "matmul", "bmm", "attention")
+ROOM = 4  # so many times the products ahead must come before the next exit
 
 
 @torch.library.custom_op("ptee::cut", mutates_args=())
@@ -71,29 +74,34 @@ class Segment:
     Attributes:
         module: takes the tensors that are alive before; gives (those alive behind, logits (b, K), confidence logit (b,)), or
             for the last piece the backbone's answer (b, K).
-        rows: where the rows lie in each tensor that is alive behind it; empty for the last.
-        exit: the number of the exit at its end, E for the last piece.
+        ahead: takes the tensors that are alive at the cut and goes a few steps on with all rows, while it is decided who leaves;
+            gives what is alive then. None: no steps.
+        rows: where the rows lie in each tensor that is alive at the end of all this; empty for the last.
+        exit: the number of the exit, -1 for the last piece.
         earlier: for each earlier exit that is kept, the number of its logits among the tensors that are alive behind it.
     """
 
     module: fx.GraphModule
+    ahead: fx.GraphModule | None
     rows: tuple[Rows, ...]
     exit: int
     earlier: Mapping[int, int]
 
 
-def segments(model: EarlyExitModel, *, keep_logits: bool = False) -> list[Segment]:
+def segments(model: EarlyExitModel, *, keep_logits: bool = False, ahead: int = 0) -> list[Segment]:
     """The pieces of a model, one for each exit whose head runs, and the last.
 
     Args:
         model: in eval mode. The pieces share its weights.
         keep_logits: hand on the logits of each exit to all later pieces, for a confidence or a blend that reads them.
+        ahead: how many products (convolutions, linear layers) of the next piece all rows go through while it is decided who
+            leaves.
 
     Raises:
         PteeError: if torch.export cannot capture the model, or rows and something else are mixed in one axis at a cut.
     """
     graph = _captured(model)
-    return _Splitter(graph, keep_logits).pieces()
+    return _Splitter(graph, keep_logits, ahead).pieces()
 
 
 # ---------------------------------------------------------------------------------------------------- capture
@@ -158,7 +166,7 @@ def _captured(model: EarlyExitModel) -> fx.GraphModule:
 class _Splitter:
     """Takes a captured graph apart at its marks."""
 
-    def __init__(self, whole: fx.GraphModule, keep_logits: bool) -> None:
+    def __init__(self, whole: fx.GraphModule, keep_logits: bool, ahead: int) -> None:
         self.whole = whole
         self.nodes = [n for n in whole.graph.nodes if n.op not in ("get_attr", "output") and not _only_checks(n)]
         self.images = next(n for n in self.nodes if n.op == "placeholder")
@@ -166,19 +174,43 @@ class _Splitter:
         answer, *said = next(n for n in whole.graph.nodes if n.op == "output").args[0]
         self.answer = answer
         self.said = list(zip(said[0::2], said[1::2], strict=True))
-        self.exits, self.piece = self._numbered()
+        self.exits, self.piece = self._numbered(ahead)
         self.of_images = self._depend_on_images()
+        self.constants = self._of_weights_alone()
         self.kept_logits = [logits for logits, _ in self.said] if keep_logits else []
 
-    def _numbered(self) -> tuple[list[int], dict[fx.Node, int]]:
-        """The exits in order, and the number of the piece in which each node is computed."""
+    def _numbered(self, ahead: int) -> tuple[list[int], dict[fx.Node, int]]:
+        """The exits in order, and the number of the piece in which each node is computed.
+
+        Pieces 2i lead to exit i, and pieces 2i + 1 are the steps ahead behind it.
+        """
         exits: list[int] = []
         piece: dict[fx.Node, int] = {}
-        for node in self.nodes:
+        number = 0
+        for node, left in zip(self.nodes, self._products_to_next_mark(), strict=True):
             if _is_mark(node) and node.args[1] not in exits:
                 exits.append(node.args[1])
-            piece[node] = len(exits) - _is_mark(node)
+                number = 2 * len(exits) - 1
+                todo = ahead if left >= ROOM * ahead else 0
+            piece[node] = number - 1 if _is_mark(node) else number
+            if number % 2 and not _is_mark(node):
+                if not todo:
+                    number += 1
+                    piece[node] = number
+                elif _is_product(node):
+                    todo -= 1
         return exits, piece
+
+    def _products_to_next_mark(self) -> list[int]:
+        """For each node, how many products come behind it and before the next exit or the end."""
+        counts, behind, exit = [], 0, None
+        for node in reversed(self.nodes):
+            if _is_mark(node) and node.args[1] != exit:
+                exit, counts_here = node.args[1], behind
+                behind = 0
+            counts.append(counts_here if _is_mark(node) else behind)
+            behind += _is_product(node)
+        return counts[::-1]
 
     def _depend_on_images(self) -> set[fx.Node]:
         """The nodes whose values, not only whose shapes, depend on the images."""
@@ -188,19 +220,44 @@ class _Splitter:
                 found.add(node)
         return found
 
+    def _of_weights_alone(self) -> set[fx.Node]:
+        """The tensors that follow from the weights: neither from the images nor from the number of rows."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            fixed = all(a.op == "get_attr" or a in found for a in node.all_input_nodes)
+            if node.op == "call_function" and fixed and isinstance(node.meta.get("val"), Tensor) and not _writes(node):
+                found.add(node)
+        return found - {user for node in found for user in node.users if _writes(user)}
+
+    def constant(self, node: fx.Node) -> str:
+        """The name under which the value of such a node is kept. It is computed once."""
+        name = f"constant_{node.name}"
+        if not hasattr(self.whole, name):
+            self.whole.register_buffer(name, self._value(node), persistent=False)
+        return name
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return reduce(getattr, node.target.split("."), self.whole)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)
+
     def pieces(self) -> list[Segment]:
         """All of them, in order."""
-        alive = [[self.images], *[self._alive_behind(i) for i in range(len(self.exits))]]
-        rows = [[self._rows_of(node) for node in nodes] for nodes in alive]
+        alive, rows = [self.images], [Rows()]
         made = []
         for i, exit in enumerate(self.exits):
-            outputs = (tuple(alive[i + 1]), *self.said[i])
-            earlier = {m: alive[i + 1].index(logits) for m, (logits, _) in zip(self.exits[:i], self.said, strict=False) if logits in alive[i + 1]}
-            made.append(Segment(self._graph(i, alive[i], rows[i], outputs), tuple(rows[i + 1]), exit, earlier))
-        last = len(self.exits)
-        earlier = {m: alive[last].index(y) for m, (y, _) in zip(self.exits, self.said, strict=True) if y in alive[last]}
-        made.append(Segment(self._graph(last, alive[last], rows[last], self.answer), (), -1, earlier))
-        return made
+            at_cut, behind = self._alive_behind(2 * i), self._alive_behind(2 * i + 1)
+            module = self._graph(2 * i, alive, rows, (tuple(at_cut), *self.said[i]))
+            ahead = None if at_cut == behind else self._graph(2 * i + 1, at_cut, list(map(self._rows_of, at_cut)), tuple(behind))
+            alive, rows = behind, list(map(self._rows_of, behind))
+            made.append(Segment(module, ahead, tuple(rows), exit, self._earlier(alive)))
+        last = self._graph(2 * len(self.exits), alive, rows, self.answer)
+        return [*made, Segment(last, None, (), -1, self._earlier(alive))]
+
+    def _earlier(self, alive: list[fx.Node]) -> dict[int, int]:
+        return {m: alive.index(y) for m, (y, _) in zip(self.exits, self.said, strict=True) if y in alive}
 
     def _alive_behind(self, i: int) -> list[fx.Node]:
         """What is computed in the pieces up to number i, and read in those behind. Marks stand for what they mark."""
@@ -257,6 +314,8 @@ class _Piece:
     def _copied(self, node: fx.Node) -> fx.Node:
         if node in self.splitter.of_images and self.splitter.piece[node] != self.number:
             raise PteeError(f"{node.name} is needed behind a cut and was not handed on.")
+        if node.op == "call_function" and node in self.splitter.constants:
+            return self.graph.get_attr(self.splitter.constant(node))
         return self.graph.node_copy(node, self.copy)
 
     def _is_size(self, node: fx.Node) -> bool:
@@ -275,6 +334,11 @@ class _Piece:
 
 def _is_mark(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.ptee.cut.default
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether it is one of the steps that take most of the time."""
+    return node.op == "call_function" and any(word in str(node.target) for word in PRODUCTS)
 
 
 def _behind_mark(node: fx.Node) -> fx.Node:
