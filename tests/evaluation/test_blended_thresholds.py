@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from device import seeded
+from device import drawn
 from learning import data, made
 from torch import Tensor
 
@@ -19,8 +19,12 @@ COSTS = [0.2, 0.5, 0.8, 1.1]
 
 
 def traces(seed: int, n: int = 1500, *, labels: bool = True, same: bool = False) -> Traces:
-    """Exits that err independently (or, `same`, all as the backbone does), the later the less."""
-    generator = seeded(seed)
+    """Exits that err independently (or, `same`, all as the backbone does), the later the less. On the CPU, as traces are."""
+    with torch.device("cpu"):
+        return _traces(drawn(seed), n, labels, same)
+
+
+def _traces(generator: torch.Generator, n: int, labels: bool, same: bool) -> Traces:
     y = torch.randint(K, (n,), generator=generator)
     skill = torch.tensor([1.6, 1.8, 2.0, 2.4])[:, None, None]
     noise = torch.randn(1 if same else E + 1, n, K, generator=generator).expand(E + 1, n, K)
