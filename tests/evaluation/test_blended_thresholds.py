@@ -18,7 +18,7 @@ E, K = 3, 5
 COSTS = [0.2, 0.5, 0.8, 1.1]
 
 
-def traces(seed: int, n: int = 1500, *, labels: bool = True, same: bool = False) -> Traces:
+def traces(seed: int, n: int = 1000, *, labels: bool = True, same: bool = False) -> Traces:
     """Exits that err independently (or, `same`, all as the backbone does), the later the less. On the CPU, as traces are."""
     with torch.device("cpu"):
         return _traces(drawn(seed), n, labels, same)
@@ -43,7 +43,7 @@ def _traces(generator: torch.Generator, n: int, labels: bool, same: bool) -> Tra
 
 def test_blended_answers_cost_less_for_the_same_loss_and_keep_it_on_other_images():
     target, lost = Target("max_drop", 0.01), []
-    for seed in range(4):
+    for seed in range(3):
         own, blended = (solve(traces(seed), target, answers=kind) for kind in ("own", "blended"))
         assert blended.cost < own.cost - 0.03
         other = traces(100 + seed)
@@ -67,7 +67,9 @@ def test_a_gain_that_one_kind_of_answers_reaches_is_reached_by_the_better_kind(g
 
 def test_the_cheaper_kind_of_answers_is_taken():
     target = Target("max_drop", 0.01)
-    assert solve(traces(1), target, answers="auto") == solve(traces(1), target, answers="blended")
+    own, blended, auto = (solve(traces(1), target, answers=kind) for kind in ("own", "blended", "auto"))
+    assert auto.blend is not None and auto.cost < own.cost
+    assert auto.margin == max(own.margin, blended.margin), "all kinds keep the largest reserve"
     alike = solve(traces(1, same=True), target, answers="auto")
     assert alike.cost <= solve(traces(1, same=True), target, answers="own").cost
 
