@@ -58,7 +58,7 @@ def test_a_gain_over_the_backbone_can_be_asked_for():
     assert found.on(other).accuracy > (other.bare == other.targets).double().mean()
 
 
-@pytest.mark.parametrize("gain", [0.001, 0.005, 0.01, 0.02, 0.03])
+@pytest.mark.parametrize("gain", [0.001, 0.01, 0.03])
 def test_a_gain_that_one_kind_of_answers_reaches_is_reached_by_the_better_kind(gain):
     target = Target("max_drop", -gain)
     assert solve(traces(1, 600), target, answers="blended")
@@ -67,11 +67,11 @@ def test_a_gain_that_one_kind_of_answers_reaches_is_reached_by_the_better_kind(g
 
 def test_the_cheaper_kind_of_answers_is_taken():
     target = Target("max_drop", 0.01)
-    own, blended, auto = (solve(traces(1), target, answers=kind) for kind in ("own", "blended", "auto"))
+    own, blended, auto = (solve(traces(1, 600), target, answers=kind) for kind in ("own", "blended", "auto"))
     assert auto.blend is not None and auto.cost < own.cost
     assert auto.margin == max(own.margin, blended.margin), "all kinds keep the largest reserve"
-    alike = solve(traces(1, same=True), target, answers="auto")
-    assert alike.cost <= solve(traces(1, same=True), target, answers="own").cost
+    alike = {kind: solve(traces(1, 300, same=True), target, answers=kind).cost for kind in ("own", "auto")}
+    assert alike["auto"] <= alike["own"]
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -88,7 +88,7 @@ def test_where_nothing_may_be_lost_all_exits_may_be_off():
 
 
 def test_a_larger_drop_never_costs_more():
-    costs = [found.cost for found in curve(traces(1), [0, 0.005, 0.01, 0.02], answers="blended")]
+    costs = [found.cost for found in curve(traces(1, 600), [0, 0.005, 0.01, 0.02], answers="blended")]
     assert costs == sorted(costs, reverse=True)
 
 
