@@ -10,6 +10,11 @@ def here() -> torch.device:
     return torch.get_default_device()
 
 
+def drawn(seed: int = 0) -> torch.Generator:
+    """Random numbers on the CPU, for what is drawn with `device="cpu"`: the same on every machine, whatever the device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     """Random numbers that are the same each time."""
     return torch.Generator(here()).manual_seed(seed)

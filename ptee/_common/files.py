@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST_KEY = 60  # of JSON, in a message
+DEEPEST = 100  # objects and lists of JSON inside one another; how many Python can read depends on its version
+_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]')  # strings, whole, and brackets
 FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))  # what a full disk says
 ANOTHER_FOLDER = "Choose another folder."
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
@@ -72,10 +75,12 @@ def from_json(text: str) -> Any:
     Raises:
         ValueError: if it is none, is nested too deeply, or has a key twice: which of the two counts would be a guess.
     """
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except RecursionError as why:
-        raise ValueError("it is nested too deeply") from why
+    depth = 0
+    for mark in _MARKS.findall(text):
+        depth += (mark in "[{") - (mark in "]}")
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deeply")
+    return json.loads(text, object_pairs_hook=_once)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

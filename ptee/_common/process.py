@@ -5,7 +5,7 @@ threads. If two threads each save and restore them, the second saves what the fi
 lock is held as long as anything of it is changed, and all changes are made through this module.
 
 Random numbers have a lock of their own, because a training keeps them for hours, and others may load a model meanwhile. Code
-that needs both locks takes the one of the random numbers first.
+that needs both locks takes the one of the random numbers first. A `LongChange` holds no lock while it lasts.
 """
 
 from __future__ import annotations
@@ -63,6 +63,21 @@ class Change:
                 self._made.__exit__(None, None, None)
         finally:
             _CHANGES.release()
+
+
+class LongChange(Change):
+    """A change that lasts for hours. The lock is held only while it is made and while it is undone.
+
+    Other changes come and go meanwhile, so what they set must suit this one, too.
+    """
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        _CHANGES.release()
+
+    def __exit__(self, *_: object) -> None:
+        _CHANGES.acquire()
+        super().__exit__()
 
 
 @Change

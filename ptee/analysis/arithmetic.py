@@ -4,6 +4,13 @@ On a GPU a row gets slightly different logits in a batch than alone. The GPU use
 rows, and may round float32 to TF32. Inside of `exact_arithmetic` both are off. If outputs still differ too much, they are
 computed again in float64. There the differences that come from rounding are gone, but the influence of one row on another
 stays.
+
+On a GPU a training promises: the same seed, data and settings give the same heads, bit for bit, on the same kind of GPU with the
+same versions of torch and CUDA. So `same_each_time` is on while heads learn. Without it cuDNN adds up the gradients of
+convolutions in any order, and with torch.backends.cudnn.benchmark = True it takes the algorithm that was faster by the clock.
+That is enough for ptee's own heads and losses: of the operators that torch.use_deterministic_algorithms lists, they use only
+convolutions and gather, where no two gradients meet; and cuBLAS is repeatable on one stream. Not promised are a user's own
+heads and backbones that use other listed operators, several GPUs, and the same last bits in batches of another size.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.process import Change
+from ptee._common.process import Change, LongChange
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 MIN_SCALE = 1e-3  # if all values are below this, they are the rounding errors of zeros
@@ -51,10 +58,16 @@ def _rounds_float32(device: torch.device) -> bool:
 
 
 @contextmanager
-def _exact_switches() -> Iterator[None]:
+def _repeatable_switches() -> Iterator[None]:
     with ExitStack() as undo:
         _set(undo, torch.backends.cudnn, "benchmark", False)
         _set(undo, torch.backends.cudnn, "deterministic", True)
+        yield
+
+
+@contextmanager
+def _exact_switches() -> Iterator[None]:
+    with _repeatable_switches(), ExitStack() as undo:
         if _has_new_switches():
             _use_full_float32(undo)
         else:  # before torch 2.9
@@ -64,9 +77,8 @@ def _exact_switches() -> Iterator[None]:
         yield
 
 
-exact_arithmetic = Change(
-    _exact_switches
-)  # float32 is not rounded to a shorter type; the same algorithm runs each time
+same_each_time = LongChange(_repeatable_switches)  # the same algorithm runs each time, whatever the user has set
+exact_arithmetic = Change(_exact_switches)  # and float32 is not rounded to a shorter type
 
 
 def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:

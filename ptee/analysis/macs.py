@@ -9,6 +9,7 @@ This count corrects fvcore in several points:
 - It sees into nn.MultiheadAttention and nn.TransformerEncoderLayer, by switching off their fused paths.
 - It counts in eval mode, and removes fvcore's hooks when the forward pass raises.
 - It counts the scale and shift of batch norm as one multiply-accumulate. fvcore counts them as two.
+- It traces repeat_interleave on a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ptee._common.errors import BackboneError
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
@@ -142,7 +144,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
 
     analysis = InOrder().uncalled_modules_warnings(False).unsupported_ops_warnings(False).tracer_warnings("none")
     try:
-        with no_warnings:  # fvcore would switch them off itself, but for other threads too
+        with no_warnings, _PlainRepeats():  # fvcore would switch warnings off itself, but for other threads too
             analysis.total()
     except RuntimeError as why:
         if "dynamo-optimized" not in str(why):
@@ -152,6 +154,22 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
             "call the function itself, without torch.compile."
         ) from why
     return analysis.operators
+
+
+class _PlainRepeats(TorchFunctionMode):
+    """repeat_interleave gets numbers. A trace makes tensors of sizes, on the CPU, and it takes tensors of its own device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.repeat_interleave, Tensor.repeat_interleave):
+            first, *rest = args
+            args = (first, *map(_plain, rest))
+            kwargs = {name: _plain(value) if name == "repeats" else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, Tensor) and not value.dim() else value
 
 
 def _shape(value: Any) -> list[int]:

@@ -250,6 +250,7 @@ def image_transform(
         DataError: if c is neither 3 (colours) nor 1 (grey levels).
         UnknownName: if there is no such interpolation.
     """
+    import torch
     from timm.data import create_transform
     from torchvision.transforms import Compose, InterpolationMode
 
@@ -262,7 +263,8 @@ def image_transform(
         raise unknown("interpolation", interpolation, modes)
     args: dict[str, Any] = {"interpolation": interpolation, "mean": tuple(mean), "std": tuple(std), "crop_pct": 1.0}
     convert = partial(_convert, mode="RGB" if input_size[0] == 3 else "L")
-    return Compose([convert, create_transform(input_size, is_training=False, **args)])
+    with torch.device("cpu"):  # it keeps mean and std as tensors
+        return Compose([convert, create_transform(input_size, is_training=False, **args)])
 
 
 def _convert(image: Image, mode: str) -> Image:

@@ -182,8 +182,7 @@ class EarlyExitModel(
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (b, K) of images (b, c, h, w), each row's from the exit at which it left."""
-        if torch.compiler.is_exporting():
-            _refuse_capture()
+        _refuse_export()
         return self.predict(x).logits
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -439,7 +438,11 @@ def require_early_exit(model: Any) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # so that torch.export runs it and raises its error
+@torch.compiler.assume_constant_result  # a compiler runs it: the error is ours, and torch 2.11 calls all compiling an export
+def _refuse_export() -> bool:
+    return torch.compiler.is_exporting() and _refuse_capture()
+
+
 def _refuse_capture() -> NoReturn:
     raise PteeError(
         "An early-exit model cannot be traced, scripted or exported, nor get exits of its own: which rows leave where depends "

@@ -25,6 +25,7 @@ from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
 from ptee._common.text import table
 from ptee._common.validation import BATCH_SIZE
+from ptee.analysis.arithmetic import same_each_time
 from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
@@ -168,7 +169,7 @@ def calibrate(
     model.require_all_on()
     home = next(model.heads.parameters()).device
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
-    with own_random_numbers(seed):
+    with own_random_numbers(seed), same_each_time:
         model.to(home if device is None else resolve_device(device)).eval()
         try:
             outputs = _run_heads(model, loader)

@@ -11,6 +11,7 @@ import copy
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,13 +190,21 @@ def kept(promise: Promise, model: EarlyExitModel) -> None:
         promise(model, noise(*model.plan.input_size).to(like.device, like.dtype))
 
 
+def place_of(why: BaseException) -> str:
+    """Where ptee's code was last when an error was raised, and where it came from."""
+    frames = traceback.extract_tb(why.__traceback__)
+    own = [frame for frame in frames if Path(ptee.__file__).parent in Path(frame.filename).parents]
+    words = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in (*own[-1:], frames[-1])]
+    return f" [{' <- '.join(dict.fromkeys(reversed(words)))}]"
+
+
 def outcome(work: Callable[..., Any], *args: Any) -> tuple[Any, str, float]:
     """What came of it, what was wrong, and how many seconds it took."""
     start, done, wrong = time.perf_counter(), None, ""
     try:
         done = work(*args)
     except Exception as why:
-        wrong = f"{type(why).__name__}: {' '.join(str(why).split())}"
+        wrong = f"{type(why).__name__}: {' '.join(str(why).split())}{place_of(why)}"
     return done, wrong, time.perf_counter() - start
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from ptee._common.errors import PteeError, RunError
-from ptee._common.files import as_path, from_json, replace_files, require_writable
+from ptee._common.files import DEEPEST, as_path, from_json, replace_files, require_writable
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -83,12 +84,28 @@ def test_files_are_kept_where_a_disk_has_no_hard_links(folder, monkeypatch):
         ('[{"a": {"b": 1, "b": 1}}]', "'b' is there twice"),
         ('{"a":' * 5000 + "1" + "}" * 5000, "nested too deeply"),
         ("[" * 5000, "nested too deeply"),
+        ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "nested too deeply"),
+        ('["' + "\\" * 5000, "Unterminated string"),
     ],
-    ids=["twice", "twice inside", "deep objects", "deep lists"],
+    ids=["twice", "twice inside", "deep objects", "deep lists", "one too deep", "no end"],
 )
 def test_json_that_could_be_read_in_two_ways_or_not_at_all_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         from_json(text)
+
+
+@pytest.mark.parametrize(
+    "inside", ["0", '"' + "[{" * 200 + '"', r'"\"' + "[" * 200 + r'\\"'], ids=["deep", "text", "quotes"]
+)
+def test_other_json_is_read(inside):
+    value = from_json("[" * DEEPEST + inside + "]" * DEEPEST + " ")
+    for _ in range(DEEPEST):
+        (value,) = value
+    assert value == json.loads(inside)
+
+
+def test_lists_beside_one_another_are_not_deep():
+    assert from_json("[" + ",".join(["[[]]"] * 1000) + "]") == [[[]]] * 1000
 
 
 # ---------------------------------------------------------------------------------------------------- paths that a user gives

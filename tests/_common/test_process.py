@@ -29,7 +29,7 @@ from ptee._common.process import (
     no_warnings,
     own_random_numbers,
 )
-from ptee.analysis.arithmetic import exact_arithmetic
+from ptee.analysis.arithmetic import exact_arithmetic, same_each_time
 from ptee.backbones.library import building
 from ptee.backbones.load import load_backbone
 
@@ -40,6 +40,7 @@ CHANGES = {
     "pickles": no_pickles,
     "attention": no_fused_attention,
     "arithmetic": exact_arithmetic,
+    "same each time": same_each_time,
 }
 
 
@@ -125,6 +126,37 @@ def test_changes_may_be_left_in_any_order():
     for stack in (stacks[0], stacks[2], stacks[1]):
         stack.close()
     assert state() == before
+
+
+def test_during_a_long_change_others_come_and_go():
+    before = state()
+    with same_each_time:
+        during = state()
+
+        def work() -> None:
+            with exact_arithmetic, same_each_time, no_warnings:
+                pass
+            assert state() == during
+
+        at_once(*[work] * 3)
+        assert state() == during
+    assert state() == before
+
+
+def test_while_heads_learn_the_same_algorithms_run_whatever_the_user_has_set(monkeypatch):
+    cudnn, data, seen = torch.backends.cudnn, TensorDataset(*labelled(16)), []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+
+    def look(_: object) -> None:
+        seen.append((cudnn.benchmark, cudnn.deterministic))
+
+    model = made()
+    ptee.train(model, data, epochs=1, views=1, device=here(), on_cache=look, on_epoch=look)
+    assert seen == [(False, True)] * 2
+    with pytest.raises(ZeroDivisionError):
+        ptee.train(model, data, epochs=1, views=1, device=here(), on_epoch=lambda _: 1 // 0)
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
 
 
 def test_a_library_that_fails_leaves_the_process_as_it_was():

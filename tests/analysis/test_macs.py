@@ -144,6 +144,27 @@ class Negate(nn.Module):
         return -x
 
 
+class RepeatedForEachWindow(nn.Module):
+    """One query for each image, to all of its windows, as in GCViT: a number that a trace of a GPU has on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows, q = x.flatten(0, 1), self.query(x.mean(1))
+        by_keyword = q.repeat_interleave(repeats=windows.shape[0] // q.shape[0], dim=0)
+        return torch.repeat_interleave(q, windows.shape[0] // q.shape[0], dim=0) + by_keyword
+
+
+def test_what_repeats_rows_is_counted_and_left_as_it_is():
+    module, x = RepeatedForEachWindow(), torch.randn(1, 5, 4)
+    counts = count(module, x)
+    assert counts.total == 4 * 6
+    assert module(x.expand(3, 5, 4)).shape == (15, 6)
+    assert torch.equal(x.repeat_interleave(torch.tensor([2] * 5), 1), x.repeat_interleave(2, 1))
+
+
 def test_a_module_that_runs_twice_is_counted_twice_and_up_to_its_last_output():
     counts = count(Awkward(), torch.randn(1, 4))
     assert (counts.inside["shared"], counts.until["shared"], counts.products["shared"]) == (32, 32, 2)

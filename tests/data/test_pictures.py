@@ -37,6 +37,13 @@ def test_picture_of_the_right_size_is_only_normalised():
     assert torch.allclose(image_transform((3, 7, 5), mean, std)(noise(7, 5)).double(), expected, atol=1e-6)
 
 
+def test_pictures_are_read_on_the_cpu_whatever_the_default_device_is():
+    want = image_transform((3, 7, 5), (0.1,), (0.4,))(noise(7, 5))
+    with torch.device("meta"):
+        transform = image_transform((3, 7, 5), (0.1,), (0.4,))
+    assert torch.equal(transform(noise(7, 5)), want)  # in a process that reads, a GPU cannot be used
+
+
 def test_a_square_picture_is_resized_whole():
     resized = noise(16, 16).resize((8, 8), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255  # (h, w, c) -> (c, h, w)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from device import seeded
+from device import drawn
 from learning import data, made
 from torch import Tensor
 
@@ -18,9 +18,13 @@ E, K = 3, 5
 COSTS = [0.2, 0.5, 0.8, 1.1]
 
 
-def traces(seed: int, n: int = 1500, *, labels: bool = True, same: bool = False) -> Traces:
-    """Exits that err independently (or, `same`, all as the backbone does), the later the less."""
-    generator = seeded(seed)
+def traces(seed: int, n: int = 1000, *, labels: bool = True, same: bool = False) -> Traces:
+    """Exits that err independently (or, `same`, all as the backbone does), the later the less. On the CPU, as traces are."""
+    with torch.device("cpu"):
+        return _traces(drawn(seed), n, labels, same)
+
+
+def _traces(generator: torch.Generator, n: int, labels: bool, same: bool) -> Traces:
     y = torch.randint(K, (n,), generator=generator)
     skill = torch.tensor([1.6, 1.8, 2.0, 2.4])[:, None, None]
     noise = torch.randn(1 if same else E + 1, n, K, generator=generator).expand(E + 1, n, K)
@@ -39,7 +43,7 @@ def traces(seed: int, n: int = 1500, *, labels: bool = True, same: bool = False)
 
 def test_blended_answers_cost_less_for_the_same_loss_and_keep_it_on_other_images():
     target, lost = Target("max_drop", 0.01), []
-    for seed in range(4):
+    for seed in range(3):
         own, blended = (solve(traces(seed), target, answers=kind) for kind in ("own", "blended"))
         assert blended.cost < own.cost - 0.03
         other = traces(100 + seed)
@@ -54,7 +58,7 @@ def test_a_gain_over_the_backbone_can_be_asked_for():
     assert found.on(other).accuracy > (other.bare == other.targets).double().mean()
 
 
-@pytest.mark.parametrize("gain", [0.001, 0.005, 0.01, 0.02, 0.03])
+@pytest.mark.parametrize("gain", [0.001, 0.01, 0.03])
 def test_a_gain_that_one_kind_of_answers_reaches_is_reached_by_the_better_kind(gain):
     target = Target("max_drop", -gain)
     assert solve(traces(1, 600), target, answers="blended")
@@ -63,9 +67,11 @@ def test_a_gain_that_one_kind_of_answers_reaches_is_reached_by_the_better_kind(g
 
 def test_the_cheaper_kind_of_answers_is_taken():
     target = Target("max_drop", 0.01)
-    assert solve(traces(1), target, answers="auto") == solve(traces(1), target, answers="blended")
-    alike = solve(traces(1, same=True), target, answers="auto")
-    assert alike.cost <= solve(traces(1, same=True), target, answers="own").cost
+    own, blended, auto = (solve(traces(1, 600), target, answers=kind) for kind in ("own", "blended", "auto"))
+    assert auto.blend is not None and auto.cost < own.cost
+    assert auto.margin == max(own.margin, blended.margin), "all kinds keep the largest reserve"
+    alike = {kind: solve(traces(1, 300, same=True), target, answers=kind).cost for kind in ("own", "auto")}
+    assert alike["auto"] <= alike["own"]
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -82,7 +88,7 @@ def test_where_nothing_may_be_lost_all_exits_may_be_off():
 
 
 def test_a_larger_drop_never_costs_more():
-    costs = [found.cost for found in curve(traces(1), [0, 0.005, 0.01, 0.02], answers="blended")]
+    costs = [found.cost for found in curve(traces(1, 600), [0, 0.005, 0.01, 0.02], answers="blended")]
     assert costs == sorted(costs, reverse=True)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device import seeded
+from device import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +22,15 @@ each_target = pytest.mark.parametrize("target", [Target(*t) for t in TARGETS], i
 TOLERANCE = 1e-9
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(device: torch.device) -> None:
+    """Traces lie there, wherever the network ran."""
+    torch.set_default_device("cpu")
+
+
 def random_traces(seed: int, exits: int, n: int, levels: int = 8) -> Traces:
     """Answers, confidences with ties, and costs that grow from exit to exit."""
-    g = seeded(seed)
+    g = drawn(seed)
     heads = 0.2 * torch.rand(exits, generator=g, dtype=torch.float64)
     cuts = torch.rand(exits, generator=g, dtype=torch.float64).sort().values
     h = torch.randint(levels, (exits + 1, n), generator=g) / levels
@@ -41,7 +47,7 @@ def random_traces(seed: int, exits: int, n: int, levels: int = 8) -> Traces:
 
 def easy_and_hard(seed: int, exits: int, n: int) -> Traces:
     """Later exits are better, and a confidence knows something of what is hard."""
-    g = seeded(seed)
+    g = drawn(seed)
     hard, skill = torch.rand(n, generator=g), torch.linspace(0.7, 0.9, exits + 1)[:, None]
     right = hard + 0.15 * torch.randn(exits + 1, n, generator=g) < skill
     h = torch.sigmoid(6 * (skill - hard) + torch.randn(exits + 1, n, generator=g))

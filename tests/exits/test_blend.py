@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from device import drawn, here, seeded
 from torch import Tensor
 
 from ptee._common.errors import PteeError
@@ -17,10 +18,10 @@ E, N, K = 3, 400, 5
 
 def answers(n: int = N, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(E+1, n, K) logits of exits that err independently, the later the less, all of them far too sure; and labels (n,)."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(K, (n,), generator=generator)
+    generator = drawn(seed)
+    labels = torch.randint(K, (n,), generator=generator, device="cpu").to(here())
     skill = torch.tensor([1.0, 1.2, 1.4, 1.8])[:, None, None]
-    noise = torch.randn(E + 1, n, K, generator=generator)
+    noise = torch.randn(E + 1, n, K, generator=generator, device="cpu").to(here())
     return 4 * (skill * F.one_hot(labels, K) + noise), labels
 
 
@@ -100,7 +101,7 @@ def test_with_few_errors_all_answers_weigh_the_same_and_this_is_said():
 
 
 def test_a_thousand_classes_and_a_hundred_images_are_no_problem():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     labels = torch.randint(1000, (100,), generator=generator)
     y = torch.randn(3, 100, 1000, generator=generator) + 5 * F.one_hot(labels, 1000) * torch.rand(
         3, 100, 1, generator=generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee.analysis.cut_points import survey
+from ptee.analysis.macs import count
 from ptee.analysis.verify import verify_cut_points
 
 SIZE, K = (3, 64, 64), 10
@@ -143,5 +145,17 @@ def test_the_script_ends_with_status_1_where_a_promise_is_broken(device, monkeyp
         CHECKS.main, ["--device", str(device), "--family", "timm/test_resnet", "--type", "float32"]
     )
     assert done.exit_code == 1
-    assert "FAILED: AssertionError: broken" in done.output
+    assert re.search(
+        r"FAILED: AssertionError: broken \[test_devices\.py:\d+ in a_promise_that_nobody_keeps\]", done.output
+    )
     assert "1 of 2 hold" in done.output
+
+
+def test_a_failure_is_told_with_the_place_in_ptee_and_where_it_came_from(device):
+    def a_layer(*_: object) -> None:
+        raise ZeroDivisionError
+
+    backbone = net("cnn", device)
+    backbone.layer1.register_forward_hook(a_layer)
+    _, wrong, _ = CHECKS.outcome(count, backbone, images(device, rows=1))
+    assert re.search(r"\[test_devices\.py:\d+ in a_layer <- \w+\.py:\d+ in \w+\]$", wrong), wrong

@@ -210,7 +210,7 @@ REFUSED = {
     "a tuple of tensors": ({"train_data": (X, Y)}, r"train_data is a tuple of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
     "a list of tensors": ({"val_data": [X, Y]}, r"val_data is a list of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
     "a tensor": ({"train_data": X}, r"train_data is a Tensor.*TensorDataset\(train_data\)"),
-    "arrays": ({"train_data": (X.numpy(), Y.numpy())}, r"train_data is a tuple of values.*TensorDataset\(X, y\)"),
+    "arrays": ({"train_data": (X.cpu().numpy(), Y.cpu().numpy())}, r"train_data is a tuple of values.*TensorDataset\(X, y\)"),
     "a folder": ({"train_data": "images/train"}, "train_data is a str.*ImageFolder"),
     "one image to choose thresholds on and to report on": ({"val_data": images(1)}, r"two images at least, and there is one\. Give more: val_data=DATASET, or others: calibration_data=DATASET"),
     "no image for validation": ({"val_data": images(0)}, "val_data is empty"),

@@ -53,7 +53,7 @@ def test_where_mirrors_are_of_another_class_no_view_is_one():
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_other_views_are_the_image_shifted_by_an_eighth_of_its_side_at_most(mirror):
-    image, seen = images()[0], Counter()
+    image, seen = images()[0].cpu(), Counter()  # where images of data sets lie
     for seed in range(300):
         got = make_view(image, 2, generator(seed), mirror=mirror)
         inner = got[:, 2:-2, 2:-2]

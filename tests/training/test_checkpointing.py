@@ -14,6 +14,9 @@ import ptee
 from ptee._common.errors import PteeError
 
 SIZE = (3, 16, 16)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # torch's, of reentrant checkpoints
 
 
 class Checkpointed(nn.Module):

@@ -341,6 +341,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name_and_changes_nothing(setting
     assert same(heads(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:Training collapsed")
 def test_settings_by_name_take_the_place_of_those_in_the_config():
     config = TrainingConfig(loss="joint", epochs=1, batch_size=16, views=1, shift=0, cache=False, precision="no")
     history = ptee.train(made(), data(), config=config, epochs=2, device=here())
