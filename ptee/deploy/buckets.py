@@ -91,6 +91,7 @@ class Buckets:
         if self.device.type == "cuda":
             self._counts = self._counts.pin_memory()
         self._read = self._counts.numpy()  # the same memory
+        self._unread: list[int] = []  # exits whose numbers nobody has waited for
         self._recorder: Recorder = Graphs() if self.device.type == "cuda" else Rerun()
         self._buckets: dict[int, Bucket] = {}
         self._in_force: tuple[float, ...] | None = None
@@ -106,10 +107,14 @@ class Buckets:
         """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,)."""
         bucket = self.bucket_for(len(x))
         self._fill(bucket, x, thresholds)
-        self._read[:] = UNKNOWN
+        for n in self._unread:  # of the call before: its numbers come first
+            self._number(n)
+        self._unread = []
         for n, exit in enumerate(self.exits):
+            self._read[n] = UNKNOWN
             bucket.replay[n]()
             if isinstance(thresholds[exit], float) and thresholds[exit] > 1:
+                self._unread.append(n)
                 continue  # nobody leaves, so there is no number to wait for
             staying = self._number(n)
             if not staying:

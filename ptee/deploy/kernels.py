@@ -67,6 +67,7 @@ def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor, ki
     """As `ptee.deploy.decision.decide`. `h` is what `kind` computes it from; the number of those that stay goes to `count`."""
     b, classes = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    h = h.contiguous()
     stay = torch.empty(b, dtype=torch.int32, device=rows.device)
     next_rows, order, packed = torch.empty_like(rows), torch.empty_like(rows), torch.empty_like(rows)
     _leave[(b,)](

@@ -47,6 +47,7 @@ class Graphs:
             for _ in range(2):  # libraries choose their algorithms and take their memory before the recording
                 work()
             torch.cuda.synchronize()
+            _forget_workspaces()  # the recording takes its own: those outside may be freed by others
             graph = torch.cuda.CUDAGraph()
             # Not torch.cuda.graph: it collects garbage each time, and there are many recordings.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -54,6 +55,13 @@ class Graphs:
                 made = work()
             finally:
                 graph.capture_end()
+                _forget_workspaces()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph.replay()  # the capture itself computes nothing, and what was returned is read next
+        torch.cuda.synchronize()
         return made, graph.replay
+
+
+def _forget_workspaces() -> None:
+    """Products keep some memory for a stream from one call to the next. The next product takes new memory."""
+    torch._C._cuda_clearCublasWorkspaces()

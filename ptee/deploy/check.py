@@ -1,0 +1,63 @@
+"""Do the pieces answer as the model does, whichever rows go on?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ptee._common.errors import PteeError
+from ptee.analysis.arithmetic import MIN_SCALE, exact_arithmetic, tolerance
+from ptee.analysis.cut_points import random_images
+from ptee.deploy.segments import Segment
+from ptee.model.early_exit import EarlyExitModel
+
+BATCHES = (1, 2, 7)
+
+
+def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Sequence[int] = BATCHES) -> None:
+    """Let a row leave at each exit, turn the others around, and compare all answers with the model's.
+
+    Args:
+        model: from which the pieces were made.
+        pieces: to be checked.
+        batches: numbers of rows to try.
+
+    Raises:
+        PteeError: if an answer is another one.
+    """
+    for b in batches:
+        x = random_images(model.backbone, b, model.plan.input_size)
+        with torch.no_grad(), exact_arithmetic:
+            gaps = _gaps(model, pieces, x)
+        for name, gap in gaps.items():
+            if not gap <= tolerance(x.dtype, x.device):
+                raise PteeError(
+                    f"{model.plan.backbone} cannot be taken apart: in pieces, {name} gives other answers to a batch of {b} (off "
+                    f"by {gap:.1e}) than the whole model. Use the model as it is."
+                )
+
+
+def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[str, float]:
+    """For each exit and the end, how far the answers of the rows that came there are from the model's."""
+    want = model.all_exits(x)
+    alive: Sequence[Tensor] = (x.clone(),)
+    rows = torch.arange(len(x), device=x.device)
+    gaps = {}
+    for piece in pieces[:-1]:
+        alive, logits, sure = piece.module(*alive)
+        of_sure = _gap(want.confidence_logits[piece.exit][rows], sure)
+        gaps[f"exit {piece.exit}"] = max(_gap(want.logits[piece.exit][rows], logits), of_sure)
+        alive = alive if piece.ahead is None else piece.ahead(*alive)
+        staying = torch.arange(len(rows), device=x.device).flip(0)[: max(1, len(rows) - 1)]
+        alive = [where.select(tensor, staying) for where, tensor in zip(piece.rows, alive, strict=True)]
+        rows = rows[staying]
+    gaps["the end"] = _gap(want.logits[-1][rows], pieces[-1].module(*alive))
+    return gaps
+
+
+def _gap(want: Tensor, got: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    scale = max(want.abs().max().item(), MIN_SCALE)
+    return ((want.float() - got.float()).abs().max() / scale).item()
