@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +18,33 @@ from ptee._common.errors import PteeError
 from ptee.deploy.decision import Answers, Staying, decide, end
 from ptee.deploy.recording import Graphs, Recorder, Rerun
 from ptee.deploy.segments import Segment
-from ptee.exits.blend import BLENDED, confidence_of_blend
-from ptee.exits.confidence import find_confidence
-from ptee.exits.config import LEARNED, MAX_PROB
+from ptee.exits.blend import confidence_of_blend
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import ExitOutput
 
-SIZES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)  # and from there on in steps of 1/8 or less
+SIZES = (
+    1,
+    2,
+    4,
+    6,
+    8,
+    12,
+    16,
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+)  # and from there on in steps of 1/8 or less
 UNKNOWN = -1  # how many rows stay, before the device has said so
 LOOKS = 4096  # between two checks that the device is still at work
-Piece = Callable[..., Any]
 
 
 def sizes_up_to(most: int) -> list[int]:
@@ -71,22 +87,21 @@ class Buckets:
     Args:
         model: in eval mode; what it says of confidence, exits that are off and blended answers is recorded as it is now.
         segments: of the model.
-        pieces: for each segment what computes it.
         max_batch: the largest batch.
+        example: (1, c, h, w) images as they will be.
     """
 
-    def __init__(
-        self, model: EarlyExitModel, segments: Sequence[Segment], pieces: Sequence[Piece], max_batch: int, example: Tensor
-    ) -> None:
-        self.segments, self.pieces = segments, pieces
+    def __init__(self, model: EarlyExitModel, segments: Sequence[Segment], max_batch: int, example: Tensor) -> None:
+        self.segments = segments
         self.device = example.device
         self.exits = [s.exit for s in segments[:-1]]
         self.sizes = sizes_up_to(max_batch)
         self._size_for = [next(s for s in self.sizes if s >= n) for n in range(1, max_batch + 1)]
-        self._example = example[:1]
-        dtype = model._answer_type(self._example)
+        self._example = example
+        dtype = model.answer_type(self._example)
         self.answers = Answers(max_batch, model.num_classes, model.costs, dtype, self.device)
-        self.answer = _Answering(model)
+        self.rule = model.rule
+        self.name = model.confidence if self.rule.blend is None else confidence_of_blend(model.confidence)
         self._counts = torch.zeros(len(segments), dtype=torch.int64, device="cpu")
         if self.device.type == "cuda":
             self._counts = self._counts.pin_memory()
@@ -94,7 +109,7 @@ class Buckets:
         self._unread: list[int] = []  # exits whose numbers nobody has waited for
         self._recorder: Recorder = Graphs() if self.device.type == "cuda" else Rerun()
         self._buckets: dict[int, Bucket] = {}
-        self._in_force: tuple[float, ...] | None = None
+        self._in_force: tuple[float, ...] = ()  # the thresholds on the device, if they are the same for all rows
 
     def bucket_for(self, rows: int) -> Bucket:
         """The smallest bucket for so many rows, recorded if it is asked for for the first time."""
@@ -107,14 +122,13 @@ class Buckets:
         """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,)."""
         bucket = self.bucket_for(len(x))
         self._fill(bucket, x, thresholds)
-        for n in self._unread:  # of the call before: its numbers come first
-            self._number(n)
-        self._unread = []
+        while self._unread:  # of the call before: they must not come later than those of this one
+            self._number(self._unread[0])
         for n, exit in enumerate(self.exits):
             self._read[n] = UNKNOWN
+            self._unread.append(n)
             bucket.replay[n]()
             if isinstance(thresholds[exit], float) and thresholds[exit] > 1:
-                self._unread.append(n)
                 continue  # nobody leaves, so there is no number to wait for
             staying = self._number(n)
             if not staying:
@@ -138,6 +152,7 @@ class Buckets:
             if looks % LOOKS == 0 and torch.cuda.current_stream().query() and self._read[n] < 0:
                 raise PteeError(f"Exit {n} was not reached on the GPU.")
             time.sleep(0)  # other threads may run
+        self._unread.remove(n)
         return int(number)
 
     def _fill(self, bucket: Bucket, x: Tensor, thresholds: Sequence[float | Tensor]) -> None:
@@ -146,14 +161,17 @@ class Buckets:
             torch.arange(len(x), out=bucket.rows[: len(x)])
             bucket.rows[len(x) :] = self.answers.nobody
             bucket.filled = len(x)
-        if all(isinstance(t, float) for t in thresholds):
-            if self._in_force != tuple(thresholds):
-                self._in_force = tuple(thresholds)
-                self.answers.thresholds.copy_(torch.tensor(self._in_force, dtype=torch.float64, device="cpu"))
-            return
-        self._in_force = None
-        for n, t in enumerate(thresholds):
-            self.answers.thresholds[: len(x), n] = t
+        self._set_thresholds(thresholds, len(x))
+
+    def _set_thresholds(self, thresholds: Sequence[float | Tensor], rows: int) -> None:
+        numbers = tuple(t for t in thresholds if isinstance(t, float))
+        if len(numbers) < len(thresholds):
+            self._in_force = ()
+            for n, t in enumerate(thresholds):
+                self.answers.thresholds[:rows, n] = t
+        elif numbers != self._in_force:
+            self._in_force = numbers
+            self.answers.thresholds.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
     def _move(self, n: int, bucket: Bucket, smaller: Bucket) -> None:
         """Copy what is alive behind exit n to where a smaller bucket goes on."""
@@ -185,7 +203,7 @@ class Buckets:
         segment = self.segments[n]
 
         def work() -> tuple[Sequence[Tensor], Staying]:
-            alive, logits, sure = self.pieces[n](*takes)
+            alive, logits, sure = segment.module(*takes)
             staying = self._decided(n, rows, logits, sure, self._earlier(n, takes))
             return (segment.ahead(*alive) if segment.ahead else alive), staying
 
@@ -193,67 +211,30 @@ class Buckets:
 
     def _decided(self, n: int, rows: Tensor, logits: Tensor, sure: Tensor, earlier: dict[int, Tensor]) -> Staying:
         exit = self.exits[n]
-        if self.device.type == "cuda":
-            from ptee.deploy import kernels
+        if self.device.type != "cuda":
+            staying = decide(self.answers, exit, rows, *self.rule.at_exit(exit, logits, sure, earlier))
+            self._counts[n].copy_(staying.number)
+            return staying
+        from ptee.deploy import kernels
 
-            logits, h, kind = self.answer.for_kernel(exit, logits, sure, earlier)
-            return kernels.decide(self.answers, exit, rows, logits, h, kind, self._counts[n : n + 1])
-        logits, h = self.answer.at_exit(exit, logits, sure, earlier)
-        staying = decide(self.answers, exit, rows, logits, h)
-        self._counts[n].copy_(staying.count)
-        return staying
+        kind = kernels.KINDS.get(self.name, kernels.GIVEN)
+        if kind == kernels.GIVEN:
+            logits, sure = self.rule.at_exit(exit, logits, sure, earlier)
+        else:
+            logits = self.rule.answer(exit, logits, earlier)
+        return kernels.decide(self.answers, exit, rows, logits, sure, kind, self._counts[n : n + 1])
 
     def _earlier(self, n: int, takes: Sequence[Tensor]) -> dict[int, Tensor]:
         """The logits of the exits before piece n, where they are kept: they are among what it takes."""
         return {m: takes[i] for m, i in self.segments[n - 1].earlier.items()} if n else {}
 
+    def _thresholds(self, rows: Tensor) -> dict[int, Tensor]:
+        return dict(enumerate(self.answers.thresholds[rows].unbind(1)))
+
     def _end(self, takes: Sequence[Tensor], rows: Tensor) -> Callable[[], None]:
         def work() -> None:
-            own = self.pieces[-1](*takes)
+            own = self.segments[-1].module(*takes)
             earlier = self._earlier(len(self.exits), takes)
-            end(self.answers, rows, self.answer.at_end(own, earlier, self.answers.thresholds[rows]))
+            end(self.answers, rows, self.rule.at_end(own, earlier, self._thresholds(rows)))
 
         return work
-
-
-class _Answering:
-    """What an exit answers, and how sure it is, as the model says at the time of the recording."""
-
-    def __init__(self, model: EarlyExitModel) -> None:
-        self.blend = model.blend if model.answers == BLENDED else None
-        self.name = confidence_of_blend(model.confidence) if self.blend else model.confidence
-        self.confidence = find_confidence(self.name, model.calibrated)
-        self.off, self.num_exits = model.off, len(model.exits)
-
-    @property
-    def reads_earlier(self) -> bool:
-        """Whether the answers of earlier exits must be kept."""
-        return self.blend is not None or self.confidence.needs_answers_of_earlier_exits
-
-    def at_exit(self, n: int, own: Tensor, sure: Tensor, earlier: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """(logits, h) of exit n."""
-        logits = self._blended(n, own, earlier)
-        return logits, self.confidence(n, logits, list(earlier.values()), sure, self.num_exits)
-
-    def for_kernel(self, n: int, own: Tensor, sure: Tensor, earlier: dict[int, Tensor]) -> tuple[Tensor, Tensor, int]:
-        """(logits, what h is computed from, how)."""
-        from ptee.deploy import kernels
-
-        if self.name in (LEARNED, MAX_PROB):
-            return self._blended(n, own, earlier), sure, kernels.LEARNED if self.name == LEARNED else kernels.MAX_PROB
-        return *self.at_exit(n, own, sure, earlier), kernels.GIVEN
-
-    def at_end(self, own: Tensor, earlier: dict[int, Tensor], thresholds: Tensor) -> Tensor:
-        """The answers of the rows that never left. Rows that no exit could take get the backbone's own."""
-        on = self._on(earlier)
-        if self.blend is None or not self.blend.to_the_end or not on:
-            return own
-        blended = self.blend.logits(self.num_exits, own, on)
-        usable = (thresholds[:, list(on)] <= 1).any(1) & ~blended.isnan().any(-1)
-        return torch.where(usable[:, None], blended, own).to(own.dtype)
-
-    def _blended(self, n: int, own: Tensor, earlier: dict[int, Tensor]) -> Tensor:
-        return own if self.blend is None else self.blend.logits(n, own, self._on(earlier))
-
-    def _on(self, earlier: dict[int, Tensor]) -> dict[int, Tensor]:
-        return {m: logits for m, logits in earlier.items() if m not in self.off}

@@ -29,11 +29,15 @@ class Answers:
         costs: (E + 1,) what a row costs that leaves at each exit.
     """
 
-    def __init__(self, rows: int, classes: int, costs: Sequence[float], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, classes: int, costs: Sequence[float], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.nobody, self._classes, self._dtype = rows, classes, dtype
         width = classes * torch.empty((), dtype=dtype, device="cpu").element_size()
         self._ends = [(rows + 1) * size for size in (8, 12, 16, 16 + width)]
-        self._memory = torch.zeros(self._ends[-1], dtype=torch.uint8, device=device)  # in one piece, so one copy takes all
+        self._memory = torch.zeros(
+            self._ends[-1], dtype=torch.uint8, device=device
+        )  # in one piece, so one copy takes all
         self.logits, self.exit, self.confidence, self.cost = self._views(self._memory)
         self.thresholds = torch.zeros(rows + 1, len(costs) - 1, dtype=torch.float64, device=device)
         self.costs = torch.tensor(costs, dtype=torch.float32, device=device)
@@ -59,13 +63,13 @@ class Staying(NamedTuple):
         rows: (b,) the row that each place holds, or nobody.
         order: (b,) the places of those that stay, one behind the other; then zeros.
         packed: (b,) the rows in that order; then nobody.
-        count: () their number.
+        number: () their number.
     """
 
     rows: Tensor
     order: Tensor
     packed: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor) -> Staying:

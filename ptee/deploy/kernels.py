@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ptee.deploy.decision import Answers, Staying
+from ptee.exits.config import LEARNED, MAX_PROB
 
-GIVEN, LEARNED, MAX_PROB = 0, 1, 2  # where h comes from
+GIVEN = 0
+KINDS = {LEARNED: 1, MAX_PROB: 2}  # the confidences that a kernel computes; any other h is given
 
 
 @triton.jit
-def _leave(
+def _leave(  # type: ignore[no-untyped-def]
     logits, sure, rows, thresholds, costs, out, exits, confidence, cost, stay, n, num_exits, classes, nobody, stride,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +47,7 @@ def _leave(
 
 
 @triton.jit
-def _pack(stay, rows, next_rows, order, packed, count, nobody, b, BLOCK: tl.constexpr):
+def _pack(stay, rows, next_rows, order, packed, count, nobody, b, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: where the rows that stay go, and their number."""
     i = tl.arange(0, BLOCK)
     inside = i < b
@@ -76,5 +78,7 @@ def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor, ki
         answers.thresholds.shape[1], classes, answers.nobody, logits.stride(0), KIND=kind,
         BLOCK=triton.next_power_of_2(classes), num_warps=4 if classes < 4096 else 8,
     )  # fmt: skip
-    _pack[(1,)](stay, rows, next_rows, order, packed, count, answers.nobody, b, BLOCK=max(16, triton.next_power_of_2(b)))
+    _pack[(1,)](
+        stay, rows, next_rows, order, packed, count, answers.nobody, b, BLOCK=max(16, triton.next_power_of_2(b))
+    )
     return Staying(next_rows, order, packed, count)

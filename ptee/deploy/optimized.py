@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, unknown
-from ptee.deploy.buckets import Buckets, _Answering
+from ptee.deploy.buckets import Buckets
+from ptee.deploy.capture import MAX_ROWS, example_images
+from ptee.deploy.check import check_segments
 from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter
@@ -20,27 +22,30 @@ from ptee.model.images import wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
-AHEAD = int(__import__('os').environ.get('AHEAD', 0))
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
+AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
 
 class OptimizedModel(nn.Module):
-    """Answers as the early-exit model that it was made from, faster.
+    """Answers as the early-exit model that it was made from, faster. Made by `optimize`.
 
     It shares weights, thresholds and all other settings with that model: set them here or there. Thresholds change nothing that
-    is recorded. After a change of `off`, `confidence` or `answers`, the next call records all pieces again.
+    was recorded. After a change of `off`, `confidence` or `answers`, the next call takes the model apart again.
+
+    One call runs at a time; other threads wait.
 
     Attributes:
         model: the early-exit model.
+        max_batch: larger batches are answered in parts.
+        mode: "graphs", "compile" or "eager".
     """
 
     def __init__(self, model: EarlyExitModel, max_batch: int, mode: str) -> None:
         super().__init__()
         self.model, self.max_batch, self.mode = model, max_batch, mode
+        self._example = example_images(model, 1)
         self._lock = threading.Lock()
-        self._made: Buckets | None = None
-        self._made_for: tuple[Any, ...] = ()
-        self._example = _example(model)
+        self._buckets, self._made_for = self._made(), self._settings()
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -51,7 +56,7 @@ class OptimizedModel(nn.Module):
 
     @property
     def threshold(self) -> list[float]:
-        """T of each exit, as `EarlyExitModel.threshold`."""
+        """T of each exit. Set it at any time, as that of an early-exit model."""
         return self.model.threshold
 
     @threshold.setter
@@ -60,7 +65,7 @@ class OptimizedModel(nn.Module):
 
     @property
     def off(self) -> tuple[int, ...]:
-        """The exits that are off, as `EarlyExitModel.off`."""
+        """The numbers of the exits that are switched off."""
         return self.model.off
 
     @off.setter
@@ -74,57 +79,81 @@ class OptimizedModel(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
-        """As `EarlyExitModel.predict`."""
-        rows = len(x)
-        if not self._fits(x) or not rows:
-            return self._refused(x, threshold)
-        thresholds = self.model._in_force(threshold, rows)
+        """Answer each row at the first exit that is confident enough; only the other rows go on.
+
+        Args:
+            x: (b, c, h, w) images of the size that the model was planned for, on its device and of its number type.
+            threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
+
+        Raises:
+            PteeError: for other images, or a threshold that is NaN or of another shape.
+        """
+        if not self._fits(x):
+            return self._without_pieces(x, threshold)
+        thresholds = self.model.thresholds_of_call(threshold, len(x))
         with self._lock:
-            run = self._buckets()
-            if rows <= self.max_batch:
-                return run(x, thresholds)
-            parts = [
-                run(part, [t if isinstance(t, float) or not t.dim() else t[i : i + self.max_batch] for t in thresholds])
-                for i, part in zip(range(0, rows, self.max_batch), x.split(self.max_batch), strict=True)
-            ]
+            self._keep_up()
+            if len(x) <= self.max_batch:
+                return self._buckets(x, thresholds)
+            parts = [self._buckets(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch))
+                     for i in range(0, len(x), self.max_batch)]  # fmt: skip
         return ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
-
-    def _fits(self, x: Any) -> bool:
-        like = self._example
-        return isinstance(x, Tensor) and x.shape[1:] == like.shape[1:] and x.dtype == like.dtype and x.device == like.device
-
-    def _refused(self, x: Tensor, threshold: Thresholds | None) -> ExitOutput:
-        """No rows are answered by the model itself. Images that it would take and the pieces do not are refused."""
-        self.model._ready_for(x)
-        if not len(x) and x.shape[1:] == self._example.shape[1:]:
-            return self.model.predict(x, threshold)
-        if x.dtype != self._example.dtype:
-            raise wrong_type(x, self._example.dtype, "the pieces were made for one number type")
-        raise wrong_size(x, self.model.plan.input_size, "the pieces were made for one size of images")
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Record the pieces for batches of these sizes now, not when they are first seen."""
         with self._lock:
+            self._keep_up()
             for size in sizes:
-                self._buckets().bucket_for(min(size, self.max_batch))
+                self._buckets.bucket_for(max(1, min(size, self.max_batch)))
 
-    def _buckets(self) -> Buckets:
-        model = self.model
-        now = (model.plan, model.answers, model.blend, model.calibrated)
-        if self._made is None or any(a is not b for a, b in zip(now, self._made_for, strict=True)):
-            self._made, self._made_for = None, now
-            pieces = segments(model, keep_logits=_Answering(model).reads_earlier, ahead=AHEAD)
-            run = [_compiled(p.module) if self.mode == COMPILE else p.module for p in pieces]
-            if self.mode == COMPILE:
-                pieces = [replace(p, ahead=p.ahead and _compiled(p.ahead)) for p in pieces]
-            self._made = Buckets(model, pieces, run, self.max_batch, self._example)
-        return self._made
+    def _fits(self, x: Any) -> bool:
+        like = self._example
+        fits = (
+            isinstance(x, Tensor)
+            and x.shape[1:] == like.shape[1:]
+            and x.dtype == like.dtype
+            and x.device == like.device
+        )
+        return fits and len(x) > 0 and not self.model.detached
+
+    def _without_pieces(self, x: Tensor, threshold: Thresholds | None) -> ExitOutput:
+        """An empty batch is answered by the model. All else is refused, also what the model would take."""
+        self.model.require_ready(x)
+        if x.dtype != self._example.dtype:
+            raise wrong_type(x, self._example.dtype, "the pieces were made for this type")
+        if x.shape[1:] != self._example.shape[1:]:
+            raise wrong_size(x, self.model.plan.input_size, "the pieces were made for this size")
+        return self.model.predict(x, threshold)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """All that is part of a recording."""
+        return self.model.plan, self.model.answers, self.model.blend, self.model.calibrated
+
+    def _keep_up(self) -> None:
+        """Take the model apart again if its settings are others by now."""
+        now = self._settings()
+        if any(new is not old for new, old in zip(now, self._made_for, strict=True)):
+            self._buckets, self._made_for = self._made(), now
+
+    def _made(self) -> Buckets:
+        on_gpu = self._example.device.type == "cuda"
+        pieces = segments(self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if on_gpu else 0)
+        check_segments(self.model, pieces)
+        if self.mode == COMPILE:
+            pieces = [replace(p, module=_compiled(p.module), ahead=p.ahead and _compiled(p.ahead)) for p in pieces]
+        return Buckets(self.model, pieces, self.max_batch, self._example)
 
 
-def _compiled(module: nn.Module) -> Any:
+def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[float | Tensor]:
+    """The thresholds of some rows of a batch."""
+    return [t if isinstance(t, float) or not t.dim() else t[first : first + rows] for t in thresholds]
+
+
+def _compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for each size of batches by itself, however many there are."""
     import torch._dynamo
 
-    made = torch.compile(module, dynamic=False)
+    made = torch.compile(piece, dynamic=False)
 
     def call(*tensors: Tensor) -> Any:
         with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
@@ -133,41 +162,31 @@ def _compiled(module: nn.Module) -> Any:
     return call
 
 
-def _example(model: EarlyExitModel) -> Tensor:
-    like = one_parameter(model.backbone)
-    x = torch.zeros(1, *model.plan.input_size, device=like.device, dtype=like.dtype)
-    last = any(
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-        for p in model.backbone.parameters()
-    )
-    return x.contiguous(memory_format=torch.channels_last) if last else x
-
-
 def optimize(
     model: EarlyExitModel, *, max_batch: int = 256, mode: str = AUTO, dtype: torch.dtype | None = None
 ) -> OptimizedModel:
-    """Make a model faster that is trained and tuned.
+    """Make a trained and tuned model faster: its forward pass is taken apart at the exits, and each piece is recorded.
 
     Args:
         model: in eval mode, on its device.
         max_batch: larger batches are answered in parts.
-        mode: "graphs": each piece of the forward pass is a CUDA graph for each size of batches. "compile": the pieces go through
-            torch.compile first. "eager": pieces without either, on any device. "auto": "graphs" on an NVIDIA GPU, else "eager".
-        dtype: of weights and images, such as torch.float16; a copy of the model gets it. None: as they are.
+        mode: "graphs": each piece is a CUDA graph for each size of batches. "compile": each piece goes through torch.compile,
+            on a GPU also into a CUDA graph. "eager": pieces as they are. "auto": "graphs" on an NVIDIA GPU, else "compile".
+        dtype: of weights and images, such as torch.float16. A copy of the model gets it. None: as they are.
 
     Raises:
-        PteeError: if the model cannot be taken apart.
+        PteeError: if the model cannot be taken apart, or a mode is not possible here.
     """
     require_early_exit(model)
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
-    if dtype is not None:
-        model = copy.deepcopy(model).to(dtype)
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_ROWS:
+        raise PteeError(f"A batch has 1 to {MAX_ROWS} images; max_batch={max_batch!r} is not possible.")
     kind = one_parameter(model.backbone).device.type
     if mode == AUTO:
-        mode = GRAPHS if kind == "cuda" else EAGER
+        mode = GRAPHS if kind == "cuda" else COMPILE
     if mode == GRAPHS and kind != "cuda":
         raise PteeError(f"CUDA graphs need an NVIDIA GPU, and this model is on {kind}. Give mode='compile' or 'eager'.")
-    made = OptimizedModel(model, max_batch, mode)
-    made._buckets()
-    return made
+    if dtype is not None:
+        model = copy.deepcopy(model).to(dtype)
+    return OptimizedModel(model, max_batch, mode)

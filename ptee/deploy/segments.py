@@ -13,37 +13,20 @@ no exception: in each piece that number is read from the tensors that the piece 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, fx
 
-from ptee._common.errors import PteeError, first_line
-from ptee.analysis.cut_points import Cut, random_images
-from ptee.exits.heads import HeadOutput
-from ptee.exits.placement import INPUT
+from ptee._common.errors import PteeError
+from ptee.deploy.capture import captured
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.forward import Call, ExitHook, RecordAll, one_parameter, running
 
-MAX_ROWS = 4096  # of a batch
-EXAMPLE_ROWS = 3
 PRODUCTS = ("conv", "linear", "matmul", "bmm", "attention")
 ROOM = 4  # so many times the products ahead must come before the next exit
-
-
-@torch.library.custom_op("ptee::cut", mutates_args=())
-def _mark(x: Tensor, exit: int) -> Tensor:
-    """Marks a cut in a captured graph. It never runs: the graph is taken apart there."""
-    return x.clone()
-
-
-@_mark.register_fake
-def _(x: Tensor, exit: int) -> Tensor:
-    return torch.empty_like(x)
 
 
 @dataclass(frozen=True)
@@ -81,8 +64,8 @@ class Segment:
         earlier: for each earlier exit that is kept, the number of its logits among the tensors that are alive behind it.
     """
 
-    module: fx.GraphModule
-    ahead: fx.GraphModule | None
+    module: Callable[..., Any]
+    ahead: Callable[..., Any] | None
     rows: tuple[Rows, ...]
     exit: int
     earlier: Mapping[int, int]
@@ -100,64 +83,7 @@ def segments(model: EarlyExitModel, *, keep_logits: bool = False, ahead: int = 0
     Raises:
         PteeError: if torch.export cannot capture the model, or rows and something else are mixed in one axis at a cut.
     """
-    graph = _captured(model)
-    return _Splitter(graph, keep_logits, ahead).pieces()
-
-
-# ---------------------------------------------------------------------------------------------------- capture
-
-
-class _Marking(RecordAll):
-    """All heads run that would run in `predict`, and a mark is left at each cut."""
-
-    def __init__(self, model: EarlyExitModel, skipped: tuple[int, ...], batch: int) -> None:
-        super().__init__(model._hooks, list(model.heads), model.plan, batch)
-        self.skipped = skipped
-
-    def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
-        """The backbone's answer. The exit at the input, if there is one, marks the images."""
-        if self.plan.exits[0].name == INPUT and (marked := self._pass(0, images)) is not None:
-            images = marked
-        return self._run_backbone(backbone, images)
-
-    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> Any:
-        """Keep the head's answer, and mark the place."""
-        super().on_head_output(n, cut, output, said, earlier)
-        return tree_map_only(Tensor, lambda t: _mark(t, n), output)
-
-
-class _Passes(nn.Module):
-    """What is captured: images -> (the backbone's answer, each exit's answer)."""
-
-    def __init__(self, model: EarlyExitModel) -> None:
-        super().__init__()
-        self.backbone, self.heads = model.backbone, model.heads
-        skipped = model.plan.skipped  # computed here: nothing of it belongs into the graph
-        self._call = lambda batch: _Marking(model, skipped, batch)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        call = self._call(x.shape[0])  # len(x) would fix the number of rows
-        with running(call):
-            answer = call.forward(self.backbone, x)
-        return answer, [tuple(said) for said in call.outputs]
-
-
-def _captured(model: EarlyExitModel) -> fx.GraphModule:
-    like = one_parameter(model.backbone)
-    x = random_images(model.backbone, EXAMPLE_ROWS, model.plan.input_size)
-    if like.dim() and any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in model.backbone.parameters() if p.dim() == 4):
-        x = x.contiguous(memory_format=torch.channels_last)
-    rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(_Passes(model), (x,), dynamic_shapes=({0: rows},), strict=False)
-    except PteeError:
-        raise
-    except Exception as why:  # whatever the backbone's code and torch.export raise
-        raise PteeError(
-            f"torch.export cannot capture {model.plan.backbone}: {first_line(why)}"
-        ) from why
-    return program.module()
+    return _Splitter(captured(model), keep_logits, ahead).pieces()
 
 
 # ---------------------------------------------------------------------------------------------------- taking apart
@@ -238,7 +164,8 @@ class _Splitter:
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return reduce(getattr, node.target.split("."), self.whole)
+            return reduce(getattr, str(node.target).split("."), self.whole)
+        assert callable(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         with torch.no_grad():
             return node.target(*args, **kwargs)
@@ -250,7 +177,11 @@ class _Splitter:
         for i, exit in enumerate(self.exits):
             at_cut, behind = self._alive_behind(2 * i), self._alive_behind(2 * i + 1)
             module = self._graph(2 * i, alive, rows, (tuple(at_cut), *self.said[i]))
-            ahead = None if at_cut == behind else self._graph(2 * i + 1, at_cut, list(map(self._rows_of, at_cut)), tuple(behind))
+            ahead = (
+                None
+                if at_cut == behind
+                else self._graph(2 * i + 1, at_cut, list(map(self._rows_of, at_cut)), tuple(behind))
+            )
             alive, rows = behind, list(map(self._rows_of, behind))
             made.append(Segment(module, ahead, tuple(rows), exit, self._earlier(alive)))
         last = self._graph(2 * len(self.exits), alive, rows, self.answer)
@@ -276,7 +207,9 @@ class _Splitter:
                 each = _multiple(size, self.batch)
                 if each is not None:
                     return Rows(axis, each)
-        raise PteeError(f"At a cut, a tensor of shape {tuple(shape)} is alive in which no axis holds the rows of the batch.")
+        raise PteeError(
+            f"At a cut, a tensor of shape {tuple(shape)} is alive in which no axis holds the rows of the batch."
+        )
 
     def _graph(self, i: int, takes: Sequence[fx.Node], rows: Sequence[Rows], gives: Any) -> fx.GraphModule:
         return fx.GraphModule(self.whole, _Piece(self, i, takes, rows).graph_of(gives))
@@ -298,7 +231,12 @@ class _Piece:
     def graph_of(self, gives: Any) -> fx.Graph:
         """The graph that gives these nodes."""
         for node in self.splitter.nodes:
-            if self.splitter.piece[node] == self.number and node.op != "placeholder" and not _is_mark(node) and _writes(node):
+            if (
+                self.splitter.piece[node] == self.number
+                and node.op != "placeholder"
+                and not _is_mark(node)
+                and _writes(node)
+            ):
                 self.copy(node)
         self.graph.output(fx.map_arg(gives, self.copy))
         self.graph.lint()
@@ -328,7 +266,9 @@ class _Piece:
             raise PteeError(f"{node.name} is a size that is no multiple of the number of rows.")
         if self._count is None:
             size = self.graph.call_function(torch.ops.aten.sym_size.int, (self._first, self._rows.axis))
-            self._count = size if self._rows.each == 1 else self.graph.call_function(operator.floordiv, (size, self._rows.each))
+            self._count = (
+                size if self._rows.each == 1 else self.graph.call_function(operator.floordiv, (size, self._rows.each))
+            )
         return self._count if each == 1 else self.graph.call_function(operator.mul, (self._count, each))
 
 
@@ -342,7 +282,7 @@ def _is_product(node: fx.Node) -> bool:
 
 
 def _behind_mark(node: fx.Node) -> fx.Node:
-    return node.args[0] if _is_mark(node) else node
+    return node.all_input_nodes[0] if _is_mark(node) else node
 
 
 def _is_number(node: fx.Node) -> bool:

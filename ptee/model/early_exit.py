@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -26,6 +26,7 @@ from ptee.exits.front import FrontHead
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
+from ptee.exits.rule import ExitRule
 from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
@@ -38,6 +39,8 @@ from ptee.model.forward import (
     RecordInputs,
     StopForward,
     one_parameter,
+    refuse_capture,
+    refuse_export,
     running,
     widest_type,
 )
@@ -74,9 +77,9 @@ class EarlyExitModel(
         super().__init__()
         self.plan = plan
         self.origin = network
-        self._hooks = [ExitHook() for _ in plan.cuts]
+        self.exit_hooks = [ExitHook() for _ in plan.cuts]
         self._steps = merged([cut.steps for cut in plan.cuts])
-        hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self._hooks, strict=True) if cut.name != INPUT}
+        hooks = {cut.name: hook for cut, hook in zip(plan.cuts, self.exit_hooks, strict=True) if cut.name != INPUT}
         self._hold = Attachment(network.module, hooks, list(self._steps))
         self.backbone = network.module
         like = one_parameter(network.module)
@@ -89,7 +92,7 @@ class EarlyExitModel(
         self.threshold = DEFAULT_THRESHOLD
         self.eval()
         self._answer_types: dict[tuple[torch.dtype | None, ...], torch.dtype] = {}
-        self._answer_type(like.new_zeros(1, *plan.input_size))
+        self.answer_type(like.new_zeros(1, *plan.input_size))
 
     # -------------------------------------------------------------------------------------------- what it is
 
@@ -156,6 +159,13 @@ class EarlyExitModel(
             require_blend(self.blend, self.confidence, self.off, len(self.exits))
         self._answers = value
 
+    @property
+    def rule(self) -> ExitRule:
+        """What the exits answer and how sure they are, as this model is set now."""
+        blend = self.blend if self.answers == BLENDED else None
+        name = self.confidence if blend is None else confidence_of_blend(self.confidence)
+        return ExitRule(find_confidence(name, self.calibrated), blend, self.off, len(self.exits))
+
     def choose(self, threshold: Thresholds, off: Sequence[int], blend: Blend | None) -> None:
         """Set thresholds, exits that are off and the weights of blended answers (None: own answers) together."""
         self._answers = OWN
@@ -182,12 +192,12 @@ class EarlyExitModel(
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (b, K) of images (b, c, h, w), each row's from the exit at which it left."""
-        _refuse_export()
+        refuse_export()
         return self.predict(x).logits
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script asks for before it begins."""
-        return _refuse_capture()
+        return refuse_capture()
 
     @torch.compiler.disable
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
@@ -205,26 +215,22 @@ class EarlyExitModel(
                 its number type, or if the model is in training mode.
         """
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            _refuse_capture()
+            refuse_capture()
         if self.training or any(part.training for part in self.heads.modules()):
             raise PteeError(
                 "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
                 "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
             )
-        self._ready_for(x)
-        plan, thresholds = self.plan, self._in_force(threshold, len(x))
-        blend = self.blend if self.answers == BLENDED else None
-        confidence = find_confidence(
-            confidence_of_blend(plan.confidence) if blend else plan.confidence, self.calibrated
-        )
+        self.require_ready(x)
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
-        call = ExitEarly(self._hooks, list(self.heads), plan, len(x), confidence, thresholds, steps, blend)
+        thresholds = self.thresholds_of_call(threshold, len(x))
+        call = ExitEarly(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
             return call.result(self._run(call, x))
         except StopForward:
-            return call.result(None, self._answer_type(x))
+            return call.result(None, self.answer_type(x))
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:
@@ -238,18 +244,18 @@ class EarlyExitModel(
         Raises:
             PteeError: if the images are no batch on the model's device and of its number type.
         """
-        self._ready_for(x)
+        self.require_ready(x)
         if len(x) == 0:
             empty = HeadOutput(self._no_rows(x), x.new_zeros(0, dtype=torch.float32))
             return self._all_exits([empty] * len(self.exits), empty.logits)
-        call = RecordAll(self._hooks, list(self.heads), self.plan, len(x))
+        call = RecordAll(self.exit_hooks, list(self.heads), self.plan, len(x))
         answer = self._run(call, x)
         return self._all_exits(call.outputs, answer)
 
     def read(self, x: Tensor) -> Reading:
         """The heads' inputs for images (b, c, h, w), and the backbone's answer: all that training needs of the backbone."""
-        self._ready_for(x)
-        call = RecordInputs(self._hooks, list(self.heads), self.plan, len(x))
+        self.require_ready(x)
+        call = RecordInputs(self.exit_hooks, list(self.heads), self.plan, len(x))
         answer = self._run(call, x)
         return Reading(tuple(call.inputs), answer)
 
@@ -323,9 +329,14 @@ class EarlyExitModel(
                 head.release()
         return self.backbone
 
-    def _ready_for(self, x: Tensor) -> None:
+    @property
+    def detached(self) -> bool:
+        """Whether the backbone was given back."""
+        return self._hold.released
+
+    def require_ready(self, x: Tensor) -> None:
         """Check the images, and restore what was done to the backbone without this model."""
-        if self._hold.released:
+        if self.detached:
             raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
         require_images(x, self.plan.input_size[0])
         require_device(x, next(self.heads.parameters()).device)
@@ -334,7 +345,7 @@ class EarlyExitModel(
         if x.dtype == own:
             return
         try:  # autocast or the backbone's own code may convert it
-            self._answer_type(x.new_zeros(1, *self.plan.input_size))
+            self.answer_type(x.new_zeros(1, *self.plan.input_size))
         except Exception as why:  # whatever that code raises
             raise wrong_type(x, own, first_line(why)) from why
 
@@ -360,7 +371,7 @@ class EarlyExitModel(
         call.check_all_passed()
         return answer
 
-    def _answer_type(self, x: Tensor) -> torch.dtype:
+    def answer_type(self, x: Tensor) -> torch.dtype:
         """The number type of the backbone's answer to such images, in the autocast that is on. Each is tried out once."""
         kind = x.device.type
         around = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -371,9 +382,9 @@ class EarlyExitModel(
         return self._answer_types[types]
 
     def _no_rows(self, x: Tensor) -> Tensor:
-        return x.new_zeros(0, self.num_classes, dtype=self._answer_type(x))
+        return x.new_zeros(0, self.num_classes, dtype=self.answer_type(x))
 
-    def _in_force(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
+    def thresholds_of_call(self, threshold: Thresholds | None, rows: int) -> list[float | Tensor]:
         """The thresholds of a call: for each exit a number or a tensor (b,)."""
         if threshold is None:
             return list(self._thresholds)
@@ -436,15 +447,3 @@ def require_early_exit(model: Any) -> None:
         raise PteeError(
             f"This is {kind} {type(model).__name__}, not an early-exit model. Give what ptee.augment or ptee.load returned."
         )
-
-
-@torch.compiler.assume_constant_result  # a compiler runs it: the error is ours, and torch 2.11 calls all compiling an export
-def _refuse_export() -> bool:
-    return torch.compiler.is_exporting() and _refuse_capture()
-
-
-def _refuse_capture() -> NoReturn:
-    raise PteeError(
-        "An early-exit model cannot be traced, scripted or exported, nor get exits of its own: which rows leave where depends "
-        "on the images. Take model.detach(), the backbone alone."
-    )

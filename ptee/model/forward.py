@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from ptee._common.errors import PteeError, first_line
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, run
-from ptee.exits.blend import Blend
-from ptee.exits.confidence import Confidence, leaves
+from ptee.exits.confidence import leaves
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Plan
+from ptee.exits.rule import ExitRule
 
 COLLAPSED = 0.95  # share of rows at one exit above which the model acts as a shorter network
 
@@ -236,8 +236,8 @@ class _Leavers(NamedTuple):
 class ExitEarly(Call):
     """Rows leave at the first exit n with h_n >= T_n.
 
-    `thresholds` has T of each exit, a number or (b,); `steps` the modules to replay where the pass must start again; `blend`
-    the weights of the exits' answers, None if each exit answers alone.
+    `rule` says what the exits answer and how sure they are; `thresholds` has T of each, a number or (b,); `steps` the modules to
+    replay where the pass must start again.
     """
 
     def __init__(
@@ -246,15 +246,14 @@ class ExitEarly(Call):
         heads: Sequence[nn.Module],
         plan: Plan,
         batch: int,
-        confidence: Confidence,
+        rule: ExitRule,
         thresholds: Sequence[float | Tensor],
         steps: Mapping[nn.Module, Step] | None = None,
-        blend: Blend | None = None,
     ) -> None:
         super().__init__(hooks, heads, plan, batch)
         self.skipped = plan.skipped
-        self.confidence, self.thresholds, self.blend = confidence, thresholds, blend
-        self.keeps_logits |= confidence.needs_answers_of_earlier_exits or blend is not None
+        self.rule, self.thresholds = rule, thresholds
+        self.keeps_logits |= rule.reads_earlier
         self.cache = ReplayCache(steps or {}, self.rows)
         self._left: list[_Leavers] = []
 
@@ -271,15 +270,13 @@ class ExitEarly(Call):
         if n in self.plan.off:
             return None
         self._require_all_rows(n, len(said.logits))
-        if self.blend is not None:
-            said = said._replace(logits=self.blend.logits(n, said.logits, self._on(earlier)))
-        h = self.confidence(n, said.logits, list(earlier.values()), said.confidence_logit, len(self.plan.exits))
+        logits, h = self.rule.at_exit(n, said.logits, said.confidence_logit, earlier)
         stay = ~leaves(h, self._threshold(n))
         staying = int(stay.sum())  # the only host synchronisation of this exit
         if staying == len(h):
             return None
         if staying == 0:
-            self._left.append(_Leavers(self.rows.since(), n, said.logits, h))
+            self._left.append(_Leavers(self.rows.since(), n, logits, h))
             raise StopForward
         order = stay.to(torch.uint8).argsort(stable=True)  # leavers first; their number is known without a second look
         leavers, stayers = order[: len(h) - staying], order[len(h) - staying :]
@@ -288,7 +285,7 @@ class ExitEarly(Call):
             _Leavers(
                 leavers if positions is None else positions.index_select(0, leavers),
                 n,
-                said.logits.index_select(0, leavers),
+                logits.index_select(0, leavers),
                 h.index_select(0, leavers),
             )
         )
@@ -329,19 +326,10 @@ class ExitEarly(Call):
             logits, index, confidence, cost = (t.index_select(0, back) for t in (logits, index, confidence, cost))
         return ExitOutput(logits, index, confidence, cost)
 
-    def _on(self, earlier: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Heads that are off may run for later heads. The blend leaves their answers out."""
-        return {m: logits for m, logits in earlier.items() if m not in self.plan.off}
-
     def _at_end(self, own: Tensor) -> Tensor:
-        """The answers of the rows that never left. Rows that no exit could take get the backbone's own, bit for bit."""
-        earlier = self._on(self._earlier()) if self.blend is not None and self.blend.to_the_end else {}
-        if self.blend is None or not earlier:
-            return own
-        possible = torch.stack([torch.as_tensor(self._threshold(n) <= 1, device=own.device) for n in earlier]).any(0)
-        blended = self.blend.logits(len(self.plan.exits), own, earlier)
-        usable = possible & ~blended.isnan().any(-1)
-        return torch.where(usable[..., None], blended, own).to(own.dtype)
+        """The answers of the rows that never left."""
+        thresholds = {n: self._threshold(n) for n in range(len(self.thresholds))}
+        return self.rule.at_end(own, self._earlier(), thresholds)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -363,3 +351,17 @@ def running(call: Call | None) -> Iterator[None]:
         yield
     finally:
         _CALL.reset(token)
+
+
+@torch.compiler.assume_constant_result  # a compiler runs it: the error is ours, and torch 2.11 calls all compiling an export
+def refuse_export() -> bool:
+    """Refuse an export that is under way; False otherwise."""
+    return torch.compiler.is_exporting() and refuse_capture()
+
+
+def refuse_capture() -> NoReturn:
+    """Refuse tracing, scripting and exporting."""
+    raise PteeError(
+        "An early-exit model cannot be traced, scripted or exported, nor get exits of its own: which rows leave where depends "
+        "on the images. Take model.detach(), the backbone alone."
+    )

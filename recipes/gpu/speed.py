@@ -23,7 +23,12 @@ import ptee
 from ptee.deploy.recording import Graphs
 from ptee.model.early_exit import EarlyExitModel
 
-BACKBONES = {"resnet50": True, "vit_base_patch16_224": False, "convnext_base": True, "efficientnet_b0": True}  # channels_last
+BACKBONES = {
+    "resnet50": True,
+    "vit_base_patch16_224": False,
+    "convnext_base": True,
+    "efficientnet_b0": True,
+}  # channels_last
 SIZE = (3, 224, 224)
 SHARES = {"never": (0.0,), "half": (0.5,), "all": (1.0,), "mix": (0.6, 0.25, 1 / 3)}  # of the rows that reach each exit
 NOBODY, EVERYBODY = 0.9999999, 0.0
@@ -54,7 +59,13 @@ def thresholds(model: EarlyExitModel, x: Tensor, shares: tuple[float, ...]) -> l
     for n in range(len(h)):
         leaving = round(shares[n] * int((~left).sum())) if n < len(shares) else 0
         order = h[n].masked_fill(left, -1).sort(descending=True).values
-        t = NOBODY if not leaving else EVERYBODY if leaving == int((~left).sum()) else float(order[leaving - 1 : leaving + 1].mean())
+        t = (
+            NOBODY
+            if not leaving
+            else EVERYBODY
+            if leaving == int((~left).sum())
+            else float(order[leaving - 1 : leaving + 1].mean())
+        )
         chosen.append(t)
         left |= h[n] >= t
     return chosen
@@ -143,7 +154,9 @@ def measure(name: str, mode: str, batches: list[int], exits: int) -> None:
             line += f" | {way} {found[way] / found['bare']:.3f} ({counted[way]:.3f})"
         if mode != "eager":
             line += f" | pieces {found['pieces'] / found['bare']:.3f}"
-        click.echo(f"{line} | same exit {min(s for s, _ in same.values())}/{b} gap {max(g for _, g in same.values()):.0e}")
+        click.echo(
+            f"{line} | same exit {min(s for s, _ in same.values())}/{b} gap {max(g for _, g in same.values()):.0e}"
+        )
     used = torch.cuda.max_memory_reserved() / 2**30
     click.echo(f"    made in {first:.0f} s, all in {time.perf_counter() - begun:.0f} s, {used:.1f} GiB reserved")
 

@@ -1,0 +1,93 @@
+"""The forward pass of an early-exit model as one graph, with a mark at each cut and a number of rows that stays open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from ptee._common.errors import PteeError, first_line
+from ptee.analysis.cut_points import Cut, random_images
+from ptee.exits.heads import HeadOutput
+from ptee.exits.placement import INPUT
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import RecordAll, running
+
+MAX_ROWS = 4096  # of a batch
+EXAMPLE_ROWS = 3
+
+
+@torch.library.custom_op("ptee::cut", mutates_args=())
+def _mark(x: Tensor, exit: int) -> Tensor:
+    """Marks a cut in a captured graph. It never runs: the graph is taken apart there."""
+    return x.clone()
+
+
+@_mark.register_fake
+def _(x: Tensor, exit: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Marking(RecordAll):
+    """All heads run that would run in `predict`, and a mark is left at each cut."""
+
+    def __init__(self, model: EarlyExitModel, skipped: tuple[int, ...], batch: int) -> None:
+        super().__init__(model.exit_hooks, list(model.heads), model.plan, batch)
+        self.skipped = skipped
+
+    def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
+        """The backbone's answer. The exit at the input, if there is one, marks the images."""
+        if self.plan.exits[0].name == INPUT and (marked := self._pass(0, images)) is not None:
+            images = marked
+        return self._run_backbone(backbone, images)
+
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> Any:
+        """Keep the head's answer, and mark the place."""
+        super().on_head_output(n, cut, output, said, earlier)
+        return tree_map_only(Tensor, lambda t: _mark(t, n), output)
+
+
+class _Passes(nn.Module):
+    """What is captured: images -> (the backbone's answer, each exit's answer)."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__()
+        self.backbone, self.heads = model.backbone, model.heads
+        skipped = model.plan.skipped  # computed here: nothing of it belongs into the graph
+        self._call = lambda batch: _Marking(model, skipped, batch)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """See `captured`."""
+        call = self._call(x.shape[0])  # len(x) would fix the number of rows
+        with running(call):
+            answer = call.forward(self.backbone, x)
+        return answer, [(said.logits, said.confidence_logit) for said in call.outputs]
+
+
+def example_images(model: EarlyExitModel, rows: int) -> Tensor:
+    """Noise (rows, c, h, w) for a model, in the memory format of its weights."""
+    x = random_images(model.backbone, rows, model.plan.input_size)
+    maps = [p for p in model.backbone.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    last = any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def captured(model: EarlyExitModel) -> fx.GraphModule:
+    """The graph: images (b, c, h, w) -> (the backbone's answer (b, K), (logits, confidence logit) of each exit whose head runs).
+
+    Raises:
+        PteeError: if torch.export cannot capture the model.
+    """
+    x = example_images(model, EXAMPLE_ROWS)
+    rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(_Passes(model), (x,), dynamic_shapes=({0: rows},), strict=False)
+    except PteeError:
+        raise
+    except Exception as why:  # whatever the backbone's code and torch.export raise
+        raise PteeError(f"torch.export cannot capture {model.plan.backbone}: {first_line(why)}") from why
+    return program.module()

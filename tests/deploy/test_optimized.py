@@ -1,0 +1,218 @@
+"""`ptee.optimize`: the same rows leave at the same exits, and all that can be set can be set."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from device import here, seeded
+from small import K, SIZE, chained, made
+from torch import Tensor
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.deploy.buckets import sizes_up_to
+from ptee.exits.blend import Blend, subsets
+
+NEVER = 2.0
+MODES = ["eager", pytest.param("graphs", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture(params=MODES)
+def mode(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return 3 * torch.randn(40, *SIZE, generator=seeded(1))
+
+
+def require_same(fast: object, model: ptee.EarlyExitModel, x: Tensor, threshold: object = None) -> None:
+    got, want = fast.predict(x, threshold), model.predict(x, threshold)
+    assert torch.equal(got.exit_index, want.exit_index)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.cost, want.cost)
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+
+
+def spread(model: ptee.EarlyExitModel, x: Tensor) -> list[float]:
+    """Thresholds between the confidences of two rows, so that some leave at each exit."""
+    h = model.blended(model.all_exits(x)).confidence[:-1].sort(dim=1).values
+    k = round(0.6 * len(x))
+    return ((h[:, k - 1] + h[:, k]) / 2).tolist()
+
+
+@pytest.mark.parametrize("confidence", ["learned", "max_prob", "entropy", "margin", "patience"])
+@pytest.mark.parametrize("model", [made, chained], ids=["heads alone", "heads that read earlier ones"])
+def test_the_same_rows_leave_at_the_same_exits_in_any_batch(model, confidence, mode, x):
+    early = model()
+    early.confidence = confidence
+    fast = ptee.optimize(early, max_batch=16, mode=mode)
+    x = x if model is made else 3 * torch.randn(40, *early.plan.input_size, generator=seeded(1))
+    limits = [0.3, 0.5, 0.6][: len(early.exits)] if confidence == "patience" else spread(early, x)
+    for b in (1, 2, 7, 16, 40):
+        require_same(fast, early, x[:b], limits)
+
+
+def test_the_threshold_is_live_for_all_for_each_exit_for_a_call_and_for_each_row(mode, x):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    for value in (0.0, NEVER, spread(early, x), 0.5):
+        fast.threshold = value
+        assert early.threshold == fast.threshold
+        require_same(fast, early, x)
+    rows = torch.where(torch.rand(40, 2, generator=seeded(2)) < 0.5, 0.0, NEVER)
+    require_same(fast, early, x, rows)
+    require_same(fast, early, x, rows[:, :1])
+    require_same(fast, early, x)
+
+
+def test_exits_can_be_switched_off_and_on_and_the_confidence_changed(mode, x):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    fast.off = [0]
+    assert set(fast.predict(x, 0.0).exit_index.tolist()) == {1}
+    require_same(fast, early, x, spread(early, x))
+    early.off = []
+    early.confidence = "max_prob"
+    require_same(fast, early, x, spread(early, x))
+
+
+@pytest.mark.parametrize("to_the_end", [True, False])
+def test_blended_answers_are_those_of_the_model(to_the_end, mode, x):
+    early = made()
+    keys = [(n, m) for n in range(3) for m in subsets(n)]
+    weights = {(n, m): tuple(0.4 + 0.1 * k + 0.3 * n for k in range(len(m) + 1)) for n, m in keys}
+    early.confidence, early.blend = "max_prob", Blend(weights, to_the_end=to_the_end)
+    early.answers = "blended"
+    fast = ptee.optimize(early, mode=mode)
+    for limits in (spread(early, x), [NEVER, NEVER], [spread(early, x)[0], NEVER]):
+        require_same(fast, early, x, limits)
+
+
+def test_a_broken_image_changes_no_other_answer(mode, x):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    limits = spread(early, x)
+    want = fast.predict(x, limits)
+    x[3] = torch.nan
+    got, others = fast.predict(x, limits), torch.arange(len(x)) != 3
+    assert got.exit_index[3] == len(early.exits)
+    assert got.logits[3].isnan().all()
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(got, want, strict=True))
+    again = fast.predict(x.nan_to_num(), limits)
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(again, want, strict=True))
+
+
+def test_answers_are_kept_when_the_next_batch_comes(mode, x):
+    fast = ptee.optimize(made(), mode=mode)
+    first = fast.predict(x)
+    kept = [part.clone() for part in first]
+    fast.predict(x.flip(0))
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
+def test_threads_wait_for_one_another(mode, x):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    limits = spread(early, x)
+    found: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        torch.set_default_device(here())
+        for _ in range(5):
+            found[i] = fast.predict(x[i : i + 8 + i], limits).logits
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        torch.testing.assert_close(found[i], early.predict(x[i : i + 8 + i], limits).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_batch_has_no_answers(mode):
+    assert ptee.optimize(made(), mode=mode).predict(torch.zeros(0, *SIZE)).logits.shape == (0, K)
+
+
+@pytest.mark.parametrize(
+    ("images", "match"),
+    [
+        (torch.zeros(2, 3, 9, 9, device="cpu"), r"were made for this size"),
+        (torch.zeros(2, *SIZE, dtype=torch.float64, device="cpu"), r"were made for this type|float64"),
+        (torch.zeros(2, 5, 8, 8, device="cpu"), r"5 channels|channels"),
+        (torch.zeros(3, 8, 8, device="cpu"), r"."),
+    ],
+    ids=["another size", "another type", "other channels", "no batch"],
+)
+def test_other_images_are_refused(images, match):
+    fast = ptee.optimize(made(), mode="eager")
+    with pytest.raises(PteeError, match=match):
+        fast.predict(images.to(here()))
+
+
+def test_a_detached_model_is_refused(x):
+    early = made()
+    fast = ptee.optimize(early, mode="eager")
+    early.detach()
+    with pytest.raises(PteeError, match=r"was detached"):
+        fast.predict(x)
+
+
+def test_a_copy_gets_another_number_type_and_the_model_keeps_its_own(x):
+    early = made()
+    fast = ptee.optimize(early, mode="eager", dtype=torch.float64)
+    assert fast.predict(x.double(), NEVER).logits.dtype == torch.float64
+    assert early.predict(x, NEVER).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wish", "match"),
+    [
+        ({"mode": "fast"}, r"fast"),
+        ({"max_batch": 0}, r"max_batch=0"),
+        ({"max_batch": 10**6}, r"max_batch=1000000"),
+        ({"max_batch": True}, r"max_batch=True"),
+    ],
+    ids=str,
+)
+def test_a_wish_that_is_not_possible_is_refused_by_name(wish, match):
+    with pytest.raises(PteeError, match=match):
+        ptee.optimize(made(), **wish)
+
+
+@pytest.mark.cpu("there is a GPU")
+def test_graphs_without_a_gpu_are_refused():
+    with pytest.raises(PteeError, match=r"CUDA graphs need an NVIDIA GPU, and this model is on cpu"):
+        ptee.optimize(made(), mode="graphs")
+
+
+def test_nothing_is_left_of_an_optimized_model_that_is_gone(mode, x):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    fast.predict(x)
+    gone = weakref.ref(fast._buckets)
+    del fast
+    gc.collect()
+    assert gone() is None
+    require_same(ptee.optimize(early, mode=mode), early, x)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 31, 32, 100, 256, 1000, 4096])
+def test_buckets_leave_less_than_a_third_of_their_places_empty(most):
+    sizes = sizes_up_to(most)
+    assert sizes[-1] == most
+    assert sizes == sorted(set(sizes))
+    assert all(b <= 4 or b <= 1.5 * (a + 1) for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+@pytest.mark.slow
+def test_compiled_pieces_answer_as_the_model(x):
+    early = made()
+    require_same(ptee.optimize(early, max_batch=16, mode="compile"), early, x, spread(early, x))

@@ -1,0 +1,132 @@
+"""The forward pass in pieces: what passes a cut, and that the pieces answer as the whole."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from device import seeded
+from small import K, chained, made
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.deploy.check import check_segments
+from ptee.deploy.segments import Rows, Segment, segments
+
+AHEAD = (0, 1, 3)
+FAMILIES = {  # by how many tensors pass a cut
+    "test_resnet": (64, 1),
+    "test_vit": (160, 1),
+    "test_convnext": (64, 1),
+    "swin_tiny_patch4_window7_224": (224, 1),
+    "crossvit_tiny_240": (240, 2),  # one for each of its two branches
+}
+
+
+def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
+    return ptee.augment(timm.create_model(name, num_classes=10), num_exits=2, head="pool", input_size=(3, side, side), **wish)
+
+
+@pytest.mark.parametrize("ahead", AHEAD)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pieces_answer_as_the_model_whichever_rows_go_on(name, ahead):
+    side, alive = FAMILIES[name]
+    model = early(name, side)
+    pieces = segments(model, ahead=ahead)
+    assert [p.exit for p in pieces] == [0, 1, -1]
+    assert ahead or [len(p.rows) for p in pieces] == [alive, alive, 0]
+    check_segments(model, pieces, [1, 2, 7])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_heads_that_read_earlier_answers_get_those_of_their_rows(keep):
+    model = chained()
+    pieces = segments(model, keep_logits=keep)
+    check_segments(model, pieces)
+    assert pieces[1].earlier.keys() == ({0, 1} if keep else {1})  # the last head reads those of exit 1
+
+
+def test_a_head_that_is_off_is_in_no_piece():
+    model = made()
+    model.off = [0]
+    pieces = segments(model)
+    assert [p.exit for p in pieces] == [1, -1]
+    check_segments(model, pieces)
+
+
+def test_an_exit_at_the_input_has_a_piece_of_its_own():
+    front = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, K))
+    model = ptee.augment(made().detach(), front=front, exits=["2"], head="pool", input_size=(3, 8, 8))
+    pieces = segments(model)
+    assert len(pieces) == 3
+    check_segments(model, pieces)
+
+
+def test_the_pieces_share_the_weights_of_the_model():
+    model = made()
+    pieces = segments(model)
+    mine = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for piece in pieces for p in piece.module.parameters()} == mine
+
+
+def test_a_model_is_as_before_when_it_was_taken_apart():
+    model, x = made(), torch.randn(3, 3, 8, 8, generator=seeded(0))
+    before = model.predict(x)
+    segments(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.predict(x), strict=True))
+
+
+class Remembers(nn.Module):
+    """Its code keeps the number of rows from one end to the other, and folds positions into the batch meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        tokens = self.a(x).flatten(2).transpose(1, 2).reshape(b * 36, 6)
+        mask = torch.arange(b * 36, device=x.device)[:, None] % 36 < 18  # follows from the number of rows alone
+        return self.c((torch.relu(self.b(tokens)) * mask).reshape(b, 36, 6).mean(1))
+
+
+def test_a_number_of_rows_that_code_remembers_is_that_of_the_rows_that_are_left():
+    model = ptee.augment(Remembers(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    pieces = segments(model)
+    check_segments(model, pieces, [1, 2, 7])
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_rows_that_are_folded_with_tokens_are_selected_together(ahead):
+    rows = Rows(0, 4)
+    tensor = torch.arange(12.0)[:, None]
+    assert rows.select(tensor, torch.tensor([2, 0])).flatten().tolist() == [8, 9, 10, 11, 0, 1, 2, 3]
+    out = torch.zeros(8, 1)
+    assert rows.select(tensor, torch.tensor([2, 0]), out=out) is out
+    assert out[0] == 8
+
+
+class DependsOnValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).mean((2, 3))
+        return self.b(y) if bool((self.b.weight > 9).all()) or y.isnan().any() else self.b(y.relu())
+
+
+def test_a_model_whose_code_looks_at_values_is_refused_in_one_line():
+    model = ptee.augment(DependsOnValues(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    with pytest.raises(PteeError, match=r"torch\.export cannot capture DependsOnValues") as refused:
+        segments(model)
+    assert "\n" not in str(refused.value)
+
+
+def test_pieces_that_answer_otherwise_are_refused():
+    model = made()
+    first, *others = segments(model)
+    wrong = Segment(lambda x: first.module(x.flip(-1)), None, first.rows, first.exit, first.earlier)
+    with pytest.raises(PteeError, match=r"in pieces, exit 0 gives other answers to a batch of 1"):
+        check_segments(model, [wrong, *others])
