@@ -70,6 +70,8 @@ class EarlyExitModel(
         results: what was measured last, JSON-able, or None; saved with the model.
     """
 
+    _hub_mixin_config: Any = ""  # None would make the mixin keep a deep copy of the backbone
+
     def __init__(self, network: Backbone, plan: Plan, exit_heads: Sequence[ExitHead]) -> None:
         super().__init__()
         self.plan = plan
