@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptee._common.errors import BackboneError, some
@@ -177,7 +178,8 @@ def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: 
     """Refuse code that is not seen and may compute products: more run than the `macs` that were counted, or nobody knows."""
     if not hidden:
         return
-    with FlopCounterMode(display=False) as executed:  # it sees into all but custom operators
+    # torch's count sees into all but custom operators and fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as executed:
         module(example)
     if any("::" in name for name in hidden) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
         raise BackboneError(
