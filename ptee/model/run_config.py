@@ -220,14 +220,20 @@ def require_sane(value: Any) -> None:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """A short hash of the fields that decide what the model computes. Thresholds may be changed by hand, these may not."""
+    """A short hash of what may not be changed by hand: what the model computes, and which images it has not seen.
+
+    Thresholds may be changed, and where the images are.
+    """
     backbone, front = config["backbone"], config.get("front")
     source = {key: value for key, value in (backbone.get("source") or {}).items() if key != "weights"}
+    results = config.get("results") or {}
+    data, tuning = (part if isinstance(part := results.get(key), dict) else {} for key in ("data", "tuning"))
     kept = {
         "backbone": {key: backbone[key] for key in ("hash", "classes", "input")},
         "source": source,
         "front": front and {key: front.get(key) for key in ("source", "input")},
         "exits": [[row["name"], row["head"]] for row in config["exits"]],
         "tensors": config.get("tensors"),
+        "images": [data.get("split"), tuning.get("source"), tuning.get("files_sha256")],
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
