@@ -21,7 +21,7 @@ from ptee._common.validation import Number, Whole
 from ptee.backbones.library import MOST_NUMBERS
 from ptee.exits.heads import AUTO, PLUS
 
-SCHEMA_VERSION = 2  # 2: hashes of the heads' tensors, and a fingerprint
+SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
 LONGEST_NAME = 255
 LONGEST_PATH = 1024  # and any other text in a record
 MOST_EXITS = 1000
@@ -234,6 +234,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
         "front": front and {key: front.get(key) for key in ("source", "input")},
         "exits": [[row["name"], row["head"]] for row in config["exits"]],
         "tensors": config.get("tensors"),
-        "images": [data.get("split"), tuning.get("source"), tuning.get("files_sha256")],
     }
+    if config.get("schema_version", SCHEMA_VERSION) > 2:
+        kept["images"] = [data.get("split"), tuning.get("source"), tuning.get("files_sha256")]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]

@@ -282,6 +282,13 @@ def test_after_a_refusal_the_backbone_can_be_given_again():
     assert fit(backbone, images(60)).results
 
 
+def test_to_go_on_and_to_begin_anew_at_once_is_refused(tmp_path):
+    said = r"^resume=True goes on with a training, and overwrite=True begins it anew\. Give one of them\.$"
+    with pytest.raises(RunError, match=said):
+        fit(network(), images(60), out=tmp_path / "run", resume=True, overwrite=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"something else than a run\. Give a new folder with out="):
