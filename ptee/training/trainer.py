@@ -96,10 +96,11 @@ def train(
         config = config.changed(precision=accelerator.mixed_precision)
         loaders = TrainingData(model, accelerator, config, num_workers, on_cache)
         samples = None if is_loader(train_data) else sample_hash(train_data, must_repeat=loaders.caches)
-        training = checkpoints.describe_training(config, model, train_data, samples, accelerator.num_processes)
-        run = _Training(model, accelerator, config, training, path)
+        training: dict[str, Any] = {}
         if path is not None:
+            training = checkpoints.describe_training(config, model, train_data, samples, accelerator.num_processes)
             clear_unfinished(path.parent)
+        run = _Training(model, accelerator, config, training, path)
         if resume:
             run.resume()
         return run.fit(loaders, train_data, val_data, on_epoch)
