@@ -26,6 +26,7 @@ from ptee._common.errors import Argument, DataError, PteeError, RunError, first_
 from ptee._common.files import as_path, clear_unfinished
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
+from ptee._common.validation import checked
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -40,6 +41,7 @@ from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, moved, 
 from ptee.training.training_data import TrainingData, sample_hash
 
 
+@checked
 def train(
     model: EarlyExitModel,
     train_data: Any,
@@ -333,7 +335,7 @@ class _Training:
             f"{advice}, train longer, or set other thresholds."
         )
         if self.accelerator.is_main_process:
-            warnings.warn(self.history.warning, stacklevel=4)
+            warnings.warn(self.history.warning, stacklevel=5)  # where `train` was called
 
     # ---------------------------------------------------------------------------------------- the checkpoint
 

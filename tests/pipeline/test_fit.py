@@ -204,7 +204,8 @@ def test_labels_of_which_none_is_a_class_are_not_used_and_it_is_said():
 
 X, Y = images(60).tensors
 REFUSED = {
-    "a log that is no function": ({"log": True}, "log is True. Give a function"),
+    "a log that is no function": ({"log": True}, "log=True must be a function"),
+    "a class": ({"train_data": dict}, "train_data is a type.*map-style data set"),
     "a loader": ({"train_data": iter([])}, "train_data is a .*map-style data set"),
     "an iterable for validation": ({"val_data": iter([])}, "val_data is a .*map-style data set"),
     "a tuple of tensors": ({"train_data": (X, Y)}, r"train_data is a tuple of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
