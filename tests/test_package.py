@@ -25,7 +25,7 @@ TREES = {
     if path.name != "__init__.py" or path.parent == PACKAGE
 }
 PUBLIC = {
-    *("augment", "fit", "plan", "train", "calibrate", "tune", "evaluate", "compare", "load"),
+    *("augment", "fit", "plan", "train", "calibrate", "tune", "evaluate", "compare", "load", "optimize"),
     *("register_head", "register_confidence"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError", "Recipe"),
 }

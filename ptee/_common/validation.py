@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
-from typing_extensions import Self
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
+from typing_extensions import ParamSpec, Self
 
 from ptee._common.errors import Argument, PteeError, UnknownName, possible
 
+P = ParamSpec("P")
+R = TypeVar("R")
 BATCH_SIZE = 128  # the default of every function and command that makes batches
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
@@ -30,6 +34,14 @@ Number = Annotated[float, BeforeValidator(_plain), Field(strict=True, allow_inf_
 YesNo = Annotated[StrictBool, BeforeValidator(_plain)]
 
 
+# What arguments of functions may be, by their type hints; what has another hint is looked at by the function itself.
+Text = Annotated[str, Field(strict=True)]
+KINDS: dict[str, Any] = {
+    "bool": YesNo, "int": Whole, "int | None": Whole | None, "float": Number, "str": Text, "Sequence[str]": Sequence[Text],
+    "Mapping": Mapping[Any, Any] | None, "Callable": Callable[..., Any] | None, "Log | None": Callable[..., Any] | None,
+}  # fmt: skip
+
+
 class FrozenConfig(BaseModel):
     """A frozen set of settings. A value that cannot be is refused with a one-line `PteeError`."""
 
@@ -44,6 +56,24 @@ class FrozenConfig(BaseModel):
     def changed(self, **changes: Any) -> Self:
         """A checked copy with some fields changed. Fields that were never set still follow their default."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which refuses truth values, numbers, texts, lists and functions of the wrong type by name before it begins."""
+    names = list(inspect.signature(function).parameters)
+    kinds: dict[str, Any] = {}
+    for name, hint in function.__annotations__.items():
+        if (kind := KINDS.get(hint) or KINDS.get(hint.partition("[")[0])) is not None:
+            kinds[name] = (kind, None)
+    arguments: Any = create_model("Arguments", __base__=FrozenConfig, **kinds)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments(**{name: value for name, value in given.items() if name in kinds})
+        return function(*args, **kwargs)
+
+    return call
 
 
 def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str] = ()) -> PteeError:
@@ -102,7 +132,7 @@ def _possible(finding: Mapping[str, Any]) -> str:
 
 _KINDS = {
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "finite_number": "a finite number", "bool_type": "True or False", "string_type": "text", "tuple_type": "a list",
+    "finite_number": "a finite number", "callable_type": "a function", "mapping_type": "a mapping", "is_instance_of": "a list", "sequence_str": "a list", "bool_type": "True or False", "string_type": "text", "tuple_type": "a list",
     "dict_type": "a mapping", "model_type": "a mapping of settings", "model_attributes_type": "a mapping of settings",
 }  # fmt: skip
 _LIMITS = {

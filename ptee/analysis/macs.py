@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from ptee._common.errors import BackboneError
+from ptee._common.errors import BackboneError, some
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
 from ptee.analysis.freezing import modes, set_modes
 
@@ -34,6 +36,11 @@ PRODUCTS = frozenset({
     "aten::_convolution", "aten::_convolution_mode", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
     "aten::einsum", "aten::scaled_dot_product_attention",
 })  # fmt: skip
+COMPILED = {
+    "dynamo-optimized": "torch.compile",
+    "Tried to trace": "torch.jit",
+}  # by what torch says when it traces such code
+TOLERANCE = 0.01  # share by which torch's count may be above fvcore's
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
         def __init__(self) -> None:
             super().__init__(module, example)
             self.operators: list[_Operator] = []
+            self.hidden: list[str] = []  # names of code that is not traced
             extra = {
                 "aten::scaled_dot_product_attention": _attention_macs,
                 "aten::baddbmm": _baddbmm_macs,
@@ -140,6 +148,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
         def _should_ignore_node(self, node: Any) -> bool:
             # Operators that cost nothing are noted too: a ReLU's output is ready after everything that ran before it.
             self._note(node, 0, False)
+            self.hidden += _hidden(node)
             return True
 
     analysis = InOrder().uncalled_modules_warnings(False).unsupported_ops_warnings(False).tracer_warnings("none")
@@ -147,12 +156,14 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
         with no_warnings, _PlainRepeats():  # fvcore would switch warnings off itself, but for other threads too
             analysis.total()
     except RuntimeError as why:
-        if "dynamo-optimized" not in str(why):
+        maker = next((maker for words, maker in COMPILED.items() if words in str(why)), None)
+        if maker is None:
             raise
         raise BackboneError(
-            f"{type(module).__name__} calls a function that torch.compile made, and its operators cannot be counted. Let it "
-            "call the function itself, without torch.compile."
+            f"{type(module).__name__} calls what {maker} made, and its operators cannot be counted. Let it call the code itself, "
+            f"without {maker}."
         ) from why
+    _refuse_hidden(module, example, analysis.hidden, sum(op.macs for op in analysis.operators if op.product))
     return analysis.operators
 
 
@@ -170,6 +181,29 @@ class _PlainRepeats(TorchFunctionMode):
 
 def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Tensor) and not value.dim() else value
+
+
+def _hidden(node: Any) -> list[str]:
+    """The name of the code that a call runs, if fvcore does not see into it."""
+    if node.kind() == "prim::CallFunction":
+        return [next(node.inputs()).node().s("name")]
+    if node.kind() == "prim::PythonOp":
+        return [node.pyname()]
+    return [] if node.kind().startswith(("aten::", "prim::")) else [node.kind()]
+
+
+def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: int) -> None:
+    """Refuse code that is not seen and may compute products: more run than the `macs` that were counted, or nobody knows."""
+    if not hidden:
+        return
+    # torch's count sees into all but custom operators and fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as executed:
+        module(example)
+    if any("::" in name for name in hidden) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
+        raise BackboneError(
+            f"{type(module).__name__} calls code whose multiply-accumulates cannot be counted ({some(list(dict.fromkeys(hidden)))}). "
+            "Let it call plain functions and modules of PyTorch, without torch.jit, autograd.Function and custom operators."
+        )
 
 
 def _shape(value: Any) -> list[int]:

@@ -367,9 +367,9 @@ def _static(texts: tuple[str, ...]) -> dict[str, Any]:
     from ptee.backbones.load import load_backbone
 
     found: dict[str, Any] = {}
-    for name, file in (text.partition("=")[::2] for text in texts):
+    for name, equals, file in (text.partition("=") for text in texts):
         if name in found:
             raise PteeError(f"--static {name} is given twice. Give each network once.")
         with other_words({"weights": f"static={name}"}):
-            found[name] = load_backbone(name, weights=file or None)
+            found[name] = load_backbone(name, weights=file if equals else None)
     return found

@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,14 @@ class _InOrder(click.Group):
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Called by click, which would not say which commands there are."""
+        """Called by click, which would not say which commands there are, nor that a text is empty."""
         if args and args[0][:1] != "-" and args[0] not in self.commands and not ctx.resilient_parsing:
             raise unknown("command", args[0], self.commands)
+        for before, word in pairwise(args):
+            option, equals, value = word.partition("=")
+            if not (value if equals and option.startswith("--") else word):
+                text = f"The value after {option or before} is empty, as that of a shell's variable that is not set. Give one."
+                raise PteeError(text)
         return super().resolve_command(ctx, args)
 
 

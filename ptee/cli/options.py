@@ -184,8 +184,6 @@ class RunName(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         """Called by click."""
-        if not value:
-            self.fail("The name of the run is empty. Give a folder, or user/repo on the hub.", param, ctx)
         return str(expanded(value)) if value.startswith("~") else value
 
 

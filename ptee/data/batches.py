@@ -46,15 +46,15 @@ def batches(
     Raises:
         DataError: if `data` is empty, can be read only once, or is neither a data set nor a loader, or a number is wrong.
     """
-    for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
-            raise DataError(f"The {name} {number!r} must be a whole number, at least {least}.")
+    for name, number, least, most in (("batch_size", batch_size, 1, 2**31), ("num_workers", num_workers, 0, 2**12)):
+        if not isinstance(number, Integral) or isinstance(number, bool) or not least <= number <= most:
+            raise DataError(f"The {name} {number!r:.60} must be a whole number, at least {least} and at most {most:,}.")
     kind = type(data).__name__
     if isinstance(data, Iterator):
         raise DataError(f"Data is a {kind}, which can be read only once: pass the DataLoader or data set it came from.")
     if isinstance(data, IterableDataset):
         raise DataError(f"Data is a {kind}, which is an iterable data set: pass a DataLoader of it.")
-    if not is_loader(data) and not _is_map_style(data):
+    if isinstance(data, type) or not (is_loader(data) or _is_map_style(data)):
         raise DataError(
             f"Data is a {kind}, which is neither a map-style data set nor a DataLoader: "
             "of tensors, make a torch.utils.data.TensorDataset(images, labels)."

@@ -39,6 +39,8 @@ UNREAD = (
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 LINK = "linked"  # a picture in a tar file that is a link to another
+SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
+NO_PICTURES = (*UNREAD, LINK, *SPECIAL.values())  # named like pictures, and not read
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 TAR_BLOCK_BYTES = 512
@@ -232,7 +234,7 @@ def _left_out(found: _Part, part: str) -> list[str]:
     """What is not read of a part, in words."""
     pictures: Counter[str] = Counter()
     for name in found.classes:
-        pictures.update({kind: n for kind, n in found.others[name].items() if kind in (*UNREAD, LINK)})
+        pictures.update({kind: n for kind, n in found.others[name].items() if kind in NO_PICTURES})
     kinds = [f"{n:,} {kind} file{'s' * (n > 1)}" for kind, n in sorted(pictures.items())]
     return [f"{words} of {part}" for words in [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]]
 
@@ -333,7 +335,7 @@ def _read_tar(path: Path, part: str) -> _Part:
                     found.files.setdefault(class_name, []).append(file)
                 elif extension in EXTENSIONS + UNREAD:
                     found.files.setdefault(class_name, [])
-                    found.others[class_name][extension if member.isfile() else LINK] += 1
+                    found.others[class_name][extension if member.isfile() else SPECIAL.get(member.type, LINK)] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         if packed := _packed_by(path):
             raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
@@ -354,8 +356,14 @@ def _members(
 ) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, int]]:
     """The visible members of a tar file and of the tar files inside it: names from the top, member, offset in the file."""
     with tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in tar:
-            names = [name for name in member.name.split("/") if name not in ("", ".")]
+        members = {
+            tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar
+        }  # the last of a name
+        stream.seek(tar.offset)
+        # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
+        if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):
+            raise tarfile.ReadError(f"no member and no end at byte {start + tar.offset:,}")
+        for names, member in members.items():
             offset = start + member.offset_data
             if not names or any(map(_is_hidden, names)):
                 continue
@@ -364,10 +372,6 @@ def _members(
                 yield from _members(inner, (*above, *names[:-1], Path(names[-1]).stem), offset)
             else:
                 yield (*above, *names), member, offset
-        stream.seek(tar.offset)
-        # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
-        if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):
-            raise tarfile.ReadError(f"no member and no end at byte {start + tar.offset:,}")
 
 
 # ------------------------------------------------------------------------------------------------ labels

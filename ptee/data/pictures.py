@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from zlib import crc32
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,6 +22,7 @@ from ptee._common.errors import DataError, some, unknown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 Labelled = Dataset[tuple[Tensor, int]]
 Key = tuple[str, str, str]  # part, name and class of a file
 CHECKED_AT_ONCE = 64  # pictures for one thread at a time; handing over a small one costs more than checking it
@@ -79,6 +81,11 @@ class Pictures(Labelled):
     def files(self) -> list[File]:
         """The files among the pictures."""
         return [picture for picture, _ in self.rows if isinstance(picture, File)] if isinstance(self.rows, list) else []
+
+    @cached_property
+    def checksums(self) -> list[int]:
+        """Of the encoded pictures, in their order; empty if they are no files."""
+        return list(_of_each(_checksum, self.files, "reading pictures"))
 
     def relabelled(self, label_map: Callable[[int], int]) -> Pictures:
         """The same pictures with other labels."""
@@ -186,13 +193,8 @@ def check_pictures(parts: Iterable[Any]) -> None:
         UnreadablePicturesError: naming all pictures that cannot be decoded.
     """
     files = list(dict.fromkeys(file for part in parts for file in _files(part)))
-    chunks = [files[i : i + CHECKED_AT_ONCE] for i in range(0, len(files), CHECKED_AT_ONCE)]
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
-    try:
-        checked = tqdm(pool.map(_faults, chunks), "checking pictures", len(chunks), leave=False, disable=None)
-        broken = {file: fault for faults in checked for file, fault in faults.items()}
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C ends it, too
+    faults = _of_each(_fault, files, "checking pictures")
+    broken = {file: fault for file, fault in zip(files, faults, strict=True) if fault}
     if not broken:
         return
     named = some([f"'{file.words}' ({fault})" for file, fault in broken.items()], NAMED_AT_MOST)
@@ -209,8 +211,24 @@ def _files(part: Any) -> list[File]:
     return getattr(part, "files", None) or (_files(part.dataset) if hasattr(part, "dataset") else [])
 
 
-def _faults(files: Sequence[File]) -> dict[File, str]:
-    return {file: fault for file in files if (fault := _fault(file))}
+def _of_each(function: Callable[[File], T], files: Sequence[File], doing: str) -> Iterator[T]:
+    """What a function gives for each file."""
+    chunks = [files[i : i + CHECKED_AT_ONCE] for i in range(0, len(files), CHECKED_AT_ONCE)]
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
+    try:
+        for found in tqdm(
+            pool.map(lambda c: [*map(function, c)], chunks), doing, len(chunks), leave=False, disable=None
+        ):
+            yield from found
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C ends it, too
+
+
+def _checksum(file: File) -> int:
+    try:
+        return crc32(_read(file).getbuffer())
+    except OSError:  # which is told when the picture is decoded
+        return 0
 
 
 def _fault(file: File) -> str:

@@ -158,7 +158,7 @@ class Buckets:
     def _fill(self, bucket: Bucket, x: Tensor, thresholds: Sequence[float | Tensor]) -> None:
         (bucket.images if len(x) == bucket.size else bucket.images[: len(x)]).copy_(x)
         if bucket.filled != len(x):
-            torch.arange(len(x), out=bucket.rows[: len(x)])
+            bucket.rows[: len(x)] = torch.arange(len(x), device=self.device)
             bucket.rows[len(x) :] = self.answers.nobody
             bucket.filled = len(x)
         self._set_thresholds(thresholds, len(x))

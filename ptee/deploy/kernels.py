@@ -17,20 +17,20 @@ KINDS = {LEARNED: 1, MAX_PROB: 2}  # the confidences that a kernel computes; any
 @triton.jit
 def _leave(  # type: ignore[no-untyped-def]
     logits, sure, rows, thresholds, costs, out, exits, confidence, cost, stay, n, num_exits, classes, nobody, stride,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    kind: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program for each place: h, whether its row leaves, and its answer if so."""
     i = tl.program_id(0)
     r = tl.load(rows + i)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, block)
     inside = columns < classes
     y = tl.load(logits + i * stride + columns, mask=inside, other=-float("inf")).to(tl.float32)
     given = tl.load(sure + i).to(tl.float32)
     wrong = tl.sum((y != y).to(tl.int32), 0) > 0
     largest = tl.max(y, 0)
-    if KIND == 1:
+    if kind == 1:
         h = 1.0 / (1.0 + tl.exp(-given))
-    elif KIND == 2:
+    elif kind == 2:
         h = 1.0 / tl.sum(tl.exp(y - largest), 0)
     else:
         h = given
@@ -47,9 +47,9 @@ def _leave(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pack(stay, rows, next_rows, order, packed, count, nobody, b, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pack(stay, rows, next_rows, order, packed, count, nobody, b, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: where the rows that stay go, and their number."""
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, block)
     inside = i < b
     s = tl.load(stay + i, mask=inside, other=0)
     r = tl.load(rows + i, mask=inside, other=nobody)
@@ -75,10 +75,10 @@ def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor, ki
     _leave[(b,)](
         logits, h, rows, answers.thresholds, answers.costs, answers.logits, answers.exit, answers.confidence,
         answers.cost, stay, n,
-        answers.thresholds.shape[1], classes, answers.nobody, logits.stride(0), KIND=kind,
-        BLOCK=triton.next_power_of_2(classes), num_warps=4 if classes < 4096 else 8,
+        answers.thresholds.shape[1], classes, answers.nobody, logits.stride(0), kind=kind,
+        block=triton.next_power_of_2(classes), num_warps=4 if classes < 4096 else 8,
     )  # fmt: skip
     _pack[(1,)](
-        stay, rows, next_rows, order, packed, count, answers.nobody, b, BLOCK=max(16, triton.next_power_of_2(b))
+        stay, rows, next_rows, order, packed, count, answers.nobody, b, block=max(16, triton.next_power_of_2(b))
     )
     return Staying(next_rows, order, packed, count)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError, unknown
-from ptee._common.validation import BATCH_SIZE
+from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import modes, set_modes
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
@@ -75,6 +75,7 @@ def ways() -> dict[str, Way]:
     return run | {"one_threshold": Way(", one T", one=True, answers=None)} | others
 
 
+@checked
 def compare(
     models: Mapping[str, EarlyExitModel],
     calibration: Any,

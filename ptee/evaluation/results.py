@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.devices import resolve_device
-from ptee._common.validation import BATCH_SIZE
+from ptee._common.validation import BATCH_SIZE, checked
 from ptee.evaluation.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
@@ -29,6 +29,7 @@ SPEED_SECONDS = 20.0  # after which no further round of timing begins
 ROUND_SHARE = 0.4  # of these seconds that one round may take, unless MIN_TIMED images take longer
 
 
+@checked
 def evaluate(
     model: EarlyExitModel,
     data: Any,

@@ -17,7 +17,7 @@ from torch import Tensor
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
-from ptee._common.validation import BATCH_SIZE
+from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import labels_of_other_classes
 from ptee.exits.blend import Blend, Exits, confidence_of_blend
@@ -188,6 +188,7 @@ class Score:
         return self.fidelity if self.accuracy is None else self.accuracy
 
 
+@checked
 def record(
     model: EarlyExitModel,
     data: object,

@@ -11,6 +11,7 @@ from torch import nn
 
 from ptee._common.errors import PteeError, RunError, unknown
 from ptee._common.process import alone, own_random_numbers
+from ptee._common.validation import checked
 from ptee.analysis.freezing import freeze
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.build import build_exits
@@ -21,6 +22,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import blend_of, check_weights, confidence_of, front_of, network_of, upgraded
 
 
+@checked
 @alone()
 @torch.inference_mode(False)
 def augment(

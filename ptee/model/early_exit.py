@@ -73,6 +73,8 @@ class EarlyExitModel(
         results: what was measured last, JSON-able, or None; saved with the model.
     """
 
+    _hub_mixin_config: Any = ""  # None would make the mixin keep a deep copy of the backbone
+
     def __init__(self, network: Backbone, plan: Plan, exit_heads: Sequence[ExitHead]) -> None:
         super().__init__()
         self.plan = plan
@@ -203,8 +205,7 @@ class EarlyExitModel(
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
         """Answer each row at the first exit that is confident enough; only the other rows go on.
 
-        Each exit costs one synchronisation of GPU and host. A `threshold` tensor on the GPU costs one more, to check it
-        for NaN.
+        Each exit costs one synchronisation of GPU and host; a `threshold` tensor on the GPU one more, to check it for NaN.
 
         Args:
             x: (b, c, h, w) images on the model's device.
@@ -310,7 +311,7 @@ class EarlyExitModel(
         self.calibrated = self.blend = None
 
     def train(self, mode: bool = True) -> EarlyExitModel:
-        """Put the heads into training mode; the backbone stays in eval mode, whatever is asked."""
+        """Put the heads into training mode; the backbone stays in eval mode."""
         for part in self.children():
             if part is not self.backbone:  # another thread may be running it, so its mode never changes
                 part.train(mode)

@@ -21,7 +21,7 @@ from ptee._common.validation import Number, Whole
 from ptee.backbones.library import MOST_NUMBERS
 from ptee.exits.heads import AUTO, PLUS
 
-SCHEMA_VERSION = 2  # 2: hashes of the heads' tensors, and a fingerprint
+SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
 LONGEST_NAME = 255
 LONGEST_PATH = 1024  # and any other text in a record
 MOST_EXITS = 1000
@@ -220,9 +220,14 @@ def require_sane(value: Any) -> None:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """A short hash of the fields that decide what the model computes. Thresholds may be changed by hand, these may not."""
+    """A short hash of what may not be changed by hand: what the model computes, and which images it has not seen.
+
+    Thresholds may be changed, and where the images are.
+    """
     backbone, front = config["backbone"], config.get("front")
     source = {key: value for key, value in (backbone.get("source") or {}).items() if key != "weights"}
+    results = config.get("results") or {}
+    data, tuning = (part if isinstance(part := results.get(key), dict) else {} for key in ("data", "tuning"))
     kept = {
         "backbone": {key: backbone[key] for key in ("hash", "classes", "input")},
         "source": source,
@@ -230,4 +235,6 @@ def fingerprint(config: Mapping[str, Any]) -> str:
         "exits": [[row["name"], row["head"]] for row in config["exits"]],
         "tensors": config.get("tensors"),
     }
+    if config.get("schema_version", SCHEMA_VERSION) > 2:
+        kept["images"] = [data.get("split"), tuning.get("source"), tuning.get("files_sha256")]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]

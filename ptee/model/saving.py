@@ -135,6 +135,8 @@ def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -
     `more` holds the texts of further files, by name.
     """
     new = {CONFIG: _config(folder, folder / CONFIG) | fields}
+    if "fingerprint" in new[CONFIG]:
+        new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
     if (folder / METRICS).is_file():
         metrics = _metrics(folder)
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
@@ -268,8 +270,8 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
         )
     if config.fingerprint is not None and config.fingerprint != fingerprint(values):
         raise RunError(
-            f"{folder}: {CONFIG} was changed or damaged: its exits, its input or its backbone are not those that were saved. "
-            "Only threshold, off and confidence may be changed by hand. Copy the run again."
+            f"{folder}: {CONFIG} was changed or damaged: its exits, its input, its backbone or its images are not those that were "
+            "saved. Only threshold, off, confidence and the place of the images may be changed by hand. Copy the run again."
         )
     return config
 

@@ -18,6 +18,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
 from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
+from ptee._common.validation import checked
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
@@ -59,6 +60,7 @@ class Job:
     explain: bool = False  # add the legend to the table of results
 
 
+@checked
 @own_random_numbers()
 def fit(
     model: str | nn.Module,
@@ -114,10 +116,6 @@ def fit(
         PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
-    if not (log is None or callable(log)):
-        raise PteeError(
-            f"log is {log!r:.60}. Give a function that gets the messages, such as print.", argument="log", value=log
-        )
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)

@@ -104,7 +104,9 @@ def _require_map_style(data: Any, argument: str) -> None:
     elif isinstance(data, tuple) or (isinstance(data, list) and data and isinstance(data[0], Tensor)):
         of = "tensors" if all(isinstance(each, Tensor) for each in data) else "values"
         text = f"{argument} is a {kind} of {of}. Give a data set of tensors: torch.utils.data.TensorDataset(X, y)."
-    elif isinstance(data, str | bytes | Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    elif isinstance(data, str | bytes | Mapping | type) or not (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    ):
         each = "of which each item is (image, label) or (image,): a loader's .dataset, a folder's ImageFolder"
         text = f"{argument} is a {kind}. Give a map-style data set, {each}."
     elif not len(data):

@@ -28,8 +28,11 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
     """`out`, if a run may be written there: it is new, empty, to be resumed, or may be overwritten.
 
     Raises:
-        RunError: if it holds something else, or there is nothing to resume.
+        RunError: if it holds something else, there is nothing to resume, or it is to be resumed and overwritten.
     """
+    if resume and overwrite:
+        anew, text = Argument("overwrite", "True"), " goes on with a training, and "
+        raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.", argument="resume")
     require_writable(out)
     unfinished = is_interrupted(out)
     if resume and not (unfinished or (out / UNREADABLE).is_file()):

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
-from ptee._common.files import replace_file, require_writable, write_text
+from ptee._common.files import clear_unfinished, replace_file, require_writable, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
@@ -112,6 +112,7 @@ def run_sweep(
     """
     assert job.out is not None
     require_writable(job.out)
+    clear_unfinished(job.out)
     data, runs = _Images(open_data), _runs(base, axes, job.out)
     for folder, _, recipe in runs:
         images, adapted = data.for_recipe(recipe)

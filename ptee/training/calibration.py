@@ -24,7 +24,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
 from ptee._common.text import table
-from ptee._common.validation import BATCH_SIZE
+from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
@@ -126,6 +126,7 @@ def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     return splits.hold_out(data, size, seed)
 
 
+@checked
 def calibrate(
     model: EarlyExitModel,
     data: Any,

@@ -25,7 +25,7 @@ from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import TrainingConfig
 from ptee.training.history import Epoch
-from ptee.training.training_data import same_samples
+from ptee.training.training_data import content_hash, same_samples
 
 # Why not accelerate's save_state: it pickles the optimizer and the random states, and ptee unpickles nothing that lies on a disk.
 
@@ -50,7 +50,10 @@ class Checkpoint:
 def describe_training(
     config: TrainingConfig, model: EarlyExitModel, data: Any, samples: str | None, processes: int
 ) -> dict[str, Any]:
-    """What must stay the same for a training to go on, JSON-able. `samples` is of `sample_hash`."""
+    """What must stay the same for a training to go on, JSON-able. `samples` is of `sample_hash`.
+
+    All files are read for it, once for each data set.
+    """
     files = getattr(data, "files_sha256", None)  # with one file more, others would be drawn for training
     front = model.heads[0]  # its weights are among the heads' and would be taken for theirs
     return config.model_dump(exclude={"cache"} | ({"epochs"} if config.schedule == "constant" else set())) | {
@@ -65,6 +68,7 @@ def describe_training(
         "data": f"{length_hint(data, 0) + len(getattr(data, 'gaps', ()))} long"
         + (f" of files {files[:16]}" if files else ""),
         "samples": samples,
+        "pictures": content_hash(data),
         "processes": processes,
     }
 
@@ -101,10 +105,10 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
     differing = [
         name
         for name in {**training, **written}
-        if not (same_samples if name == "samples" else eq)(written.get(name), training.get(name))
+        if not (same_samples if name in ("samples", "pictures") else eq)(written.get(name), training.get(name))
     ]
     if differing:
-        other = ", ".join(f"{name} {written.get(name)} (now {training.get(name)})" for name in differing)
+        other = ", ".join(f"{name} {written.get(name)!s:.60} (now {training.get(name)!s:.60})" for name in differing)
         raise RunError(f"{path} belongs to a training with {other}. Use the same settings and data, or delete it.")
     return reached
 

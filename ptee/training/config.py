@@ -75,7 +75,7 @@ class TrainingConfig(FrozenConfig):
         description="The learning rate stays constant, or falls to 0 along half a cosine. Default: cosine for the loss "
         "separate, constant for the others.",
     )
-    views: Annotated[Whole, Field(ge=1)] | Auto = Field(
+    views: Annotated[Whole, Field(ge=1, lt=2**16)] | Auto = Field(
         default="auto",
         description="Views of each training image: the image itself, its mirror image, then random crops. Each epoch draws one "
         "of them. auto: 2, and 1 for a loader, which makes its own batches.",

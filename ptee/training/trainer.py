@@ -26,6 +26,7 @@ from ptee._common.errors import Argument, DataError, PteeError, RunError, first_
 from ptee._common.files import as_path, clear_unfinished
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
+from ptee._common.validation import checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
@@ -41,6 +42,7 @@ from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, moved, 
 from ptee.training.training_data import TrainingData, sample_hash
 
 
+@checked
 def train(
     model: EarlyExitModel,
     train_data: Any,
@@ -99,10 +101,11 @@ def train(
         config = config.changed(precision=accelerator.mixed_precision)
         loaders = TrainingData(model, accelerator, config, num_workers, on_cache)
         samples = None if is_loader(train_data) else sample_hash(train_data, must_repeat=loaders.caches)
-        training = checkpoints.describe_training(config, model, train_data, samples, accelerator.num_processes)
-        run = _Training(model, accelerator, config, training, path)
+        training: dict[str, Any] = {}
         if path is not None:
+            training = checkpoints.describe_training(config, model, train_data, samples, accelerator.num_processes)
             clear_unfinished(path.parent)
+        run = _Training(model, accelerator, config, training, path)
         if resume:
             run.resume()
         return run.fit(loaders, train_data, val_data, on_epoch)
@@ -335,7 +338,7 @@ class _Training:
             f"{advice}, train longer, or set other thresholds."
         )
         if self.accelerator.is_main_process:
-            warnings.warn(self.history.warning, stacklevel=4)
+            warnings.warn(self.history.warning, stacklevel=5)  # where `train` was called
 
     # ---------------------------------------------------------------------------------------- the checkpoint
 

@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.utils.data import DataLoader, Subset
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.batches import batches, is_loader, split_batch
+from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.augmentation import PRIME, Views
 from ptee.training.config import TrainingConfig
 from ptee.training.feature_cache import LIMIT, Cache, Estimate, fill
 
+SHARES = 1024  # of the files of a data set, for `content_hash`
 SAMPLES = 8  # of the data, which are read twice to see whether they are always the same
 NO_SAMPLE = "----"  # stands for a picture that was removed, in the place of its hash
 _SHARED: ContextVar[dict[Any, Cache] | None] = ContextVar("shared caches", default=None)
@@ -186,6 +189,31 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
             text, Argument("cache", "False"), more, Argument("views", "4"), ").", argument="cache", value=True
         )
     return None
+
+
+def content_hash(data: Any) -> str | None:
+    """A hash of each of some shares of the files of a data set; dashes for a share with a picture that was removed.
+
+    None if the data set does not read files.
+    """
+    checksums, gaps = _checksums(data), set(getattr(data, "gaps", ()))
+    if not checksums:
+        return None
+    n = len(checksums) + len(gaps)
+    shares = [0] * min(SHARES, n)
+    for place, checksum in zip((i for i in range(n) if i not in gaps), checksums, strict=True):
+        shares[place % SHARES] = crc32(checksum.to_bytes(4, "big"), shares[place % SHARES])
+    hashes = [f"{share:08x}"[: len(NO_SAMPLE)] for share in shares]
+    for gap in gaps:
+        hashes[gap % SHARES] = NO_SAMPLE
+    return "".join(hashes)
+
+
+def _checksums(data: Any) -> list[int]:
+    if isinstance(data, Subset):
+        every = _checksums(data.dataset)
+        return [every[i] for i in data.indices] if every else []
+    return data.checksums if isinstance(data, Pictures) else []
 
 
 def same_samples(one: Any, other: Any) -> bool:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
+import ptee
 from ptee._common.errors import PteeError, UnknownName
-from ptee._common.validation import FrozenConfig, Number, Whole, from_pydantic
+from ptee._common.validation import FrozenConfig, Number, Whole, checked, from_pydantic
 
 
 class Inner(FrozenConfig):
@@ -46,3 +50,66 @@ def test_an_error_of_any_pydantic_model_says_where_it_is():
 def test_a_config_does_not_change():
     with pytest.raises(ValidationError):
         Inner().lr = 3
+
+
+@checked
+def fitted(
+    model: object,
+    number: int = 1,
+    *,
+    share: float = 0.5,
+    some: int | None = None,
+    is_on: bool = False,
+    about: str = "",
+    lines: Sequence[str] = (),
+    named: Mapping[str, object] | None = None,
+    log: Callable[[str], None] | None = None,
+    **changes: object,
+) -> tuple[object, ...]:
+    return model, number, share, some, is_on, about, lines, named, log, changes
+
+
+WRONG = [
+    ("number", "3", "number='3' must be a whole number."),
+    ("number", True, "number=True must be a whole number."),
+    ("share", float("nan"), "share=nan must be a finite number."),
+    ("some", 3.5, "some=3.5 must be a whole number."),
+    ("is_on", "no", "is_on='no' must be True or False."),
+    ("is_on", None, "is_on=None must be True or False."),
+    ("about", ["x"], "about=['x'] must be text."),
+    ("lines", "own", "lines='own' must be a list."),
+    ("lines", None, "lines=None must be a list."),
+    ("named", ["x"], "named=['x'] must be a mapping."),
+    ("log", "print", "log='print' must be a function."),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), WRONG, ids=[f"{name} {value}" for name, value, _ in WRONG])
+def test_an_argument_of_the_wrong_kind_is_refused_by_name(name, value, said):
+    with pytest.raises(PteeError) as refusal:
+        fitted(object(), **{name: value})
+    assert (str(refusal.value), refusal.value.argument) == (said, name)
+
+
+def test_by_position_too():
+    with pytest.raises(PteeError, match=r"^number='3' must be a whole number\.$"):
+        fitted(object(), "3")
+
+
+def test_arguments_of_the_right_kind_reach_the_function_as_they_are():
+    given = {"share": 1, "some": np.int64(2), "is_on": np.True_, "lines": ["own"], "named": {"a": 1}, "log": print}
+    assert fitted(None, 3, about="x", other=[], **given) == (
+        *(None, 3, 1, np.int64(2), np.True_, "x", ["own"], {"a": 1}, print, {"other": []}),
+    )
+
+
+@pytest.mark.parametrize("name", ["augment", "calibrate", "compare", "evaluate", "fit", "train", "tune"])
+def test_the_public_functions_refuse_a_flag_or_number_of_the_wrong_kind_before_they_begin(name):
+    function = getattr(ptee, name)
+    hints = {
+        name: hint for name, hint in function.__annotations__.items() if hint in ("bool", "int", "int | None", "str")
+    }
+    assert hints
+    for argument in hints:
+        with pytest.raises(PteeError, match=rf"^{argument}=<object object at .* must be "):
+            function(**{argument: object()})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import MODEL, SHORT, TEN, assert_refused, evaluated, figures, files, make_run, pictures, read_json
+from command import MODEL, SHORT, TEN, assert_refused, edited, evaluated, figures, files, make_run, pictures, read_json
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -101,9 +101,31 @@ def test_the_data_are_found_from_another_folder(run, known, things, monkeypatch,
     assert run("evaluate", "out", "--no-speed").status == 0
 
 
+CHANGES = {
+    "seed": lambda results: results["data"]["split"].update(seed=9),
+    "files": lambda results: results["data"]["split"].update(files_sha256="0" * 64),
+    "removed": lambda results: results["data"]["split"].update(removed=[["train", "a/x.png", "a"]]),
+    "chosen on": lambda results: results["tuning"].update(source="elsewhere"),
+    "no tuning": lambda results: results.pop("tuning"),
+    "nothing": lambda results: results.clear(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_decides_which_images_are_reported_on_cannot_be_changed_by_hand(what, run, finished):
+    edited(finished, lambda config: CHANGES[what](config["results"]), signed=False)
+    assert_refused(run("evaluate", finished, "--no-speed"), "was changed or damaged: .* or its images are not those")
+
+
+def test_the_place_of_the_images_may_be_changed_by_hand(run, finished, things):
+    Path("moved").symlink_to(things / "ten")
+    place = str(Path("moved").absolute())
+    edited(finished, lambda config: config["results"]["data"].update(source=place), signed=False)
+    assert evaluated(run, finished)["samples"] == read_json(finished, "metrics.json")["results"]["samples"]
+
+
 def test_data_are_asked_for_where_none_were_recorded(run, finished):
-    config = read_json(finished, "config.json") | {"results": None}
-    (finished / "config.json").write_text(json.dumps(config))
+    edited(finished, lambda config: config.update(results=None))
     assert_refused(run("evaluate", finished), "--data FOLDER")
 
 
@@ -118,9 +140,7 @@ def test_data_are_asked_for_where_none_were_recorded(run, finished):
     ids=str,
 )
 def test_what_a_run_says_of_its_data_is_not_trusted(data, words, run, finished, things):
-    config = read_json(finished, "config.json")
-    config["results"] |= {"data": data, "tuning": data}
-    (finished / "config.json").write_text(json.dumps(config))
+    edited(finished, lambda config: config["results"].update(data=data, tuning=data))
     done = run("evaluate", finished, *(things / "ten" if word == "TEN" else word for word in words), "--no-speed")
     assert done.status in (0, 2), done.err
 

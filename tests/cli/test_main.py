@@ -82,7 +82,7 @@ MISTYPED = {
     "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
-    "a run without a name": (["evaluate", ""], "The name of the run is empty"),
+    "a run without a name": (["evaluate", ""], "The value after evaluate is empty"),
     "no run to compare": (["compare"], "RUN"),
     "no folder for a sweep": (["sweep", "--over", "seed=0,1"], "--out"),
 }
@@ -93,6 +93,19 @@ def test_what_is_mistyped_is_refused_in_one_line(words, said, run, elsewhere):
     done = run(*words)
     assert_refused(done, said)
     assert (done.out, list(elsewhere.iterdir())) == ("", [])
+
+
+@pytest.mark.parametrize("words", [["{}", ""], ["{}="]], ids=["apart", "after an equals sign"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_refuses_an_empty_value(command, words, run):
+    options = [o for o in cli.commands[command].params if isinstance(o, click.Option) and not o.is_flag]
+    for option in (name for o in options for name in o.opts):
+        given = [word.format(option) for word in words]
+        assert_refused(run(command, *given), rf"^The value after {option} is empty, .* Give one\.$")
+
+
+def test_an_empty_file_of_a_smaller_networks_weights_is_refused(run, finished):
+    assert_refused(run("compare", finished, "--static", "resnet18="), "^--static resnet18.* is no path")
 
 
 def test_an_error_of_ptee_itself_is_one_line_with_status_one_and_says_how_to_see_more(run, plan_fails, monkeypatch):

@@ -100,6 +100,26 @@ def test_a_resumption_with_an_image_in_place_of_another_is_refused(run, known, t
     assert_refused(run("augment", *known, *SHORT, "--data", images, "--out", "out", "--resume"), "data.*files.*now")
 
 
+def test_a_resumption_is_refused_where_any_picture_of_the_training_was_replaced_by_another(
+    run, foreign, things, interrupt
+):
+    images = Path(shutil.copytree(things / "two", "images"))
+    words = ("augment", *foreign[:-1], images, *SHORT, "--confidence", "max_prob")
+    interrupt(2)
+    run(*words, "--out", "out")
+    refused = 0
+    for number, picture in enumerate(sorted(images.glob("train/*/*.png"))):
+        before = picture.read_bytes()
+        shutil.copy(images / "val" / "cat" / "0.png", picture)
+        done = run(*words, "--resume", "--out", shutil.copytree("out", f"out{number}"))
+        picture.write_bytes(before)  # at another time
+        if done.status:
+            assert_refused(done, "belongs to a training with .*pictures [0-9a-f]{44} ")
+            refused += 1
+    assert refused == 11  # of 12: one was drawn for calibration
+    assert run(*words, "--resume", "--out", "out").status == 0
+
+
 def test_a_resumption_with_other_settings_is_refused_and_the_checkpoint_kept(run, known, interrupt):
     words = ("augment", *known, *SHORT, "--out", "out")
     interrupt(2)

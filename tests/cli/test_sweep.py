@@ -102,6 +102,15 @@ def test_the_same_command_keeps_complete_runs_and_adds_what_is_new(recipe, sweep
     assert len(rows("all/sweep.csv")) == 3
 
 
+def test_what_a_killed_sweep_was_writing_is_cleared_by_the_next(sweep):
+    for folder in ("all/.writing-1", "all/epochs=1/.writing-2"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "sweep.html").write_text("half of it")
+    assert sweep("epochs=1").status == 0
+    assert sorted(files_in("all")) == ["epochs=1", "sweep.csv", "sweep.html"]
+    assert not [name for name in files_in("all/epochs=1") if name.startswith(".")]
+
+
 def test_after_ctrl_c_the_same_command_goes_on(sweep, interrupt):
     whole = sweep("lr=0.01,0.02", "epochs=2", out="whole")
     interrupt(2)

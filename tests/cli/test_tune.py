@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import SHORT, assert_refused, evaluated, figures, files, read_json
+from command import SHORT, assert_refused, edited, evaluated, figures, files, read_json
 from safetensors.torch import load_file
 
 from ptee.pipeline.recipe import make_recipe
@@ -135,8 +135,6 @@ def test_where_files_were_added_those_that_thresholds_were_chosen_on_cannot_be_t
 def test_a_run_of_before_the_files_were_recorded_knows_its_own_images_again(run, foreign, things):
     shutil.copytree(things / "two", "two")
     assert run("augment", *foreign[:-1], "two", *SHORT, "--max-fidelity-drop", 0.1, "--out", "out").status == 0
-    config = read_json("out", "config.json")
-    del config["results"]["tuning"]["files_sha256"]
-    Path("out", "config.json").write_text(json.dumps(config))
+    edited("out", lambda config: config["results"]["tuning"].pop("files_sha256"))
     Path("two").rename("moved")
     assert evaluated(run, "out", "--data", "moved")["samples"] == 6

@@ -64,6 +64,8 @@ def test_samples_that_cannot_form_a_batch_are_refused(samples, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"batch_size": 2**31 + 1}, "whole number, at least 1 and at most 2,147,483,648"),
+        ({"num_workers": 10**30}, "whole number, at least 0 and at most 4,096"),
         ({"batch_size": 0}, "The batch_size 0 must be a whole number, at least 1"),
         ({"batch_size": 2.5}, "The batch_size 2.5 must be a whole number"),
         ({"num_workers": -1}, "The num_workers -1 must be a whole number, at least 0"),
@@ -106,6 +108,7 @@ def test_a_loader_keeps_its_own_batches(loader):
         ((IMAGES, LABELS), "tuple, which is neither.*TensorDataset"),
         ({"image": IMAGES}, "dict, which is neither"),
         ("cifar10", "str, which is neither"),
+        (list, "type, which is neither"),
         (None, "NoneType, which is neither"),
         ([], "empty: this list has length 0"),
         (TensorDataset(IMAGES[:0]), "empty: this TensorDataset has length 0"),

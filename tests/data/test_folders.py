@@ -245,6 +245,35 @@ def test_a_class_name_with_a_line_break_breaks_no_line(source):
     assert "c\\nd" in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [(tarfile.FIFOTYPE, "named-pipe"), (tarfile.CHRTYPE, "device"), (tarfile.BLKTYPE, "device")]
+)
+def test_special_files_in_a_tar_file_are_called_what_they_are(tars, kind, words):
+    with tarfile.open(tars / "train.tar", "a") as tar:
+        special = tarfile.TarInfo("a/special.png")
+        special.type = kind
+        tar.addfile(special)
+    assert f"not read: 1 {words} file of train" in opened(tars).summary
+
+
+def levels_of_train(source):
+    found = rows(opened(source))
+    return sorted(found["train"] + found["calibration"])
+
+
+@pytest.mark.parametrize("name", ["a/000.png", "./a/000.png", "a//000.png"])
+def test_of_two_members_in_one_place_the_later_replaces_the_earlier(name, tars):
+    write_tar(tars / "train.tar", [*numbered(20), name])
+    assert levels_of_train(tars) == [*range(1, 21)]
+
+
+def test_of_two_members_in_one_place_of_an_inner_tar_the_later_replaces_the_earlier(tars, tmp_path):
+    inner = write_tar(tmp_path / "a.tar", ["000.png", "000.png", "000.png"])
+    with tarfile.open(tars / "train.tar", "a") as tar:
+        tar.add(inner, "a.tar")
+    assert levels_of_train(tars) == sorted([*range(20), 2])
+
+
 def test_links_in_a_tar_file_are_named(tars):
     with tarfile.open(tars / "train.tar", "a") as tar:
         link = tarfile.TarInfo("a/link.png")

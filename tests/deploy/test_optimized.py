@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
 from device import here, seeded
-from small import K, SIZE, chained, made
+from small import SIZE, K, chained, made
 from torch import Tensor
 
 import ptee
@@ -104,9 +105,10 @@ def test_a_broken_image_changes_no_other_answer(mode, x):
     got, others = fast.predict(x, limits), torch.arange(len(x)) != 3
     assert got.exit_index[3] == len(early.exits)
     assert got.logits[3].isnan().all()
-    assert all(torch.equal(a[others], b[others]) for a, b in zip(got, want, strict=True))
     again = fast.predict(x.nan_to_num(), limits)
-    assert all(torch.equal(a[others], b[others]) for a, b in zip(again, want, strict=True))
+    for answer in (got, again):
+        assert torch.equal(answer.exit_index[others], want.exit_index[others])
+        torch.testing.assert_close(answer.logits[others], want.logits[others], rtol=1e-4, atol=1e-4)
 
 
 def test_answers_are_kept_when_the_next_batch_comes(mode, x):
@@ -209,7 +211,7 @@ def test_buckets_leave_less_than_a_third_of_their_places_empty(most):
     sizes = sizes_up_to(most)
     assert sizes[-1] == most
     assert sizes == sorted(set(sizes))
-    assert all(b <= 4 or b <= 1.5 * (a + 1) for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b <= 4 or b <= 1.5 * (a + 1) for a, b in pairwise(sizes))
 
 
 @pytest.mark.slow

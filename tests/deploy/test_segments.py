@@ -25,7 +25,9 @@ FAMILIES = {  # by how many tensors pass a cut
 
 
 def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
-    return ptee.augment(timm.create_model(name, num_classes=10), num_exits=2, head="pool", input_size=(3, side, side), **wish)
+    return ptee.augment(
+        timm.create_model(name, num_classes=10), num_exits=2, head="pool", input_size=(3, side, side), **wish
+    )
 
 
 @pytest.mark.parametrize("ahead", AHEAD)

@@ -87,8 +87,67 @@ def test_a_run_is_not_loaded_onto_a_compiled_network(how, tmp_path):
 
 
 def test_a_compiled_function_in_a_networks_code_is_refused():
-    with pytest.raises(BackboneError, match=r"Net calls a function that torch\.compile made"):
+    with pytest.raises(BackboneError, match=r"^Net calls what torch\.compile made"):
         ptee.augment(Net(torch.compile(F.gelu, backend="eager")), exits=["a"], input_size=SIZE)
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def mix(x: Tensor) -> Tensor:
+    return F.conv2d(x, torch.ones(6, 6, 1, 1, dtype=x.dtype, device=x.device))
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def operator(x: Tensor) -> Tensor:
+    return torch.ops.ptee_tests.mix(x)
+
+
+SCRIPTS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Tensor]]] = {
+    "torch.jit.script": torch.jit.script,
+    "torch.jit.trace": lambda act: torch.jit.trace(act, torch.zeros(1, 6, 4, 4)),
+    "autograd.Function": lambda act: lambda x: Straight.apply(x, act),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", SCRIPTS)
+def test_code_that_computes_products_unseen_is_refused_by_name(how):
+    said = rf"^Net calls code whose multiply-accumulates cannot be counted \({'Straight' if how[0] == 'a' else 'mix'}\)\. Let it"
+    with pytest.raises(BackboneError, match=said):
+        ptee.plan(Net(SCRIPTS[how](mix)), exits=["a"], input_size=SIZE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", SCRIPTS)
+def test_activations_that_are_not_seen_cost_as_much_as_others(how):
+    seen, hidden = (ptee.plan(Net(act), exits=["b"], input_size=SIZE) for act in (swish, SCRIPTS[how](swish)))
+    assert (hidden.macs, hidden.exits[0].cost) == (seen.macs, seen.exits[0].cost)
+
+
+def test_custom_operators_are_refused_by_name():
+    mixed = torch.library.custom_op("ptee_tests::mix", mix, mutates_args=(), schema="(Tensor x) -> Tensor")
+    mixed.register_fake(torch.empty_like)
+    with pytest.raises(BackboneError, match=r"cannot be counted \(ptee_tests::mix\)"):
+        ptee.plan(Net(operator), exits=["a"], input_size=SIZE)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_module_that_is_no_part_of_the_network_is_refused():
+    hidden = torch.jit.script(nn.Conv2d(6, 6, 1).eval().requires_grad_(False))
+    net = Net(lambda x: hidden(x))
+    with pytest.raises(BackboneError, match=r"^Net calls what torch\.jit made, .*without torch\.jit\.$"):
+        ptee.plan(net, exits=["a"], input_size=SIZE)
 
 
 @pytest.mark.filterwarnings("ignore")

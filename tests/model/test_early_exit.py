@@ -667,3 +667,14 @@ def test_what_has_no_exits_is_refused_by_name(name, thing):
             ptee.compare({"a": thing}, data, data)
         else:
             getattr(ptee, name)(thing, data, **words)
+
+
+class Once(Net):
+    """A network of which no second one is to be made."""
+
+    def __deepcopy__(self, memo: object) -> Once:
+        raise AssertionError("the backbone was copied")
+
+
+def test_building_a_model_copies_no_backbone():
+    assert ptee.augment(Once(), exits=["stem"], input_size=SIZE).exits[0].name == "stem"

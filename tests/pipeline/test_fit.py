@@ -204,7 +204,8 @@ def test_labels_of_which_none_is_a_class_are_not_used_and_it_is_said():
 
 X, Y = images(60).tensors
 REFUSED = {
-    "a log that is no function": ({"log": True}, "log is True. Give a function"),
+    "a log that is no function": ({"log": True}, "log=True must be a function"),
+    "a class": ({"train_data": dict}, "train_data is a type.*map-style data set"),
     "a loader": ({"train_data": iter([])}, "train_data is a .*map-style data set"),
     "an iterable for validation": ({"val_data": iter([])}, "val_data is a .*map-style data set"),
     "a tuple of tensors": ({"train_data": (X, Y)}, r"train_data is a tuple of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
@@ -280,6 +281,13 @@ def test_after_a_refusal_the_backbone_can_be_given_again():
     with pytest.raises(PteeError, match="cannot be reached"):
         fit(backbone, images(60), max_cost=0.001)
     assert fit(backbone, images(60)).results
+
+
+def test_to_go_on_and_to_begin_anew_at_once_is_refused(tmp_path):
+    said = r"^resume=True goes on with a training, and overwrite=True begins it anew\. Give one of them\.$"
+    with pytest.raises(RunError, match=said):
+        fit(network(), images(60), out=tmp_path / "run", resume=True, overwrite=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
