@@ -149,11 +149,27 @@ class _Splitter:
     def _of_weights_alone(self) -> set[fx.Node]:
         """The tensors that follow from the weights: neither from the images nor from the number of rows."""
         found: set[fx.Node] = set()
+        changed = self._changed_in_place()
         for node in self.nodes:
             fixed = all(a.op == "get_attr" or a in found for a in node.all_input_nodes)
-            if node.op == "call_function" and fixed and isinstance(node.meta.get("val"), Tensor) and not _writes(node):
+            if (
+                node.op == "call_function"
+                and fixed
+                and node not in changed
+                and isinstance(node.meta.get("val"), Tensor)
+            ):
                 found.add(node)
-        return found - {user for node in found for user in node.users if _writes(user)}
+        return found
+
+    def _changed_in_place(self) -> set[fx.Node]:
+        """The nodes that write, and what they may write into: it must be made anew in each call."""
+        found = {node for node in self.nodes if _writes(node)}
+        todo = [a for node in found if node not in self.of_images for a in node.all_input_nodes]
+        while todo:
+            if (node := todo.pop()) not in found:
+                found.add(node)
+                todo += node.all_input_nodes
+        return found
 
     def constant(self, node: fx.Node) -> str:
         """The name under which the value of such a node is kept. It is computed once."""

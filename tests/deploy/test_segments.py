@@ -99,8 +99,29 @@ def test_a_number_of_rows_that_code_remembers_is_that_of_the_rows_that_are_left(
     check_segments(model, pieces, [1, 2, 7])
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_rows_that_are_folded_with_tokens_are_selected_together(ahead):
+class Counts(nn.Module):
+    """Its code makes an index in place, and looks into a table of weights with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, K)
+        self.table = nn.Parameter(torch.randn(12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        index = torch.arange(6, device=x.device)[None] * torch.ones(6, 1, device=x.device)
+        index.view(-1).add_(5)
+        return self.b((y * self.table[index.long()].sum(-1)).mean((2, 3)))
+
+
+def test_a_table_that_follows_from_the_weights_is_the_same_in_each_call():
+    model = ptee.augment(Counts(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    pieces = segments(model)
+    for _ in range(3):
+        check_segments(model, pieces, [1, 2])
+
+
+def test_rows_that_are_folded_with_tokens_are_selected_together():
     rows = Rows(0, 4)
     tensor = torch.arange(12.0)[:, None]
     assert rows.select(tensor, torch.tensor([2, 0])).flatten().tolist() == [8, 9, 10, 11, 0, 1, 2, 3]

@@ -389,7 +389,7 @@ def test_a_folder_that_is_not_there_is_named(place, folder, net, monkeypatch):
 # what is not trusted
 
 
-@pytest.mark.parametrize("version", [3, 999, 10**30])
+@pytest.mark.parametrize("version", [runs.SCHEMA_VERSION + 1, 999, 10**30])
 def test_a_newer_schema_is_refused_and_an_upgrade_advised(version, folder, net):
     edit(folder, "schema_version", version)
     assert re.search(f"{version}.*Upgrade ptee", refused(folder, net))
