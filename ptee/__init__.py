@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptee._common.errors import PteeError as PteeError
+    from ptee.deploy.export import export as export
     from ptee.deploy.optimized import optimize as optimize
+    from ptee.deploy.runner import load_exported as load_exported
     from ptee.evaluation.comparison import compare as compare
     from ptee.evaluation.results import evaluate as evaluate
     from ptee.evaluation.tuning import tune as tune
@@ -42,8 +44,10 @@ _HOMES = {
     "calibrate": "training.calibration",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.results",
+    "export": "deploy.export",
     "fit": "pipeline.fit",
     "load": "model.build",
+    "load_exported": "deploy.runner",
     "optimize": "deploy.optimized",
     "plan": "model.build",
     "register_confidence": "exits.confidence",

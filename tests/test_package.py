@@ -25,7 +25,20 @@ TREES = {
     if path.name != "__init__.py" or path.parent == PACKAGE
 }
 PUBLIC = {
-    *("augment", "fit", "plan", "train", "calibrate", "tune", "evaluate", "compare", "load", "optimize"),
+    *(
+        "augment",
+        "fit",
+        "plan",
+        "train",
+        "calibrate",
+        "tune",
+        "evaluate",
+        "compare",
+        "load",
+        "optimize",
+        "export",
+        "load_exported",
+    ),
     *("register_head", "register_confidence"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError", "Recipe"),
 }
@@ -99,7 +112,7 @@ def test_only_the_command_prints_or_ends_the_program(module):
     said = forbidden & set(calls(TREES[module])) | {
         c for c in calls(TREES[module]) if c in ("click.echo", "click.Abort")
     }
-    assert folder_of(module) == "cli" or not said
+    assert folder_of(module) == "cli" or module == "deploy.runner" or not said  # which is an entrance of its own
 
 
 THE_METHOD = (

@@ -25,7 +25,7 @@ GIVE_MODEL = Argument("model", "NAME")
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (augment, plan, evaluate, tune, compare, bench, recipe, sweep):
+    for each in (augment, plan, evaluate, tune, compare, bench, export, recipe, sweep):
         group.add_command(each)
 
 
@@ -186,6 +186,26 @@ def bench(**o: Any) -> None:
         torch.set_num_threads(o["threads"])
     model = _untrained(_backbone(o), recipe).to(device)
     _show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
+
+
+@command()
+@click.argument("run", type=RunName())
+@option("--out", type=Place(), required=True, help="A new folder.")
+@option(
+    "--format",
+    type=click.Choice(["pt2", "onnx"]),
+    default="pt2",
+    show_default=True,
+    help="pt2: programs for torch; onnx: for ONNX Runtime.",
+)
+@option("--weights", type=Place(), help="A file with the backbone's weights, if they are not where the run says.")
+def export(run: str, **o: Any) -> None:
+    """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
+    from ptee.deploy.export import export as write
+    from ptee.pipeline.saved_run import load_run
+
+    folder = write(load_run(run, o["weights"]), o["out"], format=o["format"])
+    click.echo(f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE")
 
 
 @command()

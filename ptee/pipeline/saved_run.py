@@ -83,7 +83,7 @@ def open_run(
             backbone's.
         PteeError: as of `load`.
     """
-    model = _load(run, weights)
+    model = load_run(run, weights)
     recorded = _recorded_data(run, model)
     source, seed = data or recorded.get("source"), recorded.get("seed", 0)
     if not source:
@@ -176,7 +176,8 @@ def compare_runs(runs: Mapping[str, OpenRun], *, log: Log, **how: Any) -> Compar
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
 
 
-def _load(run: str, weights: Path | None) -> EarlyExitModel:
+def load_run(run: str, weights: Path | None) -> EarlyExitModel:
+    """A saved run, with its weights from another place if they are given; errors name the option."""
     try:
         return load(run, _moved_backbone(run, weights))
     except BackboneError as why:

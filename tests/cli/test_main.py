@@ -15,7 +15,7 @@ import ptee
 from ptee._common.errors import Argument, Interrupted, PteeError
 from ptee.cli.main import cli
 
-COMMANDS = ("augment", "plan", "evaluate", "tune", "compare", "bench", "recipe", "sweep")
+COMMANDS = ("augment", "plan", "evaluate", "tune", "compare", "bench", "export", "recipe", "sweep")
 HEAVY = ("torch", "timm", "numpy", "accelerate", "safetensors", "plotly", "sklearn")
 
 

@@ -1,0 +1,204 @@
+"""`ptee export`: the pieces of a model as files that need no Python code of the network."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ptee._common.errors import PteeError, RunError, first_line, unknown
+from ptee._common.files import as_path, require_writable, write_json, write_text
+from ptee._common.process import no_stdout, no_warnings
+from ptee.deploy.capture import MAX_ROWS, example_images
+from ptee.deploy.check import check_segments
+from ptee.deploy.manifest import MANIFEST, SCHEMA, Manifest, Piece
+from ptee.deploy.runner import load_exported
+from ptee.deploy.segments import Rows, Segment, segments
+from ptee.exits.rule import ExitRule
+from ptee.model.early_exit import EarlyExitModel, require_early_exit
+
+ONNX, PT2 = "onnx", "pt2"
+FORMATS = (PT2, ONNX)
+BATCHES = (1, 2, 7, 32)  # that are tried before anything is written
+SAME = 1e-4  # share of the largest logit
+EXAMPLE_ROWS = 5
+
+
+class _ExportedPiece(nn.Module):
+    """A piece that also says how sure its exit is. It gives (what is alive ..., logits (b, K), h (b,)); the last piece gives
+    (the backbone's answer, the blended answer), twice the same where answers are not blended."""
+
+    def __init__(self, piece: Segment, before: Segment | None, rule: ExitRule) -> None:
+        super().__init__()
+        self.piece = piece.module
+        self.exit, self.rule = piece.exit, rule
+        self.earlier = before.earlier if before else {}
+
+    def forward(self, *alive: Tensor) -> tuple[Tensor, ...]:
+        earlier = {m: alive[i] for m, i in self.earlier.items()}
+        if self.exit < 0:
+            own = self.piece(*alive)
+            everywhere = dict.fromkeys(range(self.rule.num_exits), 0.0)
+            return own, self.rule.at_end(own, earlier, everywhere)
+        behind, logits, sure = self.piece(*alive)
+        answer, h = self.rule.at_exit(self.exit, logits, sure, earlier)
+        return *behind, answer, h
+
+
+def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> Path:
+    """Write the pieces of a model, and all that is needed to run them, into a new folder.
+
+    Args:
+        model: trained and tuned. It stays as it is.
+        folder: must not exist, or be empty.
+        format: "pt2", programs of torch.export for torch alone, or "onnx", for ONNX Runtime.
+
+    Returns:
+        The folder. `ptee.load_exported` runs it.
+
+    Raises:
+        PteeError: if the model cannot be taken apart, or what was written answers otherwise.
+        RunError: if the folder cannot be written.
+    """
+    require_early_exit(model)
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    _require_libraries(format)
+    target = as_path(folder, "folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"{target} exists. Name a folder that does not.")
+    require_writable(target.parent)
+    pieces = segments(model, keep_logits=model.rule.reads_earlier)
+    check_segments(model, pieces, BATCHES)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
+        made = Path(beside) / "exported"
+        made.mkdir()
+        _write(model, pieces, made, format)
+        _require_same(model, made)
+        try:
+            shutil.move(made, target) if not target.exists() else made.replace(target)
+        except OSError as why:
+            raise RunError(f"Cannot write {target}: {first_line(why)}") from why
+    return target
+
+
+def _require_libraries(format: str) -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if format == ONNX and missing:
+        raise PteeError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, format: str) -> None:
+    alive: tuple[Tensor, ...] = (example_images(model, EXAMPLE_ROWS),)
+    rows: Sequence[Rows] = (Rows(),)
+    listed = []
+    for n, piece in enumerate(pieces):
+        module = _ExportedPiece(piece, pieces[n - 1] if n else None, model.rule)
+        file = folder / f"piece_{n}.{format}"
+        program = _program(module, alive, rows)
+        _save(program, file, format)
+        with torch.no_grad():
+            given = module(*alive)
+        alive, rows = given[:-2], piece.rows
+        layout = [(where.axis, where.each) for where in piece.rows]
+        listed.append(Piece(file=file.name, sha256=_sha256(file), exit=piece.exit, rows=layout))
+    write_json(folder / MANIFEST, _manifest(model, listed, format).model_dump())
+    write_text(folder / "README.md", _card(model, format))
+
+
+def _program(module: nn.Module, alive: tuple[Tensor, ...], rows: Sequence[Rows]) -> torch.export.ExportedProgram:
+    count = torch.export.Dim("rows", min=1, max=MAX_ROWS)
+    shapes = tuple({where.axis: where.each * count if where.each > 1 else count} for where in rows)
+    with torch.no_grad():
+        return torch.export.export(module.eval(), alive, dynamic_shapes=(shapes,), strict=False)
+
+
+def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> None:
+    if format == PT2:
+        program._example_inputs = None  # as large as the weights of a small network
+        torch.export.save(program, file)
+        return
+    with no_warnings, no_stdout:
+        made = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert made is not None
+        made.save(str(file))
+
+
+def _manifest(model: EarlyExitModel, pieces: list[Piece], format: str) -> Manifest:
+    config = model.origin.input
+    return Manifest(
+        schema_version=SCHEMA,
+        format=format,
+        backbone=model.plan.backbone,
+        input_size=model.plan.input_size,
+        dtype=str(example_images(model, 1).dtype).removeprefix("torch."),
+        mean=list(config.mean),
+        std=list(config.std),
+        interpolation=config.interpolation,
+        classes=model.num_classes,
+        exits=[e.name for e in model.exits],
+        costs=list(model.costs),
+        thresholds=model.threshold,
+        confidence=model.confidence,
+        answers=model.answers,
+        pieces=pieces,
+        versions={"torch": torch.__version__},
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return (
+            hashlib.file_digest(data, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(data.read()).hexdigest()
+        )
+
+
+def _require_same(model: EarlyExitModel, folder: Path) -> None:
+    """Refuse files that answer otherwise than the model, with thresholds at which rows leave at each exit."""
+    runner = load_exported(folder)
+    for b in BATCHES:
+        x = example_images(model, b)
+        limits = _between(model, x)
+        with torch.no_grad():
+            want = model.predict(x, limits)
+        got = runner.predict(x.numpy() if runner.manifest.format == ONNX else x, limits)
+        exits, logits = (torch.as_tensor(t, device="cpu") for t in (got.exit_index, got.logits))
+        scale = want.logits.abs().max().item()
+        if not torch.equal(exits, want.exit_index.cpu()) or not (
+            logits - want.logits.cpu()
+        ).abs().max().item() <= SAME * max(scale, 1):
+            raise PteeError(
+                f"{model.plan.backbone} as {runner.manifest.format} gives other answers than the model to a batch of {b}. Use another format."
+            )
+
+
+def _between(model: EarlyExitModel, x: Tensor) -> list[float]:
+    """For each exit a threshold between the confidences of two rows."""
+    with torch.no_grad():
+        h = model.blended(model.all_exits(x)).confidence[:-1].double().sort(dim=1).values
+    k = h.shape[1] // 2
+    return ((h[:, k] + h[:, max(0, k - 1)]) / 2 if len(x) > 1 else h[:, 0] / 2).tolist()
+
+
+def _card(model: EarlyExitModel, format: str) -> str:
+    needs = "torch" if format == PT2 else "onnxruntime and numpy"
+    return f"""# {model.plan.backbone} with early exits, exported as {format}
+
+{len(model.exits)} exits, {model.num_classes} classes. Made by ptee. It needs {needs}.
+
+```python
+import ptee
+
+runner = ptee.load_exported("{"."}")
+out = runner.predict(images)     # .logits .exit_index .confidence .cost
+runner.threshold = 0.7
+```
+"""

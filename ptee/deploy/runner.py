@@ -1,0 +1,273 @@
+"""Runs an exported model: needs torch, or ONNX Runtime and numpy, and nothing of the network's own code.
+
+`python -m ptee.deploy.runner FOLDER IMAGE ...` answers pictures.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.files import as_path
+from ptee.deploy.manifest import Manifest, Piece, read_manifest
+
+Array = Any  # of numpy for ONNX, of torch for pt2
+
+
+class Answers(NamedTuple):
+    """What `predict` answers, one entry for each row of the batch. Arrays of numpy for ONNX, tensors of torch for pt2.
+
+    Attributes:
+        logits: (b, K) of the exit at which the row left.
+        exit_index: (b,) that exit, 0..E; E is the backbone's own output.
+        confidence: (b,) h of that exit; 1 at E.
+        cost: (b,) what the row cost, as a fraction of the bare backbone.
+    """
+
+    logits: Array
+    exit_index: Array
+    confidence: Array
+    cost: Array
+
+
+class Runner:
+    """An exported early-exit model. Made by `load_exported`.
+
+    Attributes:
+        manifest: what it was exported with.
+    """
+
+    def __init__(self, manifest: Manifest, pieces: Sequence[Callable[..., Sequence[Array]]], device: str) -> None:
+        self.manifest, self._pieces, self._device = manifest, pieces, device
+        self._thresholds = self._each(manifest.thresholds)
+
+    @property
+    def threshold(self) -> list[float]:
+        """T of each exit. Set it at any time, to one number or one for each exit."""
+        return self._thresholds.tolist()
+
+    @threshold.setter
+    def threshold(self, value: Any) -> None:
+        self._thresholds = self._each(value)
+
+    def _each(self, value: Any) -> np.ndarray:
+        """(E,) or (b, E) thresholds."""
+        exits = len(self.manifest.exits)
+        try:
+            given = np.asarray(value, dtype=np.float64)
+            wide = np.broadcast_to(given, (*given.shape[:-1], exits))
+        except (TypeError, ValueError) as why:
+            raise PteeError(f"Thresholds are one number, or one for each of the {exits} exits, not {value!r}.") from why
+        if np.isnan(wide).any() or wide.ndim > 2:
+            raise PteeError(
+                f"Thresholds {value!r} are not possible: give one number, or one for each of the {exits} exits."
+            )
+        return wide
+
+    def __call__(self, x: Array) -> Array:
+        """Logits (b, K)."""
+        return self.predict(x).logits
+
+    def predict(self, x: Array, threshold: Any = None) -> Answers:
+        """Answer each row at the first exit with h >= T.
+
+        Args:
+            x: (b, c, h, w) images, an array of numpy for ONNX or a tensor for pt2.
+            threshold: for this call; None: `self.threshold`.
+
+        Raises:
+            PteeError: for images of another size or type.
+        """
+        x = self._prepared(x)
+        limits = self._thresholds if threshold is None else self._each(threshold)
+        limits = np.broadcast_to(limits, (len(x), len(self.manifest.exits)))
+        parts: list[tuple[np.ndarray, int, Array, np.ndarray]] = []
+        rows, alive = np.arange(len(x)), [x]
+        for piece, run in zip(self.manifest.pieces[:-1], self._pieces, strict=False):
+            *alive, logits, h = run(*alive)
+            h = _numpy(h).astype(np.float32)
+            leaving = h.astype(np.float64) >= limits[rows, piece.exit]
+            gone, stay = np.flatnonzero(leaving), np.flatnonzero(~leaving)
+            if len(gone):
+                parts.append((rows[gone], piece.exit, logits[gone], h[gone]))
+            if not len(stay):
+                break
+            if len(gone):
+                rows, alive = rows[stay], [_select(t, stay, *where) for t, where in zip(alive, piece.rows, strict=True)]
+        else:
+            parts.append(self._end(rows, limits, *self._pieces[-1](*alive)))
+        return self._joined(parts)
+
+    def _end(
+        self, rows: np.ndarray, limits: np.ndarray, own: Array, blended: Array
+    ) -> tuple[np.ndarray, int, Array, np.ndarray]:
+        """Rows that no exit could take get the backbone's own answer."""
+        exits = [piece.exit for piece in self.manifest.pieces[:-1]]
+        possible = (limits[rows][:, exits] <= 1).any(1)
+        logits = own if not possible.any() else blended if possible.all() else _where(possible, blended, own)
+        return rows, len(self.manifest.exits), logits, np.ones(len(rows), dtype=np.float32)
+
+    def _joined(self, parts: Sequence[tuple[np.ndarray, int, Array, np.ndarray]]) -> Answers:
+        back = np.argsort(np.concatenate([rows for rows, *_ in parts]))
+        exits = np.concatenate([np.full(len(rows), exit) for rows, exit, *_ in parts])[back]
+        logits = _concatenate([logits for *_, logits, _ in parts])[back]
+        h = np.concatenate([h for *_, h in parts])[back]
+        cost = np.asarray(self.manifest.costs, dtype=np.float32)[exits]
+        return Answers(logits, *(_like(logits, t) for t in (exits, h, cost)))
+
+    def _prepared(self, x: Array) -> Array:
+        size, dtype = tuple(self.manifest.input_size), self.manifest.dtype
+        kind = "an array of numpy" if self.manifest.format == "onnx" else "a tensor of torch"
+        if (self.manifest.format == "onnx") != isinstance(x, np.ndarray):
+            raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
+        if x.ndim != 4 or tuple(x.shape[1:]) != size or not len(x):
+            raise PteeError(
+                f"This model takes images (b, {', '.join(map(str, size))}), b of 1 or more, not {tuple(x.shape)}."
+            )
+        if str(x.dtype).removeprefix("torch.") != dtype:
+            raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
+        return x if isinstance(x, np.ndarray) else x.to(self._device)
+
+    def images(self, paths: Sequence[str | Path]) -> Array:
+        """Pictures from files, as the model takes them: (b, c, h, w)."""
+        from PIL import Image
+
+        channels, height, width = self.manifest.input_size
+        how = getattr(Image.Resampling, self.manifest.interpolation.upper(), Image.Resampling.BICUBIC)
+        pictures = []
+        for path in paths:
+            try:
+                with Image.open(path) as file:
+                    picture = file.convert("RGB" if channels == 3 else "L").resize((width, height), how)
+            except OSError as why:
+                raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why
+            pixels = np.asarray(picture, dtype=np.float32).reshape(height, width, channels) / 255
+            pictures.append((pixels - np.asarray(self.manifest.mean)) / np.asarray(self.manifest.std))
+        x = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32)
+        return x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
+
+
+def load_exported(folder: str | Path, device: str | None = None) -> Runner:
+    """Open what `ptee export` wrote.
+
+    Args:
+        folder: with its manifest.
+        device: "cpu" or "cuda"; None: the CPU.
+
+    Raises:
+        RunError: if a file is missing, was changed, or is of a newer version.
+        PteeError: if a library or the device is missing.
+    """
+    place = as_path(folder, "folder")
+    manifest = read_manifest(place)
+    load = _onnx if manifest.format == "onnx" else _pt2
+    return Runner(manifest, [load(place, piece, device or "cpu") for piece in manifest.pieces], device or "cpu")
+
+
+def _onnx(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Array]]:
+    try:
+        import onnxruntime
+    except ImportError as why:
+        raise PteeError("This model needs ONNX Runtime: pip install onnxruntime") from why
+    provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise PteeError(
+            f"ONNX Runtime has no {provider} here, so device={device!r} is not possible. Give device='cpu'."
+        )
+    try:
+        session = onnxruntime.InferenceSession(str(folder / piece.file), providers=[provider])
+    except Exception as why:  # whatever the runtime raises
+        raise RunError(f"{folder / piece.file} is no model that ONNX Runtime can read: {first_line(why)}") from why
+    names = [given.name for given in session.get_inputs()]
+    return lambda *alive: session.run(None, dict(zip(names, alive, strict=True)))
+
+
+def _pt2(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Array]]:
+    import torch
+
+    from ptee._common.process import no_pickles
+
+    try:
+        with no_pickles:
+            module = torch.export.load(folder / piece.file).module()
+        module.to(device)
+    except Exception as why:  # whatever torch raises
+        raise RunError(f"{folder / piece.file} cannot be loaded: {first_line(why)}") from why
+
+    @torch.no_grad()
+    def run(*alive: Any) -> Sequence[Any]:
+        return module(*alive)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------- arrays of either kind
+
+
+def _numpy(t: Array) -> np.ndarray:
+    return t if isinstance(t, np.ndarray) else t.float().cpu().numpy()
+
+
+def _select(t: Array, rows: np.ndarray, axis: int, each: int) -> Array:
+    """The part of an array that belongs to these rows."""
+    positions = (rows[:, None] * each + np.arange(each)).reshape(-1)
+    if isinstance(t, np.ndarray):
+        return np.take(t, positions, axis)
+    import torch
+
+    return t.index_select(axis, torch.from_numpy(positions).to(t.device))
+
+
+def _where(mask: np.ndarray, a: Array, b: Array) -> Array:
+    if isinstance(a, np.ndarray):
+        return np.where(mask[:, None], a, b)
+    import torch
+
+    return torch.where(torch.from_numpy(mask).to(a.device)[:, None], a, b)
+
+
+def _concatenate(parts: Sequence[Array]) -> Array:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    import torch
+
+    return torch.cat(list(parts))
+
+
+def _like(t: Array, values: np.ndarray) -> Array:
+    if isinstance(t, np.ndarray):
+        return values
+    import torch
+
+    return torch.from_numpy(values).to(t.device)
+
+
+def _tensor(x: np.ndarray, dtype: str) -> Array:
+    import torch
+
+    return torch.from_numpy(x).to(getattr(torch, dtype))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the answer to each picture."""
+    if len(arguments) < 2:
+        print("usage: python -m ptee.deploy.runner FOLDER IMAGE ...", file=sys.stderr)
+        return 2
+    try:
+        runner = load_exported(arguments[0])
+        out = runner.predict(runner.images(arguments[1:]))
+    except PteeError as why:
+        print(why, file=sys.stderr)
+        return 2
+    for path, logits, exit, cost in zip(arguments[1:], _numpy(out.logits), out.exit_index, out.cost, strict=True):
+        print(f"{path}: class {int(logits.argmax())}, exit {int(exit)}, cost {float(cost):.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

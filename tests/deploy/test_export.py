@@ -1,0 +1,209 @@
+"""`ptee export`: files that answer as the model, and are refused if anything about them is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from device import drawn
+from images import picture
+from small import SIZE, chained, made
+from torch import Tensor
+
+import ptee
+from ptee._common.errors import PteeError, RunError
+from ptee.deploy.manifest import MANIFEST
+from ptee.exits.blend import Blend, subsets
+
+pytestmark = pytest.mark.cpu("what is exported is the same on every device")
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
+)
+FORMATS = ["pt2", pytest.param("onnx", marks=needs_onnx)]
+each_format = pytest.mark.parametrize("format", FORMATS)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ptee.export(made(), tmp_path_factory.mktemp("exported") / "out")
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def images(rows: int, size: tuple[int, ...] = SIZE) -> Tensor:
+    return 3 * torch.randn(rows, *size, generator=drawn(1), device="cpu")
+
+
+def require_same(runner: Any, model: ptee.EarlyExitModel, x: Tensor, threshold: Any) -> None:
+    with torch.no_grad():
+        want = model.predict(x, threshold)
+    got = runner.predict(x.numpy() if runner.manifest.format == "onnx" else x, threshold)
+    assert np.array_equal(np.asarray(got.exit_index), want.exit_index.numpy())
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a), b.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "confidence", "format"),
+    [
+        (made, "learned", "pt2"),
+        pytest.param(made, "learned", "onnx", marks=needs_onnx),
+        pytest.param(made, "patience", "onnx", marks=needs_onnx),
+        (chained, "learned", "pt2"),
+    ],
+)
+def test_the_same_rows_leave_with_the_same_answers(model, confidence, format, tmp_path):
+    early = model()
+    early.confidence = confidence
+    runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format=format))
+    for rows in (1, 2, 7, 32):
+        x = images(rows, early.plan.input_size)
+        for threshold in (
+            0.0,
+            0.5,
+            2.0,
+            [0.4, 0.6, 0.5][: len(early.exits)],
+            torch.rand(rows, len(early.exits)).tolist(),
+        ):
+            require_same(runner, early, x, threshold)
+
+
+@each_format
+def test_blended_answers_are_exported(format, tmp_path):
+    early = made()
+    weights = {(n, m): tuple(0.4 + 0.1 * k for k in range(len(m) + 1)) for n in range(3) for m in subsets(n)}
+    early.confidence, early.blend = "max_prob", Blend(weights)
+    early.answers = "blended"
+    runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format=format))
+    for threshold in (0.0, 0.4, 2.0, [0.4, 2.0]):
+        require_same(runner, early, images(9), threshold)
+
+
+def test_an_exit_that_is_off_is_not_exported(tmp_path):
+    early = made()
+    early.off = [0]
+    folder = ptee.export(early, tmp_path / "out")
+    assert len(list(folder.glob("piece_*"))) == 2
+    require_same(ptee.load_exported(folder), early, images(9), 0.5)
+
+
+def test_the_threshold_of_the_model_is_in_force_and_can_be_changed(tmp_path):
+    early = made()
+    early.threshold = [0.3, 0.7]
+    runner = ptee.load_exported(ptee.export(early, tmp_path / "out"))
+    assert runner.threshold == [0.3, 0.7]
+    runner.threshold = 2.0
+    assert (runner.predict(images(4)).exit_index == 2).all()
+    with pytest.raises(PteeError, match="one for each of the 2 exits"):
+        runner.threshold = [1.0, 2.0, 3.0]
+    with pytest.raises(PteeError, match="nan"):
+        runner.threshold = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("x", "match"),
+    [
+        (images(2, (3, 9, 9)), r"\(b, 3, 8, 8\), b of 1 or more, not \(2, 3, 9, 9\)"),
+        (images(2).double(), r"of type float32, not torch\.float64"),
+        (images(2).numpy(), r"a tensor of torch \(b, c, h, w\), not ndarray"),
+        (images(0), r"b of 1 or more"),
+    ],
+    ids=["another size", "another type", "another kind", "no rows"],
+)
+def test_other_images_are_refused(x, match, exported):
+    with pytest.raises(PteeError, match=match):
+        ptee.load_exported(exported).predict(x)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((folder / MANIFEST).read_text())
+    change(values)
+    (folder / MANIFEST).write_text(json.dumps(values))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a changed piece": (lambda f: (f / "piece_1.pt2").write_bytes(b"x"), r"piece_1\.pt2 was changed"),
+    "a missing piece": (lambda f: (f / "piece_1.pt2").unlink(), r"piece_1\.pt2 is missing"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), r"there is no manifest\.json"),
+    "no JSON": (lambda f: (f / MANIFEST).write_text("{"), r"cannot be read"),
+    "a newer schema": (lambda f: edit(f, lambda m: m.update(schema_version=2)), r"Upgrade ptee"),
+    "a path out of the folder": (
+        lambda f: edit(f, lambda m: m["pieces"][0].update(file="../x.pt2")),
+        r"pieces\.0\.file",
+    ),
+    "too few costs": (lambda f: edit(f, lambda m: m["costs"].pop()), r"do not fit"),
+    "an unknown key": (lambda f: edit(f, lambda m: m.update(more=1)), r"more"),
+    "an exit that is not there": (lambda f: edit(f, lambda m: m["pieces"][1].update(exit=7)), r"exit 7|do not fit"),
+    "no list": (lambda f: (f / MANIFEST).write_text("[]"), r"manifest\.json"),
+}
+
+
+@pytest.mark.parametrize(("damage", "match"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(damage, match, copy):
+    damage(copy)
+    with pytest.raises(RunError, match=match) as refused:
+        ptee.load_exported(copy)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_piece_that_is_no_program_is_refused_even_with_its_hash(copy):
+    import hashlib
+
+    (copy / "piece_1.pt2").write_bytes(b"x")
+    edit(copy, lambda m: m["pieces"][1].update(sha256=hashlib.sha256(b"x").hexdigest()))
+    with pytest.raises(RunError, match=r"piece_1\.pt2 cannot be loaded") as refused:
+        ptee.load_exported(copy)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(RunError, match="exists"):
+        ptee.export(made(), tmp_path)
+    assert (tmp_path / "a").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptee.deploy.export._require_same", lambda *_: (_ for _ in ()).throw(PteeError("no")))
+    with pytest.raises(PteeError, match="no"):
+        ptee.export(made(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    with pytest.raises(PteeError, match="tflite"):
+        ptee.export(made(), tmp_path / "out", format="tflite")
+
+
+@needs_onnx
+def test_a_model_in_onnx_answers_pictures_without_torch(tmp_path):
+    folder = ptee.export(made(), tmp_path / "out", format="onnx")
+    picture(200, "RGB", (20, 16)).save(tmp_path / "a.png")
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["timm"] = None
+from ptee.deploy.runner import main
+sys.exit(main([{str(folder)!r}, {str(tmp_path / "a.png")!r}]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(ptee.__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a.png: class" in done.stdout and "exit" in done.stdout
