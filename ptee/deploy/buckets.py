@@ -107,6 +107,7 @@ class Buckets:
             self._counts = self._counts.pin_memory()
         self._read = self._counts.numpy()  # the same memory
         self._unread: list[int] = []  # exits whose numbers nobody has waited for
+        self._stream: torch.cuda.Stream | None = None  # of the call before
         self._recorder: Recorder = Graphs() if self.device.type == "cuda" else Rerun()
         self._buckets: dict[int, Bucket] = {}
         self._in_force: tuple[float, ...] = ()  # the thresholds on the device, if they are the same for all rows
@@ -120,6 +121,15 @@ class Buckets:
 
     def __call__(self, x: Tensor, thresholds: Sequence[float | Tensor]) -> ExitOutput:
         """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,)."""
+        try:
+            return self._answered(x, thresholds)
+        except BaseException:  # also Ctrl-C: the next call begins with nothing under way
+            wait(self.device)
+            self._unread.clear()
+            raise
+
+    def _answered(self, x: Tensor, thresholds: Sequence[float | Tensor]) -> ExitOutput:
+        self._follow()
         bucket = self.bucket_for(len(x))
         self._fill(bucket, x, thresholds)
         while self._unread:  # of the call before: they must not come later than those of this one
@@ -141,6 +151,14 @@ class Buckets:
             bucket.replay[-1]()
         return ExitOutput(*self.answers.of_rows(len(x)))
 
+    def _follow(self) -> None:
+        """Work of a call on another stream comes first: it uses the same memory."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+
     def _number(self, n: int) -> int:
         """How many rows stay at exit n, once that is known.
 
@@ -158,6 +176,7 @@ class Buckets:
     def _fill(self, bucket: Bucket, x: Tensor, thresholds: Sequence[float | Tensor]) -> None:
         (bucket.images if len(x) == bucket.size else bucket.images[: len(x)]).copy_(x)
         if bucket.filled != len(x):
+            bucket.filled = 0  # until all is written
             bucket.rows[: len(x)] = torch.arange(len(x), device=self.device)
             bucket.rows[len(x) :] = self.answers.nobody
             bucket.filled = len(x)
@@ -170,8 +189,9 @@ class Buckets:
             for n, t in enumerate(thresholds):
                 self.answers.thresholds[:rows, n] = t
         elif numbers != self._in_force:
-            self._in_force = numbers
+            self._in_force = ()  # until all is written
             self.answers.thresholds.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+            self._in_force = numbers
 
     def _move(self, n: int, bucket: Bucket, smaller: Bucket) -> None:
         """Copy what is alive behind exit n to where a smaller bucket goes on."""
@@ -238,3 +258,9 @@ class Buckets:
             end(self.answers, rows, self.rule.at_end(own, earlier, self._thresholds(rows)))
 
         return work
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +31,9 @@ class OptimizedModel(nn.Module):
     """Answers as the early-exit model that it was made from, faster. Made by `optimize`.
 
     It shares weights, thresholds and all other settings with that model: set them here or there. Thresholds change nothing that
-    was recorded. After a change of `off`, `confidence` or `answers`, the next call takes the model apart again.
+    was recorded. After a change of `off`, `confidence`, `answers` or the heads' weights, the next call takes the model apart again.
 
-    One call runs at a time; other threads wait.
+    One call runs at a time; other threads wait. Autocast has no effect: give `optimize` a number type.
 
     Attributes:
         model: the early-exit model.
@@ -45,8 +46,20 @@ class OptimizedModel(nn.Module):
         self.model, self.max_batch, self.mode = model, max_batch, mode
         self._example = example_images(model, 1)
         self._lock = threading.Lock()
-        self._buckets, self._made_for = self._made(), self._settings()
+        with _as_recorded(self._example):
+            self._buckets, self._made_for, self._made_of = self._made(), self._settings(), self._weights()
         self.eval()
+
+    def __getstate__(self) -> Any:
+        raise PteeError(
+            "An optimized model cannot be copied or pickled. Copy its .model, and call ptee.optimize on the copy."
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModel:
+        """What `to`, `half` and `cuda` call."""
+        raise PteeError(
+            "An optimized model cannot be moved. Move the early-exit model, and call ptee.optimize on it again."
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -77,7 +90,6 @@ class OptimizedModel(nn.Module):
         return self.predict(x).logits
 
     @torch.compiler.disable
-    @torch.no_grad()
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
         """Answer each row at the first exit that is confident enough; only the other rows go on.
 
@@ -91,7 +103,7 @@ class OptimizedModel(nn.Module):
         if not self._fits(x):
             return self._without_pieces(x, threshold)
         thresholds = self.model.thresholds_of_call(threshold, len(x))
-        with self._lock:
+        with self._lock, _as_recorded(x):
             self._keep_up()
             if len(x) <= self.max_batch:
                 return self._buckets(x, thresholds)
@@ -101,7 +113,7 @@ class OptimizedModel(nn.Module):
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Record the pieces for batches of these sizes now, not when they are first seen."""
-        with self._lock:
+        with self._lock, _as_recorded(self._example):
             self._keep_up()
             for size in sizes:
                 self._buckets.bucket_for(max(1, min(size, self.max_batch)))
@@ -129,11 +141,22 @@ class OptimizedModel(nn.Module):
         """All that is part of a recording."""
         return self.model.plan, self.model.answers, self.model.blend, self.model.calibrated
 
+    def _weights(self) -> tuple[Any, ...]:
+        """Changes when the heads are trained further, weights are loaded, or the model is moved."""
+        heads = [(t.data_ptr(), _version(t)) for t in self.model.heads.parameters()]
+        backbone = one_parameter(self.model.backbone)
+        return backbone.data_ptr(), _version(backbone), *heads
+
     def _keep_up(self) -> None:
-        """Take the model apart again if its settings are others by now."""
-        now = self._settings()
-        if any(new is not old for new, old in zip(now, self._made_for, strict=True)):
-            self._buckets, self._made_for = self._made(), now
+        """Take the model apart again if its settings or weights are others by now."""
+        now, weights = self._settings(), self._weights()
+        if weights != self._made_of or any(new is not old for new, old in zip(now, self._made_for, strict=True)):
+            if example_images(self.model, 1).dtype != self._example.dtype or self._elsewhere():
+                raise PteeError("The model was moved after ptee.optimize. Call it again.")
+            self._buckets, self._made_for, self._made_of = self._made(), now, weights
+
+    def _elsewhere(self) -> bool:
+        return one_parameter(self.model.backbone).device != self._example.device
 
     def _made(self) -> Buckets:
         on_gpu = self._example.device.type == "cuda"
@@ -142,6 +165,18 @@ class OptimizedModel(nn.Module):
         if self.mode == COMPILE:
             pieces = [replace(p, module=_compiled(p.module), ahead=p.ahead and _compiled(p.ahead)) for p in pieces]
         return Buckets(self.model, pieces, self.max_batch, self._example)
+
+
+@contextmanager
+def _as_recorded(like: Tensor) -> Iterator[None]:
+    """Recordings know no autocast, and their memory is written again outside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes of a tensor in place; tensors of inference mode count none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[float | Tensor]:

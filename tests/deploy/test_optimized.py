@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 from itertools import pairwise
@@ -214,6 +216,58 @@ def test_buckets_leave_less_than_a_third_of_their_places_empty(most):
     assert sizes[-1] == most
     assert sizes == sorted(set(sizes))
     assert all(b <= 4 or b <= 1.5 * (a + 1) for a, b in pairwise(sizes))
+
+
+def test_heads_that_are_trained_further_answer_as_they_are_now(mode, x):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    with torch.no_grad():
+        for p in early.heads.parameters():
+            p.mul_(-1.5)
+    require_same(fast, early, x, spread(early, x))
+
+
+def test_recorded_in_one_mode_it_answers_in_another(mode, x):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    limits = spread(early, x)
+    with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16):
+        first = fast.predict(x, limits)
+    assert torch.equal(first.exit_index, early.predict(x, limits).exit_index)
+    require_same(fast, early, x, limits)
+    require_same(fast, early, x[:5], limits)
+
+
+def test_a_call_that_is_interrupted_leaves_the_next_one_as_it_should_be(mode, x, monkeypatch):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    limits = spread(early, x)
+    bucket = fast._buckets.bucket_for(40)
+    replay = bucket.replay[1]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    bucket.replay[1] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        fast.predict(x, NEVER)
+    bucket.replay[1] = replay
+    require_same(fast, early, x, limits)
+    require_same(fast, early, x[:7], limits)
+
+
+@pytest.mark.parametrize("act", [lambda m: m.double(), copy.deepcopy, pickle.dumps], ids=["moved", "copied", "pickled"])
+def test_what_would_tear_it_from_its_recordings_is_refused(act):
+    with pytest.raises(PteeError, match="optimized model cannot be"):
+        act(ptee.optimize(made(), mode="eager"))
+
+
+def test_a_model_that_was_moved_is_refused(x):
+    early = made()
+    fast = ptee.optimize(early, mode="eager")
+    early.double()
+    with pytest.raises(PteeError, match=r"moved after ptee\.optimize"):
+        fast.predict(x)
 
 
 @pytest.mark.slow
