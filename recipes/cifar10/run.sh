@@ -22,7 +22,7 @@ done
 
 compare() { # data file
     ptee compare "$out"/ours? "$out"/previous? "$out"/front? "$out"/pteenet? "$out"/eenet? "$out"/branchynet? "$out"/ztw? \
-        --data "$1" --lines own,one_threshold,max_prob,entropy,oracle,truncation \
+        --data "$1" --lines own,blended,one_threshold,max_prob,entropy,oracle,truncation \
         --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
         --static cifar_resnet32="$weights/cifar_resnet32.safetensors" --json > "$2"
 }
