@@ -146,6 +146,7 @@ def _manifest(model: EarlyExitModel, pieces: list[Piece], format: str) -> Manife
         costs=list(model.costs),
         thresholds=model.threshold,
         confidence=model.confidence,
+        off=list(model.off),
         answers=model.answers,
         pieces=pieces,
         versions={"torch": torch.__version__},

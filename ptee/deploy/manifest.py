@@ -57,6 +57,7 @@ class Manifest(_Strict):
     costs: list[Share]
     thresholds: list[float]
     confidence: Name
+    off: list[Annotated[int, Field(ge=0, le=1000)]]
     answers: Literal["own", "blended"]
     pieces: Annotated[list[Piece], Field(min_length=1, max_length=1001)]
     versions: dict[Name, Name]

@@ -23,6 +23,7 @@ from ptee.model.images import wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
+NEVER = 2.0  # a threshold that no confidence reaches
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
@@ -102,7 +103,9 @@ class OptimizedModel(nn.Module):
         """
         if not self._fits(x):
             return self._without_pieces(x, threshold)
-        thresholds = self.model.thresholds_of_call(threshold, len(x))
+        given = self.model.thresholds_of_call(threshold, len(x))
+        # The head of an exit that is off runs where a later one reads its answer.
+        thresholds = [NEVER if n in self.model.off else t for n, t in enumerate(given)]
         with self._lock, _as_recorded(x):
             self._keep_up()
             if len(x) <= self.max_batch:
@@ -116,6 +119,8 @@ class OptimizedModel(nn.Module):
         with self._lock, _as_recorded(self._example):
             self._keep_up()
             for size in sizes:
+                if isinstance(size, bool) or not isinstance(size, int):
+                    raise PteeError(f"Sizes of batches are whole numbers such as [1, 32], not {size!r}.")
                 self._buckets.bucket_for(max(1, min(size, self.max_batch)))
 
     def _fits(self, x: Any) -> bool:
@@ -223,5 +228,9 @@ def optimize(
     if mode == GRAPHS and kind != "cuda":
         raise PteeError(f"CUDA graphs need an NVIDIA GPU, and this model is on {kind}. Give mode='compile' or 'eager'.")
     if dtype is not None:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise PteeError(
+                f"A number type is one such as torch.float16, not {dtype!r}.", argument="dtype", value=dtype
+            )
         model = copy.deepcopy(model).to(dtype)
     return OptimizedModel(model, max_batch, mode)

@@ -85,7 +85,11 @@ class Runner:
         """
         x = self._prepared(x)
         limits = self._thresholds if threshold is None else self._each(threshold)
-        limits = np.broadcast_to(limits, (len(x), len(self.manifest.exits)))
+        try:
+            limits = np.broadcast_to(limits, (len(x), len(self.manifest.exits))).copy()
+        except ValueError as why:
+            raise PteeError(f"Thresholds of shape {limits.shape} do not fit {len(x)} images.") from why
+        limits[:, [n for n in self.manifest.off if n < limits.shape[1]]] = np.inf  # their answers are for later exits
         parts: list[tuple[np.ndarray, int, Array, np.ndarray]] = []
         rows, alive = np.arange(len(x)), [x]
         for piece, run in zip(self.manifest.pieces[:-1], self._pieces, strict=False):

@@ -13,6 +13,7 @@ no exception: in each piece that number is read from the tensors that the piece 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -101,7 +102,12 @@ class _Splitter:
         self.answer = answer
         self.said = list(zip(said[0::2], said[1::2], strict=True))
         self.exits, self.piece = self._numbered(ahead)
+        if len(self.exits) != len(self.said):
+            raise PteeError(
+                "A cut lies inside of code that switches autocast or gradients, and torch.export hides that. Plan the exits elsewhere."
+            )
         self.of_images = self._depend_on_images()
+        self.changed = self._changed_in_place()
         self.constants = self._of_weights_alone()
         self.kept_logits = [logits for logits, _ in self.said] if keep_logits else []
 
@@ -149,13 +155,12 @@ class _Splitter:
     def _of_weights_alone(self) -> set[fx.Node]:
         """The tensors that follow from the weights: neither from the images nor from the number of rows."""
         found: set[fx.Node] = set()
-        changed = self._changed_in_place()
         for node in self.nodes:
             fixed = all(a.op == "get_attr" or a in found for a in node.all_input_nodes)
             if (
                 node.op == "call_function"
                 and fixed
-                and node not in changed
+                and node not in self.changed
                 and isinstance(node.meta.get("val"), Tensor)
             ):
                 found.add(node)
@@ -208,6 +213,17 @@ class _Splitter:
 
     def _alive_behind(self, i: int) -> list[fx.Node]:
         """What is computed in the pieces up to number i, and read in those behind. Marks stand for what they mark."""
+        alive = self._read_behind(i)
+        shared = [root for root, many in Counter(map(_memory_of, alive)).items() if many > 1]
+        for node in self.nodes:
+            if self.piece[node] > i and _writes(node) and any(_memory_of(a) in shared for a in node.all_input_nodes):
+                raise PteeError(
+                    f"Behind a cut, {node.target} writes into memory that two values at the cut share. Write the step without "
+                    "changing a value in place."
+                )
+        return alive
+
+    def _read_behind(self, i: int) -> list[fx.Node]:
         wanted: dict[fx.Node, None] = {}
         readers = [(node, node.all_input_nodes) for node in self.nodes if self.piece[node] > i]
         for _, inputs in [*readers, (None, [self.answer, *self.kept_logits])]:
@@ -245,18 +261,22 @@ class _Piece:
         self._count: fx.Node | None = None
 
     def graph_of(self, gives: Any) -> fx.Graph:
-        """The graph that gives these nodes."""
+        """The graph that gives these nodes. Steps keep their order: some write into what others read."""
         for node in self.splitter.nodes:
-            if (
-                self.splitter.piece[node] == self.number
-                and node.op != "placeholder"
-                and not _is_mark(node)
-                and _writes(node)
-            ):
+            if self._is_step(node):
                 self.copy(node)
         self.graph.output(fx.map_arg(gives, self.copy))
+        self.graph.eliminate_dead_code()
         self.graph.lint()
         return self.graph
+
+    def _is_step(self, node: fx.Node) -> bool:
+        """Whether it belongs to this piece, or to an earlier one and is made anew: a value that is written into."""
+        if node.op == "placeholder" or _is_mark(node) or _is_number(node):
+            return False
+        number = self.splitter.piece[node]
+        again = node in self.splitter.changed and node not in self.splitter.of_images
+        return number == self.number or (number < self.number and again)
 
     def copy(self, node: fx.Node) -> Any:
         """The node's copy in this graph, made with all it needs where there is none yet."""
@@ -314,6 +334,17 @@ def _writes(node: fx.Node) -> bool:
     """Whether an operator changes one of its inputs, so that it must run even if nobody reads what it gives."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory this one's value lies in, as far as operators say: of a view the tensor that is viewed."""
+    node = _behind_mark(node)
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or not node.all_input_nodes:
+        return node
+    if schema is None:  # an entry of what an operator gave
+        return _memory_of(node.all_input_nodes[0])
+    return _memory_of(node.all_input_nodes[0]) if any(r.alias_info is not None for r in schema.returns) else node
 
 
 def _multiple(size: Any, batch: torch.SymInt) -> int | None:

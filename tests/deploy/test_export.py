@@ -95,6 +95,12 @@ def test_blended_answers_are_exported(format, tmp_path):
         require_same(runner, early, images(9), threshold)
 
 
+def test_nobody_leaves_at_an_exit_that_is_off_though_its_head_is_exported(tmp_path):
+    early = chained()
+    early.off = [1]
+    require_same(ptee.load_exported(ptee.export(early, tmp_path / "out")), early, images(9, early.plan.input_size), 0.0)
+
+
 def test_an_exit_that_is_off_is_not_exported(tmp_path):
     early = made()
     early.off = [0]

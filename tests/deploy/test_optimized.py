@@ -88,6 +88,16 @@ def test_exits_can_be_switched_off_and_on_and_the_confidence_changed(mode, x):
     require_same(fast, early, x, spread(early, x))
 
 
+@pytest.mark.parametrize("off", [[0], [1], [0, 1]], ids=str)
+def test_nobody_leaves_at_an_exit_that_is_off_though_its_head_runs_for_a_later_one(off, mode):
+    early = chained()
+    x = 3 * torch.randn(20, *early.plan.input_size, generator=seeded(1))
+    fast = ptee.optimize(early, mode=mode)
+    early.off = off
+    assert not set(fast.predict(x, 0.0).exit_index.tolist()) & set(off)
+    require_same(fast, early, x, spread(early, x))
+
+
 @pytest.mark.parametrize("to_the_end", [True, False])
 def test_blended_answers_are_those_of_the_model(to_the_end, mode, x):
     early = made()

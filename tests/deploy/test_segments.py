@@ -121,6 +121,50 @@ def test_a_table_that_follows_from_the_weights_is_the_same_in_each_call():
         check_segments(model, pieces, [1, 2])
 
 
+class WritesLater(nn.Module):
+    """Reads a value, and then changes it in place where it is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.b(self.a(x))
+        before = z.mean((2, 3))
+        z.clamp_(-0.5, 0.5)
+        return self.c(before + z.mean((2, 3)))
+
+
+def test_steps_keep_their_order_where_one_writes_into_what_another_reads():
+    model = ptee.augment(WritesLater(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    x = 50 * torch.randn(5, 3, 8, 8, generator=seeded(0))
+    want, alive = model.all_exits(x), (x,)
+    *pieces, last = segments(model)
+    for piece in pieces:
+        alive, logits, _ = piece.module(*alive)
+        torch.testing.assert_close(logits, want.logits[piece.exit])
+    torch.testing.assert_close(last.module(*alive), want.logits[-1])
+
+
+class Hides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = self.a(x).relu()
+        return self.b(y.mean((2, 3)))
+
+
+def test_a_cut_that_torch_export_hides_is_refused():
+    model = ptee.augment(Hides(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    try:
+        check_segments(model, segments(model))
+    except PteeError as why:
+        assert "autocast" in str(why)
+
+
 def test_rows_that_are_folded_with_tokens_are_selected_together():
     rows = Rows(0, 4)
     tensor = torch.arange(12.0)[:, None]
