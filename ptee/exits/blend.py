@@ -122,12 +122,13 @@ def _weighted(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return torch.stack(parts).sum(0) if parts else torch.zeros_like(wide[-1])
 
 
-def fit_blend(logits: Tensor, targets: Tensor | None) -> Blend:
+def fit_blend(logits: Tensor, targets: Tensor | None, equal_because: str = "") -> Blend:
     """The weights with the lowest cross-entropy.
 
     Args:
         logits: (E+1, n, K) of images that neither the backbone nor the heads were trained on.
         targets: (n,) their labels; None: the exits learn the backbone's probabilities, and the end is not blended.
+        equal_because: a sentence that says why all answers weigh the same; without it they do where the images are too few.
     """
     end, most = len(logits) - 1, max(1, MAX_NUMBERS // logits.shape[-1])
     rows = logits.amax(-1).isfinite().all(0).nonzero()[:, 0]
@@ -135,7 +136,7 @@ def fit_blend(logits: Tensor, targets: Tensor | None) -> Blend:
     logits = logits[:, drawn].double().clamp_min(LOWEST)
     to_the_end = targets is not None
     goal = logits[end].softmax(-1) if targets is None else targets[drawn]
-    remark = _too_few(logits[end], None if targets is None else targets[drawn])
+    remark = equal_because or _too_few(logits[end], None if targets is None else targets[drawn])
     weights = {
         (n, before): (1 / (len(before) + 1),) * (len(before) + 1) if remark else _fitted(logits[[*before, n]], goal)
         for n in range(end + to_the_end)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,3 +129,20 @@ def test_a_confidence_that_needs_own_answers_is_tuned_with_own_answers():
     assert ptee.tune(model, data(), max_cost=1.5).blend is None
     with pytest.raises(PteeError, match="'patience' needs the exits' own answers"):
         ptee.tune(model, data(), max_cost=1.5, answers="blended")
+
+
+@pytest.mark.parametrize("wrong", [15, 20, 24, 26, 40])
+def test_thresholds_fit_the_weights_that_they_are_used_with_however_few_images_are_wrong(wrong):
+    few = with_wrong(wrong)
+    found = solve(few, Target("max_drop", 0.02), answers="blended")
+    assert found.on(few).accuracy >= (few.bare == few.targets).double().mean() - 0.04
+
+
+def with_wrong(wrong: int, n: int = 200) -> Traces:
+    """Answers that are far less sure than they could be, where the backbone errs on exactly so many images."""
+    many = traces(5, 2000)
+    errs = many.bare != many.targets
+    rows = torch.cat([errs.nonzero()[:wrong, 0], (~errs).nonzero()[: n - wrong, 0]])
+    few = many.rows(rows[torch.randperm(n, generator=drawn(1), device="cpu")])
+    assert few.logits is not None
+    return replace(few, logits=few.logits * 0.15).under("max_prob")
