@@ -79,3 +79,9 @@ def accelerator_on(device: str | torch.device | None, precision: str) -> Iterato
             for state, was in zip(shared, before, strict=True):
                 state.clear()
                 state.update(was)
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

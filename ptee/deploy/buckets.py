@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ptee._common.devices import wait
 from ptee._common.errors import PteeError
 from ptee.deploy.decision import Answers, Staying, decide, end
 from ptee.deploy.recording import Graphs, Recorder, Rerun
@@ -258,9 +259,3 @@ class Buckets:
             end(self.answers, rows, self.rule.at_end(own, earlier, self._thresholds(rows)))
 
         return work
-
-
-def wait(device: torch.device) -> None:
-    """Return when the device has finished its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

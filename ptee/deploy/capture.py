@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ptee._common.errors import PteeError, first_line
+from ptee._common.process import own_export
 from ptee.analysis.cut_points import Cut, random_images
 from ptee.exits.heads import HeadOutput
 from ptee.exits.placement import INPUT
@@ -84,7 +85,7 @@ def captured(model: EarlyExitModel) -> fx.GraphModule:
     x = example_images(model, EXAMPLE_ROWS)
     rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     try:
-        with torch.no_grad():
+        with own_export, torch.no_grad():
             program = torch.export.export(_Passes(model), (x,), dynamic_shapes=({0: rows},), strict=False)
     except PteeError:
         raise

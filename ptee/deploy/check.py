@@ -41,7 +41,7 @@ def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Se
 
 def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[str, float]:
     """For each exit and the end, how far the answers of the rows that came there are from the model's."""
-    want = model.all_exits(x)
+    want = model.all_exits(x.clone())  # a network may write into its images
     alive: Sequence[Tensor] = (x.clone(),)
     rows = torch.arange(len(x), device=x.device)
     gaps = {}

@@ -32,28 +32,17 @@ class Answers:
     def __init__(
         self, rows: int, classes: int, costs: Sequence[float], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.nobody, self._classes, self._dtype = rows, classes, dtype
-        width = classes * torch.empty((), dtype=dtype, device="cpu").element_size()
-        self._ends = [(rows + 1) * size for size in (8, 12, 16, 16 + width)]
-        self._memory = torch.zeros(
-            self._ends[-1], dtype=torch.uint8, device=device
-        )  # in one piece, so one copy takes all
-        self.logits, self.exit, self.confidence, self.cost = self._views(self._memory)
+        self.nobody = rows
+        self.logits = torch.zeros(rows + 1, classes, dtype=dtype, device=device)
+        self.exit = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.confidence = torch.zeros(rows + 1, dtype=torch.float32, device=device)
+        self.cost = torch.zeros(rows + 1, dtype=torch.float32, device=device)
         self.thresholds = torch.zeros(rows + 1, len(costs) - 1, dtype=torch.float64, device=device)
         self.costs = torch.tensor(costs, dtype=torch.float32, device=device)
 
-    def _views(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        exit, confidence, cost, logits = (memory[a:b] for a, b in zip([0, *self._ends], self._ends, strict=False))
-        return (
-            logits.view(self._dtype).view(-1, self._classes),
-            exit.view(torch.int64),
-            confidence.view(torch.float32),
-            cost.view(torch.float32),
-        )
-
     def of_rows(self, rows: int) -> tuple[Tensor, ...]:
         """(logits, exit, confidence, cost) of the first rows, as they are now."""
-        return tuple(t[:rows] for t in self._views(self._memory.clone()))
+        return tuple(t[:rows].clone() for t in (self.logits, self.exit, self.confidence, self.cost))
 
 
 class Staying(NamedTuple):

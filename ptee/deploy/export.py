@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, RunError, first_line, unknown
 from ptee._common.files import as_path, require_writable, write_json, write_text
-from ptee._common.process import no_stdout, no_warnings
+from ptee._common.process import no_stdout, no_warnings, own_export
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import MANIFEST, SCHEMA, Manifest, Piece
@@ -115,7 +115,7 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
 def _program(module: nn.Module, alive: tuple[Tensor, ...], rows: Sequence[Rows]) -> torch.export.ExportedProgram:
     count = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     shapes = tuple({where.axis: where.each * count if where.each > 1 else count} for where in rows)
-    with torch.no_grad():
+    with own_export, torch.no_grad():
         return torch.export.export(module.eval(), alive, dynamic_shapes=(shapes,), strict=False)
 
 
@@ -124,7 +124,7 @@ def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> Non
         program._example_inputs = None  # as large as the weights of a small network
         torch.export.save(program, file)
         return
-    with no_warnings, no_stdout:
+    with own_export, no_warnings, no_stdout:
         made = torch.onnx.export(program, dynamo=True, verbose=False)
         assert made is not None
         made.save(str(file))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import ExitOutput, one_parameter
+from ptee.model.forward import ExitOutput, one_parameter, require_eval
 from ptee.model.images import wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds
 
@@ -32,7 +32,7 @@ class OptimizedModel(nn.Module):
     """Answers as the early-exit model that it was made from, faster. Made by `optimize`.
 
     It shares weights, thresholds and all other settings with that model: set them here or there. Thresholds change nothing that
-    was recorded. After a change of `off`, `confidence`, `answers` or the heads' weights, the next call takes the model apart again.
+    was recorded. After a change of `off`, `confidence`, `answers`, a weight or a module, the next call takes the model apart again.
 
     One call runs at a time; other threads wait. Autocast has no effect: give `optimize` a number type.
 
@@ -48,7 +48,7 @@ class OptimizedModel(nn.Module):
         self._example = example_images(model, 1)
         self._lock = threading.Lock()
         with _as_recorded(self._example):
-            self._buckets, self._made_for, self._made_of = self._made(), self._settings(), self._weights()
+            self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
         self.eval()
 
     def __getstate__(self) -> Any:
@@ -68,23 +68,12 @@ class OptimizedModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
-    @property
-    def threshold(self) -> list[float]:
-        """T of each exit. Set it at any time, as that of an early-exit model."""
-        return self.model.threshold
-
-    @threshold.setter
-    def threshold(self, value: Thresholds) -> None:
-        self.model.threshold = value
-
-    @property
-    def off(self) -> tuple[int, ...]:
-        """The numbers of the exits that are switched off."""
-        return self.model.off
-
-    @off.setter
-    def off(self, value: Sequence[int]) -> None:
-        self.model.off = value
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings are the model's."""
+        if isinstance(getattr(EarlyExitModel, name, None), property) or name in ("blend", "calibrated", "results"):
+            setattr(self.model, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (b, K) of images (b, c, h, w), each row's from the exit at which it left."""
@@ -103,6 +92,7 @@ class OptimizedModel(nn.Module):
         """
         if not self._fits(x):
             return self._without_pieces(x, threshold)
+        require_eval(self.model)
         given = self.model.thresholds_of_call(threshold, len(x))
         # The head of an exit that is off runs where a later one reads its answer.
         thresholds = [NEVER if n in self.model.off else t for n, t in enumerate(given)]
@@ -116,12 +106,16 @@ class OptimizedModel(nn.Module):
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Record the pieces for batches of these sizes now, not when they are first seen."""
+        sizes = list(sizes) if isinstance(sizes, Iterable) else [sizes]
+        wrong = [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= self.max_batch]
+        if wrong:
+            raise PteeError(
+                f"Batches have 1 to {self.max_batch} images (max_batch), and {wrong[0]!r} is none of these sizes."
+            )
         with self._lock, _as_recorded(self._example):
             self._keep_up()
             for size in sizes:
-                if isinstance(size, bool) or not isinstance(size, int):
-                    raise PteeError(f"Sizes of batches are whole numbers such as [1, 32], not {size!r}.")
-                self._buckets.bucket_for(max(1, min(size, self.max_batch)))
+                self._buckets.bucket_for(size)
 
     def _fits(self, x: Any) -> bool:
         like = self._example
@@ -146,19 +140,13 @@ class OptimizedModel(nn.Module):
         """All that is part of a recording."""
         return self.model.plan, self.model.answers, self.model.blend, self.model.calibrated
 
-    def _weights(self) -> tuple[Any, ...]:
-        """Changes when the heads are trained further, weights are loaded, or the model is moved."""
-        heads = [(t.data_ptr(), _version(t)) for t in self.model.heads.parameters()]
-        backbone = one_parameter(self.model.backbone)
-        return backbone.data_ptr(), _version(backbone), *heads
-
     def _keep_up(self) -> None:
-        """Take the model apart again if its settings or weights are others by now."""
-        now, weights = self._settings(), self._weights()
-        if weights != self._made_of or any(new is not old for new, old in zip(now, self._made_for, strict=True)):
+        """Take the model apart again if its settings, weights or modules are others by now."""
+        now = self._settings()
+        if not self._made_of.unchanged() or any(new is not old for new, old in zip(now, self._made_for, strict=True)):
             if example_images(self.model, 1).dtype != self._example.dtype or self._elsewhere():
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
-            self._buckets, self._made_for, self._made_of = self._made(), now, weights
+            self._buckets, self._made_for, self._made_of = self._made(), now, _Contents(self.model)
 
     def _elsewhere(self) -> bool:
         return one_parameter(self.model.backbone).device != self._example.device
@@ -172,16 +160,35 @@ class OptimizedModel(nn.Module):
         return Buckets(self.model, pieces, self.max_batch, self._example)
 
 
+class _Contents:
+    """The parameters, buffers and modules of a model as they are now, to see in each call whether they still are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        places: list[Any] = [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
+        self._held = [(d, name, value) for d in places for name, value in d.items()]
+        tensors = {value for *_, value in self._held if isinstance(value, Tensor)}
+        self._versions = [
+            (t, t._version) for t in tensors if not t.is_inference()
+        ]  # which count what is written into them
+        self._place = one_parameter(model)
+        self._pointer = self._place.data_ptr()
+
+    def unchanged(self) -> bool:
+        """Whether all are the same objects, were not moved, and were not written into."""
+        for place, name, value in self._held:
+            if place.get(name) is not value:
+                return False
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                return False
+        return self._place.data_ptr() == self._pointer
+
+
 @contextmanager
 def _as_recorded(like: Tensor) -> Iterator[None]:
     """Recordings know no autocast, and their memory is written again outside of inference mode."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         yield
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts the changes of a tensor in place; tensors of inference mode count none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[float | Tensor]:
@@ -211,20 +218,22 @@ def optimize(
         model: in eval mode, on its device.
         max_batch: larger batches are answered in parts.
         mode: "graphs": each piece is a CUDA graph for each size of batches. "compile": each piece goes through torch.compile,
-            on a GPU also into a CUDA graph. "eager": pieces as they are. "auto": "graphs" on an NVIDIA GPU, else "compile".
+            on a GPU also into a CUDA graph; that takes a minute for each size of batches. "eager": pieces as they are. "auto":
+            "graphs" on an NVIDIA GPU, else "eager".
         dtype: of weights and images, such as torch.float16. A copy of the model gets it. None: as they are.
 
     Raises:
         PteeError: if the model cannot be taken apart, or a mode is not possible here.
     """
     require_early_exit(model)
+    require_eval(model)
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_ROWS:
         raise PteeError(f"A batch has 1 to {MAX_ROWS} images; max_batch={max_batch!r} is not possible.")
     kind = one_parameter(model.backbone).device.type
     if mode == AUTO:
-        mode = GRAPHS if kind == "cuda" else COMPILE
+        mode = GRAPHS if kind == "cuda" else EAGER
     if mode == GRAPHS and kind != "cuda":
         raise PteeError(f"CUDA graphs need an NVIDIA GPU, and this model is on {kind}. Give mode='compile' or 'eager'.")
     if dtype is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ptee._common.devices import wait
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import table
 from ptee.exits.placement import INPUT
@@ -56,12 +57,6 @@ def in_turns(
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of time / base. The two times of one round were measured under the same load."""
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
-
-
-def wait(device: torch.device) -> None:
-    """Return when the device has finished its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from ptee.model.forward import (
     one_parameter,
     refuse_capture,
     refuse_export,
+    require_eval,
     running,
     widest_type,
 )
@@ -215,13 +216,10 @@ class EarlyExitModel(
             PteeError: if the threshold is NaN or of another shape, if the images are no batch on the model's device and of
                 its number type, or if the model is in training mode.
         """
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if torch.jit.is_tracing():
             refuse_capture()
-        if self.training or any(part.training for part in self.heads.modules()):
-            raise PteeError(
-                "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through "
-                "the heads' batch norm. Call model.eval(), or use all_exits(x) to train."
-            )
+        refuse_export()
+        require_eval(self)
         self.require_ready(x)
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
         thresholds = self.thresholds_of_call(threshold, len(x))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import PteeError, first_line
+from ptee._common.process import own_export
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, run
 from ptee.exits.confidence import leaves
@@ -353,10 +354,19 @@ def running(call: Call | None) -> Iterator[None]:
         _CALL.reset(token)
 
 
+def require_eval(model: Any) -> None:
+    """Refuse a model in training mode."""
+    if model.training or any(part.training for part in model.heads.modules()):
+        raise PteeError(
+            "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through the heads' "
+            "batch norm. Call model.eval(), or use all_exits(x) to train."
+        )
+
+
 @torch.compiler.assume_constant_result  # a compiler runs it: the error is ours, and torch 2.11 calls all compiling an export
 def refuse_export() -> bool:
-    """Refuse an export that is under way; False otherwise."""
-    return torch.compiler.is_exporting() and refuse_capture()
+    """Refuse a user's export that is under way; False otherwise. torch does not say in which thread one runs."""
+    return torch.compiler.is_exporting() and not own_export.under_way and refuse_capture()
 
 
 def refuse_capture() -> NoReturn:

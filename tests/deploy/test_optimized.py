@@ -7,19 +7,21 @@ import gc
 import pickle
 import threading
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from device import here, seeded
 from small import SIZE, K, chained, made
-from torch import Tensor
+from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
 from ptee.deploy.buckets import sizes_up_to
 from ptee.exits.blend import Blend, subsets
+from ptee.model.forward import ExitOutput
 
 NEVER = 2.0
 MODES = ["eager", pytest.param("graphs", marks=pytest.mark.cuda)]
@@ -37,12 +39,16 @@ def x() -> Tensor:
 
 def require_same(fast: object, model: ptee.EarlyExitModel, x: Tensor, threshold: object = None) -> None:
     got, want = fast.predict(x, threshold), model.predict(x, threshold)
-    near = tolerance(x.dtype, x.device)  # a GPU takes other algorithms for other numbers of rows
+    require_near(got, want)
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+
+
+def require_near(got: ExitOutput, want: ExitOutput) -> None:
+    near = tolerance(want.logits.dtype, want.logits.device)  # a GPU takes other algorithms for other numbers of rows
     assert torch.equal(got.exit_index, want.exit_index)
     torch.testing.assert_close(got.logits, want.logits, rtol=near, atol=near)
     torch.testing.assert_close(got.confidence, want.confidence, rtol=near, atol=near)
     torch.testing.assert_close(got.cost, want.cost)
-    assert [t.dtype for t in got] == [t.dtype for t in want]
 
 
 def spread(model: ptee.EarlyExitModel, x: Tensor) -> list[float]:
@@ -84,8 +90,11 @@ def test_exits_can_be_switched_off_and_on_and_the_confidence_changed(mode, x):
     assert set(fast.predict(x, 0.0).exit_index.tolist()) == {1}
     require_same(fast, early, x, spread(early, x))
     early.off = []
-    early.confidence = "max_prob"
+    fast.confidence = "max_prob"
+    assert early.confidence == "max_prob"
     require_same(fast, early, x, spread(early, x))
+    with pytest.raises(PteeError, match="bogus"):
+        fast.answers = "bogus"
 
 
 @pytest.mark.parametrize("off", [[0], [1], [0, 1]], ids=str)
@@ -228,13 +237,76 @@ def test_buckets_leave_less_than_a_third_of_their_places_empty(most):
     assert all(b <= 4 or b <= 1.5 * (a + 1) for a, b in pairwise(sizes))
 
 
-def test_heads_that_are_trained_further_answer_as_they_are_now(mode, x):
+def in_place(early: ptee.EarlyExitModel) -> None:
+    with torch.no_grad():
+        for p in early.parameters():
+            p.mul_(-1.5)
+
+
+def another_parameter(early: ptee.EarlyExitModel) -> None:
+    early.backbone[-1].weight = nn.Parameter(torch.randn(K, 6), requires_grad=False)
+
+
+def another_module(early: ptee.EarlyExitModel) -> None:
+    early.backbone[-1] = nn.Linear(6, K).eval()
+
+
+@pytest.mark.parametrize("change", [in_place, another_parameter, another_module])
+def test_weights_that_changed_answer_as_they_are_now(change, mode, x):
     early = made()
     fast = ptee.optimize(early, mode=mode)
-    with torch.no_grad():
-        for p in early.heads.parameters():
-            p.mul_(-1.5)
-    require_same(fast, early, x, spread(early, x))
+    change(early)
+    for limits in (NEVER, spread(early, x)):
+        require_same(fast, early, x, limits)
+
+
+def test_a_model_in_training_mode_is_refused(x):
+    with pytest.raises(PteeError, match="eval mode"):
+        ptee.optimize(made().train())
+    fast = ptee.optimize(made(), mode="eager")
+    fast.model.heads[0].train()
+    with pytest.raises(PteeError, match="eval mode"):
+        fast.predict(x)
+
+
+def test_an_answer_holds_no_more_than_its_rows(x):
+    out = ptee.optimize(made(), mode="eager").predict(x[:1])
+    assert [t.untyped_storage().nbytes() for t in out] == [t.numel() * t.element_size() for t in out]
+
+
+def test_threads_optimize_one_after_another_while_others_predict(x):
+    models, serving, limits = [made() for _ in range(3)], made(), [0.4, 0.6]
+    want, failed, done = serving.predict(x, limits), [], threading.Event()
+
+    def optimize(model: ptee.EarlyExitModel) -> None:
+        torch.set_default_device(here())
+        require_same(ptee.optimize(model, mode="eager"), model, x, limits)
+
+    def serve() -> None:
+        while not done.is_set():
+            require_near(serving.predict(x, limits), want)  # the arithmetic is exact meanwhile, so the last bits differ
+
+    def watched(work: Callable[..., None], *args: object) -> None:
+        try:
+            work(*args)
+        except BaseException as why:
+            failed.append(why)
+
+    server = threading.Thread(target=watched, args=(serve,))
+    threads = [threading.Thread(target=watched, args=(optimize, model)) for model in models]
+    for thread in (server, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    server.join()
+    assert not failed
+
+
+@pytest.mark.parametrize("sizes", [0, 257, -1, 2.5, "a", [True]], ids=repr)
+def test_sizes_that_no_batch_has_are_refused(sizes):
+    with pytest.raises(PteeError, match="Batches have 1 to 256 images"):
+        ptee.optimize(made(), mode="eager").warm_up(sizes)
 
 
 def test_recorded_in_one_mode_it_answers_in_another(mode, x):

@@ -135,6 +135,20 @@ class WritesLater(nn.Module):
         return self.c(before + z.mean((2, 3)))
 
 
+class Normalises(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.sub_(0.5).div_(0.25)).mean((2, 3)))
+
+
+def test_a_network_may_normalise_its_images_in_place():
+    model = ptee.augment(Normalises(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    check_segments(model, segments(model))
+
+
 def test_steps_keep_their_order_where_one_writes_into_what_another_reads():
     model = ptee.augment(WritesLater(), exits=["a"], head="pool", input_size=(3, 8, 8))
     x = 50 * torch.randn(5, 3, 8, 8, generator=seeded(0))
