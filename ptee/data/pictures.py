@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ptee._common.errors import DataError, some, unknown
+from ptee.data.pixels import eight_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,6 @@ Labelled = Dataset[tuple[Tensor, int]]
 Key = tuple[str, str, str]  # part, name and class of a file
 CHECKED_AT_ONCE = 64  # pictures for one thread at a time; handing over a small one costs more than checking it
 NAMED_AT_MOST = 100  # unreadable pictures in one message
-SIXTEEN_BITS = 65535
 NOT_A_FILE = "not a regular file"
 
 
@@ -157,30 +157,6 @@ def _read(file: File) -> BytesIO:
     with Path(file.path).open("rb") as stream:
         stream.seek(file.offset)
         return BytesIO(stream.read(file.size))
-
-
-def eight_bits(image: Image) -> Image:
-    """The same picture with 8 bits for each value. Pillow's `convert` would make every value above 255 white.
-
-    Raises:
-        DataError: if the picture holds 32-bit integers, or floats outside of 0 to 1: which value is white is unknown.
-    """
-    import numpy as np
-    from PIL import Image
-
-    # Pillow opens some 16-bit files as 32-bit integers, scaled to 0..65535.
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if not sixteen and image.mode not in ("I", "F"):
-        return image
-    values = np.asarray(image, dtype=np.float64)
-    white = SIXTEEN_BITS if sixteen else 1
-    if (image.mode == "I" and not sixteen) or not (values.min() >= 0 and values.max() <= white):
-        kind = "32-bit integers" if image.mode == "I" else "floats"
-        raise DataError(
-            f"it holds {kind} from {values.min():g} to {values.max():g}, and ptee reads 8-bit and 16-bit values and floats from "
-            "0 to 1. Save it with 8 bits."
-        )
-    return Image.fromarray((values * (255 / white)).round().astype("uint8"))
 
 
 def check_pictures(parts: Iterable[Any]) -> None:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import PteeError, RunError, first_line, unknown
-from ptee._common.files import as_path, require_writable, write_json, write_text
+from ptee._common.errors import PteeError, RunError, unknown
+from ptee._common.files import as_path, clear_unfinished, replace_files, require_writable, write_json, write_text
 from ptee._common.process import no_stdout, no_warnings, own_export
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
-from ptee.deploy.manifest import MANIFEST, SCHEMA, Manifest, Piece
+from ptee.deploy.manifest import MANIFEST, SCHEMA, fingerprint
 from ptee.deploy.runner import load_exported
 from ptee.deploy.segments import Rows, Segment, segments
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.forward import one_parameter
 
 ONNX, PT2 = "onnx", "pt2"
 FORMATS = (PT2, ONNX)
@@ -70,21 +74,24 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     _require_libraries(format)
+    like = one_parameter(model.backbone)
+    if like.device.type != "cpu":
+        raise PteeError(f"This model is on {like.device.type}, and files are made on the CPU. Call model.cpu() first.")
     target = as_path(folder, "folder")
+    clear_unfinished(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target} exists. Name a folder that does not.")
-    require_writable(target.parent)
+    require_writable(target)
     pieces = segments(model, keep_logits=model.rule.reads_earlier)
     check_segments(model, pieces, BATCHES)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
-        made = Path(beside) / "exported"
-        made.mkdir()
+    with tempfile.TemporaryDirectory() as beside:
+        made = Path(beside)
         _write(model, pieces, made, format)
         _require_same(model, made)
-        try:
-            shutil.move(made, target) if not target.exists() else made.replace(target)
-        except OSError as why:
-            raise RunError(f"Cannot write {target}: {first_line(why)}") from why
+        names = sorted(file.name for file in made.iterdir())
+        copies = {name: partial(shutil.copyfile, made / name) for name in names}
+        copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
+        replace_files(target, copies)
     return target
 
 
@@ -106,9 +113,11 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
         with torch.no_grad():
             given = module(*alive)
         alive, rows = given[:-2], piece.rows
-        layout = [(where.axis, where.each) for where in piece.rows]
-        listed.append(Piece(file=file.name, sha256=_sha256(file), exit=piece.exit, rows=layout))
-    write_json(folder / MANIFEST, _manifest(model, listed, format).model_dump())
+        layout = [[where.axis, where.each] for where in piece.rows]
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        listed.append({"file": file.name, "sha256": digest, "exit": piece.exit, "rows": layout})
+    values = _manifest(model, listed, format)
+    write_json(folder / MANIFEST, values | {"fingerprint": fingerprint(values)})
     write_text(folder / "README.md", _card(model, format))
 
 
@@ -130,36 +139,27 @@ def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> Non
         made.save(str(file))
 
 
-def _manifest(model: EarlyExitModel, pieces: list[Piece], format: str) -> Manifest:
-    config = model.origin.input
-    return Manifest(
-        schema_version=SCHEMA,
-        format=format,
-        backbone=model.plan.backbone,
-        input_size=model.plan.input_size,
-        dtype=str(example_images(model, 1).dtype).removeprefix("torch."),
-        mean=list(config.mean),
-        std=list(config.std),
-        interpolation=config.interpolation,
-        classes=model.num_classes,
-        exits=[e.name for e in model.exits],
-        costs=list(model.costs),
-        thresholds=model.threshold,
-        confidence=model.confidence,
-        off=list(model.off),
-        answers=model.answers,
-        pieces=pieces,
-        versions={"torch": torch.__version__},
-    )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return (
-            hashlib.file_digest(data, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(data.read()).hexdigest()
-        )
+def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) -> dict[str, Any]:
+    images = model.origin.input
+    return {
+        "schema_version": SCHEMA,
+        "format": format,
+        "backbone": model.plan.backbone,
+        "input_size": list(model.plan.input_size),
+        "dtype": str(example_images(model, 1).dtype).removeprefix("torch."),
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "interpolation": images.interpolation,
+        "classes": model.num_classes,
+        "exits": [e.name for e in model.exits],
+        "costs": list(model.costs),
+        "thresholds": [min(max(t, -1.0), 2.0) if math.isinf(t) else t for t in model.threshold],
+        "confidence": model.confidence,
+        "off": list(model.off),
+        "answers": model.answers,
+        "pieces": pieces,
+        "versions": {"torch": str(torch.__version__)},
+    }
 
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:
@@ -172,12 +172,11 @@ def _require_same(model: EarlyExitModel, folder: Path) -> None:
             want = model.predict(x, limits)
         got = runner.predict(x.numpy() if runner.manifest.format == ONNX else x, limits)
         exits, logits = (torch.as_tensor(t, device="cpu") for t in (got.exit_index, got.logits))
-        scale = want.logits.abs().max().item()
-        if not torch.equal(exits, want.exit_index.cpu()) or not (
-            logits - want.logits.cpu()
-        ).abs().max().item() <= SAME * max(scale, 1):
+        allowed = SAME * max(want.logits.abs().max().item(), 1)
+        if not torch.equal(exits, want.exit_index) or not (logits - want.logits).abs().max().item() <= allowed:
             raise PteeError(
-                f"{model.plan.backbone} as {runner.manifest.format} gives other answers than the model to a batch of {b}. Use another format."
+                f"{model.plan.backbone} as {runner.manifest.format} gives other answers than the model to a batch of {b}. Use "
+                "another format."
             )
 
 
@@ -198,7 +197,7 @@ def _card(model: EarlyExitModel, format: str) -> str:
 ```python
 import ptee
 
-runner = ptee.load_exported("{"."}")
+runner = ptee.load_exported(".")
 out = runner.predict(images)     # .logits .exit_index .confidence .cost
 runner.threshold = 0.7
 ```

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-from ptee._common.errors import RunError
+from ptee._common.errors import PteeError, RunError, first_line
 from ptee._common.files import from_json
+from ptee._common.validation import FrozenConfig, Number, Whole
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 1_000_000  # bytes
-TENSORS_OF = {"float16": 2, "float32": 4, "float64": 8, "bfloat16": 2}
+LARGEST_MANIFEST = 2**20  # bytes
+LARGEST_IMAGE = 2**24  # numbers
+AGAIN = "Export the model again."
 
-Count = Annotated[int, Field(ge=1, le=10**6)]
-Share = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
-Name = Annotated[str, Field(max_length=200)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Count = Annotated[Whole, Field(ge=1, le=10**6)]
+Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
+Axis = Annotated[Whole, Field(ge=0, le=8)]
 
 
-class Piece(_Strict):
+class Piece(FrozenConfig):
     """A file.
 
     Attributes:
@@ -35,32 +37,59 @@ class Piece(_Strict):
         rows: for each tensor that is alive behind it, the axis of the rows, and how many entries belong to a row.
     """
 
-    file: Annotated[str, Field(pattern=r"^piece_\d{1,4}\.(pt2|onnx)$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    exit: Annotated[int, Field(ge=-1, le=1000)]
-    rows: Annotated[list[tuple[Annotated[int, Field(ge=0, le=8)], Count]], Field(max_length=1000)]
+    file: Annotated[str, Field(strict=True, pattern=r"^piece_\d{1,4}\.(pt2|onnx)$")]
+    sha256: Hash
+    exit: Annotated[Whole, Field(ge=-1, le=1000)]
+    rows: Annotated[tuple[tuple[Axis, Count], ...], Field(max_length=1000)]
 
 
-class Manifest(_Strict):
+class Manifest(FrozenConfig):
     """The whole folder. Sizes are of one image; costs are fractions of the bare backbone's multiply-accumulates."""
 
-    schema_version: Annotated[int, Field(ge=1)]
+    schema_version: Annotated[Whole, Field(ge=1)]
     format: Literal["pt2", "onnx"]
     backbone: Name
     input_size: tuple[Count, Count, Count]
     dtype: Literal["float16", "float32", "float64", "bfloat16"]
-    mean: Annotated[list[float], Field(max_length=1000)]
-    std: Annotated[list[float], Field(max_length=1000)]
-    interpolation: Name
+    mean: tuple[Number, ...]
+    std: tuple[Annotated[Number, Field(gt=0)], ...]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     classes: Count
-    exits: Annotated[list[Name], Field(min_length=1, max_length=1000)]
-    costs: list[Share]
-    thresholds: list[float]
+    exits: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
+    costs: tuple[Annotated[Number, Field(ge=0)], ...]
+    thresholds: tuple[Number, ...]
     confidence: Name
-    off: list[Annotated[int, Field(ge=0, le=1000)]]
+    off: tuple[Annotated[Whole, Field(ge=0)], ...]
     answers: Literal["own", "blended"]
-    pieces: Annotated[list[Piece], Field(min_length=1, max_length=1001)]
+    pieces: Annotated[tuple[Piece, ...], Field(min_length=1, max_length=1001)]
     versions: dict[Name, Name]
+    fingerprint: Hash
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        exits, order = len(self.exits), [piece.exit for piece in self.pieces]
+        channels, height, width = self.input_size
+        if channels * height * width > LARGEST_IMAGE:
+            raise PteeError(f"input_size={list(self.input_size)} is larger than images can be.")
+        if (
+            len(self.costs) != exits + 1
+            or len(self.thresholds) != exits
+            or {len(self.mean), len(self.std)} - {1, channels}
+        ):
+            raise PteeError("costs, thresholds, mean or std do not fit the exits and channels.")
+        if (
+            order[-1] != -1
+            or order[:-1] != sorted({*order[:-1]} & {*range(exits)})
+            or not {*self.off} <= {*range(exits)}
+        ):
+            raise PteeError("pieces and exits that are off do not fit the exits.")
+        return self
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """A hash of all of a manifest but the thresholds, which may be changed by hand."""
+    kept = {name: value for name, value in values.items() if name not in ("thresholds", "fingerprint")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -72,42 +101,39 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     if not file.is_file():
         raise RunError(f"{folder} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
+    values = _read(file)
+    version = values.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA:
+        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {SCHEMA}. Upgrade ptee.")
     try:
-        if file.stat().st_size > LARGEST_MANIFEST:
-            raise ValueError("it is too large")
-        values = from_json(file.read_text(encoding="utf-8"))
-        version = values.get("schema_version") if isinstance(values, dict) else None
-        if isinstance(version, int) and version > SCHEMA:
-            raise RunError(
-                f"{file} was written by a newer ptee (schema {version}, this one reads {SCHEMA}). Upgrade ptee."
-            )
-        found = Manifest.model_validate(values)
-    except ValidationError as why:
-        first = why.errors()[0]
-        raise RunError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Export the model again.") from why
-    except (OSError, ValueError) as why:
-        raise RunError(f"{file} cannot be read: {why}. Export the model again.") from why
-    _require_whole(folder, found)
+        found = Manifest(**values)
+    except PteeError as why:
+        raise RunError(f"{file}: {why} {AGAIN}") from why
+    if found.fingerprint != fingerprint(values):
+        raise RunError(f"{file} was changed. Only thresholds may be changed by hand. {AGAIN}")
+    for piece in found.pieces:
+        _require_whole(folder / piece.file, piece.sha256)
     return found
 
 
-def _require_whole(folder: Path, manifest: Manifest) -> None:
-    exits = len(manifest.exits)
-    order = [piece.exit for piece in manifest.pieces]
-    if (
-        len(manifest.costs) != exits + 1
-        or len(manifest.thresholds) != exits
-        or order[-1] != -1
-        or order[:-1] != sorted({*order[:-1]})
-    ):
-        raise RunError(f"{folder / MANIFEST}: exits, costs, thresholds and pieces do not fit. Export the model again.")
-    if not all(n < exits for n in order):
-        raise RunError(
-            f"{folder / MANIFEST}: a piece has the exit {max(order)}, and there are {exits}. Export the model again."
-        )
-    for piece in manifest.pieces:
-        file = folder / piece.file
-        if file.is_symlink() or not file.is_file():
-            raise RunError(f"{file} is missing. Export the model again.")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != piece.sha256:
-            raise RunError(f"{file} was changed after the export. Export the model again.")
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > LARGEST_MANIFEST:
+            raise ValueError(f"it is longer than {LARGEST_MANIFEST:,} bytes")
+        values = from_json(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as why:
+        raise RunError(f"{file} cannot be read: {first_line(why)} {AGAIN}") from why
+    return values
+
+
+def _require_whole(file: Path, expected: str) -> None:
+    if file.is_symlink() or not file.is_file():
+        raise RunError(f"{file} is missing. {AGAIN}")
+    found = hashlib.sha256()
+    with file.open("rb") as data:
+        while part := data.read(2**20):
+            found.update(part)
+    if found.hexdigest() != expected:
+        raise RunError(f"{file} was changed after the export. {AGAIN}")

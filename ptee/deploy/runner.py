@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
+from ptee.data.pixels import eight_bits
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 
 Array = Any  # of numpy for ONNX, of torch for pt2
@@ -53,17 +54,22 @@ class Runner:
 
     @threshold.setter
     def threshold(self, value: Any) -> None:
-        self._thresholds = self._each(value)
+        wide = self._each(value)
+        if wide.ndim != 1:
+            raise PteeError(
+                f"Give one number, or one for each of the {len(self.manifest.exits)} exits, not {value!r:.60}."
+            )
+        self._thresholds = wide
 
     def _each(self, value: Any) -> np.ndarray:
         """(E,) or (b, E) thresholds."""
         exits = len(self.manifest.exits)
         try:
-            given = np.asarray(value, dtype=np.float64)
+            given = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, dtype=np.float64)
             wide = np.broadcast_to(given, (*given.shape[:-1], exits))
         except (TypeError, ValueError) as why:
             raise PteeError(f"Thresholds are one number, or one for each of the {exits} exits, not {value!r}.") from why
-        if np.isnan(wide).any() or wide.ndim > 2:
+        if np.isnan(wide).any() or wide.ndim > 2 or np.asarray(value).dtype == bool:
             raise PteeError(
                 f"Thresholds {value!r} are not possible: give one number, or one for each of the {exits} exits."
             )
@@ -89,7 +95,7 @@ class Runner:
             limits = np.broadcast_to(limits, (len(x), len(self.manifest.exits))).copy()
         except ValueError as why:
             raise PteeError(f"Thresholds of shape {limits.shape} do not fit {len(x)} images.") from why
-        limits[:, [n for n in self.manifest.off if n < limits.shape[1]]] = np.inf  # their answers are for later exits
+        limits[:, list(self.manifest.off)] = np.inf  # their answers are for later exits
         parts: list[tuple[np.ndarray, int, Array, np.ndarray]] = []
         rows, alive = np.arange(len(x)), [x]
         for piece, run in zip(self.manifest.pieces[:-1], self._pieces, strict=False):
@@ -129,6 +135,10 @@ class Runner:
         kind = "an array of numpy" if self.manifest.format == "onnx" else "a tensor of torch"
         if (self.manifest.format == "onnx") != isinstance(x, np.ndarray):
             raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
+        if self.manifest.format != "onnx" and not all(
+            hasattr(x, name) for name in ("ndim", "shape", "dtype", "device")
+        ):
+            raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
         if x.ndim != 4 or tuple(x.shape[1:]) != size or not len(x):
             raise PteeError(
                 f"This model takes images (b, {', '.join(map(str, size))}), b of 1 or more, not {tuple(x.shape)}."
@@ -137,23 +147,44 @@ class Runner:
             raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
         return x if isinstance(x, np.ndarray) else x.to(self._device)
 
+    def try_out(self) -> None:
+        """Answer images of zeros, one of which leaves at the first exit."""
+        x = np.zeros((2, *self.manifest.input_size), dtype=np.float32)
+        given = x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
+        limits = np.full((2, len(self.manifest.exits)), 2.0)
+        limits[0] = 0.0
+        out = self.predict(given, limits)
+        if tuple(out.logits.shape) != (2, self.manifest.classes):
+            raise ValueError(f"answers have the shape {tuple(out.logits.shape)}")
+
     def images(self, paths: Sequence[str | Path]) -> Array:
         """Pictures from files, as the model takes them: (b, c, h, w)."""
         from PIL import Image
 
-        channels, height, width = self.manifest.input_size
-        how = getattr(Image.Resampling, self.manifest.interpolation.upper(), Image.Resampling.BICUBIC)
         pictures = []
         for path in paths:
             try:
                 with Image.open(path) as file:
-                    picture = file.convert("RGB" if channels == 3 else "L").resize((width, height), how)
-            except OSError as why:
+                    pictures.append(self._pixels(file))
+            except (OSError, DataError) as why:
                 raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why
-            pixels = np.asarray(picture, dtype=np.float32).reshape(height, width, channels) / 255
-            pictures.append((pixels - np.asarray(self.manifest.mean)) / np.asarray(self.manifest.std))
-        x = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32)
+        x = np.stack(pictures).transpose(0, 3, 1, 2)
         return x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
+
+    def _pixels(self, picture: Any) -> np.ndarray:
+        """(h, w, c), as ptee reads pictures: the shorter side is resized, and the centre is cut out."""
+        from PIL import Image
+
+        channels, height, width = self.manifest.input_size
+        picture = eight_bits(picture).convert("RGB" if channels == 3 else "L")
+        ratio = min(picture.height / height, picture.width / width)
+        whole = int if height == width else round  # as torchvision rounds for squares, and timm for others
+        size = [max(whole(side / ratio), least) for side, least in ((picture.width, width), (picture.height, height))]
+        picture = picture.resize(size, Image.Resampling[self.manifest.interpolation.upper()])
+        left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+        pixels = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
+        mean, std = (np.asarray(v, dtype=np.float32) for v in (self.manifest.mean, self.manifest.std))
+        return (pixels.reshape(height, width, channels) / np.float32(255) - mean) / std
 
 
 def load_exported(folder: str | Path, device: str | None = None) -> Runner:
@@ -170,7 +201,14 @@ def load_exported(folder: str | Path, device: str | None = None) -> Runner:
     place = as_path(folder, "folder")
     manifest = read_manifest(place)
     load = _onnx if manifest.format == "onnx" else _pt2
-    return Runner(manifest, [load(place, piece, device or "cpu") for piece in manifest.pieces], device or "cpu")
+    runner = Runner(manifest, [load(place, piece, device or "cpu") for piece in manifest.pieces], device or "cpu")
+    try:
+        runner.try_out()
+    except Exception as why:  # whatever the library raises
+        raise RunError(
+            f"{place}: its files do not fit its manifest ({first_line(why)}) Export the model again."
+        ) from why
+    return runner
 
 
 def _onnx(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Array]]:

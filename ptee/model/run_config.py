@@ -237,4 +237,5 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     }
     if config.get("schema_version", SCHEMA_VERSION) > 2:
         kept["images"] = [data.get("split"), tuning.get("source"), tuning.get("files_sha256")]
+        kept["blend"] = (config.get("answers") or {}).get("blend")
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]

@@ -270,8 +270,8 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
         )
     if config.fingerprint is not None and config.fingerprint != fingerprint(values):
         raise RunError(
-            f"{folder}: {CONFIG} was changed or damaged: its exits, its input, its backbone or its images are not those that were "
-            "saved. Only threshold, off, confidence and the place of the images may be changed by hand. Copy the run again."
+            f"{folder}: {CONFIG} was changed or damaged: its exits, its input, its backbone, its blend or its images are not those "
+            "that were saved. Only threshold, off, confidence and the place of the images may be changed by hand. Copy the run again."
         )
     return config
 

@@ -15,12 +15,14 @@ import pytest
 import torch
 from device import drawn
 from images import picture
+from PIL import Image
 from small import SIZE, chained, made
 from torch import Tensor
 
 import ptee
 from ptee._common.errors import PteeError, RunError
-from ptee.deploy.manifest import MANIFEST
+from ptee.data.pictures import image_transform
+from ptee.deploy.manifest import MANIFEST, fingerprint
 from ptee.exits.blend import Blend, subsets
 
 pytestmark = pytest.mark.cpu("what is exported is the same on every device")
@@ -129,18 +131,29 @@ def test_the_threshold_of_the_model_is_in_force_and_can_be_changed(tmp_path):
         (images(2).double(), r"of type float32, not torch\.float64"),
         (images(2).numpy(), r"a tensor of torch \(b, c, h, w\), not ndarray"),
         (images(0), r"b of 1 or more"),
+        (None, r"not NoneType"),
+        ("a", r"not str"),
     ],
-    ids=["another size", "another type", "another kind", "no rows"],
+    ids=["another size", "another type", "another kind", "no rows", "nothing", "text"],
 )
 def test_other_images_are_refused(x, match, exported):
     with pytest.raises(PteeError, match=match):
         ptee.load_exported(exported).predict(x)
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], *, sign: bool = True) -> None:
+    """Change the manifest, as a stranger could who makes the fingerprint anew."""
     values = json.loads((folder / MANIFEST).read_text())
     change(values)
-    (folder / MANIFEST).write_text(json.dumps(values))
+    (folder / MANIFEST).write_text(json.dumps(values | ({"fingerprint": fingerprint(values)} if sign else {})))
+
+
+def piece(n: int, **changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, lambda m: m["pieces"][n].update(changes))
+
+
+def entry(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, lambda m: m.update(changes))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -148,15 +161,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing piece": (lambda f: (f / "piece_1.pt2").unlink(), r"piece_1\.pt2 is missing"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), r"there is no manifest\.json"),
     "no JSON": (lambda f: (f / MANIFEST).write_text("{"), r"cannot be read"),
-    "a newer schema": (lambda f: edit(f, lambda m: m.update(schema_version=2)), r"Upgrade ptee"),
-    "a path out of the folder": (
-        lambda f: edit(f, lambda m: m["pieces"][0].update(file="../x.pt2")),
-        r"pieces\.0\.file",
+    "no object": (lambda f: (f / MANIFEST).write_text("[]"), r"no JSON object"),
+    "a changed entry": (
+        lambda f: edit(f, lambda m: m.update(backbone="x"), sign=False),
+        r"Only thresholds may be changed",
     ),
-    "too few costs": (lambda f: edit(f, lambda m: m["costs"].pop()), r"do not fit"),
-    "an unknown key": (lambda f: edit(f, lambda m: m.update(more=1)), r"more"),
-    "an exit that is not there": (lambda f: edit(f, lambda m: m["pieces"][1].update(exit=7)), r"exit 7|do not fit"),
-    "no list": (lambda f: (f / MANIFEST).write_text("[]"), r"manifest\.json"),
+    "a newer schema": (entry(schema_version=2), r"Upgrade ptee"),
+    "a schema that is no number": (entry(schema_version=True), r"schema_version"),
+    "a path out of the folder": (piece(0, file="../x.pt2"), r"pieces\[0\]\.file"),
+    "too few costs": (entry(costs=[0.1]), r"do not fit"),
+    "an unknown key": (entry(**{"\x1b[31mmore": 1}), r"unknown"),
+    "a name with an escape": (entry(backbone="\x1b[31mx"), r"backbone"),
+    "an exit that is not there": (piece(1, exit=7), r"do not fit"),
+    "an exit that is off and not there": (entry(off=[7]), r"do not fit"),
+    "a deviation of 0": (entry(std=[0.0, 1.0, 1.0]), r"std"),
+    "an unknown interpolation": (entry(interpolation="magic"), r"interpolation"),
+    "images that are too large": (entry(input_size=[3, 20000, 20000]), r"larger than images can be"),
+    "images of another size": (entry(input_size=[3, 9, 9]), r"do not fit its manifest"),
+    "other classes": (entry(classes=7), r"do not fit its manifest"),
+    "no tensor alive": (piece(0, rows=[]), r"do not fit its manifest"),
+    "another axis": (piece(0, rows=[[3, 1]]), r"do not fit its manifest"),
+    "many entries for a row": (piece(0, rows=[[0, 10**6]]), r"do not fit its manifest"),
+    "a piece twice": (lambda f: edit(f, lambda m: m["pieces"].insert(0, m["pieces"][0])), r"do not fit"),
+    "a piece less": (lambda f: edit(f, lambda m: m["pieces"].pop(0)), r"do not fit its manifest"),
 }
 
 
@@ -165,7 +192,12 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, match, copy):
     damage(copy)
     with pytest.raises(RunError, match=match) as refused:
         ptee.load_exported(copy)
-    assert "\n" not in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+def test_a_threshold_may_be_changed_by_hand(copy):
+    edit(copy, lambda m: m.update(thresholds=[0.1, 0.2]), sign=False)
+    assert ptee.load_exported(copy).threshold == [0.1, 0.2]
 
 
 def test_a_piece_that_is_no_program_is_refused_even_with_its_hash(copy):
@@ -186,6 +218,12 @@ def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_export_that_was_killed_does_not_stand_in_the_way_of_the_next(tmp_path):
+    (tmp_path / "out" / ".writing-x").mkdir(parents=True)
+    (tmp_path / "out" / ".writing-x" / "piece_0.pt2").write_text("half")
+    assert not list(ptee.export(made(), tmp_path / "out").glob(".writing-*"))
+
+
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("ptee.deploy.export._require_same", lambda *_: (_ for _ in ()).throw(PteeError("no")))
     with pytest.raises(PteeError, match="no"):
@@ -196,6 +234,32 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(PteeError, match="tflite"):
         ptee.export(made(), tmp_path / "out", format="tflite")
+
+
+@pytest.mark.parametrize("size", [(20, 16), (16, 20), (8, 8), (60, 20), (5, 7), (33, 9)], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_pictures_become_the_images_that_ptee_makes_of_them(mode, size, exported, tmp_path):
+    noise = torch.randint(256, (size[1], size[0], 3), generator=drawn(2), dtype=torch.uint8, device="cpu").numpy()
+    Image.fromarray(noise).convert(mode).save(tmp_path / "a.png")
+    runner = ptee.load_exported(exported)
+    m = runner.manifest
+    with Image.open(tmp_path / "a.png") as file:
+        want = image_transform(m.input_size, m.mean, m.std, m.interpolation)(file)
+    torch.testing.assert_close(runner.images([tmp_path / "a.png"])[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_picture_of_16_bits_is_not_clipped_to_white(exported, tmp_path):
+    Image.fromarray(np.full((8, 8), 20000, dtype=np.uint16)).save(tmp_path / "a.png")
+    runner = ptee.load_exported(exported)
+    with Image.open(tmp_path / "a.png") as file:
+        want = image_transform(runner.manifest.input_size, runner.manifest.mean, runner.manifest.std)(file)
+    torch.testing.assert_close(runner.images([tmp_path / "a.png"])[0], want)
+
+
+def test_a_file_that_is_no_picture_is_refused_by_name(exported, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(PteeError, match=r"a\.png is no picture"):
+        ptee.load_exported(exported).images([tmp_path / "a.png"])
 
 
 @needs_onnx

@@ -191,3 +191,21 @@ def test_exits_are_switched_only_where_there_are_weights_for_the_rest(model, x):
     with pytest.raises(PteeError, match=r"blended for other exits than \[0, 2\]"):
         model.off = [1]
     assert model.off == ()
+
+
+def other_weights(blend: dict) -> None:
+    blend["weights"][2]["weights"] = [0.0, 0.5]
+
+
+def other_end(blend: dict) -> None:
+    blend["to_the_end"] = not blend["to_the_end"]
+
+
+@pytest.mark.parametrize("change", [other_weights, other_end])
+def test_weights_that_were_changed_by_hand_are_refused(change, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["answers"]["blend"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="changed or damaged"):
+        ptee.load(tmp_path, model.detach())
