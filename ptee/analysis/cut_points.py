@@ -220,6 +220,12 @@ class _Output:
         """Whether something later writes into its memory."""
         return any(value.last_write > self.time for value in self.values)
 
+    @property
+    def shared_and_overwritten(self) -> bool:
+        """Whether something later writes into memory that several of its tensors share."""
+        uses = Counter(leaf.value for leaf in self.dependent.values())
+        return any(count > 1 and value is not None and value.last_write > self.time for value, count in uses.items())
+
 
 class _Recorder(TorchDispatchMode):
     """Records who makes and who reads each value that depends on the images, and follows the axes."""
@@ -363,6 +369,8 @@ def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
     without_rows = [leaf.shape for leaf in output.dependent.values() if not leaf.carries_rows]
     if without_rows:
         return f"the first axis of a tensor in its output, of shape {without_rows[0]}, is not the {SURVEY_ROWS} images"
+    if output.shared_and_overwritten:
+        return "tensors in its output share memory that is written into later, and rows are taken out of each by itself"
     readable = {i: leaf for i, leaf in output.dependent.items() if leaf.layout is not None}
     if not readable:
         shape = next(iter(output.dependent.values())).shape

@@ -339,3 +339,24 @@ def test_a_survey_finds_the_same_every_time(name: str) -> None:
         found.append(survey(net, (3, size, size)))
         del kept
     assert all(again == found[0] for again in found)
+
+
+class SharesMemory(nn.Module):
+    """A part that gives a map and a view of it, as two entries; `writes` changes the view later, and the map with it."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.writes = conv(3), conv(), writes
+        self.pair = nn.Module()
+        self.pair.forward = lambda x: {"map": x, "view": x.flatten(2)}  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.pair(self.one(x))
+        if self.writes:
+            found["view"].clamp_(-0.1, 0.1)
+        return self.two(found["map"]).mean((2, 3)) + found["view"].mean(2)
+
+
+def test_no_rows_leave_where_tensors_share_memory_that_is_written_into_later():
+    assert "pair" in survey(SharesMemory(False).eval(), SIZE).cuts
+    assert "share memory" in survey(SharesMemory(True).eval(), SIZE).refused["pair"]
