@@ -55,7 +55,8 @@ class Data:
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
         n, unread = len(self.class_names), self.split.get("not_read", [])
         rest = f"; not read: {some(unread, len(unread))}" if unread else ""
-        return f"{self.source}: images of {n} class{'es' * (n != 1)}, {sizes}; {self.split['rule']}{rest}."
+        classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
+        return f"{self.source}: images{classes}, {sizes}; {self.split['rule']}{rest}."
 
     @property
     def place(self) -> str:

@@ -136,7 +136,7 @@ class Comparison:
     def _verdict(self, drop: float) -> str:
         found = self._within(drop)
         if not found:
-            return "nothing is cheaper than the bare backbone."
+            return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
         words = f"{best.line.name} is cheapest, with {best.entry.words}."
         runs = [f for f in found if f.line.kind == "adaptive"]
