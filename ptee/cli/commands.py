@@ -64,11 +64,11 @@ def augment(**o: Any) -> None:
 
 
 @command()
-@in_groups(options.MODEL, options.EXITS)
+@in_groups(options.NETWORK, options.EXITS)
 @options.JSON
 def plan(**o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""
-    recipe = _recipe(o)
+    recipe = _recipe_of_exits(o)
     _show(_untrained(_backbone(o), recipe).plan, o)
 
 
@@ -161,7 +161,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 
 
 @command()
-@in_groups(options.MODEL, options.EXITS)
+@in_groups(options.NETWORK, options.EXITS)
 @option(
     "--batch-sizes",
     type=Numbers(int, "1,32"),
@@ -181,7 +181,7 @@ def bench(**o: Any) -> None:
     from ptee._common.devices import resolve_device
     from ptee.evaluation.benchmark import bench as measure
 
-    device, recipe = resolve_device(o["device"]), _recipe(o)
+    device, recipe = resolve_device(o["device"]), _recipe_of_exits(o)
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     model = _untrained(_backbone(o), recipe).to(device)
@@ -277,6 +277,14 @@ def _recipe(o: dict[str, Any], default: Any = None) -> Any:
     return make_recipe(default if recipe is None else recipe, given_settings(o))
 
 
+def _recipe_of_exits(o: dict[str, Any]) -> Any:
+    """The recipe of a command that trains nothing. A setting that it could not use is refused."""
+    for path, value in o["set"]:
+        if not path.startswith("exits."):
+            raise PteeError(f"--set {path}={value} changes nothing here: no head is trained. Settings of exits do.")
+    return _recipe(o)
+
+
 def _require_model(o: dict[str, Any]) -> None:
     if o["model"] is None:
         example = Argument("model", "resnet50")
@@ -292,7 +300,7 @@ def _backbone(o: dict[str, Any]) -> Any:
     if o.get("data") is not None:
         require_source(o["data"])
     keys = ("weights", "pretrained", "num_classes", "input_size", "mean", "std")
-    return load_backbone(o["model"], model_args=dict(o["model_args"]), **{key: o[key] for key in keys})
+    return load_backbone(o["model"], model_args=dict(o["model_args"]), **{key: o[key] for key in keys if key in o})
 
 
 def _untrained(backbone: Any, recipe: Any) -> Any:

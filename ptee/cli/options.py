@@ -215,8 +215,7 @@ def in_groups(*groups: Decorator) -> Decorator:
 
 
 PIXELS = Numbers(example="0.5 or 0.485,0.456,0.406")
-MODEL = option_group(
-    "Model",
+NETWORK_OPTIONS = (
     option(
         "--model", metavar="NAME", help="A classifier of timm or torchvision: resnet50, timm/NAME, torchvision/NAME."
     ),
@@ -225,6 +224,11 @@ MODEL = option_group(
     option("--num-classes", type=int, help="Number of classes, if it is not the model's own."),
     option("--model-arg", "model_args", type=KeyValue(), multiple=True, help="An argument of the model. Repeatable."),
     option("--input-size", type=Size(int, "3,224,224"), help="Size of the images. Default: the model's own."),
+)
+NETWORK = option_group("Model", *NETWORK_OPTIONS)  # for commands that read no images
+MODEL = option_group(
+    "Model",
+    *NETWORK_OPTIONS,
     option("--mean", type=PIXELS, help="Mean of the pixels, for each channel. Default: the model's own."),
     option("--std", type=PIXELS, help="Standard deviation of the pixels, for each channel. Default: the model's own."),
 )

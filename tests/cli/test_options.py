@@ -55,13 +55,12 @@ ALSO = {"training.cost_weight": ("training.loss=joint",)}  # what a setting goes
 def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
     from ptee.cli import commands
 
-    seen = {}
-    monkeypatch.setattr(commands, "_backbone", lambda o: None)
-    stop = lambda backbone, recipe: seen.update(recipe=recipe) or click.get_current_context().exit()  # noqa: E731
-    monkeypatch.setattr(commands, "_untrained", stop)
+    seen, read = {}, commands._recipe
+    stop = lambda o, default: seen.update(recipe=read(o, default)) or click.get_current_context().exit()  # noqa: E731
+    monkeypatch.setattr(commands, "_recipe", stop)
     value = yaml.safe_dump(OTHER[path], default_flow_style=True).removesuffix("\n...\n").strip()
     words = [word for each in (*ALSO.get(path, ()), f"{path}={value}") for word in ("--set", each)]
-    plan.main([*words], standalone_mode=False)
+    augment.main([*words], standalone_mode=False)
     section, _, name = path.rpartition(".")
     holder = getattr(seen["recipe"], section) if section else seen["recipe"]
     assert getattr(holder, name) == OTHER[path]
@@ -78,7 +77,14 @@ def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_as_it_was_typed(given, said, run):
-    assert_refused(run("plan", *RANDOM, "--set", given), said)
+    assert_refused(run("augment", *RANDOM, "--set", given), said)
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_a_setting_that_changes_nothing_in_a_command_is_refused(command, run):
+    said = "--set training.epochs=3 changes nothing here: no head is trained. Settings of exits do."
+    assert_refused(run(command, *RANDOM, "--set", "epochs=3"), said)
+    assert "--mean" not in run(command, "--help").out
 
 
 def test_the_options_of_settings_take_help_and_default_from_the_recipe(run):
@@ -176,7 +182,7 @@ def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere
     (elsewhere / "mine.yaml").write_text("exits: {head: pool}\n")
     values = {
         "--model": "cifar_resnet20", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
-        "--mean": 0.5, "--std": 0.5, "--recipe": "mine.yaml", "--set": "seed=1", "--exits": "linear", "--num-exits": 2,
+        "--recipe": "mine.yaml", "--set": "exits.head=pool", "--exits": "linear", "--num-exits": 2,
         "--head": "auto", "--head-budget": 0.1, "--front": None, "--front-weights": None, "--batch-sizes": 1, "--rounds": 3,
         "--threads": 1, "--device": "cpu",
     }  # fmt: skip
