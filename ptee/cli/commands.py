@@ -65,6 +65,7 @@ def augment(**o: Any) -> None:
 
 @command()
 @in_groups(options.NETWORK, options.EXITS)
+@options.EXPLAIN
 @options.JSON
 def plan(**o: Any) -> None:
     """Show where exits would stand and what they would cost, without training."""

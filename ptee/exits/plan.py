@@ -148,7 +148,15 @@ class Plan:
         size = "x".join(map(str, self.input_size))
         heads = "several kinds of heads" if differ else f"{self.head} heads"
         title = f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {heads}"
-        return "\n".join([title, self._table(differ), *self._notes(), LEGEND])
+        return "\n".join([title, self._table(differ), *self._notes()])
+
+    @property
+    def legend(self) -> str:
+        """What the columns mean."""
+        return (
+            "backbone, head cost, cost: fractions of the bare backbone's multiply-accumulates. backbone: up to the exit; cost: of an "
+            "image that\nleaves there, with every head on its way."
+        )
 
     def _table(self, differ: bool) -> str:
         """A row for each exit and one for the backbone. The heads have a column where they differ."""
@@ -186,12 +194,6 @@ class Plan:
         if alone < 1:
             mend = f"Without the heads before it, it would cost {alone:.4f}: take fewer exits or cheaper heads."
         return f"Exit {n} ({e.name}) costs {e.cost:.4f}, no less than the bare backbone: it cannot pay. {mend}"
-
-
-LEGEND = (
-    "backbone, head cost, cost: fractions of the bare backbone's multiply-accumulates. cost: of a sample that leaves there, "
-    "every head passed on the way included."
-)
 
 
 def _shape(exit_: Exit, cut: Cut) -> str:

@@ -150,7 +150,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     for network in (backbone, getattr(model.heads[0], "origin", None)):
         if network is not None and network.note:
             job.log(f"{network.note}\n")
-    job.log(f"{data.summary}\n\n{model.plan}\n")
+    job.log(f"{data.summary}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
     with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
         return _fit(model, data, target, recipe, job)
 
@@ -314,7 +314,7 @@ def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job
         model.confidence = str(recipe.confidence.name)
         return
     fits = calibrate(model, images, target=recipe.confidence.question, **_batches(recipe, job))
-    job.log(f"\n{fits}")
+    job.log(f"\n{fits}\n{fits.legend}" if job.explain else f"\n{fits.summary}")
     model.results = (model.results or {}) | {"calibration": fits.to_dict()}
 
 

@@ -105,12 +105,20 @@ class Calibration:
             (str(n), e.exit, *(f"{value:.4f}" for value in values))
             for n, (e, values) in enumerate(zip(self.exits, numbers, strict=True))
         ]
+        return f"{self.summary}\n{table([title, *rows], left={1})}"
+
+    @property
+    def summary(self) -> str:
+        """A sentence, and a line for each exit whose fit is odd."""
         remarks = "".join(f"\nExit {n}: {e.remark}" for n, e in enumerate(self.exits) if e.remark)
+        return f"Confidence calibrated on {self.images:,} images. {QUESTIONS[self.target]}{remarks}"
+
+    @property
+    def legend(self) -> str:
+        """What the columns mean."""
         return (
-            f"Confidence calibrated on {self.images:,} images. {QUESTIONS[self.target]}\n"
-            + table([title, *rows], left={1})
-            + "\ncalibrated, max prob, base rate: cross-entropy on these images of the calibrated h, of the largest probability "
-            "as it is, and of\nan h that is the share of yes for every image. Lower is better." + remarks
+            "yes: share of the images with this answer. calibrated, max prob, base rate: cross-entropy on these images of the "
+            "calibrated h, of the\nlargest probability as it is, and of an h that is the share of yes for every image. Lower is better."
         )
 
 

@@ -73,7 +73,7 @@ def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
         ("training.epoch=3", r"Unknown setting 'training\.epoch'\. Did you mean 'training\.epochs'"),
         ("epochs", "'epochs' is no setting. Write it as NAME=VALUE, such as training.epochs=20"),
         ("training.lr=-1", "--set training.lr=-1 must be above 0"),
-        ("epochs=0", "--set training.epochs=0 must be 1 or more, or 'auto'"),
+        ("epochs=0", "--epochs 0 must be 1 or more, or 'auto'"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_as_it_was_typed(given, said, run):
