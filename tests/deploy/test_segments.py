@@ -22,12 +22,12 @@ FAMILIES = {  # by how many tensors pass a cut
     "swin_tiny_patch4_window7_224": (224, 1),
     "crossvit_tiny_240": (240, 2),  # one for each of its two branches
 }
+SMALLER = {"swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (1, 2), "embed_dim": 16}}
 
 
 def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
-    return ptee.augment(
-        timm.create_model(name, num_classes=10), num_exits=2, head="pool", input_size=(3, side, side), **wish
-    )
+    network = timm.create_model(name, num_classes=10, **SMALLER.get(name, {}))
+    return ptee.augment(network, num_exits=2, head="pool", input_size=(3, side, side), **wish)
 
 
 @pytest.mark.parametrize("ahead", AHEAD)
