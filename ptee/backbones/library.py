@@ -12,10 +12,10 @@ from torch import nn
 
 from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
 from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
+from ptee._common.validation import LARGEST_IMAGE
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MOST_NUMBERS = 3 * 4096**2  # in one image; a record that asks for more would take gigabytes
 MOST_CLASSES = 1_000_000  # likewise
 OTHER_WEIGHTS: Advice = (
     *("Give a file with ", Argument("weights", "FILE"), ", or take random weights with "),
@@ -172,7 +172,7 @@ def checked_size(size: Any, argument: str = "input_size") -> tuple[int, int, int
     if not is_size or not all(type(side) is int and side > 0 for side in size):
         text = f"An input size is (channels, height, width), such as (3, 224, 224), not {size!r}."
         raise BackboneError(text, argument=argument, value=size)
-    if math.prod(size) > MOST_NUMBERS:
-        text = f"Images of {' x '.join(map(str, size))} numbers are too large: {MOST_NUMBERS:,} at most. Give a smaller size."
+    if math.prod(size) > LARGEST_IMAGE:
+        text = f"Images of {' x '.join(map(str, size))} numbers are too large: {LARGEST_IMAGE:,} at most. Give a smaller size."
         raise BackboneError(text, argument=argument, value=size)
     return (size[0], size[1], size[2])

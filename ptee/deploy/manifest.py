@@ -13,12 +13,11 @@ from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
 from ptee._common.files import from_json
-from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**20  # bytes
-LARGEST_IMAGE = 2**24  # numbers
 AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]

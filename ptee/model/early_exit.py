@@ -27,6 +27,7 @@ from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
 from ptee.exits.rule import ExitRule
+from ptee.model import run_files
 from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
@@ -418,7 +419,7 @@ class EarlyExitModel(
         """
         folder, card = as_path(save_directory, "save_directory"), model_card_kwargs or {}
         try:
-            new = not (folder / runs.CARD).exists()
+            new = not (folder / run_files.CARD).exists()
             config = runs.describe(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
                 blend=self.blend, answers=self.answers,

@@ -19,7 +19,8 @@ from ptee.exits.blend import BLENDED, Blend
 from ptee.exits.confidence import CALIBRATED, CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.front import FrontHead, require_small
 from ptee.exits.heads import FRONT
-from ptee.model.saving import CONFIG, Run
+from ptee.model.run_files import CONFIG
+from ptee.model.saving import Run
 
 ITS_TENSORS = "0.network."  # begins the names of the front network's tensors among those of the heads
 

@@ -17,9 +17,8 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
-from ptee._common.validation import Number, Whole
-from ptee.backbones.library import MOST_NUMBERS
-from ptee.exits.heads import AUTO, PLUS
+from ptee._common.validation import LARGEST_IMAGE, Number, Whole
+from ptee.exits.config import AUTO, PLUS
 
 SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
 LONGEST_NAME = 255
@@ -92,9 +91,9 @@ class InputRecord(_Record):
 
     @model_validator(mode="after")
     def _of_some_image(self) -> Self:
-        if math.prod(self.input_size) > MOST_NUMBERS:
+        if math.prod(self.input_size) > LARGEST_IMAGE:
             size = Argument("input_size", str(list(self.input_size)))
-            raise PteeError(size, f" is larger than any image: {MOST_NUMBERS:,} numbers at most.")
+            raise PteeError(size, f" is larger than any image: {LARGEST_IMAGE:,} numbers at most.")
         return self
 
 

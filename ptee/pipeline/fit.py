@@ -27,7 +27,7 @@ from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 from ptee.exits.front import named_front
-from ptee.model import saving
+from ptee.model import run_files, saving
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import describe_labels, from_data_sets, has_labels, image_size, labels_of, recipe_for
@@ -236,7 +236,7 @@ def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> 
     if job.out is None:
         return
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
-    more = {saving.METRICS: f"{to_json(metrics)}\n", RECIPE_FILE: recipe.to_yaml()}
+    more = {run_files.METRICS: f"{to_json(metrics)}\n", RECIPE_FILE: recipe.to_yaml()}
     model.save_pretrained(job.out, more_files=more)
 
 

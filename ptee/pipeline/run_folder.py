@@ -16,7 +16,7 @@ from ptee._common.errors import Argument, RunError
 from ptee._common.files import WRITING, clear_unfinished, from_json, require_writable, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
-from ptee.model import saving
+from ptee.model import run_files, saving
 from ptee.pipeline.recipe import RECIPE_FILE
 
 LOCK = ".ptee.lock"  # held by the process that trains into a folder
@@ -40,7 +40,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
         raise RunError(text, OUT, ", or leave out ", RESUME, ".", argument="resume")
     if resume or not out.is_dir() or all(_is_left_over(path.name) for path in out.iterdir()):
         return out
-    if not (unfinished or saving.is_run(out)):
+    if not (unfinished or run_files.is_run(out)):
         raise RunError(f"{out} holds something else than a run. Give a new folder with ", OUT, ".", argument="out")
     if overwrite:
         return out
@@ -97,7 +97,7 @@ def is_main_process() -> bool:
 
 def clear(out: Path) -> None:
     """Remove an earlier run, so that it is not taken for this one."""
-    for name in (saving.CONFIG, saving.HEADS, saving.METRICS, RECIPE_FILE):
+    for name in (run_files.CONFIG, run_files.HEADS, run_files.METRICS, RECIPE_FILE):
         (out / name).unlink(missing_ok=True)
 
 
@@ -128,7 +128,7 @@ def require_readable(data: Data, out: Path) -> None:
     try:
         check_pictures([data.train, data.calibration, data.validation])
     except UnreadablePicturesError as why:
-        if is_interrupted(out) or not saving.is_run(out):
+        if is_interrupted(out) or not run_files.is_run(out):
             known = [tuple(key) for key in data.split.get("removed", [])]
             write_json(out / UNREADABLE, sorted({*known, *why.keys}))
         raise

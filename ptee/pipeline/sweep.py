@@ -21,7 +21,7 @@ from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO
 from ptee.data.labels import LabelMap
 from ptee.data.splits import AS_DELIVERED, Data
-from ptee.model import saving
+from ptee.model import run_files, saving
 from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbone
 from ptee.pipeline.images import recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe, path_of, read_yaml
@@ -194,9 +194,9 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
     Raises:
         RunError: if that run was made by another recipe, of other images or of another backbone.
     """
-    if not saving.is_run(folder) or is_interrupted(folder):
+    if not run_files.is_run(folder) or is_interrupted(folder):
         return False
-    results = saving.read_metrics(folder).get("results") or {}
+    results = run_files.read_metrics(folder).get("results") or {}
     same = {
         "recipe": make_recipe(folder).to_yaml() == carried_out(recipe, data).to_yaml(),
         "images": results.get("data") == json.loads(json.dumps(about(data))),
@@ -213,15 +213,13 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
 
 def _row(folder: Path, settings: Mapping[str, Any]) -> SweepRow:
     try:
-        bare, *_, own = saving.read_metrics(folder)["results"]["rows"]
+        bare, *_, own = run_files.read_metrics(folder)["results"]["rows"]
         figures = {name: own[name] for name in FIGURES} | {"backbone": bare["accuracy"]}
         sound = all(value is None or isinstance(value, int | float) for value in figures.values())
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        text = (
-            f"{folder}: {saving.METRICS} does not hold what was measured. Delete the folder, and the run is made again."
-        )
+        text = f"{folder}: {run_files.METRICS} does not hold what was measured. Delete the folder, and the run is made again."
         raise RunError(text)
     return SweepRow(folder.name, dict(settings), figures)
 

@@ -18,7 +18,7 @@ from ptee._common.errors import PteeError, RunError, UnknownName
 from ptee.evaluation.traces import record
 from ptee.exits.confidence import CONFIDENCES, Calibrated
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.saving import CONFIG
+from ptee.model.run_files import CONFIG
 
 N = 24
 each_confidence = pytest.mark.parametrize("name", CONFIDENCES)

@@ -26,7 +26,7 @@ from ptee.backbones.load import load_backbone
 from ptee.exits.confidence import Calibrated
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.saving import read_metrics
+from ptee.model.run_files import read_metrics
 from ptee.pipeline.recipe import make_recipe
 
 SIZE = (3, 16, 16)

@@ -28,6 +28,7 @@ from ptee._common.text import printable
 from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import difference, weights_hash
 from ptee.exits.heads import HEADS
+from ptee.model import run_files
 from ptee.model import saving as runs
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
@@ -296,7 +297,7 @@ def test_config_and_metrics_are_changed_both_or_neither(method, name, folder, mo
     monkeypatch.undo()
     assert contents(folder) == before
     runs.update(folder, results={"new": 2})
-    assert runs.read(folder).config.results == runs.read_metrics(folder)["results"] == {"new": 2}
+    assert runs.read(folder).config.results == run_files.read_metrics(folder)["results"] == {"new": 2}
 
 
 def test_a_full_disk_is_refused_in_one_line(tmp_path, monkeypatch):
@@ -376,7 +377,7 @@ def test_a_config_with_a_key_twice_is_refused(folder, net):
 
 
 def test_a_config_of_absurd_size_is_refused_unread(folder, net, monkeypatch):
-    monkeypatch.setattr(runs, "LARGEST_CONFIG_BYTES", 100)
+    monkeypatch.setattr(run_files, "LARGEST_CONFIG_BYTES", 100)
     assert "longer than 100 bytes" in refused(folder, net)
 
 
@@ -577,10 +578,10 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name, folder, n
     os.mkfifo(folder / name)
     if name == "metrics.json":
         with pytest.raises(RunError, match=name):
-            runs.read_metrics(folder)
+            run_files.read_metrics(folder)
     else:
         assert name in refused(folder, net)
-    assert runs.is_run(folder) == (name != "config.json")
+    assert run_files.is_run(folder) == (name != "config.json")
 
 
 class Harm:
