@@ -30,7 +30,7 @@ def add_commands(group: click.Group) -> None:
         group.add_command(each)
 
 
-@command()
+@command(short_help="Add exits to a model: train, choose T, measure, save.")
 @in_groups(options.MODEL, options.DATA, options.EXITS, options.TRAINING, options.THRESHOLDS, options.OUTPUT)
 def augment(**o: Any) -> None:
     """Add early exits to a model: train their heads, choose thresholds, measure, and save a run.
@@ -64,7 +64,7 @@ def augment(**o: Any) -> None:
     click.echo(f"\nSaved in {folder}.{other * can_leave}")
 
 
-@command()
+@command(short_help="Show where exits would stand and what they cost.")
 @in_groups(options.NETWORK, options.EXITS)
 @options.EXPLAIN
 @options.JSON
@@ -74,7 +74,7 @@ def plan(**o: Any) -> None:
     _show(_untrained(_backbone(o), recipe).plan, o)
 
 
-@command()
+@command(short_help="Measure a saved run again, at any threshold.")
 @click.argument("run", type=RunName())
 @option("--threshold", type=Numbers(), help="T: one number, or one for each exit, separated by commas.")
 @options.SPEED
@@ -94,7 +94,7 @@ def evaluate(run: str, **o: Any) -> None:
     _show(found, o)
 
 
-@command()
+@command(short_help="Choose the thresholds of a saved run again.")
 @click.argument("run", type=RunName())
 @options.TARGET
 @options.SPEED
@@ -119,7 +119,7 @@ def tune(run: str, **o: Any) -> None:
     click.echo(to_json(results) if o["as_json"] else f"\nThe thresholds are kept in {run}.")
 
 
-@command()
+@command(short_help="Compare runs, smaller networks and cascades.")
 @click.argument("run", type=RunName(), nargs=-1, required=True)
 @option(
     "--static",
@@ -166,7 +166,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
         log(f"\nDrawn in {o['page']}")
 
 
-@command()
+@command(short_help="Time a model with exits beside its backbone.")
 @in_groups(options.NETWORK, options.EXITS)
 @option(
     "--batch-sizes",
@@ -194,7 +194,7 @@ def bench(**o: Any) -> None:
     _show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
 
 
-@command()
+@command(short_help="Write a run as files for torch or ONNX Runtime.")
 @click.argument("run", type=RunName())
 @option("--out", type=Place(), required=True, help="A new folder.")
 @option(
@@ -215,7 +215,7 @@ def export(run: str, **o: Any) -> None:
     click.echo(f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE")
 
 
-@command()
+@command(short_help="Print a recipe as YAML.")
 @click.argument("name", default="ptee")
 def recipe(name: str) -> None:
     """Print a recipe as YAML: ptee, pteenet, eenet, branchynet, ztw, a file, or that of a run's folder."""
@@ -224,7 +224,7 @@ def recipe(name: str) -> None:
     click.echo(make_recipe(name).to_yaml().rstrip())
 
 
-@command()
+@command(short_help="Fit a model many times, with other settings each time.")
 @click.argument("recipe", default="ptee")
 @option(
     "--over",

@@ -27,6 +27,12 @@ def test_every_option_has_a_help_text_that_is_a_sentence(option):
     assert option.help.strip().endswith(".")
 
 
+def test_the_list_of_commands_is_whole_on_a_narrow_terminal(run):
+    text = run("--help").out
+    assert "..." not in text.partition("Commands:")[2]
+    assert all(f"\n  {name} " in text for name in cli.commands)
+
+
 def test_the_help_of_augment_groups_its_options(run):
     text = run("augment", "--help").out
     places = [
