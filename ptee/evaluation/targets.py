@@ -18,7 +18,7 @@ from ptee.evaluation.config import ThresholdsConfig
 from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective, search
 from ptee.evaluation.traces import Score, Traces
 from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
-from ptee.exits.confidence import CONFIDENCES, LEARNED
+from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import AUTO
 
 EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
@@ -250,42 +250,84 @@ def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list
     return found
 
 
+@dataclass(frozen=True)
+class _Way:
+    """The best solution with one kind of answers, and with one threshold or several."""
+
+    candidates: list[_Candidate]
+    one_threshold: bool
+    solution: Solution
+
+    @classmethod
+    def found(cls, candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> _Way:
+        return cls(candidates, one_threshold, _within(candidates, target, one_threshold, margin))
+
+    @property
+    def objective(self) -> float:
+        """Less is better."""
+        return -self.solution.score.merit if self.solution.target.kind == "max_cost" else self.solution.cost
+
+    def with_reserve(self, least: float) -> list[_Way]:
+        """The same with so much in reserve at least; empty if the target cannot be met then."""
+        if self.solution.margin >= least:
+            return [self]
+        try:
+            return [_Way.found(self.candidates, self.solution.target, self.one_threshold, least)]
+        except PteeError:
+            return []
+
+
 def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
     """The best solution of all kinds of answers.
 
     A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
     """
-    found, failed = _each_kind(kinds, target, one_threshold, margin)
-    if not found:
-        raise failed[-1]
-    if isinstance(margin, str) and len(found) > 1:
-        largest = max(solution.margin for solution in found)
-        best = max(found, key=lambda s: s.margin)  # stays within the limit, whatever becomes of the others
-        found = [best, *_each_kind(kinds, target, one_threshold, largest)[0]]
-    return min(found, key=lambda s: s.cost if target.kind != "max_cost" else -s.score.merit)
-
-
-def _each_kind(
-    kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin
-) -> tuple[list[Solution], list[PteeError]]:
-    """The solutions with each kind of answers, and why others have none."""
-    found: list[Solution] = []
+    ways_of_each: list[list[_Way]] = []
     failed: list[PteeError] = []
     for candidates in kinds:
         try:
-            if isinstance(margin, str):
-                found.append(_with_reserve(candidates, target, one_threshold))
-            else:
-                found.append(_within(candidates, target, one_threshold, margin))
+            ways_of_each.append(_ways(candidates, target, one_threshold, margin))
         except PteeError as why:
             failed.append(why)
-    return found, failed
+    if not ways_of_each:
+        raise failed[-1]
+    largest = max(min(ways, key=_objective).solution.margin for ways in ways_of_each)
+    return min(
+        (way for ways in ways_of_each for each in ways for way in each.with_reserve(largest)), key=_objective
+    ).solution
+
+
+def _objective(way: _Way) -> float:
+    return way.objective
+
+
+def _ways(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
+    """One threshold and several, each with the reserve that it needs. What needs more than the whole limit is left out.
+
+        reserve = min(max(optimism, 0), |limit|)
+
+    One T for all exits fits less of the noise than several. So it needs a smaller reserve, and may cost less in the end.
+    """
+    if not isinstance(margin, str) or target.kind == "max_cost":
+        return [_Way.found(candidates, target, one_threshold, 0.0 if isinstance(margin, str) else margin)]
+    ways, safe, failed = [], [], []
+    for one in (True,) if one_threshold or candidates[0].traces.exits == 1 else (True, False):
+        try:
+            optimism = _optimism(candidates, target, one)
+            ways.append(_Way.found(candidates, target, one, min(max(optimism, 0.0), abs(target.limit))))
+        except PteeError as why:
+            failed.append(why)
+        else:
+            safe += ways[-1:] * (optimism <= abs(target.limit))
+    if not ways:
+        raise failed[-1]
+    return safe or ways[:1]
 
 
 def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
     """The best solution whose mean loss, or cost, is within the limit less a margin."""
     first = candidates[0].traces
-    require_reachable(target, min(_costs_alone(first)), margin)
+    require_reachable(target, min(first.costs_alone), margin)
     limit, limited = target.limit - margin, "cost" if target.kind == "max_cost" else "loss"
     best: tuple[Choice, Problem, _Candidate] | None = None
     for candidate in candidates:
@@ -313,25 +355,6 @@ def _unreachable(target: Target, candidates: list[_Candidate]) -> PteeError:
     if target.limit < 0:
         text = " cannot be met: the answers of the exits gain less than that on these images. Ask for a smaller gain, or for no reserve (margin 0)."
     return PteeError(target.argument, text, argument=target.kind, value=target.limit)
-
-
-def _with_reserve(candidates: list[_Candidate], target: Target, one_threshold: bool) -> Solution:
-    """Keep in reserve what the thresholds lose more on images that they were not chosen on.
-
-        reserve = min(max(optimism, 0), |limit|)
-
-    One T for all exits is tried too: it fits less of the noise, so it needs a smaller reserve, and may cost less in the end.
-    """
-    if target.kind == "max_cost":
-        return _within(candidates, target, one_threshold, margin=0)
-    solutions, safe = [], []
-    for one in (True,) if one_threshold or candidates[0].traces.exits == 1 else (True, False):
-        optimism = _optimism(candidates, target, one)
-        reserve = min(max(optimism, 0.0), abs(target.limit))
-        solutions.append(_within(candidates, target, one, margin=reserve))
-        if optimism <= abs(target.limit):  # else even the whole limit in reserve is too little
-            safe.append(solutions[-1])
-    return min(safe or solutions[:1], key=lambda s: s.cost)
 
 
 def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool) -> float:
@@ -405,19 +428,6 @@ def remark(threshold: Sequence[float] | None) -> str | None:
     if threshold and threshold[0] <= 0:
         return "T at or below 0: everybody leaves at exit 0."
     return None
-
-
-def truncation(traces: Traces) -> tuple[Score, ...]:
-    """For each exit, the score of the network cut off there: the only heads are its own and those that it reads."""
-    alone = replace(traces, confidence_name=LEARNED)  # no confidence is needed
-    scores = [traces.score_at(n) for n in range(traces.exits)]
-    return tuple(replace(score, cost=cost) for score, cost in zip(scores, _costs_alone(alone), strict=True))
-
-
-def _costs_alone(traces: Traces) -> list[float]:
-    """(E) the cost of leaving at each exit while all others are off."""
-    only = torch.eye(traces.exits, dtype=torch.bool, device=traces.costs.device)
-    return traces.costs_where(only)[:, :-1].diag().tolist()
 
 
 def curve(

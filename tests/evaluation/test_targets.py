@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptee._common.errors import PteeError
-from ptee.evaluation.targets import Margin, Solution, Target, curve, describe_thresholds, remark, solve, truncation
+from ptee.evaluation.targets import Margin, Solution, Target, curve, describe_thresholds, remark, solve
 from ptee.evaluation.threshold_search import NEVER
-from ptee.evaluation.traces import Score, Traces
+from ptee.evaluation.traces import Score, Traces, truncation
 
 K = 3
 TARGETS = [("max_drop", 0.0), ("max_drop", 0.1), ("max_fidelity_drop", 0.2), ("max_cost", 0.7)]
