@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
-from ptee.evaluation.config import ThresholdsConfig
+from ptee.evaluation.config import ThresholdsConfig, below, describe_thresholds
 from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective, search
 from ptee.evaluation.traces import Score, Traces
 from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
@@ -28,9 +29,10 @@ WORDS = {
     "max_cost": "a mean cost of at most {:g}",
 }
 DEFAULTS = ThresholdsConfig()
+WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 FOLDS = 4  # of the cross-validation that estimates the margin "auto"
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
-PERCENTAGE = 10  # a threshold above it was meant as a percentage
+BY_OBJECTIVE = attrgetter("objective")
 Margin = float | Literal["auto"]
 
 
@@ -73,16 +75,6 @@ class Target:
         return WORDS[self.kind].format(self.limit)
 
 
-def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
-    """T of each exit for a person to read; one number if all are the same.
-
-    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1])
-    '0.9, off, 0.8'
-    """
-    words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
-    return words[0] if len(set(words)) == 1 else ", ".join(words)
-
-
 @dataclass(frozen=True)
 class Solution:
     """Thresholds that were chosen, and what they give on the images that they were chosen on. Prints as text.
@@ -96,6 +88,7 @@ class Solution:
         samples: number of images.
         margin: how much of the target's limit was kept in reserve for other images.
         blend: the weights of blended answers; None if each exit answers by itself.
+        remark: why answers are not blended although they were to be, in a sentence; else empty.
     """
 
     target: Target
@@ -106,6 +99,7 @@ class Solution:
     samples: int
     margin: float = 0.0
     blend: Blend | None = None
+    remark: str = ""
 
     @property
     def cost(self) -> float:
@@ -124,6 +118,11 @@ class Solution:
         """Share of the answers that differ from the backbone's."""
         return 1 - self.score.fidelity
 
+    @property
+    def on_exits(self) -> Exits:
+        """The exits that are on."""
+        return tuple(n for n in range(len(self.threshold)) if n not in self.off)
+
     def on(self, traces: Traces) -> Score:
         """Accuracy, fidelity and cost of these thresholds on other traces of the same model."""
         traces = self.answering(traces)
@@ -131,8 +130,7 @@ class Solution:
 
     def answering(self, traces: Traces) -> Traces:
         """Traces of own answers, with the answers that these thresholds were chosen for."""
-        on = tuple(n for n in range(traces.exits) if n not in self.off)
-        return traces.blended(self.blend, on) if self.blend is not None else traces
+        return traces.blended(self.blend, self.on_exits) if self.blend is not None else traces
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -145,7 +143,7 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{reserve}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f}."
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f}." + (f"\n{self.remark}" if self.remark else "")
         )
 
     @property
@@ -156,11 +154,6 @@ class Solution:
         blended = " Answers are blended." if self.blend else ""
         remark = f" {self.blend.remark}" if self.blend and self.blend.remark else ""
         return f"T = {describe_thresholds(self.threshold, self.off)}.{off}{blended}{remark}"
-
-
-def below(drop: float) -> str:
-    """A drop in words, before "the backbone's"."""
-    return f"{-drop:.4f} above" if round(drop, 4) < 0 else f"{abs(drop):.4f} below"
 
 
 def solve(
@@ -188,7 +181,9 @@ def solve(
     Raises:
         PteeError: if the target cannot be met; the message says what can.
     """
-    return _solved(_candidates(traces, target, answers), target, one_threshold, margin)
+    return _kept(
+        _solved(_candidates(traces, target, answers), target, one_threshold, margin), traces, one_threshold, margin
+    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +272,7 @@ class _Way:
             return []
 
 
-def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
+def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> _Way:
     """The best solution of all kinds of answers.
 
     A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
@@ -291,14 +286,34 @@ def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bo
             failed.append(why)
     if not ways_of_each:
         raise failed[-1]
-    largest = max(min(ways, key=_objective).solution.margin for ways in ways_of_each)
-    return min(
-        (way for ways in ways_of_each for each in ways for way in each.with_reserve(largest)), key=_objective
-    ).solution
+    largest = max(min(ways, key=BY_OBJECTIVE).solution.margin for ways in ways_of_each)
+    return min((way for ways in ways_of_each for each in ways for way in each.with_reserve(largest)), key=BY_OBJECTIVE)
 
 
-def _objective(way: _Way) -> float:
-    return way.objective
+def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Solution:
+    """The solution, if its blended answers keep the target with their final weights, too; else one with own answers.
+
+    Thresholds are chosen on answers with the weights of folds. On the same images, final weights may differ from them by chance only.
+    """
+    found, target = way.solution, way.solution.target
+    if found.blend is None:
+        return found
+    chosen_on = next(c for c in way.candidates if c.on == found.on_exits).traces
+    folds, final = (_spent(t, found) for t in (chosen_on, found.answering(traces)))
+    by_chance = WITHIN * (final - folds).std().item() / math.sqrt(len(final))
+    if final.mean() <= target.limit + by_chance + ROUNDING:
+        return found
+    own = _solved(_candidates(traces, target, OWN), target, one_threshold, margin).solution
+    text = f"Each exit answers by itself: with their final weights, blended answers miss the target here ({final.mean():.4f})."
+    return replace(own, remark=text)
+
+
+def _spent(traces: Traces, found: Solution) -> Tensor:
+    """(n,) for each image, that whose mean is limited."""
+    leaving = traces.leaving(found.threshold)
+    if found.target.kind == "max_cost":
+        return traces.costs_without(found.off)[leaving]
+    return _loss(traces, found.target).gather(0, leaving[None])[0]
 
 
 def _ways(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
@@ -315,10 +330,9 @@ def _ways(candidates: list[_Candidate], target: Target, one_threshold: bool, mar
         try:
             optimism = _optimism(candidates, target, one)
             ways.append(_Way.found(candidates, target, one, min(max(optimism, 0.0), abs(target.limit))))
+            safe += ways[-1:] * (optimism <= abs(target.limit))
         except PteeError as why:
             failed.append(why)
-        else:
-            safe += ways[-1:] * (optimism <= abs(target.limit))
     if not ways:
         raise failed[-1]
     return safe or ways[:1]
@@ -372,14 +386,10 @@ def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool)
     for left_out in range(FOLDS):
         others = [replace(c, traces=c.traces.rows(drawn[fold != left_out])) for c in candidates]
         found = _within(others, target, one_threshold, margin=0)
-        chosen = next(c for c in candidates if c.on in (None, _on(found)))
+        chosen = next(c for c in candidates if c.on in (None, found.on_exits))
         other = chosen.traces.rows(drawn[fold == left_out])
         loss += _loss(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
     return loss / images - target.limit
-
-
-def _on(found: Solution) -> Exits:
-    return tuple(n for n in range(len(found.threshold)) if n not in found.off)
 
 
 def _loss(traces: Traces, target: Target) -> Tensor:
@@ -418,18 +428,6 @@ def require_reachable(target: Target, least: float, margin: Margin = 0.0) -> Non
     )  # fmt: skip
 
 
-def remark(threshold: Sequence[float] | None) -> str | None:
-    """A sentence about thresholds at which every image leaves at exit 0, or none leaves: h lies between 0 and 1."""
-    if threshold and min(threshold) > 1:
-        parts = ",".join(f"{t / 100:g}" for t in threshold)
-        percent = min(threshold) > PERCENTAGE and max(threshold) <= 100
-        meant = f" A confidence lies between 0 and 1: did you mean {parts}?" if percent else ""
-        return f"T above 1: nobody leaves.{meant}"
-    if threshold and threshold[0] <= 0:
-        return "T at or below 0: everybody leaves at exit 0."
-    return None
-
-
 def curve(
     traces: Traces, drops: Sequence[float], *, one_threshold: bool = DEFAULTS.one_threshold, answers: str = OWN
 ) -> tuple[Solution, ...]:
@@ -442,7 +440,7 @@ def curve(
     found: dict[Target, Solution] = {}
     kinds = _candidates(traces, targets[0], answers)
     for target in sorted(targets, key=lambda target: target.limit):
-        own = _solved(kinds, target, one_threshold, "auto")
+        own = _kept(_solved(kinds, target, one_threshold, "auto"), traces, one_threshold, "auto")
         best = min([own, *found.values()], key=lambda s: s.cost)
         reserve = target.limit - best.target.limit + best.margin
         found[target] = own if best is own else replace(best, target=target, margin=reserve)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import ptee
 from ptee._common.errors import PteeError
 from ptee.evaluation.targets import Target, curve, solve
 from ptee.evaluation.traces import Traces
+from ptee.exits.blend import Blend, fit_blend
 
 E, K = 3, 5
 COSTS = [0.2, 0.5, 0.8, 1.1]
@@ -119,6 +121,29 @@ def test_for_fidelity_the_end_keeps_the_backbones_answer(labels):
 def test_where_nothing_may_be_lost_all_exits_may_be_off():
     found = solve(traces(1), Target("max_fidelity_drop", 0), answers="blended", margin=0)
     assert found.fidelity_drop == 0
+
+
+@pytest.mark.parametrize(
+    "solved", [lambda *a: solve(*a, answers="auto"), lambda t, target: curve(t, [target.limit], answers="blended")[0]]
+)
+def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_taken(monkeypatch, solved):
+    images, target = traces(1, 600), Target("max_drop", 0.02)
+    assert not solved(images, target).remark
+
+    def unlike_the_folds(logits: Tensor, *rest: Any) -> Blend:
+        blend, final = fit_blend(logits, *rest), logits.shape[1] == 600
+        return replace(
+            blend, weights={key: tuple(v * (4 if final else 1) for v in row) for key, row in blend.weights.items()}
+        )
+
+    monkeypatch.setattr("ptee.evaluation.targets.fit_blend", unlike_the_folds)
+    found = solved(images, target)
+    assert found.blend is None and found.on(images).accuracy >= found.backbone.accuracy - 0.02
+    assert (
+        str(found)
+        .splitlines()[-1]
+        .startswith("Each exit answers by itself: with their final weights, blended answers miss")
+    )
 
 
 def test_a_larger_drop_never_costs_more():

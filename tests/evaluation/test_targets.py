@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptee._common.errors import PteeError
-from ptee.evaluation.targets import Margin, Solution, Target, curve, describe_thresholds, remark, solve
+from ptee.evaluation.config import describe_thresholds, remark
+from ptee.evaluation.targets import Margin, Solution, Target, curve, solve
 from ptee.evaluation.threshold_search import NEVER
 from ptee.evaluation.traces import Score, Traces, truncation
 
