@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +15,12 @@ from ptee._common.validation import FrozenConfig, Number, YesNo
 DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
 HOW = ("one_threshold", "margin", "answers")  # settings of a choice, not of given thresholds
+EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
+WORDS = {
+    "max_drop": "accuracy at most {:g} below the backbone's",
+    "max_fidelity_drop": "at most {:g} of the answers differ from the backbone's",
+    "max_cost": "a mean cost of at most {:g}",
+}
 PERCENTAGE = 10  # a threshold above it was meant as a percentage
 LARGEST_COST = 10  # times the backbone; more was meant as a percentage
 
@@ -110,6 +117,45 @@ class DropsConfig(FrozenConfig):
     """The drops of accuracy (without labels: of fidelity) that a comparison chooses thresholds for."""
 
     drops: tuple[Share, ...] = Field((0.0, 0.005, 0.01, 0.02), min_length=1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What thresholds are chosen for.
+
+    Attributes:
+        kind: "max_drop" and "max_fidelity_drop" limit how much accuracy or fidelity is lost against the bare backbone,
+            "max_cost" limits the mean cost.
+        limit: a fraction: .01 is one point of accuracy, .6 is 60 % of the bare backbone's cost.
+    """
+
+    kind: str
+    limit: float
+
+    @classmethod
+    def of(cls, config: ThresholdsConfig, labelled: bool) -> Target | None:
+        """The target of a recipe; None if its thresholds are given. `labelled`: labels are classes of the backbone."""
+        found = config.target(labelled)
+        return None if found is None else cls(*found)
+
+    @classmethod
+    def given(cls, config: ThresholdsConfig) -> Target:
+        """The target that was given; a PteeError if there is none."""
+        for kind in EXAMPLES:
+            if (limit := getattr(config, kind)) is not None:
+                return cls(kind, limit)
+        drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
+        raise PteeError(
+            "There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, "."
+        )
+
+    @property
+    def argument(self) -> Argument:
+        """As a person types it."""
+        return Argument(self.kind, f"{self.limit:g}")
+
+    def __str__(self) -> str:
+        return WORDS[self.kind].format(self.limit)
 
 
 def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:

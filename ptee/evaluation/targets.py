@@ -6,7 +6,7 @@ Thresholds fit the noise of the images that they are chosen on, so report on oth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal
@@ -15,64 +15,19 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
-from ptee.evaluation.config import ThresholdsConfig, below, describe_thresholds
+from ptee.evaluation.config import EXAMPLES, Target, ThresholdsConfig, below, describe_thresholds
 from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective, search
 from ptee.evaluation.traces import Score, Traces
 from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import AUTO
 
-EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
-WORDS = {
-    "max_drop": "accuracy at most {:g} below the backbone's",
-    "max_fidelity_drop": "at most {:g} of the answers differ from the backbone's",
-    "max_cost": "a mean cost of at most {:g}",
-}
 DEFAULTS = ThresholdsConfig()
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 FOLDS = 4  # of the cross-validation that estimates the margin "auto"
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
 BY_OBJECTIVE = attrgetter("objective")
 Margin = float | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What thresholds are chosen for.
-
-    Attributes:
-        kind: "max_drop" and "max_fidelity_drop" limit how much accuracy or fidelity is lost against the bare backbone,
-            "max_cost" limits the mean cost.
-        limit: a fraction: .01 is one point of accuracy, .6 is 60 % of the bare backbone's cost.
-    """
-
-    kind: str
-    limit: float
-
-    @classmethod
-    def of(cls, config: ThresholdsConfig, labelled: bool) -> Target | None:
-        """The target of a recipe; None if its thresholds are given. `labelled`: labels are classes of the backbone."""
-        found = config.target(labelled)
-        return None if found is None else cls(*found)
-
-    @classmethod
-    def given(cls, config: ThresholdsConfig) -> Target:
-        """The target that was given; a PteeError if there is none."""
-        for kind in EXAMPLES:
-            if (limit := getattr(config, kind)) is not None:
-                return cls(kind, limit)
-        drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
-        raise PteeError(
-            "There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, "."
-        )
-
-    @property
-    def argument(self) -> Argument:
-        """As a person types it."""
-        return Argument(self.kind, f"{self.limit:g}")
-
-    def __str__(self) -> str:
-        return WORDS[self.kind].format(self.limit)
 
 
 @dataclass(frozen=True)
@@ -273,7 +228,17 @@ class _Way:
 
 
 def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> _Way:
-    """The best solution of all kinds of answers.
+    """The best solution of all kinds of answers."""
+    best, failed = _best_of_each(kinds, target, one_threshold, margin)
+    if not any(best):
+        raise failed[-1]
+    return min(filter(None, best), key=BY_OBJECTIVE)
+
+
+def _best_of_each(
+    kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin
+) -> tuple[list[_Way | None], list[PteeError]]:
+    """The best solution with each kind of answers, None if there is none; and why there is none.
 
     A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
     """
@@ -283,11 +248,11 @@ def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bo
         try:
             ways_of_each.append(_ways(candidates, target, one_threshold, margin))
         except PteeError as why:
+            ways_of_each.append([])
             failed.append(why)
-    if not ways_of_each:
-        raise failed[-1]
-    largest = max(min(ways, key=BY_OBJECTIVE).solution.margin for ways in ways_of_each)
-    return min((way for ways in ways_of_each for each in ways for way in each.with_reserve(largest)), key=BY_OBJECTIVE)
+    largest = max((min(ways, key=BY_OBJECTIVE).solution.margin for ways in ways_of_each if ways), default=0.0)
+    again = ([kept for way in ways for kept in way.with_reserve(largest)] for ways in ways_of_each)
+    return [min(ways, key=BY_OBJECTIVE, default=None) for ways in again], failed
 
 
 def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Solution:
@@ -428,20 +393,33 @@ def require_reachable(target: Target, least: float, margin: Margin = 0.0) -> Non
     )  # fmt: skip
 
 
-def curve(
-    traces: Traces, drops: Sequence[float], *, one_threshold: bool = DEFAULTS.one_threshold, answers: str = OWN
-) -> tuple[Solution, ...]:
-    """The best thresholds for each allowed drop of accuracy (without labels: of fidelity), with the margin "auto".
+def curves(
+    traces: Traces,
+    drops: Sequence[float],
+    kinds: Sequence[str] = (OWN,),
+    *,
+    one_threshold: bool = DEFAULTS.one_threshold,
+) -> dict[str, tuple[Solution, ...]]:
+    """The best thresholds for each allowed drop of accuracy (without labels: of fidelity), by kind of answers, own or blended.
 
-    That reserve can be so large that the thresholds for a smaller drop cost less. Then those are taken.
+    The margin is "auto", and as with `solve(answers="auto")` all kinds get the largest reserve. It can be so large that the
+    thresholds for a smaller drop cost less. Then those are taken.
     """
-    kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
-    targets = [Target.given(ThresholdsConfig(**{kind: drop})) for drop in drops]
-    found: dict[Target, Solution] = {}
-    kinds = _candidates(traces, targets[0], answers)
+    limited = "max_fidelity_drop" if traces.targets is None else "max_drop"
+    targets = [Target.given(ThresholdsConfig(**{limited: drop})) for drop in drops]
+    candidates = [found for kind in kinds for found in _candidates(traces, targets[0], kind)]
+    found: dict[str, dict[Target, Solution]] = {kind: {} for kind in kinds}
     for target in sorted(targets, key=lambda target: target.limit):
-        own = _kept(_solved(kinds, target, one_threshold, "auto"), traces, one_threshold, "auto")
-        best = min([own, *found.values()], key=lambda s: s.cost)
-        reserve = target.limit - best.target.limit + best.margin
-        found[target] = own if best is own else replace(best, target=target, margin=reserve)
-    return tuple(found[target] for target in targets)
+        best, failed = _best_of_each(candidates, target, one_threshold, "auto")
+        for kind, way in zip(kinds, best, strict=True):
+            if way is None:
+                raise failed[-1]
+            own = _kept(way, traces, one_threshold, "auto")
+            found[kind][target] = _cheapest(own, found[kind].values())
+    return {kind: tuple(of_kind[target] for target in targets) for kind, of_kind in found.items()}
+
+
+def _cheapest(own: Solution, for_smaller_drops: Iterable[Solution]) -> Solution:
+    best, target = min([own, *for_smaller_drops], key=lambda s: s.cost), own.target
+    reserve = target.limit - best.target.limit + best.margin
+    return own if best is own else replace(best, target=target, margin=reserve)

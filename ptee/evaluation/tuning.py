@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.evaluation.config import ThresholdsConfig, below
-from ptee.evaluation.targets import DEFAULTS, WITHIN, Margin, Solution, Target, solve
+from ptee.evaluation.config import Target, ThresholdsConfig, below
+from ptee.evaluation.targets import DEFAULTS, WITHIN, Margin, Solution, solve
 from ptee.evaluation.threshold_search import ROUNDING
 from ptee.evaluation.traces import record
 from ptee.exits.blend import OWN

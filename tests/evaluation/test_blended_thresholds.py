@@ -15,7 +15,8 @@ from torch import Tensor
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.evaluation.targets import Target, curve, solve
+from ptee.evaluation.config import Target
+from ptee.evaluation.targets import curves, solve
 from ptee.evaluation.traces import Traces
 from ptee.exits.blend import Blend, fit_blend
 
@@ -124,7 +125,8 @@ def test_where_nothing_may_be_lost_all_exits_may_be_off():
 
 
 @pytest.mark.parametrize(
-    "solved", [lambda *a: solve(*a, answers="auto"), lambda t, target: curve(t, [target.limit], answers="blended")[0]]
+    "solved",
+    [lambda *a: solve(*a, answers="auto"), lambda t, target: curves(t, [target.limit], ["blended"])["blended"][0]],
 )
 def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_taken(monkeypatch, solved):
     images, target = traces(1, 600), Target("max_drop", 0.02)
@@ -147,8 +149,16 @@ def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_t
 
 
 def test_a_larger_drop_never_costs_more():
-    costs = [found.cost for found in curve(traces(1, 600), [0, 0.005, 0.01, 0.02], answers="blended")]
+    costs = [found.cost for found in curves(traces(1, 600), [0, 0.005, 0.01, 0.02], ["blended"])["blended"]]
     assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_table_of_drops_chooses_as_tune_does(seed):
+    images, target = traces(seed, 400), Target("max_drop", 0.02)
+    auto = solve(images, target, answers="auto")
+    (own,), (blended,) = curves(images, [0.02], ["own", "blended"]).values()
+    assert auto == (own if auto.blend is None else blended)
 
 
 def test_the_best_answers_within_a_cost_are_found():
