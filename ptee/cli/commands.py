@@ -364,7 +364,7 @@ def _refuse_without_model(o: dict[str, Any]) -> None:
 
 def _remark_on(threshold: Any) -> None:
     """Print what is odd about thresholds, if anything is."""
-    from ptee.evaluation.targets import remark
+    from ptee.evaluation.config import remark
 
     if words := remark([threshold] if isinstance(threshold, int | float) else threshold):
         click.echo(words, err=True)

@@ -28,8 +28,8 @@ from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.evaluation.config import DropsConfig
-from ptee.evaluation.targets import Solution, can_blend, curve, truncation
-from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images
+from ptee.evaluation.targets import Solution, can_blend, curves
+from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images, truncation
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
@@ -272,15 +272,17 @@ def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
 
 
 def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str], answers: str) -> Iterator[Line]:
-    own, done = pair.report.confidence_name, set()
+    own = pair.report.confidence_name
+    solved: dict[tuple[str, bool], dict[str, tuple[Solution, ...]]] = {}
+    done: set[tuple[str, bool, str]] = set()
     for way in (way for key, way in ways().items() if key in wanted):
-        confidence, kind = way.confidence or own, way.answers or answers
-        if kind == BLENDED and not can_blend(pair.calibration):
-            continue
-        if (same := (confidence, kind, way.one)) not in done:  # else it is the same line again
-            done.add(same)
-            decided = Pair(*(t.under(confidence) for t in pair))
-            yield _tuned(name, way.words, "adaptive", decided, drops, way.one, kind)
+        how, kind = (way.confidence or own, way.one), way.answers or answers
+        decided = Pair(*(t.under(how[0]) for t in pair))
+        if how not in solved:
+            solved[how] = _solutions(decided.calibration, drops, way.one)
+        if kind in solved[how] and (*how, kind) not in done:  # else it is the same line again
+            done.add((*how, kind))
+            yield _tuned(name, way.words, "adaptive", decided, drops, solved[how][kind])
     if "oracle" in wanted:
         agreeing = _entry(pair, lambda t: (t.answers == t.answers[-1]).int().argmax(0))  # argmax gives the first
         yield Line(f"{name}, oracle", "oracle", (agreeing,), name)
@@ -290,22 +292,19 @@ def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]
 
 def _of_network(name: str, backbone: str, pair: Pair, drops: Sequence[float]) -> Iterator[Line]:
     yield Line(name, "static", (_cut_off(pair, 0),), name)
-    for words, kind in (("", OWN), (", blended", BLENDED)):
-        if kind == OWN or can_blend(pair.calibration):
-            yield _tuned(name, f", then {backbone}{words}", "cascade", pair, drops, answers=kind)
+    for kind, solutions in _solutions(pair.calibration, drops).items():
+        words = f", then {backbone}{'' if kind == OWN else f', {kind}'}"
+        yield _tuned(name, words, "cascade", pair, drops, solutions)
 
 
-def _tuned(
-    of: str,
-    words: str,
-    kind: str,
-    pair: Pair,
-    drops: Sequence[float],
-    one_threshold: bool = False,
-    answers: str = OWN,
-) -> Line:
-    """Thresholds for each allowed drop, chosen on the calibration images."""
-    solutions = curve(pair.calibration, drops, one_threshold=one_threshold, answers=answers)
+def _solutions(traces: Traces, drops: Sequence[float], one: bool = False) -> dict[str, tuple[Solution, ...]]:
+    """By kind of answers. Both are solved, also if one line is wanted: as in `ptee.tune`, both keep the larger reserve."""
+    kinds = [OWN, BLENDED] if can_blend(traces) else [OWN]
+    return curves(traces, drops, kinds, one_threshold=one)
+
+
+def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], solutions: Sequence[Solution]) -> Line:
+    """A line with thresholds for each allowed drop, which were chosen on the calibration images."""
 
     def entry(drop: float, found: Solution) -> Entry:
         measured = _entry(Pair(*map(found.answering, pair)), lambda t: t.leaving(found.threshold), found.off)

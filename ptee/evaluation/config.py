@@ -1,7 +1,9 @@
-"""The settings of thresholds: numbers, or a target that they are chosen for. The drops of a comparison."""
+"""The settings of thresholds: numbers, or a target that they are chosen for. Thresholds in words. The drops of a comparison."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -13,6 +15,13 @@ from ptee._common.validation import FrozenConfig, Number, YesNo
 DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
 HOW = ("one_threshold", "margin", "answers")  # settings of a choice, not of given thresholds
+EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
+WORDS = {
+    "max_drop": "accuracy at most {:g} below the backbone's",
+    "max_fidelity_drop": "at most {:g} of the answers differ from the backbone's",
+    "max_cost": "a mean cost of at most {:g}",
+}
+PERCENTAGE = 10  # a threshold above it was meant as a percentage
 LARGEST_COST = 10  # times the backbone; more was meant as a percentage
 
 Share = Annotated[Number, Field(ge=0, lt=1)]
@@ -108,3 +117,69 @@ class DropsConfig(FrozenConfig):
     """The drops of accuracy (without labels: of fidelity) that a comparison chooses thresholds for."""
 
     drops: tuple[Share, ...] = Field((0.0, 0.005, 0.01, 0.02), min_length=1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What thresholds are chosen for.
+
+    Attributes:
+        kind: "max_drop" and "max_fidelity_drop" limit how much accuracy or fidelity is lost against the bare backbone,
+            "max_cost" limits the mean cost.
+        limit: a fraction: .01 is one point of accuracy, .6 is 60 % of the bare backbone's cost.
+    """
+
+    kind: str
+    limit: float
+
+    @classmethod
+    def of(cls, config: ThresholdsConfig, labelled: bool) -> Target | None:
+        """The target of a recipe; None if its thresholds are given. `labelled`: labels are classes of the backbone."""
+        found = config.target(labelled)
+        return None if found is None else cls(*found)
+
+    @classmethod
+    def given(cls, config: ThresholdsConfig) -> Target:
+        """The target that was given; a PteeError if there is none."""
+        for kind in EXAMPLES:
+            if (limit := getattr(config, kind)) is not None:
+                return cls(kind, limit)
+        drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
+        raise PteeError(
+            "There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, "."
+        )
+
+    @property
+    def argument(self) -> Argument:
+        """As a person types it."""
+        return Argument(self.kind, f"{self.limit:g}")
+
+    def __str__(self) -> str:
+        return WORDS[self.kind].format(self.limit)
+
+
+def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
+    """T of each exit for a person to read; one number if all are the same.
+
+    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1])
+    '0.9, off, 0.8'
+    """
+    words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
+    return words[0] if len(set(words)) == 1 else ", ".join(words)
+
+
+def below(drop: float) -> str:
+    """A drop in words, before "the backbone's"."""
+    return f"{-drop:.4f} above" if round(drop, 4) < 0 else f"{abs(drop):.4f} below"
+
+
+def remark(threshold: Sequence[float] | None) -> str | None:
+    """A sentence about thresholds at which every image leaves at exit 0, or none leaves: h lies between 0 and 1."""
+    if threshold and min(threshold) > 1:
+        parts = ",".join(f"{t / 100:g}" for t in threshold)
+        percent = min(threshold) > PERCENTAGE and max(threshold) <= 100
+        meant = f" A confidence lies between 0 and 1: did you mean {parts}?" if percent else ""
+        return f"T above 1: nobody leaves.{meant}"
+    if threshold and threshold[0] <= 0:
+        return "T at or below 0: everybody leaves at exit 0."
+    return None

@@ -16,8 +16,7 @@ from ptee._common.validation import BATCH_SIZE, checked
 from ptee.evaluation.benchmark import ALWAYS, NEVER, in_turns, ratio
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
-from ptee.evaluation.targets import truncation
-from ptee.evaluation.traces import Traces, record
+from ptee.evaluation.traces import Traces, record, truncation
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.thresholds import Thresholds
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.text import table
-from ptee.evaluation.targets import describe_thresholds
+from ptee.evaluation.config import describe_thresholds
 from ptee.evaluation.traces import Score
 from ptee.model.forward import COLLAPSED
 

@@ -6,81 +6,28 @@ Thresholds fit the noise of the images that they are chosen on, so report on oth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
-from ptee.evaluation.config import ThresholdsConfig
+from ptee.evaluation.config import EXAMPLES, Target, ThresholdsConfig, below, describe_thresholds
 from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective, search
 from ptee.evaluation.traces import Score, Traces
 from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
-from ptee.exits.confidence import CONFIDENCES, LEARNED
+from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import AUTO
 
-EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
-WORDS = {
-    "max_drop": "accuracy at most {:g} below the backbone's",
-    "max_fidelity_drop": "at most {:g} of the answers differ from the backbone's",
-    "max_cost": "a mean cost of at most {:g}",
-}
 DEFAULTS = ThresholdsConfig()
+WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 FOLDS = 4  # of the cross-validation that estimates the margin "auto"
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
-PERCENTAGE = 10  # a threshold above it was meant as a percentage
+BY_OBJECTIVE = attrgetter("objective")
 Margin = float | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What thresholds are chosen for.
-
-    Attributes:
-        kind: "max_drop" and "max_fidelity_drop" limit how much accuracy or fidelity is lost against the bare backbone,
-            "max_cost" limits the mean cost.
-        limit: a fraction: .01 is one point of accuracy, .6 is 60 % of the bare backbone's cost.
-    """
-
-    kind: str
-    limit: float
-
-    @classmethod
-    def of(cls, config: ThresholdsConfig, labelled: bool) -> Target | None:
-        """The target of a recipe; None if its thresholds are given. `labelled`: labels are classes of the backbone."""
-        found = config.target(labelled)
-        return None if found is None else cls(*found)
-
-    @classmethod
-    def given(cls, config: ThresholdsConfig) -> Target:
-        """The target that was given; a PteeError if there is none."""
-        for kind in EXAMPLES:
-            if (limit := getattr(config, kind)) is not None:
-                return cls(kind, limit)
-        drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
-        raise PteeError(
-            "There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, "."
-        )
-
-    @property
-    def argument(self) -> Argument:
-        """As a person types it."""
-        return Argument(self.kind, f"{self.limit:g}")
-
-    def __str__(self) -> str:
-        return WORDS[self.kind].format(self.limit)
-
-
-def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
-    """T of each exit for a person to read; one number if all are the same.
-
-    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1])
-    '0.9, off, 0.8'
-    """
-    words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
-    return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -96,6 +43,7 @@ class Solution:
         samples: number of images.
         margin: how much of the target's limit was kept in reserve for other images.
         blend: the weights of blended answers; None if each exit answers by itself.
+        remark: why answers are not blended although they were to be, in a sentence; else empty.
     """
 
     target: Target
@@ -106,6 +54,7 @@ class Solution:
     samples: int
     margin: float = 0.0
     blend: Blend | None = None
+    remark: str = ""
 
     @property
     def cost(self) -> float:
@@ -124,6 +73,11 @@ class Solution:
         """Share of the answers that differ from the backbone's."""
         return 1 - self.score.fidelity
 
+    @property
+    def on_exits(self) -> Exits:
+        """The exits that are on."""
+        return tuple(n for n in range(len(self.threshold)) if n not in self.off)
+
     def on(self, traces: Traces) -> Score:
         """Accuracy, fidelity and cost of these thresholds on other traces of the same model."""
         traces = self.answering(traces)
@@ -131,8 +85,7 @@ class Solution:
 
     def answering(self, traces: Traces) -> Traces:
         """Traces of own answers, with the answers that these thresholds were chosen for."""
-        on = tuple(n for n in range(traces.exits) if n not in self.off)
-        return traces.blended(self.blend, on) if self.blend is not None else traces
+        return traces.blended(self.blend, self.on_exits) if self.blend is not None else traces
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -145,7 +98,7 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{reserve}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f}."
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f}." + (f"\n{self.remark}" if self.remark else "")
         )
 
     @property
@@ -156,11 +109,6 @@ class Solution:
         blended = " Answers are blended." if self.blend else ""
         remark = f" {self.blend.remark}" if self.blend and self.blend.remark else ""
         return f"T = {describe_thresholds(self.threshold, self.off)}.{off}{blended}{remark}"
-
-
-def below(drop: float) -> str:
-    """A drop in words, before "the backbone's"."""
-    return f"{-drop:.4f} above" if round(drop, 4) < 0 else f"{abs(drop):.4f} below"
 
 
 def solve(
@@ -188,7 +136,9 @@ def solve(
     Raises:
         PteeError: if the target cannot be met; the message says what can.
     """
-    return _solved(_candidates(traces, target, answers), target, one_threshold, margin)
+    return _kept(
+        _solved(_candidates(traces, target, answers), target, one_threshold, margin), traces, one_threshold, margin
+    )
 
 
 @dataclass(frozen=True)
@@ -250,42 +200,113 @@ def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list
     return found
 
 
-def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
-    """The best solution of all kinds of answers.
+@dataclass(frozen=True)
+class _Way:
+    """The best solution with one kind of answers, and with one threshold or several."""
+
+    candidates: list[_Candidate]
+    one_threshold: bool
+    solution: Solution
+
+    @classmethod
+    def found(cls, candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> _Way:
+        return cls(candidates, one_threshold, _within(candidates, target, one_threshold, margin))
+
+    @property
+    def objective(self) -> float:
+        """Less is better."""
+        return -self.solution.score.merit if self.solution.target.kind == "max_cost" else self.solution.cost
+
+    def with_reserve(self, least: float) -> list[_Way]:
+        """The same with so much in reserve at least; empty if the target cannot be met then."""
+        if self.solution.margin >= least:
+            return [self]
+        try:
+            return [_Way.found(self.candidates, self.solution.target, self.one_threshold, least)]
+        except PteeError:
+            return []
+
+
+def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> _Way:
+    """The best solution of all kinds of answers."""
+    best, failed = _best_of_each(kinds, target, one_threshold, margin)
+    if not any(best):
+        raise failed[-1]
+    return min(filter(None, best), key=BY_OBJECTIVE)
+
+
+def _best_of_each(
+    kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin
+) -> tuple[list[_Way | None], list[PteeError]]:
+    """The best solution with each kind of answers, None if there is none; and why there is none.
 
     A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
     """
-    found, failed = _each_kind(kinds, target, one_threshold, margin)
-    if not found:
-        raise failed[-1]
-    if isinstance(margin, str) and len(found) > 1:
-        largest = max(solution.margin for solution in found)
-        best = max(found, key=lambda s: s.margin)  # stays within the limit, whatever becomes of the others
-        found = [best, *_each_kind(kinds, target, one_threshold, largest)[0]]
-    return min(found, key=lambda s: s.cost if target.kind != "max_cost" else -s.score.merit)
-
-
-def _each_kind(
-    kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin
-) -> tuple[list[Solution], list[PteeError]]:
-    """The solutions with each kind of answers, and why others have none."""
-    found: list[Solution] = []
+    ways_of_each: list[list[_Way]] = []
     failed: list[PteeError] = []
     for candidates in kinds:
         try:
-            if isinstance(margin, str):
-                found.append(_with_reserve(candidates, target, one_threshold))
-            else:
-                found.append(_within(candidates, target, one_threshold, margin))
+            ways_of_each.append(_ways(candidates, target, one_threshold, margin))
+        except PteeError as why:
+            ways_of_each.append([])
+            failed.append(why)
+    largest = max((min(ways, key=BY_OBJECTIVE).solution.margin for ways in ways_of_each if ways), default=0.0)
+    again = ([kept for way in ways for kept in way.with_reserve(largest)] for ways in ways_of_each)
+    return [min(ways, key=BY_OBJECTIVE, default=None) for ways in again], failed
+
+
+def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Solution:
+    """The solution, if its blended answers keep the target with their final weights, too; else one with own answers.
+
+    Thresholds are chosen on answers with the weights of folds. On the same images, final weights may differ from them by chance only.
+    """
+    found, target = way.solution, way.solution.target
+    if found.blend is None:
+        return found
+    chosen_on = next(c for c in way.candidates if c.on == found.on_exits).traces
+    folds, final = (_spent(t, found) for t in (chosen_on, found.answering(traces)))
+    by_chance = WITHIN * (final - folds).std().item() / math.sqrt(len(final))
+    if final.mean() <= target.limit + by_chance + ROUNDING:
+        return found
+    own = _solved(_candidates(traces, target, OWN), target, one_threshold, margin).solution
+    text = f"Each exit answers by itself: with their final weights, blended answers miss the target here ({final.mean():.4f})."
+    return replace(own, remark=text)
+
+
+def _spent(traces: Traces, found: Solution) -> Tensor:
+    """(n,) for each image, that whose mean is limited."""
+    leaving = traces.leaving(found.threshold)
+    if found.target.kind == "max_cost":
+        return traces.costs_without(found.off)[leaving]
+    return _loss(traces, found.target).gather(0, leaving[None])[0]
+
+
+def _ways(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
+    """One threshold and several, each with the reserve that it needs. What needs more than the whole limit is left out.
+
+        reserve = min(max(optimism, 0), |limit|)
+
+    One T for all exits fits less of the noise than several. So it needs a smaller reserve, and may cost less in the end.
+    """
+    if not isinstance(margin, str) or target.kind == "max_cost":
+        return [_Way.found(candidates, target, one_threshold, 0.0 if isinstance(margin, str) else margin)]
+    ways, safe, failed = [], [], []
+    for one in (True,) if one_threshold or candidates[0].traces.exits == 1 else (True, False):
+        try:
+            optimism = _optimism(candidates, target, one)
+            ways.append(_Way.found(candidates, target, one, min(max(optimism, 0.0), abs(target.limit))))
+            safe += ways[-1:] * (optimism <= abs(target.limit))
         except PteeError as why:
             failed.append(why)
-    return found, failed
+    if not ways:
+        raise failed[-1]
+    return safe or ways[:1]
 
 
 def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
     """The best solution whose mean loss, or cost, is within the limit less a margin."""
     first = candidates[0].traces
-    require_reachable(target, min(_costs_alone(first)), margin)
+    require_reachable(target, min(first.costs_alone), margin)
     limit, limited = target.limit - margin, "cost" if target.kind == "max_cost" else "loss"
     best: tuple[Choice, Problem, _Candidate] | None = None
     for candidate in candidates:
@@ -315,25 +336,6 @@ def _unreachable(target: Target, candidates: list[_Candidate]) -> PteeError:
     return PteeError(target.argument, text, argument=target.kind, value=target.limit)
 
 
-def _with_reserve(candidates: list[_Candidate], target: Target, one_threshold: bool) -> Solution:
-    """Keep in reserve what the thresholds lose more on images that they were not chosen on.
-
-        reserve = min(max(optimism, 0), |limit|)
-
-    One T for all exits is tried too: it fits less of the noise, so it needs a smaller reserve, and may cost less in the end.
-    """
-    if target.kind == "max_cost":
-        return _within(candidates, target, one_threshold, margin=0)
-    solutions, safe = [], []
-    for one in (True,) if one_threshold or candidates[0].traces.exits == 1 else (True, False):
-        optimism = _optimism(candidates, target, one)
-        reserve = min(max(optimism, 0.0), abs(target.limit))
-        solutions.append(_within(candidates, target, one, margin=reserve))
-        if optimism <= abs(target.limit):  # else even the whole limit in reserve is too little
-            safe.append(solutions[-1])
-    return min(safe or solutions[:1], key=lambda s: s.cost)
-
-
 def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool) -> float:
     """How much more than the limit is lost on images that the thresholds were not chosen on, by cross-validation.
 
@@ -349,14 +351,10 @@ def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool)
     for left_out in range(FOLDS):
         others = [replace(c, traces=c.traces.rows(drawn[fold != left_out])) for c in candidates]
         found = _within(others, target, one_threshold, margin=0)
-        chosen = next(c for c in candidates if c.on in (None, _on(found)))
+        chosen = next(c for c in candidates if c.on in (None, found.on_exits))
         other = chosen.traces.rows(drawn[fold == left_out])
         loss += _loss(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
     return loss / images - target.limit
-
-
-def _on(found: Solution) -> Exits:
-    return tuple(n for n in range(len(found.threshold)) if n not in found.off)
 
 
 def _loss(traces: Traces, target: Target) -> Tensor:
@@ -395,45 +393,33 @@ def require_reachable(target: Target, least: float, margin: Margin = 0.0) -> Non
     )  # fmt: skip
 
 
-def remark(threshold: Sequence[float] | None) -> str | None:
-    """A sentence about thresholds at which every image leaves at exit 0, or none leaves: h lies between 0 and 1."""
-    if threshold and min(threshold) > 1:
-        parts = ",".join(f"{t / 100:g}" for t in threshold)
-        percent = min(threshold) > PERCENTAGE and max(threshold) <= 100
-        meant = f" A confidence lies between 0 and 1: did you mean {parts}?" if percent else ""
-        return f"T above 1: nobody leaves.{meant}"
-    if threshold and threshold[0] <= 0:
-        return "T at or below 0: everybody leaves at exit 0."
-    return None
+def curves(
+    traces: Traces,
+    drops: Sequence[float],
+    kinds: Sequence[str] = (OWN,),
+    *,
+    one_threshold: bool = DEFAULTS.one_threshold,
+) -> dict[str, tuple[Solution, ...]]:
+    """The best thresholds for each allowed drop of accuracy (without labels: of fidelity), by kind of answers, own or blended.
 
-
-def truncation(traces: Traces) -> tuple[Score, ...]:
-    """For each exit, the score of the network cut off there: the only heads are its own and those that it reads."""
-    alone = replace(traces, confidence_name=LEARNED)  # no confidence is needed
-    scores = [traces.score_at(n) for n in range(traces.exits)]
-    return tuple(replace(score, cost=cost) for score, cost in zip(scores, _costs_alone(alone), strict=True))
-
-
-def _costs_alone(traces: Traces) -> list[float]:
-    """(E) the cost of leaving at each exit while all others are off."""
-    only = torch.eye(traces.exits, dtype=torch.bool, device=traces.costs.device)
-    return traces.costs_where(only)[:, :-1].diag().tolist()
-
-
-def curve(
-    traces: Traces, drops: Sequence[float], *, one_threshold: bool = DEFAULTS.one_threshold, answers: str = OWN
-) -> tuple[Solution, ...]:
-    """The best thresholds for each allowed drop of accuracy (without labels: of fidelity), with the margin "auto".
-
-    That reserve can be so large that the thresholds for a smaller drop cost less. Then those are taken.
+    The margin is "auto", and as with `solve(answers="auto")` all kinds get the largest reserve. It can be so large that the
+    thresholds for a smaller drop cost less. Then those are taken.
     """
-    kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
-    targets = [Target.given(ThresholdsConfig(**{kind: drop})) for drop in drops]
-    found: dict[Target, Solution] = {}
-    kinds = _candidates(traces, targets[0], answers)
+    limited = "max_fidelity_drop" if traces.targets is None else "max_drop"
+    targets = [Target.given(ThresholdsConfig(**{limited: drop})) for drop in drops]
+    candidates = [found for kind in kinds for found in _candidates(traces, targets[0], kind)]
+    found: dict[str, dict[Target, Solution]] = {kind: {} for kind in kinds}
     for target in sorted(targets, key=lambda target: target.limit):
-        own = _solved(kinds, target, one_threshold, "auto")
-        best = min([own, *found.values()], key=lambda s: s.cost)
-        reserve = target.limit - best.target.limit + best.margin
-        found[target] = own if best is own else replace(best, target=target, margin=reserve)
-    return tuple(found[target] for target in targets)
+        best, failed = _best_of_each(candidates, target, one_threshold, "auto")
+        for kind, way in zip(kinds, best, strict=True):
+            if way is None:
+                raise failed[-1]
+            own = _kept(way, traces, one_threshold, "auto")
+            found[kind][target] = _cheapest(own, found[kind].values())
+    return {kind: tuple(of_kind[target] for target in targets) for kind, of_kind in found.items()}
+
+
+def _cheapest(own: Solution, for_smaller_drops: Iterable[Solution]) -> Solution:
+    best, target = min([own, *for_smaller_drops], key=lambda s: s.cost), own.target
+    reserve = target.limit - best.target.limit + best.margin
+    return own if best is own else replace(best, target=target, margin=reserve)

@@ -144,6 +144,12 @@ class Traces:
         """(E+1,) costs if these exits are off."""
         return self.costs_where(torch.tensor([n not in off for n in range(self.exits)], device=self.costs.device))
 
+    @property
+    def costs_alone(self) -> list[float]:
+        """(E) the cost of leaving at each exit while all others are off."""
+        only = torch.eye(self.exits, dtype=torch.bool, device=self.costs.device)
+        return self.costs_where(only)[:, :-1].diag().tolist()
+
     def leaving(self, threshold: Sequence[float] | Tensor) -> Tensor:
         """(n,) the exit at which each image leaves: the first n with h_n >= T_n, or E. `threshold` is (E,)."""
         return first_exit(self.confidence[:-1], threshold)
@@ -186,6 +192,13 @@ class Score:
     def merit(self) -> float:
         """Accuracy; without labels, fidelity."""
         return self.fidelity if self.accuracy is None else self.accuracy
+
+
+def truncation(traces: Traces) -> tuple[Score, ...]:
+    """For each exit, the score of the network cut off there: the only heads are its own and those that it reads."""
+    alone = replace(traces, confidence_name=LEARNED)  # no confidence is needed
+    scores = [traces.score_at(n) for n in range(traces.exits)]
+    return tuple(replace(score, cost=cost) for score, cost in zip(scores, alone.costs_alone, strict=True))
 
 
 @checked

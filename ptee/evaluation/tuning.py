@@ -9,14 +9,12 @@ from typing import Any, Literal
 import torch
 
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.evaluation.config import ThresholdsConfig
-from ptee.evaluation.targets import DEFAULTS, Margin, Solution, Target, below, solve
+from ptee.evaluation.config import Target, ThresholdsConfig, below
+from ptee.evaluation.targets import DEFAULTS, WITHIN, Margin, Solution, solve
 from ptee.evaluation.threshold_search import ROUNDING
 from ptee.evaluation.traces import record
 from ptee.exits.blend import OWN
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-
-WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 
 
 @checked

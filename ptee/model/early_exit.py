@@ -295,7 +295,7 @@ class EarlyExitModel(
                 "first (model.off = []), and tune again afterwards (ptee.tune)."
             )
 
-    def forget_calibration(self) -> None:
+    def drop_calibration_and_blend(self) -> None:
         """Drop calibration and blend before the heads change, for which they were fitted. Refused while one is in use."""
         if self.answers == BLENDED:
             raise PteeError(

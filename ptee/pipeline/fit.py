@@ -21,8 +21,9 @@ from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
+from ptee.evaluation.config import Target
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
-from ptee.evaluation.targets import Solution, Target, require_labels, require_reachable
+from ptee.evaluation.targets import Solution, require_labels, require_reachable
 from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB

@@ -19,9 +19,9 @@ from ptee.data.named import HUB
 from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
-from ptee.evaluation.config import TARGETS
+from ptee.evaluation.config import TARGETS, Target
 from ptee.evaluation.results import evaluate
-from ptee.evaluation.targets import Target, require_labels
+from ptee.evaluation.targets import require_labels
 from ptee.evaluation.tuning import describe_outcome
 from ptee.model import saving
 from ptee.model.build import load

@@ -82,7 +82,7 @@ def train(
     """
     require_early_exit(model)
     model.require_all_on()
-    model.forget_calibration()
+    model.drop_calibration_and_blend()
     config = TrainingConfig() if config is None else config
     if not isinstance(config, TrainingConfig):
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "

@@ -17,7 +17,7 @@ from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
 from ptee.evaluation.comparison import _interval, compare
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
-from ptee.evaluation.targets import curve
+from ptee.evaluation.targets import curves
 from ptee.evaluation.traces import record
 from ptee.exits.front import named_front
 from ptee.model.build import build
@@ -121,12 +121,17 @@ def test_a_static_network_has_the_drop_and_the_cost_of_running_it_alone():
     assert entry.cost == pytest.approx(count(net, x[:1]).total / count(network(), x[:1]).total)
 
 
+def test_a_line_chooses_the_same_whichever_other_lines_are_wanted():
+    alone, _ = compared(lines=["own"], static={}).lines
+    assert alone == line(usual(), "one")
+
+
 def test_a_cascade_is_a_model_with_that_network_in_front_and_maximum_probability_as_confidence():
     backbone = load_backbone(copy.deepcopy(network()), input_size=SIZE)
     model = build(backbone, exits=["input"], head="front", front=named_front(small(), backbone))
     there, here = (record(model, images(seed), progress=False).under("max_prob") for seed in (1, 2))
     entries = line(usual(), "small, then Sequential").entries
-    for entry, solution in zip(entries, curve(there, DROPS), strict=True):
+    for entry, solution in zip(entries, curves(there, DROPS)["own"], strict=True):
         score = solution.on(here)
         assert entry.threshold == pytest.approx(solution.threshold)
         assert entry.drop == pytest.approx(here.score_at(1).accuracy - score.accuracy)

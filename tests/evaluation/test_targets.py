@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptee._common.errors import PteeError
-from ptee.evaluation.targets import Margin, Solution, Target, curve, describe_thresholds, remark, solve, truncation
+from ptee.evaluation.config import Target, describe_thresholds, remark
+from ptee.evaluation.targets import Margin, Solution, curves, solve
 from ptee.evaluation.threshold_search import NEVER
-from ptee.evaluation.traces import Score, Traces
+from ptee.evaluation.traces import Score, Traces, truncation
 
 K = 3
 TARGETS = [("max_drop", 0.0), ("max_drop", 0.1), ("max_fidelity_drop", 0.2), ("max_cost", 0.7)]
@@ -332,7 +333,7 @@ def test_a_backbone_that_is_cut_off_runs_one_head_only():
 @pytest.mark.parametrize("seed", range(6))
 def test_a_larger_drop_never_costs_more_whatever_the_reserve(seed):
     traces, drops = easy_and_hard(seed, 3, 200), (0.05, 0.0, 0.005, 0.01, 0.02)
-    found = curve(traces, drops)
+    found = curves(traces, drops)["own"]
     assert [s.target.limit for s in found] == list(drops)
     costs = [s.cost for s in sorted(found, key=lambda s: s.target.limit)]
     assert costs == sorted(costs, reverse=True)

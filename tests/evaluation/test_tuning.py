@@ -12,8 +12,8 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.evaluation.config import ThresholdsConfig
-from ptee.evaluation.targets import Solution, Target
+from ptee.evaluation.config import Target, ThresholdsConfig
+from ptee.evaluation.targets import Solution
 from ptee.evaluation.traces import Score
 from ptee.evaluation.tuning import describe_outcome
 
