@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ptee._common.errors import DeviceError
+from ptee._common.errors import DeviceError, PteeError, first_line
+
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
@@ -52,6 +55,29 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def process_state() -> Any:
+    """accelerate's state: whether this process is one of several that train together, and which.
+
+    Raises:
+        PteeError: if the environment says that there are several, and not how to reach them.
+    """
+    from accelerate.state import PartialState
+
+    try:
+        return PartialState()
+    except (ValueError, RuntimeError) as why:
+        PartialState._reset_state()
+        if not (said := [name for name in LAUNCH if name in os.environ]):
+            raise
+        missing = [name for name in LAUNCH if name not in os.environ]
+        what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else first_line(why)
+        raise PteeError(
+            f"{', '.join(f'{name}={os.environ[name]:.40}' for name in said)} in the environment: this is one of several processes that "
+            f"train together, but {what.rstrip('.')}. Start them with torchrun or accelerate launch; for one process alone: "
+            f"unset {' '.join(said)}"
+        ) from why
+
+
 @contextmanager
 def accelerator_on(device: str | torch.device | None, precision: str) -> Iterator[Any]:
     """An Accelerator for this device and precision.
@@ -64,18 +90,19 @@ def accelerator_on(device: str | torch.device | None, precision: str) -> Iterato
 
     shared = (PartialState._shared_state, AcceleratorState._shared_state)
     before = [dict(state) for state in shared]
+    alone = process_state().num_processes == 1
     try:
-        if PartialState().num_processes == 1:
+        if alone:
             chosen = resolve_device(device)
             AcceleratorState._reset_state(reset_partial_state=True)
             PartialState(cpu=chosen.type == "cpu").device = chosen
         else:
-            chosen = PartialState().device
+            chosen = process_state().device
         mixed = best_precision(chosen) if precision == "auto" else precision
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
         yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
     finally:
-        if any(before) or PartialState().num_processes == 1:
+        if any(before) or alone:
             for state, was in zip(shared, before, strict=True):
                 state.clear()
                 state.update(was)

@@ -17,6 +17,7 @@ from ptee._common.errors import Argument, PteeError, UnknownName, possible
 P = ParamSpec("P")
 R = TypeVar("R")
 BATCH_SIZE = 128  # the default of every function and command that makes batches
+MOST_NUMBERS = 3 * 4096**2  # in one image; a record that asks for more would take gigabytes
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
 from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
+from ptee._common.validation import MOST_NUMBERS
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MOST_NUMBERS = 3 * 4096**2  # in one image; a record that asks for more would take gigabytes
-MOST_CLASSES = 1_000_000  # likewise
+MOST_CLASSES = 1_000_000  # a record that asks for more would take gigabytes
 OTHER_WEIGHTS: Advice = (
     *("Give a file with ", Argument("weights", "FILE"), ", or take random weights with "),
     *(Argument("pretrained", "False"), "."),

@@ -17,9 +17,8 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
-from ptee._common.validation import Number, Whole
-from ptee.backbones.library import MOST_NUMBERS
-from ptee.exits.heads import AUTO, PLUS
+from ptee._common.validation import MOST_NUMBERS, Number, Whole
+from ptee.exits.config import AUTO, PLUS
 
 SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
 LONGEST_NAME = 255

@@ -28,6 +28,7 @@ from ptee._common.text import printable
 from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import difference, weights_hash
 from ptee.exits.heads import HEADS
+from ptee.model import run_files
 from ptee.model import saving as runs
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
@@ -376,7 +377,7 @@ def test_a_config_with_a_key_twice_is_refused(folder, net):
 
 
 def test_a_config_of_absurd_size_is_refused_unread(folder, net, monkeypatch):
-    monkeypatch.setattr(runs, "LARGEST_CONFIG_BYTES", 100)
+    monkeypatch.setattr(run_files, "LARGEST_CONFIG_BYTES", 100)
     assert "longer than 100 bytes" in refused(folder, net)
 
 

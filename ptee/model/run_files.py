@@ -1,0 +1,158 @@
+"""The text of a run folder: config.json found, read with suspicion and checked. No heavy library is imported for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from pydantic import ValidationError
+
+from ptee import __version__
+from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.files import as_path, from_json
+from ptee._common.validation import from_pydantic
+from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, require_sane
+
+CONFIG = "config.json"
+LARGEST_CONFIG_BYTES = 4 * 2**20
+LARGEST_HEADS_BYTES = 4 * 2**30
+LARGEST_HEADER_BYTES = 4 * 2**20  # of heads.safetensors: names and shapes
+
+
+def require_run(folder: str) -> None:
+    """Refuse what is no run, or has files that are not to be trusted. A repo on the hub is not asked for yet.
+
+    Raises:
+        RunError: as of `read_config` and `require_heads`.
+    """
+    if _is_folder(local := as_path(folder, "folder")):
+        require_heads(folder, local / read_config(folder, local / CONFIG).heads_file)
+    else:
+        require_repo(folder)
+
+
+def find_file(folder: str | Path, name: str, hub: Mapping[str, Any]) -> tuple[Path, bool]:
+    """The place of a file of a run, and whether it came from the hub."""
+    local = as_path(folder, "folder")
+    return (local / name, False) if _is_folder(local) else (_download(str(folder), name, hub), True)
+
+
+def read_config(folder: str | Path, path: Path) -> RunConfig:
+    """What the config.json at `path` says, with every field checked. `folder` is named in errors."""
+    if not path.is_file():
+        raise RunError(
+            f"{folder} holds no {CONFIG}: no run was completed there. Give a folder that `ptee augment --out` wrote."
+        )
+    return _checked(folder, config_values(folder, path))
+
+
+def read_json(folder: str | Path, path: Path) -> Any:
+    """The JSON in a file of a run."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_CONFIG_BYTES + 1)
+    except OSError as why:
+        raise RunError(f"{folder}: {path.name} cannot be read: {first_line(why)}") from why
+    if len(text) > LARGEST_CONFIG_BYTES:
+        raise RunError(f"{folder}: {path.name} is longer than {LARGEST_CONFIG_BYTES:,} bytes; no run writes so much.")
+    try:
+        return from_json(text.decode("utf-8"))
+    except ValueError as why:
+        raise RunError(f"{folder}: {path.name} is no complete JSON ({first_line(why)}) Copy the run again.") from why
+
+
+def sane(folder: str | Path, name: str, value: Any) -> None:
+    """Refuse JSON that no run has, naming the file."""
+    try:
+        require_sane(value)
+    except PteeError as why:
+        raise RunError(f"{folder}: in {name} {why} Copy the run again.") from why
+
+
+def config_values(folder: str | Path, path: Path) -> dict[str, Any]:
+    """What a config.json says. Its fields are not checked yet."""
+    config = read_json(folder, path)
+    version = config.get("schema_version") if isinstance(config, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise RunError(f"{folder}: {CONFIG} has no schema_version; it was not written by ptee.")
+    if version < 1:
+        raise RunError(f"{folder} has schema version {version!s:.40}, which no ptee ever wrote.")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"{folder} has schema version {version!s:.40}, this ptee {__version__} reads up to {SCHEMA_VERSION}. Upgrade ptee."
+        )
+    sane(folder, CONFIG, config)
+    return config
+
+
+def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
+    """config.json with every field checked; refused where a field was changed that may not be."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise RunError(f"{folder}: {CONFIG}: {from_pydantic(error)} Copy the run again.") from error
+    _refuse_outside(folder, config.heads_file)
+    if any(row.gate for row in config.exits):
+        raise RunError(
+            f"{folder}: its confidence comes from gates, which this version does not have. Train it again, or load it with "
+            "ptee 0.1.0."
+        )
+    if config.fingerprint is not None and config.fingerprint != fingerprint(values):
+        raise RunError(
+            f"{folder}: {CONFIG} was changed or damaged: its exits, its input, its backbone, its blend or its images are not those "
+            "that were saved. Only threshold, off, confidence and the place of the images may be changed by hand. Copy the run again."
+        )
+    return config
+
+
+def require_heads(folder: str | Path, path: Path) -> None:
+    """Refuse a file of heads that is missing, or larger than heads can be."""
+    if not path.is_file():
+        raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+    except OSError as why:
+        raise RunError(f"{folder}: {path.name} cannot be read: {first_line(why)}") from why
+    if size > LARGEST_HEADS_BYTES or LARGEST_HEADER_BYTES < header < size:
+        raise RunError(f"{folder}: {path.name} is larger than heads can be. It is not read.")
+
+
+def _refuse_outside(folder: str | Path, name: str) -> None:
+    """A file of the run is a plain name in its folder, on any system."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        if len(name) > 255 or kind(name).is_absolute() or len(kind(name).parts) != 1 or ".." in kind(name).parts:
+            raise RunError(
+                f"{folder}: {CONFIG} names the file {name!r:.80}, which is not in the folder itself. It is not read."
+            )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # the name is too long to be one
+        return False
+
+
+def require_repo(repo: str) -> None:
+    """Refuse what can be no user/repo on the hub."""
+    is_repo = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo) and not repo.startswith(".")
+    if not is_repo or Path(repo).parent.is_dir():
+        raise RunError(
+            f"There is no folder {repo:.200}. Give a folder that `ptee augment --out` wrote, or user/repo on the hub."
+        )
+
+
+def _download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    require_repo(repo)
+    try:
+        return Path(hf_hub_download(repo, name, **hub))
+    except Exception as why:  # whatever the network and the hub can raise
+        raise RunError(
+            f"There is no folder {repo}, and {name} of the hub's {repo} cannot be had: {first_line(why)}"
+        ) from why
