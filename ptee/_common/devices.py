@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,27 +55,35 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def process_state() -> Any:
-    """accelerate's state: whether this process is one of several that train together, and which.
+def process_state(**how: Any) -> Any:
+    """accelerate's state: whether this process is one of several that train together, and which. `how` as of its PartialState.
 
     Raises:
         PteeError: if the environment says that there are several, and not how to reach them.
     """
     from accelerate.state import PartialState
 
+    given = {name: os.environ[name] for name in LAUNCH if name in os.environ}
     try:
-        return PartialState()
+        return PartialState(**how)
     except (ValueError, RuntimeError) as why:
-        PartialState._reset_state()
-        if not (said := [name for name in LAUNCH if name in os.environ]):
+        if not given:
             raise
-        missing = [name for name in LAUNCH if name not in os.environ]
-        what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else first_line(why)
-        raise PteeError(
-            f"{', '.join(f'{name}={os.environ[name]:.40}' for name in said)} in the environment: this is one of several processes that "
-            f"train together, but {what.rstrip('.')}. Start them with torchrun or accelerate launch; for one process alone: "
-            f"unset {' '.join(said)}"
-        ) from why
+        PartialState._reset_state()
+        for name in LAUNCH:  # accelerate fills in some
+            os.environ.pop(name, None)
+        os.environ.update(given)
+        raise _not_launched(given, first_line(why)) from why
+
+
+def _not_launched(given: Mapping[str, str], why: str) -> PteeError:
+    missing = [name for name in LAUNCH if name not in given]
+    what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else why.rstrip(".")
+    there = ", ".join(f"{name}={value:.40}" for name, value in given.items())
+    return PteeError(
+        f"The environment has {there}, as one of several processes that train together, but {what}. Start them with torchrun or "
+        f"accelerate launch; for one process alone: unset {' '.join(given)}"
+    )
 
 
 @contextmanager
@@ -95,7 +103,7 @@ def accelerator_on(device: str | torch.device | None, precision: str) -> Iterato
         if alone:
             chosen = resolve_device(device)
             AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState(cpu=chosen.type == "cpu").device = chosen
+            process_state(cpu=chosen.type == "cpu").device = chosen
         else:
             chosen = process_state().device
         mixed = best_precision(chosen) if precision == "auto" else precision

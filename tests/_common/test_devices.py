@@ -32,7 +32,7 @@ HALF_LAUNCHED = {
 
 
 @pytest.mark.parametrize("words", HALF_LAUNCHED)
-@pytest.mark.parametrize("ask", ["process_state()", "accelerator_on('cpu', 'no').__enter__()"])
+@pytest.mark.parametrize("ask", ["process_state(cpu=True)", "accelerator_on('cpu', 'no').__enter__()"])
 def test_one_of_several_processes_that_does_not_know_the_others_is_refused(words, ask):
     code = f"from ptee._common.devices import *\ntry: {ask}\nexcept PteeError as why: print(why)"
     given = dict(word.split("=") for word in words.split())
