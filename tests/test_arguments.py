@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
+from ptee.evaluation.benchmark import bench
 
 
 @cache
@@ -60,3 +61,36 @@ def test_data_of_another_kind_are_named_as_the_argument_is_called(case, wrong, d
     assert why.value.argument == name
     assert why.value.value is wrong
     assert len(str(why.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+OPTIMIZED = {
+    "train": lambda fast: ptee.train(fast, images()),
+    "calibrate": lambda fast: ptee.calibrate(fast, images()),
+    "tune": lambda fast: ptee.tune(fast, images(), max_drop=0.01),
+    "evaluate": lambda fast: ptee.evaluate(fast, images()),
+    "compare": lambda fast: ptee.compare({"a": fast}, images(), images()),
+    "export": lambda fast: ptee.export(fast, "folder"),
+    "optimize": ptee.optimize,
+    "record": lambda fast: ptee.traces.record(fast, images()),
+    "bench": bench,
+}
+
+
+@pytest.mark.parametrize("what", OPTIMIZED)
+def test_of_an_optimized_model_the_early_exit_model_is_asked_for(what):
+    with pytest.raises(
+        PteeError, match=r"^This is of type OptimizedModel, and the early-exit model is its \.model\. Give that\.$"
+    ):
+        OPTIMIZED[what](ptee.optimize(model(), mode="eager"))
+
+
+ADD = {"augment": ptee.augment, "plan": ptee.plan, "fit": lambda given: ptee.fit(given, images())}
+
+
+@pytest.mark.parametrize("add", ADD)
+@pytest.mark.parametrize("given", [lambda: model(), lambda: ptee.optimize(model(), mode="eager")])
+def test_no_exits_are_added_to_exits(add, given):
+    with pytest.raises(PteeError, match="has exits already"):
+        ADD[add](given())
