@@ -25,7 +25,9 @@ from ptee.model.rebuilding import blend_of, check_weights, confidence_of, front_
 def require_no_exits(model: Any) -> None:
     """Refuse an early-exit model, or what ptee.optimize made of one, where a classifier is asked for."""
     if isinstance(getattr(model, "model", model), EarlyExitModel):
-        raise PteeError("This model has exits already. To make others, give its backbone: model.detach().")
+        raise PteeError(
+            "This model has exits already. To make others, give its backbone: ptee.augment(model.detach(), ...)."
+        )
 
 
 @checked
