@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ptee._common.errors import DeviceError
+from ptee._common.errors import DeviceError, PteeError, first_line
+
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
@@ -52,6 +55,37 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def process_state(**how: Any) -> Any:
+    """accelerate's state: whether this process is one of several that train together, and which. `how` as of its PartialState.
+
+    Raises:
+        PteeError: if the environment says that there are several, and not how to reach them.
+    """
+    from accelerate.state import PartialState
+
+    given = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    try:
+        return PartialState(**how)
+    except (ValueError, RuntimeError) as why:
+        if not given:
+            raise
+        PartialState._reset_state()
+        for name in LAUNCH:  # accelerate fills in some
+            os.environ.pop(name, None)
+        os.environ.update(given)
+        raise _not_launched(given, first_line(why)) from why
+
+
+def _not_launched(given: Mapping[str, str], why: str) -> PteeError:
+    missing = [name for name in LAUNCH if name not in given]
+    what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else why.rstrip(".")
+    there = ", ".join(f"{name}={value:.40}" for name, value in given.items())
+    return PteeError(
+        f"The environment has {there}, as one of several processes that train together, but {what}. Start them with torchrun or "
+        f"accelerate launch; for one process alone: unset {' '.join(given)}"
+    )
+
+
 @contextmanager
 def accelerator_on(device: str | torch.device | None, precision: str) -> Iterator[Any]:
     """An Accelerator for this device and precision.
@@ -64,18 +98,19 @@ def accelerator_on(device: str | torch.device | None, precision: str) -> Iterato
 
     shared = (PartialState._shared_state, AcceleratorState._shared_state)
     before = [dict(state) for state in shared]
+    alone = process_state().num_processes == 1
     try:
-        if PartialState().num_processes == 1:
+        if alone:
             chosen = resolve_device(device)
             AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState(cpu=chosen.type == "cpu").device = chosen
+            process_state(cpu=chosen.type == "cpu").device = chosen
         else:
-            chosen = PartialState().device
+            chosen = process_state().device
         mixed = best_precision(chosen) if precision == "auto" else precision
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
         yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
     finally:
-        if any(before) or PartialState().num_processes == 1:
+        if any(before) or alone:
             for state, was in zip(shared, before, strict=True):
                 state.clear()
                 state.update(was)

@@ -158,16 +158,7 @@ def no_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _OwnExport(Change):
-    """torch.export patches torch for all threads while it runs, so ptee runs one at a time."""
-
-    @property
-    def under_way(self) -> bool:
-        """Whether one runs, in any thread."""
-        return self._users > 0
-
-
-own_export = _OwnExport(nullcontext)
+own_export = Change(nullcontext)  # torch.export patches torch for all threads while it runs, so ptee runs one at a time
 
 
 class _NoCheckpoints:

@@ -142,7 +142,7 @@ def _common_prefix(names: list[str]) -> str:
 
 
 def _candidate(place: str, prefix: str, state: State, own: State) -> _Candidate:
-    tensors = {key: state[prefix + key] for key in own if prefix + key in state}
+    tensors = {key: _counted(key, state[prefix + key]) for key in own if prefix + key in state}
     found = _Candidate(place, prefix, state, tensors, [], [], {prefix + key for key in tensors})
     if tensors:  # older files lack the counters of batch norm
         tensors |= {key: own[key] for key in own if key.endswith(COUNTER) and key not in tensors}
@@ -152,6 +152,12 @@ def _candidate(place: str, prefix: str, state: State, own: State) -> _Candidate:
     found.unknown = [name for name in inside if not LEFTOVER.search(name[len(prefix) :])]
     _rename_last_layer(found, own)
     return found
+
+
+def _counted(key: str, value: Tensor) -> Tensor:
+    """The tensor. A counter of batch norm that was averaged with the weights is a float, and becomes whole again."""
+    is_average = key.endswith(COUNTER) and isinstance(value, Tensor) and value.is_floating_point()
+    return value.round().long() if is_average else value
 
 
 def _take_from_parents(found: _Candidate) -> None:

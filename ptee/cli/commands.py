@@ -13,7 +13,6 @@ from cloup import command, option
 from ptee._common.errors import Argument, DataError, PteeError, RunError
 from ptee.cli import options
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
-from ptee.model.run_files import require_run  # before torch is imported, which takes seconds
 
 AGAIN = "The same command with --resume goes on."
 RANDOM_WEIGHTS = (
@@ -81,7 +80,6 @@ def plan(**o: Any) -> None:
 @options.OF_RUN
 def evaluate(run: str, **o: Any) -> None:
     """Measure a saved RUN (a folder, or user/repo on the hub) again, at any threshold."""
-    require_run(run)
     from ptee.evaluation import results
     from ptee.pipeline.saved_run import open_run
 
@@ -104,7 +102,6 @@ def tune(run: str, **o: Any) -> None:
 
     Which exits are on is chosen again, too.
     """
-    require_run(run)
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
 
@@ -147,8 +144,6 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
-    for each in run:
-        require_run(each)
     from ptee.evaluation import report
     from ptee.pipeline.saved_run import compare_runs, open_run
 
@@ -207,7 +202,6 @@ def bench(**o: Any) -> None:
 @option("--weights", type=Place(), help="A file with the backbone's weights, if they are not where the run says.")
 def export(run: str, **o: Any) -> None:
     """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
-    require_run(run)
     from ptee.deploy.export import export as write
     from ptee.pipeline.saved_run import load_run
 

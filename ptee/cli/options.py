@@ -14,6 +14,7 @@ from cloup import option, option_group
 
 from ptee._common.errors import Argument
 from ptee._common.files import as_path, expanded, from_json, is_file
+from ptee.model.run_files import require_run
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -184,7 +185,9 @@ class RunName(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         """Called by click."""
-        return str(expanded(value)) if value.startswith("~") else value
+        run = str(expanded(value)) if value.startswith("~") else value
+        require_run(run)  # before torch is imported, which takes seconds
+        return run
 
 
 class File(Place):

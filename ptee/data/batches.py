@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from numbers import Integral
+from numbers import Integral, Number
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +40,17 @@ def _on_cpu(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def batches(
-    data: Any, *, batch_size: int, shuffle: bool, generator: torch.Generator | None = None, num_workers: int = 0
+    data: Any,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    generator: torch.Generator | None = None,
+    num_workers: int = 0,
+    argument: str = "data",
 ) -> DataLoader[Any]:
     """A loader of a map-style data set. A loader is returned as it is: it keeps its own batches and its own order.
+
+    `argument` is what the caller calls the data.
 
     Raises:
         DataError: if `data` is empty, can be read only once, or is neither a data set nor a loader, or a number is wrong.
@@ -49,23 +58,35 @@ def batches(
     for name, number, least, most in (("batch_size", batch_size, 1, 2**31), ("num_workers", num_workers, 0, 2**12)):
         if not isinstance(number, Integral) or isinstance(number, bool) or not least <= number <= most:
             raise DataError(f"The {name} {number!r:.60} must be a whole number, at least {least} and at most {most:,}.")
-    kind = type(data).__name__
-    if isinstance(data, Iterator):
-        raise DataError(f"Data is a {kind}, which can be read only once: pass the DataLoader or data set it came from.")
-    if isinstance(data, IterableDataset):
-        raise DataError(f"Data is a {kind}, which is an iterable data set: pass a DataLoader of it.")
-    if isinstance(data, type) or not (is_loader(data) or _is_map_style(data)):
-        raise DataError(
-            f"Data is a {kind}, which is neither a map-style data set nor a DataLoader: "
-            "of tensors, make a torch.utils.data.TensorDataset(images, labels)."
-        )
+    if wrong := _no_data(data):
+        raise DataError(f"{described(argument, data)}, {wrong}", argument=argument, value=data)
     if _is_empty(data):
-        raise DataError(f"Data is empty: this {kind} has length 0.")
+        raise DataError(f"{argument} is empty: this {type(data).__name__} has length 0.", argument=argument, value=data)
     if is_loader(data):
         return data
     return CpuLoader(
         data, int(batch_size), shuffle, generator=generator, num_workers=int(num_workers), collate_fn=_collate
     )
+
+
+def described(argument: str, data: Any) -> str:
+    """What was given for an argument: `val_data is a str ('photos')`."""
+    value = f" ({data!r:.60})" if isinstance(data, str | bytes | Number | Path) else ""
+    return f"{argument} is a {type(data).__name__}{value}"
+
+
+def _no_data(data: Any) -> str:
+    """Why this is neither a data set nor a loader, and what to give; empty if it is one."""
+    if isinstance(data, Iterator):
+        return "which can be read only once: pass the DataLoader or data set it came from."
+    if isinstance(data, IterableDataset):
+        return "which is an iterable data set: pass a DataLoader of it."
+    if isinstance(data, type) or not (is_loader(data) or _is_map_style(data)):
+        return (
+            "which is neither a map-style data set nor a DataLoader: of tensors, make a "
+            "torch.utils.data.TensorDataset(images, labels)."
+        )
+    return ""
 
 
 def is_loader(data: Any) -> bool:

@@ -19,7 +19,7 @@ from ptee.deploy.check import check_segments
 from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter, require_eval
-from ptee.model.images import wrong_size, wrong_type
+from ptee.model.images import is_plain, wrong_size, wrong_type
 from ptee.model.thresholds import Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
@@ -119,12 +119,7 @@ class OptimizedModel(nn.Module):
 
     def _fits(self, x: Any) -> bool:
         like = self._example
-        fits = (
-            isinstance(x, Tensor)
-            and x.shape[1:] == like.shape[1:]
-            and x.dtype == like.dtype
-            and x.device == like.device
-        )
+        fits = is_plain(x) and x.shape[1:] == like.shape[1:] and x.dtype == like.dtype and x.device == like.device
         return fits and len(x) > 0 and not self.model.detached
 
     def _without_pieces(self, x: Tensor, threshold: Thresholds | None) -> ExitOutput:

@@ -26,6 +26,7 @@ from ptee.analysis.freezing import modes, set_modes
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
+from ptee.data.batches import batches
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.evaluation.config import DropsConfig
 from ptee.evaluation.targets import Solution, can_blend, curves
@@ -119,7 +120,8 @@ def compare(
         find_confidence(name, model.calibrated)  # refuse before anything takes long
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
     parts = (calibration, report)
-    for part in parts:
+    for argument, part in zip(("calibration", "report"), parts, strict=True):
+        batches(part, batch_size=batch_size, shuffle=False, num_workers=num_workers, argument=argument)  # or refuse it
         _require_order(part)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}

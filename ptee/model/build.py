@@ -22,6 +22,14 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import blend_of, check_weights, confidence_of, front_of, network_of, upgraded
 
 
+def require_no_exits(model: Any) -> None:
+    """Refuse an early-exit model, or what ptee.optimize made of one, where a classifier is asked for."""
+    if isinstance(getattr(model, "model", model), EarlyExitModel):
+        raise PteeError(
+            "This model has exits already. To make others, give its backbone: ptee.augment(model.detach(), ...)."
+        )
+
+
 @checked
 @alone()
 @torch.inference_mode(False)
@@ -67,10 +75,7 @@ def augment(
     Raises:
         PteeError: saying what is not possible, why, and what is.
     """
-    if isinstance(model, EarlyExitModel):
-        raise PteeError(
-            "This model has exits already. To make others, give its backbone: ptee.augment(model.detach(), ...)."
-        )
+    require_no_exits(model)
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )

@@ -442,6 +442,8 @@ class EarlyExitModel(
 
 def require_early_exit(model: Any) -> None:
     """Refuse what is no early-exit model, naming what it is."""
+    if isinstance(getattr(model, "model", None), EarlyExitModel):  # as in what ptee.optimize made
+        raise PteeError(f"This is of type {type(model).__name__}, and the early-exit model is its .model. Give that.")
     if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
         kind = "a module of class" if isinstance(model, nn.Module) else "of type"
         raise PteeError(

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import PteeError, first_line
-from ptee._common.process import own_export
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, run
 from ptee.exits.confidence import leaves
@@ -365,8 +365,12 @@ def require_eval(model: Any) -> None:
 
 @torch.compiler.assume_constant_result  # a compiler runs it: the error is ours, and torch 2.11 calls all compiling an export
 def refuse_export() -> bool:
-    """Refuse a user's export that is under way; False otherwise. torch does not say in which thread one runs."""
-    return torch.compiler.is_exporting() and not own_export.under_way and refuse_capture()
+    """Refuse an export of this model; False otherwise.
+
+    torch's own flag is that of all threads. Only the thread that exports has a tracing context or fake tensors.
+    """
+    here = TracingContext.try_get() is not None or detect_fake_mode() is not None
+    return here and torch.compiler.is_exporting() and refuse_capture()
 
 
 def refuse_capture() -> NoReturn:

@@ -14,6 +14,8 @@ def require_images(x: Any, channels: int) -> None:
     """Refuse what is no batch (b, c, h, w) of floating-point images with this many channels."""
     if not isinstance(x, Tensor):
         raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
+    if odd := _odd_tensor(x):
+        raise PteeError(f"Images come as a plain tensor (b, c, h, w), and these are {odd}.")
     if x.dim() != 4:  # some backbones would take one image for a batch
         one = " For one image give x[None]." if x.dim() == 3 else ""
         raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
@@ -32,6 +34,24 @@ def require_images(x: Any, channels: int) -> None:
             f"These images are {_name_of(x.dtype)}, and the model takes floating-point numbers. "
             f"Give ({scaled} - mean) / std, with the mean and std that the backbone was trained with."
         )
+
+
+def is_plain(x: Any) -> bool:
+    """Whether this is a tensor that holds its numbers one by one, as all code of networks expects."""
+    return isinstance(x, Tensor) and not _odd_tensor(x)
+
+
+def _odd_tensor(x: Tensor) -> str:
+    """What is special about a tensor, and what makes it a plain one; empty if it is one."""
+    if x.is_nested:
+        return "nested, each of a size of its own. Give torch.stack of images of one size"
+    if x.layout is not torch.strided:
+        return f"sparse ({_name_of(x.layout)}). Give x.to_dense()"
+    if x.is_quantized:
+        return f"quantised ({_name_of(x.dtype)}). Give x.dequantize()"
+    if x.is_meta:
+        return "on the meta device, without numbers. Give images of which there are some"
+    return ""
 
 
 def require_device(x: Tensor, device: torch.device) -> None:
@@ -56,8 +76,8 @@ def wrong_size(x: Tensor, planned: tuple[int, int, int], why: str) -> PteeError:
     )
 
 
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name_of(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _with_channels(have: int, want: int) -> str:

@@ -17,6 +17,8 @@ from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, requir
 
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
 LARGEST_CONFIG_BYTES = 4 * 2**20
+LARGEST_HEADS_BYTES = 4 * 2**30
+LARGEST_HEADER_BYTES = 4 * 2**20  # of heads.safetensors: names and shapes
 
 
 def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
@@ -32,9 +34,9 @@ def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
 
 
 def require_run(folder: str | Path) -> None:
-    """Refuse what is no run on this disk, unless its name may be one on the hub."""
-    if _is_folder(as_path(folder, "folder")) or not _may_be_repo(str(folder)):
-        read_config(folder)
+    """Refuse what is no run on this disk, or has files that are not to be trusted, unless it may be one on the hub."""
+    if _is_folder(local := as_path(folder, "folder")) or not _may_be_repo(str(folder)):
+        require_heads(folder, local / read_config(folder)[0].heads_file)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -118,6 +120,20 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
             "that were saved. Only threshold, off, confidence and the place of the images may be changed by hand. Copy the run again."
         )
     return config
+
+
+def require_heads(folder: str | Path, path: Path) -> None:
+    """Refuse a file of heads that is missing, or larger than heads can be."""
+    if not path.is_file():
+        raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+    except OSError as why:
+        raise RunError(f"{folder}: {path.name} cannot be read: {first_line(why)}") from why
+    if size > LARGEST_HEADS_BYTES or LARGEST_HEADER_BYTES < header < size:
+        raise RunError(f"{folder}: {path.name} is larger than heads can be. It is not read.")
 
 
 def _refuse_outside(folder: str | Path, name: str) -> None:

@@ -22,14 +22,22 @@ from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead
 from ptee.exits.plan import Plan
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint
-from ptee.model.run_files import CARD, CONFIG, HEADS, METRICS, download, metrics_of, read_config, read_values
+from ptee.model.run_files import (
+    CARD,
+    CONFIG,
+    HEADS,
+    METRICS,
+    download,
+    metrics_of,
+    read_config,
+    read_values,
+    require_heads,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHECKPOINT = "checkpoint.safetensors"  # of a training that is not over
-LARGEST_HEADS_BYTES = 4 * 2**30
-LARGEST_HEADER_BYTES = 4 * 2**20  # of heads.safetensors: names and shapes
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -188,17 +196,9 @@ def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
+    require_heads(folder, path)
     try:
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        if size > LARGEST_HEADS_BYTES or LARGEST_HEADER_BYTES < header < size:
-            raise RunError(f"{folder}: {path.name} is larger than heads can be. It is not read.")
         return load_file(path)
-    except RunError:
-        raise
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as why:
         raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it again.") from why
 

@@ -29,7 +29,7 @@ from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 from ptee.exits.front import named_front
 from ptee.model import run_files, saving
-from ptee.model.build import build
+from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import describe_labels, from_data_sets, has_labels, image_size, labels_of, recipe_for
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -117,6 +117,7 @@ def fit(
         PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
+    require_no_exits(model)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)

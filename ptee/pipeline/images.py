@@ -13,7 +13,7 @@ from torch import Tensor
 from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import as_path
 from ptee.backbones.load import Backbone
-from ptee.data.batches import UNKNOWN_LABEL, batch_of
+from ptee.data.batches import UNKNOWN_LABEL, batch_of, described
 from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
 from ptee.data.pictures import Key, image_transform
 from ptee.data.sources import open_data, open_named
@@ -98,17 +98,17 @@ def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) 
 
 
 def _require_map_style(data: Any, argument: str) -> None:
-    kind = type(data).__name__
+    what = described(argument, data)
     if isinstance(data, Tensor):
-        text = f"{argument} is a Tensor. Give a data set of it: torch.utils.data.TensorDataset({argument})."
+        text = f"{what}. Give a data set of it: torch.utils.data.TensorDataset({argument})."
     elif isinstance(data, tuple) or (isinstance(data, list) and data and isinstance(data[0], Tensor)):
         of = "tensors" if all(isinstance(each, Tensor) for each in data) else "values"
-        text = f"{argument} is a {kind} of {of}. Give a data set of tensors: torch.utils.data.TensorDataset(X, y)."
+        text = f"{what} of {of}. Give a data set of tensors: torch.utils.data.TensorDataset(X, y)."
     elif isinstance(data, str | bytes | Mapping | type) or not (
         hasattr(data, "__getitem__") and hasattr(data, "__len__")
     ):
         each = "of which each item is (image, label) or (image,): a loader's .dataset, a folder's ImageFolder"
-        text = f"{argument} is a {kind}. Give a map-style data set, {each}."
+        text = f"{what}. Give a map-style data set, {each}."
     elif not len(data):
         text = f"{argument} is empty. Give a data set with images."
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ptee._common.devices import process_state
 from ptee._common.errors import Argument, RunError
 from ptee._common.files import WRITING, clear_unfinished, from_json, require_writable, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
@@ -90,9 +91,7 @@ def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
 
 def is_main_process() -> bool:
     """Of several processes that train together, the first goes on alone."""
-    from accelerate.state import PartialState
-
-    return bool(PartialState().is_main_process)
+    return bool(process_state().is_main_process)
 
 
 def clear(out: Path) -> None:

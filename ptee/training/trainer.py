@@ -88,8 +88,12 @@ def train(
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
         raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
     config = config.changed(**changes)
-    for data in [train_data] if val_data is None else [train_data, val_data]:  # refuse what cannot be made into batches
-        batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers)
+    for name, data in {
+        "train_data": train_data,
+        "val_data": val_data,
+    }.items():  # refuse what cannot be made into batches
+        if data is not None or name == "train_data":
+            batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers, argument=name)
     config = resolve_config(config, model, train_data)
     path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import Tiny, changed, fresh, under
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ptee._common.errors import BackboneError
 from ptee.backbones.checkpoint import read_checkpoint
@@ -19,6 +20,16 @@ from ptee.backbones.weights import load_weights, weights_hash
 
 ONE = torch.ones(1)
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def changed_network(network: nn.Module) -> nn.Module:
+    """Such a network with other weights, after some batches."""
+    other = copy.deepcopy(network)
+    other.load_state_dict(changed(network.state_dict()))
+    for name, value in other.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(7)
+    return other
 
 
 def averaged(network: nn.Module) -> dict[str, Tensor]:
@@ -129,6 +140,31 @@ def test_an_average_of_the_parameters_alone_is_not_taken_and_that_is_said(tmp_pa
     note = load_weights(module, read_checkpoint(tmp_path / "w.pth"))
     assert weights_hash(module) == weights_hash(trained)
     assert "its averaged weights (ema) are no whole network, so the raw ones are taken" in note
+
+
+def test_an_average_of_buffers_is_taken_though_its_counters_are_no_longer_whole_numbers(tmp_path):
+    raw = Tiny()
+    average = {k: v.double() if k.endswith("num_batches_tracked") else v for k, v in changed(raw.state_dict()).items()}
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": average}, tmp_path / "w.pth")
+    module = fresh()
+    note = load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert torch.equal(module.state_dict()["conv.weight"], average["conv.weight"])
+    assert "its averaged weights (state_dict_ema) are taken" in note
+    assert {v.dtype for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")} == {torch.int64}
+
+
+@pytest.mark.parametrize("place", ["", "model_ema"])
+def test_averages_of_torch_with_their_buffers_are_taken(place, tmp_path):
+    raw = Tiny()
+    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(changed_network(raw))
+    torch.save(
+        {"model": raw.state_dict(), place: average.state_dict()} if place else average.state_dict(), tmp_path / "w.pth"
+    )
+    module = fresh()
+    load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert torch.equal(module.state_dict()["conv.weight"], average.module.state_dict()["conv.weight"])
 
 
 def test_a_note_says_what_was_left_out_and_which_layer_has_another_name(tmp_path):

@@ -182,26 +182,3 @@ def test_output_that_cannot_be_written_is_no_error_of_ptee(words, buffered, monk
     command = ["bash", "-c", f'exec "$0" -m ptee recipe {words}', sys.executable]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, (done.stdout + done.stderr).strip()) == CLOSED_OR_FULL[words]
-
-
-@pytest.mark.parametrize(
-    "words", [["evaluate"], ["tune", "--max-drop", "0.01"], ["compare"], ["export", "--out", "out"]]
-)
-@pytest.mark.parametrize(
-    "config", [None, "{", '{"schema_version": 1, "threshold": []}'], ids=["no folder", "cut off", "fields missing"]
-)
-def test_what_is_no_run_is_refused_before_torch_is_imported(words, config, tmp_path):
-    if config is not None:
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "config.json").write_text(config)
-    code = f"""
-import sys
-from ptee.cli.main import main
-try:
-    main({[words[0], "run", *words[1:]]})
-except SystemExit as end:
-    print(end.code, "torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2", "False"], done.stderr
-    assert len(done.stderr.splitlines()) == 1

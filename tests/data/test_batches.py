@@ -107,7 +107,7 @@ def test_a_loader_keeps_its_own_batches(loader):
         (Stream(), "Stream, which is an iterable data set: pass a DataLoader"),
         ((IMAGES, LABELS), "tuple, which is neither.*TensorDataset"),
         ({"image": IMAGES}, "dict, which is neither"),
-        ("cifar10", "str, which is neither"),
+        ("cifar10", r"data is a str \('cifar10'\), which is neither"),
         (list, "type, which is neither"),
         (None, "NoneType, which is neither"),
         ([], "empty: this list has length 0"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,6 +227,33 @@ def test_a_model_is_not_captured(how, inside):
     with pytest.raises(PteeError, match=r"cannot be traced, scripted or exported.*Take model.detach\(\)") as refusal:
         CAPTURES[how](model.eval(), labelled(2)[0])
     assert "\n" not in str(refusal.value)
+
+
+class Slow(nn.Module):
+    """A network whose capture waits until others have done something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.begun.set()
+        self.may_end.wait(60)
+        return 2 * x
+
+
+def test_an_export_in_another_thread_keeps_nobody_from_predicting():
+    model, x, slow = made().eval(), labelled(4)[0], Slow()
+    want = model(x)
+    with ThreadPoolExecutor() as pool:
+        export = pool.submit(torch.export.export, slow, (torch.ones(2),))
+        assert slow.begun.wait(60)
+        try:
+            assert torch.compiler.is_exporting()
+            torch.testing.assert_close(model(x), want)  # an export takes other kernels from all threads
+        finally:
+            slow.may_end.set()
+        export.result(60)
 
 
 def test_what_is_advised_can_be_captured():

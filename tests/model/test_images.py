@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ptee
 from ptee._common.errors import PteeError
 from ptee.evaluation.traces import record
+from ptee.model.images import require_device
 
 
 def data_of(x: Tensor) -> TensorDataset:
@@ -76,17 +77,46 @@ def test_images_of_another_kind_are_refused_in_one_line_everywhere(where, images
             torch.float32,
             r"Images come as \(b, c, h, w\), and these are \(3, 8, 8\)\. For one image give x\[None\]",
         ),
-        (
-            x.to("meta"),
-            torch.float32,
-            rf"These images are on meta, and the model is on {here()}. Give x.to\('{here()}'\)",
-        ),
     ],
-    ids=["float64", "a double model", "a bfloat16 model", "float16", "one image", "another device"],
+    ids=["float64", "a double model", "a bfloat16 model", "float16", "one image"],
 )
-def test_tensors_of_another_type_shape_or_device_are_refused(where, images, model, words):
+def test_tensors_of_another_type_or_shape_are_refused(where, images, model, words):
     with torch.no_grad(), pytest.raises(PteeError, match=words):
         FROM_TENSORS[where](made().to(model), images)
+
+
+def test_tensors_on_another_device_are_refused():
+    with pytest.raises(PteeError, match=r"These images are on cpu, and the model is on cuda:1. Give x.to\('cuda:1'\)"):
+        require_device(x.cpu(), torch.device("cuda", 1))
+
+
+def quantised(x: Tensor) -> Tensor:
+    with warnings.catch_warnings(action="ignore"):
+        return torch.quantize_per_tensor(x.cpu(), 0.1, 0, torch.quint8)
+
+
+ODD = {
+    "sparse": (lambda x: x.to_sparse(), r"sparse \(sparse_coo\). Give x.to_dense\(\)\."),
+    "compressed": (lambda x: x.to_sparse_csr(dense_dim=1), r"sparse \(sparse_csr\). Give x.to_dense\(\)\."),
+    "quantised": (quantised, r"quantised \(quint8\). Give x.dequantize\(\)\."),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "nested.*Give torch.stack of images of one size"),
+    "jagged": (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "nested.*Give torch.stack"),
+    "meta": (lambda x: x.to("meta"), "on the meta device, without numbers"),
+}
+ODD_TAKERS = FROM_TENSORS | {
+    "optimized": lambda model, x: ptee.optimize(model, mode="eager").predict(x),
+    "optimized forward": lambda model, x: ptee.optimize(model, mode="eager")(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("where", ODD_TAKERS)
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_plain_tensor_is_refused_in_the_same_words_everywhere(kind, where):
+    make, words = ODD[kind]
+    with torch.no_grad(), pytest.raises(PteeError, match=f"Images come as a plain tensor .*{words}") as refusal:
+        ODD_TAKERS[where](made().eval(), make(x.to(here())))
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float64])

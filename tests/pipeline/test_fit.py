@@ -212,7 +212,7 @@ REFUSED = {
     "a list of tensors": ({"val_data": [X, Y]}, r"val_data is a list of tensors.*torch\.utils\.data\.TensorDataset\(X, y\)"),
     "a tensor": ({"train_data": X}, r"train_data is a Tensor.*TensorDataset\(train_data\)"),
     "arrays": ({"train_data": (X.cpu().numpy(), Y.cpu().numpy())}, r"train_data is a tuple of values.*TensorDataset\(X, y\)"),
-    "a folder": ({"train_data": "images/train"}, "train_data is a str.*ImageFolder"),
+    "a folder": ({"train_data": "images/train"}, "train_data is a str .'images.train'.. Give.*ImageFolder"),
     "one image to choose thresholds on and to report on": ({"val_data": images(1)}, r"two images at least, and there is one\. Give more: val_data=DATASET, or others: calibration_data=DATASET"),
     "no image for validation": ({"val_data": images(0)}, "val_data is empty"),
     "no image for calibration": ({"calibration_data": []}, "calibration_data is empty"),

@@ -1,0 +1,96 @@
+"""What the public functions say of an argument of the wrong kind: its name, what was given, and what to give."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.evaluation.benchmark import bench
+
+
+@cache
+def model() -> ptee.EarlyExitModel:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    return ptee.augment(net, exits=["1"], head="pool", input_size=(3, 8, 8))
+
+
+def images() -> TensorDataset:
+    return TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 2)
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+DATA = {
+    "train_data": lambda wrong: ptee.train(model(), wrong),
+    "val_data": lambda wrong: ptee.train(model(), images(), wrong),
+    "train_data of fit": lambda wrong: ptee.fit(model().backbone, wrong),
+    "val_data of fit": lambda wrong: ptee.fit(model().backbone, images(), val_data=wrong),
+    "calibration_data of fit": lambda wrong: ptee.fit(model().backbone, images(), calibration_data=wrong),
+    "data of calibrate": lambda wrong: ptee.calibrate(model(), wrong),
+    "data of tune": lambda wrong: ptee.tune(model(), wrong, max_drop=0.01),
+    "data of evaluate": lambda wrong: ptee.evaluate(model(), wrong),
+    "calibration of compare": lambda wrong: ptee.compare({"a": model()}, wrong, images()),
+    "report of compare": lambda wrong: ptee.compare({"a": model()}, images(), wrong),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "described"),
+    [
+        ("photos", r"str \('photos'\)"),
+        (3, r"int \(3\)"),
+        (Path("photos"), r"PosixPath \(PosixPath\('photos'\)\)"),
+        ({"a": 1}, "dict"),
+    ],
+    ids=["text", "number", "path", "mapping"],
+)
+@pytest.mark.parametrize("case", DATA)
+def test_data_of_another_kind_are_named_as_the_argument_is_called(case, wrong, described):
+    name = case.partition(" ")[0]
+    with pytest.raises(PteeError, match=f"^{name} is a {described}[,.] ") as why:
+        DATA[case](wrong)
+    assert why.value.argument == name
+    assert why.value.value is wrong
+    assert len(str(why.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+OPTIMIZED = {
+    "train": lambda fast: ptee.train(fast, images()),
+    "calibrate": lambda fast: ptee.calibrate(fast, images()),
+    "tune": lambda fast: ptee.tune(fast, images(), max_drop=0.01),
+    "evaluate": lambda fast: ptee.evaluate(fast, images()),
+    "compare": lambda fast: ptee.compare({"a": fast}, images(), images()),
+    "export": lambda fast: ptee.export(fast, "folder"),
+    "optimize": ptee.optimize,
+    "record": lambda fast: ptee.traces.record(fast, images()),
+    "bench": bench,
+}
+
+
+@pytest.mark.parametrize("what", OPTIMIZED)
+def test_of_an_optimized_model_the_early_exit_model_is_asked_for(what):
+    with pytest.raises(
+        PteeError, match=r"^This is of type OptimizedModel, and the early-exit model is its \.model\. Give that\.$"
+    ):
+        OPTIMIZED[what](ptee.optimize(model(), mode="eager"))
+
+
+ADD = {"augment": ptee.augment, "plan": ptee.plan, "fit": lambda given: ptee.fit(given, images())}
+
+
+@pytest.mark.parametrize("add", ADD)
+@pytest.mark.parametrize("given", [lambda: model(), lambda: ptee.optimize(model(), mode="eager")])
+def test_no_exits_are_added_to_exits(add, given):
+    with pytest.raises(PteeError, match="has exits already"):
+        ADD[add](given())
