@@ -419,12 +419,11 @@ class EarlyExitModel(
         """
         folder, card = as_path(save_directory, "save_directory"), model_card_kwargs or {}
         try:
-            new = not (folder / run_files.CARD).exists()
             config = runs.describe(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
                 blend=self.blend, answers=self.answers,
             )  # fmt: skip
-            text = str(self.generate_model_card(**card)) if new else None
+            text = None if (folder / run_files.CARD).exists() else str(self.generate_model_card(**card))
             runs.write(folder, config, self.heads.state_dict(), text, more_files)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)
