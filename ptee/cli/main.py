@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ptee import __version__
-from ptee._common.errors import Interrupted, PteeError, unknown
+from ptee._common.errors import Argument, Interrupted, PteeError, unknown
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,6 +70,8 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = str(error) if isinstance(error, Interrupted) else "Interrupted.", 130
     elif isinstance(error, PteeError):
         message, status = _worded(error, words), 2
+    elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
+        message, status = f"{error.option_name} is no option of this command. Give {advice}.", 2
     elif isinstance(error, click.ClickException):
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -97,6 +99,23 @@ def _worded(error: PteeError, words: list[str]) -> str:
     if "Original Traceback" in message:  # of a process that loads images: its last line says it all
         return message.strip().splitlines()[-1].partition(": ")[2]
     return message
+
+
+def _as_setting(error: click.NoSuchOption) -> str:
+    """What to type in place of an unknown option that is called like a setting; empty if none is."""
+    from ptee.cli.options import SETTINGS, as_option
+    from ptee.pipeline.recipe import path_of
+
+    command = error.ctx.command if error.ctx else None
+    name = error.option_name.lstrip("-").replace("-", "_")
+    options = {option for parameter in command.params for option in parameter.opts} if command else set()
+    if not options & {"--set", "--over"}:
+        return ""
+    try:
+        is_flag = isinstance(SETTINGS[path_of(name)].default, bool)
+    except PteeError:
+        return ""
+    return as_option(Argument(name, "true" if is_flag else "VALUE"), command)
 
 
 class _InOrder(click.Group):
