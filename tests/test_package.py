@@ -202,7 +202,8 @@ HEAVY = ("torch", "timm", "torchvision", "fvcore", "accelerate", "sklearn", "num
 
 
 @pytest.mark.parametrize(
-    "module", ["ptee", "ptee._common.errors", "ptee._common.text", "ptee.cli.options", "ptee.cli.main"]
+    "module",
+    ["ptee", "ptee._common.errors", "ptee._common.text", "ptee.model.run_files", "ptee.cli.options", "ptee.cli.main"],
 )
 def test_importing_it_imports_nothing_heavy(module):
     source = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"

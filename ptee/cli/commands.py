@@ -87,6 +87,10 @@ def evaluate(run: str, **o: Any) -> None:
     opened = open_run(run, **_where(o))
     images, words = opened.left_by_tuning(given=o["threshold"] is not None)
     click.echo(f"{words} {opened.accuracy}\n", err=o["as_json"])
+    if o["threshold"] is not None and len(opened.model.off) == len(opened.model.exits):
+        click.echo(
+            f"All exits of {run} are off, so --threshold changes nothing. To choose anew: ptee tune {run}", err=True
+        )
     with opened.threads():
         found = results.evaluate(opened.model, images, threshold=o["threshold"], about=words, **_how(o))
     _show(found, o)

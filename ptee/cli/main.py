@@ -6,24 +6,25 @@ import os
 import sys
 import traceback
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ptee import __version__
-from ptee._common.errors import Interrupted, PteeError, unknown
+from ptee._common.errors import Argument, Interrupted, PteeError, unknown
+from ptee._common.streams import lead_nowhere, open_closed, unwritable
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted."""
+    """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted; 141: nobody reads the output."""
     words = sys.argv[1:] if arguments is None else arguments
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-    _open_closed()
+    open_closed()
     if launched and os.environ["RANK"] != "0":  # under `accelerate launch` only the first process prints
-        _print_no_more()
+        lead_nowhere()
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
     try:
         from ptee.cli.commands import add_commands
@@ -31,37 +32,22 @@ def main(arguments: list[str] | None = None) -> None:
         add_commands(cli)
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has gone, as in `ptee plan ... | head -1`
-        _print_no_more()
-        status = 1
+    except (BrokenPipeError, _NobodyReads) as why:
+        lead_nowhere()
+        status = _say(*unwritable(why if isinstance(why, BrokenPipeError) else BrokenPipeError()))
     except (Exception, KeyboardInterrupt) as why:
         status = _failed(why, words)
     sys.exit(status)
 
 
-def _open_closed() -> None:
-    """Let standard streams that are closed lead nowhere. Otherwise the next file would get their number, and their text."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 - until the process ends
-
-
-def _print_no_more(name: str = "stdout") -> None:
-    """Let a standard stream lead nowhere, with what it still holds: Python would write that at the end."""
-    null = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
-    with suppress(OSError, ValueError):  # a program has put something without a number in its place
-        os.dup2(null.fileno(), getattr(sys, name).fileno())
-    setattr(sys, name, null)
-
-
-def _full_output() -> str:
+def _full_output() -> OSError | None:
     """Why standard output cannot be written, if it cannot."""
     try:
         print(flush=True)
     except OSError as why:
-        _print_no_more()
-        return why.strerror or str(why)
-    return ""
+        lead_nowhere()
+        return why
+    return None
 
 
 def _failed(error: BaseException, words: list[str]) -> int:
@@ -70,21 +56,28 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = str(error) if isinstance(error, Interrupted) else "Interrupted.", 130
     elif isinstance(error, PteeError):
         message, status = _worded(error, words), 2
+    elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
+        message, status = f"{error.option_name} is no option of this command. Give {advice}.", 2
     elif isinstance(error, click.ClickException):
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         message, status = "The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2
     elif isinstance(error, OSError) and (reason := _full_output()):
-        message, status = f"The output cannot be written: {reason}. Send it elsewhere, such as > FILE.", 2
+        message, status = unwritable(reason)
     else:
         name = type(error).__name__
         message, status = f"ptee failed: {name}: {error}. PTEE_DEBUG=1 shows where; please report it.", 1
     if status != 130 and os.environ.get("PTEE_DEBUG"):
         traceback.print_exception(error)
+    return _say(message, status)
+
+
+def _say(message: str, status: int) -> int:
+    """Print one line on standard error, and give the status on."""
     try:
         click.echo(" ".join(message.split()), err=True)
     except OSError:
-        _print_no_more("stderr")
+        lead_nowhere("stderr")
     return status
 
 
@@ -99,8 +92,47 @@ def _worded(error: PteeError, words: list[str]) -> str:
     return message
 
 
+def _as_setting(error: click.NoSuchOption) -> str:
+    """What to type in place of an unknown option that is called like a setting; empty if none is."""
+    from ptee.cli.options import SETTINGS, as_option
+    from ptee.pipeline.recipe import path_of
+
+    command = error.ctx.command if error.ctx else None
+    name = error.option_name.lstrip("-").replace("-", "_")
+    options = {option for parameter in command.params for option in parameter.opts} if command else set()
+    if not options & {"--set", "--over"}:
+        return ""
+    try:
+        is_flag = isinstance(SETTINGS[path_of(name)].default, bool)
+    except PteeError:
+        return ""
+    return as_option(Argument(name, "true" if is_flag else "VALUE"), command)
+
+
+class _NobodyReads(Exception):  # noqa: N818 - it is no error
+    """The output's reader has gone. On a BrokenPipeError click would end the program without a word."""
+
+
+@contextmanager
+def _broken_pipes_told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as why:
+        raise _NobodyReads from why
+
+
 class _InOrder(click.Group):
     """Lists commands in the order in which they were added."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Called by click. Prints the help."""
+        with _broken_pipes_told():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Called by click. Runs the command."""
+        with _broken_pipes_told():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

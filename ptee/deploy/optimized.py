@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import PteeError, unknown
+from ptee._common.errors import PteeError, first_line, unknown
 from ptee.deploy.buckets import Buckets
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
@@ -194,14 +194,30 @@ def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[f
 def _compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled for each size of batches by itself, however many there are."""
     import torch._dynamo
+    from torch._dynamo.exc import TorchDynamoException
 
     made = torch.compile(piece, dynamic=False)
 
     def call(*tensors: Tensor) -> Any:
         with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
-            return made(*tensors)
+            try:
+                return made(*tensors)
+            except TorchDynamoException as why:  # whatever is missing here or not supported
+                raise _not_compiled(why, tensors[0].device.type) from why
 
     return call
+
+
+def _not_compiled(why: Exception, device: str) -> PteeError:
+    needs = (
+        "triton (pip install triton)"
+        if device == "cuda"
+        else "a C++ compiler (such as apt install g++; CXX names another)"
+    )
+    other = GRAPHS if device == "cuda" else EAGER
+    return PteeError(
+        f"torch.compile cannot make this model's pieces: {first_line(why)} It needs {needs}. Install that, or give mode={other!r}."
+    )
 
 
 def optimize(

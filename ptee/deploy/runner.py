@@ -14,6 +14,7 @@ import numpy as np
 
 from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
+from ptee._common.streams import lead_nowhere, open_closed, unwritable
 from ptee.data.pixels import eight_bits
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 
@@ -296,19 +297,42 @@ def _tensor(x: np.ndarray, dtype: str) -> Array:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the answer to each picture."""
-    if len(arguments) < 2:
-        print("usage: python -m ptee.deploy.runner FOLDER IMAGE ...", file=sys.stderr)
-        return 2
+    """Print the answer to each picture. The status is that of the command ptee."""
+    open_closed()
     try:
-        runner = load_exported(arguments[0])
-        out = runner.predict(runner.images(arguments[1:]))
+        if len(arguments) < 2:
+            raise PteeError("usage: python -m ptee.deploy.runner FOLDER IMAGE ...")
+        lines = _answered(*arguments)
     except PteeError as why:
-        print(why, file=sys.stderr)
-        return 2
-    for path, logits, exit, cost in zip(arguments[1:], _numpy(out.logits), out.exit_index, out.cost, strict=True):
-        print(f"{path}: class {int(logits.argmax())}, exit {int(exit)}, cost {float(cost):.2f}")
+        return _say(str(why), 2)
+    except KeyboardInterrupt:
+        return _say("Interrupted.", 130)
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as why:
+        lead_nowhere()
+        return _say(*unwritable(why))
     return 0
+
+
+def _answered(folder: str, *pictures: str) -> list[str]:
+    """A line for each picture."""
+    runner = load_exported(folder)
+    out = runner.predict(runner.images(pictures))
+    rows = zip(pictures, _numpy(out.logits), out.exit_index, out.cost, strict=True)
+    return [
+        f"{path}: class {int(logits.argmax())}, exit {int(exit)}, cost {float(cost):.2f}"
+        for path, logits, exit, cost in rows
+    ]
+
+
+def _say(message: str, status: int) -> int:
+    """Print one line on standard error, and give the status on."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        lead_nowhere("stderr")
+    return status
 
 
 if __name__ == "__main__":

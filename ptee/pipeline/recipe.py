@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class Recipe(FrozenConfig):
         values = self._loosened("training.loss" in changes).given() if changes else self.given()
         for path, value in changes.items():
             _set(values, path, value)
-        return Recipe(**values)
+        with _as_called(settings):
+            return Recipe(**values)
 
     def _loosened(self, confidence: bool) -> Recipe:
         """The same recipe, in which values that follow from other settings are not set, so that they follow a change of these."""
@@ -164,7 +166,25 @@ def make_recipe(
     """
     changes = {path_of(name): value for name, value in (settings or {}).items()}
     values = _values(DEFAULT if recipe is None else recipe)
-    return Recipe(**values).with_settings(_without_rivals(values, changes))
+    made = Recipe(**values)
+    with _as_called(settings or {}):
+        return made.with_settings(_without_rivals(values, changes))
+
+
+@contextmanager
+def _as_called(settings: Iterable[str]) -> Iterator[None]:
+    """Errors name a setting as the caller did: max_drop=2 and not thresholds.max_drop=2."""
+    names = {path_of(name): name for name in settings}
+
+    def called(path: str) -> str:
+        setting, bracket, place = path.partition("[")  # of a list
+        return names.get(setting, setting) + bracket + place
+
+    try:
+        yield
+    except PteeError as why:
+        parts = [Argument(called(part.name), part.value) if isinstance(part, Argument) else part for part in why.parts]
+        raise type(why)(*parts, argument=why.argument and called(why.argument), value=why.value) from why.__cause__
 
 
 def _without_rivals(values: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -222,3 +222,19 @@ def test_the_run_can_be_below_the_home_folder(run, finished, elsewhere, monkeypa
     for word in ("~/out", "~/out/"):
         assert run("evaluate", word, "--no-speed").status == 0
     assert run("recipe", "~/out").status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["augment", "--one-threshold"], r"Give --set thresholds\.one_threshold=true\.$"),
+        (["augment", "--margin", "0.1"], r"Give --set thresholds\.margin=VALUE\.$"),
+        (["augment", "--answers=own"], r"Give --set thresholds\.answers=VALUE\.$"),
+        (["augment", "--lr", "0.1"], r"Give --set training\.lr=VALUE\.$"),
+        (["sweep", "--margin", "0.1"], r"Give --over thresholds\.margin=VALUE\.$"),
+        (["evaluate", "--margin", "0.1"], "No such option '--margin'"),
+        (["augment", "--margn"], "No such option '--margn'"),
+    ],
+)
+def test_of_a_setting_without_an_option_it_is_said_how_it_is_given(run, words, advice):
+    assert_refused(run(*words), advice)

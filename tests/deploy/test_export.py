@@ -23,6 +23,7 @@ import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.data.pictures import image_transform
 from ptee.deploy.manifest import MANIFEST, fingerprint
+from ptee.deploy.runner import main as runner_main
 from ptee.exits.blend import Blend, subsets
 
 pytestmark = pytest.mark.cpu("what is exported is the same on every device")
@@ -277,3 +278,40 @@ sys.exit(main([{str(folder)!r}, {str(tmp_path / "a.png")!r}]))
     )
     assert done.returncode == 0, done.stderr
     assert "a.png: class" in done.stdout and "exit" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- the program's output
+
+GONE = "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); "
+RUNNER = """
+import sys
+from ptee.deploy import runner
+runner._answered = lambda folder, *pictures: ["an answer"] * len(pictures)
+sys.exit(runner.main(sys.argv[1:]))
+"""
+OUTPUTS = {
+    "closed": (">&-", 0, ""),
+    "full": (
+        ">/dev/full",
+        2,
+        "The output cannot be written: No space left on device. Send it elsewhere, such as > FILE.\n",
+    ),
+    "both full": (">/dev/full 2>/dev/full", 2, ""),
+    "without a reader": ("", 141, "Nobody reads the output any more"),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("where", OUTPUTS)
+def test_output_of_the_runner_that_cannot_be_written_is_told_in_one_line(where):
+    to, status, said = OUTPUTS[where]
+    begin = GONE if status == 141 else ""
+    command = f'exec "$0" -c "$1" folder a.png {to}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, begin + RUNNER], capture_output=True, text=True)
+    assert (done.returncode, done.stderr[: len(said)]) == (status, said)
+    assert len(done.stderr.splitlines()) == bool(said)
+
+
+def test_the_runner_says_how_it_is_called_with_status_2(capsys):
+    assert runner_main([]) == 2
+    assert capsys.readouterr().err == "usage: python -m ptee.deploy.runner FOLDER IMAGE ...\n"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -356,3 +359,27 @@ def test_a_model_that_was_moved_is_refused(x):
 def test_compiled_pieces_answer_as_the_model(x):
     early = made()
     require_same(ptee.optimize(early, max_batch=16, mode="compile"), early, x, spread(early, x))
+
+
+WITHOUT_COMPILER = """
+import sys, torch, ptee
+from torch import nn
+net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+model = ptee.augment(net, exits=["1"], head="pool", input_size=(3, 8, 8))
+for _ in range(2):
+    try:
+        ptee.optimize(model, mode="compile").predict(torch.randn(2, 3, 8, 8))
+    except ptee.PteeError as why:
+        print(why)
+"""
+
+
+@pytest.mark.cpu("the compiler of C++ is for the CPU")
+def test_without_a_compiler_it_is_said_what_to_install_or_which_mode_to_take(tmp_path):
+    none = {"CXX": "/nonexistent", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    words = [sys.executable, "-c", WITHOUT_COMPILER]
+    done = subprocess.run(words, env=os.environ | none, capture_output=True, text=True, timeout=300)
+    one, again = done.stdout.splitlines()
+    assert one == again
+    assert "C++ compiler" in one
+    assert one.endswith("Install that, or give mode='eager'.")

@@ -136,12 +136,12 @@ REFUSED = {
     "an unknown setting of a section": ({"training": {"epoch": 3}}, {}, "training.epoch=3 is unknown. Did you mean 'epochs'"),
     "an unknown section": ({"train": {"epochs": 3}}, {}, "train=.* is unknown. Did you mean 'training'"),
     "a section that is no mapping": ({"training": 3}, {"epochs": 3}, "training=3 must be a mapping of settings"),
-    "a value below the least": (None, {"epochs": 0}, "training.epochs=0 must be 1 or more, or 'auto'"),
+    "a value below the least": (None, {"epochs": 0}, "^epochs=0 must be 1 or more, or 'auto'"),
     "a number that may be octal": (None, dict([read_setting("seed=010")]), "seed='010' must be a whole number"),
     "a value of another kind": (None, {"seed": "one"}, "seed='one' must be a whole number"),
     "a seed of the training alone": ({"training": {"seed": 7}}, {}, "training.seed=7 is not the recipe's seed.*seed=7"),
-    "two ways to get thresholds": (None, {"max_drop": 0.01, "max_cost": 0.5}, "max_drop=0.01 and thresholds.max_cost=0.5 are given"),
-    "a setting that does not go with the others": (None, {"loss": "v1", "temperature": 3}, "training.temperature=3"),
+    "two ways to get thresholds": (None, {"max_drop": 0.01, "max_cost": 0.5}, "^max_drop=0.01 and max_cost=0.5 are given"),
+    "a setting that does not go with the others": (None, {"loss": "v1", "temperature": 3}, "^temperature=3"),
     "a question about another confidence": (None, {"confidence": "entropy", "question": "right"}, "question='right' is about the calibrated"),
     "a share for another confidence": ("eenet", {"calibration_share": 0.2}, "calibration_share=0.2 is about the calibrated"),
     "a margin of thresholds that are given": ("eenet", {"margin": 0.1}, "margin=0.1 is about thresholds that are chosen"),
@@ -149,12 +149,12 @@ REFUSED = {
     "a number for a name in a section": ({"exits": {1: 2}}, {}, "The recipe has a setting called 1. Name each by text"),
     "a name that no file can have": ("a" * 5000, {}, "Unknown recipe 'aaa"),
     "a path that no file can have": ("a/" * 3000 + "r.yaml", {}, "There is no recipe file a/a"),
-    "a share above a half": (None, {"calibration_share": 0.6}, "confidence.calibration_share=0.6 must be 0.5 or less"),
+    "a share above a half": (None, {"calibration_share": 0.6}, "^calibration_share=0.6 must be 0.5 or less"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe, changes, said", REFUSED.values(), ids=REFUSED)
-def test_what_is_not_possible_is_refused_in_one_line_with_its_path_and_value(recipe, changes, said):
+def test_what_is_not_possible_is_refused_in_one_line_with_its_name_and_value(recipe, changes, said):
     with pytest.raises(PteeError, match=said) as refusal:
         make_recipe(recipe, changes)
     assert "\n" not in str(refusal.value)
@@ -265,3 +265,27 @@ def test_in_a_run_s_recipe_that_is_changed_what_depends_on_the_change_follows_it
 def test_a_value_of_its_own_stays_when_something_else_is_changed(tmp_path):
     run = in_run(make_recipe(None, {"lr": 0.5}), tmp_path)
     assert make_recipe(run, {"optimizer": "adam"}).training.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_drop": 2}, "max_drop=2 must be below 1."),
+        ({"thresholds.max_drop": 2}, "thresholds.max_drop=2 must be below 1."),
+        ({"max_drop": 0.1, "thresholds.max_cost": 0.2}, "max_drop=0.1 and thresholds.max_cost=0.2 are given"),
+        ({"lr": -1}, "lr=-1 must be above 0."),
+        ({"num_exits": "x"}, "num_exits='x' must be a whole number"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda given: make_recipe(None, given), make_recipe().with_settings])
+def test_an_error_names_a_setting_as_the_caller_did(given, said, make):
+    with pytest.raises(PteeError) as why:
+        make(given)
+    assert str(why.value).startswith(said)
+    assert why.value.argument == next(iter(given))
+
+
+def test_what_a_file_says_is_named_by_its_path_though_the_caller_gives_another_setting(tmp_path):
+    (tmp_path / "r.yaml").write_text("thresholds: {max_drop: 2}")
+    with pytest.raises(PteeError, match=r"^thresholds\.max_drop=2 must"):
+        make_recipe(tmp_path / "r.yaml", {"epochs": 3})
