@@ -180,7 +180,7 @@ def bench(**o: Any) -> None:
     import torch
 
     from ptee._common.devices import resolve_device
-    from ptee.evaluation.benchmark import bench as measure
+    from ptee.timing.benchmark import bench as measure
 
     device, recipe = resolve_device(o["device"]), _recipe_of_exits(o)
     if o["threads"]:

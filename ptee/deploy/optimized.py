@@ -20,10 +20,9 @@ from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter, require_eval
 from ptee.model.images import wrong_size, wrong_type
-from ptee.model.thresholds import Thresholds
+from ptee.model.thresholds import NEVER, Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
-NEVER = 2.0  # a threshold that no confidence reaches
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
