@@ -26,9 +26,10 @@ from ptee.analysis.freezing import modes, set_modes
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
+from ptee.evaluation.candidates import can_blend
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.evaluation.config import DropsConfig
-from ptee.evaluation.targets import Solution, can_blend, curve, truncation
+from ptee.evaluation.targets import Solution, curve, truncation
 from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence

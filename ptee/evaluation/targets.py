@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
+from ptee.evaluation.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.evaluation.config import ThresholdsConfig
-from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective, search
+from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective
 from ptee.evaluation.traces import Score, Traces
-from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
-from ptee.exits.confidence import CONFIDENCES, LEARNED
-from ptee.exits.config import AUTO
+from ptee.exits.blend import OWN, Blend, Exits
+from ptee.exits.confidence import LEARNED
 
 EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
 WORDS = {
@@ -28,7 +28,6 @@ WORDS = {
     "max_cost": "a mean cost of at most {:g}",
 }
 DEFAULTS = ThresholdsConfig()
-FOLDS = 4  # of the cross-validation that estimates the margin "auto"
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
 PERCENTAGE = 10  # a threshold above it was meant as a percentage
 Margin = float | Literal["auto"]
@@ -96,6 +95,7 @@ class Solution:
         samples: number of images.
         margin: how much of the target's limit was kept in reserve for other images.
         blend: the weights of blended answers; None if each exit answers by itself.
+        unit: what the time is a fraction of, in words; empty if the cost was counted.
     """
 
     target: Target
@@ -106,11 +106,17 @@ class Solution:
     samples: int
     margin: float = 0.0
     blend: Blend | None = None
+    unit: str = ""
 
     @property
     def cost(self) -> float:
-        """Mean cost."""
+        """Mean cost, counted."""
         return self.score.cost
+
+    @property
+    def price(self) -> float:
+        """What is to be as low as possible: the time if it was measured, else the cost."""
+        return self.score.price
 
     @property
     def drop(self) -> float | None:
@@ -145,11 +151,17 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{reserve}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f}."
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}."
         )
 
     @property
+    def _time(self) -> str:
+        return "" if self.score.time is None else f", expected time {self.score.time:.4f} of {self.unit}"
+
+    @property
     def _chosen(self) -> str:
+        if len(self.off) == len(self.threshold) and self.unit:
+            return f"all exits off, because nothing within the target is faster than the bare backbone: {self.unit}."
         if len(self.off) == len(self.threshold):
             return "all exits off, because none of them pays; the backbone answers every image."
         off = " Exits that are off do not pay, and the cost is without their heads." if self.off else ""
@@ -188,69 +200,19 @@ def solve(
     Raises:
         PteeError: if the target cannot be met; the message says what can.
     """
-    return _solved(_candidates(traces, target, answers), target, one_threshold, margin)
+    return _solved(ways_to_answer(traces, target.kind, answers), target, one_threshold, margin)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """Traces to choose thresholds on, while these exits are on (None: any), of own answers or of a blend."""
-
-    traces: Traces
-    on: Exits | None = None
-    blend: Blend | None = None
-
-
-def _candidates(traces: Traces, target: Target, answers: str) -> list[list[_Candidate]]:
-    """Each kind of answers that may be chosen."""
-    small = replace(traces, logits=None, confidence_logits=None)
-    own = [_Candidate(small)]
-    if answers == OWN or (answers == AUTO and not can_blend(traces)):
-        return [own]
-    _require_blendable(traces)
-    blended = _cross_fitted(traces, small, None if target.kind == "max_fidelity_drop" else traces.targets)
-    return [own, blended] if answers == AUTO else [blended]
+def _solved(kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
+    """The best solution; where times are known, never one that is slower than the one by multiply-accumulates."""
+    best = _of_all_kinds(kinds, target, one_threshold, margin)
+    if kinds[0][0].traces.times is None or target.kind == "max_cost":
+        return best
+    counted = [[replace(candidate, counted=True) for candidate in kind] for kind in kinds]
+    return min(best, _of_all_kinds(counted, target, one_threshold, margin), key=lambda s: s.price)
 
 
-def can_blend(traces: Traces) -> bool:
-    """Whether these traces hold what blended answers and their confidence are computed from."""
-    reads_earlier = CONFIDENCES[traces.confidence_name].needs_answers_of_earlier_exits
-    return traces.logits is not None and not reads_earlier and traces.answers.shape[1] >= 2 * FOLDS
-
-
-def _require_blendable(traces: Traces) -> None:
-    """Refuse traces that blended answers cannot be computed from."""
-    images = traces.answers.shape[1]
-    if images < 2 * FOLDS:
-        text = f" need {2 * FOLDS} images at least to fit weights to, and there are {images}. Give more images, or "
-    elif not can_blend(traces):
-        text = f" cannot be given: the confidence {traces.confidence_name!r} needs the exits' own answers. Set another, or give "
-    else:
-        return
-    raise PteeError(Argument("answers", "'blended'"), text, Argument("answers", "'own'"), ".", argument="answers")
-
-
-def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list[_Candidate]:
-    """Blended answers of each choice of exits. The weights for an image are fitted to others, so they do not flatter."""
-    logits, exits = traces.logits, traces.exits
-    assert logits is not None
-    fold = torch.arange(logits.shape[1], device=logits.device) % FOLDS
-    parts = [(logits[:, fold != f], None if targets is None else targets[fold != f]) for f in range(FOLDS)]
-    blends = [fit_blend(*part) for part in parts]
-    # Equal weights have another scale than fitted ones, and thresholds of one do not fit the other: it is one or the other.
-    if because := next((blend.remark for blend in blends if blend.remark), ""):
-        blends = [fit_blend(*part, because) for part in parts]
-    whole = fit_blend(logits, targets, because)
-    found = [_Candidate(small, ())]  # the bare backbone
-    for on in subsets(exits)[1:] if exits <= MAX_EXITS else [tuple(range(exits))]:
-        answers, h = traces.answers.clone(), traces.confidence.clone()
-        for f, blend in enumerate(blends):
-            part = traces.rows(fold == f).blended(blend, on)
-            answers[:, fold == f], h[:, fold == f] = part.answers, part.confidence
-        found.append(_Candidate(replace(small, answers=answers, confidence=h, own=small.answers), on, whole))
-    return found
-
-
-def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
+def _of_all_kinds(kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin) -> Solution:
     """The best solution of all kinds of answers.
 
     A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
@@ -262,11 +224,11 @@ def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bo
         largest = max(solution.margin for solution in found)
         best = max(found, key=lambda s: s.margin)  # stays within the limit, whatever becomes of the others
         found = [best, *_each_kind(kinds, target, one_threshold, largest)[0]]
-    return min(found, key=lambda s: s.cost if target.kind != "max_cost" else -s.score.merit)
+    return min(found, key=lambda s: s.price if target.kind != "max_cost" else -s.score.merit)
 
 
 def _each_kind(
-    kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin
+    kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin
 ) -> tuple[list[Solution], list[PteeError]]:
     """The solutions with each kind of answers, and why others have none."""
     found: list[Solution] = []
@@ -282,20 +244,20 @@ def _each_kind(
     return found, failed
 
 
-def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
+def _within(candidates: list[Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
     """The best solution whose mean loss, or cost, is within the limit less a margin."""
     first = candidates[0].traces
-    require_reachable(target, min(_costs_alone(first)), margin)
+    require_reachable(target, min(_alone(first)), margin)
     limit, limited = target.limit - margin, "cost" if target.kind == "max_cost" else "loss"
-    best: tuple[Choice, Problem, _Candidate] | None = None
+    best: tuple[Choice, Problem, Candidate] | None = None
     for candidate in candidates:
         traces = candidate.traces
         problem = Problem(
             traces.confidence[:-1], _loss(traces, target), traces.costs_where, limited=limited, limit=limit
         )
-        choice = search(problem, one_threshold, candidate.on)
-        if choice is not None and (best is None or objective(problem, choice) < objective(problem, best[0])):
-            best = choice, problem, candidate
+        for choice in searched(candidate, problem, one_threshold):
+            if best is None or objective(problem, choice) < objective(problem, best[0]):
+                best = choice, problem, candidate
     if best is None:
         raise _unreachable(target, candidates)
     choice, problem, candidate = best
@@ -304,18 +266,19 @@ def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, m
     off = tuple(n for n in range(first.exits) if n not in on)
     threshold = tuple(problem.thresholds(choice.taken, one_threshold))
     score = candidate.traces.score(candidate.traces.leaving(threshold), off)
-    bare = replace(first.alone.score_at(first.exits), cost=1.0)
-    return Solution(target, threshold, off, score, bare, problem.images, margin, candidate.blend)
+    bare = replace(first.alone.score_at(first.exits), cost=1.0, time=None if first.times is None else 1.0)
+    unit = "" if first.times is None else first.times.unit
+    return Solution(target, threshold, off, score, bare, problem.images, margin, candidate.blend, unit)
 
 
-def _unreachable(target: Target, candidates: list[_Candidate]) -> PteeError:
+def _unreachable(target: Target, candidates: list[Candidate]) -> PteeError:
     text = " cannot be met: too many confidences are NaN. Train the heads again."
     if target.limit < 0:
         text = " cannot be met: the answers of the exits gain less than that on these images. Ask for a smaller gain, or for no reserve (margin 0)."
     return PteeError(target.argument, text, argument=target.kind, value=target.limit)
 
 
-def _with_reserve(candidates: list[_Candidate], target: Target, one_threshold: bool) -> Solution:
+def _with_reserve(candidates: list[Candidate], target: Target, one_threshold: bool) -> Solution:
     """Keep in reserve what the thresholds lose more on images that they were not chosen on.
 
         reserve = min(max(optimism, 0), |limit|)
@@ -331,10 +294,10 @@ def _with_reserve(candidates: list[_Candidate], target: Target, one_threshold: b
         solutions.append(_within(candidates, target, one, margin=reserve))
         if optimism <= abs(target.limit):  # else even the whole limit in reserve is too little
             safe.append(solutions[-1])
-    return min(safe or solutions[:1], key=lambda s: s.cost)
+    return min(safe or solutions[:1], key=lambda s: s.price)
 
 
-def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool) -> float:
+def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) -> float:
     """How much more than the limit is lost on images that the thresholds were not chosen on, by cross-validation.
 
     optimism = (1/n) sum_i loss_i(thresholds chosen on the folds without image i) - limit
@@ -411,7 +374,17 @@ def truncation(traces: Traces) -> tuple[Score, ...]:
     """For each exit, the score of the network cut off there: the only heads are its own and those that it reads."""
     alone = replace(traces, confidence_name=LEARNED)  # no confidence is needed
     scores = [traces.score_at(n) for n in range(traces.exits)]
-    return tuple(replace(score, cost=cost) for score, cost in zip(scores, _costs_alone(alone), strict=True))
+    counted, times = _costs_alone(alone), [None] * traces.exits if traces.times is None else _times_alone(alone)
+    return tuple(replace(s, cost=c, time=t) for s, c, t in zip(scores, counted, times, strict=True))
+
+
+def _alone(traces: Traces) -> list[float]:
+    """(E) the price of leaving at each exit while all others are off."""
+    return _costs_alone(traces) if traces.times is None else _times_alone(traces)
+
+
+def _times_alone(traces: Traces) -> list[float]:
+    return [traces.time(traces.at(n), [m for m in range(traces.exits) if m != n]) or 0.0 for n in range(traces.exits)]
 
 
 def _costs_alone(traces: Traces) -> list[float]:
@@ -430,10 +403,10 @@ def curve(
     kind = "max_fidelity_drop" if traces.targets is None else "max_drop"
     targets = [Target.given(ThresholdsConfig(**{kind: drop})) for drop in drops]
     found: dict[Target, Solution] = {}
-    kinds = _candidates(traces, targets[0], answers)
+    kinds = ways_to_answer(traces, targets[0].kind, answers)
     for target in sorted(targets, key=lambda target: target.limit):
         own = _solved(kinds, target, one_threshold, "auto")
-        best = min([own, *found.values()], key=lambda s: s.cost)
+        best = min([own, *found.values()], key=lambda s: s.price)
         reserve = target.limit - best.target.limit + best.margin
         found[target] = own if best is own else replace(best, target=target, margin=reserve)
     return tuple(found[target] for target in targets)
