@@ -162,7 +162,8 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 
 
 @command()
-@in_groups(options.NETWORK, options.EXITS)
+@click.argument("run", type=RunName(), required=False)
+@in_groups(options.NETWORK, options.EXITS, options.DATA)
 @option(
     "--batch-sizes",
     type=Numbers(int, "1,32"),
@@ -172,21 +173,47 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 )
 @option("--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="How often each is timed, in turns.")
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
+@option(
+    "--executor",
+    help="Of a RUN: hooks, eager, graphs, compile; several separated by commas. Default: hooks, and eager on a CPU or graphs on a GPU.",
+)
+@option("--save", is_flag=True, help="Keep the times of the pieces in RUN, for --cost time.")
 @options.DEVICE
 @options.EXPLAIN
 @options.JSON
-def bench(**o: Any) -> None:
-    """Time a model with untrained exits beside its bare backbone: what leaving saves, what staying costs."""
+def bench(run: str | None, **o: Any) -> None:
+    """Time a saved RUN, or a model with untrained exits (--model), beside its bare backbone: what leaving saves, what staying costs.
+
+    Of a RUN, each piece is measured, too.
+    """
     import torch
 
     from ptee._common.devices import resolve_device
     from ptee.timing.benchmark import bench as measure
 
-    device, recipe = resolve_device(o["device"]), _recipe_of_exits(o)
+    device = resolve_device(o["device"])
+    if run is not None:
+        _bench_run(run, o, device)
+        return
+    for name in ("executor", "save"):
+        if o[name]:
+            raise PteeError(Argument(name), " is about a saved run. Give its folder, too: ptee bench RUN.")
+    recipe = _recipe_of_exits(o)
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     model = _untrained(_backbone(o), recipe).to(device)
     _show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
+
+
+def _bench_run(run: str, o: dict[str, Any], device: Any) -> None:
+    from ptee.pipeline.timed_run import bench_saved
+
+    if o["model"] is not None:
+        raise PteeError("Both a RUN and ", Argument("model", o["model"]), " are given. Give one of them.")
+    executors = o["executor"] or ("hooks,graphs" if device.type == "cuda" else "hooks,eager")
+    names = [name.strip() for name in executors.split(",")]
+    how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
+    _show(bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, **how), o)
 
 
 @command()

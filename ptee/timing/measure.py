@@ -1,0 +1,321 @@
+"""Measures the pieces of a model: the backbone from one exit to the next, and each head with its decision.
+
+One pass gives all of them. The clock is looked at before and behind each head (on an NVIDIA GPU by events, which the GPU notes
+itself), while nobody leaves. All executors and numbers of rows are measured in turns, and medians are taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ptee import __version__
+from ptee._common.devices import wait
+from ptee._common.errors import Argument, PteeError, unknown
+from ptee.deploy.capture import example_images
+from ptee.deploy.optimized import OptimizedModel, optimize
+from ptee.deploy.recording import Graphs
+from ptee.exits.blend import OWN
+from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.forward import ExitEarly, one_parameter, running
+from ptee.model.thresholds import NEVER
+from ptee.timing.times import (
+    COMPILE,
+    EXECUTORS,
+    GRAPHS,
+    HOOKS,
+    LARGEST_BATCH,
+    Measured,
+    Times,
+    device_name,
+    sizes_to_measure,
+)
+
+LONG_ENOUGH = 0.02  # seconds of one measurement
+MOST_REPEATS = 50
+MAX_SECONDS = 120.0  # after that no further round begins
+Call = Callable[[], Any]
+Mark = Callable[[], None]
+
+
+class Laps:
+    """Looks at the clock whenever it is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[Any] = []
+
+    def __call__(self) -> None:
+        """Look now; on an NVIDIA GPU, when it has come so far."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self._marks.append(event)
+        else:
+            wait(self.device)
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Between each look and the next."""
+        wait(self.device)
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self.device.type == "cuda":
+            return [one.elapsed_time(two) / 1000 for one, two in pairs]
+        return [two - one for one, two in pairs]
+
+
+class _Timed(ExitEarly):
+    """A call in which nobody leaves, and which marks the times before and behind each head."""
+
+    mark: Mark
+
+    def _pass(self, n: int, output: Any) -> Any:
+        self.mark()
+        try:
+            return super()._pass(n, output)
+        finally:
+            self.mark()
+
+
+def hook_laps(model: EarlyExitModel, x: Tensor, mark: Mark) -> None:
+    """What `predict` does while nobody leaves.
+
+    Marks: the beginning, the beginning of the backbone, before and behind each head, the end of the backbone, and the end.
+    """
+    mark()
+    model.require_ready(x)
+    never = model.thresholds_of_call([NEVER] * len(model.exits), len(x))
+    call = _Timed(model.exit_hooks, list(model.heads), model.plan, len(x), model.rule, never)
+    call.mark = mark
+    with running(call):
+        mark()
+        answer = call.forward(model.backbone, x)
+        mark()
+    call.result(answer)
+    mark()
+
+
+def measure(
+    model: EarlyExitModel,
+    batch_sizes: Sequence[int] = (1, 32),
+    executors: Sequence[str] | None = None,
+    *,
+    rounds: int = 7,
+    seconds: float = MAX_SECONDS,
+) -> Times:
+    """Measure the pieces of a model, with all exits on, where it is and in its number type.
+
+    Args:
+        model: in eval mode.
+        batch_sizes: the largest of them says up to how many rows is measured.
+        executors: "hooks" (`model.predict`), "eager", "graphs", "compile" (of `ptee.optimize`). None: hooks, and graphs on an
+            NVIDIA GPU.
+        rounds: how often each is measured.
+        seconds: after that no further round begins, but three are measured in any case.
+
+    Raises:
+        PteeError: if an executor or a batch size is not possible.
+    """
+    require_early_exit(model)
+    device = one_parameter(model.backbone).device
+    wanted = checked_executors(executors or ((HOOKS, GRAPHS) if device.type == "cuda" else (HOOKS,)))
+    rows = sizes_to_measure(checked_sizes(batch_sizes))
+    view = all_on(model)
+    runs = {name: _run_of(name, view, rows[-1]) for name in wanted}
+    images = {n: example_images(view, n) for n in rows}
+    laps = {(name, n): runs[name].laps(images[n]) for n in rows for name in wanted}
+    found = _in_turns(
+        laps | {("", n): [partial(_bare_laps, view.backbone, images[n])] for n in rows}, device, rounds, seconds
+    )
+    like = one_parameter(view.backbone)
+    return Times(
+        device=device.type,
+        device_name=device_name(device),
+        threads=torch.get_num_threads(),
+        torch_version=torch.__version__,
+        ptee_version=__version__,
+        dtype=str(like.dtype).removeprefix("torch."),
+        backbone=view.plan.backbone,
+        exits=tuple(e.name for e in view.exits),
+        heads=tuple(e.head for e in view.exits),
+        rows=tuple(rows),
+        eager=tuple(found["", n][0][0] for n in rows),
+        executors=tuple(_measured(name, [runs[name].parts(found[name, n]) for n in rows]) for name in wanted),
+    )
+
+
+def checked_executors(names: Iterable[str]) -> list[str]:
+    """Each once, in order."""
+    for name in names:
+        if name not in EXECUTORS:
+            raise unknown("executor", name, EXECUTORS, argument="executor")
+    return list(dict.fromkeys(names))
+
+
+def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
+    """Sizes of batches that can be timed."""
+    for b in batch_sizes:
+        if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= LARGEST_BATCH:
+            raise PteeError(
+                f"A batch of {b} images cannot be timed. Give sizes of 1 to {LARGEST_BATCH}, such as ",
+                Argument("batch_sizes", "[1, 32]"), ".", argument="batch_sizes", value=batch_sizes,
+            )  # fmt: skip
+    return list(batch_sizes)
+
+
+def all_on(model: EarlyExitModel) -> EarlyExitModel:
+    """The same model with all exits on and own answers; the one that was given stays as it is."""
+    view = copy.copy(model)
+    view.answers = OWN
+    view.off = ()
+    return view
+
+
+# ---------------------------------------------------------------------------------------------------- executors
+
+
+class _Parts:
+    """(seconds of the bare backbone, of a call beside its pieces, of E+1 pieces of the backbone, of E heads)."""
+
+    def __init__(self, bare: float, call: float, segments: list[float], heads: list[float]) -> None:
+        self.bare, self.call, self.segments, self.heads = bare, call, segments, heads
+
+
+class _Hooks:
+    """The model as it is, and the bare backbone as it is."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self.model = model
+
+    def laps(self, x: Tensor) -> list[Callable[[Mark], Any]]:
+        return [
+            partial(_bare_laps, self.model.backbone, x),
+            partial(hook_laps, self.model, x),
+        ]
+
+    def parts(self, found: list[list[float]]) -> _Parts:
+        (bare,), (before, *pieces, after) = found
+        return _Parts(bare, before + after, pieces[0::2], pieces[1::2])
+
+
+class _Optimized:
+    """The model in pieces, and the bare backbone by the same means."""
+
+    def __init__(self, model: EarlyExitModel, mode: str, most: int) -> None:
+        self.fast: OptimizedModel = optimize(model, max_batch=most, mode=mode)
+        self.bare = bare_by(mode, model)
+
+    def laps(self, x: Tensor) -> list[Callable[[Mark], Any]]:
+        self.fast.warm_up([len(x)])
+        return [
+            partial(_whole_laps, self.bare(x)),
+            partial(self.fast.laps, x),
+            partial(self.fast.laps_without_heads, x),
+        ]
+
+    def parts(self, found: list[list[float]]) -> _Parts:
+        (bare,), (before, *pieces, after), segments = found
+        heads = [max(whole - own, 0.0) for whole, own in zip(pieces[:-1], segments[:-1], strict=True)]
+        return _Parts(bare, before + after, segments, heads)
+
+
+def _run_of(name: str, model: EarlyExitModel, most: int) -> _Hooks | _Optimized:
+    return _Hooks(model) if name == HOOKS else _Optimized(model, name, most)
+
+
+def bare_by(executor: str, model: EarlyExitModel) -> Callable[[Tensor], Call]:
+    """For images, what runs the bare backbone by an executor: as it is, in one CUDA graph, or as torch.compile makes it."""
+    if executor not in (GRAPHS, COMPILE):
+        return lambda x: partial(model.backbone, x)
+    bare = copy.deepcopy(model).detach()  # its hooks would be compiled, too
+    return partial(_in_a_graph if executor == GRAPHS else _compiled, bare)
+
+
+def _in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
+    """It takes images and gives answers away."""
+    static = x.clone(memory_format=torch.preserve_format)
+    with torch.no_grad():
+        answer, replay = Graphs().record(lambda: backbone(static))
+
+    def call() -> Tensor:
+        static.copy_(x)
+        replay()
+        return answer.clone()
+
+    return call
+
+
+def _compiled(backbone: nn.Module, x: Tensor) -> Call:
+    fast = torch.compile(backbone, mode="reduce-overhead" if x.is_cuda else None, dynamic=False)
+    return lambda: fast(x).clone()
+
+
+# ---------------------------------------------------------------------------------------------------- in turns
+
+
+def _bare_laps(backbone: nn.Module, x: Tensor, mark: Mark) -> None:
+    _whole_laps(partial(backbone, x), mark)
+
+
+def _whole_laps(call: Call, mark: Mark) -> None:
+    mark()
+    call()
+    mark()
+
+
+def _in_turns(
+    calls: dict[Any, list[Callable[[Mark], Any]]], device: torch.device, rounds: int, seconds: float
+) -> dict[Any, list[list[float]]]:
+    """For each key and each of its calls, the medians of its laps. A first round is not counted."""
+    every = [(key, i, call) for key, of_key in calls.items() for i, call in enumerate(of_key)]
+    times: dict[Any, list[list[float]]] = {(key, i): [] for key, i, _ in every}
+    begun, repeats = time.perf_counter(), dict.fromkeys(times, 1)
+    with (
+        torch.no_grad(),
+        tqdm(total=(rounds + 1) * len(every), desc="measuring pieces", leave=False, disable=None) as bar,
+    ):
+        for i in range(rounds + 1):
+            for key, k, call in every:
+                laps = _repeated(call, device, repeats[key, k])
+                repeats[key, k] = max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(sum(laps), 1e-6))))
+                if i:
+                    times[key, k].append(laps)
+                bar.update()
+            if i >= 3 and time.perf_counter() - begun > seconds:
+                break
+    return {key: [_medians(times[key, k]) for k in range(len(of_key))] for key, of_key in calls.items()}
+
+
+def _repeated(call: Callable[[Mark], Any], device: torch.device, repeats: int) -> list[float]:
+    """The laps of a call, the mean of some."""
+    every = []
+    for _ in range(repeats):
+        laps = Laps(device)
+        wait(device)
+        call(laps)
+        every.append(laps.seconds())
+    return [statistics.mean(lap) for lap in zip(*every, strict=True)]
+
+
+def _medians(rounds: list[list[float]]) -> list[float]:
+    return [statistics.median(lap) for lap in zip(*rounds, strict=True)]
+
+
+def _measured(executor: str, parts: list[_Parts]) -> Measured:
+    segments = zip(*(p.segments for p in parts), strict=True)
+    heads = zip(*(p.heads for p in parts), strict=True)
+    return Measured(
+        executor=executor,
+        bare=tuple(p.bare for p in parts),
+        call=tuple(p.call for p in parts),
+        segments=tuple(segments),
+        heads=tuple(heads),
+    )
