@@ -138,6 +138,7 @@ def tune(run: str, **o: Any) -> None:
     help="Which lines each run gets in the table; fewer make a short table of many runs.",
 )
 @option("--html", "page", type=Place(), help="Draw accuracy against cost on a page: curve.html.")
+@in_groups(*options.TIME_OPTIONS)
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:
     """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
@@ -145,15 +146,18 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     from ptee.evaluation import report
+    from ptee.pipeline.recipe import make_recipe
     from ptee.pipeline.saved_run import compare_runs, open_run
 
     if o["page"] is not None:
         report.require_page(o["page"])
+    by = make_recipe(None, given_settings(o)).thresholds
     opened = {name: open_run(folder, **_where(o)) for name, folder in _names_of(run).items()}
     static, lines = _static(o["static"]), [name.strip() for name in o["lines"].split(",")]
     log = partial(click.echo, err=o["as_json"])
     with next(iter(opened.values())).threads():
-        found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **_how(o))
+        how = _how(o) | {"cost": by.cost, "at_batch": by.at_batch}
+        found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **how)
     log("")
     _show(found, o)
     if o["page"] is not None:

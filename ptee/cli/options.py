@@ -284,12 +284,14 @@ TARGET_OPTIONS = (
     setting("thresholds.max_fidelity_drop"),
     setting("thresholds.max_cost"),
 )
+TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"))
 THRESHOLDS = option_group(
     "Confidence and thresholds",
     setting("confidence.name"),
     setting("confidence.question"),
     setting("thresholds.threshold"),
     *TARGET_OPTIONS,
+    *TIME_OPTIONS,
 )
 TARGET = option_group(
     "Target (give one)",
@@ -297,6 +299,7 @@ TARGET = option_group(
     setting("thresholds.one_threshold", is_flag=True, default=None),
     setting("thresholds.margin"),
     setting("thresholds.answers"),
+    *TIME_OPTIONS,
 )
 DEVICE = option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")
 SPEED = option(

@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, RunError
 from ptee.data.batches import batches, split_batch
 from ptee.deploy.manifest import MANIFEST
-from ptee.exits.times import BatchTimes
 from ptee.model import saving
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.saved_run import FEW_MACS, load_run, open_run
 from ptee.timing.measure import checked_sizes, measure
 from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
-from ptee.timing.times import Times, read_times, save_times
+from ptee.timing.times import save_times
 
 Log = Callable[[str], None]
 
@@ -98,16 +96,3 @@ def some_images(data: Any) -> Tensor:
     chosen = torch.utils.data.Subset(data, range(0, len(data), step))
     loader: Any = batches(chosen, batch_size=128, shuffle=False, num_workers=0)
     return torch.cat([split_batch(batch)[0] for batch in islice(loader, MOST_IMAGES)])[:MOST_IMAGES]
-
-
-def times_of(run: str, model: EarlyExitModel, device: Any, batch: int) -> BatchTimes:
-    """The times that a run keeps, for batches of one size.
-
-    Raises:
-        RunError: if it keeps none, or those of other exits or of another device.
-    """
-    if not Path(run).is_dir():
-        raise RunError(f"There is no folder {run}. Times are kept in a run on this disk.")
-    times: Times = read_times(Path(run))
-    times.require_of(model, resolve_device(device), f"{run}/times.json")
-    return times.at(batch)

@@ -10,6 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,13 @@ from tqdm.auto import tqdm
 from ptee import __version__
 from ptee._common.devices import wait
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
 from ptee.deploy.optimized import OptimizedModel, optimize
 from ptee.deploy.recording import Graphs
 from ptee.exits.blend import OWN
+from ptee.exits.front import Prepare
+from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
 from ptee.model.thresholds import NEVER
@@ -35,8 +39,10 @@ from ptee.timing.times import (
     LARGEST_BATCH,
     Measured,
     Times,
+    between,
     device_name,
     sizes_to_measure,
+    unit_of,
 )
 
 LONG_ENOUGH = 0.02  # seconds of one measurement
@@ -126,12 +132,15 @@ def measure(
     """
     require_early_exit(model)
     device = one_parameter(model.backbone).device
-    wanted = checked_executors(executors or ((HOOKS, GRAPHS) if device.type == "cuda" else (HOOKS,)))
+    wanted = checked_executors(executors or (HOOKS,))
     rows = sizes_to_measure(checked_sizes(batch_sizes))
     view = all_on(model)
     runs = {name: _run_of(name, view, rows[-1]) for name in wanted}
+    if executors is None and device.type == "cuda":
+        with suppress(PteeError):  # if the model cannot be taken apart
+            runs[GRAPHS] = _run_of(GRAPHS, view, rows[-1])
     images = {n: example_images(view, n) for n in rows}
-    laps = {(name, n): runs[name].laps(images[n]) for n in rows for name in wanted}
+    laps: dict[Any, Any] = {(name, n): run.laps(images[n]) for n in rows for name, run in runs.items()}
     found = _in_turns(
         laps | {("", n): [partial(_bare_laps, view.backbone, images[n])] for n in rows}, device, rounds, seconds
     )
@@ -148,7 +157,7 @@ def measure(
         heads=tuple(e.head for e in view.exits),
         rows=tuple(rows),
         eager=tuple(found["", n][0][0] for n in rows),
-        executors=tuple(_measured(name, [runs[name].parts(found[name, n]) for n in rows]) for name in wanted),
+        executors=tuple(_measured(name, [runs[name].parts(found[name, n]) for n in rows]) for name in runs),
     )
 
 
@@ -177,6 +186,31 @@ def all_on(model: EarlyExitModel) -> EarlyExitModel:
     view.answers = OWN
     view.off = ()
     return view
+
+
+def measure_static(network: Backbone, model: EarlyExitModel, device: torch.device, batch: int) -> BatchTimes:
+    """The times of a smaller network as the first exit of a cascade, whose second part is the bare backbone of a model."""
+    prepare = Prepare(model.origin.input, network.input).to(device)
+    home, other = (one_parameter(module).device for module in (model.backbone, network.module))
+    small, rows = network.module.to(device).eval(), sizes_to_measure([batch])
+    model.to(device)
+    try:
+        images = {n: example_images(model, n) for n in rows}
+        like = one_parameter(small)
+        calls: dict[Any, list[Callable[[Mark], Any]]] = {
+            n: [
+                partial(_bare_laps, model.backbone, images[n]),
+                partial(_prepared_laps, small, prepare, images[n], like.dtype),
+            ]
+            for n in rows
+        }
+        found = _in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
+    finally:
+        model.to(home)
+        network.module.to(other)
+    bare, head = (between(rows, [found[n][i][0] for n in rows], batch) for i in (0, 1))
+    unit = unit_of(HOOKS, batch, device.type)
+    return BatchTimes(torch.stack([torch.zeros_like(bare), bare]) / bare[-1], head[None] / bare[-1], 0.0, unit)
 
 
 # ---------------------------------------------------------------------------------------------------- executors
@@ -263,6 +297,12 @@ def _compiled(backbone: nn.Module, x: Tensor) -> Call:
 
 def _bare_laps(backbone: nn.Module, x: Tensor, mark: Mark) -> None:
     _whole_laps(partial(backbone, x), mark)
+
+
+def _prepared_laps(network: nn.Module, prepare: nn.Module, x: Tensor, dtype: torch.dtype, mark: Mark) -> None:
+    mark()
+    network(prepare(x).to(dtype))
+    mark()
 
 
 def _whole_laps(call: Call, mark: Mark) -> None:

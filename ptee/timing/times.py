@@ -6,7 +6,7 @@ A run may come from a stranger, so the file is checked as it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,6 +102,10 @@ class Times(FrozenConfig):
                 raise PteeError(f"the bare backbone took no time by {m.executor}.")
         return self
 
+    def to_json(self) -> str:
+        """The text of the file."""
+        return f"{to_json(self.model_dump(mode='json'))}\n"
+
     def by(self, executor: str | None = None) -> Measured:
         """What one executor took. None: the fastest way that `ptee` has there, CUDA graphs on a GPU and hooks elsewhere."""
         there = {m.executor: m for m in self.executors}
@@ -125,23 +129,12 @@ class Times(FrozenConfig):
                 f"RUN --batch-sizes {batch} --save", argument="at_batch", value=batch,
             )  # fmt: skip
         m = self.by(executor)
-        bare = self._between(m.bare, batch)[-1].item()
+        bare = between(self.rows, m.bare, batch)[-1].item()
         segments, heads = (
-            torch.stack([self._between(t, batch) for t in rows]) / bare for rows in (m.segments, m.heads)
+            torch.stack([between(self.rows, t, batch) for t in rows]) / bare for rows in (m.segments, m.heads)
         )
-        call = self._between(m.call, batch)[-1].item() / bare
-        unit = f"the bare backbone's time ({m.executor}, batch {batch}, {self.device})"
-        return BatchTimes(segments, heads, call, unit)
-
-    def _between(self, seconds: Row, batch: int) -> Tensor:
-        """(b+1,) the seconds for 0 to b rows: none for 0, and straight lines between those that were measured."""
-        wanted = torch.arange(batch + 1, dtype=torch.float64, device="cpu")
-        known = torch.tensor([0, *self.rows], dtype=torch.float64, device="cpu")
-        values = torch.tensor([0, *seconds], dtype=torch.float64, device="cpu")
-        right = torch.searchsorted(known, wanted).clamp(1)
-        left = right - 1
-        share = (wanted - known[left]) / (known[right] - known[left])
-        return values[left] + share * (values[right] - values[left])
+        call = between(self.rows, m.call, batch)[-1].item() / bare
+        return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device))
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
         """Refuse times of other exits, another number type or another kind of device than a model has now.
@@ -166,6 +159,22 @@ class Times(FrozenConfig):
                 raise PteeError(f"{where} was measured with {name} {words[0]}, and here it is {words[1]}. {AGAIN}")
 
 
+def unit_of(executor: str, batch: int, device: str) -> str:
+    """What a time is a fraction of, in words."""
+    return f"the bare backbone's time ({executor}, batch {batch}, {device})"
+
+
+def between(rows: Sequence[int], seconds: Sequence[float], batch: int) -> Tensor:
+    """(b+1,) the seconds for 0 to b rows: none for 0, and straight lines between those that were measured."""
+    wanted = torch.arange(batch + 1, dtype=torch.float64, device="cpu")
+    known = torch.tensor([0, *rows], dtype=torch.float64, device="cpu")
+    values = torch.tensor([0, *seconds], dtype=torch.float64, device="cpu")
+    right = torch.searchsorted(known, wanted).clamp(1)
+    left = right - 1
+    share = (wanted - known[left]) / (known[right] - known[left])
+    return values[left] + share * (values[right] - values[left])
+
+
 def device_name(device: torch.device) -> str:
     """What the processor or the GPU is called."""
     if device.type == "cuda":
@@ -182,8 +191,7 @@ def device_name(device: torch.device) -> str:
 
 def save_times(times: Times, folder: Path) -> None:
     """Write them into a run: the whole file or nothing."""
-    text = to_json(times.model_dump(mode="json")) + "\n"
-    replace_file(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / FILE, lambda path: path.write_text(times.to_json(), encoding="utf-8"))
 
 
 def read_times(folder: Path) -> Times:
@@ -210,6 +218,17 @@ def read_times(folder: Path) -> Times:
         return Times(**values)
     except PteeError as why:
         raise RunError(f"{file}: {why} {AGAIN}") from why
+
+
+def times_for(folder: Path, model: EarlyExitModel, device: torch.device, batch: int) -> BatchTimes:
+    """The times that a run keeps, for batches of one size.
+
+    Raises:
+        PteeError: if it keeps none, or those of other exits, another number type or another device.
+    """
+    times = read_times(folder)
+    times.require_of(model, device, f"{folder / FILE}")
+    return times.at(batch)
 
 
 def sizes_to_measure(batch_sizes: list[int]) -> list[int]:
