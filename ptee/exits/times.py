@@ -1,9 +1,9 @@
 """What a batch costs in seconds: the sum of its pieces, each at the number of rows that are still there.
 
-    t(batch)  =  call  +  sum_n s_n(N_n)  +  sum_n h_n(N_n) over the heads that run,    N_n ~ Binomial(b, r_n)
+    t(batch)  =  call  +  sum_n s_n(N_n)  +  sum_n h_n(N_n) + m_n(N_n) P_n over the heads that run,    N_n ~ Binomial(b, r_n)
 
 s_n is the backbone from one exit to the next, h_n a head with the decision who leaves, r_n the share of the images that come
-that far. Seconds are not linear in rows: on a GPU, 16 rows take as long as 32. So thresholds are searched with some linear
+that far, m_n what it takes to go on with fewer rows, and P_n the chance that some rows leave and others stay. Seconds are not linear in rows: on a GPU, 16 rows take as long as 32. So thresholds are searched with some linear
 prices, and what was found is compared by the expected time.
 """
 
@@ -38,12 +38,14 @@ class BatchTimes:
         heads: (E, b+1) the head of each exit and its decision.
         call: what a call costs beside its pieces.
         unit: what they are fractions of, in words: "the bare backbone's time (hooks, batch 32, cpu)".
+        moves: (E, b+1) what it takes to go on with fewer rows; None for nothing.
     """
 
     segments: Tensor
     heads: Tensor
     call: float
     unit: str
+    moves: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -65,7 +67,15 @@ class BatchTimes:
         chance = rows.log_prob(torch.arange(self.batch + 1.0, device=come.device).double()[None]).exp()  # (E+1, b+1)
         chance = torch.where(come[:, None] >= 1, torch.eye(self.batch + 1, device=come.device).double()[-1], chance)
         segments, heads = (chance * self.segments).sum(1), (chance[:-1] * self.heads).sum(1)
+        if self.moves is not None:
+            heads = heads + (chance[:-1] * self._some_leave(come) * self.moves).sum(1)
         return self.call + segments.sum().item() + heads[run].sum().item()
+
+    def _some_leave(self, come: Tensor) -> Tensor:
+        """(E, b+1) the chance that of so many rows at an exit some leave and others stay; (E+1,) `come` to each piece."""
+        rows = torch.arange(self.batch + 1, dtype=torch.float64, device=come.device)
+        stay = (come[1:] / come[:-1]).nan_to_num(1)[:, None]
+        return (1 - stay**rows - (1 - stay) ** rows).clamp(min=0)
 
     def at_rows(self, run: Tensor, rows: Sequence[int]) -> float:
         """The time of a batch of which so many rows (E+1,) come to each piece: the limit of what leaving can reach."""

@@ -1,7 +1,7 @@
 """Measures the pieces of a model: the backbone from one exit to the next, and each head with its decision.
 
 One pass gives all of them. The clock is looked at before and behind each head (on an NVIDIA GPU by events, which the GPU notes
-itself), while nobody leaves. All executors and numbers of rows are measured in turns, and medians are taken.
+itself), while nobody leaves. All executors and numbers of rows are measured in turns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from ptee.exits.front import Prepare
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
-from ptee.model.thresholds import NEVER
+from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.timing.times import (
     COMPILE,
     EXECUTORS,
@@ -91,14 +91,19 @@ class _Timed(ExitEarly):
             self.mark()
 
 
-def hook_laps(model: EarlyExitModel, x: Tensor, mark: Mark) -> None:
-    """What `predict` does while nobody leaves.
+def hook_laps(model: EarlyExitModel, x: Tensor, mark: Mark, one_leaves: bool = False) -> None:
+    """What `predict` does while nobody leaves; or while one row leaves at each exit, so that the others are moved.
 
     Marks: the beginning, the beginning of the backbone, before and behind each head, the end of the backbone, and the end.
     """
     mark()
     model.require_ready(x)
-    never = model.thresholds_of_call([NEVER] * len(model.exits), len(x))
+    exits = len(model.exits)
+    thresholds: Any = [NEVER] * exits
+    if one_leaves:
+        thresholds = torch.full((len(x), exits), NEVER, device="cpu")
+        thresholds[:exits].fill_diagonal_(ALWAYS)
+    never = model.thresholds_of_call(thresholds, len(x))
     call = _Timed(model.exit_hooks, list(model.heads), model.plan, len(x), model.rule, never)
     call.mark = mark
     with running(call):
@@ -216,11 +221,14 @@ def measure_static(network: Backbone, model: EarlyExitModel, device: torch.devic
 # ---------------------------------------------------------------------------------------------------- executors
 
 
-class _Parts:
-    """(seconds of the bare backbone, of a call beside its pieces, of E+1 pieces of the backbone, of E heads)."""
+class _Parts(NamedTuple):
+    """Seconds of the bare backbone, of a call beside its pieces, of E+1 pieces of the backbone, of E heads and of E moves."""
 
-    def __init__(self, bare: float, call: float, segments: list[float], heads: list[float]) -> None:
-        self.bare, self.call, self.segments, self.heads = bare, call, segments, heads
+    bare: float
+    call: float
+    segments: list[float]
+    heads: list[float]
+    moves: list[float]
 
 
 class _Hooks:
@@ -233,11 +241,20 @@ class _Hooks:
         return [
             partial(_bare_laps, self.model.backbone, x),
             partial(hook_laps, self.model, x),
+            *([partial(hook_laps, self.model, x, one_leaves=True)] if self._moves(x) else []),
         ]
 
+    def _moves(self, x: Tensor) -> bool:
+        """Whether moving can be measured: there are rows enough, and no pass starts again."""
+        return len(x) > 2 * len(self.model.exits) and not any(cut.steps for cut in self.model.plan.cuts)
+
     def parts(self, found: list[list[float]]) -> _Parts:
-        (bare,), (before, *pieces, after) = found
-        return _Parts(bare, before + after, pieces[0::2], pieces[1::2])
+        (bare,), (before, *pieces, after), *leaving = found
+        heads = pieces[1::2]
+        moves = (
+            [max(m - h, 0.0) for m, h in zip(leaving[0][2::2], heads, strict=False)] if leaving else [0.0] * len(heads)
+        )
+        return _Parts(bare, before + after, pieces[0::2], heads, moves)
 
 
 class _Optimized:
@@ -258,7 +275,7 @@ class _Optimized:
     def parts(self, found: list[list[float]]) -> _Parts:
         (bare,), (before, *pieces, after), segments = found
         heads = [max(whole - own, 0.0) for whole, own in zip(pieces[:-1], segments[:-1], strict=True)]
-        return _Parts(bare, before + after, segments, heads)
+        return _Parts(bare, before + after, segments, heads, [0.0] * len(heads))
 
 
 def _run_of(name: str, model: EarlyExitModel, most: int) -> _Hooks | _Optimized:
@@ -314,39 +331,37 @@ def _whole_laps(call: Call, mark: Mark) -> None:
 def _in_turns(
     calls: dict[Any, list[Callable[[Mark], Any]]], device: torch.device, rounds: int, seconds: float
 ) -> dict[Any, list[list[float]]]:
-    """For each key and each of its calls, the medians of its laps. A first round is not counted."""
+    """For each key and each of its calls, the usual length of its laps. A first round is not counted."""
     every = [(key, i, call) for key, of_key in calls.items() for i, call in enumerate(of_key)]
     times: dict[Any, list[list[float]]] = {(key, i): [] for key, i, _ in every}
     begun, repeats = time.perf_counter(), dict.fromkeys(times, 1)
-    with (
-        torch.no_grad(),
-        tqdm(total=(rounds + 1) * len(every), desc="measuring pieces", leave=False, disable=None) as bar,
-    ):
+    bar = tqdm(total=(rounds + 1) * len(every), desc="measuring pieces", leave=False, disable=None)
+    with torch.no_grad(), bar:
         for i in range(rounds + 1):
             for key, k, call in every:
-                laps = _repeated(call, device, repeats[key, k])
-                repeats[key, k] = max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(sum(laps), 1e-6))))
-                if i:
-                    times[key, k].append(laps)
+                laps = [_laps(call, device) for _ in range(repeats[key, k])]
+                repeats[key, k] = max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(sum(laps[-1]), 1e-6))))
+                times[key, k] += laps if i else []
                 bar.update()
             if i >= 3 and time.perf_counter() - begun > seconds:
                 break
-    return {key: [_medians(times[key, k]) for k in range(len(of_key))] for key, of_key in calls.items()}
+    return {key: [_usual(times[key, k]) for k in range(len(of_key))] for key, of_key in calls.items()}
 
 
-def _repeated(call: Callable[[Mark], Any], device: torch.device, repeats: int) -> list[float]:
-    """The laps of a call, the mean of some."""
-    every = []
-    for _ in range(repeats):
-        laps = Laps(device)
-        wait(device)
-        call(laps)
-        every.append(laps.seconds())
-    return [statistics.mean(lap) for lap in zip(*every, strict=True)]
+def _laps(call: Callable[[Mark], Any], device: torch.device) -> list[float]:
+    laps = Laps(device)
+    wait(device)
+    call(laps)
+    return laps.seconds()
 
 
-def _medians(rounds: list[list[float]]) -> list[float]:
-    return [statistics.median(lap) for lap in zip(*rounds, strict=True)]
+def _usual(passes: list[list[float]]) -> list[float]:
+    """The mean of each lap over the faster half of the passes: what other programs take only makes a pass longer.
+
+    Laps are not picked one by one: a short lap escapes other programs more often, and the parts would not add up to the whole.
+    """
+    faster = sorted(passes, key=sum)[: (len(passes) + 1) // 2]
+    return [statistics.mean(lap) for lap in zip(*faster, strict=True)]
 
 
 def _measured(executor: str, parts: list[_Parts]) -> Measured:
@@ -358,4 +373,5 @@ def _measured(executor: str, parts: list[_Parts]) -> Measured:
         call=tuple(p.call for p in parts),
         segments=tuple(segments),
         heads=tuple(heads),
+        moves=tuple(zip(*(p.moves for p in parts), strict=True)),
     )

@@ -18,7 +18,7 @@ from ptee.deploy.optimized import OptimizedModel, optimize
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.thresholds import ALWAYS, NEVER
-from ptee.timing.measure import all_on, bare_by
+from ptee.timing.measure import LONG_ENOUGH, MOST_REPEATS, all_on, bare_by
 from ptee.timing.times import COMPILE, EAGER, GRAPHS, HOOKS, Times
 
 BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
@@ -210,9 +210,18 @@ def _all(model: Any, batches: Sequence[Tensor]) -> None:
 def _timed(
     calls: Mapping[tuple[str, str], Any], device: torch.device, rounds: int
 ) -> dict[tuple[str, str], list[float]]:
+    """Seconds of each call in every round. Short ones are repeated."""
     named = {" ".join(key): call for key, call in calls.items()}
-    found = in_turns(named, device, rounds=rounds, seconds=MAX_SECONDS)
-    return {key: found[" ".join(key)] for key in calls}
+    first = in_turns(named, device, rounds=1)
+    times = {name: max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(first[name][0], 1e-6)))) for name in named}
+    repeated = {name: partial(_repeat, call, times[name]) for name, call in named.items()}
+    found = in_turns(repeated, device, rounds=rounds, seconds=MAX_SECONDS)
+    return {key: [s / times[" ".join(key)] for s in found[" ".join(key)]] for key in calls}
+
+
+def _repeat(call: Any, times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def _expected(

@@ -47,6 +47,7 @@ class Measured(FrozenConfig):
         call: what a call takes beside its pieces.
         segments: (E+1) of the backbone from one exit to the next.
         heads: (E) of the head of each exit and its decision.
+        moves: (E) of going on with fewer rows.
     """
 
     executor: Literal["hooks", "eager", "graphs", "compile"]
@@ -54,6 +55,7 @@ class Measured(FrozenConfig):
     call: Row
     segments: Rows
     heads: Rows
+    moves: Rows
 
 
 class Times(FrozenConfig):
@@ -95,8 +97,9 @@ class Times(FrozenConfig):
         if any(one >= two for one, two in pairwise(self.rows)) or len(self.heads) != exits or len(self.eager) != n:
             raise PteeError("rows, eager, exits and heads do not fit each other.")
         for m in self.executors:
-            tables = (m.bare, m.call, *m.segments, *m.heads)
-            if any(len(t) != n for t in tables) or (len(m.segments), len(m.heads)) != (exits + 1, exits):
+            tables = (m.bare, m.call, *m.segments, *m.heads, *m.moves)
+            sizes = (len(m.segments), len(m.heads), len(m.moves))
+            if any(len(t) != n for t in tables) or sizes != (exits + 1, exits, exits):
                 raise PteeError(f"the seconds of {m.executor} do not fit the rows and exits.")
             if min(m.bare) <= 0 or min(self.eager) <= 0:
                 raise PteeError(f"the bare backbone took no time by {m.executor}.")
@@ -130,11 +133,10 @@ class Times(FrozenConfig):
             )  # fmt: skip
         m = self.by(executor)
         bare = between(self.rows, m.bare, batch)[-1].item()
-        segments, heads = (
-            torch.stack([between(self.rows, t, batch) for t in rows]) / bare for rows in (m.segments, m.heads)
-        )
+        tables = (m.segments, m.heads, m.moves)
+        segments, heads, moves = (torch.stack([between(self.rows, t, batch) for t in rows]) / bare for rows in tables)
         call = between(self.rows, m.call, batch)[-1].item() / bare
-        return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device))
+        return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device), moves)
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
         """Refuse times of other exits, another number type or another kind of device than a model has now.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,3 +72,10 @@ def test_prices_of_steps_say_what_the_upper_and_the_lower_half_of_a_batch_add():
     rows = torch.tensor([0, 3, 3, 3, 4], dtype=torch.float64)  # nearly all is spent on the first row
     mean, upper, lower = BatchTimes(rows[None].expand(2, -1), rows[None], 0.0, "units").prices()
     assert (mean.segments[0], upper.segments[0], lower.segments[0]) == (4, 2, 6)
+
+
+def test_moving_rows_costs_where_some_leave_and_others_stay():
+    times = with_steps(2, 1)
+    dear = replace(times, moves=torch.ones(2, 3, dtype=torch.float64))
+    for shares, moved in ([0.0, 0.0, 1.0], 0), ([1.0, 0.0, 0.0], 0), ([0.5, 0.0, 0.5], 0.5), ([0.0, 0.5, 0.5], 0.5):
+        assert dear.expected(ALL, shares) - times.expected(ALL, shares) == pytest.approx(moved, abs=1e-9)
