@@ -64,13 +64,26 @@ def augment(**o: Any) -> None:
 
 
 @command()
-@in_groups(options.NETWORK, options.EXITS)
+@in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS)
+@options.DEVICE
 @options.EXPLAIN
 @options.JSON
 def plan(**o: Any) -> None:
-    """Show where exits would stand and what they would cost, without training."""
-    recipe = _recipe_of_exits(o)
-    _show(_untrained(_backbone(o), recipe).plan, o)
+    """Show where exits would stand and what they would cost, without training.
+
+    With --cost time the backbone is measured up to each exit, and fractions are of its time.
+    """
+    from ptee._common.devices import resolve_device
+    from ptee.evaluation.config import AT_BATCH, TIME, ThresholdsConfig
+
+    cost, at_batch = (o.pop(f"{options.PREFIX}thresholds__{name}") for name in ("cost", "at_batch"))
+    how = ThresholdsConfig(cost=cost or "operations", at_batch=at_batch or AT_BATCH)
+    recipe, backbone, times = _recipe_of_exits(o), _backbone(o), None
+    if how.cost == TIME:
+        from ptee.timing.backbone import time_of_modules
+
+        times = time_of_modules(backbone, resolve_device(o["device"]), how.at_batch)
+    _show(_untrained(backbone, recipe, times).plan, o)
 
 
 @command()
@@ -335,10 +348,10 @@ def _backbone(o: dict[str, Any]) -> Any:
     return load_backbone(o["model"], model_args=dict(o["model_args"]), **{key: o[key] for key in keys if key in o})
 
 
-def _untrained(backbone: Any, recipe: Any) -> Any:
+def _untrained(backbone: Any, recipe: Any, times: Any = None) -> Any:
     from ptee.pipeline.fit import build_model
 
-    return build_model(backbone, recipe)
+    return build_model(backbone, recipe, times)
 
 
 def _no_images(model: str) -> DataError:

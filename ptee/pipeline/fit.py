@@ -28,6 +28,7 @@ from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 from ptee.exits.front import named_front
+from ptee.exits.plan import TimesOfModules
 from ptee.exits.times import BatchTimes
 from ptee.model import saving
 from ptee.model.build import build
@@ -226,14 +227,17 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
     return model, target
 
 
-def build_model(backbone: Backbone, recipe: Recipe) -> EarlyExitModel:
-    """A backbone with the exits of a recipe. Their heads are not trained; the same seed gives the same heads."""
+def build_model(backbone: Backbone, recipe: Recipe, times: TimesOfModules | None = None) -> EarlyExitModel:
+    """A backbone with the exits of a recipe. Their heads are not trained; the same seed gives the same heads.
+
+    `times`: of the backbone, if fractions are of these.
+    """
     exits = recipe.exits
     mean, std = ((v,) if isinstance(v, int | float) else v for v in (exits.front_mean, exits.front_std))
     front = named_front(exits.front, backbone, weights=exits.front_weights, mean=mean, std=std)
     options = {"exits": exits.places, "num_exits": exits.number, "head": exits.head, "head_budget": exits.head_budget}
     with own_random_numbers(recipe.seed):
-        return build(backbone, front=front, **options)
+        return build(backbone, front=front, times=times, **options)
 
 
 def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job, times: Times | None) -> None:

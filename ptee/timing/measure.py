@@ -7,8 +7,6 @@ itself), while nobody leaves. All executors and numbers of rows are measured in 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,10 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ptee import __version__
-from ptee._common.devices import wait
 from ptee._common.errors import Argument, PteeError, unknown
 from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
@@ -31,6 +27,7 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
 from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
 from ptee.timing.times import (
     COMPILE,
     EXECUTORS,
@@ -44,38 +41,6 @@ from ptee.timing.times import (
     sizes_to_measure,
     unit_of,
 )
-
-LONG_ENOUGH = 0.02  # seconds of one measurement
-MOST_REPEATS = 50
-MAX_SECONDS = 120.0  # after that no further round begins
-Call = Callable[[], Any]
-Mark = Callable[[], None]
-
-
-class Laps:
-    """Looks at the clock whenever it is called."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._marks: list[Any] = []
-
-    def __call__(self) -> None:
-        """Look now; on an NVIDIA GPU, when it has come so far."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.device))
-            self._marks.append(event)
-        else:
-            wait(self.device)
-            self._marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Between each look and the next."""
-        wait(self.device)
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self.device.type == "cuda":
-            return [one.elapsed_time(two) / 1000 for one, two in pairs]
-        return [two - one for one, two in pairs]
 
 
 class _Timed(ExitEarly):
@@ -146,7 +111,7 @@ def measure(
             runs[GRAPHS] = _run_of(GRAPHS, view, rows[-1])
     images = {n: example_images(view, n) for n in rows}
     laps: dict[Any, Any] = {(name, n): run.laps(images[n]) for n in rows for name, run in runs.items()}
-    found = _in_turns(
+    found = in_turns(
         laps | {("", n): [partial(_bare_laps, view.backbone, images[n])] for n in rows}, device, rounds, seconds
     )
     like = one_parameter(view.backbone)
@@ -209,7 +174,7 @@ def measure_static(network: Backbone, model: EarlyExitModel, device: torch.devic
             ]
             for n in rows
         }
-        found = _in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
+        found = in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
     finally:
         model.to(home)
         network.module.to(other)
@@ -309,7 +274,7 @@ def _compiled(backbone: nn.Module, x: Tensor) -> Call:
     return lambda: fast(x).clone()
 
 
-# ---------------------------------------------------------------------------------------------------- in turns
+# ---------------------------------------------------------------------------------------------------- calls with marks
 
 
 def _bare_laps(backbone: nn.Module, x: Tensor, mark: Mark) -> None:
@@ -326,42 +291,6 @@ def _whole_laps(call: Call, mark: Mark) -> None:
     mark()
     call()
     mark()
-
-
-def _in_turns(
-    calls: dict[Any, list[Callable[[Mark], Any]]], device: torch.device, rounds: int, seconds: float
-) -> dict[Any, list[list[float]]]:
-    """For each key and each of its calls, the usual length of its laps. A first round is not counted."""
-    every = [(key, i, call) for key, of_key in calls.items() for i, call in enumerate(of_key)]
-    times: dict[Any, list[list[float]]] = {(key, i): [] for key, i, _ in every}
-    begun, repeats = time.perf_counter(), dict.fromkeys(times, 1)
-    bar = tqdm(total=(rounds + 1) * len(every), desc="measuring pieces", leave=False, disable=None)
-    with torch.no_grad(), bar:
-        for i in range(rounds + 1):
-            for key, k, call in every:
-                laps = [_laps(call, device) for _ in range(repeats[key, k])]
-                repeats[key, k] = max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(sum(laps[-1]), 1e-6))))
-                times[key, k] += laps if i else []
-                bar.update()
-            if i >= 3 and time.perf_counter() - begun > seconds:
-                break
-    return {key: [_usual(times[key, k]) for k in range(len(of_key))] for key, of_key in calls.items()}
-
-
-def _laps(call: Callable[[Mark], Any], device: torch.device) -> list[float]:
-    laps = Laps(device)
-    wait(device)
-    call(laps)
-    return laps.seconds()
-
-
-def _usual(passes: list[list[float]]) -> list[float]:
-    """The mean of each lap over the faster half of the passes: what other programs take only makes a pass longer.
-
-    Laps are not picked one by one: a short lap escapes other programs more often, and the parts would not add up to the whole.
-    """
-    faster = sorted(passes, key=sum)[: (len(passes) + 1) // 2]
-    return [statistics.mean(lap) for lap in zip(*faster, strict=True)]
 
 
 def _measured(executor: str, parts: list[_Parts]) -> Measured:

@@ -18,7 +18,8 @@ from ptee.deploy.optimized import OptimizedModel, optimize
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.thresholds import ALWAYS, NEVER
-from ptee.timing.measure import LONG_ENOUGH, MOST_REPEATS, all_on, bare_by
+from ptee.timing.laps import LONG_ENOUGH, MOST_REPEATS
+from ptee.timing.measure import all_on, bare_by
 from ptee.timing.times import COMPILE, EAGER, GRAPHS, HOOKS, Times
 
 BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
