@@ -12,20 +12,14 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, RunError
 from ptee.data.batches import batches, split_batch
-from ptee.deploy.manifest import MANIFEST
-from ptee.model import saving
 from ptee.model.early_exit import EarlyExitModel
+from ptee.pipeline.exported import is_exported
 from ptee.pipeline.saved_run import FEW_MACS, load_run, open_run
 from ptee.timing.measure import checked_sizes, measure
 from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
 from ptee.timing.times import save_times
 
 Log = Callable[[str], None]
-
-
-def is_exported(folder: str) -> bool:
-    """Whether a folder holds what `ptee export` wrote."""
-    return (Path(folder) / MANIFEST).is_file() and not (Path(folder) / saving.CONFIG).is_file()
 
 
 def bench_saved(

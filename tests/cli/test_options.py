@@ -47,6 +47,7 @@ OTHER = {
     "training.precision": "no", "training.cache": False, "confidence.name": "entropy", "confidence.question": "right",
     "confidence.calibration_share": 0.2, "thresholds.threshold": 0.5, "thresholds.max_loss": 0.02, "thresholds.max_drop": 0.02,
     "thresholds.max_fidelity_drop": 0.02, "thresholds.max_cost": 0.5, "thresholds.one_threshold": True, "thresholds.margin": 0.005, "thresholds.answers": "own",
+    "thresholds.cost": "time", "thresholds.at_batch": 8,
 }  # fmt: skip
 ALSO = {"training.cost_weight": ("training.loss=joint",)}  # what a setting goes together with
 
@@ -55,9 +56,9 @@ ALSO = {"training.cost_weight": ("training.loss=joint",)}  # what a setting goes
 def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
     from ptee.cli import commands
 
-    seen, read = {}, commands._recipe
+    seen, read = {}, commands.recipe_of
     stop = lambda o, default: seen.update(recipe=read(o, default)) or click.get_current_context().exit()  # noqa: E731
-    monkeypatch.setattr(commands, "_recipe", stop)
+    monkeypatch.setattr(commands, "recipe_of", stop)
     value = yaml.safe_dump(OTHER[path], default_flow_style=True).removesuffix("\n...\n").strip()
     words = [word for each in (*ALSO.get(path, ()), f"{path}={value}") for word in ("--set", each)]
     augment.main([*words], standalone_mode=False)
