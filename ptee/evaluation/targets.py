@@ -161,7 +161,8 @@ class Solution:
     @property
     def _chosen(self) -> str:
         if len(self.off) == len(self.threshold) and self.unit:
-            return f"all exits off, because nothing within the target is faster than the bare backbone: {self.unit}."
+            how = self.unit.removeprefix("the bare backbone's time ")
+            return f"all exits off: nothing within the target is faster than the bare backbone {how}."
         if len(self.off) == len(self.threshold):
             return "all exits off, because none of them pays; the backbone answers every image."
         off = " Exits that are off do not pay, and the cost is without their heads." if self.off else ""

@@ -111,8 +111,8 @@ def fit(
         overwrite: replace the run in `out`.
         resume: go on with the interrupted training in `out`.
         log: a function that gets the messages, such as `print`.
-        changes: settings of the recipe by name: `epochs=20`, `head="pool"`, `max_drop=0.01`, `seed=1`. `ptee recipe ptee` on the
-            command line lists them all.
+        changes: settings of the recipe by name: `epochs=20`, `head="pool"`, `max_drop=0.01`, `seed=1`, or `cost="time",
+            at_batch=32` for thresholds by measured seconds. `ptee recipe ptee` on the command line lists them all.
 
     Returns:
         The model in eval mode with its thresholds set. `model.results` holds the measurements; `log=print` shows them as tables.

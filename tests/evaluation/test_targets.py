@@ -382,7 +382,7 @@ def test_if_nothing_is_faster_than_the_bare_backbone_all_exits_are_off_and_it_sa
     found = solve(timed(easy_and_hard(0, 3, 200), call=2.0), Target("max_drop", 0.02), margin=0)
     assert found.off == (0, 1, 2)
     assert found.score.time == 1
-    assert "nothing within the target is faster than the bare backbone: units of a test." in str(found)
+    assert "all exits off: nothing within the target is faster than the bare backbone units of a test." in str(found)
 
 
 @pytest.mark.parametrize("seed", range(3))
