@@ -206,7 +206,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 
 @command()
 @click.argument("run", type=RunName(), required=False)
-@in_groups(options.NETWORK, options.EXITS, options.DATA)
+@in_groups(options.NETWORK, options.EXITS, options.IMAGES_OF_RUN)
 @option(
     "--batch-sizes",
     type=Numbers(int, "1,32"),
@@ -238,7 +238,7 @@ def bench(run: str | None, **o: Any) -> None:
     if run is not None:
         _bench_run(run, o, device)
         return
-    for name in ("executor", "save"):
+    for name in ("executor", "save", "data", "data_root", "classes"):
         if o[name]:
             raise PteeError(Argument(name), " is about a saved run. Give its folder, too: ptee bench RUN.")
     recipe = recipe_of_exits(o)
@@ -253,6 +253,11 @@ def _bench_run(run: str, o: dict[str, Any], device: Any) -> None:
 
     if o["model"] is not None:
         raise PteeError("Both a RUN and ", Argument("model", o["model"]), " are given. Give one of them.")
+    given = [name for name in ("num_classes", "model_args", "input_size", "recipe") if o[name]]
+    given += ["pretrained"] * (not o["pretrained"]) + list(given_settings(o))
+    if given:
+        wrong = Argument(given[0], "False" if given[0] == "pretrained" else "")
+        raise PteeError(wrong, " is about a model with untrained exits, and a run has its own. Leave it out.")
     executors = o["executor"] or ("hooks,graphs" if device.type == "cuda" else "hooks,eager")
     names = [name.strip() for name in executors.split(",")]
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}

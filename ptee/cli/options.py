@@ -242,6 +242,7 @@ DATA_OPTIONS = (
     option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."),
 )
 DATA = option_group("Data", *DATA_OPTIONS)
+IMAGES_OF_RUN = option_group("Data of a RUN", *DATA_OPTIONS[:3])
 USUAL_BATCH = SETTINGS["training.batch_size"].default
 BATCH_SIZE = option(
     "--batch-size", type=click.IntRange(min=1), default=USUAL_BATCH, show_default=True, help="Images in each batch."

@@ -102,6 +102,11 @@ def _given(runner: Runner, x: Tensor) -> Any:
     return x.cpu().numpy() if runner.manifest.format == "onnx" else x
 
 
+def _tensor(answer: Any) -> Tensor:
+    """An array of either kind, on the CPU."""
+    return torch.as_tensor(answer, device="cpu")
+
+
 def evaluate_exported(
     folder: str,
     *,
@@ -152,13 +157,13 @@ def _answered(runner: Runner, loader: Any) -> Iterator[tuple[Tensor, ...]]:
         images, labels = split_batch(batch)
         x = _given(runner, images)
         out, bare = runner.predict(x), runner.predict(x, NEVER)
-        answers = (torch.as_tensor(each.logits).cpu().float().argmax(1) for each in (bare, out))
+        answers = (_tensor(each.logits).float().argmax(1) for each in (bare, out))
         unknown = torch.full((len(images),), UNKNOWN_LABEL, device="cpu")
         yield (
             unknown if labels is None else labels.cpu(),
             *answers,
-            torch.as_tensor(out.exit_index).cpu(),
-            torch.as_tensor(out.cost).cpu().double(),
+            _tensor(out.exit_index),
+            _tensor(out.cost).double(),
         )
 
 

@@ -185,11 +185,12 @@ def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere
         "--model": "cifar_resnet20", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
         "--recipe": "mine.yaml", "--set": "exits.head=pool", "--exits": "linear", "--num-exits": 2,
         "--head": "auto", "--head-budget": 0.1, "--front": None, "--front-weights": None, "--batch-sizes": 1, "--rounds": 3,
-        "--threads": 1, "--device": "cpu",
+        "--threads": 1, "--device": "cpu", "--cost": "time", "--at-batch": 1,
     }  # fmt: skip
     flags = ("--no-pretrained", "--json", "--explain")
-    names = [option.opts[0] for option in command.params]
-    assert {*names} - {"--pretrained", *flags} <= {*values}
+    of_runs = ("--executor", "--save", "--data", "--data-root", "--classes")
+    names = [option.opts[0] for option in command.params if isinstance(option, click.Option)]
+    assert {*names} - {"--pretrained", *flags, *of_runs} <= {*values}
     words = [word for name in names if values.get(name) is not None for word in (name, values[name])]
     done = run(command.name, *words, "--no-pretrained", "--json")
     assert (done.status, done.err) == (0, "")

@@ -167,6 +167,10 @@ def test_a_batch_that_was_not_measured_is_refused(run, timed):
 
 BENCH = {
     "a run and a model": (["RUN", "--model", "resnet50"], "Both a RUN and --model resnet50 are given"),
+    "other exits for a run": (["RUN", "--exits", "linear"], "--exits is about a model with untrained exits"),
+    "random weights for a run": (["RUN", "--no-pretrained"], "--no-pretrained is about a model"),
+    "a setting for a run": (["RUN", "--set", "exits.head=pool"], "--head is about a model"),
+    "images without a run": ([*RANDOM, "--data", "x"], "--data is about a saved run"),
     "an unknown executor": (["RUN", "--executor", "hook"], "hook.*Did you mean 'hooks'"),
     "graphs on a CPU": (["RUN", "--executor", "graphs", "--device", "cpu"], "need an NVIDIA GPU"),
     "a batch of nothing": (["RUN", "--batch-sizes", "0"], "such as --batch-sizes 1,32"),
