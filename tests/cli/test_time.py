@@ -34,16 +34,26 @@ def with_heads(folder: Path, seconds: float) -> None:
 
 
 def test_bench_of_a_run_prints_a_table_and_keeps_the_times_where_it_is_asked_to(run, finished):
-    done = run("bench", finished, *QUICK, "--executor", "hooks,eager", "--explain")
+    done = run("bench", finished, *QUICK, "--save", "--explain")
     assert done.status == 0
     assert "own thresholds" in done.out
     assert "\nlimit: " in done.out
-    assert not (finished / "times.json").exists()
-    found = json.loads(run("bench", finished, *QUICK, "--save", "--json").out)
     times = read_times(finished)
-    assert found["times"] == json.loads(times.to_json())
     assert [m.executor for m in times.executors] == ["hooks", "eager"]
     assert times.rows == (1, 2)
+
+
+def test_bench_of_a_run_as_json_holds_everything_and_keeps_nothing_unasked(run, finished):
+    words = ("--device", "cpu", "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--json")
+    found = json.loads(run("bench", finished, *words).out)
+    assert found["times"]["rows"] == [1]
+    assert {line["leaving"] for line in found["lines"]} == {
+        "bare backbone",
+        "nobody",
+        "all at exit 0",
+        "own thresholds",
+    }
+    assert not (finished / "times.json").exists()
 
 
 def test_without_its_images_a_run_is_timed_on_noise_and_a_sentence_says_so(run, finished, monkeypatch):
