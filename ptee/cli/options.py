@@ -14,6 +14,7 @@ from cloup import option, option_group
 
 from ptee._common.errors import Argument
 from ptee._common.files import as_path, expanded, from_json, is_file
+from ptee.deploy.manifest import is_exported
 from ptee.model.run_files import require_run
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
@@ -186,7 +187,8 @@ class RunName(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         """Called by click."""
         run = str(expanded(value)) if value.startswith("~") else value
-        require_run(run)  # before torch is imported, which takes seconds
+        if not is_exported(run):
+            require_run(run)  # before torch is imported, which takes seconds
         return run
 
 
@@ -245,6 +247,7 @@ DATA_OPTIONS = (
     option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."),
 )
 DATA = option_group("Data", *DATA_OPTIONS)
+IMAGES_OF_RUN = option_group("Data of a RUN", *DATA_OPTIONS[:3])
 USUAL_BATCH = SETTINGS["training.batch_size"].default
 BATCH_SIZE = option(
     "--batch-size", type=click.IntRange(min=1), default=USUAL_BATCH, show_default=True, help="Images in each batch."
@@ -287,12 +290,14 @@ TARGET_OPTIONS = (
     setting("thresholds.max_fidelity_drop"),
     setting("thresholds.max_cost"),
 )
+TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"))
 THRESHOLDS = option_group(
     "Confidence and thresholds",
     setting("confidence.name"),
     setting("confidence.question"),
     setting("thresholds.threshold"),
     *TARGET_OPTIONS,
+    *TIME_OPTIONS,
 )
 TARGET = option_group(
     "Target (give one)",
@@ -300,6 +305,7 @@ TARGET = option_group(
     setting("thresholds.one_threshold", is_flag=True, default=None),
     setting("thresholds.margin"),
     setting("thresholds.answers"),
+    *TIME_OPTIONS,
 )
 DEVICE = option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")
 SPEED = option(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,28 +122,44 @@ class Buckets:
             self._buckets[size] = self._recorded(size)
         return self._buckets[size]
 
-    def __call__(self, x: Tensor, thresholds: Sequence[float | Tensor]) -> ExitOutput:
-        """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,)."""
+    def __call__(
+        self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None = None
+    ) -> ExitOutput:
+        """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,).
+
+        `mark` is called when the images lie in their places, and behind each piece, whose number is waited for in any case.
+        """
         try:
-            return self._answered(x, thresholds)
+            return self._answered(x, thresholds, mark)
         except BaseException:  # also Ctrl-C: the next call begins with nothing under way
             wait(self.device)
             self._unread.clear()
             raise
 
-    def _answered(self, x: Tensor, thresholds: Sequence[float | Tensor]) -> ExitOutput:
+    def replays_without_heads(self, rows: int, bare: Sequence[Callable[..., Any]]) -> list[Callable[[], None]]:
+        """What repeats each piece without its head, on what the whole pieces have left in the bucket for so many rows."""
+        bucket = self.bucket_for(rows)
+        taken = [(bucket.images,), *bucket.alive]
+        with torch.no_grad():
+            return [self._recorder.record(partial(piece, *t))[1] for piece, t in zip(bare, taken, strict=True)]
+
+    def _answered(self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None) -> ExitOutput:
         self._follow()
         bucket = self.bucket_for(len(x))
         self._fill(bucket, x, thresholds)
         while self._unread:  # of the call before: they must not come later than those of this one
             self._number(self._unread[0])
+        if mark is not None:
+            mark()
         for n, exit in enumerate(self.exits):
             self._read[n] = UNKNOWN
             self._unread.append(n)
             bucket.replay[n]()
-            if isinstance(thresholds[exit], float) and thresholds[exit] > 1:
+            if mark is None and isinstance(thresholds[exit], float) and thresholds[exit] > 1:
                 continue  # nobody leaves, so there is no number to wait for
             staying = self._number(n)
+            if mark is not None:
+                mark()
             if not staying:
                 break
             smaller = self.bucket_for(staying)
@@ -150,6 +168,8 @@ class Buckets:
                 bucket = smaller
         else:
             bucket.replay[-1]()
+        if mark is not None:
+            mark()
         return ExitOutput(*self.answers.of_rows(len(x)))
 
     def _follow(self) -> None:

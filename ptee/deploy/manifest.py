@@ -85,6 +85,11 @@ class Manifest(FrozenConfig):
         return self
 
 
+def is_exported(folder: str) -> bool:
+    """Whether a folder holds what `ptee export` wrote, and no run."""
+    return (Path(folder) / MANIFEST).is_file() and not (Path(folder) / "config.json").is_file()
+
+
 def fingerprint(values: Mapping[str, Any]) -> str:
     """A hash of all of a manifest but the thresholds, which may be changed by hand."""
     kept = {name: value for name, value in values.items() if name not in ("thresholds", "fingerprint")}

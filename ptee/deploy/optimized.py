@@ -16,14 +16,13 @@ from ptee._common.errors import PteeError, first_line, unknown
 from ptee.deploy.buckets import Buckets
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
-from ptee.deploy.segments import segments
+from ptee.deploy.segments import Segment, segments, without_head
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
-from ptee.model.thresholds import Thresholds
+from ptee.model.thresholds import NEVER, Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
-NEVER = 2.0  # a threshold that no confidence reaches
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
@@ -46,7 +45,11 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.model, self.max_batch, self.mode = model, max_batch, mode
         self._example = example_images(model, 1)
+        self._pieces: list[Segment] = []
         self._lock = threading.Lock()
+        self._bare: dict[
+            int, tuple[Buckets, list[Callable[[], None]]]
+        ] = {}  # the pieces without heads, if they are timed
         with _as_recorded(self._example):
             self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
         self.eval()
@@ -90,6 +93,33 @@ class OptimizedModel(nn.Module):
         Raises:
             PteeError: for other images, or a threshold that is NaN or of another shape.
         """
+        return self._predict(x, threshold, None)
+
+    def laps(self, x: Tensor, mark: Callable[[], None]) -> None:
+        """`predict` of a batch up to the largest while nobody leaves. `mark` is called before, behind each piece, and at the end.
+
+        The first two and the last two marks enclose what a call does beside its pieces.
+        """
+        mark()
+        self._predict(x[: self.max_batch], NEVER, mark)
+        mark()
+
+    def laps_without_heads(self, x: Tensor, mark: Callable[[], None]) -> None:
+        """The pieces for a batch of this size without their heads. `mark` is called before the first and behind each."""
+        with self._lock, _as_recorded(x):
+            self._keep_up()
+            made_for, replays = self._bare.get(len(x), (None, []))
+            if made_for is not self._buckets:
+                bare = [without_head(piece) for piece in self._pieces]
+                bare = [_compiled(piece) for piece in bare] if self.mode == COMPILE else bare
+                replays = self._buckets.replays_without_heads(len(x), bare)
+                self._bare[len(x)] = self._buckets, replays
+            mark()
+            for replay in replays:
+                replay()
+                mark()
+
+    def _predict(self, x: Tensor, threshold: Thresholds | None, mark: Callable[[], None] | None) -> ExitOutput:
         if not self._fits(x):
             return self._without_pieces(x, threshold)
         require_eval(self.model)
@@ -99,7 +129,7 @@ class OptimizedModel(nn.Module):
         with self._lock, _as_recorded(x):
             self._keep_up()
             if len(x) <= self.max_batch:
-                return self._buckets(x, thresholds)
+                return self._buckets(x, thresholds, mark)
             parts = [self._buckets(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch))
                      for i in range(0, len(x), self.max_batch)]  # fmt: skip
         return ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
@@ -148,7 +178,9 @@ class OptimizedModel(nn.Module):
 
     def _made(self) -> Buckets:
         on_gpu = self._example.device.type == "cuda"
-        pieces = segments(self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if on_gpu else 0)
+        pieces = self._pieces = segments(
+            self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if on_gpu else 0
+        )
         check_segments(self.model, pieces)
         if self.mode == COMPILE:
             pieces = [replace(p, module=_compiled(p.module), ahead=p.ahead and _compiled(p.ahead)) for p in pieces]

@@ -87,6 +87,24 @@ def segments(model: EarlyExitModel, *, keep_logits: bool = False, ahead: int = 0
     return _Splitter(captured(model), keep_logits, ahead).pieces()
 
 
+def without_head(segment: Segment) -> Callable[..., Any]:
+    """The piece without its head: what is alive at the cut, with the steps ahead. To be timed beside the whole piece.
+
+    A head that a later one builds on is still there. The module of the segment must be as `segments` made it.
+    """
+    if segment.exit < 0:
+        return segment.module
+    assert isinstance(segment.module, fx.GraphModule)
+    graph = fx.Graph()
+    said = graph.graph_copy(segment.module.graph, {})
+    assert isinstance(said, tuple)
+    graph.output(said[0])
+    graph.eliminate_dead_code()
+    module = fx.GraphModule(segment.module, graph)
+    ahead = segment.ahead
+    return module if ahead is None else lambda *tensors: ahead(*module(*tensors))
+
+
 # ---------------------------------------------------------------------------------------------------- taking apart
 
 

@@ -27,13 +27,15 @@ from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import batches
-from ptee.evaluation.comparison_table import Comparison, Entry, Line
+from ptee.evaluation.candidates import can_blend
+from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 from ptee.evaluation.config import DropsConfig
-from ptee.evaluation.targets import Solution, can_blend, curves
+from ptee.evaluation.targets import Solution, curves
 from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images, truncation
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
+from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import one_parameter
 
@@ -85,6 +87,7 @@ def compare(
     static: Mapping[str, str | nn.Module | Backbone] | None = None,
     drops: Sequence[float] = DROPS,
     lines: Sequence[str] = LINES,
+    times: Mapping[str, BatchTimes] | None = None,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -105,6 +108,7 @@ def compare(
         drops: allowed drops of accuracy (without labels: of fidelity); .01 is one point.
         lines: which lines each model gets: "own" (its own confidence and kind of answers), "blended", "one_threshold", any key of `CONFIDENCES`, "oracle",
             "truncation". Fewer make a short table of many models. The sentences below the table are about these lines.
+        times: of the pieces of every model and smaller network by name, in batches of one size: then all costs are of seconds.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the first model is.
@@ -119,6 +123,7 @@ def compare(
     for name, model in product(set(wanted) & set(CONFIDENCES), models.values()):
         find_confidence(name, model.calibrated)  # refuse before anything takes long
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
+    unit = _unit(times, [*models, *networks])
     parts = (calibration, report)
     for argument, part in zip(("calibration", "report"), parts, strict=True):
         batches(part, batch_size=batch_size, shuffle=False, num_workers=num_workers, argument=argument)  # or refuse it
@@ -129,22 +134,43 @@ def compare(
     pair: Pair | None = None
     for name, model in models.items():
         before, pair = pair, _labelled_alike(record(model, part, device=place, own=True, **how) for part in parts)
+        timed = (times or {}).get(name)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
         hidden = None if progress else True  # None: unless standard error is a terminal
         found += tqdm(
-            _of_run(name, pair, allowed, wanted, model.answers), f"thresholds of {name}", disable=hidden, leave=False
+            _of_run(name, _with_times(pair, timed), allowed, wanted, model.answers),
+            f"thresholds of {name}",
+            disable=hidden,
+            leave=False,
         )
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
         both = zip(parts, pair, strict=True)
         cascade = Pair(*(_cascade(_logits(network, first, part, t, place, **how), t, cost) for part, t in both))
+        cascade = _with_times(cascade, (times or {}).get(name))
         found += _of_network(name, first.plan.backbone, cascade, allowed)
     accuracy = pair.report.score_at(pair.report.exits).accuracy
     chosen_on, samples = (t.answers.shape[1] for t in pair)
     note = pair.calibration.note or pair.report.note
-    return Comparison(first.plan.backbone, allowed, tuple(found), chosen_on, samples, accuracy, about, note)
+    return Comparison(first.plan.backbone, allowed, tuple(found), chosen_on, samples, accuracy, about, note, unit)
+
+
+def _unit(times: Mapping[str, BatchTimes] | None, names: Sequence[str]) -> str:
+    """What costs are fractions of, in words. Refuses times of some of the networks, or at different batches."""
+    if times is None:
+        return COUNTED
+    if missing := [name for name in names if name not in times]:
+        raise PteeError(f"There are no times of {missing[0]}. Give those of all networks that are compared.")
+    units = list(dict.fromkeys(times[name].unit for name in names))
+    if len({times[name].batch for name in names}) > 1:
+        raise PteeError(f"Times of different batches cannot be compared: {'; '.join(units)}.")
+    return units[0]
+
+
+def _with_times(pair: Pair, times: BatchTimes | None) -> Pair:
+    return Pair(*(replace(traces, times=times) for traces in pair))
 
 
 def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
@@ -325,7 +351,7 @@ def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] =
     """Cost and drop if each image leaves at the exit that `leave` gives for it, (n,)."""
     leaving = leave(pair.report)
     losses, in_calibration = _losses(pair.report, leaving), _losses(pair.calibration, leave(pair.calibration))
-    cost = pair.report.score(leaving, off).cost
+    cost = pair.report.score(leaving, off).price
     some_leave = bool((leaving < pair.report.exits).any())
     return Entry(None, cost, losses.mean().item(), _interval(losses, some_leave), in_calibration.mean().item(), off=off)
 
@@ -351,5 +377,5 @@ def _interval(losses: Tensor, some_leave: bool) -> tuple[float, float]:
 
 def _worth_cutting_at(scores: Sequence[Score]) -> list[int]:
     """Exits that no other exit beats: it would be as cheap and as good, and better in one of the two."""
-    pairs = [(score.cost, -score.merit) for score in scores]
+    pairs = [(score.price, -score.merit) for score in scores]
     return [n for n, own in enumerate(pairs) if not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in pairs)]

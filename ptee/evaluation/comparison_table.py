@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ptee._common.text import table
 
+COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
 ROUNDING = 1e-9  # of sums of shares
 ALTERNATIVES = {  # to early exits, by kind of line
     "static": "a smaller network alone",
@@ -21,7 +22,7 @@ class Entry:
 
     Attributes:
         allowed: the drop that thresholds were chosen for, with the margin "auto"; None if there are no thresholds.
-        cost: mean multiply-accumulates for an image, heads passed on the way included, over the bare backbone's.
+        cost: mean multiply-accumulates for an image, heads passed on the way included, over the bare backbone's; or seconds.
         drop: of accuracy (without labels: of fidelity) against the bare backbone; negative if it is better.
         interval: of the drop, 95 %, by bootstrap over the images.
         drop_in_calibration: the same drop on the calibration images.
@@ -96,6 +97,7 @@ class Comparison:
         accuracy: of the bare backbone on these; None without labels, and then drops are of fidelity.
         about: where the images came from, in a sentence.
         note: why there is no accuracy though there are labels, in a sentence; else empty.
+        unit: what costs are fractions of, in words.
     """
 
     backbone: str
@@ -106,6 +108,7 @@ class Comparison:
     accuracy: float | None
     about: str = ""
     note: str = ""
+    unit: str = COUNTED
 
     @property
     def verdict(self) -> list[str]:
@@ -122,7 +125,10 @@ class Comparison:
         measure = "fidelity" if self.accuracy is None else "accuracy"
         widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
         oracle = any(line.kind == "oracle" for line in self.lines)
-        return LEGEND.format(measure=measure, calibration=self.calibration, half=widest / 2) + ORACLE * oracle
+        return (
+            LEGEND.format(measure=measure, unit=self.unit, calibration=self.calibration, half=widest / 2)
+            + ORACLE * oracle
+        )
 
     def _within(self, drop: float) -> list[Found]:
         """Lines within a drop that cost less than the backbone, the cheapest first. The oracle cannot be used."""
@@ -156,6 +162,7 @@ class Comparison:
         title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "no threshold")
         return (
             f"{self.backbone}, {self.samples:,} images{own}; thresholds chosen on {self.calibration:,} other images\n"
+            + f"cost: share of {self.unit}\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"
             + "".join(f"\n{sentence}" for sentence in self.verdict)
@@ -171,7 +178,7 @@ LEGEND = """\
 Each column: the largest drop of {measure} that was allowed. "no threshold": lines without one, such as a
 smaller network alone.
 Each cell: the cost, and in parentheses the drop of {measure} on the report images. "missed": it is larger than allowed.
-cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
+cost: of a mean image, heads included, as a share of {unit}.
 Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with the reserve of ptee tune. Where
 thresholds for a smaller drop cost less, they are taken.
 The 95 % intervals of the drops reach up to {half:.4f} to each side.

@@ -10,11 +10,13 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.validation import FrozenConfig, Number, YesNo
+from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 
 DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
-HOW = ("one_threshold", "margin", "answers")  # settings of a choice, not of given thresholds
+OPERATIONS, TIME = "operations", "time"  # what a cost is counted or measured in
+AT_BATCH = 32
+HOW = ("one_threshold", "margin", "answers", "cost", "at_batch")  # settings of a choice, not of given thresholds
 EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
 WORDS = {
     "max_drop": "accuracy at most {:g} below the backbone's",
@@ -66,6 +68,13 @@ class ThresholdsConfig(FrozenConfig):
         description="own: an exit answers by itself. blended: it adds up what the exits so far have said, with fitted weights, and "
         "so does the end. auto: blended where that meets the target better on images that the weights were not fitted to.",
     )
+
+    cost: Literal["operations", "time"] = Field(
+        "operations",
+        description="What thresholds and exits that are off are chosen by: operations (counted multiply-accumulates), or time (seconds "
+        "of each piece, measured on the device of the run).",
+    )
+    at_batch: Whole = Field(AT_BATCH, ge=1, le=4096, description="Images in a batch, for the cost in time.")
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

@@ -78,7 +78,7 @@ def picture(comparison: Comparison) -> Any:
             "subtitle": {"text": "with 95 % intervals; click a line's name to hide it, double-click the picture to see all"},
         },
         template="plotly_white", height=640,
-        xaxis={"title": "cost: mean multiply-accumulates, heads included, over the bare backbone's", "rangemode": "tozero"},
+        xaxis={"title": f"cost: share of {_text(comparison.unit)}, heads included", "rangemode": "tozero"},
         yaxis={"title": measure, "range": _range(comparison, bare)}, hovermode="closest",
     )  # fmt: skip
     return figure

@@ -136,7 +136,7 @@ class Results:
         off = f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {ON_AGAIN}"
         sentences = [off] * some_off + self.verdict
         return (
-            f"{self.backbone}, {self.samples:,} images{timed}\n"
+            f"{self.backbone}, {self.samples:,} images; cost in multiply-accumulates{timed}\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{_scenarios(self)}\n\n{_at_exits(self)}"
             + ("\n" if sentences else "")

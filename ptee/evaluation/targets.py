@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
+from ptee.evaluation.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.evaluation.config import EXAMPLES, Target, ThresholdsConfig, below, describe_thresholds
-from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective, search
+from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective
 from ptee.evaluation.traces import Score, Traces
-from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
-from ptee.exits.confidence import CONFIDENCES
-from ptee.exits.config import AUTO
+from ptee.exits.blend import OWN, Blend, Exits
 
 DEFAULTS = ThresholdsConfig()
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
-FOLDS = 4  # of the cross-validation that estimates the margin "auto"
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
 BY_OBJECTIVE = attrgetter("objective")
 Margin = float | Literal["auto"]
@@ -44,6 +42,7 @@ class Solution:
         margin: how much of the target's limit was kept in reserve for other images.
         blend: the weights of blended answers; None if each exit answers by itself.
         remark: why answers are not blended although they were to be, in a sentence; else empty.
+        unit: what the time is a fraction of, in words; empty if the cost was counted.
     """
 
     target: Target
@@ -55,11 +54,17 @@ class Solution:
     margin: float = 0.0
     blend: Blend | None = None
     remark: str = ""
+    unit: str = ""
 
     @property
     def cost(self) -> float:
-        """Mean cost."""
+        """Mean cost, counted."""
         return self.score.cost
+
+    @property
+    def price(self) -> float:
+        """What is to be as low as possible: the time if it was measured, else the cost."""
+        return self.score.price
 
     @property
     def drop(self) -> float | None:
@@ -98,11 +103,19 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{reserve}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f}." + (f"\n{self.remark}" if self.remark else "")
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}."
+            + (f"\n{self.remark}" if self.remark else "")
         )
 
     @property
+    def _time(self) -> str:
+        return "" if self.score.time is None else f", expected time {self.score.time:.4f} of {self.unit}"
+
+    @property
     def _chosen(self) -> str:
+        if len(self.off) == len(self.threshold) and self.unit:
+            how = self.unit.removeprefix("the bare backbone's time ")
+            return f"all exits off: nothing within the target is faster than the bare backbone {how}."
         if len(self.off) == len(self.threshold):
             return "all exits off, because none of them pays; the backbone answers every image."
         off = " Exits that are off do not pay, and the cost is without their heads." if self.off else ""
@@ -137,85 +150,29 @@ def solve(
         PteeError: if the target cannot be met; the message says what can.
     """
     return _kept(
-        _solved(_candidates(traces, target, answers), target, one_threshold, margin), traces, one_threshold, margin
+        _solved(ways_to_answer(traces, target.kind, answers), target, one_threshold, margin),
+        traces,
+        one_threshold,
+        margin,
     )
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """Traces to choose thresholds on, while these exits are on (None: any), of own answers or of a blend."""
-
-    traces: Traces
-    on: Exits | None = None
-    blend: Blend | None = None
-
-
-def _candidates(traces: Traces, target: Target, answers: str) -> list[list[_Candidate]]:
-    """Each kind of answers that may be chosen."""
-    small = replace(traces, logits=None, confidence_logits=None)
-    own = [_Candidate(small)]
-    if answers == OWN or (answers == AUTO and not can_blend(traces)):
-        return [own]
-    _require_blendable(traces)
-    blended = _cross_fitted(traces, small, None if target.kind == "max_fidelity_drop" else traces.targets)
-    return [own, blended] if answers == AUTO else [blended]
-
-
-def can_blend(traces: Traces) -> bool:
-    """Whether these traces hold what blended answers and their confidence are computed from."""
-    reads_earlier = CONFIDENCES[traces.confidence_name].needs_answers_of_earlier_exits
-    return traces.logits is not None and not reads_earlier and traces.answers.shape[1] >= 2 * FOLDS
-
-
-def _require_blendable(traces: Traces) -> None:
-    """Refuse traces that blended answers cannot be computed from."""
-    images = traces.answers.shape[1]
-    if images < 2 * FOLDS:
-        text = f" need {2 * FOLDS} images at least to fit weights to, and there are {images}. Give more images, or "
-    elif not can_blend(traces):
-        text = f" cannot be given: the confidence {traces.confidence_name!r} needs the exits' own answers. Set another, or give "
-    else:
-        return
-    raise PteeError(Argument("answers", "'blended'"), text, Argument("answers", "'own'"), ".", argument="answers")
-
-
-def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list[_Candidate]:
-    """Blended answers of each choice of exits. The weights for an image are fitted to others, so they do not flatter."""
-    logits, exits = traces.logits, traces.exits
-    assert logits is not None
-    fold = torch.arange(logits.shape[1], device=logits.device) % FOLDS
-    parts = [(logits[:, fold != f], None if targets is None else targets[fold != f]) for f in range(FOLDS)]
-    blends = [fit_blend(*part) for part in parts]
-    # Equal weights have another scale than fitted ones, and thresholds of one do not fit the other: it is one or the other.
-    if because := next((blend.remark for blend in blends if blend.remark), ""):
-        blends = [fit_blend(*part, because) for part in parts]
-    whole = fit_blend(logits, targets, because)
-    found = [_Candidate(small, ())]  # the bare backbone
-    for on in subsets(exits)[1:] if exits <= MAX_EXITS else [tuple(range(exits))]:
-        answers, h = traces.answers.clone(), traces.confidence.clone()
-        for f, blend in enumerate(blends):
-            part = traces.rows(fold == f).blended(blend, on)
-            answers[:, fold == f], h[:, fold == f] = part.answers, part.confidence
-        found.append(_Candidate(replace(small, answers=answers, confidence=h, own=small.answers), on, whole))
-    return found
 
 
 @dataclass(frozen=True)
 class _Way:
     """The best solution with one kind of answers, and with one threshold or several."""
 
-    candidates: list[_Candidate]
+    candidates: list[Candidate]
     one_threshold: bool
     solution: Solution
 
     @classmethod
-    def found(cls, candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> _Way:
+    def found(cls, candidates: list[Candidate], target: Target, one_threshold: bool, margin: float) -> _Way:
         return cls(candidates, one_threshold, _within(candidates, target, one_threshold, margin))
 
     @property
     def objective(self) -> float:
         """Less is better."""
-        return -self.solution.score.merit if self.solution.target.kind == "max_cost" else self.solution.cost
+        return -self.solution.score.merit if self.solution.target.kind == "max_cost" else self.solution.price
 
     def with_reserve(self, least: float) -> list[_Way]:
         """The same with so much in reserve at least; empty if the target cannot be met then."""
@@ -227,7 +184,7 @@ class _Way:
             return []
 
 
-def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin) -> _Way:
+def _solved(kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin) -> _Way:
     """The best solution of all kinds of answers."""
     best, failed = _best_of_each(kinds, target, one_threshold, margin)
     if not any(best):
@@ -236,9 +193,24 @@ def _solved(kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bo
 
 
 def _best_of_each(
-    kinds: Sequence[list[_Candidate]], target: Target, one_threshold: bool, margin: Margin
+    kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin
 ) -> tuple[list[_Way | None], list[PteeError]]:
     """The best solution with each kind of answers, None if there is none; and why there is none.
+
+    Where times are known, it is never one that is slower than the one by multiply-accumulates.
+    """
+    best, failed = _of_each(kinds, target, one_threshold, margin)
+    if kinds[0][0].traces.times is None or target.kind == "max_cost":
+        return best, failed
+    counted, _ = _of_each([[replace(c, counted=True) for c in kind] for kind in kinds], target, one_threshold, margin)
+    found = ([way for way in both if way is not None] for both in zip(best, counted, strict=True))
+    return [min(ways, key=BY_OBJECTIVE, default=None) for ways in found], failed
+
+
+def _of_each(
+    kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin
+) -> tuple[list[_Way | None], list[PteeError]]:
+    """The best solution with each kind of answers, by seconds if these are known and not only counted ones are wanted.
 
     A reserve is an estimate. So all kinds get the largest one: otherwise the kind would win whose estimate is too low.
     """
@@ -261,14 +233,14 @@ def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Sol
     Thresholds are chosen on answers with the weights of folds. On the same images, final weights may differ from them by chance only.
     """
     found, target = way.solution, way.solution.target
-    if found.blend is None:
+    if found.blend is None or (target.kind == "max_cost" and traces.times is not None):  # no mean over the images
         return found
     chosen_on = next(c for c in way.candidates if c.on == found.on_exits).traces
     folds, final = (_spent(t, found) for t in (chosen_on, found.answering(traces)))
     by_chance = WITHIN * (final - folds).std().item() / math.sqrt(len(final))
     if final.mean() <= target.limit + by_chance + ROUNDING:
         return found
-    own = _solved(_candidates(traces, target, OWN), target, one_threshold, margin).solution
+    own = _solved(ways_to_answer(traces, target.kind, OWN), target, one_threshold, margin).solution
     text = f"Each exit answers by itself: with their final weights, blended answers miss the target here ({final.mean():.4f})."
     return replace(own, remark=text)
 
@@ -281,7 +253,7 @@ def _spent(traces: Traces, found: Solution) -> Tensor:
     return _loss(traces, found.target).gather(0, leaving[None])[0]
 
 
-def _ways(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
+def _ways(candidates: list[Candidate], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
     """One threshold and several, each with the reserve that it needs. What needs more than the whole limit is left out.
 
         reserve = min(max(optimism, 0), |limit|)
@@ -303,20 +275,20 @@ def _ways(candidates: list[_Candidate], target: Target, one_threshold: bool, mar
     return safe or ways[:1]
 
 
-def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
+def _within(candidates: list[Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
     """The best solution whose mean loss, or cost, is within the limit less a margin."""
     first = candidates[0].traces
-    require_reachable(target, min(first.costs_alone), margin)
+    require_reachable(target, min(first.prices_alone), margin)
     limit, limited = target.limit - margin, "cost" if target.kind == "max_cost" else "loss"
-    best: tuple[Choice, Problem, _Candidate] | None = None
+    best: tuple[Choice, Problem, Candidate] | None = None
     for candidate in candidates:
         traces = candidate.traces
         problem = Problem(
             traces.confidence[:-1], _loss(traces, target), traces.costs_where, limited=limited, limit=limit
         )
-        choice = search(problem, one_threshold, candidate.on)
-        if choice is not None and (best is None or objective(problem, choice) < objective(problem, best[0])):
-            best = choice, problem, candidate
+        for choice in searched(candidate, problem, one_threshold):
+            if best is None or objective(problem, choice) < objective(problem, best[0]):
+                best = choice, problem, candidate
     if best is None:
         raise _unreachable(target, candidates)
     choice, problem, candidate = best
@@ -325,18 +297,19 @@ def _within(candidates: list[_Candidate], target: Target, one_threshold: bool, m
     off = tuple(n for n in range(first.exits) if n not in on)
     threshold = tuple(problem.thresholds(choice.taken, one_threshold))
     score = candidate.traces.score(candidate.traces.leaving(threshold), off)
-    bare = replace(first.alone.score_at(first.exits), cost=1.0)
-    return Solution(target, threshold, off, score, bare, problem.images, margin, candidate.blend)
+    bare = replace(first.alone.score_at(first.exits), cost=1.0, time=None if first.times is None else 1.0)
+    unit = "" if first.times is None else first.times.unit
+    return Solution(target, threshold, off, score, bare, problem.images, margin, candidate.blend, unit=unit)
 
 
-def _unreachable(target: Target, candidates: list[_Candidate]) -> PteeError:
+def _unreachable(target: Target, candidates: list[Candidate]) -> PteeError:
     text = " cannot be met: too many confidences are NaN. Train the heads again."
     if target.limit < 0:
         text = " cannot be met: the answers of the exits gain less than that on these images. Ask for a smaller gain, or for no reserve (margin 0)."
     return PteeError(target.argument, text, argument=target.kind, value=target.limit)
 
 
-def _optimism(candidates: list[_Candidate], target: Target, one_threshold: bool) -> float:
+def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) -> float:
     """How much more than the limit is lost on images that the thresholds were not chosen on, by cross-validation.
 
     optimism = (1/n) sum_i loss_i(thresholds chosen on the folds without image i) - limit
@@ -407,7 +380,7 @@ def curves(
     """
     limited = "max_fidelity_drop" if traces.targets is None else "max_drop"
     targets = [Target.given(ThresholdsConfig(**{limited: drop})) for drop in drops]
-    candidates = [found for kind in kinds for found in _candidates(traces, targets[0], kind)]
+    candidates = [found for kind in kinds for found in ways_to_answer(traces, targets[0].kind, kind)]
     found: dict[str, dict[Target, Solution]] = {kind: {} for kind in kinds}
     for target in sorted(targets, key=lambda target: target.limit):
         best, failed = _best_of_each(candidates, target, one_threshold, "auto")
@@ -420,6 +393,6 @@ def curves(
 
 
 def _cheapest(own: Solution, for_smaller_drops: Iterable[Solution]) -> Solution:
-    best, target = min([own, *for_smaller_drops], key=lambda s: s.cost), own.target
+    best, target = min([own, *for_smaller_drops], key=lambda s: s.price), own.target
     reserve = target.limit - best.target.limit + best.margin
     return own if best is own else replace(best, target=target, margin=reserve)

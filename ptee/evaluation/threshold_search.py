@@ -90,11 +90,16 @@ class Problem:
             fits = fits & allowed
         return (objective + TIE * limited).masked_fill(~fits, torch.inf).min(-1)[::-1]
 
-    def outcome(self, price: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cost and loss (B,) if the exits take so many images (B, E), at prices (B, E+1)."""
+    def leaving(self, taken: Tensor) -> Tensor:
+        """(B, n) the exit at which each image leaves if the exits take so many (B, E)."""
         leaving = taken.new_full((len(taken), self.images), self.exits)
         for n in reversed(range(self.exits)):
             leaving = torch.where(self.rank[n] < taken[:, n, None], n, leaving)
+        return leaving
+
+    def outcome(self, price: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cost and loss (B,) if the exits take so many images (B, E), at prices (B, E+1)."""
+        leaving = self.leaving(taken)
         return price.gather(1, leaving).mean(1), self.loss.gather(0, leaving).mean(1)
 
 
@@ -124,14 +129,19 @@ def search(problem: Problem, one_threshold: bool = False, on: Sequence[int] | No
 
 def _best_of(problem: Problem, on: Tensor, one_threshold: bool) -> Choice | None:
     """The best choice among subsets of exits (S, E)."""
+    choices = search_each(problem, on, one_threshold)
+    return min(choices, key=lambda choice: objective(problem, choice), default=None)
+
+
+def search_each(problem: Problem, on: Tensor, one_threshold: bool) -> list[Choice]:
+    """The best choice that was found for each subset of exits (S, E), without those that have none within the limit."""
     price = problem.price(on)
     taken = _one_threshold(problem, on, price)
     if not one_threshold:
         taken = _several_thresholds(problem, on, price, taken)
     cost, loss = problem.outcome(price, taken)
     fits = problem.best(cost[:, None], loss[:, None])[1].isfinite()
-    choices = [Choice(taken[i], float(cost[i]), float(loss[i])) for i in fits.nonzero()[:, 0].tolist()]
-    return min(choices, key=lambda choice: objective(problem, choice), default=None)
+    return [Choice(taken[i], float(cost[i]), float(loss[i])) for i in fits.nonzero()[:, 0].tolist()]
 
 
 def _between(low: float, high: float) -> float:

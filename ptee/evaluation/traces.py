@@ -23,6 +23,7 @@ from ptee.data.labels import labels_of_other_classes
 from ptee.exits.blend import Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
 from ptee.exits.plan import heads_run
+from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
 SAMPLE = 128  # images that are kept
@@ -49,6 +50,7 @@ class Traces:
         confidence_name: the key of `CONFIDENCES` that `confidence` was computed with.
         calibrated: the model's, or None.
         own: (E+1, n) classes that each exit answers by itself, if `answers` are blended; else None.
+        times: of the pieces, if thresholds are to be chosen by seconds; else None.
     """
 
     answers: Tensor
@@ -64,6 +66,7 @@ class Traces:
     confidence_name: str = LEARNED
     calibrated: Calibrated | None = None
     own: Tensor | None = None
+    times: BatchTimes | None = None
 
     @property
     def exits(self) -> int:
@@ -132,23 +135,46 @@ class Traces:
         """(..., E+1) costs if only these exits (..., E) are on. A head that is off still runs for exits that read its answer."""
         if self.head_costs is None:
             return self.costs.expand(*on.shape[:-1], -1)
+        saved = (self.head_costs * ~self.heads_where(on)).cumsum(-1)
+        return self.costs - torch.cat([saved, saved[..., -1:]], -1)
+
+    def heads_where(self, on: Tensor) -> Tensor:
+        """(..., E) which heads run if only these exits (..., E) are on."""
         reads_earlier = torch.zeros_like(self.costs[1:], dtype=torch.bool)
         if CONFIDENCES[self.confidence_name].needs_answers_of_earlier_exits:
             reads_earlier = ~reads_earlier
         elif self.builds_on_previous is not None:
             reads_earlier = self.builds_on_previous
-        saved = (self.head_costs * ~heads_run(on, reads_earlier)).cumsum(-1)
-        return self.costs - torch.cat([saved, saved[..., -1:]], -1)
+        return heads_run(on, reads_earlier)
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
         """(E+1,) costs if these exits are off."""
-        return self.costs_where(torch.tensor([n not in off for n in range(self.exits)], device=self.costs.device))
+        return self.costs_where(self._all_but(off))
+
+    def _all_but(self, off: Sequence[int]) -> Tensor:
+        return torch.tensor([n not in off for n in range(self.exits)], device=self.costs.device)
+
+    def time(self, leaving: Tensor, off: Sequence[int] = ()) -> float | None:
+        """The expected time if each image leaves where `leaving` (n,) says, and these exits are off. None if it is not known."""
+        if self.times is None:
+            return None
+        return self.times.expected(self.heads_where(self._all_but(off)), self.shares(leaving))
 
     @property
     def costs_alone(self) -> list[float]:
         """(E) the cost of leaving at each exit while all others are off."""
         only = torch.eye(self.exits, dtype=torch.bool, device=self.costs.device)
         return self.costs_where(only)[:, :-1].diag().tolist()
+
+    @property
+    def times_alone(self) -> list[float]:
+        """(E) the expected time of leaving at each exit while all others are off, where times are known."""
+        return [self.time(self.at(n), [m for m in range(self.exits) if m != n]) or 0.0 for n in range(self.exits)]
+
+    @property
+    def prices_alone(self) -> list[float]:
+        """(E) the time of leaving at each exit alone if times are known, else the cost."""
+        return self.costs_alone if self.times is None else self.times_alone
 
     def leaving(self, threshold: Sequence[float] | Tensor) -> Tensor:
         """(n,) the exit at which each image leaves: the first n with h_n >= T_n, or E. `threshold` is (E,)."""
@@ -163,7 +189,7 @@ class Traces:
         answers = self.answers.gather(0, leaving[None])[0]
         accuracy = None if self.targets is None else (answers == self.targets).double().mean().item()
         fidelity = (answers == self.bare).double().mean().item()
-        return Score(accuracy, fidelity, self.costs_without(off)[leaving].mean().item())
+        return Score(accuracy, fidelity, self.costs_without(off)[leaving].mean().item(), self.time(leaving, off))
 
     def at(self, exit_index: int) -> Tensor:
         """(n,) every image leaves at this exit."""
@@ -182,11 +208,18 @@ class Score:
         accuracy: share of answers that are the label; None without labels.
         fidelity: share of answers that are the backbone's.
         cost: multiply-accumulates, as a fraction of the bare backbone's.
+        time: that is to be expected, as a fraction of the bare backbone's; None where nothing was measured.
     """
 
     accuracy: float | None
     fidelity: float
     cost: float
+    time: float | None = None
+
+    @property
+    def price(self) -> float:
+        """The time if it is known, else the cost."""
+        return self.cost if self.time is None else self.time
 
     @property
     def merit(self) -> float:
@@ -198,7 +231,8 @@ def truncation(traces: Traces) -> tuple[Score, ...]:
     """For each exit, the score of the network cut off there: the only heads are its own and those that it reads."""
     alone = replace(traces, confidence_name=LEARNED)  # no confidence is needed
     scores = [traces.score_at(n) for n in range(traces.exits)]
-    return tuple(replace(score, cost=cost) for score, cost in zip(scores, alone.costs_alone, strict=True))
+    times = [None] * traces.exits if traces.times is None else alone.times_alone
+    return tuple(replace(s, cost=c, time=t) for s, c, t in zip(scores, alone.costs_alone, times, strict=True))
 
 
 @checked

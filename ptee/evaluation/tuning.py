@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from ptee.evaluation.targets import DEFAULTS, WITHIN, Margin, Solution, solve
 from ptee.evaluation.threshold_search import ROUNDING
 from ptee.evaluation.traces import record
 from ptee.exits.blend import OWN
+from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 
 
@@ -28,6 +30,7 @@ def tune(
     one_threshold: bool = DEFAULTS.one_threshold,
     margin: Margin = DEFAULTS.margin,
     answers: Literal["auto", "own", "blended"] = DEFAULTS.answers,
+    times: BatchTimes | None = None,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -48,6 +51,8 @@ def tune(
             cross-validation estimates how much more.
         answers: "own", "blended" (weights are fitted to these images, too), or "auto": whichever meets the target better on
             images that the weights were not fitted to.
+        times: of the model's pieces in batches of one size, as `ptee.timing.measure.measure(model, [32]).at(32)` gives them: then
+            costs are of seconds. None: of multiply-accumulates.
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.
@@ -65,7 +70,7 @@ def tune(
     )  # fmt: skip
     target = Target.given(config)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    traces = record(model, data, logits=config.answers != OWN, own=True, **how)
+    traces = replace(record(model, data, logits=config.answers != OWN, own=True, **how), times=times)
     found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=config.answers)
     model.choose(found.threshold, found.off, found.blend)
     return found
@@ -75,6 +80,8 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
     """Whether a target is kept or missed in JSON-able results on other images, by how much, and how certain that is."""
     target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
     interval = f"(95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
+    if target.kind == "max_cost" and solution.score.time is not None:
+        return f"Target: {target} of {solution.unit}. {solution.score.time:.4f} is to be expected."
     if target.kind == "max_cost":
         found, words = own["cost"], f"{own['cost']:.4f}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ptee.exits.front import FrontHead
 from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
 from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
 from ptee.exits.placement import INPUT, PLACEMENTS, Placer
-from ptee.exits.plan import Plan, counted
+from ptee.exits.plan import Plan, TimesOfModules, counted
 from ptee.exits.residual_head import ResidualFeatures, sized
 
 HEAD_BUDGET = 0.05  # share of the backbone's cost that an "auto" head may have where nothing is said
@@ -38,6 +39,7 @@ def build_exits(
     front: FrontHead | str | None = None,
     placed: bool = False,
     saved: Mapping[str, Tensor] | None = None,
+    times: TimesOfModules | None = None,
 ) -> tuple[Plan, list[ExitHead]]:
     """Place exits on a backbone, verify their cuts, build their heads, and count what they cost.
 
@@ -49,6 +51,7 @@ def build_exits(
         front: the head of an exit at the input, before all others; "auto" for a residual head there.
         placed: `exits` are names from the plan of a saved run.
         saved: the tensors of a saved run's heads; other heads are refused before they are built.
+        times: of the backbone: then fractions are of its time, and the plan shows it.
 
     Returns:
         The plan, and the new heads that it counted, in train mode, on the CPU in float32.
@@ -58,7 +61,7 @@ def build_exits(
     size = backbone.input.input_size
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
-    placer = Placer(backbone, found, counts, placed)
+    placer = Placer(backbone, found, counts, placed, times=times and times.shares)
     try:
         cuts = placer.place(places, num_exits, front is not None)
     except CutError:
@@ -73,9 +76,11 @@ def build_exits(
     shares = [0.0 if cut.name == INPUT else placer.cost(cut) for cut in cuts]
     rows = counted(shares, cuts, heads, list(map(str, specs)), counts.total)
     made = Plan(
-        backbone=backbone.name, placement=_words(places), input_size=size, exits=rows, macs=counts.total,
+        backbone=backbone.name, placement=_words(places, "cost" if times is None else "time"), input_size=size, exits=rows, macs=counts.total,
         parameters=parameters(backbone.module), classes=found.classes, cuts=tuple(cuts),
     )  # fmt: skip
+    if times is not None:
+        made = replace(made, times=tuple(times.shares.get(cut.name, 0.0) for cut in cuts), unit=times.unit)
     return made.switched_off(()), heads
 
 
@@ -84,14 +89,14 @@ def _plain(given: Any) -> Any:
     return given.tolist() if hasattr(given, "tolist") else given
 
 
-def _words(places: str | float | Sequence[float] | Sequence[str]) -> str:
+def _words(places: str | float | Sequence[float] | Sequence[str], of: str) -> str:
     """Where the exits stand, for the title of a plan."""
     parts = places if isinstance(places, list | tuple) else str(places).split(",")
     where = ", ".join(map(str, parts))
     if where in PLACEMENTS:
         return where
     numbers = all(isinstance(e, int | float) or e.replace(".", "", 1).isdecimal() for e in parts)
-    return f"exits at or behind {where} of the cost" if numbers else f"exits at {where}"
+    return f"exits at or behind {where} of the {of}" if numbers else f"exits at {where}"
 
 
 # ---------------------------------------------------------------------------------------------------- one head

@@ -21,7 +21,7 @@ The images themselves are a cut, too, called "input". Nothing is computed before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -115,6 +115,7 @@ class Placer:
         placed: names are those that a rule gave before, so values may pass their modules (`Survey.bypassed`).
         verified: the cuts that were tried, by name.
         failed: why a cut that was tried failed, by name.
+        times: share of the backbone's time up to the end of each module; if given, places are chosen by these.
     """
 
     backbone: Backbone
@@ -123,6 +124,7 @@ class Placer:
     placed: bool = False
     verified: dict[str, Cut] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    times: Mapping[str, float] | None = None
 
     def place(
         self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None, front: bool = False
@@ -253,6 +255,10 @@ class Placer:
         before = reversed(order[: order.index(cut.name) + 1])
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
 
+    def _share(self, cut: Cut) -> float:
+        """What places are chosen by: the time up to a cut if it was measured, else its cost."""
+        return self.cost(cut) if self.times is None else self.times.get(cut.name, self.cost(cut))
+
     def _outside(self, cut: Cut) -> float:
         """Share of the backbone's cost that is spent twice if the pass starts again at a cut: outside of kept modules."""
         within = sum(self.counts.inside.get(name, 0) for name in {step.name for step in cut.steps})
@@ -284,8 +290,8 @@ class Placer:
     def _chosen(self, rule: Choice, wanted: int, places: list[Cut], latest: float = LATEST) -> list[Cut] | None:
         """What the rule chooses among the places that pass their check; None if too few are left."""
         while True:
-            places = [cut for cut in places if self.cost(cut) <= latest and cut.name not in self.failed]
-            costs = [self.cost(cut) for cut in places]
+            places = [cut for cut in places if self._share(cut) <= latest and cut.name not in self.failed]
+            costs = [self._share(cut) for cut in places]
             chosen = [places[i] for i in rule(costs)]
             if len(chosen) < wanted:
                 return None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,20 @@ class Exit:
     builds_on_previous: bool = False
 
 
+class TimesOfModules(NamedTuple):
+    """What was measured of a backbone.
+
+    Attributes:
+        shares: of its time, up to the end of each module.
+        seconds: of a batch.
+        unit: what the shares are of, in words.
+    """
+
+    shares: dict[str, float]
+    seconds: float
+    unit: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where the exits of a backbone stand and what they cost. Prints as a table.
@@ -64,6 +78,8 @@ class Plan:
         cuts: what the hooks need, one per exit.
         off: exits where no row leaves. Their heads do not run, unless a later exit reads their answers.
         confidence: a name of `CONFIDENCES`, by which rows leave.
+        times: share of the backbone's time up to each exit; empty if it was not measured.
+        unit: what these shares are of, in words.
     """
 
     backbone: str
@@ -76,6 +92,8 @@ class Plan:
     cuts: tuple[Cut, ...] = field(repr=False)
     off: tuple[int, ...] = ()
     confidence: str = LEARNED
+    times: tuple[float, ...] = ()
+    unit: str = ""
 
     @property
     def head(self) -> str:
@@ -148,7 +166,8 @@ class Plan:
         size = "x".join(map(str, self.input_size))
         heads = "several kinds of heads" if differ else f"{self.head} heads"
         title = f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {heads}"
-        return "\n".join([title, self._table(differ), *self._notes()])
+        timed = f"time: share of {self.unit}, up to the exit"
+        return "\n".join([title, *[timed] * bool(self.times), self._table(differ), *self._notes()])
 
     @property
     def legend(self) -> str:
@@ -161,14 +180,25 @@ class Plan:
     def _table(self, differ: bool) -> str:
         """A row for each exit and one for the backbone. The heads have a column where they differ."""
         heads = ["head"] if differ else []
-        title = ("exit", "module", "shape", *heads, "backbone", "head cost", "cost", "parameters")
+        timed = [f"{t:.4f}" for t in (*self.times, 1.0)] if self.times else []
+        title = (
+            "exit",
+            "module",
+            "shape",
+            *heads,
+            *["time"] * bool(timed),
+            "backbone",
+            "head cost",
+            "cost",
+            "parameters",
+        )
         rows = [
-            (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), f"{e.backbone_cost:.4f}",
+            (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), *timed[n : n + 1], f"{e.backbone_cost:.4f}",
              f"{e.head_cost:.4f}", f"{e.cost:.4f}", f"{e.parameters:,}")
             for n, (e, cut) in enumerate(zip(self.exits, self.cuts, strict=True))
         ]  # fmt: skip
         end = (
-            str(len(self.exits)), "(backbone)", str(self.classes), *([""] if differ else []), "1.0000", "",
+            str(len(self.exits)), "(backbone)", str(self.classes), *([""] if differ else []), *timed[-1:], "1.0000", "",
             f"{self.final_cost:.4f}", f"{self.parameters:,}",
         )  # fmt: skip
         return table([title, *rows, end], left={1})

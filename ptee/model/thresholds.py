@@ -15,6 +15,7 @@ from torch import Tensor
 from ptee._common.errors import PteeError
 
 Thresholds = float | Sequence[float] | Tensor
+NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence reaches, and that every finite one does
 
 
 def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:

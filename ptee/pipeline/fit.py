@@ -21,19 +21,23 @@ from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
-from ptee.evaluation.config import Target
+from ptee.evaluation.config import TIME, Target
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.evaluation.targets import Solution, require_labels, require_reachable
 from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 from ptee.exits.front import named_front
+from ptee.exits.plan import TimesOfModules
+from ptee.exits.times import BatchTimes
 from ptee.model import run_files, saving
 from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import describe_labels, from_data_sets, has_labels, image_size, labels_of, recipe_for
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.run_folder import clear, forget_training, is_main_process, new_folder, require_readable, sole_writer
+from ptee.timing.measure import measure
+from ptee.timing.times import FILE, Times
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
@@ -107,8 +111,8 @@ def fit(
         overwrite: replace the run in `out`.
         resume: go on with the interrupted training in `out`.
         log: a function that gets the messages, such as `print`.
-        changes: settings of the recipe by name: `epochs=20`, `head="pool"`, `max_drop=0.01`, `seed=1`. `ptee recipe ptee` on the
-            command line lists them all.
+        changes: settings of the recipe by name: `epochs=20`, `head="pool"`, `max_drop=0.01`, `seed=1`, or `cost="time",
+            at_batch=32` for thresholds by measured seconds. `ptee recipe ptee` on the command line lists them all.
 
     Returns:
         The model in eval mode with its thresholds set. `model.results` holds the measurements; `log=print` shows them as tables.
@@ -167,16 +171,17 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
             return model
         model.results = {"data": about(data)}
         _set_confidence(model, for_confidence, recipe, job)
-        report, outcome = _set_thresholds(model, data, target, recipe, job)
+        times = _measured_pieces(model, recipe, job)
+        report, outcome = _set_thresholds(model, data, target, recipe, job, times)
     except KeyboardInterrupt as why:
         raise _interrupted(complete, job) from why
-    _save(model, history, recipe, job)  # before the measurement, which may take long
+    _save(model, history, recipe, job, times)  # before the measurement, which may take long
     try:
         _measure(model, report, outcome, recipe, job)
     except KeyboardInterrupt as why:
         words = f": the run in {job.out} is complete but for its results. {job.again}".rstrip()
         raise Interrupted("Interrupted." if job.out is None else f"Interrupted{words}") from why
-    _save(model, history, recipe, job)
+    _save(model, history, recipe, job, times)
     if job.out is not None:
         forget_training(job.out)
     return model
@@ -223,22 +228,27 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
     return model, target
 
 
-def build_model(backbone: Backbone, recipe: Recipe) -> EarlyExitModel:
-    """A backbone with the exits of a recipe. Their heads are not trained; the same seed gives the same heads."""
+def build_model(backbone: Backbone, recipe: Recipe, times: TimesOfModules | None = None) -> EarlyExitModel:
+    """A backbone with the exits of a recipe. Their heads are not trained; the same seed gives the same heads.
+
+    `times`: of the backbone, if fractions are of these.
+    """
     exits = recipe.exits
     mean, std = ((v,) if isinstance(v, int | float) else v for v in (exits.front_mean, exits.front_std))
     front = named_front(exits.front, backbone, weights=exits.front_weights, mean=mean, std=std)
     options = {"exits": exits.places, "num_exits": exits.number, "head": exits.head, "head_budget": exits.head_budget}
     with own_random_numbers(recipe.seed):
-        return build(backbone, front=front, **options)
+        return build(backbone, front=front, times=times, **options)
 
 
-def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job) -> None:
+def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job, times: Times | None) -> None:
     """Write all files of the run, or on failure none."""
     if job.out is None:
         return
     metrics = {"results": model.results, "plan": model.plan.to_dict(), "training": history.to_dict()}
     more = {run_files.METRICS: f"{to_json(metrics)}\n", RECIPE_FILE: recipe.to_yaml()}
+    if times is not None:
+        more[FILE] = times.to_json()
     model.save_pretrained(job.out, more_files=more)
 
 
@@ -320,8 +330,21 @@ def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job
     model.results = (model.results or {}) | {"calibration": fits.to_dict()}
 
 
+def _measured_pieces(model: EarlyExitModel, recipe: Recipe, job: Job) -> Times | None:
+    """The seconds of each piece on the device of the run, if thresholds are to be chosen by them."""
+    batch = recipe.thresholds.at_batch
+    if recipe.thresholds.cost != TIME:
+        return None
+    job.log(f"\nThe pieces are measured in batches of up to {batch} on {job.device}.")
+    home = next(model.heads.parameters()).device
+    try:
+        return measure(model.to(resolve_device(job.device)), [batch])
+    finally:
+        model.to(home)
+
+
 def _set_thresholds(
-    model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job
+    model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job, times: Times | None
 ) -> tuple[tuple[Any, str], Solution | None]:
     """Set the thresholds. Returns the images to report on with a sentence about them, and the solution for the target."""
     if target is None:
@@ -329,14 +352,15 @@ def _set_thresholds(
         model.threshold = recipe.thresholds.threshold
         return (data.validation, data.summary), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
-    images, words, found = choose_thresholds(model, unseen, target, recipe, job)
+    at_batch = None if times is None else times.at(recipe.thresholds.at_batch)
+    images, words, found = choose_thresholds(model, unseen, target, recipe, job, at_batch)
     return (images, f"{data.summary} {words}"), found
 
 
 def choose_thresholds(
-    model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job
+    model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job, times: BatchTimes | None = None
 ) -> tuple[Any, str, Solution]:
-    """Set the thresholds of a trained model for a target, and record it in the model's results.
+    """Set the thresholds of a trained model for a target, and record it in the model's results. `times`: by these seconds.
 
     Returns the images that are left to report on, a sentence about the split, and the solution.
     """
@@ -346,6 +370,7 @@ def choose_thresholds(
         "one_threshold": how.one_threshold,
         "margin": how.margin,
         "answers": how.answers,
+        "times": times,
     }
     found = tune(model, parts.calibration, **goal, **_batches(recipe, job))
     record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}

@@ -19,6 +19,7 @@ from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
 from ptee.model import run_files, saving
 from ptee.pipeline.recipe import RECIPE_FILE
+from ptee.timing.times import FILE as TIMES_FILE
 
 LOCK = ".ptee.lock"  # held by the process that trains into a folder
 UNREADABLE = "unreadable.json"  # keys of pictures that could not be read
@@ -96,7 +97,7 @@ def is_main_process() -> bool:
 
 def clear(out: Path) -> None:
     """Remove an earlier run, so that it is not taken for this one."""
-    for name in (run_files.CONFIG, run_files.HEADS, run_files.METRICS, RECIPE_FILE):
+    for name in (run_files.CONFIG, run_files.HEADS, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
         (out / name).unlink(missing_ok=True)
 
 

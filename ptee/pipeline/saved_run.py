@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptee._common.devices import one_thread
+import torch
+
+from ptee._common.devices import one_thread, resolve_device
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError
 from ptee._common.text import printable
 from ptee.backbones.load import rebuild
@@ -19,10 +21,11 @@ from ptee.data.named import HUB
 from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
-from ptee.evaluation.config import TARGETS, Target
+from ptee.evaluation.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
 from ptee.evaluation.results import evaluate
 from ptee.evaluation.targets import require_labels
 from ptee.evaluation.tuning import describe_outcome
+from ptee.exits.times import BatchTimes
 from ptee.model import saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
@@ -30,6 +33,8 @@ from ptee.model.rebuilding import require_at_hand
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.timing.measure import measure_static
+from ptee.timing.times import times_for
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
@@ -150,7 +155,10 @@ def tune_run(
     require_labels(target, labelled)
     own = make_recipe(folder) if (folder / RECIPE_FILE).is_file() else None
     job = Job(device=how["device"], num_workers=how["num_workers"], log=log)
-    report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job)
+    wanted, times = recipe.thresholds, None
+    if wanted.cost == TIME:
+        times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch)
+    report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job, times)
     results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
@@ -163,17 +171,31 @@ def tune_run(
     return model.results
 
 
-def compare_runs(runs: Mapping[str, OpenRun], *, log: Log, **how: Any) -> Comparison:
+def compare_runs(
+    runs: Mapping[str, OpenRun], *, log: Log, cost: str = OPERATIONS, at_batch: int = AT_BATCH, **how: Any
+) -> Comparison:
     """Compare saved runs, by name, on images that none of them has seen; `how` as of `compare`.
 
+    By `cost` "time" all is in seconds, in batches of one size: of the runs as they keep them, of smaller networks measured now.
+
     Raises:
-        PteeError: as of `compare`, and if there are no such images.
+        PteeError: as of `compare`, and if there are no such images or times.
     """
+    if cost == TIME:
+        how["times"] = _times(runs, how.get("static") or {}, resolve_device(how["device"]), at_batch)
     first = next(iter(runs.values()))
     parts = parts_for_all([run.unseen for run in runs.values()])
     about = f"{first.unseen.data.source}. {parts.words}"
     log(f"{about} {first.accuracy}")
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
+
+
+def _times(
+    runs: Mapping[str, OpenRun], static: Mapping[str, Any], device: torch.device, batch: int
+) -> dict[str, BatchTimes]:
+    found = {name: times_for(Path(run.unseen.run), run.model, device, batch) for name, run in runs.items()}
+    model = next(iter(runs.values())).model
+    return found | {name: measure_static(network, model, device, batch) for name, network in static.items()}
 
 
 def load_run(run: str, weights: Path | None) -> EarlyExitModel:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
-from ptee.cli.commands import _names_of, _static, compare
+from ptee.cli.commands import compare
+from ptee.cli.values import names_of, static_networks
 from ptee.evaluation.comparison import LINES
 
 
@@ -103,13 +104,13 @@ def test_a_comparison_that_cannot_be_is_refused_in_one_line(words, said, run, fi
     ids=str,
 )
 def test_runs_are_called_by_the_end_of_their_path_where_that_is_enough(runs, names):
-    assert list(_names_of(tuple(runs))) == names
+    assert list(names_of(tuple(runs))) == names
 
 
 def test_a_run_is_called_like_its_folder_from_within_as_well(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
-    assert list(_names_of((".", "../other/"))) == ["mine", "other"]
+    assert list(names_of((".", "../other/"))) == ["mine", "other"]
 
 
 @pytest.mark.parametrize(
@@ -122,4 +123,4 @@ def test_a_run_is_called_like_its_folder_from_within_as_well(tmp_path, monkeypat
 )
 def test_a_network_that_cannot_be_loaded_is_refused(texts, words):
     with pytest.raises(PteeError, match=words):
-        _static(tuple(texts))
+        static_networks(tuple(texts))

@@ -53,6 +53,7 @@ OTHER = {
     "training.precision": "no", "training.cache": False, "confidence.name": "entropy", "confidence.question": "right",
     "confidence.calibration_share": 0.2, "thresholds.threshold": 0.5, "thresholds.max_loss": 0.02, "thresholds.max_drop": 0.02,
     "thresholds.max_fidelity_drop": 0.02, "thresholds.max_cost": 0.5, "thresholds.one_threshold": True, "thresholds.margin": 0.005, "thresholds.answers": "own",
+    "thresholds.cost": "time", "thresholds.at_batch": 8,
 }  # fmt: skip
 ALSO = {"training.cost_weight": ("training.loss=joint",)}  # what a setting goes together with
 
@@ -61,9 +62,9 @@ ALSO = {"training.cost_weight": ("training.loss=joint",)}  # what a setting goes
 def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
     from ptee.cli import commands
 
-    seen, read = {}, commands._recipe
+    seen, read = {}, commands.recipe_of
     stop = lambda o, default: seen.update(recipe=read(o, default)) or click.get_current_context().exit()  # noqa: E731
-    monkeypatch.setattr(commands, "_recipe", stop)
+    monkeypatch.setattr(commands, "recipe_of", stop)
     value = yaml.safe_dump(OTHER[path], default_flow_style=True).removesuffix("\n...\n").strip()
     words = [word for each in (*ALSO.get(path, ()), f"{path}={value}") for word in ("--set", each)]
     augment.main([*words], standalone_mode=False)
@@ -190,11 +191,12 @@ def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere
         "--model": "cifar_resnet20", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
         "--recipe": "mine.yaml", "--set": "exits.head=pool", "--exits": "linear", "--num-exits": 2,
         "--head": "auto", "--head-budget": 0.1, "--front": None, "--front-weights": None, "--batch-sizes": 1, "--rounds": 3,
-        "--threads": 1, "--device": "cpu",
+        "--threads": 1, "--device": "cpu", "--cost": "time", "--at-batch": 1,
     }  # fmt: skip
     flags = ("--no-pretrained", "--json", "--explain")
-    names = [option.opts[0] for option in command.params]
-    assert {*names} - {"--pretrained", *flags} <= {*values}
+    of_runs = ("--executor", "--save", "--data", "--data-root", "--classes")
+    names = [option.opts[0] for option in command.params if isinstance(option, click.Option)]
+    assert {*names} - {"--pretrained", *flags, *of_runs} <= {*values}
     words = [word for name in names if values.get(name) is not None for word in (name, values[name])]
     done = run(command.name, *words, "--no-pretrained", "--json")
     assert (done.status, done.err) == (0, "")

@@ -28,6 +28,7 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
     found = comparison(ours, small, drops=(0.01, 0.02))
     assert str(found).splitlines() == [
         "net, 1,200 images, accuracy 0.9000; thresholds chosen on 600 other images",
+        "cost: share of the bare backbone's multiply-accumulates",
         "",
         "       <= 0.01 lost      <= 0.02 lost             no threshold",
         "------------------------------------------------------------------",
@@ -40,7 +41,14 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
 
 def test_a_note_stands_above_the_table():
     found = Comparison("net", (0.01,), (OURS,), 600, 1200, None, note="There is no accuracy.")
-    assert str(found).splitlines()[:2] == ["net, 1,200 images; thresholds chosen on 600 other images", found.note]
+    first = "net, 1,200 images; thresholds chosen on 600 other images"
+    assert str(found).splitlines()[:3] == [first, "cost: share of the bare backbone's multiply-accumulates", found.note]
+
+
+def test_a_comparison_by_time_says_its_unit_above_the_table_and_in_the_legend():
+    found = Comparison("net", (0.01,), (OURS,), 600, 1200, None, unit="a clock (batch 32)")
+    assert str(found).splitlines()[1] == "cost: share of a clock (batch 32)"
+    assert "as a share of a clock (batch 32)" in found.legend
 
 
 def test_the_legend_explains_the_lines_that_are_there_and_is_not_part_of_the_table():

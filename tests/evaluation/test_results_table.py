@@ -63,7 +63,7 @@ def test_speed_has_columns_only_where_it_was_measured():
         assert "images/s" not in text
         assert "speed" not in text
     assert lines_of(timed)["early exit, T = 0.5"][-2:] == ["1,250", "1.25x"]
-    assert str(timed).startswith("net, 1,200 images; speed on cpu in batches of 10\n")
+    assert str(timed).startswith("net, 1,200 images; cost in multiply-accumulates; speed on cpu in batches of 10\n")
     assert "images/s, speed: measured on cpu in batches of 10." in timed.legend
 
 

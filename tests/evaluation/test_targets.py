@@ -16,6 +16,7 @@ from ptee.evaluation.config import Target, describe_thresholds, remark
 from ptee.evaluation.targets import Margin, Solution, curves, solve
 from ptee.evaluation.threshold_search import NEVER
 from ptee.evaluation.traces import Score, Traces, truncation
+from ptee.exits.times import BatchTimes
 
 K = 3
 TARGETS = [("max_drop", 0.0), ("max_drop", 0.1), ("max_fidelity_drop", 0.2), ("max_cost", 0.7)]
@@ -281,7 +282,8 @@ def test_a_solution_can_be_written_as_json_and_prints_as_text():
     assert str(found) == (
         "Target: accuracy at most 0.02 below the backbone's.\n"
         "Chosen: T = 0.5, off, 0.75. Exits that are off do not pay, and the cost is without their heads. On the 1,200 images that "
-        "this was chosen on: accuracy 0.8800 (0.0200 below the backbone's), fidelity 0.9500, cost 0.4000."
+        "this was chosen on: accuracy 0.8800 (0.0200 below the backbone's), fidelity 0.9500, cost 0.4000 of the "
+        "multiply-accumulates."
     )
     every = replace(found, off=(0, 1, 2), threshold=(NEVER,) * 3)
     assert "Chosen: all exits off, because none of them pays; the backbone answers every image." in str(every)
@@ -338,3 +340,75 @@ def test_a_larger_drop_never_costs_more_whatever_the_reserve(seed):
     costs = [s.cost for s in sorted(found, key=lambda s: s.target.limit)]
     assert costs == sorted(costs, reverse=True)
     assert all(s.drop <= s.target.limit - s.margin + TOLERANCE for s in found)
+
+
+# ---------------------------------------------------------------------------------------------------- by seconds
+
+
+def timed(traces: Traces, batch: int = 8, heads: float = 1.0, first: float = 1.0, call: float = 0.0) -> Traces:
+    """Times in proportion to the counted costs; the heads take some times as long, and so does the piece before exit 0."""
+    rows = torch.arange(batch + 1, dtype=torch.float64) / batch
+    head_costs = traces.head_costs
+    before = torch.cat([head_costs.cumsum(0), head_costs.sum()[None]])
+    segments = torch.diff(traces.costs - before, prepend=torch.zeros(1, dtype=torch.float64))
+    segments[0] *= first
+    return replace(
+        traces, times=BatchTimes(segments[:, None] * rows, heads * head_costs[:, None] * rows, call, "units of a test")
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@each_target
+def test_times_in_proportion_to_operations_choose_what_operations_choose(seed, target):
+    traces = easy_and_hard(seed, 3, 200)
+    by_count, by_time = solve(traces, target, margin=0), solve(timed(traces), target, margin=0)
+    assert by_time.score.time == pytest.approx(by_time.cost)
+    if target.kind == "max_cost":
+        assert by_time.score.merit >= by_count.score.merit - TOLERANCE
+    else:
+        assert by_time.cost <= by_count.cost + TOLERANCE
+    assert (by_count.score.time, by_count.unit, by_time.unit) == (None, "", "units of a test")
+
+
+@pytest.mark.parametrize("margin", [0, "auto"])
+def test_an_exit_whose_head_takes_long_is_switched_off(margin):
+    traces, target = easy_and_hard(0, 3, 400), Target("max_drop", 0.02)
+    slow = timed(traces)
+    slow.times.heads[0] *= 30
+    assert 0 not in solve(traces, target, margin=margin).off
+    assert 0 in solve(slow, target, margin=margin).off
+
+
+def test_if_nothing_is_faster_than_the_bare_backbone_all_exits_are_off_and_it_says_so():
+    found = solve(timed(easy_and_hard(0, 3, 200), call=2.0), Target("max_drop", 0.02), margin=0)
+    assert found.off == (0, 1, 2)
+    assert found.score.time == 1
+    assert "all exits off: nothing within the target is faster than the bare backbone units of a test." in str(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("answers_on", [2, 3])
+def test_what_is_chosen_by_seconds_is_never_slower_than_what_is_chosen_by_operations(seed, answers_on):
+    traces, target = easy_and_hard(seed, answers_on, 300), Target("max_fidelity_drop", 0.05)
+    g = drawn(seed)
+    some = timed(traces)
+    steps = torch.rand(some.times.segments.shape, generator=g, dtype=torch.float64).sort(1).values
+    steps[:, 0] = 0
+    some = replace(some, times=replace(some.times, segments=steps))
+    by_count, by_time = solve(traces, target), solve(some, target)
+    assert by_time.score.time <= by_count.on(some).time + TOLERANCE
+    assert by_time.score.time == by_time.on(some).time
+
+
+def test_a_larger_drop_never_takes_longer():
+    traces = timed(easy_and_hard(1, 2, 100), first=2.0, call=0.1)
+    found = [s.score.time for s in curves(traces, (0.0, 0.01, 0.02, 0.05))["own"]]
+    assert found == sorted(found, reverse=True)
+
+
+def test_a_largest_cost_is_one_of_seconds():
+    traces = timed(easy_and_hard(2, 3, 300), first=2.0)
+    found = solve(traces, Target("max_cost", 0.9))
+    assert found.score.time <= 0.9 + TOLERANCE
+    with pytest.raises(PteeError, match="cannot be reached"):
+        solve(traces, Target("max_cost", 0.2))

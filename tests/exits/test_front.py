@@ -455,6 +455,6 @@ def test_a_module_called_like_a_rule_is_meant_behind_the_input_too(tmp_path):
 
 
 def test_the_benchmark_takes_it(model):
-    from ptee.evaluation.benchmark import bench
+    from ptee.timing.benchmark import bench
 
     assert "exit 0" in str(bench(model, [2], rounds=3))

@@ -105,6 +105,20 @@ def test_the_recipe_of_a_run_gives_the_same_model_again(tmp_path):
     assert (tmp_path / "one" / "recipe.yaml").read_text() == (tmp_path / "two" / "recipe.yaml").read_text()
 
 
+def test_thresholds_by_time_are_chosen_by_what_was_measured_of_the_pieces(tmp_path, monkeypatch):
+    from measured import values
+
+    from ptee.timing.times import Times, read_times
+
+    slow = values(device=here().type)
+    slow["executors"][0]["heads"] = [[50.0, 50.0]] * 2
+    monkeypatch.setattr(fitting, "measure", lambda model, sizes: Times(**slow))
+    model = fit(network(), images(40), max_cost=1.0, cost="time", at_batch=4, out=tmp_path / "run")
+    assert model.off == (0, 1)
+    assert model.results["tuning"]["unit"] == f"the bare backbone's time (hooks, batch 4, {here().type})"
+    assert read_times(tmp_path / "run") == Times(**slow)
+
+
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(network(), images(60))

@@ -1,0 +1,42 @@
+"""Seconds of calls that are measured in turns, and their ratios: the speed of a machine drifts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from ptee._common.devices import wait
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int = 7, seconds: float = 20.0
+) -> dict[str, list[float]]:
+    """Seconds of each call in every round. A first round is not counted.
+
+    The clock is read when the device has finished. After `seconds` no further round begins, but three are timed in any case.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
+    bar = tqdm(total=(rounds + 1) * len(calls), desc="measuring speed", leave=False, disable=None)
+    with torch.inference_mode(), bar:
+        for i in range(rounds + 1):
+            for name, call in calls.items():
+                wait(device)
+                start = time.perf_counter()
+                call()
+                wait(device)
+                if i:
+                    times[name].append(time.perf_counter() - start)
+                bar.update()
+            if i >= 3 and time.perf_counter() - begun > seconds:
+                break
+    return times
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of time / base. The two times of one round were measured under the same load."""
+    return statistics.median(t / b for t, b in zip(times, base, strict=True))

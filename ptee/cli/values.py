@@ -1,0 +1,163 @@
+"""From the options of a command to the values that it works with."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ptee._common.errors import Argument, DataError, PteeError
+from ptee.cli.options import as_option, given_settings
+
+NEED_A_MODEL = ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std")
+GIVE_MODEL = Argument("model", "NAME")
+
+
+def show(found: Any, o: dict[str, Any]) -> None:
+    """Print a result: as JSON, or as a table, with its legend if --explain asks for it."""
+    from ptee._common.files import to_json
+
+    legend = f"\n\n{found.legend}" if o.get("explain") else ""
+    click.echo(to_json(found.to_dict()) if o["as_json"] else f"{found}{legend}")
+
+
+def recipe_of(o: dict[str, Any], default: Any = None) -> Any:
+    """The recipe of --recipe, or the default, with the settings of the other options."""
+    from ptee.pipeline.recipe import make_recipe
+
+    recipe = o.pop("recipe", None)
+    return make_recipe(default if recipe is None else recipe, given_settings(o))
+
+
+def recipe_of_exits(o: dict[str, Any]) -> Any:
+    """The recipe of a command that trains nothing. A setting that it could not use is refused."""
+    for path, value in o["set"]:
+        if not path.startswith("exits."):
+            raise PteeError(f"--set {path}={value} changes nothing here: no head is trained. Settings of exits do.")
+    return recipe_of(o)
+
+
+def require_model(o: dict[str, Any]) -> None:
+    """Refuse a command without --model."""
+    if o["model"] is None:
+        example = Argument("model", "resnet50")
+        raise PteeError("Which model? Give ", GIVE_MODEL, ", such as ", example, ".", argument="model")
+
+
+def backbone_of(o: dict[str, Any]) -> Any:
+    """The model of --model. Data that are not there are refused first, because its weights may have to be downloaded."""
+    from ptee.backbones.load import load_backbone
+    from ptee.data.sources import require_source
+
+    require_model(o)
+    if o.get("data") is not None:
+        require_source(o["data"])
+    keys = ("weights", "pretrained", "num_classes", "input_size", "mean", "std")
+    return load_backbone(o["model"], model_args=dict(o["model_args"]), **{key: o[key] for key in keys if key in o})
+
+
+def untrained(backbone: Any, recipe: Any, times: Any = None) -> Any:
+    """A model with the exits of a recipe, whose heads are not trained."""
+    from ptee.pipeline.fit import build_model
+
+    return build_model(backbone, recipe, times)
+
+
+def no_images(model: str) -> DataError:
+    """The error where a model has no images."""
+    return DataError(f"No images for {model}. Give some: ", Argument("data", "FOLDER"), ".", argument="data")
+
+
+def open_for(backbone: Any, o: dict[str, Any], seed: int, **more: Any) -> tuple[Any, Any]:
+    """The images of --data for a backbone, and its labels."""
+    from ptee.pipeline.images import open_images
+
+    places = {"root": o["data_root"], "classes": o["classes"], "device": o["device"]}
+    return open_images(o["data"], backbone, seed=seed, check=True, **places, **more)
+
+
+def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[Any, Any]:
+    """The images, all of which can be read, and the recipe that their labels allow."""
+    from ptee.pipeline.demo import imagenette
+    from ptee.pipeline.images import describe_labels, recipe_for
+    from ptee.pipeline.run_folder import removed_pictures, require_readable
+
+    if o["data"] is None:
+        if backbone.label_space != "imagenet-1k":
+            raise no_images(backbone.name)
+        click.echo(
+            "No --data: these exits see ten classes only (Imagenette). Give images like yours with --data FOLDER."
+        )
+        o = o | {"data": str(imagenette())}
+    removed = removed_pictures(out) if o["resume"] else ()
+    data, labels = open_for(backbone, o, recipe.seed, removed=removed, require=partial(require_readable, out=out))
+    adapted = recipe_for(labels, recipe)
+    words = describe_labels(labels, as_option)
+    if adapted.training.targets == "pseudo" != recipe.training.targets:
+        words += " The heads learn the backbone's own answers."
+    click.echo(words)
+    return data, adapted
+
+
+def file_name(model: str) -> str:
+    """A name that a folder can have."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
+
+
+def refuse_without_model(o: dict[str, Any]) -> None:
+    """Refuse options that are about a model where none is given."""
+    given = [Argument(key) for key in NEED_A_MODEL if o[key]]
+    if not o["pretrained"]:
+        given.insert(0, Argument("pretrained", "False"))
+    if given:
+        raise PteeError(given[0], " needs a model. Give ", GIVE_MODEL, ".", argument="model")
+
+
+def remark_on(threshold: Any) -> None:
+    """Print what is odd about thresholds, if anything is."""
+    from ptee.evaluation.config import remark
+
+    if words := remark([threshold] if isinstance(threshold, int | float) else threshold):
+        click.echo(words, err=True)
+
+
+def where_of(o: dict[str, Any]) -> dict[str, Any]:
+    """Where a saved run's weights and images are, and where the backbone is tried on these."""
+    from ptee._common.devices import resolve_device
+
+    places = {key: o[key] for key in ("weights", "data", "data_root", "classes")}
+    return {**places, "device": resolve_device(o["device"]), "word": as_option}
+
+
+def how_of(o: dict[str, Any]) -> dict[str, Any]:
+    """How images are run through a model."""
+    from ptee._common.devices import resolve_device
+
+    how = {"batch_size": o["batch_size"], "num_workers": o["workers"], "device": resolve_device(o["device"])}
+    return how | {key: o[key] for key in ("speed",) if key in o}
+
+
+def names_of(runs: tuple[str, ...]) -> dict[str, str]:
+    """Runs by the name of their folder, or by the whole path where two folders have one name."""
+    places = [Path(run).resolve() for run in runs]
+    for run, place in zip(reversed(runs), reversed(places), strict=True):
+        if places.count(place) > 1:
+            raise PteeError(f"The run {run} is given twice. Give each run once.")
+    ends = [Path(run).absolute().name for run in runs]
+    return {end if ends.count(end) == 1 else run: run for run, end in zip(runs, ends, strict=True)}
+
+
+def static_networks(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Smaller networks by name."""
+    from ptee.backbones.library import other_words
+    from ptee.backbones.load import load_backbone
+
+    found: dict[str, Any] = {}
+    for name, equals, file in (text.partition("=") for text in texts):
+        if name in found:
+            raise PteeError(f"--static {name} is given twice. Give each network once.")
+        with other_words({"weights": f"static={name}"}):
+            found[name] = load_backbone(name, weights=file if equals else None)
+    return found

@@ -1,0 +1,181 @@
+"""An exported model on images: accuracy, fidelity and cost, by the files of the folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptee._common.errors import Argument, DataError
+from ptee._common.progress import with_bar
+from ptee._common.text import table
+from ptee.backbones.library import InputConfig
+from ptee.backbones.load import Backbone
+from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data.splits import images_to_report_on
+from ptee.deploy.runner import Runner, load_exported
+from ptee.model.thresholds import NEVER
+from ptee.pipeline.images import describe_labels, open_images
+
+
+@dataclass(frozen=True)
+class ExportedResults:
+    """What an exported model answers. Prints as a table.
+
+    Attributes:
+        backbone: its name.
+        samples: number of images.
+        threshold: T of each exit.
+        backbone_accuracy: of the backbone alone; None without labels.
+        accuracy: at these thresholds.
+        fidelity: share of the answers that are the backbone's.
+        cost: mean, of the backbone's multiply-accumulates.
+        leaving: share of the images that leaves at each exit, and at the end.
+        about: which images, in a sentence.
+    """
+
+    backbone: str
+    samples: int
+    threshold: list[float]
+    backbone_accuracy: float | None
+    accuracy: float | None
+    fidelity: float
+    cost: float
+    leaving: list[float]
+    about: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+    @property
+    def legend(self) -> str:
+        """What the columns mean, a line each."""
+        return (
+            "accuracy: share of the answers that are the label; fidelity: that are the backbone's.\n"
+            "cost: mean multiply-accumulates of an image, heads included, divided by the bare backbone's."
+        )
+
+    def __str__(self) -> str:
+        def shown(accuracy: float | None) -> str:
+            return "-" if accuracy is None else f"{accuracy:.4f}"
+
+        rows = [
+            ("", "accuracy", "fidelity", "cost"),
+            ("backbone", shown(self.backbone_accuracy), "1.0000", "1.0000"),
+            ("early exit", shown(self.accuracy), f"{self.fidelity:.4f}", f"{self.cost:.4f}"),
+        ]
+        leaving = ", ".join(f"exit {n} {share:.1%}" for n, share in enumerate(self.leaving[:-1]))
+        return (
+            f"{self.backbone}, exported, {self.samples:,} images; cost in multiply-accumulates\n\n{table(rows, left={0})}\n\n"
+            f"Leaving at {leaving}; at the end {self.leaving[-1]:.1%}."
+        )
+
+
+class _AsModule(nn.Module):
+    """The backbone of an exported model: no image leaves early."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__()
+        self.runner = runner
+        self.place = nn.Parameter(torch.zeros(1, device="cpu"))  # tells where images are to be
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (b, K) of images (b, c, h, w)."""
+        return torch.as_tensor(self.runner.predict(_given(self.runner, x), NEVER).logits, device=x.device)
+
+
+def _given(runner: Runner, x: Tensor) -> Any:
+    """Images as the runner takes them."""
+    x = x.to(getattr(torch, runner.manifest.dtype))
+    return x.cpu().numpy() if runner.manifest.format == "onnx" else x
+
+
+def _tensor(answer: Any) -> Tensor:
+    """An array of either kind, on the CPU."""
+    return torch.as_tensor(answer, device="cpu")
+
+
+def evaluate_exported(
+    folder: str,
+    *,
+    data: str | None,
+    data_root: Path | None = None,
+    classes: Path | None = None,
+    device: Any = None,
+    threshold: Any = None,
+    batch_size: int = 128,
+    num_workers: int = 0,
+) -> ExportedResults:
+    """Measure an exported model on images.
+
+    Args:
+        folder: what `ptee export` wrote.
+        data: a folder of images, or the name of a data set.
+        data_root: the folder of a data set of torchvision.
+        classes: a file that names the classes in the order of the backbone.
+        device: where it runs.
+        threshold: one number, or one for each exit; None: those of the manifest.
+        batch_size: images in a batch.
+        num_workers: processes that load images.
+
+    Raises:
+        PteeError: if the folder or the images cannot be used.
+    """
+    if data is None:
+        text = f"{folder} is an exported model, and it does not say which images it was made with. Give some: "
+        raise DataError(text, Argument("data", "FOLDER"), ".", argument="data")
+    runner = load_exported(folder, str(device))
+    if threshold is not None:
+        runner.threshold = threshold if len(threshold) > 1 else threshold[0]
+    m = runner.manifest
+    view = InputConfig(m.input_size, m.mean, m.std, m.interpolation)
+    backbone = Backbone(_AsModule(runner), m.backbone, m.classes, view)
+    found, labels = open_images(
+        data, backbone, seed=0, root=data_root, classes=classes, check=True, device="cpu", report_only=True
+    )
+    images, words = images_to_report_on(found, {}, folder)
+    loader = batches(images, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
+    return _results(runner, parts, f"{words} {describe_labels(labels)}")
+
+
+def _answered(runner: Runner, loader: Any) -> Iterator[tuple[Tensor, ...]]:
+    """For each batch the labels (-1 for none), the backbone's answers, own answers, exits and costs."""
+    for batch in with_bar(loader, "answering", True):
+        images, labels = split_batch(batch)
+        x = _given(runner, images)
+        out, bare = runner.predict(x), runner.predict(x, NEVER)
+        answers = (_tensor(each.logits).float().argmax(1) for each in (bare, out))
+        unknown = torch.full((len(images),), UNKNOWN_LABEL, device="cpu")
+        yield (
+            unknown if labels is None else labels.cpu(),
+            *answers,
+            _tensor(out.exit_index),
+            _tensor(out.cost).double(),
+        )
+
+
+def _results(runner: Runner, parts: list[Tensor], about: str) -> ExportedResults:
+    labels, bare, own, exits, cost = parts
+    known = not bool((labels == UNKNOWN_LABEL).any())
+
+    def share(right: Tensor) -> float:
+        return right.double().mean().item()
+
+    leaving = torch.bincount(exits, minlength=len(runner.manifest.exits) + 1) / len(exits)
+    return ExportedResults(
+        runner.manifest.backbone,
+        len(labels),
+        runner.threshold,
+        share(bare == labels) if known else None,
+        share(own == labels) if known else None,
+        share(own == bare),
+        cost.mean().item(),
+        leaving.tolist(),
+        about,
+    )

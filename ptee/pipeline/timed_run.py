@@ -1,0 +1,92 @@
+"""A saved run in seconds: measured, kept in the run, and taken from it where thresholds are chosen by time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptee._common.errors import DataError, RunError
+from ptee.data.batches import batches, split_batch
+from ptee.deploy.manifest import is_exported
+from ptee.model.early_exit import EarlyExitModel
+from ptee.pipeline.saved_run import FEW_MACS, load_run, open_run
+from ptee.timing.measure import checked_sizes, measure
+from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
+from ptee.timing.times import save_times
+
+Log = Callable[[str], None]
+
+
+def bench_saved(
+    run: str,
+    batch_sizes: Sequence[int],
+    *,
+    device: Any,
+    executors: Sequence[str] | None,
+    rounds: int,
+    save: bool,
+    threads: int | None,
+    weights: Path | None = None,
+    **where: Any,
+) -> RunBench:
+    """Measure the pieces of a saved run, and time it beside its bare backbone.
+
+    Args:
+        run: a folder, or user/repo on the hub.
+        batch_sizes: of the lines of the table; pieces are measured up to the largest.
+        device: where.
+        executors: as of `measure`.
+        rounds: how often each is measured.
+        save: keep the times of the pieces in the run.
+        threads: of the CPU. None: one for a tiny network, else torch's own choice.
+        weights: a file of the backbone's weights.
+        where: the images are, as of `open_run`.
+
+    Raises:
+        RunError: if the run cannot be opened, or times cannot be kept in it.
+    """
+    if is_exported(run):
+        text = "is an exported model, and the bare backbone is not in it, so there is nothing to time it beside. "
+        raise RunError(f"{run} {text}Time the run that it was made from: ptee bench RUN")
+    if save and not Path(run).is_dir():
+        raise RunError(f"There is no folder {run}. Times are written into a run, so give one on this disk.")
+    checked_sizes(batch_sizes)
+    model, images, note = _with_images(run, weights, device, where)
+    model.to(device)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or (1 if model.plan.macs < FEW_MACS else before))
+        times = measure(model, batch_sizes, executors, rounds=rounds)
+        if save:
+            save_times(times, Path(run))
+        return bench_run(model, times, batch_sizes, images, rounds=rounds, note=note)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _with_images(
+    run: str, weights: Path | None, device: Any, where: dict[str, Any]
+) -> tuple[EarlyExitModel, Tensor | None, str]:
+    """The model, and some of the images to report on; or why there are none."""
+    try:
+        opened = open_run(run, weights=weights, device=device, **where)
+        images, _ = opened.left_by_tuning(given=False)
+        return opened.model, some_images(images), ""
+    except DataError as why:
+        if where.get("data"):
+            raise
+        note = f"Left out: the run's own thresholds on real images. {why}"
+        return load_run(run, weights), None, note
+
+
+def some_images(data: Any) -> Tensor:
+    """(n, c, h, w) images of a data set, spread over all of it."""
+    step = max(1, len(data) // MOST_IMAGES)
+    chosen = torch.utils.data.Subset(data, range(0, len(data), step))
+    loader: Any = batches(chosen, batch_size=128, shuffle=False, num_workers=0)
+    return torch.cat([split_batch(batch)[0] for batch in islice(loader, MOST_IMAGES)])[:MOST_IMAGES]

@@ -1,0 +1,66 @@
+"""The time of a backbone up to the end of each of its modules, all in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptee.analysis.cut_points import random_images
+from ptee.analysis.freezing import modes, set_modes
+from ptee.backbones.load import Backbone
+from ptee.exits.plan import TimesOfModules
+from ptee.model.forward import one_parameter
+from ptee.timing.laps import MAX_SECONDS, Mark, in_turns
+from ptee.timing.times import HOOKS, unit_of
+
+
+def time_of_modules(backbone: Backbone, device: torch.device, batch: int, *, rounds: int = 7) -> TimesOfModules:
+    """Measure a backbone up to the end of each module, the first time that it runs.
+
+    Args:
+        backbone: whose device and mode are restored.
+        device: where it is measured.
+        batch: images in a batch.
+        rounds: how often it is measured.
+    """
+    module, before = backbone.module, modes(backbone.module)
+    home = one_parameter(module).device
+    try:
+        module.to(device).eval()
+        x = random_images(module, batch, backbone.input.input_size)
+        names: list[str] = []
+        found = in_turns({"": [partial(_marked, module, x, names)]}, device, rounds, MAX_SECONDS)[""][0]
+    finally:
+        set_modes(module.to(home), before)
+    total = sum(found)
+    shares = dict(zip(names, (s / total for s in accumulate(found)), strict=False))
+    return TimesOfModules(shares, total, unit_of(HOOKS, batch, device.type).replace(HOOKS, "as it is"))
+
+
+def _marked(module: nn.Module, x: Tensor, names: list[str], mark: Mark) -> None:
+    """Run a module with a mark behind each module inside of it. Their names are written down."""
+    names.clear()
+
+    def ended(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if name not in seen:
+                seen.add(name)
+                names.append(name)
+                mark()
+
+        return hook
+
+    seen: set[str] = set()
+    handles = [part.register_forward_hook(ended(name)) for name, part in module.named_modules() if name]
+    try:
+        mark()
+        module(x)
+        mark()
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,306 @@
+"""Measures the pieces of a model: the backbone from one exit to the next, and each head with its decision.
+
+One pass gives all of them. The clock is looked at before and behind each head (on an NVIDIA GPU by events, which the GPU notes
+itself), while nobody leaves. All executors and numbers of rows are measured in turns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptee import __version__
+from ptee._common.errors import Argument, PteeError, unknown
+from ptee.backbones.load import Backbone
+from ptee.deploy.capture import example_images
+from ptee.deploy.optimized import OptimizedModel, optimize
+from ptee.deploy.recording import Graphs
+from ptee.exits.blend import OWN
+from ptee.exits.front import Prepare
+from ptee.exits.times import BatchTimes
+from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.forward import ExitEarly, one_parameter, running
+from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
+from ptee.timing.times import (
+    COMPILE,
+    EXECUTORS,
+    GRAPHS,
+    HOOKS,
+    LARGEST_BATCH,
+    Measured,
+    Times,
+    between,
+    device_name,
+    sizes_to_measure,
+    unit_of,
+)
+
+
+class _Timed(ExitEarly):
+    """A call in which nobody leaves, and which marks the times before and behind each head."""
+
+    mark: Mark
+
+    def _pass(self, n: int, output: Any) -> Any:
+        self.mark()
+        try:
+            return super()._pass(n, output)
+        finally:
+            self.mark()
+
+
+def hook_laps(model: EarlyExitModel, x: Tensor, mark: Mark, one_leaves: bool = False) -> None:
+    """What `predict` does while nobody leaves; or while one row leaves at each exit, so that the others are moved.
+
+    Marks: the beginning, the beginning of the backbone, before and behind each head, the end of the backbone, and the end.
+    """
+    mark()
+    model.require_ready(x)
+    exits = len(model.exits)
+    thresholds: Any = [NEVER] * exits
+    if one_leaves:
+        thresholds = torch.full((len(x), exits), NEVER, device="cpu")
+        thresholds[:exits].fill_diagonal_(ALWAYS)
+    never = model.thresholds_of_call(thresholds, len(x))
+    call = _Timed(model.exit_hooks, list(model.heads), model.plan, len(x), model.rule, never)
+    call.mark = mark
+    with running(call):
+        mark()
+        answer = call.forward(model.backbone, x)
+        mark()
+    call.result(answer)
+    mark()
+
+
+def measure(
+    model: EarlyExitModel,
+    batch_sizes: Sequence[int] = (1, 32),
+    executors: Sequence[str] | None = None,
+    *,
+    rounds: int = 7,
+    seconds: float = MAX_SECONDS,
+) -> Times:
+    """Measure the pieces of a model, with all exits on, where it is and in its number type.
+
+    Args:
+        model: in eval mode.
+        batch_sizes: the largest of them says up to how many rows is measured.
+        executors: "hooks" (`model.predict`), "eager", "graphs", "compile" (of `ptee.optimize`). None: hooks, and graphs on an
+            NVIDIA GPU.
+        rounds: how often each is measured.
+        seconds: after that no further round begins, but three are measured in any case.
+
+    Raises:
+        PteeError: if an executor or a batch size is not possible.
+    """
+    require_early_exit(model)
+    device = one_parameter(model.backbone).device
+    wanted = checked_executors(executors or (HOOKS,))
+    rows = sizes_to_measure(checked_sizes(batch_sizes))
+    view = all_on(model)
+    runs = {name: _run_of(name, view, rows[-1]) for name in wanted}
+    if executors is None and device.type == "cuda":
+        with suppress(PteeError):  # if the model cannot be taken apart
+            runs[GRAPHS] = _run_of(GRAPHS, view, rows[-1])
+    images = {n: example_images(view, n) for n in rows}
+    laps: dict[Any, Any] = {(name, n): run.laps(images[n]) for n in rows for name, run in runs.items()}
+    found = in_turns(
+        laps | {("", n): [partial(_bare_laps, view.backbone, images[n])] for n in rows}, device, rounds, seconds
+    )
+    like = one_parameter(view.backbone)
+    return Times(
+        device=device.type,
+        device_name=device_name(device),
+        threads=torch.get_num_threads(),
+        torch_version=torch.__version__,
+        ptee_version=__version__,
+        dtype=str(like.dtype).removeprefix("torch."),
+        backbone=view.plan.backbone,
+        exits=tuple(e.name for e in view.exits),
+        heads=tuple(e.head for e in view.exits),
+        rows=tuple(rows),
+        eager=tuple(found["", n][0][0] for n in rows),
+        executors=tuple(_measured(name, [runs[name].parts(found[name, n]) for n in rows]) for name in runs),
+    )
+
+
+def checked_executors(names: Iterable[str]) -> list[str]:
+    """Each once, in order."""
+    for name in names:
+        if name not in EXECUTORS:
+            raise unknown("executor", name, EXECUTORS, argument="executor")
+    return list(dict.fromkeys(names))
+
+
+def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
+    """Sizes of batches that can be timed."""
+    for b in batch_sizes:
+        if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= LARGEST_BATCH:
+            raise PteeError(
+                f"A batch of {b} images cannot be timed. Give sizes of 1 to {LARGEST_BATCH}, such as ",
+                Argument("batch_sizes", "[1, 32]"), ".", argument="batch_sizes", value=batch_sizes,
+            )  # fmt: skip
+    return list(batch_sizes)
+
+
+def all_on(model: EarlyExitModel) -> EarlyExitModel:
+    """The same model with all exits on and own answers; the one that was given stays as it is."""
+    view = copy.copy(model)
+    view.answers = OWN
+    view.off = ()
+    return view
+
+
+def measure_static(network: Backbone, model: EarlyExitModel, device: torch.device, batch: int) -> BatchTimes:
+    """The times of a smaller network as the first exit of a cascade, whose second part is the bare backbone of a model."""
+    prepare = Prepare(model.origin.input, network.input).to(device)
+    home, other = (one_parameter(module).device for module in (model.backbone, network.module))
+    small, rows = network.module.to(device).eval(), sizes_to_measure([batch])
+    model.to(device)
+    try:
+        images = {n: example_images(model, n) for n in rows}
+        like = one_parameter(small)
+        calls: dict[Any, list[Callable[[Mark], Any]]] = {
+            n: [
+                partial(_bare_laps, model.backbone, images[n]),
+                partial(_prepared_laps, small, prepare, images[n], like.dtype),
+            ]
+            for n in rows
+        }
+        found = in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
+    finally:
+        model.to(home)
+        network.module.to(other)
+    bare, head = (between(rows, [found[n][i][0] for n in rows], batch) for i in (0, 1))
+    unit = unit_of(HOOKS, batch, device.type)
+    return BatchTimes(torch.stack([torch.zeros_like(bare), bare]) / bare[-1], head[None] / bare[-1], 0.0, unit)
+
+
+# ---------------------------------------------------------------------------------------------------- executors
+
+
+class _Parts(NamedTuple):
+    """Seconds of the bare backbone, of a call beside its pieces, of E+1 pieces of the backbone, of E heads and of E moves."""
+
+    bare: float
+    call: float
+    segments: list[float]
+    heads: list[float]
+    moves: list[float]
+
+
+class _Hooks:
+    """The model as it is, and the bare backbone as it is."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self.model = model
+
+    def laps(self, x: Tensor) -> list[Callable[[Mark], Any]]:
+        return [
+            partial(_bare_laps, self.model.backbone, x),
+            partial(hook_laps, self.model, x),
+            *([partial(hook_laps, self.model, x, one_leaves=True)] if self._moves(x) else []),
+        ]
+
+    def _moves(self, x: Tensor) -> bool:
+        """Whether moving can be measured: there are rows enough, and no pass starts again."""
+        return len(x) > 2 * len(self.model.exits) and not any(cut.steps for cut in self.model.plan.cuts)
+
+    def parts(self, found: list[list[float]]) -> _Parts:
+        (bare,), (before, *pieces, after), *leaving = found
+        heads = pieces[1::2]
+        moves = (
+            [max(m - h, 0.0) for m, h in zip(leaving[0][2::2], heads, strict=False)] if leaving else [0.0] * len(heads)
+        )
+        return _Parts(bare, before + after, pieces[0::2], heads, moves)
+
+
+class _Optimized:
+    """The model in pieces, and the bare backbone by the same means."""
+
+    def __init__(self, model: EarlyExitModel, mode: str, most: int) -> None:
+        self.fast: OptimizedModel = optimize(model, max_batch=most, mode=mode)
+        self.bare = bare_by(mode, model)
+
+    def laps(self, x: Tensor) -> list[Callable[[Mark], Any]]:
+        self.fast.warm_up([len(x)])
+        return [
+            partial(_whole_laps, self.bare(x)),
+            partial(self.fast.laps, x),
+            partial(self.fast.laps_without_heads, x),
+        ]
+
+    def parts(self, found: list[list[float]]) -> _Parts:
+        (bare,), (before, *pieces, after), segments = found
+        heads = [max(whole - own, 0.0) for whole, own in zip(pieces[:-1], segments[:-1], strict=True)]
+        return _Parts(bare, before + after, segments, heads, [0.0] * len(heads))
+
+
+def _run_of(name: str, model: EarlyExitModel, most: int) -> _Hooks | _Optimized:
+    return _Hooks(model) if name == HOOKS else _Optimized(model, name, most)
+
+
+def bare_by(executor: str, model: EarlyExitModel) -> Callable[[Tensor], Call]:
+    """For images, what runs the bare backbone by an executor: as it is, in one CUDA graph, or as torch.compile makes it."""
+    if executor not in (GRAPHS, COMPILE):
+        return lambda x: partial(model.backbone, x)
+    bare = copy.deepcopy(model).detach()  # its hooks would be compiled, too
+    return partial(_in_a_graph if executor == GRAPHS else _compiled, bare)
+
+
+def _in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
+    """It takes images and gives answers away."""
+    static = x.clone(memory_format=torch.preserve_format)
+    with torch.no_grad():
+        answer, replay = Graphs().record(lambda: backbone(static))
+
+    def call() -> Tensor:
+        static.copy_(x)
+        replay()
+        return answer.clone()
+
+    return call
+
+
+def _compiled(backbone: nn.Module, x: Tensor) -> Call:
+    fast = torch.compile(backbone, mode="reduce-overhead" if x.is_cuda else None, dynamic=False)
+    return lambda: fast(x).clone()
+
+
+# ---------------------------------------------------------------------------------------------------- calls with marks
+
+
+def _bare_laps(backbone: nn.Module, x: Tensor, mark: Mark) -> None:
+    _whole_laps(partial(backbone, x), mark)
+
+
+def _prepared_laps(network: nn.Module, prepare: nn.Module, x: Tensor, dtype: torch.dtype, mark: Mark) -> None:
+    mark()
+    network(prepare(x).to(dtype))
+    mark()
+
+
+def _whole_laps(call: Call, mark: Mark) -> None:
+    mark()
+    call()
+    mark()
+
+
+def _measured(executor: str, parts: list[_Parts]) -> Measured:
+    segments = zip(*(p.segments for p in parts), strict=True)
+    heads = zip(*(p.heads for p in parts), strict=True)
+    return Measured(
+        executor=executor,
+        bare=tuple(p.bare for p in parts),
+        call=tuple(p.call for p in parts),
+        segments=tuple(segments),
+        heads=tuple(heads),
+        moves=tuple(zip(*(p.moves for p in parts), strict=True)),
+    )

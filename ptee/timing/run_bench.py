@@ -1,0 +1,248 @@
+"""A trained model beside its bare backbone, by each executor: what leaving saves, what the pieces alone would take, what is lost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptee._common.clock import in_turns, ratio
+from ptee._common.text import table
+from ptee.deploy.capture import example_images
+from ptee.deploy.optimized import OptimizedModel, optimize
+from ptee.exits.blend import OWN
+from ptee.exits.times import BatchTimes
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.timing.laps import LONG_ENOUGH, MOST_REPEATS
+from ptee.timing.measure import all_on, bare_by
+from ptee.timing.times import COMPILE, EAGER, GRAPHS, HOOKS, Times
+
+BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
+AS_IT_IS = (EAGER, BARE)
+MOST_BATCHES, MOST_IMAGES = 64, 1024  # of real images that are timed
+MAX_SECONDS = 60.0  # for one batch size
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way to use the network in batches of one size.
+
+    Attributes:
+        batch: images in a batch.
+        executor: what runs it.
+        leaving: who leaves, in words; `BARE` for the backbone alone.
+        seconds: of a batch.
+        time: divided by that of the bare backbone by the same executor.
+        over_eager: divided by that of the bare backbone as it is.
+        counted: the mean cost in multiply-accumulates; None for the backbone alone.
+        limit: the time of the pieces alone, at the numbers of rows that they ran at; None for the backbone alone.
+    """
+
+    batch: int
+    executor: str
+    leaving: str
+    seconds: float
+    time: float
+    over_eager: float
+    counted: float | None = None
+    limit: float | None = None
+
+    @property
+    def lost(self) -> float | None:
+        """What is spent beside the pieces: on calls, on moving rows, on waiting."""
+        return None if self.limit is None else self.time - self.limit
+
+
+@dataclass(frozen=True)
+class RunBench:
+    """Times of a model beside its bare backbone. Prints as a table.
+
+    Attributes:
+        times: of its pieces.
+        lines: one for each batch size, executor and way to leave.
+        note: why there are no real images among them, in a sentence; else empty.
+    """
+
+    times: Times
+    lines: tuple[Line, ...]
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        lines = [asdict(line) | {"lost": line.lost} for line in self.lines]
+        return {"times": self.times.model_dump(mode="json"), "lines": lines, "note": self.note}
+
+    @property
+    def legend(self) -> str:
+        """What the columns mean, a line each."""
+        return LEGEND
+
+    def __str__(self) -> str:
+        t = self.times
+        threads = f", {t.threads} thread{'s' * (t.threads != 1)}" if t.device == "cpu" else ""
+        others = any(line.executor in (GRAPHS, COMPILE) for line in self.lines)
+        title = ("batch", "by", "who leaves", "ms", "/ bare", *(["/ eager"] * others), "counted", "limit", "lost")
+        rows = [_cells(line, others) for line in self.lines]
+        return (
+            f"{t.backbone} with {len(t.exits)} exits on {t.device_name}{threads}, {t.dtype}\n"
+            "Times are shares of the bare backbone's time; counted: of its multiply-accumulates.\n\n"
+            + table([title, *rows], left={1, 2})
+            + (f"\n\n{self.note}" if self.note else "")
+        )
+
+
+LEGEND = """\
+by: what runs it. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode.
+ms: of one batch. own thresholds: the run's, on real images.
+/ bare: divided by the time of the bare backbone by the same means (as it is, in one CUDA graph, by torch.compile).
+/ eager: divided by the time of the bare backbone as it is, where that differs.
+counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
+limit: the time of the pieces alone, at the numbers of rows that they ran at.
+lost: / bare less the limit: calls, moving rows, waiting. Below 0: less than the clock can tell."""
+
+
+def _cells(line: Line, others: bool) -> tuple[str, ...]:
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    eager = [shown(line.over_eager)] if others else []
+    numbers = (shown(line.time), *eager, shown(line.counted), shown(line.limit), shown(line.lost))
+    return (str(line.batch), line.executor, line.leaving, f"{1000 * line.seconds:.2f}", *numbers)
+
+
+def bench_run(
+    model: EarlyExitModel,
+    times: Times,
+    batch_sizes: Sequence[int],
+    images: Tensor | None = None,
+    *,
+    rounds: int = 7,
+    note: str = "",
+) -> RunBench:
+    """Time a model by each executor whose pieces were measured.
+
+    Args:
+        model: trained, with its thresholds.
+        times: of its pieces.
+        batch_sizes: each up to the largest that was measured.
+        images: (n, c, h, w) real ones, in the order in which they would come.
+        rounds: how often each is timed.
+        note: why there are no images, in a sentence.
+    """
+    view, most = all_on(model), max(batch_sizes)
+    every = [m.executor for m in times.executors]
+    models: dict[str, tuple[Any, Any]] = {}
+    same = not model.off and model.answers == OWN  # then the pieces are the same, and so are the thresholds
+    for name in every:
+        made = [
+            m if name == HOOKS else optimize(m, max_batch=most, mode=name) for m in ([view] if same else [view, model])
+        ]
+        models[name] = made[0], made[-1]
+    lines = [line for b in batch_sizes for line in _lines(models, times, b, images, rounds)]
+    return RunBench(times, tuple(lines), note)
+
+
+def _lines(
+    models: Mapping[str, tuple[Any, Any]], times: Times, b: int, images: Tensor | None, rounds: int
+) -> list[Line]:
+    model = next(fast.model if isinstance(fast, OptimizedModel) else fast for fast, _ in models.values())
+    own = next(tuned.model if isinstance(tuned, OptimizedModel) else tuned for _, tuned in models.values())
+    x = example_images(model, b)
+    batches = _batches(images, b, x)
+    calls: dict[tuple[str, str], Any] = {AS_IT_IS: partial(model.backbone, x)}
+    for name, (fast, tuned) in models.items():
+        if _bare(name) not in calls:
+            calls[_bare(name)] = bare_by(name, model)(x)
+        for way, threshold in _ways(model, b).items():
+            calls[name, way] = partial(fast.predict, x, threshold)
+        if batches:
+            calls[name, OWN_THRESHOLDS] = partial(_all, tuned, batches)
+    found = _timed(calls, x.device, rounds)
+    lines = []
+    for name, way in calls:
+        each = [s / (len(batches) if way == OWN_THRESHOLDS else 1) for s in found[name, way]]
+        over = ratio(each, found[_bare(name)]), ratio(each, found[AS_IT_IS])
+        bare = way == BARE
+        expected = (None, None) if bare else _expected(model, own, times.at(b, name), way, b, batches)
+        lines.append(Line(b, name, way, statistics.median(each), *over, *expected))
+    return lines
+
+
+def _bare(executor: str) -> tuple[str, str]:
+    """The bare backbone that an executor is compared with."""
+    return (executor if executor in (GRAPHS, COMPILE) else EAGER, BARE)
+
+
+def _batches(images: Tensor | None, b: int, like: Tensor) -> list[Tensor]:
+    """Some real images in whole batches, spread over all of them."""
+    if images is None or len(images) < b:
+        return []
+    number = max(1, min(MOST_BATCHES, MOST_IMAGES // b, len(images) // b))
+    step = len(images) / (number * b)
+    chosen = images[[int(i * step) for i in range(number * b)]].to(like)
+    if like.is_contiguous(memory_format=torch.channels_last):
+        chosen = chosen.contiguous(memory_format=torch.channels_last)
+    return list(chosen.split(b))
+
+
+def _ways(model: EarlyExitModel, b: int) -> dict[str, Tensor]:
+    """Thresholds by which nobody, the first half or all of a batch leave at exit 0, and nobody behind it."""
+    ways = {}
+    for words, leaving in _leaving(b).items():
+        # For each row, so that it is waited for who leaves also where nobody does.
+        ways[words] = torch.full((b, len(model.exits)), NEVER, device="cpu")
+        ways[words][:leaving, 0] = ALWAYS
+    return ways
+
+
+def _leaving(b: int) -> dict[str, int]:
+    """How many rows leave at exit 0."""
+    some = {"half at exit 0": b // 2} if b > 1 else {}
+    return {"nobody": 0, **some, "all at exit 0": b}
+
+
+def _all(model: Any, batches: Sequence[Tensor]) -> None:
+    for x in batches:
+        model.predict(x)
+
+
+def _timed(
+    calls: Mapping[tuple[str, str], Any], device: torch.device, rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of each call in every round. Short ones are repeated."""
+    named = {" ".join(key): call for key, call in calls.items()}
+    first = in_turns(named, device, rounds=1)
+    times = {name: max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(first[name][0], 1e-6)))) for name in named}
+    repeated = {name: partial(_repeat, call, times[name]) for name, call in named.items()}
+    found = in_turns(repeated, device, rounds=rounds, seconds=MAX_SECONDS)
+    return {key: [s / times[" ".join(key)] for s in found[" ".join(key)]] for key in calls}
+
+
+def _repeat(call: Any, times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def _expected(
+    model: EarlyExitModel, own: EarlyExitModel, times: BatchTimes, way: str, b: int, batches: Sequence[Tensor]
+) -> tuple[float, float]:
+    """The counted cost, and the time of the pieces at the rows that come to them."""
+    if way == OWN_THRESHOLDS:
+        exits = [own.predict(x).exit_index.tolist() for x in batches]
+        return _of(own, times, exits)
+    leaving = _leaving(b)[way]
+    return _of(model, times, [[0] * leaving + [len(model.exits)] * (b - leaving)])
+
+
+def _of(model: EarlyExitModel, times: BatchTimes, exits: Sequence[Sequence[int]]) -> tuple[float, float]:
+    every = range(len(model.exits) + 1)
+    run = torch.tensor([n not in model.plan.skipped for n in every[:-1]], device="cpu")
+    counted = sum(model.costs[e] for batch in exits for e in batch) / sum(map(len, exits))
+    limits = [times.at_rows(run, [sum(e >= n for e in batch) for n in every]) for batch in exits]
+    return counted, sum(limits) / len(limits)

@@ -1,0 +1,240 @@
+"""What was measured of a model: the seconds of each piece at several numbers of rows. A run keeps it in times.json.
+
+A run may come from a stranger, so the file is checked as it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from ptee._common.errors import Argument, PteeError, RunError, first_line
+from ptee._common.files import from_json, replace_file, to_json
+from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee.exits.times import BatchTimes
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import one_parameter
+
+SCHEMA = 1
+FILE = "times.json"
+LARGEST_FILE = 2**20  # bytes
+LARGEST_BATCH = 4096
+HOOKS, EAGER, GRAPHS, COMPILE = EXECUTORS = ("hooks", "eager", "graphs", "compile")
+AGAIN = "Measure again: ptee bench RUN --save"
+
+Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
+Seconds = Annotated[Number, Field(ge=0, le=86_400)]
+Row = Annotated[tuple[Seconds, ...], Field(min_length=1, max_length=1000)]
+Rows = Annotated[tuple[Row, ...], Field(min_length=1, max_length=1001)]
+Count = Annotated[Whole, Field(ge=1, le=LARGEST_BATCH)]
+
+
+class Measured(FrozenConfig):
+    """The seconds of one executor, for each number of rows.
+
+    Attributes:
+        executor: what ran the pieces: "hooks" is `model.predict`, the others are modes of `ptee.optimize`.
+        bare: of the bare backbone by the same executor.
+        call: what a call takes beside its pieces.
+        segments: (E+1) of the backbone from one exit to the next.
+        heads: (E) of the head of each exit and its decision.
+        moves: (E) of going on with fewer rows.
+    """
+
+    executor: Literal["hooks", "eager", "graphs", "compile"]
+    bare: Row
+    call: Row
+    segments: Rows
+    heads: Rows
+    moves: Rows
+
+
+class Times(FrozenConfig):
+    """All that was measured of a model on one device.
+
+    Attributes:
+        schema_version: of this form.
+        device: "cpu" or "cuda".
+        device_name: of the processor or the GPU.
+        threads: of the CPU.
+        torch_version: with which it was measured.
+        ptee_version: likewise.
+        dtype: of weights and images.
+        backbone: its name.
+        exits: modules behind which the exits stand.
+        heads: their heads.
+        rows: numbers of rows that were measured, ascending.
+        eager: seconds of the bare backbone as it is, for each number of rows.
+        executors: one or more.
+    """
+
+    schema_version: Annotated[Whole, Field(ge=1)] = SCHEMA
+    device: Name
+    device_name: Name
+    threads: Annotated[Whole, Field(ge=1, le=10**5)]
+    torch_version: Name
+    ptee_version: Name
+    dtype: Name
+    backbone: Name
+    exits: Names
+    heads: Names
+    rows: Annotated[tuple[Count, ...], Field(min_length=1, max_length=1000)]
+    eager: Row
+    executors: Annotated[tuple[Measured, ...], Field(min_length=1, max_length=len(EXECUTORS))]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        n, exits = len(self.rows), len(self.exits)
+        if any(one >= two for one, two in pairwise(self.rows)) or len(self.heads) != exits or len(self.eager) != n:
+            raise PteeError("rows, eager, exits and heads do not fit each other.")
+        for m in self.executors:
+            tables = (m.bare, m.call, *m.segments, *m.heads, *m.moves)
+            sizes = (len(m.segments), len(m.heads), len(m.moves))
+            if any(len(t) != n for t in tables) or sizes != (exits + 1, exits, exits):
+                raise PteeError(f"the seconds of {m.executor} do not fit the rows and exits.")
+            if min(m.bare) <= 0 or min(self.eager) <= 0:
+                raise PteeError(f"the bare backbone took no time by {m.executor}.")
+        return self
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return f"{to_json(self.model_dump(mode='json'))}\n"
+
+    def by(self, executor: str | None = None) -> Measured:
+        """What one executor took. None: the fastest way that `ptee` has there, CUDA graphs on a GPU and hooks elsewhere."""
+        there = {m.executor: m for m in self.executors}
+        wanted = executor or next((name for name in (GRAPHS, HOOKS) if name in there), self.executors[0].executor)
+        if wanted not in there:
+            raise PteeError(
+                f"{wanted} was not measured, only {', '.join(there)}. Measure it: ptee bench RUN --executor {wanted} --save",
+                argument="executor", value=executor,
+            )  # fmt: skip
+        return there[wanted]
+
+    def at(self, batch: int, executor: str | None = None) -> BatchTimes:
+        """The times of a batch, as fractions of the bare backbone's by the same executor.
+
+        Raises:
+            PteeError: if no batch so large was measured.
+        """
+        if not 1 <= batch <= self.rows[-1]:
+            raise PteeError(
+                Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. Measure it: ptee bench "
+                f"RUN --batch-sizes {batch} --save", argument="at_batch", value=batch,
+            )  # fmt: skip
+        m = self.by(executor)
+        bare = between(self.rows, m.bare, batch)[-1].item()
+        tables = (m.segments, m.heads, m.moves)
+        segments, heads, moves = (torch.stack([between(self.rows, t, batch) for t in rows]) / bare for rows in tables)
+        call = between(self.rows, m.call, batch)[-1].item() / bare
+        return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device), moves)
+
+    def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
+        """Refuse times of other exits, another number type or another kind of device than a model has now.
+
+        Raises:
+            PteeError: naming what differs.
+        """
+        like = one_parameter(model.backbone)
+        own = {
+            "exits": tuple(e.name for e in model.exits),
+            "heads": tuple(e.head for e in model.exits),
+            "dtype": str(like.dtype).removeprefix("torch."),
+            "device": device.type,
+            "backbone": model.plan.backbone,
+        }
+        self._require_same(own | ({"device_name": device_name(device)}), where)
+
+    def _require_same(self, own: Mapping[str, Any], where: str) -> None:
+        for name, value in own.items():
+            if (found := getattr(self, name)) != value:
+                words = [", ".join(v) if isinstance(v, tuple) else v for v in (found, value)]
+                raise PteeError(f"{where} was measured with {name} {words[0]}, and here it is {words[1]}. {AGAIN}")
+
+
+def unit_of(executor: str, batch: int, device: str) -> str:
+    """What a time is a fraction of, in words."""
+    return f"the bare backbone's time ({executor}, batch {batch}, {device})"
+
+
+def between(rows: Sequence[int], seconds: Sequence[float], batch: int) -> Tensor:
+    """(b+1,) the seconds for 0 to b rows: none for 0, and straight lines between those that were measured."""
+    wanted = torch.arange(batch + 1, dtype=torch.float64, device="cpu")
+    known = torch.tensor([0, *rows], dtype=torch.float64, device="cpu")
+    values = torch.tensor([0, *seconds], dtype=torch.float64, device="cpu")
+    right = torch.searchsorted(known, wanted).clamp(1)
+    left = right - 1
+    share = (wanted - known[left]) / (known[right] - known[left])
+    return values[left] + share * (values[right] - values[left])
+
+
+def device_name(device: torch.device) -> str:
+    """What the processor or the GPU is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return "".join(c for c in name if c.isprintable())[:200] or "cpu"
+
+
+def save_times(times: Times, folder: Path) -> None:
+    """Write them into a run: the whole file or nothing."""
+    replace_file(folder / FILE, lambda path: path.write_text(times.to_json(), encoding="utf-8"))
+
+
+def read_times(folder: Path) -> Times:
+    """The times that a run keeps.
+
+    Raises:
+        RunError: if there are none, or they are damaged or of a newer version.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {folder} --save")
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"it is longer than {LARGEST_FILE:,} bytes")
+        values = from_json(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as why:
+        raise RunError(f"{file} cannot be read: {first_line(why)} {AGAIN}") from why
+    version = values.get("schema_version")
+    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA:
+        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {SCHEMA}. Upgrade ptee.")
+    try:
+        return Times(**values)
+    except PteeError as why:
+        raise RunError(f"{file}: {why} {AGAIN}") from why
+
+
+def times_for(folder: Path, model: EarlyExitModel, device: torch.device, batch: int) -> BatchTimes:
+    """The times that a run keeps, for batches of one size.
+
+    Raises:
+        PteeError: if it keeps none, or those of other exits, another number type or another device.
+    """
+    times = read_times(folder)
+    times.require_of(model, device, f"{folder / FILE}")
+    return times.at(batch)
+
+
+def sizes_to_measure(batch_sizes: list[int]) -> list[int]:
+    """Numbers of rows up to the largest batch: two for each doubling, and the batches themselves."""
+    most = max(batch_sizes)
+    doubled = [2**n for n in range(math.ceil(math.log2(most)) + 1)]
+    return sorted({n for n in [*doubled, *(3 * n // 2 for n in doubled if n > 1)] if n < most} | {*batch_sizes})
