@@ -76,6 +76,8 @@ EVERY_COMMAND = {command: page for page in PAGES for command in commands(page)}
 def test_a_command_has_options_that_exist_and_values_that_can_be(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, *arguments = words(command)
+    (tmp_path / "exported").mkdir()  # by the command before
+    (tmp_path / "exported" / "manifest.json").touch()
     for option, file in pairwise(arguments):
         if option in ("--weights", "--classes"):  # files that must be there
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
