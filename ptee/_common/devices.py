@@ -11,7 +11,13 @@ import torch
 
 from ptee._common.errors import DeviceError, PteeError, first_line
 
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
+PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *PLACE)  # what torchrun puts into the environment
+MPI = (  # what MPI's launchers put there, and accelerate reads
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    *("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
@@ -63,7 +69,7 @@ def process_state(**how: Any) -> Any:
     """
     from accelerate.state import PartialState
 
-    given = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    given = {name: os.environ[name] for name in (*LAUNCH, *MPI) if name in os.environ}
     try:
         return PartialState(**how)
     except (ValueError, RuntimeError) as why:
@@ -77,7 +83,7 @@ def process_state(**how: Any) -> Any:
 
 
 def _not_launched(given: Mapping[str, str], why: str) -> PteeError:
-    missing = [name for name in LAUNCH if name not in given]
+    missing = [name for name in (PLACE if {*MPI} & given.keys() else LAUNCH) if name not in given]
     what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else why.rstrip(".")
     there = ", ".join(f"{name}={value:.40}" for name, value in given.items())
     return PteeError(

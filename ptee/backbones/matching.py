@@ -22,6 +22,7 @@ from ptee._common.errors import Argument, BackboneError
 from ptee.backbones.checkpoint import Checkpoint, refusal, shown
 
 COUNTER = "num_batches_tracked"  # of batch norm; nothing in eval mode reads it
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types that averages of counters have
 MOST_PREFIXES = 8  # that are tried in one place
 AVERAGED = re.compile(r"(?i:(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$))|EMA|SWA|Ema(?![a-z])")
 BEFORE_AVERAGING = "current_model_state"  # Lightning's place for the raw weights; its state_dict then holds the average
@@ -156,8 +157,8 @@ def _candidate(place: str, prefix: str, state: State, own: State) -> _Candidate:
 
 def _counted(key: str, value: Tensor) -> Tensor:
     """The tensor. A counter of batch norm that was averaged with the weights is a float, and becomes whole again."""
-    is_average = key.endswith(COUNTER) and isinstance(value, Tensor) and value.is_floating_point()
-    return value.round().long() if is_average else value
+    is_average = key.endswith(COUNTER) and isinstance(value, Tensor) and value.dtype in FLOATS
+    return value.round().long() if is_average and value.isfinite().all() else value
 
 
 def _take_from_parents(found: _Candidate) -> None:

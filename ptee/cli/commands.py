@@ -127,10 +127,10 @@ def evaluate(run: str, **o: Any) -> None:
     opened = open_run(run, **where_of(o))
     images, words = opened.left_by_tuning(given=o["threshold"] is not None)
     click.echo(f"{words} {opened.accuracy}\n", err=o["as_json"])
-    if o["threshold"] is not None and len(opened.model.off) == len(opened.model.exits):
-        click.echo(
-            f"All exits of {run} are off, so --threshold changes nothing. To choose anew: ptee tune {run}", err=True
-        )
+    if o["threshold"] is not None and (off := opened.model.off):
+        which = "All exits are" if len(off) == len(opened.model.exits) else f"Exit {', '.join(map(str, off))} is"
+        text = f"{which} off in {run}: --threshold changes nothing there. To choose anew, also which exits are on: ptee tune {run}"
+        click.echo(text, err=True)
     with opened.threads():
         found = results.evaluate(opened.model, images, threshold=o["threshold"], about=words, **how_of(o))
     show(found, o)

@@ -32,11 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         add_commands(cli)
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
         sys.stdout.flush()
-    except (BrokenPipeError, _NobodyReads) as why:
-        lead_nowhere()
-        status = _say(*unwritable(why if isinstance(why, BrokenPipeError) else BrokenPipeError()))
     except (Exception, KeyboardInterrupt) as why:
-        status = _failed(why, words)
+        status = _failed(why.__cause__ if isinstance(why, _BrokenPipe) and why.__cause__ else why, words)
     sys.exit(status)
 
 
@@ -94,7 +91,7 @@ def _worded(error: PteeError, words: list[str]) -> str:
 
 def _as_setting(error: click.NoSuchOption) -> str:
     """What to type in place of an unknown option that is called like a setting; empty if none is."""
-    from ptee.cli.options import SETTINGS, as_option
+    from ptee.cli.options import ONLY_EXITS, SETTINGS, as_option
     from ptee.pipeline.recipe import path_of
 
     command = error.ctx.command if error.ctx else None
@@ -103,14 +100,17 @@ def _as_setting(error: click.NoSuchOption) -> str:
     if not options & {"--set", "--over"}:
         return ""
     try:
-        is_flag = isinstance(SETTINGS[path_of(name)].default, bool)
+        path = path_of(name)
     except PteeError:
         return ""
+    if command and command.name in ONLY_EXITS and not path.startswith("exits."):
+        return ""
+    is_flag = isinstance(SETTINGS[path].default, bool)
     return as_option(Argument(name, "true" if is_flag else "VALUE"), command)
 
 
-class _NobodyReads(Exception):  # noqa: N818 - it is no error
-    """The output's reader has gone. On a BrokenPipeError click would end the program without a word."""
+class _BrokenPipe(Exception):  # noqa: N818 - the error is its cause
+    """On a BrokenPipeError click would end the program without a word."""
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _broken_pipes_told() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError as why:
-        raise _NobodyReads from why
+        raise _BrokenPipe from why
 
 
 class _InOrder(click.Group):

@@ -23,6 +23,7 @@ SETTINGS = dict(settings())
 # Options by the path of their setting; others are called like the setting.
 OPTION_OF = {path: f"--{name.replace('_', '-')}" for name, path in OTHER_NAMES.items()}
 WITH_OPTION: set[str] = set()  # settings with an option of their own; all others are given by --set
+ONLY_EXITS = ("plan", "bench")  # commands that train nothing, so that no other settings count
 PREFIX = "setting__"  # of the parameter of such an option; the dots of its path become two underscores
 OTHER_OPTIONS = {"model_args": "model_arg", "num_workers": "workers", "root": "data_root"}  # arguments of Python
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.validation import LONGEST_VALUE
 from ptee.cli.options import as_option, given_settings
 
 NEED_A_MODEL = ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std")
@@ -35,7 +36,10 @@ def recipe_of_exits(o: dict[str, Any]) -> Any:
     """The recipe of a command that trains nothing. A setting that it could not use is refused."""
     for path, value in o["set"]:
         if not path.startswith("exits."):
-            raise PteeError(f"--set {path}={value} changes nothing here: no head is trained. Settings of exits do.")
+            raise PteeError(
+                f"--set {path}={value!s:.{LONGEST_VALUE}} changes nothing here, where no head is trained. Only settings of exits do, such as "
+                "exits.head=pool."
+            )
     return recipe_of(o)
 
 

@@ -99,7 +99,7 @@ def map_labels(
     if 1 < n < num_classes:  # one class alone mostly means that there are no labels
         remedy = (f"Name their folders by its numbers, 0 to {num_classes - 1}, or name its classes in a file (",
                   Argument("classes", "FILE"), ").")  # fmt: skip
-    reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}."
+    reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}, so the images count as unlabelled."
     return LabelMap(None, reason, remedy=remedy)
 
 

@@ -24,6 +24,7 @@ from ptee.model.thresholds import NEVER, Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
+MISSING = ("InvalidCxxCompiler", "TritonMissing")  # what torch raises where a compiler is missing
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
 
@@ -246,10 +247,10 @@ def _not_compiled(why: Exception, device: str) -> PteeError:
         if device == "cuda"
         else "a C++ compiler (such as apt install g++; CXX names another)"
     )
-    other = GRAPHS if device == "cuda" else EAGER
-    return PteeError(
-        f"torch.compile cannot make this model's pieces: {first_line(why)} It needs {needs}. Install that, or give mode={other!r}."
-    )
+    other = f"mode={GRAPHS if device == 'cuda' else EAGER!r}"
+    is_missing = any(name in f"{type(why).__name__} {why}" for name in MISSING)
+    mend = f"It needs {needs}. Install that, or give {other}." if is_missing else f"Give {other}."
+    return PteeError(f"torch.compile cannot make this model's pieces: {first_line(why)} {mend}")
 
 
 def optimize(

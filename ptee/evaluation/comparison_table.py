@@ -28,6 +28,7 @@ class Entry:
         drop_in_calibration: the same drop on the calibration images.
         threshold: (E) T of each exit, or None.
         off: exits that are off.
+        own: the exits' own answers, because blended ones missed the target with their final weights.
     """
 
     allowed: float | None
@@ -37,6 +38,7 @@ class Entry:
     drop_in_calibration: float
     threshold: tuple[float, ...] | None = None
     off: tuple[int, ...] = ()
+    own: bool = False
 
     def within(self, drop: float) -> bool:
         """The drop is at most this, on the calibration images and on the report images."""
@@ -54,7 +56,7 @@ class Entry:
         return f"cost {self.cost:.4f} and drop {_signed(self.drop)} (95 % interval {_signed(low)} to {_signed(high)})"
 
     def __str__(self) -> str:
-        return f"{self.cost:.4f} ({_signed(self.drop)})" + " missed" * self.missed
+        return f"{self.cost:.4f} ({_signed(self.drop)})" + " own" * self.own + " missed" * self.missed
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ LEGEND = """\
 Each column: the largest drop of {measure} that was allowed. "no threshold": lines without one, such as a
 smaller network alone.
 Each cell: the cost, and in parentheses the drop of {measure} on the report images. "missed": it is larger than allowed.
+"own": of own answers, because blended ones missed the target with their final weights.
 cost: of a mean image, heads included, as a share of {unit}.
 Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with the reserve of ptee tune. Where
 thresholds for a smaller drop cost less, they are taken.

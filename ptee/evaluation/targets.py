@@ -103,9 +103,16 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{reserve}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}."
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}"
             + (f"\n{self.remark}" if self.remark else "")
         )
+
+    @property
+    def _too_few(self) -> str:
+        """The whole limit is in reserve."""
+        if not 0 < self.target.limit <= self.margin:
+            return ""
+        return " All that may be lost is in reserve: with more images to choose on, less reserve is needed, and more is saved."
 
     @property
     def _time(self) -> str:
@@ -240,9 +247,17 @@ def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Sol
     by_chance = WITHIN * (final - folds).std().item() / math.sqrt(len(final))
     if final.mean() <= target.limit + by_chance + ROUNDING:
         return found
-    own = _solved(ways_to_answer(traces, target.kind, OWN), target, one_threshold, margin).solution
-    text = f"Each exit answers by itself: with their final weights, blended answers miss the target here ({final.mean():.4f})."
-    return replace(own, remark=text)
+    because = f"with their final weights, blended answers miss the target here ({final.mean():.4f})"
+    try:
+        own = _solved(ways_to_answer(traces, target.kind, OWN), target, one_threshold, margin).with_reserve(
+            found.margin
+        )
+    except PteeError:
+        own = []
+    if not own:
+        text = f" cannot be met: {because}, and the exits' own answers do not meet it either. Ask for less."
+        raise PteeError(target.argument, text, argument=target.kind, value=target.limit)
+    return replace(own[0].solution, remark=f"Each exit answers by itself: {because}.")
 
 
 def _spent(traces: Traces, found: Solution) -> Tensor:
@@ -305,8 +320,9 @@ def _within(candidates: list[Candidate], target: Target, one_threshold: bool, ma
 def _unreachable(target: Target, candidates: list[Candidate]) -> PteeError:
     text = " cannot be met: too many confidences are NaN. Train the heads again."
     if target.limit < 0:
-        text = " cannot be met: the answers of the exits gain less than that on these images. Ask for a smaller gain, or for no reserve (margin 0)."
-    return PteeError(target.argument, text, argument=target.kind, value=target.limit)
+        text = " cannot be met: the answers of the exits gain less than that on these images. Ask for a smaller gain, or for no reserve: "
+    more = (Argument("margin", "0"), ".") if target.limit < 0 else ()
+    return PteeError(target.argument, text, *more, argument=target.kind, value=target.limit)
 
 
 def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) -> float:

@@ -76,12 +76,12 @@ def tune(
     return found
 
 
-def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
-    """Whether a target is kept or missed in JSON-able results on other images, by how much, and how certain that is."""
+def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool]:
+    """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed."""
     target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
     interval = f"(95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
     if target.kind == "max_cost" and solution.score.time is not None:
-        return f"Target: {target} of {solution.unit}. {solution.score.time:.4f} is to be expected."
+        return f"Target: {target} of {solution.unit}. {solution.score.time:.4f} is to be expected.", False
     if target.kind == "max_cost":
         found, words = own["cost"], f"{own['cost']:.4f}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
@@ -90,10 +90,11 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> str:
     else:
         found = backbone["accuracy"] - own["accuracy"]
         words = f"{below(found)} {interval}"
-    outcome = f"{'Kept' if found <= target.limit + ROUNDING else 'Missed'} on {n:,} other images"
+    missed = found > target.limit + ROUNDING
+    outcome = f"{'Missed' if missed else 'Kept'} on {n:,} other images"
     if target.kind == "max_drop" and own["accuracy"] is None:
-        outcome = f"Not known for {n:,} other images, which have no labels"
-    return f"Target: {target}. {outcome}: {words}."
+        outcome, missed = f"Not known for {n:,} other images, which have no labels", False
+    return f"Target: {target}. {outcome}: {words}.", missed
 
 
 def _uncertainty(fidelity: float, n: int) -> float:

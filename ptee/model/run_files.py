@@ -166,8 +166,11 @@ def download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
         )
     from huggingface_hub import hf_hub_download
 
+    from ptee._common.process import no_logs
+
     try:
-        return Path(hf_hub_download(repo, name, **hub))
+        with no_logs:  # of retries
+            return Path(hf_hub_download(repo, name, **hub))
     except Exception as why:  # whatever the network and the hub can raise
         raise RunError(
             f"There is no folder {repo}, and {name} of the hub's {repo} cannot be had: {first_line(why)}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ def fit(
 
     Returns:
         The model in eval mode with its thresholds set. `model.results` holds the measurements; `log=print` shows them as tables.
+            Without a log, a target that was missed and exits that do not pay are warnings.
 
     Raises:
         PteeError: naming the argument or setting that is not possible, and what is.
@@ -385,8 +387,14 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
     results = evaluate(model, images, **how, **_batches(recipe, job))
     job.log(f"\n{results}" + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
+    odd = list(results.verdict)
     if found is not None:
-        job.log(describe_outcome(found, model.results))
+        outcome, missed = describe_outcome(found, model.results)
+        job.log(outcome)
+        odd += [outcome] * missed
+    if job.log is silent:  # else it was said
+        for sentence in odd:
+            warnings.warn(sentence, stacklevel=2)
 
 
 def about(data: Data) -> dict[str, Any]:

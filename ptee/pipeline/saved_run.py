@@ -167,7 +167,7 @@ def tune_run(
         more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()
     answers = saving.describe_answers(model.answers, model.blend)
     saving.update(folder, more, threshold=model.threshold, off=list(model.off), answers=answers, results=model.results)
-    log(describe_outcome(found, model.results))
+    log(describe_outcome(found, model.results)[0])
     return model.results
 
 

@@ -220,13 +220,12 @@ def test_the_name_of_a_data_set_stays_its_name_when_a_folder_is_called_so_later(
     assert figures(evaluated(run, "out")) == figures(recorded)
 
 
-def test_a_threshold_for_exits_that_are_all_off_is_said_to_change_nothing(run, finished):
-    edited(finished, lambda config: config.update(off=[0]))
-    assert "are off" not in run("evaluate", finished, "--threshold", 0.2, "--no-speed").err
-    edited(finished, lambda config: config.update(off=[0, 1]))
-    done = run("evaluate", finished, "--threshold", 0.2, "--no-speed")
-    assert done.status == 0
-    assert re.fullmatch(
-        r"All exits of .* are off, so --threshold changes nothing\. To choose anew: ptee tune .*\n", done.err
-    )
+def test_a_threshold_for_exits_that_are_off_is_said_to_change_nothing(run, finished):
+    for off, which in (([0], "Exit 0 is"), ([0, 1], "All exits are")):
+        edited(finished, lambda config, off=off: config.update(off=off))
+        done = run("evaluate", finished, "--threshold", 0.2, "--no-speed")
+        assert done.status == 0
+        assert re.fullmatch(
+            f"{which} off in .*: --threshold changes nothing there. To choose anew, .*: ptee tune .*\\n", done.err
+        )
     assert run("evaluate", finished, "--no-speed").err == ""

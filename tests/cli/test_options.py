@@ -89,7 +89,7 @@ def test_a_setting_that_cannot_be_is_refused_as_it_was_typed(given, said, run):
 
 @pytest.mark.parametrize("command", ["plan", "bench"])
 def test_a_setting_that_changes_nothing_in_a_command_is_refused(command, run):
-    said = "--set training.epochs=3 changes nothing here: no head is trained. Settings of exits do."
+    said = "--set training.epochs=3 changes nothing here, where no head is trained. Only settings of exits do, such as exits.head=pool."
     assert_refused(run(command, *RANDOM, "--set", "epochs=3"), said)
     assert "--mean" not in run(command, "--help").out
 

@@ -65,7 +65,7 @@ def outcome(
     found = Solution(Target(kind, limit), (0.5,), (), score, Score(0.9, 1.0, 1.0), 100)
     bare = {"accuracy": 0.9, "fidelity": 1.0, "cost": 1.0}
     own = {"accuracy": accuracy, "fidelity": fidelity, "cost": 0.5}
-    return describe_outcome(found, {"samples": samples, "rows": [bare, own]})
+    return describe_outcome(found, {"samples": samples, "rows": [bare, own]})[0]
 
 
 def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
