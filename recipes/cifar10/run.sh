@@ -16,7 +16,7 @@ for seed in ${SEEDS:-0 1 2}; do
     augment "$seed" previous --recipe recipes/cifar10/recipe.yaml --head auto+
     augment "$seed" front --front cifar_resnet20 --front-weights "$weights/cifar_resnet20.safetensors" --max-drop 0.005
     for recipe in pteenet eenet branchynet ztw; do
-        augment "$seed" "$recipe" --recipe "$recipe" --epochs "${EPOCHS:-13}" # ours takes 13
+        augment "$seed" "$recipe" --recipe "$recipe" --epochs "${EPOCHS:-15}" # ours takes 15
     done
 done
 
