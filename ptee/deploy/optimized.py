@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,7 +27,6 @@ from ptee.model.thresholds import NEVER, Thresholds
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
-MISSING = ("InvalidCxxCompiler", "TritonMissing")  # what torch raises where a compiler is missing
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
 
@@ -241,6 +243,11 @@ def _compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _compilers() -> list[str]:
+    """Those of C++ that torch may call."""
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+
+
 def _not_compiled(why: Exception, device: str) -> PteeError:
     needs = (
         "triton (pip install triton)"
@@ -248,7 +255,7 @@ def _not_compiled(why: Exception, device: str) -> PteeError:
         else "a C++ compiler (such as apt install g++; CXX names another)"
     )
     other = f"mode={GRAPHS if device == 'cuda' else EAGER!r}"
-    is_missing = any(name in f"{type(why).__name__} {why}" for name in MISSING)
+    is_missing = find_spec("triton") is None if device == "cuda" else not any(map(shutil.which, _compilers()))
     mend = f"It needs {needs}. Install that, or give {other}." if is_missing else f"Give {other}."
     return PteeError(f"torch.compile cannot make this model's pieces: {first_line(why)} {mend}")
 

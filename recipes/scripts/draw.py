@@ -14,7 +14,7 @@ import click
 import matplotlib
 
 matplotlib.use("svg")  # no window
-matplotlib.rcParams["svg.hashsalt"] = "ptee"  # the same file each time
+matplotlib.rcParams |= {"svg.hashsalt": "ptee", "svg.fonttype": "none"}  # the same file each time, words as words
 
 from matplotlib import pyplot as plt  # noqa: E402 - when it is known where to draw
 

@@ -56,6 +56,7 @@ NOTES = [
 
 @pytest.mark.parametrize(("threshold", "said"), NOTES)
 def test_a_threshold_that_no_confidence_decides_is_remarked_on(threshold, said, run, finished):
+    edited(finished, lambda config: config.update(off=[]))
     done = run("evaluate", finished, f"--threshold={threshold}", "--no-speed")
     assert (done.status, done.err.strip()) == (0, said)
 

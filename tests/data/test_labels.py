@@ -37,8 +37,13 @@ THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
         (["cat", "dog"], 3, None, r"cannot be mapped .* by its numbers, 0 to 2, or .* \(classes=FILE\)\.$"),
         (["7"], 10, (7,), "The 1 class name is taken for a number of"),
         (["n01440764"], 1000, (0,), "^1 WordNet id is mapped"),
-        (["all"], 3, None, r"cannot be mapped to the backbone's 3\.$"),  # as where there are no labels
-        (["a", "b", "c"], 2, None, r"cannot be mapped to the backbone's 2\.$"),
+        (
+            ["all"],
+            3,
+            None,
+            r"cannot be mapped to the backbone's 3, so the images count as unlabelled\.$",
+        ),  # as where there are no labels
+        (["a", "b", "c"], 2, None, r"cannot be mapped to the backbone's 2, so the images count as unlabelled\.$"),
         (["²", "cat"], 3, None, "cannot be mapped"),
     ],
 )

@@ -77,7 +77,7 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
 def test_every_setting_of_the_recipe_is_an_argument():
     with pytest.raises(UnknownName, match=r"Unknown setting 'epoch'\. Did you mean 'epochs'"):
         fit(network(), images(60), epoch=3)
-    with pytest.raises(PteeError, match=r"training\.epochs=0 must be 1 or more, or 'auto'"):
+    with pytest.raises(PteeError, match=r"epochs=0 must be 1 or more, or 'auto'"):
         ptee.fit(network(), images(60), epochs=0)
 
 
