@@ -127,11 +127,15 @@ def fit(
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
+    found = image_size(train_data)
     if input_size is None and isinstance(model, nn.Module):
-        input_size = image_size(train_data)
+        input_size = found
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
+    if input_size is not None and found not in (None, size := tuple(backbone.input.input_size)):
+        text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
+        raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
     labels = labels_of(data, backbone, resolve_device(device))
     adapted = recipe_for(labels, chosen)
     if log is not None:

@@ -125,6 +125,26 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_images_of_another_size_than_was_said_are_refused():
+    with pytest.raises(
+        PteeError, match=r"^input_size=\(3, 16, 16\), and the first image of train_data has the size \(3, 8, 8\)"
+    ):
+        fit(network(), images(64), input_size=(3, 16, 16))
+
+
+@pytest.mark.parametrize("log", [None, lambda text: None])
+def test_exits_that_do_not_pay_are_warned_of_where_no_log_says_so(log, recwarn):
+    fit(network(), images(64), threshold=0, log=log)
+    said = [str(warning.message) for warning in recwarn if "leave at exit 0" in str(warning.message)]
+    assert bool(said) == (log is None)
+
+
+def test_a_target_that_was_missed_is_warned_of(monkeypatch):
+    monkeypatch.setattr(fitting, "describe_outcome", lambda *_: ("Target: .... Missed.", True))
+    with pytest.warns(UserWarning, match="Missed"):
+        fit(network(), images(64), max_fidelity_drop=0.5)
+
+
 @pytest.mark.parametrize("more", [{}, {"confidence": "learned"}, {"threshold": 0.5}, {"epochs": 0}], ids=str)
 def test_the_callers_random_numbers_go_on_as_if_nothing_had_been_drawn(more):
     backbone = network()
