@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.evaluation.benchmark import bench
+from ptee.timing.benchmark import bench
 
 
 @cache
