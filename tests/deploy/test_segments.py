@@ -22,7 +22,10 @@ FAMILIES = {  # by how many tensors pass a cut
     "swin_tiny_patch4_window7_224": (224, 1),
     "crossvit_tiny_240": (240, 2),  # one for each of its two branches
 }
-SMALLER = {"swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (1, 2), "embed_dim": 16}}
+SMALLER = {
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (1, 2), "embed_dim": 16},
+    "crossvit_tiny_240": {"depth": ((1, 1, 0), (1, 1, 0), (1, 1, 0))},
+}
 
 
 def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
