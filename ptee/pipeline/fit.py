@@ -133,10 +133,10 @@ def fit(
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
+    labels = labels_of(data, backbone, resolve_device(device))
     if input_size is not None and found not in (None, size := tuple(backbone.input.input_size)):
         text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
-    labels = labels_of(data, backbone, resolve_device(device))
     adapted = recipe_for(labels, chosen)
     if log is not None:
         log(describe_labels(labels))
