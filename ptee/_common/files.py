@@ -83,6 +83,16 @@ def from_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_once)
 
 
+def read_object(file: Path, largest: int) -> dict[str, Any]:
+    """The JSON object in a file of at most so many bytes. An OSError or a ValueError says why there is none."""
+    if file.stat().st_size > largest:
+        raise ValueError(f"it is longer than {largest:,} bytes")
+    values = from_json(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import from_json
+from ptee._common.files import read_object
 from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
 
 SCHEMA = 1
@@ -122,14 +122,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size > LARGEST_MANIFEST:
-            raise ValueError(f"it is longer than {LARGEST_MANIFEST:,} bytes")
-        values = from_json(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+        return read_object(file, LARGEST_MANIFEST)
     except (OSError, ValueError) as why:
         raise RunError(f"{file} cannot be read: {first_line(why)} {AGAIN}") from why
-    return values
 
 
 def _require_whole(file: Path, expected: str) -> None:

@@ -252,11 +252,11 @@ def bare_by(executor: str, model: EarlyExitModel) -> Callable[[Tensor], Call]:
     if executor not in (GRAPHS, COMPILE):
         return lambda x: partial(model.backbone, x)
     bare = copy.deepcopy(model).detach()  # its hooks would be compiled, too
-    return partial(_in_a_graph if executor == GRAPHS else _compiled, bare)
+    return partial(in_a_graph if executor == GRAPHS else compiled, bare)
 
 
-def _in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
-    """It takes images and gives answers away."""
+def in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
+    """The bare backbone in a CUDA graph of its own. It takes images and gives answers away."""
     static = x.clone(memory_format=torch.preserve_format)
     with torch.no_grad():
         answer, replay = Graphs().record(lambda: backbone(static))
@@ -269,7 +269,8 @@ def _in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
     return call
 
 
-def _compiled(backbone: nn.Module, x: Tensor) -> Call:
+def compiled(backbone: nn.Module, x: Tensor) -> Call:
+    """The bare backbone as torch.compile makes it."""
     fast = torch.compile(backbone, mode="reduce-overhead" if x.is_cuda else None, dynamic=False)
     return lambda: fast(x).clone()
 

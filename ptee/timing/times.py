@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, RunError, first_line
-from ptee._common.files import from_json, replace_file, to_json
+from ptee._common.files import read_object, replace_file, to_json
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
@@ -206,11 +206,7 @@ def read_times(folder: Path) -> Times:
     if not file.is_file():
         raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {folder} --save")
     try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"it is longer than {LARGEST_FILE:,} bytes")
-        values = from_json(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+        values = read_object(file, LARGEST_FILE)
     except (OSError, ValueError) as why:
         raise RunError(f"{file} cannot be read: {first_line(why)} {AGAIN}") from why
     version = values.get("schema_version")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import ptee
-from ptee.deploy.recording import Graphs
 from ptee.model.early_exit import EarlyExitModel
+from ptee.timing.measure import compiled, in_a_graph
 
 CHANNELS_LAST = {"resnet50": True, "vit_base_patch16_224": False, "convnext_base": True, "efficientnet_b0": True}
 SIZE = (3, 224, 224)
@@ -71,26 +71,6 @@ def thresholds(model: EarlyExitModel, x: Tensor, shares: Sequence[float]) -> lis
         )
         here &= row < chosen[-1]
     return chosen
-
-
-def in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
-    """The bare backbone in a CUDA graph of its own, which takes images and gives answers away."""
-    static = x.clone(memory_format=torch.preserve_format)
-    with torch.no_grad():
-        answer, replay = Graphs().record(lambda: backbone(static))
-
-    def call() -> Tensor:
-        static.copy_(x)
-        replay()
-        return answer.clone()
-
-    return call
-
-
-def compiled(backbone: nn.Module, x: Tensor) -> Call:
-    """The bare backbone as torch.compile makes it fastest."""
-    fast = torch.compile(backbone, mode="reduce-overhead", dynamic=False)
-    return lambda: fast(x).clone()
 
 
 BARE: dict[str, Callable[[nn.Module, Tensor], Call]] = {
