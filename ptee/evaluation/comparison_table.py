@@ -180,8 +180,8 @@ LEGEND = """\
 Each column: the largest drop of {measure} that was allowed. "no threshold": lines without one, such as a
 smaller network alone.
 Each cell: the cost, and in parentheses the drop of {measure} on the report images. "missed": it is larger than allowed.
-"own": of own answers, because blended ones missed the target with their final weights.
-cost: of a mean image, heads included, as a share of {unit}.
+"own": each exit answers by itself, because blended answers missed the target with their final weights.
+cost: mean over the images, heads included, as a share of {unit}.
 Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with the reserve of ptee tune. Where
 thresholds for a smaller drop cost less, they are taken.
 The 95 % intervals of the drops reach up to {half:.4f} to each side.
