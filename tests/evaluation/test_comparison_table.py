@@ -90,3 +90,9 @@ def test_where_no_run_saves_anything_the_verdict_says_so(cost):
     assert verdict(ours) == NOTHING
     cascade = Line("other", "cascade", (entry(0.4, 0),))
     assert verdict(ours, cascade).endswith("cheaper than every run with early exits, as none saves anything.")
+
+
+def test_a_cell_of_own_answers_on_a_line_of_blended_ones_says_so():
+    measured = {"allowed": 0.01, "cost": 0.5, "drop": 0.02, "interval": (0.01, 0.03), "drop_in_calibration": 0.0}
+    assert str(Entry(**measured)) == "0.5000 (+0.0200) missed"
+    assert str(Entry(**measured, own=True)) == "0.5000 (+0.0200) own missed"
