@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ptee.analysis.freezing import Attachment
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
-from ptee.exits.confidence import CALIBRATED, LEARNED, Calibrated, find_confidence
+from ptee.exits.confidence import Calibrated, find_confidence
 from ptee.exits.front import FrontHead
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
@@ -295,28 +296,21 @@ class EarlyExitModel(
                 "first (model.off = []), and tune again afterwards (ptee.tune)."
             )
 
-    def drop_calibration_and_blend(self) -> None:
-        """Drop calibration and blend before the heads change, for which they were fitted. Refused while one is in use."""
-        if self.answers == BLENDED:
-            raise PteeError(
-                "This model's answers are blended, and training changes the heads that this was fitted to. Set model.answers = "
-                f"{OWN!r} first, and choose the thresholds again afterwards (ptee.tune)."
-            )
-        if self.confidence == CALIBRATED:
-            raise PteeError(
-                "This model is calibrated, and training changes the heads that this was done for. Set model.confidence = "
-                f"{LEARNED!r} first, and call ptee.calibrate again afterwards."
-            )
-        self.calibrated = self.blend = None
-
     def train(self, mode: bool = True) -> EarlyExitModel:
-        """Put the heads into training mode; the backbone stays in eval mode."""
+        """Put the heads into training mode; the backbone stays in eval mode, unless it learns."""
         for part in self.children():
             if part is not self.backbone:  # another thread may be running it, so its mode never changes
                 part.train(mode)
-        self.backbone.eval()
+        self.backbone.train(mode and self._hold.learns)
         self.training = mode
         return self
+
+    @contextmanager
+    def learning_backbone(self) -> Iterator[None]:
+        """Meanwhile the backbone learns, too; from then on its weights are saved with the model."""
+        with self._hold.learning():
+            self.origin = self.origin.trained()
+            yield
 
     def detach(self) -> nn.Module:
         """Take the backbone back, without hooks, its gradients and modes as they were before `augment`.
@@ -402,7 +396,7 @@ class EarlyExitModel(
         more_files: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> str | None:
-        """Write config.json and heads.safetensors into a folder; the backbone is not saved.
+        """Write config.json and heads.safetensors into a folder; a backbone that learnt, too, and no other.
 
         All files are written or, on failure, none: a run that was there stays as it was.
 
@@ -423,8 +417,9 @@ class EarlyExitModel(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
                 blend=self.blend, answers=self.answers,
             )  # fmt: skip
+            backbone = self.backbone.state_dict() if self.origin.learnt else None
             text = None if (folder / run_files.CARD).exists() else str(self.generate_model_card(**card))
-            runs.write(folder, config, self.heads.state_dict(), text, more_files)
+            runs.write(folder, config, self.heads.state_dict(), text, more_files, backbone)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)
         except OSError as why:

@@ -16,6 +16,7 @@ from ptee._common.validation import from_pydantic
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, require_sane
 
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
+BACKBONE = "backbone.safetensors"  # of a run whose backbone learnt, too
 LARGEST_CONFIG_BYTES = 4 * 2**20
 LARGEST_HEADS_BYTES = 4 * 2**30
 LARGEST_HEADER_BYTES = 4 * 2**20  # of heads.safetensors: names and shapes
@@ -36,7 +37,8 @@ def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
 def require_run(folder: str | Path) -> None:
     """Refuse what is no run on this disk, or has files that are not to be trusted, unless it may be one on the hub."""
     if _is_folder(local := as_path(folder, "folder")) or not _may_be_repo(str(folder)):
-        require_heads(folder, local / read_config(folder)[0].heads_file)
+        for name in weights_files(read_config(folder)[0]):
+            require_weights(folder, local / name)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -108,7 +110,8 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise RunError(f"{folder}: {CONFIG}: {from_pydantic(error)} Copy the run again.") from error
-    _refuse_outside(folder, config.heads_file)
+    for name in weights_files(config):
+        _refuse_outside(folder, name)
     if any(row.gate for row in config.exits):
         raise RunError(
             f"{folder}: its confidence comes from gates, which this version does not have. Train it again, or load it with "
@@ -122,8 +125,13 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def require_heads(folder: str | Path, path: Path) -> None:
-    """Refuse a file of heads that is missing, or larger than heads can be."""
+def weights_files(config: RunConfig) -> list[str]:
+    """The file of the heads, and that of the backbone if the run keeps its weights."""
+    return [name for name in (config.heads_file, config.backbone.weights_file) if name is not None]
+
+
+def require_weights(folder: str | Path, path: Path) -> None:
+    """Refuse a file of weights that is missing, or larger than a run's can be."""
     if not path.is_file():
         raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
     try:
@@ -133,7 +141,7 @@ def require_heads(folder: str | Path, path: Path) -> None:
     except OSError as why:
         raise RunError(f"{folder}: {path.name} cannot be read: {first_line(why)}") from why
     if size > LARGEST_HEADS_BYTES or LARGEST_HEADER_BYTES < header < size:
-        raise RunError(f"{folder}: {path.name} is larger than heads can be. It is not read.")
+        raise RunError(f"{folder}: {path.name} is larger than a run's weights can be. It is not read.")
 
 
 def _refuse_outside(folder: str | Path, name: str) -> None:

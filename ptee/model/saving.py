@@ -1,6 +1,7 @@
 """The run folder: config.json and heads.safetensors, written whole or not at all, and read with suspicion.
 
-A run holds the heads and never the backbone; config.json says where the backbone came from, and the hash of its weights.
+A run holds the heads, and the backbone only if it learnt with them; config.json says where the backbone came from, and the
+hash of its weights.
 Nothing is unpickled, no path may lead out of the folder, and every field is checked before it is used (`run_config`).
 """
 
@@ -23,6 +24,7 @@ from ptee.exits.front import FrontHead
 from ptee.exits.plan import Plan
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint
 from ptee.model.run_files import (
+    BACKBONE,
     CARD,
     CONFIG,
     HEADS,
@@ -31,7 +33,7 @@ from ptee.model.run_files import (
     metrics_of,
     read_config,
     read_values,
-    require_heads,
+    require_weights,
 )
 
 if TYPE_CHECKING:
@@ -43,8 +45,8 @@ MODEL_CARD = """---
 ---
 
 Early-exit heads made with ptee. Load them with `ptee.load("user/repo")`, or on your own copy of the backbone with
-`ptee.load("user/repo", backbone=model)`. The backbone is not in this repository; config.json names it and the hash of
-its weights. `model.threshold` trades accuracy for cost at any time.
+`ptee.load("user/repo", backbone=model)`. config.json names the backbone and the hash of its weights; these are in this
+repository only if they were trained together with the heads (backbone.safetensors). `model.threshold` trades accuracy for cost at any time.
 """
 
 
@@ -56,12 +58,14 @@ class Run:
         folder: as the user named it.
         config: what config.json says.
         tensors: the heads' parameters and buffers, by name.
+        backbone: the backbone's, likewise; None if the run does not keep them.
         remote: it came from the hub, so its paths do not mean files on this machine.
     """
 
     folder: str
     config: RunConfig
     tensors: dict[str, Tensor]
+    backbone: dict[str, Tensor] | None
     remote: bool
 
 
@@ -85,6 +89,7 @@ def describe(
         "backbone": {
             "name": network.name,
             "source": network.source,
+            "weights_file": BACKBONE if network.learnt else None,
             "hash": weights_hash(network.module),
             "classes": plan.classes,
             "input": plain(network.input),
@@ -113,11 +118,12 @@ def write(
     tensors: Mapping[str, Tensor],
     card: str | None = None,
     more: Mapping[str, str] | None = None,
+    backbone: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a run: all of it, or on failure nothing, so that a run that was there stays as it was.
 
     `config` comes from `describe`; version, hashes and fingerprint are added. `card` is the text of README.md; None leaves
-    it. `more` holds the texts of further files, by name.
+    it. `more` holds the texts of further files, by name. `backbone` are the weights of one that learnt.
     """
     from safetensors.torch import save_file
 
@@ -127,6 +133,8 @@ def write(
     whole = json.loads(to_json(whole | {"tensors": known}))  # as it will be read
     whole["fingerprint"] = fingerprint(whole)
     writers: dict[str, Callable[[Path], Any]] = {HEADS: lambda path: save_file(stored, path)}
+    if backbone is not None:
+        writers[BACKBONE] = lambda path: save_file(storable(backbone), path)
     if card is not None:
         writers[CARD] = _text(card)
     writers |= {name: _text(text) for name, text in (more or {}).items()}
@@ -163,11 +171,17 @@ def _dtype(tensor: Tensor) -> str:
 def read(folder: str | Path, **hub: Any) -> Run:
     """Read and check a run from a folder, or from a repo "user/name" on the hub; `hub` are arguments of hf_hub_download."""
     config, remote = read_config(folder, **hub)
-    path = download(str(folder), config.heads_file, hub) if remote else as_path(folder, "folder") / config.heads_file
-    tensors = _tensors(folder, path)
+
+    def stored(name: str) -> dict[str, Tensor]:
+        return _tensors(folder, download(str(folder), name, hub) if remote else as_path(folder, "folder") / name)
+
+    tensors, own = stored(config.heads_file), config.backbone.weights_file
     if config.tensors is not None:
         _require_saved(folder, config, tensors)
-    return Run(str(folder), config, tensors, remote)
+    backbone = None if own is None else stored(own)
+    if backbone is not None:
+        _require_backbone(folder, config, backbone)
+    return Run(str(folder), config, tensors, backbone, remote)
 
 
 def fill(heads: nn.Module, run: Run) -> None:
@@ -196,7 +210,7 @@ def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    require_heads(folder, path)
+    require_weights(folder, path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as why:
@@ -210,3 +224,16 @@ def _require_saved(folder: str | Path, config: RunConfig, tensors: Mapping[str, 
     for name, tensor in tensors.items():
         if _dtype(tensor) != wanted[name].dtype or tensor_hash(tensor) != wanted[name].sha256:
             raise RunError(f"{folder}: tensor {name!r} is damaged, or of another training; {_NOT_ONE}")
+
+
+def _require_backbone(folder: str | Path, config: RunConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of the backbone that were not saved with this config.json."""
+    wanted = config.backbone_tensors or {}
+    odd = sorted(
+        name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensor_hash(tensors[name])
+    )
+    if odd:
+        raise RunError(
+            f"{folder}: tensor {odd[0]!r:.80} of the backbone is missing, damaged, or of another training; "
+            f"{config.backbone.weights_file} and {CONFIG} do not belong together. Copy the run again."
+        )

@@ -216,6 +216,9 @@ def _moved_backbone(run: str, weights: Path | None) -> Any:
         return None
     found = saving.read(run)
     source = found.config.backbone.source
+    if found.backbone is not None:
+        text = f" is of no use here: {run} keeps the weights of its backbone, which was trained with the heads. Leave it out."
+        raise RunError(Argument("weights"), text, argument="weights")
     if source is None:
         raise RunError(f"{run} cannot be evaluated from the command: its backbone is a Python module. Use ptee.load.")
     require_at_hand(found, source)

@@ -12,8 +12,8 @@ from ptee.exits.confidence import first_exit
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import draw_shifts, shift_maps
-from ptee.training.config import TrainingConfig
-from ptee.training.losses import LOSSES, SEPARATE
+from ptee.training.config import SEPARATE, WEIGHTED, TrainingConfig
+from ptee.training.losses import LOSSES
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ class Step(nn.Module):
     def __init__(self, model: EarlyExitModel, config: TrainingConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.loss, alone = LOSSES[config.loss], config.loss == SEPARATE
-        self.weights: dict[str, Any] = (
-            {"temperature": config.temperature} if alone else {"cost_weight": config.cost_weight}
-        )
+        self.loss = LOSSES[config.loss]
+        own = {SEPARATE: "temperature", WEIGHTED: "exit_weights"}.get(config.loss, "cost_weight")
+        self.weights: dict[str, Any] = {own: getattr(config, own)}
 
     def forward(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
         """The result of a batch: images (b, c, h, w), or what the heads read of them, and labels (b,) or None."""
