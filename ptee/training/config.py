@@ -10,6 +10,7 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, FrozenConfig, Number, Whole, YesNo
 
+OPERATIONS: Literal["operations"] = "operations"
 SEPARATE = "separate"  # the loss in which every head learns for itself
 WEIGHTED = "weighted"  # likewise, and the backbone's own answer counts, too
 ALONE = (SEPARATE, WEIGHTED)
@@ -67,6 +68,11 @@ class TrainingConfig(FrozenConfig):
         default=None,
         ge=0,
         description="What one unit of cost is worth in cross-entropy. Only for the joint losses. Default: 1.",
+    )
+    cost_unit: Literal["operations", "parameters"] = Field(
+        default=OPERATIONS,
+        description="What the cost in the joint losses is a share of: operations, which take the time, or parameters, as in "
+        "EENet's thesis, whose cost weights belong to that.",
     )
     exit_weights: tuple[Annotated[Number, Field(ge=0)], ...] | None = Field(
         default=None,
@@ -141,6 +147,8 @@ class TrainingConfig(FrozenConfig):
             raise _clash(
                 "cost_weight", self.cost_weight, "needs a joint loss, such as loss='joint'", f"loss={self.loss!r}"
             )
+        if self.cost_unit != OPERATIONS and alone:
+            raise _clash("cost_unit", self.cost_unit, "needs a joint loss, such as loss='joint'", f"loss={self.loss!r}")
         if self.exit_weights is not None and self.loss != WEIGHTED:
             raise _clash("exit_weights", self.exit_weights, "needs loss='weighted'", f"loss={self.loss!r}")
         self._check_backbone()

@@ -55,12 +55,14 @@ OTHER = {
     "thresholds.max_fidelity_drop": 0.02, "thresholds.max_cost": 0.5, "thresholds.one_threshold": True, "thresholds.margin": 0.005, "thresholds.answers": "own",
     "thresholds.cost": "time", "thresholds.at_batch": 8,
     "backbone": "joint", "training.backbone_lr": 1e-3, "training.exit_weights": (1.0, 0.5),
+    "training.cost_unit": "parameters",
 }  # fmt: skip
 ALSO = {  # what a setting goes together with
     "training.cost_weight": ("training.loss=joint",),
     "backbone": ("training.loss=joint",),
     "training.backbone_lr": ("training.loss=joint", "backbone=joint"),
     "training.exit_weights": ("training.loss=weighted",),
+    "training.cost_unit": ("training.loss=joint",),
 }
 
 
