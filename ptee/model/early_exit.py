@@ -33,13 +33,13 @@ from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
     Call,
-    ExitEarly,
     ExitHook,
     ExitOutput,
     Reading,
     RecordAll,
     RecordInputs,
     StopForward,
+    kind_of_call,
     one_parameter,
     refuse_capture,
     refuse_export,
@@ -205,7 +205,7 @@ class EarlyExitModel(
         return refuse_capture()
 
     @torch.compiler.disable
-    def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
+    def predict(self, x: Tensor, threshold: Thresholds | None = None, *, soft: bool = False) -> ExitOutput:
         """Answer each row at the first exit that is confident enough; only the other rows go on.
 
         Each exit costs one synchronisation of GPU and host; a `threshold` tensor on the GPU one more, to check it for NaN.
@@ -213,9 +213,10 @@ class EarlyExitModel(
         Args:
             x: (b, c, h, w) images on the model's device.
             threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
+            soft: no row leaves. The answer is Y_0, blended of all exits that are on, at full cost (see `SoftAnswer`).
 
         Raises:
-            PteeError: if the threshold is NaN or of another shape, if the images are no batch on the model's device and of
+            PteeError: if the threshold is NaN or of another shape, or given for soft answers, if the images are no batch on the model's device and of
                 its number type, or if the model is in training mode.
         """
         if torch.jit.is_tracing():
@@ -225,7 +226,8 @@ class EarlyExitModel(
         self.require_ready(x)
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
         thresholds = self.thresholds_of_call(threshold, len(x))
-        call = ExitEarly(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
+        kind = kind_of_call(soft, threshold is not None)
+        call = kind(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
