@@ -292,7 +292,9 @@ def export(run: str, **o: Any) -> None:
 @command(short_help="Print a recipe as YAML.")
 @click.argument("name", default="ptee")
 def recipe(name: str) -> None:
-    """Print a recipe as YAML: ptee, pteenet, eenet, branchynet, ztw, a file, or that of a run's folder."""
+    """Print a recipe as YAML: that of a run's folder, a file, ptee, pteenet, eenet, branchynet, ztw, or, with a backbone that
+    learns, too, eenet-joint, branchynet-joint, db-joint.
+    """
     from ptee.pipeline.recipe import make_recipe
 
     click.echo(make_recipe(name).to_yaml().rstrip())
@@ -320,7 +322,7 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
     """
     from ptee._common.devices import resolve_device
     from ptee.pipeline.fit import Job
-    from ptee.pipeline.images import describe_labels
+    from ptee.pipeline.images import describe_labels, undoubted
     from ptee.pipeline.recipe import make_recipe
     from ptee.pipeline.sweep import read_axes, run_sweep
 
@@ -333,7 +335,7 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 
     def open_data(seed: int) -> Any:
         data, labels = open_for(backbone, o, seed)
-        click.echo(describe_labels(labels, as_option))
+        click.echo(describe_labels(undoubted(labels, base), as_option))
         return data, labels
 
     job = Job(o["out"], o["device"], o["workers"], log=click.echo)
