@@ -18,6 +18,7 @@ from ptee.cli.values import (
     data_for,
     file_name,
     how_of,
+    name_others,
     names_of,
     no_images,
     open_for,
@@ -41,7 +42,7 @@ RANDOM_WEIGHTS = (
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (augment, plan, evaluate, tune, compare, bench, export, recipe, sweep):
+    for each in (augment, plan, advise, evaluate, tune, compare, bench, export, recipe, sweep):
         group.add_command(each)
 
 
@@ -74,6 +75,7 @@ def augment(**o: Any) -> None:
     if is_random:
         click.echo(RANDOM_WEIGHTS)
     model = fit_backbone(backbone, data, recipe, replace(job, again="") if is_random else job)
+    name_others(backbone)
     can_leave = not is_random and len(model.off) < len(model.exits)
     other = f" Another threshold: ptee evaluate {folder} --threshold 0.7"
     click.echo(f"\nSaved in {folder}.{other * can_leave}")
@@ -100,6 +102,30 @@ def plan(**o: Any) -> None:
 
         times = time_of_modules(backbone, resolve_device(o["device"]), how.at_batch)
     show(untrained(backbone, recipe, times).plan, o)
+    name_others(backbone, err=o["as_json"])
+
+
+@command(short_help="Is another published network as good, for less?")
+@click.argument("model")
+@option(
+    "--max-drop",
+    "drops",
+    type=Numbers(example="0,0.01"),
+    default="0,0.005,0.01",
+    show_default=True,
+    help="Accuracy that may be lost; 0.01 is one percentage point. Several separated by commas.",
+)
+@option("--by", default="operations,gpu,cpu", show_default=True, help="What the other network is to save.")
+@options.EXPLAIN
+@options.JSON
+def advise(model: str, drops: list[float], by: str, **o: Any) -> None:
+    """Name the published networks that are as good on ImageNet as MODEL, one of timm's, for less.
+
+    Ask this before exits are trained: on ImageNet a smaller network is often the better choice.
+    """
+    from ptee.backbones import published
+
+    show(published.advise(model, drops=drops, by=[name.strip() for name in by.split(",")]), o)
 
 
 @command(short_help="Measure a saved run again, at any threshold.")
@@ -204,6 +230,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
         found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **how)
     log("")
     show(found, o)
+    name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
     if o["page"] is not None:
         report.write(found, o["page"])
         log(f"\nDrawn in {o['page']}")

@@ -69,6 +69,14 @@ def untrained(backbone: Any, recipe: Any, times: Any = None) -> Any:
     return build_model(backbone, recipe, times)
 
 
+def name_others(backbone: Any, err: bool = False) -> None:
+    """Print which published networks are as good as a backbone for less, if any is."""
+    from ptee.backbones.published import in_short
+
+    if words := in_short(backbone):
+        click.echo(f"\n{words}", err=err)
+
+
 def no_images(model: str) -> DataError:
     """The error where a model has no images."""
     return DataError(f"No images for {model}. Give some: ", Argument("data", "FOLDER"), ".", argument="data")

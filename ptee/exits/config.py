@@ -47,8 +47,8 @@ class ExitsConfig(FrozenConfig):
     )
     front: str | None = Field(
         None,
-        description="A small classifier that answers before the backbone, as the first exit: a name as for the backbone, or auto "
-        "for a head that learns from the images.",
+        description="A small classifier that answers before the backbone, as the first exit: a name as for the backbone, auto-timm "
+        "for the one that timm's published results advise, or auto for a head that learns from the images.",
     )
     front_weights: str | None = Field(None, description="A file with the weights of the front network.")
     front_mean: Number | Shares | None = Field(
