@@ -92,7 +92,7 @@ def plan(**o: Any) -> None:
     With --cost time the backbone is measured up to each exit, and fractions are of its time.
     """
     from ptee._common.devices import resolve_device
-    from ptee.evaluation.config import AT_BATCH, TIME, ThresholdsConfig
+    from ptee.tuning.config import AT_BATCH, TIME, ThresholdsConfig
 
     cost, at_batch = (o.pop(f"{options.PREFIX}thresholds__{name}") for name in ("cost", "at_batch"))
     how = ThresholdsConfig(cost=cost or "operations", at_batch=at_batch or AT_BATCH)

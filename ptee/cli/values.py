@@ -129,7 +129,7 @@ def refuse_without_model(o: dict[str, Any]) -> None:
 
 def remark_on(threshold: Any) -> None:
     """Print what is odd about thresholds, if anything is."""
-    from ptee.evaluation.config import remark
+    from ptee.tuning.config import remark
 
     if words := remark([threshold] if isinstance(threshold, int | float) else threshold):
         click.echo(words, err=True)

@@ -22,10 +22,7 @@ from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
-from ptee.evaluation.config import TIME, Target
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
-from ptee.evaluation.targets import Solution, require_labels, require_reachable
-from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 from ptee.exits.front import named_front
@@ -42,6 +39,9 @@ from ptee.timing.times import FILE, Times
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
+from ptee.tuning.config import TIME, Target
+from ptee.tuning.targets import Solution, require_labels, require_reachable
+from ptee.tuning.tune import describe_outcome, tune
 
 Log = Callable[[str], None]
 

@@ -20,9 +20,9 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError, first_line, unknown
 from ptee._common.files import LONGEST_KEY, as_path, is_file
 from ptee._common.validation import FrozenConfig, Whole
-from ptee.evaluation.config import HOW, TARGETS, ThresholdsConfig
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
 from ptee.training.config import SEPARATE, TrainingConfig
+from ptee.tuning.config import HOW, TARGETS, ThresholdsConfig
 
 RECIPE_FILE = "recipe.yaml"
 LARGEST_FILE = 2**18  # bytes; a recipe has about two thousand

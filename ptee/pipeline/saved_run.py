@@ -21,10 +21,7 @@ from ptee.data.named import HUB
 from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
-from ptee.evaluation.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
 from ptee.evaluation.results import evaluate
-from ptee.evaluation.targets import require_labels
-from ptee.evaluation.tuning import describe_outcome
 from ptee.exits.times import BatchTimes
 from ptee.model import saving
 from ptee.model.build import load
@@ -35,6 +32,9 @@ from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.timing.measure import measure_static
 from ptee.timing.times import times_for
+from ptee.tuning.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
+from ptee.tuning.targets import require_labels
+from ptee.tuning.tune import describe_outcome
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
