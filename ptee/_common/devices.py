@@ -82,6 +82,15 @@ def process_state(**how: Any) -> Any:
         raise _not_launched(given, first_line(why)) from why
 
 
+def require_launch() -> None:
+    """Refuse a process that is one of several which do not know each other, before it does minutes of work.
+
+    Where the environment says nothing of several processes, nothing is imported or changed.
+    """
+    if {*LAUNCH, *MPI} & os.environ.keys():
+        process_state()
+
+
 def _not_launched(given: Mapping[str, str], why: str) -> PteeError:
     missing = [name for name in (PLACE if {*MPI} & given.keys() else LAUNCH) if name not in given]
     what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else why.rstrip(".")
