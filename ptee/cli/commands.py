@@ -63,8 +63,8 @@ def augment(**o: Any) -> None:
     from ptee.pipeline.fit import Job, fit_backbone
     from ptee.pipeline.run_folder import new_folder
 
-    require_launch()
     o["device"] = resolve_device(o["device"])
+    require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
     new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
@@ -342,8 +342,8 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
     from ptee.pipeline.images import describe_labels
     from ptee.pipeline.sweep import run_sweep
 
-    require_launch()
     o["device"] = resolve_device(o["device"])
+    require_launch(o["device"])
     backbone = backbone_of(o)
 
     def open_data(seed: int) -> Any:

@@ -123,7 +123,7 @@ def fit(
         PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
-    require_launch()
+    require_launch(device)
     require_no_exits(model)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)

@@ -80,7 +80,7 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or the model is calibrated.
         RunError: if the checkpoint is damaged or belongs to another training.
     """
-    require_launch()
+    require_launch(device)
     require_early_exit(model)
     model.require_all_on()
     model.drop_calibration_and_blend()
