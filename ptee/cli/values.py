@@ -43,6 +43,21 @@ def recipe_of_exits(o: dict[str, Any]) -> Any:
     return recipe_of(o)
 
 
+def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: Any) -> None:
+    """Refuse runs that cannot be opened, before torch is imported, which takes seconds and most of a gigabyte.
+
+    `images`: those of the runs are wanted, if none are given. `exported`: an exported model will do.
+    """
+    from ptee.deploy.manifest import is_exported, read_manifest
+    from ptee.pipeline.recorded import require_openable
+
+    for run in runs:
+        if exported and is_exported(run):
+            read_manifest(Path(run))
+        else:
+            require_openable(run, weights=o["weights"], images=images and o.get("data") is None)
+
+
 def require_model(o: dict[str, Any]) -> None:
     """Refuse a command without --model."""
     if o["model"] is None:
@@ -52,10 +67,10 @@ def require_model(o: dict[str, Any]) -> None:
 
 def backbone_of(o: dict[str, Any]) -> Any:
     """The model of --model. Data that are not there are refused first, because its weights may have to be downloaded."""
+    require_model(o)
     from ptee.backbones.load import load_backbone
     from ptee.data.sources import require_source
 
-    require_model(o)
     if o.get("data") is not None:
         require_source(o["data"])
     keys = ("weights", "pretrained", "num_classes", "input_size", "mean", "std")

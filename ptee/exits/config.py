@@ -11,6 +11,7 @@ from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole
 
 AUTO = "auto"  # the name of a head that is as large as its budget allows
+FRONT = "front"  # the name of a head that is a network of its own, at the input
 PLUS = "+"  # behind the name of a head that builds on the exit before
 LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"  # names of confidences
 DEFAULT_PLACES = (0.03, 0.4, 0.7)

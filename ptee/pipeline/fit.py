@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ptee._common.devices import resolve_device
+from ptee._common.devices import require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
 from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
@@ -123,6 +123,7 @@ def fit(
         PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
+    require_launch(device)
     require_no_exits(model)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)
