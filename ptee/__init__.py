@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ptee.deploy.runner import load_exported as load_exported
     from ptee.evaluation.comparison import compare as compare
     from ptee.evaluation.results import evaluate as evaluate
-    from ptee.evaluation.tuning import tune as tune
     from ptee.exits.confidence import register_confidence as register_confidence
     from ptee.exits.heads import register_head as register_head
     from ptee.exits.plan import Exit as Exit
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from ptee.pipeline.recipe import Recipe as Recipe
     from ptee.training.calibration import calibrate as calibrate
     from ptee.training.trainer import train as train
+    from ptee.tuning.tune import tune as tune
 
 __version__ = "0.2.0.dev0"
 _HOMES = {
@@ -53,13 +53,13 @@ _HOMES = {
     "register_confidence": "exits.confidence",
     "register_head": "exits.heads",
     "train": "training.trainer",
-    "tune": "evaluation.tuning",
+    "tune": "tuning.tune",
 }
 __all__ = sorted(_HOMES)
 _MODULES = {  # for who wants more than the names above
     "losses": "training.losses",
-    "thresholds": "evaluation.targets",
-    "traces": "evaluation.traces",
+    "thresholds": "tuning.targets",
+    "traces": "tuning.traces",
 }
 
 

@@ -92,15 +92,23 @@ def _not_launched(given: Mapping[str, str], why: str) -> PteeError:
     )
 
 
+def require_launch(device: str | torch.device | None) -> None:
+    """Refuse a process that is one of several which cannot be reached, before it does minutes of work on this device.
+
+    Where the environment says nothing of several processes, nothing is imported or changed.
+    """
+    if {*LAUNCH, *MPI} & os.environ.keys():
+        with _state_on(device):
+            pass
+
+
 @contextmanager
-def accelerator_on(device: str | torch.device | None, precision: str) -> Iterator[Any]:
-    """An Accelerator for this device and precision.
+def _state_on(device: str | torch.device | None) -> Iterator[torch.device]:
+    """accelerate's state, for this device unless several processes train together. Gives the device.
 
     accelerate keeps one state for all Accelerators of a process. It is restored afterwards.
     """
-    from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs
 
     shared = (PartialState._shared_state, AcceleratorState._shared_state)
     before = [dict(state) for state in shared]
@@ -110,16 +118,24 @@ def accelerator_on(device: str | torch.device | None, precision: str) -> Iterato
             chosen = resolve_device(device)
             AcceleratorState._reset_state(reset_partial_state=True)
             process_state(cpu=chosen.type == "cpu").device = chosen
-        else:
-            chosen = process_state().device
-        mixed = best_precision(chosen) if precision == "auto" else precision
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
-        yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
+        yield process_state().device
     finally:
         if any(before) or alone:
             for state, was in zip(shared, before, strict=True):
                 state.clear()
                 state.update(was)
+
+
+@contextmanager
+def accelerator_on(device: str | torch.device | None, precision: str) -> Iterator[Any]:
+    """An Accelerator for this device and precision."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    with _state_on(device) as chosen:
+        mixed = best_precision(chosen) if precision == "auto" else precision
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # "cost" has no gradient for the logits
+        yield Accelerator(mixed_precision=mixed, cpu=chosen.type == "cpu", kwargs_handlers=[unused])
 
 
 def wait(device: torch.device) -> None:

@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
-from torch.utils import checkpoint
-
 LOUD = ("timm", "huggingface_hub", "httpx", "urllib3", "filelock")  # loggers that tell of downloads and retries
 
 _CHANGES = threading.RLock()
@@ -150,6 +147,8 @@ def no_pickles() -> Iterator[None]:
 @contextmanager
 def no_fused_attention() -> Iterator[None]:
     """nn.MultiheadAttention and nn.TransformerEncoderLayer call their parts one by one."""
+    import torch
+
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -164,8 +163,8 @@ own_export = Change(nullcontext)  # torch.export patches torch for all threads w
 class _NoCheckpoints:
     """Takes the place of torch's reentrant checkpointing. In the thread that made it, it just calls the function."""
 
-    def __init__(self) -> None:
-        self._own, self._thread = checkpoint.CheckpointFunction, threading.get_ident()
+    def __init__(self, own: Any) -> None:
+        self._own, self._thread = own, threading.get_ident()
 
     def apply(self, function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if threading.get_ident() == self._thread:
@@ -177,8 +176,10 @@ class _NoCheckpoints:
 @contextmanager
 def no_checkpointing() -> Iterator[None]:
     """This thread does no reentrant gradient checkpointing, because a trace does not see into it."""
+    from torch.utils import checkpoint
+
     before = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _NoCheckpoints()  # type: ignore[assignment, misc]
+    checkpoint.CheckpointFunction = _NoCheckpoints(before)  # type: ignore[assignment, misc]
     try:
         yield
     finally:
@@ -192,6 +193,8 @@ def own_random_numbers(seed: int | None = None, *, wait: bool = True) -> Iterato
     This waits for another thread that has them. A few numbers may be drawn without waiting, from those of that thread: they
     are not the user's, so the user misses none.
     """
+    import torch
+
     owned = _RANDOM.acquire(blocking=wait)
     try:
         with _forked() if owned else nullcontext():
@@ -205,5 +208,7 @@ def own_random_numbers(seed: int | None = None, *, wait: bool = True) -> Iterato
 
 def _forked() -> AbstractContextManager[None]:
     """Those of GPUs, too, once there are some: a seed is for all of them."""
+    import torch
+
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return torch.random.fork_rng(devices=gpus)

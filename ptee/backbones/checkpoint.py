@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, BackboneError, first_line, some
-from ptee._common.files import from_json, is_file
+from ptee._common.files import from_json
+from ptee.backbones.record import require_weights
 
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # huggingface_hub's names for the parts of a large file
 LARGEST_INDEX = 64 * 2**20  # bytes
@@ -59,9 +60,7 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
         BackboneError: if the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
     """
     path = Path(file)
-    if not is_file(path):
-        text = f"There is no weights file {file!s:.300}. Give a .safetensors or .pth file that exists."
-        raise BackboneError(text, argument="weights", value=str(file))
+    require_weights(path)
     part = SHARD.search(path.name)
     if part is not None and part[2] != "1":
         index = SHARD.sub(".", path.name, count=1) + ".index.json"

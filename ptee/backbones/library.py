@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
 from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
 from ptee._common.validation import LARGEST_IMAGE
+
+if TYPE_CHECKING:
+    from torch import nn
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,7 +83,7 @@ class Built:
 
 
 class Library(Protocol):
-    """A model library. It is one module of this folder with these functions, and a line in `load.LIBRARIES`."""
+    """A model library. It is one module of this folder with these functions, and a line in `record.LIBRARIES`."""
 
     def list_names(self) -> list[str]:
         """The names of all models that it can build."""

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptee._common.errors import Argument, BackboneError, PteeError, unknown
+from ptee._common.errors import Argument, BackboneError, unknown
 from ptee._common.files import as_path
 from ptee._common.process import alone
 from ptee.analysis.classifier import TWO_LOGITS, count_classes, require_runnable
-from ptee.backbones import timm, torchvision
 from ptee.backbones.checkpoint import Checkpoint, read_checkpoint
 from ptee.backbones.library import (
     IMAGENET_MEAN,
@@ -31,16 +30,14 @@ from ptee.backbones.library import (
     Built,
     InputConfig,
     Known,
-    Library,
     ModelRequest,
     checked_size,
     per_channel,
 )
 from ptee.backbones.matching import find_network
-from ptee.backbones.source import checked_record
+from ptee.backbones.record import LIBRARIES, checked_record, rebuilding
 from ptee.backbones.weights import load_weights
 
-LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
 RESERVED_ARGS = {
     "num_classes",
     "weights",
@@ -234,18 +231,14 @@ def rebuild(
     Raises:
         BackboneError: the record has another form, names a model or file that is not there, or cannot be followed.
     """
-    try:
-        library, request = checked_record(source, LIBRARIES)
+    with rebuilding("backbone" if weights else "front"):
+        library, request = checked_record(source)
         if not LIBRARIES[library].has_model(request.name):
             raise BackboneError(f"There is no {library} model {request.name!r} in the version installed here.")
         if weights and not (request.weights or request.pretrained):
             raise BackboneError("its record names no weights.")
         fits = None if saved is None else Checkpoint(Path("the run"), {"": OrderedDict(saved)})
         return _load(library, request if weights else replace(request, weights=None, pretrained=False), fits)
-    except PteeError as error:
-        argument, what = ("backbone", "backbone") if weights else ("front", "front network")
-        advice = f" Give the network itself from Python, {argument}=NETWORK."
-        raise BackboneError(f"The {what} cannot be rebuilt: ", *error.parts, advice, argument=argument) from error
 
 
 def _with_origin(architecture: dict[str, Any], request: ModelRequest, built: Built) -> dict[str, Any] | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ptee._common.errors import Advice, Argument, BackboneError, unknown
 from ptee.backbones.library import (
@@ -20,9 +18,11 @@ from ptee.backbones.library import (
     per_channel,
     require_trained,
 )
-from ptee.backbones.source import hub_revision, reach_hub
+from ptee.backbones.source import HUB_SOURCES, hub_revision, reach_hub
 
-HUB_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # timm's prefixes for names outside its registry
+if TYPE_CHECKING:
+    from torch import nn
+
 ON_THE_HUB: Advice = (
     "Its configuration is on the hub: go online once, or name another model and give a file with ",
     Argument("weights", "FILE"),
@@ -68,8 +68,8 @@ def build(request: ModelRequest) -> Built:
     classes = {} if request.pretrained or request.num_classes is None else {"num_classes": request.num_classes}
     remedy = OTHER_WEIGHTS if request.pretrained else None
     with building(request.label, args, ON_THE_HUB if hub and cfg is None else remedy):
-        if hub:
-            reach_hub(hub)
+        if hub and hub_revision(hub) is None:
+            reach_hub()
         module = _timm().create_model(name, pretrained=request.pretrained, **pin, **args, **classes)
     note = module.pretrained_cfg
     if request.pretrained and cfg is not None and note.get("tag"):

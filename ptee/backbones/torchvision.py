@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ptee._common.errors import unknown
 from ptee.backbones.library import (
@@ -20,6 +18,9 @@ from ptee.backbones.library import (
     label_space,
     require_trained,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def list_names() -> list[str]:

@@ -18,6 +18,7 @@ from ptee.cli.values import (
     data_for,
     file_name,
     how_of,
+    name_others,
     names_of,
     no_images,
     open_for,
@@ -26,6 +27,7 @@ from ptee.cli.values import (
     refuse_without_model,
     remark_on,
     require_model,
+    require_runs,
     show,
     static_networks,
     untrained,
@@ -41,7 +43,7 @@ RANDOM_WEIGHTS = (
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (augment, plan, evaluate, tune, compare, bench, export, recipe, sweep):
+    for each in (augment, plan, advise, evaluate, tune, compare, bench, export, recipe, sweep):
         group.add_command(each)
 
 
@@ -52,20 +54,24 @@ def augment(**o: Any) -> None:
 
     Without --model: a small network on handwritten digits; no data and no connection needed.
     """
-    from ptee._common.devices import resolve_device
-    from ptee.pipeline.demo import DEMO_RECIPE, demo
+    from ptee.pipeline.recipe import DEMO_RECIPE
+
+    recipe = recipe_of(o, default=DEMO_RECIPE if o["model"] is None else None)
+    if o["model"] is None:
+        refuse_without_model(o)
+    from ptee._common.devices import require_launch, resolve_device
+    from ptee.pipeline.demo import demo
     from ptee.pipeline.fit import Job, fit_backbone
     from ptee.pipeline.run_folder import new_folder
 
     o["device"] = resolve_device(o["device"])
-    recipe = recipe_of(o, default=DEMO_RECIPE if o["model"] is None else None)
+    require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
     new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
     how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": AGAIN}
     job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, **how)
     if o["model"] is None:
-        refuse_without_model(o)
         demo(recipe, job)
         return
     backbone = backbone_of(o)
@@ -74,6 +80,7 @@ def augment(**o: Any) -> None:
     if is_random:
         click.echo(RANDOM_WEIGHTS)
     model = fit_backbone(backbone, data, recipe, replace(job, again="") if is_random else job)
+    name_others(backbone)
     can_leave = not is_random and len(model.off) < len(model.exits)
     other = f" Another threshold: ptee evaluate {folder} --threshold 0.7"
     click.echo(f"\nSaved in {folder}.{other * can_leave}")
@@ -89,17 +96,41 @@ def plan(**o: Any) -> None:
 
     With --cost time the backbone is measured up to each exit, and fractions are of its time.
     """
-    from ptee._common.devices import resolve_device
-    from ptee.evaluation.config import AT_BATCH, TIME, ThresholdsConfig
+    from ptee.tuning.config import AT_BATCH, TIME, ThresholdsConfig
 
     cost, at_batch = (o.pop(f"{options.PREFIX}thresholds__{name}") for name in ("cost", "at_batch"))
     how = ThresholdsConfig(cost=cost or "operations", at_batch=at_batch or AT_BATCH)
     recipe, backbone, times = recipe_of_exits(o), backbone_of(o), None
     if how.cost == TIME:
+        from ptee._common.devices import resolve_device
         from ptee.timing.backbone import time_of_modules
 
         times = time_of_modules(backbone, resolve_device(o["device"]), how.at_batch)
     show(untrained(backbone, recipe, times).plan, o)
+    name_others(backbone, err=o["as_json"])
+
+
+@command(short_help="Is another published network as good, for less?")
+@click.argument("model")
+@option(
+    "--max-drop",
+    "drops",
+    type=Numbers(example="0,0.01"),
+    default="0,0.005,0.01",
+    show_default=True,
+    help="Accuracy that may be lost; 0.01 is one percentage point. Several separated by commas.",
+)
+@option("--by", default="operations,gpu,cpu", show_default=True, help="What the other network is to save.")
+@options.EXPLAIN
+@options.JSON
+def advise(model: str, drops: list[float], by: str, **o: Any) -> None:
+    """Name the published networks that are as good on ImageNet as MODEL, one of timm's, for less.
+
+    Ask this before exits are trained: on ImageNet a smaller network is often the better choice.
+    """
+    from ptee.backbones import published
+
+    show(published.advise(model, drops=drops, by=[name.strip() for name in by.split(",")]), o)
 
 
 @command(short_help="Measure a saved run again, at any threshold.")
@@ -109,6 +140,7 @@ def plan(**o: Any) -> None:
 @options.OF_RUN
 def evaluate(run: str, **o: Any) -> None:
     """Measure a saved RUN (a folder, or user/repo on the hub), or an exported model, again, at any threshold."""
+    require_runs(run, exported=True, **o)
     from ptee.deploy.manifest import is_exported
     from ptee.evaluation import results
     from ptee.pipeline.exported import evaluate_exported
@@ -146,11 +178,12 @@ def tune(run: str, **o: Any) -> None:
 
     Which exits are on is chosen again, too.
     """
+    require_runs(run, **o)
+    if not Path(run).is_dir():
+        raise RunError(f"There is no folder {run}. Thresholds are written into a run, so give one on this disk.")
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
 
-    if not Path(run).is_dir():
-        raise RunError(f"There is no folder {run}. Thresholds are written into a run, so give one on this disk.")
     recipe = tuning_recipe(given_settings(o), o["batch_size"])
     opened = open_run(run, max_drop=recipe.thresholds.max_drop, **where_of(o))
     log = partial(click.echo, err=o["as_json"])
@@ -189,6 +222,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
+    require_runs(*run, **o)
     from ptee.evaluation import report
     from ptee.pipeline.recipe import make_recipe
     from ptee.pipeline.saved_run import compare_runs, open_run
@@ -204,6 +238,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
         found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **how)
     log("")
     show(found, o)
+    name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
     if o["page"] is not None:
         report.write(found, o["page"])
         log(f"\nDrawn in {o['page']}")
@@ -234,28 +269,27 @@ def bench(run: str | None, **o: Any) -> None:
 
     Of a RUN, each piece is measured, too.
     """
+    if run is not None:
+        _bench_run(run, o)
+        return
+    for name in ("executor", "save", "data", "data_root", "classes"):
+        if o[name]:
+            raise PteeError(Argument(name), " is about a saved run. Give its folder, too: ptee bench RUN.")
+    recipe = recipe_of_exits(o)
+    require_model(o)
     import torch
 
     from ptee._common.devices import resolve_device
     from ptee.timing.benchmark import bench as measure
 
     device = resolve_device(o["device"])
-    if run is not None:
-        _bench_run(run, o, device)
-        return
-    for name in ("executor", "save", "data", "data_root", "classes"):
-        if o[name]:
-            raise PteeError(Argument(name), " is about a saved run. Give its folder, too: ptee bench RUN.")
-    recipe = recipe_of_exits(o)
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     model = untrained(backbone_of(o), recipe).to(device)
     show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
 
 
-def _bench_run(run: str, o: dict[str, Any], device: Any) -> None:
-    from ptee.pipeline.timed_run import bench_saved
-
+def _bench_run(run: str, o: dict[str, Any]) -> None:
     if o["model"] is not None:
         raise PteeError("Both a RUN and ", Argument("model", o["model"]), " are given. Give one of them.")
     given = [name for name in ("num_classes", "model_args", "input_size", "recipe") if o[name]]
@@ -263,6 +297,11 @@ def _bench_run(run: str, o: dict[str, Any], device: Any) -> None:
     if given:
         wrong = Argument(given[0], "False" if given[0] == "pretrained" else "")
         raise PteeError(wrong, " is about a model with untrained exits, and a run has its own. Leave it out.")
+    require_runs(run, images=False, exported=True, **o)
+    from ptee._common.devices import resolve_device
+    from ptee.pipeline.timed_run import bench_saved
+
+    device = resolve_device(o["device"])
     executors = o["executor"] or ("hooks,graphs" if device.type == "cuda" else "hooks,eager")
     names = [name.strip() for name in executors.split(",")]
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
@@ -282,6 +321,7 @@ def _bench_run(run: str, o: dict[str, Any], device: Any) -> None:
 @option("--weights", type=Place(), help="A file with the backbone's weights, if they are not where the run says.")
 def export(run: str, **o: Any) -> None:
     """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
+    require_runs(run, images=False, **o)
     from ptee.deploy.export import export as write
     from ptee.pipeline.saved_run import load_run
 
@@ -320,17 +360,19 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 
     The backbone runs over the images once where its inputs are the same. After Ctrl-C the same command goes on.
     """
-    from ptee._common.devices import resolve_device
-    from ptee.pipeline.fit import Job
-    from ptee.pipeline.images import describe_labels, undoubted
-    from ptee.pipeline.recipe import make_recipe
-    from ptee.pipeline.sweep import read_axes, run_sweep
+    from ptee.pipeline.recipe import make_recipe, read_axes
 
-    o["device"] = resolve_device(o["device"])
     axes, base = read_axes(over), make_recipe(recipe)
     require_model(o)
     if o["data"] is None:
         raise no_images(o["model"])
+    from ptee._common.devices import require_launch, resolve_device
+    from ptee.pipeline.fit import Job
+    from ptee.pipeline.images import describe_labels, undoubted
+    from ptee.pipeline.sweep import run_sweep
+
+    o["device"] = resolve_device(o["device"])
+    require_launch(o["device"])
     backbone = backbone_of(o)
 
     def open_data(seed: int) -> Any:

@@ -14,8 +14,6 @@ from cloup import option, option_group
 
 from ptee._common.errors import Argument
 from ptee._common.files import as_path, expanded, from_json, is_file
-from ptee.deploy.manifest import is_exported
-from ptee.model.run_files import require_run
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -187,10 +185,7 @@ class RunName(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
         """Called by click."""
-        run = str(expanded(value)) if value.startswith("~") else value
-        if not is_exported(run):
-            require_run(run)  # before torch is imported, which takes seconds
-        return run
+        return str(expanded(value)) if value.startswith("~") else str(value)
 
 
 class File(Place):

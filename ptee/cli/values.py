@@ -43,6 +43,21 @@ def recipe_of_exits(o: dict[str, Any]) -> Any:
     return recipe_of(o)
 
 
+def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: Any) -> None:
+    """Refuse runs that cannot be opened, before torch is imported, which takes seconds and most of a gigabyte.
+
+    `images`: those of the runs are wanted, if none are given. `exported`: an exported model will do.
+    """
+    from ptee.deploy.manifest import is_exported, read_manifest
+    from ptee.pipeline.recorded import require_openable
+
+    for run in runs:
+        if exported and is_exported(run):
+            read_manifest(Path(run))
+        else:
+            require_openable(run, weights=o["weights"], images=images and o.get("data") is None)
+
+
 def require_model(o: dict[str, Any]) -> None:
     """Refuse a command without --model."""
     if o["model"] is None:
@@ -52,10 +67,10 @@ def require_model(o: dict[str, Any]) -> None:
 
 def backbone_of(o: dict[str, Any]) -> Any:
     """The model of --model. Data that are not there are refused first, because its weights may have to be downloaded."""
+    require_model(o)
     from ptee.backbones.load import load_backbone
     from ptee.data.sources import require_source
 
-    require_model(o)
     if o.get("data") is not None:
         require_source(o["data"])
     keys = ("weights", "pretrained", "num_classes", "input_size", "mean", "std")
@@ -67,6 +82,14 @@ def untrained(backbone: Any, recipe: Any, times: Any = None) -> Any:
     from ptee.pipeline.fit import build_model
 
     return build_model(backbone, recipe, times)
+
+
+def name_others(backbone: Any, err: bool = False) -> None:
+    """Print which published networks are as good as a backbone for less, if any is."""
+    from ptee.backbones.published import in_short
+
+    if words := in_short(backbone):
+        click.echo(f"\n{words}", err=err)
 
 
 def no_images(model: str) -> DataError:
@@ -122,7 +145,7 @@ def refuse_without_model(o: dict[str, Any]) -> None:
 
 def remark_on(threshold: Any) -> None:
     """Print what is odd about thresholds, if anything is."""
-    from ptee.evaluation.config import remark
+    from ptee.tuning.config import remark
 
     if words := remark([threshold] if isinstance(threshold, int | float) else threshold):
         click.echo(words, err=True)

@@ -27,17 +27,17 @@ from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import batches
-from ptee.evaluation.candidates import can_blend
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
-from ptee.evaluation.config import DropsConfig
-from ptee.evaluation.targets import Solution, curves
-from ptee.evaluation.traces import Score, Traces, compact, record, repeated, require_same_images, truncation
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import one_parameter
+from ptee.tuning.candidates import can_blend
+from ptee.tuning.config import DropsConfig
+from ptee.tuning.targets import Solution, curves
+from ptee.tuning.traces import Score, Traces, compact, record, repeated, require_same_images, truncation
 
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap

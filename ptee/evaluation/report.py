@@ -11,7 +11,7 @@ from typing import Any
 from ptee._common.errors import Argument, RunError
 from ptee._common.files import replace_file, require_writable
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
-from ptee.evaluation.config import describe_thresholds
+from ptee.tuning.config import describe_thresholds
 
 SUFFIX = ".html"
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")  # of the lines of one run, in their order

@@ -16,9 +16,9 @@ from ptee._common.devices import resolve_device
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
-from ptee.evaluation.traces import Traces, record, truncation
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.thresholds import ALWAYS, NEVER, Thresholds
+from ptee.tuning.traces import Traces, record, truncation
 
 __all__ = ["Results", "Row", "evaluate"]
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.text import table
-from ptee.evaluation.config import describe_thresholds
-from ptee.evaluation.traces import Score
 from ptee.model.forward import COLLAPSED
+from ptee.tuning.config import describe_thresholds
+from ptee.tuning.traces import Score
 
 MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many
 SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise

@@ -11,6 +11,7 @@ from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole
 
 AUTO = "auto"  # the name of a head that is as large as its budget allows
+FRONT = "front"  # the name of a head that is a network of its own, at the input
 PLUS = "+"  # behind the name of a head that builds on the exit before
 LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"  # names of confidences
 DEFAULT_PLACES = (0.03, 0.4, 0.7)
@@ -47,8 +48,8 @@ class ExitsConfig(FrozenConfig):
     )
     front: str | None = Field(
         None,
-        description="A small classifier that answers before the backbone, as the first exit: a name as for the backbone, or auto "
-        "for a head that learns from the images.",
+        description="A small classifier that answers before the backbone, as the first exit: a name as for the backbone, auto-timm "
+        "for the one that timm's published results advise, or auto for a head that learns from the images.",
     )
     front_weights: str | None = Field(None, description="A file with the weights of the front network.")
     front_mean: Number | Shares | None = Field(

@@ -21,11 +21,13 @@ from ptee.analysis.freezing import Attachment, freeze
 from ptee.analysis.layout import Layout
 from ptee.backbones.library import other_words
 from ptee.backbones.load import Backbone, InputConfig, load_backbone
+from ptee.backbones.published import front_of
 from ptee.exits.confidence import log_odds
 from ptee.exits.heads import AUTO, ExitHead
 
 LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may come from a stranger
 # What a caller can give for the network in front; everything else follows from the backbone.
+AUTO_TIMM = "auto-timm"
 ITS_ARGUMENTS = {"model": "front", "weights": "front_weights", "mean": "front_mean", "std": "front_std"}
 
 
@@ -40,7 +42,7 @@ def named_front(
 ) -> FrontHead | str | None:
     """What stands in front of a backbone: the head of a classifier by name or as a module, "auto", or None.
 
-    A classifier by name gets the backbone's classes. `mean` and `std` (per channel) are for images that its own
+    "auto-timm" is the classifier that timm's published results advise. A classifier by name gets the backbone's classes. `mean` and `std` (per channel) are for images that its own
     configuration does not describe. Errors name the arguments as a caller knows them: front, front_weights and so on.
     """
     if front is None or (isinstance(front, str) and front == AUTO):
@@ -49,6 +51,8 @@ def named_front(
                 "Weights, mean and std of a front network are given, but no such network. Name it, or leave them out."
             )
         return front
+    if isinstance(front, str) and front == AUTO_TIMM:
+        front = front_of(behind)
     published = isinstance(front, str) and pretrained and weights is None
     says_its_size = isinstance(front, str) or hasattr(front, "pretrained_cfg")
     try:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from ptee._common.errors import BackboneError, RunError, first_line, possible
 from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
-from ptee.backbones.source import is_cached
-from ptee.backbones.timm import HUB_SOURCES
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
 from ptee.exits.blend import BLENDED, Blend
 from ptee.exits.confidence import CALIBRATED, CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.front import FrontHead, require_small
 from ptee.exits.heads import FRONT
-from ptee.model.run_files import CONFIG
+from ptee.model.run_files import CONFIG, record_of
 from ptee.model.saving import Run
 
 ITS_TENSORS = "0.network."  # begins the names of the front network's tensors among those of the heads
@@ -68,26 +64,6 @@ def check_weights(run: Run, module: nn.Module) -> None:
         )
 
 
-def require_at_hand(run: Run, source: Mapping[str, Any]) -> None:
-    """Refuse a local run whose network would have to be fetched from a repository that nobody asked for.
-
-    `source` says how to rebuild one of its networks.
-    """
-    name = str(source.get("name"))
-    kind, _, repo = name.partition(":")
-    if run.remote or kind not in HUB_SOURCES or not repo:
-        return
-    weights = source.get("weights")
-    origin = weights.get("pretrained") if isinstance(weights, dict) else None
-    commit = origin.get("revision") if isinstance(origin, dict) else None
-    if not is_cached(repo.partition("@")[0], commit):
-        raise RunError(
-            f"{run.folder} needs {name:.100}, which is not on this machine and would be fetched from the hub. If you trust it, fetch "
-            f"it yourself: ptee.load(folder, backbone=timm.create_model({name!r:.100}, pretrained=True)).",
-            argument="backbone",
-        )
-
-
 def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
     """The front network of a run that has one, with the weights that were saved; `module` is the user's own, if given."""
     about = run.config.front
@@ -95,14 +71,9 @@ def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
     if run.config.exits[0].head != FRONT:
         raise RunError(f"{run.folder} has a front network, but no exit for it. Copy the run again.")
     if module is None:
-        if about.source is None:
-            raise RunError(
-                f"{run.folder} has the front network {about.name}, which config.json cannot rebuild (a Python module, or "
-                "random weights). Load it from Python: ptee.load(folder, front=...)."
-            )
-        require_at_hand(run, about.source)
+        source = record_of(run.folder, run.config, run.remote, front=True)
         weights = {name.removeprefix(ITS_TENSORS): t for name, t in run.tensors.items() if name.startswith(ITS_TENSORS)}
-        module = rebuild(about.source, weights=False, saved=weights).module
+        module = rebuild(source, weights=False, saved=weights).module
     require_small(about.name, about.input.input_size)
     images = about.input
     found = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
@@ -115,18 +86,9 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     about = run.config.backbone
     module, label_space = backbone, None
     if module is None:
-        if about.source is None:
-            raise RunError(
-                f"{run.folder} was made for {about.name}, which config.json cannot rebuild (a Python module, or random weights). "
-                f"Load it from Python: ptee.load(folder, backbone=...){_its_weights(run)}."
-            )
-        if run.backbone is None and run.remote and "file" in (about.source.get("weights") or {}):
-            raise RunError(
-                f"{run.folder} was made with a weights file on another machine, which is not looked for here. "
-                "Load it from Python: ptee.load(folder, backbone=...)."
-            )
-        require_at_hand(run, about.source)
-        rebuilt = rebuild(about.source, weights=run.backbone is None, saved=run.backbone)
+        rebuilt = rebuild(
+            record_of(run.folder, run.config, run.remote), weights=run.backbone is None, saved=run.backbone
+        )
         module, label_space = rebuilt.module, rebuilt.label_space
         if run.backbone is not None:
             _fill(module, run)

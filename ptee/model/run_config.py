@@ -18,6 +18,7 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
 from ptee._common.validation import LARGEST_IMAGE, Number, Whole
+from ptee.backbones.library import MOST_CLASSES
 from ptee.exits.config import AUTO, PLUS
 
 SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
@@ -72,7 +73,7 @@ Source = Annotated[dict[str, Any] | None, AfterValidator(_short)]
 HeadName = Annotated[Name, AfterValidator(_no_size_to_choose)]
 Positive = Annotated[Number, Field(gt=0)]
 Weight = Annotated[Number, Field(ge=0)]
-Count = Annotated[Whole, Field(gt=0)]
+Count = Annotated[Whole, Field(gt=0, le=MOST_CLASSES)]
 Side = Annotated[Whole, Field(gt=0, lt=2**16)]  # of an image
 Threshold = Annotated[float, Field(strict=True, allow_inf_nan=True), BeforeValidator(_number), AfterValidator(_not_nan)]
 

@@ -1,25 +1,29 @@
-"""The JSON files of a run folder, read with suspicion. Nothing here needs torch, so what is no run is refused at once."""
+"""The files of a run folder, read with suspicion. Nothing here needs torch, so what is no run is refused at once."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import ValidationError
 
 from ptee import __version__
-from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.errors import Argument, PteeError, RunError, first_line
 from ptee._common.files import as_path, from_json
+from ptee._common.process import no_logs
 from ptee._common.validation import from_pydantic
+from ptee.backbones.record import checked_record, rebuilding, require_weights
+from ptee.backbones.source import HUB_SOURCES, is_cached, reach_hub
+from ptee.exits.config import FRONT
+from ptee.model.heads_file import Stored, read_header, stored_hash
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, require_sane
 
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
 BACKBONE = "backbone.safetensors"  # of a run whose backbone learnt, too
 LARGEST_CONFIG_BYTES = 4 * 2**20
-LARGEST_HEADS_BYTES = 4 * 2**30
-LARGEST_HEADER_BYTES = 4 * 2**20  # of heads.safetensors: names and shapes
+_AGAIN = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
 
 def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
@@ -34,11 +38,22 @@ def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
     return _checked(folder, read_values(folder, path)), remote
 
 
-def require_run(folder: str | Path) -> None:
-    """Refuse what is no run on this disk, or has files that are not to be trusted, unless it may be one on the hub."""
-    if _is_folder(local := as_path(folder, "folder")) or not _may_be_repo(str(folder)):
-        for name in weights_files(read_config(folder)[0]):
-            require_weights(folder, local / name)
+def read_run(folder: str | Path, **hub: Any) -> tuple[RunConfig, Path, Path | None, bool]:
+    """The checked config.json of a run, its files of heads and backbone (or None), which belong to it, and whether it is remote.
+
+    Remote is what came from the hub.
+    """
+    config, remote = read_config(folder, **hub)
+
+    def place(name: str) -> Path:
+        return download(str(folder), name, hub) if remote else as_path(folder, "folder") / name
+
+    heads, own = place(config.heads_file), config.backbone.weights_file
+    _require_heads(folder, heads, config)
+    backbone = None if own is None else place(own)
+    if backbone is not None:
+        _require_backbone(folder, backbone, config)
+    return config, heads, backbone, remote
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -110,8 +125,9 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise RunError(f"{folder}: {CONFIG}: {from_pydantic(error)} Copy the run again.") from error
-    for name in weights_files(config):
-        _refuse_outside(folder, name)
+    for name in (config.heads_file, config.backbone.weights_file):
+        if name is not None:
+            _refuse_outside(folder, name)
     if any(row.gate for row in config.exits):
         raise RunError(
             f"{folder}: its confidence comes from gates, which this version does not have. Train it again, or load it with "
@@ -125,23 +141,131 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def weights_files(config: RunConfig) -> list[str]:
-    """The file of the heads, and that of the backbone if the run keeps its weights."""
-    return [name for name in (config.heads_file, config.backbone.weights_file) if name is not None]
+# ---------------------------------------------------------------------------------------------------- the heads
 
 
-def require_weights(folder: str | Path, path: Path) -> None:
-    """Refuse a file of weights that is missing, or larger than a run's can be."""
+def _require_heads(folder: str | Path, path: Path, config: RunConfig) -> None:
+    """Refuse a file of heads that is missing, damaged, larger than heads can be, or not of this config.json."""
+    found = _header(folder, path)
+    _require_layers(folder, config, found)
+    _require_saved(folder, path, config, found)
+
+
+def _header(folder: str | Path, path: Path) -> dict[str, Stored]:
     if not path.is_file():
         raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
     try:
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-    except OSError as why:
-        raise RunError(f"{folder}: {path.name} cannot be read: {first_line(why)}") from why
-    if size > LARGEST_HEADS_BYTES or LARGEST_HEADER_BYTES < header < size:
-        raise RunError(f"{folder}: {path.name} is larger than a run's weights can be. It is not read.")
+        return read_header(path)
+    except (OSError, ValueError) as why:
+        raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it again.") from why
+
+
+def _require_backbone(folder: str | Path, path: Path, config: RunConfig) -> None:
+    """Refuse a file of the backbone's weights that is missing, damaged, too large, or not of this config.json."""
+    found, wanted = _header(folder, path), config.backbone_tensors or {}
+    for name in sorted({*wanted, *found}):
+        if name not in found or stored_hash(path, found[name]) != wanted.get(name):
+            raise RunError(
+                f"{folder}: tensor {name!r:.80} of the backbone is missing, damaged, or of another training; {path.name} and "
+                f"{CONFIG} do not belong together. Copy the run again."
+            )
+
+
+def _require_layers(folder: str | Path, config: RunConfig, found: Mapping[str, Stored]) -> None:
+    """Refuse tensors of no exit, and heads for another number of classes. Their other layers depend on the backbone."""
+    numbers = {str(n) for n in range(len(config.exits))}
+    require_names(folder, [name for name in found if name.partition(".")[0] in numbers], found)
+    for n, row in enumerate(config.exits):
+        if row.head == FRONT:  # its answers are those of its network
+            continue
+        width = found[f"{n}.confidence.weight"].shape[1:] if f"{n}.confidence.weight" in found else ()
+        for layer, rows in {"logits": config.backbone.classes, "confidence": 1}.items():
+            for name, shape in {f"{n}.{layer}.weight": (rows, *width), f"{n}.{layer}.bias": (rows,)}.items():
+                require_shape(folder, name, shape, found[name].shape if name in found else None)
+
+
+def _require_saved(folder: str | Path, path: Path, config: RunConfig, found: Mapping[str, Stored]) -> None:
+    """Refuse tensors that were not saved with this config.json."""
+    if config.tensors is None:  # of ptee 0.1.0
+        return
+    require_names(folder, config.tensors, found)
+    for name, tensor in found.items():
+        saved = config.tensors[name]
+        if tensor.dtype != saved.dtype or stored_hash(path, tensor) != saved.sha256:
+            raise RunError(f"{folder}: tensor {name!r:.80} is damaged, or of another training; {_AGAIN}")
+
+
+def require_names(folder: str | Path, wanted: Collection[str], found: Collection[str]) -> None:
+    """Refuse tensors that are missing, or not wanted."""
+    for name in sorted({*wanted} ^ {*found}):
+        where = "is missing" if name in wanted else "belongs to no head"
+        raise RunError(f"{folder}: tensor {name!r:.80} {where}; {_AGAIN}")
+
+
+def require_shape(folder: str | Path, name: str, wanted: Sequence[int], found: Sequence[int] | None) -> None:
+    """Refuse a tensor that is missing (None) or has another shape than its head."""
+    if found is None:
+        require_names(folder, [name], [])
+    elif tuple(found) != tuple(wanted):
+        text = f"tensor {name!r:.80} has shape {tuple(found)}, the head {tuple(wanted)}"
+        raise RunError(f"{folder}: {text}; {_AGAIN}")
+
+
+# ---------------------------------------------------------------------------------------------------- the networks
+
+
+def record_of(
+    folder: str | Path, config: RunConfig, remote: bool, *, front: bool = False, weights: Path | None = None
+) -> dict[str, Any]:
+    """The record by which the backbone of a run, or its front network, is built again. `weights`: the user's file for it."""
+    about, argument = (config.front, "front") if front else (config.backbone, "backbone")
+    assert about is not None
+    if about.source is None:
+        has = f"has the front network {about.name}" if front else f"was made for {about.name}"
+        raise RunError(
+            f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Load it from Python: "
+            f"ptee.load(folder, {argument}=...)."
+        )
+    keeps = not front and config.backbone.weights_file is not None
+    if keeps and weights is not None:
+        text = f" is of no use here: {folder} keeps the weights of its backbone, which learnt with the heads. Leave it out."
+        raise RunError(Argument("weights"), text, argument="weights")
+    source = about.source if weights is None else about.source | {"weights": {"file": str(weights)}}
+    with rebuilding(argument):
+        request = checked_record(source)[1]
+    if not front and request.num_classes != config.backbone.classes:
+        raise RunError(
+            f"{folder} is for {config.backbone.classes} classes, its backbone has {request.num_classes}. Copy the run again."
+        )
+    if not front and not keeps and remote and weights is None and request.weights:
+        raise RunError(
+            f"{folder} was made with a weights file on another machine, which is not looked for here. Load it from Python: "
+            "ptee.load(folder, backbone=...)."
+        )
+    if not remote:
+        _require_at_hand(folder, about.source)
+    if not front and not keeps and request.weights:
+        with rebuilding(argument):
+            require_weights(request.weights)
+    return source
+
+
+def _require_at_hand(folder: str | Path, source: Mapping[str, Any]) -> None:
+    """Refuse a local run whose network would have to be fetched from a repository that nobody asked for."""
+    name = str(source.get("name"))
+    kind, _, repo = name.partition(":")
+    weights = source.get("weights")
+    origin = weights.get("pretrained") if isinstance(weights, dict) else None
+    commit = origin.get("revision") if isinstance(origin, dict) else None
+    if kind in HUB_SOURCES and repo and not is_cached(repo.partition("@")[0], commit):
+        raise RunError(
+            f"{folder} needs {name:.100}, which is not on this machine and would be fetched from the hub. If you trust it, fetch "
+            f"it yourself: ptee.load(folder, backbone=timm.create_model({name!r:.100}, pretrained=True)).",
+            argument="backbone",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- places
 
 
 def _refuse_outside(folder: str | Path, name: str) -> None:
@@ -172,12 +296,13 @@ def download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
         raise RunError(
             f"There is no folder {repo:.200}. Give a folder that `ptee augment --out` wrote, or user/repo on the hub."
         )
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    from ptee._common.process import no_logs
-
+    cache = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
     try:
         with no_logs:  # of retries
+            if not (hub.get("local_files_only") or isinstance(try_to_load_from_cache(repo, name, **cache), str)):
+                reach_hub()
             return Path(hf_hub_download(repo, name, **hub))
     except Exception as why:  # whatever the network and the hub can raise
         raise RunError(

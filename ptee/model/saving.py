@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptee import __version__
 from ptee._common.errors import RunError, first_line
-from ptee._common.files import as_path, plain, replace_files, storable, to_json
+from ptee._common.files import plain, replace_files, storable, to_json
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
 from ptee.exits.blend import OWN, Blend
@@ -29,11 +29,11 @@ from ptee.model.run_files import (
     CONFIG,
     HEADS,
     METRICS,
-    download,
     metrics_of,
-    read_config,
+    read_run,
     read_values,
-    require_weights,
+    require_names,
+    require_shape,
 )
 
 if TYPE_CHECKING:
@@ -170,70 +170,25 @@ def _dtype(tensor: Tensor) -> str:
 
 def read(folder: str | Path, **hub: Any) -> Run:
     """Read and check a run from a folder, or from a repo "user/name" on the hub; `hub` are arguments of hf_hub_download."""
-    config, remote = read_config(folder, **hub)
-
-    def stored(name: str) -> dict[str, Tensor]:
-        return _tensors(folder, download(str(folder), name, hub) if remote else as_path(folder, "folder") / name)
-
-    tensors, own = stored(config.heads_file), config.backbone.weights_file
-    if config.tensors is not None:
-        _require_saved(folder, config, tensors)
-    backbone = None if own is None else stored(own)
-    if backbone is not None:
-        _require_backbone(folder, config, backbone)
-    return Run(str(folder), config, tensors, backbone, remote)
+    config, path, own, remote = read_run(folder, **hub)
+    backbone = None if own is None else _tensors(folder, own)
+    return Run(str(folder), config, _tensors(folder, path), backbone, remote)
 
 
 def fill(heads: nn.Module, run: Run) -> None:
     """Load a run's tensors into heads built for it. Refuses tensors that are missing, of another shape, or not wanted."""
     wanted = heads.state_dict()
-    _require_names(run.folder, wanted, run.tensors)
+    require_names(run.folder, wanted, run.tensors)
     for name, tensor in run.tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise RunError(
-                f"{run.folder}: tensor {name!r} has shape {tuple(tensor.shape)}, the head {tuple(wanted[name].shape)}; "
-                f"{_NOT_ONE}"
-            )
+        require_shape(run.folder, name, wanted[name].shape, tensor.shape)
     heads.load_state_dict(run.tensors)
-
-
-def _require_names(folder: str | Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for name in sorted(set(wanted) ^ set(found)):
-        where = "is missing" if name in wanted else "belongs to no head"
-        raise RunError(f"{folder}: tensor {name!r:.80} {where}; {_NOT_ONE}")
-
-
-_NOT_ONE = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
 
 def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    require_weights(folder, path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as why:
         raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it again.") from why
-
-
-def _require_saved(folder: str | Path, config: RunConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that were not saved with this config.json."""
-    wanted = config.tensors or {}
-    _require_names(folder, wanted, tensors)
-    for name, tensor in tensors.items():
-        if _dtype(tensor) != wanted[name].dtype or tensor_hash(tensor) != wanted[name].sha256:
-            raise RunError(f"{folder}: tensor {name!r} is damaged, or of another training; {_NOT_ONE}")
-
-
-def _require_backbone(folder: str | Path, config: RunConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights of the backbone that were not saved with this config.json."""
-    wanted = config.backbone_tensors or {}
-    odd = sorted(
-        name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensor_hash(tensors[name])
-    )
-    if odd:
-        raise RunError(
-            f"{folder}: tensor {odd[0]!r:.80} of the backbone is missing, damaged, or of another training; "
-            f"{config.backbone.weights_file} and {CONFIG} do not belong together. Copy the run again."
-        )

@@ -38,14 +38,6 @@ VIEW: dict[str, Any] = {"input_size": INPUT_SIZE, "mean": MEAN, "std": STD, "mod
 HASH = "sha256"  # of the weights, in the file that keeps them
 EPOCHS, BATCH, SEED = 6, 64, 0  # of the network
 LR, HIGHEST_LR, WEIGHT_DECAY = 2e-3, 1e-2, 0.05
-# The heads are so small that they read easy canvases only. Larger ones would read nearly all, and nobody would need the rest of
-# the network.
-DEMO_RECIPE: dict[str, Any] = {
-    "name": DEMO,
-    "about": "Small heads at two exits of a small network that reads digits.",
-    "exits": {"places": ("layer1.0", "layer2.0"), "head": "res-16x1s4"},
-    "training": {"epochs": 6},
-}
 SPEED_SECONDS = 5.0  # about how long measuring the speed may take
 
 

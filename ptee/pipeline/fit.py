@@ -15,17 +15,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ptee._common.devices import resolve_device
+from ptee._common.devices import require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
 from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
-from ptee.evaluation.config import TIME, Target
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
-from ptee.evaluation.targets import Solution, require_labels, require_reachable
-from ptee.evaluation.tuning import describe_outcome, tune
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
 from ptee.exits.front import named_front
@@ -51,6 +48,9 @@ from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.config import JOINT
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
+from ptee.tuning.config import TIME, Target
+from ptee.tuning.targets import Solution, require_labels, require_reachable
+from ptee.tuning.tune import describe_outcome, tune
 
 Log = Callable[[str], None]
 
@@ -134,6 +134,7 @@ def fit(
         PteeError: naming the argument or setting that is not possible, and what is.
         Interrupted: on Ctrl-C, with a sentence about what was kept.
     """
+    require_launch(device)
     require_no_exits(model)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     folder = _folder(out, overwrite, resume)

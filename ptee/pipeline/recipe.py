@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError, first_line, unknown
 from ptee._common.files import LONGEST_KEY, as_path, is_file
 from ptee._common.validation import FrozenConfig, Whole
-from ptee.evaluation.config import HOW, TARGETS, ThresholdsConfig
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
 from ptee.training.config import ALONE, BACKBONE_WORDS, FROZEN, JOINT, TrainingConfig
 from ptee.training.config import Backbone as BackboneKind
+from ptee.tuning.config import HOW, TARGETS, ThresholdsConfig
 
 RECIPE_FILE = "recipe.yaml"
 OF_RECIPE = {"seed", "backbone"}  # settings of the training that are the recipe's
@@ -174,6 +174,14 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         {"loss": "joint", **THESIS},
         backbone=JOINT,
     ),
+}
+# The demo's heads are so small that they read easy canvases only. Larger ones would read nearly all, and nobody would need the
+# rest of the network.
+DEMO_RECIPE: dict[str, Any] = {
+    "name": "demo",
+    "about": "Small heads at two exits of a small network that reads digits.",
+    "exits": {"places": ("layer1.0", "layer2.0"), "head": "res-16x1s4"},
+    "training": {"epochs": 6},
 }
 
 
@@ -381,3 +389,31 @@ def read_setting(text: str) -> tuple[str, Any]:
     except yaml.YAMLError as why:
         raise PteeError(f"The value of {text!r:.60} cannot be read: {first_line(why)}") from why
     raise PteeError(f"{text!r:.60} is no setting. Write it as NAME=VALUE, such as training.epochs=20.")
+
+
+def read_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Settings and their values, from texts such as `training.cost_weight=0.3,0.5,0.9`.
+
+    Raises:
+        UnknownName: if there is no such setting.
+        PteeError: if a text has another form, or a setting is named twice.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not values.strip():
+            raise PteeError(
+                f"{text!r} has no values. Write NAME=VALUE,VALUE, such as seed=0,1,2.", argument="over", value=text
+            )
+        path = path_of(name.strip())
+        if path in axes:
+            raise PteeError(
+                f"The setting {path} is given twice. Give all its values at once.", argument="over", value=text
+            )
+        try:
+            axes[path] = list(read_yaml(f"[{values}]"))
+        except yaml.YAMLError as why:
+            raise PteeError(
+                f"The values of {text!r} cannot be read: {first_line(why)}", argument="over", value=text
+            ) from why
+    return axes

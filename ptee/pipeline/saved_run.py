@@ -1,11 +1,7 @@
-"""A saved run opened again, with images that its heads have not seen.
-
-A run may come from a stranger. So what it says of its data is checked before anything is looked for.
-"""
+"""A saved run opened again, with images that its heads have not seen."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,32 +10,29 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee._common.devices import one_thread, resolve_device
-from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError
-from ptee._common.text import printable
+from ptee._common.errors import Argument, DataError, PteeError
 from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
 from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
-from ptee.evaluation.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
 from ptee.evaluation.results import evaluate
-from ptee.evaluation.targets import require_labels
-from ptee.evaluation.tuning import describe_outcome
 from ptee.exits.times import BatchTimes
 from ptee.model import saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.rebuilding import require_at_hand
+from ptee.model.run_files import read_run, record_of
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.pipeline.recorded import or_weights, recorded_images
 from ptee.timing.measure import measure_static
 from ptee.timing.times import times_for
+from ptee.tuning.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
+from ptee.tuning.targets import require_labels
+from ptee.tuning.tune import describe_outcome
 
-WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
-LONGEST_PATH = 4096  # of a folder, in letters
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
-FOLDER = Argument("data", "FOLDER")
 
 
 class OpenRun(NamedTuple):
@@ -89,11 +82,8 @@ def open_run(
         PteeError: as of `load`.
     """
     model = load_run(run, weights)
-    recorded = _recorded_data(run, model)
-    source, seed = data or recorded.get("source"), recorded.get("seed", 0)
-    if not source:
-        raise DataError(f"{run} does not say which images it was made with. Give some: ", FOLDER, ".")
-    _require_plain(run, {"seed": seed} if data else recorded)
+    recorded = recorded_images(run, model.results, data)
+    source, seed = data or recorded["source"], recorded.get("seed", 0)
     named = not data and not Path(source).is_absolute()  # the whole path of a folder is recorded
     if named and source.startswith(f"{HUB}/"):
         text = f"{run} was made with {source}, which may have to be fetched. If you trust it, give it again: "
@@ -200,66 +190,16 @@ def _times(
 
 def load_run(run: str, weights: Path | None) -> EarlyExitModel:
     """A saved run, with its weights from another place if they are given; errors name the option."""
-    try:
+    with or_weights():
         return load(run, _moved_backbone(run, weights))
-    except BackboneError as why:
-        if why.argument != "backbone":
-            raise
-        file = Argument("weights", "FILE")
-        text = " Or say where a file of its weights is: "
-        raise BackboneError(*why.parts, text, file, ".", argument="weights") from why
 
 
 def _moved_backbone(run: str, weights: Path | None) -> Any:
     """The backbone of a run with weights from another place; None to look where the run says."""
     if weights is None:
         return None
-    found = saving.read(run)
-    source = found.config.backbone.source
-    if found.backbone is not None:
-        text = f" is of no use here: {run} keeps the weights of its backbone, which was trained with the heads. Leave it out."
-        raise RunError(Argument("weights"), text, argument="weights")
-    if source is None:
-        raise RunError(f"{run} cannot be evaluated from the command: its backbone is a Python module. Use ptee.load.")
-    require_at_hand(found, source)
-    return rebuild(source | {"weights": {"file": str(weights)}}).module
-
-
-def _recorded_data(run: str, model: EarlyExitModel) -> dict[str, Any]:
-    """source, root, seed, files_sha256, classes and removed of a run's images, as far as they are recorded on this disk."""
-    found = (model.results or {}).get("data")
-    if not Path(run).is_dir() or not isinstance(found, dict):
-        return {}
-    split: Any = found.get("split") if isinstance(found.get("split"), dict) else {}
-    values = {**{key: found.get(key) for key in ("source", "root")}, "files_sha256": split.get("files_sha256")}
-    known: dict[str, Any] = {key: value for key, value in values.items() if isinstance(value, str)}
-    if type(seed := split.get("seed")) is int:
-        known["seed"] = seed
-    if _is_text(classes := split.get("classes")):
-        known["classes"] = classes
-    if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):
-        known["removed"] = [tuple(key) for key in removed]
-    return known
-
-
-def _require_plain(run: str, recorded: Mapping[str, Any]) -> None:
-    """Refuse to look for images over the whole disk, or on another machine, because a run says so.
-
-    Raises:
-        DataError: naming the place.
-    """
-    for place in (recorded[key] for key in ("source", "root") if key in recorded):
-        path = place.replace("\\", "/")
-        wide = WHOLE_DISK.fullmatch(path) or path.startswith("//")
-        if wide or len(place) > LONGEST_PATH or printable(place) != place:
-            text = f"{run} says that its images are in {place!r:.80}, which is not read unasked. If you trust it, give the images: "
-            raise DataError(text, FOLDER, ".")
-    if not 0 <= recorded.get("seed", 0) < 2**63:
-        raise RunError(f"{run}: results.data.split.seed={recorded['seed']!r:.40} is no seed. Copy the run again.")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    config, _, _, remote = read_run(run)
+    return rebuild(record_of(run, config, remote, weights=weights)).module
 
 
 def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:

@@ -12,9 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
+from ptee._common.errors import Argument, Interrupted, PteeError, RunError
 from ptee._common.files import clear_unfinished, replace_file, require_writable, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
@@ -25,7 +23,7 @@ from ptee.data.splits import AS_DELIVERED, Data
 from ptee.model import run_files, saving
 from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbone
 from ptee.pipeline.images import recipe_for
-from ptee.pipeline.recipe import Recipe, make_recipe, path_of, read_yaml
+from ptee.pipeline.recipe import Recipe, make_recipe
 from ptee.pipeline.run_folder import is_interrupted, new_folder
 from ptee.training.config import JOINT
 from ptee.training.training_data import shared_caches
@@ -70,30 +68,8 @@ class Sweep:
         return text.getvalue()
 
 
-def read_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Settings and their values, from texts such as `training.cost_weight=0.3,0.5,0.9`.
-
-    Raises:
-        UnknownName: if there is no such setting.
-        PteeError: if a text has another form, or a setting is named twice.
-    """
-    axes: dict[str, list[Any]] = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        if not equals or not values.strip():
-            raise _fault(f"{text!r} has no values. Write NAME=VALUE,VALUE, such as seed=0,1,2.", text)
-        path = path_of(name.strip())
-        if path in axes:
-            raise _fault(f"The setting {path} is given twice. Give all its values at once.", text)
-        try:
-            axes[path] = list(read_yaml(f"[{values}]"))
-        except yaml.YAMLError as why:
-            raise _fault(f"The values of {text!r} cannot be read: {first_line(why)}", text) from why
-    return axes
-
-
-def _fault(text: str, value: Any = None) -> PteeError:
-    return PteeError(text, argument="over", value=value)
+def _fault(text: str) -> PteeError:
+    return PteeError(text, argument="over")
 
 
 def run_sweep(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ptee._common.devices import accelerator_on
+from ptee._common.devices import accelerator_on, require_launch
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path, clear_unfinished
 from ptee._common.process import own_random_numbers
@@ -84,6 +84,7 @@ def train(
         PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or the model is calibrated.
         RunError: if the checkpoint is damaged or belongs to another training.
     """
+    require_launch(device)
     require_early_exit(model)
     model.require_all_on()
     _drop_what_was_fitted(model)

@@ -28,8 +28,8 @@ from ptee._common.devices import resolve_device
 from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import tolerance
 from ptee.analysis.verify import verify_cut_points
-from ptee.evaluation.traces import record
 from ptee.model.early_exit import EarlyExitModel
+from ptee.tuning.traces import record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from zoo import failure

@@ -18,7 +18,7 @@ from ptee.backbones.load import load_backbone, rebuild
 @pytest.fixture
 def record(tmp_path) -> dict:
     """The record of a network whose weights are in a file."""
-    save_file(timm.create_model("cifar_resnet20").state_dict(), tmp_path / "w.safetensors")
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), tmp_path / "w.safetensors")
     return load_backbone("cifar_resnet20", weights=tmp_path / "w.safetensors").source
 
 

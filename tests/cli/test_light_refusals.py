@@ -1,29 +1,58 @@
-"""A run that is not there or cannot be trusted is refused before torch is imported, which takes seconds and a gigabyte."""
+"""What files alone tell is refused before torch is imported, which takes seconds and most of a gigabyte."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command import Done, assert_refused, edited
+from safetensors.torch import load_file, save_file
+
+from ptee._common.text import printable
+from ptee.backbones.weights import tensor_hash
 
 COMMANDS = {
-    "evaluate": ("evaluate", "{run}"),
-    "tune": ("tune", "{run}", "--max-drop", "0.01"),
-    "compare": ("compare", "{run}", "{run}"),
-    "export": ("export", "{run}", "--out", "exported"),
+    "evaluate": ("evaluate", "nope"),
+    "tune": ("tune", "nope", "--max-drop", "0.01"),
+    "compare": ("compare", "nope", "nope"),
+    "bench": ("bench", "nope"),
+    "export": ("export", "nope", "--out", "exported"),
 }
-HEAVY = """
-import sys
+# One process for all, because each start takes half a second. What is heavy cannot be imported there.
+WITHOUT = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+sys.modules |= dict.fromkeys(("torch", "numpy", "timm", "torchvision"))
 from ptee.cli.main import main
-try:
-    main(sys.argv[1:])
-finally:
-    print([name for name in ("torch", "numpy", "timm", "huggingface_hub") if name in sys.modules])
+done = {}
+for name, words in json.load(sys.stdin).items():
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            main(words)
+        except SystemExit as end:
+            done[name] = [end.code, out.getvalue(), err.getvalue()]
+print(json.dumps(done))
 """
+
+
+def all_of(folder: Path, commands: dict[str, tuple[str, ...]]) -> dict[str, Done]:
+    """What came of each command where nothing heavy can be imported."""
+    given = {"capture_output": True, "text": True, "cwd": folder, "timeout": 120, "env": os.environ | {"HF_HUB_OFFLINE": "1"}}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", WITHOUT], input=json.dumps(commands), **given)
+    assert done.returncode == 0, done.stderr
+    return {name: Done(*values) for name, values in json.loads(done.stdout).items()}
+
+
+# ---------------------------------------------------------------------------------------------------- folders that hold no run
+
 BACKBONE = {
     "name": "net", "hash": "0", "classes": 10,
     "input": {"input_size": [3, 20000, 20000], "mean": [0.5], "std": [0.5], "interpolation": "bicubic"},
@@ -43,27 +72,177 @@ CONFIGS = {
     "another program's": ("{}", "no schema_version"),
     "an image of a gigabyte": (json.dumps(TOO_LARGE), "larger than any image"),
     "heads in another folder": (json.dumps(SMALL | {"heads_file": "../heads.safetensors"}), "not in the folder"),
-    "no heads": (json.dumps(SMALL), "holds no heads.safetensors"),
+    "no heads": (json.dumps(SMALL), r"holds no heads\.safetensors"),
+}
+
+# ---------------------------------------------------------------------------------------------------- runs that were changed
+
+Change = Callable[[Path], object]
+
+
+def record(**fields: Any) -> Change:
+    """The record of the backbone with other fields."""
+    return lambda run: edited(run, lambda config: config["backbone"]["source"].update(fields))
+
+
+def of_classes(number: int) -> Change:
+    """Another number of classes wherever config.json has it."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["backbone"]["classes"] = config["backbone"]["source"]["num_classes"] = number
+
+    return lambda run: edited(run, change)
+
+
+def bytes_of_heads(change: Callable[[bytes], bytes]) -> Change:
+    """Heads of which the file was changed."""
+
+    def changed(run: Path) -> None:
+        file = run / "heads.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+
+    return changed
+
+
+def tensor(name: str, change: Callable[[Any], Any]) -> Change:
+    """Heads with a tensor made of the first head's weights, and a config.json that knows it."""
+
+    def changed(run: Path) -> None:
+        found = load_file(run / "heads.safetensors")
+        found[name] = change(found["0.logits.weight"]).clone()
+        save_file(found, run / "heads.safetensors")
+        known = {name: {"dtype": str(each.dtype)[6:], "sha256": tensor_hash(each)} for name, each in found.items()}
+        edited(run, lambda config: config.update(tensors=known))
+
+    return changed
+
+
+def in_place_of_heads(put: Callable[[Path], object]) -> Change:
+    """Something else under the name of the heads."""
+
+    def changed(run: Path) -> None:
+        (run / "heads.safetensors").unlink()
+        put(run / "heads.safetensors")
+
+    return changed
+
+
+def images(**fields: Any) -> Change:
+    """Other words about the images that the run was made with."""
+    return lambda run: edited(run, lambda config: config["results"]["data"].update(fields))
+
+
+ORIGIN = {"tag": None, "hub": "stranger/net", "revision": "0" * 40}
+RUNS: dict[str, tuple[Change, str]] = {
+    "10^7 classes in the record": (record(num_classes=10**7), "num_classes=10000000 must be 1000000 or less"),
+    "10^7 classes": (of_classes(10**7), "backbone.classes=10000000 must be 1000000 or less"),
+    "10^6 classes": (of_classes(10**6), r"'0\.logits\.weight' has shape \(10, \d+\), the head \(1000000, \d+\)"),
+    "other classes in the record": (record(num_classes=11), "is for 10 classes, its backbone has 11"),
+    "no library": (record(library="nope"), "names no library of models"),
+    "a folder as the name": (record(name="local-dir:/etc"), "must be the name of a model"),
+    "a stranger's repository": (record(name="hf-hub:stranger/net", weights={"pretrained": ORIGIN}), "would be fetched"),
+    "another machine": (record(weights={"file": "\\/host\\share"}), "must be a file of this machine.*--weights FILE"),
+    "weights that are gone": (record(weights={"file": "/nope/w.pth"}), "no weights file /nope/w.pth.*--weights FILE"),
+    "endless weights": (record(weights={"file": "/dev/zero"}), "There is no weights file /dev/zero"),
+    "one field more": (record(more=1), "more=1 is unknown"),
+    "an image of a gigabyte": (record(input={"input_size": [3, 20000, 20000], "mean": [0.5], "std": [0.5], "interpolation": ""}), "too large"),
+    "no record": (lambda run: edited(run, lambda config: config["backbone"].update(source=None)), "config.json cannot rebuild"),
+    "heads with a flipped bit": (bytes_of_heads(lambda old: old[:-1] + bytes([old[-1] ^ 1])), "is damaged, or of another training"),
+    "heads cut off": (bytes_of_heads(lambda old: old[:-4]), "cut off or damaged"),
+    "heads with more behind them": (bytes_of_heads(lambda old: old + b"more"), "cut off or damaged"),
+    "heads of zeros": (bytes_of_heads(lambda old: bytes(len(old))), "cut off or damaged"),
+    "no bytes of heads": (bytes_of_heads(lambda old: b""), "cut off or damaged"),
+    "heads with an endless header": (bytes_of_heads(lambda old: b"\xff" * 8 + old[8:]), "cut off or damaged"),
+    "heads of another type": (bytes_of_heads(lambda old: old.replace(b'"F32"', b'"I32"')), "is damaged, or of another training"),
+    "a tensor of no exit": (tensor("9.logits.weight", lambda old: old), r"'9\.logits\.weight' belongs to no head"),
+    "a head without inputs": (tensor("0.logits.weight", lambda old: old[:, :0]), r"'0\.logits\.weight' has shape \(10, 0\)"),
+    "a pipe for heads": (in_place_of_heads(os.mkfifo), r"holds no heads\.safetensors"),
+    "endless heads": (in_place_of_heads(lambda file: file.symlink_to("/dev/zero")), r"holds no heads\.safetensors"),
+    "the whole disk": (images(source="/"), "is not read unasked"),
+    "images on another machine": (images(source="\\/host\\share"), "is not read unasked"),
+    "no seed": (images(split={"seed": 2**63}), "is no seed"),
+    "no images": (images(source=None), "does not say which images"),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- recipes and settings
+
+RECIPES = {
+    "unknown": ("nope", "Unknown recipe 'nope'"),
+    "aliases": ("aliases.yaml", "aliases .* are not read"),
+    "a tag": ("tag.yaml", "could not determine a constructor"),
+    "a pipe": ("pipe.yaml", r"There is no recipe file pipe\.yaml"),
+    "endless": ("zero.yaml", r"There is no recipe file zero\.yaml"),
+}
+TRAINING = {
+    "augment": ("augment", "--recipe"),
+    "augment a model": ("augment", "--model", "resnet18", "--data", "nope", "--recipe"),
+    "plan": ("plan", "--model", "resnet18", "--recipe"),
+    "bench": ("bench", "--model", "resnet18", "--recipe"),
+    "sweep": ("sweep", "--over", "seed=0,1", "--model", "resnet18", "--data", "nope", "--out", "out"),
+    "recipe": ("recipe",),
+}
+SETTINGS = {
+    "augment without a model": (("augment", "--data", "nope"), "--data needs a model"),
+    "augment": (("augment", "--set", "training.epochs=none"), r"--set training\.epochs|--epochs none"),
+    "sweep": (("sweep", "--over", "epoch=5", "--model", "resnet18", "--out", "out"), "Unknown setting 'epoch'"),
+    "sweep without images": (("sweep", "--over", "seed=0,1", "--model", "resnet18", "--out", "out"), "No images"),
+    "plan without a model": (("plan",), "Which model"),
+    "bench without a model": (("bench",), "Which model"),
 }
 
 
-def refusal(folder: Path, *words: str) -> str:
-    """What a command says that imports nothing heavy."""
-    done = subprocess.run([sys.executable, "-c", HEAVY, *words], capture_output=True, text=True, cwd=folder, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    return done.stderr
+@pytest.fixture(scope="module")
+def refused(original, tmp_path_factory) -> dict[str, Done]:
+    """What came of all commands of this file."""
+    folder = tmp_path_factory.mktemp("light")
+    commands = dict(COMMANDS)
+    for name, (text, _) in CONFIGS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(text)
+        commands[f"folder {name}"] = ("evaluate", name)
+    for name, (change, _) in RUNS.items():
+        run = shutil.copytree(original, folder / f"run {name}")
+        change(run)
+        commands[f"run {name}"] = ("evaluate", run.name)
+    (folder / "aliases.yaml").write_text("a: &a [x, x]\nb: &b [*a, *a]\n")
+    (folder / "tag.yaml").write_text("about: !!python/object/apply:os.system [ls]\n")
+    os.mkfifo(folder / "pipe.yaml")
+    (folder / "zero.yaml").symlink_to("/dev/zero")
+    for recipe, _ in RECIPES.values():
+        commands |= {f"{words} {recipe}": (*TRAINING[words], recipe) for words in TRAINING}
+    commands |= {f"settings {name}": words for name, (words, _) in SETTINGS.items()}
+    return all_of(folder, {name: tuple(map(str, words)) for name, words in commands.items()})
+
+
+def assert_light(done: Done, said: str) -> None:
+    assert_refused(done, said)
+    assert done.out == ""
+    assert printable(done.err) == done.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command, tmp_path):
-    words = [word.format(run="nope") for word in COMMANDS[command]]
-    assert refusal(tmp_path, *words).startswith("There is no folder nope. Give ")
+def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command, refused):
+    assert_light(refused[command], r"^There is no folder nope\. Give ")
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_run_that_cannot_be_trusted_is_refused_before_torch_is_imported(case, tmp_path):
-    text, said = CONFIGS[case]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(text)
-    assert said in refusal(tmp_path, "evaluate", "run")
+def test_a_folder_that_holds_no_run_is_refused_before_torch_is_imported(case, refused):
+    assert_light(refused[f"folder {case}"], CONFIGS[case][1])
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_that_cannot_be_trusted_is_refused_before_torch_is_imported(case, refused):
+    assert_light(refused[f"run {case}"], RUNS[case][1])
+
+
+@pytest.mark.parametrize("case", RECIPES)
+@pytest.mark.parametrize("command", TRAINING)
+def test_a_recipe_that_is_none_is_refused_before_torch_is_imported(command, case, refused):
+    recipe, said = RECIPES[case]
+    assert_light(refused[f"{command} {recipe}"], said)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_setting_that_cannot_be_is_refused_before_torch_is_imported(case, refused):
+    assert_light(refused[f"settings {case}"], SETTINGS[case][1])

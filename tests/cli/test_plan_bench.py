@@ -121,3 +121,22 @@ BENCH = {
 @pytest.mark.parametrize(("words", "said"), BENCH.values(), ids=BENCH)
 def test_bench_refuses_in_one_line_what_cannot_be(words, said, run):
     assert_refused(run("bench", *RANDOM, "--head", "pool", *words), said)
+
+
+def test_plan_names_published_networks_that_are_as_good_for_less(run):
+    done = run("plan", "--model", "mobilenetv2_100", "--no-pretrained", "--exits", "blocks.2", "--head", "pool")
+    assert "ptee advise mobilenetv2_100.ra_in1k" in done.out
+    assert "ptee advise" not in run("plan", *RANDOM).out
+
+
+def test_advise_prints_a_table_and_says_where_its_numbers_are_from(run):
+    done = run("advise", "mobilenetv2_100.ra_in1k", "--max-drop", "0,0.01", "--by", "operations")
+    assert (done.status, done.err) == (0, "")
+    assert "timm's results of" in done.out.lower()
+    assert done.out.count("fewest operations") == 2
+    found = json.loads(run("advise", "mobilenetv2_100.ra_in1k", "--json").out)
+    assert found["own"]["name"] == "mobilenetv2_100.ra_in1k" and len(found["instead"]) == 9
+
+
+def test_advise_refuses_what_it_does_not_know(run):
+    assert_refused(run("advise", "no_such_net"), "Nothing is known of 'no_such_net'")

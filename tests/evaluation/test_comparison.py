@@ -17,10 +17,10 @@ from ptee.analysis.macs import count
 from ptee.backbones.load import load_backbone
 from ptee.evaluation.comparison import _interval, compare
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
-from ptee.evaluation.targets import curves
-from ptee.evaluation.traces import record
 from ptee.exits.front import named_front
 from ptee.model.build import build
+from ptee.tuning.targets import curves
+from ptee.tuning.traces import record
 
 SIZE, K, N = (3, 8, 8), 4, 80
 DROPS = (0.0, 0.1, 0.3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ptee.evaluation.results_table import Results, Row
-from ptee.evaluation.traces import Score
+from ptee.tuning.traces import Score
 
 GOOD = {"fidelity": 0.99, "cost": 0.7, "leaving": [0.5, 0.3, 0.2], "accuracy": (0.8, 0.79)}
 

@@ -16,9 +16,9 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.backbones.load import load_backbone
-from ptee.evaluation.traces import record
 from ptee.exits.blend import Blend, subsets
 from ptee.model.build import build
+from ptee.tuning.traces import record
 
 SIZE, E, NEVER = (3, 32, 32), 3, 2.0
 HEADS = {"heads alone": ("conv1",) * E, "heads that read earlier ones": ("conv1", "conv1+", "conv1+")}

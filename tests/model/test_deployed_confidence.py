@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError, UnknownName
-from ptee.evaluation.traces import record
 from ptee.exits.confidence import CONFIDENCES, Calibrated
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.run_files import CONFIG
+from ptee.tuning.traces import record
 
 N = 24
 each_confidence = pytest.mark.parametrize("name", CONFIDENCES)

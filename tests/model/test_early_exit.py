@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 import ptee
 from ptee._common.errors import CutError, PteeError, UnknownName
 from ptee.backbones.weights import weights_hash
-from ptee.evaluation.traces import record
 from ptee.model.early_exit import EarlyExitModel
+from ptee.tuning.traces import record
 
 E, b, K = 3, 6, 5
 SIZE = (3, 16, 16)

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.evaluation.traces import record
 from ptee.model.images import require_device
+from ptee.tuning.traces import record
 
 
 def data_of(x: Tensor) -> TensorDataset:

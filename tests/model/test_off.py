@@ -13,9 +13,9 @@ from torch import Tensor
 import ptee
 from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
-from ptee.evaluation.traces import record
 from ptee.exits.plan import heads_run
 from ptee.model.build import build
+from ptee.tuning.traces import record
 
 SIZE = (3, 32, 32)
 EXITS = ["layer1.0", "layer2.0", "layer3.0"]

@@ -25,7 +25,7 @@ import ptee
 from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
 from ptee._common.files import require_writable, to_json, write_json
 from ptee._common.text import printable
-from ptee.backbones.load import load_backbone
+from ptee.backbones.load import load_backbone, rebuild
 from ptee.backbones.weights import difference, weights_hash
 from ptee.exits.heads import HEADS
 from ptee.model import run_files
@@ -745,8 +745,21 @@ def test_a_place_where_no_weights_can_be_is_refused(file, named):
 @pytest.mark.parametrize("classes", [10**6, 11])
 def test_a_network_of_other_classes_than_its_weights_is_refused_before_it_takes_memory(classes, named, monkeypatch):
     monkeypatch.setattr("ptee.backbones.load.count_classes", lambda *_: pytest.fail("the network was made"))
-    edit(named[0], "backbone.source.num_classes", classes)
-    assert f"10 classes (fc.weight, fc.bias), the model has {classes}" in refused(named[0], None, BackboneError)
+    source = json.loads((named[0] / "config.json").read_text())["backbone"]["source"]
+    with pytest.raises(BackboneError, match=rf"10 classes \(fc\.weight, fc\.bias\), the model has {classes}"):
+        rebuild(source | {"num_classes": classes})
+
+
+def test_a_record_of_other_classes_than_the_run_is_refused(named):
+    edit(named[0], "backbone.source.num_classes", 11)
+    assert "is for 10 classes, its backbone has 11." in refused(named[0], None)
+
+
+def test_heads_of_other_classes_than_the_run_are_refused_before_the_network_is_built(named, monkeypatch):
+    monkeypatch.setattr("ptee.model.rebuilding.rebuild", lambda *_, **__: pytest.fail("it is built"))
+    edit(named[0], "backbone.source.num_classes", 10**6)
+    edit(named[0], "backbone.classes", 10**6)
+    assert re.search(r"'0\.logits\.weight' has shape \(10, \d+\), the head \(1000000, \d+\)", refused(named[0], None))
 
 
 def test_a_file_of_weights_that_has_gone_is_named(named):
@@ -770,6 +783,7 @@ def hub(monkeypatch) -> dict[str, Any]:
         return str(has[repo] / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(run_files, "reach_hub", lambda: None)
     return has
 
 
@@ -801,6 +815,25 @@ def test_offline_a_run_on_the_hub_is_refused_in_one_line(net, monkeypatch, tmp_p
     said = refused("user/repo", net)
     assert "user/repo" in said
     assert "config.json" in said
+
+
+@pytest.mark.parametrize("is_cached", [False, True], ids=["not cached", "cached"])
+def test_a_hub_that_nobody_answers_is_asked_once_and_only_for_what_is_not_cached(is_cached, hub, net, monkeypatch):
+    """The hub's own client asks six times for a file that is not in its cache, which takes half a minute."""
+
+    class Silent:
+        def head(self, *_: Any, **__: Any) -> None:
+            hub["asked"].append("hub")
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Silent)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "config.json" if is_cached else None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: hub["asked"].append("file"))
+    said = refused("user/repo", net)
+    assert hub["asked"] == (["file"] if is_cached else ["hub"])
+    assert said.startswith("There is no folder user/repo, and config.json of the hub's user/repo cannot be had:")
 
 
 @pytest.mark.parametrize("name", ["user/repo/more", "../repo", "user/", "/repo", "user/re po", "https://host/repo"])

@@ -15,14 +15,14 @@ from torch import Tensor
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.evaluation.config import Target
-from ptee.evaluation.targets import curves, solve
-from ptee.evaluation.traces import Traces
 from ptee.exits.blend import Blend, fit_blend
+from ptee.tuning.config import Target
+from ptee.tuning.targets import curves, solve
+from ptee.tuning.traces import Traces
 
 E, K = 3, 5
 COSTS = [0.2, 0.5, 0.8, 1.1]
-OPTIMISM = "ptee.evaluation.targets._optimism"
+OPTIMISM = "ptee.tuning.targets._optimism"
 
 
 def traces(seed: int, n: int = 1000, *, labels: bool = True, same: bool = False) -> Traces:
@@ -134,7 +134,7 @@ def make_final_weights_differ(monkeypatch: pytest.MonkeyPatch, factor: float) ->
         blend, by = fit_blend(logits, *rest), factor if logits.shape[1] == 600 else 1
         return replace(blend, weights={key: tuple(v * by for v in row) for key, row in blend.weights.items()})
 
-    monkeypatch.setattr("ptee.evaluation.candidates.fit_blend", fit)
+    monkeypatch.setattr("ptee.tuning.candidates.fit_blend", fit)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.evaluation.config import Target, ThresholdsConfig, below
-from ptee.evaluation.targets import DEFAULTS, WITHIN, Margin, Solution, solve
-from ptee.evaluation.threshold_search import ROUNDING
-from ptee.evaluation.traces import record
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.tuning.config import Target, ThresholdsConfig, below
+from ptee.tuning.targets import DEFAULTS, WITHIN, Margin, Solution, solve
+from ptee.tuning.threshold_search import ROUNDING
+from ptee.tuning.traces import record
 
 
 @checked

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
-from ptee.evaluation.threshold_search import MAX_EXACT, ROUNDING, Choice, Problem, search, search_each
-from ptee.evaluation.traces import Traces
 from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import AUTO
 from ptee.exits.times import Prices
+from ptee.tuning.threshold_search import MAX_EXACT, ROUNDING, Choice, Problem, search, search_each
+from ptee.tuning.traces import Traces
 
 FOLDS = 4  # of a cross-validation
 TRIES = 6  # limits by which thresholds are searched whose time must stay within one

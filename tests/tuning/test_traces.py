@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
-from ptee.evaluation.traces import SAMPLE, Traces, record
+from ptee.tuning.traces import SAMPLE, Traces, record
 
 images = functools.partial(torch.randn, generator=seeded(3))
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptee._common.errors import PteeError
-from ptee.evaluation.config import Target, describe_thresholds, remark
-from ptee.evaluation.targets import Margin, Solution, curves, solve
-from ptee.evaluation.threshold_search import NEVER
-from ptee.evaluation.traces import Score, Traces, truncation
 from ptee.exits.times import BatchTimes
+from ptee.tuning.config import Target, describe_thresholds, remark
+from ptee.tuning.targets import Margin, Solution, curves, solve
+from ptee.tuning.threshold_search import NEVER
+from ptee.tuning.traces import Score, Traces, truncation
 
 K = 3
 TARGETS = [("max_drop", 0.0), ("max_drop", 0.1), ("max_fidelity_drop", 0.2), ("max_cost", 0.7)]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
-from ptee.evaluation.candidates import FOLDS, Candidate, searched, ways_to_answer
-from ptee.evaluation.config import EXAMPLES, Target, ThresholdsConfig, below, describe_thresholds
-from ptee.evaluation.threshold_search import ROUNDING, Choice, Problem, objective
-from ptee.evaluation.traces import Score, Traces
 from ptee.exits.blend import OWN, Blend, Exits
+from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
+from ptee.tuning.config import EXAMPLES, Target, ThresholdsConfig, below, describe_thresholds
+from ptee.tuning.threshold_search import ROUNDING, Choice, Problem, objective
+from ptee.tuning.traces import Score, Traces
 
 DEFAULTS = ThresholdsConfig()
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution

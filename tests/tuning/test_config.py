@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ptee._common.errors import PteeError
-from ptee.evaluation.config import DEFAULT_LOSS, TARGETS, DropsConfig, Target, ThresholdsConfig
+from ptee.tuning.config import DEFAULT_LOSS, TARGETS, DropsConfig, Target, ThresholdsConfig
 
 
 @pytest.mark.parametrize(("labelled", "kind"), [(True, "max_drop"), (False, "max_fidelity_drop")])

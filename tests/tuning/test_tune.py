@@ -12,10 +12,10 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.evaluation.config import Target, ThresholdsConfig
-from ptee.evaluation.targets import Solution
-from ptee.evaluation.traces import Score
-from ptee.evaluation.tuning import describe_outcome
+from ptee.tuning.config import Target, ThresholdsConfig
+from ptee.tuning.targets import Solution
+from ptee.tuning.traces import Score
+from ptee.tuning.tune import describe_outcome
 
 labelled = partial(small.labelled, 60)
 

@@ -1,0 +1,106 @@
+"""The record that a run keeps of a network, by which it can be built again.
+
+A record may come from a stranger, so every field of it is checked. Nothing here needs torch, so a wrong one is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, JsonValue
+from pydantic_core import PydanticCustomError
+
+from ptee._common.errors import BackboneError, PteeError
+from ptee._common.files import is_file
+from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee.backbones import timm, torchvision
+from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size
+from ptee.backbones.source import COMMIT
+
+LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
+
+
+def _local(file: str) -> str:
+    # for Windows, two slashes at the start name another machine, and looking there means logging in
+    if not file or "\0" in file or file.replace("\\", "/").startswith("//"):
+        raise PydanticCustomError("local", "Input should be a file of this machine")
+    return file
+
+
+def _not_a_folder(name: str) -> str:
+    if name.startswith("local-dir:"):  # would open a folder of this machine that a stranger names
+        raise PydanticCustomError("name", "Input should be the name of a model")
+    return name
+
+
+class _Origin(FrozenConfig):
+    tag: str | None
+    hub: str | None
+    revision: Annotated[str, Field(pattern=f"^{COMMIT.pattern}$")] | None
+
+
+class _File(FrozenConfig):
+    file: Annotated[str, AfterValidator(_local)]
+
+
+class _Published(FrozenConfig):
+    pretrained: _Origin
+
+
+class _Images(FrozenConfig):
+    input_size: Annotated[list[int], AfterValidator(checked_size)]
+    mean: Annotated[list[Number], Field(min_length=1)]
+    std: Annotated[list[Number], Field(min_length=1)]
+    interpolation: str
+
+
+class _Record(FrozenConfig):
+    """`Backbone.source`."""
+
+    library: str
+    name: Annotated[str, AfterValidator(_not_a_folder)]
+    args: dict[str, JsonValue]
+    num_classes: Annotated[Whole, Field(gt=0, le=MOST_CLASSES)]
+    weights: _File | _Published | None  # None: random, or a run keeps them
+    input: _Images
+
+
+def checked_record(source: Any) -> tuple[str, ModelRequest]:
+    """The library and what to ask of it. A field of another form than in `Backbone.source` is refused by name."""
+    if not isinstance(source, Mapping) or str(source.get("library")) not in LIBRARIES:
+        raise BackboneError("its record names no library of models.")
+    try:
+        record = _Record(**source)
+    except PteeError as why:
+        raise BackboneError(f"its record is wrong: {why}") from why
+    own, images = record.weights, record.input
+    file = own.file if isinstance(own, _File) else None
+    origin = own.pretrained.model_dump() if isinstance(own, _Published) else {}
+    label = record.name if record.library == "timm" else f"{record.library}/{record.name}"
+    size: Any = images.input_size
+    request = ModelRequest(
+        *(record.name, label, file, isinstance(own, _Published), record.num_classes),
+        *(size, images.mean, images.std, record.args, origin),
+    )
+    return record.library, request
+
+
+def require_weights(file: str | Path) -> None:
+    """Refuse a file of weights that is not there."""
+    if not is_file(Path(file)):
+        text = f"There is no weights file {file!s:.300}. Give a .safetensors or .pth file that exists."
+        raise BackboneError(text, argument="weights", value=str(file))
+
+
+@contextmanager
+def rebuilding(argument: str) -> Iterator[None]:
+    """Errors say which network of a run cannot be built again: `argument` is "backbone" or "front"."""
+    try:
+        yield
+    except PteeError as error:
+        what = "front network" if argument == "front" else argument
+        advice = f" Give the network itself from Python, {argument}=NETWORK."
+        raise BackboneError(f"The {what} cannot be rebuilt: ", *error.parts, advice, argument=argument) from error

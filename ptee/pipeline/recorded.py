@@ -1,0 +1,99 @@
+"""What a saved run says of itself, checked before anything heavy is imported.
+
+A run may come from a stranger. So what it says of its data is checked before anything is looked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ptee._common.errors import Argument, BackboneError, DataError, RunError
+from ptee._common.text import printable
+from ptee.model.run_files import read_run, record_of
+
+WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
+LONGEST_PATH = 4096  # of a folder, in letters
+FOLDER = Argument("data", "FOLDER")
+
+
+def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
+    """Refuse a run of which the files tell that it cannot be opened.
+
+    Args:
+        run: a folder, or user/repo on the hub.
+        weights: the user's file with the backbone's weights.
+        images: those that it was made with are wanted, too.
+    """
+    config, _, _, remote = read_run(run)
+    with or_weights():
+        for front in (False, True)[: 1 + (config.front is not None)]:
+            record_of(run, config, remote, front=front, weights=None if front else weights)
+    if images:
+        recorded_images(run, config.results)
+
+
+@contextmanager
+def or_weights() -> Iterator[None]:
+    """Where a backbone cannot be built again, the user can say where its weights are."""
+    try:
+        yield
+    except BackboneError as why:
+        if why.argument != "backbone":
+            raise
+        text = " Or say where a file of its weights is: "
+        raise BackboneError(*why.parts, text, Argument("weights", "FILE"), ".", argument="weights") from why
+
+
+def recorded_images(run: str, results: Any, data: str | None = None) -> dict[str, Any]:
+    """source, root, seed, files_sha256, classes and removed of a run's images, as far as they are recorded on this disk.
+
+    `data` are others, which the user gives.
+
+    Raises:
+        DataError: if there is no source, or it is one that is not read unasked.
+    """
+    recorded = _recorded(run, results)
+    if not (data or recorded.get("source")):
+        raise DataError(f"{run} does not say which images it was made with. Give some: ", FOLDER, ".")
+    _require_plain(run, {"seed": recorded.get("seed", 0)} if data else recorded)
+    return recorded
+
+
+def _recorded(run: str, results: Any) -> dict[str, Any]:
+    found = (results or {}).get("data")
+    if not Path(run).is_dir() or not isinstance(found, dict):
+        return {}
+    split: Any = found.get("split") if isinstance(found.get("split"), dict) else {}
+    values = {**{key: found.get(key) for key in ("source", "root")}, "files_sha256": split.get("files_sha256")}
+    known: dict[str, Any] = {key: value for key, value in values.items() if isinstance(value, str)}
+    if type(seed := split.get("seed")) is int:
+        known["seed"] = seed
+    if _is_text(classes := split.get("classes")):
+        known["classes"] = classes
+    if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):
+        known["removed"] = [tuple(key) for key in removed]
+    return known
+
+
+def _require_plain(run: str, recorded: Mapping[str, Any]) -> None:
+    """Refuse to look for images over the whole disk, or on another machine, because a run says so.
+
+    Raises:
+        DataError: naming the place.
+    """
+    for place in (recorded[key] for key in ("source", "root") if key in recorded):
+        path = place.replace("\\", "/")
+        wide = WHOLE_DISK.fullmatch(path) or path.startswith("//")
+        if wide or len(place) > LONGEST_PATH or printable(place) != place:
+            text = f"{run} says that its images are in {place!r:.80}, which is not read unasked. If you trust it, give the images: "
+            raise DataError(text, FOLDER, ".")
+    if not 0 <= recorded.get("seed", 0) < 2**63:
+        raise RunError(f"{run}: results.data.split.seed={recorded['seed']!r:.40} is no seed. Copy the run again.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
