@@ -25,8 +25,7 @@ from ptee.cli.commands import add_commands
 from ptee.cli.main import cli, main
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.heads import HEADS
-from ptee.pipeline.demo import DEMO_RECIPE
-from ptee.pipeline.recipe import make_recipe
+from ptee.pipeline.recipe import DEMO_RECIPE, make_recipe
 
 ROOT = Path(__file__).parents[1]
 GUIDE = sorted((ROOT / "recipes" / "guide").glob("*.md"))
@@ -298,6 +297,17 @@ def test_the_table_of_the_papers_has_the_numbers_of_its_results():
         row = next(row for row in text.splitlines() if row.startswith(f"| {line['name']} |"))
         costs = [float(cell.split()[0]) for cell in row.split("|")[2:-1]]
         assert costs == pytest.approx([entry["cost"] for entry in line["entries"]], abs=6e-4)
+
+
+def test_the_tables_of_eenet8_have_the_numbers_of_its_results():
+    text = (ROOT / "recipes" / "papers" / "README.md").read_text(encoding="utf-8")
+    for run in json.loads((ROOT / "recipes" / "papers" / "eenet8_mnist.json").read_text(encoding="utf-8"))["runs"]:
+        names = (f"| {run['name']} |", f"| `{run['name']}` |", f"| `{run['name']}` (")
+        row = next(row for row in text.splitlines() if row.startswith(names) and "%" in row)
+        _, left, accuracy, cost, parameters, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        assert left == " ".join(map(str, run["leaving"]))
+        assert float(accuracy.rstrip(" %")) == pytest.approx(100 * run["accuracy"], abs=6e-3)
+        assert [float(cost), float(parameters)] == pytest.approx([run["operations"], run["parameters"]], abs=6e-4)
 
 
 def test_yaml_in_the_recipes_is_nothing_but_yaml():

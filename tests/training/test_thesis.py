@@ -51,10 +51,9 @@ def test_the_cost_alone_sends_all_to_exit_0(learn):
 
 
 def test_cross_entropy_alone_sends_all_to_the_end_and_with_the_cost_they_spread_at_the_same_accuracy(learn):
-    at_the_end, accuracy = learn("mc", 6)
+    at_the_end, accuracy = learn("mc", 10)
     assert at_the_end[2] > 0.95
     assert accuracy > 0.9
-    # after so few steps the exits are too sure of themselves for the thesis's T = .5
-    spread, as_accurate = learn("joint_each_exit", 6, 0.95, cost_weight=0.9, cost_unit="parameters")
+    spread, as_accurate = learn("joint_each_exit", 10, 0.9, cost_weight=0.8, cost_unit="parameters")
     assert max(spread) < 0.9
     assert as_accurate > accuracy - 0.01
