@@ -22,7 +22,15 @@ from ptee.model.build import build
 # Of every kind: plain, residual and branched chains, tokens with and without class token, windows, (b, h, w, c), rows packed
 # with tokens, networks that remember the batch.
 SAMPLE = [
-    *("timm/byobnet", "timm/convnext", "timm/crossvit", "timm/efficientnet", "timm/levit", "timm/mambaout", "timm/maxxvit"),
+    *(
+        "timm/byobnet",
+        "timm/convnext",
+        "timm/crossvit",
+        "timm/efficientnet",
+        "timm/levit",
+        "timm/mambaout",
+        "timm/maxxvit",
+    ),
     *("timm/nfnet", "timm/resnet", "timm/tnt", "timm/vision_transformer"),
     *("torchvision/shufflenetv2", "torchvision/squeezenet"),
 ]

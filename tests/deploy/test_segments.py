@@ -14,7 +14,6 @@ from ptee._common.errors import PteeError
 from ptee.deploy.check import check_segments
 from ptee.deploy.segments import Rows, Segment, segments
 
-AHEAD = (0, 1, 3)
 FAMILIES = {  # by how many tensors pass a cut
     "test_resnet": (64, 1),
     "test_vit": (160, 1),
@@ -33,8 +32,11 @@ def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
     return ptee.augment(network, num_exits=2, head="pool", input_size=(3, side, side), **wish)
 
 
-@pytest.mark.parametrize("ahead", AHEAD)
-@pytest.mark.parametrize("name", FAMILIES)
+USUAL = [*((name, 0) for name in FAMILIES), ("test_resnet", 1), ("test_vit", 3)]
+MORE = [(name, ahead) for name in FAMILIES for ahead in (1, 3) if (name, ahead) not in USUAL]
+
+
+@pytest.mark.parametrize(("name", "ahead"), [*USUAL, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)])
 def test_pieces_answer_as_the_model_whichever_rows_go_on(name, ahead):
     side, alive = FAMILIES[name]
     model = early(name, side)
