@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 COMMANDS = {
     "evaluate": ("evaluate", "{run}"),
     "tune": ("tune", "{run}", "--max-drop", "0.01"),
@@ -17,12 +15,16 @@ COMMANDS = {
     "export": ("export", "{run}", "--out", "exported"),
 }
 HEAVY = """
-import sys
+import contextlib, io, json, sys
 from ptee.cli.main import main
-try:
-    main(sys.argv[1:])
-finally:
-    print([name for name in ("torch", "numpy", "timm", "huggingface_hub") if name in sys.modules])
+for words in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+    heavy = [name for name in ("torch", "numpy", "timm", "huggingface_hub") if name in sys.modules]
+    print(json.dumps([status, heavy, said.getvalue()]))
 """
 BACKBONE = {
     "name": "net", "hash": "0", "classes": 10,
@@ -47,23 +49,31 @@ CONFIGS = {
 }
 
 
-def refusal(folder: Path, *words: str) -> str:
-    """What a command says that imports nothing heavy."""
-    done = subprocess.run([sys.executable, "-c", HEAVY, *words], capture_output=True, text=True, cwd=folder, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    return done.stderr
+def refusals(folder: Path, *commands: list[str]) -> list[str]:
+    """What commands say, one after another in one process, which imports nothing heavy."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(status, heavy) for status, heavy, _ in found] == [(2, [])] * len(commands), done.stderr
+    assert all(len(said.splitlines()) == 1 for *_, said in found)
+    return [said for *_, said in found]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command, tmp_path):
-    words = [word.format(run="nope") for word in COMMANDS[command]]
-    assert refusal(tmp_path, *words).startswith("There is no folder nope. Give ")
+def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(tmp_path):
+    words = [[word.format(run="nope") for word in command] for command in COMMANDS.values()]
+    assert all(said.startswith("There is no folder nope. Give ") for said in refusals(tmp_path, *words))
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_a_run_that_cannot_be_trusted_is_refused_before_torch_is_imported(case, tmp_path):
-    text, said = CONFIGS[case]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(text)
-    assert said in refusal(tmp_path, "evaluate", "run")
+def test_a_run_that_cannot_be_trusted_is_refused_before_torch_is_imported(tmp_path):
+    for case, (text, _) in CONFIGS.items():
+        (tmp_path / case).mkdir()
+        (tmp_path / case / "config.json").write_text(text)
+    found = refusals(tmp_path, *(["evaluate", case] for case in CONFIGS))
+    for (_, wanted), said in zip(CONFIGS.values(), found, strict=True):
+        assert wanted in said

@@ -32,8 +32,8 @@ def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
     return ptee.augment(network, num_exits=2, head="pool", input_size=(3, side, side), **wish)
 
 
-USUAL = [*((name, 0) for name in FAMILIES), ("test_resnet", 1), ("test_vit", 3)]
-MORE = [(name, ahead) for name in FAMILIES for ahead in (1, 3) if (name, ahead) not in USUAL]
+USUAL = [("test_resnet", 0), ("test_resnet", 1), ("test_vit", 0), ("test_vit", 3), ("crossvit_tiny_240", 0)]
+MORE = [(name, ahead) for name in FAMILIES for ahead in (0, 1, 3) if (name, ahead) not in USUAL]
 
 
 @pytest.mark.parametrize(("name", "ahead"), [*USUAL, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)])
