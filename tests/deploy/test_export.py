@@ -74,7 +74,7 @@ def require_same(runner: Any, model: ptee.EarlyExitModel, x: Tensor, threshold: 
     ("model", "confidence", "format"),
     [
         (made, "learned", "pt2"),
-        pytest.param(made, "learned", "onnx", marks=needs_onnx),
+        pytest.param(made, "learned", "onnx", marks=[needs_onnx, pytest.mark.slow]),
         pytest.param(made, "patience", "onnx", marks=needs_onnx),
         (chained, "learned", "pt2"),
     ],
