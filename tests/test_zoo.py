@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import zoo
+from cases import slow
 from torch import Tensor, nn
 
 import ptee
@@ -42,9 +43,7 @@ MORE_OF_THESE_KINDS = [
 PIXELS = {"crossvit_tiny_240": 120, "tnt_s_legacy_patch16_224": 48}  # as their patches ask; the others take 96
 
 
-@pytest.mark.parametrize(
-    "name", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_OF_THESE_KINDS)]
-)
+@pytest.mark.parametrize("name", [*SAMPLE, *map(slow, MORE_OF_THESE_KINDS)])
 def test_a_family_gets_three_exits_that_work(name, monkeypatch):
     (family,) = zoo.families([name])
     monkeypatch.setitem(zoo.SMALLER_IMAGE, family.model, PIXELS.get(family.model, 96))

@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 from awkward import REAL_SIZE, SIZE, InPlace, Net, Skip, Two, conv, hooks, real
+from cases import slow
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, CutError, UnknownName
@@ -324,7 +325,7 @@ def churn(rng: random.Random) -> list[Tensor]:
     return [torch.randn(rng.randint(1, 400_000)) for _ in range(rng.randint(0, 60))]
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize("name", [*NETWORKS, *map(slow, MORE)])
 def test_a_survey_finds_the_same_every_time(name: str) -> None:
     model = name.removeprefix("torchvision/")
     net = (timm.create_model(name) if model == name else torchvision.models.get_model(model)).eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from cases import slow
 from command import RANDOM, Done, assert_refused
 
 import ptee
@@ -186,7 +187,7 @@ CLOSED_OR_FULL = {
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("buffered", ["", pytest.param("1", marks=pytest.mark.slow)], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("buffered", ["", slow("1")], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("words", CLOSED_OR_FULL)
 def test_output_that_cannot_be_written_is_no_error_of_ptee(words, buffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", buffered)

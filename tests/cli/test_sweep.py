@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cases import slow
 from command import NETWORK, SHORT, TEN, Run, assert_refused, evaluated, figures, files, pictures, quietly, read_json
 
 from ptee.data import demo_images
@@ -229,24 +230,14 @@ def filled(monkeypatch) -> list[str]:
 SAME = ["training images, 2 views", "validation images"]
 
 
-@pytest.mark.parametrize(
-    "over",
-    [
-        *("lr=0.01,0.02", "head=pool,pool+"),
-        *(pytest.param(over, marks=pytest.mark.slow) for over in ("epochs=1,2", "max_cost=0.7,0.9")),
-    ],
-)
+@pytest.mark.parametrize("over", ["lr=0.01,0.02", "head=pool,pool+", slow("epochs=1,2"), slow("max_cost=0.7,0.9")])
 def test_runs_that_read_the_same_share_one_pass_of_the_backbone(over, sweep, filled):
     assert sweep(over).status == 0
     assert filled == SAME
 
 
 @pytest.mark.parametrize(
-    "over",
-    [
-        *("head=pool,conv1", "seed=0,1", "views=2,3"),
-        *(pytest.param(over, marks=pytest.mark.slow) for over in ("exits=layer1,layer2", "batch_size=4,8")),
-    ],
+    "over", ["head=pool,conv1", "seed=0,1", "views=2,3", slow("exits=layer1,layer2"), slow("batch_size=4,8")]
 )
 def test_runs_that_read_something_else_have_a_pass_of_their_own(over, sweep, filled):
     assert sweep(over).status == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from cases import slow
 from device import seeded
 from small import K, chained, made
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ USUAL = [("test_resnet", 0), ("test_resnet", 1), ("test_vit", 0), ("test_vit", 3
 MORE = [(name, ahead) for name in FAMILIES for ahead in (0, 1, 3) if (name, ahead) not in USUAL]
 
 
-@pytest.mark.parametrize(("name", "ahead"), [*USUAL, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)])
+@pytest.mark.parametrize(("name", "ahead"), [*USUAL, *(slow(*pair) for pair in MORE)])
 def test_pieces_answer_as_the_model_whichever_rows_go_on(name, ahead):
     side, alive = FAMILIES[name]
     model = early(name, side)

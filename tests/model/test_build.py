@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import zoo
+from cases import slow
 from torch import Tensor, nn
 
 import ptee
@@ -184,9 +185,7 @@ def test_the_plan_says_which_of_several_tensors_a_head_reads():
     assert [(row["tensor"], row["tensors"]) for row in plan.to_dict()["exits"]] == [(0, 2), (0, 4)]
 
 
-@pytest.mark.parametrize(
-    ("name", "pixels"), [pytest.param("crossvit_tiny_240", 120, marks=pytest.mark.slow), ("pit_ti_224", 64)]
-)
+@pytest.mark.parametrize(("name", "pixels"), [slow("crossvit_tiny_240", 120), ("pit_ti_224", 64)])
 def test_a_saved_run_of_a_network_that_starts_again_is_loaded(name, pixels, tmp_path):
     net = timm.create_model(name, num_classes=5, img_size=pixels).eval()
     model = ptee.augment(net, num_exits=3)

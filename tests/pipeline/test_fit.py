@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from command import BRIEF, MODEL, TEN, figures, pictures, quietly, read_json
 from device import here, seeded
 from PIL import Image
@@ -45,7 +46,7 @@ fit = partial(ptee.fit, input_size=SIZE, device=here(), **SETTINGS)
 # ---------------------------------------------------------------------------------------------------- as the command does
 
 
-@pytest.mark.parametrize("recipe", ["ptee", "eenet", pytest.param("pteenet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["ptee", "eenet", slow("pteenet")])
 def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(recipe, tmp_path):
     weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 30)
     save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
