@@ -1,6 +1,6 @@
 """The zoo: every kind of architecture gets exits that work, and the checks find what does not work.
 
-`pytest -m zoo` tries every family, most of an hour; without it a sample of them runs.
+`pytest -m zoo` tries every family, most of an hour; without it a sample of them runs, with `-m slow` a larger one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import zoo
+from cases import slow
 from torch import Tensor, nn
 
 import ptee
@@ -19,20 +20,30 @@ from ptee.analysis.cut_points import Cut, random_images
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
 
-# Of every kind: plain and residual chains, dense and branched networks, cells, tokens with and without class token,
-# windows, (b, h, w, c), rows packed with tokens, networks that remember the batch.
+# Of every kind: plain, residual and branched chains, tokens with and without class token, windows, (b, h, w, c), rows packed
+# with tokens, networks that remember the batch.
 SAMPLE = [
-    *("timm/byobnet", "timm/convit", "timm/convnext", "timm/crossvit", "timm/cspnet", "timm/deit"),
-    *("timm/dla", "timm/efficientnet", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
-    *("timm/levit", "timm/mambaout", "timm/maxxvit", "timm/mobilenetv3", "timm/nfnet", "timm/pit"),
-    *("timm/regnet", "timm/repghost", "timm/resnet", "timm/starnet", "timm/tnt"),
-    *("timm/twins", "timm/vision_transformer", "timm/vision_transformer_relpos"),
-    *("torchvision/mobilenetv3", "torchvision/shufflenetv2", "torchvision/squeezenet"),
+    *(
+        "timm/byobnet",
+        "timm/convnext",
+        "timm/crossvit",
+        "timm/efficientnet",
+        "timm/levit",
+        "timm/mambaout",
+        "timm/maxxvit",
+    ),
+    *("timm/nfnet", "timm/resnet", "timm/tnt", "timm/vision_transformer"),
+    *("torchvision/shufflenetv2", "torchvision/squeezenet"),
 ]
-PIXELS = {"crossvit_tiny_240": 120}  # its patches of 12 and 16 pixels fit into few sizes; the others take 96
+MORE_OF_THESE_KINDS = [
+    *("timm/convit", "timm/cspnet", "timm/deit", "timm/dla", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
+    *("timm/mobilenetv3", "timm/pit", "timm/regnet", "timm/repghost", "timm/starnet", "timm/twins"),
+    *("timm/vision_transformer_relpos", "torchvision/mobilenetv3"),
+]
+PIXELS = {"crossvit_tiny_240": 120, "tnt_s_legacy_patch16_224": 48}  # as their patches ask; the others take 96
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [*SAMPLE, *map(slow, MORE_OF_THESE_KINDS)])
 def test_a_family_gets_three_exits_that_work(name, monkeypatch):
     (family,) = zoo.families([name])
     monkeypatch.setitem(zoo.SMALLER_IMAGE, family.model, PIXELS.get(family.model, 96))

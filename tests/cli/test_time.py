@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import RANDOM, SHORT, assert_refused, read_json
+from command import RANDOM, SHORT, assert_refused, quietly, read_json
 
 from ptee.pipeline.recipe import make_recipe
 from ptee.timing.times import read_times
@@ -15,11 +15,18 @@ from ptee.timing.times import read_times
 QUICK = ("--device", "cpu", "--batch-sizes", "1,2", "--rounds", 3)
 
 
+@pytest.fixture(scope="session")
+def timed_once(original, tmp_path_factory) -> Path:
+    """A run that keeps its times, to be left as it is."""
+    folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("timed") / "out"))
+    quietly("bench", folder, *QUICK, "--executor", "hooks", "--save")
+    return folder
+
+
 @pytest.fixture
-def timed(run, finished) -> Path:
-    """A run that keeps its times."""
-    assert run("bench", finished, *QUICK, "--executor", "hooks", "--save").status == 0
-    return finished
+def timed(timed_once, elsewhere) -> Path:
+    """That run, to be changed at will."""
+    return Path(shutil.copytree(timed_once, "out"))
 
 
 def with_heads(folder: Path, seconds: float) -> None:
