@@ -21,7 +21,9 @@ LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
-Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Name = Annotated[
+    str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$")
+]
 Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 Axis = Annotated[Whole, Field(ge=0, le=8)]
 

@@ -22,6 +22,7 @@ from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, requir
 
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
 LARGEST_CONFIG_BYTES = 4 * 2**20
+OTHER_FOLDER = "Copy the run to a folder that you may write."
 _AGAIN = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
 
