@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": ("bench", "nope"),
     "export": ("export", "nope", "--out", "exported"),
 }
+LONG = "x" * 5000
 # One process for all, because each start takes half a second. What is heavy cannot be imported there.
 WITHOUT = """
 import io, json, sys
@@ -255,6 +256,7 @@ def refused(original, tmp_path_factory) -> dict[str, Done]:
     """What came of all commands of this file."""
     folder = tmp_path_factory.mktemp("light")
     commands = dict(COMMANDS)
+    commands |= {f"{name} of a name": tuple(w.replace("nope", LONG) for w in words) for name, words in COMMANDS.items()}
     for name, (text, _) in CONFIGS.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
@@ -290,6 +292,11 @@ def assert_light(done: Done, said: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command, refused):
     assert_light(refused[command], r"^There is no folder nope\. Give ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_name_that_no_folder_can_have_is_refused_before_torch_is_imported(command, refused):
+    assert_light(refused[f"{command} of a name"], r"^There is no folder x{200}\. Give ")
 
 
 @pytest.mark.parametrize("case", CONFIGS)
