@@ -154,8 +154,8 @@ def tune(run: str, **o: Any) -> None:
 
     Which exits are on is chosen again, too.
     """
-    require_runs(run, **o)
     require_tunable(run)
+    require_runs(run, **o)
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
 

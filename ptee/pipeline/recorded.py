@@ -14,7 +14,7 @@ from typing import Any
 from ptee._common.errors import Argument, BackboneError, DataError, RunError
 from ptee._common.files import is_file, require_writable
 from ptee._common.text import printable
-from ptee.model.run_files import METRICS, OTHER_FOLDER, metrics_of, read_run, record_of
+from ptee.model.run_files import METRICS, OTHER_FOLDER, is_folder, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
@@ -39,10 +39,10 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
 
 
 def require_tunable(run: str) -> None:
-    """Refuse a run whose files cannot be changed, before thresholds are chosen for it."""
+    """Refuse a run whose files cannot be changed, before it is fetched or thresholds are chosen for it."""
     folder = Path(run)
-    if not folder.is_dir():
-        raise RunError(f"There is no folder {run}. Thresholds are written into a run, so give one on this disk.")
+    if not is_folder(folder):
+        raise RunError(f"There is no folder {run:.200}. Thresholds are written into a run, so give one on this disk.")
     require_writable(folder, OTHER_FOLDER)
     if is_file(folder / METRICS):
         metrics_of(folder)
