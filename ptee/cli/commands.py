@@ -10,7 +10,8 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.errors import Argument, PteeError, RunError
+from ptee._common.errors import Argument, PteeError
+from ptee._common.text import printable
 from ptee.cli import options
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
 from ptee.cli.values import (
@@ -33,6 +34,7 @@ from ptee.cli.values import (
     untrained,
     where_of,
 )
+from ptee.pipeline.recorded import require_tunable
 
 AGAIN = "The same command with --resume goes on."
 RANDOM_WEIGHTS = (
@@ -178,9 +180,8 @@ def tune(run: str, **o: Any) -> None:
 
     Which exits are on is chosen again, too.
     """
+    require_tunable(run)
     require_runs(run, **o)
-    if not Path(run).is_dir():
-        raise RunError(f"There is no folder {run}. Thresholds are written into a run, so give one on this disk.")
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
 
@@ -335,7 +336,7 @@ def recipe(name: str) -> None:
     """Print a recipe as YAML: ptee, pteenet, eenet, branchynet, ztw, a file, or that of a run's folder."""
     from ptee.pipeline.recipe import make_recipe
 
-    click.echo(make_recipe(name).to_yaml().rstrip())
+    click.echo(printable(make_recipe(name).to_yaml().rstrip()))
 
 
 @command(short_help="Fit a model many times, with other settings each time.")

@@ -58,6 +58,8 @@ def as_option(argument: Argument, command: click.Command | None = None) -> str:
         return f"--{name} {of}={value}"
     if (path := _path(name)) is not None:
         return _setting_as_option(path, value, own)
+    if "." in name:  # of a file; no option is called so
+        return str(argument)
     name = OTHER_OPTIONS.get(name, name).replace("_", "-")
     if value in ("True", "False"):
         return f"--{'no-' * (value == 'False')}{name}"

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import read_object
+from ptee._common.files import is_file, read_object
 from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
 
 SCHEMA = 1
@@ -21,7 +21,9 @@ LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
-Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Name = Annotated[
+    str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$")
+]
 Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 Axis = Annotated[Whole, Field(ge=0, le=8)]
 
@@ -87,7 +89,7 @@ class Manifest(FrozenConfig):
 
 def is_exported(folder: str) -> bool:
     """Whether a folder holds what `ptee export` wrote, and no run."""
-    return (Path(folder) / MANIFEST).is_file() and not (Path(folder) / "config.json").is_file()
+    return is_file(Path(folder) / MANIFEST) and not is_file(Path(folder) / "config.json")
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -103,8 +105,8 @@ def read_manifest(folder: Path) -> Manifest:
         RunError: saying in one line what is wrong.
     """
     file = folder / MANIFEST
-    if not file.is_file():
-        raise RunError(f"{folder} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
+    if not is_file(file):
+        raise RunError(f"{folder!s:.200} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
     values = _read(file)
     version = values.get("schema_version")
     if isinstance(version, int) and version > SCHEMA:

@@ -123,6 +123,11 @@ def test_plan_takes_a_recipe_from_a_file_and_options_that_change_it(run, elsewhe
     assert [row["head"] for row in json.loads(run(*words, "--head", "pool").out)["exits"]] == ["pool", "pool"]
 
 
+def test_a_recipe_is_printed_without_marks_that_turn_the_line(run, elsewhere):
+    (elsewhere / "r.yaml").write_text("about: a\u202eb\u2066c\n")
+    assert "about: abc\n" in run("recipe", "r.yaml").out
+
+
 def test_an_unknown_recipe_names_the_nearest(run):
     for words in (("recipe", "eent"), ("plan", *RANDOM, "--recipe", "eent")):
         assert_refused(run(*words), "Unknown recipe 'eent'. Did you mean 'eenet'")
