@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ptee._common.errors import PteeError, RunError, unknown
 from ptee._common.files import as_path, clear_unfinished, replace_files, require_writable, write_json, write_text
-from ptee._common.process import no_stdout, no_warnings, own_export
+from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import MANIFEST, SCHEMA, fingerprint
+from ptee.deploy.refusal import not_written
 from ptee.deploy.runner import load_exported
 from ptee.deploy.segments import Rows, Segment, segments
 from ptee.exits.rule import ExitRule
@@ -109,7 +110,11 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
         module = _ExportedPiece(piece, pieces[n - 1] if n else None, model.rule)
         file = folder / f"piece_{n}.{format}"
         program = _program(module, alive, rows)
-        _save(program, file, format)
+        try:
+            _save(program, file, format)
+        except Exception as why:  # whatever the exporter raises
+            assert isinstance(piece.module, fx.GraphModule)
+            raise not_written(model.plan.backbone, format, why, piece.module.graph.nodes) from why
         with torch.no_grad():
             given = module(*alive)
         alive, rows = given[:-2], piece.rows
@@ -124,7 +129,7 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
 def _program(module: nn.Module, alive: tuple[Tensor, ...], rows: Sequence[Rows]) -> torch.export.ExportedProgram:
     count = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     shapes = tuple({where.axis: where.each * count if where.each > 1 else count} for where in rows)
-    with own_export, torch.no_grad():
+    with own_export, no_logs, no_stderr, torch.no_grad():
         return torch.export.export(module.eval(), alive, dynamic_shapes=(shapes,), strict=False)
 
 
@@ -133,7 +138,7 @@ def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> Non
         program._example_inputs = None  # as large as the weights of a small network
         torch.export.save(program, file)
         return
-    with own_export, no_warnings, no_stdout:
+    with own_export, no_warnings, no_logs, no_stdout, no_stderr:
         made = torch.onnx.export(program, dynamo=True, verbose=False)
         assert made is not None
         made.save(str(file))
