@@ -74,29 +74,52 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     require_early_exit(model)
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    _require_libraries(format)
+    require_libraries(format)
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":
         raise PteeError(f"This model is on {like.device.type}, and files are made on the CPU. Call model.cpu() first.")
-    target = as_path(folder, "folder")
-    clear_unfinished(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{target} exists. Name a folder that does not.")
-    require_writable(target)
+    target = free_place(folder)
     pieces = segments(model, keep_logits=model.rule.reads_earlier)
     check_segments(model, pieces, BATCHES)
     with tempfile.TemporaryDirectory() as beside:
         made = Path(beside)
         _write(model, pieces, made, format)
         _require_same(model, made)
-        names = sorted(file.name for file in made.iterdir())
-        copies = {name: partial(shutil.copyfile, made / name) for name in names}
-        copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
-        replace_files(target, copies)
+        publish(made, target)
     return target
 
 
-def _require_libraries(format: str) -> None:
+def free_place(folder: str | Path) -> Path:
+    """A folder that can be written.
+
+    Raises:
+        RunError: if there is something in it, or it cannot.
+    """
+    target = as_path(folder, "folder")
+    clear_unfinished(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"{target} exists. Name a folder that does not.")
+    require_writable(target)
+    return target
+
+
+def publish(made: Path, target: Path) -> None:
+    """Copy all files of a folder to where they are wanted, or none."""
+    names = sorted(file.name for file in made.iterdir())
+    copies = {name: partial(shutil.copyfile, made / name) for name in names}
+    copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
+    replace_files(target, copies)
+
+
+def sign(folder: Path, values: dict[str, Any]) -> None:
+    """Write the manifest of a folder, with the hash of each piece as it is now."""
+    for entry in values["pieces"]:
+        entry["sha256"] = hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
+    write_json(folder / MANIFEST, values | {"fingerprint": fingerprint(values)})
+
+
+def require_libraries(format: str) -> None:
+    """Refuse to begin where a library is missing."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if format == ONNX and missing:
         raise PteeError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -119,10 +142,8 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
             given = module(*alive)
         alive, rows = given[:-2], piece.rows
         layout = [[where.axis, where.each] for where in piece.rows]
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        listed.append({"file": file.name, "sha256": digest, "exit": piece.exit, "rows": layout})
-    values = _manifest(model, listed, format)
-    write_json(folder / MANIFEST, values | {"fingerprint": fingerprint(values)})
+        listed.append({"file": file.name, "exit": piece.exit, "rows": layout})
+    sign(folder, _manifest(model, listed, format))
     write_text(folder / "README.md", _card(model, format))
 
 
