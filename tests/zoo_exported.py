@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from zoo import EXITS, HEAD, PLACEMENT, Family, classes_of, families, line
 
-from ptee._common.errors import PteeError, first_line
+from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
 from ptee.deploy.export import BATCHES, FORMATS, PT2, export
 from ptee.deploy.manifest import read_manifest
@@ -65,7 +65,7 @@ def check(family: Family, format: str = PT2) -> Verdict:
             pieces = read_manifest(export(model, Path(folder) / "out", format=format)).pieces
         verdict = replace(verdict, alive=tuple(len(piece.rows) for piece in pieces[:-1]))
     except PteeError as why:
-        verdict = Verdict(family, refusal=first_line(why))
+        verdict = Verdict(family, refusal=str(why))
     return replace(verdict, seconds=time.perf_counter() - start)
 
 

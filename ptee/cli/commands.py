@@ -80,7 +80,7 @@ def augment(**o: Any) -> None:
 
 
 @command(short_help="Show where exits would stand and what they cost.")
-@in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS)
+@in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS[:2])  # it measures the bare backbone as it is
 @options.DEVICE
 @options.EXPLAIN
 @options.JSON
@@ -200,7 +200,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     static, lines = static_networks(o["static"]), [name.strip() for name in o["lines"].split(",")]
     log = partial(click.echo, err=o["as_json"])
     with next(iter(opened.values())).threads():
-        how = how_of(o) | {"cost": by.cost, "at_batch": by.at_batch}
+        how = how_of(o) | {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor}
         found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **how)
     log("")
     show(found, o)
