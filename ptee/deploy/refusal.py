@@ -5,8 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,17 +68,17 @@ def at(node: fx.Node) -> str:
 
 def _raised_at(why: BaseException) -> str:
     """The last line of the model's own code that was running, and what it called."""
-    for (frame, number), (called, _) in reversed([*pairwise(traceback.walk_tb(why.__traceback__))]):
-        if line := _line(frame.f_code.co_filename, number):
-            return f"{_operator(called)} in {line}"
+    frames = [*traceback.walk_tb(why.__traceback__)]
+    for i in range(len(frames) - 2, -1, -1):
+        if line := _line(frames[i][0].f_code.co_filename, frames[i][1]):
+            return f"{_operator([frame for frame, _ in frames[i + 1 :]])} in {line}"
     return ""
 
 
-def _operator(called: FrameType) -> str:
+def _operator(called: Sequence[FrameType]) -> str:
     """What a line called: a function of torch, or a method of a number that stands for a value or a size."""
-    function = called.f_locals.get("func")
-    name = getattr(function, "__name__", None) or called.f_code.co_name
-    return str(name).strip("_")
+    functions = [getattr(frame.f_locals.get("func"), "__name__", "") for frame in called]
+    return ([name for name in functions if name] or [called[0].f_code.co_name])[-1].strip("_")
 
 
 def _rows_fixed_at(why: BaseException) -> str:
