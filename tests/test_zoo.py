@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import zoo
+import zoo_exported
 from cases import slow
 from torch import Tensor, nn
 
@@ -58,6 +59,33 @@ def test_every_family_gets_three_exits_that_work(family):
     verdict = zoo.check(family)
     assert verdict.refusal == ""
     assert len(verdict.exits) == 3
+
+
+@pytest.mark.zoo
+@pytest.mark.cpu("what is exported is the same on every device")
+@pytest.mark.parametrize("family", zoo.families(), ids=lambda f: f"{f.library}/{f.name}")
+def test_every_family_is_exported(family):
+    assert zoo_exported.check(family).refusal == ""
+
+
+@pytest.mark.cpu("what is exported is the same on every device")
+def test_the_table_of_exported_families_has_a_line_for_each_and_a_summary(capsys):
+    zoo_exported.main(["timm/resnet"])
+    title, row, _, summary = capsys.readouterr().out.splitlines()
+    assert title.split()[:4] == ["library", "family", "model", "pixels"]
+    assert (row.split()[:7], row.split()[-1]) == (["timm", "resnet", "test_resnet", "96", "1", "1", "1"], "ok")
+    assert summary.startswith("Families that are exported as pt2: 1 of 1 of timm.")
+
+
+def test_a_family_that_is_not_exported_says_why(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ptee.PteeError("torch.export cannot capture it.")
+
+    monkeypatch.setattr(zoo_exported, "export", refuse)
+    (family,) = zoo.families(["timm/resnet"])
+    verdict = zoo_exported.check(family)
+    assert "torch.export cannot capture it." in verdict.row[-1]
+    assert "0 of 1 of timm" in zoo_exported.summary([verdict], "pt2")
 
 
 # ---------------------------------------------------------------------------------------------------- the checks find faults

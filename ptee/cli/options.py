@@ -288,7 +288,7 @@ TARGET_OPTIONS = (
     setting("thresholds.max_fidelity_drop"),
     setting("thresholds.max_cost"),
 )
-TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"))
+TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"), setting("thresholds.executor"))
 THRESHOLDS = option_group(
     "Confidence and thresholds",
     setting("confidence.name"),

@@ -44,6 +44,34 @@ class Piece(FrozenConfig):
     rows: Annotated[tuple[tuple[Axis, Count], ...], Field(max_length=1000)]
 
 
+class Answered(FrozenConfig):
+    """How an exported model answered images.
+
+    Attributes:
+        numbers: "float32" or "int8".
+        accuracy: None without labels.
+        fidelity: share of the answers that are those of the backbone in float32.
+        cost: mean, of the backbone's multiply-accumulates.
+        bytes: of the pieces.
+        times: of batches of 1 and 32, divided by those of float32.
+    """
+
+    numbers: Name
+    accuracy: Number | None
+    fidelity: Number
+    cost: Number
+    bytes: Annotated[Whole, Field(ge=0)]
+    times: Annotated[tuple[Number, ...], Field(max_length=9)]
+
+
+class Int8(FrozenConfig):
+    """Pieces in whole numbers of 8 bits: on how many images they were calibrated, and beside float32 on how many others."""
+
+    calibrated_on: Count
+    compared_on: Count
+    measured: Annotated[tuple[Answered, ...], Field(max_length=9)]
+
+
 class Manifest(FrozenConfig):
     """The whole folder. Sizes are of one image; costs are fractions of the bare backbone's multiply-accumulates."""
 
@@ -64,6 +92,7 @@ class Manifest(FrozenConfig):
     answers: Literal["own", "blended"]
     pieces: Annotated[tuple[Piece, ...], Field(min_length=1, max_length=1001)]
     versions: dict[Name, Name]
+    int8: Int8 | None = None
     fingerprint: Hash
 
     @model_validator(mode="after")

@@ -90,6 +90,15 @@ def test_tuning_by_time_takes_the_times_of_the_run_and_its_recipe_says_so(run, t
     assert tuning["unit"] == "the bare backbone's time (hooks, batch 2, cpu)"
 
 
+def test_the_executor_whose_times_are_taken_can_be_named(run, timed):
+    words = ("tune", timed, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed", "--executor")
+    assert_refused(
+        run(*words, "eager"), r"eager was not measured, only hooks\. .*ptee bench RUN --executor eager --save"
+    )
+    assert run(*words, "hooks").status == 0
+    assert make_recipe(timed).thresholds.executor == "hooks"
+
+
 def test_if_no_exit_is_fast_enough_all_are_off(run, timed):
     with_heads(timed, 5.0)
     done = run("tune", timed, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed")
