@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, finalize, ref
@@ -10,6 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ptee._common.errors import PteeError
 from ptee.analysis.replay import make_cached, undo_cached
 
 
@@ -72,6 +75,8 @@ class Attachment:
     hook of the part of that name. A call can keep the outputs of the `cached` parts (`replay`).
     """
 
+    learns = False  # the module is being trained, so it follows its owner's mode
+
     def __init__(self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], cached: Sequence[str] = ()) -> None:
         self._module, self._state = module, freeze(module)
         # The handles are kept for their ids: when they are unpickled, torch does not give the same ids to later hooks.
@@ -104,9 +109,37 @@ class Attachment:
         _release(*self._release_arguments())
 
     def keep(self) -> None:
-        """Put the module back in eval mode if any part of it is in training mode."""
-        if any(part.training for part in self._parts):
+        """Put the module back in eval mode if any part of it is in training mode, unless it learns."""
+        if not self.learns and any(part.training for part in self._parts):
             self._module.eval()
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Meanwhile the parameters have gradients that had them before `freeze`; afterwards the module is frozen again.
+
+        Raises:
+            PteeError: if none had, or another attachment holds the module, too.
+        """
+        if len(_HOLDERS[self._module]) > 1:
+            gc.collect()  # a model that nobody has any more may hold it
+        if len(_HOLDERS[self._module]) > 1:
+            raise PteeError(
+                "The backbone carries the exits of another model, too, and must not change. Detach that first."
+            )
+        learning = [p for name, p in self._module.named_parameters() if self._state.requires_grad.get(name)]
+        if not learning:
+            raise PteeError(
+                "No parameter of the backbone requires gradients. Call backbone.requires_grad_() before ptee.augment."
+            )
+        for parameter in learning:
+            parameter.requires_grad_()
+        self.learns = True
+        try:
+            yield
+        finally:
+            self.learns = False
+            self._module.requires_grad_(False).eval()
+            self._module.zero_grad(set_to_none=True)
 
 
 def _release(

@@ -61,6 +61,8 @@ class Backbone:
         source: a record for `rebuild`, ready for JSON; None where that is impossible (a user's module, random weights).
         label_space: "imagenet-1k" where its classes are known to be those, in that order.
         note: a sentence on which tensors of a file were taken, or None if there was nothing to choose.
+        architecture: `source` without weights, also if these are random.
+        learnt: its weights were trained together with the heads, so that a run must keep them.
     """
 
     module: nn.Module
@@ -70,6 +72,12 @@ class Backbone:
     source: dict[str, Any] | None = None
     label_space: str | None = None
     note: str | None = None
+    architecture: dict[str, Any] | None = None
+    learnt: bool = False
+
+    def trained(self) -> Backbone:
+        """The same, of which a run must keep the weights."""
+        return replace(self, source=self.source or self.architecture, learnt=True)
 
 
 @alone()
@@ -159,8 +167,9 @@ def _load(library: str, request: ModelRequest, saved: Checkpoint | None = None) 
     note = None if checkpoint is None else load_weights(built.module, checkpoint)
     config = _override(built.known.input, request)
     classes = _count_classes(built.module, config, request)
-    source = _record(library, request, built, config, classes)
-    return Backbone(built.module, request.label, classes, config, source, _label_space(built.known, classes), note)
+    architecture, space = _record(built, library, config, classes), _label_space(built.known, classes)
+    source = architecture and _with_origin(architecture, request, built)
+    return Backbone(built.module, request.label, classes, config, source, space, note, architecture)
 
 
 def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
@@ -226,23 +235,28 @@ def rebuild(
         library, request = checked_record(source)
         if not LIBRARIES[library].has_model(request.name):
             raise BackboneError(f"There is no {library} model {request.name!r} in the version installed here.")
+        if weights and not (request.weights or request.pretrained):
+            raise BackboneError("its record names no weights.")
         fits = None if saved is None else Checkpoint(Path("the run"), {"": OrderedDict(saved)})
         return _load(library, request if weights else replace(request, weights=None, pretrained=False), fits)
 
 
-def _record(
-    library: str, request: ModelRequest, built: Built, config: InputConfig, classes: int
-) -> dict[str, Any] | None:
-    """What `rebuild` reads. None if the weights are random, or JSON cannot hold an argument."""
+def _with_origin(architecture: dict[str, Any], request: ModelRequest, built: Built) -> dict[str, Any] | None:
+    """The record with where the weights come from. None if they are random."""
     if not (request.weights or request.pretrained):
         return None
-    file = {"file": str(Path(request.weights).resolve())} if request.weights else None
+    file = {"file": str(Path(request.weights).resolve())} if request.weights else {"pretrained": built.origin}
+    return architecture | {"weights": file}
+
+
+def _record(built: Built, library: str, config: InputConfig, classes: int) -> dict[str, Any] | None:
+    """What `rebuild` reads, without weights. None if JSON cannot hold an argument."""
     record: dict[str, Any] = {
         "library": library,
         "name": built.name,
         "args": built.args,
         "num_classes": classes,
-        "weights": file or {"pretrained": built.origin},
+        "weights": None,
         "input": asdict(config),
     }
     try:

@@ -64,7 +64,7 @@ class _Record(FrozenConfig):
     name: Annotated[str, AfterValidator(_not_a_folder)]
     args: dict[str, JsonValue]
     num_classes: Annotated[Whole, Field(gt=0, le=MOST_CLASSES)]
-    weights: _File | _Published
+    weights: _File | _Published | None  # None: random, or a run keeps them
     input: _Images
 
 
@@ -83,7 +83,7 @@ def checked_record(source: Any) -> tuple[str, ModelRequest]:
     label = record.name if record.library == "timm" else f"{record.library}/{record.name}"
     size: Any = images.input_size
     request = ModelRequest(
-        *(record.name, label, file, file is None, record.num_classes),
+        *(record.name, label, file, isinstance(own, _Published), record.num_classes),
         *(size, images.mean, images.std, record.args, origin),
     )
     return record.library, request

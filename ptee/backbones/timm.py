@@ -1,4 +1,4 @@
-"""timm's models, the CIFAR networks of `cifar_resnet` among them."""
+"""timm's models, those of `cifar_resnet` and `small_networks` among them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _timm() -> Any:
     """timm, with the CIFAR networks registered."""
     import timm
 
-    import ptee.backbones.cifar_resnet  # noqa: F401 - registers them
+    import ptee.backbones.cifar_resnet
+    import ptee.backbones.small_networks  # noqa: F401 - both register them
 
     return timm
 
@@ -115,11 +116,13 @@ def _origin(request: ModelRequest, cfg: Any) -> tuple[str, str | None, dict[str,
 
 
 def _form_args(request: ModelRequest) -> dict[str, Any]:
-    """The CIFAR networks have two kinds of shortcuts. The file of weights tells which."""
-    from ptee.backbones.cifar_resnet import shortcut_of
+    """Some CIFAR networks have two forms. The file of weights tells which."""
+    from ptee.backbones import cifar_resnet, small_networks
 
-    is_cifar = request.name.startswith("cifar_resnet") and shortcut_of(request.tensors) == "conv"
-    return {"shortcut": "conv"} if is_cifar else {}
+    if request.name in cifar_resnet.default_cfgs and cifar_resnet.shortcut_of(request.tensors) == "conv":
+        return {"shortcut": "conv"}
+    hidden = small_networks.hidden_of(request.tensors) if request.name.startswith("cifar_vgg") else 0
+    return {"hidden": hidden} if hidden else {}
 
 
 def _size_args(cfg: Any, size: tuple[int, int, int] | None) -> dict[str, Any]:

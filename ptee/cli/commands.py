@@ -78,7 +78,7 @@ def augment(**o: Any) -> None:
         return
     backbone = backbone_of(o)
     data, recipe = data_for(backbone, recipe, o, folder)
-    is_random = backbone.source is None
+    is_random = backbone.source is None and recipe.backbone == "frozen"
     if is_random:
         click.echo(RANDOM_WEIGHTS)
     model = fit_backbone(backbone, data, recipe, replace(job, again="") if is_random else job)
@@ -342,7 +342,9 @@ def export(run: str, **o: Any) -> None:
 @command(short_help="Print a recipe as YAML.")
 @click.argument("name", default="ptee")
 def recipe(name: str) -> None:
-    """Print a recipe as YAML: ptee, pteenet, eenet, branchynet, ztw, a file, or that of a run's folder."""
+    """Print a recipe as YAML: that of a run's folder, a file, ptee, pteenet, eenet, branchynet, ztw, or, with a backbone that
+    learns, too, eenet-joint, branchynet-joint, db-joint.
+    """
     from ptee.pipeline.recipe import make_recipe
 
     click.echo(printable(make_recipe(name).to_yaml().rstrip()))
@@ -376,7 +378,7 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
         raise no_images(o["model"])
     from ptee._common.devices import require_launch, resolve_device
     from ptee.pipeline.fit import Job
-    from ptee.pipeline.images import describe_labels
+    from ptee.pipeline.images import describe_labels, undoubted
     from ptee.pipeline.sweep import run_sweep
 
     o["device"] = resolve_device(o["device"])
@@ -385,7 +387,7 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
 
     def open_data(seed: int) -> Any:
         data, labels = open_for(backbone, o, seed)
-        click.echo(describe_labels(labels, as_option))
+        click.echo(describe_labels(undoubted(labels, base), as_option))
         return data, labels
 
     job = Job(o["out"], o["device"], o["workers"], log=click.echo)

@@ -255,7 +255,7 @@ RECIPE_OPTIONS = (
         "--recipe",
         metavar="NAME|FILE",
         help="Where the settings come from that are not given here: ptee (the default), the papers' pteenet, eenet, branchynet and "
-        "ztw, a YAML file, or the folder of a run. `ptee recipe NAME` prints one.",
+        "ztw, with a backbone that learns, too, eenet-joint, branchynet-joint and db-joint, a YAML file, or the folder of a run. `ptee recipe NAME` prints one.",
     ),
     option(
         "--set",
@@ -276,6 +276,7 @@ EXITS = option_group(
 )
 TRAINING = option_group(
     "Training",
+    setting("backbone"),
     setting("training.loss"),
     setting("training.targets"),
     setting("training.cost_weight"),

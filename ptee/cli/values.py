@@ -108,7 +108,7 @@ def open_for(backbone: Any, o: dict[str, Any], seed: int, **more: Any) -> tuple[
 def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[Any, Any]:
     """The images, all of which can be read, and the recipe that their labels allow."""
     from ptee.pipeline.demo import imagenette
-    from ptee.pipeline.images import describe_labels, recipe_for
+    from ptee.pipeline.images import describe_labels, recipe_for, undoubted
     from ptee.pipeline.run_folder import removed_pictures, require_readable
 
     if o["data"] is None:
@@ -120,6 +120,7 @@ def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[
         o = o | {"data": str(imagenette())}
     removed = removed_pictures(out) if o["resume"] else ()
     data, labels = open_for(backbone, o, recipe.seed, removed=removed, require=partial(require_readable, out=out))
+    labels = undoubted(labels, recipe)
     adapted = recipe_for(labels, recipe)
     words = describe_labels(labels, as_option)
     if adapted.training.targets == "pseudo" != recipe.training.targets:

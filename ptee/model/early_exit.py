@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ptee.analysis.freezing import Attachment
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
-from ptee.exits.confidence import CALIBRATED, LEARNED, Calibrated, find_confidence
+from ptee.exits.confidence import Calibrated, find_confidence
 from ptee.exits.front import FrontHead
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
@@ -32,13 +33,13 @@ from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
     Call,
-    ExitEarly,
     ExitHook,
     ExitOutput,
     Reading,
     RecordAll,
     RecordInputs,
     StopForward,
+    kind_of_call,
     one_parameter,
     refuse_capture,
     refuse_export,
@@ -204,7 +205,7 @@ class EarlyExitModel(
         return refuse_capture()
 
     @torch.compiler.disable
-    def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
+    def predict(self, x: Tensor, threshold: Thresholds | None = None, *, soft: bool = False) -> ExitOutput:
         """Answer each row at the first exit that is confident enough; only the other rows go on.
 
         Each exit costs one synchronisation of GPU and host; a `threshold` tensor on the GPU one more, to check it for NaN.
@@ -212,9 +213,10 @@ class EarlyExitModel(
         Args:
             x: (b, c, h, w) images on the model's device.
             threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
+            soft: no row leaves. The answer is Y_0, blended of all exits that are on, at full cost (see `SoftAnswer`).
 
         Raises:
-            PteeError: if the threshold is NaN or of another shape, if the images are no batch on the model's device and of
+            PteeError: if the threshold is NaN or of another shape, or given for soft answers, if the images are no batch on the model's device and of
                 its number type, or if the model is in training mode.
         """
         if torch.jit.is_tracing():
@@ -224,7 +226,8 @@ class EarlyExitModel(
         self.require_ready(x)
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
         thresholds = self.thresholds_of_call(threshold, len(x))
-        call = ExitEarly(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
+        kind = kind_of_call(soft, threshold is not None)
+        call = kind(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
         if len(x) == 0:
             return call.result(self._no_rows(x))
         try:
@@ -295,28 +298,21 @@ class EarlyExitModel(
                 "first (model.off = []), and tune again afterwards (ptee.tune)."
             )
 
-    def drop_calibration_and_blend(self) -> None:
-        """Drop calibration and blend before the heads change, for which they were fitted. Refused while one is in use."""
-        if self.answers == BLENDED:
-            raise PteeError(
-                "This model's answers are blended, and training changes the heads that this was fitted to. Set model.answers = "
-                f"{OWN!r} first, and choose the thresholds again afterwards (ptee.tune)."
-            )
-        if self.confidence == CALIBRATED:
-            raise PteeError(
-                "This model is calibrated, and training changes the heads that this was done for. Set model.confidence = "
-                f"{LEARNED!r} first, and call ptee.calibrate again afterwards."
-            )
-        self.calibrated = self.blend = None
-
     def train(self, mode: bool = True) -> EarlyExitModel:
-        """Put the heads into training mode; the backbone stays in eval mode."""
+        """Put the heads into training mode; the backbone stays in eval mode, unless it learns."""
         for part in self.children():
             if part is not self.backbone:  # another thread may be running it, so its mode never changes
                 part.train(mode)
-        self.backbone.eval()
+        self.backbone.train(mode and self._hold.learns)
         self.training = mode
         return self
+
+    @contextmanager
+    def learning_backbone(self) -> Iterator[None]:
+        """Meanwhile the backbone learns, too; from then on its weights are saved with the model."""
+        with self._hold.learning():
+            self.origin = self.origin.trained()
+            yield
 
     def detach(self) -> nn.Module:
         """Take the backbone back, without hooks, its gradients and modes as they were before `augment`.
@@ -402,7 +398,7 @@ class EarlyExitModel(
         more_files: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> str | None:
-        """Write config.json and heads.safetensors into a folder; the backbone is not saved.
+        """Write config.json and heads.safetensors into a folder; a backbone that learnt, too, and no other.
 
         All files are written or, on failure, none: a run that was there stays as it was.
 
@@ -423,8 +419,9 @@ class EarlyExitModel(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
                 blend=self.blend, answers=self.answers,
             )  # fmt: skip
+            backbone = self.backbone.state_dict() if self.origin.learnt else None
             text = None if (folder / run_files.CARD).exists() else str(self.generate_model_card(**card))
-            runs.write(folder, config, self.heads.state_dict(), text, more_files)
+            runs.write(folder, config, self.heads.state_dict(), text, more_files, backbone)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)
         except OSError as why:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._guards import TracingContext, detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 
-from ptee._common.errors import PteeError, first_line
+from ptee._common.errors import Argument, PteeError, first_line
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, run
 from ptee.exits.confidence import leaves
@@ -331,6 +331,49 @@ class ExitEarly(Call):
         """The answers of the rows that never left."""
         thresholds = {n: self._threshold(n) for n in range(len(self.thresholds))}
         return self.rule.at_end(own, self._earlier(), thresholds)
+
+
+class SoftAnswer(ExitEarly):
+    """No row leaves, and each gets Y_0, a soft ensemble of all exits that are on and the backbone (h_E = 1):
+
+        Y_n = h_n y_n + (1 - h_n) Y_{n+1}        Y_E = y_E
+
+    y_n are the exits' own probabilities, h_n the model's confidence. This is the first way of inference of differentiable branching
+    (Scardapane et al. 2020). It saves nothing: every row costs c_E. An exit that is off has no part in it, as if its h were 0, and
+    neither has one whose h is not finite. With all exits off Y_0 is the backbone's answer. Logits are log Y_0.
+    """
+
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> None:
+        """Keep log y_n and h_n."""
+        if self.rule.blend is not None:
+            raise PteeError(
+                "Soft answers are made of the exits' own, and this model's are blended. Set model.answers = 'own'."
+            )
+        if n not in self.plan.off:
+            logits, h = self.rule.at_exit(n, said.logits, said.confidence_logit, earlier)
+            self._left.append(_Leavers(None, n, logits.float().log_softmax(-1), h.nan_to_num(0.0).clamp(0, 1)))
+
+    def result(self, answer: Tensor | None, dtype: torch.dtype | None = None) -> ExitOutput:
+        """log Y_0 of all rows; `answer` is the backbone's."""
+        assert answer is not None  # no row left
+        blended = answer.float().log_softmax(-1)
+        for _, _, log_y, h in reversed(self._left):
+            leave, stay = (share[:, None] for share in (h.log(), (-h).log1p()))
+            blended = torch.where(h[:, None] > 0, torch.logaddexp(leave + log_y, stay + blended), blended)
+        sure = torch.ones(len(answer), device=answer.device)
+        end = len(self.plan.exits)
+        return ExitOutput(
+            blended.to(answer.dtype), torch.full_like(sure, end, dtype=torch.int64), sure, sure * self.plan.costs[-1]
+        )
+
+
+def kind_of_call(soft: bool, given: bool) -> type[ExitEarly]:
+    """What is run for hard or soft answers. Thresholds that are given have no meaning for soft ones."""
+    if soft and given:
+        raise PteeError(
+            "Soft answers have no threshold: no row leaves. Leave out ", Argument("threshold"), ".", argument="soft"
+        )
+    return SoftAnswer if soft else ExitEarly
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ptee._common.errors import BackboneError, RunError, possible
+from ptee._common.errors import BackboneError, RunError, first_line, possible
 from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
@@ -60,7 +60,7 @@ def check_weights(run: Run, module: nn.Module) -> None:
     if why:
         raise RunError(
             f"{run.folder} was made for {run.config.backbone.name} with weights {run.config.backbone.hash[:16]}; this backbone's are "
-            f"{found[:16]}: {why}. Give the backbone it was trained on, in the same number type."
+            f"{found[:16]}: {why}. Give the backbone it was trained on{_its_weights(run)}, in the same number type."
         )
 
 
@@ -86,11 +86,35 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     about = run.config.backbone
     module, label_space = backbone, None
     if module is None:
-        rebuilt = rebuild(record_of(run.folder, run.config, run.remote))
+        rebuilt = rebuild(
+            record_of(run.folder, run.config, run.remote), weights=run.backbone is None, saved=run.backbone
+        )
         module, label_space = rebuilt.module, rebuilt.label_space
+        if run.backbone is not None:
+            _fill(module, run)
     images = InputConfig(**about.input.model_dump())
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
-    return Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
+    learnt = run.backbone is not None
+    return Backbone(module, about.name, checked.num_classes, images, about.source, label_space, learnt=learnt)
+
+
+def _its_weights(run: Run) -> str:
+    """Where the weights of a backbone are that the user must give, if the run keeps them."""
+    return (
+        f", with the weights in its {run.config.backbone.weights_file} (safetensors.torch.load_model)"
+        if run.backbone
+        else ""
+    )
+
+
+def _fill(module: nn.Module, run: Run) -> None:
+    assert run.backbone is not None
+    try:
+        module.load_state_dict(run.backbone)
+    except RuntimeError as why:
+        raise RunError(
+            f"{run.folder}: the weights in it do not fit {run.config.backbone.name}: {first_line(why)}"
+        ) from why
 
 
 def blend_of(run: Run) -> Blend | None:

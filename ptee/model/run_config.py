@@ -102,11 +102,15 @@ class InputRecord(_Record):
 
 
 class BackboneRecord(_Record):
-    """The backbone that the heads were trained on. `hash` is the sha256 of its weights; `source` says how to rebuild it."""
+    """The backbone that the heads were trained on. `hash` is the sha256 of its weights; `source` says how to rebuild it.
+
+    `weights_file` holds its weights if it was trained together with the heads: a name in the same folder.
+    """
 
     name: Name
     hash: Name
     source: Source = None
+    weights_file: Text | None = None
     classes: Count
     input: InputRecord
 

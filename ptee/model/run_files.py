@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ptee import __version__
-from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.errors import Argument, PteeError, RunError, first_line
 from ptee._common.files import as_path, from_json
 from ptee._common.process import no_logs
 from ptee._common.validation import from_pydantic
@@ -21,6 +21,7 @@ from ptee.model.heads_file import Stored, read_header, stored_hash
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, require_sane
 
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
+BACKBONE = "backbone.safetensors"  # of a run whose backbone learnt, too
 LARGEST_CONFIG_BYTES = 4 * 2**20
 OTHER_FOLDER = "Copy the run to a folder that you may write."
 _AGAIN = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
@@ -38,12 +39,22 @@ def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
     return _checked(folder, read_values(folder, path)), remote
 
 
-def read_run(folder: str | Path, **hub: Any) -> tuple[RunConfig, Path, bool]:
-    """The checked config.json of a run, its file of heads, which belongs to it, and whether it came from the hub."""
+def read_run(folder: str | Path, **hub: Any) -> tuple[RunConfig, Path, Path | None, bool]:
+    """The checked config.json of a run, its files of heads and backbone (or None), which belong to it, and whether it is remote.
+
+    Remote is what came from the hub.
+    """
     config, remote = read_config(folder, **hub)
-    path = download(str(folder), config.heads_file, hub) if remote else as_path(folder, "folder") / config.heads_file
-    _require_heads(folder, path, config)
-    return config, path, remote
+
+    def place(name: str) -> Path:
+        return download(str(folder), name, hub) if remote else as_path(folder, "folder") / name
+
+    heads, own = place(config.heads_file), config.backbone.weights_file
+    _require_heads(folder, heads, config)
+    backbone = None if own is None else place(own)
+    if backbone is not None:
+        _require_backbone(folder, backbone, config)
+    return config, heads, backbone, remote
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -115,7 +126,9 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise RunError(f"{folder}: {CONFIG}: {from_pydantic(error)} Copy the run again.") from error
-    _refuse_outside(folder, config.heads_file)
+    for name in (config.heads_file, config.backbone.weights_file):
+        if name is not None:
+            _refuse_outside(folder, name)
     if any(row.gate for row in config.exits):
         raise RunError(
             f"{folder}: its confidence comes from gates, which this version does not have. Train it again, or load it with "
@@ -134,14 +147,29 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
 
 def _require_heads(folder: str | Path, path: Path, config: RunConfig) -> None:
     """Refuse a file of heads that is missing, damaged, larger than heads can be, or not of this config.json."""
+    found = _header(folder, path)
+    _require_layers(folder, config, found)
+    _require_saved(folder, path, config, found)
+
+
+def _header(folder: str | Path, path: Path) -> dict[str, Stored]:
     if not path.is_file():
         raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
     try:
-        found = read_header(path)
+        return read_header(path)
     except (OSError, ValueError) as why:
         raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it again.") from why
-    _require_layers(folder, config, found)
-    _require_saved(folder, path, config, found)
+
+
+def _require_backbone(folder: str | Path, path: Path, config: RunConfig) -> None:
+    """Refuse a file of the backbone's weights that is missing, damaged, too large, or not of this config.json."""
+    found, wanted = _header(folder, path), config.backbone_tensors or {}
+    for name in sorted({*wanted, *found}):
+        if name not in found or stored_hash(path, found[name]) != wanted.get(name):
+            raise RunError(
+                f"{folder}: tensor {name!r:.80} of the backbone is missing, damaged, or of another training; {path.name} and "
+                f"{CONFIG} do not belong together. Copy the run again."
+            )
 
 
 def _require_layers(folder: str | Path, config: RunConfig, found: Mapping[str, Stored]) -> None:
@@ -199,6 +227,10 @@ def record_of(
             f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Load it from Python: "
             f"ptee.load(folder, {argument}=...)."
         )
+    keeps = not front and config.backbone.weights_file is not None
+    if keeps and weights is not None:
+        text = f" is of no use here: {folder} keeps the weights of its backbone, which learnt with the heads. Leave it out."
+        raise RunError(Argument("weights"), text, argument="weights")
     source = about.source if weights is None else about.source | {"weights": {"file": str(weights)}}
     with rebuilding(argument):
         request = checked_record(source)[1]
@@ -206,14 +238,14 @@ def record_of(
         raise RunError(
             f"{folder} is for {config.backbone.classes} classes, its backbone has {request.num_classes}. Copy the run again."
         )
-    if not front and remote and weights is None and request.weights:
+    if not front and not keeps and remote and weights is None and request.weights:
         raise RunError(
             f"{folder} was made with a weights file on another machine, which is not looked for here. Load it from Python: "
             "ptee.load(folder, backbone=...)."
         )
     if not remote:
         _require_at_hand(folder, about.source)
-    if not front and request.weights:
+    if not front and not keeps and request.weights:
         with rebuilding(argument):
             require_weights(request.weights)
     return source

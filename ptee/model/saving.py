@@ -1,6 +1,7 @@
 """The run folder: config.json and heads.safetensors, written whole or not at all, and read with suspicion.
 
-A run holds the heads and never the backbone; config.json says where the backbone came from, and the hash of its weights.
+A run holds the heads, and the backbone only if it learnt with them; config.json says where the backbone came from, and the
+hash of its weights.
 Nothing is unpickled, no path may lead out of the folder, and every field is checked before it is used (`run_config`).
 """
 
@@ -23,6 +24,7 @@ from ptee.exits.front import FrontHead
 from ptee.exits.plan import Plan
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint
 from ptee.model.run_files import (
+    BACKBONE,
     CARD,
     CONFIG,
     HEADS,
@@ -44,8 +46,8 @@ MODEL_CARD = """---
 ---
 
 Early-exit heads made with ptee. Load them with `ptee.load("user/repo")`, or on your own copy of the backbone with
-`ptee.load("user/repo", backbone=model)`. The backbone is not in this repository; config.json names it and the hash of
-its weights. `model.threshold` trades accuracy for cost at any time.
+`ptee.load("user/repo", backbone=model)`. config.json names the backbone and the hash of its weights; these are in this
+repository only if they were trained together with the heads (backbone.safetensors). `model.threshold` trades accuracy for cost at any time.
 """
 
 
@@ -57,12 +59,14 @@ class Run:
         folder: as the user named it.
         config: what config.json says.
         tensors: the heads' parameters and buffers, by name.
+        backbone: the backbone's, likewise; None if the run does not keep them.
         remote: it came from the hub, so its paths do not mean files on this machine.
     """
 
     folder: str
     config: RunConfig
     tensors: dict[str, Tensor]
+    backbone: dict[str, Tensor] | None
     remote: bool
 
 
@@ -86,6 +90,7 @@ def describe(
         "backbone": {
             "name": network.name,
             "source": network.source,
+            "weights_file": BACKBONE if network.learnt else None,
             "hash": weights_hash(network.module),
             "classes": plan.classes,
             "input": plain(network.input),
@@ -114,11 +119,12 @@ def write(
     tensors: Mapping[str, Tensor],
     card: str | None = None,
     more: Mapping[str, str] | None = None,
+    backbone: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a run: all of it, or on failure nothing, so that a run that was there stays as it was.
 
     `config` comes from `describe`; version, hashes and fingerprint are added. `card` is the text of README.md; None leaves
-    it. `more` holds the texts of further files, by name.
+    it. `more` holds the texts of further files, by name. `backbone` are the weights of one that learnt.
     """
     from safetensors.torch import save_file
 
@@ -128,6 +134,8 @@ def write(
     whole = json.loads(to_json(whole | {"tensors": known}))  # as it will be read
     whole["fingerprint"] = fingerprint(whole)
     writers: dict[str, Callable[[Path], Any]] = {HEADS: lambda path: save_file(stored, path)}
+    if backbone is not None:
+        writers[BACKBONE] = lambda path: save_file(storable(backbone), path)
     if card is not None:
         writers[CARD] = _text(card)
     writers |= {name: _text(text) for name, text in (more or {}).items()}
@@ -163,8 +171,9 @@ def _dtype(tensor: Tensor) -> str:
 
 def read(folder: str | Path, **hub: Any) -> Run:
     """Read and check a run from a folder, or from a repo "user/name" on the hub; `hub` are arguments of hf_hub_download."""
-    config, path, remote = read_run(folder, **hub)
-    return Run(str(folder), config, _tensors(folder, path), remote)
+    config, path, own, remote = read_run(folder, **hub)
+    backbone = None if own is None else _tensors(folder, own)
+    return Run(str(folder), config, _tensors(folder, path), backbone, remote)
 
 
 def fill(heads: nn.Module, run: Run) -> None:

@@ -20,7 +20,7 @@ from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unk
 from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
-from ptee.backbones.load import Backbone, load_backbone
+from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.confidence import CONFIDENCES
@@ -31,12 +31,21 @@ from ptee.exits.times import BatchTimes
 from ptee.model import run_files, saving
 from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
-from ptee.pipeline.images import describe_labels, from_data_sets, has_labels, image_size, labels_of, recipe_for
+from ptee.pipeline.images import (
+    describe_labels,
+    from_data_sets,
+    has_labels,
+    image_size,
+    labels_of,
+    recipe_for,
+    undoubted,
+)
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.run_folder import clear, forget_training, is_main_process, new_folder, require_readable, sole_writer
 from ptee.timing.measure import measure
 from ptee.timing.times import AUTO, FILE, Times
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
+from ptee.training.config import JOINT
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
 from ptee.tuning.config import TIME, Target
@@ -88,23 +97,25 @@ def fit(
     log: Log | None = None,
     **changes: Any,
 ) -> EarlyExitModel:
-    """Add early exits to a trained classifier: place them, train their heads, choose thresholds, measure, save.
+    """Add early exits to a classifier: place them, train their heads, choose thresholds, measure, save.
 
     The steps, the settings and the numbers are those of `ptee augment`, except that speed is measured only on request. The
     caller's random numbers of torch go on as if `fit` had not been called.
 
     Args:
         model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module from images (b, c, h, w) to logits (b, K).
-            A module stays frozen, and is used itself, not copied.
+            A module is used itself, not copied. It stays frozen, unless the recipe says `backbone="joint"`: then it learns with the
+            heads, and the run keeps its weights.
         train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. The images are resized and
             normalised as the backbone expects.
         val_data: other images, for the report. None: a tenth of the training images.
         calibration_data: other images, for the thresholds. None: one half of `val_data`, or a tenth of the training images.
-        recipe: the name of a built-in recipe ("ptee", "pteenet", "eenet", "branchynet", "ztw"), a YAML file, or a `Recipe`.
+        recipe: the name of a built-in recipe ("ptee", "pteenet", "eenet", "branchynet", "ztw"; with a backbone that learns, too,
+            "eenet-joint", "branchynet-joint", "db-joint"), a YAML file, or a `Recipe`.
         out: a folder for the run. None: nothing is saved.
         num_classes: K, if the model does not say.
         input_size: (c, h, w). None: the model's own; for a module, that of the first training image.
-        pretrained: for a name: load its published weights.
+        pretrained: for a name: load its published weights; if false, they are random, drawn by the recipe's seed where they learn.
         weights: for a name: a file of weights instead.
         device: None: a GPU if there is one.
         num_workers: processes that load images.
@@ -134,7 +145,7 @@ def fit(
     backbone = load_backbone(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
-    labels = labels_of(data, backbone, resolve_device(device))
+    labels = undoubted(labels_of(data, backbone, resolve_device(device)), chosen)
     if input_size is not None and found not in (None, size := tuple(backbone.input.input_size)):
         text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
@@ -158,6 +169,7 @@ def _folder(out: str | Path | None, overwrite: bool, resume: bool) -> Path | Non
 def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> EarlyExitModel:
     """`fit` for a backbone and images that are loaded already."""
     recipe = recipe.resolved()
+    backbone = _seeded(backbone, recipe)
     job = replace(job, device=resolve_device(job.device))
     model, target = checked_model(backbone, data, recipe)
     for network in (backbone, getattr(model.heads[0], "origin", None)):
@@ -166,6 +178,14 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     job.log(f"{data.summary}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
     with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
         return _fit(model, data, target, recipe, job)
+
+
+def _seeded(backbone: Backbone, recipe: Recipe) -> Backbone:
+    """The backbone. Random weights that are to learn are drawn by the recipe's seed, so that the run can be repeated and resumed."""
+    if recipe.backbone != JOINT or backbone.source is not None or backbone.architecture is None:
+        return backbone
+    with own_random_numbers(recipe.seed):
+        return replace(backbone, module=rebuild(backbone.architecture, weights=False).module)
 
 
 def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> EarlyExitModel:

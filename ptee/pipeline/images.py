@@ -20,6 +20,7 @@ from ptee.data.sources import open_data, open_named
 from ptee.data.splits import DATA_SETS, Data, complete
 from ptee.model.images import require_images, wrong_size
 from ptee.pipeline.recipe import Recipe
+from ptee.training.config import JOINT
 
 SOURCE = "your own data sets"  # what data sets from Python are called
 ARGUMENTS = {"train": "train_data", "calibration": "calibration_data", "validation": "val_data"}  # of `ptee.fit`
@@ -148,8 +149,9 @@ def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
     """The recipe that the labels allow: without labels that can be trusted, the heads learn the backbone's answers.
 
     Raises:
-        DataError: if the recipe asks for something that needs labels.
+        DataError: if the recipe asks for something that needs labels, as a backbone that learns does.
     """
+    labels = undoubted(labels, recipe)
     _require_labels(labels, recipe)
     if labels.indices is not None and not labels.doubt:
         return recipe
@@ -162,6 +164,9 @@ def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
 
 def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
     limit, question = recipe.thresholds.max_drop, recipe.confidence.question
+    give = ("Give images with labels, or ", Argument("backbone", "'frozen'"), ".")
+    if recipe.backbone == JOINT and labels.indices is None:
+        raise DataError(f"{labels.reason} A backbone that learns needs labels. ", *give, argument="backbone")
     needs = [
         (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
         (recipe.training.targets == "labels", Argument("targets", "'labels'"), Argument("targets", "'pseudo'")),
@@ -173,6 +178,11 @@ def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
             raise DataError(*text, " Or give ", instead, ".", argument=wanted.name)
         if needed:
             labels.require_accuracy(wanted, instead)
+
+
+def undoubted(labels: LabelMap, recipe: Recipe) -> LabelMap:
+    """The labels. What a backbone does not know yet, but learns, is no reason to doubt them."""
+    return replace(labels, doubt="", remedy=()) if recipe.backbone == JOINT and labels.indices is not None else labels
 
 
 def has_labels(data: Data) -> bool:

@@ -1,6 +1,6 @@
 """A recipe: every setting from exits to thresholds in one value, and the only place of their defaults.
 
-Recipes are YAML files; five are built in. `ptee recipe NAME` prints one, and every run keeps the recipe it was made with.
+Recipes are YAML files; some are built in. `ptee recipe NAME` prints one, and every run keeps the recipe it was made with.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from ptee._common.errors import Argument, PteeError, first_line, unknown
 from ptee._common.files import LONGEST_KEY, as_path, is_file
 from ptee._common.validation import FrozenConfig, Whole
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
-from ptee.training.config import SEPARATE, TrainingConfig
+from ptee.training.config import ALONE, BACKBONE_WORDS, FROZEN, JOINT, TrainingConfig
+from ptee.training.config import Backbone as BackboneKind
 from ptee.tuning.config import HOW, TARGETS, ThresholdsConfig
 
 RECIPE_FILE = "recipe.yaml"
+OF_RECIPE = {"seed", "backbone"}  # settings of the training that are the recipe's
 LARGEST_FILE = 2**16  # bytes; a recipe has about two thousand, and YAML is read slowly
 DEFAULT = "ptee"
 # Shorter names of settings, in Python and on the command line.
@@ -42,38 +44,45 @@ class Recipe(FrozenConfig):
         lt=2**32,
         description="Seed of the heads, of the order of the images, and of the images that are drawn for each part.",
     )
+    backbone: BackboneKind = Field(FROZEN, description=f"What becomes of the backbone: {BACKBONE_WORDS}")
     exits: ExitsConfig = ExitsConfig()
     training: TrainingConfig = TrainingConfig()
     confidence: ConfidenceConfig = ConfidenceConfig()
     thresholds: ThresholdsConfig = ThresholdsConfig()
 
     @model_validator(mode="after")
-    def _one_seed(self) -> Self:
-        own = self.training.seed
-        if "seed" in self.training.model_fields_set and own != self.seed:
-            wrong, right = (Argument(name, str(own)) for name in ("training.seed", "seed"))
-            text = " is not the recipe's seed. Give one for all: "
-            raise PteeError(wrong, text, right, ".", argument="training.seed", value=own)
+    def _one_for_all(self) -> Self:
+        for key in OF_RECIPE & self.training.model_fields_set:
+            own = getattr(self.training, key)
+            if own not in (None, getattr(self, key)):
+                wrong, right = (Argument(name, str(own)) for name in (f"training.{key}", key))
+                text = f" is not the recipe's {key}. Give one for all: "
+                raise PteeError(wrong, text, right, ".", argument=f"training.{key}", value=own)
+        self.own_training()  # refuses settings that do not go with the recipe's backbone
         return self
+
+    def own_training(self) -> TrainingConfig:
+        """The settings of the training, with those of the recipe that count there, too."""
+        return self.training.changed(**{key: getattr(self, key) for key in OF_RECIPE})
 
     def given(self) -> dict[str, Any]:
         """The settings that were set, nested by section; the others have their defaults."""
-        return self.model_dump(exclude_unset=True, exclude={"training": {"seed"}}, mode="json")
+        return self.model_dump(exclude_unset=True, exclude={"training": OF_RECIPE}, mode="json")
 
     def to_yaml(self) -> str:
         """The recipe as the text of a file, with every setting."""
-        values = self.resolved().model_dump(exclude={"training": {"seed"}}, mode="json")
+        values = self.resolved().model_dump(exclude={"training": OF_RECIPE}, mode="json")
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
     def resolved(self) -> Recipe:
         """The same recipe with a value for every None that depends on other settings."""
-        training = self.training.changed(seed=self.seed).resolved()
+        training = self.own_training().resolved()
         confidence = self.confidence.changed(name=self.confidence.name or self._usual_confidence)
         return self.model_copy(update={"exits": self.exits.resolved(), "training": training, "confidence": confidence})
 
     @property
     def _usual_confidence(self) -> str:
-        return CALIBRATED if self.training.loss == SEPARATE else LEARNED
+        return CALIBRATED if self.training.loss in ALONE else LEARNED
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with some settings changed.
@@ -94,7 +103,7 @@ class Recipe(FrozenConfig):
 
     def _loosened(self, confidence: bool) -> Recipe:
         """The same recipe, in which values that follow from other settings are not set, so that they follow a change of these."""
-        loose: dict[str, Any] = {"exits": _loosened(self.exits), "training": _loosened(self.training)}
+        loose: dict[str, Any] = {"exits": _loosened(self.exits), "training": _loosened(self.own_training())}
         if confidence and self.confidence.name == self._usual_confidence:
             loose["confidence"] = ConfidenceConfig(**self.confidence.model_dump(exclude_unset=True, exclude={"name"}))
         return self.model_copy(update={name: value for name, value in loose.items() if name in self.model_fields_set})
@@ -110,15 +119,16 @@ def _loosened(config: Any) -> Any:
     return loose if loose.resolved() == config.resolved() else config
 
 
-def _of_paper(about: str, exits: Any, training: Any, confidence: str = "learned") -> dict[str, Any]:
-    """A paper's recipe. All learn for five epochs with Adam, on the images themselves."""
+def _of_paper(about: str, exits: Any, training: Any, confidence: str = "learned", **more: Any) -> dict[str, Any]:
+    """A paper's recipe. All learn with Adam, on the images themselves; a frozen backbone's heads for five epochs."""
     common = {
         "epochs": 5, "optimizer": "adam", "lr": 0.001, "weight_decay": 0.0, "schedule": "constant", "views": 1, "shift": 0
     }  # fmt: skip
-    how = {"confidence": {"name": confidence}, "thresholds": {"threshold": 0.5}}
-    return {"about": about, "exits": exits, "training": {**common, **training}, **how}
+    more |= {"confidence": {"name": confidence}, "thresholds": {"threshold": 0.5}}
+    return {"about": about, "exits": exits, "training": {**common, **training}, **more}
 
 
+THESIS = {"epochs": 200, "batch_size": 32, "patience": 20}  # of all its trainings, unless it says otherwise
 BUILT_IN: dict[str, dict[str, Any]] = {
     "ptee": {
         "about": "The default: three heads that learn the backbone's probabilities, the first one large and early."
@@ -144,6 +154,25 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         {"places": "pareto", "head": "conv2+"},
         {"loss": "separate", "targets": "labels"},
         "max_prob",
+    ),
+    "eenet-joint": _of_paper(
+        "Demir and Akbas, thesis 2019 and arXiv 2409.05336: backbone and exits learn together; the cost counts .95.",
+        {"places": "pareto", "head": "bnpool"},
+        {"loss": "joint_each_exit", "cost_weight": 0.95, **THESIS},
+        backbone=JOINT,
+    ),
+    "branchynet-joint": _of_paper(
+        "Teerapittayanon et al., ICPR 2016: backbone and heads learn a weighted sum of cross-entropies, rows leave by entropy.",
+        {"places": "pareto", "head": "conv2"},
+        {"loss": "weighted", **THESIS},
+        "entropy",
+        backbone=JOINT,
+    ),
+    "db-joint": _of_paper(
+        "Scardapane et al., ICASSP 2020 (differentiable branching): backbone and heads learn the soft answer and its cost.",
+        {"places": "linear", "head": "conv1"},
+        {"loss": "joint", **THESIS},
+        backbone=JOINT,
     ),
 }
 # The demo's heads are so small that they read easy canvases only. Larger ones would read nearly all, and nobody would need the
@@ -317,7 +346,7 @@ def settings() -> Iterator[tuple[str, Any]]:
             yield name, field
             continue
         for key, inner in section.model_fields.items():
-            if (name, key) != ("training", "seed"):  # which is the recipe's
+            if name != "training" or key not in OF_RECIPE:
                 yield f"{name}.{key}", inner
 
 

@@ -30,7 +30,7 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
         weights: the user's file with the backbone's weights.
         images: those that it was made with are wanted, too.
     """
-    config, _, remote = read_run(run)
+    config, _, _, remote = read_run(run)
     with or_weights():
         for front in (False, True)[: 1 + (config.front is not None)]:
             record_of(run, config, remote, front=front, weights=None if front else weights)

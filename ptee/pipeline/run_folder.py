@@ -100,7 +100,7 @@ def is_main_process() -> bool:
 
 def clear(out: Path) -> None:
     """Remove an earlier run, so that it is not taken for this one."""
-    for name in (run_files.CONFIG, run_files.HEADS, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
+    for name in (run_files.CONFIG, run_files.HEADS, run_files.BACKBONE, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
         (out / name).unlink(missing_ok=True)
 
 

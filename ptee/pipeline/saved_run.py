@@ -204,7 +204,7 @@ def _moved_backbone(run: str, weights: Path | None) -> Any:
     """The backbone of a run with weights from another place; None to look where the run says."""
     if weights is None:
         return None
-    config, _, remote = read_run(run)
+    config, _, _, remote = read_run(run)
     return rebuild(record_of(run, config, remote, weights=weights)).module
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbo
 from ptee.pipeline.images import recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
 from ptee.pipeline.run_folder import is_interrupted, new_folder
+from ptee.training.config import JOINT
 from ptee.training.training_data import shared_caches
 
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
@@ -159,7 +161,8 @@ def _fit_all(backbone: Backbone, data: _Images, runs: Sequence[tuple[Path, dict[
 
 def _fit(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> None:
     try:
-        fit_backbone(backbone, data, recipe, job).detach()
+        own = replace(backbone, module=deepcopy(backbone.module)) if recipe.backbone == JOINT else backbone
+        fit_backbone(own, data, recipe, job).detach()
     except Interrupted as why:
         raise Interrupted(f"{why} The same command goes on.") from why
 
@@ -176,7 +179,8 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
     same = {
         "recipe": make_recipe(folder).to_yaml() == carried_out(recipe, data).to_yaml(),
         "images": results.get("data") == json.loads(json.dumps(about(data))),
-        "backbone": saving.read(folder).config.backbone.hash == weights_hash(backbone.module),
+        "backbone": recipe.backbone == JOINT
+        or saving.read(folder).config.backbone.hash == weights_hash(backbone.module),
     }
     if other := [name for name, is_same in same.items() if not is_same]:
         text = f"{folder} holds a run of another {' and another '.join(other)}. Give another folder with "

@@ -35,14 +35,14 @@ class Checkpoint:
     """A training between two epochs.
 
     Attributes:
-        heads: state of the heads.
-        best_heads: their state after the best epoch; empty if none is kept.
+        weights: state of what learns: of the heads, or of heads and backbone.
+        best: the same after the best epoch; empty if none is kept.
         optimizer: state of the optimizer, by number of the parameter and by name.
         epochs: the complete ones.
     """
 
-    heads: Mapping[str, Tensor]
-    best_heads: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    best: Mapping[str, Tensor]
     optimizer: Mapping[int, Mapping[str, Any]]
     epochs: Sequence[Epoch]
 
@@ -77,7 +77,7 @@ def write(path: Path, reached: Checkpoint, training: Mapping[str, Any]) -> None:
     """Write a checkpoint of the training that `describe_training` describes, in place of an earlier one."""
     from safetensors.torch import save_file
 
-    groups: dict[str, Mapping[str, Any]] = {"heads": reached.heads, "best": reached.best_heads}
+    groups: dict[str, Mapping[str, Any]] = {"heads": reached.weights, "best": reached.best}
     groups |= {f"optimizer.{i}": state for i, state in reached.optimizer.items()}
     tensors = storable(
         {f"{group}.{k}": torch.as_tensor(v, device="cpu") for group, state in groups.items() for k, v in state.items()}

@@ -10,13 +10,24 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, FrozenConfig, Number, Whole, YesNo
 
+OPERATIONS: Literal["operations"] = "operations"
 SEPARATE = "separate"  # the loss in which every head learns for itself
-ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit"}  # older names
+WEIGHTED = "weighted"  # likewise, and the backbone's own answer counts, too
+ALONE = (SEPARATE, WEIGHTED)
+# The names of the thesis (v1, v2), of differentiable branching (db) and of BranchyNet, and an older one.
+ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit", "db": "joint", "branchynet": WEIGHTED}
 MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
 SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
 Auto = Literal["auto"]
-Loss = Literal["separate", "joint", "joint_each_exit", "mc", "cost"]
+Loss = Literal["separate", "weighted", "joint", "joint_each_exit", "mc", "cost"]
 Targets = Literal["labels", "pseudo", "soft"]
+Backbone = Literal["frozen", "joint"]
+FROZEN: Backbone = "frozen"
+JOINT: Backbone = "joint"
+BACKBONE_WORDS = (
+    "frozen (not a byte of it changes) or joint (it learns together with the heads, in training mode, and its weights are "
+    "saved in the run)."
+)
 # The weights of the optimizer's learning rate and weight decay where none are given.
 LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
@@ -25,13 +36,21 @@ WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 class TrainingConfig(FrozenConfig):
     """How the heads are trained. Every setting has a default; None and "auto" depend on other settings or on the data."""
 
+    backbone: Backbone | None = Field(
+        default=None, description=f"As in the recipe: {BACKBONE_WORDS} Default: frozen, or what the recipe says."
+    )
+    backbone_lr: Number | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of the backbone at the beginning, where it learns. Default: that of the heads.",
+    )
     loss: Annotated[Loss, BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name)] = (
         Field(
             default="separate",
             description="What is minimised. separate: every head learns for itself, and its confidence learns whether the head "
-            "is right. joint: cross-entropy of the exits' answers blended by their confidences, plus the expected cost. "
-            "joint_each_exit: the same, averaged over all exits. mc: the cross-entropy alone. cost: the expected cost alone. "
-            "Older names: each, v1, v2.",
+            "is right. weighted: the same as a weighted sum, to which the backbone's own answer belongs. joint: cross-entropy of "
+            "the exits' answers blended by their confidences, plus the expected cost. joint_each_exit: the same, averaged over all exits. mc: the cross-entropy alone. cost: the expected cost alone. "
+            "Other names: v1 and db (joint), v2 (joint_each_exit), branchynet (weighted), each (separate).",
         )
     )
     targets: Targets | None = Field(
@@ -49,6 +68,17 @@ class TrainingConfig(FrozenConfig):
         default=None,
         ge=0,
         description="What one unit of cost is worth in cross-entropy. Only for the joint losses. Default: 1.",
+    )
+    cost_unit: Literal["operations", "parameters"] = Field(
+        default=OPERATIONS,
+        description="What the cost in the joint losses is a share of: operations, which take the time, or parameters, as in "
+        "EENet's thesis, whose cost weights belong to that.",
+    )
+    exit_weights: tuple[Annotated[Number, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=2,
+        description="The weight of each exit and of the backbone's own answer in the loss weighted, such as 1,1,0.3. "
+        "Default: 1 each.",
     )
     epochs: Annotated[Whole, Field(ge=1)] | Auto = Field(
         default="auto",
@@ -107,8 +137,8 @@ class TrainingConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        alone, targets = self.loss == SEPARATE, self.resolved_targets
-        if self.temperature not in (None, 1) and not (alone and targets == "soft"):
+        alone, targets = self.loss in ALONE, self.resolved_targets
+        if self.temperature not in (None, 1) and not (self.loss == SEPARATE and targets == "soft"):
             raise _clash(
                 "temperature", self.temperature, "needs loss='separate' and targets='soft'",
                 f"loss={self.loss!r} and targets={targets!r}",
@@ -117,7 +147,23 @@ class TrainingConfig(FrozenConfig):
             raise _clash(
                 "cost_weight", self.cost_weight, "needs a joint loss, such as loss='joint'", f"loss={self.loss!r}"
             )
+        if self.cost_unit != OPERATIONS and alone:
+            raise _clash("cost_unit", self.cost_unit, "needs a joint loss, such as loss='joint'", f"loss={self.loss!r}")
+        if self.exit_weights is not None and self.loss != WEIGHTED:
+            raise _clash("exit_weights", self.exit_weights, "needs loss='weighted'", f"loss={self.loss!r}")
+        self._check_backbone()
         return self
+
+    def _check_backbone(self) -> None:
+        if self.backbone == FROZEN and self.backbone_lr is not None:
+            raise _clash("backbone_lr", self.backbone_lr, "needs backbone='joint'", "backbone='frozen'")
+        if self.backbone != JOINT:
+            return
+        if self.loss == SEPARATE:
+            needs = "needs a loss in which the backbone's own answer counts, such as loss='joint_each_exit'"
+            raise _clash("backbone", JOINT, needs, f"loss={self.loss!r}")
+        if self.resolved_targets != "labels":  # else it would learn its own answers
+            raise _clash("backbone", JOINT, "needs targets='labels'", f"targets={self.targets!r}")
 
     @property
     def resolved_targets(self) -> str:
@@ -126,15 +172,17 @@ class TrainingConfig(FrozenConfig):
 
     def resolved(self) -> TrainingConfig:
         """This config with a value for every None that depends on another setting."""
-        alone = self.loss == SEPARATE
+        alone, backbone = self.loss == SEPARATE, self.backbone or FROZEN
         optimizer = self.optimizer or ("muon" if alone else "adam")
         softened = alone and self.resolved_targets == "soft"
         values: dict[str, Any] = {
+            "backbone": backbone,
             "targets": self.resolved_targets,
             "temperature": 2.0 if softened else 1.0,
-            "cost_weight": None if alone else 1.0,
+            "cost_weight": None if self.loss in ALONE else 1.0,
             "optimizer": optimizer,
             "lr": LR[optimizer],
+            "backbone_lr": (self.lr or LR[optimizer]) if backbone == JOINT else None,
             "weight_decay": WEIGHT_DECAY[optimizer],
             "schedule": "cosine" if alone else "constant",
         }

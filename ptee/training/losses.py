@@ -6,6 +6,7 @@ With y_n the softmax of exit n, h_n its confidence, c_n its cost and E the backb
     C_E = c_E        C_n = h_n c_n + (1 - h_n) C_{n+1}
 
     separate        = mean over n < E of KL(target || y_n), and of how well h_n tells whether exit n is right
+    weighted        = sum over n = 0..E of w_n KL(target || y_n), and of the same
     joint           = CE(target, Y_0) + cost_weight C_0
     joint_each_exit = mean over n = 0..E of CE(target, Y_n) + cost_weight C_n
     mc              = CE(target, Y_0)
@@ -15,26 +16,30 @@ Cross-entropies are computed from logits in log space: Y itself underflows where
 
 Every loss takes the same and gives a scalar, the mean over the batch, in float32 at least:
 
-    logits             (E+1, b, K) of every exit; the last are the frozen backbone's and get no gradient
+    logits             (E+1, b, K) of every exit; the last are the backbone's, which get a gradient if it learns
     confidence_logits  (E, b), h is their sigmoid
     costs              (E+1,) of leaving at each exit
     target             (b,) int64 labels, or (b, K) probabilities
     cost_weight        the thesis's lambda
 
+For labels KL(target || y) is the cross-entropy CE(target, y) = -log y[target].
+
 Sources: Demir, Early-exit Convolutional Neural Networks, MSc thesis, METU 2019, section 3.4, eqs. 6-12 (joint is its v1,
-joint_each_exit its v2); for `separate` Hinton, Vinyals & Dean, Distilling the knowledge in a neural network, 2015, section 2.
+joint_each_exit its v2); Scardapane et al., Differentiable branching in deep networks for fast inference, ICASSP 2020 (joint);
+Teerapittayanon et al., BranchyNet, ICPR 2016 (weighted); for `separate` Hinton, Vinyals & Dean, Distilling the knowledge in a
+neural network, 2015, section 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptee._common.errors import PteeError
-from ptee.training.config import SEPARATE
+from ptee._common.errors import Argument, PteeError
+from ptee.training.config import SEPARATE, WEIGHTED
 
 Loss = Callable[..., Tensor]
 CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `separate_loss`
@@ -43,21 +48,24 @@ CONFIDENCE_SHARE = 0.01  # of the answers' weight: see `separate_loss`
 def mc_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """Cross-entropy of the blended answer Y_0. Costs have no influence, so all images come to leave at the end."""
+    """CE(target, Y_0), the cross-entropy of the blended answer. Costs have no influence, so images come to leave at the end."""
     return _cross_entropies(logits, confidence_logits, target)[0]
 
 
 def cost_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """The expected cost C_0. Answers have no influence, so all images come to leave at exit 0."""
+    """C_0, the expected cost. Answers have no influence, so all images come to leave at exit 0."""
     return _expected_costs(logits, confidence_logits, costs)[0]
 
 
 def joint_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """Cross-entropy of Y_0 plus `cost_weight` times C_0. PTEENet trains with it at weight 1."""
+    """CE(target, Y_0) + cost_weight C_0. PTEENet trains with it at weight 1, and so does differentiable branching.
+
+    Differentiable branching calls Y_0 the soft output of the first branch, and counts C_0 in operations.
+    """
     cross_entropy = _cross_entropies(logits, confidence_logits, target)[0]
     return cross_entropy + cost_weight * _expected_costs(logits, confidence_logits, costs)[0]
 
@@ -65,7 +73,7 @@ def joint_loss(
 def joint_each_exit_loss(
     logits: Tensor, confidence_logits: Tensor, costs: Tensor, target: Tensor, cost_weight: float = 1.0
 ) -> Tensor:
-    """As `joint_loss`, but the mean over every Y_n and C_n, n = 0..E.
+    """(1 / (E+1)) sum over n = 0..E of CE(target, Y_n) + cost_weight C_n.
 
     The thesis sums these E+1 terms, and PTEENet's code divides the sum by E. With the mean, the size of the loss does not depend
     on the number of exits, so neither does what a learning rate means.
@@ -92,12 +100,43 @@ def separate_loss(
     multiplied by its square, which keeps the size of gradients. Costs and the backbone's logits are not used.
     """
     _require_exits(logits, confidence_logits)
-    wide = logits[:-1].to(_wide(logits))
-    divergence = temperature**2 * _divergences((wide / temperature).log_softmax(-1), target)
+    wide = logits.to(_wide(logits))
+    divergence = temperature**2 * _divergences((wide[:-1] / temperature).log_softmax(-1), target)
+    return divergence.mean() + CONFIDENCE_SHARE * _knowing(wide, confidence_logits, target)
+
+
+def weighted_loss(
+    logits: Tensor,
+    confidence_logits: Tensor,
+    costs: Tensor,
+    target: Tensor,
+    cost_weight: float = 1.0,
+    *,
+    exit_weights: Sequence[float] | None = None,
+) -> Tensor:
+    """BranchyNet's: the sum over n = 0..E of w_n CE(target, y_n), the backbone's own answer being number E; w_n = 1 if None.
+
+    BranchyNet leaves by entropy. So that there is a learned confidence as well, h learns as in `separate_loss`. Costs are not
+    used.
+
+    Raises:
+        PteeError: if there is not a weight for each of the E+1 answers.
+    """
+    _require_exits(logits, confidence_logits)
+    weights = (1.0,) * len(logits) if exit_weights is None else tuple(exit_weights)
+    if len(weights) != len(logits):
+        text = f" has {len(weights)} numbers, and these are {len(logits)} answers with the backbone's own. Give one for each."
+        raise PteeError(Argument("exit_weights", str(weights)), text, argument="exit_weights", value=weights)
+    wide = logits.to(_wide(logits))
+    divergences = _divergences(wide.log_softmax(-1), target).mean(-1)
+    return divergences @ divergences.new_tensor(weights) + CONFIDENCE_SHARE * _knowing(wide, confidence_logits, target)
+
+
+def _knowing(wide: Tensor, confidence_logits: Tensor, target: Tensor) -> Tensor:
+    """How well h tells whether the answers of the early exits are the target's largest class: cross-entropy."""
     best = target if target.dim() == 1 else target.argmax(-1)
-    right = (wide.argmax(-1) == best).to(wide.dtype)
-    knowing = F.binary_cross_entropy_with_logits(confidence_logits.to(wide.dtype), right)
-    return divergence.mean() + CONFIDENCE_SHARE * knowing
+    right = (wide[:-1].argmax(-1) == best).to(wide.dtype)
+    return F.binary_cross_entropy_with_logits(confidence_logits.to(wide.dtype), right)
 
 
 def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
@@ -110,8 +149,13 @@ def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    SEPARATE: separate_loss, "joint": joint_loss, "joint_each_exit": joint_each_exit_loss, "mc": mc_loss, "cost": cost_loss,
-}  # fmt: skip
+    SEPARATE: separate_loss,
+    WEIGHTED: weighted_loss,
+    "joint": joint_loss,
+    "joint_each_exit": joint_each_exit_loss,
+    "mc": mc_loss,
+    "cost": cost_loss,
+}
 v1_loss, v2_loss = joint_loss, joint_each_exit_loss  # the thesis's names
 
 
@@ -131,7 +175,6 @@ def _cross_entropies(logits: Tensor, confidence_logits: Tensor, target: Tensor) 
     """(E+1,) cross-entropy of the target with each Y_n, mean over the batch."""
     _require_exits(logits, confidence_logits)
     log_y = logits.to(_wide(logits)).log_softmax(-1)
-    log_y = torch.cat([log_y[:-1], log_y[-1:].detach()])  # the backbone is frozen: nothing flows back into it
     confidence_logits = confidence_logits.to(log_y.dtype)
     if target.dim() == 2:
         blended = blend_log_probs(log_y, confidence_logits.unsqueeze(-1))  # (E+1, b, K)

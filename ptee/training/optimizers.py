@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,24 +17,33 @@ OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "muon": "nmuon"}  # names here a
 
 
 def make_optimizer(
-    name: str, heads: nn.Module, *, lr: float, weight_decay: float, device: torch.device
+    name: str, parts: Sequence[tuple[nn.Module, float]], *, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of the heads, by a key of `OPTIMIZERS`. Weight decay is for matrices and convolutions.
+    """The optimizer of what learns, by a key of `OPTIMIZERS`. Weight decay is for matrices and convolutions.
+
+    `parts` are modules, each with its learning rate.
 
     "muon" makes the updates of matrices and convolutions orthogonal, and uses AdamW for the rest (Jordan et al. 2024).
     """
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
-    made: torch.optim.Optimizer = create_optimizer_v2(heads, OPTIMIZERS[name], lr=lr, weight_decay=weight_decay)
+    groups = [
+        group | {"lr": lr}
+        for module, lr in parts
+        for group in param_groups_weight_decay(
+            module, weight_decay, no_weight_decay_list=getattr(module, "no_weight_decay", set)()
+        )
+    ]
+    made: torch.optim.Optimizer = create_optimizer_v2(groups, OPTIMIZERS[name])
     if name == "muon" and best_precision(device) != "bf16":
         _iterate_in_float32(made)
     return made
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, lr: float, steps: int, done: int) -> LambdaLR:
-    """The learning rate falls from `lr` to 0 along half a cosine, over `steps` batches, of which some are done."""
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> LambdaLR:
+    """Each learning rate falls to 0 along half a cosine, over `steps` batches, of which some are done."""
     for group in optimizer.param_groups:
-        group["initial_lr"] = lr
+        group["initial_lr"] = group["lr"]
     return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2, last_epoch=done - 1)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ptee.analysis.parameters import parameter_shares
 from ptee.exits.confidence import first_exit
+from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import draw_shifts, shift_maps
-from ptee.training.config import TrainingConfig
-from ptee.training.losses import LOSSES, SEPARATE
+from ptee.training.config import OPERATIONS, SEPARATE, WEIGHTED, TrainingConfig
+from ptee.training.losses import LOSSES
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,10 @@ class Step(nn.Module):
     def __init__(self, model: EarlyExitModel, config: TrainingConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.loss, alone = LOSSES[config.loss], config.loss == SEPARATE
-        self.weights: dict[str, Any] = (
-            {"temperature": config.temperature} if alone else {"cost_weight": config.cost_weight}
-        )
+        self.loss = LOSSES[config.loss]
+        own = {SEPARATE: "temperature", WEIGHTED: "exit_weights"}.get(config.loss, "cost_weight")
+        self.weights: dict[str, Any] = {own: getattr(config, own)}
+        self.costs = model.costs if config.cost_unit == OPERATIONS else parameter_costs(model)
 
     def forward(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
         """The result of a batch: images (b, c, h, w), or what the heads read of them, and labels (b,) or None."""
@@ -59,7 +62,7 @@ class Step(nn.Module):
             batch = self._shifted(batch if isinstance(batch, Reading) else self.model.read(batch))
         every = self.model.answer(batch) if isinstance(batch, Reading) else self.model.all_exits(batch)
         target = self._target(every.logits[-1].detach(), labels)
-        costs = torch.tensor(self.model.costs, device=every.logits.device, dtype=torch.float32)
+        costs = torch.tensor(self.costs, device=every.logits.device, dtype=torch.float32)
         loss = self.loss(every.logits, every.confidence_logits, costs, target, **self.weights)
         with torch.no_grad():
             answers = every.logits.argmax(-1)
@@ -83,6 +86,15 @@ class Step(nn.Module):
             return final.argmax(-1)
         assert labels is not None  # the trainer has refused data without them
         return labels
+
+
+def parameter_costs(model: EarlyExitModel) -> tuple[float, ...]:
+    """c_0 .. c_E as shares of the backbone's parameters, all heads passed on the way included. The model is in eval mode."""
+    shares = parameter_shares(model.backbone, model.plan.input_size) | {INPUT: 0.0}
+    total = sum(p.numel() for p in model.backbone.parameters())
+    heads = list(accumulate(sum(p.numel() for p in head.parameters()) / total for head in model.heads))
+    reached = [shares[e.name] for e in model.exits]
+    return tuple(share + passed for share, passed in zip([*reached, 1.0], [*heads, heads[-1]], strict=True))
 
 
 def rows_of(batch: Tensor | Reading) -> int:

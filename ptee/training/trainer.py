@@ -1,7 +1,7 @@
-"""Training: the heads learn, the backbone does not.
+"""Training: the heads learn, and the backbone only if that is asked for.
 
-The images run through the frozen backbone in every epoch, or once for all epochs (`feature_cache`). Every head answers, and a
-loss (`losses`) judges all answers and confidences. accelerate runs the same loop on a CPU, on a GPU and, under
+The images run through the backbone in every epoch, or, if it is frozen, once for all epochs (`feature_cache`). Every head
+answers, and a loss (`losses`) judges all answers and confidences. accelerate runs the same loop on a CPU, on a GPU and, under
 `accelerate launch`, on several.
 """
 
@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from ptee._common.validation import checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
+from ptee.exits.blend import BLENDED, OWN
+from ptee.exits.config import CALIBRATED, LEARNED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import COLLAPSED, Reading
 from ptee.training import checkpoint as checkpoints
-from ptee.training.config import TrainingConfig, epochs_for, shift_for
+from ptee.training.config import ALONE, JOINT, TrainingConfig, epochs_for, shift_for
 from ptee.training.feature_cache import Estimate, entries
 from ptee.training.history import Epoch, History
-from ptee.training.losses import SEPARATE
 from ptee.training.optimizers import cosine_schedule, make_optimizer
 from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, moved, rows_of
 from ptee.training.training_data import TrainingData, sample_hash
@@ -59,7 +60,10 @@ def train(
 ) -> History:
     """Train the heads of an early-exit model; not a byte of the backbone changes.
 
-    After Ctrl-C the heads are those of the last complete epoch. The same seed, data and settings give the same heads, bit for
+    With `backbone="joint"` the backbone learns with them: it is in training mode meanwhile, those of its parameters learn that
+    had gradients before `augment`, and from then on the model saves its weights, too.
+
+    After Ctrl-C, or if the loss is no longer finite, the weights are those of the last complete epoch. The same seed, data and settings give the same heads, bit for
     bit, on the same machine. On a GPU cuDNN is deterministic meanwhile, and searches no faster algorithms.
 
     Args:
@@ -83,7 +87,7 @@ def train(
     require_launch(device)
     require_early_exit(model)
     model.require_all_on()
-    model.drop_calibration_and_blend()
+    _drop_what_was_fitted(model)
     config = TrainingConfig() if config is None else config
     if not isinstance(config, TrainingConfig):
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
@@ -101,7 +105,7 @@ def train(
         own_random_numbers(),  # two trainings cannot share accelerate's state, either
         same_each_time,
         accelerator_on(device, config.precision) as accelerator,
-        _ready_to_learn(model, accelerator.device),
+        _ready_to_learn(model, accelerator.device, config.backbone == JOINT),
     ):
         config = config.changed(precision=accelerator.mixed_precision)
         loaders = TrainingData(model, accelerator, config, num_workers, on_cache)
@@ -126,6 +130,28 @@ def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: An
     return config.resolved().changed(**values)
 
 
+def _drop_what_was_fitted(model: EarlyExitModel) -> None:
+    """Drop calibration and blend, which were fitted to the heads as they are now. Refused while one is in use."""
+    for fitted, used, name in (
+        (
+            "blended",
+            model.answers == BLENDED,
+            f"answers = {OWN!r} first, and choose the thresholds again afterwards (ptee.tune)",
+        ),
+        (
+            "calibrated",
+            model.confidence == CALIBRATED,
+            f"confidence = {LEARNED!r} first, and call ptee.calibrate again afterwards",
+        ),
+    ):
+        if used:
+            what = "model's answers are" if fitted == "blended" else "model is"
+            raise PteeError(
+                f"This {what} {fitted}, and training changes the heads that this was done for. Set model.{name}."
+            )
+    model.calibrated = model.blend = None
+
+
 def _auto_epochs(config: TrainingConfig, data: Any) -> int:
     length = length_hint(data, 0)
     if not length:
@@ -138,6 +164,8 @@ def _auto_epochs(config: TrainingConfig, data: Any) -> int:
 def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
     if config.shift == 0:
         return 0
+    if config.shift == "auto" and config.backbone == JOINT:
+        return 0  # its maps are its own to learn
     maps, size = _reads_maps(model), model.plan.input_size
     if config.shift == "auto":
         return shift_for(size) if maps else 0
@@ -159,13 +187,14 @@ def _reads_maps(model: EarlyExitModel) -> bool:
 
 
 @contextmanager
-def _ready_to_learn(model: EarlyExitModel, device: torch.device) -> Iterator[None]:
-    """The model is on this device, with gradients; afterwards it is in eval mode where it was."""
+def _ready_to_learn(model: EarlyExitModel, device: torch.device, joint: bool) -> Iterator[None]:
+    """The model is on this device, with gradients, those of the backbone if `joint`; afterwards it is in eval mode where it was."""
     home = next(model.heads.parameters()).device
     with torch.inference_mode(False), torch.enable_grad():
         model.to(device)
         try:
-            yield
+            with model.learning_backbone() if joint else nullcontext():
+                yield
         finally:
             model.to(home).eval()
 
@@ -183,21 +212,24 @@ class _Training:
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
         self.training, self.path = training, path  # what the checkpoint belongs to, and where it lies
+        joint = config.backbone == JOINT
+        self.learners: nn.Module = nn.ModuleList([model.heads, model.backbone]) if joint else model.heads
         self.dtype = next(model.heads.parameters()).dtype
-        if self.dtype not in (torch.float32, torch.float64):
-            raise PteeError(f"Heads in {self.dtype} cannot be trained well. Train model.float(), then convert it.")
+        for dtype in {p.dtype for p in self.learners.parameters()} - {torch.float32, torch.float64}:
+            raise PteeError(f"Weights in {dtype} cannot be trained well. Train model.float(), then convert it.")
         assert config.optimizer and config.lr is not None and config.weight_decay is not None  # it is resolved
         assert isinstance(config.epochs, int)
         self.epochs = config.epochs
-        optimizer = make_optimizer(
-            config.optimizer, model.heads, lr=config.lr, weight_decay=config.weight_decay, device=accelerator.device
-        )
+        parts = [(model.heads, config.lr), (model.backbone, config.backbone_lr or config.lr)]
+        optimizer = make_optimizer(config.optimizer, parts, weight_decay=config.weight_decay, device=accelerator.device)
         step = Step(model, config)
         self.step, self.optimizer = accelerator.prepare(step, optimizer, device_placement=[False, False])
         self.history = History(config=config.model_dump())
-        self.best_heads: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}
         norms = nn.modules.batchnorm._BatchNorm
-        self.min_rows = 2 if any(isinstance(m, norms) for m in model.heads.modules()) else 1  # one row has no variance
+        self.min_rows = (
+            2 if any(isinstance(m, norms) for m in self.learners.modules()) else 1
+        )  # one row has no variance
 
     @property
     def is_over(self) -> bool:
@@ -213,7 +245,7 @@ class _Training:
             except KeyboardInterrupt:
                 self.history.interrupted = True
         if self.history.has_stalled(self.config.patience) and not self.history.interrupted:
-            self.model.heads.load_state_dict(self.best_heads)
+            self.learners.load_state_dict(self.best)
             self.history.stopped_early = True
         self._warn_of_collapse()
         return self.history
@@ -221,22 +253,22 @@ class _Training:
     def _run_epoch(
         self, data: TrainingData, loader: Any, val_loader: Any, rates: LambdaLR | None, on_epoch: Any
     ) -> None:
-        """One more epoch. If it is interrupted, the heads go back to those of the last complete one."""
+        """One more epoch. If it is interrupted or diverges, the weights go back to those of the last complete one."""
         number = len(self.history.epochs) + 1
         data.begin(number)
         before = None
         try:
-            before = copy.deepcopy(self.model.heads.state_dict())
+            before = copy.deepcopy(self.learners.state_dict())
             epoch = self._epoch(number, loader, val_loader, rates)
             self.history.epochs.append(epoch)
             if self.config.patience is not None and self.history.best is epoch:
-                self.best_heads = copy.deepcopy(self.model.heads.state_dict())
+                self.best = copy.deepcopy(self.learners.state_dict())
             self._save()
             if on_epoch is not None and self.accelerator.is_main_process:
                 on_epoch(epoch)
         except BaseException:
             if before is not None and len(self.history.epochs) < number:
-                self.model.heads.load_state_dict(before)
+                self.learners.load_state_dict(before)
             raise
 
     def _rates(self, loader: Any) -> LambdaLR | None:
@@ -247,19 +279,27 @@ class _Training:
         if not steps:
             text = "The cosine schedule needs the number of batches, and this loader has no length. Give "
             raise DataError(text, Argument("schedule", "'constant'"), ".", argument="schedule", value="cosine")
-        assert self.config.lr is not None  # it is resolved
         optimizer = self.optimizer.optimizer  # torch's, inside accelerate's
-        return cosine_schedule(optimizer, self.config.lr, self.epochs * steps, len(self.history.epochs) * steps)
+        return cosine_schedule(optimizer, self.epochs * steps, len(self.history.epochs) * steps)
 
     def _epoch(self, number: int, loader: Any, val_loader: Any, rates: LambdaLR | None) -> Epoch:
         start = time.perf_counter()
         means = self._learn(number, loader, rates)
-        if not math.isfinite(means.loss):
-            text = f"The loss is {means.loss} in epoch {number}. Lower the learning rate ("
-            lower = Argument("lr", f"{(self.config.lr or 1) / 10:g}")
-            raise PteeError(text, lower, "), or leave out images with values that are not finite.", argument="lr")
+        self._require_finite(number, means.loss)
         val_loss = None if val_loader is None else self._loss_on(val_loader)
         return Epoch(number, *means, val_loss, time.perf_counter() - start)
+
+    def _require_finite(self, number: int, loss: float) -> None:
+        """Refuse to go on from a loss or weights that are not finite. The last update of an epoch has no loss yet."""
+        what = f"The loss is {loss}"
+        if math.isfinite(loss):
+            what = "Some weights are no longer finite"
+            if all(bool(p.isfinite().all()) for p in self.learners.parameters()):
+                return
+        lower = Argument("lr", f"{(self.config.lr or 1) / 10:g}")
+        kept = f" The weights are those of epoch {number - 1}." * (number > 1)
+        more = f"), or leave out images with values that are not finite.{kept}"
+        raise PteeError(f"{what} in epoch {number}. Lower the learning rate (", lower, more, argument="lr")
 
     def _learn(self, number: int, loader: Any, rates: LambdaLR | None) -> EpochMeans:
         self.model.train()
@@ -308,6 +348,8 @@ class _Training:
         fault = "it has no labels" if labels is None else odd_labels(labels, self.model.num_classes)
         if not fault:
             return None if labels is None else labels.to(self.accelerator.device)
+        if self.config.backbone == JOINT:
+            raise DataError(f"The data cannot be learnt from: {fault}. A backbone that learns needs labels.")
         if self.config.targets == "labels":
             text = f"The data cannot be learnt from: {fault}. Let the heads learn the backbone's answers: "
             raise DataError(text, Argument("targets", "'pseudo'"), ".", argument="targets", value="labels")
@@ -318,7 +360,7 @@ class _Training:
         from accelerate.utils import broadcast
 
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.heads.buffers():
+            for buffer in self.learners.buffers():
                 buffer.copy_(broadcast(buffer))
 
     def _over_processes(self, sums: Tensor) -> Tensor:
@@ -327,7 +369,7 @@ class _Training:
         return sums
 
     def _warn_of_collapse(self) -> None:
-        if not self.history.epochs or self.config.loss == SEPARATE:  # there h means that the answer is right
+        if not self.history.epochs or self.config.loss in ALONE:  # there h means that the answer is right
             return
         last = self.history.best if self.history.stopped_early else self.history.epochs[-1]
         share, n = max((share, n) for n, share in enumerate(last.leaving))
@@ -350,8 +392,8 @@ class _Training:
     def _save(self) -> None:
         if self.path is None or not self.accelerator.is_main_process:
             return
-        heads, optimizer = self.model.heads.state_dict(), self.optimizer.state_dict()["state"]
-        reached = checkpoints.Checkpoint(heads, self.best_heads, optimizer, self.history.epochs)
+        weights, optimizer = self.learners.state_dict(), self.optimizer.state_dict()["state"]
+        reached = checkpoints.Checkpoint(weights, self.best, optimizer, self.history.epochs)
         checkpoints.write(self.path, reached, self.training)
 
     def resume(self) -> None:
@@ -362,19 +404,19 @@ class _Training:
         if (done := len(reached.epochs)) > self.epochs:
             text = f"{self.path} holds {done} complete epochs, more than "
             raise RunError(text, Argument("epochs", str(self.epochs)), f". Give {done} or more, or delete it.")
-        before = copy.deepcopy(self.model.heads.state_dict())
+        before = copy.deepcopy(self.learners.state_dict())
         try:
             self._load(reached)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as why:
-            self.model.heads.load_state_dict(before)
+            self.learners.load_state_dict(before)
             text = f"{self.path} does not fit these heads: {first_line(why)} Delete it to start again."
             raise RunError(text) from why
-        self.best_heads, self.history.epochs = dict(reached.best_heads), list(reached.epochs)
+        self.best, self.history.epochs = dict(reached.best), list(reached.epochs)
 
     def _load(self, reached: checkpoints.Checkpoint) -> None:
         if self.config.patience is not None:
-            self.model.heads.load_state_dict(reached.best_heads)  # training may go back to them, so they must fit
-        self.model.heads.load_state_dict(reached.heads)
+            self.learners.load_state_dict(reached.best)  # training may go back to them, so they must fit
+        self.learners.load_state_dict(reached.weights)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": reached.optimizer})
         for p, state in self.optimizer.optimizer.state.items():
             if any(value.dim() and value.shape != p.shape for value in state.values()):

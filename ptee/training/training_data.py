@@ -17,7 +17,7 @@ from ptee.data.batches import batches, is_loader, split_batch
 from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.augmentation import PRIME, Views
-from ptee.training.config import TrainingConfig
+from ptee.training.config import JOINT, TrainingConfig
 from ptee.training.feature_cache import LIMIT, Cache, Estimate, fill
 
 SHARES = 1024  # of the files of a data set, for `content_hash`
@@ -57,8 +57,11 @@ class TrainingData:
 
     @property
     def caches(self) -> bool:
-        """Whether data sets are cached. With several processes, each sees other rows in each epoch."""
-        return self.config.cache and self.accelerator.num_processes == 1
+        """Whether data sets are cached. With several processes, each sees other rows in each epoch.
+
+        A backbone that learns gives other maps in each epoch.
+        """
+        return self.config.cache and self.config.backbone != JOINT and self.accelerator.num_processes == 1
 
     @contextmanager
     def opened(self, train_data: Any, val_data: Any, *, cached: bool) -> Iterator[tuple[Any, Any]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 
-import numpy as np
 import pytest
 import timm
 import torch
-from device import here
-from PIL import Image
+from images import first_images
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ptee._common.errors import BackboneError, UnknownName
 from ptee.backbones.cifar_resnet import BasicBlock, CifarResNet
@@ -33,16 +30,6 @@ def test_parameters_are_those_of_the_formula_and_of_the_paper(depth, millions):
     parameters = sum(p.numel() for p in timm.create_model(f"cifar_resnet{depth}").parameters())
     assert parameters == parameters_by_formula(depth)
     assert parameters == pytest.approx(millions * 1e6, rel=0.025)  # table 6 of He et al.
-
-
-def first_images(file: tarfile.TarFile, count: int) -> tuple[Tensor, Tensor]:
-    """So many pictures spread evenly over a tar of class/name.jpg, as (n, 3, 32, 32) in 0..1, and their labels."""
-    members = sorted((m for m in file.getmembers() if m.isfile()), key=lambda m: m.name)
-    classes = sorted({m.name.split("/")[-2] for m in members})
-    members = members[:: len(members) // count][:count]
-    read = [Image.open(io.BytesIO(file.extractfile(m).read())).convert("RGB") for m in members]
-    x = torch.from_numpy(np.stack([np.asarray(image) for image in read])).permute(0, 3, 1, 2) / 255
-    return x.to(here()), torch.tensor([classes.index(m.name.split("/")[-2]) for m in members])
 
 
 def test_the_trained_resnet20_is_as_accurate_as_published(weights, real_data):

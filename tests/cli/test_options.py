@@ -54,8 +54,16 @@ OTHER = {
     "confidence.calibration_share": 0.2, "thresholds.threshold": 0.5, "thresholds.max_loss": 0.02, "thresholds.max_drop": 0.02,
     "thresholds.max_fidelity_drop": 0.02, "thresholds.max_cost": 0.5, "thresholds.one_threshold": True, "thresholds.margin": 0.005, "thresholds.answers": "own",
     "thresholds.cost": "time", "thresholds.at_batch": 8, "thresholds.executor": "hooks",
+    "backbone": "joint", "training.backbone_lr": 1e-3, "training.exit_weights": (1.0, 0.5),
+    "training.cost_unit": "parameters",
 }  # fmt: skip
-ALSO = {"training.cost_weight": ("training.loss=joint",)}  # what a setting goes together with
+ALSO = {  # what a setting goes together with
+    "training.cost_weight": ("training.loss=joint",),
+    "backbone": ("training.loss=joint",),
+    "training.backbone_lr": ("training.loss=joint", "backbone=joint"),
+    "training.exit_weights": ("training.loss=weighted",),
+    "training.cost_unit": ("training.loss=joint",),
+}
 
 
 @pytest.mark.parametrize("path", SETTINGS)

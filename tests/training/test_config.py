@@ -12,7 +12,7 @@ from ptee.training.config import Loss, Targets, TrainingConfig, epochs_for, shif
 
 REFUSED = [
     ({"targets": "pseudos"}, "targets='pseudos' is unknown. Did you mean 'pseudo'? Choices: labels, pseudo, soft."),
-    ({"loss": "v3"}, "loss='v3' is unknown. Choices: cost, joint, joint_each_exit, mc, separate."),
+    ({"loss": "v3"}, "loss='v3' is unknown. Choices: cost, joint, joint_each_exit, mc, separate, weighted."),
     (
         {"precision": "bf61"},
         "precision='bf61' is unknown. Did you mean 'bf16' or 'fp16'? Choices: auto, bf16, fp16, no.",

@@ -1,0 +1,38 @@
+"""Shares of a network's parameters: what EENet's thesis calls cost, and far from its share of the operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptee.analysis.cut_points import random_images
+
+
+@torch.no_grad()
+def parameter_shares(module: nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
+    """The share of a network's parameters that has been used when each of its modules ends, by name, in order of execution.
+
+    `module` is in eval mode. A module that is called twice counts once, at its first call.
+    """
+    names = {part: name for name, part in module.named_modules()}
+    seen: set[nn.Parameter] = set()
+    used: dict[str, int] = {}
+
+    def begin(part: nn.Module, _: Any) -> None:
+        seen.update(part.parameters(recurse=False))
+
+    def end(part: nn.Module, *_: Any) -> None:
+        used.setdefault(names[part], sum(p.numel() for p in seen))
+
+    handles = [
+        hook for part in names for hook in (part.register_forward_pre_hook(begin), part.register_forward_hook(end))
+    ]
+    try:
+        module(random_images(module, 1, input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = sum(p.numel() for p in module.parameters())
+    return {name: number / total for name, number in used.items()}
