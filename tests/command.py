@@ -36,10 +36,10 @@ class Done(NamedTuple):
 Run = Callable[..., Done]
 
 
-def make_run(*words: object) -> None:
-    """A run that several tests use."""
+def quietly(*words: object) -> None:
+    """A command that makes what several tests use."""
     with pytest.raises(SystemExit) as end, redirect_stdout(StringIO()):
-        main([str(word) for word in ("augment", *words)])
+        main([str(word) for word in words])
     assert end.value.code == 0
 
 

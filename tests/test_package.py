@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -25,24 +26,11 @@ TREES = {
     if path.name != "__init__.py" or path.parent == PACKAGE
 }
 PUBLIC = {
-    *(
-        "augment",
-        "fit",
-        "plan",
-        "train",
-        "calibrate",
-        "tune",
-        "evaluate",
-        "compare",
-        "load",
-        "optimize",
-        "export",
-        "load_exported",
-    ),
-    *("register_head", "register_confidence"),
+    *("augment", "fit", "plan", "train", "calibrate", "tune", "evaluate", "compare", "load", "optimize"),
+    *("export", "load_exported", "register_head", "register_confidence"),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError", "Recipe"),
 }
-each_module = pytest.mark.parametrize("module", sorted(set(TREES) - ENTRANCES))
+MODULES = sorted(set(TREES) - ENTRANCES)
 
 
 def folder_of(module: str) -> str:
@@ -62,19 +50,19 @@ def imported(module: str) -> Iterator[str]:
         yield from (name for name in (full.removeprefix("ptee.") for full in names) if name in TREES)
 
 
-@pytest.mark.parametrize("folder", sorted({folder_of(module) for module in TREES} - ENTRANCES))
-def test_every_folder_has_a_place_in_the_import_rule_and_a_dozen_files_at_most(folder):
-    assert folder in FLOOR_OF
-    assert len([module for module in TREES if folder_of(module) == folder]) <= MOST_FILES
+def test_every_folder_has_a_place_in_the_import_rule_and_a_dozen_files_at_most():
+    files = Counter(map(folder_of, MODULES))
+    assert files.keys() == FLOOR_OF.keys()
+    assert max(files.values()) <= MOST_FILES, files
 
 
-@each_module
-def test_a_module_imports_from_its_own_folder_and_from_folders_to_the_left_only(module):
-    own = folder_of(module)
-    wrong = {
-        other for other in imported(module) if folder_of(other) != own and FLOOR_OF[folder_of(other)] >= FLOOR_OF[own]
-    }
-    assert not wrong, f"{module} imports {sorted(wrong)}; the rule is {IMPORT_RULE}"
+def test_a_module_imports_from_its_own_folder_and_from_folders_to_the_left_only():
+    pairs = [(module, other) for module in MODULES for other in imported(module)]
+    folders = [(folder_of(module), folder_of(other)) for module, other in pairs]
+    wrong = [
+        pair for pair, (own, of) in zip(pairs, folders, strict=True) if own != of and FLOOR_OF[of] >= FLOOR_OF[own]
+    ]
+    assert not wrong, f"the rule is {IMPORT_RULE}"
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -82,10 +70,9 @@ def test_no_modules_import_each_other_in_a_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
-@each_module
-def test_a_module_is_short_enough_to_be_read_in_one_sitting(module):
-    path = PACKAGE / f"{module.replace('.', '/')}.py"
-    assert len(path.read_text().splitlines()) <= MOST_LINES
+def test_a_module_is_short_enough_to_be_read_in_one_sitting():
+    lines = {str(path.relative_to(PACKAGE)): path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
 
 
 def test_the_test_itself_sees_imports_of_every_form():
@@ -106,13 +93,16 @@ def calls(tree: ast.AST) -> Iterator[str]:
             yield ast.unparse(node.exc).partition("(")[0]
 
 
-@each_module
-def test_only_the_command_prints_or_ends_the_program(module):
-    forbidden = {"print", "exit", "quit", "sys.exit", "os._exit", "SystemExit", "sys.stdout.write", "sys.stderr.write"}
-    said = forbidden & set(calls(TREES[module])) | {
-        c for c in calls(TREES[module]) if c in ("click.echo", "click.Abort")
-    }
-    assert folder_of(module) == "cli" or module == "deploy.runner" or not said  # which is an entrance of its own
+SPEECH = {
+    *("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit", "sys.stdout.write", "sys.stderr.write"),
+    *("click.echo", "click.Abort"),
+}
+
+
+def test_only_the_command_prints_or_ends_the_program():
+    said = {module: SPEECH & set(calls(TREES[module])) for module in MODULES if folder_of(module) != "cli"}
+    assert said.pop("deploy.runner")  # which is an entrance of its own
+    assert {module: words for module, words in said.items() if words} == {}
 
 
 THE_METHOD = (
@@ -124,27 +114,28 @@ THE_METHOD = (
 )  # the mathematics
 
 
-@pytest.mark.parametrize(
-    "module", [module for module in TREES if module.startswith(THE_METHOD) and module != "exits.front"]
-)
-def test_the_method_knows_no_file_and_no_arguments(module):
-    names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
-    assert not names & {"open", "Path", "os", "argparse", "click", "json"}
+def test_the_method_knows_no_file_and_no_arguments():
+    for module in (module for module in MODULES if module.startswith(THE_METHOD) and module != "exits.front"):
+        names = {node.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Name)}
+        assert not names & {"open", "Path", "os", "argparse", "click", "json"}, module
 
 
 # ---------------------------------------------------------------------------------------------------- where tensors lie
 
 MAKERS = {
-    *("tensor", "as_tensor", "zeros", "ones", "full", "empty", "eye", "arange", "linspace"),
-    *("rand", "randn", "randint", "randperm", "normal"),
+    f"torch.{name}"
+    for name in (
+        *("tensor", "as_tensor", "zeros", "ones", "full", "empty", "eye", "arange", "linspace"),
+        *("rand", "randn", "randint", "randperm", "normal"),
+    )
 }
 
 
-@each_module
-def test_a_tensor_is_made_where_the_module_says_and_not_on_the_default_device(module):
-    made = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
-    made = [node for node in made if ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}]
-    left = [ast.unparse(node) for node in made if "device" not in {argument.arg for argument in node.keywords}]
+def test_a_tensor_is_made_where_the_module_says_and_not_on_the_default_device():
+    calls = [(module, node) for module in MODULES for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+    made = [(module, node) for module, node in calls if ast.unparse(node.func) in MAKERS]
+    left = [(module, ast.unparse(n)) for module, n in made if "device" not in {given.arg for given in n.keywords}]
+    assert made
     assert not left, 'say where: device=x.device, x.new_zeros(...), or device="cpu"'
 
 
@@ -155,13 +146,13 @@ def test_the_public_names_are_those_documented():
     assert set(ptee.__all__) == PUBLIC
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_a_public_name_resolves_and_says_what_it_is(name):
-    value = getattr(ptee, name)
-    assert inspect.getdoc(value)
-    assert value.__name__ == name
-    assert value.__module__.startswith("ptee.")
-    assert name in dir(ptee)
+def test_a_public_name_resolves_and_says_what_it_is():
+    for name in PUBLIC:
+        value = getattr(ptee, name)
+        assert inspect.getdoc(value), name
+        assert value.__name__ == name
+        assert value.__module__.startswith("ptee."), name
+        assert name in dir(ptee)
 
 
 def test_a_module_for_who_wants_more_is_there_without_an_import_of_its_own():
@@ -201,28 +192,41 @@ def test_the_version_is_that_of_the_build_file():
 HEAVY = ("torch", "timm", "torchvision", "fvcore", "accelerate", "sklearn", "numpy", "huggingface_hub", "safetensors")
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["ptee", "ptee._common.errors", "ptee._common.text", "ptee.model.run_files", "ptee.cli.options", "ptee.cli.main"],
+LIGHT = (
+    "ptee",
+    "ptee._common.errors",
+    "ptee._common.text",
+    "ptee.model.run_files",
+    "ptee.cli.options",
+    "ptee.cli.main",
 )
-def test_importing_it_imports_nothing_heavy(module):
-    source = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+LATE = {"timm", "torchvision", "fvcore", "accelerate", "sklearn"}
+
+
+def test_importing_a_light_module_imports_nothing_heavy():
+    source = f"""
+import importlib, sys
+for name in {LIGHT}:
+    importlib.import_module(name)
+    print(name, [heavy for heavy in {HEAVY} if heavy in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.splitlines() == [f"{name} []" for name in LIGHT], done.stderr
 
 
-@pytest.mark.parametrize("module", sorted(set(TREES) - {"backbones.cifar_resnet", "backbones.small_networks"}))
-def test_importing_the_library_leaves_the_libraries_of_models_for_later(module):
-    # those two are themselves imported late
-    late = ("timm", "torchvision", "fvcore", "accelerate", "sklearn")
-    top = {
-        alias.name.partition(".")[0]
-        for node in TREES[module].body
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    top |= {n.module.partition(".")[0] for n in TREES[module].body if isinstance(n, ast.ImportFrom)}
-    assert not top & set(late)
+def at_the_top(module: str) -> set[str]:
+    """The libraries that a module imports when it is imported."""
+    imports = [node for node in TREES[module].body if isinstance(node, ast.Import)]
+    names = [alias.name for node in imports for alias in node.names]
+    names += [node.module for node in TREES[module].body if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_importing_the_library_leaves_the_libraries_of_models_for_later():
+    heavy = {module: at_the_top(module) & LATE for module in TREES}
+    for itself_late in ("backbones.cifar_resnet", "backbones.small_networks"):
+        assert heavy.pop(itself_late)
+    assert {module: names for module, names in heavy.items() if names} == {}
 
 
 def test_the_main_module_is_three_lines():

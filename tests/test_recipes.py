@@ -6,7 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "scripts"
 
@@ -62,3 +65,13 @@ def test_a_seed_may_have_two_digits_and_a_line_that_some_seeds_lack_says_how_man
     printed = spread_of(tmp_path, {"ours9": 0.2, "ours9, truncation at exit 1": 0.5}, {"ours10": 0.4})
     assert re.search(r"^ours +0.3000 ± 0.1414", printed, re.M)
     assert re.search(r"^ours, truncation at exit 1 \(1 of 2\) +0.5000 \(", printed, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.cpu("what is exported is the same on every device")
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'ptee-exits[export]'")
+def test_all_ways_to_run_a_trained_model_answer_real_images_alike(tmp_path):
+    train = [sys.executable, "-m", "ptee", "augment", "--no-speed", "--device", "cpu", "--out", str(tmp_path / "run")]
+    subprocess.run(train, check=True, capture_output=True)
+    printed = run("same_answers.py", tmp_path / "run").splitlines()  # its status says whether they are the same
+    assert [line.split("  ")[0] for line in printed[-4:]] == ["predict", "optimize, eager", "pt2", "onnx"]

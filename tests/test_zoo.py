@@ -1,6 +1,6 @@
 """The zoo: every kind of architecture gets exits that work, and the checks find what does not work.
 
-`pytest -m zoo` tries every family, most of an hour; without it a sample of them runs.
+`pytest -m zoo` tries every family, most of an hour; without it a sample of them runs, with `-m slow` a larger one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 import zoo
+import zoo_exported
+from cases import slow
 from torch import Tensor, nn
 
 import ptee
@@ -19,20 +21,30 @@ from ptee.analysis.cut_points import Cut, random_images
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
 
-# Of every kind: plain and residual chains, dense and branched networks, cells, tokens with and without class token,
-# windows, (b, h, w, c), rows packed with tokens, networks that remember the batch.
+# Of every kind: plain, residual and branched chains, tokens with and without class token, windows, (b, h, w, c), rows packed
+# with tokens, networks that remember the batch.
 SAMPLE = [
-    *("timm/byobnet", "timm/convit", "timm/convnext", "timm/crossvit", "timm/cspnet", "timm/deit"),
-    *("timm/dla", "timm/efficientnet", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
-    *("timm/levit", "timm/mambaout", "timm/maxxvit", "timm/mobilenetv3", "timm/nfnet", "timm/pit"),
-    *("timm/regnet", "timm/repghost", "timm/resnet", "timm/starnet", "timm/tnt"),
-    *("timm/twins", "timm/vision_transformer", "timm/vision_transformer_relpos"),
-    *("torchvision/mobilenetv3", "torchvision/shufflenetv2", "torchvision/squeezenet"),
+    *(
+        "timm/byobnet",
+        "timm/convnext",
+        "timm/crossvit",
+        "timm/efficientnet",
+        "timm/levit",
+        "timm/mambaout",
+        "timm/maxxvit",
+    ),
+    *("timm/nfnet", "timm/resnet", "timm/tnt", "timm/vision_transformer"),
+    *("torchvision/shufflenetv2", "torchvision/squeezenet"),
 ]
-PIXELS = {"crossvit_tiny_240": 120}  # its patches of 12 and 16 pixels fit into few sizes; the others take 96
+MORE_OF_THESE_KINDS = [
+    *("timm/convit", "timm/cspnet", "timm/deit", "timm/dla", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
+    *("timm/mobilenetv3", "timm/pit", "timm/regnet", "timm/repghost", "timm/starnet", "timm/twins"),
+    *("timm/vision_transformer_relpos", "torchvision/mobilenetv3"),
+]
+PIXELS = {"crossvit_tiny_240": 120, "tnt_s_legacy_patch16_224": 48}  # as their patches ask; the others take 96
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [*SAMPLE, *map(slow, MORE_OF_THESE_KINDS)])
 def test_a_family_gets_three_exits_that_work(name, monkeypatch):
     (family,) = zoo.families([name])
     monkeypatch.setitem(zoo.SMALLER_IMAGE, family.model, PIXELS.get(family.model, 96))
@@ -47,6 +59,33 @@ def test_every_family_gets_three_exits_that_work(family):
     verdict = zoo.check(family)
     assert verdict.refusal == ""
     assert len(verdict.exits) == 3
+
+
+@pytest.mark.zoo
+@pytest.mark.cpu("what is exported is the same on every device")
+@pytest.mark.parametrize("family", zoo.families(), ids=lambda f: f"{f.library}/{f.name}")
+def test_every_family_is_exported(family):
+    assert zoo_exported.check(family).refusal == ""
+
+
+@pytest.mark.cpu("what is exported is the same on every device")
+def test_the_table_of_exported_families_has_a_line_for_each_and_a_summary(capsys):
+    zoo_exported.main(["timm/resnet"])
+    title, row, _, summary = capsys.readouterr().out.splitlines()
+    assert title.split()[:4] == ["library", "family", "model", "pixels"]
+    assert (row.split()[:7], row.split()[-1]) == (["timm", "resnet", "test_resnet", "96", "1", "1", "1"], "ok")
+    assert summary.startswith("Families that are exported as pt2: 1 of 1 of timm.")
+
+
+def test_a_family_that_is_not_exported_says_why(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ptee.PteeError("torch.export cannot capture it.")
+
+    monkeypatch.setattr(zoo_exported, "export", refuse)
+    (family,) = zoo.families(["timm/resnet"])
+    verdict = zoo_exported.check(family)
+    assert "torch.export cannot capture it." in verdict.row[-1]
+    assert "0 of 1 of timm" in zoo_exported.summary([verdict], "pt2")
 
 
 # ---------------------------------------------------------------------------------------------------- the checks find faults

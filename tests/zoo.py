@@ -198,7 +198,7 @@ def check(family: Family) -> Verdict:
         backbone = load_backbone(
             f"{family.library}/{family.model}",
             pretrained=False,
-            num_classes=_classes(family),
+            num_classes=classes_of(family),
             input_size=family.input_size,
         )
         model = build(backbone, exits=PLACEMENT, num_exits=EXITS, head=HEAD)
@@ -223,18 +223,19 @@ def main(names: Sequence[str]) -> None:
         names: as of `families`.
     """
     wanted, verdicts = families(names), []
-    print(_line(TITLE))
+    print(line(TITLE, WIDTHS))
     for family in wanted:
         verdicts.append(check(family))
-        print(_line(verdicts[-1].row), flush=True)
+        print(line(verdicts[-1].row, WIDTHS), flush=True)
     print(f"\n{summary(verdicts)}")
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
+def line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A line of a table."""
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
-def _classes(family: Family) -> int | None:
+def classes_of(family: Family) -> int | None:
     """None for the model's own number, unless it has no classifier."""
     if family.library != "timm":
         return None

@@ -19,7 +19,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-LOUD = ("timm", "huggingface_hub", "httpx", "urllib3", "filelock")  # loggers that tell of downloads and retries
+# Loggers that tell of downloads and retries, and of what torch.export raises in any case.
+LOUD = (
+    "timm",
+    "huggingface_hub",
+    "httpx",
+    "urllib3",
+    "filelock",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.export",
+)
 
 _CHANGES = threading.RLock()
 _RANDOM = threading.RLock()
@@ -101,32 +110,35 @@ def no_logs() -> Iterator[None]:
 
 
 class _Muted:
-    """Standard output that drops what the thread that made it writes. Other threads go on printing."""
+    """A stream that drops what the thread that made it writes. Other threads go on printing."""
 
-    def __init__(self, stdout: Any) -> None:
-        self._stdout, self._thread = stdout, threading.get_ident()
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
 
     def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self._thread else self._stdout.write(text)
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stdout, name)
+        return getattr(self._stream, name)
 
 
-@Change
 @contextmanager
-def no_stdout() -> Iterator[None]:
-    """This thread prints nothing."""
-    before = sys.stdout
+def _without(name: str) -> Iterator[None]:
+    before = getattr(sys, name)
     if before is None:  # a program without a console
         yield
         return
-    sys.stdout = muted = _Muted(before)
+    muted = _Muted(before)
+    setattr(sys, name, muted)
     try:
         yield
     finally:
-        if sys.stdout is muted:  # otherwise another thread has redirected it meanwhile, and will restore it itself
-            sys.stdout = before
+        if getattr(sys, name) is muted:  # else another thread has redirected it meanwhile, and will restore it itself
+            setattr(sys, name, before)
+
+
+no_stdout = Change(lambda: _without("stdout"))  # this thread prints nothing
+no_stderr = Change(lambda: _without("stderr"))
 
 
 @Change

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MOST_CLASSES = 1_000_000  # likewise
+LEAST_STD = 1e-6  # of pixels between 0 and 1
 OTHER_WEIGHTS: Advice = (
     *("Give a file with ", Argument("weights", "FILE"), ", or take random weights with "),
     *(Argument("pretrained", "False"), "."),
@@ -165,6 +166,17 @@ def per_channel(
         return values * channels
     text, found = f"Images of {channels} channels need {channels} numbers for ", f", or one, not {tuple(given)}."
     raise BackboneError(text, Argument(argument), found, argument=argument, value=given)
+
+
+def require_pixels(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse a mean or std that no pixels between 0 and 1 have, or by which none can be divided."""
+    if not all(LEAST_STD <= s < math.inf for s in std):
+        text = f"Pixels are divided by std, so it must be positive ({LEAST_STD} or more), not {std}. "
+        raise BackboneError(text, "Give another ", Argument("std"), ".", argument="std", value=std)
+    if not all(0 <= m <= 1 for m in mean):
+        text = f"Pixels lie between 0 and 1, and so does their mean, not {mean}. "
+        advice = ("Numbers of 0 to 255 divide by 255, in ", Argument("std"), " as well as in ", Argument("mean"), ".")
+        raise BackboneError(text, *advice, argument="mean", value=mean)
 
 
 def checked_size(size: Any, argument: str = "input_size") -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ read as data: nothing is unpickled.
 from __future__ import annotations
 
 import json
-import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from ptee.backbones.library import (
     ModelRequest,
     checked_size,
     per_channel,
+    require_pixels,
 )
 from ptee.backbones.matching import find_network
 from ptee.backbones.record import LIBRARIES, checked_record, rebuilding
@@ -270,11 +270,5 @@ def _override(config: InputConfig, request: ModelRequest) -> InputConfig:
     size = request.input_size or config.input_size
     mean = per_channel("mean", request.mean, config.mean, size[0])
     std = per_channel("std", request.std, config.std, size[0])
-    if not all(math.isfinite(s) and s > 0 for s in std):
-        text = f"Pixels are divided by std, so it must be positive, not {std}. "
-        raise BackboneError(text, "Give another ", Argument("std"), ".", argument="std", value=std)
-    if not all(0 <= m <= 1 for m in mean):
-        text = f"Pixels lie between 0 and 1, and so does their mean, not {mean}. "
-        advice = ("Numbers of 0 to 255 divide by 255, in ", Argument("std"), " as well as in ", Argument("mean"), ".")
-        raise BackboneError(text, *advice, argument="mean", value=mean)
+    require_pixels(mean, std)
     return InputConfig(size, mean, std, config.interpolation)

@@ -17,7 +17,7 @@ from ptee._common.errors import BackboneError, PteeError
 from ptee._common.files import is_file
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.backbones import timm, torchvision
-from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size
+from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
 from ptee.backbones.source import COMMIT
 
 LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
@@ -79,6 +79,7 @@ def checked_record(source: Any) -> tuple[str, ModelRequest]:
     own, images = record.weights, record.input
     file = own.file if isinstance(own, _File) else None
     origin = own.pretrained.model_dump() if isinstance(own, _Published) else {}
+    require_pixels(images.mean, images.std)
     label = record.name if record.library == "timm" else f"{record.library}/{record.name}"
     size: Any = images.input_size
     request = ModelRequest(

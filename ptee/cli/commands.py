@@ -10,7 +10,8 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.errors import Argument, PteeError, RunError
+from ptee._common.errors import Argument, PteeError
+from ptee._common.text import printable
 from ptee.cli import options
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
 from ptee.cli.values import (
@@ -33,6 +34,7 @@ from ptee.cli.values import (
     untrained,
     where_of,
 )
+from ptee.pipeline.recorded import require_tunable
 
 AGAIN = "The same command with --resume goes on."
 RANDOM_WEIGHTS = (
@@ -87,7 +89,7 @@ def augment(**o: Any) -> None:
 
 
 @command(short_help="Show where exits would stand and what they cost.")
-@in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS)
+@in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS[:2])  # it measures the bare backbone as it is
 @options.DEVICE
 @options.EXPLAIN
 @options.JSON
@@ -178,9 +180,8 @@ def tune(run: str, **o: Any) -> None:
 
     Which exits are on is chosen again, too.
     """
+    require_tunable(run)
     require_runs(run, **o)
-    if not Path(run).is_dir():
-        raise RunError(f"There is no folder {run}. Thresholds are written into a run, so give one on this disk.")
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
 
@@ -234,7 +235,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     static, lines = static_networks(o["static"]), [name.strip() for name in o["lines"].split(",")]
     log = partial(click.echo, err=o["as_json"])
     with next(iter(opened.values())).threads():
-        how = how_of(o) | {"cost": by.cost, "at_batch": by.at_batch}
+        how = how_of(o) | {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor}
         found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **how)
     log("")
     show(found, o)
@@ -318,6 +319,8 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
     show_default=True,
     help="pt2: programs for torch; onnx: for ONNX Runtime.",
 )
+@option("--int8", is_flag=True, help="In whole numbers of 8 bits, compared with float32 on images. For --format onnx.")
+@option("--calibrate", metavar="FOLDER", help="Images for --int8: a folder, or the name of a data set.")
 @option("--weights", type=Place(), help="A file with the backbone's weights, if they are not where the run says.")
 def export(run: str, **o: Any) -> None:
     """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
@@ -325,6 +328,13 @@ def export(run: str, **o: Any) -> None:
     from ptee.deploy.export import export as write
     from ptee.pipeline.saved_run import load_run
 
+    if o["int8"]:
+        from ptee.pipeline.int8 import export_int8
+
+        click.echo(str(export_int8(run, o["out"], o["calibrate"], format=o["format"], weights=o["weights"])))
+        return
+    if o["calibrate"] is not None:
+        raise PteeError(Argument("calibrate"), " is for whole numbers. Give ", Argument("int8", "True"), ", too.")
     folder = write(load_run(run, o["weights"]), o["out"], format=o["format"])
     click.echo(f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE")
 
@@ -337,7 +347,7 @@ def recipe(name: str) -> None:
     """
     from ptee.pipeline.recipe import make_recipe
 
-    click.echo(make_recipe(name).to_yaml().rstrip())
+    click.echo(printable(make_recipe(name).to_yaml().rstrip()))
 
 
 @command(short_help="Fit a model many times, with other settings each time.")

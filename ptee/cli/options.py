@@ -58,6 +58,8 @@ def as_option(argument: Argument, command: click.Command | None = None) -> str:
         return f"--{name} {of}={value}"
     if (path := _path(name)) is not None:
         return _setting_as_option(path, value, own)
+    if "." in name:  # of a file; no option is called so
+        return str(argument)
     name = OTHER_OPTIONS.get(name, name).replace("_", "-")
     if value in ("True", "False"):
         return f"--{'no-' * (value == 'False')}{name}"
@@ -287,7 +289,7 @@ TARGET_OPTIONS = (
     setting("thresholds.max_fidelity_drop"),
     setting("thresholds.max_cost"),
 )
-TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"))
+TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"), setting("thresholds.executor"))
 THRESHOLDS = option_group(
     "Confidence and thresholds",
     setting("confidence.name"),

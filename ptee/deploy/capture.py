@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from ptee._common.errors import PteeError, first_line
-from ptee._common.process import own_export
+from ptee._common.errors import PteeError
+from ptee._common.process import no_logs, no_stderr, own_export
 from ptee.analysis.cut_points import Cut, random_images
+from ptee.deploy.refusal import not_captured
 from ptee.exits.heads import HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel
@@ -85,10 +86,10 @@ def captured(model: EarlyExitModel) -> fx.GraphModule:
     x = example_images(model, EXAMPLE_ROWS)
     rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     try:
-        with own_export, torch.no_grad():
+        with own_export, no_logs, no_stderr, torch.no_grad():
             program = torch.export.export(_Passes(model), (x,), dynamic_shapes=({0: rows},), strict=False)
     except PteeError:
         raise
     except Exception as why:  # whatever the backbone's code and torch.export raise
-        raise PteeError(f"torch.export cannot capture {model.plan.backbone}: {first_line(why)}") from why
+        raise not_captured(model.plan.backbone, why) from why
     return program.module()

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ptee._common.errors import PteeError, RunError, unknown
 from ptee._common.files import as_path, clear_unfinished, replace_files, require_writable, write_json, write_text
-from ptee._common.process import no_stdout, no_warnings, own_export
+from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import MANIFEST, SCHEMA, fingerprint
+from ptee.deploy.refusal import not_written
 from ptee.deploy.runner import load_exported
 from ptee.deploy.segments import Rows, Segment, segments
 from ptee.exits.rule import ExitRule
@@ -73,29 +74,52 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     require_early_exit(model)
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    _require_libraries(format)
+    require_libraries(format)
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":
         raise PteeError(f"This model is on {like.device.type}, and files are made on the CPU. Call model.cpu() first.")
-    target = as_path(folder, "folder")
-    clear_unfinished(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{target} exists. Name a folder that does not.")
-    require_writable(target)
+    target = free_place(folder)
     pieces = segments(model, keep_logits=model.rule.reads_earlier)
     check_segments(model, pieces, BATCHES)
     with tempfile.TemporaryDirectory() as beside:
         made = Path(beside)
         _write(model, pieces, made, format)
         _require_same(model, made)
-        names = sorted(file.name for file in made.iterdir())
-        copies = {name: partial(shutil.copyfile, made / name) for name in names}
-        copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
-        replace_files(target, copies)
+        publish(made, target)
     return target
 
 
-def _require_libraries(format: str) -> None:
+def free_place(folder: str | Path) -> Path:
+    """A folder that can be written.
+
+    Raises:
+        RunError: if there is something in it, or it cannot.
+    """
+    target = as_path(folder, "folder")
+    clear_unfinished(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"{target} exists. Name a folder that does not.")
+    require_writable(target)
+    return target
+
+
+def publish(made: Path, target: Path) -> None:
+    """Copy all files of a folder to where they are wanted, or none."""
+    names = sorted(file.name for file in made.iterdir())
+    copies = {name: partial(shutil.copyfile, made / name) for name in names}
+    copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
+    replace_files(target, copies)
+
+
+def sign(folder: Path, values: dict[str, Any]) -> None:
+    """Write the manifest of a folder, with the hash of each piece as it is now."""
+    for entry in values["pieces"]:
+        entry["sha256"] = hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
+    write_json(folder / MANIFEST, values | {"fingerprint": fingerprint(values)})
+
+
+def require_libraries(format: str) -> None:
+    """Refuse to begin where a library is missing."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if format == ONNX and missing:
         raise PteeError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -109,22 +133,24 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
         module = _ExportedPiece(piece, pieces[n - 1] if n else None, model.rule)
         file = folder / f"piece_{n}.{format}"
         program = _program(module, alive, rows)
-        _save(program, file, format)
+        try:
+            _save(program, file, format)
+        except Exception as why:  # whatever the exporter raises
+            assert isinstance(piece.module, fx.GraphModule)
+            raise not_written(model.plan.backbone, format, why, piece.module.graph.nodes) from why
         with torch.no_grad():
             given = module(*alive)
         alive, rows = given[:-2], piece.rows
         layout = [[where.axis, where.each] for where in piece.rows]
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        listed.append({"file": file.name, "sha256": digest, "exit": piece.exit, "rows": layout})
-    values = _manifest(model, listed, format)
-    write_json(folder / MANIFEST, values | {"fingerprint": fingerprint(values)})
+        listed.append({"file": file.name, "exit": piece.exit, "rows": layout})
+    sign(folder, _manifest(model, listed, format))
     write_text(folder / "README.md", _card(model, format))
 
 
 def _program(module: nn.Module, alive: tuple[Tensor, ...], rows: Sequence[Rows]) -> torch.export.ExportedProgram:
     count = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     shapes = tuple({where.axis: where.each * count if where.each > 1 else count} for where in rows)
-    with own_export, torch.no_grad():
+    with own_export, no_logs, no_stderr, torch.no_grad():
         return torch.export.export(module.eval(), alive, dynamic_shapes=(shapes,), strict=False)
 
 
@@ -133,7 +159,7 @@ def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> Non
         program._example_inputs = None  # as large as the weights of a small network
         torch.export.save(program, file)
         return
-    with own_export, no_warnings, no_stdout:
+    with own_export, no_warnings, no_logs, no_stdout, no_stderr:
         made = torch.onnx.export(program, dynamo=True, verbose=False)
         assert made is not None
         made.save(str(file))

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import read_object
+from ptee._common.files import is_file, read_object
 from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
 
 SCHEMA = 1
@@ -21,7 +21,9 @@ LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
-Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Name = Annotated[
+    str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$")
+]
 Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 Axis = Annotated[Whole, Field(ge=0, le=8)]
 
@@ -40,6 +42,34 @@ class Piece(FrozenConfig):
     sha256: Hash
     exit: Annotated[Whole, Field(ge=-1, le=1000)]
     rows: Annotated[tuple[tuple[Axis, Count], ...], Field(max_length=1000)]
+
+
+class Answered(FrozenConfig):
+    """How an exported model answered images.
+
+    Attributes:
+        numbers: "float32" or "int8".
+        accuracy: None without labels.
+        fidelity: share of the answers that are those of the backbone in float32.
+        cost: mean, of the backbone's multiply-accumulates.
+        bytes: of the pieces.
+        times: of batches of 1 and 32, divided by those of float32.
+    """
+
+    numbers: Name
+    accuracy: Number | None
+    fidelity: Number
+    cost: Number
+    bytes: Annotated[Whole, Field(ge=0)]
+    times: Annotated[tuple[Number, ...], Field(max_length=9)]
+
+
+class Int8(FrozenConfig):
+    """Pieces in whole numbers of 8 bits: on how many images they were calibrated, and beside float32 on how many others."""
+
+    calibrated_on: Count
+    compared_on: Count
+    measured: Annotated[tuple[Answered, ...], Field(max_length=9)]
 
 
 class Manifest(FrozenConfig):
@@ -62,6 +92,7 @@ class Manifest(FrozenConfig):
     answers: Literal["own", "blended"]
     pieces: Annotated[tuple[Piece, ...], Field(min_length=1, max_length=1001)]
     versions: dict[Name, Name]
+    int8: Int8 | None = None
     fingerprint: Hash
 
     @model_validator(mode="after")
@@ -87,7 +118,7 @@ class Manifest(FrozenConfig):
 
 def is_exported(folder: str) -> bool:
     """Whether a folder holds what `ptee export` wrote, and no run."""
-    return (Path(folder) / MANIFEST).is_file() and not (Path(folder) / "config.json").is_file()
+    return is_file(Path(folder) / MANIFEST) and not is_file(Path(folder) / "config.json")
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -103,8 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
         RunError: saying in one line what is wrong.
     """
     file = folder / MANIFEST
-    if not file.is_file():
-        raise RunError(f"{folder} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
+    if not is_file(file):
+        raise RunError(f"{folder!s:.200} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
     values = _read(file)
     version = values.get("schema_version")
     if isinstance(version, int) and version > SCHEMA:

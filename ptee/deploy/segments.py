@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from ptee._common.errors import PteeError
 from ptee.deploy.capture import captured
+from ptee.deploy.refusal import at
 from ptee.model.early_exit import EarlyExitModel
 
 PRODUCTS = ("conv", "linear", "matmul", "bmm", "attention")
@@ -236,7 +237,7 @@ class _Splitter:
         for node in self.nodes:
             if self.piece[node] > i and _writes(node) and any(_memory_of(a) in shared for a in node.all_input_nodes):
                 raise PteeError(
-                    f"Behind a cut, {node.target} writes into memory that two values at the cut share. Write the step without "
+                    f"Behind a cut, {at(node)} writes into memory that two values at the cut share. Write the step without "
                     "changing a value in place."
                 )
         return alive
@@ -258,7 +259,7 @@ class _Splitter:
                 if each is not None:
                     return Rows(axis, each)
         raise PteeError(
-            f"At a cut, a tensor of shape {tuple(shape)} is alive in which no axis holds the rows of the batch."
+            f"At a cut, what {at(node)} gives, of shape {tuple(shape)}, is alive, and no axis of it holds the rows of the batch."
         )
 
     def _graph(self, i: int, takes: Sequence[fx.Node], rows: Sequence[Rows], gives: Any) -> fx.GraphModule:
@@ -305,7 +306,7 @@ class _Piece:
 
     def _copied(self, node: fx.Node) -> fx.Node:
         if node in self.splitter.of_images and self.splitter.piece[node] != self.number:
-            raise PteeError(f"{node.name} is needed behind a cut and was not handed on.")
+            raise PteeError(f"What {at(node)} gives is needed behind a cut and was not handed on.")
         if node.op == "call_function" and node in self.splitter.constants:
             return self.graph.get_attr(self.splitter.constant(node))
         return self.graph.node_copy(node, self.copy)
@@ -317,7 +318,7 @@ class _Piece:
         """A size that was read from a tensor: a multiple of the number of rows."""
         each = _multiple(node.meta["val"], self.splitter.batch)
         if each is None:
-            raise PteeError(f"{node.name} is a size that is no multiple of the number of rows.")
+            raise PteeError(f"{at(node)} gives a size that is no multiple of the number of rows.")
         if self._count is None:
             size = self.graph.call_function(torch.ops.aten.sym_size.int, (self._first, self._rows.axis))
             self._count = (

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ptee._common.errors import PteeError, RunError, unknown
+from ptee._common.errors import PteeError, RunError, UnknownName, unknown
 from ptee._common.process import alone, own_random_numbers
 from ptee._common.validation import checked
 from ptee.analysis.freezing import freeze
@@ -143,14 +144,12 @@ def load(
         raise RunError(f"{folder} has no front network, but one is given. Leave out front=.")
     network = network_of(run, backbone)
     check_weights(run, network.module)
-    model = build(
-        network,
-        exits=[row.name for row in run.config.exits],
-        head=[row.head for row in run.config.exits],
-        placed=True,
-        saved=run.tensors,
-        front=front_of(run, front, network) if run.config.front is not None else None,
-    )
+    first, rows = front_of(run, front, network) if run.config.front is not None else None, run.config.exits
+    names, heads = [row.name for row in rows], [row.head for row in rows]
+    with _of_run(folder):
+        model = build(network, exits=names, head=heads, placed=True, saved=run.tensors, front=first)
+    if [found.name for found in model.exits] != names:
+        raise RunError(f"{folder} has its exits in another order than its backbone has them. Copy the run again.")
     if model.num_classes != run.config.backbone.classes:
         raise RunError(
             f"{folder} is for {run.config.backbone.classes} classes, its backbone has {model.num_classes}. Copy the run again."
@@ -159,9 +158,19 @@ def load(
     model.calibrated, model.confidence = calibrated, confidence
     model.threshold = run.config.threshold
     model.off, model.blend = run.config.off, blend
-    try:
-        model.answers = run.config.answers.name
-    except PteeError as why:  # the weights are not those of the exits that are on
-        raise RunError(f"{folder}: {why}") from why
+    with _of_run(folder):
+        model.answers = run.config.answers.name  # its weights may be those of other exits
     model.results = run.config.results
     return model.eval()
+
+
+@contextmanager
+def _of_run(folder: str | Path) -> Iterator[None]:
+    """Errors name the run."""
+    try:
+        yield
+    except RunError:
+        raise
+    except PteeError as why:
+        kind = type(why) if isinstance(why, UnknownName) else RunError
+        raise kind(f"{folder}: ", *why.parts, argument=why.argument, value=why.value) from why

@@ -11,11 +11,11 @@ from ptee._common.errors import BackboneError, RunError, first_line, possible
 from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
-from ptee.exits.blend import BLENDED, Blend
-from ptee.exits.confidence import CALIBRATED, CONFIDENCES, LEARNED, Calibrated
+from ptee.exits.blend import Blend
+from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.front import FrontHead, require_small
 from ptee.exits.heads import FRONT
-from ptee.model.run_files import CONFIG, record_of
+from ptee.model.run_files import record_of
 from ptee.model.saving import Run
 
 ITS_TENSORS = "0.network."  # begins the names of the front network's tensors among those of the heads
@@ -121,8 +121,6 @@ def blend_of(run: Run) -> Blend | None:
     """The weights of a run's blended answers, if it has some."""
     found = run.config.answers.blend
     if found is None:
-        if run.config.answers.name == BLENDED:
-            raise RunError(f"{run.folder}: {CONFIG} has no weights for the blended answers. Copy the run again.")
         return None
     return Blend({(row.exit, row.before): row.weights for row in found.weights}, found.to_the_end)
 
@@ -137,6 +135,4 @@ def confidence_of(run: Run) -> tuple[str, Calibrated | None]:
             f"{run.folder}: its confidence {found.name!r:.60} is not known here. If it is your own, register it first "
             f"(ptee.register_confidence).{possible(found.name, CONFIDENCES)}"
         )
-    if found.name == CALIBRATED and not found.scale:
-        raise RunError(f"{run.folder}: {CONFIG} has no numbers for the confidence {CALIBRATED!r}. Copy the run again.")
     return found.name, Calibrated(found.scale, found.shift) if found.scale else None

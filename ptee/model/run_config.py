@@ -18,8 +18,8 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
 from ptee._common.validation import LARGEST_IMAGE, Number, Whole
-from ptee.backbones.library import MOST_CLASSES
-from ptee.exits.config import AUTO, PLUS
+from ptee.backbones.library import MOST_CLASSES, per_channel, require_pixels
+from ptee.exits.config import AUTO, CALIBRATED, PLUS
 
 SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
 LONGEST_NAME = 255
@@ -95,6 +95,9 @@ class InputRecord(_Record):
         if math.prod(self.input_size) > LARGEST_IMAGE:
             size = Argument("input_size", str(list(self.input_size)))
             raise PteeError(size, f" is larger than any image: {LARGEST_IMAGE:,} numbers at most.")
+        for name in ("mean", "std"):
+            per_channel(name, getattr(self, name), (), self.input_size[0])
+        require_pixels(self.mean, self.std)
         return self
 
 
@@ -201,6 +204,10 @@ class RunConfig(_Record):
         scales = self.confidence or ConfidenceRecord(name="", scale=(), shift=())
         if len(scales.scale) != len(scales.shift) or len(scales.scale) not in (0, number):
             raise PteeError(f"confidence.scale and confidence.shift must have {number} numbers each, or none.")
+        if scales.name == CALIBRATED and not scales.scale:
+            raise PteeError(f"confidence has no numbers for the confidence {CALIBRATED!r}.")
+        if self.answers.name == "blended" and self.answers.blend is None:
+            raise PteeError("answers has no weights for the blended answers.")
         if self.schema_version > 1 and (self.tensors is None or self.fingerprint is None):
             raise PteeError("tensors and fingerprint are missing.")
         return self
@@ -208,19 +215,21 @@ class RunConfig(_Record):
 
 def require_sane(value: Any) -> None:
     """Refuse JSON that is nested too deeply, has a whole number beyond 64 bits, or text that is none."""
-    waiting = [(value, 0)]
-    while waiting:
-        part, depth = waiting.pop()
-        if depth > DEEPEST:
-            raise PteeError(f"lists and objects lie more than {DEEPEST} deep in each other.")
-        if isinstance(part, dict):
-            waiting += [(inner, depth + 1) for pair in part.items() for inner in pair]
-        elif isinstance(part, list):
-            waiting += [(inner, depth + 1) for inner in part]
-        elif isinstance(part, int) and abs(part) >= 2**64:
-            raise PteeError(f"a number is beyond 64 bits: {str(part)[:30]}...")
-        elif isinstance(part, str) and any("\ud800" <= letter <= "\udfff" for letter in part):
-            raise PteeError(f"a text has half a character: {part!r:.60}.")
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner: list[Any] = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += [*part, *part.values()]
+            elif isinstance(part, list):
+                inner += part
+            elif isinstance(part, int) and abs(part) >= 2**64:
+                raise PteeError(f"a number is beyond 64 bits: {str(part)[:30]}...")
+            elif isinstance(part, str) and any("\ud800" <= letter <= "\udfff" for letter in part):
+                raise PteeError(f"a text has half a character: {part!r:.60}.")
+        level = inner
+    if level:
+        raise PteeError(f"lists and objects lie more than {DEEPEST} deep in each other.")
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:

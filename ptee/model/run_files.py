@@ -23,13 +23,14 @@ from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, requir
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
 BACKBONE = "backbone.safetensors"  # of a run whose backbone learnt, too
 LARGEST_CONFIG_BYTES = 4 * 2**20
+OTHER_FOLDER = "Copy the run to a folder that you may write."
 _AGAIN = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
 
 def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
     """The checked config.json of a run, and whether it came from the hub. `hub` are arguments of hf_hub_download."""
     local = as_path(folder, "folder")
-    remote = not _is_folder(local)
+    remote = not is_folder(local)
     path = download(str(folder), CONFIG, hub) if remote else local / CONFIG
     if not path.is_file():
         raise RunError(
@@ -277,10 +278,11 @@ def _refuse_outside(folder: str | Path, name: str) -> None:
             )
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of this name. None can have some names, such as those of thousands of letters."""
     try:
         return path.is_dir()
-    except OSError:  # the name is too long to be one
+    except OSError:
         return False
 
 

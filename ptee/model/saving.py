@@ -29,6 +29,7 @@ from ptee.model.run_files import (
     CONFIG,
     HEADS,
     METRICS,
+    OTHER_FOLDER,
     metrics_of,
     read_run,
     read_values,
@@ -154,7 +155,7 @@ def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
     texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
     writers = {name: _text(text) for name, text in {**(more or {}), **texts}.items()}
-    replace_files(folder, writers, "Copy the run to a folder that you may write.")
+    replace_files(folder, writers, OTHER_FOLDER)
 
 
 def _text(text: str) -> Callable[[Path], Any]:
@@ -181,6 +182,10 @@ def fill(heads: nn.Module, run: Run) -> None:
     require_names(run.folder, wanted, run.tensors)
     for name, tensor in run.tensors.items():
         require_shape(run.folder, name, wanted[name].shape, tensor.shape)
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise RunError(
+                f"{run.folder}: tensor {name!r:.80} holds {_dtype(tensor)}, which its head does not. Copy the run again."
+            )
     heads.load_state_dict(run.tensors)
 
 

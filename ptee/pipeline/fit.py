@@ -43,7 +43,7 @@ from ptee.pipeline.images import (
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.run_folder import clear, forget_training, is_main_process, new_folder, require_readable, sole_writer
 from ptee.timing.measure import measure
-from ptee.timing.times import FILE, Times
+from ptee.timing.times import AUTO, FILE, Times
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.config import JOINT
 from ptee.training.history import Epoch, History
@@ -365,7 +365,8 @@ def _measured_pieces(model: EarlyExitModel, recipe: Recipe, job: Job) -> Times |
     job.log(f"\nThe pieces are measured in batches of up to {batch} on {job.device}.")
     home = next(model.heads.parameters()).device
     try:
-        return measure(model.to(resolve_device(job.device)), [batch])
+        executor = recipe.thresholds.executor
+        return measure(model.to(resolve_device(job.device)), [batch], None if executor == AUTO else [executor])
     finally:
         model.to(home)
 
@@ -379,7 +380,7 @@ def _set_thresholds(
         model.threshold = recipe.thresholds.threshold
         return (data.validation, data.summary), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
-    at_batch = None if times is None else times.at(recipe.thresholds.at_batch)
+    at_batch = None if times is None else times.at(recipe.thresholds.at_batch, recipe.thresholds.executor)
     images, words, found = choose_thresholds(model, unseen, target, recipe, job, at_batch)
     return (images, f"{data.summary} {words}"), found
 

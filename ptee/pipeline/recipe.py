@@ -27,7 +27,7 @@ from ptee.tuning.config import HOW, TARGETS, ThresholdsConfig
 
 RECIPE_FILE = "recipe.yaml"
 OF_RECIPE = {"seed", "backbone"}  # settings of the training that are the recipe's
-LARGEST_FILE = 2**18  # bytes; a recipe has about two thousand
+LARGEST_FILE = 2**16  # bytes; a recipe has about two thousand, and YAML is read slowly
 DEFAULT = "ptee"
 # Shorter names of settings, in Python and on the command line.
 OTHER_NAMES = {"exits": "exits.places", "num_exits": "exits.number", "confidence": "confidence.name"}

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, RunError
+from ptee._common.files import is_file, require_writable
 from ptee._common.text import printable
-from ptee.model.run_files import read_run, record_of
+from ptee.model.run_files import METRICS, OTHER_FOLDER, is_folder, metrics_of, read_run, record_of
+from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
@@ -34,6 +36,18 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
             record_of(run, config, remote, front=front, weights=None if front else weights)
     if images:
         recorded_images(run, config.results)
+
+
+def require_tunable(run: str) -> None:
+    """Refuse a run whose files cannot be changed, before it is fetched or thresholds are chosen for it."""
+    folder = Path(run)
+    if not is_folder(folder):
+        raise RunError(f"There is no folder {run:.200}. Thresholds are written into a run, so give one on this disk.")
+    require_writable(folder, OTHER_FOLDER)
+    if is_file(folder / METRICS):
+        metrics_of(folder)
+    if is_file(folder / RECIPE_FILE):
+        make_recipe(folder)
 
 
 @contextmanager

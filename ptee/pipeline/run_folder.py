@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ptee._common.devices import process_state
-from ptee._common.errors import Argument, RunError
+from ptee._common.errors import Argument, RunError, first_line
 from ptee._common.files import WRITING, clear_unfinished, from_json, require_writable, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
@@ -78,6 +78,9 @@ def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
     except Timeout:
         text = f"Another process trains into {out}. Wait for it, or give another folder with "
         raise RunError(text, OUT, ".", argument="out") from None
+    except OSError as why:
+        text = f"{out / LOCK} cannot be locked: {first_line(why)} Remove it, or give another folder with "
+        raise RunError(text, OUT, ".", argument="out") from why
     try:
         new_folder(out, overwrite=overwrite, resume=resume)
         clear_unfinished(out)
@@ -112,6 +115,8 @@ def forget_training(out: Path) -> None:
 
 def removed_pictures(out: Path) -> list[Key]:
     """Keys of the pictures that could not be read; none if the record is missing or damaged."""
+    if not (out / UNREADABLE).is_file():  # reading a pipe would not end
+        return []
     try:
         rows = from_json((out / UNREADABLE).read_text("utf-8"))
         return [(str(part), str(name), str(class_name)) for part, name, class_name in rows]

@@ -27,7 +27,7 @@ from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import or_weights, recorded_images
 from ptee.timing.measure import measure_static
-from ptee.timing.times import times_for
+from ptee.timing.times import AUTO, times_for
 from ptee.tuning.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
 from ptee.tuning.targets import require_labels
 from ptee.tuning.tune import describe_outcome
@@ -147,7 +147,7 @@ def tune_run(
     job = Job(device=how["device"], num_workers=how["num_workers"], log=log)
     wanted, times = recipe.thresholds, None
     if wanted.cost == TIME:
-        times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch)
+        times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
     report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job, times)
     results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
@@ -162,7 +162,13 @@ def tune_run(
 
 
 def compare_runs(
-    runs: Mapping[str, OpenRun], *, log: Log, cost: str = OPERATIONS, at_batch: int = AT_BATCH, **how: Any
+    runs: Mapping[str, OpenRun],
+    *,
+    log: Log,
+    cost: str = OPERATIONS,
+    at_batch: int = AT_BATCH,
+    executor: str = AUTO,
+    **how: Any,
 ) -> Comparison:
     """Compare saved runs, by name, on images that none of them has seen; `how` as of `compare`.
 
@@ -172,7 +178,7 @@ def compare_runs(
         PteeError: as of `compare`, and if there are no such images or times.
     """
     if cost == TIME:
-        how["times"] = _times(runs, how.get("static") or {}, resolve_device(how["device"]), at_batch)
+        how["times"] = _times(runs, how.get("static") or {}, resolve_device(how["device"]), at_batch, executor)
     first = next(iter(runs.values()))
     parts = parts_for_all([run.unseen for run in runs.values()])
     about = f"{first.unseen.data.source}. {parts.words}"
@@ -181,9 +187,9 @@ def compare_runs(
 
 
 def _times(
-    runs: Mapping[str, OpenRun], static: Mapping[str, Any], device: torch.device, batch: int
+    runs: Mapping[str, OpenRun], static: Mapping[str, Any], device: torch.device, batch: int, executor: str
 ) -> dict[str, BatchTimes]:
-    found = {name: times_for(Path(run.unseen.run), run.model, device, batch) for name, run in runs.items()}
+    found = {name: times_for(Path(run.unseen.run), run.model, device, batch, executor) for name, run in runs.items()}
     model = next(iter(runs.values())).model
     return found | {name: measure_static(network, model, device, batch) for name, network in static.items()}
 

@@ -28,6 +28,7 @@ FILE = "times.json"
 LARGEST_FILE = 2**20  # bytes
 LARGEST_BATCH = 4096
 HOOKS, EAGER, GRAPHS, COMPILE = EXECUTORS = ("hooks", "eager", "graphs", "compile")
+AUTO = "auto"
 AGAIN = "Measure again: ptee bench RUN --save"
 
 Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -109,10 +110,11 @@ class Times(FrozenConfig):
         """The text of the file."""
         return f"{to_json(self.model_dump(mode='json'))}\n"
 
-    def by(self, executor: str | None = None) -> Measured:
-        """What one executor took. None: the fastest way that `ptee` has there, CUDA graphs on a GPU and hooks elsewhere."""
+    def by(self, executor: str = AUTO) -> Measured:
+        """What one executor took. auto: the fastest way that `ptee` has there, CUDA graphs on a GPU and hooks elsewhere."""
         there = {m.executor: m for m in self.executors}
-        wanted = executor or next((name for name in (GRAPHS, HOOKS) if name in there), self.executors[0].executor)
+        usual = next((name for name in (GRAPHS, HOOKS) if name in there), self.executors[0].executor)
+        wanted = usual if executor == AUTO else executor
         if wanted not in there:
             raise PteeError(
                 f"{wanted} was not measured, only {', '.join(there)}. Measure it: ptee bench RUN --executor {wanted} --save",
@@ -120,7 +122,7 @@ class Times(FrozenConfig):
             )  # fmt: skip
         return there[wanted]
 
-    def at(self, batch: int, executor: str | None = None) -> BatchTimes:
+    def at(self, batch: int, executor: str = AUTO) -> BatchTimes:
         """The times of a batch, as fractions of the bare backbone's by the same executor.
 
         Raises:
@@ -218,7 +220,9 @@ def read_times(folder: Path) -> Times:
         raise RunError(f"{file}: {why} {AGAIN}") from why
 
 
-def times_for(folder: Path, model: EarlyExitModel, device: torch.device, batch: int) -> BatchTimes:
+def times_for(
+    folder: Path, model: EarlyExitModel, device: torch.device, batch: int, executor: str = AUTO
+) -> BatchTimes:
     """The times that a run keeps, for batches of one size.
 
     Raises:
@@ -226,7 +230,7 @@ def times_for(folder: Path, model: EarlyExitModel, device: torch.device, batch: 
     """
     times = read_times(folder)
     times.require_of(model, device, f"{folder / FILE}")
-    return times.at(batch)
+    return times.at(batch, executor)
 
 
 def sizes_to_measure(batch_sizes: list[int]) -> list[int]:

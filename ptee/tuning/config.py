@@ -16,7 +16,14 @@ DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
 OPERATIONS, TIME = "operations", "time"  # what a cost is counted or measured in
 AT_BATCH = 32
-HOW = ("one_threshold", "margin", "answers", "cost", "at_batch")  # settings of a choice, not of given thresholds
+HOW = (
+    "one_threshold",
+    "margin",
+    "answers",
+    "cost",
+    "at_batch",
+    "executor",
+)  # settings of a choice, not of given thresholds
 EXAMPLES = {"max_drop": "0.01", "max_fidelity_drop": "0.01", "max_cost": "0.6"}  # kinds of targets, and a limit to type
 WORDS = {
     "max_drop": "accuracy at most {:g} below the backbone's",
@@ -75,6 +82,10 @@ class ThresholdsConfig(FrozenConfig):
         "of each piece, measured on the device of the run).",
     )
     at_batch: Whole = Field(AT_BATCH, ge=1, le=4096, description="Images in a batch, for the cost in time.")
+    executor: Literal["auto", "hooks", "eager", "graphs", "compile"] = Field(
+        "auto",
+        description="What runs the model, for the cost in time. auto: graphs where they were measured, else hooks.",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

@@ -261,10 +261,7 @@ FOLLOWED = {
         lambda x: torch.cat([torch.zeros(4, 1, 5), torch.cat([torch.zeros(4, 2, 5), x.flatten(2).mT], 1)], 1),
         bnc(5, 4, 6, prefix=3),
     ),
-    "tokens before others": (
-        lambda x: torch.cat([x.flatten(2).mT, torch.zeros(4, 2, 5)], 1),
-        bnc(5, 4, 6, after=2),
-    ),
+    "tokens before others": (lambda x: torch.cat([x.flatten(2).mT, torch.zeros(4, 2, 5)], 1), bnc(5, 4, 6, after=2)),
     "a position axis gone": (lambda x: x[:, :, :1], Layout("bchw", 5, 1, 6)),
     "every second row and column, as channels": (
         lambda x: torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 1),

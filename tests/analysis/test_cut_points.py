@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 from awkward import REAL_SIZE, SIZE, InPlace, Net, Skip, Two, conv, hooks, real
+from cases import slow
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, CutError, UnknownName
@@ -309,15 +310,10 @@ def test_images_of_a_wrong_size_are_refused_with_what_to_do():
 # ---------------------------------------------------------------------------------------------------- memory that is used again
 
 
-NETWORKS = [
-    *("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "levit_128s", "gcvit_xxtiny", "test_mambaout"),
-    *(
-        "torchvision/swin_t",
-        "torchvision/swin_v2_t",
-        "torchvision/shufflenet_v2_x0_5",
-        "torchvision/mobilenet_v3_small",
-    ),
-    *("torchvision/squeezenet1_1", "torchvision/densenet121"),
+NETWORKS = ["test_resnet", "test_vit", "torchvision/swin_t", "torchvision/shufflenet_v2_x0_5"]
+MORE = [
+    *("test_convnext", "test_efficientnet", "levit_128s", "gcvit_xxtiny", "test_mambaout", "torchvision/swin_v2_t"),
+    *("torchvision/mobilenet_v3_small", "torchvision/squeezenet1_1", "torchvision/densenet121"),
 ]
 SIZES = {"gcvit_xxtiny": 224, "levit_128s": 224, "test_vit": 160}
 
@@ -329,7 +325,7 @@ def churn(rng: random.Random) -> list[Tensor]:
     return [torch.randn(rng.randint(1, 400_000)) for _ in range(rng.randint(0, 60))]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *map(slow, MORE)])
 def test_a_survey_finds_the_same_every_time(name: str) -> None:
     model = name.removeprefix("torchvision/")
     net = (timm.create_model(name) if model == name else torchvision.models.get_model(model)).eval()

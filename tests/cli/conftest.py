@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import MODEL, SHORT, TEN, Done, Run, make_run, pictures
+from command import MODEL, SHORT, TEN, Done, Run, pictures, quietly
 from safetensors.torch import save_file
 
 from ptee.backbones.load import load_backbone
@@ -76,7 +76,7 @@ def original(things, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "out"
     source = ("--weights", things / "weights.safetensors", "--data", things / "ten")
     target = ("--max-fidelity-drop", 0.99, "--set", "thresholds.margin=0")
-    make_run(*MODEL, *source, *SHORT, *target, "--seed", 3, "--out", out)
+    quietly("augment", *MODEL, *source, *SHORT, *target, "--seed", 3, "--out", out)
     return out
 
 

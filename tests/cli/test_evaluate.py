@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import MODEL, SHORT, TEN, assert_refused, edited, evaluated, figures, files, make_run, pictures, read_json
+from command import MODEL, SHORT, TEN, assert_refused, edited, evaluated, figures, files, pictures, quietly, read_json
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -167,7 +167,9 @@ def drawn(things, tmp_path_factory) -> tuple[Path, Path]:
     """Images of which some were drawn for a run's validation, and that run."""
     place = tmp_path_factory.mktemp("drawn")
     images = Path(shutil.copytree(things / "ten", place / "images"))
-    make_run(*MODEL, "--weights", things / "weights.safetensors", "--data", images, *SHORT, "--out", place / "out")
+    quietly(
+        "augment", *MODEL, "--weights", things / "weights.safetensors", "--data", images, *SHORT, "--out", place / "out"
+    )
     return images, place / "out"
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ptee._common.text import printable
 from ptee.backbones.weights import tensor_hash
+from ptee.deploy.manifest import fingerprint as fingerprint_of_manifest
 
 COMMANDS = {
     "evaluate": ("evaluate", "nope"),
@@ -26,6 +27,7 @@ COMMANDS = {
     "bench": ("bench", "nope"),
     "export": ("export", "nope", "--out", "exported"),
 }
+LONG = "x" * 5000
 # One process for all, because each start takes half a second. What is heavy cannot be imported there.
 WITHOUT = """
 import io, json, sys
@@ -132,6 +134,16 @@ def images(**fields: Any) -> Change:
     return lambda run: edited(run, lambda config: config["results"]["data"].update(fields))
 
 
+def images_of_network(**fields: Any) -> Change:
+    """Other images that the backbone takes."""
+    return lambda run: edited(run, lambda config: config["backbone"]["input"].update(fields))
+
+
+def answers(**fields: Any) -> Change:
+    """Other answers of the exits."""
+    return lambda run: edited(run, lambda config: config["answers"].update(fields))
+
+
 ORIGIN = {"tag": None, "hub": "stranger/net", "revision": "0" * 40}
 RUNS: dict[str, tuple[Change, str]] = {
     "10^7 classes in the record": (record(num_classes=10**7), "num_classes=10000000 must be 1000000 or less"),
@@ -146,6 +158,10 @@ RUNS: dict[str, tuple[Change, str]] = {
     "endless weights": (record(weights={"file": "/dev/zero"}), "There is no weights file /dev/zero"),
     "one field more": (record(more=1), "more=1 is unknown"),
     "an image of a gigabyte": (record(input={"input_size": [3, 20000, 20000], "mean": [0.5], "std": [0.5], "interpolation": ""}), "too large"),
+    "pixels without a spread": (images_of_network(std=[1e-308]), r"std, so it must be positive \(1e-06 or more\)"),
+    "pixels beyond white": (images_of_network(mean=[1e308] * 3), "Pixels lie between 0 and 1, and so does their mean"),
+    "pixels of two channels": (images_of_network(mean=[0.5, 0.5]), "Images of 3 channels need 3 numbers for backbone.input.mean"),
+    "blended answers without weights": (answers(name="blended", blend=None), "no weights for the blended answers"),
     "no record": (lambda run: edited(run, lambda config: config["backbone"].update(source=None)), "config.json cannot rebuild"),
     "heads with a flipped bit": (bytes_of_heads(lambda old: old[:-1] + bytes([old[-1] ^ 1])), "is damaged, or of another training"),
     "heads cut off": (bytes_of_heads(lambda old: old[:-4]), "cut off or damaged"),
@@ -164,6 +180,49 @@ RUNS: dict[str, tuple[Change, str]] = {
     "no images": (images(source=None), "does not say which images"),
 }  # fmt: skip
 
+
+def kept(name: str, text: str) -> Change:
+    """Another text in a file that `ptee tune` would change."""
+    return lambda run: (run / name).write_text(text)
+
+
+TUNED: dict[str, tuple[Change, str]] = {
+    "half of its metrics": (kept("metrics.json", '{"results": {'), r"metrics\.json is no complete JSON"),
+    "a list for metrics": (kept("metrics.json", "[]"), r"metrics\.json is no JSON object"),
+    "half of its recipe": (kept("recipe.yaml", "training: ["), r"recipe\.yaml cannot be read"),
+    "another setting in its recipe": (kept("recipe.yaml", "training: {epoch: 1}"), r"training\.epoch=1 is unknown"),
+}
+
+# ---------------------------------------------------------------------------------------------------- exported models
+
+PIECE = {"file": "piece_0.pt2", "sha256": "0" * 64, "exit": -1, "rows": []}
+MANIFEST: dict[str, Any] = {
+    "schema_version": 1, "format": "pt2", "backbone": "net", "input_size": [3, 8, 8], "dtype": "float32", "mean": [0.5], "std": [0.5],
+    "interpolation": "bilinear", "classes": 10, "exits": ["a"], "costs": [0.5, 1.0], "thresholds": [0.5], "confidence": "max_prob", "off": [],
+    "answers": "own", "pieces": [PIECE], "versions": {}, "fingerprint": "",
+}  # fmt: skip
+
+
+def manifest(**fields: Any) -> str:
+    """A manifest with other fields, as somebody would write who knows the fingerprint."""
+    values = MANIFEST | fields
+    return json.dumps(values | {"fingerprint": fingerprint_of_manifest(values)})
+
+
+EXPORTED = {
+    "no JSON": ("{", "cannot be read"),
+    "a list": ("[]", "no JSON object"),
+    "a mark of the byte order": ("\ufeff" + manifest(), "cannot be read"),
+    "a field twice": (manifest()[:-1] + ', "off": [0]}', "'off' is there twice"),
+    "endless costs": (manifest(costs=[float("inf"), 1.0]), r"costs\[0\]=inf must be a finite number"),
+    "costs of nothing": (manifest(costs=[-1.0, 1.0]), r"costs\[0\]=-1\.0 must be 0 or more"),
+    "a threshold that is none": (manifest(thresholds=["NaN"]), r"thresholds\[0\]='NaN' must be a number"),
+    "exits in another order": (manifest(pieces=[PIECE, PIECE]), "do not fit the exits"),
+    "an image of a gigabyte": (manifest(input_size=[3, 20000, 20000]), "larger than images can be"),
+    "a name that turns the line": (manifest(backbone="\u202eten"), "backbone='.*ten'"),
+    "a piece that is gone": (manifest(), r"piece_0\.pt2 is missing"),
+    "a changed field": (manifest().replace("bilinear", "bicubic"), "was changed"),
+}
 
 # ---------------------------------------------------------------------------------------------------- recipes and settings
 
@@ -197,6 +256,7 @@ def refused(original, tmp_path_factory) -> dict[str, Done]:
     """What came of all commands of this file."""
     folder = tmp_path_factory.mktemp("light")
     commands = dict(COMMANDS)
+    commands |= {f"{name} of a name": tuple(w.replace("nope", LONG) for w in words) for name, words in COMMANDS.items()}
     for name, (text, _) in CONFIGS.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
@@ -209,6 +269,14 @@ def refused(original, tmp_path_factory) -> dict[str, Done]:
     (folder / "tag.yaml").write_text("about: !!python/object/apply:os.system [ls]\n")
     os.mkfifo(folder / "pipe.yaml")
     (folder / "zero.yaml").symlink_to("/dev/zero")
+    for name, (change, _) in TUNED.items():
+        run = shutil.copytree(original, folder / f"tuned {name}")
+        change(run)
+        commands[f"tuned {name}"] = ("tune", run.name, "--max-fidelity-drop", "0.5")
+    for name, (text, _) in EXPORTED.items():
+        (folder / f"exported {name}").mkdir()
+        (folder / f"exported {name}" / "manifest.json").write_text(text)
+        commands[f"exported {name}"] = ("evaluate", f"exported {name}", "--data", ".")
     for recipe, _ in RECIPES.values():
         commands |= {f"{words} {recipe}": (*TRAINING[words], recipe) for words in TRAINING}
     commands |= {f"settings {name}": words for name, (words, _) in SETTINGS.items()}
@@ -223,7 +291,12 @@ def assert_light(done: Done, said: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(command, refused):
-    assert_light(refused[command], r"^There is no folder nope\. Give ")
+    assert_light(refused[command], r"^There is no folder nope\. (Give|Thresholds) ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_name_that_no_folder_can_have_is_refused_before_torch_is_imported(command, refused):
+    assert_light(refused[f"{command} of a name"], r"^There is no folder x{200}\. (Give|Thresholds) ")
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -234,6 +307,16 @@ def test_a_folder_that_holds_no_run_is_refused_before_torch_is_imported(case, re
 @pytest.mark.parametrize("case", RUNS)
 def test_a_run_that_cannot_be_trusted_is_refused_before_torch_is_imported(case, refused):
     assert_light(refused[f"run {case}"], RUNS[case][1])
+
+
+@pytest.mark.parametrize("case", TUNED)
+def test_a_run_that_cannot_be_changed_is_refused_before_thresholds_are_chosen(case, refused):
+    assert_light(refused[f"tuned {case}"], TUNED[case][1])
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_an_exported_model_that_cannot_be_trusted_is_refused_before_torch_is_imported(case, refused):
+    assert_light(refused[f"exported {case}"], EXPORTED[case][1])
 
 
 @pytest.mark.parametrize("case", RECIPES)

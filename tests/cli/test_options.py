@@ -53,7 +53,7 @@ OTHER = {
     "training.precision": "no", "training.cache": False, "confidence.name": "entropy", "confidence.question": "right",
     "confidence.calibration_share": 0.2, "thresholds.threshold": 0.5, "thresholds.max_loss": 0.02, "thresholds.max_drop": 0.02,
     "thresholds.max_fidelity_drop": 0.02, "thresholds.max_cost": 0.5, "thresholds.one_threshold": True, "thresholds.margin": 0.005, "thresholds.answers": "own",
-    "thresholds.cost": "time", "thresholds.at_batch": 8,
+    "thresholds.cost": "time", "thresholds.at_batch": 8, "thresholds.executor": "hooks",
     "backbone": "joint", "training.backbone_lr": 1e-3, "training.exit_weights": (1.0, 0.5),
     "training.cost_unit": "parameters",
 }  # fmt: skip
@@ -129,6 +129,11 @@ def test_plan_takes_a_recipe_from_a_file_and_options_that_change_it(run, elsewhe
     words = ("plan", "--model", "cifar_resnet20", "--no-pretrained", "--recipe", "mine.yaml", "--json")
     assert [row["head"] for row in json.loads(run(*words).out)["exits"]] == ["conv1", "conv1"]
     assert [row["head"] for row in json.loads(run(*words, "--head", "pool").out)["exits"]] == ["pool", "pool"]
+
+
+def test_a_recipe_is_printed_without_marks_that_turn_the_line(run, elsewhere):
+    (elsewhere / "r.yaml").write_text("about: a\u202eb\u2066c\n")
+    assert "about: abc\n" in run("recipe", "r.yaml").out
 
 
 def test_an_unknown_recipe_names_the_nearest(run):

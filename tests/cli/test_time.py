@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import RANDOM, SHORT, assert_refused, read_json
+from command import RANDOM, SHORT, assert_refused, quietly, read_json
 
 from ptee.pipeline.recipe import make_recipe
 from ptee.timing.times import read_times
@@ -15,11 +15,18 @@ from ptee.timing.times import read_times
 QUICK = ("--device", "cpu", "--batch-sizes", "1,2", "--rounds", 3)
 
 
+@pytest.fixture(scope="session")
+def timed_once(original, tmp_path_factory) -> Path:
+    """A run that keeps its times, to be left as it is."""
+    folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("timed") / "out"))
+    quietly("bench", folder, *QUICK, "--executor", "hooks", "--save")
+    return folder
+
+
 @pytest.fixture
-def timed(run, finished) -> Path:
-    """A run that keeps its times."""
-    assert run("bench", finished, *QUICK, "--executor", "hooks", "--save").status == 0
-    return finished
+def timed(timed_once, elsewhere) -> Path:
+    """That run, to be changed at will."""
+    return Path(shutil.copytree(timed_once, "out"))
 
 
 def with_heads(folder: Path, seconds: float) -> None:
@@ -81,6 +88,15 @@ def test_tuning_by_time_takes_the_times_of_the_run_and_its_recipe_says_so(run, t
     tuning = read_json(timed, "config.json")["results"]["tuning"]
     assert tuning["score"]["time"] < 1
     assert tuning["unit"] == "the bare backbone's time (hooks, batch 2, cpu)"
+
+
+def test_the_executor_whose_times_are_taken_can_be_named(run, timed):
+    words = ("tune", timed, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed", "--executor")
+    assert_refused(
+        run(*words, "eager"), r"eager was not measured, only hooks\. .*ptee bench RUN --executor eager --save"
+    )
+    assert run(*words, "hooks").status == 0
+    assert make_recipe(timed).thresholds.executor == "hooks"
 
 
 def test_if_no_exit_is_fast_enough_all_are_off(run, timed):

@@ -61,8 +61,13 @@ def spread(model: ptee.EarlyExitModel, x: Tensor) -> list[float]:
     return ((h[:, k - 1] + h[:, k]) / 2).tolist()
 
 
-@pytest.mark.parametrize("confidence", ["learned", "max_prob", "entropy", "margin", "patience"])
-@pytest.mark.parametrize("model", [made, chained], ids=["heads alone", "heads that read earlier ones"])
+@pytest.mark.parametrize(
+    ("model", "confidence"),
+    [
+        *((made, name) for name in ("learned", "max_prob", "entropy", "margin", "patience")),
+        *((chained, name) for name in ("learned", "patience")),  # whose heads read earlier ones
+    ],
+)
 def test_the_same_rows_leave_at_the_same_exits_in_any_batch(model, confidence, mode, x):
     early = model()
     early.confidence = confidence
@@ -100,7 +105,7 @@ def test_exits_can_be_switched_off_and_on_and_the_confidence_changed(mode, x):
         fast.answers = "bogus"
 
 
-@pytest.mark.parametrize("off", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("off", [[1], [0, 1]], ids=str)
 def test_nobody_leaves_at_an_exit_that_is_off_though_its_head_runs_for_a_later_one(off, mode):
     early = chained()
     x = 3 * torch.randn(20, *early.plan.input_size, generator=seeded(1))
@@ -374,6 +379,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.cpu("the compiler of C++ is for the CPU")
 def test_without_a_compiler_it_is_said_what_to_install_or_which_mode_to_take(tmp_path):
     none = {"CXX": "/nonexistent", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from cases import slow
 from device import seeded
 from small import K, chained, made
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from ptee._common.errors import PteeError
 from ptee.deploy.check import check_segments
 from ptee.deploy.segments import Rows, Segment, segments
 
-AHEAD = (0, 1, 3)
 FAMILIES = {  # by how many tensors pass a cut
     "test_resnet": (64, 1),
     "test_vit": (160, 1),
@@ -33,8 +33,11 @@ def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
     return ptee.augment(network, num_exits=2, head="pool", input_size=(3, side, side), **wish)
 
 
-@pytest.mark.parametrize("ahead", AHEAD)
-@pytest.mark.parametrize("name", FAMILIES)
+USUAL = [("test_resnet", 0), ("test_resnet", 1), ("test_vit", 0), ("test_vit", 3), ("crossvit_tiny_240", 0)]
+MORE = [(name, ahead) for name in FAMILIES for ahead in (0, 1, 3) if (name, ahead) not in USUAL]
+
+
+@pytest.mark.parametrize(("name", "ahead"), [*USUAL, *(slow(*pair) for pair in MORE)])
 def test_pieces_answer_as_the_model_whichever_rows_go_on(name, ahead):
     side, alive = FAMILIES[name]
     model = early(name, side)

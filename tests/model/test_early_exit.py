@@ -146,7 +146,7 @@ def assert_answers(out: ptee.ExitOutput, left: list[int]) -> None:
 each_exit_one = st.tuples(*(st.deferred(lambda n=n: st.sampled_from(walls(n))) for n in range(E))).map(list)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(each_exit_one)
 def test_a_batch_is_answered_row_by_row_and_as_its_traces_say(threshold):
     model, x = shared(), images()
@@ -166,7 +166,7 @@ def test_a_batch_is_answered_row_by_row_and_as_its_traces_say(threshold):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(st.lists(each_exit_one, min_size=b, max_size=b), st.randoms(use_true_random=False))
 def test_each_row_may_have_thresholds_of_its_own_in_any_order(thresholds, shuffler):
     model, x = shared(), images()

@@ -604,6 +604,24 @@ def test_nothing_is_unpickled(name, write, folder, net, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+def test_exits_in_another_order_than_the_backbone_has_them_are_refused(folder, net):
+    exits = json.loads((folder / "config.json").read_text())["exits"]
+    edit(folder, "exits", exits[::-1])
+    assert "has its exits in another order than its backbone has them" in refused(folder, net)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.complex64], ids=str)
+def test_heads_of_numbers_that_no_head_holds_are_refused(kind, folder, net):
+    rename_tensors(folder, lambda saved: saved | {"0.logits.bias": saved["0.logits.bias"].to(kind)})
+    assert f"tensor '0.logits.bias' holds {str(kind)[6:]}, which its head does not" in refused(folder, net)
+
+
+@pytest.mark.parametrize(("key", "value"), [("exits.0.name", "nope"), ("exits.0.head", "nope")])
+def test_an_error_about_an_exit_names_the_run(key, value, folder, net):
+    edit(folder, key, value)
+    assert refused(folder, net, PteeError).startswith(f"{folder}: Unknown ")
+
+
 # the backbone
 
 

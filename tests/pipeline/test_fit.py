@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import BRIEF, MODEL, TEN, figures, make_run, pictures, read_json
+from cases import slow
+from command import BRIEF, MODEL, TEN, figures, pictures, quietly, read_json
 from device import here, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -45,14 +46,14 @@ fit = partial(ptee.fit, input_size=SIZE, device=here(), **SETTINGS)
 # ---------------------------------------------------------------------------------------------------- as the command does
 
 
-@pytest.mark.parametrize("recipe", ["ptee", "pteenet", "eenet"])
+@pytest.mark.parametrize("recipe", ["ptee", "eenet", slow("pteenet")])
 def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(recipe, tmp_path):
     weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 30)
     save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
     targets = {} if recipe == "ptee" else {"targets": "pseudo"}
     words = ("--weights", weights, "--data", folder, "--recipe", recipe, *(("--targets", "pseudo") if targets else ()))
     words = (*words, "--head", "pool", "--no-speed", "--device", here(), "--out", tmp_path / "command")
-    make_run(*MODEL, *BRIEF, *words)
+    quietly("augment", *MODEL, *BRIEF, *words)
     source = {"weights": weights, "input_size": (3, 16, 16)}
     data, _ = open_images(str(folder), load_backbone("cifar_resnet20", **source), seed=0)
     settings = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ptee._common.errors import RunError
 from ptee.backbones.load import load_backbone
 from ptee.cli.main import main
 from ptee.data.pictures import File, decode
 from ptee.pipeline import fit
+from ptee.pipeline.run_folder import removed_pictures, sole_writer
 from ptee.training import trainer
 
 Run = Callable[..., tuple[int, str]]
@@ -71,6 +74,20 @@ def test_all_of_them_are_named_before_the_training_and_without_them_it_goes_on(p
     status, said = ptee(WORDS, *more)
     assert status == 0, said
     assert not Path("out", "unreadable.json").exists()
+
+
+def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / ".ptee.lock").mkdir()
+    with (
+        pytest.raises(RunError, match=r"\.ptee\.lock cannot be locked: IsADirectoryError"),
+        sole_writer(tmp_path, overwrite=False, resume=False),
+    ):
+        pytest.fail("it is written")
+
+
+def test_a_pipe_in_place_of_the_record_of_pictures_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "unreadable.json")
+    assert removed_pictures(tmp_path) == []
 
 
 @pytest.fixture

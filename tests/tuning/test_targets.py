@@ -103,14 +103,14 @@ small = st.tuples(st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 8))
 targets = st.sampled_from([Target(*t) for t in TARGETS])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(small, targets)
 def test_with_few_images_and_two_exits_the_optimum_is_found(shape, target):
     traces = random_traces(*shape)
     assert solved(traces, target) == pytest.approx(by_hand(traces, target), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.tuples(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 20)), targets)
 def test_one_threshold_is_the_best_single_threshold(shape, target):
     traces = random_traces(*shape)
@@ -119,7 +119,7 @@ def test_one_threshold_is_the_best_single_threshold(shape, target):
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(st.tuples(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 60)), targets)
 def test_several_thresholds_are_never_worse_than_the_best_one(shape, target):
     traces = random_traces(*shape)
@@ -128,7 +128,7 @@ def test_several_thresholds_are_never_worse_than_the_best_one(shape, target):
     assert single is None or several <= single + 1e-6
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(st.tuples(st.integers(0, 10**6), st.integers(1, 3), st.integers(2, 40)), targets, st.sampled_from([0.5, 3, 5]))
 def test_only_the_order_of_the_confidences_matters(shape, target, power):
     traces = random_traces(*shape)
@@ -332,7 +332,7 @@ def test_a_backbone_that_is_cut_off_runs_one_head_only():
     assert found == [(3 / 4, 2 / 4, 0.25), (4 / 4, 3 / 4, 0.75 - 0.125)]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_larger_drop_never_costs_more_whatever_the_reserve(seed):
     traces, drops = easy_and_hard(seed, 3, 200), (0.05, 0.0, 0.005, 0.01, 0.02)
     found = curves(traces, drops)["own"]
@@ -357,10 +357,9 @@ def timed(traces: Traces, batch: int = 8, heads: float = 1.0, first: float = 1.0
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
 @each_target
-def test_times_in_proportion_to_operations_choose_what_operations_choose(seed, target):
-    traces = easy_and_hard(seed, 3, 200)
+def test_times_in_proportion_to_operations_choose_what_operations_choose(target):
+    traces = easy_and_hard(0, 3, 200)
     by_count, by_time = solve(traces, target, margin=0), solve(timed(traces), target, margin=0)
     assert by_time.score.time == pytest.approx(by_time.cost)
     if target.kind == "max_cost":
@@ -387,9 +386,8 @@ def test_if_nothing_is_faster_than_the_bare_backbone_all_exits_are_off_and_it_sa
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("answers_on", [2, 3])
-def test_what_is_chosen_by_seconds_is_never_slower_than_what_is_chosen_by_operations(seed, answers_on):
-    traces, target = easy_and_hard(seed, answers_on, 300), Target("max_fidelity_drop", 0.05)
+def test_what_is_chosen_by_seconds_is_never_slower_than_what_is_chosen_by_operations(seed):
+    traces, target = easy_and_hard(seed, 2, 200), Target("max_fidelity_drop", 0.05)
     g = drawn(seed)
     some = timed(traces)
     steps = torch.rand(some.times.segments.shape, generator=g, dtype=torch.float64).sort(1).values

@@ -1,0 +1,71 @@
+"""`ptee export --int8`: a run in whole numbers, beside float32."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import ptee
+
+pytestmark = [
+    pytest.mark.cpu("files are made on the CPU"),
+    pytest.mark.skipif(
+        not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
+    ),
+]
+INT8 = ("--format", "onnx", "--int8", "--out", "files")
+
+
+def test_a_run_in_whole_numbers_is_smaller_and_says_how_it_answers_beside_float32(run, finished, things):
+    done = run("export", finished, *INT8, "--calibrate", things / "many")
+    assert done.status == 0, done.err
+    assert [line.split()[0] for line in done.out.splitlines()[2:4]] == ["float32", "int8"]
+    kept = json.loads(Path("files", "manifest.json").read_text())["int8"]
+    whole, small = kept["measured"]
+    assert (whole["numbers"], small["numbers"]) == ("float32", "int8")
+    assert small["bytes"] < whole["bytes"] / 2
+    assert abs(small["fidelity"] - whole["fidelity"]) < 0.3
+    assert kept["calibrated_on"] + kept["compared_on"] == 100
+    assert ptee.load_exported("files").manifest.int8 is not None
+
+
+def test_nothing_is_written_where_a_piece_cannot_be_quantised(run, finished, things, monkeypatch):
+    def fails(*_: object) -> None:
+        raise ValueError("no such\noperator")
+
+    monkeypatch.setattr("ptee.pipeline.int8._quantise", fails)
+    done = run("export", finished, *INT8, "--calibrate", things / "many")
+    assert done.status == 2
+    assert "ONNX Runtime cannot quantise piece_0.onnx: ValueError: no such." in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not Path("files").exists()
+
+
+REFUSED = {
+    "for torch": (("--int8", "--calibrate", "x", "--out", "files"), r"Give --format onnx"),
+    "without images": (INT8, "Give some that the heads were not trained on: --calibrate FOLDER"),
+    "images without int8": (("--calibrate", "x", "--out", "files"), "Give --int8, too"),
+    "images that are not there": ((*INT8, "--calibrate", "nowhere"), "nowhere"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_possible_is_refused_in_one_line(words, said, run, finished):
+    done = run("export", finished, *words)
+    assert done.status == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_without_onnx_runtime_one_line_says_what_to_install(run, finished, things, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr("ptee.deploy.export.importlib.util.find_spec", lambda name: None)
+    done = run("export", finished, *INT8, "--calibrate", things / "many")
+    assert (done.status, done.err) == (
+        2,
+        "ONNX needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime\n",
+    )

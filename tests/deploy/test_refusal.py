@@ -1,0 +1,106 @@
+"""A model that cannot be captured is refused in one line, with the operator and the line of its code that stands in the way."""
+
+from __future__ import annotations
+
+import linecache
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from small import K
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.deploy.refusal import at
+from ptee.deploy.segments import segments
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
+)
+pytestmark = pytest.mark.cpu("what is captured is the same on every device")
+
+
+class Network(nn.Module):
+    """A network with a step in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.step(self.a(x))).mean((2, 3)))
+
+    def step(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Asks(Network):
+    def step(self, x: Tensor) -> Tensor:
+        if x.max() > 1e9:
+            x = x + 1
+        return x
+
+
+class Takes(Network):
+    def step(self, x: Tensor) -> Tensor:
+        largest = x.amax().item()
+        return x * 0 if largest > 1e9 else x
+
+
+class LeavesTorch(Network):
+    def step(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.abs(x.numpy()))
+
+
+class Counts(Network):
+    def step(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        return x * 1.0 if rows > 5 else x
+
+
+CASES = {
+    Asks: r"bool in test_refusal\.py, line \d+ \(if x\.max\(\) > 1e9:\) stands in the way\. .* the values in the images\.",
+    Takes: r"bool in test_refusal\.py, line \d+ \(return x \* 0 if largest > 1e9 else x\) stands in the way",
+    LeavesTorch: r"numpy in test_refusal\.py, line \d+ \(return torch\.from_numpy\(np\.abs\(x\.numpy\(\)\)\)\) stands in",
+    Counts: r"test_refusal\.py, line \d+ \(rows = len\(x\)\) makes a fixed number of the number of rows\. Write x\.shape",
+}
+
+
+@pytest.mark.parametrize(("network", "said"), CASES.items(), ids=lambda c: getattr(c, "__name__", ""))
+def test_the_operator_and_the_line_that_stand_in_the_way_are_named(network, said, capfd):
+    model = ptee.augment(network(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    capfd.readouterr()
+    with pytest.raises(PteeError, match=rf"^torch\.export cannot capture {network.__name__}: {said}") as refused:
+        segments(model)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")  # torch.export prints its graph
+
+
+class Bessel(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.special.bessel_j0(self.a(x))
+        return self.c(self.b(x).mean((2, 3)))
+
+
+@needs_onnx
+def test_an_operator_that_onnx_does_not_have_is_named_with_the_line_that_asks_for_it(tmp_path):
+    model = ptee.augment(Bessel(), exits=["a"], head="pool", input_size=(3, 8, 8))
+    said = (
+        r"^Bessel cannot be written as onnx: \S*bessel_j0\S* in test_refusal\.py, line \d+ \(x = torch\.special\.bess"
+    )
+    with pytest.raises(PteeError, match=said) as refused:
+        ptee.export(model, tmp_path / "out", format="onnx")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_of_a_graph_is_named_with_the_line_that_asks_for_it():
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.aten.relu.default, (graph.placeholder("x"),))
+    assert at(node) == "aten.relu.default"
+    node.meta["stack_trace"] = (
+        f'  File "{__file__}", line 3, in forward\n    x\n  File "{torch.__file__}", line 9, in y\n    z\n'
+    )
+    assert at(node) == f"aten.relu.default in test_refusal.py, line 3 ({linecache.getline(__file__, 3).strip()})"
