@@ -2,6 +2,9 @@
 
     python recipes/scripts/same_answers.py runs/mine --data FOLDER
 
+With `--time` each is timed, too, in turns with the bare backbone. ONNX Runtime takes all cores that it may use: `taskset -c 0` gives
+all of them one.
+
 Prints a line for each way, and ends with status 1 if a row leaves elsewhere or a logit is off by more than 1e-4.
 """
 
@@ -19,11 +22,13 @@ import torch
 from torch import Tensor
 
 import ptee
+from ptee._common.clock import in_turns, ratio
 from ptee._common.text import table
 from ptee.data.batches import batches, split_batch
 from ptee.pipeline.saved_run import open_run
 
 ALLOWED = 1e-4  # of a logit
+TIMED = 256  # images
 Ways = Mapping[str, Callable[[Tensor], Any]]
 
 
@@ -59,22 +64,37 @@ def answers(way: Callable[[Tensor], Any], x: Tensor, batch: int) -> tuple[Tensor
     return logits, exits
 
 
+def times(model: ptee.EarlyExitModel, every: Ways, x: Tensor) -> dict[str, float]:
+    """The time of each way for these images (n, b, c, h, w), divided by that of the bare backbone."""
+
+    def all_of(way: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        return lambda: [way(part) for part in x]
+
+    found = in_turns({name: all_of(way) for name, way in {"": model.backbone, **every}.items()}, x.device, seconds=300)
+    return {name: ratio(found[name], found[""]) for name in every}
+
+
 @click.command()
 @click.argument("run")
 @click.option("--data", default=None, help="The run's own images if left out.")
 @click.option("--images", "number", default=1000)
 @click.option("--batch-size", default=32)
-def main(run: str, data: str | None, number: int, batch_size: int) -> None:
+@click.option("--time", "timed", is_flag=True)
+def main(run: str, data: str | None, number: int, batch_size: int, timed: bool) -> None:
     """Compare the answers."""
     model, x, labels = images(run, data, number)
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: answers(way, x, batch_size) for name, way in ways(model, Path(folder)).items()}
+        every = ways(model, Path(folder))
+        found = {name: answers(way, x, batch_size) for name, way in every.items()}
+        whole = min(TIMED, len(x)) // batch_size  # batches
+        taken = times(model, every, x[: whole * batch_size].unflatten(0, (whole, -1))) if timed else {}
     want, leaves = found["predict"]
-    rows, wrong = [("by", "at another exit", "logits off by", "accuracy")], 0
+    rows, wrong = [("by", "at another exit", "logits off by", "accuracy", "time / bare")], 0
     for name, (logits, exits) in found.items():
         others, off = int((exits != leaves).sum()), (logits - want).abs().max().item()
         accuracy = "-" if labels is None else f"{(logits.argmax(1) == labels).double().mean().item():.4f}"
-        rows.append((name, str(others), f"{off:.1e}", accuracy))
+        time = f"{taken[name]:.3f}" if timed else "-"
+        rows.append((name, str(others), f"{off:.1e}", accuracy, time))
         wrong += others or off > ALLOWED
     leaving = torch.bincount(leaves, minlength=len(model.exits) + 1).tolist()
     print(f"{model.plan.backbone}, {len(x)} images; at each exit and the end: {', '.join(map(str, leaving))}")
