@@ -120,6 +120,7 @@ THE_METHOD = (
     "exits",
     "training.losses",
     "tuning.threshold_search",
+    "tuning.p_values",
     "evaluation.metrics",
 )  # the mathematics
 
@@ -198,7 +199,18 @@ def test_the_version_is_that_of_the_build_file():
 
 # ---------------------------------------------------------------------------------------------------- light imports
 
-HEAVY = ("torch", "timm", "torchvision", "fvcore", "accelerate", "sklearn", "numpy", "huggingface_hub", "safetensors")
+HEAVY = (
+    "torch",
+    "timm",
+    "torchvision",
+    "fvcore",
+    "accelerate",
+    "sklearn",
+    "numpy",
+    "huggingface_hub",
+    "safetensors",
+    "mapie",
+)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +225,7 @@ def test_importing_it_imports_nothing_heavy(module):
 
 @pytest.mark.parametrize("module", sorted(set(TREES) - {"backbones.cifar_resnet"}))  # which is itself imported late
 def test_importing_the_library_leaves_the_libraries_of_models_for_later(module):
-    late = ("timm", "torchvision", "fvcore", "accelerate", "sklearn")
+    late = ("timm", "torchvision", "fvcore", "accelerate", "sklearn", "mapie")
     top = {
         alias.name.partition(".")[0]
         for node in TREES[module].body
