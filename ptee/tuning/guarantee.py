@@ -26,7 +26,7 @@ from ptee.tuning.traces import Traces
 
 Threshold = tuple[float, ...]
 ODDS = (1e-6, 1e2)  # of a loss, in costs of the backbone: the first and the last step of a path
-STEPS, FEW_STEPS = 100, 25  # of a path; of each of several paths
+STEPS, FEW_STEPS = 200, 25  # of a path; of each of several paths
 ORDER_SHARE = 4  # one image of so many says in which order the others test several paths
 LARGER, TRIES = 1.25, 12  # by how much larger limits are tried where nothing could be shown
 

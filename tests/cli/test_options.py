@@ -53,9 +53,12 @@ OTHER = {
     "training.precision": "no", "training.cache": False, "confidence.name": "entropy", "confidence.question": "right",
     "confidence.calibration_share": 0.2, "thresholds.threshold": 0.5, "thresholds.max_loss": 0.02, "thresholds.max_drop": 0.02,
     "thresholds.max_fidelity_drop": 0.02, "thresholds.max_cost": 0.5, "thresholds.one_threshold": True, "thresholds.margin": 0.005, "thresholds.answers": "own",
-    "thresholds.cost": "time", "thresholds.at_batch": 8,
+    "thresholds.confidence": 0.9, "thresholds.each_exit": True, "thresholds.cost": "time", "thresholds.at_batch": 8,
 }  # fmt: skip
-ALSO = {"training.cost_weight": ("training.loss=joint",)}  # what a setting goes together with
+ALSO = {
+    "training.cost_weight": ("training.loss=joint",),
+    "thresholds.each_exit": ("thresholds.confidence=0.9",),
+}  # what a setting goes together with
 
 
 @pytest.mark.parametrize("path", SETTINGS)
