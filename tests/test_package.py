@@ -110,6 +110,7 @@ THE_METHOD = (
     "exits",
     "training.losses",
     "tuning.threshold_search",
+    "tuning.p_values",
     "evaluation.metrics",
 )  # the mathematics
 
@@ -189,7 +190,18 @@ def test_the_version_is_that_of_the_build_file():
 
 # ---------------------------------------------------------------------------------------------------- light imports
 
-HEAVY = ("torch", "timm", "torchvision", "fvcore", "accelerate", "sklearn", "numpy", "huggingface_hub", "safetensors")
+HEAVY = (
+    "torch",
+    "timm",
+    "torchvision",
+    "fvcore",
+    "accelerate",
+    "sklearn",
+    "numpy",
+    "huggingface_hub",
+    "safetensors",
+    "mapie",
+)
 
 
 LIGHT = (
@@ -200,7 +212,7 @@ LIGHT = (
     "ptee.cli.options",
     "ptee.cli.main",
 )
-LATE = {"timm", "torchvision", "fvcore", "accelerate", "sklearn"}
+LATE = {"timm", "torchvision", "fvcore", "accelerate", "sklearn", "mapie"}
 
 
 def test_importing_a_light_module_imports_nothing_heavy():

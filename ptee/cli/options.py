@@ -304,6 +304,8 @@ TARGET = option_group(
     setting("thresholds.one_threshold", is_flag=True, default=None),
     setting("thresholds.margin"),
     setting("thresholds.answers"),
+    setting("thresholds.confidence"),
+    setting("thresholds.each_exit", is_flag=True, default=None),
     *TIME_OPTIONS,
 )
 DEVICE = option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")

@@ -69,7 +69,8 @@ class ConfidenceConfig(FrozenConfig):
     name: str | None = Field(
         None,
         description="calibrated (the largest probability, fitted after the training to be a probability), learned (the head's own "
-        "output), max_prob, entropy, margin or patience. Default: calibrated; learned for the joint losses, which train it.",
+        "output), max_prob, entropy, margin or patience. Default: calibrated; learned for the joint losses, which train it. A number, "
+        "such as 0.95, is thresholds.confidence: the drop is guaranteed.",
     )
     question: Literal["agrees", "right", "best"] = Field(
         "agrees",

@@ -49,6 +49,7 @@ from ptee.training.config import JOINT
 from ptee.training.history import Epoch, History
 from ptee.training.trainer import resolve_config, train
 from ptee.tuning.config import TIME, Target
+from ptee.tuning.guarantee import require_images
 from ptee.tuning.targets import Solution, require_labels, require_reachable
 from ptee.tuning.tune import describe_outcome, tune
 
@@ -243,8 +244,9 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
     model = build_model(backbone, recipe)
     try:
         if target is not None:
-            parts_for_tuning(Unseen(data.source, data, data.validation, recipe.seed))
+            parts = parts_for_tuning(Unseen(data.source, data, data.validation, recipe.seed))
             require_labels(target, labelled)
+            require_images(target, recipe.thresholds.confidence, len(parts.calibration))
             require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
         elif recipe.thresholds.threshold is not None:
             model.threshold = recipe.thresholds.threshold
@@ -393,11 +395,14 @@ def choose_thresholds(
     Returns the images that are left to report on, a sentence about the split, and the solution.
     """
     parts, how = parts_for_tuning(unseen), recipe.thresholds
+    require_images(target, how.confidence, len(parts.calibration))  # before the backbone runs over them
     goal: dict[str, Any] = {
         target.kind: target.limit,
         "one_threshold": how.one_threshold,
         "margin": how.margin,
         "answers": how.answers,
+        "confidence": how.confidence,
+        "each_exit": how.each_exit,
         "times": times,
     }
     found = tune(model, parts.calibration, **goal, **_batches(recipe, job))

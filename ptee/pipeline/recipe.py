@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Recipe(FrozenConfig):
             UnknownName: if there is no such setting; the nearest is named.
             PteeError: if a value is not possible, or does not go with the others.
         """
-        changes = {path_of(name): value for name, value in settings.items()}
+        changes = {path_for(name, value): value for name, value in settings.items()}
         values = self._loosened("training.loss" in changes).given() if changes else self.given()
         for path, value in changes.items():
             _set(values, path, value)
@@ -201,7 +201,7 @@ def make_recipe(
         UnknownName: if there is no such recipe or setting.
         PteeError: if a value is not possible.
     """
-    changes = {path_of(name): value for name, value in (settings or {}).items()}
+    changes = {path_for(name, value): value for name, value in (settings or {}).items()}
     values = _values(DEFAULT if recipe is None else recipe)
     made = Recipe(**values)
     with _as_called(settings or {}):
@@ -209,9 +209,9 @@ def make_recipe(
 
 
 @contextmanager
-def _as_called(settings: Iterable[str]) -> Iterator[None]:
+def _as_called(settings: Mapping[str, Any]) -> Iterator[None]:
     """Errors name a setting as the caller did: max_drop=2 and not thresholds.max_drop=2."""
-    names = {path_of(name): name for name in settings}
+    names = {path_for(name, value): name for name, value in settings.items()}
 
     def called(path: str) -> str:
         setting, bracket, place = path.partition("[")  # of a list
@@ -366,6 +366,17 @@ def path_of(name: str) -> str:
         return found[0]
     short = [path.rpartition(".")[2] for path in paths]
     raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short])
+
+
+def path_for(name: str, value: Any) -> str:
+    """The path of a setting that gets this value. A confidence that is a number is that of a guarantee; others have names.
+
+    Raises:
+        UnknownName: if there is no such setting.
+    """
+    path = path_of(name)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "thresholds.confidence" if path == OTHER_NAMES["confidence"] and number else path
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:

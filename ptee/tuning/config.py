@@ -20,6 +20,8 @@ HOW = (
     "one_threshold",
     "margin",
     "answers",
+    "confidence",
+    "each_exit",
     "cost",
     "at_batch",
     "executor",
@@ -76,6 +78,14 @@ class ThresholdsConfig(FrozenConfig):
         "so does the end. auto: blended where that meets the target better on images that the weights were not fitted to.",
     )
 
+    confidence: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Guarantee the drop: with this confidence, such as 0.95, no more is lost on new images, however they are "
+        "distributed. Needs enough images: 299 for 0.01 at 0.95. Default: kept on average.",
+    )
+    each_exit: YesNo = Field(
+        False, description="Guarantee the drop among the images that leave at each exit, too, not only among all."
+    )
     cost: Literal["operations", "time"] = Field(
         "operations",
         description="What thresholds and exits that are off are chosen by: operations (counted multiply-accumulates), or time (seconds "
@@ -116,6 +126,26 @@ class ThresholdsConfig(FrozenConfig):
                 Argument("margin", f"{self.margin:g}"), " leaves nothing of ", Argument(name, f"{limit:g}"), ". Give ",
                 Argument("margin", f"{limit:g}"), " or less.", argument="margin", value=self.margin,
             )  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_promised(self) -> Self:
+        level = Argument("confidence", "0.95" if self.confidence is None else f"{self.confidence:g}")
+        if self.each_exit and self.confidence is None and self.threshold is None:
+            text = " is about a guarantee. Give its confidence, too: "
+            raise PteeError(Argument("each_exit", "True"), text, level, ".", argument="each_exit", value=True)
+        if self.confidence is None or self.threshold is not None:
+            return self
+        against = {
+            "max_cost": (self.max_cost is not None, "a cost is counted, not lost"),
+            "margin": (self.margin != "auto", "a guarantee needs no other reserve"),
+            "answers": (self.answers == "blended", "the weights of blended answers are fitted to the same images"),
+        }
+        for name, (given, why) in against.items():
+            if given:
+                value = getattr(self, name)
+                parts = (level, " does not go with ", Argument(name, f"{value}"), f": {why}. Leave one of them out.")
+                raise PteeError(*parts, argument=name, value=value)
         return self
 
     def target(self, labelled: bool) -> tuple[str, float] | None:
@@ -176,6 +206,37 @@ class Target:
 
     def __str__(self) -> str:
         return WORDS[self.kind].format(self.limit)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """That a target is kept on new images, and what that costs.
+
+    Attributes:
+        confidence: in at most 1 - confidence of all draws of images to choose on, the target is not kept.
+        images: number of images that it was tested on.
+        each_exit: it is kept among the images that leave at each exit, too.
+        threshold: (E) T without the guarantee.
+        off: exits that are off without it.
+        price: the time if it was measured, else the cost, without it.
+    """
+
+    confidence: float
+    images: int
+    each_exit: bool
+    threshold: tuple[float, ...]
+    off: tuple[int, ...]
+    price: float
+
+    def __str__(self) -> str:
+        among = " among those that leave at each exit, too" if self.each_exit else ""
+        return f"{among}, guaranteed at {100 * self.confidence:g} % by {self.images:,} images"
+
+    def without(self, price: float, unit: str) -> str:
+        """What the guarantee costs where thresholds with it have this price, in a sentence."""
+        what, thresholds = "expected time" if unit else "cost", describe_thresholds(self.threshold, self.off)
+        more = f"The guarantee costs {price - self.price:.4f}."
+        return f"Without the guarantee, on average: {what} {self.price:.4f} at T = {thresholds}. {more}"
 
 
 def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ptee._common.errors import Argument, PteeError
 from ptee.exits.blend import OWN, Blend, Exits
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
-from ptee.tuning.config import EXAMPLES, Target, ThresholdsConfig, below, describe_thresholds
+from ptee.tuning.config import EXAMPLES, Promise, Target, ThresholdsConfig, below, describe_thresholds
 from ptee.tuning.threshold_search import ROUNDING, Choice, Problem, objective
 from ptee.tuning.traces import Score, Traces
 
@@ -43,6 +43,7 @@ class Solution:
         blend: the weights of blended answers; None if each exit answers by itself.
         remark: why answers are not blended although they were to be, in a sentence; else empty.
         unit: what the time is a fraction of, in words; empty if the cost was counted.
+        promise: the guarantee that the target is kept; None if it is kept on average.
     """
 
     target: Target
@@ -55,6 +56,7 @@ class Solution:
     blend: Blend | None = None
     remark: str = ""
     unit: str = ""
+    promise: Promise | None = None
 
     @property
     def cost(self) -> float:
@@ -98,14 +100,25 @@ class Solution:
         return values | {"threshold": list(self.threshold), "off": list(self.off), "drop": self.drop}
 
     def __str__(self) -> str:
-        reserve = f", with {self.margin:.4f} of that in reserve for new images" if self.margin else ""
         drop, s = self.drop, self.score
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
-            f"Target: {self.target}{reserve}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
+            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
             f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}"
             + (f"\n{self.remark}" if self.remark else "")
+            + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
         )
+
+    @property
+    def _how_sure(self) -> str:
+        if self.promise is not None:
+            return str(self.promise)
+        reserve = f", with {self.margin:.4f} of that in reserve for new images" if self.margin else ""
+        return reserve if self.target.kind == "max_cost" else f", on average{reserve}"
+
+    @property
+    def _or_unsafe(self) -> str:
+        return " or are not shown to be good enough" if self.promise and self.promise.each_exit else ""
 
     @property
     def _too_few(self) -> str:
@@ -120,12 +133,16 @@ class Solution:
 
     @property
     def _chosen(self) -> str:
+        if len(self.off) == len(self.threshold) and self.promise:
+            return "all exits off; the backbone answers every image."
         if len(self.off) == len(self.threshold) and self.unit:
             how = self.unit.removeprefix("the bare backbone's time ")
             return f"all exits off: nothing within the target is faster than the bare backbone {how}."
         if len(self.off) == len(self.threshold):
             return "all exits off, because none of them pays; the backbone answers every image."
-        off = " Exits that are off do not pay, and the cost is without their heads." if self.off else ""
+        off = (
+            f" Exits that are off do not pay{self._or_unsafe}, and the cost is without their heads." if self.off else ""
+        )
         blended = " Answers are blended." if self.blend else ""
         remark = f" {self.blend.remark}" if self.blend and self.blend.remark else ""
         return f"T = {describe_thresholds(self.threshold, self.off)}.{off}{blended}{remark}"
@@ -265,7 +282,7 @@ def _spent(traces: Traces, found: Solution) -> Tensor:
     leaving = traces.leaving(found.threshold)
     if found.target.kind == "max_cost":
         return traces.costs_without(found.off)[leaving]
-    return _loss(traces, found.target).gather(0, leaving[None])[0]
+    return losses_of(traces, found.target).gather(0, leaving[None])[0]
 
 
 def _ways(candidates: list[Candidate], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
@@ -299,7 +316,7 @@ def _within(candidates: list[Candidate], target: Target, one_threshold: bool, ma
     for candidate in candidates:
         traces = candidate.traces
         problem = Problem(
-            traces.confidence[:-1], _loss(traces, target), traces.costs_where, limited=limited, limit=limit
+            traces.confidence[:-1], losses_of(traces, target), traces.costs_where, limited=limited, limit=limit
         )
         for choice in searched(candidate, problem, one_threshold):
             if best is None or objective(problem, choice) < objective(problem, best[0]):
@@ -342,11 +359,11 @@ def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) 
         found = _within(others, target, one_threshold, margin=0)
         chosen = next(c for c in candidates if c.on in (None, found.on_exits))
         other = chosen.traces.rows(drawn[fold == left_out])
-        loss += _loss(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
+        loss += losses_of(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
     return loss / images - target.limit
 
 
-def _loss(traces: Traces, target: Target) -> Tensor:
+def losses_of(traces: Traces, target: Target) -> Tensor:
     """(E+1, n) what leaving at each exit loses, of fidelity where that is limited."""
     require_labels(target, labelled=traces.targets is not None, why=traces.note)
     return (replace(traces, targets=None) if target.kind == "max_fidelity_drop" else traces).losses

@@ -14,6 +14,7 @@ from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.tuning.config import Target, ThresholdsConfig, below
+from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.targets import DEFAULTS, WITHIN, Margin, Solution, solve
 from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
@@ -30,6 +31,8 @@ def tune(
     one_threshold: bool = DEFAULTS.one_threshold,
     margin: Margin = DEFAULTS.margin,
     answers: Literal["auto", "own", "blended"] = DEFAULTS.answers,
+    confidence: float | None = DEFAULTS.confidence,
+    each_exit: bool = DEFAULTS.each_exit,
     times: BatchTimes | None = None,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
@@ -51,6 +54,10 @@ def tune(
             cross-validation estimates how much more.
         answers: "own", "blended" (weights are fitted to these images, too), or "auto": whichever meets the target better on
             images that the weights were not fitted to.
+        confidence: guarantee the drop: with this confidence, such as 0.95, no more is lost on new images, however they are
+            distributed. They must be drawn like these, and nothing may have been fitted to these, the confidence of the exits
+            included. The answers are the exits' own. None: the drop is kept on average.
+        each_exit: guarantee it among the images that leave at each exit, too.
         times: of the model's pieces in batches of one size, as `ptee.timing.measure.measure(model, [32]).at(32)` gives them: then
             costs are of seconds. None: of multiply-accumulates.
         batch_size: for a data set.
@@ -61,17 +68,22 @@ def tune(
         The thresholds, the exits that are off, and accuracy, fidelity and cost on these data.
 
     Raises:
-        PteeError: if there is not exactly one target, or if it cannot be met; the message says what can.
+        PteeError: if there is not exactly one target, if it cannot be met, or if there are too few images for a guarantee; the
+            message says what can.
     """
     require_early_exit(model)
     config = ThresholdsConfig(
         max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_cost=max_cost, one_threshold=one_threshold, margin=margin,
-        answers=answers,
+        answers=answers, confidence=confidence, each_exit=each_exit,
     )  # fmt: skip
     target = Target.given(config)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
     traces = replace(record(model, data, logits=config.answers != OWN, own=True, **how), times=times)
+    require_images(target, config.confidence, traces.answers.shape[1])
     found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=config.answers)
+    if config.confidence is not None:
+        how_sure: dict[str, Any] = {"one_threshold": config.one_threshold, "each_exit": config.each_exit}
+        found = promised(traces, found, config.confidence, **how_sure)
     model.choose(found.threshold, found.off, found.blend)
     return found
 

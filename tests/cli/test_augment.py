@@ -191,6 +191,13 @@ REFUSED = {
     "a margin above the drop": ([*R, "--max-drop", 0.1, "--set", "margin=0.2"], "margin=0.2 leaves nothing of --max-drop 0.1"),
     "a cost that cannot be reached": ([*R, "--max-cost", 0.01], "--max-cost 0.01 cannot be reached: .* Give --max-cost .* or more"),
     "a cost that the margin puts out of reach": ([*R, "--max-cost", 0.9, "--set", "margin=0.89"], "0.89.* cannot be reached"),
+    "a guarantee by few images": (
+        [*R, "--max-fidelity-drop", 0.1, "--confidence", 0.95],
+        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, 3 are there",
+    ),
+    "a guarantee of thresholds that are given": ([*R, "--threshold", 0.5, "--confidence", 0.9], "--confidence 0.9 is about thresholds that are chosen"),
+    "a guarantee above 1": ([*R, "--confidence", 95], "--confidence 95 must be below 1"),
+    "each exit without a guarantee": ([*R, "--set", "each_exit=true"], "each_exit=True is about a guarantee.*--confidence 0.95"),
     "a resumption of nothing": ([*R, "--resume"], "no interrupted training in out.*--resume"),
 }  # fmt: skip
 

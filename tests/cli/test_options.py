@@ -53,6 +53,7 @@ OTHER = {
     "training.precision": "no", "training.cache": False, "confidence.name": "entropy", "confidence.question": "right",
     "confidence.calibration_share": 0.2, "thresholds.threshold": 0.5, "thresholds.max_loss": 0.02, "thresholds.max_drop": 0.02,
     "thresholds.max_fidelity_drop": 0.02, "thresholds.max_cost": 0.5, "thresholds.one_threshold": True, "thresholds.margin": 0.005, "thresholds.answers": "own",
+    "thresholds.confidence": 0.9, "thresholds.each_exit": True,
     "thresholds.cost": "time", "thresholds.at_batch": 8, "thresholds.executor": "hooks",
     "backbone": "joint", "training.backbone_lr": 1e-3, "training.exit_weights": (1.0, 0.5),
     "training.cost_unit": "parameters",
@@ -63,6 +64,7 @@ ALSO = {  # what a setting goes together with
     "training.backbone_lr": ("training.loss=joint", "backbone=joint"),
     "training.exit_weights": ("training.loss=weighted",),
     "training.cost_unit": ("training.loss=joint",),
+    "thresholds.each_exit": ("thresholds.confidence=0.9",),
 }
 
 

@@ -19,7 +19,7 @@ def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, fini
     done = run("tune", finished, "--max-fidelity-drop", 0.5, "--no-speed")
     assert done.status == 0
     assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.out
-    assert "Target: at most 0.5 of the answers differ from the backbone's." in done.out
+    assert "Target: at most 0.5 of the answers differ from the backbone's, on average" in done.out
     config, metrics = read_json(finished, "config.json"), read_json(finished, "metrics.json")
     assert config["results"] == metrics["results"]
     assert config["threshold"] == config["results"]["threshold"] == config["results"]["tuning"]["threshold"]
@@ -40,6 +40,15 @@ def test_the_run_s_recipe_has_the_new_target(run, finished):
     assert (thresholds.max_cost, thresholds.max_fidelity_drop, thresholds.one_threshold) == (0.9, None, True)
 
 
+def test_a_guarantee_is_kept_with_the_run(run, finished):
+    done = run("tune", finished, "--max-fidelity-drop", 0.7, "--confidence", 0.95, "--no-speed")
+    assert done.status == 0, done
+    assert "at most 0.7 of the answers differ from the backbone's, guaranteed at 95 % by 3 images." in done.out
+    assert "Without the guarantee, on average: cost " in done.out
+    assert read_json(finished, "config.json")["results"]["tuning"]["promise"]["confidence"] == 0.95
+    assert make_recipe(finished).thresholds.confidence == 0.95
+
+
 def test_as_json_the_results_are_all_there_is_on_standard_output(run, finished):
     done = run("tune", finished, "--max-cost", 0.9, "--one-threshold", "--json", "--no-speed")
     assert done.status == 0
@@ -53,6 +62,14 @@ REFUSED = {
     "a margin that is none": (["--max-cost", 0.9, "--margin", "much"], "--margin much must be a number, or 'auto'"),
     "a margin above the drop": (["--max-drop", 0.1, "--margin", 0.2], "--margin 0.2 leaves nothing of --max-drop 0.1"),
     "a cost that cannot be reached": (["--max-cost", 0.01], "--max-cost 0.01 cannot be reached.*or more"),
+    "a guarantee by few images": (
+        ["--max-fidelity-drop", 0.1, "--confidence", 0.95],
+        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, 3 are there.*--max-fidelity-drop 0.6316 or more",
+    ),
+    "a guarantee of a cost": (["--max-cost", 0.9, "--confidence", 0.95], "--confidence 0.95 does not go with --max-cost 0.9"),
+    "a guarantee that is no number": (["--max-drop", 0.1, "--confidence", "max_prob"], "--confidence max_prob must be a number"),
+    "a guarantee without doubt": (["--max-drop", 0.1, "--confidence", 1], "--confidence 1 must be below 1"),
+    "each exit without a guarantee": (["--max-drop", 0.1, "--each-exit"], "--each-exit is about a guarantee.*--confidence 0.95"),
     "a drop near chance": (["--max-drop", 0.1], "--max-drop 0.1 needs labels.*--classes FILE.*--max-fidelity-drop 0.1"),
 }  # fmt: skip
 

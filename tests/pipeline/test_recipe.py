@@ -75,6 +75,16 @@ def test_python_and_the_command_call_some_settings_by_shorter_names():
     assert {name: path_of(name) for name in shorter} == shorter
 
 
+def test_a_confidence_that_is_a_number_is_that_of_a_guarantee():
+    made = make_recipe(None, {"confidence": 0.95, "max_drop": 0.01})
+    assert (made.thresholds.confidence, made.resolved().confidence.name) == (0.95, "calibrated")
+    both = make_recipe(made, {"confidence": "entropy"})
+    assert (both.thresholds.confidence, both.confidence.name) == (0.95, "entropy")
+    assert make_recipe("pteenet", {"confidence": 0.9, "max_drop": 0.01}).thresholds.threshold is None
+    with pytest.raises(PteeError, match=r"^confidence=1\.5 must be below 1\."):
+        make_recipe(None, {"confidence": 1.5})
+
+
 def test_the_seed_is_also_that_of_the_training():
     assert make_recipe(None, {"seed": 5}).resolved().training.seed == 5
 

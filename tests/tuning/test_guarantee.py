@@ -1,0 +1,194 @@
+"""What is guaranteed is kept: on populations whose true losses are known, in nearly all draws of images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import populations
+import pytest
+import torch
+from populations import NEVER, POPULATIONS, draw, population, truth
+from scipy.stats import binom
+from small import made
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.tuning.config import Target, ThresholdsConfig
+from ptee.tuning.guarantee import promised, require_images
+from ptee.tuning.targets import solve
+from ptee.tuning.traces import Traces
+
+DROP, FIDELITY = Target("max_drop", 0.01), Target("max_fidelity_drop", 0.01)
+CONFIDENCE = 0.95
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(device: torch.device) -> None:
+    """Traces lie there, wherever the network ran."""
+    torch.set_default_device("cpu")
+
+
+def guaranteed(traces: Traces, target: Target = DROP, **how):
+    return promised(traces, replace(NEVER, target=target), CONFIDENCE, **how)
+
+
+def violations(name: str, images: int, draws: int, target: Target = DROP, size: int = 20_000) -> list[bool]:
+    """For each draw of calibration images, whether more is lost of the population than is allowed."""
+    traces = population(name, size)
+    found = (guaranteed(draw(traces, images, seed), target) for seed in range(draws))
+    return [truth(traces, each)[0] > target.limit for each in found]
+
+
+def most_violations(draws: int) -> int:
+    """That a guarantee at 95 % can have in so many draws; more have a chance of one in a thousand."""
+    return int(binom.ppf(0.999, draws, 1 - CONFIDENCE))
+
+
+@pytest.mark.parametrize("target", [DROP, FIDELITY], ids=str)
+def test_what_is_guaranteed_is_kept_in_nearly_all_draws_of_images(target):
+    assert sum(violations("calibrated", 600, 40, target)) <= most_violations(40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [DROP, FIDELITY], ids=str)
+@pytest.mark.parametrize("images", [500, 2000])
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_it_is_kept_on_each_population_in_a_thousand_draws(name, images, target):
+    assert sum(violations(name, images, 1000, target, populations.SIZE)) <= most_violations(1000)
+
+
+def test_with_many_images_it_costs_little_more_than_without():
+    traces = draw(population("overconfident"), 4000, 0)
+    without = solve(traces, DROP)
+    assert promised(traces, without, CONFIDENCE).cost <= without.cost + 0.03
+
+
+def test_it_says_what_is_guaranteed_and_what_that_costs():
+    traces = draw(population("calibrated"), 1000, 0)
+    without = solve(traces, DROP)
+    found = promised(traces, without, CONFIDENCE)
+    words = str(found)
+    assert words.startswith(
+        "Target: accuracy at most 0.01 below the backbone's, guaranteed at 95 % by 1,000 images.\nChosen: T = "
+    )
+    assert f"Without the guarantee, on average: cost {without.cost:.4f} at T = " in words
+    assert f"The guarantee costs {found.cost - without.cost:.4f}." in words
+    assert str(without).startswith("Target: accuracy at most 0.01 below the backbone's, on average")
+    assert found.to_dict()["promise"]["confidence"] == CONFIDENCE
+
+
+def test_the_score_is_that_of_the_thresholds():
+    traces = draw(population("calibrated"), 1000, 0)
+    found = guaranteed(traces)
+    assert found.on(traces) == found.score
+    assert found.cost < 1
+
+
+def test_at_each_exit_no_more_is_lost_than_allowed_among_the_images_that_leave_there():
+    """On the first two exits a rare group is answered wrong. All in all that is little, among those that leave much."""
+    traces = population("rare_group")
+    target = Target("max_drop", 0.02)
+    found = guaranteed(draw(traces, 6000, 0), target, each_exit=True)
+    leaving = traces.leaving(found.threshold)
+    assert found.cost < 1
+    for n in found.on_exits:
+        assert traces.losses[n][leaving == n].mean() <= target.limit
+    assert "among those that leave at each exit, too, guaranteed at 95 % by 4,500 images." in str(found)
+
+
+def test_one_threshold_is_the_same_at_every_exit():
+    found = guaranteed(draw(population("calibrated"), 1000, 0), one_threshold=True)
+    assert len(set(found.threshold)) == 1
+
+
+@pytest.mark.parametrize("target", [DROP, FIDELITY], ids=str)
+def test_too_few_images_are_refused_by_number_with_what_they_can_show(target):
+    traces = draw(population("calibrated", 1000), 180, 0)
+    words = f"{target.argument} at confidence=0.95 needs at least 299 images, 180 are there. Give more images, {target.kind}=0.0166 or more"
+    with pytest.raises(PteeError, match=words):
+        guaranteed(traces, target)
+    require_images(replace(target, limit=0.0166), CONFIDENCE, 180)
+    require_images(target, CONFIDENCE, 299)
+    require_images(target, None, 1)
+
+
+def test_without_an_image_no_limit_is_named():
+    with pytest.raises(PteeError, match=r"299 images, 0 are there\. Give more images, or no confidence"):
+        require_images(DROP, CONFIDENCE, 0)
+
+
+@pytest.mark.parametrize(
+    "target", [Target("max_fidelity_drop", 0.0), Target("max_drop", 0.0), Target("max_drop", -0.01)], ids=str
+)
+def test_that_nothing_is_lost_cannot_be_guaranteed(target):
+    with pytest.raises(PteeError, match=rf"{target.argument} cannot be guaranteed.*such as {target.kind}=0\.01"):
+        require_images(target, CONFIDENCE, 10**6)
+
+
+def test_if_nothing_can_be_shown_all_exits_are_off_and_it_says_what_could_be():
+    """A sure exit that is wrong for 4 % of the images."""
+    good = draw(population("calibrated"), 1000, 0)
+    wrong = torch.arange(1000) % 25 == 0
+    answers = torch.where(wrong, good.bare + 1, good.bare)
+    traces = replace(good, answers=torch.stack([*[answers] * 3, good.bare]), confidence=torch.ones(4, 1000))
+    found = guaranteed(traces, FIDELITY)
+    assert (found.off, found.cost) == ((0, 1, 2), 1)
+    assert "all exits off; the backbone answers every image." in str(found)
+    assert "1,000 images do not show that anything cheaper keeps this; they do for 0.06." in str(found)
+
+
+def test_an_exit_that_cannot_pay_is_off():
+    traces = draw(population("calibrated"), 1000, 0)
+    heads = torch.tensor([0.02, 0.02, 0.5], dtype=torch.float64)
+    costs = torch.tensor([0.15, 0.4, 0.7, 1.0], dtype=torch.float64) + torch.tensor([0.02, 0.04, 0.54, 0.54])
+    assert 2 in guaranteed(replace(traces, costs=costs, head_costs=heads)).off
+
+
+def test_images_whose_confidence_is_no_number_never_leave():
+    traces = draw(population("calibrated"), 1000, 0)
+    h = traces.confidence.clone()
+    h[:-1] = math.nan
+    found = guaranteed(replace(traces, confidence=h))
+    assert found.cost == 1
+
+
+REFUSED = {
+    "no confidence": ({"confidence": 1.0}, "confidence=1.0 must be below 1"),
+    "a percentage": ({"confidence": 95}, "confidence=95 must be below 1"),
+    "none at all": ({"confidence": 0}, "confidence=0 must be above 0"),
+    "a name": ({"confidence": "max_prob"}, "confidence='max_prob' must be a number"),
+    "a reserve": ({"confidence": 0.9, "margin": 0.001}, "confidence=0.9 does not go with margin=0.001: .*Leave one"),
+    "blended": ({"confidence": 0.9, "answers": "blended"}, "confidence=0.9 does not go with answers=blended: .*Leave"),
+    "each exit alone": ({"each_exit": True}, "each_exit=True is about a guarantee.*confidence=0.95"),
+}
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_guaranteed_is_refused_in_one_line(given, words):
+    with pytest.raises(PteeError, match=words):
+        ThresholdsConfig(max_drop=0.01, **given)
+
+
+def test_a_cost_is_not_guaranteed():
+    with pytest.raises(PteeError, match=r"confidence=0.95 does not go with max_cost=0.5"):
+        ThresholdsConfig(max_cost=0.5, confidence=0.95)
+
+
+def test_given_thresholds_are_not_guaranteed():
+    with pytest.raises(PteeError, match=r"confidence=0.95 is about thresholds that are chosen"):
+        ThresholdsConfig(threshold=0.5, confidence=0.95)
+
+
+def test_tune_sets_the_thresholds_that_are_guaranteed():
+    model, images = made(), torch.rand(120, 3, 16, 16)
+    data = TensorDataset(images, torch.zeros(120, dtype=torch.long))
+    found = ptee.tune(model, data, max_fidelity_drop=0.4, confidence=0.9)
+    assert found.promise.confidence == 0.9
+    assert model.off == found.off
+    assert model.threshold == list(found.threshold)
+    before = model.threshold
+    with pytest.raises(PteeError, match="needs at least 230 images, 120 are there"):
+        ptee.tune(model, data, max_fidelity_drop=0.01, confidence=0.9)
+    assert model.threshold == before
