@@ -13,6 +13,7 @@ augment() { # seed name options...
 
 for seed in ${SEEDS:-0 1 2}; do
     augment "$seed" ours --recipe recipes/cifar10/recipe.yaml
+    augment "$seed" one_exit --recipe recipes/cifar10/one_exit.yaml
     augment "$seed" previous --recipe recipes/cifar10/recipe.yaml --head auto+
     augment "$seed" front --front cifar_resnet20 --front-weights "$weights/cifar_resnet20.safetensors" --max-drop 0.005
     for recipe in pteenet eenet branchynet ztw; do
@@ -21,7 +22,7 @@ for seed in ${SEEDS:-0 1 2}; do
 done
 
 compare() { # data file
-    ptee compare "$out"/ours? "$out"/previous? "$out"/front? "$out"/pteenet? "$out"/eenet? "$out"/branchynet? "$out"/ztw? \
+    ptee compare "$out"/ours? "$out"/one_exit? "$out"/previous? "$out"/front? "$out"/pteenet? "$out"/eenet? "$out"/branchynet? "$out"/ztw? \
         --data "$1" --lines own,blended,one_threshold,max_prob,entropy,oracle,truncation \
         --static cifar_resnet20="$weights/cifar_resnet20.safetensors" \
         --static cifar_resnet32="$weights/cifar_resnet32.safetensors" --json > "$2"

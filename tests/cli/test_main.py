@@ -17,7 +17,7 @@ import ptee
 from ptee._common.errors import Argument, Interrupted, PteeError
 from ptee.cli.main import cli
 
-COMMANDS = ("augment", "plan", "evaluate", "tune", "compare", "bench", "export", "recipe", "sweep")
+COMMANDS = ("augment", "plan", "advise", "evaluate", "tune", "compare", "bench", "export", "recipe", "sweep")
 HEAVY = ("torch", "timm", "numpy", "accelerate", "safetensors", "plotly", "sklearn")
 
 
@@ -172,7 +172,8 @@ def test_a_reader_that_goes_away_from_both_streams_is_left_in_peace():
 # ---------------------------------------------------------------------------------------------------- standard output
 
 FULL = "The output cannot be written: No space left on device. Send it elsewhere, such as > FILE."
-UNKNOWN = "Unknown recipe 'ptea'. Did you mean 'ptee' or 'pteenet'? Choices: branchynet, eenet, ptee, pteenet, ztw."
+CHOICES = "branchynet, branchynet-joint, db-joint, eenet, eenet-joint, ptee, pteenet, ztw"
+UNKNOWN = f"Unknown recipe 'ptea'. Did you mean 'ptee' or 'pteenet'? Choices: {CHOICES}."
 CLOSED_OR_FULL = {
     "ptee >&-": (0, ""),
     "ptee >/dev/full": (2, FULL),

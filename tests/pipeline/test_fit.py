@@ -113,7 +113,7 @@ def test_thresholds_by_time_are_chosen_by_what_was_measured_of_the_pieces(tmp_pa
 
     slow = values(device=here().type)
     slow["executors"][0]["heads"] = [[50.0, 50.0]] * 2
-    monkeypatch.setattr(fitting, "measure", lambda model, sizes: Times(**slow))
+    monkeypatch.setattr(fitting, "measure", lambda model, sizes, executors: Times(**slow))
     model = fit(network(), images(40), max_cost=1.0, cost="time", at_batch=4, out=tmp_path / "run")
     assert model.off == (0, 1)
     assert model.results["tuning"]["unit"] == f"the bare backbone's time (hooks, batch 4, {here().type})"
