@@ -26,7 +26,7 @@ MACHINES = (
     "Top-1 is of ImageNet's validation images. GPU: images a second on an RTX 5090, mixed precision, large batches; CPU: on an "
     "i9-10940X, float32, compiled, batches of one."
 )
-DROPS = (0.0, 0.005, 0.01)  # of accuracy
+DROPS = (0.0, 0.01)  # of accuracy, for the short advice
 FRONT_SHARES = (0.05, 0.1, 0.2, 0.3)  # of the operations, for a network in front
 AUTO_FRONT_SHARE = 0.2  # the front that `--front auto-timm` takes
 LEAST_GAIN = 0.95  # a network that needs more of the operations than that is no advice
@@ -104,10 +104,11 @@ def _with_default_tag(name: str) -> str:
     return next(iter(tagged), name)
 
 
-def as_good(own: Published, drop: float, by: str) -> Published:
-    """The network that costs least among those that lose at most `drop` of accuracy; it may be `own` itself."""
-    good = [row for row in results() if row.top1 >= own.top1 - drop - 1e-9]
-    return min([own, *good], key=MEASURES[by].cost)
+def as_good(own: Published, drop: float, by: str) -> Published | None:
+    """The network that costs least among those that lose at most `drop` of accuracy, `own` if none costs less; None if none gains
+    as much as is asked."""
+    good = [row for row in (own, *results()) if row.top1 >= own.top1 - drop - 1e-9]
+    return min(good, key=MEASURES[by].cost, default=None)
 
 
 def best_front(own: Published, share: float) -> Published | None:
@@ -168,7 +169,11 @@ class Advice:
 
 
 def advise(
-    model: str, *, drops: Sequence[float] = DROPS, by: Sequence[str] = tuple(MEASURES), side: int | None = None
+    model: str,
+    *,
+    drops: Sequence[float] = (0.0, 0.005, 0.01),
+    by: Sequence[str] = tuple(MEASURES),
+    side: int | None = None,
 ) -> Advice:
     """Which published networks are as good as one of timm's, for less.
 
@@ -194,7 +199,7 @@ def advise(
     fronts = [(share, best_front(own, share)) for share in FRONT_SHARES]
     return Advice(
         own,
-        tuple((drop, each, as_good(own, drop, each)) for drop in drops for each in by),
+        tuple((drop, each, row) for drop in drops for each in by if (row := as_good(own, drop, each))),
         tuple((share, row) for share, row in fronts if row is not None),
     )
 
@@ -209,8 +214,8 @@ def _nothing_known(model: str) -> BackboneError:
 
 def _known(backbone: Backbone) -> Published | None:
     """The row of a backbone that answers in ImageNet's classes with timm's own weights, or would."""
-    source = backbone.source or {}
-    if backbone.label_space != IMAGENET or "file" in source.get("weights", {}):
+    weights = (backbone.source or {}).get("weights") or {}
+    if backbone.label_space != IMAGENET or backbone.learnt or "file" in weights:
         return None
     return find_published(backbone.name, backbone.input.input_size[-1])
 
@@ -220,21 +225,21 @@ def in_short(backbone: Backbone) -> str:
     own = _known(backbone)
     if own is None:
         return ""
-    lines, before = [], None
+    lines: dict[str, None] = {}  # each once
     for drop in DROPS:
-        found = as_good(own, drop, "operations"), as_good(own, drop, "gpu")
-        if found != before and found[0].operations <= LEAST_GAIN * own.operations:
-            lines.append(_in_a_line(own, drop, *found))
-        before = found
+        fewest, fastest = as_good(own, drop, "operations"), as_good(own, drop, "gpu")
+        if fewest and fastest and fewest.operations <= LEAST_GAIN * own.operations:
+            lines[f"  {100 * drop:g} point{'s' * (drop != 0.01)} lost: {_gains(own, fewest, fastest)}."] = None
     if not lines:
         return ""
     return "\n".join([f"By {SOURCE} other networks do as well on ImageNet (ptee advise {own.name}):", *lines])
 
 
-def _in_a_line(own: Published, drop: float, fewest: Published, fastest: Published) -> str:
-    lost = f"{100 * drop:g} point{'s' * (drop != 0.01)} lost"
-    share, speed = fewest.operations / own.operations, fastest.gpu / own.gpu
-    return f"  {lost}: {fewest.name} at {share:.2g} of the operations, {fastest.name} at {speed:.2g} times the speed on a GPU."
+def _gains(own: Published, fewest: Published, fastest: Published) -> str:
+    found = f"{fewest.name} at {fewest.operations / own.operations:.2g} of the operations"
+    if fastest.gpu <= own.gpu:
+        return found
+    return f"{found}, {fastest.name} at {fastest.gpu / own.gpu:.2g} times the speed on a GPU"
 
 
 def front_of(backbone: Backbone) -> str:

@@ -70,7 +70,7 @@ class Exported:
         for m in self.int8.measured:
             leaving = ", ".join(f"{share:.1%}" for share in self.leaving[m.numbers])
             accuracy = "-" if m.accuracy is None else f"{m.accuracy:.4f}"
-            times = [f"{t:.2f}" for t in m.times]
+            times = [f"{t:.2f}" for t in m.times] + ["-"] * (len(TIMED) - len(m.times))  # too few images for a batch
             rows.append(
                 (m.numbers, accuracy, f"{m.fidelity:.4f}", f"{m.cost:.4f}", f"{m.bytes / 1e6:.1f}", *times, leaving)
             )

@@ -62,6 +62,18 @@ def test_the_front_is_the_most_accurate_within_its_share():
     assert best_front(own, 0.0001) is None
 
 
+def test_a_gain_that_no_network_has_gets_no_row():
+    assert advise("resnet50", drops=[-0.2], by=["operations"]).instead == ()
+    assert (
+        advise("resnet50", drops=[-0.05], by=["operations"]).instead[0][2].top1 >= find_published(RESNET50).top1 + 0.05
+    )
+
+
+def test_a_network_is_never_named_as_the_other_one():
+    for row in results()[::20]:
+        assert f" {row.name} at " not in in_short(backbone(row.name, row.side))
+
+
 def test_the_best_of_all_is_told_that_it_is():
     best = results()[0]
     assert "(itself)" in str(advise(best.name, drops=[0], by=["operations"]))
@@ -96,8 +108,9 @@ def test_the_short_advice_names_each_pair_of_networks_once():
         backbone("torchvision/resnet50"),
         backbone("resnet50", label_space=None),
         backbone("resnet50", source={"weights": {"file": "/mine.safetensors"}}),
+        replace(backbone("resnet50", source={"weights": None}), learnt=True),
     ],
-    ids=["own network", "torchvision's weights", "other classes", "weights of a file"],
+    ids=["own network", "torchvision's weights", "other classes", "weights of a file", "trained further"],
 )
 def test_nothing_is_said_and_no_front_is_taken_where_nothing_is_known(other):
     assert in_short(other) == ""

@@ -69,3 +69,12 @@ def test_without_onnx_runtime_one_line_says_what_to_install(run, finished, thing
         2,
         "ONNX needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime\n",
     )
+
+
+def test_with_too_few_images_for_a_batch_its_time_is_a_dash():
+    from ptee.deploy.manifest import Answered, Int8
+    from ptee.pipeline.int8 import Exported
+
+    one = Answered(numbers="int8", accuracy=None, fidelity=1.0, cost=1.0, bytes=10**6, times=(0.5,))
+    text = str(Exported(Path("files"), Int8(calibrated_on=2, compared_on=2, measured=(one,)), {"int8": [1.0]}))
+    assert text.splitlines()[2].split() == ["int8", "-", "1.0000", "1.0000", "1.0", "0.50", "-", "100.0%"]
