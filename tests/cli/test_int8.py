@@ -33,6 +33,7 @@ def test_a_run_in_whole_numbers_is_smaller_and_says_how_it_answers_beside_float3
     assert ptee.load_exported("files").manifest.int8 is not None
 
 
+@pytest.mark.slow
 def test_nothing_is_written_where_a_piece_cannot_be_quantised(run, finished, things, monkeypatch):
     def fails(*_: object) -> None:
         raise ValueError("no such\noperator")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from cases import slow
 from command import RANDOM, SHORT, Done, assert_refused, read_json
 from small import made
 
@@ -26,7 +27,7 @@ LAUNCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("launch", ["a scheduler", slow("MPICH"), slow("Open MPI")])
 def test_a_training_that_was_launched_by_halves_says_what_to_unset(launch, things, elsewhere):
     given = LAUNCHES[launch]
     words = [*PTEE, "augment", *map(str, (*RANDOM, "--data", things / "ten", *SHORT, "--out", "out"))]
