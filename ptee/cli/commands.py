@@ -162,7 +162,8 @@ def evaluate(run: str, **o: Any) -> None:
     images, words = opened.left_by_tuning(given=o["threshold"] is not None)
     click.echo(f"{words} {opened.accuracy}\n", err=o["as_json"])
     if o["threshold"] is not None and (off := opened.model.off):
-        which = "All exits are" if len(off) == len(opened.model.exits) else f"Exit {', '.join(map(str, off))} is"
+        names = f"Exit{'s' * (len(off) > 1)} {' and '.join(map(str, off))} {'are' if len(off) > 1 else 'is'}"
+        which = "All exits are" if len(off) == len(opened.model.exits) else names
         text = f"{which} off in {run}: --threshold changes nothing there. To choose anew, also which exits are on: ptee tune {run}"
         click.echo(text, err=True)
     with opened.threads():

@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from ptee._common.errors import PteeError, RunError, unknown
 from ptee._common.files import as_path, clear_unfinished, replace_files, require_writable, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
+from ptee._common.text import printable
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
-from ptee.deploy.manifest import MANIFEST, SCHEMA, fingerprint
+from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, SCHEMA, fingerprint
 from ptee.deploy.refusal import not_written
 from ptee.deploy.runner import load_exported
 from ptee.deploy.segments import Rows, Segment, segments
@@ -177,6 +178,7 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
         "std": list(images.std),
         "interpolation": images.interpolation,
         "classes": model.num_classes,
+        "class_names": class_names(model),
         "exits": [e.name for e in model.exits],
         "costs": list(model.costs),
         "thresholds": [min(max(t, -1.0), 2.0) if math.isinf(t) else t for t in model.threshold],
@@ -186,6 +188,17 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
         "pieces": pieces,
         "versions": {"torch": str(torch.__version__)},
     }
+
+
+def class_names(model: EarlyExitModel) -> list[str]:
+    """The names of the classes as the run's data has them; empty if it does not say, or they are too long or odd for a manifest."""
+    data = (model.results or {}).get("data")
+    split = data.get("split") if isinstance(data, dict) else None
+    names = split.get("classes") if isinstance(split, dict) else None
+    if not isinstance(names, list) or len(names) != model.num_classes or len(str(names)) > LARGEST_MANIFEST // 4:
+        return []
+    fine = all(isinstance(name, str) and printable(name) == name and len(name) <= LONGEST_NAME for name in names)
+    return names if fine else []
 
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:

@@ -21,8 +21,12 @@ LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
+LONGEST_NAME = 200  # letters
 Name = Annotated[
-    str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$")
+    str,
+    Field(
+        strict=True, max_length=LONGEST_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$"
+    ),
 ]
 Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 Axis = Annotated[Whole, Field(ge=0, le=8)]
@@ -84,6 +88,9 @@ class Manifest(FrozenConfig):
     std: tuple[Annotated[Number, Field(gt=0)], ...]
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     classes: Count
+    class_names: Annotated[
+        tuple[Name, ...], Field(max_length=10**6)
+    ] = ()  # in the order of the logits; empty if not known
     exits: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     costs: tuple[Annotated[Number, Field(ge=0)], ...]
     thresholds: tuple[Number, ...]
@@ -107,6 +114,8 @@ class Manifest(FrozenConfig):
             or {len(self.mean), len(self.std)} - {1, channels}
         ):
             raise PteeError("costs, thresholds, mean or std do not fit the exits and channels.")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise PteeError("there are other class_names than classes.")
         if (
             order[-1] != -1
             or order[:-1] != sorted({*order[:-1]} & {*range(exits)})

@@ -321,8 +321,9 @@ def _answered(folder: str, *pictures: str) -> list[str]:
     out = runner.predict(runner.images(pictures))
     rows = zip(pictures, _numpy(out.logits), out.exit_index, out.cost, strict=True)
     places = [f"exit {n}" for n in range(len(runner.threshold))] + ["end of the backbone"]
+    names = [f" ({name})" for name in runner.manifest.class_names] or [""] * runner.manifest.classes
     return [
-        f"{path}: class {int(logits.argmax())}, {places[int(exit)]}, cost {float(cost):.2f}"
+        f"{path}: class {int(logits.argmax())}{names[int(logits.argmax())]}, {places[int(exit)]}, cost {float(cost):.2f}"
         for path, logits, exit, cost in rows
     ]
 

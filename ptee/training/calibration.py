@@ -76,7 +76,8 @@ class ExitCalibration:
         rarer = min(positives, self.images - positives)
         if rarer < MIN_OF_EITHER:
             word = "yes" if positives == rarer else "no"
-            return f"only {rarer} images have the answer {word}, so scale and shift are rough."
+            few = f"only {rarer} image{'s have' if rarer != 1 else ' has'}"
+            return f"{few} the answer {word}, so h is a rough guess. Train longer, or give more images."
         return ""
 
 

@@ -160,8 +160,9 @@ class TrainingConfig(FrozenConfig):
         if self.backbone != JOINT:
             return
         if self.loss == SEPARATE:
-            needs = "needs a loss in which the backbone's own answer counts, such as loss='joint_each_exit'"
-            raise _clash("backbone", JOINT, needs, f"loss={self.loss!r}")
+            text = " needs a loss in which the backbone's own answer counts. Give "
+            possible = Argument("loss", "'joint_each_exit'"), " or ", Argument("loss", f"'{WEIGHTED}'")
+            raise PteeError(Argument("backbone", repr(JOINT)), text, *possible, ".", argument="backbone", value=JOINT)
         if self.resolved_targets != "labels":  # else it would learn its own answers
             raise _clash("backbone", JOINT, "needs targets='labels'", f"targets={self.targets!r}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from cases import slow
 from device import drawn
 from images import picture
 from PIL import Image
-from small import SIZE, chained, made
+from small import SIZE, K, chained, made
 from torch import Tensor
 
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.data.pictures import image_transform
+from ptee.deploy.export import class_names
 from ptee.deploy.manifest import MANIFEST, fingerprint
 from ptee.deploy.runner import main as runner_main
 from ptee.exits.blend import Blend, subsets
@@ -193,6 +195,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "images that are too large": (entry(input_size=[3, 20000, 20000]), r"larger than images can be"),
     "images of another size": (entry(input_size=[3, 9, 9]), r"do not fit its manifest"),
     "other classes": (entry(classes=7), r"do not fit its manifest"),
+    "other names of classes": (entry(class_names=["one"]), r"other class_names than classes"),
     "no tensor alive": (piece(0, rows=[]), r"do not fit its manifest"),
     "another axis": (piece(0, rows=[[3, 1]]), r"do not fit its manifest"),
     "many entries for a row": (piece(0, rows=[[0, 10**6]]), r"do not fit its manifest"),
@@ -289,6 +292,24 @@ sys.exit(main([{str(folder)!r}, {str(tmp_path / "a.png")!r}]))
     )
     assert done.returncode == 0, done.stderr
     assert "a.png: class" in done.stdout and "exit" in done.stdout
+
+
+def test_the_runner_calls_the_classes_as_the_data_of_the_run_does(tmp_path, capsys):
+    model = made()
+    names = [f"kind {k}" for k in range(model.num_classes)]
+    model.results = {"data": {"split": {"classes": names}}}
+    folder = ptee.export(model, tmp_path / "out")
+    picture(200, "RGB", (20, 16)).save(tmp_path / "a.png")
+    assert runner_main([str(folder), str(tmp_path / "a.png")]) == 0
+    number, name = re.search(r"class (\d+) \((.+?)\)", capsys.readouterr().out).groups()
+    assert name == names[int(number)]
+
+
+def test_names_that_are_none_of_the_classes_stay_out_of_the_manifest():
+    model = made()
+    for names in (["one"], ["a\x1b[2J"] * K, [1] * K, "abc", ["a" * 201] * K, None):
+        model.results = {"data": {"split": {"classes": names}}}
+        assert class_names(model) == []
 
 
 # ---------------------------------------------------------------------------------------------------- the program's output

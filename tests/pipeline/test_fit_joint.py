@@ -113,7 +113,7 @@ def test_frozen_is_the_default_and_stays_so_in_every_other_recipe():
     ("settings", "words"),
     [
         ({"recipe": "eenet", "backbone_lr": 0.1}, "backbone_lr=0.1 needs backbone='joint'"),
-        ({"recipe": "ptee", "backbone": "joint"}, "such as loss='joint_each_exit'"),
+        ({"recipe": "ptee", "backbone": "joint"}, "Give loss='joint_each_exit' or loss='weighted'"),
         ({"backbone": "thawed"}, "backbone='thawed'"),
     ],
     ids=str,

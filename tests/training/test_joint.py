@@ -216,7 +216,10 @@ REFUSED = {
         "backbone_lr=0.1 needs backbone='joint'",
     ),
     "a learning rate of a backbone": ({"backbone_lr": 0.1}, "backbone_lr=0.1 needs backbone='joint'"),
-    "a loss of the heads alone": ({"backbone": "joint", "loss": "separate"}, "such as loss='joint_each_exit'"),
+    "a loss of the heads alone": (
+        {"backbone": "joint", "loss": "separate"},
+        "Give loss='joint_each_exit' or loss='weighted'",
+    ),
     "its own answers": ({**JOINT, "targets": "pseudo"}, "needs targets='labels'"),
     "its own probabilities": ({**JOINT, "targets": "soft"}, "needs targets='labels'"),
     "weights of another loss": ({"exit_weights": (1.0, 1.0)}, "needs loss='weighted'"),
