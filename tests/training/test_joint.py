@@ -220,6 +220,7 @@ REFUSED = {
     "its own answers": ({**JOINT, "targets": "pseudo"}, "needs targets='labels'"),
     "its own probabilities": ({**JOINT, "targets": "soft"}, "needs targets='labels'"),
     "weights of another loss": ({"exit_weights": (1.0, 1.0)}, "needs loss='weighted'"),
+    "weights of nothing": ({"loss": "weighted", "exit_weights": (0, 0, 0)}, "is 0 for every answer"),
     "weights of other exits": ({"loss": "weighted", "exit_weights": (1.0, 1.0)}, "2 numbers, and these are 3 answers"),
 }
 
@@ -230,6 +231,13 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(fault):
     with pytest.raises(PteeError, match=words) as refusal:
         fit(made(), **settings)
     one_line(refusal)
+
+
+def test_weights_of_other_exits_are_refused_before_the_cache_is_filled():
+    estimates = []
+    with pytest.raises(PteeError, match="2 numbers, and these are 3 answers"):
+        fit(made("pool"), loss="weighted", exit_weights=(1.0, 1.0), cache=True, on_cache=estimates.append)
+    assert estimates == []
 
 
 def test_a_backbone_cannot_learn_without_labels():
