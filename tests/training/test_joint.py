@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ptee
-from ptee._common.errors import DataError, PteeError, RunError
+from ptee._common.errors import BackboneError, DataError, PteeError, RunError
+from ptee.model.run_config import fingerprint
 from ptee.training.config import TrainingConfig
 
 JOINT = {"backbone": "joint", "loss": "joint_each_exit"}
@@ -149,6 +150,16 @@ def test_damaged_weights_of_the_backbone_are_refused_in_one_line(from_a_name, fa
     with pytest.raises(RunError) as refusal:
         ptee.load(folder)
     assert "backbone" in one_line(refusal)
+
+
+def test_a_backbone_that_cannot_be_built_again_is_called_that_and_no_front_network(from_a_name):
+    folder, _ = from_a_name
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone"]["source"]["name"] = "gone"
+    (folder / "config.json").write_text(json.dumps(config | {"fingerprint": fingerprint(config)}))
+    with pytest.raises(BackboneError, match=r"The backbone cannot be rebuilt: .*backbone=NETWORK") as refusal:
+        ptee.load(folder)
+    one_line(refusal)
 
 
 def test_a_place_of_the_weights_outside_of_the_folder_is_not_read(from_a_name):
