@@ -34,6 +34,7 @@ from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import COLLAPSED, Reading
+from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
 from ptee.training.config import ALONE, JOINT, TrainingConfig, epochs_for, shift_for
 from ptee.training.feature_cache import Estimate, entries
@@ -122,6 +123,7 @@ def train(
 
 def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: Any) -> TrainingConfig:
     """The settings with a value for every None and "auto". A PteeError if one does not fit the model or the data."""
+    require_saveable(model.heads.state_dict(), model.backbone.state_dict() if config.backbone == JOINT else None)
     _require_weight_each(config.exit_weights, len(model.exits) + 1)
     values: dict[str, Any] = {"shift": _resolved_shift(config, model)}
     if config.epochs == "auto":

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import BackboneError, DataError, PteeError, RunError
+from ptee.model import saving
 from ptee.model.run_config import fingerprint
 from ptee.training.config import TrainingConfig
 
@@ -150,6 +151,42 @@ def test_damaged_weights_of_the_backbone_are_refused_in_one_line(from_a_name, fa
     with pytest.raises(RunError) as refusal:
         ptee.load(folder)
     assert "backbone" in one_line(refusal)
+
+
+@pytest.mark.parametrize(
+    ("file", "gib", "words"),
+    [
+        ("heads", 5, "heads.safetensors is larger than 4 GiB; no run holds so much"),
+        ("backbone", 5, "cut off or damaged"),  # others are as large
+        ("backbone", 65, "backbone.safetensors is larger than 64 GiB; no run holds so much"),
+    ],
+)
+def test_files_larger_than_those_of_a_run_are_refused_in_one_line(from_a_name, file, gib, words):
+    folder, _ = from_a_name
+    with (folder / f"{file}.safetensors").open("r+b") as opened:
+        opened.truncate(gib * 2**30)  # it takes no room on the disk
+    with pytest.raises(RunError) as refusal:
+        ptee.load(folder)
+    assert words in one_line(refusal)
+
+
+@pytest.mark.parametrize(("heads", "backbone"), [(2**30, 0), (0, 2**34)])
+def test_weights_that_could_not_be_loaded_again_are_not_written(heads, backbone, tmp_path):
+    tensors = [{"w": torch.empty(n, device="meta")} for n in (heads, backbone)]
+    with pytest.raises(RunError, match=r"take (4|64)\.0 GiB.* less than (4|64) GiB") as refusal:
+        saving.write(tmp_path / "run", {}, tensors[0], backbone=tensors[1])
+    one_line(refusal)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_too_large_for_a_run_is_refused_before_it_learns(monkeypatch):
+    monkeypatch.setitem(saving.LARGEST_BYTES, "backbone.safetensors", 2**22)
+    model = made()
+    before = weights(model)
+    with pytest.raises(RunError, match=r"backbone\.safetensors"):
+        fit(model, **JOINT)
+    assert same(before, weights(model))
+    fit(model, epochs=1)  # frozen, it is not saved
 
 
 def test_a_backbone_that_cannot_be_built_again_is_called_that_and_no_front_network(from_a_name):
