@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -219,19 +219,23 @@ def _label_space(known: Known, classes: int) -> str | None:
 
 
 def rebuild(
-    source: Mapping[str, Any], weights: bool = True, saved: Mapping[str, torch.Tensor] | None = None
+    source: Mapping[str, Any],
+    weights: bool = True,
+    saved: Mapping[str, torch.Tensor] | None = None,
+    network: Literal["backbone", "front"] = "backbone",
 ) -> Backbone:
     """The backbone of a `Backbone.source`. The record may come from a stranger: each field is checked.
 
     Args:
         source: the record.
-        weights: load its weights. If false they are random, to be overwritten, as those of a front network are.
+        weights: load its weights. If false they are random, to be overwritten by those that the run holds, or to be trained.
         saved: the tensors that are to overwrite them. A network of other shapes is refused before it takes memory.
+        network: which one of the run it is, for errors.
 
     Raises:
         BackboneError: the record has another form, names a model or file that is not there, or cannot be followed.
     """
-    with rebuilding("backbone" if weights else "front"):
+    with rebuilding(network):
         library, request = checked_record(source)
         if not LIBRARIES[library].has_model(request.name):
             raise BackboneError(f"There is no {library} model {request.name!r} in the version installed here.")

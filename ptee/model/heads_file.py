@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ptee._common.files import from_json
 from ptee._common.validation import from_pydantic
 
-LARGEST_BYTES, LARGEST_HEADER_BYTES = 4 * 2**30, 4 * 2**20
+LARGEST_HEADER_BYTES = 4 * 2**20
 CHUNK_BYTES = 2**20
 TYPES = {  # the format's name of a type: torch's name, and the bytes of a number
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "C64": ("complex64", 8),
@@ -57,8 +57,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if size < 8 + length:
             raise ValueError("it ends within its header")
-        if size > LARGEST_BYTES or length > LARGEST_HEADER_BYTES:
-            raise ValueError("it is larger than heads can be")
+        if length > LARGEST_HEADER_BYTES:
+            raise ValueError(f"its header is longer than {LARGEST_HEADER_BYTES:,} bytes")
         header = from_json(file.read(length).decode("utf-8"))
     if isinstance(header, dict):
         header.pop("__metadata__", None)

@@ -73,7 +73,7 @@ def front_of(run: Run, module: nn.Module | None, behind: Backbone) -> FrontHead:
     if module is None:
         source = record_of(run.folder, run.config, run.remote, front=True)
         weights = {name.removeprefix(ITS_TENSORS): t for name, t in run.tensors.items() if name.startswith(ITS_TENSORS)}
-        module = rebuild(source, weights=False, saved=weights).module
+        module = rebuild(source, weights=False, saved=weights, network="front").module
     require_small(about.name, about.input.input_size)
     images = about.input
     found = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)

@@ -23,6 +23,7 @@ from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, requir
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
 BACKBONE = "backbone.safetensors"  # of a run whose backbone learnt, too
 LARGEST_CONFIG_BYTES = 4 * 2**20
+LARGEST_BYTES = {HEADS: 4 * 2**30, BACKBONE: 64 * 2**30}
 OTHER_FOLDER = "Copy the run to a folder that you may write."
 _AGAIN = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
@@ -147,14 +148,16 @@ def _checked(folder: str | Path, values: Mapping[str, Any]) -> RunConfig:
 
 def _require_heads(folder: str | Path, path: Path, config: RunConfig) -> None:
     """Refuse a file of heads that is missing, damaged, larger than heads can be, or not of this config.json."""
-    found = _header(folder, path)
+    found = _header(folder, path, LARGEST_BYTES[HEADS])
     _require_layers(folder, config, found)
     _require_saved(folder, path, config, found)
 
 
-def _header(folder: str | Path, path: Path) -> dict[str, Stored]:
+def _header(folder: str | Path, path: Path, largest: int) -> dict[str, Stored]:
     if not path.is_file():
         raise RunError(f"{folder} holds no {path.name}; the run is not complete. Copy it again.")
+    if path.stat().st_size > largest:
+        raise RunError(f"{folder}: {path.name} is larger than {largest / 2**30:g} GiB; no run holds so much.")
     try:
         return read_header(path)
     except (OSError, ValueError) as why:
@@ -163,7 +166,7 @@ def _header(folder: str | Path, path: Path) -> dict[str, Stored]:
 
 def _require_backbone(folder: str | Path, path: Path, config: RunConfig) -> None:
     """Refuse a file of the backbone's weights that is missing, damaged, too large, or not of this config.json."""
-    found, wanted = _header(folder, path), config.backbone_tensors or {}
+    found, wanted = _header(folder, path, LARGEST_BYTES[BACKBONE]), config.backbone_tensors or {}
     for name in sorted({*wanted, *found}):
         if name not in found or stored_hash(path, found[name]) != wanted.get(name):
             raise RunError(

@@ -22,12 +22,14 @@ from ptee.exits.blend import OWN, Blend
 from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead
 from ptee.exits.plan import Plan
+from ptee.model.heads_file import LARGEST_HEADER_BYTES
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint
 from ptee.model.run_files import (
     BACKBONE,
     CARD,
     CONFIG,
     HEADS,
+    LARGEST_BYTES,
     METRICS,
     OTHER_FOLDER,
     metrics_of,
@@ -128,6 +130,7 @@ def write(
     """
     from safetensors.torch import save_file
 
+    require_saveable(tensors, backbone)
     stored = storable(tensors)
     known = {name: {"dtype": _dtype(tensor), "sha256": tensor_hash(tensor)} for name, tensor in stored.items()}
     whole = {"schema_version": SCHEMA_VERSION, "ptee_version": __version__, "heads_file": HEADS, **config}
@@ -140,6 +143,15 @@ def write(
         writers[CARD] = _text(card)
     writers |= {name: _text(text) for name, text in (more or {}).items()}
     replace_files(folder, writers | {CONFIG: _text(to_json(whole) + "\n")})
+
+
+def require_saveable(heads: Mapping[str, Tensor], backbone: Mapping[str, Tensor] | None) -> None:
+    """Refuse weights that make larger files than a run is loaded from. `backbone`: of one that learns."""
+    for name, tensors in {HEADS: heads, BACKBONE: backbone or {}}.items():
+        size, largest = sum(tensor.nbytes for tensor in tensors.values()), LARGEST_BYTES[name]
+        if size + LARGEST_HEADER_BYTES > largest:
+            sizes = f"take {size / 2**30:.1f} GiB, and those of a run take less than {largest / 2**30:g} GiB"
+            raise RunError(f"The weights for {name} {sizes}. Take a smaller network.")
 
 
 def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -> None:

@@ -21,6 +21,7 @@ from ptee.data.demo_images import DEMO
 from ptee.data.labels import LabelMap
 from ptee.data.splits import AS_DELIVERED, Data
 from ptee.model import run_files, saving
+from ptee.model.run_config import BackboneRecord
 from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbone
 from ptee.pipeline.images import recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
@@ -179,8 +180,7 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
     same = {
         "recipe": make_recipe(folder).to_yaml() == carried_out(recipe, data).to_yaml(),
         "images": results.get("data") == json.loads(json.dumps(about(data))),
-        "backbone": recipe.backbone == JOINT
-        or saving.read(folder).config.backbone.hash == weights_hash(backbone.module),
+        "backbone": _is_of(saving.read(folder).config.backbone, backbone, recipe),
     }
     if other := [name for name, is_same in same.items() if not is_same]:
         text = f"{folder} holds a run of another {' and another '.join(other)}. Give another folder with "
@@ -189,6 +189,14 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
         return False
     _row(folder, {})
     return True
+
+
+def _is_of(record: BackboneRecord, backbone: Backbone, recipe: Recipe) -> bool:
+    """Whether a run's backbone is this one; if it learnt, whether it began as this one, for its weights are others now."""
+    if recipe.backbone != JOINT:
+        return record.hash == weights_hash(backbone.module)
+    source = json.loads(json.dumps(backbone.trained().source))
+    return (record.name, record.source) == (backbone.name, source)
 
 
 def _row(folder: Path, settings: Mapping[str, Any]) -> SweepRow:

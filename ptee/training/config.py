@@ -151,6 +151,10 @@ class TrainingConfig(FrozenConfig):
             raise _clash("cost_unit", self.cost_unit, "needs a joint loss, such as loss='joint'", f"loss={self.loss!r}")
         if self.exit_weights is not None and self.loss != WEIGHTED:
             raise _clash("exit_weights", self.exit_weights, "needs loss='weighted'", f"loss={self.loss!r}")
+        if self.exit_weights is not None and not any(self.exit_weights):
+            given = Argument("exit_weights", str(self.exit_weights))
+            text = " is 0 for every answer, so nothing would be learnt. Give a larger one."
+            raise PteeError(given, text, argument="exit_weights", value=self.exit_weights)
         self._check_backbone()
         return self
 

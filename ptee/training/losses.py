@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import PteeError
 from ptee.training.config import SEPARATE, WEIGHTED
 
 Loss = Callable[..., Tensor]
@@ -118,15 +118,9 @@ def weighted_loss(
 
     BranchyNet leaves by entropy. So that there is a learned confidence as well, h learns as in `separate_loss`. Costs are not
     used.
-
-    Raises:
-        PteeError: if there is not a weight for each of the E+1 answers.
     """
     _require_exits(logits, confidence_logits)
     weights = (1.0,) * len(logits) if exit_weights is None else tuple(exit_weights)
-    if len(weights) != len(logits):
-        text = f" has {len(weights)} numbers, and these are {len(logits)} answers with the backbone's own. Give one for each."
-        raise PteeError(Argument("exit_weights", str(weights)), text, argument="exit_weights", value=weights)
     wide = logits.to(_wide(logits))
     divergences = _divergences(wide.log_softmax(-1), target).mean(-1)
     return divergences @ divergences.new_tensor(weights) + CONFIDENCE_SHARE * _knowing(wide, confidence_logits, target)

@@ -34,6 +34,7 @@ from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import COLLAPSED, Reading
+from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
 from ptee.training.config import ALONE, JOINT, TrainingConfig, epochs_for, shift_for
 from ptee.training.feature_cache import Estimate, entries
@@ -122,12 +123,23 @@ def train(
 
 def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: Any) -> TrainingConfig:
     """The settings with a value for every None and "auto". A PteeError if one does not fit the model or the data."""
+    require_saveable(model.heads.state_dict(), model.backbone.state_dict() if config.backbone == JOINT else None)
+    _require_weight_each(config.exit_weights, len(model.exits) + 1)
     values: dict[str, Any] = {"shift": _resolved_shift(config, model)}
     if config.epochs == "auto":
         values["epochs"] = _auto_epochs(config, train_data)
     if config.views == "auto":
         values["views"] = 1 if is_loader(train_data) else 2
     return config.resolved().changed(**values)
+
+
+def _require_weight_each(weights: tuple[float, ...] | None, answers: int) -> None:
+    """Refuse weights of the loss that are not one for each answer, the backbone's own included."""
+    if weights is not None and len(weights) != answers:
+        text = (
+            f" has {len(weights)} numbers, and these are {answers} answers with the backbone's own. Give one for each."
+        )
+        raise PteeError(Argument("exit_weights", str(weights)), text, argument="exit_weights", value=weights)
 
 
 def _drop_what_was_fitted(model: EarlyExitModel) -> None:

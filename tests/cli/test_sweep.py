@@ -177,6 +177,32 @@ def test_a_sweep_needs_a_model_and_images(run):
     assert_refused(run("sweep", *words), "--data FOLDER")
 
 
+JOINT = "backbone: joint" + BASE.replace("epochs: 1", "epochs: 1, loss: joint_each_exit")
+
+
+def test_runs_whose_backbone_learnt_from_another_are_not_kept_as_of_this_one(run, things, elsewhere, trained):
+    Path("joint.yaml").write_text(JOINT)
+    shutil.copy(things / "weights.safetensors", "copied.safetensors")
+    words = ("sweep", "joint.yaml", "--over", "seed=0", "--data", things / "ten", "--out", "all")
+    given = (*words, *NETWORK, "--weights", things / "weights.safetensors")
+    other = ("--model", "cifar_resnet32", "--input-size", "3,16,16", "--no-pretrained")
+    assert run(*given).status == 0
+    before = files(Path("all/seed=0"))
+    assert "complete already" in run(*given).out
+    for source in ((*NETWORK, "--no-pretrained"), (*NETWORK, "--weights", "copied.safetensors"), other):
+        assert_refused(run(*words, *source), "seed=0 holds a run of another backbone.*--out")
+    assert files(Path("all/seed=0")) == before
+    assert trained == ["seed=0"]
+
+
+def test_a_sweep_of_a_backbone_that_learns_from_scratch_keeps_complete_runs(run, things, elsewhere, trained):
+    Path("joint.yaml").write_text(JOINT)
+    words = ("sweep", "joint.yaml", "--over", "seed=0", "--data", things / "ten", "--out", "all", *NETWORK)
+    for _ in range(2):
+        assert run(*words, "--no-pretrained").status == 0
+    assert trained == ["seed=0"]
+
+
 @pytest.mark.parametrize("other", ["recipe", "images"])
 def test_runs_of_another_recipe_or_of_other_images_are_neither_kept_nor_written_over(other, sweep, swept, trained):
     before = files(swept / "seed=0")

@@ -80,10 +80,9 @@ def test_a_header_longer_than_its_file_is_not_read(length, tmp_path):
         read_header(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize(("header", "size"), [(5 * 2**20, 6 * 2**20), (2, 5 * 2**30)])
-def test_a_file_larger_than_heads_can_be_is_not_read(header, size, tmp_path):
+def test_a_longer_header_than_a_run_has_is_not_read(tmp_path):
     with (tmp_path / "w.safetensors").open("wb") as file:
-        file.write(header.to_bytes(8, "little"))
-        file.truncate(size)  # it takes no room on the disk
-    with pytest.raises(ValueError, match="larger than heads can be"):
+        file.write((5 * 2**20).to_bytes(8, "little"))
+        file.truncate(6 * 2**20)  # it takes no room on the disk
+    with pytest.raises(ValueError, match="header is longer than 4,194,304 bytes"):
         read_header(tmp_path / "w.safetensors")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ptee
-from ptee._common.errors import DataError, PteeError, RunError
+from ptee._common.errors import BackboneError, DataError, PteeError, RunError
+from ptee.model import saving
+from ptee.model.run_config import fingerprint
 from ptee.training.config import TrainingConfig
 
 JOINT = {"backbone": "joint", "loss": "joint_each_exit"}
@@ -151,6 +153,52 @@ def test_damaged_weights_of_the_backbone_are_refused_in_one_line(from_a_name, fa
     assert "backbone" in one_line(refusal)
 
 
+@pytest.mark.parametrize(
+    ("file", "gib", "words"),
+    [
+        ("heads", 5, "heads.safetensors is larger than 4 GiB; no run holds so much"),
+        ("backbone", 5, "cut off or damaged"),  # others are as large
+        ("backbone", 65, "backbone.safetensors is larger than 64 GiB; no run holds so much"),
+    ],
+)
+def test_files_larger_than_those_of_a_run_are_refused_in_one_line(from_a_name, file, gib, words):
+    folder, _ = from_a_name
+    with (folder / f"{file}.safetensors").open("r+b") as opened:
+        opened.truncate(gib * 2**30)  # it takes no room on the disk
+    with pytest.raises(RunError) as refusal:
+        ptee.load(folder)
+    assert words in one_line(refusal)
+
+
+@pytest.mark.parametrize(("heads", "backbone"), [(2**30, 0), (0, 2**34)])
+def test_weights_that_could_not_be_loaded_again_are_not_written(heads, backbone, tmp_path):
+    tensors = [{"w": torch.empty(n, device="meta")} for n in (heads, backbone)]
+    with pytest.raises(RunError, match=r"take (4|64)\.0 GiB.* less than (4|64) GiB") as refusal:
+        saving.write(tmp_path / "run", {}, tensors[0], backbone=tensors[1])
+    one_line(refusal)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_too_large_for_a_run_is_refused_before_it_learns(monkeypatch):
+    monkeypatch.setitem(saving.LARGEST_BYTES, "backbone.safetensors", 2**22)
+    model = made()
+    before = weights(model)
+    with pytest.raises(RunError, match=r"backbone\.safetensors"):
+        fit(model, **JOINT)
+    assert same(before, weights(model))
+    fit(model, epochs=1)  # frozen, it is not saved
+
+
+def test_a_backbone_that_cannot_be_built_again_is_called_that_and_no_front_network(from_a_name):
+    folder, _ = from_a_name
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone"]["source"]["name"] = "gone"
+    (folder / "config.json").write_text(json.dumps(config | {"fingerprint": fingerprint(config)}))
+    with pytest.raises(BackboneError, match=r"The backbone cannot be rebuilt: .*backbone=NETWORK") as refusal:
+        ptee.load(folder)
+    one_line(refusal)
+
+
 def test_a_place_of_the_weights_outside_of_the_folder_is_not_read(from_a_name):
     folder, _ = from_a_name
     config = json.loads((folder / "config.json").read_text())
@@ -223,6 +271,7 @@ REFUSED = {
     "its own answers": ({**JOINT, "targets": "pseudo"}, "needs targets='labels'"),
     "its own probabilities": ({**JOINT, "targets": "soft"}, "needs targets='labels'"),
     "weights of another loss": ({"exit_weights": (1.0, 1.0)}, "needs loss='weighted'"),
+    "weights of nothing": ({"loss": "weighted", "exit_weights": (0, 0, 0)}, "is 0 for every answer"),
     "weights of other exits": ({"loss": "weighted", "exit_weights": (1.0, 1.0)}, "2 numbers, and these are 3 answers"),
 }
 
@@ -233,6 +282,13 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(fault):
     with pytest.raises(PteeError, match=words) as refusal:
         fit(made(), **settings)
     one_line(refusal)
+
+
+def test_weights_of_other_exits_are_refused_before_the_cache_is_filled():
+    estimates = []
+    with pytest.raises(PteeError, match="2 numbers, and these are 3 answers"):
+        fit(made("pool"), loss="weighted", exit_weights=(1.0, 1.0), cache=True, on_cache=estimates.append)
+    assert estimates == []
 
 
 def test_a_backbone_cannot_learn_without_labels():
