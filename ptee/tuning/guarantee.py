@@ -105,8 +105,10 @@ def _path(traces: Traces, on: Sequence[int], steps: int, one_threshold: bool) ->
 
 
 def _paths(traces: Traces, one_threshold: bool) -> list[Threshold]:
-    """The steps of a path for each choice of exits."""
-    every: list[Exits] = subsets(traces.exits)[1:] if traces.exits <= MAX_EXITS else [tuple(range(traces.exits))]
+    """The steps of a path for each choice of the exits that can pay."""
+    pay = [n for n, price in enumerate(traces.prices_alone) if price < 1]
+    some: list[Exits] = subsets(len(pay))[1:] if len(pay) <= MAX_EXITS else [tuple(range(len(pay)))]
+    every = [tuple(pay[i] for i in chosen) for chosen in some]
     return [step for on in every for step in _path(traces, on, FEW_STEPS, one_threshold)]
 
 
@@ -147,6 +149,8 @@ def _p_values(
 
     `times`: as if there were so many times as many images.
     """
+    if not steps:
+        return
     leaving = _leaving(traces, steps)
     loss = losses_of(traces, target).gather(0, leaving)
     every = [leaving == n for n in range(traces.exits)] if each_exit else [leaving >= 0]

@@ -139,18 +139,32 @@ def test_if_nothing_can_be_shown_all_exits_are_off_and_it_says_what_could_be():
     assert "1,000 images do not show that anything cheaper keeps this; they do for 0.06." in str(found)
 
 
-def test_an_exit_that_cannot_pay_is_off():
-    traces = draw(population("calibrated"), 1000, 0)
-    heads = torch.tensor([0.02, 0.02, 0.5], dtype=torch.float64)
-    costs = torch.tensor([0.15, 0.4, 0.7, 1.0], dtype=torch.float64) + torch.tensor([0.02, 0.04, 0.54, 0.54])
-    assert 2 in guaranteed(replace(traces, costs=costs, head_costs=heads)).off
+def dear(traces: Traces, *exits: int) -> Traces:
+    """With heads of these exits that cost as much as the backbone."""
+    heads = torch.tensor([1.0 if n in exits else 0.02 for n in range(3)], dtype=torch.float64)
+    so_far = torch.cat([heads.cumsum(0), heads.sum()[None]])
+    return replace(traces, costs=torch.tensor([0.15, 0.4, 0.7, 1.0], dtype=torch.float64) + so_far, head_costs=heads)
 
 
-def test_images_whose_confidence_is_no_number_never_leave():
+@pytest.mark.parametrize("each_exit", [False, True])
+def test_an_exit_that_cannot_pay_is_off(each_exit):
+    found = guaranteed(dear(draw(population("calibrated"), 3000, 0), 2), each_exit=each_exit)
+    assert 2 in found.off
+    assert found.cost < 1
+
+
+@pytest.mark.parametrize("each_exit", [False, True])
+def test_if_no_exit_can_pay_all_are_off(each_exit):
+    found = guaranteed(dear(draw(population("calibrated"), 1000, 0), 0, 1, 2), each_exit=each_exit)
+    assert (found.off, found.cost) == ((0, 1, 2), 1)
+
+
+@pytest.mark.parametrize("each_exit", [False, True])
+def test_images_whose_confidence_is_no_number_never_leave(each_exit):
     traces = draw(population("calibrated"), 1000, 0)
     h = traces.confidence.clone()
     h[:-1] = math.nan
-    found = guaranteed(replace(traces, confidence=h))
+    found = guaranteed(replace(traces, confidence=h), each_exit=each_exit)
     assert found.cost == 1
 
 
