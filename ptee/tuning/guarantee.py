@@ -8,8 +8,9 @@ keep it, however the images are distributed, if new ones are drawn like them. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from decimal import ROUND_CEILING, Context
 from operator import itemgetter
 
 import torch
@@ -29,6 +30,7 @@ ODDS = (1e-6, 1e2)  # of a loss, in costs of the backbone: the first and the las
 STEPS, FEW_STEPS = 200, 25  # of a path; of each of several paths
 ORDER_SHARE = 4  # one image of so many says in which order the others test several paths
 LARGER, TRIES = 1.25, 12  # by how much larger limits are tried where nothing could be shown
+UP = Context(prec=2, rounding=ROUND_CEILING)  # to two digits
 
 
 def require_images(target: Target, confidence: float | None, images: int) -> None:
@@ -71,12 +73,15 @@ def promised(
     target = without.target
     require_images(target, confidence, images := traces.answers.shape[1])
     order, tested = _split(traces) if each_exit else (None, traces)
-    steps = list(_path(traces, range(traces.exits), STEPS, one_threshold))
-    if order is not None:
-        steps = _ordered(_paths(traces, one_threshold), order, tested, target, 1 - confidence)
-    best = _cheapest(traces, _kept(steps, tested, target, 1 - confidence, each_exit))
-    off = _off(best)
-    remark = "" if len(off) < traces.exits else _instead(steps, tested, target, confidence, each_exit)
+    path = _path(traces, range(traces.exits), STEPS, one_threshold)
+    steps = list(path) if order is None else _paths(traces, one_threshold)
+
+    def cheapest(target: Target) -> Threshold:
+        ordered = steps if order is None else _ordered(steps, order, tested, target, 1 - confidence)
+        return _cheapest(traces, _kept(ordered, tested, target, 1 - confidence, each_exit))
+
+    off = _off(best := cheapest(target))
+    remark = "" if len(off) < traces.exits else _instead(cheapest, target, tested.answers.shape[1])
     promise = Promise(confidence, tested.answers.shape[1], each_exit, without.threshold, without.off, without.price)
     score = traces.score(traces.leaving(best), off) if len(off) < traces.exits else without.backbone
     return replace(
@@ -195,14 +200,12 @@ def _off(threshold: Threshold) -> tuple[int, ...]:
     return tuple(n for n, t in enumerate(threshold) if t >= NEVER)
 
 
-def _instead(steps: list[Threshold], traces: Traces, target: Target, confidence: float, each_exit: bool) -> str:
-    """That nothing could be shown, and which limit could."""
-    images = f"{traces.answers.shape[1]:,}"
+def _instead(cheapest: Callable[[Target], Threshold], target: Target, images: int) -> str:
+    """That nothing could be shown, and which limit could: it is rounded up, and shown as it is named."""
     for power in range(1, TRIES):
-        larger = replace(target, limit=target.limit * LARGER**power)
-        if larger.limit >= 1:
+        limit = UP.create_decimal(f"{target.limit * LARGER**power:.9g}")
+        if limit >= 1:
             break
-        kept = _kept(steps, traces, larger, 1 - confidence, each_exit)
-        if len(_off(_cheapest(traces, kept))) < traces.exits:
-            return f"{images} images do not show that anything cheaper keeps this; they do for {larger.limit:.2g}."
-    return f"{images} images do not show that anything cheaper than the backbone keeps this."
+        if min(cheapest(replace(target, limit=float(limit)))) < NEVER:
+            return f"{images:,} images do not show that anything cheaper keeps this; they do for {float(limit):g}."
+    return f"{images:,} images do not show that anything cheaper than the backbone keeps this."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import populations
@@ -137,6 +138,22 @@ def test_if_nothing_can_be_shown_all_exits_are_off_and_it_says_what_could_be():
     assert (found.off, found.cost) == ((0, 1, 2), 1)
     assert "all exits off; the backbone answers every image." in str(found)
     assert "1,000 images do not show that anything cheaper keeps this; they do for 0.06." in str(found)
+
+
+def sure_and_wrong(images: int, lost: int) -> Traces:
+    """All are surely answered by the first exit, and so many of them wrong."""
+    good = draw(population("calibrated", 1000), images, 0)
+    answers = torch.where(torch.arange(images) < lost, good.bare + 1, good.bare)
+    return replace(good, answers=torch.stack([*[answers] * 3, good.bare]), confidence=torch.ones(4, images))
+
+
+@pytest.mark.parametrize(("images", "lost", "each_exit"), [(377, 4, False), (1000, 40, True)])
+def test_the_limit_that_could_be_shown_is_shown_when_it_is_given(images, lost, each_exit):
+    traces = sure_and_wrong(images, lost)
+    found = guaranteed(traces, FIDELITY, each_exit=each_exit)
+    assert found.cost == 1
+    limit = float(re.search(r"they do for ([\d.]+)\.$", found.remark)[1])
+    assert guaranteed(traces, replace(FIDELITY, limit=limit), each_exit=each_exit).cost < 1
 
 
 def dear(traces: Traces, *exits: int) -> Traces:
