@@ -33,8 +33,10 @@ LARGER, TRIES = 1.25, 12  # by how much larger limits are tried where nothing co
 UP = Context(prec=2, rounding=ROUND_CEILING)  # to two digits
 
 
-def require_images(target: Target, confidence: float | None, images: int) -> None:
+def require_images(target: Target, confidence: float | None, images: int, *, each_exit: bool = False) -> None:
     """Refuse a guarantee that so many images could not give even if none of them lost anything.
+
+    With `each_exit`, some of them only say in which order the others test.
 
     Raises:
         PteeError: with the number that is needed, and with what so few could show.
@@ -44,13 +46,17 @@ def require_images(target: Target, confidence: float | None, images: int) -> Non
     if target.limit <= 0:
         text = " cannot be guaranteed: no number of images shows that nothing is ever lost. Give more, such as "
         raise PteeError(target.argument, text, Argument(target.kind, EXAMPLES[target.kind]), ".", argument=target.kind)
-    if images >= (needed := images_needed(target.limit, 1 - confidence)):
+    needed, tested = images_needed(target.limit, 1 - confidence), images - images // ORDER_SHARE * each_exit
+    if tested >= needed:
         return
-    possible = math.ceil(least_limit(images, 1 - confidence) * 1e4) / 1e4 if images else 1.0
+    in_all = needed + (needed - 1) // (ORDER_SHARE - 1) * each_exit
+    possible = math.ceil(least_limit(tested, 1 - confidence) * 1e4) / 1e4 if tested else 1.0
     instead: tuple[Argument | str, ...] = (Argument(target.kind, f"{possible:g}"), " or more, ") if possible < 1 else ()
+    too: tuple[Argument | str, ...] = (" and ", Argument("each_exit", "True")) if each_exit else ()
     raise PteeError(
-        target.argument, " at ", Argument("confidence", f"{confidence:g}"), f" needs at least {needed:,} images, {images:,} are there. "
-        "Give more images, ", *instead, "or no ", Argument("confidence"), ".", argument=target.kind, value=target.limit,
+        target.argument, " at ", Argument("confidence", f"{confidence}"), *too, f" needs at least {in_all:,} images, {images:,} are there. "
+        "Give more images, ", *instead, "or no ", Argument("each_exit" if images >= needed else "confidence"), ".",
+        argument=target.kind, value=target.limit,
     )  # fmt: skip
 
 
@@ -71,7 +77,7 @@ def promised(
         PteeError: if there are too few images.
     """
     target = without.target
-    require_images(target, confidence, images := traces.answers.shape[1])
+    require_images(target, confidence, images := traces.answers.shape[1], each_exit=each_exit)
     order, tested = _split(traces) if each_exit else (None, traces)
     path = _path(traces, range(traces.exits), STEPS, one_threshold)
     steps = list(path) if order is None else _paths(traces, one_threshold)

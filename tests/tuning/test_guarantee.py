@@ -115,6 +115,28 @@ def test_too_few_images_are_refused_by_number_with_what_they_can_show(target):
     require_images(target, None, 1)
 
 
+@pytest.mark.parametrize("images", [299, 350, 397])
+def test_at_each_exit_the_images_that_only_order_the_tests_are_needed_too(images):
+    words = rf"confidence=0\.95 and each_exit=True needs at least 398 images, {images} are there\. .*or no each_exit="
+    with pytest.raises(PteeError, match=words) as refused:
+        require_images(FIDELITY, CONFIDENCE, images, each_exit=True)
+    possible = float(re.search(r"max_fidelity_drop=([\d.]+) or more", str(refused.value))[1])
+    require_images(replace(FIDELITY, limit=possible), CONFIDENCE, images, each_exit=True)
+    with pytest.raises(PteeError, match="each_exit=True needs at least 398"):
+        guaranteed(sure_and_wrong(images, 0), FIDELITY, each_exit=True)
+
+
+def test_at_each_exit_as_many_images_as_are_needed_can_be_enough():
+    require_images(FIDELITY, CONFIDENCE, 398, each_exit=True)
+    assert guaranteed(sure_and_wrong(398, 0), FIDELITY, each_exit=True).cost < 1
+
+
+def test_tune_counts_the_images_that_only_order_the_tests():
+    data = TensorDataset(torch.rand(50, 3, 16, 16), torch.zeros(50, dtype=torch.long))
+    with pytest.raises(PteeError, match="each_exit=True needs at least 59 images, 50 are there"):
+        ptee.tune(made(), data, max_fidelity_drop=0.05, confidence=0.9, each_exit=True)
+
+
 def test_without_an_image_no_limit_is_named():
     with pytest.raises(PteeError, match=r"299 images, 0 are there\. Give more images, or no confidence"):
         require_images(DROP, CONFIDENCE, 0)
