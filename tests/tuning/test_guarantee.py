@@ -16,8 +16,9 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.tuning.config import Target, ThresholdsConfig
+from ptee.tuning.config import Promise, Target, ThresholdsConfig
 from ptee.tuning.guarantee import promised, require_images
+from ptee.tuning.p_values import p_value_of_drop
 from ptee.tuning.targets import solve
 from ptee.tuning.traces import Traces
 
@@ -78,6 +79,23 @@ def test_it_says_what_is_guaranteed_and_what_that_costs():
     assert f"The guarantee costs {found.cost - without.cost:.4f}." in words
     assert str(without).startswith("Target: accuracy at most 0.01 below the backbone's, on average")
     assert found.to_dict()["promise"]["confidence"] == CONFIDENCE
+
+
+@pytest.mark.parametrize(
+    ("price", "words"),
+    [
+        (0.5, "The guarantee costs 0.1000."),
+        (0.6, "The guarantee costs nothing."),
+        (0.59999, "The guarantee costs nothing."),
+        (
+            0.65,
+            "The guarantee costs nothing: the thresholds without it keep more of the limit in reserve for new images.",
+        ),
+    ],
+)
+def test_a_guarantee_never_costs_less_than_nothing(price, words):
+    promise = Promise(CONFIDENCE, 1000, False, (0.9,), (), price)
+    assert promise.without(0.6, "").endswith(f" at T = 0.9. {words}")
 
 
 def test_the_score_is_that_of_the_thresholds():
@@ -209,6 +227,10 @@ def test_images_whose_confidence_is_no_number_never_leave(each_exit):
 
 REFUSED = {
     "no confidence": ({"confidence": 1.0}, "confidence=1.0 must be below 1"),
+    "more than can be computed": (
+        {"confidence": 1 - 1e-9},
+        "confidence=0.999999999 is .*Give confidence=0.99999999 or",
+    ),
     "a percentage": ({"confidence": 95}, "confidence=95 must be below 1"),
     "none at all": ({"confidence": 0}, "confidence=0 must be above 0"),
     "a name": ({"confidence": "max_prob"}, "confidence='max_prob' must be a number"),
@@ -222,6 +244,15 @@ REFUSED = {
 def test_what_cannot_be_guaranteed_is_refused_in_one_line(given, words):
     with pytest.raises(PteeError, match=words):
         ThresholdsConfig(max_drop=0.01, **given)
+
+
+def test_the_highest_confidence_is_taken_and_can_be_reached():
+    with pytest.raises(PteeError, match=r"Give (confidence=[\d.]+)") as refused:
+        ThresholdsConfig(max_drop=0.01, confidence=1 - 1e-12)
+    highest = float(re.search(r"Give confidence=([\d.]+)", str(refused.value))[1])
+    assert ThresholdsConfig(max_drop=0.01, confidence=highest).confidence == highest
+    assert p_value_of_drop(0, 0, 3000, 0.01, 1 - highest) < 1 - highest
+    assert f"at {100 * highest:.6f} % by" in str(Promise(highest, 3000, False, (0.9,), (), 0.5))
 
 
 def test_a_cost_is_not_guaranteed():
