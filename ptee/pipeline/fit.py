@@ -246,7 +246,8 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
         if target is not None:
             parts = parts_for_tuning(Unseen(data.source, data, data.validation, recipe.seed))
             require_labels(target, labelled)
-            require_images(target, recipe.thresholds.confidence, len(parts.calibration))
+            how = recipe.thresholds
+            require_images(target, how.confidence, len(parts.calibration), each_exit=how.each_exit)
             require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
         elif recipe.thresholds.threshold is not None:
             model.threshold = recipe.thresholds.threshold
@@ -395,7 +396,8 @@ def choose_thresholds(
     Returns the images that are left to report on, a sentence about the split, and the solution.
     """
     parts, how = parts_for_tuning(unseen), recipe.thresholds
-    require_images(target, how.confidence, len(parts.calibration))  # before the backbone runs over them
+    # before the backbone runs over them
+    require_images(target, how.confidence, len(parts.calibration), each_exit=how.each_exit)
     goal: dict[str, Any] = {
         target.kind: target.limit,
         "one_threshold": how.one_threshold,

@@ -33,6 +33,7 @@ WORDS = {
     "max_cost": "a mean cost of at most {:g}",
 }
 PERCENTAGE = 10  # a threshold above it was meant as a percentage
+HIGHEST_CONFIDENCE = 0.99999999  # p-values of a drop may be too large by 2e-9
 LARGEST_COST = 10  # times the backbone; more was meant as a percentage
 
 Share = Annotated[Number, Field(ge=0, lt=1)]
@@ -130,12 +131,16 @@ class ThresholdsConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _can_be_promised(self) -> Self:
-        level = Argument("confidence", "0.95" if self.confidence is None else f"{self.confidence:g}")
+        level = Argument("confidence", "0.95" if self.confidence is None else f"{self.confidence}")
         if self.each_exit and self.confidence is None and self.threshold is None:
             text = " is about a guarantee. Give its confidence, too: "
             raise PteeError(Argument("each_exit", "True"), text, level, ".", argument="each_exit", value=True)
         if self.confidence is None or self.threshold is not None:
             return self
+        if self.confidence > HIGHEST_CONFIDENCE:
+            text = " is higher than what can be computed. Give "
+            highest = Argument("confidence", f"{HIGHEST_CONFIDENCE}")
+            raise PteeError(level, text, highest, " or less.", argument="confidence", value=self.confidence)
         against = {
             "max_cost": (self.max_cost is not None, "a cost is counted, not lost"),
             "margin": (self.margin != "auto", "a guarantee needs no other reserve"),
@@ -230,13 +235,16 @@ class Promise:
 
     def __str__(self) -> str:
         among = " among those that leave at each exit, too" if self.each_exit else ""
-        return f"{among}, guaranteed at {100 * self.confidence:g} % by {self.images:,} images"
+        return f"{among}, guaranteed at {100 * self.confidence:.10g} % by {self.images:,} images"
 
     def without(self, price: float, unit: str) -> str:
         """What the guarantee costs where thresholds with it have this price, in a sentence."""
         what, thresholds = "expected time" if unit else "cost", describe_thresholds(self.threshold, self.off)
-        more = f"The guarantee costs {price - self.price:.4f}."
-        return f"Without the guarantee, on average: {what} {self.price:.4f} at T = {thresholds}. {more}"
+        more = round(price - self.price, 4)
+        costs = f"{more:.4f}" if more > 0 else "nothing"
+        if more < 0:
+            costs += ": the thresholds without it keep more of the limit in reserve for new images"
+        return f"Without the guarantee, on average: {what} {self.price:.4f} at T = {thresholds}. The guarantee costs {costs}."
 
 
 def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:

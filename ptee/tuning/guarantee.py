@@ -8,8 +8,9 @@ keep it, however the images are distributed, if new ones are drawn like them. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from decimal import ROUND_CEILING, Context
 from operator import itemgetter
 
 import torch
@@ -29,10 +30,13 @@ ODDS = (1e-6, 1e2)  # of a loss, in costs of the backbone: the first and the las
 STEPS, FEW_STEPS = 200, 25  # of a path; of each of several paths
 ORDER_SHARE = 4  # one image of so many says in which order the others test several paths
 LARGER, TRIES = 1.25, 12  # by how much larger limits are tried where nothing could be shown
+UP = Context(prec=2, rounding=ROUND_CEILING)  # to two digits
 
 
-def require_images(target: Target, confidence: float | None, images: int) -> None:
+def require_images(target: Target, confidence: float | None, images: int, *, each_exit: bool = False) -> None:
     """Refuse a guarantee that so many images could not give even if none of them lost anything.
+
+    With `each_exit`, some of them only say in which order the others test.
 
     Raises:
         PteeError: with the number that is needed, and with what so few could show.
@@ -42,13 +46,17 @@ def require_images(target: Target, confidence: float | None, images: int) -> Non
     if target.limit <= 0:
         text = " cannot be guaranteed: no number of images shows that nothing is ever lost. Give more, such as "
         raise PteeError(target.argument, text, Argument(target.kind, EXAMPLES[target.kind]), ".", argument=target.kind)
-    if images >= (needed := images_needed(target.limit, 1 - confidence)):
+    needed, tested = images_needed(target.limit, 1 - confidence), images - images // ORDER_SHARE * each_exit
+    if tested >= needed:
         return
-    possible = math.ceil(least_limit(images, 1 - confidence) * 1e4) / 1e4 if images else 1.0
+    in_all = needed + (needed - 1) // (ORDER_SHARE - 1) * each_exit
+    possible = math.ceil(least_limit(tested, 1 - confidence) * 1e4) / 1e4 if tested else 1.0
     instead: tuple[Argument | str, ...] = (Argument(target.kind, f"{possible:g}"), " or more, ") if possible < 1 else ()
+    too: tuple[Argument | str, ...] = (" and ", Argument("each_exit", "True")) if each_exit else ()
     raise PteeError(
-        target.argument, " at ", Argument("confidence", f"{confidence:g}"), f" needs at least {needed:,} images, {images:,} are there. "
-        "Give more images, ", *instead, "or no ", Argument("confidence"), ".", argument=target.kind, value=target.limit,
+        target.argument, " at ", Argument("confidence", f"{confidence}"), *too, f" needs at least {in_all:,} images, {images:,} are there. "
+        "Give more images, ", *instead, "or no ", Argument("each_exit" if images >= needed else "confidence"), ".",
+        argument=target.kind, value=target.limit,
     )  # fmt: skip
 
 
@@ -69,14 +77,17 @@ def promised(
         PteeError: if there are too few images.
     """
     target = without.target
-    require_images(target, confidence, images := traces.answers.shape[1])
+    require_images(target, confidence, images := traces.answers.shape[1], each_exit=each_exit)
     order, tested = _split(traces) if each_exit else (None, traces)
-    steps = list(_path(traces, range(traces.exits), STEPS, one_threshold))
-    if order is not None:
-        steps = _ordered(_paths(traces, one_threshold), order, tested, target, 1 - confidence)
-    best = _cheapest(traces, _kept(steps, tested, target, 1 - confidence, each_exit))
-    off = _off(best)
-    remark = "" if len(off) < traces.exits else _instead(steps, tested, target, confidence, each_exit)
+    path = _path(traces, range(traces.exits), STEPS, one_threshold)
+    steps = list(path) if order is None else _paths(traces, one_threshold)
+
+    def cheapest(target: Target) -> Threshold:
+        ordered = steps if order is None else _ordered(steps, order, tested, target, 1 - confidence)
+        return _cheapest(traces, _kept(ordered, tested, target, 1 - confidence, each_exit))
+
+    off = _off(best := cheapest(target))
+    remark = "" if len(off) < traces.exits else _instead(cheapest, target, tested.answers.shape[1])
     promise = Promise(confidence, tested.answers.shape[1], each_exit, without.threshold, without.off, without.price)
     score = traces.score(traces.leaving(best), off) if len(off) < traces.exits else without.backbone
     return replace(
@@ -105,8 +116,10 @@ def _path(traces: Traces, on: Sequence[int], steps: int, one_threshold: bool) ->
 
 
 def _paths(traces: Traces, one_threshold: bool) -> list[Threshold]:
-    """The steps of a path for each choice of exits."""
-    every: list[Exits] = subsets(traces.exits)[1:] if traces.exits <= MAX_EXITS else [tuple(range(traces.exits))]
+    """The steps of a path for each choice of the exits that can pay."""
+    pay = [n for n, price in enumerate(traces.prices_alone) if price < 1]
+    some: list[Exits] = subsets(len(pay))[1:] if len(pay) <= MAX_EXITS else [tuple(range(len(pay)))]
+    every = [tuple(pay[i] for i in chosen) for chosen in some]
     return [step for on in every for step in _path(traces, on, FEW_STEPS, one_threshold)]
 
 
@@ -147,6 +160,8 @@ def _p_values(
 
     `times`: as if there were so many times as many images.
     """
+    if not steps:
+        return
     leaving = _leaving(traces, steps)
     loss = losses_of(traces, target).gather(0, leaving)
     every = [leaving == n for n in range(traces.exits)] if each_exit else [leaving >= 0]
@@ -191,14 +206,12 @@ def _off(threshold: Threshold) -> tuple[int, ...]:
     return tuple(n for n, t in enumerate(threshold) if t >= NEVER)
 
 
-def _instead(steps: list[Threshold], traces: Traces, target: Target, confidence: float, each_exit: bool) -> str:
-    """That nothing could be shown, and which limit could."""
-    images = f"{traces.answers.shape[1]:,}"
+def _instead(cheapest: Callable[[Target], Threshold], target: Target, images: int) -> str:
+    """That nothing could be shown, and which limit could: it is rounded up, and shown as it is named."""
     for power in range(1, TRIES):
-        larger = replace(target, limit=target.limit * LARGER**power)
-        if larger.limit >= 1:
+        limit = UP.create_decimal(f"{target.limit * LARGER**power:.9g}")
+        if limit >= 1:
             break
-        kept = _kept(steps, traces, larger, 1 - confidence, each_exit)
-        if len(_off(_cheapest(traces, kept))) < traces.exits:
-            return f"{images} images do not show that anything cheaper keeps this; they do for {larger.limit:.2g}."
-    return f"{images} images do not show that anything cheaper than the backbone keeps this."
+        if min(cheapest(replace(target, limit=float(limit)))) < NEVER:
+            return f"{images:,} images do not show that anything cheaper keeps this; they do for {float(limit):g}."
+    return f"{images:,} images do not show that anything cheaper than the backbone keeps this."

@@ -79,7 +79,7 @@ def tune(
     target = Target.given(config)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
     traces = replace(record(model, data, logits=config.answers != OWN, own=True, **how), times=times)
-    require_images(target, config.confidence, traces.answers.shape[1])
+    require_images(target, config.confidence, traces.answers.shape[1], each_exit=config.each_exit)
     found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=config.answers)
     if config.confidence is not None:
         how_sure: dict[str, Any] = {"one_threshold": config.one_threshold, "each_exit": config.each_exit}

@@ -195,6 +195,10 @@ REFUSED = {
         [*R, "--max-fidelity-drop", 0.1, "--confidence", 0.95],
         "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, 3 are there",
     ),
+    "a guarantee at each exit by few images": (
+        [*R, "--max-fidelity-drop", 0.1, "--confidence", 0.95, "--set", "each_exit=true"],
+        "at --confidence 0.95 and .*each_exit=True needs at least 38 images, 3 are there",
+    ),
     "a guarantee of thresholds that are given": ([*R, "--threshold", 0.5, "--confidence", 0.9], "--confidence 0.9 is about thresholds that are chosen"),
     "a guarantee above 1": ([*R, "--confidence", 95], "--confidence 95 must be below 1"),
     "each exit without a guarantee": ([*R, "--set", "each_exit=true"], "each_exit=True is about a guarantee.*--confidence 0.95"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import populations
@@ -15,8 +16,9 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.tuning.config import Target, ThresholdsConfig
+from ptee.tuning.config import Promise, Target, ThresholdsConfig
 from ptee.tuning.guarantee import promised, require_images
+from ptee.tuning.p_values import p_value_of_drop
 from ptee.tuning.targets import solve
 from ptee.tuning.traces import Traces
 
@@ -79,6 +81,23 @@ def test_it_says_what_is_guaranteed_and_what_that_costs():
     assert found.to_dict()["promise"]["confidence"] == CONFIDENCE
 
 
+@pytest.mark.parametrize(
+    ("price", "words"),
+    [
+        (0.5, "The guarantee costs 0.1000."),
+        (0.6, "The guarantee costs nothing."),
+        (0.59999, "The guarantee costs nothing."),
+        (
+            0.65,
+            "The guarantee costs nothing: the thresholds without it keep more of the limit in reserve for new images.",
+        ),
+    ],
+)
+def test_a_guarantee_never_costs_less_than_nothing(price, words):
+    promise = Promise(CONFIDENCE, 1000, False, (0.9,), (), price)
+    assert promise.without(0.6, "").endswith(f" at T = 0.9. {words}")
+
+
 def test_the_score_is_that_of_the_thresholds():
     traces = draw(population("calibrated"), 1000, 0)
     found = guaranteed(traces)
@@ -114,6 +133,28 @@ def test_too_few_images_are_refused_by_number_with_what_they_can_show(target):
     require_images(target, None, 1)
 
 
+@pytest.mark.parametrize("images", [299, 350, 397])
+def test_at_each_exit_the_images_that_only_order_the_tests_are_needed_too(images):
+    words = rf"confidence=0\.95 and each_exit=True needs at least 398 images, {images} are there\. .*or no each_exit="
+    with pytest.raises(PteeError, match=words) as refused:
+        require_images(FIDELITY, CONFIDENCE, images, each_exit=True)
+    possible = float(re.search(r"max_fidelity_drop=([\d.]+) or more", str(refused.value))[1])
+    require_images(replace(FIDELITY, limit=possible), CONFIDENCE, images, each_exit=True)
+    with pytest.raises(PteeError, match="each_exit=True needs at least 398"):
+        guaranteed(sure_and_wrong(images, 0), FIDELITY, each_exit=True)
+
+
+def test_at_each_exit_as_many_images_as_are_needed_can_be_enough():
+    require_images(FIDELITY, CONFIDENCE, 398, each_exit=True)
+    assert guaranteed(sure_and_wrong(398, 0), FIDELITY, each_exit=True).cost < 1
+
+
+def test_tune_counts_the_images_that_only_order_the_tests():
+    data = TensorDataset(torch.rand(50, 3, 16, 16), torch.zeros(50, dtype=torch.long))
+    with pytest.raises(PteeError, match="each_exit=True needs at least 59 images, 50 are there"):
+        ptee.tune(made(), data, max_fidelity_drop=0.05, confidence=0.9, each_exit=True)
+
+
 def test_without_an_image_no_limit_is_named():
     with pytest.raises(PteeError, match=r"299 images, 0 are there\. Give more images, or no confidence"):
         require_images(DROP, CONFIDENCE, 0)
@@ -139,23 +180,57 @@ def test_if_nothing_can_be_shown_all_exits_are_off_and_it_says_what_could_be():
     assert "1,000 images do not show that anything cheaper keeps this; they do for 0.06." in str(found)
 
 
-def test_an_exit_that_cannot_pay_is_off():
-    traces = draw(population("calibrated"), 1000, 0)
-    heads = torch.tensor([0.02, 0.02, 0.5], dtype=torch.float64)
-    costs = torch.tensor([0.15, 0.4, 0.7, 1.0], dtype=torch.float64) + torch.tensor([0.02, 0.04, 0.54, 0.54])
-    assert 2 in guaranteed(replace(traces, costs=costs, head_costs=heads)).off
+def sure_and_wrong(images: int, lost: int) -> Traces:
+    """All are surely answered by the first exit, and so many of them wrong."""
+    good = draw(population("calibrated", 1000), images, 0)
+    answers = torch.where(torch.arange(images) < lost, good.bare + 1, good.bare)
+    return replace(good, answers=torch.stack([*[answers] * 3, good.bare]), confidence=torch.ones(4, images))
 
 
-def test_images_whose_confidence_is_no_number_never_leave():
+@pytest.mark.parametrize(("images", "lost", "each_exit"), [(377, 4, False), (1000, 40, True)])
+def test_the_limit_that_could_be_shown_is_shown_when_it_is_given(images, lost, each_exit):
+    traces = sure_and_wrong(images, lost)
+    found = guaranteed(traces, FIDELITY, each_exit=each_exit)
+    assert found.cost == 1
+    limit = float(re.search(r"they do for ([\d.]+)\.$", found.remark)[1])
+    assert guaranteed(traces, replace(FIDELITY, limit=limit), each_exit=each_exit).cost < 1
+
+
+def dear(traces: Traces, *exits: int) -> Traces:
+    """With heads of these exits that cost as much as the backbone."""
+    heads = torch.tensor([1.0 if n in exits else 0.02 for n in range(3)], dtype=torch.float64)
+    so_far = torch.cat([heads.cumsum(0), heads.sum()[None]])
+    return replace(traces, costs=torch.tensor([0.15, 0.4, 0.7, 1.0], dtype=torch.float64) + so_far, head_costs=heads)
+
+
+@pytest.mark.parametrize("each_exit", [False, True])
+def test_an_exit_that_cannot_pay_is_off(each_exit):
+    found = guaranteed(dear(draw(population("calibrated"), 3000, 0), 2), each_exit=each_exit)
+    assert 2 in found.off
+    assert found.cost < 1
+
+
+@pytest.mark.parametrize("each_exit", [False, True])
+def test_if_no_exit_can_pay_all_are_off(each_exit):
+    found = guaranteed(dear(draw(population("calibrated"), 1000, 0), 0, 1, 2), each_exit=each_exit)
+    assert (found.off, found.cost) == ((0, 1, 2), 1)
+
+
+@pytest.mark.parametrize("each_exit", [False, True])
+def test_images_whose_confidence_is_no_number_never_leave(each_exit):
     traces = draw(population("calibrated"), 1000, 0)
     h = traces.confidence.clone()
     h[:-1] = math.nan
-    found = guaranteed(replace(traces, confidence=h))
+    found = guaranteed(replace(traces, confidence=h), each_exit=each_exit)
     assert found.cost == 1
 
 
 REFUSED = {
     "no confidence": ({"confidence": 1.0}, "confidence=1.0 must be below 1"),
+    "more than can be computed": (
+        {"confidence": 1 - 1e-9},
+        "confidence=0.999999999 is .*Give confidence=0.99999999 or",
+    ),
     "a percentage": ({"confidence": 95}, "confidence=95 must be below 1"),
     "none at all": ({"confidence": 0}, "confidence=0 must be above 0"),
     "a name": ({"confidence": "max_prob"}, "confidence='max_prob' must be a number"),
@@ -169,6 +244,15 @@ REFUSED = {
 def test_what_cannot_be_guaranteed_is_refused_in_one_line(given, words):
     with pytest.raises(PteeError, match=words):
         ThresholdsConfig(max_drop=0.01, **given)
+
+
+def test_the_highest_confidence_is_taken_and_can_be_reached():
+    with pytest.raises(PteeError, match=r"Give (confidence=[\d.]+)") as refused:
+        ThresholdsConfig(max_drop=0.01, confidence=1 - 1e-12)
+    highest = float(re.search(r"Give confidence=([\d.]+)", str(refused.value))[1])
+    assert ThresholdsConfig(max_drop=0.01, confidence=highest).confidence == highest
+    assert p_value_of_drop(0, 0, 3000, 0.01, 1 - highest) < 1 - highest
+    assert f"at {100 * highest:.6f} % by" in str(Promise(highest, 3000, False, (0.9,), (), 0.5))
 
 
 def test_a_cost_is_not_guaranteed():
