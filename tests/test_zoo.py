@@ -69,6 +69,7 @@ def test_every_family_is_exported(family):
 
 
 @pytest.mark.cpu("what is exported is the same on every device")
+@pytest.mark.slow
 def test_the_table_of_exported_families_has_a_line_for_each_and_a_summary(capsys):
     zoo_exported.main(["timm/resnet"])
     title, row, _, summary = capsys.readouterr().out.splitlines()

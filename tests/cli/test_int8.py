@@ -20,6 +20,7 @@ pytestmark = [
 INT8 = ("--format", "onnx", "--int8", "--out", "files")
 
 
+@pytest.mark.slow
 def test_a_run_in_whole_numbers_is_smaller_and_says_how_it_answers_beside_float32(run, finished, things):
     done = run("export", finished, *INT8, "--calibrate", things / "many")
     assert done.status == 0, done.err

@@ -27,7 +27,7 @@ LAUNCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launch", ["a scheduler", slow("MPICH"), slow("Open MPI")])
+@pytest.mark.parametrize("launch", map(slow, LAUNCHES))
 def test_a_training_that_was_launched_by_halves_says_what_to_unset(launch, things, elsewhere):
     given = LAUNCHES[launch]
     words = [*PTEE, "augment", *map(str, (*RANDOM, "--data", things / "ten", *SHORT, "--out", "out"))]

@@ -83,7 +83,7 @@ def reading_the_first() -> ptee.EarlyExitModel:
     [
         (made, "learned", "pt2"),
         pytest.param(made, "learned", "onnx", marks=[needs_onnx, pytest.mark.slow]),
-        pytest.param(made, "patience", "onnx", marks=needs_onnx),
+        pytest.param(made, "patience", "onnx", marks=[needs_onnx, pytest.mark.slow]),
         (reading_the_first, "learned", "pt2"),
         slow(chained, "learned", "pt2"),
     ],
@@ -104,7 +104,7 @@ def test_the_same_rows_leave_with_the_same_answers(model, confidence, format, tm
             require_same(runner, early, x, threshold)
 
 
-@each_format
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
 def test_blended_answers_are_exported(format, tmp_path):
     early = made()
     weights = {(n, m): tuple(0.4 + 0.1 * k for k in range(len(m) + 1)) for n in range(3) for m in subsets(n)}

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import slow
 from device import here, seeded
 from small import SIZE, K, chained, made
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def test_exits_can_be_switched_off_and_on_and_the_confidence_changed(mode, x):
         fast.answers = "bogus"
 
 
-@pytest.mark.parametrize("off", [[1], [0, 1]], ids=str)
+@pytest.mark.parametrize("off", [[1], slow([0, 1])], ids=str)
 def test_nobody_leaves_at_an_exit_that_is_off_though_its_head_runs_for_a_later_one(off, mode):
     early = chained()
     x = 3 * torch.randn(20, *early.plan.input_size, generator=seeded(1))
