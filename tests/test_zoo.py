@@ -28,18 +28,17 @@ SAMPLE = [
         "timm/byobnet",
         "timm/convnext",
         "timm/crossvit",
-        "timm/efficientnet",
         "timm/levit",
         "timm/mambaout",
         "timm/maxxvit",
     ),
-    *("timm/nfnet", "timm/resnet", "timm/tnt", "timm/vision_transformer"),
+    *("timm/resnet", "timm/tnt", "timm/vision_transformer"),
     *("torchvision/shufflenetv2", "torchvision/squeezenet"),
 ]
 MORE_OF_THESE_KINDS = [
     *("timm/convit", "timm/cspnet", "timm/deit", "timm/dla", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
     *("timm/mobilenetv3", "timm/pit", "timm/regnet", "timm/repghost", "timm/starnet", "timm/twins"),
-    *("timm/vision_transformer_relpos", "torchvision/mobilenetv3"),
+    *("timm/vision_transformer_relpos", "torchvision/mobilenetv3", "timm/nfnet", "timm/efficientnet"),
 ]
 PIXELS = {"crossvit_tiny_240": 120, "tnt_s_legacy_patch16_224": 48}  # as their patches ask; the others take 96
 
