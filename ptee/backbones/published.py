@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptee._common.errors import BackboneError, PteeError, possible, unknown
 from ptee._common.text import table
+from ptee.backbones.library import IMAGENET
 
 if TYPE_CHECKING:
     from ptee.backbones.load import Backbone
 
-IMAGENET = "imagenet-1k"  # as `library.IMAGENET`; importing that takes torch along
 FILE = Path(__file__).with_name("timm_imagenet.csv")
 SOURCE = "timm's results of 2026-08-08"
 MACHINES = (

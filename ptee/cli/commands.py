@@ -343,8 +343,9 @@ def export(run: str, **o: Any) -> None:
 @command(short_help="Print a recipe as YAML.")
 @click.argument("name", default="ptee")
 def recipe(name: str) -> None:
-    """Print a recipe as YAML: that of a run's folder, a file, ptee, pteenet, eenet, branchynet, ztw, or, with a backbone that
-    learns, too, eenet-joint, branchynet-joint, db-joint.
+    """Print a recipe as YAML: a built-in one, a file, or that of a run's folder.
+
+    Built in are ptee, pteenet, eenet, branchynet and ztw, and eenet-joint, branchynet-joint and db-joint, which train the backbone, too.
     """
     from ptee.pipeline.recipe import make_recipe
 

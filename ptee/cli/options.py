@@ -255,7 +255,8 @@ RECIPE_OPTIONS = (
         "--recipe",
         metavar="NAME|FILE",
         help="Where the settings come from that are not given here: ptee (the default), the papers' pteenet, eenet, branchynet and "
-        "ztw, with a backbone that learns, too, eenet-joint, branchynet-joint and db-joint, a YAML file, or the folder of a run. `ptee recipe NAME` prints one.",
+        "ztw; eenet-joint, branchynet-joint and db-joint, which train the backbone, too; a YAML file; or the folder of a run. "
+        "`ptee recipe NAME` prints one.",
     ),
     option(
         "--set",

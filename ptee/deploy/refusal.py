@@ -21,7 +21,7 @@ IN_STACK = re.compile(r'File "([^"]+)", line (\d+)')
 OPERATOR = re.compile(r"op='\w+\.(\w+)'")
 LONGEST = 100  # letters of a line
 OF_VALUES = "What is computed must not depend on the values in the images."
-OF_ROWS = "makes a fixed number of the number of rows. Write x.shape[0], and compare it with no number."
+OF_ROWS = "turns the number of rows into a fixed number. Use x.shape[0], and do not compare it with a number."
 AS_IT_IS = "model.predict works all the same."
 
 

@@ -64,7 +64,7 @@ CASES = {
     Asks: r"bool in test_refusal\.py, line \d+ \(if x\.max\(\) > 1e9:\) stands in the way\. .* the values in the images\.",
     Takes: r"bool in test_refusal\.py, line \d+ \(return x \* 0 if largest > 1e9 else x\) stands in the way",
     LeavesTorch: r"numpy in test_refusal\.py, line \d+ \(return torch\.from_numpy\(np\.abs\(x\.numpy\(\)\)\)\) stands in",
-    Counts: r"test_refusal\.py, line \d+ \(rows = len\(x\)\) makes a fixed number of the number of rows\. Write x\.shape",
+    Counts: r"test_refusal\.py, line \d+ \(rows = len\(x\)\) turns the number of rows into a fixed number\. Use x\.shape",
 }
 
 
