@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -167,15 +167,19 @@ def families(only: Sequence[str] = ()) -> list[Family]:
 
 
 def _timm_models() -> dict[str, str]:
-    """The smallest model of each of timm's modules."""
+    """The smallest model of each of timm's own modules; ptee registers more there."""
     import timm
 
     by_module = {module: timm.list_models(module=module) for module in timm.list_modules()}
+    by_module = {m: names for m, names in by_module.items() if names and _is_timms(timm.model_entrypoint(names[0]))}
     return {
         module: next((name for name in names if name in SMALLEST), None) or smallest(names)
         for module, names in by_module.items()
-        if names
     }
+
+
+def _is_timms(build: Callable[..., nn.Module]) -> bool:
+    return build.__module__.startswith("timm.")
 
 
 def smallest(names: Sequence[str]) -> str:
