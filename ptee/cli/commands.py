@@ -84,8 +84,8 @@ def augment(**o: Any) -> None:
     model = fit_backbone(backbone, data, recipe, replace(job, again="") if is_random else job)
     name_others(backbone)
     can_leave = not is_random and len(model.off) < len(model.exits)
-    other = f" Another threshold: ptee evaluate {folder} --threshold 0.7"
-    click.echo(f"\nSaved in {folder}.{other * can_leave}")
+    if can_leave:
+        click.echo(f"Another threshold: ptee evaluate {folder} --threshold 0.7")
 
 
 @command(short_help="Show where exits would stand and what they cost.")

@@ -298,16 +298,18 @@ def _reason(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: in
     )
 
 
-def _doubt(right: float, n: int, num_classes: int) -> str:
-    """A sentence, if a share of right answers is hardly better than chance."""
+def near_chance(right: float, n: int, num_classes: int) -> str:
+    """The beginning of a sentence, if a share of right answers is hardly better than chance."""
     chance = 1 / num_classes
     least = chance + max(BETTER_THAN_CHANCE * (1 - chance), DEVIATIONS * (chance * (1 - chance) / n) ** 0.5)
     if right >= min(least, 1):
         return ""
-    return (
-        f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance: it may know its classes "
-        "in another order."
-    )
+    return f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance"
+
+
+def _doubt(right: float, n: int, num_classes: int) -> str:
+    words = near_chance(right, n, num_classes)
+    return f"{words}: it may know its classes in another order." if words else ""
 
 
 # ------------------------------------------------------------------------------------------------ labels put on images

@@ -126,11 +126,11 @@ class Comparison:
         """What the table says, a line each."""
         measure = "fidelity" if self.accuracy is None else "accuracy"
         widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
-        oracle = any(line.kind == "oracle" for line in self.lines)
-        return (
-            LEGEND.format(measure=measure, unit=self.unit, calibration=self.calibration, half=widest / 2)
-            + ORACLE * oracle
-        )
+        kinds = {line.kind for line in self.lines}
+        own = any(entry.own for line in self.lines for entry in line.entries)
+        parts = [CELLS, OWN * own, COSTS, TRUNCATION * ("truncation" in kinds), ORACLE * ("oracle" in kinds), SENTENCES]
+        words = {"measure": measure, "unit": self.unit, "calibration": self.calibration, "half": widest / 2}
+        return "\n".join(part.format(**words) for part in parts if part)
 
     def _within(self, drop: float) -> list[Found]:
         """Lines within a drop that cost less than the backbone, the cheapest first. The oracle cannot be used."""
@@ -176,20 +176,20 @@ class Comparison:
         return (line.name, *map(str, line.entries), "")
 
 
-LEGEND = """\
+CELLS = """\
 Each column: the largest drop of {measure} that was allowed. "no threshold": lines without one, such as a
 smaller network alone.
-Each cell: the cost, and in parentheses the drop of {measure} on the report images. "missed": it is larger than allowed.
-"own": each exit answers by itself, because blended answers missed the target with their final weights.
+Each cell: the cost, and in parentheses the drop of {measure} on the report images. "missed": it is larger than allowed."""
+OWN = '"own": each exit answers by itself, because blended answers missed the target with their final weights.'
+COSTS = """\
 cost: mean over the images, heads included, as a share of {unit}.
 Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with the reserve of ptee tune. Where
 thresholds for a smaller drop cost less, they are taken.
-The 95 % intervals of the drops reach up to {half:.4f} to each side.
-truncation: the backbone cut off at an exit. Exits that are no better than a cheaper one are left out.
+The 95 % intervals of the drops reach up to {half:.4f} to each side."""
+TRUNCATION = "truncation: the backbone cut off at an exit. Exits that are no better than a cheaper one are left out."
+ORACLE = "oracle: every image leaves at the first exit that agrees with the backbone. No real confidence can know that."
+SENTENCES = """\
 The sentences below the table name what stays within a drop on the calibration images and on the report images."""
-ORACLE = (
-    "\noracle: every image leaves at the first exit that agrees with the backbone. No real confidence can know that."
-)
 
 
 def _signed(drop: float) -> str:

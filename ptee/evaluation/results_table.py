@@ -145,6 +145,7 @@ class Results:
 
 
 LEGEND = """\
+all leave at exit n: the heads before it that are on run, too.
 accuracy: share of the answers that are the label.
 fidelity: share of the answers that are the backbone's.
 cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.

@@ -49,7 +49,7 @@ def demo(recipe: Recipe, job: Job) -> None:
     if recipe.seed != SEED:
         data = _images(recipe.seed)
     model = fit_backbone(network, data, recipe, replace(job, speed_seconds=SPEED_SECONDS))
-    job.log(f"\nSaved in {job.out}. Another threshold: ptee evaluate {job.out} --threshold 0.7\n")
+    job.log(f"Another threshold: ptee evaluate {job.out} --threshold 0.7\n")
     job.log(what_happened(model.results or {}))
 
 

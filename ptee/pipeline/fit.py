@@ -34,6 +34,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import (
     describe_labels,
     from_data_sets,
+    hardly_learned,
     has_labels,
     image_size,
     labels_of,
@@ -212,6 +213,7 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
     _save(model, history, recipe, job, times)
     if job.out is not None:
         forget_training(job.out)
+        job.log(f"\nSaved in {job.out}")
     return model
 
 
@@ -305,13 +307,13 @@ def _images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Log) -> tup
         return data, None
     if recipe.confidence.name != CALIBRATED:
         log(
-            f"{len(every):,} training images are too few to calibrate the confidence as well: the heads learn from all of them, "
-            "and the confidence is the largest probability.\n"
+            f"{len(every):,} training images are too few to fit the confidence h on some of them: the heads learn from all of them, "
+            "and h is the largest probability.\n"
         )
         return data, None
     for_heads, rest = hold_out(every, recipe.confidence.calibration_share, recipe.seed)
     log(
-        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence is calibrated on the "
+        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence h is fitted on the "
         f"other {len(rest):,}, drawn with seed {recipe.seed}.\n"
     )
     return replace(data, train=for_heads), rest
@@ -421,6 +423,9 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
     job.log(f"\n{results}" + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
     odd = list(results.verdict)
+    if words := hardly_learned(results, model.num_classes, recipe):
+        job.log(words)
+        odd.append(words)
     if found is not None:
         outcome, missed = describe_outcome(found, model.results)
         job.log(outcome)

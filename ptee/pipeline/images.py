@@ -14,10 +14,11 @@ from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import as_path
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described
-from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, relabelled
+from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, near_chance, relabelled
 from ptee.data.pictures import Key, image_transform
 from ptee.data.sources import open_data, open_named
 from ptee.data.splits import DATA_SETS, Data, complete
+from ptee.evaluation.results_table import Results
 from ptee.model.images import require_images, wrong_size
 from ptee.pipeline.recipe import Recipe
 from ptee.training.config import JOINT
@@ -183,6 +184,15 @@ def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
 def undoubted(labels: LabelMap, recipe: Recipe) -> LabelMap:
     """The labels. What a backbone does not know yet, but learns, is no reason to doubt them."""
     return replace(labels, doubt="", remedy=()) if recipe.backbone == JOINT and labels.indices is not None else labels
+
+
+def hardly_learned(results: Results, num_classes: int, recipe: Recipe) -> str:
+    """A sentence, if a backbone that learned is hardly better than chance."""
+    right = results.rows[0].accuracy
+    if recipe.backbone != JOINT or right is None:
+        return ""
+    words = near_chance(right, results.samples, num_classes)
+    return f"{words}: it has hardly learned. Train longer, or with another backbone_lr." if words else ""
 
 
 def has_labels(data: Data) -> bool:

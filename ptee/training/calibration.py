@@ -112,7 +112,7 @@ class Calibration:
     def summary(self) -> str:
         """A sentence, and a line for each exit whose fit is odd."""
         remarks = "".join(f"\nExit {n}: {e.remark}" for n, e in enumerate(self.exits) if e.remark)
-        return f"Confidence calibrated on {self.images:,} images. {QUESTIONS[self.target]}{remarks}"
+        return f"Confidence h fitted on {self.images:,} images. {QUESTIONS[self.target]}{remarks}"
 
     @property
     def legend(self) -> str:
@@ -124,13 +124,13 @@ class Calibration:
 
 
 def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
-    """The training images for the heads, and a share of them for calibration. A DataError if that is too few."""
+    """The training images for the heads, and a share of them to fit the confidence on. A DataError if that is too few."""
     n = len(data) + len(getattr(data, "gaps", ()))
     size = round(share * n)
     if size < MIN_IMAGES:
         raise DataError(
-            f"{share:g} of {n:,} training images are {size}, and calibration needs {MIN_IMAGES}. Give a larger share (",
-            Argument("calibration_share", "0.3"), "), or do not calibrate.",
+            f"{share:g} of {n:,} training images are {size}, and it takes {MIN_IMAGES} to fit the confidence. Give a larger share (",
+            Argument("calibration_share", "0.3"), "), or another confidence.",
         )  # fmt: skip
     return splits.hold_out(data, size, seed)
 

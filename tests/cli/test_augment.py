@@ -135,7 +135,7 @@ CALIBRATED = ("--set", "calibration_share=0.3")
 def test_the_confidence_is_calibrated_on_images_of_its_own_and_saved(run, known, things):
     done = run("augment", *known, "--data", things / "many", *SHORT, *CALIBRATED, "--out", "out")
     assert done.status == 0, done
-    assert "The heads learn from 56 of the 80 training images. The confidence is calibrated on the other 24" in done.out
+    assert "The heads learn from 56 of the 80 training images. The confidence h is fitted on the other 24" in done.out
     model = ptee.load("out")
     assert model.confidence == "calibrated"
     assert model.results["calibration"]["images"] == 24
@@ -144,7 +144,7 @@ def test_the_confidence_is_calibrated_on_images_of_its_own_and_saved(run, known,
 
 def test_too_few_images_to_calibrate_leave_the_largest_probability(run, known):
     done = run("augment", *known, *SHORT, "--out", "out")
-    assert "24 training images are too few to calibrate the confidence as well" in done.out
+    assert "24 training images are too few to fit the confidence h on some of them" in done.out
     model = ptee.load("out")
     assert (model.confidence, "calibration" in model.results) == ("max_prob", False)
     every = model.all_exits(random_images(model.backbone, 5, model.origin.input.input_size))
