@@ -64,7 +64,12 @@ def reported(
     traces = replace(kept[name], times=times if by_time else None)
     shown = images.report if pictures else None
     names = first.unseen.data.class_names if first.model.num_classes == len(first.unseen.data.class_names) else ()
-    more = {"names": names, "about": f"Images: {found.about} {first.accuracy}", "times": times, "folders": folders}
+    more: dict[str, Any] = {
+        "names": names,
+        "about": f"Images: {found.about} {first.accuracy}",
+        "times": times,
+        "folders": folders,
+    }
     return replace(said, traces=traces, comparison=found, images=shown, **more), found
 
 

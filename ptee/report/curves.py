@@ -108,14 +108,9 @@ def _words(line: Line, entry: Entry, command: Command) -> str:
 def threshold(steps: Sequence[Step]) -> Any:
     """Accuracy, fidelity and cost against one threshold T for all exits that are on."""
     drawn = figure("T, one for all exits", "share")
-    lines = {
-        ACCURACY: [s.accuracy for s in steps],
-        FIDELITY: [s.fidelity for s in steps],
-        "cost": [s.cost for s in steps],
-    }
-    lines["time"] = [s.time for s in steps]
-    for n, (name, values) in enumerate(lines.items()):
-        if values[0] is not None:
+    for n, name in enumerate((ACCURACY, FIDELITY, "cost", "time")):
+        values = [getattr(step, name) for step in steps]
+        if None not in values:
             drawn.add_scatter(x=[s.t for s in steps], y=values, name=name, mode="lines", line=mark(n)["line"])
     drawn.update_yaxes(rangemode="tozero")
     return drawn

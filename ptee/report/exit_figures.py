@@ -49,7 +49,7 @@ def shares(step: Step, labelled: bool) -> Any:
 def network(blocks: Sequence[Block], exits: Sequence[Place]) -> Any:
     """The backbone from left to right, as wide as what it costs; an exit below the place where it stands, its head as wide."""
     drawn = figure(
-        "share of the bare backbone's multiply-accumulates", "", barmode="overlay", height=150 + 62 * len(exits)
+        "cost, share of the bare backbone's", "", barmode="overlay", showlegend=False, height=150 + 62 * len(exits)
     )
     starts = [0.0, *(block.until for block in blocks[:-1])]
     drawn.add_bar(
@@ -98,6 +98,8 @@ def confidence(columns: Sequence[Columns], thresholds: Sequence[float | None], l
     )
     words = ("right", "wrong") if labelled else ("the backbone's answer", "another answer")
     for row, (found, t) in enumerate(zip(columns, thresholds, strict=True), 1):
+        highest = max(a + b for a, b in zip(found.right, found.wrong, strict=True))
+        drawn.update_yaxes(range=[0, 1.3 * highest], row=row, col=1)  # with room for the words beside T
         for values, name, look in zip((found.right, found.wrong), words, (RIGHT, WRONG), strict=True):
             drawn.add_bar(
                 x=found.middles, y=values, name=name, marker=look, showlegend=row == 1, row=row, col=1,

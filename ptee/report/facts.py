@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def spread_over(places: Tensor, most: int) -> list[int]:
     return [int(places[len(places) * n // most]) for n in range(most)]
 
 
-def recorded(results: dict[str, Any]) -> Step | None:
+def recorded(results: Mapping[str, Any]) -> Step | None:
     """The same of what a run recorded, which has no traces; None if nothing was measured."""
     rows, leaving = results.get("rows"), results.get("leaving")
     if not rows or not leaving:

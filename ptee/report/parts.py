@@ -229,7 +229,9 @@ def _confusion(of: Reported) -> Iterator[Part]:
     if of.traces is None or not (pairs := facts.mixed_up(of.traces, of.leaving)):
         return
     said = words.confusion(of, sum(count for *_, count in pairs))
-    yield Part("confusion", "What early exits mix up", said, {"confusion": exit_figures.confusion(pairs, of.names)})
+    yield Part(
+        "confusion", "What early exits mix up", list(said), {"confusion": exit_figures.confusion(pairs, of.names)}
+    )
 
 
 def _gallery(of: Reported) -> Iterator[Part]:

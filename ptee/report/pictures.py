@@ -56,9 +56,10 @@ def write_still(folder: Path, figures: Mapping[str, Any]) -> None:
 
     def draw(beside: Path) -> None:  # the first draws all: starting Chrome takes seconds
         where = [str(beside.parent / name) for name in named]
-        widths = [figure.layout.width or WIDTH for figure in named.values()]
+        layouts = [figure.layout for figure in named.values()]
+        sizes = {"width": [own.width or WIDTH for own in layouts], "height": [own.height for own in layouts]}
         write_images(
-            list(named.values()), where, width=widths, scale=[SCALE if n.lower().endswith(".png") else 1 for n in named]
+            list(named.values()), where, **sizes, scale=[SCALE if n.lower().endswith(".png") else 1 for n in named]
         )
 
     first, *others = named
