@@ -154,7 +154,8 @@ def run_figure(opened: OpenRun, run: str, kind: str, *, log: Log, **how: Any) ->
     """
     title, draw = OF_RUN[kind]
     if kind == "curve":
-        return draw(reported({run: opened}, {run: run}, log=log, pictures=False, **how)[0]), title
+        name = Path(run).absolute().name
+        return draw(reported({name: opened}, {name: run}, log=log, pictures=False, **how)[0]), title
     said = _of(run, opened.model, read_recorded(run))
     if kind == "network":
         return draw(replace(said, times=_times(run, AT_BATCH))), title

@@ -17,6 +17,7 @@ from ptee.tuning.traces import Traces
 
 STEPS = 100  # of the slider from T = 0 to 1; one more, above 1, where no image leaves
 COLUMNS = 20  # of a histogram of h
+LEAST = 10  # images in a bin whose share says something
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def histogram(h: Tensor, right: Tensor) -> Columns:
 
 
 class Reliability(NamedTuple):
-    """For each bin of h that holds images: the mean h, the share of yes, and how many images."""
+    """For each bin of h that holds enough images: the mean h, the share of yes, and how many images."""
 
     said: list[float]
     true: list[float]
@@ -104,7 +105,7 @@ def reliability(h: Tensor, true: Tensor) -> Reliability:
     h, true = h[known].double().clamp(0, 1), true[known].double()
     places = (h * BINS).long().clamp(max=BINS - 1)
     count = torch.bincount(places, minlength=BINS)
-    full = count > 0
+    full = count >= LEAST
     means = [torch.bincount(places, x, minlength=BINS)[full] / count[full] for x in (h, true)]
     return Reliability(means[0].tolist(), means[1].tolist(), count[full].tolist())
 

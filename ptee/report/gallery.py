@@ -97,18 +97,18 @@ def thumbnail(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> str
 
 def picture(rows: Sequence[Row]) -> Any:
     """The gallery as a figure."""
-    drawn = figure("", "", height=60 + 170 * len(rows), width=40 + 130 * MOST)
+    drawn = figure("", "", height=80 + 205 * len(rows), width=40 + 130 * MOST)
     for y, row in enumerate(rows):
         drawn.add_annotation(
             x=0, y=-y + 0.06, text=f"<b>{text(row.title)}</b>", showarrow=False, xanchor="left", yanchor="bottom"
         )
         for x, shown in enumerate(row.pictures):
-            where = {"x": x, "y": -y, "xref": "x", "yref": "y", "sizex": 0.92, "sizey": 0.58}
+            where = {"x": x, "y": -y, "xref": "x", "yref": "y", "sizex": 0.92, "sizey": 0.54}
             drawn.add_layout_image(source=shown.data, xanchor="left", yanchor="top", **where)
             words = "<br>".join(short(line, 20) for line in shown.words)
             drawn.add_annotation(
                 x=x,
-                y=-y - 0.6,
+                y=-y - 0.56,
                 text=words,
                 showarrow=False,
                 xanchor="left",

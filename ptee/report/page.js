@@ -12,6 +12,15 @@
     document.head.append(script);
   }
 
+  function fit(layout, data) {  // on a phone a legend is a list: below the figure, which grows for it
+    const names = data.filter((line) => line.name && line.showlegend !== false).length;
+    if (layout.showlegend === false || names < 4) return;
+    const [plot, title, line] = [300, 64, 20];
+    layout.margin = {...layout.margin, b: title + line * names};
+    layout.height = layout.margin.t + plot + layout.margin.b;
+    layout.legend = {...layout.legend, y: -title / plot, maxheight: 0.9, itemwidth: 30};
+  }
+
   function draw(width) {  // in the colours of the page, which may be dark, light or printed
     const style = getComputedStyle(root);
     for (const [key, figure] of Object.entries(figures)) {
@@ -20,6 +29,7 @@
       layout.hoverlabel = {...layout.hoverlabel, bgcolor: style.getPropertyValue("--box").trim(), font: {color: layout.font.color}};
       if (width) layout.width = width;
       const place = document.getElementById("figure-" + key);
+      if (place.clientWidth < 600 && !layout.yaxis2) fit(layout, figure.data);
       Plotly.react(place, structuredClone(figure.data), layout, {responsive: true, displaylogo: false,
         modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: {format: "svg", filename: key}});
     }

@@ -16,6 +16,7 @@ from ptee.report.style import COLOURS
 from ptee.report.words import Number
 from ptee.tuning.traces import Traces
 
+STAR = "at the slider's thresholds"
 POINT = {"symbol": "star", "size": 17, "color": COLOURS[5], "line": {"width": 1, "color": "#000000"}}
 
 
@@ -117,29 +118,27 @@ def _thresholds(of: Reported) -> Iterator[Part]:
     if of.traces is None or of.comparison is None or of.own is None:
         return
     every = facts.steps(of.traces, of.model.off)
-    drawn = {curves.ACCURACY: curve(of, curves.ACCURACY)}
+    drawn = {curves.ACCURACY: curve(of, curves.ACCURACY, STAR)}
     if of.comparison.accuracy is not None:  # else the first shows fidelity
-        drawn[curves.FIDELITY] = curve(of, curves.FIDELITY)
+        drawn[curves.FIDELITY] = curve(of, curves.FIDELITY, STAR)
     drawn["shares"] = exit_figures.shares(of.own, of.traces.targets is not None)
     said = [
         "An image leaves at the first exit whose confidence h is at least T. A low T is cheap, a high T is faithful. The slider sets one T for "
         "all exits that are on: it moves the star and the columns. The run's own thresholds differ from exit to exit.",
         f"Up and to the left is better. Cost is a share of {of.comparison.unit}. Fidelity is the share of answers that are the backbone's. "
-        "Bars are 95 % intervals. Point at a mark for its thresholds and what to type; tap a name to hide its line.",
+        "Bars are 95 % intervals. Point at a mark for its thresholds and what to type; tap a name to hide its line; double-click a figure to see all.",
     ]
     yield Part("thresholds", "What it saves and loses", said, drawn, slider=_slider(of, every, of.own))
     yield Part("alternatives", "What is cheapest", of.comparison.verdict)
     yield Part("sweep", "One threshold for all exits", (), {"sweep": curves.threshold(every)})
 
 
-def curve(of: Reported, measure: str) -> Any:
-    """The curve with the run's own point on it, which the slider moves: it is the last of the figure."""
+def curve(of: Reported, measure: str, star: str = "at the run's own thresholds") -> Any:
+    """The curve with the run's own point on it, called `star`, which the slider moves: it is the last of the figure."""
     assert of.comparison is not None and of.own is not None
     drawn = curves.curve(of.comparison, measure, lambda line, entry: command(of, line, entry))
     y = of.own.fidelity if measure == curves.FIDELITY else of.own.merit
-    return drawn.add_scatter(
-        x=[_price(of, of.own)], y=[y], mode="markers", name="at the slider's thresholds", marker=POINT, hoverinfo="x+y"
-    )
+    return drawn.add_scatter(x=[_price(of, of.own)], y=[y], mode="markers", name=star, marker=POINT, hoverinfo="x+y")
 
 
 def _price(of: Reported, step: facts.Step) -> float:
@@ -203,7 +202,7 @@ def _confidence(of: Reported) -> Iterator[Part]:
         return
     said = "Of all images, whether they came so far or not. Images to the right of T leave, if they come to this exit."
     yield Part("confidence", "How sure each exit is", [said], {"confidence": confidence(of)})
-    said = "On the dotted line, h is what it says: of the images with h = .9, nine of ten answers are so. Below it, the exit is too sure."
+    said = "On the dotted line, h is what it says: of the images with h = .9, nine of ten answers are so. Below it, the exit is too sure. Bins of fewer than ten images are left out."
     found = [
         facts.reliability(of.traces.confidence[n], facts.yes(of.traces, of.question)[n]) for n in range(of.traces.exits)
     ]

@@ -37,10 +37,11 @@ def test_columns_of_h_hold_all_images():
     assert (found.right[10], found.wrong[10], found.right[-1]) == pytest.approx((0.25, 0.25, 0.25))
 
 
-def test_a_bin_of_h_has_its_mean_and_its_share_of_yes():
-    found = facts.reliability(torch.tensor([0.41, 0.45, 0.95, float("nan")]), torch.tensor([True, False, True, True]))
-    assert found.said == pytest.approx([0.43, 0.95])
-    assert (found.true, found.images) == ([0.5, 1.0], [2, 1])
+def test_a_bin_of_h_has_its_mean_and_its_share_of_yes_if_it_holds_ten_images():
+    h = torch.tensor([0.41, 0.45] * 6 + [0.95] * 9 + [float("nan")] * 20)
+    found = facts.reliability(h, torch.tensor([True, False] * 6 + [True] * 29))
+    assert found.said == pytest.approx([0.43])
+    assert (found.true, found.images) == ([0.5], [12])
 
 
 def test_classes_that_early_exits_mix_up_are_counted_by_pair(evil):
