@@ -65,13 +65,15 @@ def augment(**o: Any) -> None:
     from ptee.pipeline.demo import demo
     from ptee.pipeline.fit import Job, fit_backbone
     from ptee.pipeline.run_folder import new_folder
+    from ptee.training.tracking import require_tracker
 
+    require_tracker(o["log"])
     o["device"] = resolve_device(o["device"])
     require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
     new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
-    how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": AGAIN}
+    how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": AGAIN, "tracker": o["log"]}
     job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, **how)
     if o["model"] is None:
         demo(recipe, job)

@@ -20,7 +20,7 @@ from ptee.pipeline.sweep import Sweep, read_sweep
 from ptee.report import curves, exit_figures, facts
 from ptee.report import parts as page_parts
 from ptee.report.gallery import picture
-from ptee.report.parts import Reported
+from ptee.report.reported import Reported
 from ptee.timing.times import FILE, read_times
 from ptee.tuning.config import AT_BATCH
 from ptee.tuning.traces import Traces, record

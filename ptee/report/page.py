@@ -14,7 +14,8 @@ from typing import Any
 from ptee import __version__
 from ptee._common.errors import Argument, RunError
 from ptee._common.files import require_writable, write_text
-from ptee.report.parts import Part, Reported, parts
+from ptee.report.parts import Part, parts
+from ptee.report.reported import Reported
 
 SUFFIX = ".html"
 BUNDLE = "plotly-basic.min.js.gz"  # plotly.js 4.1.1, bars and lines only: a third of the whole, and a third of a phone's time

@@ -6,7 +6,7 @@ import platform
 import shlex
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,10 +15,8 @@ from ptee.evaluation.comparison_table import ROUNDING
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
+from ptee.report.reported import Reported
 from ptee.tuning.config import describe_thresholds
-
-if TYPE_CHECKING:
-    from ptee.report.parts import Reported
 
 Rows = list[tuple[str, ...]]
 

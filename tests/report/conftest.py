@@ -13,7 +13,7 @@ from torch import nn
 import ptee
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
 from ptee.report.page import write_report
-from ptee.report.parts import Reported
+from ptee.report.reported import Reported
 from ptee.tuning.traces import Traces
 
 EVIL = '<script>alert("x")</script>'
