@@ -13,6 +13,7 @@ from ptee._common.errors import Argument, PteeError
 from ptee.cli import options
 from ptee.cli.options import Numbers, Place, RunName, given_settings, in_groups
 from ptee.cli.values import how_of, names_of, require_runs, static_networks, where_of
+from ptee.model.run_files import is_run
 
 KINDS = "curve, lambda, threshold, exits, network, confidence, gallery"
 COMPARED = (
@@ -69,7 +70,6 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     """
     runs = (run, *against)
     folders = names_of(runs)
-    _require_out(o)
     if o["recorded"] and (
         wrong := [name for name in ("against", "static", "data") if (against if name == "against" else o[name])]
     ):
@@ -80,6 +80,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
             " reads none. Leave one of them out.",
         )
     require_runs(*runs, **o | {"images": not o["recorded"]})
+    _require_out(o)
     from ptee.pipeline.reported import read_recorded, recorded_only, reported
     from ptee.pipeline.saved_run import open_run
     from ptee.report.page import write_report
@@ -125,6 +126,8 @@ def plot(run: str, kind: str, **o: Any) -> None:
 
     PNG and SVG need kaleido and Chrome; a page needs neither.
     """
+    if is_run(Path(run)):
+        require_runs(run, **o)
     from ptee.pipeline.reported import require_kind, run_figure, sweep_figure
     from ptee.pipeline.sweep import TABLE
     from ptee.report.pictures import require_picture, write_figure

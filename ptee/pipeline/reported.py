@@ -21,7 +21,7 @@ from ptee.report import curves, exit_figures, facts
 from ptee.report import parts as page_parts
 from ptee.report.gallery import picture
 from ptee.report.reported import Reported
-from ptee.timing.times import FILE, read_times
+from ptee.timing.times import AUTO, FILE, read_times
 from ptee.tuning.config import AT_BATCH
 from ptee.tuning.traces import Traces, record
 
@@ -55,13 +55,13 @@ def reported(
         PteeError: as of `compare_runs`.
     """
     name, first = next(iter(runs.items()))
-    metrics, times = read_recorded(folders[name]), _times(folders[name], how.get("at_batch", AT_BATCH))
+    metrics = read_recorded(folders[name])
+    times = _times(folders[name], how.get("at_batch", AT_BATCH), how.get("executor", AUTO))
     kept: dict[str, Traces] = {}
     found = compare_runs(runs, log=log, keep=kept, **how)
     images = parts_for_all([run.unseen for run in runs.values()])
-    by_time = how.get("cost") == "time"
     said = _of(folders[name], first.model, metrics)
-    traces = replace(kept[name], times=times if by_time else None)
+    traces = replace(kept[name], times=times)
     shown = images.report if pictures else None
     names = first.unseen.data.class_names if first.model.num_classes == len(first.unseen.data.class_names) else ()
     more: dict[str, Any] = {
@@ -96,12 +96,12 @@ def _of(run: str, model: EarlyExitModel, metrics: Mapping[str, Any]) -> Reported
     return Reported(run, model, metrics, recipe=recipe)
 
 
-def _times(run: str, batch: int) -> BatchTimes | None:
+def _times(run: str, batch: int, executor: str = AUTO) -> BatchTimes | None:
     """The times that a run keeps, for batches of this size or of the largest that was measured; None if it keeps none."""
     if not (Path(run) / FILE).is_file():
         return None
     times = read_times(Path(run))
-    return times.at(min(batch, times.rows[-1]))
+    return times.at(min(batch, times.rows[-1]), executor)
 
 
 # ---------------------------------------------------------------------------------------------------- single figures

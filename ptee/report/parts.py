@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptee.evaluation.comparison_table import Entry, Line
+from ptee.evaluation.comparison_table import COUNTED, Entry, Line
 from ptee.report import curves, exit_figures, facts, words
 from ptee.report.blocks import blocks_of
 from ptee.report.gallery import Row, gallery
@@ -85,8 +86,8 @@ def curve(of: Reported, measure: str, star: str = "at the run's own thresholds")
 
 def _price(of: Reported, step: facts.Step) -> float:
     """What the curve counts: cost, or the time if it was asked for."""
-    timed = of.traces is not None and of.traces.times is not None
-    return step.time if timed and step.time is not None else step.cost
+    by_time = of.comparison is not None and of.comparison.unit != COUNTED
+    return step.time if by_time and step.time is not None else step.cost
 
 
 def command(of: Reported, line: Line, entry: Entry) -> str:
@@ -96,7 +97,9 @@ def command(of: Reported, line: Line, entry: Entry) -> str:
     if more is None or entry.allowed is None or line.of not in of.folders or of.comparison is None:
         return ""
     limit = "fidelity-drop" if of.comparison.accuracy is None else "drop"
-    return f"ptee tune {of.folders[line.of]} --max-{limit} {entry.allowed:g}{more}"
+    if of.comparison.unit != COUNTED and of.times is not None:
+        more += f" --cost time --at-batch {of.times.batch}"
+    return f"ptee tune {shlex.quote(of.folders[line.of])} --max-{limit} {entry.allowed:g}{more}"
 
 
 def _slider(of: Reported, every: list[facts.Step], own: facts.Step) -> Slider:

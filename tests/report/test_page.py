@@ -4,10 +4,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ptee._common.errors import Argument, PteeError, RunError
+from ptee.exits.times import BatchTimes
 from ptee.report.page import require_page, write, write_report
-from ptee.report.parts import Part, parts
+from ptee.report.parts import Part, command, parts
 from ptee.report.pictures import require_picture
 
 EVIL = '<script>alert("x")</script>'
@@ -74,6 +76,22 @@ def test_the_slider_ends_at_the_runs_own_thresholds(evil):
 def test_a_run_that_missed_its_target_says_so(evil):
     metrics = {"results": {"tuning": {"target": {"kind": "max_drop", "limit": 0.0001}}}}
     assert any("was lost: missed." in words for words in parts(replace(evil, metrics=metrics))[0].words)
+
+
+def test_where_times_are_kept_they_stand_beside_the_cost(evil):
+    flat = torch.tensor([[0.0] + [part] * 4 for part in (0.25, 0.25, 0.5)], dtype=torch.float64)
+    times = BatchTimes(
+        flat, torch.zeros(2, 5, dtype=torch.float64), 0.0, "the bare backbone's time (hooks, batch 4, cpu)"
+    )
+    timed = replace(evil, times=times, traces=replace(evil.traces, times=times))
+    assert next(part for part in parts(timed) if part.key == "network").rows[2][4] == "50.0%"
+    assert "time" in [number.name for number in parts(timed)[0].numbers]
+    line = evil.comparison.lines[0]
+    by_time = replace(timed, comparison=replace(evil.comparison, unit=times.unit))
+    assert command(by_time, line, line.entries[0]).endswith("--max-drop 0.01 --answers own --cost time --at-batch 4")
+    drawn = next(part for part in parts(by_time) if part.key == "thresholds").figures["accuracy"]
+    assert drawn.data[-1].x == (by_time.own.time,)
+    assert drawn.layout.xaxis.title.text.startswith("time")
 
 
 def test_a_page_of_one_figure_has_no_table_of_contents(evil, tmp_path):
