@@ -27,7 +27,7 @@
       const layout = structuredClone(figure.layout);
       layout.font.color = style.getPropertyValue("--text").trim();
       layout.hoverlabel = {...layout.hoverlabel, bgcolor: style.getPropertyValue("--box").trim(), font: {color: layout.font.color}};
-      if (width) Object.assign(layout, {width, height: Math.min(layout.height, 500)});  // two on a sheet of paper
+      if (width) Object.assign(layout, {width, height: Math.min(layout.height, 440)});  // two on a sheet of paper
       const place = document.getElementById("figure-" + key);
       if (place.clientWidth < 600 && !layout.yaxis2) fit(layout, figure.data);
       Plotly.react(place, structuredClone(figure.data), layout, {responsive: true, displaylogo: false,
