@@ -14,6 +14,7 @@ from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
 from ptee.cli import options
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
+from ptee.cli.pages import COMPARED, comparison_of, plot, report
 from ptee.cli.values import (
     backbone_of,
     data_for,
@@ -30,7 +31,6 @@ from ptee.cli.values import (
     require_model,
     require_runs,
     show,
-    static_networks,
     untrained,
     where_of,
 )
@@ -45,7 +45,7 @@ RANDOM_WEIGHTS = (
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (augment, plan, advise, evaluate, tune, compare, bench, export, recipe, sweep):
+    for each in (augment, plan, advise, evaluate, tune, compare, report, bench, export, recipe, sweep, plot):
         group.add_command(each)
 
 
@@ -65,13 +65,15 @@ def augment(**o: Any) -> None:
     from ptee.pipeline.demo import demo
     from ptee.pipeline.fit import Job, fit_backbone
     from ptee.pipeline.run_folder import new_folder
+    from ptee.training.tracking import require_tracker
 
+    require_tracker(o["log"])
     o["device"] = resolve_device(o["device"])
     require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
     new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
-    how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": AGAIN}
+    how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": AGAIN, "tracker": o["log"]}
     job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, **how)
     if o["model"] is None:
         demo(recipe, job)
@@ -197,27 +199,8 @@ def tune(run: str, **o: Any) -> None:
 
 @command(short_help="Compare runs, smaller networks and cascades.")
 @click.argument("run", type=RunName(), nargs=-1, required=True)
-@option(
-    "--static",
-    metavar="NAME[=FILE]",
-    multiple=True,
-    help="A smaller network to compare with, and a file of its weights. Default: the published ones. Repeatable.",
-)
-@option(
-    "--drops",
-    type=Numbers(example="0,0.01"),
-    default="0,0.005,0.01,0.02",
-    show_default=True,
-    help="Allowed drops of accuracy (without labels: of fidelity); 0.01 is one percentage point.",
-)
-@option(
-    "--lines",
-    default="own,blended,one_threshold,max_prob,entropy,patience,oracle,truncation",
-    show_default=True,
-    help="Which lines each run gets in the table; fewer make a short table of many runs.",
-)
-@option("--html", "page", type=Place(), help="Draw accuracy against cost on a page: curve.html.")
-@in_groups(*options.TIME_OPTIONS)
+@option("--html", "page", type=Place(), help="Draw it on a page, as ptee report does: curve.html.")
+@in_groups(*COMPARED, *options.TIME_OPTIONS)
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:
     """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
@@ -225,24 +208,25 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     require_runs(*run, **o)
-    from ptee.evaluation import report
-    from ptee.pipeline.recipe import make_recipe
+    from ptee.pipeline.reported import reported
     from ptee.pipeline.saved_run import compare_runs, open_run
+    from ptee.report.page import require_page, write_report
 
     if o["page"] is not None:
-        report.require_page(o["page"])
-    by = make_recipe(None, given_settings(o)).thresholds
-    opened = {name: open_run(folder, **where_of(o)) for name, folder in names_of(run).items()}
-    static, lines = static_networks(o["static"]), [name.strip() for name in o["lines"].split(",")]
+        require_page(o["page"], "html")
+    how, folders = comparison_of(o), names_of(run)
+    opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
     log = partial(click.echo, err=o["as_json"])
     with next(iter(opened.values())).threads():
-        how = how_of(o) | {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor}
-        found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **how)
+        if o["page"] is None:
+            found = compare_runs(opened, log=log, **how)
+        else:
+            said, found = reported(opened, folders, log=log, **how)
     log("")
     show(found, o)
     name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
     if o["page"] is not None:
-        report.write(found, o["page"])
+        write_report(said, o["page"])
         log(f"\nDrawn in {o['page']}")
 
 

@@ -323,6 +323,7 @@ OUTPUT = option_group(
     DEVICE,
     SPEED,
     EXPLAIN,
+    option("--log", help="Note each epoch with tensorboard, wandb or mlflow, too, which must be installed."),
 )
 OF_RUN = in_groups(
     option_group("Data", *DATA_OPTIONS, BATCH_SIZE),

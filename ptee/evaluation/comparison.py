@@ -93,6 +93,7 @@ def compare(
     device: str | torch.device | None = None,
     progress: bool = True,
     about: str = "",
+    keep: dict[str, Traces] | None = None,
 ) -> Comparison:
     """Compare early-exit models of one backbone with each other, with smaller networks and with a cut-off backbone.
 
@@ -114,6 +115,7 @@ def compare(
         device: None: where the first model is.
         progress: show bars if standard error is a terminal.
         about: a sentence about the data, kept with the results.
+        keep: gets the traces of the report images of each model, by name, with the answers that it gives and without logits.
 
     Raises:
         PteeError: if the backbones differ, a network cannot take part, or a drop, a line or the data cannot be used.
@@ -135,6 +137,8 @@ def compare(
     for name, model in models.items():
         before, pair = pair, _labelled_alike(record(model, part, device=place, own=True, **how) for part in parts)
         timed = (times or {}).get(name)
+        if keep is not None:
+            keep[name] = _as_it_answers(model, pair.report)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
         hidden = None if progress else True  # None: unless standard error is a terminal
@@ -254,6 +258,13 @@ def _labelled_alike(traces: Iterable[Traces]) -> Pair:
     return pair if all(t.targets is not None for t in pair) else Pair(*(replace(t, targets=None) for t in pair))
 
 
+def _as_it_answers(model: EarlyExitModel, traces: Traces) -> Traces:
+    """Traces of each exit's own answers as the model's kind of answers, without logits."""
+    if model.answers == BLENDED and model.blend is not None:
+        traces = traces.blended(model.blend, tuple(n for n in range(traces.exits) if n not in model.off))
+    return replace(traces, logits=None, confidence_logits=None)
+
+
 def _logits(
     network: Backbone, model: EarlyExitModel, part: Any, traces: Traces, place: torch.device, **how: Any
 ) -> Tensor:
@@ -351,9 +362,10 @@ def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] =
     """Cost and drop if each image leaves at the exit that `leave` gives for it, (n,)."""
     leaving = leave(pair.report)
     losses, in_calibration = _losses(pair.report, leaving), _losses(pair.calibration, leave(pair.calibration))
-    cost = pair.report.score(leaving, off).price
+    score = pair.report.score(leaving, off)
     some_leave = bool((leaving < pair.report.exits).any())
-    return Entry(None, cost, losses.mean().item(), _interval(losses, some_leave), in_calibration.mean().item(), off=off)
+    drops = losses.mean().item(), _interval(losses, some_leave), in_calibration.mean().item()
+    return Entry(None, score.price, *drops, off=off, fidelity=score.fidelity)
 
 
 def _losses(traces: Traces, leaving: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Entry:
         threshold: (E) T of each exit, or None.
         off: exits that are off.
         own: the exits' own answers, because blended ones missed the target with their final weights.
+        fidelity: share of the answers that are the backbone's, on the report images.
     """
 
     allowed: float | None
@@ -39,6 +40,7 @@ class Entry:
     threshold: tuple[float, ...] | None = None
     off: tuple[int, ...] = ()
     own: bool = False
+    fidelity: float = 1.0
 
     def within(self, drop: float) -> bool:
         """The drop is at most this, on the calibration images and on the report images."""

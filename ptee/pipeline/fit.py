@@ -48,6 +48,7 @@ from ptee.timing.times import AUTO, FILE, Times
 from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
 from ptee.training.config import JOINT
 from ptee.training.history import Epoch, History
+from ptee.training.tracking import tracked
 from ptee.training.trainer import resolve_config, train
 from ptee.tuning.config import TIME, Target
 from ptee.tuning.guarantee import require_images
@@ -75,6 +76,7 @@ class Job:
     overwrite: bool = False  # replace the run in `out`
     speed_seconds: float = SPEED_SECONDS  # about how long measuring the speed may take
     explain: bool = False  # add the legend to the table of results
+    tracker: str | None = None  # that notes each epoch, of `TRACKERS`
 
 
 @checked
@@ -329,19 +331,21 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         if job.out is not None:
             clear(job.out)
         job.log(epoch.line(int(config.epochs)))
+        note(epoch)
 
-    history = train(
-        model,
-        data.train,
-        data.calibration,
-        config=config,
-        device=job.device,
-        num_workers=job.num_workers,
-        checkpoint=checkpoint,
-        resume=job.resume and checkpoint is not None and checkpoint.is_file(),
-        on_epoch=on_epoch,
-        on_cache=lambda estimate: job.log(str(estimate)),
-    )
+    with tracked(job.tracker if is_main_process() else None, job.out, config.model_dump()) as note:
+        history = train(
+            model,
+            data.train,
+            data.calibration,
+            config=config,
+            device=job.device,
+            num_workers=job.num_workers,
+            checkpoint=checkpoint,
+            resume=job.resume and checkpoint is not None and checkpoint.is_file(),
+            on_epoch=on_epoch,
+            on_cache=lambda estimate: job.log(str(estimate)),
+        )
     if history.interrupted:
         raise KeyboardInterrupt
     if history.warning and recipe.confidence.name == LEARNED:

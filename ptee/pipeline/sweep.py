@@ -12,8 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ptee._common.errors import Argument, Interrupted, PteeError, RunError
-from ptee._common.files import clear_unfinished, replace_file, require_writable, write_text
+from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
+from ptee._common.files import clear_unfinished, require_writable, write_text
 from ptee._common.text import table
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
@@ -26,10 +26,14 @@ from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbo
 from ptee.pipeline.images import recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
 from ptee.pipeline.run_folder import is_interrupted, new_folder
+from ptee.report import curves
+from ptee.report.page import write
+from ptee.report.parts import Part
 from ptee.training.config import JOINT
 from ptee.training.training_data import shared_caches
 
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
+TABLE, FIGURE = "sweep.csv", "sweep.html"
 MOST_RUNS = 1000
 OpenData = Callable[[int], tuple[Data, LabelMap]]  # gives the images for a seed
 
@@ -51,8 +55,13 @@ class Sweep:
     folder: Path
 
     def __str__(self) -> str:
-        files = f"The table is in {self.folder / 'sweep.csv'}, the figure in {self.folder / 'sweep.html'}."
+        files = f"The table is in {self.folder / TABLE}, the figure in {self.folder / FIGURE}."
         return f"{table(self._cells(), left={0})}\n\n{files}"
+
+    @property
+    def numbers(self) -> list[dict[str, Any]]:
+        """Name, settings and figures of each run, for a figure."""
+        return [{"name": row.folder} | row.settings | row.figures for row in self.rows]
 
     def _cells(self) -> list[tuple[str, ...]]:
         cells = [("run", *self.rows[0].settings, *FIGURES, "backbone's accuracy")]
@@ -155,8 +164,8 @@ def _fit_all(backbone: Backbone, data: _Images, runs: Sequence[tuple[Path, dict[
             _fit(backbone, images, adapted, replace(job, out=folder, resume=is_interrupted(folder)))
         rows.append(_row(folder, settings))
         sweep = Sweep(tuple(rows), job.out)
-        write_text(job.out / "sweep.csv", sweep.to_csv())
-    _draw(sweep, job.out / "sweep.html")
+        write_text(job.out / TABLE, sweep.to_csv())
+    _draw(sweep, job.out / FIGURE)
     return sweep
 
 
@@ -214,19 +223,43 @@ def _row(folder: Path, settings: Mapping[str, Any]) -> SweepRow:
 
 def _draw(sweep: Sweep, path: Path) -> None:
     """Accuracy, or without labels fidelity, against cost: a point for each run."""
-    from plotly import graph_objects as go
-
-    measure = "fidelity" if any(row.figures["accuracy"] is None for row in sweep.rows) else "accuracy"
-    points = go.Scatter(
-        x=[row.figures["cost"] for row in sweep.rows],
-        y=[row.figures[measure] for row in sweep.rows],
-        text=[row.folder for row in sweep.rows],
-        mode="markers+text" if len(sweep.rows) <= 20 else "markers",
-        textposition="top center",
+    title = f"{len(sweep.rows)} runs: {sweep.folder.name}"
+    write(
+        title,
+        [Part("figure", title, figures={"runs": curves.runs(sweep.numbers, sweep.rows[0].figures["backbone"])})],
+        path,
     )
-    figure = go.Figure(points)
-    bare = sweep.rows[0].figures["backbone"] if measure == "accuracy" else 1.0
-    figure.add_hline(y=bare, line_dash="dot", annotation_text="backbone")
-    cost = "cost, as a fraction of the bare backbone's"
-    figure.update_layout(xaxis_title=cost, yaxis_title=measure, template="plotly_white")
-    replace_file(path, lambda beside: figure.write_html(beside, include_plotlyjs=True))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The runs of a sweep, read from its table.
+
+    Raises:
+        RunError: if there is no complete table.
+    """
+    try:
+        with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+            title, *lines = csv.reader(file)
+        names = title[1 : -1 - len(FIGURES)]
+        rows = [_read_row(names, line) for line in lines]
+    except (OSError, ValueError) as why:
+        raise RunError(
+            f"{folder} holds no sweep: {TABLE} cannot be read ({first_line(why)}) Make it with ptee sweep."
+        ) from why
+    if not rows:
+        raise RunError(f"{folder}: {TABLE} holds no run. The same ptee sweep goes on.")
+    return Sweep(tuple(rows), folder)
+
+
+def _read_row(names: Sequence[str], line: Sequence[str]) -> SweepRow:
+    name, *cells = line
+    settings = {key: _number_or_text(cell) for key, cell in zip(names, cells[: len(names)], strict=True)}
+    numbers = [None if cell == "-" else float(cell) for cell in cells[len(names) :]]
+    return SweepRow(name, settings, dict(zip((*FIGURES, "backbone"), numbers, strict=True)))
+
+
+def _number_or_text(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell

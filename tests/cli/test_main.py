@@ -17,7 +17,20 @@ import ptee
 from ptee._common.errors import Argument, Interrupted, PteeError
 from ptee.cli.main import cli
 
-COMMANDS = ("augment", "plan", "advise", "evaluate", "tune", "compare", "bench", "export", "recipe", "sweep")
+COMMANDS = (
+    "augment",
+    "plan",
+    "advise",
+    "evaluate",
+    "tune",
+    "compare",
+    "report",
+    "bench",
+    "export",
+    "recipe",
+    "sweep",
+    "plot",
+)
 HEAVY = ("torch", "timm", "numpy", "accelerate", "safetensors", "plotly", "sklearn")
 
 

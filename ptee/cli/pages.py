@@ -1,0 +1,150 @@
+"""The commands that draw: the page of a run, and single figures."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from cloup import command, option
+
+from ptee._common.errors import Argument, PteeError
+from ptee.cli import options
+from ptee.cli.options import Numbers, Place, RunName, given_settings, in_groups
+from ptee.cli.values import how_of, names_of, require_runs, static_networks, where_of
+from ptee.model.run_files import is_run
+
+KINDS = "curve, lambda, threshold, exits, network, confidence, gallery"
+COMPARED = (
+    option(
+        "--static",
+        metavar="NAME[=FILE]",
+        multiple=True,
+        help="A smaller network to compare with, and a file of its weights. Default: the published ones. Repeatable.",
+    ),
+    option(
+        "--drops",
+        type=Numbers(example="0,0.01"),
+        default="0,0.005,0.01,0.02",
+        show_default=True,
+        help="Allowed drops of accuracy (without labels: of fidelity); 0.01 is one percentage point.",
+    ),
+    option(
+        "--lines",
+        default="own,blended,one_threshold,max_prob,entropy,patience,oracle,truncation",
+        show_default=True,
+        help="Which lines each run gets in the table; fewer make a short table of many runs.",
+    ),
+)
+OF_IMAGES = in_groups(
+    options.option_group("Data", *options.DATA_OPTIONS, options.BATCH_SIZE),
+    option("--weights", type=options.File(), help="The backbone's weights, if they were moved."),
+    options.DEVICE,
+)
+
+
+def comparison_of(o: dict[str, Any]) -> dict[str, Any]:
+    """How runs are compared, by the options of a command."""
+    from ptee.pipeline.recipe import make_recipe
+
+    by = make_recipe(None, given_settings(o)).thresholds
+    lines = [name.strip() for name in o["lines"].split(",")]
+    how = {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor}
+    return how | {"static": static_networks(o["static"]), "drops": o["drops"], "lines": lines} | how_of(o)
+
+
+@command(short_help="Draw all about a run on one page.")
+@click.argument("run", type=RunName())
+@option("--against", type=RunName(), multiple=True, metavar="RUN", help="Another run of the same backbone. Repeatable.")
+@option("--out", type=Place(), default="report.html", show_default=True, help="The page.")
+@option("--images/--no-images", default=True, show_default=True, help="Put thumbnails of some images into the page.")
+@option("--recorded", is_flag=True, help="Read no image: only what the run recorded.")
+@option("--figures", type=Place(), metavar="FOLDER", help="Write the figures here, too, as SVG and PNG.")
+@in_groups(*COMPARED, *options.TIME_OPTIONS)
+@OF_IMAGES
+def report(run: str, against: tuple[str, ...], **o: Any) -> None:
+    """Draw all about a saved RUN on one page, in one file that needs nothing else: what it saves and loses, and why.
+
+    The run is measured on images that its heads have not seen, beside the alternatives, as in ptee compare.
+    """
+    runs = (run, *against)
+    folders = names_of(runs)
+    if o["recorded"] and (
+        wrong := [name for name in ("against", "static", "data") if (against if name == "against" else o[name])]
+    ):
+        raise PteeError(
+            Argument(wrong[0]),
+            " needs images, and ",
+            Argument("recorded", "True"),
+            " reads none. Leave one of them out.",
+        )
+    require_runs(*runs, **o | {"images": not o["recorded"]})
+    _require_out(o)
+    from ptee.pipeline.reported import read_recorded, recorded_only, reported
+    from ptee.pipeline.saved_run import open_run
+    from ptee.report.page import write_report
+
+    read_recorded(run)
+    if o["recorded"]:
+        said = recorded_only(run, o["weights"])
+    else:
+        how = comparison_of(o)
+        opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
+        with next(iter(opened.values())).threads():
+            said, _ = reported(opened, folders, log=click.echo, pictures=o["images"], **how)
+    parts = write_report(said, o["out"])
+    if o["figures"] is not None:
+        from ptee.report.pictures import write_figures
+
+        write_figures(parts, o["figures"])
+        click.echo(f"The figures are in {o['figures']}.")
+    click.echo(f"Written to {o['out']}")
+
+
+def _require_out(o: dict[str, Any]) -> None:
+    """Refuse what cannot be written, before anything takes long."""
+    from ptee.report.page import require_page
+
+    require_page(o["out"])
+    if o["figures"] is not None:
+        from ptee._common.files import require_writable
+        from ptee.report.pictures import require_kaleido
+
+        require_writable(o["figures"])
+        require_kaleido()
+
+
+@command(short_help="Draw one figure of a run or a sweep.")
+@click.argument("run", type=RunName())
+@option("--kind", default="curve", show_default=True, help=f"Which figure: {KINDS}. Of a sweep: curve, lambda.")
+@option("--out", type=Place(), required=True, help="FILE.html, or a still picture: FILE.png, FILE.svg.")
+@in_groups(*COMPARED, *options.TIME_OPTIONS)
+@OF_IMAGES
+def plot(run: str, kind: str, **o: Any) -> None:
+    """Draw one figure of a saved RUN, or of the folder of a sweep, into a file.
+
+    PNG and SVG need kaleido and Chrome; a page needs neither.
+    """
+    if is_run(Path(run)):
+        require_runs(run, **o)
+    from ptee.pipeline.reported import require_kind, run_figure, sweep_figure
+    from ptee.pipeline.sweep import TABLE
+    from ptee.report.pictures import require_picture, write_figure
+
+    is_sweep = (Path(run) / TABLE).is_file()
+    require_kind(kind, is_sweep)
+    require_picture(o["out"])
+    if is_sweep:
+        figure, title = sweep_figure(Path(run), kind)
+    else:
+        require_runs(run, **o)
+        from ptee.pipeline.saved_run import open_run
+
+        how = comparison_of(o)
+        opened = open_run(run, **where_of(o))
+        with opened.threads():
+            how = how if kind == "curve" else {key: how[key] for key in ("batch_size", "num_workers", "device")}
+            figure, title = run_figure(opened, run, kind, log=partial(click.echo, err=True), **how)
+    write_figure(figure, o["out"], title)
+    click.echo(f"Drawn in {o['out']}")

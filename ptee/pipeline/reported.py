@@ -1,0 +1,171 @@
+"""A saved run as a page and as single figures: opened, compared where there are images, and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptee._common.errors import Argument, PteeError, RunError, unknown
+from ptee.data.splits import parts_for_all
+from ptee.evaluation.comparison_table import Comparison
+from ptee.exits.times import BatchTimes
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.run_files import METRICS, metrics_of
+from ptee.pipeline.fit import Log
+from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
+from ptee.pipeline.saved_run import OpenRun, compare_runs, load_run
+from ptee.pipeline.sweep import Sweep, read_sweep
+from ptee.report import curves, exit_figures, facts
+from ptee.report import parts as page_parts
+from ptee.report.gallery import picture
+from ptee.report.reported import Reported
+from ptee.timing.times import AUTO, FILE, read_times
+from ptee.tuning.config import AT_BATCH
+from ptee.tuning.traces import Traces, record
+
+
+def read_recorded(run: str) -> dict[str, Any]:
+    """What a run's metrics.json says, in the form that a page needs; empty if there is none.
+
+    Raises:
+        RunError: if it is in another form.
+    """
+    folder = Path(run)
+    metrics = metrics_of(folder) if (folder / METRICS).is_file() else {}
+    try:
+        facts.recorded(metrics.get("results") or {})
+        if epochs := (metrics.get("training") or {}).get("epochs"):
+            exit_figures.training(epochs)
+        calibration, tuning = ((metrics.get("results") or {}).get(key) or {} for key in ("calibration", "tuning"))
+        assert isinstance(calibration, dict) and isinstance(tuning, dict)
+        float((tuning.get("target") or {}).get("limit", 0))
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as why:
+        raise RunError(f"{run}: {METRICS} does not hold what a run records. Copy the run again.") from why
+    return metrics
+
+
+def reported(
+    runs: Mapping[str, OpenRun], folders: Mapping[str, str], *, log: Log, pictures: bool = True, **how: Any
+) -> tuple[Reported, Comparison]:
+    """What the page of the first run says, beside the others; and the comparison. `how` as of `compare_runs`.
+
+    Raises:
+        PteeError: as of `compare_runs`.
+    """
+    name, first = next(iter(runs.items()))
+    metrics = read_recorded(folders[name])
+    times = _times(folders[name], how.get("at_batch", AT_BATCH), how.get("executor", AUTO))
+    kept: dict[str, Traces] = {}
+    found = compare_runs(runs, log=log, keep=kept, **how)
+    images = parts_for_all([run.unseen for run in runs.values()])
+    said = _of(folders[name], first.model, metrics)
+    traces = replace(kept[name], times=times)
+    shown = images.report if pictures else None
+    names = first.unseen.data.class_names if first.model.num_classes == len(first.unseen.data.class_names) else ()
+    more: dict[str, Any] = {
+        "names": names,
+        "about": f"Images: {found.about} {first.accuracy}",
+        "times": times,
+        "folders": folders,
+    }
+    return replace(said, traces=traces, comparison=found, images=shown, **more), found
+
+
+def recorded_only(run: str, weights: Path | None) -> Reported:
+    """What a run says by itself: no image is read.
+
+    Raises:
+        RunError: if it recorded nothing.
+    """
+    metrics = read_recorded(run)
+    if not metrics:
+        raise RunError(
+            f"{run} has no {METRICS}, so there is nothing to report without images. Give some: ",
+            Argument("data", "FOLDER"),
+            ".",
+        )
+    said = _of(run, load_run(run, weights), metrics)
+    return replace(said, times=_times(run, AT_BATCH), names=())
+
+
+def _of(run: str, model: EarlyExitModel, metrics: Mapping[str, Any]) -> Reported:
+    folder = Path(run)
+    recipe = make_recipe(folder).to_yaml() if (folder / RECIPE_FILE).is_file() else ""
+    return Reported(run, model, metrics, recipe=recipe)
+
+
+def _times(run: str, batch: int, executor: str = AUTO) -> BatchTimes | None:
+    """The times that a run keeps, for batches of this size or of the largest that was measured; None if it keeps none."""
+    if not (Path(run) / FILE).is_file():
+        return None
+    times = read_times(Path(run))
+    return times.at(min(batch, times.rows[-1]), executor)
+
+
+# ---------------------------------------------------------------------------------------------------- single figures
+
+
+class Kind(NamedTuple):
+    """A kind of figure: its title, and what draws it."""
+
+    title: str
+    draw: Callable[[Any], Any]
+
+
+OF_RUN = {
+    "curve": Kind("Accuracy against cost", lambda of: page_parts.curve(of, curves.ACCURACY)),
+    "threshold": Kind("What a threshold gives", lambda of: curves.threshold(facts.steps(of.traces, of.model.off))),
+    "exits": Kind("Where images leave", lambda of: exit_figures.shares(of.own, of.traces.targets is not None)),
+    "network": Kind("Where the exits stand", page_parts.network),
+    "confidence": Kind("How sure each exit is", page_parts.confidence),
+    "gallery": Kind("Which images leave where", lambda of: picture(page_parts.pictures(of))),
+}
+OF_SWEEP = {
+    "curve": Kind("The runs of a sweep", lambda sweep: curves.runs(sweep.numbers, sweep.rows[0].figures["backbone"])),
+    "lambda": Kind("Over a setting", lambda sweep: curves.over_setting(sweep.numbers, _varied(sweep))),
+}
+KINDS = tuple(dict.fromkeys([*OF_SWEEP, *OF_RUN]))
+
+
+def require_kind(kind: str, is_sweep: bool) -> None:
+    """Refuse a kind of figure that there is not, or not of a run, or not of a sweep."""
+    if kind not in KINDS:
+        raise unknown("kind of figure", kind, KINDS, argument="kind")
+    known, what, other = (OF_SWEEP, "a sweep", "a run") if is_sweep else (OF_RUN, "a run", "a sweep")
+    if kind not in known:
+        raise PteeError(
+            f"'{kind}' is a figure of {other}, and this is {what}. Choices: {', '.join(known)}.", argument="kind"
+        )
+
+
+def sweep_figure(folder: Path, kind: str) -> tuple[Any, str]:
+    """A figure of a sweep, and its title."""
+    title, draw = OF_SWEEP[kind]
+    return draw(read_sweep(folder)), title
+
+
+def run_figure(opened: OpenRun, run: str, kind: str, *, log: Log, **how: Any) -> tuple[Any, str]:
+    """A figure of a run, and its title. Only the curve is a comparison; all others need one pass over the report images.
+
+    Raises:
+        PteeError: if there are no images for it.
+    """
+    title, draw = OF_RUN[kind]
+    if kind == "curve":
+        name = Path(run).absolute().name
+        return draw(reported({name: opened}, {name: run}, log=log, pictures=False, **how)[0]), title
+    said = _of(run, opened.model, read_recorded(run))
+    if kind == "network":
+        return draw(replace(said, times=_times(run, AT_BATCH))), title
+    images, words = opened.left_by_tuning(given=False)
+    log(f"{words} {opened.accuracy}")
+    traces = record(opened.model, images, logits=False, **how)
+    return draw(replace(said, traces=traces, images=images, names=opened.unseen.data.class_names)), title
+
+
+def _varied(sweep: Sweep) -> str:
+    """The setting that has the most values. That of a seed is no axis."""
+    values = {name: {str(row.settings[name]) for row in sweep.rows} for name in sweep.rows[0].settings}
+    return max(values, key=lambda name: (name != "seed", len(values[name])))

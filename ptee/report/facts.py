@@ -1,0 +1,145 @@
+"""What a page says about a run, as arithmetic on its traces: no image is run through the model here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptee.evaluation.metrics import BINS
+from ptee.evaluation.results_table import BLENDED_END
+from ptee.model.thresholds import NEVER
+from ptee.tuning.traces import Traces
+
+STEPS = 100  # of the slider from T = 0 to 1; one more, above 1, where no image leaves
+COLUMNS = 20  # of a histogram of h
+LEAST = 10  # images in a bin whose share says something
+
+
+@dataclass(frozen=True)
+class Step:
+    """What some thresholds give.
+
+    Attributes:
+        t: one threshold for all exits; None for the run's own, one for each exit.
+        accuracy: share of answers that are the label; None without labels.
+        fidelity: share of answers that are the backbone's.
+        cost: mean cost.
+        time: expected, as a fraction of the bare backbone's; None where nothing was measured.
+        right: (E+1) of all images, the share that leaves at each exit and is right there (without labels: agrees).
+        wrong: (E+1) likewise, and is not.
+    """
+
+    t: float | None
+    accuracy: float | None
+    fidelity: float
+    cost: float
+    time: float | None
+    right: list[float]
+    wrong: list[float]
+
+    @property
+    def merit(self) -> float:
+        """Accuracy; without labels, fidelity."""
+        return self.fidelity if self.accuracy is None else self.accuracy
+
+
+def step(traces: Traces, thresholds: Sequence[float], off: Sequence[int], t: float | None = None) -> Step:
+    """What these thresholds (E,) give while some exits are off."""
+    kept = [NEVER if n in off else value for n, value in enumerate(thresholds)]
+    if min(kept) > 1:
+        traces = traces.alone  # no image can leave, so the backbone's own answer stands
+    leaving = traces.leaving(kept)
+    score, right = traces.score(leaving, off), traces.right.gather(0, leaving[None])[0]
+    shares, well = traces.shares(leaving), _shares(leaving[right], traces)
+    wrong = [all_ - good for all_, good in zip(shares, well, strict=True)]
+    return Step(t, score.accuracy, score.fidelity, score.cost, score.time, well, wrong)
+
+
+def steps(traces: Traces, off: Sequence[int]) -> list[Step]:
+    """What each threshold gives, if all exits have the same."""
+    every = [n / STEPS for n in range(STEPS + 1)] + [1 + 1 / STEPS]
+    return [step(traces, [t] * traces.exits, off, t) for t in every]
+
+
+def _shares(leaving: Tensor, traces: Traces) -> list[float]:
+    n = traces.answers.shape[1]
+    return (torch.bincount(leaving, minlength=traces.exits + 1) / n).tolist()
+
+
+def yes(traces: Traces, question: str) -> Tensor:
+    """(E+1, n) bool, the answer to what h was fitted to: "agrees" with the backbone, or is right."""
+    return traces.answers == traces.bare if question == "agrees" else traces.right
+
+
+class Columns(NamedTuple):
+    """A histogram of h: the middle of each column, and the share of all images in it that is right, and wrong."""
+
+    middles: list[float]
+    right: list[float]
+    wrong: list[float]
+
+
+def histogram(h: Tensor, right: Tensor) -> Columns:
+    """Of the confidence (n,) of one exit."""
+    places = (h.nan_to_num(0).clamp(0, 1) * COLUMNS).long().clamp(max=COLUMNS - 1)
+    count = [torch.bincount(places[which], minlength=COLUMNS) / max(1, len(h)) for which in (right, ~right)]
+    return Columns([(n + 0.5) / COLUMNS for n in range(COLUMNS)], *(shares.tolist() for shares in count))
+
+
+class Reliability(NamedTuple):
+    """For each bin of h that holds enough images: the mean h, the share of yes, and how many images."""
+
+    said: list[float]
+    true: list[float]
+    images: list[int]
+
+
+def reliability(h: Tensor, true: Tensor) -> Reliability:
+    """How far the confidence (n,) of one exit is the probability of `true` (n,)."""
+    known = h.isfinite()
+    h, true = h[known].double().clamp(0, 1), true[known].double()
+    places = (h * BINS).long().clamp(max=BINS - 1)
+    count = torch.bincount(places, minlength=BINS)
+    full = count >= LEAST
+    means = [torch.bincount(places, x, minlength=BINS)[full] / count[full] for x in (h, true)]
+    return Reliability(means[0].tolist(), means[1].tolist(), count[full].tolist())
+
+
+def mixed_up(traces: Traces, leaving: Tensor, most: int = 12) -> list[tuple[int, int, int]]:
+    """What early exits mix up that the backbone does not: (class, answer, images), the most frequent first."""
+    answers = traces.answers.gather(0, leaving[None])[0]
+    truth = traces.bare if traces.targets is None else traces.targets
+    new = (answers != truth) & (traces.bare == truth) & (leaving < traces.exits)
+    pairs = Counter(zip(truth[new].tolist(), answers[new].tolist(), strict=True))
+    return [(*pair, count) for pair, count in pairs.most_common(most)]
+
+
+def put_right(traces: Traces, leaving: Tensor) -> int:
+    """How many images early exits answer rightly that the backbone does not."""
+    answers = traces.answers.gather(0, leaving[None])[0]
+    truth = traces.bare if traces.targets is None else traces.targets
+    return int(((answers == truth) & (traces.bare != truth)).sum())
+
+
+def spread_over(places: Tensor, most: int) -> list[int]:
+    """Some of these indices (k,), spread over all of them."""
+    if len(places) <= most:
+        return [int(i) for i in places]
+    return [int(places[len(places) * n // most]) for n in range(most)]
+
+
+def recorded(results: Mapping[str, Any]) -> Step | None:
+    """The same of what a run recorded, which has no traces; None if nothing was measured."""
+    rows, leaving = results.get("rows"), results.get("leaving")
+    if not rows or not leaving:
+        return None
+    blended = [row for row in rows if row["name"] == BLENDED_END]
+    own, ends = rows[-1], [*(row for row in rows[1:-1] if row not in blended), *(blended or rows[:1])]
+    right = [share * (row["right"] or 0.0) for share, row in zip(leaving, ends, strict=True)]
+    wrong = [share - good for share, good in zip(leaving, right, strict=True)]
+    return Step(None, own["accuracy"], own["fidelity"], own["cost"], None, right, wrong)

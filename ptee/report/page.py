@@ -1,0 +1,72 @@
+"""A page is one HTML file that needs nothing else: its figures are drawn by the plotly.js that it carries, compressed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ptee import __version__
+from ptee._common.errors import Argument, RunError
+from ptee._common.files import require_writable, write_text
+from ptee.report.parts import Part, parts
+from ptee.report.reported import Reported
+
+SUFFIX = ".html"
+BUNDLE = "plotly-basic.min.js.gz"  # plotly.js 4.1.1, bars and lines only: a third of the whole, and a third of a phone's time
+
+
+def require_page(path: Path, argument: str = "out") -> None:
+    """Refuse a file that cannot be written, or that a browser would not open as a page."""
+    require_name(path, (SUFFIX,), argument, "a page")
+
+
+def require_name(path: Path, suffixes: Sequence[str], argument: str, what: str) -> None:
+    """Refuse a file that cannot be written, or whose name does not say what it is."""
+    if path.is_dir():
+        example = Argument(argument, str(path / f"report{suffixes[0]}"))
+        raise RunError(f"{path} is a folder. Give a file, such as ", example, ".", argument=argument, value=path)
+    if path.suffix.lower() not in suffixes:
+        ends = " or ".join(suffixes)
+        raise RunError(
+            f"{path} is not the name of {what}. Give a name that ends in {ends}, such as ",
+            Argument(argument, f"{path.stem}{suffixes[0]}"), ".", argument=argument, value=path,
+        )  # fmt: skip
+    require_writable(path.parent)
+
+
+def write_report(of: Reported, path: Path) -> list[Part]:
+    """Write the page of a run. Gives its parts."""
+    every = parts(of)
+    write(f"{of.model.plan.backbone} with early exits: {of.run}", every, path)
+    return every
+
+
+def write(title: str, every: Sequence[Part], path: Path) -> None:
+    """Write a page of these parts, whole or not at all."""
+    drawn = {key: json.loads(figure.to_json()) for part in every for key, figure in part.figures.items()}
+    slider = next((asdict(part.slider) for part in every if part.slider), None)
+    bundle = base64.b64encode((files("ptee.report") / BUNDLE).read_bytes()).decode() if drawn else ""
+    made = f"Made by ptee {__version__} on {datetime.now(timezone.utc):%Y-%m-%d}. Everything is in this file; it asks for nothing from elsewhere."
+    write_text(
+        path, _template().render(title=title, parts=every, figures=drawn, slider=slider, plotly=bundle, made=made)
+    )
+
+
+def _template() -> Any:
+    """The template of all pages. Whatever a run's names say is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    found = Environment(
+        loader=PackageLoader("ptee", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return found.get_template("page.html")

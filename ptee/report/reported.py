@@ -1,0 +1,69 @@
+"""All that a page says about a run, as it is handed to what draws and words it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptee.evaluation.comparison_table import Comparison
+from ptee.exits.times import BatchTimes
+from ptee.model.early_exit import EarlyExitModel
+from ptee.report import facts
+from ptee.tuning.traces import Traces
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A run, and all that a page says about it.
+
+    Attributes:
+        run: how its folder is typed.
+        model: opened.
+        metrics: what the run recorded: `results`, `training`.
+        traces: of the report images, with the answers that the model gives; None if no image was read.
+        comparison: with the alternatives, on the same images.
+        images: these, as a map-style data set; None for no pictures.
+        names: of the classes.
+        about: which images these are, in sentences.
+        recipe: as YAML, or empty.
+        times: of the pieces, if the run keeps them.
+        folders: of the runs that are compared, by name.
+    """
+
+    run: str
+    model: EarlyExitModel
+    metrics: Mapping[str, Any]
+    traces: Traces | None = None
+    comparison: Comparison | None = None
+    images: Any = None
+    names: Sequence[str] = ()
+    about: str = ""
+    recipe: str = ""
+    times: BatchTimes | None = None
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def results(self) -> Mapping[str, Any]:
+        """What was measured when the run was made."""
+        return self.metrics.get("results") or {}
+
+    @property
+    def own(self) -> facts.Step | None:
+        """What the run's own thresholds give, on the report images or as it was recorded."""
+        if self.traces is None:
+            return facts.recorded(self.results)
+        return facts.step(self.traces, self.model.threshold, self.model.off)
+
+    @property
+    def question(self) -> str:
+        """What the confidence was fitted to."""
+        return str((self.results.get("calibration") or {}).get("target", "right"))
+
+    @property
+    def leaving(self) -> Any:
+        """(n,) the exit at which each image leaves at the run's own thresholds."""
+        assert self.traces is not None
+        return self.traces.leaving(
+            [facts.NEVER if n in self.model.off else t for n, t in enumerate(self.model.threshold)]
+        )

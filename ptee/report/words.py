@@ -1,0 +1,220 @@
+"""What a page says in words and small tables."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+
+from ptee import __version__
+from ptee.evaluation.comparison_table import ROUNDING
+from ptee.exits.times import BatchTimes
+from ptee.model.early_exit import EarlyExitModel
+from ptee.report import facts
+from ptee.report.reported import Reported
+from ptee.tuning.config import describe_thresholds
+
+Rows = list[tuple[str, ...]]
+
+
+class Number(NamedTuple):
+    """A number that stands out: its name, value, and what it means."""
+
+    name: str
+    value: str
+    words: str
+
+
+def what_it_is(model: EarlyExitModel) -> Iterator[str]:
+    """Two sentences for somebody who sees this for the first time."""
+    n = len(model.exits)
+    kept = "learned together with them" if model.origin.learnt else "are as they were"
+    yield (
+        f"{model.plan.backbone} is an image classifier. This run gives it {n} early exit{'s' * (n > 1)}: small classifiers inside of "
+        f"it, each with a confidence h. An image that an exit is sure enough about gets its answer there and skips the rest. The "
+        f"network's own weights {kept}."
+    )
+
+
+def numbers(of: Reported) -> list[Number]:
+    """What it saves and what it loses."""
+    own = of.own
+    if own is None:
+        return []
+    bare = _bare(of)
+    found = [Number("cost", f"{own.cost:.3f}", f"of the arithmetic: {_less(own.cost)}")]
+    if own.time is not None and of.times is not None:
+        found.append(Number("time", f"{own.time:.3f}", f"expected, of {of.times.unit}"))
+    if own.accuracy is not None and bare is not None:
+        found.append(
+            Number("accuracy", f"{own.accuracy:.4f}", f"{bare:.4f} without exits: {_lost(bare - own.accuracy)}")
+        )
+    found.append(Number("fidelity", f"{own.fidelity:.1%}", "of the answers are the backbone's"))
+    early = 1 - own.right[-1] - own.wrong[-1]
+    found.append(Number("leave early", f"{early:.1%}", "of the images"))
+    return found
+
+
+def _less(cost: float) -> str:
+    return f"{1 - cost:.0%} saved" if cost < 1 else f"{cost - 1:.0%} more"
+
+
+def _lost(drop: float) -> str:
+    points = f"{100 * abs(drop):.2f} points"
+    return f"{points} {'lost' if drop > 0 else 'gained'}" if points != "0.00 points" else "none lost"
+
+
+def _bare(of: Reported) -> float | None:
+    """The backbone's own accuracy on the same images."""
+    if of.traces is None:
+        rows = of.results.get("rows")
+        return rows[0]["accuracy"] if rows else None
+    return of.traces.alone.score_at(of.traces.exits).accuracy
+
+
+def what_it_gives(of: Reported) -> Iterator[str]:
+    """Where images leave, and what that saves and loses."""
+    own = of.own
+    if own is None:
+        return
+    n = of.traces.answers.shape[1] if of.traces is not None else of.results.get("samples", 0)
+    *early, end = (a + b for a, b in zip(own.right, own.wrong, strict=True))
+    left = [f"{share:.0%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
+    yield f"Of {n:,} images that the exits had not seen, {', '.join([*left, f'{end:.0%} go through the whole network'])}."
+    tuning = of.results.get("tuning")
+    target = tuning.get("target") if isinstance(tuning, dict) else None
+    if isinstance(target, dict) and target.get("kind") in WISHES:
+        yield _kept(of, own, target)
+    if of.traces is None:
+        yield "No image was read for this page, so it says only what the run recorded."
+
+
+WISHES = {  # by kind of target: what was asked for, and what was found
+    "max_drop": ("to lose at most {:g} of accuracy", "lost"),
+    "max_fidelity_drop": ("to change at most {:g} of the answers", "changed"),
+    "max_cost": ("to cost at most {:g}", "spent"),
+}
+
+
+def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any]) -> str:
+    """What was asked for, and whether it was kept on these images."""
+    asked, done = WISHES[target["kind"]]
+    words, bare = f"The thresholds were chosen {asked.format(target['limit'])}", _bare(of)
+    if target["kind"] == "max_drop" and (bare is None or own.accuracy is None):
+        return f"{words}."
+    drop = (bare or 0) - (own.accuracy or 0)
+    found = {"max_drop": drop, "max_fidelity_drop": 1 - own.fidelity, "max_cost": own.cost}[target["kind"]]
+    return f"{words}. On these images {found:.4f} was {done}: {'kept' if found <= target['limit'] + ROUNDING else 'missed'}."
+
+
+def recorded_verdict(of: Reported) -> Iterator[str]:
+    """What was wrong with the run when it was made, if no image was read since."""
+    if of.traces is None:
+        yield from map(str, of.results.get("verdict") or [])
+
+
+# ---------------------------------------------------------------------------------------------------- the slider
+
+
+def of_step(of: Reported, step: facts.Step) -> str:
+    """What the slider shows beside T."""
+    t = describe_thresholds(of.model.threshold, of.model.off) if step.t is None else f"{step.t:.2f}"
+    accuracy = "" if step.accuracy is None else f"accuracy {step.accuracy:.4f}, "
+    time = "" if step.time is None else f", time {step.time:.3f}"
+    return f"T = {t}: cost {step.cost:.3f}{time}, {accuracy}fidelity {step.fidelity:.4f}"
+
+
+def command(of: Reported, step: facts.Step) -> str:
+    """What measures these thresholds."""
+    if step.t is None:
+        return f"ptee evaluate {shlex.quote(of.run)}"
+    return f"ptee evaluate {shlex.quote(of.run)} --threshold {step.t:g}"
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def times_until(times: BatchTimes | None) -> list[float]:
+    """(E+1,) share of the backbone's time up to each exit, in whole batches; empty if it is not known."""
+    return [] if times is None else list(accumulate(times.segments[:, -1].tolist()))
+
+
+def exits_table(of: Reported) -> Rows:
+    """A row for each exit."""
+    plan, times, own = of.model.plan, times_until(of.times), of.own
+    rows: Rows = [
+        ("exit", "behind", "head", "backbone so far", *["its time"] * bool(times), "head's cost", "T", "leave here")
+    ]
+    for n, e in enumerate(plan.exits):
+        t = "off" if n in plan.off else f"{of.model.threshold[n]:.4g}"
+        leave = "-" if own is None or n in plan.off else f"{own.right[n] + own.wrong[n]:.1%}"
+        time = [f"{times[n]:.1%}"] if times else []
+        rows.append((str(n), e.name, e.head, f"{e.backbone_cost:.1%}", *time, f"{e.head_cost:.1%}", t, leave))
+    return rows
+
+
+def calibration_table(of: Reported) -> Rows:
+    """How good each confidence is."""
+    from ptee.evaluation.metrics import calibration_error, failure_auroc
+
+    assert of.traces is not None
+    rows: Rows = [("exit", "calibration error", "AUROC", "fitted on")]
+    fitted = (of.results.get("calibration") or {}).get("images")
+    for n in range(of.traces.exits):
+        h, true = of.traces.confidence[n], facts.yes(of.traces, of.question)[n]
+        auroc = failure_auroc(h, true)
+        shown = "-" if auroc is None else f"{auroc:.3f}"
+        rows.append(
+            (
+                str(n),
+                f"{calibration_error(h, true):.3f}",
+                shown,
+                f"{fitted:,} images" if isinstance(fitted, int) else "-",
+            )
+        )
+    return rows
+
+
+def confusion(of: Reported, shown: int) -> Iterator[str]:
+    """What the bars are."""
+    assert of.traces is not None
+    new, old = facts.mixed_up(of.traces, of.leaving, most=10**6), facts.put_right(of.traces, of.leaving)
+    every, truth = (
+        sum(count for *_, count in new),
+        "what it is" if of.traces.targets is not None else "the backbone's answer",
+    )
+    yield (
+        f"{every:,} images are answered wrongly by an early exit and rightly by the backbone"
+        + (f"; {old:,} the other way round." if of.traces.targets is not None else ".")
+        + f" The bars show {shown:,} of them: {truth} → what the exit said."
+    )
+
+
+def made(of: Reported) -> Rows:
+    """With what the run and the page were made."""
+    plan, record = of.model.plan, of.model.origin.input
+    rows: Rows = [("", "")]
+    rows.append(("run", of.run))
+    rows.append(
+        (
+            "backbone",
+            f"{plan.backbone}, {plan.macs:,} multiply-accumulates, {plan.parameters:,} parameters, {plan.classes:,} classes",
+        )
+    )
+    rows.append(
+        ("images", f"{' × '.join(map(str, plan.input_size))}, mean {_list(record.mean)}, std {_list(record.std)}")
+    )
+    rows.append(("confidence", f"{of.model.confidence}; answers: {of.model.answers}"))
+    if isinstance(data := of.results.get("data"), dict):
+        rows.append(("made from", str(data.get("source"))))
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    rows.append(("this page", f"ptee {__version__}, torch {torch.__version__}, {machine}"))
+    return rows
+
+
+def _list(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
