@@ -48,12 +48,14 @@ from ptee.model.forward import (
     widest_type,
 )
 from ptee.model.images import require_device, require_images, wrong_size, wrong_type
+from ptee.model.production import InProduction
 from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
 
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
 
 
 class EarlyExitModel(
+    InProduction,
     nn.Module,
     ModelHubMixin,
     library_name="ptee",
@@ -228,12 +230,12 @@ class EarlyExitModel(
         thresholds = self.thresholds_of_call(threshold, len(x))
         kind = kind_of_call(soft, threshold is not None)
         call = kind(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
-        if len(x) == 0:
-            return call.result(self._no_rows(x))
+        seen = self.watching(x)
         try:
-            return call.result(self._run(call, x))
+            out = call.result(self._run(call, x) if len(x) else self._no_rows(x))
         except StopForward:
-            return call.result(None, self.answer_type(x))
+            out = call.result(None, self.answer_type(x))
+        return out if soft else seen(out)
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:
@@ -417,7 +419,7 @@ class EarlyExitModel(
         try:
             config = runs.describe(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
-                blend=self.blend, answers=self.answers,
+                blend=self.blend, answers=self.answers, curve=self.curve,
             )  # fmt: skip
             backbone = self.backbone.state_dict() if self.origin.learnt else None
             text = None if (folder / run_files.CARD).exists() else str(self.generate_model_card(**card))

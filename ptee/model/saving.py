@@ -38,6 +38,7 @@ from ptee.model.run_files import (
     require_names,
     require_shape,
 )
+from ptee.production.curve import Curve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,6 +86,7 @@ def describe(
     results: Mapping[str, Any] | None,
     blend: Blend | None = None,
     answers: str = OWN,
+    curve: Curve | None = None,
 ) -> dict[str, Any]:
     """What config.json says of a model. `calibrated` has the numbers of the calibrated confidence; `results` were measured."""
     front = next((head for head in heads.children() if isinstance(head, FrontHead)), None)
@@ -105,6 +107,7 @@ def describe(
         "confidence": {"name": plan.confidence} | plain(calibrated or Calibrated()),
         "answers": describe_answers(answers, blend),
         "off": list(plan.off),
+        "curve": describe_curve(curve),
         "results": results,
         "backbone_tensors": tensor_hashes(network.module),
     }
@@ -113,6 +116,11 @@ def describe(
 def describe_answers(answers: str, blend: Blend | None) -> dict[str, Any]:
     """What config.json says of own or blended answers."""
     return {"name": answers, "blend": blend and blend.to_dict()}
+
+
+def describe_curve(curve: Curve | None) -> dict[str, Any] | None:
+    """What config.json says of other thresholds."""
+    return None if curve is None else curve.model_dump(mode="json")
 
 
 def write(

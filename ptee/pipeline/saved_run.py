@@ -155,8 +155,11 @@ def tune_run(
     more = {}
     if own is not None:  # so that the run's recipe gives these thresholds again
         more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()
-    answers = saving.describe_answers(model.answers, model.blend)
-    saving.update(folder, more, threshold=model.threshold, off=list(model.off), answers=answers, results=model.results)
+    chosen = {
+        "answers": saving.describe_answers(model.answers, model.blend),
+        "curve": saving.describe_curve(model.curve),
+    }
+    saving.update(folder, more, threshold=model.threshold, off=list(model.off), results=model.results, **chosen)
     log(describe_outcome(found, model.results)[0])
     return model.results
 
