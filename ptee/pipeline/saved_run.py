@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,6 +151,7 @@ def tune_run(
         times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
     report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job, times)
     results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
+    results = replace(results, outcome=describe_outcome(found, results.to_dict())[0])
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
     more = {}
@@ -160,7 +162,6 @@ def tune_run(
         "curve": saving.describe_curve(model.curve),
     }
     saving.update(folder, more, threshold=model.threshold, off=list(model.off), results=model.results, **chosen)
-    log(describe_outcome(found, model.results)[0])
     return model.results
 
 
