@@ -28,7 +28,7 @@ from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
 from ptee.exits.rule import ExitRule
-from ptee.model import run_files
+from ptee.model import card
 from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
@@ -61,7 +61,7 @@ class EarlyExitModel(
     library_name="ptee",
     tags=["early-exit", "image-classification"],
     pipeline_tag="image-classification",
-    model_card_template=runs.MODEL_CARD,
+    model_card_template=card.TEMPLATE,
 ):
     """A classifier in which a row leaves as soon as an exit is confident. Made by `augment` and `load`.
 
@@ -408,21 +408,21 @@ class EarlyExitModel(
             save_directory: made where it does not exist.
             repo_id: on the hub, for push_to_hub.
             push_to_hub: upload the folder.
-            model_card_kwargs: for README.md.
+            model_card_kwargs: for README.md, which is written anew unless somebody else wrote it.
             more_files: texts of further files of the folder, by name.
             hub: further arguments of huggingface_hub's push_to_hub.
 
         Raises:
             RunError: if it cannot be written.
         """
-        folder, card = as_path(save_directory, "save_directory"), model_card_kwargs or {}
+        folder = as_path(save_directory, "save_directory")
         try:
             config = runs.describe(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
                 blend=self.blend, answers=self.answers, curve=self.curve,
             )  # fmt: skip
             backbone = self.backbone.state_dict() if self.origin.learnt else None
-            text = None if (folder / run_files.CARD).exists() else str(self.generate_model_card(**card))
+            text = card.text_for(self, folder, model_card_kwargs)
             runs.write(folder, config, self.heads.state_dict(), text, more_files, backbone)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)

@@ -44,14 +44,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHECKPOINT = "checkpoint.safetensors"  # of a training that is not over
-MODEL_CARD = """---
-{{ card_data }}
----
-
-Early-exit heads made with ptee. Load them with `ptee.load("user/repo")`, or on your own copy of the backbone with
-`ptee.load("user/repo", backbone=model)`. config.json names the backbone and the hash of its weights; these are in this
-repository only if they were trained together with the heads (backbone.safetensors). `model.threshold` trades accuracy for cost at any time.
-"""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.results import evaluate
 from ptee.exits.times import BatchTimes
-from ptee.model import saving
+from ptee.model import card, saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.run_files import read_run, record_of
+from ptee.model.run_files import CARD, read_run, record_of
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -161,6 +161,8 @@ def tune_run(
         "answers": saving.describe_answers(model.answers, model.blend),
         "curve": saving.describe_curve(model.curve),
     }
+    if (text := card.text_for(model, folder)) is not None:
+        more[CARD] = text
     saving.update(folder, more, threshold=model.threshold, off=list(model.off), results=model.results, **chosen)
     return model.results
 
