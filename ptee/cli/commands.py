@@ -217,6 +217,12 @@ def tune(run: str, **o: Any) -> None:
     help="Which lines each run gets in the table; fewer make a short table of many runs.",
 )
 @option("--html", "page", type=Place(), help="Draw accuracy against cost on a page: curve.html.")
+@option(
+    "--csv",
+    "sheet",
+    type=Place(),
+    help="Write a row for each run, as it was measured when its thresholds were set: results.csv.",
+)
 @in_groups(*options.TIME_OPTIONS)
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:
@@ -225,12 +231,16 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     require_runs(*run, **o)
+    from ptee._common.files import require_writable, write_text
     from ptee.evaluation import report
+    from ptee.evaluation.results_csv import results_csv
     from ptee.pipeline.recipe import make_recipe
     from ptee.pipeline.saved_run import compare_runs, open_run
 
     if o["page"] is not None:
         report.require_page(o["page"])
+    if o["sheet"] is not None:
+        require_writable(o["sheet"].parent)
     by = make_recipe(None, given_settings(o)).thresholds
     opened = {name: open_run(folder, **where_of(o)) for name, folder in names_of(run).items()}
     static, lines = static_networks(o["static"]), [name.strip() for name in o["lines"].split(",")]
@@ -238,9 +248,12 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     with next(iter(opened.values())).threads():
         how = how_of(o) | {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor}
         found = compare_runs(opened, static=static, drops=o["drops"], lines=lines, log=log, **how)
+    name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
     log("")
     show(found, o)
-    name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
+    if o["sheet"] is not None:
+        write_text(o["sheet"], results_csv({name: each.model for name, each in opened.items()}))
+        log(f"\nA row for each run is in {o['sheet']}")
     if o["page"] is not None:
         report.write(found, o["page"])
         log(f"\nDrawn in {o['page']}")
