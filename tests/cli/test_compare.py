@@ -65,7 +65,7 @@ def test_a_row_for_each_run_is_written_where_one_is_asked_for(run, finished):
     assert (first["run"], second["run"]) == ("out", "twin")
     assert first | {"run": "twin"} == second
     assert float(first["fidelity"]) == results["rows"][-1]["fidelity"]
-    assert (first["img_size"], first["samples"], first["device"]) == ("32", str(results["samples"]), "")
+    assert (first["img_size"], first["samples"], first["device"]) == ("16", str(results["samples"]), "")
     assert [float(t) for t in first["threshold"].split()] == pytest.approx(results["threshold"], rel=1e-5)
     Path("file").touch()
     assert run("compare", finished, "--csv", "file/results.csv").status == 2
