@@ -200,6 +200,12 @@ def tune(run: str, **o: Any) -> None:
 @command(short_help="Compare runs, smaller networks and cascades.")
 @click.argument("run", type=RunName(), nargs=-1, required=True)
 @option("--html", "page", type=Place(), help="Draw it on a page, as ptee report does: curve.html.")
+@option(
+    "--csv",
+    "sheet",
+    type=Place(),
+    help="Write a row for each run, as it was measured when its thresholds were set: results.csv.",
+)
 @in_groups(*COMPARED, *options.TIME_OPTIONS)
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:
@@ -208,12 +214,16 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     require_runs(*run, **o)
+    from ptee._common.files import require_writable, write_text
+    from ptee.evaluation.results_csv import results_csv
     from ptee.pipeline.reported import reported
     from ptee.pipeline.saved_run import compare_runs, open_run
     from ptee.report.page import require_page, write_report
 
     if o["page"] is not None:
         require_page(o["page"], "html")
+    if o["sheet"] is not None:
+        require_writable(o["sheet"].parent)
     how, folders = comparison_of(o), names_of(run)
     opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
     log = partial(click.echo, err=o["as_json"])
@@ -222,9 +232,12 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
             found = compare_runs(opened, log=log, **how)
         else:
             said, found = reported(opened, folders, log=log, **how)
+    name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
     log("")
     show(found, o)
-    name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
+    if o["sheet"] is not None:
+        write_text(o["sheet"], results_csv({name: each.model for name, each in opened.items()}))
+        log(f"\nA row for each run is in {o['sheet']}")
     if o["page"] is not None:
         write_report(said, o["page"])
         log(f"\nDrawn in {o['page']}")

@@ -76,7 +76,12 @@ class OptimizedModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are the model's."""
-        if isinstance(getattr(EarlyExitModel, name, None), property) or name in ("blend", "calibrated", "results"):
+        if isinstance(getattr(EarlyExitModel, name, None), property) or name in (
+            "blend",
+            "calibrated",
+            "results",
+            "curve",
+        ):
             setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)
@@ -96,7 +101,9 @@ class OptimizedModel(nn.Module):
         Raises:
             PteeError: for other images, or a threshold that is NaN or of another shape.
         """
-        return self._predict(x, threshold, None)
+        seen = self.model.watching(x) if self._fits(x) else None  # an empty batch is the model's
+        out = self._predict(x, threshold, None)
+        return out if seen is None else seen(out)
 
     def laps(self, x: Tensor, mark: Callable[[], None]) -> None:
         """`predict` of a batch up to the largest while nobody leaves. `mark` is called before, behind each piece, and at the end.

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ptee._common.text import table
+from ptee.evaluation.bottom_line import Way, bottom_line
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
 ROUNDING = 1e-9  # of sums of shares
@@ -119,9 +120,26 @@ class Comparison:
         """For each allowed drop, what costs least within it, in words."""
         return [f"At most {drop:g} lost: {self._verdict(drop)}" for drop in self.drops]
 
+    @property
+    def bottom_line(self) -> str:
+        """Why early exits do not pay here, in the sentence that comes last, for the largest drop at which they do not; else empty."""
+        lines = {drop: words for drop in self.drops if (words := self._bottom_line(drop))}
+        if not lines:
+            return ""
+        which = ", ".join(f"{drop:g}" for drop in lines)
+        return f"In short, for {which} lost at most: {list(lines.values())[-1]}"
+
+    def _bottom_line(self, drop: float) -> str:
+        found = self._within(drop)
+        own = next((f.entry.cost for f in found if f.line.kind == "adaptive"), 1.0)
+        others = [f for f in found if f.line.kind != "adaptive"]
+        words = "cost {:.4f} instead of {:.4f}"
+        rivals = [Way(f.line.name, f.entry.cost, f.entry.cost, words.format(f.entry.cost, own)) for f in others]
+        return bottom_line(Way("", own, own), rivals)  # all lose no more than allowed: the cheapest is the best
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self) | {"verdict": self.verdict}
+        return asdict(self) | {"verdict": self.verdict, "bottom_line": self.bottom_line}
 
     @property
     def legend(self) -> str:
@@ -169,7 +187,7 @@ class Comparison:
             + f"cost: share of {self.unit}\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"
-            + "".join(f"\n{sentence}" for sentence in self.verdict)
+            + "".join(f"\n{sentence}" for sentence in [*self.verdict, *[self.bottom_line] * bool(self.bottom_line)])
         )
 
     def _cells(self, line: Line) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
+from ptee.exits.config import CALIBRATED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.thresholds import ALWAYS, NEVER, Thresholds
 from ptee.tuning.traces import Traces, record, truncation
@@ -78,6 +79,7 @@ def evaluate(
         return Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
+            asked=_asked(view),
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)
@@ -93,7 +95,7 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
         _row(model, traces.alone, len(model.exits), leaving, "backbone"), cost=1.0
     )  # bare: without heads
     exits = [
-        replace(_row(model, traces, n, leaving, f"exit {n}", exit_.name), **_of_confidence(traces, n))
+        replace(_row(model, traces, n, leaving, f"exit {n}", exit_.name), **_of_confidence(model, traces, n))
         for n, exit_ in enumerate(model.exits)
     ]
     end = [_row(model, traces, len(model.exits), leaving, BLENDED_END)] if traces.own is not None else []
@@ -110,9 +112,17 @@ def _row(model: EarlyExitModel, traces: Traces, n: int, leaving: Tensor, name: s
     return Row(name, module, score.accuracy, score.fidelity, score.cost, right)
 
 
-def _of_confidence(traces: Traces, n: int) -> dict[str, Any]:
+def _of_confidence(model: EarlyExitModel, traces: Traces, n: int) -> dict[str, Any]:
     h, right = traces.confidence[n], traces.right[n]
-    return {"calibration_error": calibration_error(h, right), "failure_auroc": failure_auroc(h, right)}
+    asked = traces.answers[n] == traces.bare if _asked(model) else right
+    return {"calibration_error": calibration_error(h, asked), "failure_auroc": failure_auroc(h, right)}
+
+
+def _asked(model: EarlyExitModel) -> str:
+    """What the calibrated confidence is the probability of, if that is not a right answer."""
+    fitted = (model.results or {}).get("calibration")
+    agrees = isinstance(fitted, dict) and fitted.get("target") == "agrees"
+    return "the backbone's answer" if agrees and model.confidence == CALIBRATED else ""
 
 
 def _few_enough(model: EarlyExitModel, images: Tensor, seconds: float) -> Tensor:

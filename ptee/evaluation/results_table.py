@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.text import table
+from ptee.evaluation.bottom_line import Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.config import describe_thresholds
 from ptee.tuning.traces import Score
 
 MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many
-SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise
 BLENDED_END = "blended end"  # the name of a row
 WIDEST = 40  # letters of thresholds in the first column; longer ones are in the second table only
 ON_AGAIN = "ptee tune chooses again which exits are on (in Python: set model.off = [] and model.threshold)."
@@ -31,7 +31,7 @@ class Row:
         right: of the images that leave here at the model's thresholds, the share whose answer is the label (without labels: the
             backbone's answer); None if none leaves. In the backbone's row: of the images that never left.
         calibration_error: of an exit's confidence h on all images: mean distance of h from the share of right answers, over
-            bins of h. None in other rows.
+            bins of h; where h was calibrated to agree with the backbone, of answers that do. None in other rows.
         failure_auroc: of an exit's confidence h on all images: the chance that h is higher for a right answer than for a wrong
             one. .5 is chance, 1 is perfect. None in other rows, and if all answers are right or all are wrong.
         images_per_s: measured, or None.
@@ -67,6 +67,9 @@ class Results:
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
+        outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
+        asked: what the calibrated confidence is the probability of, which the calibration error is about: "the backbone's answer", or
+            empty if that is what is right.
     """
 
     backbone: str
@@ -80,6 +83,8 @@ class Results:
     note: str = ""
     truncation: tuple[Score, ...] = ()
     off: tuple[int, ...] = ()
+    outcome: str = ""
+    asked: str = ""
 
     @property
     def early_exit(self) -> Row:
@@ -109,7 +114,12 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         rows = [asdict(row) for row in self.rows]
-        return asdict(self) | {"rows": rows, "off": list(self.off), "verdict": self.verdict}
+        return asdict(self) | {
+            "rows": rows,
+            "off": list(self.off),
+            "verdict": self.verdict,
+            "bottom_line": self.bottom_line,
+        }
 
     @property
     def verdict(self) -> list[str]:
@@ -118,7 +128,12 @@ class Results:
             return [f"Every exit is off, so the backbone answers all images, whatever T is. {ON_AGAIN}"]
         if min(self.threshold) > 1:
             return []
-        return [words for words in (_collapsed(self), _differs(self), _beaten_by_cut_off(self), _dear(self)) if words]
+        return [words for words in (_collapsed(self), _differs(self), self.bottom_line) if words]
+
+    @property
+    def bottom_line(self) -> str:
+        """Why early exits do not pay here, in the sentence that comes last; empty if they do, or if none are on."""
+        return "" if self.all_off or min(self.threshold) > 1 else _bottom_line(self)
 
     @property
     def legend(self) -> str:
@@ -128,13 +143,15 @@ class Results:
             f"images/s, speed: measured on {self.device} in batches of {self.batch_size}. speed is the bare backbone's time divided by "
             "this one's, measured in turns."
         )
-        return LEGEND.format(right=right) + (f"\n{speed}" if self.timed else "")
+        return LEGEND.format(right=right, asked=self.asked or right) + (f"\n{speed}" if self.timed else "")
 
     def __str__(self) -> str:
         timed = f"; speed on {self.device} in batches of {self.batch_size}" if self.timed else ""
         some_off = bool(self.off) and not self.all_off
         off = f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {ON_AGAIN}"
-        sentences = [off] * some_off + self.verdict
+        last = [self.bottom_line] * bool(self.bottom_line)
+        before = self.verdict[: len(self.verdict) - len(last)]
+        sentences = [off] * some_off + before + [self.outcome] * bool(self.outcome) + last
         return (
             f"{self.backbone}, {self.samples:,} images; cost in multiply-accumulates{timed}\n"
             + (f"{self.note}\n" if self.note else "")
@@ -152,7 +169,8 @@ cost: mean multiply-accumulates for an image, heads included, divided by the bar
 T: an image leaves at the first exit whose confidence is at least T. off: no image leaves there.
 leave here: share of the images that leave at this exit when the model runs.
 of these right: share of those images whose answer is {right}.
-AUROC: the chance that the confidence is higher for a right answer than for a wrong one; 0.5 is chance, 1 is perfect."""
+AUROC: the chance that the confidence is higher for a right answer than for a wrong one; 0.5 is chance, 1 is perfect.
+ECE: expected calibration error: how far the confidence is, on average, from the share of answers that are {asked}."""
 
 
 # ---------------------------------------------------------------------------------------------------- the tables
@@ -176,15 +194,19 @@ def _scenarios(results: Results) -> str:
 
 def _at_exits(results: Results) -> str:
     """What happens at each exit when the model runs at its thresholds."""
-    lines = [("when it runs", "T", "leave here", "of these right", "AUROC")]
+    lines = [("when it runs", "T", "leave here", "of these right", "AUROC", "ECE")]
     for n, row in enumerate(results.exits):
         off = n in results.off
         leave = "-" if off else f"{results.leaving[n]:.1%}"
         t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
-        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), _shown(row.failure_auroc, ".3f")))
+        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), *_of_confidence(row)))
     right = _shown((results.blended_end or results.rows[0]).right, ".4f")
-    lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", right, ""))
+    lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", right, "", ""))
     return table(lines, left={0})
+
+
+def _of_confidence(row: Row) -> tuple[str, str]:
+    return _shown(row.failure_auroc, ".3f"), _shown(row.calibration_error, ".3f")
 
 
 def _early_exit(results: Results) -> str:
@@ -227,34 +249,18 @@ def _differs(results: Results) -> str:
     return f"{1 - own.fidelity:.1%} of the answers differ from the backbone's{accuracy}. Raise T, choose T for a smaller loss, or train longer."
 
 
-def _beaten_by_cut_off(results: Results) -> str:
-    """The backbone cut off at some exit answers as well, and costs no more."""
+def _bottom_line(results: Results) -> str:
+    """It costs more than the backbone, saves little, is slower, or the backbone cut off at some exit is as good."""
     row = results.early_exit
-    own, cut_off = Score(row.accuracy, row.fidelity, row.cost), results.truncation
-    better = [n for n, score in enumerate(cut_off) if score.cost <= own.cost and score.merit >= own.merit]
-    if not better:
-        return ""
-    n = max(better, key=lambda n: (cut_off[n].merit, -n))
-    best = cut_off[n]
-    cost = "costs less" if round(best.cost, 4) < round(own.cost, 4) else "costs the same"
-    accuracy = "" if best.accuracy is None else f"accuracy {best.accuracy:.4f}, "
-    return (
-        f"The backbone cut off at {_exit(results, n)}, with no other heads, answers as well and {cost}: {accuracy}fidelity "
-        f"{best.fidelity:.4f}, cost {best.cost:.4f}."
-    )
+    own = Score(row.accuracy, row.fidelity, row.cost)
+    cut_off = [
+        Way(f"The backbone cut off at {_exit(results, n)}, with no other heads,", s.cost, 1 - s.merit, _numbers(s))
+        for n, s in enumerate(results.truncation)
+    ]
+    where = f"on {results.device} in batches of {results.batch_size}"
+    return bottom_line(Way("", own.cost, 1 - own.merit), cut_off, speedup=row.speedup, where=where)
 
 
-def _dear(results: Results) -> str:
-    """It costs more than the backbone, or is slower."""
-    own = results.early_exit
-    if own.cost >= 1:
-        return (
-            f"Early exit does not pay: it costs {own.cost:.3f} times the bare backbone, because the heads cost more than leaving "
-            "saves. Lower T, train longer, or use cheaper or fewer heads."
-        )
-    if own.speedup is None or own.speedup >= SLOWER:
-        return ""
-    return (
-        f"The cost is {1 - own.cost:.1%} lower, but the measured time is {1 / own.speedup:.2f} times the bare backbone's on "
-        f"{results.device} in batches of {results.batch_size}, so early exit does not pay here. ptee bench times other batch sizes."
-    )
+def _numbers(score: Score) -> str:
+    accuracy = "" if score.accuracy is None else f"accuracy {score.accuracy:.4f}, "
+    return f"{accuracy}fidelity {score.fidelity:.4f}, cost {score.cost:.4f}"

@@ -39,6 +39,7 @@ class BatchTimes:
         call: what a call costs beside its pieces.
         unit: what they are fractions of, in words: "the bare backbone's time (hooks, batch 32, cpu)".
         moves: (E, b+1) what it takes to go on with fewer rows; None for nothing.
+        bare_ms: milliseconds of the bare backbone for a whole batch; None where they are not known.
     """
 
     segments: Tensor
@@ -46,6 +47,7 @@ class BatchTimes:
     call: float
     unit: str
     moves: Tensor | None = None
+    bare_ms: float | None = None
 
     @property
     def batch(self) -> int:

@@ -160,7 +160,7 @@ def load(
     model.off, model.blend = run.config.off, blend
     with _of_run(folder):
         model.answers = run.config.answers.name  # its weights may be those of other exits
-    model.results = run.config.results
+    model.results, model.curve = run.config.results, run.config.curve
     return model.eval()
 
 

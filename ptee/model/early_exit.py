@@ -28,7 +28,7 @@ from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
 from ptee.exits.rule import ExitRule
-from ptee.model import run_files
+from ptee.model import card
 from ptee.model import saving as runs
 from ptee.model.forward import (
     AllExits,
@@ -48,18 +48,20 @@ from ptee.model.forward import (
     widest_type,
 )
 from ptee.model.images import require_device, require_images, wrong_size, wrong_type
+from ptee.model.production import InProduction
 from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
 
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
 
 
 class EarlyExitModel(
+    InProduction,
     nn.Module,
     ModelHubMixin,
     library_name="ptee",
     tags=["early-exit", "image-classification"],
     pipeline_tag="image-classification",
-    model_card_template=runs.MODEL_CARD,
+    model_card_template=card.TEMPLATE,
 ):
     """A classifier in which a row leaves as soon as an exit is confident. Made by `augment` and `load`.
 
@@ -228,12 +230,12 @@ class EarlyExitModel(
         thresholds = self.thresholds_of_call(threshold, len(x))
         kind = kind_of_call(soft, threshold is not None)
         call = kind(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
-        if len(x) == 0:
-            return call.result(self._no_rows(x))
+        seen = self.watching(x)
         try:
-            return call.result(self._run(call, x))
+            out = call.result(self._run(call, x) if len(x) else self._no_rows(x))
         except StopForward:
-            return call.result(None, self.answer_type(x))
+            out = call.result(None, self.answer_type(x))
+        return out if soft else seen(out)
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:
@@ -406,21 +408,21 @@ class EarlyExitModel(
             save_directory: made where it does not exist.
             repo_id: on the hub, for push_to_hub.
             push_to_hub: upload the folder.
-            model_card_kwargs: for README.md.
+            model_card_kwargs: for README.md, which is written anew unless somebody else wrote it.
             more_files: texts of further files of the folder, by name.
             hub: further arguments of huggingface_hub's push_to_hub.
 
         Raises:
             RunError: if it cannot be written.
         """
-        folder, card = as_path(save_directory, "save_directory"), model_card_kwargs or {}
+        folder = as_path(save_directory, "save_directory")
         try:
             config = runs.describe(
                 self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
-                blend=self.blend, answers=self.answers,
+                blend=self.blend, answers=self.answers, curve=self.curve,
             )  # fmt: skip
             backbone = self.backbone.state_dict() if self.origin.learnt else None
-            text = None if (folder / run_files.CARD).exists() else str(self.generate_model_card(**card))
+            text = card.text_for(self, folder, model_card_kwargs)
             runs.write(folder, config, self.heads.state_dict(), text, more_files, backbone)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)

@@ -20,6 +20,7 @@ from ptee._common.text import printable
 from ptee._common.validation import LARGEST_IMAGE, Number, Whole
 from ptee.backbones.library import MOST_CLASSES, per_channel, require_pixels
 from ptee.exits.config import AUTO, CALIBRATED, PLUS
+from ptee.production.curve import Curve
 
 SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
 LONGEST_NAME = 255
@@ -187,6 +188,7 @@ class RunConfig(_Record):
     confidence: ConfidenceRecord | None = None  # runs of ptee 0.1.0 have none: the heads' own confidence decided
     answers: AnswersRecord = AnswersRecord()
     off: Annotated[tuple[Whole, ...], BeforeValidator(_or_nothing)] = ()
+    curve: Curve | None = None  # runs that were never tuned have none
     results: dict[str, Any] | None = None
     backbone_tensors: dict[Text, Text] | None = None  # short hashes, to say which differ; old runs have none
     tensors: dict[Text, TensorRecord] | None = None  # schema 1 has neither these
@@ -208,6 +210,8 @@ class RunConfig(_Record):
             raise PteeError(f"confidence has no numbers for the confidence {CALIBRATED!r}.")
         if self.answers.name == "blended" and self.answers.blend is None:
             raise PteeError("answers has no weights for the blended answers.")
+        if self.curve is not None and len(self.curve.points[0].threshold) != number:
+            raise PteeError(f"curve.points have {len(self.curve.points[0].threshold)} thresholds for {number} exits.")
         if self.schema_version > 1 and (self.tensors is None or self.fingerprint is None):
             raise PteeError("tensors and fingerprint are missing.")
         return self

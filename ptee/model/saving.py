@@ -38,19 +38,12 @@ from ptee.model.run_files import (
     require_names,
     require_shape,
 )
+from ptee.production.curve import Curve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHECKPOINT = "checkpoint.safetensors"  # of a training that is not over
-MODEL_CARD = """---
-{{ card_data }}
----
-
-Early-exit heads made with ptee. Load them with `ptee.load("user/repo")`, or on your own copy of the backbone with
-`ptee.load("user/repo", backbone=model)`. config.json names the backbone and the hash of its weights; these are in this
-repository only if they were trained together with the heads (backbone.safetensors). `model.threshold` trades accuracy for cost at any time.
-"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +78,7 @@ def describe(
     results: Mapping[str, Any] | None,
     blend: Blend | None = None,
     answers: str = OWN,
+    curve: Curve | None = None,
 ) -> dict[str, Any]:
     """What config.json says of a model. `calibrated` has the numbers of the calibrated confidence; `results` were measured."""
     front = next((head for head in heads.children() if isinstance(head, FrontHead)), None)
@@ -105,6 +99,7 @@ def describe(
         "confidence": {"name": plan.confidence} | plain(calibrated or Calibrated()),
         "answers": describe_answers(answers, blend),
         "off": list(plan.off),
+        "curve": describe_curve(curve),
         "results": results,
         "backbone_tensors": tensor_hashes(network.module),
     }
@@ -113,6 +108,11 @@ def describe(
 def describe_answers(answers: str, blend: Blend | None) -> dict[str, Any]:
     """What config.json says of own or blended answers."""
     return {"name": answers, "blend": blend and blend.to_dict()}
+
+
+def describe_curve(curve: Curve | None) -> dict[str, Any] | None:
+    """What config.json says of other thresholds."""
+    return None if curve is None else curve.model_dump(mode="json")
 
 
 def write(

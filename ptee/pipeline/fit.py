@@ -424,16 +424,14 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
     images, words = report
     how: dict[str, Any] = {"speed": job.speed, "speed_seconds": job.speed_seconds, "about": words}
     results = evaluate(model, images, **how, **_batches(recipe, job))
-    job.log(f"\n{results}" + f"\n\n{results.legend}" * job.explain)
-    model.results = (model.results or {}) | results.to_dict()
-    odd = list(results.verdict)
-    if words := hardly_learned(results, model.num_classes, recipe):
-        job.log(words)
-        odd.append(words)
+    doubts = hardly_learned(results, model.num_classes, recipe)
+    odd = results.verdict + doubts
     if found is not None:
-        outcome, missed = describe_outcome(found, model.results)
-        job.log(outcome)
+        outcome, missed = describe_outcome(found, results.to_dict())
+        results = replace(results, outcome=outcome)
         odd += [outcome] * missed
+    job.log("\n".join(["", *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
+    model.results = (model.results or {}) | results.to_dict()
     if job.log is silent:  # else it was said
         for sentence in odd:
             warnings.warn(sentence, stacklevel=2)

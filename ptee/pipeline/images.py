@@ -186,13 +186,13 @@ def undoubted(labels: LabelMap, recipe: Recipe) -> LabelMap:
     return replace(labels, doubt="", remedy=()) if recipe.backbone == JOINT and labels.indices is not None else labels
 
 
-def hardly_learned(results: Results, num_classes: int, recipe: Recipe) -> str:
-    """A sentence, if a backbone that learned is hardly better than chance."""
+def hardly_learned(results: Results, num_classes: int, recipe: Recipe) -> list[str]:
+    """A sentence, if a backbone that learned is hardly better than chance, else none."""
     right = results.rows[0].accuracy
     if recipe.backbone != JOINT or right is None:
-        return ""
+        return []
     words = near_chance(right, results.samples, num_classes)
-    return f"{words}: it has hardly learned. Train longer, or with another backbone_lr." if words else ""
+    return [f"{words}: it has hardly learned. Train longer, or with another backbone_lr."] if words else []
 
 
 def has_labels(data: Data) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,10 @@ from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.results import evaluate
 from ptee.exits.times import BatchTimes
-from ptee.model import saving
+from ptee.model import card, saving
 from ptee.model.build import load
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.run_files import read_run, record_of
+from ptee.model.run_files import CARD, read_run, record_of
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -150,14 +151,19 @@ def tune_run(
         times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
     report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job, times)
     results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
+    results = replace(results, outcome=describe_outcome(found, results.to_dict())[0])
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
     more = {}
     if own is not None:  # so that the run's recipe gives these thresholds again
         more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()
-    answers = saving.describe_answers(model.answers, model.blend)
-    saving.update(folder, more, threshold=model.threshold, off=list(model.off), answers=answers, results=model.results)
-    log(describe_outcome(found, model.results)[0])
+    chosen = {
+        "answers": saving.describe_answers(model.answers, model.blend),
+        "curve": saving.describe_curve(model.curve),
+    }
+    if (text := card.text_for(model, folder)) is not None:
+        more[CARD] = text
+    saving.update(folder, more, threshold=model.threshold, off=list(model.off), results=model.results, **chosen)
     return model.results
 
 

@@ -138,7 +138,7 @@ class Times(FrozenConfig):
         tables = (m.segments, m.heads, m.moves)
         segments, heads, moves = (torch.stack([between(self.rows, t, batch) for t in rows]) / bare for rows in tables)
         call = between(self.rows, m.call, batch)[-1].item() / bare
-        return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device), moves)
+        return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device), moves, 1e3 * bare)
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
         """Refuse times of other exits, another number type or another kind of device than a model has now.

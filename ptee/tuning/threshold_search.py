@@ -127,6 +127,15 @@ def search(problem: Problem, one_threshold: bool = False, on: Sequence[int] | No
     return best
 
 
+def path(problem: Problem, on: Tensor, weights: Tensor) -> Tensor:
+    """(S, E) numbers of images taken for which no exit alone can lower the mean of cost + weight * loss, for weights (S,).
+
+    The exits `on` (E,) are on. Nothing is limited.
+    """
+    every = on.expand(len(weights), -1)
+    return _descend(problem, every, problem.price(every), torch.zeros_like(every, dtype=torch.long), weights)
+
+
 def _best_of(problem: Problem, on: Tensor, one_threshold: bool) -> Choice | None:
     """The best choice among subsets of exits (S, E)."""
     choices = search_each(problem, on, one_threshold)

@@ -15,6 +15,7 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.tuning.config import Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_images
+from ptee.tuning.operating_points import operating_points
 from ptee.tuning.targets import DEFAULTS, WITHIN, Margin, Solution, solve
 from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
@@ -40,7 +41,7 @@ def tune(
 ) -> Solution:
     """Choose a model's thresholds for one target, and set them. Exits that do not pay are switched off.
 
-    Report on other images than these.
+    Report on other images than these. What other thresholds cost and lose is kept, too (`model.threshold_for`).
 
     Args:
         model: any early-exit model with trained heads.
@@ -85,6 +86,7 @@ def tune(
         how_sure: dict[str, Any] = {"one_threshold": config.one_threshold, "each_exit": config.each_exit}
         found = promised(traces, found, config.confidence, **how_sure)
     model.choose(found.threshold, found.off, found.blend)
+    model.curve = operating_points(traces, found)
     return found
 
 

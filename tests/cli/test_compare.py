@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -53,6 +54,21 @@ def test_a_comparison_is_drawn_on_a_page_where_one_is_asked_for(run, finished):
     assert done.out.endswith("Drawn in curve.html\n")
     assert "At most 0.1 lost: " in Path("curve.html").read_text()
     assert run("compare", finished, "--html", "curve.png").status == 2
+
+
+def test_a_row_for_each_run_is_written_where_one_is_asked_for(run, finished):
+    shutil.copytree(finished, "twin")
+    done = run("compare", finished, "twin", "--drops", "0.1", "--csv", "results.csv")
+    assert (done.status, done.err) == (0, "")
+    first, second = csv.DictReader(Path("results.csv").read_text().splitlines())
+    results = read_json(finished, "metrics.json")["results"]
+    assert (first["run"], second["run"]) == ("out", "twin")
+    assert first | {"run": "twin"} == second
+    assert float(first["fidelity"]) == results["rows"][-1]["fidelity"]
+    assert (first["img_size"], first["samples"], first["device"]) == ("16", str(results["samples"]), "")
+    assert [float(t) for t in first["threshold"].split()] == pytest.approx(results["threshold"], rel=1e-5)
+    Path("file").touch()
+    assert run("compare", finished, "--csv", "file/results.csv").status == 2
 
 
 def test_a_run_of_heads_that_read_earlier_answers_is_compared_by_the_lines_that_are_asked_for(run, known):

@@ -23,6 +23,8 @@ def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, fini
     config, metrics = read_json(finished, "config.json"), read_json(finished, "metrics.json")
     assert config["results"] == metrics["results"]
     assert config["threshold"] == config["results"]["threshold"] == config["results"]["tuning"]["threshold"]
+    assert config["threshold"] in [point["threshold"] for point in config["curve"]["points"]]
+    assert config["curve"]["images"] == 3
     assert config["results"]["data"]["split"]["seed"] == 3
     assert metrics["training"]
     after = load_file(finished / "heads.safetensors")

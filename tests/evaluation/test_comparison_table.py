@@ -36,6 +36,7 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
         "small                                             0.3000 (+0.0000)",
         "",
         *found.verdict,
+        "In short, for 0.01, 0.02 lost at most: small answers as well and costs less: cost 0.3000 instead of 0.5000.",
     ]
 
 
@@ -96,3 +97,20 @@ def test_a_cell_of_own_answers_on_a_line_of_blended_ones_says_so():
     measured = {"allowed": 0.01, "cost": 0.5, "drop": 0.02, "interval": (0.01, 0.03), "drop_in_calibration": 0.0}
     assert str(Entry(**measured)) == "0.5000 (+0.0200) missed"
     assert str(Entry(**measured, own=True)) == "0.5000 (+0.0200) own missed"
+
+
+@pytest.mark.parametrize("kind", ["static", "cascade", "truncation"])
+def test_the_last_line_says_in_one_sentence_that_something_else_is_better(kind):
+    found = comparison(OURS, Line("other", kind, (entry(0.4, 0.005, 0.01),)))
+    last = "In short, for 0.01 lost at most: other answers as well and costs less: cost 0.4000 instead of 0.5000."
+    assert str(found).splitlines()[-1] == found.bottom_line == found.to_dict()["bottom_line"] == last
+
+
+@pytest.mark.parametrize(
+    ("cost", "words"),
+    [(0.5, ""), (0.96, "hardly pays: it saves 4.0% of the cost"), (1.1, "does not pay: it costs 1.000")],
+)
+def test_the_last_line_says_that_little_is_saved(cost, words):
+    found = comparison(Line("ours", "adaptive", (entry(cost, 0.01, 0.01),)))
+    assert words in found.bottom_line
+    assert bool(found.bottom_line) == bool(words)

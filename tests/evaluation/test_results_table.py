@@ -44,9 +44,9 @@ def test_the_first_table_has_one_scenario_a_row():
 
 def test_the_second_table_shows_what_happens_at_each_exit_when_the_model_runs():
     shown = lines_of(results_with(**GOOD, threshold=(0.25, 0.5)))
-    assert shown["when it runs"] == ["T", "leave here", "of these right", "AUROC"]
-    assert shown["exit 0 (one)"] == ["0.25", "50.0%", "0.9000", "0.750"]
-    assert shown["exit 1 (two)"] == ["0.5", "30.0%", "0.9000", "0.750"]
+    assert shown["when it runs"] == ["T", "leave here", "of these right", "AUROC", "ECE"]
+    assert shown["exit 0 (one)"] == ["0.25", "50.0%", "0.9000", "0.750", "0.100"]
+    assert shown["exit 1 (two)"] == ["0.5", "30.0%", "0.9000", "0.750", "0.100"]
     assert shown["end of the backbone"] == ["20.0%", "0.6000"]
 
 
@@ -69,7 +69,7 @@ def test_speed_has_columns_only_where_it_was_measured():
 
 def test_the_legend_explains_every_column_and_is_not_part_of_the_table():
     results = results_with(**GOOD, speedup=1.25)
-    for column in ("accuracy", "fidelity", "cost", "T", "leave here", "of these right", "AUROC", "images/s"):
+    for column in ("accuracy", "fidelity", "cost", "T", "leave here", "of these right", "AUROC", "ECE", "images/s"):
         assert re.search(rf"^{column}[:,]", results.legend, re.M)
     assert not set(results.legend.splitlines()) & set(str(results).splitlines())
 
@@ -114,6 +114,7 @@ WRONG = {
     ),
     "other answers, and no labels": ({"fidelity": 0.9, "accuracy": (None, None)}, [r"10\.0% of the answers .*'s\. "]),
     "other answers, which are better": ({"fidelity": 0.9, "accuracy": (0.7, 0.75)}, []),
+    "hardly cheaper": ({"cost": 0.96}, ["hardly pays: it saves 4.0% of the cost"]),
     "as dear as the backbone": ({"cost": 1.0}, ["does not pay: it costs 1.000"]),
     "slower than the backbone": (
         {"speedup": 0.8},
@@ -155,3 +156,10 @@ def test_the_verdict_names_a_cut_off_backbone_that_answers_as_well(cut_off, word
     verdict = " ".join(results.verdict)
     assert ("The backbone cut off at exit 1 (two), with no other heads, " in verdict) == bool(words)
     assert words in verdict
+
+
+def test_the_last_line_is_that_early_exits_do_not_pay():
+    text = str(replace(results_with(**GOOD | {"cost": 0.96}), outcome="Target: kept.")).splitlines()
+    assert text[-2] == "Target: kept."
+    assert text[-1].startswith("Early exit hardly pays")
+    assert str(replace(results_with(**GOOD), outcome="Target: kept.")).splitlines()[-1] == "Target: kept."

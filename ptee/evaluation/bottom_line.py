@@ -1,0 +1,54 @@
+"""The one sentence that ends a table where early exits do not pay: they cost too much, save too little, or something else is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+LITTLE = 0.05  # of the cost; who saves less hardly saves anything
+SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise
+ROUNDING = 1e-9  # of sums of shares
+
+
+class Way(NamedTuple):
+    """A way to answer.
+
+    Attributes:
+        name: begins a sentence.
+        cost: over the bare backbone's.
+        lost: of accuracy or fidelity.
+        words: its numbers, for the end of a sentence.
+    """
+
+    name: str
+    cost: float
+    lost: float
+    words: str = ""
+
+
+def bottom_line(own: Way, rivals: Iterable[Way] = (), *, speedup: float | None = None, where: str = "") -> str:
+    """Why these early exits do not pay, in a sentence; empty if they do.
+
+    Args:
+        own: of the early exits.
+        rivals: a backbone that is cut off, a smaller network, a cascade.
+        speedup: the bare backbone's time over that of the early exits, where it was measured, and `where` in words.
+    """
+    if own.cost >= 1:
+        return (
+            f"Early exit does not pay: it costs {own.cost:.3f} times the bare backbone, because the heads cost more than leaving "
+            "saves. Lower T, train longer, or use cheaper or fewer heads."
+        )
+    as_good = [way for way in rivals if way.cost <= own.cost + ROUNDING and way.lost <= own.lost + ROUNDING]
+    if as_good:
+        best = min(as_good, key=lambda way: (way.lost, way.cost))
+        costs = "costs less" if round(best.cost, 4) < round(own.cost, 4) else "costs the same"
+        return f"{best.name} answers as well and {costs}: {best.words}."
+    if speedup is not None and speedup < SLOWER:
+        return (
+            f"The cost is {1 - own.cost:.1%} lower, but the measured time is {1 / speedup:.2f} times the bare backbone's {where}, so "
+            "early exit does not pay here. ptee bench times other batch sizes."
+        )
+    if own.cost > 1 - LITTLE:
+        return f"Early exit hardly pays: it saves {1 - own.cost:.1%} of the cost. Allow a larger loss, train longer, or take a smaller network."
+    return ""

@@ -1,0 +1,105 @@
+"""The model card: README.md of a run, with what was measured, for people and for the hub."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ptee._common.text import printable
+from ptee.model.run_files import CARD
+
+OWN = "<!-- Written by ptee, and again whenever the run changes. Delete this line to keep a text of your own. -->"
+TEMPLATE = f"---\n{{{{ card_data }}}}\n---\n{OWN}\n\n{{{{ about }}}}\n"
+LIMITS = """\
+- All numbers are means over the images named above. Other images (another camera, another season) cost and lose something else:
+  measure on yours, and watch the model in use (`model.monitor()`).
+- Cost is counted in multiply-accumulates, heads included. Time depends on the device and the batch.
+- Where exits answer, a wrong answer can be one that the backbone alone would have given right, also if the means are equal."""
+
+
+def text_for(model: Any, folder: Path, more: Mapping[str, Any] | None = None) -> str | None:
+    """The text of README.md; None if the folder has one that somebody wrote. `more`: for the template."""
+    there = folder / CARD
+    if there.is_file() and OWN not in there.read_text(encoding="utf-8", errors="replace"):
+        return None
+    return str(model.generate_model_card(**{"about": about(model), **(more or {})}))
+
+
+def about(model: Any) -> str:
+    """What is known of a model, in Markdown."""
+    results = model.results if isinstance(model.results, dict) else {}
+    parts = [
+        f"# Early exits for {_plain(model.plan.backbone)}",
+        f"Early-exit heads made with ptee for the frozen classifier {_plain(model.plan.backbone)}, {model.num_classes:,} classes."
+        if not model.origin.learnt
+        else f"{_plain(model.plan.backbone)}, {model.num_classes:,} classes, trained together with early exits by ptee.",
+        f"## Use\n\n{_use(model)}",
+        f"## Measured\n\n{_measured(results)}",
+        f"## Settings\n\n{_settings(model, results)}",
+        f"## Limits\n\n{LIMITS}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _use(model: Any) -> str:
+    images = model.origin.input
+    given = "" if model.origin.source is not None else ", backbone=backbone"
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
+    weights = "are in this folder" if model.origin.learnt else "are not in this folder; config.json has their hash"
+    return (
+        f'```python\nimport ptee\nmodel = ptee.load("user/repo"{given})          # or a folder\nout = model.predict(images)'
+        "                 # .logits .exit_index .confidence .cost\n"
+        "model.threshold = 0.9                        # leave later, or earlier: accuracy for cost, at any time\n```\n\n"
+        f"`images` is (b, {', '.join(map(str, images.input_size))}), normalised by mean {mean} and std {std}. The backbone's weights {weights}."
+    )
+
+
+def _measured(results: Mapping[str, Any]) -> str:
+    try:
+        bare, own = results["rows"][0], results["rows"][-1]
+        names = ["accuracy", "fidelity", "cost"] + ["images_per_s", "speedup"] * (own["speedup"] is not None)
+        head = ["", *(_plain(name) for name in names)]
+        rows = [
+            [name, *(_number(row[key]) for key in names)] for name, row in (("backbone", bare), ("early exits", own))
+        ]
+        lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
+        words = [f"On {int(results['samples']):,} images. {_plain(results['about'])}".strip()]
+        if own["speedup"] is not None:
+            ms = 1e3 / own["images_per_s"]
+            words.append(
+                f"{ms:.3g} ms for an image on {_plain(results['device'])} in batches of {int(results['batch_size'])}; the bare backbone "
+                f"takes {own['speedup']:.2f} times that. Measured in turns."
+            )
+        words += [_plain(results[key]) for key in ("outcome", "bottom_line") if results.get(key)]
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+        return "Nothing yet."
+    return "\n".join(lines) + "\n\n" + " ".join(words)
+
+
+def _settings(model: Any, results: Mapping[str, Any]) -> str:
+    images, tuning = results.get("data"), results.get("tuning")
+    source = images.get("source") if isinstance(images, dict) else None
+    chosen = tuning.get("images") if isinstance(tuning, dict) else None
+    cfg = getattr(model.origin.module, "pretrained_cfg", None)
+    licence = cfg.get("license") if isinstance(cfg, dict) else None
+    exits = ", ".join(f"{_plain(e.name)} ({_plain(e.head)})" for e in model.exits)
+    lines = {
+        "exits (heads)": exits,
+        "thresholds": ", ".join("off" if n in model.off else f"{t:.4g}" for n, t in enumerate(model.threshold)),
+        "confidence": _plain(model.confidence),
+        "answers": _plain(model.answers),
+        "data": _plain(str(source or "not recorded")) + (f". {_plain(str(chosen))}" if chosen else ""),
+        "licence of the backbone": _plain(str(licence or "not known to ptee; ask whoever published its weights")),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{float(value):.4g}"
+
+
+def _plain(text: Any) -> str:
+    """A text of anybody in one line of Markdown, in which nothing is a tag or a cell."""
+    return html.escape(" ".join(printable(str(text)).split()), quote=False).replace("|", "\\|").replace("`", "'")

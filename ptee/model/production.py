@@ -1,0 +1,118 @@
+"""What an early-exit model offers once it is in use: other thresholds without images, and a monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ptee._common.errors import PteeError
+from ptee.model.forward import ExitOutput, running
+from ptee.production.curve import TUNE, Curve, Wish, best_within
+from ptee.production.monitor import AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
+
+
+class InProduction:
+    """Part of `EarlyExitModel`.
+
+    Attributes:
+        curve: what some thresholds cost and lose, as `ptee.tune` measured it; None for a model that was never tuned.
+        monitored: the monitor that watches this model, or None.
+    """
+
+    curve: Curve | None = None
+    monitored: Monitor | None = None
+
+    if TYPE_CHECKING:
+        threshold: Any
+        confidence: Any
+        answers: Any
+        off: Any
+        backbone: Any
+
+    def threshold_for(
+        self,
+        *,
+        max_cost: float | None = None,
+        max_drop: float | None = None,
+        max_fidelity_drop: float | None = None,
+        max_time_ms: float | None = None,
+    ) -> list[float]:
+        """Thresholds from the curve that `ptee.tune`, `ptee.fit` and `ptee augment` keep: no images are needed.
+
+        They are those that lose least at this cost or time, or the cheapest that lose no more, on average: drops were measured by
+        cross-validation. Nothing is guaranteed; for that, and to switch exits on and off, tune again.
+
+        Args:
+            max_cost: the mean cost, as a fraction of the bare backbone's.
+            max_drop: of accuracy; 0.01 is one point.
+            max_fidelity_drop: share of the answers that differ from the backbone's.
+            max_time_ms: milliseconds of a batch, where thresholds were chosen by times (`model.curve.time_of` says of which batch).
+
+        Returns:
+            One threshold for each exit, for `model.threshold = ...`.
+
+        Raises:
+            PteeError: if there is no curve, it was made for other settings, or nothing on it is within the limit.
+        """
+        wish = Wish(max_cost=max_cost, max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_time_ms=max_time_ms)
+        wish.only()
+        if self.curve is None:
+            raise PteeError(f"This model has no curve: its thresholds were never chosen on images. Type {TUNE}.")
+        made_for = {name: getattr(self.curve, name) for name in ("confidence", "answers", "off")}
+        for name, value in made_for.items():
+            if value != (now := getattr(self, name)):
+                raise PteeError(f"The curve was made with {name}={value!r}, and now it is {now!r}. Tune again: {TUNE}.")
+        return list(best_within(self.curve, wish).threshold)
+
+    def monitor(
+        self,
+        *,
+        audit: float = AUDIT,
+        confidence: float = CONFIDENCE,
+        max_fidelity_drop: float | None = None,
+        on_alarm: str | Callable[[Monitor], Any] | None = None,
+        seed: int | None = None,
+    ) -> Monitor:
+        """Watch this model from now on: count what leaves where, and test whether its promise is still kept.
+
+        A random share of the images goes through the backbone, too, and their answers are compared; no answer changes. The monitor
+        ends with `stop()`, or at the end of a `with` block. It sees `model(x)`, `model.predict(x)`, and those of `ptee.optimize(model)`;
+        not soft answers, and no model that was exported.
+
+        Args:
+            audit: the share. 0: only count.
+            confidence: an alarm is false with probability 1 - confidence at most, however long the model is watched.
+            max_fidelity_drop: the promise: no more of the answers than this differ from the backbone's. None: what the thresholds
+                in force were chosen for, or what they lost on the images that they were chosen on, and what chance may add.
+            on_alarm: "never_leave" sets all thresholds above 1, so that the backbone answers every image; or a function, called once
+                with the monitor. None: nothing, look at `alarm`.
+            seed: of the drawing. None: another each time.
+
+        Raises:
+            PteeError: for values that are not possible, where nothing is promised, or if there is a monitor already.
+        """
+        settings = MonitorConfig(
+            audit=audit, confidence=confidence, max_fidelity_drop=max_fidelity_drop, on_alarm=on_alarm, seed=seed
+        )  # fmt: skip
+        self.monitored = new_monitor(self, settings)
+        return self.monitored
+
+    def bare(self, x: Tensor) -> Tensor:
+        """The backbone's own answer to images, outside of any call of this model."""
+        with running(None), torch.no_grad():
+            answer: Tensor = self.backbone(x)
+            return answer
+
+    def watching(self, x: Tensor) -> Callable[[ExitOutput], ExitOutput]:
+        """Called with images before they are answered; what it returns is called with the answers, and gives them back."""
+        watch = self.monitored
+        return (
+            _unseen if watch is None or watch.model is not self else watch.watch(x)
+        )  # a copy of a model is not watched
+
+
+def _unseen(out: ExitOutput) -> ExitOutput:
+    return out

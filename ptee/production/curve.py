@@ -1,0 +1,140 @@
+"""The curve that a run keeps: some thresholds, and what each costs and loses. Reading it needs no images and no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from ptee._common.errors import Argument, PteeError
+from ptee._common.validation import FrozenConfig, Number, Whole
+
+MOST_POINTS = 1000
+ROUNDING = 1e-9  # of means over the images
+TUNE = "ptee tune RUN --max-drop 0.01 (in Python: ptee.tune(model, images, max_drop=0.01))"
+
+Share = Annotated[Number, Field(ge=0, le=1)]
+Drop = Annotated[Number, Field(ge=-1, le=1)]  # below 0 it is a gain
+Positive = Annotated[Number, Field(ge=0)]
+Name = Annotated[str, Field(strict=True, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Point(_Record):
+    """Thresholds, and what they cost and lose on images that they were not chosen on.
+
+    Attributes:
+        threshold: (E) T of each exit.
+        cost: mean multiply-accumulates of an image, as a fraction of the bare backbone's.
+        fidelity_drop: share of the answers that differ from the backbone's.
+        drop: by how much accuracy is below the backbone's; None without labels.
+        time_ms: expected milliseconds of a batch; None where nothing was measured.
+        promised: the largest fidelity drop that was asked for when these thresholds were chosen; None if none was.
+    """
+
+    threshold: Annotated[tuple[Number, ...], Field(min_length=1, max_length=MOST_POINTS)]
+    cost: Positive
+    fidelity_drop: Share
+    drop: Drop | None = None
+    time_ms: Positive | None = None
+    promised: Share | None = None
+
+    @property
+    def lost(self) -> float:
+        """Of accuracy; without labels, of fidelity."""
+        return self.fidelity_drop if self.drop is None else self.drop
+
+    @property
+    def price(self) -> float:
+        """The time if it is known, else the cost."""
+        return self.cost if self.time_ms is None else self.time_ms
+
+
+class Curve(_Record):
+    """The points of one model as it is set: with this confidence, this kind of answers and these exits off.
+
+    Attributes:
+        confidence: a name of `CONFIDENCES`.
+        answers: "own" or "blended".
+        off: exits that are off.
+        images: on which all was measured.
+        time_of: how times were measured, in words; empty if they were not.
+        points: none of them is dearer than another and loses more.
+    """
+
+    confidence: Name
+    answers: Name
+    off: Annotated[tuple[Whole, ...], Field(max_length=MOST_POINTS)] = ()
+    images: Annotated[Whole, Field(ge=1)]
+    time_of: Name = ""
+    points: Annotated[tuple[Point, ...], Field(min_length=1, max_length=MOST_POINTS)]
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        for what in ("drop", "time_ms"):
+            if len({getattr(point, what) is None for point in self.points}) > 1:
+                raise PteeError(f"curve.points: some have a {what} and others have none.")
+        if len({len(point.threshold) for point in self.points}) > 1:
+            raise PteeError("curve.points have different numbers of thresholds.")
+        return self
+
+    def at(self, threshold: Sequence[float]) -> Point | None:
+        """The point of these thresholds, if there is one."""
+        return next((point for point in self.points if list(point.threshold) == list(threshold)), None)
+
+
+class Wish(FrozenConfig):
+    """One limit, of which the others are None."""
+
+    max_cost: Annotated[Number, Field(gt=0)] | None = None
+    max_drop: Annotated[Number, Field(gt=-1, lt=1)] | None = None
+    max_fidelity_drop: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    max_time_ms: Annotated[Number, Field(gt=0)] | None = None
+
+    def only(self) -> tuple[str, float]:
+        """Its name and its number."""
+        given = {name: limit for name, limit in self.model_dump().items() if limit is not None}
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise PteeError(
+                f"Give one of max_cost, max_drop, max_fidelity_drop and max_time_ms: {names} {'is' if len(given) < 2 else 'are'} given."
+            )
+        return next(iter(given.items()))
+
+
+def best_within(curve: Curve, wish: Wish) -> Point:
+    """The point that loses least within a cost or time, or is cheapest within a drop.
+
+    Raises:
+        PteeError: if no point is within the limit, or the curve does not have what is limited.
+    """
+    name, limit = wish.only()
+    limited = name.removeprefix("max_")
+    values = {point: getattr(point, limited) for point in curve.points}
+    if None in values.values():
+        raise _not_there(name)
+    within = [point for point, value in values.items() if value <= limit + ROUNDING]
+    if not within:
+        least = min(values.values())
+        enough = math.ceil(least * 1e4) / 1e4
+        raise PteeError(
+            Argument(name, f"{limit:g}"), f" is below everything on the curve of this run, which begins at {least:.4f}. Give ",
+            Argument(name, f"{enough:g}"), " or more.", argument=name, value=limit,
+        )  # fmt: skip
+    if "drop" in name:
+        return min(within, key=lambda point: (point.price, point.lost))
+    return min(within, key=lambda point: (point.lost, point.price))
+
+
+def _not_there(name: str) -> PteeError:
+    if name == "max_time_ms":
+        text = "The curve of this run has no times. Measure them and tune by them: ptee bench RUN --save, then ptee tune RUN --max-drop 0.01 --cost time"
+        return PteeError(text, argument=name)
+    text = "The images of this run's curve had no labels, so no drop of accuracy is known. Give "
+    return PteeError(text, Argument("max_fidelity_drop", "0.01"), ".", argument=name)

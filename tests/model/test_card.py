@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from small import labelled, made, once
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee.model.run_files import CARD
+
+
+@once
+def measured() -> ptee.EarlyExitModel:
+    model = made()
+    data = TensorDataset(*labelled(40))
+    model.results = ptee.evaluate(model, data, about="Pictures of <b>cats</b> | dogs.", speed_seconds=0.1).to_dict()
+    model.results["data"] = {"source": "folder"}
+    return model
+
+
+def text_of(model: ptee.EarlyExitModel, folder) -> str:
+    model.save_pretrained(folder)
+    return (folder / CARD).read_text()
+
+
+def test_a_card_says_what_was_measured_and_how_to_use_it(tmp_path):
+    model = measured()
+    text = text_of(model, tmp_path)
+    assert model.results is not None
+    bare, own = (model.results["rows"][n] for n in (0, -1))
+    for name, row in (("backbone", bare), ("early exits", own)):
+        assert f"| {name} | {row['accuracy']:.4g} | {row['fidelity']:.4g} | {row['cost']:.4g} |" in text
+    assert f"{1e3 / own['images_per_s']:.3g} ms for an image on {model.results['device']}" in text
+    for line in (
+        "- thresholds: 0.5, 0.5",
+        "- confidence: learned",
+        "- data: folder",
+        "- licence of the backbone: not known",
+        "import ptee",
+    ):
+        assert line in text
+    assert "On 40 images. Pictures of &lt;b&gt;cats&lt;/b&gt; \\| dogs." in text
+    assert text.startswith("---\n")
+    assert "library_name: ptee" in text
+
+
+def test_a_card_follows_the_run_and_one_that_somebody_wrote_is_kept(tmp_path):
+    model = measured()
+    text_of(model, tmp_path)
+    model.threshold = 0.25
+    assert "- thresholds: 0.25, 0.25" in text_of(model, tmp_path)
+    (tmp_path / CARD).write_text("mine")
+    assert text_of(model, tmp_path) == "mine"
+
+
+@pytest.mark.parametrize(
+    "results", [None, {}, {"rows": [1]}, {"rows": [{}], "samples": "many"}, {"data": 3, "tuning": 4}], ids=str
+)
+def test_a_card_without_sound_results_says_that_nothing_was_measured(results, tmp_path):
+    model = made()
+    model.results = results
+    assert "## Measured\n\nNothing yet." in text_of(model, tmp_path)
+
+
+def test_a_card_names_the_licence_that_the_library_knows(tmp_path):
+    model = made()
+    assert isinstance(model.backbone, nn.Module)
+    model.backbone.pretrained_cfg = {"license": "apache-2.0"}
+    assert "- licence of the backbone: apache-2.0" in text_of(model, tmp_path)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from device import here
+from populations import NEVER, draw, population
+from small import labelled, made, once
+from tiny import one_line
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee._common.errors import PteeError, RunError
+from ptee.exits.times import BatchTimes
+from ptee.production.curve import Curve, Point, Wish, best_within
+from ptee.tuning.config import Target
+from ptee.tuning.operating_points import operating_points
+from ptee.tuning.targets import solve
+
+
+def curve(**changes: object) -> Curve:
+    points = [
+        Point(threshold=(t, t), cost=cost, fidelity_drop=differ, drop=drop, time_ms=ms)
+        for t, cost, differ, drop, ms in [(0.1, 0.3, 0.2, 0.1, 7), (0.5, 0.5, 0.1, 0.02, 6), (2.0, 1.1, 0, 0, 9)]
+    ]
+    return Curve(**{"confidence": "learned", "answers": "own", "images": 100, "points": points} | changes)
+
+
+@pytest.mark.parametrize(
+    ("wish", "threshold"),
+    [
+        ({"max_cost": 0.5}, 0.5),
+        ({"max_cost": 0.49}, 0.1),
+        ({"max_cost": 5}, 2.0),
+        ({"max_drop": 0.05}, 0.5),
+        ({"max_drop": 0}, 2.0),
+        ({"max_fidelity_drop": 0.2}, 0.5),
+        ({"max_time_ms": 7}, 0.5),
+    ],
+    ids=str,
+)
+def test_the_best_point_within_a_limit_is_found(wish, threshold):
+    assert best_within(curve(), Wish(**wish)).threshold == (threshold, threshold)
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        (
+            {"max_cost": 0.2},
+            "max_cost=0.2 is below everything on the curve of this run, which begins at 0.3000. Give max_cost=0.3 or more",
+        ),
+        ({"max_drop": -0.1}, "max_drop=-0.1 is below everything"),
+        ({"max_cost": float("nan")}, "max_cost=nan must be a finite number"),
+        ({"max_drop": 1}, "max_drop=1 must be below 1"),
+        ({"max_cost": 0.5, "max_drop": 0.1}, "Give one of .*: max_cost, max_drop are given"),
+        ({}, "Give one of .*: none is given"),
+    ],
+    ids=str,
+)
+def test_a_wish_that_cannot_be_met_is_refused_in_one_line(wish, words):
+    with pytest.raises(PteeError, match=words) as refusal:
+        best_within(curve(), Wish(**wish))
+    one_line(refusal)
+
+
+def test_what_a_curve_does_not_know_is_refused_by_what_to_type():
+    bare = curve(points=[Point(threshold=(0.5,), cost=0.5, fidelity_drop=0.1)])
+    with pytest.raises(PteeError, match=r"ptee bench RUN --save, then ptee tune RUN --max-drop 0.01 --cost time"):
+        best_within(bare, Wish(max_time_ms=3))
+    with pytest.raises(PteeError, match=r"had no labels.*Give max_fidelity_drop=0.01"):
+        best_within(bare, Wish(max_drop=0.01))
+
+
+# ---------------------------------------------------------------------------------------------------- made by tuning
+
+
+@once
+def tuned() -> ptee.EarlyExitModel:
+    model = made()
+    ptee.tune(model, TensorDataset(*labelled(60)), max_fidelity_drop=0.25, answers="own")
+    return model
+
+
+def test_tuning_keeps_a_curve_from_which_thresholds_are_read_without_images():
+    model = made()
+    with pytest.raises(
+        PteeError, match=r"no curve.*Type ptee tune RUN --max-drop 0.01 \(in Python: ptee.tune"
+    ) as refusal:
+        model.threshold_for(max_cost=0.6)
+    one_line(refusal)
+    model = tuned()
+    assert model.curve is not None
+    assert model.curve.at(model.threshold).promised == 0.25
+    cheap, faithful = model.threshold_for(max_cost=1.0), model.threshold_for(max_fidelity_drop=0)
+    model.threshold = cheap
+    with torch.no_grad():
+        assert model.predict(labelled(60)[0].to(here())).cost.mean() <= 1.0 + 1e-6
+    assert min(faithful) >= max(0, min(cheap))
+
+
+def test_a_curve_is_of_one_setting():
+    model = tuned()
+    model.confidence = "max_prob"
+    with pytest.raises(
+        PteeError, match=r"made with confidence='learned', and now it is 'max_prob'. Tune again"
+    ) as refusal:
+        model.threshold_for(max_cost=1.0)
+    one_line(refusal)
+
+
+def test_a_curve_is_saved_with_the_run_and_an_old_run_has_none(tmp_path):
+    model = tuned()
+    model.save_pretrained(tmp_path / "new")
+    again = ptee.load(tmp_path / "new", backbone=made().backbone)
+    assert again.curve == model.curve
+    assert again.threshold_for(max_cost=1.0) == model.threshold_for(max_cost=1.0)
+    file = tmp_path / "new" / "config.json"
+    config = json.loads(file.read_text())
+    del config["curve"]
+    file.write_text(json.dumps(config))
+    assert ptee.load(tmp_path / "new", backbone=made().backbone).curve is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["points"][0].update(cost="NaN"), "cost"),
+        (lambda c: c["points"][0].update(cost=-1), "cost=-1 must be 0 or more"),
+        (lambda c: c["points"][0].update(drop=None), "some have a drop and others have none"),
+        (lambda c: c["points"][0].update(threshold=[0.5]), "different numbers of thresholds"),
+        (lambda c: c.update(points=[c["points"][0] | {"threshold": [1]}]), "1 thresholds for 2 exits"),
+        (lambda c: c.update(points=[]), "a list of 1 or more"),
+        (lambda c: c.update(images=0), "images=0 must be 1 or more"),
+    ],
+)
+def test_a_damaged_curve_is_refused_by_its_field(change, words, tmp_path):
+    tuned().save_pretrained(tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    change(config["curve"])
+    file.write_text(json.dumps(config))
+    with pytest.raises(RunError, match=words) as refusal:
+        ptee.load(tmp_path / "run", backbone=made().backbone)
+    one_line(refusal)
+
+
+def test_the_monitor_takes_the_promise_of_the_curve():
+    model = tuned()
+    with model.monitor(confidence=0.9) as monitor:
+        assert monitor.max_fidelity_drop == 0.25
+    model.threshold = model.threshold_for(max_fidelity_drop=0)
+    with model.monitor(confidence=0.9) as monitor:
+        assert monitor.max_fidelity_drop == pytest.approx(1 - 0.05 ** (1 / 60))  # 0 of 60 differ
+
+
+# ---------------------------------------------------------------------------------------------------- what it says is true
+
+
+def test_a_curve_keeps_on_average_what_it_says_on_other_images():
+    whole = population("calibrated", 20_000)
+    sample = draw(whole, 3000, 1)
+    found = solve(sample, Target("max_drop", 0.01))
+    points = operating_points(sample, found).points
+    assert len(points) > 10
+    assert all(one.cost <= other.cost for one, other in pairwise(points))
+    for point in points:
+        score = whole.score(whole.leaving(point.threshold), found.off)
+        bare = whole.score_at(whole.exits)
+        assert score.cost == pytest.approx(point.cost, abs=0.03)
+        assert 1 - score.fidelity == pytest.approx(point.fidelity_drop, abs=0.02)
+        assert bare.accuracy - score.accuracy == pytest.approx(point.drop, abs=0.02)
+    near = best_within(operating_points(sample, found), Wish(max_drop=0.01))
+    assert near.cost <= found.cost + 1e-9
+
+
+def test_a_curve_has_milliseconds_where_the_run_has_times():
+    sample = draw(population("calibrated", 2000), 400, 1)
+    rows = torch.arange(5.0, dtype=torch.float64) / 4
+    times = BatchTimes(0.25 * rows.expand(4, -1), 0.01 * rows.expand(3, -1), 0.0, "units", bare_ms=40.0)
+    timed = replace(sample, times=times)
+    for point in operating_points(timed, replace(NEVER, threshold=(0.9,) * 3, off=())).points:
+        expected = timed.score(timed.leaving(point.threshold)).time
+        assert expected is not None
+        assert point.time_ms == pytest.approx(40 * expected)

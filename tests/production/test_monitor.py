@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from small import labelled, made
+from tiny import one_line
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.production.monitor import Alarm, Monitor
+
+X = labelled(24)[0]
+
+
+def leaving() -> ptee.EarlyExitModel:
+    """A model in which some rows leave at exit 0, some at exit 1 and some nowhere."""
+    model = made()
+    with torch.no_grad():
+        first, second, _ = model.all_exits(X).confidence
+    model.threshold = [first.sort().values[15:17].mean().item(), second.sort().values[11:13].mean().item()]
+    assert set(model.predict(X).exit_index.tolist()) == {0, 1, 2}
+    return model
+
+
+def audited(model: ptee.EarlyExitModel, **more: Any) -> Monitor:
+    return model.monitor(**{"audit": 1, "max_fidelity_drop": 0.01} | more)
+
+
+@pytest.mark.parametrize("call", [lambda m: m.predict(X).logits, lambda m: m(X)], ids=["predict", "model(x)"])
+def test_an_audit_changes_no_answer_and_counts_those_that_differ(call):
+    model = leaving()
+    with torch.inference_mode():
+        before, bare = call(model), model.backbone(X).argmax(-1)
+        with audited(model) as monitor:
+            after = call(model)
+    assert torch.equal(before, after)
+    seen = monitor.as_dict()
+    assert seen["audited"] == len(X)
+    assert seen["differed"] == int((before.argmax(-1) != bare).sum()) > 0
+
+
+def test_counters_are_those_of_the_answers():
+    model = leaving()
+    with model.monitor(audit=0) as monitor:
+        out = [model.predict(x) for x in X.split(7)]
+    index, cost, h = (
+        torch.cat([getattr(o, name) for o in out]).double() for name in ("exit_index", "cost", "confidence")
+    )
+    seen = monitor.as_dict()
+    assert seen["rows"] == [int((index == n).sum()) for n in range(3)]
+    assert seen["mean_cost"] == pytest.approx(cost.mean().item())
+    assert seen["mean_confidence"] == pytest.approx([h[index == n].mean().item() for n in range(3)])
+    assert (seen["audited"], seen["alarm"]) == (0, None)
+    model.predict(X)
+    assert monitor.as_dict() == seen, "it was stopped"
+
+
+def test_blended_answers_are_audited_at_the_end_too():
+    model = leaving()
+    data = torch.utils.data.TensorDataset(*labelled(40))
+    ptee.tune(model, data, max_fidelity_drop=0.5, answers="blended", margin=0)
+    with torch.no_grad(), audited(model) as monitor:
+        out, bare = model.predict(X), model.backbone(X)
+    assert monitor.as_dict()["differed"] == int((out.logits.argmax(-1) != bare.argmax(-1)).sum())
+
+
+def test_a_share_of_the_images_is_drawn():
+    model = leaving()
+    with audited(model, audit=0.1, seed=0) as monitor:
+        positions = [monitor._draw(7)[0] for _ in range(3000)]
+    drawn = [7 * n + p for n, each in enumerate(positions) for p in each]
+    assert len(drawn) == len({*drawn})
+    assert 0.09 < len(drawn) / 21_000 < 0.11
+    assert {p % 7 for p in drawn} == set(range(7))
+
+
+class Writes(nn.Module):
+    """A user's network that writes into its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(1)
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+def test_a_backbone_that_writes_into_its_images_is_audited_on_what_they_were():
+    model = ptee.augment(Writes(), exits=["conv"], input_size=(3, 8, 8), head="pool")
+    model.threshold = 0
+    with torch.no_grad(), audited(model) as monitor:
+        out = model.predict(X.clone())
+        bare = model.backbone(X.clone()).argmax(-1)
+    assert monitor.as_dict()["differed"] == int((out.logits.argmax(-1) != bare).sum())
+
+
+def test_soft_answers_and_copies_are_not_counted():
+    model = leaving()
+    with audited(model) as monitor:
+        model.predict(X, soft=True)
+        for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            other.predict(X)
+        assert copy.deepcopy(model).monitored is None
+    assert sum(monitor.as_dict()["rows"]) == 0
+
+
+def test_an_optimized_model_is_watched_too():
+    model = leaving().double()
+    fast = ptee.optimize(model)
+    with torch.no_grad(), audited(model) as monitor:
+        fast.predict(X.double())
+        fast(X[:0].double())
+    seen = monitor.as_dict()
+    assert sum(seen["rows"]) == seen["audited"] == len(X)
+
+
+# ---------------------------------------------------------------------------------------------------- the alarm
+
+
+def all_wrong() -> ptee.EarlyExitModel:
+    """A model whose early answers are never the backbone's."""
+    model = made()
+    model.threshold = 0
+    with torch.no_grad():
+        model.heads[0].logits.weight.zero_()
+        model.backbone[-1].weight.zero_()
+        model.heads[0].logits.bias.copy_(torch.arange(4.0))
+        model.backbone[-1].bias.copy_(-torch.arange(4.0))
+    return model
+
+
+def test_an_alarm_says_since_when_and_is_raised_once():
+    model, told = all_wrong(), []
+    with audited(model, on_alarm=told.append) as monitor:
+        model.predict(X)
+        alarm = monitor.alarm
+        model.predict(X)
+    assert told == [monitor]
+    assert monitor.alarm == alarm
+    assert alarm is not None
+    assert (alarm.since_row, alarm.row, alarm.differed) == (1, alarm.audited, alarm.audited)
+    assert "The promise does not hold since about image 1 (20" in str(alarm)
+
+
+def test_an_alarm_can_switch_early_exits_off():
+    model = all_wrong()
+    with torch.no_grad(), audited(model, on_alarm="never_leave"):
+        model.predict(X)
+        assert min(model.threshold) > 1
+        assert torch.equal(model.predict(X).logits, model.backbone(X))
+
+
+def test_without_audits_there_is_no_alarm():
+    model = all_wrong()
+    with audited(model, audit=0) as monitor:
+        model.predict(X)
+    assert monitor.alarm is None
+
+
+# ---------------------------------------------------------------------------------------------------- threads, files
+
+
+def test_threads_lose_no_count_and_a_reader_sees_whole_ones():
+    model, odd = leaving(), []
+    with audited(model, audit=0.5, seed=0) as monitor:
+
+        def read() -> None:
+            for _ in range(100):
+                seen = monitor.as_dict()
+                odd.extend([seen] * (sum(seen["rows"]) % 4 != 0 or seen["differed"] > seen["audited"]))
+                monitor.prometheus()
+
+        def answer() -> None:
+            for _ in range(40):
+                model.predict(X[:4])
+
+        threads = [threading.Thread(target=each) for each in (answer, answer, read, read)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not odd
+    assert sum(monitor.as_dict()["rows"]) == 320
+    assert 100 < monitor.as_dict()["audited"] < 220
+
+
+def test_a_monitor_is_saved_as_json_and_goes_on():
+    model = all_wrong()
+    with audited(model) as first:
+        model.predict(X[:1])
+    with audited(model) as second:
+        second.resume(json.loads(json.dumps(first.as_dict())))
+        assert second.as_dict() == first.as_dict()
+        model.predict(X)
+    assert isinstance(second.alarm, Alarm)
+    assert second.alarm.since_row == 1
+    with audited(model) as third:
+        third.resume(second.as_dict())
+    assert third.alarm == second.alarm
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.clear(), "no state of a monitor: exits is missing"),
+        (lambda s: s.update(rows=[1, 2]), "its parts do not fit each other"),
+        (lambda s: s.update(rows=[1, 2, -3]), r"rows\[2\]=-3 must be 0 or more"),
+        (lambda s: s.update(cost=[1.0, 2.0, float("nan")]), "must be a finite number"),
+        (lambda s: s.update(exits=["0", "1", ""]), "its exits is"),
+        (lambda s: s.update(max_fidelity_drop=0.02), "its max_fidelity_drop is 0.02, and here it is 0.01"),
+        (lambda s: s["test"]["bets"].pop(), "its parts do not fit each other"),
+        (lambda s: s.update(alarm=3), "alarm"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_lost(change, words):
+    model = leaving()
+    with audited(model) as monitor:
+        model.predict(X)
+        before = monitor.as_dict()
+        state = copy.deepcopy(before)
+        change(state)
+        with pytest.raises(PteeError, match=words) as refusal:
+            monitor.resume(state)
+    one_line(refusal)
+    assert monitor.as_dict() == before
+
+
+def test_prometheus_reads_every_counter():
+    model = leaving()
+    with audited(model) as monitor:
+        model.predict(X)
+    lines, seen = monitor.prometheus().splitlines(), monitor.as_dict()
+    assert monitor.prometheus().endswith("\n")
+    assert f'ptee_rows_total{{exit="0",module="0"}} {seen["rows"][0]}' in lines
+    assert f'ptee_rows_total{{exit="2",module=""}} {seen["rows"][2]}' in lines
+    assert f"ptee_audited_total {len(X)}" in lines
+    named = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert {line.partition("{")[0].split()[0] for line in lines if line[0] != "#"} == {*named}
+    assert len(named) == len({*named})
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"confidence": 1}, "confidence=1 must be below 1"),
+        ({"confidence": 0.0}, "confidence=0.0 must be above 0"),
+        ({"confidence": NAN}, "confidence=nan must be a finite number"),
+        ({"audit": NAN}, "audit=nan must be a finite number"),
+        ({"audit": 1.5}, "audit=1.5 must be 1 or less"),
+        ({"audit": True}, "audit=True must be a number"),
+        ({"max_fidelity_drop": 0}, "max_fidelity_drop=0 must be above 0"),
+        ({"on_alarm": "stop"}, "on_alarm"),
+        ({"max_fidelity_drop": None}, "Nothing is known of what these thresholds promise.*max_fidelity_drop=0.01"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(wrong, words):
+    model = leaving()
+    with pytest.raises(PteeError, match=words) as refusal:
+        audited(model, **wrong)
+    one_line(refusal)
+    assert model.monitored is None
+
+
+def test_a_second_monitor_is_refused():
+    model = leaving()
+    with audited(model) as monitor:
+        with pytest.raises(PteeError, match=r"has a monitor already.*stop"):
+            audited(model)
+        assert model.monitored is monitor

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from ptee.production.promise_test import TIMES, PromiseTest
+
+
+def alarm_at(test: PromiseTest, losses: list[bool]) -> int | None:
+    """The number of the image at which the promise is given up."""
+    return next((n for n, differs in enumerate(losses, 1) if test.see(differs, n) is not None), None)
+
+
+def drawn(seed: int, images: int, rate: float) -> list[bool]:
+    random_numbers = random.Random(seed)
+    return [random_numbers.random() < rate for _ in range(images)]
+
+
+def test_no_bet_is_expected_to_grow_while_the_promise_holds():
+    for bet in PromiseTest(0.01, 0.05).bets:
+        assert 0.01 * bet.differ + 0.99 * bet.agree == pytest.approx(1)
+        assert 0.001 * bet.differ + 0.999 * bet.agree < 1
+
+
+def test_all_capital_is_put_on_one_image_or_the_other():
+    test = PromiseTest(0.01, 1e-9)
+    for n in range(100):
+        before = [bet.capital for bet in test.bets]
+        assert test.see(False, n) is None
+        entering = math.log(2) / math.log(n + 2) - math.log(2) / math.log(n + 3)
+        for bet, capital in zip(test.bets, before, strict=True):
+            assert bet.capital == pytest.approx((capital + entering) * bet.agree)
+    assert len(test.bets) == len(TIMES)
+
+
+def test_a_promise_that_is_kept_is_given_up_in_few_of_many_streams():
+    alarms = [alarm_at(PromiseTest(0.05, 0.05), drawn(seed, 2000, 0.05)) for seed in range(20)]
+    assert sum(found is not None for found in alarms) <= 2
+
+
+def test_a_promise_that_was_kept_for_long_is_given_up_soon_and_the_fall_is_dated():
+    losses = drawn(0, 3000, 0.01) + drawn(1, 1000, 0.1)
+    test = PromiseTest(0.01, 0.05)
+    found = next(bet for n, differs in enumerate(losses, 1) if (bet := test.see(differs, n)) is not None)
+    assert 3000 < test.seen < 3300
+    assert 2900 < found.since <= test.seen
+    assert found.audited == test.seen - found.since + 1
