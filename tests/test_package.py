@@ -156,6 +156,7 @@ def test_a_public_name_resolves_and_says_what_it_is():
         assert name in dir(ptee)
 
 
+@pytest.mark.slow
 def test_a_module_for_who_wants_more_is_there_without_an_import_of_its_own():
     code = """
 import sys, ptee

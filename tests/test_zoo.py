@@ -27,7 +27,6 @@ SAMPLE = [
     *(
         "timm/byobnet",
         "timm/convnext",
-        "timm/crossvit",
         "timm/levit",
         "timm/mambaout",
         "timm/maxxvit",
@@ -36,7 +35,16 @@ SAMPLE = [
     *("torchvision/shufflenetv2", "torchvision/squeezenet"),
 ]
 MORE_OF_THESE_KINDS = [
-    *("timm/convit", "timm/cspnet", "timm/deit", "timm/dla", "timm/efficientvim", "timm/ghostnet", "timm/hrnet"),
+    *(
+        "timm/convit",
+        "timm/cspnet",
+        "timm/crossvit",
+        "timm/deit",
+        "timm/dla",
+        "timm/efficientvim",
+        "timm/ghostnet",
+        "timm/hrnet",
+    ),
     *("timm/mobilenetv3", "timm/pit", "timm/regnet", "timm/repghost", "timm/starnet", "timm/twins"),
     *("timm/vision_transformer_relpos", "torchvision/mobilenetv3", "timm/nfnet", "timm/efficientnet"),
 ]

@@ -64,6 +64,7 @@ def test_weights_on_the_hub_that_would_run_code_are_refused_and_the_code_not_run
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 def test_the_hub_out_of_reach_is_told_in_one_line(tmp_path):
     source = """
 import sys

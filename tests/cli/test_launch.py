@@ -85,6 +85,7 @@ def test_a_function_that_was_launched_by_halves_opens_nothing(function, half_lau
             ptee.train(made(), Untouched())
 
 
+@pytest.mark.slow
 def test_a_training_whose_output_nobody_reads_any_more_ends_in_words_and_goes_on_with_resume(things, known, run):
     words = [str(word) for word in ("augment", *known, *SHORT, "--out", "out")]
     with subprocess.Popen(

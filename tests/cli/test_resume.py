@@ -100,6 +100,7 @@ def test_a_resumption_with_an_image_in_place_of_another_is_refused(run, known, t
     assert_refused(run("augment", *known, *SHORT, "--data", images, "--out", "out", "--resume"), "data.*files.*now")
 
 
+@pytest.mark.slow
 def test_a_resumption_is_refused_where_any_picture_of_the_training_was_replaced_by_another(
     run, foreign, things, interrupt
 ):

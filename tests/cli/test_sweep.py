@@ -107,7 +107,7 @@ def test_a_run_of_a_sweep_has_the_numbers_that_it_has_alone(sweep, run, things):
 CALIBRATED = BASE.replace("{name: max_prob}", "{}")  # which these images are too few for
 
 
-@pytest.mark.parametrize("recipe", [BASE, CALIBRATED], ids=["unchanged", "adapted to the images"])
+@pytest.mark.parametrize("recipe", [slow(BASE, id="unchanged"), pytest.param(CALIBRATED, id="adapted to the images")])
 def test_the_same_command_keeps_complete_runs_and_adds_what_is_new(recipe, sweep, trained):
     Path("base.yaml").write_text(recipe)
     assert sweep("epochs=1,2").status == 0

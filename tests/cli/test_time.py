@@ -153,6 +153,7 @@ def test_a_plan_by_time_has_a_column_of_time_and_places_exits_by_it(run, monkeyp
     assert [row["name"] for row in json.loads(run(*words, "--json").out)["exits"]] != ["layer1.1", "layer2.0"]
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_evaluated_like_a_run_and_not_timed_beside_nothing(run, finished, things):
     assert run("export", finished, "--out", "files").status == 0
     where = ("--data", things / "ten", "--device", "cpu")

@@ -75,6 +75,7 @@ def test_the_kernel_decides_as_torch_does(name, b, classes):
     kernel_decides_as_torch(kernels, name, b, classes)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu("the kernel runs as it is on a GPU")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which comes with torch for NVIDIA GPUs")
 def test_the_kernel_decides_as_torch_does_interpreted(monkeypatch):

@@ -115,6 +115,7 @@ def test_blended_answers_are_exported(format, tmp_path):
         require_same(runner, early, images(9), threshold)
 
 
+@pytest.mark.slow
 def test_nobody_leaves_at_an_exit_that_is_off_though_its_head_is_exported(tmp_path):
     early = reading_the_first()
     early.off = [0]
@@ -277,6 +278,7 @@ def test_a_file_that_is_no_picture_is_refused_by_name(runner, tmp_path):
         runner.images([tmp_path / "a.png"])
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_model_in_onnx_answers_pictures_without_torch(tmp_path):
     folder = ptee.export(made(), tmp_path / "out", format="onnx")

@@ -80,7 +80,13 @@ def test_measuring_leaves_no_hook_behind_and_changes_no_answer():
         assert torch.equal(old, new)
 
 
-@pytest.mark.parametrize("model", [made, chained], ids=["heads alone", "heads that read earlier ones"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(made, id="heads alone", marks=pytest.mark.slow),
+        pytest.param(chained, id="heads that read earlier ones"),
+    ],
+)
 def test_the_pieces_of_an_optimized_model_are_as_many_as_those_of_the_hooks(model):
     times = measure(model(), [3], ["hooks", "eager"], rounds=3, seconds=0)
     for m in times.executors:

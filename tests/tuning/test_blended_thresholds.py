@@ -51,6 +51,7 @@ def _traces(generator: torch.Generator, n: int, exits: int, labels: bool, same: 
     ).under("max_prob")
 
 
+@pytest.mark.slow
 def test_blended_answers_cost_less_for_the_same_loss_and_keep_it_on_other_images():
     target, lost = Target("max_drop", 0.01), []
     for seed in range(2):

@@ -61,6 +61,7 @@ def test_it_is_kept_on_each_population_in_a_thousand_draws(name, images, target)
     assert sum(violations(name, images, 1000, target, populations.SIZE)) <= most_violations(1000)
 
 
+@pytest.mark.slow
 def test_with_many_images_it_costs_little_more_than_without():
     traces = draw(population("overconfident"), 4000, 0)
     without = solve(traces, DROP)

@@ -203,7 +203,7 @@ def test_a_margin_is_kept_in_reserve():
     assert tight.cost > wide.cost
 
 
-@pytest.mark.parametrize("kind", ["max_drop", "max_fidelity_drop"])
+@pytest.mark.parametrize("kind", ["max_drop", pytest.param("max_fidelity_drop", marks=pytest.mark.slow)])
 def test_the_margin_auto_keeps_the_target_on_other_images_on_average(kind):
     target = Target(kind, 0.05)
 
