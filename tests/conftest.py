@@ -28,7 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tensors that a test file makes as it is read lie on the device, too."""
-    torch.set_default_device(wanted_device(config))
+    _set_default(wanted_device(config))
+
+
+def _set_default(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)  # one that is set makes every call of torch slower
 
 
 def wanted_device(config: pytest.Config) -> torch.device:
@@ -53,9 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """What a test makes lies on this device, unless it says otherwise."""
     wanted = wanted_device(request.config)
-    torch.set_default_device(wanted)
+    _set_default(wanted)
     yield wanted
-    torch.set_default_device(wanted)
+    _set_default(wanted)
 
 
 @pytest.fixture(autouse=True)
