@@ -32,7 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _set_default(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)  # one that is set makes every call of torch slower
+    """None on a CPU: a default device makes every call of torch slower."""
+    torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def wanted_device(config: pytest.Config) -> torch.device:
