@@ -101,7 +101,9 @@ class OptimizedModel(nn.Module):
         Raises:
             PteeError: for other images, or a threshold that is NaN or of another shape.
         """
-        seen = self.model.watching(x) if self._fits(x) else None  # an empty batch is the model's
+        seen = (
+            self.model.watching(x, audited=threshold is None) if self._fits(x) else None
+        )  # an empty batch is the model's
         out = self._predict(x, threshold, None)
         return out if seen is None else seen(out)
 

@@ -123,15 +123,16 @@ class Comparison:
     @property
     def bottom_line(self) -> str:
         """Why early exits do not pay here, in the sentence that comes last, for the largest drop at which they do not; else empty."""
-        lines = {drop: words for drop in self.drops if (words := self._bottom_line(drop))}
-        if not lines:
-            return ""
-        which = ", ".join(f"{drop:g}" for drop in lines)
-        return f"In short, for {which} lost at most: {list(lines.values())[-1]}"
+        lines = [
+            f"In short, for {drop:g} lost at most: {words}" for drop in self.drops if (words := self._bottom_line(drop))
+        ]
+        return lines[-1] if lines else ""
 
     def _bottom_line(self, drop: float) -> str:
         found = self._within(drop)
-        own = next((f.entry.cost for f in found if f.line.kind == "adaptive"), 1.0)
+        own = next((f.entry.cost for f in found if f.line.kind == "adaptive"), None)
+        if own is None:
+            return "no early exits that save anything keep this. Train longer, or allow a larger loss."
         others = [f for f in found if f.line.kind != "adaptive"]
         words = "cost {:.4f} instead of {:.4f}"
         rivals = [Way(f.line.name, f.entry.cost, f.entry.cost, words.format(f.entry.cost, own)) for f in others]

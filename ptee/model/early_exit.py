@@ -48,7 +48,7 @@ from ptee.model.forward import (
     widest_type,
 )
 from ptee.model.images import require_device, require_images, wrong_size, wrong_type
-from ptee.model.production import InProduction
+from ptee.model.production import InProduction, unseen
 from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
 
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
@@ -230,12 +230,12 @@ class EarlyExitModel(
         thresholds = self.thresholds_of_call(threshold, len(x))
         kind = kind_of_call(soft, threshold is not None)
         call = kind(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
-        seen = self.watching(x)
+        seen = unseen if soft else self.watching(x, audited=threshold is None)
         try:
             out = call.result(self._run(call, x) if len(x) else self._no_rows(x))
         except StopForward:
             out = call.result(None, self.answer_type(x))
-        return out if soft else seen(out)
+        return seen(out)
 
     @torch.compiler.disable
     def all_exits(self, x: Tensor) -> AllExits:

@@ -31,6 +31,7 @@ class InProduction:
         answers: Any
         off: Any
         backbone: Any
+        _hold: Any
 
     def threshold_for(
         self,
@@ -59,13 +60,17 @@ class InProduction:
         """
         wish = Wish(max_cost=max_cost, max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_time_ms=max_time_ms)
         wish.only()
+        return list(best_within(self.valid_curve(), wish).threshold)
+
+    def valid_curve(self) -> Curve:
+        """The curve, if it is of this model as it is set now; else a PteeError."""
         if self.curve is None:
             raise PteeError(f"This model has no curve: its thresholds were never chosen on images. Type {TUNE}.")
         made_for = {name: getattr(self.curve, name) for name in ("confidence", "answers", "off")}
         for name, value in made_for.items():
             if value != (now := getattr(self, name)):
                 raise PteeError(f"The curve was made with {name}={value!r}, and now it is {now!r}. Tune again: {TUNE}.")
-        return list(best_within(self.curve, wish).threshold)
+        return self.curve
 
     def monitor(
         self,
@@ -80,13 +85,14 @@ class InProduction:
 
         A random share of the images goes through the backbone, too, and their answers are compared; no answer changes. The monitor
         ends with `stop()`, or at the end of a `with` block. It sees `model(x)`, `model.predict(x)`, and those of `ptee.optimize(model)`;
-        not soft answers, and no model that was exported.
+        not soft answers, and no model that was exported. Calls with a threshold of their own are counted, not audited. If
+        `model.threshold` is changed, the promise stays the same. An audit that fails never costs an answer: it is counted as failed.
 
         Args:
             audit: the share. 0: only count.
             confidence: an alarm is false with probability 1 - confidence at most, however long the model is watched.
             max_fidelity_drop: the promise: no more of the answers than this differ from the backbone's. None: what the thresholds
-                in force were chosen for, or what they lost on the images that they were chosen on, and what chance may add.
+                in force were chosen for; if they were chosen for something else, the promise must be given.
             on_alarm: "never_leave" sets all thresholds above 1, so that the backbone answers every image; or a function, called once
                 with the monitor. None: nothing, look at `alarm`.
             seed: of the drawing. None: another each time.
@@ -101,18 +107,20 @@ class InProduction:
         return self.monitored
 
     def bare(self, x: Tensor) -> Tensor:
-        """The backbone's own answer to images, outside of any call of this model."""
-        with running(None), torch.no_grad():
+        """The backbone's own answer to images, outside of any call of this model. It stays frozen, and in its own number type."""
+        self._hold.keep()
+        with running(None), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             answer: Tensor = self.backbone(x)
             return answer
 
-    def watching(self, x: Tensor) -> Callable[[ExitOutput], ExitOutput]:
+    def watching(self, x: Tensor, *, audited: bool = True) -> Callable[[ExitOutput], ExitOutput]:
         """Called with images before they are answered; what it returns is called with the answers, and gives them back."""
         watch = self.monitored
-        return (
-            _unseen if watch is None or watch.model is not self else watch.watch(x)
-        )  # a copy of a model is not watched
+        if watch is None or watch.model is not self:  # a copy of a model is not watched
+            return unseen
+        return watch.watch(x, audited)
 
 
-def _unseen(out: ExitOutput) -> ExitOutput:
+def unseen(out: ExitOutput) -> ExitOutput:
+    """The answers, with nobody watching."""
     return out

@@ -39,9 +39,10 @@ def read_recorded(run: str) -> dict[str, Any]:
         if epochs := (metrics.get("training") or {}).get("epochs"):
             exit_figures.training(epochs)
         calibration, tuning = ((metrics.get("results") or {}).get(key) or {} for key in ("calibration", "tuning"))
-        assert isinstance(calibration, dict) and isinstance(tuning, dict)
+        if not isinstance(calibration, dict) or not isinstance(tuning, dict):
+            raise TypeError
         float((tuning.get("target") or {}).get("limit", 0))
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as why:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as why:
         raise RunError(f"{run}: {METRICS} does not hold what a run records. Copy the run again.") from why
     return metrics
 
@@ -63,14 +64,19 @@ def reported(
     said = _of(folders[name], first.model, metrics)
     traces = replace(kept[name], times=times)
     shown = images.report if pictures else None
-    names = first.unseen.data.class_names if first.model.num_classes == len(first.unseen.data.class_names) else ()
     more: dict[str, Any] = {
-        "names": names,
+        "names": class_names(first),
         "about": f"Images: {found.about} {first.accuracy}",
         "times": times,
         "folders": folders,
     }
     return replace(said, traces=traces, comparison=found, images=shown, **more), found
+
+
+def class_names(run: OpenRun) -> tuple[str, ...]:
+    """The names of the backbone's classes, in its order; empty if the images do not say all of them."""
+    names = run.unseen.data.split.get("classes", ())
+    return tuple(map(str, names)) if len(names) == run.model.num_classes else ()
 
 
 def recorded_only(run: str, weights: Path | None) -> Reported:
@@ -162,7 +168,7 @@ def run_figure(opened: OpenRun, run: str, kind: str, *, log: Log, **how: Any) ->
     images, words = opened.left_by_tuning(given=False)
     log(f"{words} {opened.accuracy}")
     traces = record(opened.model, images, logits=False, **how)
-    return draw(replace(said, traces=traces, images=images, names=opened.unseen.data.class_names)), title
+    return draw(replace(said, traces=traces, images=images, names=class_names(opened))), title
 
 
 def _varied(sweep: Sweep) -> str:

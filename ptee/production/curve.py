@@ -18,7 +18,7 @@ TUNE = "ptee tune RUN --max-drop 0.01 (in Python: ptee.tune(model, images, max_d
 
 Share = Annotated[Number, Field(ge=0, le=1)]
 Drop = Annotated[Number, Field(ge=-1, le=1)]  # below 0 it is a gain
-Positive = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(ge=0, le=1e9)]
 Name = Annotated[str, Field(strict=True, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 
 
@@ -43,7 +43,7 @@ class Point(_Record):
     fidelity_drop: Share
     drop: Drop | None = None
     time_ms: Positive | None = None
-    promised: Share | None = None
+    promised: Annotated[Number, Field(ge=0, lt=1)] | None = None
 
     @property
     def lost(self) -> float:
@@ -65,7 +65,7 @@ class Curve(_Record):
         off: exits that are off.
         images: on which all was measured.
         time_of: how times were measured, in words; empty if they were not.
-        points: none of them is dearer than another and loses more.
+        points: the thresholds that were chosen, and others of which none is dearer than another and loses more.
     """
 
     confidence: Name
@@ -122,10 +122,10 @@ def best_within(curve: Curve, wish: Wish) -> Point:
     within = [point for point, value in values.items() if value <= limit + ROUNDING]
     if not within:
         least = min(values.values())
-        enough = math.ceil(least * 1e4) / 1e4
+        enough = math.ceil(least * 1e4) / 1e4  # printed whole: a rounded one might be refused
         raise PteeError(
             Argument(name, f"{limit:g}"), f" is below everything on the curve of this run, which begins at {least:.4f}. Give ",
-            Argument(name, f"{enough:g}"), " or more.", argument=name, value=limit,
+            Argument(name, f"{enough:.10g}"), " or more.", argument=name, value=limit,
         )  # fmt: skip
     if "drop" in name:
         return min(within, key=lambda point: (point.price, point.lost))

@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ptee import __version__
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, PteeError, first_line
 from ptee._common.validation import FrozenConfig, Number, Whole, from_pydantic
 from ptee.exits.blend import OWN
 from ptee.production.curve import MOST_POINTS
@@ -26,6 +27,7 @@ from ptee.production.promise_test import Bet, PromiseTest
 AUDIT, CONFIDENCE = 0.05, 0.95
 NEVER_LEAVE = "never_leave"
 NEVER = 2.0  # a threshold that no confidence reaches
+AT_ONCE = 32  # images of an audit that the backbone answers at once, so that its memory stays small
 COUNTED = 3  # for each exit: rows, cost, confidence
 AGAIN = "Give what monitor.as_dict() returned."
 
@@ -156,7 +158,7 @@ class Monitor:
         self._lock, self._random = threading.RLock(), random.Random(settings.seed)
         self._test = None if self.max_fidelity_drop is None else PromiseTest(self.max_fidelity_drop, self._alpha)
         self._alarm: Alarm | None = None
-        self._drawn = self._audited = self._differed = 0  # images that came, and audits
+        self._drawn = self._audited = self._differed = self._failed = 0  # images that came, and audits
         self._seconds = 0.0
         self._next = self._gap() - 1  # how many images come before the next one that is audited
         with torch.inference_mode(False):  # so that calls of any mode can add to it
@@ -164,18 +166,28 @@ class Monitor:
 
     # -------------------------------------------------------------------------------------------- watching
 
-    def watch(self, x: Tensor) -> Callable[[A], A]:
+    def watch(self, x: Tensor, audited: bool = True) -> Callable[[A], A]:
         """Draw the images (b, c, h, w) to audit before they are answered. What is returned looks at the answers and gives them back."""
-        positions, first = self._draw(len(x))
+        positions, first = self._draw(len(x)) if audited else ([], 0)
         images = x.detach()[positions] if positions else x[:0]  # a copy: a backbone may write into what it gets
 
         def see(out: A) -> A:
             self._count(out)
             if positions:
-                self._see(self._differs(images, positions, out), [first + n for n in positions])
+                self._audit(images, positions, first, out)
             return out
 
         return see
+
+    def _audit(self, images: Tensor, positions: Sequence[int], first: int, out: Answers) -> None:
+        """Whatever happens here, the caller has the answer already."""
+        try:
+            self._see(self._differs(images, positions, out), [first + n for n in positions])
+        except Exception as why:  # the backbone's, or that of `on_alarm`
+            with self._lock:
+                self._failed += 1
+            if self._failed == 1:
+                warnings.warn(f"An audit failed, and the answers stand: {first_line(why)}", stacklevel=4)
 
     def _gap(self) -> float:
         """How many images further the next audited one is: each is drawn with the same chance, at no cost for the others."""
@@ -212,8 +224,8 @@ class Monitor:
             left = torch.ones_like(left)  # the end answers with a blend, too
         if left.any():
             began = time.perf_counter()
-            bare = self.model.bare(images[left])
-            differs[left] = bare.argmax(-1) != answers[left]
+            bare = torch.cat([self.model.bare(some).argmax(-1) for some in images[left].split(AT_ONCE)])
+            differs[left] = bare != answers[left]
             self._spent(time.perf_counter() - began)
         found: list[bool] = differs.tolist()
         return found
@@ -265,6 +277,7 @@ class Monitor:
                 "audit": self.settings.audit,
                 "audited": self._audited,
                 "differed": self._differed,
+                "failed": self._failed,
                 "seconds": self._seconds,
                 "max_fidelity_drop": self.max_fidelity_drop,
                 "confidence": self.settings.confidence,
@@ -290,6 +303,8 @@ class Monitor:
             self._alarm = None if saved.alarm is None else Alarm(**saved.alarm.model_dump())
             if self._test is not None and saved.test is not None:
                 self._test.seen, self._test.bets = saved.test.seen, [Bet(**b.model_dump()) for b in saved.test.bets]
+        if saved.alarm is not None:
+            self._act()
 
     def _checked(self, state: Mapping[str, Any]) -> _State:
         try:
@@ -333,6 +348,7 @@ class Monitor:
         single = {
             "audited_total": ("counter", "Images whose answer was compared with the backbone's.", now["audited"]),
             "audited_differed_total": ("counter", "Those of them that differed.", now["differed"]),
+            "audits_failed_total": ("counter", "Batches whose audit ended in an error.", now["failed"]),
             "audit_seconds_total": ("counter", "Seconds of the backbone for these.", now["seconds"]),
             "alarm": ("gauge", "1 if the promise no longer holds.", int(now["alarm"] is not None)),
         }
@@ -385,7 +401,7 @@ def _label(text: str) -> str:
 
 
 def new_monitor(model: Any, settings: MonitorConfig) -> Monitor:
-    """A monitor of a model, for the promise that is given, or else for that of the model's curve.
+    """A monitor of a model, for the promise that is given, or else for the one that the model was tuned for.
 
     Raises:
         PteeError: if the model has a monitor already, or nothing is promised.
@@ -396,29 +412,17 @@ def new_monitor(model: Any, settings: MonitorConfig) -> Monitor:
     given = settings.max_fidelity_drop
     if given is not None or settings.audit == 0:
         return Monitor(model, settings, (given, alpha))
-    return Monitor(model, settings, _promise_of_curve(model, alpha))
+    return Monitor(model, settings, (_promise_of_curve(model), alpha))
 
 
-def _promise_of_curve(model: Any, alpha: float) -> tuple[float, float]:
-    """The fidelity drop that the thresholds in force were chosen for, or else what they lost, rounded up by a confidence interval.
-
-    The interval may be wrong, too: half of alpha is for it, and half for the test (Clopper and Pearson, 1934).
-    """
-    point = model.curve and model.curve.at(model.threshold)
-    if point is None:
-        give = Argument("max_fidelity_drop", "0.01")
-        text = "Nothing is known of what these thresholds promise. Say which share of the answers may differ from the backbone's: "
-        raise PteeError(
-            text,
-            give,
-            ". Or take thresholds of the run's curve, such as model.threshold_for(max_cost=0.6).",
-            argument="max_fidelity_drop",
-        )
-    if point.promised:
-        return point.promised, alpha
-    from scipy.stats import beta
-
-    n = model.curve.images
-    differed = round(point.fidelity_drop * n)
-    upper = float(beta.ppf(1 - alpha / 2, differed + 1, n - differed)) if differed < n else 1.0
-    return min(upper, 1 - 1e-6), alpha / 2
+def _promise_of_curve(model: Any) -> float:
+    """The largest fidelity drop that the thresholds in force were chosen for."""
+    point = model.valid_curve().at(model.threshold) if model.curve is not None else None
+    if point is not None and point.promised:
+        return float(point.promised)
+    lost = 0.0 if point is None else point.fidelity_drop
+    like = f"{math.ceil(100 * lost) / 100:g}" if 0 < lost < 0.99 else "0.01"
+    raise PteeError(
+        "These thresholds were chosen for no share of answers that differ from the backbone's. Say which share may: ",
+        Argument("max_fidelity_drop", like), ".", argument="max_fidelity_drop",
+    )  # fmt: skip

@@ -187,7 +187,7 @@ def calibrate(
             model.to(home)
     exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, _positives(outputs, target)))
     model.calibrated = Calibrated(tuple(e.scale for e in exits), tuple(e.shift for e in exits))
-    model.confidence = CALIBRATED
+    model.confidence, model.curve = CALIBRATED, None  # the curve was of another h
     return Calibration(target, outputs.answers.shape[1], exits)
 
 

@@ -161,7 +161,7 @@ def _drop_what_was_fitted(model: EarlyExitModel) -> None:
             raise PteeError(
                 f"This {what} {fitted}, and training changes the heads that this was done for. Set model.{name}."
             )
-    model.calibrated = model.blend = None
+    model.calibrated = model.blend = model.curve = None
 
 
 def _auto_epochs(config: TrainingConfig, data: Any) -> int:

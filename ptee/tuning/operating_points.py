@@ -33,7 +33,8 @@ def operating_points(traces: Traces, found: Solution) -> Curve:
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0), device="cpu")
     some = found.answering(traces.rows(order[:MAX_IMAGES].to(traces.answers.device)))
     kinds = ["max_fidelity_drop"] if traces.targets is None else ["max_drop", "max_fidelity_drop"]
-    points = [_chosen(some, found), *(point for kind in kinds for point in _points(some, found, kind))]
+    others = [point for kind in kinds for point in _points(some, found, kind)]
+    points = [_chosen(some, found), *_cautious(others)]
     return Curve(
         confidence=traces.confidence_name,
         answers=OWN if found.blend is None else BLENDED,
@@ -69,6 +70,19 @@ def _points(traces: Traces, found: Solution, kind: str) -> Iterator[Point]:
     for threshold, (drop, differ) in zip(final, lost.tolist(), strict=True):
         point = _point(traces, found, threshold)
         yield point.model_copy(update={"drop": point.drop if point.drop is None else drop, "fidelity_drop": differ})
+
+
+def _cautious(points: list[Point]) -> list[Point]:
+    """Whoever leaves more loses no less: where a cheaper point seems to lose less than a dearer one, it was lucky.
+
+    The cheapest of many points within a limit would otherwise be one of the lucky ones, and lose more on other images.
+    """
+    cautious, drop, differ = [], -1.0, 0.0
+    for point in sorted(points, key=lambda point: -point.cost):
+        drop, differ = max(drop, point.lost), max(differ, point.fidelity_drop)
+        more = {"fidelity_drop": differ} | ({} if point.drop is None else {"drop": drop})
+        cautious.append(point.model_copy(update=more))
+    return cautious
 
 
 def _path(traces: Traces, found: Solution, kind: str) -> list[list[float]]:

@@ -36,7 +36,7 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
         "small                                             0.3000 (+0.0000)",
         "",
         *found.verdict,
-        "In short, for 0.01, 0.02 lost at most: small answers as well and costs less: cost 0.3000 instead of 0.5000.",
+        "In short, for 0.02 lost at most: small answers as well and costs less: cost 0.3000 instead of 0.5000.",
     ]
 
 
@@ -108,7 +108,7 @@ def test_the_last_line_says_in_one_sentence_that_something_else_is_better(kind):
 
 @pytest.mark.parametrize(
     ("cost", "words"),
-    [(0.5, ""), (0.96, "hardly pays: it saves 4.0% of the cost"), (1.1, "does not pay: it costs 1.000")],
+    [(0.5, ""), (0.96, "hardly pays: it saves 4.0% of the cost"), (1.1, "no early exits that save anything keep this")],
 )
 def test_the_last_line_says_that_little_is_saved(cost, words):
     found = comparison(Line("ours", "adaptive", (entry(cost, 0.01, 0.01),)))

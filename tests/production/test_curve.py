@@ -153,8 +153,20 @@ def test_the_monitor_takes_the_promise_of_the_curve():
     with model.monitor(confidence=0.9) as monitor:
         assert monitor.max_fidelity_drop == 0.25
     model.threshold = model.threshold_for(max_fidelity_drop=0)
-    with model.monitor(confidence=0.9) as monitor:
-        assert monitor.max_fidelity_drop == pytest.approx(1 - 0.05 ** (1 / 60))  # 0 of 60 differ
+    with pytest.raises(PteeError, match=r"chosen for no share of answers that differ.*max_fidelity_drop=0\.01"):
+        model.monitor()  # what 60 images measured is no promise
+    model.confidence = "max_prob"
+    with pytest.raises(PteeError, match="The curve was made with confidence="):
+        model.monitor()
+
+
+@pytest.mark.parametrize("change", [ptee.calibrate, lambda m, data: ptee.train(m, data, epochs=1)])
+def test_a_curve_ends_where_the_confidence_is_fitted_or_the_heads_are_trained(change):
+    model = tuned()
+    model.confidence, model.off, curve = "learned", [], model.curve
+    model.curve = curve  # as if it were of all exits
+    change(model, torch.utils.data.TensorDataset(*labelled(60)))
+    assert model.curve is None
 
 
 # ---------------------------------------------------------------------------------------------------- what it says is true

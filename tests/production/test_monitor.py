@@ -71,6 +71,54 @@ def test_blended_answers_are_audited_at_the_end_too():
     assert monitor.as_dict()["differed"] == int((out.logits.argmax(-1) != bare.argmax(-1)).sum())
 
 
+def test_an_audit_leaves_the_backbone_frozen_whatever_its_user_did():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+    model = ptee.augment(net, exits=["2"], input_size=(3, 16, 16))
+    fast, x = ptee.optimize(model, mode="eager", max_batch=8), torch.randn(8, 3, 16, 16)
+    before = net[1].running_mean.clone()
+    net.train()
+    with torch.no_grad(), audited(model):
+        fast.predict(x)
+    assert torch.equal(net[1].running_mean, before)
+
+
+def test_a_failing_audit_or_alarm_costs_no_answer():
+    model = leaving()
+
+    def page(_: Monitor) -> None:
+        raise OSError("the pager is down")
+
+    with torch.no_grad(), audited(model, on_alarm=page, max_fidelity_drop=1e-6) as monitor:
+        with pytest.warns(UserWarning, match="An audit failed, and the answers stand: OSError: the pager is down"):
+            out = model.predict(X)
+        assert torch.equal(out.logits, model.predict(X).logits)
+    assert monitor.as_dict()["failed"] == 1
+    assert monitor.alarm is not None
+
+
+def test_who_goes_on_from_an_alarm_leaves_no_row_early():
+    model = leaving()
+    with torch.no_grad(), audited(model, max_fidelity_drop=1e-6) as monitor:
+        model.predict(X)
+    state = monitor.as_dict()
+    assert state["alarm"]
+    with audited(model, max_fidelity_drop=1e-6, on_alarm="never_leave") as monitor:
+        monitor.resume(state)
+    assert min(model.threshold) > 1
+
+
+def test_calls_with_thresholds_of_their_own_and_soft_answers_are_not_audited():
+    model = leaving()
+    with torch.no_grad(), audited(model) as monitor:
+        model.predict(X, threshold=0.0)
+        model.predict(X, soft=True)
+    seen = monitor.as_dict()
+    assert (seen["audited"], sum(seen["rows"])) == (0, len(X))
+
+
 def test_a_share_of_the_images_is_drawn():
     model = leaving()
     with audited(model, audit=0.1, seed=0) as monitor:
@@ -264,7 +312,7 @@ NAN = float("nan")
         ({"audit": True}, "audit=True must be a number"),
         ({"max_fidelity_drop": 0}, "max_fidelity_drop=0 must be above 0"),
         ({"on_alarm": "stop"}, "on_alarm"),
-        ({"max_fidelity_drop": None}, "Nothing is known of what these thresholds promise.*max_fidelity_drop=0.01"),
+        ({"max_fidelity_drop": None}, "chosen for no share of answers.*max_fidelity_drop=0.01"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(wrong, words):
