@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,4 +103,5 @@ def _number(value: Any) -> str:
 
 def _plain(text: Any) -> str:
     """A text of anybody in one line of Markdown, in which nothing is a tag or a cell."""
-    return html.escape(" ".join(printable(str(text)).split()), quote=False).replace("|", "\\|").replace("`", "'")
+    words = html.escape(" ".join(printable(str(text)).split()), quote=False).replace("`", "'")
+    return re.sub(r"([|\[\]!])", r"\\\1", words)  # no cell, link or picture

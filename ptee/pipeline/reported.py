@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict
+
 from ptee._common.errors import Argument, PteeError, RunError, unknown
 from ptee.data.splits import parts_for_all
 from ptee.evaluation.comparison_table import Comparison
@@ -26,6 +28,55 @@ from ptee.tuning.config import AT_BATCH
 from ptee.tuning.traces import Traces, record
 
 
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _Row(_Checked):
+    name: str
+    accuracy: float | None
+    fidelity: float
+    cost: float
+    right: float | None
+
+
+class _Target(_Checked):
+    kind: str
+    limit: float
+
+
+class _Tuning(_Checked):
+    target: _Target | None = None
+
+
+class _Results(_Checked):
+    rows: list[_Row] = []
+    leaving: list[float] = []
+    samples: int = 0
+    verdict: list[str] = []
+    tuning: _Tuning | None = None
+
+
+class _Epoch(_Checked):
+    number: int
+    loss: float
+    val_loss: float | None
+    accuracy: list[float] | None
+    fidelity: list[float] | None
+
+
+class _Training(_Checked):
+    epochs: list[_Epoch] = []
+    warning: str | None = None
+
+
+class _Recorded(_Checked):
+    """What a page reads of metrics.json, which may come from elsewhere."""
+
+    results: _Results | None = None
+    training: _Training | None = None
+
+
 def read_recorded(run: str) -> dict[str, Any]:
     """What a run's metrics.json says, in the form that a page needs; empty if there is none.
 
@@ -35,6 +86,7 @@ def read_recorded(run: str) -> dict[str, Any]:
     folder = Path(run)
     metrics = metrics_of(folder) if (folder / METRICS).is_file() else {}
     try:
+        _Recorded.model_validate(metrics)
         facts.recorded(metrics.get("results") or {})
         if epochs := (metrics.get("training") or {}).get("epochs"):
             exit_figures.training(epochs)
@@ -93,6 +145,10 @@ def recorded_only(run: str, weights: Path | None) -> Reported:
             ".",
         )
     said = _of(run, load_run(run, weights), metrics)
+    if (leaving := (metrics.get("results") or {}).get("leaving")) and len(leaving) != len(said.model.exits) + 1:
+        raise RunError(
+            f"{run}: {METRICS} is of a run with {len(leaving) - 1} exits, and this one has {len(said.model.exits)}. Copy the run again."
+        )
     return replace(said, times=_times(run, AT_BATCH), names=())
 
 

@@ -132,7 +132,11 @@ def runs(found: Sequence[dict[str, Any]], backbone: float | None) -> Any:
 
 def over_setting(found: Sequence[dict[str, Any]], setting: str) -> Any:
     """Accuracy, fidelity and cost of several runs against one setting, such as lambda; means over the runs of one value."""
+    numbers = all(isinstance(run[setting], int | float) for run in found)
+    found = [run if numbers else run | {setting: text(str(run[setting]))} for run in found]
     values = list(dict.fromkeys(run[setting] for run in found))
+    if numbers:
+        values.sort()
     drawn = figure(text(setting), "share")
     for n, name in enumerate((ACCURACY, FIDELITY, "cost")):
         groups = [[run[name] for run in found if run[setting] == value and run[name] is not None] for value in values]
@@ -144,6 +148,6 @@ def over_setting(found: Sequence[dict[str, Any]], setting: str) -> Any:
             "arrayminus": [m - min(g) for g, m in zip(groups, means, strict=True)], "symmetric": False,
         }  # fmt: skip
         drawn.add_scatter(x=values, y=means, error_y=spread, name=name, mode="lines+markers", **mark(n))
-    if not all(isinstance(value, int | float) for value in values):
+    if not numbers:
         drawn.update_xaxes(type="category")
     return drawn

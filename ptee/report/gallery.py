@@ -48,11 +48,11 @@ def gallery(traces: Traces, leaving: Tensor, images: Any, names: Sequence[str], 
     found: list[Row] = []
     for n in range(exits + 1):
         where = f"at exit {n}" if n < exits else "at the end of the backbone"
-        groups = [(f"Left {where}", (leaving == n) & right)]
+        well, wrong = (leaving == n) & right, (leaving == n) & ~right
+        groups = [(f"Left {where}", well, spread_over(well.nonzero()[:, 0], MOST))]
         if n < exits:  # those first that the backbone would have answered rightly
-            groups.append((f"Answered wrongly {where}", (leaving == n) & ~right))
-        for title, which in groups:
-            places = _lost_first(traces, which)
+            groups.append((f"Answered wrongly {where}", wrong, _lost_first(traces, wrong)))
+        for title, which, places in groups:
             shown = tuple(_picture(traces, leaving, images, i, names, pixels) for i in places)
             found += [Row(f"{title} ({int(which.sum()):,} images)", shown)] if shown else []
     return found

@@ -72,7 +72,8 @@ def write_still(folder: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _is_drawn(path: Path) -> None:
-    path.touch(exist_ok=True)
+    if not path.is_file():
+        raise RuntimeError(f"{path.name} was not written.")
 
 
 def _on_white(figure: Any) -> Any:
