@@ -70,7 +70,7 @@ class Curve(_Record):
 
     confidence: Name
     answers: Name
-    off: Annotated[tuple[Whole, ...], Field(max_length=MOST_POINTS)] = ()
+    off: Annotated[tuple[Annotated[Whole, Field(ge=0, lt=MOST_POINTS)], ...], Field(max_length=MOST_POINTS)] = ()
     images: Annotated[Whole, Field(ge=1)]
     time_of: Name = ""
     points: Annotated[tuple[Point, ...], Field(min_length=1, max_length=MOST_POINTS)]

@@ -28,11 +28,13 @@ AUDIT, CONFIDENCE = 0.05, 0.95
 NEVER_LEAVE = "never_leave"
 NEVER = 2.0  # a threshold that no confidence reaches
 AT_ONCE = 32  # images of an audit that the backbone answers at once, so that its memory stays small
+FARTHEST = 1e15  # images until the next audit, at most
 COUNTED = 3  # for each exit: rows, cost, confidence
 AGAIN = "Give what monitor.as_dict() returned."
 
-Positive = Annotated[Number, Field(ge=0)]
-Count = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Number, Field(ge=0, le=1e18)]
+Moment = Annotated[Number, Field(ge=0, le=1e11)]  # seconds since 1970
+Count = Annotated[Whole, Field(ge=0, le=10**18)]
 PerExit = Annotated[tuple[Positive, ...], Field(max_length=MOST_POINTS + 1)]
 
 
@@ -112,10 +114,10 @@ class _SavedAlarm(_Saved):
 class _SavedBet(_Saved):
     differ: Positive
     agree: Positive
-    capital: Positive
+    capital: Annotated[Number, Field(ge=0)]
     cusum: Number
     since: Count
-    moment: Positive
+    moment: Moment
     audited: Count
     differed: Count
 
@@ -194,7 +196,7 @@ class Monitor:
         share = self.settings.audit
         if share in (0, 1):
             return math.inf if share == 0 else 1
-        return 1 + math.floor(math.log(1 - self._random.random()) / math.log1p(-share))
+        return 1 + math.floor(min(math.log(1 - self._random.random()) / math.log1p(-share), FARTHEST))
 
     def _draw(self, rows: int) -> tuple[list[int], int]:
         """Which images of a batch are audited, and the number of its first image."""
@@ -406,7 +408,7 @@ def new_monitor(model: Any, settings: MonitorConfig) -> Monitor:
     Raises:
         PteeError: if the model has a monitor already, or nothing is promised.
     """
-    if model.monitored is not None:
+    if model.monitored is not None and model.monitored.model is model:  # else it watches what this is a copy of
         raise PteeError("This model has a monitor already: model.monitored. Stop it first: model.monitored.stop().")
     alpha = 1 - settings.confidence
     given = settings.max_fidelity_drop

@@ -134,6 +134,9 @@ def test_a_curve_is_saved_with_the_run_and_an_old_run_has_none(tmp_path):
         (lambda c: c["points"][0].update(threshold=[0.5]), "different numbers of thresholds"),
         (lambda c: c.update(points=[c["points"][0] | {"threshold": [1]}]), "1 thresholds for 2 exits"),
         (lambda c: c.update(points=[]), "a list of 1 or more"),
+        (lambda c: c.update(off=[-5] * 1000), r"off\[0\]=-5 must be 0 or more"),
+        (lambda c: c["points"][0].update(cost=1e308), "cost"),
+        (lambda c: c["points"][0].update(promised=1.0), r"promised=1\.0 must be below 1"),
         (lambda c: c.update(images=0), "images=0 must be 1 or more"),
     ],
 )

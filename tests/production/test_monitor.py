@@ -265,6 +265,8 @@ def test_a_monitor_is_saved_as_json_and_goes_on():
         (lambda s: s.update(cost=[1.0, 2.0, float("nan")]), "must be a finite number"),
         (lambda s: s.update(exits=["0", "1", ""]), "its exits is"),
         (lambda s: s.update(max_fidelity_drop=0.02), "its max_fidelity_drop is 0.02, and here it is 0.01"),
+        (lambda s: s.update(rows=[10**400, 0, 0]), "rows"),
+        (lambda s: s["test"]["bets"][0].update(moment=1e300), "moment"),
         (lambda s: s["test"]["bets"].pop(), "its parts do not fit each other"),
         (lambda s: s.update(alarm=3), "alarm"),
     ],
@@ -321,6 +323,12 @@ def test_what_cannot_be_is_refused_in_one_line(wrong, words):
         audited(model, **wrong)
     one_line(refusal)
     assert model.monitored is None
+
+
+def test_a_copy_of_a_watched_model_gets_a_monitor_of_its_own():
+    model = leaving()
+    with audited(model) as monitor, audited(copy.copy(model)) as other:
+        assert other is not monitor
 
 
 def test_a_second_monitor_is_refused():
