@@ -214,16 +214,16 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     require_runs(*run, **o)
-    from ptee._common.files import require_writable, write_text
+    from ptee._common.files import write_text
     from ptee.evaluation.results_csv import results_csv
     from ptee.pipeline.reported import reported
     from ptee.pipeline.saved_run import compare_runs, open_run
-    from ptee.report.page import require_page, write_report
+    from ptee.report.page import require_name, require_page, write_report
 
     if o["page"] is not None:
         require_page(o["page"], "html")
     if o["sheet"] is not None:
-        require_writable(o["sheet"].parent)
+        require_name(o["sheet"], (".csv",), "csv", "a table")
     how, folders = comparison_of(o), names_of(run)
     opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
     log = partial(click.echo, err=o["as_json"])

@@ -9,13 +9,18 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.errors import Argument, PteeError
 from ptee.cli import options
-from ptee.cli.options import Numbers, Place, RunName, given_settings, in_groups
-from ptee.cli.values import how_of, names_of, require_runs, static_networks, where_of
-from ptee.model.run_files import is_run
+from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups
+from ptee.cli.values import how_of, names_of, refuse_given, require_runs, static_networks, where_of
+from ptee.pipeline.recorded import FIGURES_OF_RUN, FIGURES_OF_SWEEP, WITHOUT_IMAGES, is_sweep, require_kind
 
-KINDS = "curve, lambda, threshold, exits, network, confidence, gallery"
+OF_COMPARING = (
+    "static",
+    "drops",
+    "lines",
+    *(f"{PREFIX}thresholds__{name}" for name in ("cost", "at_batch", "executor")),
+)
+OF_READING = ("data", "data_root", "classes", "workers", "batch_size", "device")
 COMPARED = (
     option(
         "--static",
@@ -70,14 +75,10 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     """
     runs = (run, *against)
     folders = names_of(runs)
-    if o["recorded"] and (
-        wrong := [name for name in ("against", "static", "data") if (against if name == "against" else o[name])]
-    ):
-        raise PteeError(
-            Argument(wrong[0]),
-            " needs images, and ",
-            Argument("recorded", "True"),
-            " reads none. Leave one of them out.",
+    if o["recorded"]:
+        refuse_given(
+            ("against", "images", *OF_COMPARING, *OF_READING),
+            "needs images, and --recorded reads none. Leave one of them out.",
         )
     require_runs(*runs, **o | {"images": not o["recorded"]})
     _require_out(o)
@@ -117,7 +118,12 @@ def _require_out(o: dict[str, Any]) -> None:
 
 @command(short_help="Draw one figure of a run or a sweep.")
 @click.argument("run", type=RunName())
-@option("--kind", default="curve", show_default=True, help=f"Which figure: {KINDS}. Of a sweep: curve, lambda.")
+@option(
+    "--kind",
+    default="curve",
+    show_default=True,
+    help=f"Which figure: {', '.join(FIGURES_OF_RUN)}. Of a sweep: {', '.join(FIGURES_OF_SWEEP)}.",
+)
 @option("--out", type=Place(), required=True, help="FILE.html, or a still picture: FILE.png, FILE.svg.")
 @in_groups(*COMPARED, *options.TIME_OPTIONS)
 @OF_IMAGES
@@ -126,19 +132,20 @@ def plot(run: str, kind: str, **o: Any) -> None:
 
     PNG and SVG need kaleido and Chrome; a page needs neither.
     """
-    if is_run(Path(run)):
-        require_runs(run, **o)
-    from ptee.pipeline.reported import require_kind, run_figure, sweep_figure
-    from ptee.pipeline.sweep import TABLE
+    of_sweep = is_sweep(Path(run))
+    require_kind(kind, of_sweep)
+    _refuse_unused(kind, of_sweep)
+    if not of_sweep:
+        require_runs(run, **o | {"images": kind not in WITHOUT_IMAGES})
+    from ptee.pipeline.reported import network_figure, run_figure, sweep_figure
     from ptee.report.pictures import require_picture, write_figure
 
-    is_sweep = (Path(run) / TABLE).is_file()
-    require_kind(kind, is_sweep)
     require_picture(o["out"])
-    if is_sweep:
+    if of_sweep:
         figure, title = sweep_figure(Path(run), kind)
+    elif kind in WITHOUT_IMAGES:
+        figure, title = network_figure(run, o["weights"])
     else:
-        require_runs(run, **o)
         from ptee.pipeline.saved_run import open_run
 
         how = comparison_of(o)
@@ -148,3 +155,12 @@ def plot(run: str, kind: str, **o: Any) -> None:
             figure, title = run_figure(opened, run, kind, log=partial(click.echo, err=True), **how)
     write_figure(figure, o["out"], title)
     click.echo(f"Drawn in {o['out']}")
+
+
+def _refuse_unused(kind: str, of_sweep: bool) -> None:
+    """Refuse options that this kind of figure has no use for."""
+    if of_sweep:
+        refuse_given((*OF_COMPARING, *OF_READING, "weights"), "is of no use for a figure of a sweep. Leave it out.")
+    elif kind != "curve":
+        unused = (*OF_COMPARING, *OF_READING) if kind in WITHOUT_IMAGES else OF_COMPARING
+        refuse_given(unused, f"is of no use for --kind {kind}. Leave it out.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.validation import LONGEST_VALUE
@@ -141,6 +143,19 @@ def refuse_without_model(o: dict[str, Any]) -> None:
         given.insert(0, Argument("pretrained", "False"))
     if given:
         raise PteeError(given[0], " needs a model. Give ", GIVE_MODEL, ".", argument="model")
+
+
+def refuse_given(options: Iterable[str], why: str) -> None:
+    """Refuse options that were typed and would change nothing, because of what another option asks for.
+
+    Args:
+        options: names of the command's parameters; those that it lacks are passed over.
+        why: "OPTION " and this make the sentence.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in options and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise PteeError(f"{parameter.opts[0]} {why}", argument=parameter.name)
 
 
 def remark_on(threshold: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ptee._common.errors import PteeError, RunError, unknown
 from ptee._common.files import as_path, clear_unfinished, replace_files, require_writable, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
+from ptee._common.progress import with_bar
 from ptee._common.text import printable
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
@@ -130,7 +131,7 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
     alive: tuple[Tensor, ...] = (example_images(model, EXAMPLE_ROWS),)
     rows: Sequence[Rows] = (Rows(),)
     listed = []
-    for n, piece in enumerate(pieces):
+    for n, piece in enumerate(with_bar(pieces, "Exporting pieces")):
         module = _ExportedPiece(piece, pieces[n - 1] if n else None, model.rule)
         file = folder / f"piece_{n}.{format}"
         program = _program(module, alive, rows)

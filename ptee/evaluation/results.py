@@ -79,7 +79,7 @@ def evaluate(
         return Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
-            asked=_asked(view),
+            asked="the backbone's answer" if foretells_agreement(view) else "",
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)
@@ -95,7 +95,7 @@ def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]
         _row(model, traces.alone, len(model.exits), leaving, "backbone"), cost=1.0
     )  # bare: without heads
     exits = [
-        replace(_row(model, traces, n, leaving, f"exit {n}", exit_.name), **_of_confidence(model, traces, n))
+        replace(_row(model, traces, n, leaving, f"exit {n}", exit_.name), **confidence_quality(model, traces, n))
         for n, exit_ in enumerate(model.exits)
     ]
     end = [_row(model, traces, len(model.exits), leaving, BLENDED_END)] if traces.own is not None else []
@@ -112,17 +112,25 @@ def _row(model: EarlyExitModel, traces: Traces, n: int, leaving: Tensor, name: s
     return Row(name, module, score.accuracy, score.fidelity, score.cost, right)
 
 
-def _of_confidence(model: EarlyExitModel, traces: Traces, n: int) -> dict[str, Any]:
-    h, right = traces.confidence[n], traces.right[n]
-    asked = traces.answers[n] == traces.bare if _asked(model) else right
-    return {"calibration_error": calibration_error(h, asked), "failure_auroc": failure_auroc(h, right)}
+def confidence_quality(model: EarlyExitModel, traces: Traces, n: int) -> dict[str, Any]:
+    """`calibration_error` and `failure_auroc` of exit n's confidence, on all images of the traces."""
+    h = traces.confidence[n]
+    return {
+        "calibration_error": calibration_error(h, foretold(model, traces, n)),
+        "failure_auroc": failure_auroc(h, traces.right[n]),
+    }
 
 
-def _asked(model: EarlyExitModel) -> str:
-    """What the calibrated confidence is the probability of, if that is not a right answer."""
+def foretold(model: EarlyExitModel, traces: Traces, n: int) -> Tensor:
+    """(n,) bool, whether what exit n's confidence is the probability of came true: a right answer, or the backbone's."""
+    return traces.answers[n] == traces.bare if foretells_agreement(model) else traces.right[n]
+
+
+def foretells_agreement(model: EarlyExitModel) -> bool:
+    """Whether the confidence is the probability that an exit agrees with the backbone, not that it is right."""
     fitted = (model.results or {}).get("calibration")
     agrees = isinstance(fitted, dict) and fitted.get("target") == "agrees"
-    return "the backbone's answer" if agrees and model.confidence == CALIBRATED else ""
+    return agrees and model.confidence == CALIBRATED
 
 
 def _few_enough(model: EarlyExitModel, images: Tensor, seconds: float) -> Tensor:

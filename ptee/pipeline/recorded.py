@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ptee._common.errors import Argument, BackboneError, DataError, RunError
+from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
 from ptee._common.files import is_file, require_writable
 from ptee._common.text import printable
 from ptee.model.run_files import METRICS, OTHER_FOLDER, is_folder, metrics_of, read_run, record_of
@@ -20,6 +20,26 @@ from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
 FOLDER = Argument("data", "FOLDER")
+SWEEP_TABLE = "sweep.csv"  # in the folder of a sweep
+FIGURES_OF_RUN = ("curve", "threshold", "exits", "network", "confidence", "gallery")
+FIGURES_OF_SWEEP = ("curve", "lambda")
+WITHOUT_IMAGES = ("network",)  # figures that need none
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds the table of a sweep."""
+    return is_file(folder / SWEEP_TABLE)
+
+
+def require_kind(kind: str, of_sweep: bool) -> None:
+    """Refuse a kind of figure that there is not, or not of a run, or not of a sweep."""
+    every = tuple(dict.fromkeys([*FIGURES_OF_SWEEP, *FIGURES_OF_RUN]))
+    if kind not in every:
+        raise unknown("kind of figure", kind, every, argument="kind")
+    known, what, other = (FIGURES_OF_SWEEP, "a sweep", "a run") if of_sweep else (FIGURES_OF_RUN, "a run", "a sweep")
+    if kind not in known:
+        text = f"'{kind}' is a figure of {other}, and this is {what}. Choices: {', '.join(known)}."
+        raise PteeError(text, argument="kind")
 
 
 def require_openable(run: str, *, weights: Path | None, images: bool) -> None:

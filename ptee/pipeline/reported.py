@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from ptee._common.errors import Argument, PteeError, RunError, unknown
+from ptee._common.errors import Argument, RunError
 from ptee.data.splits import parts_for_all
 from ptee.evaluation.comparison_table import Comparison
 from ptee.exits.times import BatchTimes
@@ -17,6 +17,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.run_files import METRICS, metrics_of
 from ptee.pipeline.fit import Log
 from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
+from ptee.pipeline.recorded import FIGURES_OF_RUN, FIGURES_OF_SWEEP
 from ptee.pipeline.saved_run import OpenRun, compare_runs, load_run
 from ptee.pipeline.sweep import Sweep, read_sweep
 from ptee.report import curves, exit_figures, facts
@@ -188,18 +189,7 @@ OF_SWEEP = {
     "curve": Kind("The runs of a sweep", lambda sweep: curves.runs(sweep.numbers, sweep.rows[0].figures["backbone"])),
     "lambda": Kind("Over a setting", lambda sweep: curves.over_setting(sweep.numbers, _varied(sweep))),
 }
-KINDS = tuple(dict.fromkeys([*OF_SWEEP, *OF_RUN]))
-
-
-def require_kind(kind: str, is_sweep: bool) -> None:
-    """Refuse a kind of figure that there is not, or not of a run, or not of a sweep."""
-    if kind not in KINDS:
-        raise unknown("kind of figure", kind, KINDS, argument="kind")
-    known, what, other = (OF_SWEEP, "a sweep", "a run") if is_sweep else (OF_RUN, "a run", "a sweep")
-    if kind not in known:
-        raise PteeError(
-            f"'{kind}' is a figure of {other}, and this is {what}. Choices: {', '.join(known)}.", argument="kind"
-        )
+assert (*OF_RUN,) == FIGURES_OF_RUN and (*OF_SWEEP,) == FIGURES_OF_SWEEP
 
 
 def sweep_figure(folder: Path, kind: str) -> tuple[Any, str]:
@@ -208,8 +198,16 @@ def sweep_figure(folder: Path, kind: str) -> tuple[Any, str]:
     return draw(read_sweep(folder)), title
 
 
+def network_figure(run: str, weights: Path | None) -> tuple[Any, str]:
+    """The drawing of a run's network, and its title. No image is read."""
+    title, draw = OF_RUN["network"]
+    said = _of(run, load_run(run, weights), read_recorded(run))
+    return draw(replace(said, times=_times(run, AT_BATCH))), title
+
+
 def run_figure(opened: OpenRun, run: str, kind: str, *, log: Log, **how: Any) -> tuple[Any, str]:
-    """A figure of a run, and its title. Only the curve is a comparison; all others need one pass over the report images.
+    """A figure that is made of images, and its title. Only the curve is a comparison; all others need one pass over the report
+    images.
 
     Raises:
         PteeError: if there are no images for it.
@@ -219,8 +217,6 @@ def run_figure(opened: OpenRun, run: str, kind: str, *, log: Log, **how: Any) ->
         name = Path(run).absolute().name
         return draw(reported({name: opened}, {name: run}, log=log, pictures=False, **how)[0]), title
     said = _of(run, opened.model, read_recorded(run))
-    if kind == "network":
-        return draw(replace(said, times=_times(run, AT_BATCH))), title
     images, words = opened.left_by_tuning(given=False)
     log(f"{words} {opened.accuracy}")
     traces = record(opened.model, images, logits=False, **how)

@@ -25,6 +25,7 @@ from ptee.model.run_config import BackboneRecord
 from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbone
 from ptee.pipeline.images import recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
+from ptee.pipeline.recorded import SWEEP_TABLE
 from ptee.pipeline.run_folder import is_interrupted, new_folder
 from ptee.report import curves
 from ptee.report.page import write
@@ -33,7 +34,7 @@ from ptee.training.config import JOINT
 from ptee.training.training_data import shared_caches
 
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
-TABLE, FIGURE = "sweep.csv", "sweep.html"
+FIGURE = "sweep.html"
 MOST_RUNS = 1000
 OpenData = Callable[[int], tuple[Data, LabelMap]]  # gives the images for a seed
 
@@ -55,7 +56,7 @@ class Sweep:
     folder: Path
 
     def __str__(self) -> str:
-        files = f"The table is in {self.folder / TABLE}, the figure in {self.folder / FIGURE}."
+        files = f"The table is in {self.folder / SWEEP_TABLE}, the figure in {self.folder / FIGURE}."
         return f"{table(self._cells(), left={0})}\n\n{files}"
 
     @property
@@ -164,7 +165,7 @@ def _fit_all(backbone: Backbone, data: _Images, runs: Sequence[tuple[Path, dict[
             _fit(backbone, images, adapted, replace(job, out=folder, resume=is_interrupted(folder)))
         rows.append(_row(folder, settings))
         sweep = Sweep(tuple(rows), job.out)
-        write_text(job.out / TABLE, sweep.to_csv())
+        write_text(job.out / SWEEP_TABLE, sweep.to_csv())
     _draw(sweep, job.out / FIGURE)
     return sweep
 
@@ -238,16 +239,18 @@ def read_sweep(folder: Path) -> Sweep:
         RunError: if there is no complete table.
     """
     try:
-        with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+        with (folder / SWEEP_TABLE).open(encoding="utf-8", newline="") as file:
             title, *lines = csv.reader(file)
         names = title[1 : -1 - len(FIGURES)]
+        if not names:
+            raise ValueError("it has no column of a setting.")
         rows = [_read_row(names, line) for line in lines]
-    except (OSError, ValueError) as why:
+    except (OSError, ValueError, csv.Error) as why:
         raise RunError(
-            f"{folder} holds no sweep: {TABLE} cannot be read ({first_line(why)}) Make it with ptee sweep."
+            f"{folder} holds no sweep: {SWEEP_TABLE} cannot be read ({first_line(why)}) Make it with ptee sweep."
         ) from why
     if not rows:
-        raise RunError(f"{folder}: {TABLE} holds no run. The same ptee sweep goes on.")
+        raise RunError(f"{folder}: {SWEEP_TABLE} holds no run. The same ptee sweep goes on.")
     return Sweep(tuple(rows), folder)
 
 

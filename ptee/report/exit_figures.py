@@ -127,9 +127,9 @@ def _one_below_the_other(rows: int, x: str, titles: Sequence[str]) -> Any:
     return drawn
 
 
-def reliability(found: Sequence[Reliability], question: str) -> Any:
+def reliability(found: Sequence[Reliability], agreement: bool) -> Any:
     """Whether h can be read as a probability: on the diagonal it can."""
-    truth = "share that agrees with the backbone" if question == "agrees" else "share that is right"
+    truth = "share that agrees with the backbone" if agreement else "share that is right"
     drawn = figure("confidence h, mean of a bin", truth, height=460)
     drawn.add_scatter(
         x=[0, 1],

@@ -71,11 +71,6 @@ def _shares(leaving: Tensor, traces: Traces) -> list[float]:
     return (torch.bincount(leaving, minlength=traces.exits + 1) / n).tolist()
 
 
-def yes(traces: Traces, question: str) -> Tensor:
-    """(E+1, n) bool, the answer to what h was fitted to: "agrees" with the backbone, or is right."""
-    return traces.answers == traces.bare if question == "agrees" else traces.right
-
-
 class Columns(NamedTuple):
     """A histogram of h: the middle of each column, and the share of all images in it that is right, and wrong."""
 
@@ -123,7 +118,7 @@ def put_right(traces: Traces, leaving: Tensor) -> int:
     """How many images early exits answer rightly that the backbone does not."""
     answers = traces.answers.gather(0, leaving[None])[0]
     truth = traces.bare if traces.targets is None else traces.targets
-    return int(((answers == truth) & (traces.bare != truth)).sum())
+    return int(((answers == truth) & (traces.bare != truth) & (leaving < traces.exits)).sum())
 
 
 def spread_over(places: Tensor, most: int) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptee.evaluation.comparison_table import COUNTED, Entry, Line
+from ptee.evaluation.results import foretells_agreement, foretold
 from ptee.report import curves, exit_figures, facts, words
 from ptee.report.blocks import blocks_of
 from ptee.report.gallery import Row, gallery
@@ -148,15 +149,14 @@ def _confidence(of: Reported) -> Iterator[Part]:
     said = "Of all images, whether they came so far or not. Images to the right of T leave, if they come to this exit."
     yield Part("confidence", "How sure each exit is", [said], {"confidence": confidence(of)})
     said = "On the dotted line, h is what it says: of the images with h = .9, nine of ten answers are so. Below it, the exit is too sure. Bins of fewer than ten images are left out."
-    found = [
-        facts.reliability(of.traces.confidence[n], facts.yes(of.traces, of.question)[n]) for n in range(of.traces.exits)
-    ]
+    traces = of.traces
+    found = [facts.reliability(traces.confidence[n], foretold(of.model, traces, n)) for n in range(traces.exits)]
     rows = words.calibration_table(of)
     yield Part(
         "calibration",
         "Is h a probability?",
         [said],
-        {"reliability": exit_figures.reliability(found, of.question)},
+        {"reliability": exit_figures.reliability(found, foretells_agreement(of.model))},
         rows=rows,
     )
 

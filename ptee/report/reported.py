@@ -56,11 +56,6 @@ class Reported:
         return facts.step(self.traces, self.model.threshold, self.model.off)
 
     @property
-    def question(self) -> str:
-        """What the confidence was fitted to."""
-        return str((self.results.get("calibration") or {}).get("target", "right"))
-
-    @property
     def leaving(self) -> Any:
         """(n,) the exit at which each image leaves at the run's own thresholds."""
         assert self.traces is not None

@@ -12,6 +12,7 @@ import torch
 
 from ptee import __version__
 from ptee.evaluation.comparison_table import ROUNDING
+from ptee.evaluation.results import confidence_quality
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
@@ -159,23 +160,13 @@ def exits_table(of: Reported) -> Rows:
 
 def calibration_table(of: Reported) -> Rows:
     """How good each confidence is."""
-    from ptee.evaluation.metrics import calibration_error, failure_auroc
-
     assert of.traces is not None
     rows: Rows = [("exit", "calibration error", "AUROC", "fitted on")]
     fitted = (of.results.get("calibration") or {}).get("images")
     for n in range(of.traces.exits):
-        h, true = of.traces.confidence[n], facts.yes(of.traces, of.question)[n]
-        auroc = failure_auroc(h, true)
+        error, auroc = confidence_quality(of.model, of.traces, n).values()
         shown = "-" if auroc is None else f"{auroc:.3f}"
-        rows.append(
-            (
-                str(n),
-                f"{calibration_error(h, true):.3f}",
-                shown,
-                f"{fitted:,} images" if isinstance(fitted, int) else "-",
-            )
-        )
+        rows.append((str(n), f"{error:.3f}", shown, f"{fitted:,} images" if isinstance(fitted, int) else "-"))
     return rows
 
 

@@ -69,6 +69,8 @@ def test_a_row_for_each_run_is_written_where_one_is_asked_for(run, finished):
     assert [float(t) for t in first["threshold"].split()] == pytest.approx(results["threshold"], rel=1e-5)
     Path("file").touch()
     assert run("compare", finished, "--csv", "file/results.csv").status == 2
+    assert_refused(run("compare", finished, "--csv", "."), "is a folder. Give a file, such as --csv report.csv")
+    assert_refused(run("compare", finished, "--csv", "results.txt"), "Give a name that ends in .csv")
 
 
 def test_a_run_of_heads_that_read_earlier_answers_is_compared_by_the_lines_that_are_asked_for(run, known):

@@ -68,6 +68,7 @@ REFUSED = {
     "a run with a foreign record": (with_other_metrics, [], "metrics.json does not hold what a run records"),
     "a folder as the page": (None, ["--out", "."], "is a folder"),
     "a name of no page": (None, ["--out", "report.pdf"], "ends in .html, such as --out report.html"),
+    "drops and no images": (None, ["--recorded", "--drops", "0"], "--drops needs images, and --recorded reads none"),
     "images and none": (None, ["--recorded", "--data", "x"], "--data needs images, and --recorded reads none"),
     "figures over a file": (None, ["--figures", "out/config.json"], "config.json is a file"),
     "itself again": (None, ["--against", "./out"], "is given twice"),
@@ -85,7 +86,7 @@ def test_what_cannot_be_reported_is_refused_in_one_line_and_nothing_is_written(r
 
 @pytest.mark.parametrize("kind", ["curve", "threshold", "exits", "network", "confidence", "gallery"])
 def test_each_kind_of_figure_of_a_run_is_drawn(run, finished, kind):
-    done = run("plot", finished, "--kind", kind, *ONE, "--out", f"{kind}.html")
+    done = run("plot", finished, "--kind", kind, *(ONE if kind == "curve" else ()), "--out", f"{kind}.html")
     assert (done.status, done.out) == (0, f"Drawn in {kind}.html\n"), done
     assert '<div class="figure" id="figure-figure"' in Path(f"{kind}.html").read_text()
 
@@ -107,6 +108,12 @@ UNDRAWN = {
     "an unknown kind": (["--kind", "curv"], "Unknown kind of figure 'curv'. Did you mean 'curve'"),
     "a kind of a sweep": (["--kind", "lambda"], "'lambda' is a figure of a sweep, and this is a run. Choices: curve, "),
     "a name of no picture": (["--out", "x.jpg"], "ends in .png or .svg or .html"),
+    "networks to compare with": (
+        ["--kind", "exits", "--static", "resnet18"],
+        "--static is of no use for --kind exits.",
+    ),
+    "a unit of cost": (["--kind", "gallery", "--cost", "time"], "--cost is of no use for --kind gallery."),
+    "images for the network": (["--kind", "network", "--data", "x"], "--data is of no use for --kind network."),
 }
 
 
@@ -115,7 +122,26 @@ def test_what_cannot_be_drawn_is_refused(run, finished, words, said):
     assert_refused(run("plot", finished, "--out", "x.html", *words), said)
 
 
-@pytest.mark.parametrize("text", ["run\n", "run,a,cost\nx,1,y", "run,cost,accuracy,fidelity,backbone's accuracy\n"])
+def test_the_network_is_drawn_without_images(run, finished, monkeypatch):
+    monkeypatch.setattr("ptee.data.sources.open_data", None)
+    assert run("plot", finished, "--kind", "network", "--out", "network.html").status == 0
+
+
+def test_options_that_a_figure_of_a_sweep_has_no_use_for_are_refused(run, elsewhere):
+    (elsewhere / "sweep.csv").write_text("run,a,cost,accuracy,fidelity,backbone's accuracy\nx,1,.5,.8,.9,.9")
+    assert_refused(run("plot", ".", "--out", "x.html", "--drops", "0"), "--drops is of no use for a figure of a sweep")
+
+
+NO_TABLES = [
+    "run\n",
+    "run,a,cost\nx,1,y",
+    "run,cost,accuracy,fidelity,backbone's accuracy\n",
+    "run,cost,accuracy,fidelity,backbone's accuracy\nx,.5,.8,.9,.9",  # without a setting
+    f"run,a,cost,accuracy,fidelity,backbone's accuracy\nx,{'1' * 200_000},.5,.8,.9,.9",  # longer than csv takes
+]
+
+
+@pytest.mark.parametrize("text", NO_TABLES, ids=range(len(NO_TABLES)))
 def test_a_sweep_without_a_table_is_refused(run, elsewhere, text):
     (elsewhere / "sweep.csv").write_text(text)
     assert_refused(run("plot", ".", "--out", "x.html"), "sweep")

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ptee.report import facts
+from ptee.evaluation.results import confidence_quality
+from ptee.report import facts, words
+from ptee.tuning.traces import Traces
 
 
 def test_a_threshold_gives_what_the_images_say_one_by_one(evil):
@@ -50,6 +54,20 @@ def test_classes_that_early_exits_mix_up_are_counted_by_pair(evil):
     assert sum(count for *_, count in pairs) == 30  # every second answer of exit 0 is wrong
     assert {(said - truth) % 4 for truth, said, _ in pairs} == {1}
     assert facts.put_right(evil.traces, leaving) == 0
+
+
+def test_images_that_only_the_blend_at_the_end_puts_right_are_no_work_of_an_early_exit():
+    answers, bare = torch.tensor([[1, 1], [1, 1]]), torch.tensor([[1, 1], [0, 0]])
+    traces = Traces(answers, torch.ones(2, 2), torch.ones(2).long(), torch.ones(2), torch.zeros(1), own=bare)
+    assert facts.put_right(traces, torch.tensor([0, 1])) == 1
+
+
+def test_the_page_shows_the_calibration_error_and_auroc_of_the_results_table(evil):
+    results = {"calibration": {"target": "agrees", "images": 50}}  # the heads' own confidence is not fitted to that
+    model, traces = evil.model, evil.traces
+    shown = words.calibration_table(replace(evil, metrics={"results": results}))[1:]
+    table = [confidence_quality(model, traces, n) for n in range(traces.exits)]
+    assert [row[1:3] for row in shown] == [(f"{e:.3f}", f"{a:.3f}") for e, a in (row.values() for row in table)]
 
 
 def test_indices_are_spread_over_all():
