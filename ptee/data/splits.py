@@ -29,6 +29,7 @@ FILES = ("folder", "tar")  # kinds of sources that are found by a path
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 AS_DELIVERED = "split as delivered"  # no image was drawn, so the seed does not matter
 GIVE_DATA = (Argument("data", "FOLDER"), ".")
+WATCHING = " (they show how the training goes; thresholds are chosen on half of the validation images)"
 GIVE_DATA_SETS = (Argument("val_data", "DATASET"), ", or others: ", Argument("calibration_data", "DATASET"), ".")
 DATA_SETS = "data sets"  # the kind of what a user gives from Python
 
@@ -56,7 +57,9 @@ class Data:
         n, unread = len(self.class_names), self.split.get("not_read", [])
         rest = f"; not read: {some(unread, len(unread))}" if unread else ""
         classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
-        return f"{self.source}: images{classes}, {sizes}; {self.split['rule']}{rest}."
+        parts, drawn = self.split["parts"], self.split["sizes"].get("calibration")
+        watch = WATCHING if drawn and "calibration" not in parts and "validation" in parts else ""
+        return f"{self.source}: images{classes}, {sizes}; {self.split['rule']}{watch}{rest}."
 
     @property
     def place(self) -> str:

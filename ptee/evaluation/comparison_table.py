@@ -167,7 +167,9 @@ class Comparison:
         if not found:
             return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
-        words = f"{best.line.name} is cheapest, with {best.entry.words}."
+        column = best.entry.allowed
+        where = "" if column in (None, drop) else f", in the column <= {column:g} lost"
+        words = f"{best.line.name} is cheapest{where}, with {best.entry.words}."
         runs = [f for f in found if f.line.kind == "adaptive"]
         if best in runs:
             return words

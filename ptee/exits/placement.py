@@ -27,7 +27,7 @@ from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
-from ptee._common.errors import Argument, BackboneError, CutError, unknown
+from ptee._common.errors import Argument, BackboneError, CutError, some, unknown
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
 from ptee.analysis.layout import Layout
@@ -158,7 +158,7 @@ class Placer:
         behind = list(exits[1:])
         by_rule = len(behind) == 1 and behind[0] in PLACEMENTS and behind[0] not in self._names
         if num_exits is not None and not by_rule and num_exits != len(exits):
-            raise CutError(f"{len(exits)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+            raise _named_otherwise(exits, num_exits)
         if num_exits == 1 and behind:
             raise CutError(f"{INPUT!r} is one exit, and 1 is asked for. Ask for 2 or more, or leave out {behind[0]!r}.")
         return True, behind[0] if by_rule else behind, None if num_exits is None else num_exits - 1
@@ -190,7 +190,7 @@ class Placer:
 
     def _by_list(self, wanted: list[Any], num_exits: int | None) -> list[Cut]:
         if num_exits is not None and num_exits != len(wanted):
-            raise CutError(f"{len(wanted)} exits are named, {num_exits} are asked for. Leave one of the two out.")
+            raise _named_otherwise(wanted, num_exits)
         if not wanted:
             raise CutError("No exit is named. Give a placement such as 'pareto', fractions, or names of modules.")
         if all(isinstance(e, str) for e in wanted):
@@ -355,6 +355,16 @@ class Placer:
         early = [n for n in names if self.counts.until[n] <= LATEST * self.counts.total]
         largest = max(early or names, key=lambda n: self.counts.inside[n], default=None)
         return "" if largest is None else f" Not at {largest!r}, for one: {self.survey.refused[largest]}."
+
+
+def _named_otherwise(named: Sequence[Any], asked: int) -> CutError:
+    """Why exits that are named cannot be another number of exits. A recipe may have named them."""
+    names, n = some([str(e) for e in named]), len(named)
+    given = (
+        f"{n} exit{'s are' if n != 1 else ' is'} named ({names}), {asked} {'are' if asked != 1 else 'is'} asked for."
+    )
+    text = f"{given} Leave the number out, or give a placement: "
+    return CutError(text, Argument("exits", "pareto"), ".", argument="num_exits", value=asked)
 
 
 def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:

@@ -339,10 +339,10 @@ def test_the_input_stands_before_what_a_rule_places():
 @pytest.mark.parametrize(
     ("exits", "num_exits", "said"),
     [
-        ("input", 5, "1 exits are named, 5 are asked for"),
+        ("input", 5, r"1 exit is named \(input\), 5 are asked for"),
         (["input", "pareto"], 1, "'input' is one exit, and 1 is asked for. Ask for 2 or more"),
-        (["input", "layer1.0"], 1, "2 exits are named, 1 are asked for"),
-        (["input", "layer1.0"], 3, "2 exits are named, 3 are asked for"),
+        (["input", "layer1.0"], 1, r"2 exits are named \(input, layer1.0\), 1 is asked for"),
+        (["input", "layer1.0"], 3, r"2 exits are named \(input, layer1.0\), 3 are asked for"),
         (["layer1.0", "input"], None, r"'input' is the first of all\. Name it in front of 'layer1\.0'"),
     ],
 )

@@ -290,9 +290,9 @@ REFUSALS = {
     "another number than names": (
         (["stem", "blocks.0"], 3),
         CutError,
-        r"2 exits are named, 3 are asked for.*Leave one",
+        r"2 exits are named \(.*\), 3 are asked for.*Leave the number out, or give a placement",
     ),
-    "another number than fractions": (([0.2], 2), CutError, r"1 exits are named, 2 are asked for"),
+    "another number than fractions": (([0.2], 2), CutError, r"1 exit is named \(0.2\), 2 are asked for"),
 }
 
 
