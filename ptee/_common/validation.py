@@ -17,7 +17,7 @@ from ptee._common.errors import Argument, PteeError, UnknownName, possible
 P = ParamSpec("P")
 R = TypeVar("R")
 BATCH_SIZE = 128  # the default of every function and command that makes batches
-LARGEST_IMAGE = 3 * 4096**2  # numbers in one image; a record that asks for more would take gigabytes
+LARGEST_IMAGE = 3 * 2048**2  # numbers in one image; a record that asks for more would take gigabytes
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
 
