@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,28 +24,41 @@ from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.confidence import CONFIDENCES
-from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
+from ptee.exits.config import LEARNED
 from ptee.exits.front import named_front
+from ptee.exits.placement import INPUT
 from ptee.exits.plan import TimesOfModules
 from ptee.exits.times import BatchTimes
 from ptee.model import run_files, saving
 from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import (
+    carried_out,
     describe_labels,
     from_data_sets,
     hardly_learned,
     has_labels,
     image_size,
+    images_of_each,
     labels_of,
     recipe_for,
     undoubted,
 )
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
-from ptee.pipeline.run_folder import clear, forget_training, is_main_process, new_folder, require_readable, sole_writer
+from ptee.pipeline.run_folder import (
+    clear,
+    forget_training,
+    is_interrupted,
+    is_main_process,
+    new_folder,
+    require_readable,
+    sole_writer,
+)
+from ptee.timing.backbone import time_of_modules
 from ptee.timing.measure import measure
 from ptee.timing.times import AUTO, FILE, Times
-from ptee.training.calibration import MIN_IMAGES, calibrate, hold_out
+from ptee.training.calibration import calibrate
+from ptee.training.checkpoint import exits_of as checkpoint_exits
 from ptee.training.config import JOINT
 from ptee.training.history import Epoch, History
 from ptee.training.tracking import tracked
@@ -175,7 +188,8 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     recipe = recipe.resolved()
     backbone = _seeded(backbone, recipe)
     job = replace(job, device=resolve_device(job.device))
-    model, target = checked_model(backbone, data, recipe)
+    placed, shares = _placed(backbone, recipe, job)
+    model, target = checked_model(backbone, data, placed, shares)
     for network in (backbone, getattr(model.heads[0], "origin", None)):
         if network is not None and network.note:
             job.log(f"{network.note}\n")
@@ -194,7 +208,7 @@ def _seeded(backbone: Backbone, recipe: Recipe) -> Backbone:
 
 def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> EarlyExitModel:
     wanted, recipe = recipe, carried_out(recipe, data)
-    for_heads, for_confidence = _images_of_each(data, wanted, recipe, job.log)
+    for_heads, for_confidence = images_of_each(data, wanted, recipe, job.log)
     complete: list[Epoch] = []
     try:
         history = _train(model, for_heads, recipe, job, complete)
@@ -230,8 +244,27 @@ def _unreadable_named(data: Data, job: Job) -> Iterator[None]:
         raise
 
 
-def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[EarlyExitModel, Target | None]:
+def _placed(backbone: Backbone, recipe: Recipe, job: Job) -> tuple[Recipe, TimesOfModules | None]:
+    """The recipe, and the times its exits are placed by, if seconds count. A training that goes on keeps its exits."""
+    how = recipe.thresholds
+    if how.cost != TIME:
+        return recipe, None
+    job.log(f"The backbone is measured up to each module in batches of {how.at_batch} on {job.device}.\n")
+    times = time_of_modules(backbone, resolve_device(job.device), how.at_batch)
+    if job.out is not None and job.resume and is_interrupted(job.out):
+        names = [
+            name for name in checkpoint_exits(job.out / saving.CHECKPOINT) if name != INPUT or not recipe.exits.front
+        ]
+        recipe = recipe.with_settings({"exits.places": names, "exits.number": None})
+    return recipe, times
+
+
+def checked_model(
+    backbone: Backbone, data: Data, recipe: Recipe, times: TimesOfModules | None = None
+) -> tuple[EarlyExitModel, Target | None]:
     """The model with untrained heads, and the target of its thresholds. Refuses whatever cannot work before any training.
+
+    `times`: as of `build_model`.
 
     Raises:
         PteeError: naming the setting.
@@ -245,7 +278,7 @@ def checked_model(backbone: Backbone, data: Data, recipe: Recipe) -> tuple[Early
         wanted, instead = Argument("question", repr(question)), Argument("question", "'agrees'")
         text = "The images have no labels for "
         raise DataError(text, wanted, ". Give ", instead, ".", argument="question", value=question)
-    model = build_model(backbone, recipe)
+    model = build_model(backbone, recipe, times)
     try:
         if target is not None:
             parts = parts_for_tuning(Unseen(data.source, data, data.validation, recipe.seed))
@@ -287,38 +320,6 @@ def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job, tim
 
 
 # ---------------------------------------------------------------------------------------------------- the steps
-
-
-def carried_out(recipe: Recipe, data: Data) -> Recipe:
-    """The recipe as these images allow it: no mirror images of digits; calibrated only if there are enough images for it."""
-    changes: dict[str, Any] = {}
-    if not data.mirror:
-        changes["training.mirror"] = False
-    confidence, every = recipe.resolved().confidence, cast(Sized, data.train)
-    usual = type(confidence).model_fields["calibration_share"].default  # another share that is too small is refused
-    too_few = len(every) * confidence.calibration_share < MIN_IMAGES and confidence.calibration_share == usual
-    if confidence.name == CALIBRATED and too_few:
-        changes["confidence.name"] = MAX_PROB
-    return recipe.with_settings(changes).resolved()
-
-
-def _images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Log) -> tuple[Data, Any]:
-    """The data with the training images of the heads, and the images to calibrate the confidence on, or None."""
-    every: Any = data.train
-    if wanted.confidence.name != CALIBRATED:
-        return data, None
-    if recipe.confidence.name != CALIBRATED:
-        log(
-            f"{len(every):,} training images are too few to fit the confidence h on some of them: the heads learn from all of them, "
-            "and h is the largest probability.\n"
-        )
-        return data, None
-    for_heads, rest = hold_out(every, recipe.confidence.calibration_share, recipe.seed)
-    log(
-        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence h is fitted on the "
-        f"other {len(rest):,}, drawn with seed {recipe.seed}.\n"
-    )
-    return replace(data, train=for_heads), rest
 
 
 def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
@@ -368,14 +369,13 @@ def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job
 
 def _measured_pieces(model: EarlyExitModel, recipe: Recipe, job: Job) -> Times | None:
     """The seconds of each piece on the device of the run, if thresholds are to be chosen by them."""
-    batch = recipe.thresholds.at_batch
-    if recipe.thresholds.cost != TIME:
+    how, home = recipe.thresholds, next(model.heads.parameters()).device
+    if how.cost != TIME:
         return None
-    job.log(f"\nThe pieces are measured in batches of up to {batch} on {job.device}.")
-    home = next(model.heads.parameters()).device
+    job.log(f"\nThe pieces are measured in batches of up to {how.at_batch} on {job.device}.")
     try:
-        executor = recipe.thresholds.executor
-        return measure(model.to(resolve_device(job.device)), [batch], None if executor == AUTO else [executor])
+        executors = None if how.executor == AUTO else [how.executor]
+        return measure(model.to(resolve_device(job.device)), [how.at_batch], executors)
     finally:
         model.to(home)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from ptee.data.pictures import Key, image_transform
 from ptee.data.sources import open_data, open_named
 from ptee.data.splits import DATA_SETS, Data, complete
 from ptee.evaluation.results_table import Results
+from ptee.exits.config import CALIBRATED, MAX_PROB
 from ptee.model.images import require_images, wrong_size
 from ptee.pipeline.recipe import Recipe
+from ptee.training.calibration import MIN_IMAGES, hold_out
 from ptee.training.config import JOINT
 
 SOURCE = "your own data sets"  # what data sets from Python are called
@@ -184,6 +186,38 @@ def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
 def undoubted(labels: LabelMap, recipe: Recipe) -> LabelMap:
     """The labels. What a backbone does not know yet, but learns, is no reason to doubt them."""
     return replace(labels, doubt="", remedy=()) if recipe.backbone == JOINT and labels.indices is not None else labels
+
+
+def carried_out(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe as these images allow it: no mirror images of digits; calibrated only if there are enough images for it."""
+    changes: dict[str, Any] = {}
+    if not data.mirror:
+        changes["training.mirror"] = False
+    confidence, every = recipe.resolved().confidence, cast(Sized, data.train)
+    usual = type(confidence).model_fields["calibration_share"].default  # another share that is too small is refused
+    too_few = len(every) * confidence.calibration_share < MIN_IMAGES and confidence.calibration_share == usual
+    if confidence.name == CALIBRATED and too_few:
+        changes["confidence.name"] = MAX_PROB
+    return recipe.with_settings(changes).resolved()
+
+
+def images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Callable[[str], None]) -> tuple[Data, Any]:
+    """The data with the training images of the heads, and the images to calibrate the confidence on, or None."""
+    every: Any = data.train
+    if wanted.confidence.name != CALIBRATED:
+        return data, None
+    if recipe.confidence.name != CALIBRATED:
+        log(
+            f"{len(every):,} training images are too few to fit the confidence h on some of them: the heads learn from all of them, "
+            "and h is the largest probability.\n"
+        )
+        return data, None
+    for_heads, rest = hold_out(every, recipe.confidence.calibration_share, recipe.seed)
+    log(
+        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence h is fitted on the "
+        f"other {len(rest):,}, drawn with seed {recipe.seed}.\n"
+    )
+    return replace(data, train=for_heads), rest
 
 
 def hardly_learned(results: Results, num_classes: int, recipe: Recipe) -> list[str]:

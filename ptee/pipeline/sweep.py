@@ -22,8 +22,8 @@ from ptee.data.labels import LabelMap
 from ptee.data.splits import AS_DELIVERED, Data
 from ptee.model import run_files, saving
 from ptee.model.run_config import BackboneRecord
-from ptee.pipeline.fit import Job, about, carried_out, checked_model, fit_backbone
-from ptee.pipeline.images import recipe_for
+from ptee.pipeline.fit import Job, about, checked_model, fit_backbone
+from ptee.pipeline.images import carried_out, recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
 from ptee.pipeline.recorded import SWEEP_TABLE
 from ptee.pipeline.run_folder import is_interrupted, new_folder

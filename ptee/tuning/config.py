@@ -89,8 +89,8 @@ class ThresholdsConfig(FrozenConfig):
     )
     cost: Literal["operations", "time"] = Field(
         "operations",
-        description="What thresholds and exits that are off are chosen by: operations (counted multiply-accumulates), or time (seconds "
-        "of each piece, measured on the device of the run).",
+        description="What thresholds, exits that are off and, before a training, the places of exits are chosen by: operations "
+        "(counted multiply-accumulates), or time (seconds, measured on the device of the run).",
     )
     at_batch: Whole = Field(AT_BATCH, ge=1, le=4096, description="Images in a batch, for the cost in time.")
     executor: Literal["auto", "hooks", "eager", "graphs", "compile"] = Field(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.errors import DataError, Interrupted, PteeError, RunError, UnknownName
 from ptee.backbones.load import load_backbone
+from ptee.exits.plan import TimesOfModules
 from ptee.pipeline import fit as fitting
 from ptee.pipeline.fit import build_model
 from ptee.pipeline.images import open_images
@@ -41,6 +44,21 @@ def images(n: int, seed: int = 0, labels: bool = True) -> TensorDataset:
 
 
 fit = partial(ptee.fit, input_size=SIZE, device=here(), **SETTINGS)
+
+
+@contextmanager
+def interrupted_after_an_epoch(monkeypatch: pytest.MonkeyPatch, said: str = "") -> Iterator[None]:
+    """Ctrl-C is pressed in the second epoch."""
+    epoch = trainer._Training._epoch
+
+    def broken(self, number: int, *more: object) -> trainer.Epoch:
+        if number == 2:
+            raise KeyboardInterrupt
+        return epoch(self, number, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=said):
+        patch.setattr(trainer._Training, "_epoch", broken)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- as the command does
@@ -118,6 +136,23 @@ def test_thresholds_by_time_are_chosen_by_what_was_measured_of_the_pieces(tmp_pa
     assert model.off == (0, 1)
     assert model.results["tuning"]["unit"] == f"the bare backbone's time (hooks, batch 4, {here().type})"
     assert read_times(tmp_path / "run") == Times(**slow)
+
+
+def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goes_on_keeps_them(tmp_path, monkeypatch):
+    def deep() -> nn.Module:
+        torch.manual_seed(1)
+        convs = [part for c in (3, 6, 6, 6) for part in (nn.Conv2d(c, 6, 3, 1, 1), nn.ReLU())]
+        return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, K))
+
+    clocks = iter([{"3": 0.2, "5": 0.3}, {"3": 0.26, "5": 0.9}])  # the second time all is slower
+    monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules(next(clocks), 1.0, "a clock"))
+    goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run", "epochs": 3, "exits": [0.25]}
+    with interrupted_after_an_epoch(monkeypatch):
+        fit(deep(), images(40), **goal)
+    kept = fit(deep(), images(40), resume=True, **goal)
+    assert [e.name for e in kept.exits] == ["5"]
+    assert kept.plan.unit == "a clock"
+    assert make_recipe(tmp_path / "run").exits.places == (0.25,)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -337,17 +372,9 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 
 def test_an_interrupted_fit_goes_on_with_resume(tmp_path, monkeypatch):
-    whole, epoch = fit(network(), images(80)), trainer._Training._epoch
-
-    def broken(self, number: int, *more: object) -> trainer.Epoch:
-        if number == 2:
-            raise KeyboardInterrupt
-        return epoch(self, number, *more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer._Training, "_epoch", broken)
-        with pytest.raises(Interrupted, match=r"1 complete epoch.* Call ptee\.fit again with resume=True"):
-            fit(network(), images(80), out=tmp_path)
+    whole = fit(network(), images(80))
+    with interrupted_after_an_epoch(monkeypatch, r"1 complete epoch.* Call ptee\.fit again with resume=True"):
+        fit(network(), images(80), out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
     model = fit(network(), images(80), out=tmp_path, resume=True)
     assert model.threshold == whole.threshold
