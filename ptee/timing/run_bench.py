@@ -19,6 +19,7 @@ from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.timing.energy import energy_meter, joules_of
 from ptee.timing.laps import LONG_ENOUGH, MOST_REPEATS
 from ptee.timing.measure import all_on, bare_by
 from ptee.timing.times import COMPILE, EAGER, GRAPHS, HOOKS, Times
@@ -42,6 +43,7 @@ class Line:
         over_eager: divided by that of the bare backbone as it is.
         counted: the mean cost in multiply-accumulates; None for the backbone alone.
         limit: the time of the pieces alone, at the numbers of rows that they ran at; None for the backbone alone.
+        joules: of a batch; None where the device does not tell.
     """
 
     batch: int
@@ -52,6 +54,7 @@ class Line:
     over_eager: float
     counted: float | None = None
     limit: float | None = None
+    joules: float | None = None
 
     @property
     def lost(self) -> float | None:
@@ -87,8 +90,20 @@ class RunBench:
         t = self.times
         threads = f", {t.threads} thread{'s' * (t.threads != 1)}" if t.device == "cpu" else ""
         others = any(line.executor in (GRAPHS, COMPILE) for line in self.lines)
-        title = ("batch", "by", "who leaves", "ms", "/ bare", *(["/ eager"] * others), "counted", "limit", "lost")
-        rows = [_cells(line, others) for line in self.lines]
+        energy = any(line.joules is not None for line in self.lines)
+        title = (
+            "batch",
+            "by",
+            "who leaves",
+            "ms",
+            "/ bare",
+            *["/ eager"] * others,
+            "counted",
+            "limit",
+            "lost",
+            *["mJ/image"] * energy,
+        )
+        rows = [_cells(line, others, energy) for line in self.lines]
         return (
             f"{t.backbone} with {len(t.exits)} exits on {t.device_name}{threads}, {t.dtype}\n"
             "Times are shares of the bare backbone's time; counted: of its multiply-accumulates.\n\n"
@@ -104,16 +119,18 @@ ms: of one batch. own thresholds: the run's, on real images.
 / eager: divided by the time of the bare backbone as it is, where that differs.
 counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
 limit: the time of the pieces alone, at the numbers of rows that they ran at.
+mJ/image: the energy of the whole GPU meanwhile, where it tells, by NVIDIA's counter.
 lost: / bare less the limit: calls, moving rows, waiting. Below 0: less than the clock can tell."""
 
 
-def _cells(line: Line, others: bool) -> tuple[str, ...]:
+def _cells(line: Line, others: bool, energy: bool) -> tuple[str, ...]:
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
     eager = [shown(line.over_eager)] if others else []
     numbers = (shown(line.time), *eager, shown(line.counted), shown(line.limit), shown(line.lost))
-    return (str(line.batch), line.executor, line.leaving, f"{1000 * line.seconds:.2f}", *numbers)
+    spent = [shown(None if line.joules is None else 1000 * line.joules / line.batch)] if energy else []
+    return (str(line.batch), line.executor, line.leaving, f"{1000 * line.seconds:.2f}", *numbers, *spent)
 
 
 def bench_run(
@@ -163,14 +180,16 @@ def _lines(
             calls[name, way] = partial(fast.predict, x, threshold)
         if batches:
             calls[name, OWN_THRESHOLDS] = partial(_all, tuned, batches)
-    found = _timed(calls, x.device, rounds)
+    found, meter = _timed(calls, x.device, rounds), energy_meter(x.device)
     lines = []
-    for name, way in calls:
-        each = [s / (len(batches) if way == OWN_THRESHOLDS else 1) for s in found[name, way]]
+    for (name, way), call in calls.items():
+        each_call = len(batches) if way == OWN_THRESHOLDS else 1
+        each = [s / each_call for s in found[name, way]]
+        joules = None if meter is None else joules_of(call, meter, x.device) / each_call
         over = ratio(each, found[_bare(name)]), ratio(each, found[AS_IT_IS])
         bare = way == BARE
         expected = (None, None) if bare else _expected(model, own, times.at(b, name), way, b, batches)
-        lines.append(Line(b, name, way, statistics.median(each), *over, *expected))
+        lines.append(Line(b, name, way, statistics.median(each), *over, *expected, joules))
     return lines
 
 
