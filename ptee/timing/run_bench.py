@@ -189,7 +189,7 @@ def _lines(
         over = ratio(each, found[_bare(name)]), ratio(each, found[AS_IT_IS])
         bare = way == BARE
         expected = (None, None) if bare else _expected(model, own, times.at(b, name), way, b, batches)
-        lines.append(Line(b, name, way, statistics.median(each), *over, *expected, joules))
+        lines.append(Line(b, name, way, statistics.median(each), *over, *expected, joules=joules))
     return lines
 
 
