@@ -188,8 +188,8 @@ def _lines(
         joules = None if meter is None else joules_of(call, meter, x.device) / each_call
         over = ratio(each, found[_bare(name)]), ratio(each, found[AS_IT_IS])
         bare = way == BARE
-        expected = (None, None) if bare else _expected(model, own, times.at(b, name), way, b, batches)
-        lines.append(Line(b, name, way, statistics.median(each), *over, *expected, joules=joules))
+        counted, limit = (None, None) if bare else _expected(model, own, times.at(b, name), way, b, batches)
+        lines.append(Line(b, name, way, statistics.median(each), *over, counted, limit, joules))
     return lines
 
 
