@@ -168,7 +168,7 @@ class Comparison:
             return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
         column = best.entry.allowed
-        where = "" if column in (None, drop) else f", in the column <= {column:g} lost"
+        where = "" if column in (None, drop) else f", by its thresholds for <= {column:g} lost"
         words = f"{best.line.name} is cheapest{where}, with {best.entry.words}."
         runs = [f for f in found if f.line.kind == "adaptive"]
         if best in runs:

@@ -148,7 +148,11 @@ def _confidence(of: Reported) -> Iterator[Part]:
         return
     said = "Of all images, whether they came so far or not. Images to the right of T leave, if they come to this exit."
     yield Part("confidence", "How sure each exit is", [said], {"confidence": confidence(of)})
-    said = "On the dotted line, h is what it says: of the images with h = .9, nine of ten answers are so. Below it, the exit is too sure. Bins of fewer than ten images are left out."
+    said = (
+        "On the dotted line, h is what it says: of the images with h = .9, nine of ten answers are so. Below it, the exit is too "
+        "sure. Bins of fewer than ten images are left out. Calibration error: the mean distance from that line. AUROC: the chance "
+        "that a right answer has a higher h than a wrong one; .5 is a coin, 1 is best."
+    )
     traces = of.traces
     found = [facts.reliability(traces.confidence[n], foretold(of.model, traces, n)) for n in range(traces.exits)]
     rows = words.calibration_table(of)
