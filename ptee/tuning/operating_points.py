@@ -1,7 +1,7 @@
 """The curve that a run keeps: what some thresholds of a tuned model cost and lose, from the traces that it was tuned on.
 
 For each weight w of what is lost, thresholds that minimise cost + w * loss. What they lose is measured by cross-validation: on
-the images of each fold, by the thresholds of the others.
+the images of each fold, by the thresholds of the others. Never leaving is always a point, and so are the thresholds that were chosen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ptee.production.curve import Curve, Point
 from ptee.tuning.candidates import FOLDS
 from ptee.tuning.config import Target
 from ptee.tuning.targets import MAX_IMAGES, Solution, losses_of
-from ptee.tuning.threshold_search import Problem, path
+from ptee.tuning.threshold_search import NEVER, Problem, path
 from ptee.tuning.traces import Traces
 
 WEIGHTS, STEPS = (0.05, 1e3), 30  # of one wrong answer, in costs of the backbone
@@ -33,15 +33,15 @@ def operating_points(traces: Traces, found: Solution) -> Curve:
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0), device="cpu")
     some = found.answering(traces.rows(order[:MAX_IMAGES].to(traces.answers.device)))
     kinds = ["max_fidelity_drop"] if traces.targets is None else ["max_drop", "max_fidelity_drop"]
-    others = [point for kind in kinds for point in _points(some, found, kind)]
-    points = [_chosen(some, found), *_cautious(others)]
+    never = _point(some, found, [NEVER] * traces.exits)
+    points = [_chosen(some, found), *(point for kind in kinds for point in _points(some, found, kind))]
     return Curve(
         confidence=traces.confidence_name,
         answers=OWN if found.blend is None else BLENDED,
         off=found.off,
         images=some.answers.shape[1],
         time_of="" if traces.times is None else traces.times.unit,
-        points=tuple(_undominated(points)),
+        points=tuple(_undominated([never, *_cautious(points)], keep=(found.threshold, never.threshold))),
     )
 
 
@@ -75,10 +75,11 @@ def _points(traces: Traces, found: Solution, kind: str) -> Iterator[Point]:
 def _cautious(points: list[Point]) -> list[Point]:
     """Whoever leaves more loses no less: where a cheaper point seems to lose less than a dearer one, it was lucky.
 
-    The cheapest of many points within a limit would otherwise be one of the lucky ones, and lose more on other images.
+    The cheapest of many points within a limit would otherwise be one of the lucky ones, and lose more on other images. That holds
+    for the solution, too: its reserve is an estimate.
     """
     cautious, drop, differ = [], -1.0, 0.0
-    for point in sorted(points, key=lambda point: -point.cost):
+    for point in sorted(points, key=lambda point: -point.price):
         drop, differ = max(drop, point.lost), max(differ, point.fidelity_drop)
         more = {"fidelity_drop": differ} | ({} if point.drop is None else {"drop": drop})
         cautious.append(point.model_copy(update=more))
@@ -120,10 +121,14 @@ def _point(traces: Traces, found: Solution, threshold: tuple[float, ...] | list[
     )
 
 
-def _undominated(points: list[Point]) -> list[Point]:
-    """The first, and those that no other betters in everything; the cheapest first."""
-    kept = {tuple(point.threshold): point for point in reversed(points)}.values()
-    best = [point for point in kept if point == points[0] or not any(_betters(other, point) for other in kept)]
+def _undominated(points: list[Point], keep: tuple[tuple[float, ...], ...]) -> list[Point]:
+    """The points that no other betters in everything, and those of the thresholds to keep; the cheapest first."""
+    once: dict[tuple[float, ...], Point] = {}
+    for point in points:
+        if point.threshold not in once or point.promised is not None:
+            once[point.threshold] = point
+    kept = once.values()
+    best = [point for point in kept if point.threshold in keep or not any(_betters(other, point) for other in kept)]
     return sorted(best, key=lambda point: (point.price, point.lost))
 
 
