@@ -1,4 +1,4 @@
-"""Text for people: tables of aligned columns, and text that is safe to print."""
+"""Text for people: tables of aligned columns, thresholds, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
         cells = zip(row, widths, strict=True)
         lines.append("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(cells)))
     return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
+
+
+def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
+    """T of each exit for a person to read; one number if all are the same.
+
+    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1])
+    '0.9, off, 0.8'
+    """
+    words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
+    return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 
 def printable(text: str) -> str:

@@ -9,15 +9,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    create_model,
+)
+from pydantic_core import PydanticCustomError
 from typing_extensions import ParamSpec, Self
 
 from ptee._common.errors import Argument, PteeError, UnknownName, possible
+from ptee._common.text import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 BATCH_SIZE = 128  # the default of every function and command that makes batches
 LARGEST_IMAGE = 3 * 2048**2  # numbers in one image; a record that asks for more would take gigabytes
+LONGEST_NAME = 255  # letters of a name in a record
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
 
@@ -30,13 +42,19 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
+def _printable(text: str) -> str:
+    if printable(text) != text or not {"\n", "\t"}.isdisjoint(text):
+        raise PydanticCustomError("unprintable", "Input should be text without control characters")
+    return text
+
+
 Whole = Annotated[int, BeforeValidator(_plain), Field(strict=True)]
 Number = Annotated[float, BeforeValidator(_plain), Field(strict=True, allow_inf_nan=False)]
 YesNo = Annotated[StrictBool, BeforeValidator(_plain)]
-
+Text = Annotated[str, Field(strict=True)]
+Name = Annotated[Text, Field(max_length=LONGEST_NAME), AfterValidator(_printable)]
 
 # What arguments of functions may be, by their type hints; what has another hint is looked at by the function itself.
-Text = Annotated[str, Field(strict=True)]
 KINDS: dict[str, Any] = {
     "bool": YesNo, "int": Whole, "int | None": Whole | None, "float": Number, "str": Text, "Sequence[str]": Sequence[Text],
     "Mapping": Mapping[Any, Any] | None, "Callable": Callable[..., Any] | None, "Log | None": Callable[..., Any] | None,

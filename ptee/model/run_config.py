@@ -17,23 +17,16 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
-from ptee._common.validation import LARGEST_IMAGE, Number, Whole
+from ptee._common.validation import LARGEST_IMAGE, Name, Number, Text, Whole
 from ptee.backbones.library import MOST_CLASSES, per_channel, require_pixels
 from ptee.exits.config import AUTO, CALIBRATED, PLUS
 from ptee.production.curve import Curve
 
 SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
-LONGEST_NAME = 255
 LONGEST_PATH = 1024  # and any other text in a record
 MOST_EXITS = 1000
 DEEPEST = 32  # lists and objects inside each other
 INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}  # numbers that JSON has no other way to say
-
-
-def _printable(text: str) -> str:
-    if printable(text) != text:
-        raise PydanticCustomError("unprintable", "Input should be text without control characters")
-    return text
 
 
 def _no_size_to_choose(name: str) -> str:
@@ -68,8 +61,6 @@ def _short(source: dict[str, Any] | None) -> dict[str, Any] | None:
     return source
 
 
-Text = Annotated[str, Field(strict=True)]
-Name = Annotated[Text, Field(max_length=LONGEST_NAME), AfterValidator(_printable)]
 Source = Annotated[dict[str, Any] | None, AfterValidator(_short)]
 HeadName = Annotated[Name, AfterValidator(_no_size_to_choose)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -210,8 +201,8 @@ class RunConfig(_Record):
             raise PteeError(f"confidence has no numbers for the confidence {CALIBRATED!r}.")
         if self.answers.name == "blended" and self.answers.blend is None:
             raise PteeError("answers has no weights for the blended answers.")
-        if self.curve is not None and len(self.curve.points[0].threshold) != number:
-            raise PteeError(f"curve.points have {len(self.curve.points[0].threshold)} thresholds for {number} exits.")
+        if self.curve is not None and self.curve.exits != number:
+            raise PteeError(f"curve.points have {self.curve.exits} thresholds for {number} exits.")
         if self.schema_version > 1 and (self.tensors is None or self.fingerprint is None):
             raise PteeError("tensors and fingerprint are missing.")
         return self

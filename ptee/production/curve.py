@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee._common.text import describe_thresholds, table
+from ptee._common.validation import FrozenConfig, Name, Number, Whole
 
 MOST_POINTS = 1000
 ROUNDING = 1e-9  # of means over the images
@@ -19,7 +20,6 @@ TUNE = "ptee tune RUN --max-drop 0.01 (in Python: ptee.tune(model, images, max_d
 Share = Annotated[Number, Field(ge=0, le=1)]
 Drop = Annotated[Number, Field(ge=-1, le=1)]  # below 0 it is a gain
 Positive = Annotated[Number, Field(ge=0, le=1e9)]
-Name = Annotated[str, Field(strict=True, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 
 
 class _Record(BaseModel):
@@ -27,10 +27,10 @@ class _Record(BaseModel):
 
 
 class Point(_Record):
-    """Thresholds, and what they cost and lose on images that they were not chosen on.
+    """Thresholds, and what they cost and are expected to lose on other images than those that they were chosen on.
 
     Attributes:
-        threshold: (E) T of each exit.
+        threshold: (E) T of each exit; above every confidence for exits that are off.
         cost: mean multiply-accumulates of an image, as a fraction of the bare backbone's.
         fidelity_drop: share of the answers that differ from the backbone's.
         drop: by how much accuracy is below the backbone's; None without labels.
@@ -57,7 +57,7 @@ class Point(_Record):
 
 
 class Curve(_Record):
-    """The points of one model as it is set: with this confidence, this kind of answers and these exits off.
+    """The points of one model as it is set: with this confidence, this kind of answers and these exits off. Prints as a table.
 
     Attributes:
         confidence: a name of `CONFIDENCES`.
@@ -69,7 +69,7 @@ class Curve(_Record):
     """
 
     confidence: Name
-    answers: Name
+    answers: Literal["own", "blended"]
     off: Annotated[tuple[Annotated[Whole, Field(ge=0, lt=MOST_POINTS)], ...], Field(max_length=MOST_POINTS)] = ()
     images: Annotated[Whole, Field(ge=1)]
     time_of: Name = ""
@@ -82,11 +82,29 @@ class Curve(_Record):
                 raise PteeError(f"curve.points: some have a {what} and others have none.")
         if len({len(point.threshold) for point in self.points}) > 1:
             raise PteeError("curve.points have different numbers of thresholds.")
+        if len({*self.off}) < len(self.off) or max(self.off, default=0) >= self.exits:
+            raise PteeError(
+                f"curve.off={list(self.off)!r:.60} must be numbers of exits, 0 to {self.exits - 1}, each once."
+            )
         return self
+
+    @property
+    def exits(self) -> int:
+        """E."""
+        return len(self.points[0].threshold)
 
     def at(self, threshold: Sequence[float]) -> Point | None:
         """The point of these thresholds, if there is one."""
         return next((point for point in self.points if list(point.threshold) == list(threshold)), None)
+
+    def __str__(self) -> str:
+        first = self.points[0]
+        known = [name for name in ("cost", "time_ms", "drop", "fidelity_drop") if getattr(first, name) is not None]
+        rows = [
+            (*(f"{getattr(point, name):.4f}" for name in known), describe_thresholds(point.threshold, self.off))
+            for point in self.points
+        ]
+        return table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
 
 
 class Wish(FrozenConfig):
@@ -122,10 +140,10 @@ def best_within(curve: Curve, wish: Wish) -> Point:
     within = [point for point, value in values.items() if value <= limit + ROUNDING]
     if not within:
         least = min(values.values())
-        enough = math.ceil(least * 1e4) / 1e4  # printed whole: a rounded one might be refused
+        enough = f"{math.ceil(least * 1e4) / 1e4:.4f}".rstrip("0").rstrip(".")  # a rounded one might be refused
         raise PteeError(
             Argument(name, f"{limit:g}"), f" is below everything on the curve of this run, which begins at {least:.4f}. Give ",
-            Argument(name, f"{enough:.10g}"), " or more.", argument=name, value=limit,
+            Argument(name, enough), " or more.", argument=name, value=limit,
         )  # fmt: skip
     if "drop" in name:
         return min(within, key=lambda point: (point.price, point.lost))

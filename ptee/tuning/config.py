@@ -1,4 +1,4 @@
-"""The settings of thresholds: numbers, or a target that they are chosen for. Thresholds in words. The drops of a comparison."""
+"""The settings of thresholds: numbers, or a target that they are chosen for. The drops of a comparison."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
+from ptee._common.text import describe_thresholds
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 
 DEFAULT_LOSS = 0.01
@@ -245,16 +246,6 @@ class Promise:
         if more < 0:
             costs += ": the thresholds without it keep more of the limit in reserve for new images"
         return f"Without the guarantee, on average: {what} {self.price:.4f} at T = {thresholds}. The guarantee costs {costs}."
-
-
-def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
-    """T of each exit for a person to read; one number if all are the same.
-
-    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1])
-    '0.9, off, 0.8'
-    """
-    words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
-    return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 
 def below(drop: float) -> str:

@@ -51,7 +51,7 @@ def _chosen(traces: Traces, found: Solution) -> Point:
     reserve = {"max_drop": "drop", "max_fidelity_drop": "fidelity_drop"}.get(found.target.kind)
     if reserve is None:
         return own
-    lost = min(getattr(own, reserve) + found.margin, 1.0)
+    lost = min(getattr(own, reserve) + found.margin, 1.0) if min(found.threshold) <= 1 else 0.0
     promised = found.target.limit if reserve == "fidelity_drop" else None
     return own.model_copy(update={reserve: lost, "promised": promised})
 

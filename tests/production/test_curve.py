@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache as once_for_all
 from itertools import pairwise
@@ -9,6 +10,8 @@ from statistics import mean
 import pytest
 import torch
 from device import here
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from populations import NEVER, POPULATIONS, draw, population
 from small import labelled, made, once
 from tiny import one_line
@@ -68,6 +71,27 @@ def test_a_wish_that_cannot_be_met_is_refused_in_one_line(wish, words):
     with pytest.raises(PteeError, match=words) as refusal:
         best_within(curve(), Wish(**wish))
     one_line(refusal)
+
+
+@pytest.mark.parametrize("name", ["cost", "drop", "fidelity_drop", "time_ms"])
+@given(least=st.floats(1e-6, 0.9), scale=st.sampled_from([1, 1e3, 1e7]))
+@settings(max_examples=60, deadline=None)
+def test_the_least_value_that_a_refusal_prints_is_taken(name, least, scale):
+    least *= scale if name in ("cost", "time_ms") else 1
+    point = {"threshold": (0.5,), "cost": 0.5, "fidelity_drop": 0.1, "drop": 0.1, "time_ms": 5} | {name: least}
+    one = curve(points=[Point(**point)])
+    with pytest.raises(PteeError) as refusal:
+        best_within(one, Wish(**{f"max_{name}": least / 2}))
+    printed = re.search(rf"Give max_{name}=(\S+) or more", str(refusal.value))
+    assert printed
+    assert best_within(one, Wish(**{f"max_{name}": float(printed[1])})) == one.points[0]
+
+
+def test_a_curve_prints_as_a_table_that_says_which_exits_are_off():
+    lines = str(curve(off=(1,))).splitlines()
+    assert lines[0].split() == ["cost", "time", "ms", "drop", "fidelity", "drop", "T"]
+    assert lines[2].split() == ["0.3000", "7.0000", "0.1000", "0.2000", "0.1,", "off"]
+    assert len(lines) == 5
 
 
 def test_what_a_curve_does_not_know_is_refused_by_what_to_type():
@@ -135,9 +159,14 @@ def test_a_curve_is_saved_with_the_run_and_an_old_run_has_none(tmp_path):
         (lambda c: c["points"][0].update(cost=-1), "cost=-1 must be 0 or more"),
         (lambda c: c["points"][0].update(drop=None), "some have a drop and others have none"),
         (lambda c: c["points"][0].update(threshold=[0.5]), "different numbers of thresholds"),
-        (lambda c: c.update(points=[c["points"][0] | {"threshold": [1]}]), "1 thresholds for 2 exits"),
+        (lambda c: c.update(off=[], points=[c["points"][0] | {"threshold": [1]}]), "1 thresholds for 2 exits"),
         (lambda c: c.update(points=[]), "a list of 1 or more"),
         (lambda c: c.update(off=[-5] * 1000), r"off\[0\]=-5 must be 0 or more"),
+        (lambda c: c.update(off=[0] * 1000), r"curve\.off=\[0, 0.* must be numbers of exits, 0 to 1, each once"),
+        (lambda c: c.update(off=[999]), r"curve\.off=\[999\] must be numbers of exits, 0 to 1, each once"),
+        (lambda c: c.update(answers="both"), r"answers='both' is unknown"),
+        (lambda c: c.update(time_of="ms\x1b[2J"), "time_of.* must be text without control characters"),
+        (lambda c: c.update(confidence="a\nb"), "confidence.* must be text without control characters"),
         (lambda c: c["points"][0].update(cost=1e308), "cost"),
         (lambda c: c["points"][0].update(promised=1.0), r"promised=1\.0 must be below 1"),
         (lambda c: c.update(images=0), "images=0 must be 1 or more"),
@@ -218,6 +247,13 @@ def test_never_leaving_is_a_point_so_that_every_drop_can_be_met():
     curve = operating_points(sample, replace(NEVER, threshold=(0.0,) * 3, off=()))
     assert best_within(curve, Wish(max_drop=1e-5)).drop <= 1e-5
     assert best_within(curve, Wish(max_fidelity_drop=0)).fidelity_drop == 0
+
+
+def test_who_never_leaves_needs_no_reserve():
+    sample = draw(population("calibrated", 2000), 100, 1)
+    found = replace(NEVER, target=Target("max_fidelity_drop", 0.01), margin=0.01)
+    [point] = operating_points(sample, found).points
+    assert (point.fidelity_drop, point.drop, point.cost, point.promised) == (0, 0, 1, 0.01)
 
 
 @pytest.mark.parametrize("name", POPULATIONS)
