@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee.exits.blend import BLENDED
+from ptee.exits.config import CALIBRATED
 from ptee.model.forward import ExitOutput, running
 from ptee.production.curve import TUNE, Curve, Wish, best_within
 from ptee.production.monitor import AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
@@ -18,20 +20,41 @@ class InProduction:
     """Part of `EarlyExitModel`.
 
     Attributes:
-        curve: what some thresholds cost and lose, as `ptee.tune` measured it; None for a model that was never tuned.
         monitored: the monitor that watches this model, or None.
     """
 
-    curve: Curve | None = None
     monitored: Monitor | None = None
+    _kept: tuple[Curve | None, Any] = (None, None)  # the curve, and what was fitted when it was made
 
     if TYPE_CHECKING:
         threshold: Any
         confidence: Any
         answers: Any
         off: Any
+        blend: Any
+        calibrated: Any
         backbone: Any
         _hold: Any
+
+    @property
+    def curve(self) -> Curve | None:
+        """What some thresholds cost and lose, as `ptee.tune` measured it.
+
+        None for a model that was never tuned, and as soon as the weights of its blended answers, or the numbers of its calibrated
+        confidence, are others than those that the curve was made with.
+        """
+        curve, fitted = self._kept
+        return curve if curve is not None and fitted == self._fitted(curve) else None
+
+    @curve.setter
+    def curve(self, value: Curve | None) -> None:
+        self._kept = value, None if value is None else self._fitted(value)
+
+    def _fitted(self, curve: Curve) -> Any:
+        """What was fitted to images and decides what this curve says."""
+        if curve.answers == BLENDED:
+            return self.blend
+        return self.calibrated if curve.confidence == CALIBRATED else None
 
     def threshold_for(
         self,
@@ -64,13 +87,19 @@ class InProduction:
 
     def valid_curve(self) -> Curve:
         """The curve, if it is of this model as it is set now; else a PteeError."""
-        if self.curve is None:
-            raise PteeError(f"This model has no curve: its thresholds were never chosen on images. Type {TUNE}.")
-        made_for = {name: getattr(self.curve, name) for name in ("confidence", "answers", "off")}
+        curve = self.curve
+        if curve is None:
+            why = "its thresholds were never chosen on images. Type"
+            if self._kept[0] is not None:
+                why = (
+                    "what it was made with was changed, the weights of blended answers or the calibration. Tune again:"
+                )
+            raise PteeError(f"This model has no curve: {why} {TUNE}.")
+        made_for = {name: getattr(curve, name) for name in ("confidence", "answers", "off")}
         for name, value in made_for.items():
             if value != (now := getattr(self, name)):
                 raise PteeError(f"The curve was made with {name}={value!r}, and now it is {now!r}. Tune again: {TUNE}.")
-        return self.curve
+        return curve
 
     def monitor(
         self,

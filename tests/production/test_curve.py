@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from dataclasses import replace
 from functools import cache as once_for_all
@@ -201,6 +203,34 @@ def test_a_curve_ends_where_the_confidence_is_fitted_or_the_heads_are_trained(ch
     model.confidence, model.off, curve = "learned", [], model.curve
     model.curve = curve  # as if it were of all exits
     change(model, torch.utils.data.TensorDataset(*labelled(60)))
+    assert model.curve is None
+
+
+@pytest.mark.parametrize("answers", ["own", "blended"])
+def test_a_curve_ends_where_the_weights_of_the_blend_that_it_is_of_are_set_by_hand(answers, tmp_path):
+    model, data = made(), TensorDataset(*labelled(60))
+    ptee.tune(model, data, max_fidelity_drop=0.5, answers="blended")
+    blend = model.blend
+    ptee.tune(model, data, max_fidelity_drop=0.5, answers=answers)
+    assert model.answers == answers
+    kept = model.curve
+    model.blend = replace(blend, weights={key: tuple(v + 1 for v in of) for key, of in blend.weights.items()})
+    assert model.curve == (kept if answers == "own" else None)
+    if answers == "blended":
+        with pytest.raises(PteeError, match=r"what it was made with was changed.*Tune again: ptee tune RUN") as refusal:
+            model.threshold_for(max_cost=1.0)
+        one_line(refusal)
+    model.save_pretrained(tmp_path / "run")
+    assert ptee.load(tmp_path / "run", backbone=made().backbone).curve == model.curve
+
+
+def test_a_curve_ends_where_the_calibration_is_set_by_hand_and_a_copy_keeps_it():
+    model, data = made(), TensorDataset(*labelled(60))
+    ptee.calibrate(model, data)
+    ptee.tune(model, data, max_fidelity_drop=0.25, answers="own")
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.curve == model.curve is not None
+    model.calibrated = replace(model.calibrated, shift=(1.0, 1.0))
     assert model.curve is None
 
 
