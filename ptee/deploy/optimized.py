@@ -101,11 +101,14 @@ class OptimizedModel(nn.Module):
         Raises:
             PteeError: for other images, or a threshold that is NaN or of another shape.
         """
-        seen = (
-            self.model.watching(x, audited=threshold is None) if self._fits(x) else None
-        )  # an empty batch is the model's
+        if not self._fits(x):
+            return self._without_pieces(x, threshold)  # which watches an empty batch itself
+        seen = self.model.watching(x, audited=threshold is None, at_once=self.max_batch)
         out = self._predict(x, threshold, None)
-        return out if seen is None else seen(out)
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # as in the pieces, so that an audit is in the same number type
+            return seen(out)
 
     def laps(self, x: Tensor, mark: Callable[[], None]) -> None:
         """`predict` of a batch up to the largest while nobody leaves. `mark` is called before, behind each piece, and at the end.

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
-from ptee.exits.blend import BLENDED
-from ptee.exits.config import CALIBRATED
 from ptee.model.forward import ExitOutput, running
 from ptee.production.curve import TUNE, Curve, Wish, best_within
-from ptee.production.monitor import AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
+from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
+from ptee.production.settings import fitted
 
 
 class InProduction:
@@ -31,8 +30,6 @@ class InProduction:
         confidence: Any
         answers: Any
         off: Any
-        blend: Any
-        calibrated: Any
         backbone: Any
         _hold: Any
 
@@ -43,18 +40,12 @@ class InProduction:
         None for a model that was never tuned, and as soon as the weights of its blended answers, or the numbers of its calibrated
         confidence, are others than those that the curve was made with.
         """
-        curve, fitted = self._kept
-        return curve if curve is not None and fitted == self._fitted(curve) else None
+        curve, made_with = self._kept
+        return curve if curve is not None and made_with == fitted(self, curve.answers, curve.confidence) else None
 
     @curve.setter
     def curve(self, value: Curve | None) -> None:
-        self._kept = value, None if value is None else self._fitted(value)
-
-    def _fitted(self, curve: Curve) -> Any:
-        """What was fitted to images and decides what this curve says."""
-        if curve.answers == BLENDED:
-            return self.blend
-        return self.calibrated if curve.confidence == CALIBRATED else None
+        self._kept = value, None if value is None else fitted(self, value.answers, value.confidence)
 
     def threshold_for(
         self,
@@ -114,11 +105,14 @@ class InProduction:
 
         A random share of the images goes through the backbone, too, and their answers are compared; no answer changes. The monitor
         ends with `stop()`, or at the end of a `with` block. It sees `model(x)`, `model.predict(x)`, and those of `ptee.optimize(model)`;
-        not soft answers, and no model that was exported. Calls with a threshold of their own are counted, not audited. If
-        `model.threshold` is changed, the promise stays the same. An audit that fails never costs an answer: it is counted as failed.
+        not soft answers, and no model that was exported. An audit that fails never costs an answer: it is counted as failed.
+
+        The promise is of the model as it is now. Calls with a threshold of their own are counted, not audited; so is every call after
+        a change of `threshold`, `off`, `answers` or `confidence`, which a warning tells, until that is changed back.
+        `monitor.renew(...)` promises for the model as it is then. After training, stop the monitor and begin another.
 
         Args:
-            audit: the share. 0: only count.
+            audit: the share. 0: only count. `monitor.images_to_find(0.05)` says how soon so many differing answers would be found.
             confidence: an alarm is false with probability 1 - confidence at most, however long the model is watched.
             max_fidelity_drop: the promise: no more of the answers than this differ from the backbone's. None: what the thresholds
                 in force were chosen for; if they were chosen for something else, the promise must be given.
@@ -136,18 +130,23 @@ class InProduction:
         return self.monitored
 
     def bare(self, x: Tensor) -> Tensor:
-        """The backbone's own answer to images, outside of any call of this model. It stays frozen, and in its own number type."""
+        """The backbone's own answer to images, outside of any call of this model. It stays frozen; an autocast that is on holds."""
         self._hold.keep()
-        with running(None), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with running(None), torch.no_grad():
             answer: Tensor = self.backbone(x)
             return answer
 
-    def watching(self, x: Tensor, *, audited: bool = True) -> Callable[[ExitOutput], ExitOutput]:
-        """Called with images before they are answered; what it returns is called with the answers, and gives them back."""
+    def watching(
+        self, x: Tensor, *, audited: bool = True, at_once: int = AT_ONCE
+    ) -> Callable[[ExitOutput], ExitOutput]:
+        """Called with images before they are answered; what it returns is called with the answers, and gives them back.
+
+        It must be called in the number types of the answers, that is in the same autocast. Arguments as of `Monitor.watch`.
+        """
         watch = self.monitored
         if watch is None or watch.model is not self:  # a copy of a model is not watched
             return unseen
-        return watch.watch(x, audited)
+        return watch.watch(x, audited=audited, at_once=at_once)
 
 
 def unseen(out: ExitOutput) -> ExitOutput:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import threading
@@ -14,15 +13,17 @@ from datetime import datetime, timezone
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError, first_line
-from ptee._common.validation import FrozenConfig, Number, Whole, from_pydantic
+from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.exits.blend import OWN
-from ptee.production.curve import MOST_POINTS
+from ptee.production.monitor_state import read_state
+from ptee.production.prometheus import prometheus_text
 from ptee.production.promise_test import Bet, PromiseTest
+from ptee.production.settings import in_force
 
 AUDIT, CONFIDENCE = 0.05, 0.95
 NEVER_LEAVE = "never_leave"
@@ -30,12 +31,8 @@ NEVER = 2.0  # a threshold that no confidence reaches
 AT_ONCE = 32  # images of an audit that the backbone answers at once, so that its memory stays small
 FARTHEST = 1e15  # images until the next audit, at most
 COUNTED = 3  # for each exit: rows, cost, confidence
-AGAIN = "Give what monitor.as_dict() returned."
-
-Positive = Annotated[Number, Field(ge=0, le=1e18)]
-Moment = Annotated[Number, Field(ge=0, le=1e11)]  # seconds since 1970
-Count = Annotated[Whole, Field(ge=0, le=10**18)]
-PerExit = Annotated[tuple[Positive, ...], Field(max_length=MOST_POINTS + 1)]
+SAVED = ("threshold", "off", "answers", "confidence")  # of what a promise is of, in a state
+WORSE, LATE = 4, 1_000_000  # answers that differ so many times as often should be found within so many images
 
 
 class MonitorConfig(FrozenConfig):
@@ -75,8 +72,10 @@ A = TypeVar("A", bound=Answers)
 class Alarm:
     """That the promise no longer holds. Prints as a sentence.
 
+    Images have numbers in the order in which they were answered, from 1 on. All that the monitor counts have one.
+
     Attributes:
-        row: at which image it was found; the first since the monitor began is 1.
+        row: the number of the image at which it was found.
         since_row: from about which image on it did not hold.
         since: when that image came, in UTC.
         audited: images that were audited from there on.
@@ -98,55 +97,13 @@ class Alarm:
         )
 
 
-class _Saved(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _SavedAlarm(_Saved):
-    row: Count
-    since_row: Count
-    since: Annotated[str, Field(strict=True, max_length=40)]
-    audited: Count
-    differed: Count
-    max_fidelity_drop: Positive
-
-
-class _SavedBet(_Saved):
-    differ: Positive
-    agree: Positive
-    capital: Annotated[Number, Field(ge=0)]
-    cusum: Number
-    since: Count
-    moment: Moment
-    audited: Count
-    differed: Count
-
-
-class _SavedTest(_Saved):
-    seen: Count
-    bets: tuple[_SavedBet, ...]
-
-
-class _State(_Saved):
-    """What `as_dict` wrote, checked: a file may come from elsewhere."""
-
-    exits: tuple[str, ...]
-    rows: tuple[Count, ...]
-    cost: PerExit
-    confidence_sum: PerExit
-    audited: Count
-    differed: Count
-    seconds: Positive
-    max_fidelity_drop: Positive | None
-    alpha: Positive
-    test: _SavedTest | None
-    alarm: _SavedAlarm | None
-
-
 class Monitor:
     """Counts what a model answers, and tests whether its early answers still agree with its backbone. Made by `model.monitor`.
 
     All its methods may be called from any thread. It ends with `stop`, or at the end of a `with` block.
+
+    The promise is of the thresholds, the exits that are off, the kind of answers and the confidence that were in force when it was
+    made. Answers by others are counted and not audited; a warning says so.
 
     Attributes:
         model: which it watches.
@@ -154,37 +111,65 @@ class Monitor:
         max_fidelity_drop: the largest share of answers that may differ from the backbone's; None if nothing is audited.
     """
 
-    def __init__(self, model: Any, settings: MonitorConfig, promise: tuple[float | None, float]) -> None:
-        self.model, self.settings = model, settings
-        self.max_fidelity_drop, self._alpha = promise
+    def __init__(self, model: Any, settings: MonitorConfig, max_fidelity_drop: float | None) -> None:
+        self.model, self.settings, self._alpha = model, settings, 1 - settings.confidence
         self._lock, self._random = threading.RLock(), random.Random(settings.seed)
-        self._test = None if self.max_fidelity_drop is None else PromiseTest(self.max_fidelity_drop, self._alpha)
-        self._alarm: Alarm | None = None
-        self._drawn = self._audited = self._differed = self._failed = 0  # images that came, and audits
+        self._images = self._audited = self._differed = self._failed = 0
         self._seconds = 0.0
+        self._promise(max_fidelity_drop)
         self._next = self._gap() - 1  # how many images come before the next one that is audited
         with torch.inference_mode(False):  # so that calls of any mode can add to it
             self._sums = torch.zeros(COUNTED, len(model.exits) + 1, dtype=torch.float64, device="cpu")
 
+    def _promise(self, max_fidelity_drop: float | None) -> None:
+        """A promise of the model as it is now, and a new test of it."""
+        self.max_fidelity_drop = max_fidelity_drop if self.settings.audit else None
+        self._test = None if self.max_fidelity_drop is None else PromiseTest(self.max_fidelity_drop, self._alpha)
+        self._promised_for, self._kept = in_force(self.model), True
+        self._alarm: Alarm | None = None
+
     # -------------------------------------------------------------------------------------------- watching
 
-    def watch(self, x: Tensor, audited: bool = True) -> Callable[[A], A]:
-        """Draw the images (b, c, h, w) to audit before they are answered. What is returned looks at the answers and gives them back."""
-        positions, first = self._draw(len(x)) if audited else ([], 0)
+    def watch(self, x: Tensor, *, audited: bool = True, at_once: int = AT_ONCE) -> Callable[[A], A]:
+        """Draw the images (b, c, h, w) to audit before they are answered. What is returned looks at the answers and gives them back.
+
+        Args:
+            x: the images.
+            audited: the model's own thresholds answer them.
+            at_once: so many of them the backbone may answer at once; it gets `AT_ONCE` at most.
+        """
+        positions = self._draw(len(x)) if audited and self._is_promised() else []
         images = x.detach()[positions] if positions else x[:0]  # a copy: a backbone may write into what it gets
 
         def see(out: A) -> A:
-            self._count(out)
-            if positions:
-                self._audit(images, positions, first, out)
+            first = self._count(out)
+            if positions and self._is_promised():  # another thread may have changed the thresholds
+                self._audit(images, positions, first, out, min(at_once, AT_ONCE))
             return out
 
         return see
 
-    def _audit(self, images: Tensor, positions: Sequence[int], first: int, out: Answers) -> None:
+    def _is_promised(self) -> bool:
+        """Whether a promise is made for the model as it is. Says so when it no longer is."""
+        with self._lock:
+            if self._test is None:
+                return False
+            before, now = self._kept, in_force(self.model)
+            self._kept = now == self._promised_for
+            ends = before and not self._kept and self._alarm is None
+            changed = ", ".join(name for name, value in now.items() if value != self._promised_for.get(name))
+        if ends:
+            warnings.warn(
+                f"The promise of this monitor is not of the model as it is now: {changed} changed. Until that is changed back, answers are "
+                f"counted and not audited. To promise for the model as it is: monitor.renew(max_fidelity_drop={self.max_fidelity_drop:g}).",
+                stacklevel=5,
+            )
+        return self._kept
+
+    def _audit(self, images: Tensor, positions: Sequence[int], first: int, out: Answers, at_once: int) -> None:
         """Whatever happens here, the caller has the answer already."""
         try:
-            self._see(self._differs(images, positions, out), [first + n for n in positions])
+            self._see(self._differs(images, positions, out, at_once), [first + n for n in positions])
         except Exception as why:  # the backbone's, or that of `on_alarm`
             with self._lock:
                 self._failed += 1
@@ -198,26 +183,28 @@ class Monitor:
             return math.inf if share == 0 else 1
         return 1 + math.floor(min(math.log(1 - self._random.random()) / math.log1p(-share), FARTHEST))
 
-    def _draw(self, rows: int) -> tuple[list[int], int]:
-        """Which images of a batch are audited, and the number of its first image."""
+    def _draw(self, rows: int) -> list[int]:
+        """Which images of a batch are audited."""
         positions = []
         with self._lock:
             while self._next < rows:
                 positions.append(int(self._next))
                 self._next += self._gap()
             self._next -= rows
-            first = self._drawn + 1
-            self._drawn += rows
-        return positions, first
+        return positions
 
-    def _count(self, out: Answers) -> None:
+    def _count(self, out: Answers) -> int:
+        """The number of the first of these images."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if out.cost.device.type != "mps":  # which has no float64
                 self._sums = self._sums.to(out.cost.device)  # no synchronisation with the host
             here = [t.to(self._sums) for t in (torch.ones_like(out.cost), out.cost, out.confidence)]
             self._sums.index_add_(1, out.exit_index.to(self._sums.device), torch.stack(here))
+            first = self._images + 1
+            self._images += len(out.cost)
+        return first
 
-    def _differs(self, images: Tensor, positions: Sequence[int], out: Answers) -> list[bool]:
+    def _differs(self, images: Tensor, positions: Sequence[int], out: Answers, at_once: int) -> list[bool]:
         """Whether the answers at these positions differ from the backbone's own."""
         at = torch.tensor(positions, device=out.logits.device)
         answers, left = out.logits[at].argmax(-1), out.exit_index[at] < len(self.model.exits)
@@ -226,7 +213,7 @@ class Monitor:
             left = torch.ones_like(left)  # the end answers with a blend, too
         if left.any():
             began = time.perf_counter()
-            bare = torch.cat([self.model.bare(some).argmax(-1) for some in images[left].split(AT_ONCE)])
+            bare = torch.cat([self.model.bare(some).argmax(-1) for some in images[left].split(at_once)])
             differs[left] = bare != answers[left]
             self._spent(time.perf_counter() - began)
         found: list[bool] = differs.tolist()
@@ -264,10 +251,28 @@ class Monitor:
         with self._lock:
             return self._alarm
 
+    def images_to_find(self, share: float) -> float:
+        """About how many images it takes from the beginning to find that so many answers differ: the fewer are audited, the more.
+
+        A fall after a long good time takes a few times as many. Infinite for a share that is within the promise.
+
+        Args:
+            share: of the answers; 0.05 is five in a hundred.
+
+        Raises:
+            PteeError: if it is no share, or nothing is audited.
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise PteeError(Argument("share", f"{share!r}"), " must be a number from 0 to 1.", argument="share")
+        if self._test is None:
+            raise PteeError("This monitor audits nothing, so it finds nothing. Give audit= and max_fidelity_drop=.")
+        return self._test.audits_to_find(share) / self.settings.audit
+
     def as_dict(self) -> dict[str, Any]:
         """All that is known, JSON-able; `resume` takes it again."""
         with self._lock:
             rows, cost, confidence = self._sums.tolist()
+            promised_for = {name: self._promised_for[name] for name in SAVED}
             return {
                 "ptee_version": __version__,
                 "exits": [*(e.name for e in self.model.exits), ""],
@@ -284,9 +289,17 @@ class Monitor:
                 "max_fidelity_drop": self.max_fidelity_drop,
                 "confidence": self.settings.confidence,
                 "alpha": self._alpha,
+                "promised_for": self._test and promised_for,
+                "tested": self._test is not None and self._alarm is None and in_force(self.model) == self._promised_for,
                 "test": self._test and {"seen": self._test.seen, "bets": [asdict(bet) for bet in self._test.bets]},
                 "alarm": self._alarm and asdict(self._alarm),
             }
+
+    def prometheus(self) -> str:
+        """All counters in the text format of Prometheus, for a page that it reads."""
+        return prometheus_text(self.as_dict())
+
+    # -------------------------------------------------------------------------------------------- its life
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from what `as_dict` gave: of the same exits, and of the same promise.
@@ -295,72 +308,33 @@ class Monitor:
             PteeError: if it is no such state. Nothing is changed then.
         """
         with self._lock:
-            saved = self._checked(state)
+            saved = read_state(state, self.as_dict())
+            sums = [saved.rows, saved.cost, saved.confidence_sum]
             with torch.inference_mode(False):
-                self._sums = torch.tensor(
-                    [saved.rows, saved.cost, saved.confidence_sum], dtype=torch.float64, device="cpu"
-                )
-            self._drawn, self._audited, self._differed = sum(saved.rows), saved.audited, saved.differed
-            self._seconds = saved.seconds
+                self._sums = torch.tensor(sums, dtype=torch.float64, device="cpu")
+            self._images, self._audited, self._differed = saved.images, saved.audited, saved.differed
+            self._failed, self._seconds = saved.failed, saved.seconds
             self._alarm = None if saved.alarm is None else Alarm(**saved.alarm.model_dump())
             if self._test is not None and saved.test is not None:
                 self._test.seen, self._test.bets = saved.test.seen, [Bet(**b.model_dump()) for b in saved.test.bets]
         if saved.alarm is not None:
             self._act()
 
-    def _checked(self, state: Mapping[str, Any]) -> _State:
-        try:
-            saved = _State.model_validate(json.loads(json.dumps(state)))
-        except ValidationError as why:
-            raise PteeError(f"This is no state of a monitor: {from_pydantic(why)} {AGAIN}") from why
-        except (TypeError, ValueError) as why:
-            raise PteeError(f"This is no state of a monitor. {AGAIN}") from why
-        own = self.as_dict()
-        same = {
-            "exits": (list(saved.exits), own["exits"]),
-            "max_fidelity_drop": (saved.max_fidelity_drop, self.max_fidelity_drop),
-            "1 - confidence": (saved.alpha, self._alpha),
-        }
-        for name, (theirs, ours) in same.items():
-            if theirs != ours:
-                raise PteeError(
-                    f"This state is of another monitor: its {name} is {theirs}, and here it is {ours}. Begin without it."
-                )
-        bets = [] if saved.test is None else [(bet.differ, bet.agree) for bet in saved.test.bets]
-        if {len(saved.rows), len(saved.cost), len(saved.confidence_sum)} != {len(saved.exits)} or bets != self._stakes:
-            raise PteeError(f"This is no state of a monitor: its parts do not fit each other. {AGAIN}")
-        return saved
+    def renew(self, max_fidelity_drop: float | None = None) -> None:
+        """Make a promise for the model as it is now, in place of the one before; an alarm ends. All counters go on.
 
-    @property
-    def _stakes(self) -> list[tuple[float, float]]:
-        return [] if self._test is None else [(bet.differ, bet.agree) for bet in self._test.bets]
+        Args:
+            max_fidelity_drop: the promise. None: what the thresholds in force were chosen for.
 
-    def prometheus(self) -> str:
-        """All counters in the text format of Prometheus, for a page that it reads."""
-        now = self.as_dict()
-        names = [f'{{exit="{n}",module="{_label(name)}"}}' for n, name in enumerate(now["exits"])]
-        of_exits = {
-            "rows": ("Images answered at each exit; the last is the end of the backbone.", now["rows"]),
-            "cost": ("Their multiply-accumulates, in images of the bare backbone.", now["cost"]),
-            "confidence": ("The sum of their confidence.", now["confidence_sum"]),
-        }
-        lines = []
-        for name, (text, values) in of_exits.items():
-            lines += _metric(f"{name}_total", "counter", text, zip(names, values, strict=True))
-        single = {
-            "audited_total": ("counter", "Images whose answer was compared with the backbone's.", now["audited"]),
-            "audited_differed_total": ("counter", "Those of them that differed.", now["differed"]),
-            "audits_failed_total": ("counter", "Batches whose audit ended in an error.", now["failed"]),
-            "audit_seconds_total": ("counter", "Seconds of the backbone for these.", now["seconds"]),
-            "alarm": ("gauge", "1 if the promise no longer holds.", int(now["alarm"] is not None)),
-        }
-        if self.max_fidelity_drop is not None:
-            single["max_fidelity_drop"] = ("gauge", "Share of answers that may differ.", self.max_fidelity_drop)
-        for name, (kind, text, value) in single.items():
-            lines += _metric(name, kind, text, [("", value)])
-        return "\n".join(lines) + "\n"
-
-    # -------------------------------------------------------------------------------------------- its life
+        Raises:
+            PteeError: if the number is not possible, or nothing is promised.
+        """
+        settings = self.settings.changed(max_fidelity_drop=max_fidelity_drop)
+        promise = _promise_of(self.model, settings)
+        with self._lock:
+            self.settings = settings
+            self._promise(promise)
+        _warn_if_late(self)
 
     def stop(self) -> None:
         """Watch no further. What was counted stays."""
@@ -380,8 +354,7 @@ class Monitor:
         return type(None), ()  # nor is one that was pickled
 
     def __repr__(self) -> str:
-        rows = sum(self.as_dict()["rows"])
-        return f"Monitor({rows:,} images, {self._audited:,} audited, {self._differed:,} differed, alarm={self.alarm})"
+        return f"Monitor({self._images:,} images, {self._audited:,} audited, {self._differed:,} differed, alarm={self.alarm})"
 
 
 def _alarm(bet: Bet, row: int, limit: float) -> Alarm:
@@ -393,15 +366,6 @@ def _mean(total: float, n: float) -> float | None:
     return total / n if n else None
 
 
-def _metric(name: str, kind: str, text: str, values: Any) -> list[str]:
-    head = [f"# HELP ptee_{name} {text}", f"# TYPE ptee_{name} {kind}"]
-    return head + [f"ptee_{name}{label} {value}" for label, value in values]
-
-
-def _label(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
 def new_monitor(model: Any, settings: MonitorConfig) -> Monitor:
     """A monitor of a model, for the promise that is given, or else for the one that the model was tuned for.
 
@@ -410,11 +374,30 @@ def new_monitor(model: Any, settings: MonitorConfig) -> Monitor:
     """
     if model.monitored is not None and model.monitored.model is model:  # else it watches what this is a copy of
         raise PteeError("This model has a monitor already: model.monitored. Stop it first: model.monitored.stop().")
-    alpha = 1 - settings.confidence
-    given = settings.max_fidelity_drop
-    if given is not None or settings.audit == 0:
-        return Monitor(model, settings, (given, alpha))
-    return Monitor(model, settings, (_promise_of_curve(model), alpha))
+    made = Monitor(model, settings, _promise_of(model, settings))
+    _warn_if_late(made)
+    return made
+
+
+def _warn_if_late(monitor: Monitor) -> None:
+    """Say so where so few images are audited that even a bad fall is not found in reasonable time."""
+    limit, audit = monitor.max_fidelity_drop, monitor.settings.audit
+    if limit is None or (images := monitor.images_to_find(bad := WORSE * limit / (1 + (WORSE - 1) * limit))) <= LATE:
+        return
+    least = images * audit / LATE
+    more = f"audit={math.ceil(least * 1e6) / 1e6:g} or more" if least <= 1 else "a larger max_fidelity_drop"
+    about = f"{float(f'{images:.2g}'):,.0f}" if images < 1e12 else f"{images:.1e}"
+    warnings.warn(
+        f"With audit={audit:g} it takes about {about} images to find that {bad:.2g} of the answers differ instead of {limit:g}. "
+        f"To find it within {LATE:,}, give {more}.",
+        stacklevel=4,
+    )
+
+
+def _promise_of(model: Any, settings: MonitorConfig) -> float | None:
+    if settings.max_fidelity_drop is not None or settings.audit == 0:
+        return settings.max_fidelity_drop
+    return _promise_of_curve(model)
 
 
 def _promise_of_curve(model: Any) -> float:

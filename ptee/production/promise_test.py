@@ -72,7 +72,23 @@ class PromiseTest:
         capital = waiting + sum(bet.capital for bet in self.bets) / len(self.bets)
         return max(self.bets, key=lambda bet: bet.capital) if capital >= 1 / self.alpha else None
 
+    def audits_to_find(self, share: float) -> float:
+        """About how many audits it takes to refute the promise where this share of the answers differs from the first one on.
+
+        The best bet's part of the capital must grow to 1 / alpha, and with each audit its logarithm is expected to grow by
+
+            share * log(q / p) + (1 - share) * log((1 - q) / (1 - p)).
+
+        Infinite where that is not above 0, as it is while the promise is kept.
+        """
+        growth = max(share * math.log(bet.differ) + (1 - share) * math.log(bet.agree) for bet in self.bets)
+        return math.inf if growth <= 0 else max(1.0, math.log(len(self.bets) / self.alpha) / growth)
+
 
 def _waiting(images: int) -> float:
-    """The part of the capital that has not begun to bet after so many images. It falls as slowly as it may."""
+    """The part of the capital that has not begun to bet after so many images.
+
+    It ends at 0, so that all capital bets some day. It falls slowly, so that even after millions of images some is left that has
+    not been lost on them.
+    """
     return math.log(2) / math.log(images + 2)

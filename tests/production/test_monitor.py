@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,7 +95,7 @@ def test_a_failing_audit_or_alarm_costs_no_answer():
     def page(_: Monitor) -> None:
         raise OSError("the pager is down")
 
-    with torch.no_grad(), audited(model, on_alarm=page, max_fidelity_drop=1e-6) as monitor:
+    with torch.no_grad(), audited(model, on_alarm=page, max_fidelity_drop=1e-4) as monitor:
         with pytest.warns(UserWarning, match="An audit failed, and the answers stand: OSError: the pager is down"):
             out = model.predict(X)
         assert torch.equal(out.logits, model.predict(X).logits)
@@ -101,13 +105,87 @@ def test_a_failing_audit_or_alarm_costs_no_answer():
 
 def test_who_goes_on_from_an_alarm_leaves_no_row_early():
     model = leaving()
-    with torch.no_grad(), audited(model, max_fidelity_drop=1e-6) as monitor:
+    with torch.no_grad(), audited(model, max_fidelity_drop=1e-4) as monitor:
         model.predict(X)
     state = monitor.as_dict()
     assert state["alarm"]
-    with audited(model, max_fidelity_drop=1e-6, on_alarm="never_leave") as monitor:
+    with audited(model, max_fidelity_drop=1e-4, on_alarm="never_leave") as monitor:
         monitor.resume(state)
     assert min(model.threshold) > 1
+
+
+# ---------------------------------------------------------------------------------------------------- what is promised
+
+CHANGES = {
+    "threshold": lambda m: setattr(m, "threshold", 0.0),
+    "off": lambda m: setattr(m, "off", [1]),
+    "confidence": lambda m: setattr(m, "confidence", "max_prob"),
+}
+
+
+def put_back(model: ptee.EarlyExitModel, settings: ptee.EarlyExitModel) -> None:
+    model.threshold, model.off, model.confidence = settings.threshold, settings.off, settings.confidence
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_after_a_change_of_the_model_no_answer_is_audited_against_the_old_promise(name):
+    model = leaving()
+    before = copy.deepcopy(model)
+    with torch.no_grad(), audited(model, max_fidelity_drop=0.9) as monitor:
+        CHANGES[name](model)
+        with pytest.warns(
+            UserWarning, match=rf"{name} changed.*counted and not audited.*renew\(max_fidelity_drop=0\.9\)"
+        ):
+            model.predict(X)
+        model.predict(X)  # it is said once
+        seen = monitor.as_dict()
+        assert (sum(seen["rows"]), seen["audited"], seen["tested"]) == (2 * len(X), 0, False)
+        put_back(model, before)
+        model.predict(X)
+    seen = monitor.as_dict()
+    assert (sum(seen["rows"]), seen["audited"], seen["tested"]) == (3 * len(X), len(X), True)
+
+
+def test_a_change_of_the_blend_ends_the_promise_too():
+    model = leaving()
+    ptee.tune(model, torch.utils.data.TensorDataset(*labelled(40)), max_fidelity_drop=0.5, answers="blended", margin=0)
+    with torch.no_grad(), audited(model, max_fidelity_drop=0.9) as monitor:
+        model.blend = replace(
+            model.blend, weights={k: tuple(v + 1 for v in of) for k, of in model.blend.weights.items()}
+        )
+        with pytest.warns(UserWarning, match="blend changed"):
+            model.predict(X)
+        model.answers = "own"
+        model.predict(X)
+    assert monitor.as_dict()["audited"] == 0
+
+
+def test_a_promise_can_be_renewed_for_the_model_as_it_is():
+    model = all_wrong()
+    with torch.no_grad(), audited(model) as monitor:
+        model.predict(X)
+        assert monitor.alarm is not None
+        model.threshold = 2.0
+        model.predict(X)  # nothing is said: there is an alarm already
+        monitor.renew(0.02)
+        model.predict(X)
+        seen = monitor.as_dict()
+        assert (seen["max_fidelity_drop"], seen["tested"], monitor.alarm) == (0.02, True, None)
+        assert (sum(seen["rows"]), seen["audited"], seen["test"]["seen"]) == (3 * len(X), 2 * len(X), len(X))
+        with pytest.raises(PteeError, match="chosen for no share of answers"):
+            monitor.renew()
+        with pytest.raises(PteeError, match="max_fidelity_drop=0 must be above 0"):
+            monitor.renew(0)
+        assert monitor.max_fidelity_drop == 0.02
+
+
+def test_thresholds_that_do_the_same_are_the_same_promise():
+    model = all_wrong()
+    model.threshold = float("inf")
+    with torch.no_grad(), audited(model) as monitor:
+        model.threshold = 3.0
+        model.predict(X)
+        assert json.loads(json.dumps(monitor.as_dict(), allow_nan=False))["audited"] == len(X)
 
 
 def test_calls_with_thresholds_of_their_own_and_soft_answers_are_not_audited():
@@ -122,7 +200,7 @@ def test_calls_with_thresholds_of_their_own_and_soft_answers_are_not_audited():
 def test_a_share_of_the_images_is_drawn():
     model = leaving()
     with audited(model, audit=0.1, seed=0) as monitor:
-        positions = [monitor._draw(7)[0] for _ in range(3000)]
+        positions = [monitor._draw(7) for _ in range(3000)]
     drawn = [7 * n + p for n, each in enumerate(positions) for p in each]
     assert len(drawn) == len({*drawn})
     assert 0.09 < len(drawn) / 21_000 < 0.11
@@ -201,10 +279,49 @@ def test_an_alarm_says_since_when_and_is_raised_once():
 
 def test_an_alarm_can_switch_early_exits_off():
     model = all_wrong()
-    with torch.no_grad(), audited(model, on_alarm="never_leave"):
+    with torch.no_grad(), audited(model, on_alarm="never_leave") as monitor:
         model.predict(X)
         assert min(model.threshold) > 1
         assert torch.equal(model.predict(X).logits, model.backbone(X))
+    again = all_wrong()
+    with torch.no_grad(), audited(again, on_alarm="never_leave") as other:
+        other.resume(monitor.as_dict())
+        assert min(again.threshold) > 1, "the promise was of the thresholds before"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_images_are_numbered_as_they_are_answered_and_counted(resumed):
+    model = all_wrong()
+    with torch.no_grad(), audited(model) as monitor:
+        model.predict(X[:5], threshold=2.0)
+        model.predict(X[:7], soft=True)
+        with pytest.raises(RuntimeError, match="out of order"), failing(model):
+            model.predict(X[:3])
+        state = monitor.as_dict()
+        model.predict(X)
+    assert sum(state["rows"]) == 5
+    if resumed:
+        with torch.no_grad(), audited(model) as monitor:
+            monitor.resume(state)
+            model.predict(X)
+    alarm = monitor.alarm
+    assert alarm is not None
+    assert (alarm.since_row, alarm.row) == (6, 5 + alarm.audited)
+    assert alarm.row <= sum(monitor.as_dict()["rows"])
+
+
+@contextmanager
+def failing(model: ptee.EarlyExitModel) -> Iterator[None]:
+    """Meanwhile the first head raises."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    hook = model.heads[0].register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_without_audits_there_is_no_alarm():
@@ -212,6 +329,103 @@ def test_without_audits_there_is_no_alarm():
     with audited(model, audit=0) as monitor:
         model.predict(X)
     assert monitor.alarm is None
+
+
+# ---------------------------------------------------------------------------------------------------- the audit itself
+
+
+def rounded() -> ptee.EarlyExitModel:
+    """A model whose backbone answers 1 in float32 and 0 in bfloat16, where two logits are equal; its first exit answers 0."""
+    model = all_wrong()
+    with torch.no_grad():
+        model.heads[0].logits.bias.copy_(torch.tensor([5.0, 0, 0, 0]))
+        model.backbone[-1].bias.copy_(torch.tensor([1.0, 1.001, 0, 0]))
+    return model
+
+
+def test_an_audit_is_in_the_number_type_of_the_answers():
+    model = rounded()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert set(model.backbone(X).argmax(-1).tolist()) == {0}
+        with audited(model) as monitor:
+            model.predict(X)
+    assert (monitor.as_dict()["audited"], monitor.as_dict()["differed"]) == (len(X), 0)
+    with torch.no_grad(), audited(model) as monitor:
+        model.predict(X)
+    assert monitor.as_dict()["differed"] == len(X)
+
+
+def test_an_optimized_model_is_audited_without_autocast_as_it_answers():
+    model = rounded()
+    fast = ptee.optimize(model, mode="eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), audited(model) as monitor:
+        fast.predict(X)
+        assert torch.is_autocast_enabled("cpu")
+    assert monitor.as_dict()["differed"] == len(X)
+
+
+@pytest.mark.parametrize(("rows", "max_batch", "most"), [(24, 4, 4), (80, 256, 32), (80, None, 32)])
+def test_an_audit_takes_no_more_images_at_once_than_the_model_does(rows, max_batch, most, monkeypatch):
+    model, sizes = leaving(), []
+    model.threshold = 0
+    bare = model.bare
+    monkeypatch.setattr(model, "bare", lambda x: sizes.append(len(x)) or bare(x))
+    call = model if max_batch is None else ptee.optimize(model, mode="eager", max_batch=max_batch)
+    with torch.no_grad(), audited(model) as monitor:
+        call.predict(torch.cat([X] * 4)[:rows])
+    assert monitor.as_dict()["audited"] == sum(sizes) == rows
+    assert max(sizes) == most
+
+
+def test_a_resumed_monitor_knows_of_failed_audits(monkeypatch):
+    model = leaving()
+    with torch.no_grad(), audited(model) as monitor:
+        monkeypatch.setattr(model, "bare", None)
+        with pytest.warns(UserWarning, match="An audit failed"):
+            model.predict(X)
+    with audited(model) as again:
+        again.resume(monitor.as_dict())
+        assert again.as_dict() == monitor.as_dict()
+    assert again.as_dict()["failed"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- what a share finds
+
+
+def test_how_soon_a_fall_is_found_depends_on_the_share_that_is_audited():
+    model = leaving()
+    with audited(model, audit=0.05) as often:
+        soon = often.images_to_find(0.05)
+        assert often.images_to_find(1) < soon < often.images_to_find(0.03)
+        assert often.images_to_find(0.01) == math.inf
+    with audited(model, audit=0.01) as seldom:
+        assert seldom.images_to_find(0.05) == pytest.approx(5 * soon)
+    with audited(model, audit=0) as never, pytest.raises(PteeError, match="audits nothing, so it finds nothing"):
+        never.images_to_find(0.05)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "0.05", None])
+def test_what_is_no_share_is_refused(share):
+    with (
+        audited(leaving()) as monitor,
+        pytest.raises(PteeError, match=r"share=.* must be a number from 0 to 1") as refusal,
+    ):
+        monitor.images_to_find(share)
+    one_line(refusal)
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"audit": 1e-5}, r"With audit=1e-05 it takes about 18,000,000 images to find that 0\.039 .* give audit=0\.000\d+ or more"),
+        ({"audit": 1e-300}, r"it takes about 1\.8e\+302 images.* give audit=0\.000\d+ or more"),
+        ({"audit": 0.5, "max_fidelity_drop": 1e-7}, "give a larger max_fidelity_drop"),
+    ],
+)  # fmt: skip
+def test_a_share_that_finds_nothing_in_reasonable_time_is_warned_of(wish, words):
+    with pytest.warns(UserWarning, match=words) as told:
+        audited(leaving(), **wish).stop()
+    assert len(str(told[0].message)) < 300
 
 
 # ---------------------------------------------------------------------------------------------------- threads, files
@@ -259,7 +473,7 @@ def test_a_monitor_is_saved_as_json_and_goes_on():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.clear(), "no state of a monitor: exits is missing"),
+        (lambda s: s.clear(), "no state of a monitor: audited is missing"),
         (lambda s: s.update(rows=[1, 2]), "its parts do not fit each other"),
         (lambda s: s.update(rows=[1, 2, -3]), r"rows\[2\]=-3 must be 0 or more"),
         (lambda s: s.update(cost=[1.0, 2.0, float("nan")]), "must be a finite number"),
@@ -269,6 +483,22 @@ def test_a_monitor_is_saved_as_json_and_goes_on():
         (lambda s: s["test"]["bets"][0].update(moment=1e300), "moment"),
         (lambda s: s["test"]["bets"].pop(), "its parts do not fit each other"),
         (lambda s: s.update(alarm=3), "alarm"),
+        (lambda s: s.update(audited=10**6), "its parts do not fit each other"),
+        (lambda s: s.update(differed=s["audited"] + 1), "its parts do not fit each other"),
+        (lambda s: s["test"]["bets"][1].update(since=10**6), "its parts do not fit each other"),
+        (lambda s: s["test"].update(seen=10**6), "its parts do not fit each other"),
+        (lambda s: (s.update(alarm=None), s["test"]["bets"][0].update(capital=1e6)), "its parts do not fit each other"),
+        *[
+            (
+                lambda s, name=name, value=value: s["test"]["bets"][2].update({name: value}),
+                rf"bets\[2\]\.{name}=.* must be",
+            )
+            for name in ("capital", "cusum")
+            for value in (float("nan"), float("inf"), -1e3, 1e301, "1")
+        ],
+        (lambda s: s["promised_for"].update(threshold=[0.1, 0.2]), r"its threshold is \[0\.1, 0\.2\], and here it is"),
+        (lambda s: s["promised_for"].update(off=[1]), r"its off is \[1\], and here it is \[\]"),
+        (lambda s: s["promised_for"].update(confidence="max_prob"), "its confidence is 'max_prob'"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_lost(change, words):

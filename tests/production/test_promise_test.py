@@ -47,3 +47,17 @@ def test_a_promise_that_was_kept_for_long_is_given_up_soon_and_the_fall_is_dated
     assert 3000 < test.seen < 3300
     assert 2900 < found.since <= test.seen
     assert found.audited == test.seen - found.since + 1
+
+
+@pytest.mark.parametrize(("limit", "share"), [(0.01, 0.05), (0.01, 0.04), (0.05, 0.15), (0.2, 0.5)])
+def test_about_so_many_audits_as_is_said_find_a_fall(limit, share):
+    said = PromiseTest(limit, 0.05).audits_to_find(share)
+    found = sorted(alarm_at(PromiseTest(limit, 0.05), drawn(seed, int(6 * said), share)) or 10**9 for seed in range(40))
+    assert 0.5 * said < found[20] < 1.5 * said
+
+
+def test_a_promise_that_is_kept_is_never_found_broken():
+    test = PromiseTest(0.01, 0.05)
+    assert test.audits_to_find(0.01) == test.audits_to_find(0) == math.inf
+    assert test.audits_to_find(1) >= 1
+    assert PromiseTest(1 - 1e-15, 0.05).audits_to_find(1) > 1e6
