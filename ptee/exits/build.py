@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import CutError, PteeError, RunError
+from ptee._common.errors import Argument, CutError, PteeError, RunError, unknown
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count, parameters
+from ptee.analysis.parameters import parameter_shares
 from ptee.backbones.load import Backbone
-from ptee.exits.config import DEFAULT_BUDGETS, DEFAULT_PLACES, PLACES_BEHIND_FRONT, with_defaults
+from ptee.exits.config import (
+    DEFAULT_BUDGETS,
+    DEFAULT_PLACES,
+    OPERATIONS,
+    PARAMETERS,
+    PLACES_BEHIND_FRONT,
+    with_defaults,
+)
 from ptee.exits.front import FrontHead
 from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
 from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
@@ -34,6 +42,7 @@ def build_exits(
     *,
     exits: str | float | Sequence[float] | Sequence[str] | None = None,
     num_exits: int | None = None,
+    places_by: str = OPERATIONS,
     head: str | Sequence[str] | None = None,
     head_budget: float | Sequence[float] | None = None,
     front: FrontHead | str | None = None,
@@ -47,7 +56,7 @@ def build_exits(
 
     Args:
         backbone: frozen, in eval mode.
-        exits: as of `augment`, and so are num_exits, head and head_budget. None: the default of `ExitsConfig`.
+        exits: as of `augment`, and so are num_exits, places_by, head and head_budget. None: the default of `ExitsConfig`.
         front: the head of an exit at the input, before all others; "auto" for a residual head there.
         placed: `exits` are names from the plan of a saved run.
         saved: the tensors of a saved run's heads; other heads are refused before they are built.
@@ -61,7 +70,8 @@ def build_exits(
     size = backbone.input.input_size
     found = survey(backbone.module, size)
     counts = count(backbone.module, random_images(backbone.module, 1, size))
-    placer = Placer(backbone, found, counts, placed, times=times and times.shares)
+    sizes = _parameters(backbone, places_by, times)
+    placer = Placer(backbone, found, counts, placed, shares=times.shares if times else sizes)
     try:
         cuts = placer.place(places, num_exits, front is not None)
     except CutError:
@@ -76,12 +86,26 @@ def build_exits(
     shares = [0.0 if cut.name == INPUT else placer.cost(cut) for cut in cuts]
     rows = counted(shares, cuts, heads, list(map(str, specs)), counts.total)
     made = Plan(
-        backbone=backbone.name, placement=_words(places, "cost" if times is None else "time"), input_size=size, exits=rows, macs=counts.total,
+        backbone=backbone.name, placement=_words(places, "time" if times else "cost" if sizes is None else PARAMETERS), input_size=size, exits=rows, macs=counts.total,
         parameters=parameters(backbone.module), classes=found.classes, cuts=tuple(cuts),
     )  # fmt: skip
     if times is not None:
         made = replace(made, times=tuple(times.shares.get(cut.name, 0.0) for cut in cuts), unit=times.unit)
+    if sizes is not None:
+        made = replace(made, parameter_shares=tuple(sizes.get(cut.name, 0.0) for cut in cuts))
     return made.switched_off(()), heads
+
+
+def _parameters(backbone: Backbone, places_by: str, times: TimesOfModules | None) -> Mapping[str, float] | None:
+    """Share of the backbone's parameters up to the end of each module, if places are chosen by these."""
+    if places_by not in (OPERATIONS, PARAMETERS):
+        raise unknown("unit of places", str(places_by), (OPERATIONS, PARAMETERS), argument="places_by")
+    if places_by == OPERATIONS:
+        return None
+    if times is not None:
+        text = " and places by time are two ways to place exits. Leave out one of them."
+        raise PteeError(Argument("places_by", PARAMETERS), text, argument="places_by", value=places_by)
+    return parameter_shares(backbone.module, backbone.input.input_size)
 
 
 def _plain(given: Any) -> Any:

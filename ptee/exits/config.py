@@ -14,6 +14,8 @@ AUTO = "auto"  # the name of a head that is as large as its budget allows
 FRONT = "front"  # the name of a head that is a network of its own, at the input
 PLUS = "+"  # behind the name of a head that builds on the exit before
 LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"  # names of confidences
+OPERATIONS: Literal["operations"] = "operations"
+PARAMETERS: Literal["parameters"] = "parameters"
 DEFAULT_PLACES = (0.03, 0.4, 0.7)
 DEFAULT_BUDGETS = (0.15, 0.03, 0.03)  # of the heads there; the first head is large, so that many images leave at it
 PLACES_BEHIND_FRONT = (0.4, 0.7)  # the front takes the place of the first exit
@@ -34,6 +36,11 @@ class ExitsConfig(FrozenConfig):
     )
     number: Whole | None = Field(
         None, description="How many exits a rule places. Default: as many as there is room for, at most 5."
+    )
+    places_by: Literal["operations", "parameters"] = Field(
+        OPERATIONS,
+        description="What a rule and fractions are shares of: operations, which take the time, or parameters, as in the tables of "
+        "EENet's thesis. Its exits stand far later in operations, which every plan shows beside them.",
     )
     head: str | Names | None = Field(
         None,

@@ -1,7 +1,8 @@
 """Placement: where along the backbone the exits stand.
 
 A rule sees the cumulative cost at the end of each block, as a fraction of the whole, and chooses blocks. The rules have the
-names of EENet (Demir & Akbas 2021), which divides the number of parameters; ptee divides the multiply-accumulates. Exit n of
+names of EENet (Demir & Akbas 2021), which divides the number of parameters; ptee divides the multiply-accumulates, and the
+parameters where that is asked for. Exit n of
 E, counted from 0, stands behind the first block whose cumulative cost reaches
 
     pareto   1 - 0.8^(n+1)       a fifth of what is left
@@ -88,14 +89,15 @@ def _choice(rule: str, exits: int) -> Choice:
     return lambda costs: PLACEMENTS[rule](costs, exits)
 
 
-def _with_room_for_all(rule: Choice, wanted: int) -> Choice:
-    """The rule, with exits moved forward where those behind them would find no block of their own."""
+def _with_room_for_all(rule: Choice, wanted: int, latest: float) -> Choice:
+    """The rule, with exits moved forward where those behind them would find no block of their own before `latest`."""
 
     def choose(costs: Sequence[float]) -> list[int]:
-        last = len(costs) - wanted
+        early = sum(cost <= latest for cost in costs)
+        last = early - wanted
         if last < 0:
             return []
-        chosen = [*rule(costs), *[len(costs)] * wanted]
+        chosen = [*rule(costs), *[early] * wanted]
         return [min(block, last + n) for n, block in enumerate(chosen[:wanted])]
 
     return choose
@@ -115,7 +117,7 @@ class Placer:
         placed: names are those that a rule gave before, so values may pass their modules (`Survey.bypassed`).
         verified: the cuts that were tried, by name.
         failed: why a cut that was tried failed, by name.
-        times: share of the backbone's time up to the end of each module; if given, places are chosen by these.
+        shares: of the backbone's time or parameters up to the end of each module; if given, places are chosen by these.
     """
 
     backbone: Backbone
@@ -124,7 +126,7 @@ class Placer:
     placed: bool = False
     verified: dict[str, Cut] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    times: Mapping[str, float] | None = None
+    shares: Mapping[str, float] | None = None
 
     def place(
         self, exits: str | Sequence[float] | Sequence[str], num_exits: int | None, front: bool = False
@@ -215,12 +217,13 @@ class Placer:
         if exits > len(self.survey.order):
             raise self._no_room(exits, rule)
         choose = _choice(rule, exits)
-        nearest = _with_room_for_all(choose, exits)
+        nearest = _with_room_for_all(choose, exits, LATEST)
         for places in (self._blocks, self._cells, self._parts):
             for choice in (choose, nearest):
                 if found := self._chosen(choice, exits, places):
                     return found
-        if found := self._chosen(nearest, exits, self._blocks, latest=1.0):
+        anywhere = _with_room_for_all(choose, exits, 1.0)
+        if found := self._chosen(anywhere, exits, self._blocks, latest=1.0):
             return found
         raise self._no_room(exits, rule)
 
@@ -256,8 +259,8 @@ class Placer:
         return next((self.counts.until[n] / self.counts.total for n in before if n in self.counts.until), 0.0)
 
     def _share(self, cut: Cut) -> float:
-        """What places are chosen by: the time up to a cut if it was measured, else its cost."""
-        return self.cost(cut) if self.times is None else self.times.get(cut.name, self.cost(cut))
+        """What places are chosen by: the share up to a cut that is given, such as that of the time, else its cost."""
+        return self.cost(cut) if self.shares is None else self.shares.get(cut.name, self.cost(cut))
 
     def _outside(self, cut: Cut) -> float:
         """Share of the backbone's cost that is spent twice if the pass starts again at a cut: outside of kept modules."""
@@ -290,10 +293,9 @@ class Placer:
     def _chosen(self, rule: Choice, wanted: int, places: list[Cut], latest: float = LATEST) -> list[Cut] | None:
         """What the rule chooses among the places that pass their check; None if too few are left."""
         while True:
-            places = [cut for cut in places if self._share(cut) <= latest and cut.name not in self.failed]
-            costs = [self._share(cut) for cut in places]
-            chosen = [places[i] for i in rule(costs)]
-            if len(chosen) < wanted:
+            places = [cut for cut in places if cut.name not in self.failed]
+            chosen = [places[i] for i in rule([self._share(cut) for cut in places])]
+            if len(chosen) < wanted or any(self._share(cut) > latest for cut in chosen):
                 return None
             self._verify([cut for cut in chosen if cut.name not in self.verified])
             if not any(cut.name in self.failed for cut in chosen):

@@ -17,6 +17,8 @@ from ptee.analysis.macs import count, parameters
 from ptee.exits.confidence import CONFIDENCES, LEARNED
 from ptee.exits.heads import ExitHead
 
+OF_PARAMETERS = "of parameters: share of the backbone's parameters up to the exit, by which it was placed; backbone: of the operations"
+
 
 def heads_run(on: Tensor, builds_on_previous: Tensor) -> Tensor:
     """(..., E) which heads run: those that are on (..., E), and those before a head that is on and reads earlier answers (E,)."""
@@ -80,6 +82,7 @@ class Plan:
         confidence: a name of `CONFIDENCES`, by which rows leave.
         times: share of the backbone's time up to each exit; empty if it was not measured.
         unit: what these shares are of, in words.
+        parameter_shares: share of the backbone's parameters up to each exit; empty if places were not chosen by these.
     """
 
     backbone: str
@@ -94,6 +97,7 @@ class Plan:
     confidence: str = LEARNED
     times: tuple[float, ...] = ()
     unit: str = ""
+    parameter_shares: tuple[float, ...] = ()
 
     @property
     def head(self) -> str:
@@ -166,8 +170,9 @@ class Plan:
         size = "x".join(map(str, self.input_size))
         heads = "several kinds of heads" if differ else f"{self.head} heads"
         title = f"{self.backbone}, {size}, {self.macs / 1e6:,.1f} M multiply-accumulates; {self.placement}, {heads}"
-        timed = f"time: share of {self.unit}, up to the exit"
-        return "\n".join([title, *[timed] * bool(self.times), self._table(differ), *self._notes()])
+        timed = [f"time: share of {self.unit}, up to the exit"] * bool(self.times)
+        sized = [OF_PARAMETERS] * bool(self.parameter_shares)
+        return "\n".join([title, *timed, *sized, self._table(differ), *self._notes()])
 
     @property
     def legend(self) -> str:
@@ -181,24 +186,26 @@ class Plan:
         """A row for each exit and one for the backbone. The heads have a column where they differ."""
         heads = ["head"] if differ else []
         timed = [f"{t:.4f}" for t in (*self.times, 1.0)] if self.times else []
+        sized = [f"{p:.4f}" for p in (*self.parameter_shares, 1.0)] if self.parameter_shares else []
         title = (
             "exit",
             "module",
             "shape",
             *heads,
             *["time"] * bool(timed),
+            *["of parameters"] * bool(sized),
             "backbone",
             "head cost",
             "cost",
             "parameters",
         )
         rows = [
-            (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), *timed[n : n + 1], f"{e.backbone_cost:.4f}",
+            (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), *timed[n : n + 1], *sized[n : n + 1], f"{e.backbone_cost:.4f}",
              f"{e.head_cost:.4f}", f"{e.cost:.4f}", f"{e.parameters:,}")
             for n, (e, cut) in enumerate(zip(self.exits, self.cuts, strict=True))
         ]  # fmt: skip
         end = (
-            str(len(self.exits)), "(backbone)", str(self.classes), *([""] if differ else []), *timed[-1:], "1.0000", "",
+            str(len(self.exits)), "(backbone)", str(self.classes), *([""] if differ else []), *timed[-1:], *sized[-1:], "1.0000", "",
             f"{self.final_cost:.4f}", f"{self.parameters:,}",
         )  # fmt: skip
         return table([title, *rows, end], left={1})

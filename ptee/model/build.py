@@ -39,6 +39,7 @@ def augment(
     *,
     exits: str | float | Sequence[float] | Sequence[str] | None = None,
     num_exits: int | None = None,
+    places_by: str = "operations",
     head: str | Sequence[str] | None = None,
     head_budget: float | Sequence[float] | None = None,
     front: str | nn.Module | None = None,
@@ -56,6 +57,7 @@ def augment(
             cost, or a list of module names. None: 0.03, 0.4 and 0.7 of the cost, or pareto where `num_exits` is given or
             the backbone has no room for these.
         num_exits: E; None for as many as the rule can place, at most five.
+        places_by: what a rule and fractions are shares of: "operations", or "parameters" as in EENet's thesis.
         head: "auto" for residual heads as large as their budget allows, "pool", "bnpool", "plain", "conv1", "conv2", ..., one
             of yours (`register_head`), or a residual one by name (`res-32x2-64x2`); one for all exits or one for each. With a
             + at the end (`auto+`, `conv2+`) a head builds on the logits of the exit before; if one name is given for all,
@@ -81,7 +83,8 @@ def augment(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
     first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
-    return build(backbone, exits=exits, num_exits=num_exits, head=head, head_budget=head_budget, front=first)
+    where = {"exits": exits, "num_exits": num_exits, "places_by": places_by}
+    return build(backbone, **where, head=head, head_budget=head_budget, front=first)
 
 
 def plan(model: str | nn.Module, **options: Any) -> Plan:
@@ -89,7 +92,7 @@ def plan(model: str | nn.Module, **options: Any) -> Plan:
 
     Args:
         model: as of `augment`.
-        options: as of `augment`: exits, num_exits, head, head_budget, front, input_size and so on.
+        options: as of `augment`: exits, num_exits, places_by, head, head_budget, front, input_size and so on.
 
     Raises:
         PteeError: saying what is not possible, why, and what is.

@@ -59,7 +59,7 @@ from ptee.timing.measure import measure
 from ptee.timing.times import AUTO, FILE, Times
 from ptee.training.calibration import calibrate
 from ptee.training.checkpoint import exits_of as checkpoint_exits
-from ptee.training.config import JOINT
+from ptee.training.config import JOINT, passes
 from ptee.training.history import Epoch, History
 from ptee.training.tracking import tracked
 from ptee.training.trainer import resolve_config, train
@@ -305,7 +305,7 @@ def build_model(backbone: Backbone, recipe: Recipe, times: TimesOfModules | None
     front = named_front(exits.front, backbone, weights=exits.front_weights, mean=mean, std=std)
     options = {"exits": exits.places, "num_exits": exits.number, "head": exits.head, "head_budget": exits.head_budget}
     with own_random_numbers(recipe.seed):
-        return build(backbone, front=front, times=times, **options)
+        return build(backbone, front=front, times=times, places_by=exits.places_by, **options)
 
 
 def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job, times: Times | None) -> None:
@@ -331,7 +331,7 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         complete.append(epoch)
         if job.out is not None:
             clear(job.out)
-        job.log(epoch.line(int(config.epochs)))
+        job.log(epoch.line(passes(config, len(model.exits))))
         note(epoch)
 
     with tracked(job.tracker if is_main_process() else None, job.out, config.model_dump()) as note:

@@ -23,7 +23,7 @@ from ptee._common.files import from_json, plain, replace_file, storable
 from ptee.backbones.weights import weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
-from ptee.training.config import TrainingConfig
+from ptee.training.config import TOGETHER, TrainingConfig
 from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
 
@@ -56,7 +56,8 @@ def describe_training(
     """
     files = getattr(data, "files_sha256", None)  # with one file more, others would be drawn for training
     front = model.heads[0]  # its weights are among the heads' and would be taken for theirs
-    return config.model_dump(exclude={"cache"} | ({"epochs"} if config.schedule == "constant" else set())) | {
+    may_go_on = config.schedule == "constant" and config.order == TOGETHER  # with more epochs than before
+    return config.model_dump(exclude={"cache"} | ({"epochs"} if may_go_on else set())) | {
         "exits": [e.name for e in model.exits],
         "head": model.plan.head,
         "classes": model.num_classes,

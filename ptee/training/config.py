@@ -14,6 +14,8 @@ OPERATIONS: Literal["operations"] = "operations"
 SEPARATE = "separate"  # the loss in which every head learns for itself
 WEIGHTED = "weighted"  # likewise, and the backbone's own answer counts, too
 ALONE = (SEPARATE, WEIGHTED)
+TOGETHER: Literal["together"] = "together"
+ONE_BY_ONE: Literal["one by one"] = "one by one"
 # The names of the thesis (v1, v2), of differentiable branching (db) and of BranchyNet, and an older one.
 ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit", "db": "joint", "branchynet": WEIGHTED}
 MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
@@ -74,6 +76,11 @@ class TrainingConfig(FrozenConfig):
         description="What the cost in the joint losses is a share of: operations, which take the time, or parameters, as in "
         "EENet's thesis, whose cost weights belong to that.",
     )
+    order: Literal["together", "one by one"] = Field(
+        default=TOGETHER,
+        description="together: all heads learn at the same time. one by one: the first head learns, is kept as it is, and the next "
+        "is added, each for all epochs and with its own share of the schedule.",
+    )
     exit_weights: tuple[Annotated[Number, Field(ge=0)], ...] | None = Field(
         default=None,
         min_length=2,
@@ -82,7 +89,7 @@ class TrainingConfig(FrozenConfig):
     )
     epochs: Annotated[Whole, Field(ge=1)] | Auto = Field(
         default="auto",
-        description=f"Passes over the training images. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
+        description=f"Passes over the training images, one by one those of each exit. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
         f"{MAX_EPOCHS}.",
     )
     batch_size: Whole = Field(default=BATCH_SIZE, ge=1, description="Images in each update, on each process.")
@@ -156,7 +163,16 @@ class TrainingConfig(FrozenConfig):
             text = " is 0 for every answer, so nothing would be learnt. Give a larger one."
             raise PteeError(given, text, argument="exit_weights", value=self.exit_weights)
         self._check_backbone()
+        self._check_order()
         return self
+
+    def _check_order(self) -> None:
+        if (
+            self.order == ONE_BY_ONE and self.backbone == JOINT
+        ):  # the heads before would read other maps than they learnt from
+            raise _clash("order", ONE_BY_ONE, "needs backbone='frozen'", f"backbone={self.backbone!r}")
+        if self.order == ONE_BY_ONE and self.patience is not None:
+            raise _clash("order", ONE_BY_ONE, "has a fixed number of epochs for each exit", f"patience={self.patience}")
 
     def _check_backbone(self) -> None:
         if self.backbone == FROZEN and self.backbone_lr is not None:
@@ -192,6 +208,21 @@ class TrainingConfig(FrozenConfig):
             "schedule": "cosine" if alone else "constant",
         }
         return self.changed(**{name: value for name, value in values.items() if getattr(self, name) is None})
+
+
+def passes(config: TrainingConfig, exits: int) -> int:
+    """The epochs of a resolved training in all: one by one, each exit has its own."""
+    assert isinstance(config.epochs, int)
+    return config.epochs * (exits if config.order == ONE_BY_ONE else 1)
+
+
+def require_weight_each(weights: tuple[float, ...] | None, answers: int) -> None:
+    """Refuse weights of the loss that are not one for each answer, the backbone's own included."""
+    if weights is not None and len(weights) != answers:
+        text = (
+            f" has {len(weights)} numbers, and these are {answers} answers with the backbone's own. Give one for each."
+        )
+        raise PteeError(Argument("exit_weights", str(weights)), text, argument="exit_weights", value=weights)
 
 
 def epochs_for(images: int, batch_size: int) -> int:

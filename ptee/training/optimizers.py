@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ptee._common.devices import best_precision
+from ptee.training.config import TrainingConfig
 
 OPTIMIZERS = {"adam": "adam", "adamw": "adamw", "muon": "nmuon"}  # names here and in timm
 
@@ -38,6 +39,13 @@ def make_optimizer(
     if name == "muon" and best_precision(device) != "bf16":
         _iterate_in_float32(made)
     return made
+
+
+def optimizer_of(config: TrainingConfig, heads: nn.Module, backbone: nn.Module, device: torch.device) -> Any:
+    """The optimizer that a resolved config names, of heads and of the backbone, of which those parameters learn that have gradients."""
+    assert config.optimizer and config.lr is not None and config.weight_decay is not None
+    parts = [(heads, config.lr), (backbone, config.backbone_lr or config.lr)]
+    return make_optimizer(config.optimizer, parts, weight_decay=config.weight_decay, device=device)
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> LambdaLR:

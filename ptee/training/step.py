@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -46,15 +47,21 @@ class EpochMeans(NamedTuple):
 
 
 class Step(nn.Module):
-    """From one batch to its loss, in one forward pass, so that DistributedDataParallel sees it. The config is resolved."""
+    """From one batch to its loss, in one forward pass, so that DistributedDataParallel sees it. The config is resolved.
 
-    def __init__(self, model: EarlyExitModel, config: TrainingConfig) -> None:
+    With `exits` the model ends behind its first so many exits, and the backbone's own answer comes next.
+    """
+
+    def __init__(self, model: EarlyExitModel, config: TrainingConfig, exits: int | None = None) -> None:
         super().__init__()
         self.model, self.config = model, config
+        self.exits = len(model.exits) if exits is None else exits
         self.loss = LOSSES[config.loss]
         own = {SEPARATE: "temperature", WEIGHTED: "exit_weights"}.get(config.loss, "cost_weight")
         self.weights: dict[str, Any] = {own: getattr(config, own)}
-        self.costs = model.costs if config.cost_unit == OPERATIONS else parameter_costs(model)
+        by_parameters = config.cost_unit != OPERATIONS
+        costs = parameter_costs(model, self.exits) if by_parameters else operation_costs(model, self.exits)
+        self.costs = (*costs[: self.exits], costs[-1])
 
     def forward(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
         """The result of a batch: images (b, c, h, w), or what the heads read of them, and labels (b,) or None."""
@@ -63,13 +70,22 @@ class Step(nn.Module):
         every = self.model.answer(batch) if isinstance(batch, Reading) else self.model.all_exits(batch)
         target = self._target(every.logits[-1].detach(), labels)
         costs = torch.tensor(self.costs, device=every.logits.device, dtype=torch.float32)
-        loss = self.loss(every.logits, every.confidence_logits, costs, target, **self.weights)
+        known = (*range(self.exits), len(every.logits) - 1)
+        loss = self.loss(
+            every.logits[known, :], every.confidence_logits[: self.exits], costs, target, **self._own_weights(known)
+        )
         with torch.no_grad():
             answers = every.logits.argmax(-1)
             right = None if labels is None else (answers == labels).sum(1)
-            first = first_exit(every.confidence[:-1], self.model.threshold)
+            first = first_exit(every.confidence[: self.exits], self.model.threshold[: self.exits])
+            first = first.masked_fill(first >= self.exits, len(answers) - 1)
             leaving = torch.bincount(first, minlength=len(answers))
             return BatchResult(loss, right, (answers == answers[-1]).sum(1), leaving)
+
+    def _own_weights(self, known: Sequence[int]) -> dict[str, Any]:
+        """What the loss needs besides; of the weights of all answers, those that are known so far."""
+        weights = self.weights.get("exit_weights")
+        return self.weights if weights is None else {"exit_weights": [weights[n] for n in known]}
 
     def _shifted(self, reading: Reading) -> Reading:
         """The maps shifted; the backbone's answer stays that for the image itself."""
@@ -88,11 +104,27 @@ class Step(nn.Module):
         return labels
 
 
-def parameter_costs(model: EarlyExitModel) -> tuple[float, ...]:
-    """c_0 .. c_E as shares of the backbone's parameters, all heads passed on the way included. The model is in eval mode."""
+def let_learn(heads: nn.ModuleList, number: int | None = None) -> None:
+    """Let the head of this number learn, and keep the others as they are; None: let all learn."""
+    for n, head in enumerate(heads):
+        head.requires_grad_(number in (None, n)).train(number in (None, n))
+
+
+def operation_costs(model: EarlyExitModel, exits: int | None = None) -> tuple[float, ...]:
+    """c_0 .. c_E as shares of the backbone's operations, all heads passed on the way included, or the first `exits` heads."""
+    every = range(len(model.exits))
+    return model.costs if exits in (None, len(every)) else model.plan.switched_off(every[exits:]).costs
+
+
+def parameter_costs(model: EarlyExitModel, exits: int | None = None) -> tuple[float, ...]:
+    """c_0 .. c_E as shares of the backbone's parameters, all heads passed on the way included, or the first `exits` heads.
+
+    The model is in eval mode.
+    """
     shares = parameter_shares(model.backbone, model.plan.input_size) | {INPUT: 0.0}
     total = sum(p.numel() for p in model.backbone.parameters())
-    heads = list(accumulate(sum(p.numel() for p in head.parameters()) / total for head in model.heads))
+    own = [sum(p.numel() for p in head.parameters()) / total for head in model.heads]
+    heads = list(accumulate(0.0 if exits is not None and n >= exits else size for n, size in enumerate(own)))
     reached = [shares[e.name] for e in model.exits]
     return tuple(share + passed for share, passed in zip([*reached, 1.0], [*heads, heads[-1]], strict=True))
 

@@ -36,11 +36,20 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import COLLAPSED, Reading
 from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
-from ptee.training.config import ALONE, JOINT, TrainingConfig, epochs_for, shift_for
+from ptee.training.config import (
+    ALONE,
+    JOINT,
+    ONE_BY_ONE,
+    TrainingConfig,
+    epochs_for,
+    passes,
+    require_weight_each,
+    shift_for,
+)
 from ptee.training.feature_cache import Estimate, entries
 from ptee.training.history import Epoch, History
-from ptee.training.optimizers import cosine_schedule, make_optimizer
-from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, moved, rows_of
+from ptee.training.optimizers import cosine_schedule, optimizer_of
+from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, let_learn, moved, rows_of
 from ptee.training.training_data import TrainingData, sample_hash
 
 
@@ -124,22 +133,13 @@ def train(
 def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: Any) -> TrainingConfig:
     """The settings with a value for every None and "auto". A PteeError if one does not fit the model or the data."""
     require_saveable(model.heads.state_dict(), model.backbone.state_dict() if config.backbone == JOINT else None)
-    _require_weight_each(config.exit_weights, len(model.exits) + 1)
+    require_weight_each(config.exit_weights, len(model.exits) + 1)
     values: dict[str, Any] = {"shift": _resolved_shift(config, model)}
     if config.epochs == "auto":
         values["epochs"] = _auto_epochs(config, train_data)
     if config.views == "auto":
         values["views"] = 1 if is_loader(train_data) else 2
     return config.resolved().changed(**values)
-
-
-def _require_weight_each(weights: tuple[float, ...] | None, answers: int) -> None:
-    """Refuse weights of the loss that are not one for each answer, the backbone's own included."""
-    if weights is not None and len(weights) != answers:
-        text = (
-            f" has {len(weights)} numbers, and these are {answers} answers with the backbone's own. Give one for each."
-        )
-        raise PteeError(Argument("exit_weights", str(weights)), text, argument="exit_weights", value=weights)
 
 
 def _drop_what_was_fitted(model: EarlyExitModel) -> None:
@@ -229,19 +229,24 @@ class _Training:
         self.dtype = next(model.heads.parameters()).dtype
         for dtype in {p.dtype for p in self.learners.parameters()} - {torch.float32, torch.float64}:
             raise PteeError(f"Weights in {dtype} cannot be trained well. Train model.float(), then convert it.")
-        assert config.optimizer and config.lr is not None and config.weight_decay is not None  # it is resolved
-        assert isinstance(config.epochs, int)
-        self.epochs = config.epochs
-        parts = [(model.heads, config.lr), (model.backbone, config.backbone_lr or config.lr)]
-        optimizer = make_optimizer(config.optimizer, parts, weight_decay=config.weight_decay, device=accelerator.device)
-        step = Step(model, config)
-        self.step, self.optimizer = accelerator.prepare(step, optimizer, device_placement=[False, False])
+        self.epochs = passes(config, len(model.exits))
+        self.epochs_each = self.epochs // (len(model.exits) if config.order == ONE_BY_ONE else 1)
+        self._begin(0)
         self.history = History(config=config.model_dump())
         self.best: dict[str, Tensor] = {}
         norms = nn.modules.batchnorm._BatchNorm
         self.min_rows = (
             2 if any(isinstance(m, norms) for m in self.learners.modules()) else 1
         )  # one row has no variance
+
+    def _begin(self, stage: int) -> None:
+        """Make the step and the optimizer of what learns: one by one, of the head of this number."""
+        self.stage, one = stage, self.config.order == ONE_BY_ONE
+        let_learn(self.model.heads, stage if one else None)
+        heads = self.model.heads[stage] if one else self.model.heads
+        step = Step(self.model, self.config, stage + 1 if one else None)
+        optimizer = optimizer_of(self.config, heads, self.model.backbone, self.accelerator.device)
+        self.step, self.optimizer = self.accelerator.prepare(step, optimizer, device_placement=[False, False])
 
     @property
     def is_over(self) -> bool:
@@ -253,9 +258,14 @@ class _Training:
             rates = self._rates(loader)
             try:
                 while not self.is_over:
+                    if (stage := len(self.history.epochs) // self.epochs_each) != self.stage:
+                        self._begin(stage)
+                        rates = self._rates(loader)
                     self._run_epoch(data, loader, val_loader, rates, on_epoch)
             except KeyboardInterrupt:
                 self.history.interrupted = True
+            finally:
+                let_learn(self.model.heads)
         if self.history.has_stalled(self.config.patience) and not self.history.interrupted:
             self.learners.load_state_dict(self.best)
             self.history.stopped_early = True
@@ -292,7 +302,8 @@ class _Training:
             text = "The cosine schedule needs the number of batches, and this loader has no length. Give "
             raise DataError(text, Argument("schedule", "'constant'"), ".", argument="schedule", value="cosine")
         optimizer = self.optimizer.optimizer  # torch's, inside accelerate's
-        return cosine_schedule(optimizer, self.epochs * steps, len(self.history.epochs) * steps)
+        done = len(self.history.epochs) - self.stage * self.epochs_each
+        return cosine_schedule(optimizer, self.epochs_each * steps, done * steps)
 
     def _epoch(self, number: int, loader: Any, val_loader: Any, rates: LambdaLR | None) -> Epoch:
         start = time.perf_counter()
@@ -315,6 +326,8 @@ class _Training:
 
     def _learn(self, number: int, loader: Any, rates: LambdaLR | None) -> EpochMeans:
         self.model.train()
+        if self.config.order == ONE_BY_ONE:
+            let_learn(self.model.heads, self.stage)
         sums = EpochSums()
         bar = with_bar(loader, f"epoch {number} of {self.epochs}", bool(self.accelerator.is_local_main_process))
         for batch, labels in entries(bar):
@@ -426,6 +439,7 @@ class _Training:
         self.best, self.history.epochs = dict(reached.best), list(reached.epochs)
 
     def _load(self, reached: checkpoints.Checkpoint) -> None:
+        self._begin(max(0, len(reached.epochs) - 1) // self.epochs_each)
         if self.config.patience is not None:
             self.learners.load_state_dict(reached.best)  # training may go back to them, so they must fit
         self.learners.load_state_dict(reached.weights)

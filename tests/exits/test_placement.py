@@ -16,6 +16,7 @@ import ptee
 from ptee._common.errors import CutError, PteeError, UnknownName
 from ptee.analysis.cut_points import survey
 from ptee.analysis.macs import count
+from ptee.backbones.cifar_resnet import CifarResNet
 from ptee.backbones.load import load_backbone
 from ptee.exits import build, placement
 from ptee.exits.build import build_exits
@@ -66,6 +67,25 @@ def test_fed_with_shares_of_parameters_the_rules_give_the_tables_of_the_thesis(r
     if (rule, depth) in OFF_BY_ONE:
         expected[OFF_BY_ONE[rule, depth]] = 1
     assert differences == expected
+
+
+@pytest.mark.parametrize(("rule", "depth"), THESIS, ids=[f"{rule} ResNet-{depth}" for rule, depth in THESIS])
+def test_placed_by_parameters_exits_stand_where_the_thesis_has_them_with_their_operations_beside_that(rule, depth):
+    published = THESIS[rule, depth]
+    network = CifarResNet(depth, shortcut="conv")
+    how = {"places_by": "parameters", "head": "pool", "input_size": (3, 32, 32)}
+    plan = ptee.plan(network, exits=rule, num_exits=len(published), **how)
+    places = [round(100 * share) for share in plan.parameter_shares]
+    off = OFF_BY_ONE.get((rule, depth))
+    assert places == [theirs - (n == off) for n, theirs in enumerate(published)]
+    title, *_ = (line for line in str(plan).splitlines() if line.startswith("exit "))
+    assert title.split().index("backbone") > 0  # the share of the operations, in every row
+    assert all(e.backbone_cost > share for e, share in zip(plan.exits, plan.parameter_shares, strict=True))
+
+
+def test_only_operations_and_parameters_have_places():
+    with pytest.raises(UnknownName, match="unit of places"):
+        ptee.plan(CifarResNet(20), places_by="seconds", input_size=(3, 32, 32))
 
 
 # ---------------------------------------------------------------------------------------------------- the rules

@@ -1,0 +1,111 @@
+"""Exits that are added one by one: each learns with those before it as they are, and is kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from learning import data, fit, heads, images, made, same
+from tiny import one_line
+from torch import Tensor
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.model.early_exit import EarlyExitModel
+
+ORDER = {"order": "one by one"}
+
+
+def of_exit(model: EarlyExitModel, n: int) -> dict[str, Tensor]:
+    """Weights and statistics of a head, copied."""
+    return {name: value.clone() for name, value in model.heads[n].state_dict().items()}
+
+
+@pytest.mark.parametrize("loss", ["separate", "weighted", "joint", "joint_each_exit", "mc"])
+def test_a_head_is_kept_while_the_next_learns_and_not_touched_before_its_turn(loss):
+    model = made()
+    begin, seen = [of_exit(model, n) for n in range(2)], []
+    history = fit(
+        model, **ORDER, loss=loss, epochs=2, on_epoch=lambda _: seen.append([of_exit(model, n) for n in range(2)])
+    )
+    assert len(history.epochs) == 4
+    assert [same(seen[i][1], begin[1]) for i in range(4)] == [True, True, False, False]
+    assert [same(seen[i][0], seen[1][0]) for i in range(4)] == [False, True, True, True]
+    assert all(p.requires_grad for p in model.heads.parameters())
+
+
+def test_the_first_exit_learns_what_it_would_learn_alone():
+    model, alone = made(), copy.deepcopy(made().backbone)
+    torch.manual_seed(0)
+    single = ptee.augment(alone, exits=["one"], head="conv1", input_size=(3, 16, 16))
+    single.heads[0].load_state_dict(model.heads[0].state_dict())
+    fit(model, **ORDER, loss="joint")
+    fit(single, loss="joint")
+    assert same(of_exit(model, 0), of_exit(single, 0))
+
+
+def test_the_cost_of_the_end_counts_the_heads_so_far():
+    from ptee.training.config import TrainingConfig
+    from ptee.training.step import Step, operation_costs, parameter_costs
+
+    model = made().eval()
+    config = TrainingConfig(loss="joint").resolved()
+    first, both = model.plan.exits
+    assert Step(model, config, 1).costs == pytest.approx((first.cost, 1 + first.head_cost))
+    assert Step(model, config, 2).costs == Step(model, config).costs == operation_costs(model)
+    assert parameter_costs(model, 1)[-1] < parameter_costs(model)[-1]
+    assert operation_costs(model, 1)[-1] == pytest.approx(operation_costs(model)[-1] - both.head_cost)
+
+
+def test_the_cosine_begins_again_for_each_exit(monkeypatch):
+    from ptee.training import trainer
+
+    begun = []
+    real = trainer.cosine_schedule
+    monkeypatch.setattr(
+        trainer, "cosine_schedule", lambda o, steps, done: begun.append((steps, done)) or real(o, steps, done)
+    )
+    fit(made(), **ORDER, epochs=3, schedule="cosine")
+    assert len(set(begun)) == 1
+    assert len(begun) == 2
+    assert begun[0][1] == 0
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_training_that_was_interrupted_goes_on_to_the_same_heads(tmp_path, stopped, schedule):
+    how = {**ORDER, "epochs": 2, "schedule": schedule, "loss": "joint"}
+    whole, parted = made(), made()
+    fit(whole, **how)
+
+    def stop(epoch):
+        if epoch.number == stopped:
+            raise KeyboardInterrupt
+
+    fit(parted, **how, checkpoint=tmp_path / "training", on_epoch=stop)
+    parted = made()
+    history = fit(parted, **how, checkpoint=tmp_path / "training", resume=True)
+    assert [epoch.number for epoch in history.epochs] == [1, 2, 3, 4]
+    assert same(heads(whole), heads(parted))
+
+
+def test_the_backbone_is_as_it_was_and_answers_come_from_all_exits():
+    model = made()
+    before = copy.deepcopy(model.backbone.state_dict())
+    fit(model, **ORDER, loss="joint", cost_weight=0.1)
+    assert same(before, model.backbone.state_dict())
+    assert len(model.all_exits(images()).logits) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"backbone": "joint", "loss": "joint"}, "needs backbone='frozen'"),
+        ({"patience": 3}, "fixed number of epochs"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(settings, words):
+    with pytest.raises(PteeError, match=words) as refusal:
+        fit(made(), data(), **ORDER, **settings)
+    one_line(refusal)
