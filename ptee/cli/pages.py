@@ -137,14 +137,14 @@ def plot(run: str, kind: str, **o: Any) -> None:
     _refuse_unused(kind, of_sweep)
     if not of_sweep:
         require_runs(run, **o | {"images": kind not in WITHOUT_IMAGES})
-    from ptee.pipeline.reported import network_figure, run_figure, sweep_figure
+    from ptee.pipeline.reported import recorded_figure, run_figure, sweep_figure
     from ptee.report.pictures import require_picture, write_figure
 
     require_picture(o["out"])
     if of_sweep:
         figure, title = sweep_figure(Path(run), kind)
     elif kind in WITHOUT_IMAGES:
-        figure, title = network_figure(run, o["weights"])
+        figure, title = recorded_figure(run, kind, o["weights"])
     else:
         from ptee.pipeline.saved_run import open_run
 

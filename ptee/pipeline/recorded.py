@@ -21,9 +21,9 @@ WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
 FOLDER = Argument("data", "FOLDER")
 SWEEP_TABLE = "sweep.csv"  # in the folder of a sweep
-FIGURES_OF_RUN = ("curve", "threshold", "exits", "network", "confidence", "gallery")
+FIGURES_OF_RUN = ("curve", "threshold", "exits", "network", "epochs", "confidence", "gallery")
 FIGURES_OF_SWEEP = ("curve", "lambda")
-WITHOUT_IMAGES = ("network",)  # figures that need none
+WITHOUT_IMAGES = ("network", "epochs")  # figures that need none
 
 
 def is_sweep(folder: Path) -> bool:

@@ -64,6 +64,7 @@ class _Epoch(_Checked):
     val_loss: float | None
     accuracy: list[float] | None
     fidelity: list[float] | None
+    leaving: list[float] = []
 
 
 class _Training(_Checked):
@@ -182,6 +183,7 @@ OF_RUN = {
     "threshold": Kind("What a threshold gives", lambda of: curves.threshold(facts.steps(of.traces, of.model.off))),
     "exits": Kind("Where images leave", lambda of: exit_figures.shares(of.own, of.traces.targets is not None)),
     "network": Kind("Where the exits stand", page_parts.network),
+    "epochs": Kind("The training, epoch by epoch", lambda of: exit_figures.epochs(_epochs(of), of.model.costs)),
     "confidence": Kind("How sure each exit is", page_parts.confidence),
     "gallery": Kind("Which images leave where", lambda of: picture(page_parts.pictures(of))),
 }
@@ -198,9 +200,9 @@ def sweep_figure(folder: Path, kind: str) -> tuple[Any, str]:
     return draw(read_sweep(folder)), title
 
 
-def network_figure(run: str, weights: Path | None) -> tuple[Any, str]:
-    """The drawing of a run's network, and its title. No image is read."""
-    title, draw = OF_RUN["network"]
+def recorded_figure(run: str, kind: str, weights: Path | None) -> tuple[Any, str]:
+    """A figure of `WITHOUT_IMAGES`, and its title: no image is read."""
+    title, draw = OF_RUN[kind]
     said = _of(run, load_run(run, weights), read_recorded(run))
     return draw(replace(said, times=_times(run, AT_BATCH))), title
 
@@ -221,6 +223,14 @@ def run_figure(opened: OpenRun, run: str, kind: str, *, log: Log, **how: Any) ->
     log(f"{words} {opened.accuracy}")
     traces = record(opened.model, images, logits=False, **how)
     return draw(replace(said, traces=traces, images=images, names=class_names(opened))), title
+
+
+def _epochs(of: Reported) -> list[dict[str, Any]]:
+    """The epochs of a run's training."""
+    found: list[dict[str, Any]] = (of.metrics.get("training") or {}).get("epochs") or []
+    if not found or any(len(epoch["leaving"]) != len(of.model.costs) for epoch in found):
+        raise RunError(f"{of.run}: {METRICS} holds no epochs of this run's training. Train it again.")
+    return found
 
 
 def _varied(sweep: Sweep) -> str:

@@ -184,3 +184,24 @@ def training(epochs: Sequence[Mapping[str, Any]], measure: str = "fidelity") -> 
         drawn.add_scatter(x=number, y=values, name=f"exit {n}", mode="lines+markers", row=2, col=1, **mark(n + 2))
     drawn.update_xaxes(range=[0.5, number[-1] + 0.5])
     return drawn
+
+
+def epochs(found: Sequence[Mapping[str, Any]], costs: Sequence[float]) -> Any:
+    """Loss, cost, and how often each answer is right (without labels: the backbone's) on training images, epoch by epoch.
+
+    `costs` (E+1,) are those of leaving at each exit; images leave at the thresholds that the training had.
+    """
+    measure = "fidelity" if found[0]["accuracy"] is None else "accuracy"
+    drawn = _one_below_the_other(3, "epoch", ["loss", f"{measure} of each answer", "cost"])
+    number = [epoch["number"] for epoch in found]
+    spent = [sum(share * cost for share, cost in zip(epoch["leaving"], costs, strict=True)) for epoch in found]
+    answers = zip(exit_names(len(costs) - 1), zip(*(epoch[measure] for epoch in found), strict=True), strict=True)
+    lines = [
+        ("loss", 1, [epoch["loss"] for epoch in found]),
+        *((name, 2, own) for name, own in answers),
+        ("cost", 3, spent),
+    ]
+    for n, (name, row, values) in enumerate(lines):
+        drawn.add_scatter(x=number, y=values, name=name, mode="lines+markers", row=row, col=1, **mark(n))
+    drawn.update_xaxes(range=[0.5, number[-1] + 0.5], dtick=1 if len(number) < 20 else None)
+    return drawn

@@ -1,5 +1,6 @@
 #!/bin/sh
-# EENet-8 on MNIST, from scratch with its exits: the losses (thesis, table 4.1) and lambda (table 4.2).
+# EENet-8 on MNIST, from scratch with its exits: the losses (thesis, table 4.1), lambda (table 4.2, figure 4.8), and of one run with
+# lambda SPREAD the epochs (figure 4.9) and galleries of what leaves where (figures 4.10 to 4.12).
 # Run it from the project's root: sh recipes/papers/eenet8_mnist.sh. Complete runs are kept, and the same command goes on.
 # The thesis's settings; SMALL=1: three epochs instead of 20, with larger steps. ROOT holds torchvision's MNIST.
 set -e
@@ -14,6 +15,11 @@ fit() { # folder filters options...
         --data MNIST --data-root "$root" --out "$folder" "$@" $steps
 }
 
-fit losses 2 --over training.loss=mc,cost,joint,joint_each_exit
+[ -n "$NO_LOSSES" ] || fit losses 2 --over training.loss=mc,cost,joint,joint_each_exit
 fit lambda 4 --over training.cost_weight="$lambdas"
-python recipes/scripts/shares.py "$out"/losses/*/ "$out"/lambda/*/
+python recipes/scripts/shares.py "$out"/losses/*/ "$out"/lambda/*/ --csv "$out/table.csv"
+ptee plot "$out/lambda" --kind lambda --out "$out/lambda.png"
+spread=$(ls -d "$out"/lambda/cost_weight=${SPREAD:-0.95}_*)
+for kind in epochs exits gallery; do
+    ptee plot "$spread" --kind $kind --out "$out/$kind.png"
+done

@@ -1,6 +1,6 @@
-"""A smaller copy of a folder of tar files: python recipes/scripts/piece.py FOLDER OUT --every 10
+"""A smaller copy of a folder of tar files: python recipes/scripts/piece.py FOLDER OUT --every 10 --report 4
 
-Every so manieth picture of train.tar is kept, in its order, so that all classes keep their shares. The other tar files are linked.
+By name, every tenth picture of train.tar is kept and every fourth of the other tar files, so that all classes keep their shares.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import click
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--every", type=click.IntRange(1), default=10, show_default=True)
-def main(folder: Path, out: Path, every: int) -> None:
-    """Write the piece."""
+@click.option("--report", type=click.IntRange(1), default=1, show_default=True)
+def main(folder: Path, out: Path, every: int, report: int) -> None:
+    """Write the piece. Files that are there already are kept."""
     out.mkdir(parents=True, exist_ok=True)
-    for other in folder.glob("*.tar"):
-        if other.name != "train.tar" and not (out / other.name).exists():
-            (out / other.name).symlink_to(other.resolve())
-    if not (out / "train.tar").exists():
-        click.echo(f"{_copy(folder / 'train.tar', out / 'train.tar', every):,} training images in {out}")
+    for source in sorted(folder.glob("*.tar")):
+        if not (out / source.name).exists():
+            kept = _copy(source, out / source.name, every if source.name == "train.tar" else report)
+            click.echo(f"{kept:,} images in {out / source.name}")
 
 
 def _copy(source: Path, target: Path, every: int) -> int:

@@ -84,7 +84,7 @@ def test_what_cannot_be_reported_is_refused_in_one_line_and_nothing_is_written(r
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["curve", "threshold", "exits", "network", "confidence", "gallery"])
+@pytest.mark.parametrize("kind", ["curve", "threshold", "exits", "network", "epochs", "confidence", "gallery"])
 def test_each_kind_of_figure_of_a_run_is_drawn(run, finished, kind):
     done = run("plot", finished, "--kind", kind, *(ONE if kind == "curve" else ()), "--out", f"{kind}.html")
     assert (done.status, done.out) == (0, f"Drawn in {kind}.html\n"), done

@@ -1,0 +1,32 @@
+#!/bin/sh
+# AlexNet, VGG-13 and ResNet-18 alone, as B-Net and by differentiable branching (DB, tables 1 and 2, figure 4), from scratch.
+# Run it from the project's root: sh recipes/papers/db.sh. ROOT holds torchvision's CIFAR10. Complete runs are kept.
+# SMALL=1: AlexNet alone, a tenth of the images, 12 epochs.
+set -e
+data="--data ${DATA:-CIFAR10} --data-root ${ROOT:-data}" shared=${SHARED:-../shared} out=${OUT:-runs/db$SMALL}
+networks=${NETWORKS:-cifar_alexnet cifar_vgg13 cifar_resnet18} steps=""
+mkdir -p "$out"
+if [ -n "$SMALL" ]; then
+    python recipes/scripts/piece.py "$shared/data/cifar10" "$out/piece" --every 10
+    data="--data $out/piece" networks=cifar_alexnet
+    steps="--epochs 12 --batch-size 64 --set training.schedule=cosine"
+fi
+
+fit() { # run network options...
+    run=$out/$1 network=$2
+    shift 2
+    # shellcheck disable=SC2086 - several words
+    [ -f "$run/metrics.json" ] || ptee augment --model "$network" --no-pretrained $data --exits linear --num-exits 3 --head pool \
+        "$@" $steps --no-speed --overwrite --out "$run"
+}
+
+for network in $networks; do
+    fit "${network}_alone" "$network" --recipe branchynet-joint --set training.exit_weights=0,0,0,1
+    fit "${network}_bnet" "$network" --recipe branchynet-joint
+    fit "${network}_db" "$network" --recipe db-joint
+    fit "${network}_db0.1" "$network" --recipe db-joint --cost-weight 0.1
+    ptee plot "$out/${network}_db0.1" --kind confidence --out "$out/${network}_confidence.png"
+done
+python recipes/scripts/shares.py "$out"/cifar_*/ --csv "$out/table.csv" --sweep "$out"
+python recipes/scripts/soft.py "$out"/cifar_*/ --csv "$out/soft.csv"
+ptee plot "$out" --out "$out/curve.png"
