@@ -42,6 +42,11 @@ def require_runnable(module: nn.Module) -> None:
             )
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         _require_values(tensor, name, kind)
+        if getattr(tensor, "act_quant_kwargs", None) is not None:  # torchao's
+            raise BackboneError(
+                f"{kind} quantises activations when it runs ({name} is a {type(tensor).__name__}), and its operators cannot be counted. "
+                "Quantise its weights alone (torchao's Int8WeightOnlyConfig), or export with --int8 afterwards."
+            )
 
 
 def _require_uncompiled(module: nn.Module, kind: str) -> None:

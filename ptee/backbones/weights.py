@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ptee._common.errors import first_line, some
 from ptee.backbones.checkpoint import Checkpoint, refusal
@@ -85,6 +86,12 @@ def _add(digest: hashlib._Hash, name: str, value: Any) -> None:
         digest.update(f"{name}\0{value!r}\0".encode())
         return
     digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+    if is_traceable_wrapper_subclass(
+        value
+    ):  # torchao's quantised weights: they have no bytes of their own, but their parts have
+        for part in value.__tensor_flatten__()[0]:
+            _add(digest, part, getattr(value, part))
+        return
     # as bytes, because NumPy has no bfloat16; a tensor in the CPU's memory is not copied
     flat = value.detach().cpu().contiguous().flatten()
     digest.update(flat.view(torch.uint8).numpy().data)

@@ -27,10 +27,7 @@ fit() { # run recipe exits options...
     fit ztw ztw 5 $fewer
     [ -n "$NO_ORDER" ] || fit one_by_one pteenet 10 --loss v2 --cost-weight 0.9 --set "training.order=one by one" $each
 }
-for t in 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 0.95; do
-    ptee evaluate "$out/pteenet" --threshold $t --no-speed --json > "$out/t$t.json"
-done
-python recipes/scripts/thresholds.py "$out"/pteenet "$out"/t0.*.json --csv "$out/thresholds.csv"
+python recipes/scripts/thresholds.py "$out/pteenet" --csv "$out/thresholds.csv"
 ptee plot "$out/pteenet" --kind threshold --out "$out/threshold.png"
 smaller="--static cifar_resnet20=$weights/cifar_resnet20.safetensors --static cifar_resnet56=$weights/cifar_resnet56.safetensors"
 # shellcheck disable=SC2086

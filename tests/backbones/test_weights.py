@@ -148,3 +148,26 @@ def test_bfloat16_scalars_and_empty_tensors_have_a_hash():
     want = weights_hash(module)
     module.truth.fill_(False)
     assert weights_hash(module) != want
+
+
+def test_quantised_weights_have_the_hash_of_their_parts():
+    torchao = pytest.importorskip("torchao.quantization")
+    first, second = (nn.Sequential(nn.Linear(64, 8)).eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    for net in (first, second):
+        torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
+    assert weights_hash(first) == weights_hash(second)
+    third = nn.Sequential(nn.Linear(64, 8)).eval()
+    torchao.quantize_(third, torchao.Int8WeightOnlyConfig())
+    assert weights_hash(first) != weights_hash(third)
+
+
+def test_tensors_of_a_subclass_without_bytes_have_the_hash_of_their_parts():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def net(number: float) -> nn.Module:
+        module = nn.Module()
+        module.weight = nn.Parameter(TwoTensor(torch.zeros(2), torch.full((2,), number)), requires_grad=False)
+        return module
+
+    assert weights_hash(net(1.0)) == weights_hash(net(1.0)) != weights_hash(net(2.0))
