@@ -116,7 +116,7 @@ def _map_wordnet(class_names: Sequence[str]) -> LabelMap:
 
 def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequence[str] | str | Path) -> LabelMap:
     if isinstance(classes, (str, Path)):
-        names, where, whose = _read_names(classes), f"'{classes}'", f"the numbers that '{classes}' gives them"
+        names, where, whose = read_names(classes), f"'{classes}'", f"the numbers that '{classes}' gives them"
     else:
         names, where, whose = tuple(classes), "The list of classes", "the backbone's numbers"
     place = {_nfc(name): index for index, name in enumerate(names)}
@@ -141,7 +141,7 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _read_names(file: str | Path) -> tuple[str, ...]:
+def read_names(file: str | Path) -> tuple[str, ...]:
     """Class names from a text file, one a line. Empty lines at its end do not count."""
     path = as_path(file, "classes")
     try:  # a pipe or a folder holds no names

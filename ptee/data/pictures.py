@@ -125,6 +125,22 @@ def decode(file: File) -> Image:
         raise DataError(f"Picture '{file.words}' cannot be decoded ({_reason(why)}): replace or remove it.") from why
 
 
+def decode_bytes(content: bytes) -> Image:
+    """The encoded picture, with 8 bits for each value.
+
+    Raises:
+        DataError: saying in a few words why it cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(BytesIO(content))
+        image.load()
+        return eight_bits(image)
+    except _decoding_errors() as why:
+        raise DataError(_reason(why)) from why
+
+
 def _decoding_errors() -> tuple[type[Exception], ...]:
     from PIL.Image import DecompressionBombError
 

@@ -1,0 +1,100 @@
+"""The commands for very many images: on several processes of this machine, or on a cluster of Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from cloup import command, option, option_group
+
+from ptee.cli import options
+from ptee.cli.options import File, Place, RunName, in_groups
+from ptee.cli.values import require_runs
+
+SOURCE = option_group(
+    "Data",
+    option(
+        "--data",
+        required=True,
+        help="A folder of webdataset shards (*.tar), of *.parquet, or of pictures (CLASS/*.jpg); or one shard or table.",
+    ),
+    option("--classes", type=File(), help="A text file with the backbone's classes in its order, one a line."),
+    option(
+        "--max-unreadable",
+        type=float,
+        default=0.001,
+        show_default=True,
+        help="The share of images that may be damaged.",
+    ),
+)
+ENGINE = option_group(
+    "Engine",
+    option(
+        "--engine",
+        default="local",
+        show_default=True,
+        help="local: this machine. ray: the cluster of RAY_ADDRESS, or this machine, by Ray Data.",
+    ),
+    option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, or actors of Ray."),
+    options.BATCH_SIZE,
+    options.DEVICE,
+)
+INTO = option_group(
+    "Output",
+    option(
+        "--out", type=Place(), required=True, help="A new folder, or one that the same command began: then it goes on."
+    ),
+    option("--overwrite", is_flag=True, help="Replace what another run or source left there."),
+    option("--weights", type=File(), help="The backbone's weights, if they were moved."),
+)
+
+
+def words_of(value: str) -> int | None:
+    """How many logits: "all", or a number."""
+    return None if value == "all" else int(value)
+
+
+class Logits(click.ParamType):
+    """all, or how many."""
+
+    name = "all|k"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Called by click."""
+        if value != "all" and not str(value).isdecimal():
+            self.fail(f"{value!r} is no number. Give all, how many of the largest, or 0 for none.", param, ctx)
+        return value
+
+
+@command(short_help="Record what all exits answer for very many images.")
+@click.argument("run", type=RunName())
+@in_groups(SOURCE, ENGINE, INTO)
+@option(
+    "--logits",
+    type=Logits(),
+    default="all",
+    show_default=True,
+    help="How many of each answer's log-probabilities are kept, the largest first; 0 is enough for own answers.",
+)
+def trace(run: str, **o: Any) -> None:
+    """Let every exit of a saved RUN answer each image of a source, and keep the answers in a folder of parquet files.
+
+    tune, evaluate and compare read it: --traces FOLDER. If it is interrupted, the same command goes on.
+    """
+    require_runs(run, images=False, **o)
+    from ptee.scale.trace import record
+
+    names = (
+        "data",
+        "out",
+        "engine",
+        "workers",
+        "classes",
+        "weights",
+        "batch_size",
+        "device",
+        "max_unreadable",
+        "overwrite",
+    )
+    found = record(run, logits=words_of(o["logits"]), log=click.echo, **{name: o[name] for name in names})
+    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} --max-drop 0.01")

@@ -1,0 +1,342 @@
+"""A folder of tables in parts: what many processes compute of many images, written part by part and read row by row.
+
+    FOLDER/manifest.json            what the rows are of, and which parts are whole
+    FOLDER/part-00000/*.parquet     some thousand rows each
+    FOLDER/unreadable.json          images that cannot be read, by name
+
+A part is written under another name, and renamed when it is whole; only then the manifest names it, with a hash of each of its
+files. So half a part is never taken for a whole one, and files of other folders are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ptee import __version__
+from ptee._common.errors import Argument, DataError, PteeError, first_line
+from ptee._common.files import (
+    WRITING,
+    clear_unfinished,
+    from_json,
+    is_file,
+    read_object,
+    require_writable,
+    to_json,
+    write_json,
+)
+
+MANIFEST, UNREADABLE, LOCK = "manifest.json", "unreadable.json", ".ptee.lock"
+SCHEMA = 1
+LARGEST_MANIFEST = 64 * 2**20  # bytes
+ROWS_AT_ONCE = 8192  # that are read into memory, and in one group of a file
+FEW = 10  # unreadable images that are always allowed; a share of less says nothing
+OUT, OVERWRITE = Argument("out", "FOLDER"), Argument("overwrite", "True")
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$"  # of a part or a file: no path leads out of the folder
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class PartFile(_Strict):
+    """A file of a part."""
+
+    name: str = Field(pattern=NAME)
+    size: int = Field(ge=0)  # bytes
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Part(_Strict):
+    """A part that is whole: its number of rows with an answer and of images that cannot be read, and its files."""
+
+    name: str = Field(pattern=NAME)
+    rows: int = Field(ge=0)
+    unreadable: int = Field(ge=0)
+    files: list[PartFile]
+
+
+class Manifest(_Strict):
+    """What a folder of parts holds. `about` says of what: two folders with the same `about` hold the same rows."""
+
+    kind: Literal["traces", "cache"]
+    schema_version: Literal[1] = 1
+    ptee_version: str
+    about: dict[str, Any]
+    planned: int = Field(ge=1)  # parts
+    parts: list[Part]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all parts are there."""
+        return len(self.parts) == self.planned
+
+    @property
+    def rows(self) -> int:
+        """Of all parts, without images that cannot be read."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def unreadable(self) -> int:
+        """Images that cannot be read."""
+        return sum(part.unreadable for part in self.parts)
+
+
+def arrow() -> Any:
+    """pyarrow, which reads and writes the tables."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as why:
+        raise PteeError("Tables in parts need pyarrow: pip install 'ptee-exits[ray]'.") from why
+    return pyarrow
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def is_parts_folder(folder: Path, kind: str) -> bool:
+    """Whether a folder says that it holds parts of this kind."""
+    try:
+        return read_object(folder / MANIFEST, LARGEST_MANIFEST).get("kind") == kind
+    except (OSError, ValueError):
+        return False
+
+
+def read_manifest(folder: Path, kind: str) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        DataError: if there is none, it is damaged, or of something else.
+    """
+    if not is_file(folder / MANIFEST):
+        make = "ptee trace" if kind == "traces" else "ptee cache"
+        raise DataError(f"{folder!s:.300} holds no {kind}: it has no {MANIFEST}. Make some: {make}.")
+    try:
+        found = Manifest(**read_object(folder / MANIFEST, LARGEST_MANIFEST))
+    except ValidationError as why:
+        first = why.errors()[0]
+        raise DataError(
+            f"{folder / MANIFEST} is damaged or of another version: {'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from why
+    except (OSError, ValueError, TypeError) as why:
+        raise DataError(f"{folder / MANIFEST} cannot be read: {first_line(why)}") from why
+    if found.kind != kind:
+        raise DataError(f"{folder} holds {found.kind}, and {kind} are wanted. Give another folder.")
+    return found
+
+
+def require_whole(folder: Path, manifest: Manifest) -> None:
+    """Refuse a folder whose parts are not all there."""
+    if not manifest.whole:
+        done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"
+        raise DataError(f"{folder} is not finished: {done}. The command that began it goes on with it.")
+
+
+def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
+    """Tables of some thousand rows with these columns, part by part. Images that cannot be read are left out.
+
+    Raises:
+        DataError: naming the file that is missing, cut off, changed or of another folder.
+    """
+    pa = arrow()
+    for part in sorted(manifest.parts, key=lambda part: part.name):
+        rows = 0
+        for file in part.files:
+            path = folder / part.name / file.name
+            _require_same(path, file)
+            try:
+                with pa.parquet.ParquetFile(path, memory_map=True) as table:
+                    for batch in table.iter_batches(ROWS_AT_ONCE, columns=["fault", *columns]):
+                        readable = batch.filter(pa.compute.equal(batch["fault"], ""))
+                        rows += len(readable)
+                        yield readable
+            except (pa.ArrowException, OSError, KeyError, ValueError) as why:
+                raise DataError(f"{path} is no table of such rows: {first_line(why)}") from why
+        if rows != part.rows:
+            raise DataError(f"{folder / part.name} has {rows:,} rows, and its manifest says {part.rows:,}.")
+
+
+def _require_same(path: Path, file: PartFile) -> None:
+    try:
+        same = path.stat().st_size == file.size and sha256(path) == file.sha256
+    except OSError as why:
+        raise DataError(f"{path} cannot be read: {why.strerror}. Delete its folder, and make it again.") from why
+    if not same:
+        raise DataError(f"{path} is cut off, changed or of another folder. Delete its folder, and make it again.")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+class PartsWriter:
+    """The one writer of a folder: which parts are missing, and what becomes of a part that was made."""
+
+    def __init__(self, folder: Path, manifest: Manifest, limit: float) -> None:
+        self.folder, self.manifest, self.limit = folder, manifest, limit
+        self._one_at_a_time = threading.Lock()
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of these parts that are not there yet."""
+        there = {part.name for part in self.manifest.parts}
+        return [name for name in names if name not in there]
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Path]:
+        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there."""
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=WRITING) as beside:
+            yield Path(beside)
+            part, faults = _summary(name, Path(beside))
+            shutil.rmtree(
+                self.folder / name, ignore_errors=True
+            )  # of a process that ended before the manifest named it
+            shutil.copymode(self.folder, beside)
+            Path(beside).rename(self.folder / name)
+            Path(beside).mkdir()  # for the context manager to remove
+        with self._one_at_a_time:
+            self._add(part, faults)
+
+    def _add(self, part: Part, faults: list[dict[str, str]]) -> None:
+        if faults:
+            self._name_unreadable(faults)
+        self.manifest.parts.append(part)
+        write_json(self.folder / MANIFEST, self.manifest.model_dump(mode="json"))
+        self._require_few_unreadable()
+
+    def _name_unreadable(self, faults: list[dict[str, str]]) -> None:
+        file = self.folder / UNREADABLE
+        before = read_object(file, LARGEST_MANIFEST)["images"] if is_file(file) else []
+        write_json(file, {"images": [row for row in before if row not in faults] + faults})
+
+    def _require_few_unreadable(self) -> None:
+        bad, rows = self.manifest.unreadable, self.manifest.rows + self.manifest.unreadable
+        if bad > max(FEW, self.limit * rows):
+            allowed = Argument("max_unreadable", f"{min(1.0, 2 * bad / rows):.2g}")
+            raise DataError(
+                f"{bad:,} of {rows:,} images cannot be read; they are named in {self.folder / UNREADABLE}. Replace them and "
+                "begin again (", OVERWRITE, "), or allow more: ", allowed, ".",
+            )  # fmt: skip
+
+
+def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
+    """What the manifest says of a part, and the images of it that cannot be read."""
+    pa = arrow()
+    files, faults, rows = [], [], 0
+    for path in sorted(folder.glob("*.parquet")):
+        with pa.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=["key", "fault"]):
+                bad = batch.filter(pa.compute.not_equal(batch["fault"], "")).to_pylist()
+                rows += len(batch) - len(bad)
+                faults += bad
+        files.append(PartFile(name=path.name, size=path.stat().st_size, sha256=sha256(path)))
+    return Part(name=name, rows=rows, unreadable=len(faults), files=files), faults
+
+
+@contextmanager
+def parts_writer(
+    folder: Path, kind: Any, about: Mapping[str, Any], planned: int, *, limit: float, overwrite: bool = False
+) -> Iterator[PartsWriter]:
+    """Meanwhile no other process writes into the folder. Whole parts of the same rows that are there are kept.
+
+    Args:
+        folder: new, empty, or begun with the same `about`.
+        kind: "traces" or "cache".
+        about: what the rows are of, JSON-able.
+        planned: number of parts.
+        limit: the share of images that may be unreadable.
+        overwrite: replace parts of other rows.
+
+    Raises:
+        DataError: if another process writes there, or the folder holds something else.
+    """
+    require_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(
+            f"Another process writes into {folder}. Wait for it, or give another folder: ", OUT, "."
+        ) from None
+    except OSError as why:
+        raise DataError(f"{folder / LOCK} cannot be locked: {first_line(why)} Give another folder: ", OUT, ".") from why
+    try:
+        manifest = _begun(folder, kind, about, planned, overwrite)
+        clear_unfinished(folder)
+        yield PartsWriter(folder, manifest, limit)
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+        lock.release()
+
+
+def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, overwrite: bool) -> Manifest:
+    as_read = from_json(to_json(dict(about)))
+    new = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
+    others = [path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(WRITING)]
+    if is_parts_folder(folder, kind):
+        old = read_manifest(folder, kind)
+        if not overwrite:
+            _require_alike(folder, old, new)
+            return old
+        for part in old.parts:
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+        (folder / UNREADABLE).unlink(missing_ok=True)
+    elif others:
+        raise DataError(f"{folder} holds something else ({others[0]}). Give a new folder: ", OUT, ".")
+    write_json(folder / MANIFEST, new.model_dump(mode="json"))
+    return new
+
+
+def _require_alike(folder: Path, old: Manifest, new: Manifest) -> None:
+    differing = [key for key in {**old.about, **new.about} if old.about.get(key) != new.about.get(key)]
+    if differing or old.planned != new.planned:
+        key = differing[0] if differing else "parts"
+        before, now = (about.get(key, "") if differing else "" for about in (old.about, new.about))
+        values = f" ({before!s:.60}, now {now!s:.60})" if differing else ""
+        text = f"{folder} holds {new.kind} of another {key}{values}. Give another folder, "
+        raise DataError(text, OUT, ", or replace it: ", OVERWRITE, ".")
+
+
+def write_tables(tables: Iterator[Any], file: Path, callback: Callable[[int], None] | None = None) -> None:
+    """Write tables one after another into one file, some thousand rows at once. `callback` gets the rows of each table."""
+    pa = arrow()
+    waiting: list[Any] = []
+    writer = None
+    try:
+        for table in tables:
+            waiting.append(table)
+            if callback is not None:
+                callback(len(table))
+            if sum(map(len, waiting)) >= ROWS_AT_ONCE:
+                writer = writer or pa.parquet.ParquetWriter(file, table.schema)
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer = writer or pa.parquet.ParquetWriter(file, waiting[0].schema)
+            writer.write_table(pa.concat_tables(waiting))
+    finally:
+        if writer is not None:
+            writer.close()

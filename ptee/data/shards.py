@@ -1,0 +1,216 @@
+"""Sources of very many images, which are read from beginning to end: webdataset shards, parquet tables, folders of pictures.
+
+Each sample is a key, the bytes of an encoded picture, and a label: a number, or the name of a class. Nothing is decoded or
+unpickled here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from ptee._common.errors import Argument, DataError, first_line
+from ptee._common.files import expanded
+from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.folders import EXTENSIONS
+from ptee.data.parts import arrow
+
+TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
+ENDINGS = {TAR: (".tar",), PARQUET: (".parquet",), PICTURES: EXTENSIONS}
+PART_BYTES = 64 * 2**20  # of a part's files, at least
+PARTS = 16  # at most, unless the files are few
+LABEL = "cls"  # the ending of a label in a shard
+KEYS = ("key", "__key__", "id", "path", "file_name")  # columns that name an image
+LABELS = ("label", "cls", "class", "fine_label")
+IMAGES = ("image", "img", "png", "jpg", "jpeg", "bytes")
+ROWS_AT_ONCE = 256
+GIVE = "Give a folder of webdataset shards (*.tar), of *.parquet, or of CLASS/*.jpg: "
+
+
+class Sample(NamedTuple):
+    """An encoded picture. Its label is a number, or else `class_name` is the name of its class, or empty."""
+
+    key: str
+    image: bytes
+    label: int
+    class_name: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files that hold samples.
+
+    Attributes:
+        place: the absolute path of their folder.
+        kind: a key of `ENDINGS`.
+        files: paths below it, sorted.
+        sizes: bytes of each.
+    """
+
+    place: str
+    kind: str
+    files: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def parts(self) -> list[tuple[str, ...]]:
+        """The files in parts of about equal bytes, the same each time."""
+        each = max(PART_BYTES, -(-sum(self.sizes) // PARTS))
+        found: list[list[str]] = [[]]
+        size = 0
+        for file, bytes_ in zip(self.files, self.sizes, strict=True):
+            if size >= each:
+                found.append([])
+                size = 0
+            found[-1].append(file)
+            size += bytes_
+        return [tuple(part) for part in found]
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies it, JSON-able: names and sizes of its files, wherever they lie."""
+        names = "".join(f"{file}\t{size}\n" for file, size in zip(self.files, self.sizes, strict=True))
+        return {"kind": self.kind, "files": len(self.files), "bytes": sum(self.sizes), "crc32": crc32(names.encode())}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the folders of pictures, sorted; of another kind none."""
+        if self.kind != PICTURES:
+            return ()
+        return tuple(sorted({class_of(file) for file in self.files} - {""}))
+
+
+def find_source(source: str | Path) -> Source:
+    """The files of a source: a folder, or one shard or table.
+
+    Raises:
+        DataError: if there is nothing, or no images are listed.
+    """
+    path = expanded(source)
+    if not str(source).strip() or not path.exists():
+        raise DataError(f"There is no '{source!s:.300}'. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
+    top, files = (path, _listed(path)) if path.is_dir() else (path.parent, [path.name])
+    for kind, endings in ENDINGS.items():
+        found = sorted(file for file in files if file.lower().endswith(endings))
+        if found and (kind != PICTURES or path.is_dir()):
+            sizes = tuple((top / file).stat().st_size for file in found)
+            return Source(str(top.resolve()), kind, tuple(found), sizes)
+    raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
+
+
+def _listed(top: Path) -> list[str]:
+    """Regular files below a folder, without hidden ones."""
+    found = []
+    for folder, folders, names in os.walk(top):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(folder).relative_to(top)
+        found += [(inside / name).as_posix() for name in names if not name.startswith(".")]
+    return [file for file in found if (top / file).is_file()]
+
+
+def class_of(name: str) -> str:
+    """The class of CLASS/picture.jpg; empty without a folder."""
+    return name.split("/")[-2] if "/" in name else ""
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+def samples(source: Source, files: Sequence[str]) -> Iterator[Sample]:
+    """The samples of some files, in their order.
+
+    Raises:
+        DataError: naming a file that cannot be read.
+    """
+    read = {TAR: _of_shard, PARQUET: _of_table, PICTURES: _of_picture}[source.kind]
+    for file in files:
+        try:
+            yield from read(Path(source.place, file), file)
+        except DataError:
+            raise
+        except (OSError, tarfile.TarError, EOFError, ValueError, KeyError) as why:
+            raise unreadable_file(Path(source.place, file), why) from why
+
+
+def unreadable_file(path: Path | str, why: BaseException) -> DataError:
+    """The error for a file of samples that cannot be read to its end."""
+    return DataError(
+        f"{path} cannot be read to its end: {first_line(why)} Replace it, and give the same command again."
+    )
+
+
+def _of_picture(path: Path, name: str) -> Iterator[Sample]:
+    yield Sample(name, path.read_bytes(), UNKNOWN_LABEL, class_of(name))
+
+
+def _of_shard(path: Path, name: str) -> Iterator[Sample]:
+    """Members of one key stand one after another, as webdataset wants them."""
+    found: dict[str, bytes] = {}
+    before = ""
+    with tarfile.open(path, "r|*") as tar:
+        for member in tar:
+            key, _, ending = _split(member.name)
+            if not member.isreg() or not key:
+                continue
+            if found and key != before:
+                yield from of_members(f"{name}/{before}", found)
+                found = {}
+            before = key
+            if is_wanted(ending):
+                content = tar.extractfile(member)
+                assert content is not None
+                found[ending.lower()] = content.read()
+    yield from of_members(f"{name}/{before}", found)
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """The key of a member and its ending: `a/7.seg.png` is `seg.png` of `a/7`."""
+    match = re.match(r"^((?:.*/|)[^.]+)([.])([^/]*)$", name)
+    return (match[1], match[2], match[3]) if match else ("", "", "")
+
+
+def is_wanted(ending: str) -> bool:
+    """Whether a member of a shard is a picture or a label."""
+    return ending.lower() == LABEL or f".{ending.lower()}" in EXTENSIONS
+
+
+def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
+    """The sample of some members of a shard, if one is a picture."""
+    pictures = [ending for ending in members if ending != LABEL]
+    if pictures:
+        label = number(members.get(LABEL, b""))
+        yield Sample(key, members[pictures[0]], label, class_of(key.partition("/")[2]) if label < 0 else "")
+
+
+def number(text: bytes) -> int:
+    """A label as it stands in a shard; -1 if it is no number."""
+    return int(text) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) else UNKNOWN_LABEL
+
+
+def _of_table(path: Path, name: str) -> Iterator[Sample]:
+    with arrow().parquet.ParquetFile(path) as table:
+        image, label, key = columns_of(path, table.schema_arrow.names)
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=[c for c in (image, label, key) if c]):
+            for row in batch.to_pylist():
+                yield of_row(name, row[image], row.get(label or ""), row.get(key or ""))
+
+
+def columns_of(path: Path | str, names: Sequence[str]) -> tuple[str, str | None, str | None]:
+    """Which columns of a table hold images, labels and keys."""
+    image, label, key = (next((n for n in known if n in names), None) for known in (IMAGES, LABELS, KEYS))
+    if image is None:
+        raise DataError(f"{path} has no column of images ({', '.join(IMAGES)}). It has {', '.join(names)[:200]}.")
+    return image, label, key
+
+
+def of_row(file: str, image: Any, label: Any, key: Any) -> Sample:
+    """The sample of a row. An image is bytes, or {bytes, path} as Hugging Face's tables have it; without a key its checksum."""
+    content = image.get("bytes") if isinstance(image, Mapping) else image
+    named = key or (isinstance(image, Mapping) and image.get("path")) or ""
+    content = content if isinstance(content, bytes) else b""
+    known = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+    return Sample(f"{file}/{named or f'{crc32(content):08x}'}", content, label if known else UNKNOWN_LABEL, "")

@@ -1,0 +1,160 @@
+"""Traces of very many images: every exit of a saved run answers each of them, on one process or on many machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.files import as_path, plain
+from ptee._common.validation import BATCH_SIZE, checked
+from ptee.backbones.weights import weights_hash
+from ptee.data.labels import map_labels, read_names
+from ptee.data.parts import PartsWriter, arrow, parts_writer
+from ptee.data.shards import Source, find_source
+from ptee.model.early_exit import EarlyExitModel
+from ptee.scale import local, ray_engine
+from ptee.scale.worker import Job, open_model
+from ptee.tuning.trace_folder import TraceFolder, open_traces
+
+Log = Callable[[str], Any]
+ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
+MAX_UNREADABLE = 0.001  # share of the images
+
+
+@checked
+def record(
+    run: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    engine: str = "local",
+    workers: int = 1,
+    logits: int | None = None,
+    classes: str | Path | None = None,
+    weights: str | Path | None = None,
+    batch_size: int = BATCH_SIZE,
+    device: str | None = None,
+    max_unreadable: float = MAX_UNREADABLE,
+    overwrite: bool = False,
+    log: Any = None,
+) -> TraceFolder:
+    """Let every exit of a saved run answer each image of a source, and write the answers into a folder, part by part.
+
+    `ptee.tune`, `evaluate`, `compare` and `calibrate` take what this returns as their data. Whole parts are kept if it is
+    interrupted: the same call goes on.
+
+    Args:
+        run: a folder, or user/repo on the hub.
+        data: a folder of webdataset shards (*.tar), of *.parquet, or of pictures (CLASS/*.jpg); or one shard or table.
+        out: a new folder, or one that this call began.
+        engine: "local" (this machine), or "ray" (the cluster of RAY_ADDRESS, or this machine).
+        workers: processes or actors.
+        logits: how many of the largest log-probabilities are kept for each exit, in half precision. None: all; 0: none,
+            which is enough for `evaluate` and for own answers.
+        classes: a file that names the backbone's classes in its order. None: as the run recorded them.
+        weights: a file with the backbone's weights, if they are not where the run says.
+        batch_size: images at once.
+        device: of each worker; None: a GPU where there is one.
+        max_unreadable: the share of images that may be unreadable. They are named in unreadable.json.
+        overwrite: replace traces of another run or source.
+        log: gets the messages to the user.
+
+    Raises:
+        PteeError: if the run, the source, the engine or the folder cannot be used, or too many images are unreadable.
+    """
+    make = engine_of(engine, workers)
+    folder, source = as_path(out, "out"), find_source(data)
+    job = Job(str(run), "traces", None if weights is None else str(weights), device, batch_size, logits)
+    model = open_model(job)
+    job = with_classes(job, model, source, classes)
+    about = describe(model) | {"logits": "all" if logits is None else logits, "source": source.describe()}
+    about |= {"threshold": list(model.threshold), "off": list(model.off)}
+    with parts_writer(
+        folder, "traces", about, len(source.parts()), limit=max_unreadable, overwrite=overwrite
+    ) as writer:
+        fill(make, source, job, writer, workers=workers, log=log)
+    return open_traces(folder)
+
+
+def engine_of(engine: str, workers: int) -> Any:
+    """What makes parts, if it can be used here.
+
+    Raises:
+        PteeError: if there is no such engine, it is not installed, or the number of workers is wrong.
+    """
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES, argument="engine")
+    if workers < 1:
+        raise PteeError(
+            Argument("workers", str(workers)), " is too few. Give 1 or more.", argument="workers", value=workers
+        )
+    arrow()
+    if engine == "ray":
+        ray_engine.require_ray()
+    return ENGINES[engine]
+
+
+def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: int, log: Log | None) -> None:
+    """Make the parts that are missing."""
+    names = {f"part-{n:05d}": files for n, files in enumerate(source.parts())}
+    missing = {name: names[name] for name in writer.missing(list(names))}
+    if log is not None and len(missing) < len(names):
+        log(f"{len(names) - len(missing)} of {len(names)} parts are there already.")
+    with tqdm(desc="images", unit="", disable=None, leave=False) as bar:
+        if missing:
+            make(source, missing, job, writer, workers=workers, done=bar.update)
+    if log is not None:
+        manifest = writer.manifest
+        bad = (
+            f"; {manifest.unreadable:,} cannot be read and are named in unreadable.json" if manifest.unreadable else ""
+        )
+        log(f"{manifest.rows:,} images in {len(manifest.parts)} parts in {writer.folder}{bad}.")
+
+
+def describe(model: EarlyExitModel) -> dict[str, Any]:
+    """What identifies a model: its heads, its backbone and how it takes images; and the confidence that is recorded."""
+    return {
+        "heads": weights_hash(model.heads)[:16],
+        "backbone": weights_hash(model.backbone)[:16],
+        "exits": [e.name for e in model.exits],
+        "classes": model.num_classes,
+        "input": plain(model.origin.input),
+        "confidence": {"name": model.confidence} | (plain(model.calibrated) if model.calibrated is not None else {}),
+    }
+
+
+def with_classes(job: Job, model: EarlyExitModel, source: Source, classes: str | Path | None) -> Job:
+    """The job, knowing the backbone's number of each class name."""
+    names: Sequence[str] | str | Path | None = classes if classes is not None else _recorded(model)
+    if source.class_names:
+        found = map_labels(source.class_names, model.num_classes, classes=_if_known(source, names))
+        numbers: Mapping[str, int] | None = None
+        if found.indices is not None:
+            numbers = dict(zip(source.class_names, found.indices, strict=True))
+    elif isinstance(names, str | Path):
+        numbers = {name: n for n, name in enumerate(read_names(names))}
+    else:
+        numbers = {name: n for n, name in enumerate(names)} if names else None
+    return replace(job, classes=numbers)
+
+
+def _if_known(source: Source, names: Any) -> Any:
+    """The names, unless they were recorded for other classes than these."""
+    recorded = isinstance(names, list)
+    return None if recorded and not {*source.class_names} <= {*names} else names
+
+
+def _recorded(model: EarlyExitModel) -> list[str] | None:
+    """The names of all classes in the backbone's order, as the run recorded them."""
+    data: Any = (model.results or {}).get("data")
+    split: Any = data.get("split") if isinstance(data, dict) else None
+    names = split.get("classes") if isinstance(split, dict) else None
+    usable = (
+        isinstance(names, list) and len(names) == model.num_classes and all(isinstance(name, str) for name in names)
+    )
+    return names if usable else None

@@ -1,0 +1,147 @@
+"""What each process computes: from encoded pictures to a table of what a saved run answers, or of what its heads read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptee._common.devices import resolve_device
+from ptee._common.errors import DataError
+from ptee.backbones.load import rebuild
+from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.parts import arrow
+from ptee.data.pictures import decode_bytes, image_transform
+from ptee.data.shards import Sample
+from ptee.exits.confidence import first_exit
+from ptee.model.build import load
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.run_files import read_run, record_of
+from ptee.model.thresholds import NEVER
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know. It travels between machines, so it holds names and numbers only.
+
+    Attributes:
+        run: a folder that every machine reaches, or user/repo on the hub.
+        kind: "traces" (answers of all exits) or "cache" (what the heads read).
+        weights: a file with the backbone's weights, if they are not where the run says.
+        device: None: a GPU where there is one.
+        batch_size: images at once.
+        logits: of traces: how many of the largest are kept for each exit; None for all, 0 for none.
+        pooled: of a cache: maps are kept as the means of their channels.
+        classes: the backbone's class of each class name; None if names are not known.
+    """
+
+    run: str
+    kind: Literal["traces", "cache"] = "traces"
+    weights: str | None = None
+    device: str | None = None
+    batch_size: int = 128
+    logits: int | None = None
+    pooled: bool = False
+    classes: Mapping[str, int] | None = None
+
+
+def open_model(job: Job) -> EarlyExitModel:
+    """The saved run of a job, in eval mode on its device."""
+    backbone = None
+    if job.weights is not None:
+        config, _, _, remote = read_run(job.run)
+        backbone = rebuild(record_of(job.run, config, remote, weights=Path(job.weights))).module
+    return load(job.run, backbone).to(resolve_device(job.device)).eval()
+
+
+class Worker:
+    """A saved run, opened once, that turns batches of samples into tables."""
+
+    def __init__(self, job: Job, model: EarlyExitModel | None = None) -> None:
+        self.job, self.model = job, open_model(job) if model is None else model
+        view = self.model.origin.input
+        self.transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
+
+    def table(self, samples: Sequence[Sample]) -> Any:
+        """A row for each sample: key, label, fault (why it cannot be read; else empty), and the columns of the job's kind."""
+        images, faults = self._decoded(samples)
+        with torch.inference_mode():
+            made = self._answers(images) if self.job.kind == "traces" else self._inputs(images)
+        readable = np.array([not fault for fault in faults])
+        pa = arrow()
+        columns = {
+            "key": pa.array([sample.key for sample in samples], pa.string()),
+            "fault": pa.array(faults, pa.string()),
+            "label": pa.array([self._label(sample) for sample in samples], pa.int32()),
+        }
+        return pa.table(columns | {name: _column(values, readable) for name, values in made.items()})
+
+    def _decoded(self, samples: Sequence[Sample]) -> tuple[Tensor, list[str]]:
+        """Images (b, c, h, w), with zeros in place of those that cannot be decoded, and why these cannot."""
+        images, faults = [], []
+        for sample in samples:
+            try:
+                images.append(self.transform(decode_bytes(sample.image)))
+                faults.append("")
+            except DataError as why:
+                images.append(torch.zeros(self.model.plan.input_size, device="cpu"))
+                faults.append(str(why) or "damaged")
+        return torch.stack(images), faults
+
+    def _label(self, sample: Sample) -> int:
+        if sample.label != UNKNOWN_LABEL or not sample.class_name or self.job.classes is None:
+            return sample.label
+        return self.job.classes.get(sample.class_name, UNKNOWN_LABEL)
+
+    def _answers(self, images: Tensor) -> dict[str, Tensor]:
+        """(b, width) each, the exit axis first inside the width. Answers are the exits' own, not blended."""
+        every = self.model.all_exits(self.model.prepared(images))
+        thresholds = [NEVER if n in self.model.off else t for n, t in enumerate(self.model.threshold)]
+        leaving = first_exit(every.confidence[:-1], thresholds)
+        found = {
+            "exit": leaving.to(torch.int16)[:, None],
+            "answers": every.logits.argmax(-1).int().T,
+            "confidence": every.confidence[:-1].float().T,
+            "confidence_logits": every.confidence_logits.float().T,
+        }
+        if self.job.logits == 0:
+            return found
+        z = every.logits.float().log_softmax(-1).transpose(0, 1)  # (b, E+1, K)
+        if self.job.logits is not None:
+            z, classes = z.topk(min(self.job.logits, z.shape[-1]), dim=-1)
+            found["classes"] = classes.int().flatten(1)
+        return found | {"logits": z.half().flatten(1)}
+
+    def _inputs(self, images: Tensor) -> dict[str, Tensor]:
+        reading = self.model.read(self.model.prepared(images))
+        inputs = [x.mean((2, 3)) if self.job.pooled and x.dim() == 4 else x for x in reading.inputs]
+        found = {f"input{n}": half(x.flatten(1)) for n, x in enumerate(inputs)}
+        return found | {"logits": reading.logits.float()}
+
+
+def half(x: Tensor) -> Tensor:
+    """In half precision, or a DataError where that cannot hold a number."""
+    found = x.half()
+    if not found.isfinite().all() and x.isfinite().all():
+        raise DataError(
+            f"Some of what the heads read is as large as {x.abs().max():g}, which half precision cannot hold."
+        )
+    return found
+
+
+def _column(values: Tensor, readable: np.ndarray) -> Any:
+    """Rows (b, width) as an Arrow column of lists, or of numbers if width is 1. Rows that cannot be read are zeros."""
+    pa = arrow()
+    rows = np.ascontiguousarray(values.cpu().numpy())
+    rows[~readable] = 0
+    flat = pa.array(rows.reshape(-1))
+    return (
+        flat
+        if rows.shape[1] == 1 and rows.dtype == np.int16
+        else pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+    )

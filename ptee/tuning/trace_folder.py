@@ -1,0 +1,257 @@
+"""A folder of traces as data: what `ptee trace` wrote of very many images, read column by column.
+
+What is kept in memory of n images is a few numbers for each exit; the logits only where something asks for them, and only as
+many as fit into `LIMIT`. Images stand in an order of their keys, so it does not matter which engine wrote them, nor how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptee._common.errors import DataError, PteeError
+from ptee._common.files import as_path, plain
+from ptee.backbones.weights import weights_hash
+from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.labels import labels_of_other_classes
+from ptee.data.parts import Manifest, read_manifest, require_whole, row_groups
+from ptee.exits.confidence import LEARNED
+from ptee.model.early_exit import EarlyExitModel
+from ptee.tuning.traces import MANY_CLASSES, RecordedTraces, Traces, blended_as
+
+LIMIT = 4 * 2**30  # bytes of logits that are read into memory
+LEAST = 1e-30  # a probability that has no logarithm is taken for this one
+
+
+@dataclass(frozen=True)
+class TraceFolder(RecordedTraces):
+    """The traces of one run, or of several runs of one backbone on the same images. Data of `tune`, `evaluate` and the like."""
+
+    folders: tuple[Path, ...]
+    manifests: tuple[Manifest, ...]
+
+    def __len__(self) -> int:
+        """n, without images that could not be read."""
+        return self.manifests[0].rows
+
+    @property
+    def words(self) -> str:
+        """What it holds, in a sentence."""
+        bad = self.manifests[0].unreadable
+        left_out = f", without {bad:,} that cannot be read" if bad else ""
+        return f"{self.folders[0]}: traces of {len(self):,} images{left_out}."
+
+    @cached_property
+    def _keys(self) -> list[np.ndarray]:
+        """For each folder, (n,) a hash of each image's key, in the order of its rows."""
+        return [_hashes(folder, manifest) for folder, manifest in zip(self.folders, self.manifests, strict=True)]
+
+    @cached_property
+    def images_sha256(self) -> str:
+        """A hash of the keys of all images, in whichever order they were written.
+
+        Raises:
+            DataError: if the folders hold other images.
+        """
+        found = [hashlib.sha256(np.sort(keys).tobytes()).hexdigest() for keys in self._keys]
+        for folder, other in zip(self.folders, found, strict=True):
+            if other != found[0]:
+                raise DataError(
+                    f"{folder} holds traces of other images than {self.folders[0]}. Record both of one source."
+                )
+        return found[0]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(n,) -1 where there is none."""
+        rows = _columns(self.folders[0], self.manifests[0], {"label": (0, np.int32)})["label"]
+        return torch.from_numpy(rows[self._order(0)]).long()
+
+    def _order(self, which: int) -> np.ndarray:
+        return np.argsort(self._keys[which], kind="stable")
+
+    def traces(self, model: EarlyExitModel, *, rows: Tensor | None, logits: bool, own: bool) -> Traces:
+        """As of `RecordedTraces`.
+
+        Raises:
+            DataError: if none of the folders is of this model, or the logits that are wanted were not kept or are too many.
+        """
+        which = self._folder_of(model)
+        manifest, folder = self.manifests[which], self.folders[which]
+        E, K, n = len(model.exits), model.num_classes, len(self)
+        _ = self.images_sha256  # the folders hold the same images
+        again = _confidence(model) != manifest.about["confidence"]
+        blended = blended_as(model) is not None and not own
+        with_logits = logits or again or blended
+        wanted: dict[str, tuple[int, Any]] = {
+            "label": (0, np.int32),
+            "answers": (E + 1, np.int32),
+            "confidence": (E, np.float32),
+        }
+        wanted["confidence_logits"] = (E, np.float32)
+        kept = manifest.about["logits"]
+        if with_logits:
+            self._require_logits(folder, kept, (E + 1) * K * (len(self) if rows is None else len(rows)))
+            width = K if kept == "all" else kept
+            wanted["logits"] = ((E + 1) * width, np.float16)
+            if kept != "all":
+                wanted["classes"] = ((E + 1) * width, np.int32)
+        order = self._order(which) if rows is None else self._order(which)[rows.numpy()]
+        place = np.full(n, -1, dtype=np.int64)
+        place[order] = np.arange(len(order))
+        found = {name: torch.from_numpy(x) for name, x in _columns(folder, manifest, wanted, place).items()}
+        return self._made(model, found, again, blended, logits)
+
+    def _made(
+        self, model: EarlyExitModel, found: Mapping[str, Tensor], again: bool, blended: bool, logits: bool
+    ) -> Traces:
+        n, E, K = len(found["label"]), len(model.exits), model.num_classes
+        z = _logits(found, E, K) if "logits" in found else None
+        targets = found["label"].long()
+        fault = _fault(targets, K)
+        traces = Traces(
+            found["answers"].long().T.contiguous(),
+            torch.cat([found["confidence"].T, torch.ones(1, n)]),
+            None if fault is not None else targets,
+            torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64),
+            torch.zeros(0, *model.plan.input_size),
+            logits=z,
+            note=fault or "",
+            head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
+            builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits]),
+            confidence_logits=found["confidence_logits"].T.contiguous(),
+            confidence_name=LEARNED if again else model.confidence,
+            calibrated=model.calibrated,
+        )
+        if again:  # the model has another confidence now than when its answers were recorded
+            traces = replace(traces, confidence_name="").under(model.confidence)
+        if blended:
+            blend = blended_as(model)
+            assert blend is not None
+            traces = traces.blended(blend, tuple(n for n in range(E) if n not in model.off))
+        return traces if logits else replace(traces, logits=None, confidence_logits=None)
+
+    def _folder_of(self, model: EarlyExitModel) -> int:
+        heads, backbone = (weights_hash(module)[:16] for module in (model.heads, model.backbone))
+        for n, manifest in enumerate(self.manifests):
+            if (manifest.about["heads"], manifest.about["backbone"]) == (heads, backbone):
+                return n
+        same = any(manifest.about["backbone"] == backbone for manifest in self.manifests)
+        names = ", ".join(map(str, self.folders))
+        what = "heads" if same else "another backbone"
+        raise DataError(
+            f"{names} {'holds' if len(self.folders) == 1 else 'hold'} traces of {'other ' * same}{what}, not of this run. Record "
+            "this run: ptee trace RUN."
+        )
+
+    def _require_logits(self, folder: Path, kept: Any, numbers: int) -> None:
+        """Refuse logits that were not kept, or so many numbers of them that memory would not hold them."""
+        if kept == 0:
+            raise DataError(
+                f"{folder} holds no logits, which this needs. Record them, or ask for the exits' own answers."
+            )
+        if (size := 6 * numbers) > LIMIT:  # in half precision, and in single precision while they are blended
+            raise DataError(
+                f"The logits take {size / 2**30:.0f} GiB of memory, more than {LIMIT / 2**30:.0f} GiB. Ask for the "
+                "exits' own answers (answers='own'), which need none."
+            )
+
+    def can_give_logits(self, model: EarlyExitModel) -> bool:
+        """Whether the logits of all images were kept and fit into memory."""
+        try:
+            kept = self.manifests[0].about["logits"]
+            self._require_logits(self.folders[0], kept, (len(model.exits) + 1) * model.num_classes * len(self))
+        except DataError:
+            return False
+        return True
+
+
+def open_traces(*folders: str | Path) -> TraceFolder:
+    """The traces in folders that `ptee trace` wrote: of one run, or of several runs of one backbone on the same images.
+
+    Raises:
+        DataError: if one is not finished, is damaged, or holds something else.
+    """
+    if not folders:
+        raise PteeError("Give a folder of traces.", argument="folders")
+    paths = tuple(as_path(folder, "folders") for folder in folders)
+    manifests = []
+    for path in paths:
+        manifest = read_manifest(path, "traces")
+        require_whole(path, manifest)
+        missing = [key for key in ("heads", "backbone", "confidence", "logits") if key not in manifest.about]
+        if missing or not (manifest.about["logits"] == "all" or type(manifest.about["logits"]) is int):
+            raise DataError(
+                f"{path}: its manifest does not say {missing[0] if missing else 'logits'}. Record it again."
+            )
+        if not manifest.rows:
+            raise DataError(f"{path} holds no image that can be read.")
+        manifests.append(manifest)
+    return TraceFolder(paths, tuple(manifests))
+
+
+def _confidence(model: EarlyExitModel) -> dict[str, Any]:
+    """What a manifest says of a model's confidence."""
+    return {"name": model.confidence} | (plain(model.calibrated) if model.calibrated is not None else {})
+
+
+def _hashes(folder: Path, manifest: Manifest) -> np.ndarray:
+    parts = [
+        np.array(
+            [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys], np.uint64
+        )
+        for keys in (group["key"].to_pylist() for group in row_groups(folder, manifest, ["key"]))
+    ]
+    return np.concatenate(parts)
+
+
+def _columns(
+    folder: Path, manifest: Manifest, wanted: Mapping[str, tuple[int, Any]], place: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Columns of all rows, by name, width (0: a number in each row) and type. `place`: (n,) where each row goes, or -1."""
+    n = manifest.rows if place is None else int((place >= 0).sum())
+    found = {name: np.empty((n, width) if width else n, kind) for name, (width, kind) in wanted.items()}
+    start = 0
+    for group in row_groups(folder, manifest, list(wanted)):
+        to = np.arange(start, start + len(group)) if place is None else place[start : start + len(group)]
+        for name, (width, kind) in wanted.items():
+            found[name][to[to >= 0]] = _numbers(folder, group[name], width, kind)[to >= 0]
+        start += len(group)
+    return found
+
+
+def _numbers(folder: Path, column: Any, width: int, kind: Any) -> np.ndarray:
+    values = column.flatten() if width else column
+    rows = values.to_numpy(zero_copy_only=False)
+    if rows.dtype != kind or len(rows) != max(width, 1) * len(column):
+        raise DataError(f"{folder}: a column has other numbers than its manifest says. Record it again.")
+    return rows.reshape(-1, width) if width else rows
+
+
+def _logits(found: Mapping[str, Tensor], exits: int, num_classes: int) -> Tensor:
+    """(E+1, n, K) log-probabilities. Of those that were not kept, each gets an equal share of what is left."""
+    z = found["logits"].view(len(found["label"]), exits + 1, -1).transpose(0, 1)
+    if "classes" not in found:
+        return z.float() if num_classes <= MANY_CLASSES else z.contiguous()
+    classes = found["classes"].view(len(found["label"]), exits + 1, -1).transpose(0, 1).long()
+    left = (1 - z.float().exp().sum(-1, keepdim=True)).clamp(min=LEAST) / max(1, num_classes - z.shape[-1])
+    return left.log().expand(*z.shape[:2], num_classes).contiguous().scatter_(-1, classes, z.float())
+
+
+def _fault(targets: Tensor, num_classes: int) -> str | None:
+    """Why labels are not used: a sentence, or an empty text if there are none. None if they are used."""
+    unknown = targets == UNKNOWN_LABEL
+    if unknown.all():
+        return ""
+    if unknown.any():
+        raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
+    fault = labels_of_other_classes(targets, num_classes)
+    return f"There is no accuracy for this data: {fault}." if fault else None
