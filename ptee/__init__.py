@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from ptee.model.forward import ExitOutput as ExitOutput
     from ptee.pipeline.fit import fit as fit
     from ptee.pipeline.recipe import Recipe as Recipe
+    from ptee.scale.trace import record as record
     from ptee.training.calibration import calibrate as calibrate
     from ptee.training.trainer import train as train
+    from ptee.tuning.trace_folder import open_traces as open_traces
     from ptee.tuning.tune import tune as tune
 
 __version__ = "0.2.0.dev0"
@@ -49,7 +51,9 @@ _HOMES = {
     "load": "model.build",
     "load_exported": "deploy.runner",
     "optimize": "deploy.optimized",
+    "open_traces": "tuning.trace_folder",
     "plan": "model.build",
+    "record": "scale.trace",
     "register_confidence": "exits.confidence",
     "register_head": "exits.heads",
     "train": "training.trainer",

@@ -25,6 +25,7 @@ from ptee.cli.values import (
     names_of,
     no_images,
     open_for,
+    opened_runs,
     recipe_of,
     recipe_of_exits,
     refuse_without_model,
@@ -33,7 +34,6 @@ from ptee.cli.values import (
     require_runs,
     show,
     untrained,
-    where_of,
 )
 from ptee.pipeline.recorded import require_tunable
 
@@ -141,15 +141,15 @@ def advise(model: str, drops: list[float], by: str, **o: Any) -> None:
 @command(short_help="Measure a saved run again, at any threshold.")
 @click.argument("run", type=RunName())
 @option("--threshold", type=Numbers(), help="T: one number, or one for each exit, separated by commas.")
+@options.TRACES
 @options.SPEED
 @options.OF_RUN
 def evaluate(run: str, **o: Any) -> None:
     """Measure a saved RUN (a folder, or user/repo on the hub), or an exported model, again, at any threshold."""
-    require_runs(run, exported=True, **o)
+    require_runs(run, images=not o["traces"], exported=not o["traces"], **o)
     from ptee.deploy.manifest import is_exported
     from ptee.evaluation import results
     from ptee.pipeline.exported import evaluate_exported
-    from ptee.pipeline.saved_run import open_run
 
     remark_on(o["threshold"])
     if is_exported(run):
@@ -161,7 +161,7 @@ def evaluate(run: str, **o: Any) -> None:
         click.echo(f"{answered.about}\n", err=o["as_json"])
         show(answered, o)
         return
-    opened = open_run(run, **where_of(o))
+    opened = opened_runs({run: run}, o)[run]
     images, words = opened.left_by_tuning(given=o["threshold"] is not None)
     click.echo(f"{words} {opened.accuracy}\n", err=o["as_json"])
     if o["threshold"] is not None and (off := opened.model.off):
@@ -177,6 +177,7 @@ def evaluate(run: str, **o: Any) -> None:
 @command(short_help="Choose the thresholds of a saved run again.")
 @click.argument("run", type=RunName())
 @options.TARGET
+@options.TRACES
 @options.SPEED
 @options.OF_RUN
 def tune(run: str, **o: Any) -> None:
@@ -185,12 +186,12 @@ def tune(run: str, **o: Any) -> None:
     Which exits are on is chosen again, too.
     """
     require_tunable(run)
-    require_runs(run, **o)
+    require_runs(run, images=not o["traces"], **o)
     from ptee._common.files import to_json
-    from ptee.pipeline.saved_run import open_run, tune_run, tuning_recipe
+    from ptee.pipeline.saved_run import tune_run, tuning_recipe
 
     recipe = tuning_recipe(given_settings(o), o["batch_size"])
-    opened = open_run(run, max_drop=recipe.thresholds.max_drop, **where_of(o))
+    opened = opened_runs({run: run}, o, recipe.thresholds.max_drop)[run]
     log = partial(click.echo, err=o["as_json"])
     log(f"{opened.words} {opened.accuracy}")
     with opened.threads():
@@ -208,17 +209,20 @@ def tune(run: str, **o: Any) -> None:
     help="Write a row for each run, as it was measured when its thresholds were set: results.csv.",
 )
 @in_groups(*COMPARED, *options.TIME_OPTIONS)
+@options.TRACES
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:
     """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
 
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
-    require_runs(*run, **o)
+    require_runs(*run, images=not o["traces"], **o)
+    if o["traces"] and o["page"] is not None:
+        raise PteeError(Argument("html"), " shows images, and traces have none. Leave it out, or give images.")
     from ptee._common.files import write_text
     from ptee.evaluation.results_csv import results_csv
     from ptee.pipeline.reported import reported
-    from ptee.pipeline.saved_run import compare_runs, open_run
+    from ptee.pipeline.saved_run import compare_runs
     from ptee.report.page import require_name, require_page, write_report
 
     if o["page"] is not None:
@@ -226,7 +230,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     if o["sheet"] is not None:
         require_name(o["sheet"], (".csv",), "csv", "a table")
     how, folders = comparison_of(o), names_of(run)
-    opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
+    opened = opened_runs(folders, o)
     log = partial(click.echo, err=o["as_json"])
     with next(iter(opened.values())).threads():
         if o["page"] is None:

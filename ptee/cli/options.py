@@ -325,6 +325,13 @@ OUTPUT = option_group(
     EXPLAIN,
     option("--log", help="Note each epoch with tensorboard, wandb or mlflow, too, which must be installed."),
 )
+TRACES = option(
+    "--traces",
+    type=Place(),
+    multiple=True,
+    metavar="FOLDER",
+    help="What ptee trace recorded, in place of images; for several runs one folder of each. Repeatable.",
+)
 OF_RUN = in_groups(
     option_group("Data", *DATA_OPTIONS, BATCH_SIZE),
     option("--weights", type=File(), help="The backbone's weights, if they were moved."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,11 +174,29 @@ def where_of(o: dict[str, Any]) -> dict[str, Any]:
     return {**places, "device": resolve_device(o["device"]), "word": as_option}
 
 
+def opened_runs(runs: Mapping[str, str], o: dict[str, Any], max_drop: float | None = None) -> dict[str, Any]:
+    """Saved runs by name, with the images of --data, their own, or what --traces recorded of them."""
+    from ptee.pipeline.saved_run import open_run, open_traced
+
+    if not o["traces"]:
+        how = where_of(o) | ({} if max_drop is None else {"max_drop": max_drop})
+        return {name: open_run(run, **how) for name, run in runs.items()}
+    for name in ("data", "data_root", "classes"):
+        if o[name]:
+            raise PteeError(Argument(name), " is about images, and traces are given in their place. Leave it out.")
+    from ptee.tuning.trace_folder import open_traces
+
+    traces = open_traces(*o["traces"])
+    return {name: open_traced(run, traces, weights=o["weights"], max_drop=max_drop) for name, run in runs.items()}
+
+
 def how_of(o: dict[str, Any]) -> dict[str, Any]:
     """How images are run through a model."""
     from ptee._common.devices import resolve_device
 
     how = {"batch_size": o["batch_size"], "num_workers": o["workers"], "device": resolve_device(o["device"])}
+    if o.get("traces"):  # of which nothing can be timed
+        return how | ({"speed": False} if "speed" in o else {})
     return how | {key: o[key] for key in ("speed",) if key in o}
 
 

@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +96,7 @@ def arrow() -> Any:
     """pyarrow, which reads and writes the tables."""
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as why:
         raise PteeError("Tables in parts need pyarrow: pip install 'ptee-exits[ray]'.") from why
@@ -168,11 +170,18 @@ def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iter
 
 def _require_same(path: Path, file: PartFile) -> None:
     try:
-        same = path.stat().st_size == file.size and sha256(path) == file.sha256
+        about = path.stat()
+        same = about.st_size == file.size and _sha256_once(path, about.st_size, about.st_mtime_ns) == file.sha256
     except OSError as why:
         raise DataError(f"{path} cannot be read: {why.strerror}. Delete its folder, and make it again.") from why
     if not same:
         raise DataError(f"{path} is cut off, changed or of another folder. Delete its folder, and make it again.")
+
+
+@lru_cache(1024)
+def _sha256_once(path: Path, size: int, changed: int) -> str:
+    """Of a file that is read several times, column by column."""
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:

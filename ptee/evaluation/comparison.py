@@ -27,6 +27,7 @@ from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import batches
+from ptee.data.recorded import recorded
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
@@ -52,6 +53,7 @@ LINES = (
     "oracle",
     "truncation",
 )  # of a run by default
+WITHOUT_LOGITS = {"own", "one_threshold", "oracle", "truncation"}
 WORDS = {MAX_PROB: "max probability", "entropy": "entropy (BranchyNet)"}  # of confidences; the others have their name
 
 
@@ -127,15 +129,30 @@ def compare(
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
     unit = _unit(times, [*models, *networks])
     parts = (calibration, report)
+    are_recorded = any(recorded(part) is not None for part in parts)
+    if networks and are_recorded:
+        text = (
+            f"The network {next(iter(networks))} needs the images, and these are traces. Leave it out, or give images."
+        )
+        raise PteeError(text, argument="static")
     for argument, part in zip(("calibration", "report"), parts, strict=True):
+        if recorded(part) is not None:
+            continue
         batches(part, batch_size=batch_size, shuffle=False, num_workers=num_workers, argument=argument)  # or refuse it
         _require_order(part)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+    blends = any(model.answers == BLENDED for model in models.values())
+    logits = (
+        not are_recorded or blends or bool({*wanted} - WITHOUT_LOGITS)
+    )  # those of a million images may take gigabytes
     found: list[Line] = []
     pair: Pair | None = None
     for name, model in models.items():
-        before, pair = pair, _labelled_alike(record(model, part, device=place, own=True, **how) for part in parts)
+        before, pair = (
+            pair,
+            _labelled_alike(record(model, part, device=place, own=True, logits=logits, **how) for part in parts),
+        )
         timed = (times or {}).get(name)
         if keep is not None:
             keep[name] = _as_it_answers(model, pair.report)

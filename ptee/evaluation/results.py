@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.devices import resolve_device
+from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, checked
+from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
 from ptee.exits.config import CALIBRATED
@@ -49,7 +51,7 @@ def evaluate(
 
     Args:
         model: any early-exit model.
-        data: a map-style data set of (image, label) or (image,), or a loader. If no label is a class of the backbone, there
+        data: a map-style data set of (image, label) or (image,), a loader, or a folder of traces. If no label is a class of the backbone, there
             is no accuracy, and the results say so.
         threshold: one number, or one for each exit; None: the model's own. The model keeps its own in any case.
         batch_size: for a data set.
@@ -63,6 +65,9 @@ def evaluate(
         PteeError: if the threshold, the data or the device cannot be used.
     """
     require_early_exit(model)
+    if speed and recorded(data) is not None:
+        text = "A folder of traces has no images to time. Give "
+        raise PteeError(text, Argument("speed", "False"), ", or measure it apart (ptee bench).", argument="speed")
     home, was_training = next(model.heads.parameters()).device, model.training
     place = home if device is None else resolve_device(device)
     view = copy.copy(model)  # the same modules with thresholds of its own: other threads see the model unchanged

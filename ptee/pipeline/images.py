@@ -16,6 +16,7 @@ from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described
 from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, near_chance, relabelled
 from ptee.data.pictures import Key, image_transform
+from ptee.data.recorded import recorded
 from ptee.data.sources import open_data, open_named
 from ptee.data.splits import DATA_SETS, Data, complete
 from ptee.evaluation.results_table import Results
@@ -231,6 +232,8 @@ def hardly_learned(results: Results, num_classes: int, recipe: Recipe) -> list[s
 
 def has_labels(data: Data) -> bool:
     """Whether the images have labels that are classes of the backbone."""
+    if (known := recorded(data.validation)) is not None:
+        return known[0].labelled
     _, labels = batch_of([data.validation[0]])
     return labels is not None and int(labels[0]) != UNKNOWN_LABEL
 

@@ -14,7 +14,7 @@ from ptee._common.devices import one_thread, resolve_device
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
-from ptee.data.splits import Unseen, images_to_report_on, left_by_tuning, parts_for_all
+from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.results import evaluate
@@ -31,8 +31,10 @@ from ptee.timing.measure import measure_static
 from ptee.timing.times import AUTO, times_for
 from ptee.tuning.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
 from ptee.tuning.targets import require_labels
+from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.tune import describe_outcome
 
+TRACES = "traces"  # the kind of data that were recorded before
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
 
@@ -108,6 +110,33 @@ def open_run(
     known = labels.indices is not None
     accuracy = describe_labels(labels, word) if known else f"{labels.reason} So there is no accuracy."
     return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)
+
+
+def open_traced(
+    run: str, traces: TraceFolder, *, weights: Path | None = None, max_drop: float | None = None
+) -> OpenRun:
+    """Open a saved run with what `ptee trace` recorded of it, in place of images; `traces` as of `open_traces`.
+
+    Raises:
+        DataError: if an accuracy is asked for and there are no labels.
+        PteeError: as of `load`.
+    """
+    place, size = str(traces.folders[0].resolve()), len(traces)
+    split = {
+        "kind": TRACES,
+        "parts": {"validation": place},
+        "rule": AS_DELIVERED,
+        "seed": 0,
+        "sizes": {"validation": size},
+    }
+    split["files_sha256"] = traces.images_sha256
+    empty: Any = []
+    data = Data(empty, empty, traces, (), place, split)  # type: ignore[arg-type]
+    accuracy = "" if traces.labelled else "They have no labels, so there is no accuracy."
+    if max_drop is not None and not traces.labelled:
+        text, instead = f"{traces.words} {accuracy} Give ", Argument("max_fidelity_drop", str(max_drop))
+        raise DataError(text, instead, ".", argument="max_drop")
+    return OpenRun(load_run(run, weights), Unseen(run, data, traces, 0), traces.words, accuracy)
 
 
 def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:

@@ -41,6 +41,8 @@ INSTALL = "The engine 'ray' needs Ray: pip install 'ptee-exits[ray]'. Or give an
 
 def require_ray() -> Any:
     """Ray, or one line that says how to get it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -56,7 +58,6 @@ def connected() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
@@ -92,7 +93,7 @@ def make_parts(
     """Make the parts of a source, each of some of its files, one after another, by as many as `workers` actors."""
     with connected() as ray:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, too
         gpus = 1 if ray.cluster_resources().get("GPU") and job.device != "cpu" else 0
         for name, files in parts.items():
             before = writer.manifest.rows + writer.manifest.unreadable
@@ -125,7 +126,8 @@ def _told(why: BaseException, paths: Sequence[str]) -> DataError:
         cause = inner
     if isinstance(cause, DataError):
         return cause
-    named = next((path for path in paths if path in str(why)), f"{paths[0]} or one of the {len(paths)} files with it")
+    more = f" or one of the {len(paths) - 1} files after it" if len(paths) > 1 else ""
+    named = next((path for path in paths if path in str(why)), paths[0] + more)
     return unreadable_file(named, cause)
 
 

@@ -29,6 +29,7 @@ from ptee.analysis.arithmetic import same_each_time
 from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import odd_labels
+from ptee.data.recorded import recorded
 from ptee.exits.confidence import CALIBRATED, Calibrated, log_odds
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.training.config import TrainingConfig
@@ -156,7 +157,7 @@ def calibrate(
 
     Args:
         model: with trained heads. Afterwards it is in eval mode, on the device it was on.
-        data: a map-style data set of (image (c, h, w), label) or (image,), or a loader.
+        data: a map-style data set of (image (c, h, w), label) or (image,), a loader, or a folder of traces.
         target: the question: "agrees" (is this answer the backbone's?), "right" (is it the label?) or "best" (is it the
             label, or is no later answer the label either? Then leaving loses nothing).
         seed: of random numbers that the data draws, such as the order of a loader.
@@ -178,6 +179,9 @@ def calibrate(
     TrainingConfig(seed=seed)  # refuses a value that is no seed
     model.require_all_on()
     home = next(model.heads.parameters()).device
+    if (known := recorded(data)) is not None:
+        odds, answers, labels, fault = known[0].for_calibration(model, known[1])
+        return _calibrated(model, _Outputs(odds.double(), answers, labels, fault), target)
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     with own_random_numbers(seed), same_each_time:
         model.to(home if device is None else resolve_device(device)).eval()
@@ -185,6 +189,11 @@ def calibrate(
             outputs = _run_heads(model, loader)
         finally:
             model.to(home)
+    return _calibrated(model, outputs, target)
+
+
+def _calibrated(model: EarlyExitModel, outputs: _Outputs, target: str) -> Calibration:
+    """The model with the confidence that is fitted to these outputs."""
     exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, _positives(outputs, target)))
     model.calibrated = Calibrated(tuple(e.scale for e in exits), tuple(e.shift for e in exits))
     model.confidence, model.curve = CALIBRATED, None  # the curve was of another h

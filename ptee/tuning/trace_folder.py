@@ -23,9 +23,10 @@ from ptee.backbones.weights import weights_hash
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.labels import labels_of_other_classes
 from ptee.data.parts import Manifest, read_manifest, require_whole, row_groups
-from ptee.exits.confidence import LEARNED
+from ptee.data.recorded import RecordedTraces
+from ptee.exits.confidence import LEARNED, log_odds
 from ptee.model.early_exit import EarlyExitModel
-from ptee.tuning.traces import MANY_CLASSES, RecordedTraces, Traces, blended_as
+from ptee.tuning.traces import MANY_CLASSES, Traces, blended_as
 
 LIMIT = 4 * 2**30  # bytes of logits that are read into memory
 LEAST = 1e-30  # a probability that has no logarithm is taken for this one
@@ -75,6 +76,11 @@ class TraceFolder(RecordedTraces):
         rows = _columns(self.folders[0], self.manifests[0], {"label": (0, np.int32)})["label"]
         return torch.from_numpy(rows[self._order(0)]).long()
 
+    @property
+    def labelled(self) -> bool:
+        """As of `RecordedTraces`."""
+        return bool((self.labels != UNKNOWN_LABEL).all())
+
     def _order(self, which: int) -> np.ndarray:
         return np.argsort(self._keys[which], kind="stable")
 
@@ -97,13 +103,10 @@ class TraceFolder(RecordedTraces):
             "confidence": (E, np.float32),
         }
         wanted["confidence_logits"] = (E, np.float32)
-        kept = manifest.about["logits"]
         if with_logits:
-            self._require_logits(folder, kept, (E + 1) * K * (len(self) if rows is None else len(rows)))
-            width = K if kept == "all" else kept
-            wanted["logits"] = ((E + 1) * width, np.float16)
-            if kept != "all":
-                wanted["classes"] = ((E + 1) * width, np.int32)
+            n_of_rows = len(self) if rows is None else len(rows)
+            self._require_logits(folder, manifest.about["logits"], (E + 1) * K * n_of_rows)
+            wanted |= _of_logits(manifest, E, K)
         order = self._order(which) if rows is None else self._order(which)[rows.numpy()]
         place = np.full(n, -1, dtype=np.int64)
         place[order] = np.arange(len(order))
@@ -119,14 +122,14 @@ class TraceFolder(RecordedTraces):
         fault = _fault(targets, K)
         traces = Traces(
             found["answers"].long().T.contiguous(),
-            torch.cat([found["confidence"].T, torch.ones(1, n)]),
+            torch.cat([found["confidence"].T, torch.ones(1, n, device="cpu")]),
             None if fault is not None else targets,
-            torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64),
-            torch.zeros(0, *model.plan.input_size),
+            torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64, device="cpu"),
+            torch.zeros(0, *model.plan.input_size, device="cpu"),
             logits=z,
             note=fault or "",
-            head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64),
-            builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits]),
+            head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
+            builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
             confidence_logits=found["confidence_logits"].T.contiguous(),
             confidence_name=LEARNED if again else model.confidence,
             calibrated=model.calibrated,
@@ -164,14 +167,38 @@ class TraceFolder(RecordedTraces):
                 "exits' own answers (answers='own'), which need none."
             )
 
-    def can_give_logits(self, model: EarlyExitModel) -> bool:
-        """Whether the logits of all images were kept and fit into memory."""
+    def can_give_logits(self, model: EarlyExitModel, rows: Tensor | None) -> bool:
+        """As of `RecordedTraces`."""
+        n = len(self) if rows is None else len(rows)
         try:
-            kept = self.manifests[0].about["logits"]
-            self._require_logits(self.folders[0], kept, (len(model.exits) + 1) * model.num_classes * len(self))
+            self._require_logits(
+                self.folders[0], self.manifests[0].about["logits"], (len(model.exits) + 1) * model.num_classes * n
+            )
         except DataError:
             return False
         return True
+
+    def for_calibration(self, model: EarlyExitModel, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
+        """As of `RecordedTraces`. The logits of some thousand images are in memory at once.
+
+        Raises:
+            DataError: if none of the folders is of this model, or no logits were kept.
+        """
+        which = self._folder_of(model)
+        folder, manifest, E = self.folders[which], self.manifests[which], len(model.exits)
+        self._require_logits(folder, manifest.about["logits"], 0)
+        of_logits = _of_logits(manifest, E, model.num_classes)
+        odds, answers = [], []
+        for group in row_groups(folder, manifest, ["answers", *of_logits]):
+            found = {name: torch.from_numpy(_numbers(folder, group[name], *how)) for name, how in of_logits.items()}
+            odds.append(log_odds(_logits(found, E, model.num_classes)[:-1].float()))
+            answers.append(torch.from_numpy(_numbers(folder, group["answers"], E + 1, np.int32)).long().T)
+        order = torch.from_numpy(self._order(which))
+        order = order if rows is None else order[rows]
+        targets = self.labels if rows is None else self.labels[rows]
+        fault = _fault(targets, model.num_classes)
+        words = "the data has none" if fault == "" else fault or ""
+        return torch.cat(odds, 1)[:, order], torch.cat(answers, 1)[:, order], None if words else targets, words
 
 
 def open_traces(*folders: str | Path) -> TraceFolder:
@@ -201,6 +228,15 @@ def open_traces(*folders: str | Path) -> TraceFolder:
 def _confidence(model: EarlyExitModel) -> dict[str, Any]:
     """What a manifest says of a model's confidence."""
     return {"name": model.confidence} | (plain(model.calibrated) if model.calibrated is not None else {})
+
+
+def _of_logits(manifest: Manifest, exits: int, num_classes: int) -> dict[str, tuple[int, Any]]:
+    """The columns that hold logits, with their width and type."""
+    kept = manifest.about["logits"]
+    if kept == "all":
+        return {"logits": ((exits + 1) * num_classes, np.float16)}
+    width = (exits + 1) * min(kept, num_classes)
+    return {"logits": (width, np.float16), "classes": (width, np.int32)}
 
 
 def _hashes(folder: Path, manifest: Manifest) -> np.ndarray:
@@ -233,15 +269,15 @@ def _numbers(folder: Path, column: Any, width: int, kind: Any) -> np.ndarray:
     rows = values.to_numpy(zero_copy_only=False)
     if rows.dtype != kind or len(rows) != max(width, 1) * len(column):
         raise DataError(f"{folder}: a column has other numbers than its manifest says. Record it again.")
-    return rows.reshape(-1, width) if width else rows
+    return (rows.reshape(-1, width) if width else rows).copy()  # Arrow's own memory cannot be written
 
 
 def _logits(found: Mapping[str, Tensor], exits: int, num_classes: int) -> Tensor:
     """(E+1, n, K) log-probabilities. Of those that were not kept, each gets an equal share of what is left."""
-    z = found["logits"].view(len(found["label"]), exits + 1, -1).transpose(0, 1)
+    z = found["logits"].view(len(found["logits"]), exits + 1, -1).transpose(0, 1)
     if "classes" not in found:
         return z.float() if num_classes <= MANY_CLASSES else z.contiguous()
-    classes = found["classes"].view(len(found["label"]), exits + 1, -1).transpose(0, 1).long()
+    classes = found["classes"].view(len(found["logits"]), exits + 1, -1).transpose(0, 1).long()
     left = (1 - z.float().exp().sum(-1, keepdim=True)).clamp(min=LEAST) / max(1, num_classes - z.shape[-1])
     return left.log().expand(*z.shape[:2], num_classes).contiguous().scatter_(-1, classes, z.float())
 

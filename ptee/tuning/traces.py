@@ -13,7 +13,6 @@ from operator import length_hint
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
@@ -21,6 +20,7 @@ from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
 from ptee.data.labels import labels_of_other_classes
+from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
 from ptee.exits.plan import heads_run
@@ -236,27 +236,6 @@ def truncation(traces: Traces) -> tuple[Score, ...]:
     return tuple(replace(s, cost=c, time=t) for s, c, t in zip(scores, alone.costs_alone, times, strict=True))
 
 
-class RecordedTraces:
-    """Data of which the traces were recorded before, in place of images. It has a length, and its rows are known by number."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def traces(self, model: EarlyExitModel, *, rows: Tensor | None, logits: bool, own: bool) -> Traces:
-        """The traces of a model, as `record` gives them: of all images, or of these rows (m,). The sample is empty."""
-        raise NotImplementedError
-
-
-def recorded(data: object) -> tuple[RecordedTraces, Tensor | None] | None:
-    """Recorded traces and which rows of them, if data are such or a subset of them; else None."""
-    if isinstance(data, RecordedTraces):
-        return data, None
-    if isinstance(data, Subset) and (inner := recorded(data.dataset)) is not None:
-        rows = torch.as_tensor(data.indices, dtype=torch.int64, device="cpu")
-        return inner[0], rows if inner[1] is None else inner[1][rows]
-    return None
-
-
 def blended_as(model: EarlyExitModel) -> Blend | None:
     """The weights with which a model blends its answers, or None if they are the exits' own."""
     return model.blend if model.answers == BLENDED else None
@@ -278,7 +257,7 @@ def record(
 
     Args:
         model: any early-exit model. Afterwards it is in the mode and on the device that it was.
-        data: a map-style data set of (image, label) or (image,), or a loader.
+        data: a map-style data set of (image, label) or (image,), a loader, or a folder of traces (`ptee.open_traces`).
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: where it runs; None: where the model is.
@@ -291,7 +270,9 @@ def record(
     """
     require_early_exit(model)
     if (known := recorded(data)) is not None:
-        return known[0].traces(model, rows=known[1], logits=logits, own=own)
+        data_of, rows = known
+        found: Traces = data_of.traces(model, rows=rows, logits=logits, own=own)
+        return found
     home, was_training = next(model.heads.parameters()).device, model.training
     parts: list[Traces] = []
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
@@ -331,6 +312,8 @@ def repeated(
 
 def require_same_images(sample: Tensor, again: Tensor) -> None:
     """Refuse data that gave one sample (s, c, h, w) the first time and another the next time. Rounding may differ."""
+    if not sample.numel() and not again.numel():  # of recorded traces, which compare the keys of their images
+        return
     one, other = (x.float().nan_to_num(0, 0, 0) for x in (sample, again))
     if one.shape != other.shape or (one - other).abs().gt(TOLERANCE * one.std(correction=0)).any():
         raise PteeError(

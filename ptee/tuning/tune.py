@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ptee._common.validation import BATCH_SIZE, checked
+from ptee.data.recorded import recorded
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -45,7 +46,7 @@ def tune(
 
     Args:
         model: any early-exit model with trained heads.
-        data: a map-style data set of (image, label) or (image,), or a loader, of images that nothing was trained on.
+        data: a map-style data set of (image, label) or (image,), a loader, or a folder of traces, of images that nothing was trained on.
         max_drop: the lowest cost at which accuracy is at most this much below the bare backbone's; 0.01 is one point. Needs
             labels.
         max_fidelity_drop: the lowest cost at which at most this share of the answers differs from the backbone's.
@@ -79,9 +80,12 @@ def tune(
     )  # fmt: skip
     target = Target.given(config)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    traces = replace(record(model, data, logits=config.answers != OWN, own=True, **how), times=times)
+    known, kinds = recorded(data), str(config.answers)
+    if kinds == "auto" and known is not None and not known[0].can_give_logits(model, known[1]):
+        kinds = OWN
+    traces = replace(record(model, data, logits=kinds != OWN, own=True, **how), times=times)
     require_images(target, config.confidence, traces.answers.shape[1], each_exit=config.each_exit)
-    found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=config.answers)
+    found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=kinds)
     if config.confidence is not None:
         how_sure: dict[str, Any] = {"one_threshold": config.one_threshold, "each_exit": config.each_exit}
         found = promised(traces, found, config.confidence, **how_sure)

@@ -1,0 +1,84 @@
+"""`ptee trace`, and commands that read what it wrote in place of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import assert_refused, read_json
+from shards import shard
+
+
+@pytest.fixture
+def source(elsewhere) -> Path:
+    return shard(elsewhere / "a.tar", range(40))
+
+
+@pytest.fixture
+def traced(run, finished, source) -> Path:
+    done = run("trace", finished, "--data", source, "--out", "traces")
+    assert done.status == 0, done.err
+    assert done.out.splitlines() == [
+        "40 images in 1 parts in traces.",
+        f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01",
+    ]
+    return Path("traces")
+
+
+def test_thresholds_are_chosen_on_half_of_the_traces_and_measured_on_the_others(run, finished, traced):
+    done = run("tune", finished, "--traces", traced, "--max-fidelity-drop", 0.9, "--json")
+    assert done.status == 0, done.err
+    tuning = read_json(finished, "config.json")["results"]["tuning"]
+    assert tuning["images"] == (
+        "Thresholds are chosen on 20 of the 40 validation images, drawn with seed 0, and reported on the other 20."
+    )
+    found = json.loads(run("evaluate", finished, "--traces", traced, "--json").out)
+    assert found["samples"] == 20
+    assert found["rows"] == json.loads(done.out)["rows"]
+
+
+def test_runs_are_compared_by_a_folder_of_each(run, finished, traced):
+    done = run("compare", finished, "--traces", traced, "--lines", "own", "--drops", 0.5, "--json")
+    assert (done.status, json.loads(done.out)["samples"]) == (0, 20), done.err
+
+
+def test_the_same_command_again_changes_nothing(run, finished, source, traced):
+    before = Path("traces", "manifest.json").read_bytes()
+    done = run("trace", finished, "--data", source, "--out", "traces")
+    assert "1 of 1 parts are there already." in done.out
+    assert Path("traces", "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data", "a.tar", "--out", "out", "--engine", "rey"), "Unknown engine 'rey'"),
+        (("--data", "nowhere", "--out", "out"), "There is no 'nowhere'.*--data FOLDER"),
+        (("--data", "a.tar", "--out", "out", "--logits", "many"), "no number"),
+        (("--data", "a.tar", "--out", "a.tar"), "is a file"),
+        (("--data", "a.tar"), "--out"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_in_one_line(words, said, run, finished, source):
+    done = run("trace", finished, *words)
+    assert done.status == 2
+    assert_refused(done._replace(err=done.err.splitlines()[-1] + "\n"), said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tune", "--max-cost", 0.9, "--data", "a.tar"), "--data is about images"),
+        (("compare", "--html", "x.html"), "--html shows images"),
+        (("compare", "--static", "cifar_resnet20"), "needs the images|cannot|weights"),
+    ],
+)
+def test_options_about_images_do_not_go_with_traces(words, said, run, finished, traced):
+    name, *more = words
+    assert_refused(run(name, finished, "--traces", traced, *more), said)
+
+
+def test_a_folder_without_traces_says_how_to_make_some(run, finished, elsewhere):
+    Path("empty").mkdir()
+    assert_refused(run("evaluate", finished, "--traces", "empty"), "holds no traces.*ptee trace")

@@ -1,0 +1,90 @@
+"""Samples of webdataset shards, parquet tables and folders of pictures, in the same form."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from ptee._common.errors import DataError
+from ptee.data.shards import Sample, find_source, samples
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return path
+
+
+def read(folder: Path) -> list[Sample]:
+    source = find_source(folder)
+    return list(samples(source, source.files))
+
+
+def test_a_shard_gives_each_picture_with_its_label(tmp_path):
+    tar(tmp_path / "a.tar", {"1.png": b"one", "1.cls": b"7\n", "2.cls": b"3", "2.jpg": b"two", "2.json": b"{}"})
+    assert read(tmp_path) == [Sample("a.tar/1", b"one", 7, ""), Sample("a.tar/2", b"two", 3, "")]
+
+
+def test_a_shard_without_labels_gives_the_folder_as_the_name_of_the_class(tmp_path):
+    tar(tmp_path / "a.tar", {"cat/1.png": b"one", "2.png": b"two", "note.txt": b"no picture"})
+    assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat"), Sample("a.tar/2", b"two", -1, "")]
+
+
+@pytest.mark.parametrize("label", [b"-1", b"seven", b"1e3", b"9" * 30, b"\xff"])
+def test_a_label_that_is_no_number_counts_as_none(label, tmp_path):
+    tar(tmp_path / "a.tar", {"1.png": b"one", "1.cls": label})
+    assert read(tmp_path)[0].label == -1
+
+
+@pytest.mark.parametrize("image", [b"one", {"bytes": b"one", "path": "x.png"}], ids=["bytes", "as Hugging Face has it"])
+def test_a_table_gives_each_picture_with_its_label(image, tmp_path):
+    pa.parquet.write_table(pa.table({"image": [image], "label": [4]}), tmp_path / "a.parquet")
+    (found,) = read(tmp_path)
+    assert (found.image, found.label) == (b"one", 4)
+    assert found.key == ("a.parquet/x.png" if isinstance(image, dict) else "a.parquet/7a6c86f1")
+
+
+def test_folders_give_each_picture_with_the_name_of_its_class(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"one")
+    (tmp_path / ".hidden.png").write_bytes(b"no")
+    assert read(tmp_path) == [Sample("cat/1.png", b"one", -1, "cat")]
+    assert find_source(tmp_path).class_names == ("cat",)
+
+
+def test_parts_are_the_same_each_time_and_hold_every_file_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptee.data.shards.PART_BYTES", 1)
+    for n in range(40):
+        tar(tmp_path / f"{n:02d}.tar", {"1.png": bytes(n)})
+    source = find_source(tmp_path)
+    assert source.parts() == find_source(tmp_path).parts()
+    assert [file for part in source.parts() for file in part] == list(source.files)
+    assert 1 < len(source.parts()) <= 16
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", " "])
+def test_a_source_that_lists_no_images_says_what_to_give(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"webdataset shards \(\*\.tar\)"):
+        find_source(tmp_path / name if name.strip() else name)
+
+
+def test_a_shard_that_is_cut_off_is_named(tmp_path):
+    path = tar(tmp_path / "a.tar", {"1.png": bytes(5000), "1.cls": b"1"})
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"a\.tar cannot be read to its end.*Replace it"):
+        read(tmp_path)
+
+
+def test_a_table_without_images_says_which_columns_it_has(tmp_path):
+    pa.parquet.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column of images.*It has text"):
+        read(tmp_path)

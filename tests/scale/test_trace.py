@@ -1,0 +1,261 @@
+"""Traces of very many images: the same answers from every engine, and a folder that is whole or goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shards import shard
+from torch.utils.data import Subset
+
+import ptee
+from ptee._common.errors import DataError, PteeError
+from ptee.data.batches import batches
+from ptee.data.pictures import decode_bytes, image_transform
+from ptee.data.shards import find_source, samples
+from ptee.scale import ray_engine
+from ptee.scale.trace import ENGINES
+from ptee.tuning.trace_folder import TraceFolder
+from ptee.tuning.traces import Traces, record
+
+
+def traces_of(run: Path, folder: TraceFolder, **how: bool) -> Traces:
+    return folder.traces(ptee.load(run), rows=None, **{"logits": True, "own": True} | how)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """The same images one by one, in the order of their keys in a folder of traces."""
+
+    def __init__(self, run: Path, source: Path) -> None:
+        view, found = ptee.load(run).origin.input, find_source(source)
+        self.transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
+        self.rows = list(samples(found, found.files))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, n: int) -> tuple[torch.Tensor, int]:
+        return self.transform(decode_bytes(self.rows[n].image)), self.rows[n].label
+
+
+@pytest.fixture(scope="module")
+def folder(a_run, shards, tmp_path_factory) -> TraceFolder:
+    """Traces of thirty images, written by one process in batches of seven."""
+    return ptee.record(a_run, shards, tmp_path_factory.mktemp("traces") / "out", batch_size=7)
+
+
+def test_a_folder_of_traces_holds_what_the_model_answers(a_run, shards, folder):
+    model, pictures = ptee.load(a_run), Pictures(a_run, shards)
+    expected, found = record(model, pictures, own=True, progress=False), traces_of(a_run, folder)
+    order = torch.argsort(expected.confidence[0])
+    places = torch.argsort(found.confidence[0])
+    assert torch.equal(found.answers[:, places], expected.answers[:, order])
+    assert torch.equal(found.targets[places], expected.targets[order])
+    assert torch.allclose(found.confidence[:, places], expected.confidence[:, order], atol=1e-5)
+    shown = [t.logits[:, rows].softmax(-1) for t, rows in ((found, places), (expected, order))]
+    assert torch.allclose(*shown, atol=2e-3)
+    assert torch.equal(found.costs, expected.costs)
+
+
+def test_a_subset_of_a_folder_is_those_rows(a_run, folder):
+    model, rows = ptee.load(a_run), [4, 20, 7]
+    some = record(model, Subset(Subset(folder, [1, *rows]), [1, 2, 3]), own=True)
+    assert torch.equal(some.answers, traces_of(a_run, folder).answers[:, rows])
+
+
+def test_functions_take_a_folder_in_place_of_images(a_run, shards, folder):
+    model, pictures = ptee.load(a_run), Pictures(a_run, shards)
+    kept = [ptee.evaluate(model, data, speed=False).to_dict() for data in (folder, pictures)]
+    for ours, theirs in zip(*(results["rows"] for results in kept), strict=True):
+        for key in ("accuracy", "fidelity", "cost"):
+            assert ours[key] == pytest.approx(theirs[key])
+    fits = [ptee.calibrate(ptee.load(a_run), data).exits for data in (folder, pictures)]
+    for ours, theirs in zip(*fits, strict=True):
+        assert (ours.scale, ours.shift) == pytest.approx((theirs.scale, theirs.shift), abs=0.02)
+    chosen = [
+        ptee.tune(ptee.load(a_run), data, max_fidelity_drop=0.3, answers="own", margin=0) for data in (folder, pictures)
+    ]
+    assert chosen[0].score.cost == pytest.approx(chosen[1].score.cost)
+    found = ptee.compare({"a": model}, folder, folder, lines=["own"], drops=[0.5], progress=False)
+    assert found.samples == 30
+
+
+def test_a_model_that_was_calibrated_since_gets_its_new_confidence(a_run, folder):
+    model = ptee.load(a_run)
+    ptee.calibrate(model, folder)
+    expected = traces_of(a_run, folder).logits[:-1].softmax(-1).amax(-1)
+    h = folder.traces(model, rows=None, logits=False, own=True).confidence[:-1]
+    assert not torch.allclose(h, expected)
+    assert torch.equal(h.argsort(-1), expected.logit().argsort(-1))
+
+
+def test_the_largest_logits_alone_give_nearly_the_same_confidence(a_run, shards, tmp_path, folder):
+    few = ptee.record(a_run, shards, tmp_path / "few", logits=3)
+    ours, theirs = (traces_of(a_run, each).logits.softmax(-1) for each in (few, folder))
+    assert torch.allclose(ours.amax(-1), theirs.amax(-1), atol=2e-3)
+    assert torch.allclose(ours.sum(-1), torch.ones(3, 30), atol=1e-2)
+
+
+def test_own_answers_need_no_logits(a_run, shards, tmp_path):
+    none = ptee.record(a_run, shards, tmp_path / "none", logits=0)
+    ptee.tune(ptee.load(a_run), none, max_fidelity_drop=0.3)
+    with pytest.raises(DataError, match="holds no logits"):
+        ptee.tune(ptee.load(a_run), none, max_fidelity_drop=0.3, answers="blended")
+
+
+def test_logits_that_memory_cannot_hold_are_left_out_or_refused(a_run, folder, monkeypatch):
+    monkeypatch.setattr("ptee.tuning.trace_folder.LIMIT", 100)
+    ptee.tune(ptee.load(a_run), folder, max_fidelity_drop=0.3)
+    with pytest.raises(DataError, match=r"answers='own'"):
+        ptee.tune(ptee.load(a_run), folder, max_fidelity_drop=0.3, answers="blended")
+
+
+def test_traces_of_another_run_are_refused(a_run, folder):
+    model = ptee.load(a_run)
+    with torch.no_grad():
+        next(model.heads.parameters()).add_(1)
+    with pytest.raises(DataError, match=r"other heads, not of this run.*ptee trace"):
+        ptee.evaluate(model, folder, speed=False)
+
+
+def test_traces_of_other_images_are_not_compared(a_run, folder, tmp_path):
+    shard(tmp_path / "a.tar", range(30, 60))
+    other = ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out")
+    with pytest.raises(DataError, match="other images than"):
+        traces_of(a_run, ptee.open_traces(folder.folders[0], other.folders[0]))
+
+
+def test_speed_and_smaller_networks_need_the_images(a_run, folder):
+    model = ptee.load(a_run)
+    with pytest.raises(PteeError, match=r"no images to time.*speed=False"):
+        ptee.evaluate(model, folder)
+    with pytest.raises(PteeError, match="needs the images"):
+        ptee.compare({"a": model}, folder, folder, static={"b": model.backbone})
+    with pytest.raises(DataError):
+        batches(folder, batch_size=1, shuffle=False)
+
+
+def test_damaged_pictures_are_counted_and_named_and_the_others_kept(a_run, tmp_path):
+    shard(tmp_path / "a.tar", range(20), damaged=(3, 17))
+    found = ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out")
+    assert len(found) == 18
+    assert traces_of(a_run, found).answers.shape == (3, 18)
+    named = json.loads((tmp_path / "out" / "unreadable.json").read_text())["images"]
+    assert [image["key"] for image in named] == ["a.tar/00003", "a.tar/00017"]
+
+
+def test_a_damaged_shard_ends_it_and_the_same_call_goes_on(a_run, tmp_path, small_parts):
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(3):
+        shard(data / f"{k}.tar", range(10 * k, 10 * k + 10))
+    whole = (data / "1.tar").read_bytes()
+    (data / "1.tar").write_bytes(whole[:-9000] + bytes(9000))
+    said: list[str] = []
+    (data / "1.tar").write_bytes(b"\1" * len(whole))
+    with pytest.raises(DataError, match=r"1\.tar cannot be read to its end"):
+        ptee.record(a_run, data, tmp_path / "out")
+    with pytest.raises(DataError, match="1 of its 3 parts"):
+        ptee.open_traces(tmp_path / "out")
+    (data / "1.tar").write_bytes(whole)
+    assert len(ptee.record(a_run, data, tmp_path / "out", log=said.append)) == 30
+    assert said[0] == "1 of 3 parts are there already."
+
+
+def test_folders_of_classes_get_the_numbers_that_a_file_gives_them(a_run, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "1.png").write_bytes(Path(a_run.parent / "picture.png").read_bytes())
+    (tmp_path / "classes.txt").write_text("\n".join(["dog", "cat", *(f"class{k}" for k in range(8))]))
+    found = ptee.record(a_run, tmp_path / "data", tmp_path / "out", classes=tmp_path / "classes.txt")
+    assert sorted(found.labels.tolist()) == [0, 1]
+
+
+def test_an_unknown_engine_and_no_workers_are_refused(a_run, shards, tmp_path):
+    with pytest.raises(PteeError, match=r"Unknown engine 'rey'\. Did you mean 'ray'"):
+        ptee.record(a_run, shards, tmp_path / "out", engine="rey")
+    with pytest.raises(PteeError, match="workers=0 is too few"):
+        ptee.record(a_run, shards, tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_one_line_says_how_to_get_it(a_run, shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PteeError, match=r"pip install 'ptee-exits\[ray\]'.*engine=local"):
+        ptee.record(a_run, shards, tmp_path / "out", engine="ray")
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [("Version mismatch: The cluster was started with: Ray: 2.9.0", "other versions than this machine"),
+     ("Could not find any running Ray instance", "No connection to the cluster at there:6379")],
+)  # fmt: skip
+def test_a_cluster_that_cannot_be_joined_says_why_in_one_line(why, said, monkeypatch):
+    class Ray:
+        __version__ = "2.60.0"
+
+        def is_initialized(self) -> bool:
+            return False
+
+        def init(self, **_: object) -> None:
+            raise RuntimeError(f"{why}\n  Python: 3.9")
+
+    monkeypatch.setattr(ray_engine, "require_ray", Ray)
+    monkeypatch.setenv("RAY_ADDRESS", "there:6379")
+    with pytest.raises(PteeError, match=said) as error, ray_engine.connected():
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_rows_as_ray_reads_them_are_the_same_samples(shards):
+    source = find_source(shards)
+    ours = list(samples(source, source.files[:1]))
+    batch = {
+        "path": [str(shards / "0.tar")] * 10,
+        "__key__": [sample.key.partition("/")[2] for sample in ours],
+        "png": [sample.image for sample in ours],
+        "cls": [str(sample.label).encode() for sample in ours],
+    }
+    assert ray_engine.samples_of(source, batch) == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_workers_of_each_engine_answer_the_same(engine, a_run, shards, tmp_path, folder, small_parts):
+    found = ptee.record(a_run, shards, tmp_path / "out", engine=engine, workers=2, batch_size=7)
+    ours, theirs = traces_of(a_run, found), traces_of(a_run, folder)
+    assert torch.equal(ours.answers, theirs.answers)
+    assert torch.equal(ours.targets, theirs.targets)
+    assert torch.allclose(ours.confidence, theirs.confidence, atol=1e-5)
+    assert found.images_sha256 == folder.images_sha256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "pictures"])
+def test_ray_reads_tables_and_pictures_as_one_process_does(kind, a_run, shards, tmp_path):
+    source, data = find_source(shards), tmp_path / "data"
+    rows = list(samples(source, source.files))
+    if kind == "pictures":
+        for row in rows:
+            (data / f"class{row.label}").mkdir(parents=True, exist_ok=True)
+            (data / f"class{row.label}" / f"{row.key[-5:]}.png").write_bytes(row.image)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        data.mkdir()
+        images = [{"bytes": row.image, "path": row.key[-5:]} for row in rows]
+        pa.parquet.write_table(pa.table({"image": images, "label": [row.label for row in rows]}), data / "a.parquet")
+    one, other = (ptee.record(a_run, data, tmp_path / engine, engine=engine) for engine in ENGINES)
+    assert torch.equal(traces_of(a_run, one).answers, traces_of(a_run, other).answers)
+    assert torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.slow
+def test_ray_names_a_damaged_shard(a_run, tmp_path):
+    shard(tmp_path / "a.tar", range(10)).write_bytes(b"\1" * 20000)
+    with pytest.raises(DataError, match=r"a\.tar cannot be read to its end"):
+        ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", engine="ray")
