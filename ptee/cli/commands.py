@@ -93,6 +93,11 @@ def augment(**o: Any) -> None:
 
 @command(short_help="Show where exits would stand and what they cost.")
 @in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS[:2])  # it measures the bare backbone as it is
+@option(
+    "--images",
+    type=click.IntRange(min=1),
+    help="Say what training on so many images takes: passes, hours from a measured second, bytes of a cache.",
+)
 @options.DEVICE
 @options.EXPLAIN
 @options.JSON
@@ -105,13 +110,21 @@ def plan(**o: Any) -> None:
 
     cost, at_batch = (o.pop(f"{options.PREFIX}thresholds__{name}") for name in ("cost", "at_batch"))
     how = ThresholdsConfig(cost=cost or "operations", at_batch=at_batch or AT_BATCH)
-    recipe, backbone, times = recipe_of_exits(o), backbone_of(o), None
+    recipe = recipe_of_exits(o) if o["images"] is None else recipe_of(o)
+    backbone, times = backbone_of(o), None
     if how.cost == TIME:
         from ptee._common.devices import resolve_device
         from ptee.timing.backbone import time_of_modules
 
         times = time_of_modules(backbone, resolve_device(o["device"]), how.at_batch)
-    show(untrained(backbone, recipe, times).plan, o)
+    model = untrained(backbone, recipe, times)
+    if o["images"] is not None:
+        from ptee._common.devices import resolve_device
+        from ptee.scale.budget import budget
+
+        show(budget(model, o["images"], recipe.own_training(), resolve_device(o["device"])), o)
+        return
+    show(model.plan, o)
     name_others(backbone, err=o["as_json"])
 
 

@@ -136,10 +136,11 @@ class TrainingConfig(FrozenConfig):
     seed: Whole = Field(
         default=0, ge=0, lt=2**32, description="Seed of the order of the images and of all that is drawn at random."
     )
-    cache: YesNo = Field(
-        default=True,
+    cache: YesNo | Auto = Field(
+        default="auto",
         description="Run the backbone once over the images and keep what the heads read, instead of in every epoch. Needs data "
-        "that gives the same image each time.",
+        "that gives the same image each time. auto: if that fits (`ptee plan --images` says), else the backbone runs in every "
+        "epoch.",
     )
 
     @model_validator(mode="after")

@@ -37,6 +37,22 @@ IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision
 LIMIT = 32 * 2**30  # bytes above which a cache is refused
 
 
+class CacheTooLargeError(DataError):
+    """A cache that cannot be kept. `reason` says why, in a sentence."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class NotCached:
+    """The heads' inputs are not kept. Prints as a sentence."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} So the backbone runs over the images in every epoch."
+
+
 class Entry(NamedTuple):
     """Some samples of a cache, and their labels (b,), `UNKNOWN_LABEL` if there are none."""
 
@@ -97,21 +113,23 @@ class Estimate:
 
     def __str__(self) -> str:
         where = "in memory" if self.in_memory else "on disk until the training ends"
-        return f"The backbone runs once over {self.images}. What the heads read of them takes {_amount(self.size)} {where}."
+        return (
+            f"The backbone runs once over {self.images}. What the heads read of them takes {amount(self.size)} {where}."
+        )
 
 
 class Cache(Dataset[Entry]):
     """What the heads read of a data set. `views` is the data set if its samples have several views.
 
-    A DataError if it is larger than the limit, or if the disk is full.
+    A CacheTooLargeError if it is larger than the limit, or if the disk is full.
     """
 
     def __init__(self, estimate: Estimate, views: Views | None = None) -> None:
         self.estimate, self.views = estimate, views
         if estimate.size > LIMIT:
             raise _too_large(
-                f"What the heads read of {estimate.images} takes {_amount(estimate.size)}, and a cache may take "
-                f"{_amount(LIMIT)}. Run",
+                f"What the heads read of {estimate.images} takes {amount(estimate.size)}, and a cache may take "
+                f"{amount(LIMIT)}. Run",
                 ", or use heads that pool first",
             )
         self._tensors = [self._empty(shape) for shape in estimate.shapes]
@@ -127,7 +145,7 @@ class Cache(Dataset[Entry]):
                 return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(whole)))
         except OSError as why:
             raise _too_large(
-                f"The disk of {tempfile.gettempdir()} has no room for {_amount(self.estimate.size)} of what the heads read. "
+                f"The disk of {tempfile.gettempdir()} has no room for {amount(self.estimate.size)} of what the heads read. "
                 "Free some, set TMPDIR to another disk, or run"
             ) from why
 
@@ -227,13 +245,16 @@ def _reserve(file: IO[bytes], size: int) -> None:
         file.truncate(size)
 
 
-def _too_large(reason: str, more: str = "") -> DataError:
+def _too_large(reason: str, more: str = "") -> CacheTooLargeError:
     """The error for a cache that cannot be; the reason ends in "run", in front of what to do instead."""
     instead = Argument("cache", "False")
-    return DataError(f"{reason} the backbone in every epoch (", instead, f"){more}.", argument="cache")
+    error = CacheTooLargeError(f"{reason} the backbone in every epoch (", instead, f"){more}.", argument="cache")
+    error.reason = f"{reason.partition('. ')[0]}."
+    return error
 
 
-def _amount(size: int) -> str:
+def amount(size: int) -> str:
+    """Bytes in words."""
     return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{math.ceil(size / 2**20)} MiB"
 
 

@@ -46,7 +46,7 @@ from ptee.training.config import (
     require_weight_each,
     shift_for,
 )
-from ptee.training.feature_cache import Estimate, entries
+from ptee.training.feature_cache import Estimate, NotCached, entries
 from ptee.training.history import Epoch, History
 from ptee.training.optimizers import cosine_schedule, optimizer_of
 from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, let_learn, moved, rows_of
@@ -65,7 +65,7 @@ def train(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     on_epoch: Callable[[Epoch], None] | None = None,
-    on_cache: Callable[[Estimate], None] | None = None,
+    on_cache: Callable[[Estimate | NotCached], None] | None = None,
     **changes: Any,
 ) -> History:
     """Train the heads of an early-exit model; not a byte of the backbone changes.
@@ -87,7 +87,7 @@ def train(
         checkpoint: a file to keep the last complete epoch in.
         resume: go on from that file, if it exists.
         on_epoch: called after each epoch, on the main process.
-        on_cache: called with the size of the cache of the training images, before it is filled.
+        on_cache: called with the size of the cache of the training images before it is filled, and with why none is kept.
         changes: settings of `TrainingConfig` by name, such as `epochs=20`; they replace those in `config`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.augmentation import PRIME, Views
 from ptee.training.config import JOINT, TrainingConfig
-from ptee.training.feature_cache import LIMIT, Cache, Estimate, fill
+from ptee.training.feature_cache import LIMIT, Cache, CacheTooLargeError, Estimate, NotCached, fill
 
 SHARES = 1024  # of the files of a data set, for `content_hash`
 SAMPLES = 8  # of the data, which are read twice to see whether they are always the same
@@ -61,7 +62,7 @@ class TrainingData:
 
         A backbone that learns gives other maps in each epoch.
         """
-        return self.config.cache and self.config.backbone != JOINT and self.accelerator.num_processes == 1
+        return bool(self.config.cache) and self.config.backbone != JOINT and self.accelerator.num_processes == 1
 
     @contextmanager
     def opened(self, train_data: Any, val_data: Any, *, cached: bool) -> Iterator[tuple[Any, Any]]:
@@ -104,15 +105,21 @@ class TrainingData:
         shared, key = _SHARED.get(), self._key(data)
         if shared is not None and key in shared:
             return shared[key].with_views(views)
-        cache = fill(
-            self.model,
-            data,
-            batch_size=self.config.batch_size,
-            num_workers=self.num_workers,
-            around=self.accelerator.autocast,
-            description=f"backbone, once over the {words}" + (f", {views.views} views" if views else ""),
-            callback=callback,
-        )
+        try:
+            cache = fill(
+                self.model,
+                data,
+                batch_size=self.config.batch_size,
+                num_workers=self.num_workers,
+                around=self.accelerator.autocast,
+                description=f"backbone, once over the {words}" + (f", {views.views} views" if views else ""),
+                callback=callback,
+            )
+        except CacheTooLargeError as why:
+            if self.config.cache != "auto":
+                raise
+            self._say(NotCached(why.reason))
+            return data
         if shared is None:
             stack.callback(cache.close)
             return cache
@@ -120,6 +127,12 @@ class TrainingData:
         while len(shared) > 2 and sum(each.estimate.size for each in shared.values()) > LIMIT:
             shared.pop(next(iter(shared))).close()  # the oldest
         return cache.with_views(views)
+
+    def _say(self, what: NotCached) -> None:
+        if self.on_cache is not None:
+            self.on_cache(what)
+        else:
+            warnings.warn(str(what), stacklevel=2)
 
     def _key(self, data: Any) -> tuple[Any, ...]:
         """All that decides what the heads read of a data set, to the last bit."""
