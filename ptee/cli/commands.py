@@ -16,6 +16,7 @@ from ptee.cli import options
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
 from ptee.cli.pages import COMPARED, comparison_of, plot, report
 from ptee.cli.scale import trace
+from ptee.cli.serving import serve
 from ptee.cli.values import (
     backbone_of,
     data_for,
@@ -46,7 +47,7 @@ RANDOM_WEIGHTS = (
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (augment, plan, advise, evaluate, tune, compare, report, bench, export, trace, recipe, sweep, plot):
+    for each in (augment, plan, advise, evaluate, tune, compare, report, bench, export, serve, trace, recipe, sweep, plot):
         group.add_command(each)
 
 

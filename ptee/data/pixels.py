@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ptee._common.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 SIXTEEN_BITS = 65535
@@ -34,3 +36,34 @@ def eight_bits(image: Image) -> Image:
             "0 to 1. Save it with 8 bits."
         )
     return Image.fromarray((values * (255 / white)).round().astype("uint8"))
+
+
+def model_input(
+    picture: Image, size: Sequence[int], mean: Sequence[float], std: Sequence[float], interpolation: str
+) -> np.ndarray:
+    """A picture as a backbone takes it, (c, h, w) float32: the shorter side is resized, and the centre is cut out.
+
+    Args:
+        picture: of any size and mode.
+        size: c, h, w; c is 3 (colours) or 1 (grey levels).
+        mean: for each channel, or one for all, of pixels in 0..1.
+        std: the same.
+        interpolation: of Pillow, such as "bicubic".
+
+    Raises:
+        DataError: as of `eight_bits`.
+    """
+    import numpy as np
+    from PIL import Image
+
+    channels, height, width = size
+    picture = eight_bits(picture).convert("RGB" if channels == 3 else "L")
+    ratio = min(picture.height / height, picture.width / width)
+    whole = int if height == width else round  # as torchvision rounds for squares, and timm for others
+    sides = [max(whole(side / ratio), least) for side, least in ((picture.width, width), (picture.height, height))]
+    picture = picture.resize((sides[0], sides[1]), Image.Resampling[interpolation.upper()])
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    values = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
+    scaled = values.reshape(height, width, channels) / np.float32(255)
+    found = (scaled - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
+    return np.ascontiguousarray(found.transpose(2, 0, 1))

@@ -37,7 +37,7 @@ SAME = 1e-4  # share of the largest logit
 EXAMPLE_ROWS = 5
 
 
-class _ExportedPiece(nn.Module):
+class AnsweringPiece(nn.Module):
     """A piece that also says how sure its exit is. It gives (what is alive ..., logits (b, K), h (b,)); the last piece gives
     (the backbone's answer, the blended answer), twice the same where answers are not blended."""
 
@@ -48,6 +48,7 @@ class _ExportedPiece(nn.Module):
         self.earlier = before.earlier if before else {}
 
     def forward(self, *alive: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
         earlier = {m: alive[i] for m, i in self.earlier.items()}
         if self.exit < 0:
             own = self.piece(*alive)
@@ -132,7 +133,7 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
     rows: Sequence[Rows] = (Rows(),)
     listed = []
     for n, piece in enumerate(with_bar(pieces, "Exporting pieces")):
-        module = _ExportedPiece(piece, pieces[n - 1] if n else None, model.rule)
+        module = AnsweringPiece(piece, pieces[n - 1] if n else None, model.rule)
         file = folder / f"piece_{n}.{format}"
         program = _program(module, alive, rows)
         try:

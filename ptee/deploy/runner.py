@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
-from ptee.data.pixels import eight_bits
+from ptee.data.pixels import model_input
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 
 Array = Any  # of numpy for ONNX, of torch for pt2
@@ -42,10 +43,13 @@ class Runner:
 
     Attributes:
         manifest: what it was exported with.
+        pieces: for each piece of the manifest what runs it. It gives (what is alive ..., logits (b, K), h (b,)); the last gives the
+            backbone's answer and the blended one.
+        device: where they run.
     """
 
     def __init__(self, manifest: Manifest, pieces: Sequence[Callable[..., Sequence[Array]]], device: str) -> None:
-        self.manifest, self._pieces, self._device = manifest, pieces, device
+        self.manifest, self.pieces, self.device = manifest, pieces, device
         self._thresholds = self._each(manifest.thresholds)
 
     @property
@@ -99,9 +103,9 @@ class Runner:
         limits[:, list(self.manifest.off)] = np.inf  # their answers are for later exits
         parts: list[tuple[np.ndarray, int, Array, np.ndarray]] = []
         rows, alive = np.arange(len(x)), [x]
-        for piece, run in zip(self.manifest.pieces[:-1], self._pieces, strict=False):
+        for piece, run in zip(self.manifest.pieces[:-1], self.pieces, strict=False):
             *alive, logits, h = run(*alive)
-            h = _numpy(h).astype(np.float32)
+            h = as_numpy(h).astype(np.float32)
             leaving = h.astype(np.float64) >= limits[rows, piece.exit]
             gone, stay = np.flatnonzero(leaving), np.flatnonzero(~leaving)
             if len(gone):
@@ -109,9 +113,12 @@ class Runner:
             if not len(stay):
                 break
             if len(gone):
-                rows, alive = rows[stay], [_select(t, stay, *where) for t, where in zip(alive, piece.rows, strict=True)]
+                rows, alive = (
+                    rows[stay],
+                    [select_rows(t, stay, *where) for t, where in zip(alive, piece.rows, strict=True)],
+                )
         else:
-            parts.append(self._end(rows, limits, *self._pieces[-1](*alive)))
+            parts.append(self._end(rows, limits, *self.pieces[-1](*alive)))
         return self._joined(parts)
 
     def _end(
@@ -120,13 +127,13 @@ class Runner:
         """Rows that no exit could take get the backbone's own answer."""
         exits = [piece.exit for piece in self.manifest.pieces[:-1]]
         possible = (limits[rows][:, exits] <= 1).any(1)
-        logits = own if not possible.any() else blended if possible.all() else _where(possible, blended, own)
+        logits = own if not possible.any() else blended if possible.all() else choose_rows(possible, blended, own)
         return rows, len(self.manifest.exits), logits, np.ones(len(rows), dtype=np.float32)
 
     def _joined(self, parts: Sequence[tuple[np.ndarray, int, Array, np.ndarray]]) -> Answers:
         back = np.argsort(np.concatenate([rows for rows, *_ in parts]))
         exits = np.concatenate([np.full(len(rows), exit) for rows, exit, *_ in parts])[back]
-        logits = _concatenate([logits for *_, logits, _ in parts])[back]
+        logits = join_rows([logits for *_, logits, _ in parts])[back]
         h = np.concatenate([h for *_, h in parts])[back]
         cost = np.asarray(self.manifest.costs, dtype=np.float32)[exits]
         return Answers(logits, *(_like(logits, t) for t in (exits, h, cost)))
@@ -146,7 +153,7 @@ class Runner:
             )
         if str(x.dtype).removeprefix("torch.") != dtype:
             raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
-        return x if isinstance(x, np.ndarray) else x.to(self._device)
+        return x if isinstance(x, np.ndarray) else x.to(self.device)
 
     def try_out(self) -> None:
         """Answer images of zeros, one of which leaves at the first exit."""
@@ -169,31 +176,21 @@ class Runner:
                     pictures.append(self._pixels(file))
             except (OSError, DataError) as why:
                 raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why
-        x = np.stack(pictures).transpose(0, 3, 1, 2)
+        x = np.stack(pictures)
         return x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
 
     def _pixels(self, picture: Any) -> np.ndarray:
-        """(h, w, c), as ptee reads pictures: the shorter side is resized, and the centre is cut out."""
-        from PIL import Image
-
-        channels, height, width = self.manifest.input_size
-        picture = eight_bits(picture).convert("RGB" if channels == 3 else "L")
-        ratio = min(picture.height / height, picture.width / width)
-        whole = int if height == width else round  # as torchvision rounds for squares, and timm for others
-        size = [max(whole(side / ratio), least) for side, least in ((picture.width, width), (picture.height, height))]
-        picture = picture.resize(size, Image.Resampling[self.manifest.interpolation.upper()])
-        left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
-        pixels = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
-        mean, std = (np.asarray(v, dtype=np.float32) for v in (self.manifest.mean, self.manifest.std))
-        return (pixels.reshape(height, width, channels) / np.float32(255) - mean) / std
+        m = self.manifest
+        return model_input(picture, m.input_size, m.mean, m.std, m.interpolation)
 
 
-def load_exported(folder: str | Path, device: str | None = None) -> Runner:
+def load_exported(folder: str | Path, device: str | None = None, *, threads: int | None = None) -> Runner:
     """Open what `ptee export` wrote.
 
     Args:
         folder: with its manifest.
         device: "cpu" or "cuda"; None: the CPU.
+        threads: of ONNX Runtime on a CPU. None: its own choice, one for each core. For torch, `torch.set_num_threads` says it.
 
     Raises:
         RunError: if a file is missing, was changed, or is of a newer version.
@@ -201,7 +198,7 @@ def load_exported(folder: str | Path, device: str | None = None) -> Runner:
     """
     place = as_path(folder, "folder")
     manifest = read_manifest(place)
-    load = _onnx if manifest.format == "onnx" else _pt2
+    load = partial(_onnx, threads=threads) if manifest.format == "onnx" else _pt2
     runner = Runner(manifest, [load(place, piece, device or "cpu") for piece in manifest.pieces], device or "cpu")
     try:
         runner.try_out()
@@ -212,7 +209,7 @@ def load_exported(folder: str | Path, device: str | None = None) -> Runner:
     return runner
 
 
-def _onnx(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Array]]:
+def _onnx(folder: Path, piece: Piece, device: str, threads: int | None = None) -> Callable[..., Sequence[Array]]:
     try:
         import onnxruntime
     except ImportError as why:
@@ -222,8 +219,10 @@ def _onnx(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Arr
         raise PteeError(
             f"ONNX Runtime has no {provider} here, so device={device!r} is not possible. Give device='cpu'."
         )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
     try:
-        session = onnxruntime.InferenceSession(str(folder / piece.file), providers=[provider])
+        session = onnxruntime.InferenceSession(str(folder / piece.file), options, providers=[provider])
     except Exception as why:  # whatever the runtime raises
         raise RunError(f"{folder / piece.file} is no model that ONNX Runtime can read: {first_line(why)}") from why
     names = [given.name for given in session.get_inputs()]
@@ -252,11 +251,12 @@ def _pt2(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Arra
 # ---------------------------------------------------------------------------------------------------- arrays of either kind
 
 
-def _numpy(t: Array) -> np.ndarray:
+def as_numpy(t: Array) -> np.ndarray:
+    """An array of either kind on the host; of numbers of less than 32 bits, in float32."""
     return t if isinstance(t, np.ndarray) else t.float().cpu().numpy()
 
 
-def _select(t: Array, rows: np.ndarray, axis: int, each: int) -> Array:
+def select_rows(t: Array, rows: np.ndarray, axis: int, each: int) -> Array:
     """The part of an array that belongs to these rows."""
     positions = (rows[:, None] * each + np.arange(each)).reshape(-1)
     if isinstance(t, np.ndarray):
@@ -266,7 +266,8 @@ def _select(t: Array, rows: np.ndarray, axis: int, each: int) -> Array:
     return t.index_select(axis, torch.from_numpy(positions).to(t.device))
 
 
-def _where(mask: np.ndarray, a: Array, b: Array) -> Array:
+def choose_rows(mask: np.ndarray, a: Array, b: Array) -> Array:
+    """The rows of one array where the mask (b,) is true, else those of the other."""
     if isinstance(a, np.ndarray):
         return np.where(mask[:, None], a, b)
     import torch
@@ -274,12 +275,13 @@ def _where(mask: np.ndarray, a: Array, b: Array) -> Array:
     return torch.where(torch.from_numpy(mask).to(a.device)[:, None], a, b)
 
 
-def _concatenate(parts: Sequence[Array]) -> Array:
+def join_rows(parts: Sequence[Array], axis: int = 0) -> Array:
+    """Several arrays as one, along the axis that holds their rows."""
     if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
+        return np.concatenate(parts, axis)
     import torch
 
-    return torch.cat(list(parts))
+    return torch.cat(list(parts), axis)
 
 
 def _like(t: Array, values: np.ndarray) -> Array:
@@ -319,7 +321,7 @@ def _answered(folder: str, *pictures: str) -> list[str]:
     """A line for each picture."""
     runner = load_exported(folder)
     out = runner.predict(runner.images(pictures))
-    rows = zip(pictures, _numpy(out.logits), out.exit_index, out.cost, strict=True)
+    rows = zip(pictures, as_numpy(out.logits), out.exit_index, out.cost, strict=True)
     places = [f"exit {n}" for n in range(len(runner.threshold))] + ["end of the backbone"]
     names = [f" ({name})" for name in runner.manifest.class_names] or [""] * runner.manifest.classes
     return [

@@ -1,0 +1,281 @@
+"""Answers rows of many callers in one process: threads that take batches out of the queues of the pieces."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import numpy as np
+
+from ptee._common.errors import PteeError
+from ptee.deploy.runner import Answers, Array, choose_rows, select_rows
+from ptee.serving.pieces import IMAGES, Pieces, Step, in_host_memory
+from ptee.serving.policy import Policy
+from ptee.serving.queues import Answer, Chunk, Queues, Request, joined
+
+FADES = 0.98  # of what is remembered of the pace, with each batch
+Done = Callable[[list[Answer] | Exception], None]
+Watch = Callable[[Array, bool], Callable[[Any], Any]]
+
+
+class BusyError(PteeError):
+    """There is no room for more rows.
+
+    Attributes:
+        seconds: after which it is worth trying again.
+    """
+
+    seconds: float = 1.0
+
+
+class Heard(Protocol):
+    """What is told of each batch: `Metrics`."""
+
+    def answered(self, exits: Sequence[int], seconds: Sequence[float], cost: float) -> None:
+        """Rows were answered at these exits, so long after they came, at this cost together."""
+
+    def ran(self, piece: int, rows: int, seconds: float) -> None:
+        """A piece answered a batch."""
+
+
+class Engine:
+    """Runs rows through the pieces of a model. Any thread may call it.
+
+    Args:
+        pieces: of the model.
+        policy: sizes of batches, and what may wait.
+        threshold: gives T of each exit for callers that say none.
+        heard: is told of each batch.
+        watch: `model.watching` of a model with a monitor; None: nobody watches.
+        workers: threads that compute.
+    """
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        policy: Policy,
+        *,
+        threshold: Callable[[], Sequence[float]],
+        heard: Heard,
+        watch: Watch | None = None,
+        workers: int = 1,
+    ) -> None:
+        self.pieces, self.policy = pieces, policy
+        self._threshold, self._heard, self._watch = threshold, heard, watch
+        self._queues = Queues(policy.sizes, policy.max_wait_s)
+        self._lock = threading.Condition()
+        self._inside = self._running = 0  # rows without an answer; batches under way
+        self._held = self._closed = False
+        self._busy_s, self._answered = 50 * policy.row_s, 50.0  # lately
+        self._threads = [threading.Thread(target=self._work, name=f"pieces-{n}", daemon=True) for n in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    # -------------------------------------------------------------------------------------------- callers
+
+    @property
+    def inside(self) -> int:
+        """Rows that have no answer yet."""
+        return self._inside
+
+    @property
+    def alive(self) -> bool:
+        """Whether rows are taken and answered."""
+        return not self._closed and all(thread.is_alive() for thread in self._threads)
+
+    def waiting(self) -> list[int]:
+        """Rows in the queue of each piece."""
+        return list(self._queues.waiting)
+
+    def expected_s(self) -> float:
+        """About how long a row that comes now needs until it is answered."""
+        return self._inside * self._busy_s / self._answered / len(self._threads) + self.policy.way_s
+
+    def require_room(self, rows: int = 1) -> None:
+        """Refuse rows for which there is no room, or that would be answered later than is wished.
+
+        Raises:
+            BusyError: saying when to try again.
+        """
+        if self._closed:
+            raise _busy("The server is stopping. Try another one.", 1.0)
+        if self._inside + rows > self.policy.max_queue and self._inside:
+            raise _busy(
+                f"{self._inside} images wait, and there is room for {self.policy.max_queue}.", self.expected_s()
+            )
+        if self.policy.p99_s is not None and self._inside and (wait := self.expected_s()) > self.policy.p99_s:
+            raise _busy(f"An answer would take about {wait:.2f} s, and {self.policy.p99_s:g} s are wished for.", wait)
+
+    def submit(self, images: np.ndarray, limits: np.ndarray | None, done: Done) -> None:
+        """Answer images (b, c, h, w) float32. `done` gets the answers, or what went wrong, in another thread.
+
+        Args:
+            images: as the backbone takes them.
+            limits: thresholds (b, E); None: those in force now.
+            done: called once.
+
+        Raises:
+            BusyError: if there is no room.
+        """
+        rows, now = len(images), time.monotonic()
+        own = limits is not None
+        if limits is None:
+            limits = np.broadcast_to(
+                np.asarray(self._threshold(), dtype=np.float64), (rows, len(self.pieces.about.exits))
+            )
+        request = Request(rows, done, own, now)
+        given = self.pieces.given(images)
+        kept = given if self._watch is not None else None
+        with self._lock:
+            self.require_room(rows)
+            self._inside += rows
+            self._queues.put(0, Chunk([given], IMAGES, [(request, i) for i in range(rows)], limits, now, kept))
+            self._lock.notify()
+
+    # -------------------------------------------------------------------------------------------- its life
+
+    def exchange(self, pieces: Pieces, policy: Policy) -> None:
+        """Go on with other pieces. Rows that have begun end with the old ones; those that come meanwhile wait."""
+        with self._lock:
+            self._held = True
+            try:
+                while self._running or sum(self._queues.waiting[1:]):
+                    self._lock.wait(1.0)
+                before, self._queues = self._queues, Queues(policy.sizes, policy.max_wait_s)
+                self.pieces, self.policy = pieces, policy
+                while (taken := before.take(0.0)) is not None:
+                    for chunk in taken[1]:
+                        self._queues.put(0, chunk)
+            finally:
+                self._held = False
+                self._lock.notify_all()
+
+    def close(self) -> None:
+        """Take no more rows, answer those that are there, and end."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # -------------------------------------------------------------------------------------------- workers
+
+    def _work(self) -> None:
+        while (taken := self._taken()) is not None:
+            n, chunks = taken
+            try:
+                self._run(n, joined(chunks))
+            except Exception as why:  # whatever a network raises: the callers hear of it, and the server goes on
+                for request in {id(request): request for c in chunks for request, _ in c.of}.values():
+                    self._failed(request, why)
+            finally:
+                with self._lock:
+                    self._running -= 1
+                    self._lock.notify_all()
+
+    def _taken(self) -> tuple[int, list[Chunk]] | None:
+        with self._lock:
+            while (taken := self._queues.take(time.monotonic(), int(self._held))) is None:
+                if self._closed and not self._inside:
+                    return None
+                self._lock.wait()
+            self._running += 1
+            return taken
+
+    def _run(self, n: int, batch: Chunk) -> None:
+        began = time.monotonic()
+        pieces, step = self.pieces, self.pieces.steps[n]
+        if n == len(pieces.steps) - 1:
+            own, blended = step.run(*batch.alive)
+            possible = pieces.possible(batch.limits)
+            logits = own if not possible.any() else blended if possible.all() else choose_rows(possible, blended, own)
+            self._spent(n, len(batch), began, len(batch))
+            self._answer(step, batch, logits, np.ones(len(batch), dtype=np.float32))
+            return
+        *alive, logits, h = step.run(*batch.alive)
+        sure = in_host_memory(h)
+        leaving = pieces.leaving(step, sure, batch.limits)
+        gone, stay = np.flatnonzero(leaving), np.flatnonzero(~leaving)
+        self._spent(n, len(batch), began, len(gone))
+        if len(stay):
+            with self._lock:
+                self._queues.put(n + 1, batch.select(stay, alive, step.rows, time.monotonic()))
+                self._lock.notify()
+        if len(gone):
+            leavers = batch.select(gone, (), (), began)
+            self._answer(step, leavers, logits if not len(stay) else select_rows(logits, gone, 0, 1), sure[gone])
+
+    def _spent(self, n: int, rows: int, began: float, answered: int) -> None:
+        seconds = time.monotonic() - began
+        self._heard.ran(n, rows, seconds)
+        with self._lock:
+            self._busy_s = FADES * self._busy_s + seconds
+            self._answered = FADES * self._answered + answered
+
+    def _answer(self, step: Step, batch: Chunk, logits: Array, h: np.ndarray) -> None:
+        host, cost = in_host_memory(logits), self.pieces.costs[step.exit]
+        numbers, probabilities = host.argmax(1), _largest_probability(host)
+        now, waited = time.monotonic(), []
+        columns = zip(batch.of, numbers.tolist(), probabilities.tolist(), h.tolist(), host, strict=True)
+        for (request, i), number, probability, sure, row in columns:
+            request.answers[i] = Answer(number, probability, step.exit, sure, cost, row)
+            waited.append(now - request.began)
+        for request, _ in batch.of:
+            self._one_less(request)
+        self._heard.answered([step.exit] * len(batch), waited, cost * len(batch))
+        if self._watch is not None:
+            self._watched(step, batch, logits, h)
+
+    def _one_less(self, request: Request) -> None:
+        with self._lock:
+            if request.failed:
+                return
+            self._inside -= 1
+            request.left -= 1
+            if request.left:
+                return
+        _tell(request, [answer for answer in request.answers if answer is not None])
+
+    def _failed(self, request: Request, why: Exception) -> None:
+        """The whole request: its other rows go on, and nobody hears of them."""
+        with self._lock:
+            if request.failed:
+                return
+            request.failed = True
+            self._inside -= request.left
+        _tell(request, why)
+
+    def _watched(self, step: Step, batch: Chunk, logits: Array, h: np.ndarray) -> None:
+        """Let the monitor see rows that were answered. It audits those without thresholds of their own."""
+        import torch
+
+        assert self._watch is not None
+        for own in (False, True):
+            rows = np.flatnonzero([request.own_threshold == own for request, _ in batch.of])
+            if len(rows):
+                said = select_rows(logits, rows, 0, 1)
+                exits = torch.full((len(rows),), step.exit, device=said.device)
+                cost = torch.full((len(rows),), self.pieces.costs[step.exit], device=said.device)
+                sure = torch.from_numpy(h[rows]).to(said.device)
+                self._watch(select_rows(batch.images, rows, 0, 1), not own)(Answers(said, exits, sure, cost))
+
+
+def _tell(request: Request, found: list[Answer] | Exception) -> None:
+    with suppress(RuntimeError):  # its event loop has ended: nobody waits
+        request.done(found)
+
+
+def _busy(text: str, seconds: float) -> BusyError:
+    error = BusyError(text)
+    error.seconds = seconds
+    return error
+
+
+def _largest_probability(logits: np.ndarray) -> np.ndarray:
+    """(b,) of the softmax of (b, K)."""
+    wide = logits.astype(np.float64)
+    found: np.ndarray = 1 / np.exp(wide - wide.max(1, keepdims=True)).sum(1)
+    return found

@@ -1,0 +1,221 @@
+"""A model served by one process: `ptee serve RUN --local`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ptee._common.errors import Argument, PteeError
+from ptee.deploy.runner import Runner
+from ptee.serving.engine import Engine
+from ptee.serving.metrics import Metrics
+from ptee.serving.pieces import About, Pieces, pieces_of_model, pieces_of_runner
+from ptee.serving.policy import Policy, measure, policy_of
+from ptee.serving.queues import Answer
+from ptee.serving.settings import FixedSettings, ModelSettings
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows are collected.
+
+    Attributes:
+        max_batch: the largest batch.
+        max_wait_ms: how long a row may wait behind an exit for others.
+        p99_ms: the wish for the slowest answers: what would take longer is refused; None: no wish.
+        max_queue: images that may be there at once.
+        rebatch: collect rows of several callers for the later pieces, where it pays.
+        workers: threads that compute.
+    """
+
+    max_batch: int = 64
+    max_wait_ms: float = 20.0
+    p99_ms: float | None = None
+    max_queue: int = 512
+    rebatch: bool = True
+    workers: int = 1
+
+
+class LocalServer:
+    """Answers images in this process, in Python or over HTTP (`app_of`).
+
+    Args:
+        model: an early-exit model in eval mode, or what `ptee.load_exported` gave.
+        batching: how rows are collected.
+
+    Attributes:
+        about: the model.
+        metrics: counters.
+        policy: what was measured at the start.
+    """
+
+    def __init__(self, model: Any, batching: Batching | None = None) -> None:
+        self._model, self._how = model, batching or Batching()
+        self._exported = isinstance(model, Runner)
+        pieces, self.policy = self._made()
+        self.about: About = pieces.about
+        alarm, page = self._watched()
+        self.metrics = Metrics(self.about.exits, waiting=lambda: self._engine.waiting(), alarm=alarm, page=page)
+        self._settings: ModelSettings | FixedSettings
+        if self._exported:
+            fixed = {"off": list(pieces.off), "confidence": pieces.confidence, "answers": pieces.answers}
+            settings = FixedSettings(model.threshold, fixed)
+            self._settings, threshold = settings, lambda: settings.threshold
+        else:
+            self._settings, threshold = ModelSettings(model, self._exchange), lambda: model.threshold
+        watch = None if alarm is None else lambda x, audited: model.watching(x, audited=audited)
+        self._engine = Engine(
+            pieces, self.policy, threshold=threshold, heard=self.metrics, watch=watch, workers=self._how.workers
+        )  # fmt: skip
+
+    def _made(self) -> tuple[Pieces, Policy]:
+        how = self._how
+        pieces = pieces_of_runner(self._model) if self._exported else pieces_of_model(self._model)
+        times = measure(pieces, min(how.max_batch, how.max_queue))
+        policy = policy_of(
+            times, max_wait_ms=how.max_wait_ms, p99_ms=how.p99_ms, max_queue=how.max_queue, rebatch=how.rebatch
+        )  # fmt: skip
+        return pieces, policy
+
+    def _watched(self) -> tuple[Callable[[], bool] | None, Callable[[], str]]:
+        """Of the model's monitor: whether it has raised an alarm, and its page."""
+        monitor = None if self._exported else self._model.monitored
+        return (None, str) if monitor is None else (lambda: monitor.alarm is not None, monitor.prometheus)
+
+    def _exchange(self) -> None:
+        pieces, policy = self._made()
+        self._engine.exchange(pieces, policy)
+        self.policy = policy
+
+    # -------------------------------------------------------------------------------------------- as of `Backend`
+
+    def require_room(self) -> None:
+        """Raise a BusyError if there is no room for more."""
+        self._engine.require_room()
+
+    async def answer(self, images: np.ndarray, limits: np.ndarray | None = None) -> Sequence[Answer]:
+        """The answers to images (b, c, h, w) float32, as the backbone takes them.
+
+        Args:
+            images: any number.
+            limits: thresholds (b, E); None: those in force.
+
+        Raises:
+            BusyError: if there is no room for them.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[list[Answer]] = loop.create_future()
+
+        def end(found: list[Answer] | Exception) -> None:
+            if future.cancelled():
+                return
+            if isinstance(found, Exception):
+                future.set_exception(found)
+            else:
+                future.set_result(found)
+
+        def done(found: list[Answer] | Exception) -> None:
+            loop.call_soon_threadsafe(end, found)
+
+        self._engine.submit(images, limits, done)
+        return await future
+
+    def settings(self) -> dict[str, Any]:
+        """Those in force."""
+        return self._settings.now()
+
+    def change(self, values: Any) -> dict[str, Any]:
+        """Change some, as `PATCH /settings` does. Gives those in force then."""
+        return self._settings.change(values)
+
+    def not_ready(self) -> str:
+        """Why it cannot answer now; empty if it can."""
+        return "" if self._engine.alive else "The server is stopping."
+
+    def close(self) -> None:
+        """Answer what is there, and end."""
+        self._engine.close()
+
+
+# ---------------------------------------------------------------------------------------------------- HTTP
+
+
+def reserved(host: str, port: int) -> socket.socket:
+    """A socket on this port, before anything that takes long.
+
+    Raises:
+        PteeError: if there is no such host, or the port is in use.
+    """
+    try:
+        family, kind, number, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, number)
+    except (OSError, UnicodeError) as why:
+        raise PteeError(f"{host!r:.60} is no address of this machine: {why}. Give ", Argument("host", "127.0.0.1"), ".",
+                        argument="host", value=host) from why  # fmt: skip
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(place)
+        found.listen(2048)
+    except OSError as why:
+        found.close()
+        raise PteeError(f"Port {port} of {host} cannot be taken: {why.strerror}. Give another: ", Argument("port", "8001"), ".",
+                        argument="port", value=port) from why  # fmt: skip
+    return found
+
+
+def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, grace_s: float = 0.0) -> None:
+    """Serve until SIGTERM or Ctrl-C. What was sent until then is answered.
+
+    For `grace_s` seconds the server still takes requests, says that it is not ready, and closes each connection behind an
+    answer; so those that share the load look elsewhere. A second signal cuts this short.
+
+    Args:
+        app: as of `app_of`.
+        where: as of `reserved`.
+        started: called when requests are answered.
+        grace_s: see above.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            started()
+
+        def capture_signals(self) -> Any:
+            # uvicorn's own raises the signal again at the end: the status would be that of a process that was killed.
+            return _signals_end(self, app, grace_s)
+
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, server_header=False, lifespan="on", timeout_keep_alive=30
+    )
+    asyncio.run(Server(config).serve([where]))
+
+
+@contextmanager
+def _signals_end(server: Any, app: Any, grace_s: float) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.should_exit = True
+
+    def end() -> None:
+        if app.state.stopping:
+            stop()
+        app.state.stopping = True
+        loop.call_later(grace_s, stop)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,175 @@
+"""A model as a server runs it: pieces that take rows of many callers. From a run, or from what `ptee export` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ptee.deploy.manifest import Manifest
+from ptee.deploy.runner import Array, Runner, as_numpy
+
+Where = tuple[tuple[int, int], ...]  # for each tensor the axis of its rows, and how many entries belong to a row
+IMAGES: Where = ((0, 1),)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a caller must know of a model.
+
+    Attributes:
+        backbone: its name.
+        input_size: (c, h, w) of an image.
+        mean: of the pixels of each channel, in 0..1.
+        std: the same.
+        interpolation: by which pictures are resized.
+        dtype: of the images that the pieces take, such as "float32".
+        classes: K.
+        class_names: in the order of the logits; empty if they are not known.
+        exits: the names of the E exits.
+    """
+
+    backbone: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    dtype: str
+    classes: int
+    class_names: tuple[str, ...]
+    exits: tuple[str, ...]
+
+
+class Step(NamedTuple):
+    """A piece.
+
+    Attributes:
+        run: takes what is alive; gives (what is alive behind ..., logits (b, K), h (b,)), the last piece (the backbone's answer, the
+            blended answer).
+        exit: the exit at its end; of the last piece E, the end of the backbone.
+        rows: where the rows lie in each tensor that is alive behind it.
+    """
+
+    run: Callable[..., Sequence[Array]]
+    exit: int
+    rows: Where
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """All that answers rows, as it was when this was made. A change of `off`, `confidence` or `answers` makes another one.
+
+    Attributes:
+        about: the model.
+        steps: in order.
+        costs: (E + 1,) of a row that leaves at each exit, as fractions of the bare backbone.
+        off: exits at which nobody leaves.
+        confidence: the name of what h is computed from.
+        answers: "own" or "blended".
+        given: makes what the first piece takes of (b, c, h, w) float32.
+    """
+
+    about: About
+    steps: tuple[Step, ...]
+    costs: tuple[float, ...]
+    off: tuple[int, ...]
+    confidence: str
+    answers: str
+    given: Callable[[np.ndarray], Array]
+
+    def leaving(self, step: Step, h: np.ndarray, limits: np.ndarray) -> np.ndarray:
+        """(b,) whether rows leave behind a piece: h >= T. One with a confidence of NaN does not."""
+        if step.exit in self.off:
+            return np.zeros(len(h), dtype=bool)
+        found: np.ndarray = h.astype(np.float64) >= limits[:, step.exit]
+        return found
+
+    def possible(self, limits: np.ndarray) -> np.ndarray:
+        """(b,) whether any exit could take a row: the others get the backbone's own answer, bit for bit."""
+        exits = [step.exit for step in self.steps[:-1] if step.exit not in self.off]
+        found: np.ndarray = np.any(limits[:, exits] <= 1, axis=1)
+        return found
+
+
+def pieces_of_runner(runner: Runner) -> Pieces:
+    """The pieces of an exported model."""
+    m = runner.manifest
+    steps = [
+        Step(run, piece.exit if piece.exit >= 0 else len(m.exits), piece.rows)
+        for piece, run in zip(m.pieces, runner.pieces, strict=True)
+    ]
+    return Pieces(about_manifest(m), tuple(steps), m.costs, m.off, m.confidence, m.answers, given_to(m, runner.device))
+
+
+def about_manifest(m: Manifest) -> About:
+    """What a manifest says of its model."""
+    return About(
+        m.backbone, m.input_size, m.mean, m.std, m.interpolation, m.dtype, m.classes, m.class_names, m.exits
+    )  # fmt: skip
+
+
+def given_to(m: Manifest, device: str) -> Callable[[np.ndarray], Array]:
+    """What makes the first piece's input of images (b, c, h, w) float32."""
+    if m.format == "onnx":
+        return lambda x: x.astype(m.dtype)
+    return _tensors(m.dtype, device)
+
+
+def pieces_of_model(model: Any) -> Pieces:
+    """The pieces of an early-exit model, as it is set now. They share its weights.
+
+    Raises:
+        PteeError: if it cannot be taken apart.
+    """
+
+    from ptee.deploy.check import check_segments
+    from ptee.deploy.export import AnsweringPiece, class_names
+    from ptee.deploy.segments import segments
+    from ptee.model.forward import one_parameter
+
+    found = segments(model, keep_logits=model.rule.reads_earlier)
+    check_segments(model, found)
+    like, images = one_parameter(model.backbone), model.origin.input
+    dtype = str(like.dtype).removeprefix("torch.")
+    about = About(
+        model.plan.backbone, tuple(model.plan.input_size), tuple(images.mean), tuple(images.std), images.interpolation,
+        dtype, model.num_classes, tuple(class_names(model)), tuple(e.name for e in model.exits),
+    )  # fmt: skip
+    steps = []
+    for before, piece in zip([None, *found], found, strict=False):
+        run = _without_gradients(AnsweringPiece(piece, before, model.rule).eval())
+        exit = piece.exit if piece.exit >= 0 else len(model.exits)
+        steps.append(Step(run, exit, tuple((where.axis, where.each) for where in piece.rows)))
+    costs, given = tuple(model.costs), _tensors(dtype, str(like.device))
+    return Pieces(about, tuple(steps), costs, tuple(model.off), model.confidence, model.answers, given)
+
+
+def _without_gradients(module: Callable[..., Sequence[Array]]) -> Callable[..., Sequence[Array]]:
+    import torch
+
+    def run(*alive: Array) -> Sequence[Array]:
+        with torch.no_grad():
+            return module(*alive)
+
+    return run
+
+
+def _tensors(dtype: str, device: str) -> Callable[[np.ndarray], Array]:
+    import torch
+
+    kind = getattr(torch, dtype)
+    return lambda x: torch.from_numpy(x).to(device, kind)
+
+
+def part_of(t: Array, first: int, last: int, where: tuple[int, int]) -> Array:
+    """A view of some neighbouring rows of an array."""
+    axis, each = where
+    index = (slice(None),) * axis + (slice(first * each, last * each),)
+    return t[index]
+
+
+def in_host_memory(t: Array) -> np.ndarray:
+    """(b, ...) float32 on the host."""
+    return as_numpy(t).astype(np.float32)

@@ -1,0 +1,259 @@
+"""Rows of many callers, in one process: the answers are those of `predict`, whatever else goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from served import T, asked, images, require_same
+from small import chained, made
+
+import ptee
+from ptee.exits.blend import Blend, subsets
+from ptee.serving.engine import BusyError, Engine
+from ptee.serving.local import Batching, LocalServer
+from ptee.serving.metrics import Metrics
+from ptee.serving.pieces import pieces_of_model
+from ptee.serving.policy import Policy
+
+pytestmark = pytest.mark.cpu("arrays come in host memory")
+
+
+def test_each_of_many_callers_gets_the_answers_of_predict(server, model):
+    x = images(90)
+    parts = np.split(x, [1, 2, 5, 25, 26, 60])  # of 1 to 34 rows
+    found = asked(server, *parts)
+    assert [len(part) for part in found] == [len(part) for part in parts]
+    require_same([answer for part in found for answer in part], model, x)
+    assert len({answer.exit for part in found for answer in part}) == 3
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0, [2.0, 0.4], [0.4, 2.0]])
+def test_a_caller_may_give_a_threshold(server, model, threshold):
+    x = images(20)
+    limits = np.broadcast_to(np.asarray(threshold, dtype=np.float64), (20, 2))
+    require_same(asked(server, x, limits=limits)[0], model, x, threshold)
+
+
+def test_a_threshold_for_each_row(server, model):
+    x, limits = images(20), torch.rand(20, 2, dtype=torch.float64).numpy()
+    require_same(asked(server, x, limits=limits)[0], model, x, torch.from_numpy(limits))
+
+
+def test_thresholds_of_the_model_are_live(server, model):
+    x = images(20)
+    for threshold in ([0.3, 0.3], [0.9, 0.5]):
+        model.threshold = threshold
+        require_same(asked(server, x)[0], model, x)
+
+
+def blended() -> ptee.EarlyExitModel:
+    early = made()
+    weights = {(n, m): tuple(0.4 + 0.1 * k for k in range(len(m) + 1)) for n in range(3) for m in subsets(n)}
+    early.confidence, early.blend = "max_prob", Blend(weights)
+    early.answers = "blended"
+    return early
+
+
+def patient() -> ptee.EarlyExitModel:
+    early = made()
+    early.confidence = "patience"
+    return early
+
+
+@pytest.mark.parametrize(
+    "make", [blended, patient, lambda: made("res-8x1+"), pytest.param(chained, marks=pytest.mark.slow)]
+)
+def test_models_whose_exits_read_earlier_answers(make):
+    model = make()
+    server = LocalServer(model, Batching(max_batch=4))
+    x = images(20) if model.plan.input_size == (3, 8, 8) else torch.randn(20, *model.plan.input_size).numpy()
+    try:
+        for threshold in (0.4, 2.0, [2.0] * (len(model.exits) - 1) + [0.3]):
+            model.threshold = threshold
+            require_same([a for part in asked(server, *np.split(x, 4)) for a in part], model, x)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_exported_model_answers_as_the_model(own_model, format, tmp_path):
+    server = LocalServer(
+        ptee.load_exported(ptee.export(own_model, tmp_path / "out", format=format)), Batching(max_batch=8)
+    )
+    x = images(30)
+    try:
+        require_same([a for part in asked(server, *np.split(x, 6)) for a in part], own_model, x)
+    finally:
+        server.close()
+
+
+def test_a_model_with_all_exits_off_is_the_bare_backbone(own_model):
+    own_model.off = [0, 1]
+    server = LocalServer(own_model)
+    x = images(9)
+    try:
+        require_same(asked(server, x)[0], own_model, x)
+        assert len(server.policy.sizes) == 1
+    finally:
+        server.close()
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+class Recorded(Metrics):
+    """Keeps the batches that were run."""
+
+    def __init__(self) -> None:
+        super().__init__(["a", "b"])
+        self.batches: list[tuple[int, int]] = []
+
+    def ran(self, piece: int, rows: int, seconds: float) -> None:
+        self.batches.append((piece, rows))
+
+
+def policy(sizes: tuple[int, ...], **changes: object) -> Policy:
+    flat = tuple({1: 0.001, size: 0.001 * size} for size in sizes)
+    return replace(Policy(flat, sizes, 10.0, None, 1000), **changes)
+
+
+def test_survivors_of_several_callers_share_a_batch_of_a_later_piece(model):
+    heard = Recorded()
+    pieces = pieces_of_model(model)
+    gate = threading.Event()
+    first = pieces.steps[0]._replace(run=lambda *x: (gate.wait(), pieces.steps[0].run(*x))[1])
+    engine = Engine(
+        replace(pieces, steps=(first, *pieces.steps[1:])),
+        policy((4, 8, 8)),
+        threshold=lambda: [2.0, 2.0],
+        heard=heard,
+    )
+    done = threading.Barrier(2)
+    answered = []
+    for part in np.split(images(8), 4):
+        engine.submit(part, None, lambda found: (answered.extend(found), len(answered) == 8 and done.wait()))
+    gate.set()
+    done.wait(10)
+    engine.close()
+    assert [batch for batch in heard.batches if batch[0] > 0] == [(1, 8), (2, 8)]
+    assert sum(rows for piece, rows in heard.batches if piece == 0) == 8
+    assert max(rows for _, rows in heard.batches) == 8
+
+
+def test_a_batch_that_fails_fails_its_callers_and_no_others(server, model, monkeypatch):
+    good, bad = images(4), np.full((1, 3, 8, 8), 7.0, dtype=np.float32)
+    own = server._engine.pieces
+
+    def run(*alive):
+        if float(alive[0].max()) == 7.0:
+            raise MemoryError("no room")
+        return own.steps[0].run(*alive)
+
+    broken = replace(own, steps=(own.steps[0]._replace(run=run), *own.steps[1:]))
+    monkeypatch.setattr(server._engine, "pieces", broken)
+    (failed,) = asked(server, bad)
+    assert isinstance(failed, MemoryError)
+    require_same(asked(server, good)[0], model, good)
+    assert server._engine.inside == 0
+
+
+# ---------------------------------------------------------------------------------------------------- room
+
+
+def blocked(model: ptee.EarlyExitModel, **changes: object) -> tuple[Engine, threading.Event]:
+    """An engine whose first piece waits."""
+    gate = threading.Event()
+    pieces = pieces_of_model(model)
+    first = pieces.steps[0]._replace(run=lambda *x: (gate.wait(), pieces.steps[0].run(*x))[1])
+    held = replace(pieces, steps=(first, *pieces.steps[1:]))
+    return Engine(held, policy((4, 4, 4), **changes), threshold=lambda: T, heard=Recorded()), gate
+
+
+def test_a_full_queue_is_busy_and_says_when_to_come_again(model):
+    engine, gate = blocked(model, max_queue=6)
+    answers: list = []
+    engine.submit(images(5), None, answers.append)
+    with pytest.raises(BusyError, match="5 images wait, and there is room for 6") as busy:
+        engine.submit(images(2), None, answers.append)
+    assert busy.value.seconds > 0
+    engine.submit(images(1), None, answers.append)
+    gate.set()
+    engine.close()
+    assert [len(found) for found in answers] == [5, 1]
+
+
+def test_what_would_be_answered_too_late_is_refused_at_once(model):
+    engine, gate = blocked(model, p99_s=0.020)
+    answers: list = []
+    engine.submit(images(1), None, answers.append)  # .003 s a row, and .012 s the way through full batches
+    engine.submit(images(2), None, answers.append)
+    with pytest.raises(BusyError, match=r"would take about 0.02 s, and 0.02 s are wished for"):
+        engine.submit(images(1), None, answers.append)
+    gate.set()
+    engine.close()
+    assert [len(found) for found in answers] == [1, 2]
+
+
+def test_a_request_larger_than_the_queue_is_taken_when_nobody_waits(model):
+    engine, gate = blocked(model, max_queue=2)
+    gate.set()
+    answers: list = []
+    engine.submit(images(5), None, answers.append)
+    engine.close()
+    assert len(answers[0]) == 5
+
+
+def test_closing_answers_all_that_came_and_takes_no_more(model):
+    engine, gate = blocked(model)
+    answers: list = []
+    for part in np.split(images(12), 6):
+        engine.submit(part, None, answers.append)
+    threading.Timer(0.05, gate.set).start()
+    engine.close()
+    assert [len(found) for found in answers] == [2] * 6
+    with pytest.raises(BusyError, match="stopping"):
+        engine.submit(images(1), None, answers.append)
+
+
+# ---------------------------------------------------------------------------------------------------- a model that changes
+
+
+def test_settings_change_under_load_without_a_wrong_answer(server, model):
+    x = images(40)
+    before, after = made(), made()
+    before.threshold = after.threshold = T
+    after.off = [0]
+    found: list = []
+    asking = threading.Thread(target=lambda: [found.extend(asked(server, *np.split(x, 10))) for _ in range(20)])
+    asking.start()
+    time.sleep(0.02)
+    assert server.change({"off": [0]})["off"] == [0]
+    asking.join()
+    require_same(asked(server, x)[0], after, x)
+    with torch.no_grad():
+        possible = [m.predict(torch.from_numpy(x)).logits.numpy() for m in (before, after)]
+    answers = np.stack([a.logits for part in found for a in part]).reshape(20, 40, -1)
+    near = [np.isclose(answers, logits, atol=1e-4).all(-1) for logits in possible]
+    assert (near[0] | near[1]).all()
+
+
+def test_a_monitor_sees_what_is_answered(own_model):
+    with own_model.monitor(max_fidelity_drop=0.01, audit=1.0, seed=0) as monitor:
+        server = LocalServer(own_model)
+        x = images(30)
+        asked(server, *np.split(x, 10))
+        asked(server, x[:5], limits=np.zeros((5, 2)))  # thresholds of a caller are not what was promised
+        server.close()
+    seen = monitor.as_dict()
+    with torch.no_grad():
+        want = own_model.predict(torch.from_numpy(x))
+        bare = own_model.bare(torch.from_numpy(x)).argmax(1)
+    assert sum(seen["rows"]) == 35
+    assert seen["audited"] == 30
+    assert seen["differed"] == int((want.logits.argmax(1) != bare).sum())
+    assert "ptee_alarm" in server.metrics.text() and "ptee_serve_alarm" in server.metrics.text()

@@ -1,0 +1,157 @@
+"""What a stranger may send: pictures and arrays of the right size and type, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from served import npy, png, saved
+from small import SIZE
+
+from ptee.data.pictures import image_transform
+from ptee.serving.pieces import About
+from ptee.serving.uploads import JSON, NPY, TYPES, Limits, UploadError, images_of, kind_of, read_thresholds
+
+pytestmark = pytest.mark.cpu("arrays come in host memory")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+ABOUT = About("small", SIZE, MEAN, STD, "bicubic", "float32", 4, (), ("a", "b"))
+LIMITS = Limits(bytes=10**6, pixels=10_000, rows=4)
+PNG = "image/png"
+
+
+def refusal(kind: str, body: bytes) -> tuple[int, str]:
+    with pytest.raises(UploadError) as refused:
+        images_of(kind, body, ABOUT, LIMITS)
+    text = str(refused.value)
+    assert "\n" not in text and len(text) < 400
+    return refused.value.status, text
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
+@pytest.mark.parametrize("size", [(8, 8), (20, 12), (7, 31)])
+def test_a_picture_becomes_what_the_backbone_takes(mode, size):
+    body = png(size, mode)
+    with Image.open(io.BytesIO(body)) as picture:
+        want = image_transform(SIZE, MEAN, STD, "bicubic")(picture)
+    np.testing.assert_array_equal(images_of(PNG, body, ABOUT, LIMITS)[0], want.numpy())
+
+
+def test_a_jpeg_is_read_too():
+    body = saved(Image.new("RGB", (9, 9), (255, 0, 0)), "JPEG")
+    assert images_of("image/jpeg", body, ABOUT, LIMITS).shape == (1, *SIZE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "<f4", ">f4", "int8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_of_any_numbers_is_read(dtype, order):
+    array = np.asarray(np.arange(2 * 192).reshape(2, *SIZE) % 50, dtype=dtype, order=order)
+    np.testing.assert_array_equal(images_of(NPY, npy(array), ABOUT, LIMITS), array.astype(np.float32))
+
+
+def test_one_image_is_a_batch_of_one():
+    assert images_of(NPY, npy(np.zeros(SIZE)), ABOUT, LIMITS).shape == (1, *SIZE)
+    assert images_of(JSON, json.dumps(np.zeros(SIZE).tolist()).encode(), ABOUT, LIMITS).shape == (1, *SIZE)
+
+
+def test_json_with_images():
+    array = np.random.default_rng(0).normal(size=(3, *SIZE))
+    body = json.dumps({"images": array.tolist()}).encode()
+    np.testing.assert_array_equal(images_of(JSON, body, ABOUT, LIMITS), array.astype(np.float32))
+
+
+def bomb(side: int = 30_000) -> bytes:
+    """A PNG of a few kilobytes that says that it is of so many pixels."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * 10**6)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", rows) + part(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "said"),
+    [
+        (PNG, b"", 400, "empty"),
+        (PNG, b"garbage", 400, "no PNG picture"),
+        (PNG, png()[:100], 400, "no PNG picture"),
+        (PNG, saved(Image.new("RGB", (9, 9)), "JPEG"), 400, "no PNG picture"),
+        (PNG, saved(Image.new("RGB", (9, 9)), "GIF"), 400, "no PNG picture"),
+        (PNG, png((101, 100)), 413, "101 x 100 pixels. Send at most 10,000"),
+        (PNG, bomb(), 413, "pixels"),
+        (PNG, bomb(3_000), 413, "3000 x 3000 pixels"),
+        (NPY, b"garbage", 400, "no .npy"),
+        (NPY, npy(np.zeros(SIZE))[:-1], 400, "Send the whole file"),
+        (NPY, npy(np.zeros(SIZE)) + b"x", 400, "Send the whole file"),
+        (NPY, npy(np.zeros((3, 8, 9))), 400, r"Send \(3, 8, 8\)"),
+        (NPY, npy(np.zeros(SIZE[1:])), 400, r"Send \(3, 8, 8\)"),
+        (NPY, npy(np.zeros((5, *SIZE))), 413, "5 images. Send 1 to 4"),
+        (NPY, npy(np.zeros((0, *SIZE))), 400, "0 images"),
+        (NPY, npy(np.zeros((1, 1, *SIZE))), 400, "shape"),
+        (NPY, npy(np.full(SIZE, np.nan)), 400, "not finite"),
+        (NPY, npy(np.full(SIZE, 1e300)), 400, "not finite"),
+        (NPY, npy(np.full(SIZE, 255, dtype=np.uint8)), 400, r"Send \(x / 255 - mean\) / std"),
+        (NPY, npy(np.zeros(SIZE, dtype=complex)), 400, "complex"),
+        (NPY, npy(np.zeros(SIZE, dtype="U3")), 400, "Send numbers"),
+        (NPY, npy(np.full(SIZE, None), allow_pickle=True), 400, "Send numbers"),
+        (NPY, npy(np.zeros(SIZE, dtype=[("a", "f4")])), 400, "Send numbers"),
+        (JSON, b"{", 400, "no JSON"),
+        (JSON, b"\xff", 400, "no JSON"),
+        (JSON, b"[" * 10_000, 400, "no JSON"),
+        (JSON, b"3", 400, "nested list"),
+        (JSON, b'{"path": "/etc/passwd"}', 400, "nested list"),
+        (JSON, b'{"images": [], "images": []}', 400, "no JSON"),
+        (JSON, b"[[1, 2], [3]]", 400, "different lengths"),
+        (JSON, b'[["a"]]', 400, "Send numbers"),
+        (JSON, b"[[true]]", 400, "Send numbers"),
+        (JSON, b"[[1e999]]", 400, "shape"),
+        (JSON, b"[" + b"9" * 5000 + b"]", 400, "no JSON"),
+        (JSON, json.dumps(np.full(SIZE, 10**30).tolist()).encode(), 400, "Send numbers|not finite|255"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_line(kind, body, status, said):
+    assert refusal(kind, body)[0] == status
+    assert re.search(said, refusal(kind, body)[1]), refusal(kind, body)
+
+
+@pytest.mark.parametrize("sent", ["", "text/html", "image/gif", "application/octet-stream", "image", "\x00"])
+def test_other_types_are_refused(sent):
+    with pytest.raises(UploadError, match="image/png") as refused:
+        kind_of(sent)
+    assert refused.value.status == 415
+
+
+def test_the_type_may_have_parameters_and_capitals():
+    assert kind_of("Application/JSON; charset=utf-8") == JSON
+    assert [kind_of(kind) for kind in TYPES] == list(TYPES)
+
+
+def test_a_threshold_is_one_number_or_one_for_each_exit():
+    assert read_thresholds("0.7", 2, (0, 2)).tolist() == [0.7, 0.7]
+    assert read_thresholds("0.9, 2", 2, (0, 2)).tolist() == [0.9, 2]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "nan", "inf", "-1", "2.1", "1,2,1", ",", "0.5,", "[0.5]", "1e999", "0.5;0.5", "9" * 10**5]
+)
+def test_a_threshold_that_cannot_be_is_refused(text):
+    with pytest.raises(UploadError, match="from 0 to 2") as refused:
+        read_thresholds(text, 2, (0, 2))
+    assert len(str(refused.value)) < 300
+
+
+def test_bounds_of_thresholds_are_kept():
+    with pytest.raises(UploadError, match=r"from 0.5 to 1"):
+        read_thresholds("0.4", 2, (0.5, 1))
+
+
+def test_arrays_may_be_written_into():
+    assert torch.from_numpy(images_of(NPY, npy(np.zeros(SIZE, np.float32)), ABOUT, LIMITS)).shape == (1, *SIZE)
