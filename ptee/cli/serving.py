@@ -67,9 +67,7 @@ BATCHES = option_group(
     option(
         "--max-wait-ms",
         type=click.FloatRange(0),
-        default=20.0,
-        show_default=True,
-        help="How long an image may wait behind an exit for others.",
+        help="How long an image may wait behind an exit for others. Default: a quarter of --p99-ms, or 25.",
     ),
     option(
         "--rebatch/--no-rebatch",

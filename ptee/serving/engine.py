@@ -17,6 +17,8 @@ from ptee.serving.policy import Policy
 from ptee.serving.queues import Answer, Chunk, Queues, Request, joined
 
 FADES = 0.98  # of what is remembered of the pace, with each batch
+SLOWEST, STEP = 0.99, 0.1  # the share of answers whose time is to be foreseen, and how fast that is learnt
+LEAST, MOST = 0.5, 2.0  # times of what the pace says
 Done = Callable[[list[Answer] | Exception], None]
 Watch = Callable[[Array, bool], Callable[[Any], Any]]
 
@@ -70,6 +72,7 @@ class Engine:
         self._inside = self._running = 0  # rows without an answer; batches under way
         self._held = self._closed = False
         self._busy_s, self._answered = 50 * policy.row_s, 50.0  # lately
+        self._late = 1.0  # 99 of 100 answers come within so many times of what the pace says
         self._threads = [threading.Thread(target=self._work, name=f"pieces-{n}", daemon=True) for n in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -91,8 +94,18 @@ class Engine:
         return list(self._queues.waiting)
 
     def expected_s(self) -> float:
-        """About how long a row that comes now needs until it is answered."""
+        """In what time a row that comes now would be answered, in 99 of 100 cases."""
+        return self._late * self.by_pace_s()
+
+    def by_pace_s(self) -> float:
+        """The same, if all went on as lately."""
         return self._inside * self._busy_s / self._answered / len(self._threads) + self.policy.way_s
+
+    def came(self, by_pace_s: float, seconds: float) -> None:
+        """A caller who would have waited so long by the pace waited this long: the factor becomes a quantile of what is seen."""
+        with self._lock:
+            step = STEP * (SLOWEST if seconds > self._late * by_pace_s else SLOWEST - 1)
+            self._late = min(max(LEAST, self._late + step), MOST)
 
     def require_room(self, rows: int = 1) -> None:
         """Refuse rows for which there is no room, or that would be answered later than is wished.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client import Counter as Total
 
 LATENCY_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -33,6 +33,7 @@ class Metrics:
     ) -> None:
         self._exits, self._page = exits, page
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # CPU seconds and memory of the server
         self.by_exit: Counter[int] = Counter()
         self.cost = 0.0
         self._requests = self._made(Total, "requests", "HTTP requests by path and status.", ["path", "status"])
