@@ -26,6 +26,8 @@ LOUD = (
     "httpx",
     "urllib3",
     "filelock",
+    "ray",
+    "ray.serve",
     "torch.fx.experimental.symbolic_shapes",
     "torch.export",
 )

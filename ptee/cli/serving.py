@@ -15,6 +15,7 @@ from ptee.cli.options import DEVICE, File, RunName, in_groups, option_group
 from ptee.cli.values import require_runs
 
 FEW_MACS = 10_000_000  # as of `ptee bench`: one CPU thread is faster than several
+STOPPED = "Stopped. All that came was answered."
 NEEDS = {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus_client"}
 ADDRESS = option_group(
     "Address",
@@ -156,19 +157,41 @@ def _serve_local(run: str, o: Mapping[str, Any]) -> None:
         server = LocalServer(_opened(run, o), how)
         click.echo(f"{server.about.backbone}, in {len(server.policy.sizes)} pieces\n\n{server.policy}\n")
         app = app_of(server, _rules_of(o))
-        run_http(
-            app, where, lambda: click.echo(f"Answering at http://{o['host']}:{o['port']}/predict"), grace_s=o["grace_s"]
-        )
+        run_http(app, where, lambda: click.echo(_answering(o)), grace_s=o["grace_s"])
     finally:
         where.close()
-    click.echo("Stopped. All that came was answered.")
+    click.echo(STOPPED)
 
 
 def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
     """Serve with Ray until SIGTERM: the arguments are those of `_serve_local`."""
-    from ptee.serving.ray_serve import run_with_ray
+    from ptee._common.devices import resolve_device
+    from ptee.deploy.manifest import is_exported
+    from ptee.serving.local import reserved
+    from ptee.serving.ray_serve import Source, run_with_ray
 
-    run_with_ray(run, dict(o), _rules_of(o), click.echo)
+    exported = is_exported(run)
+    _refuse(exported, o)
+    if o["max_fidelity_drop"] is not None:
+        raise PteeError(
+            Argument("max_fidelity_drop"), " is for one process. Give ", Argument("local", "True"), ", too."
+        )
+    reserved(o["host"], o["port"]).close()  # Ray would say it late, and in many lines
+    wait_s = (o["max_wait_ms"] if o["max_wait_ms"] is not None else (o["p99_ms"] or 100) / 4) / 1000
+    place = str(Path(run).resolve()) if Path(run).is_dir() else run
+    device = str(o["device"] or "cpu") if exported else str(resolve_device(o["device"]))
+    weights = None if o["weights"] is None else o["weights"].resolve()
+    source = Source(
+        place, exported, device, weights, o["max_batch"], wait_s if o["rebatch"] else 0.0, o["max_queue"], o["bare"]
+    )  # fmt: skip
+    p99_s = None if o["p99_ms"] is None else o["p99_ms"] / 1000
+    how = {"host": o["host"], "port": o["port"], "workers": o["workers"], "p99_s": p99_s}
+    run_with_ray(source, _rules_of(o), started=lambda: click.echo(_answering(o)), **how)
+    click.echo(STOPPED)
+
+
+def _answering(o: Mapping[str, Any]) -> str:
+    return f"Answering at http://{o['host']}:{o['port']}/predict"
 
 
 def _rules_of(o: Mapping[str, Any]) -> Any:

@@ -230,7 +230,7 @@ class Engine:
 
     def _answer(self, step: Step, batch: Chunk, logits: Array, h: np.ndarray) -> None:
         host, cost = in_host_memory(logits), self.pieces.costs[step.exit]
-        numbers, probabilities = host.argmax(1), _largest_probability(host)
+        numbers, probabilities = host.argmax(1), largest_probability(host)
         now, waited = time.monotonic(), []
         columns = zip(batch.of, numbers.tolist(), probabilities.tolist(), h.tolist(), host, strict=True)
         for (request, i), number, probability, sure, row in columns:
@@ -287,7 +287,7 @@ def _busy(text: str, seconds: float) -> BusyError:
     return error
 
 
-def _largest_probability(logits: np.ndarray) -> np.ndarray:
+def largest_probability(logits: np.ndarray) -> np.ndarray:
     """(b,) of the softmax of (b, K)."""
     wide = logits.astype(np.float64)
     found: np.ndarray = 1 / np.exp(wide - wide.max(1, keepdims=True)).sum(1)

@@ -1,0 +1,426 @@
+"""A model served by Ray Serve: one deployment for each piece, with handles between them.
+
+The replicas of a piece collect the rows of many requests (`serve.batch`), answer those that leave, and hand the others to the next
+piece. So pieces can have different numbers of replicas, on different machines. The HTTP interface is that of `--local`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import serve
+
+from ptee._common.errors import PteeError, first_line
+from ptee._common.process import no_logs
+from ptee.deploy.runner import Array, choose_rows, join_rows, load_exported, select_rows
+from ptee.serving.app import Rules, app_of
+from ptee.serving.engine import BusyError, largest_probability
+from ptee.serving.metrics import Metrics
+from ptee.serving.pieces import IMAGES, About, Pieces, Step, in_host_memory, part_of, pieces_of_model, pieces_of_runner
+from ptee.serving.policy import measure, policy_of
+from ptee.serving.queues import Answer
+from ptee.serving.settings import FixedSettings
+
+APP = "ptee"
+FIRST_WAIT_S = 0.002  # of rows that arrive; those that stay at an exit may wait longer
+TRIES, PAUSE_S = 5, 0.2  # where a replica dies, its rows are sent to another
+DRAINS_S = 600.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where every replica finds the model, and how it collects rows.
+
+    Attributes:
+        run: a run or an exported model; each node must see it under this name.
+        exported: which of the two.
+        device: where pieces run.
+        weights: of the backbone, if they were moved.
+        max_batch: the largest batch.
+        max_wait_s: how long a row may wait behind an exit for others.
+        max_queue: images that may be there at once.
+    """
+
+    run: str
+    exported: bool
+    device: str
+    weights: Path | None
+    max_batch: int
+    max_wait_s: float
+    max_queue: int
+    bare: bool = False
+
+    def pieces(self) -> tuple[Pieces, list[float]]:
+        """Those of the model, and its thresholds."""
+        if self.exported:
+            runner = load_exported(self.run, self.device, threads=1)
+            return pieces_of_runner(runner), runner.threshold
+        import torch
+
+        from ptee.backbones.load import rebuild
+        from ptee.model.build import load
+        from ptee.model.run_files import read_run, record_of
+
+        torch.set_num_threads(1)
+        backbone = None
+        if self.weights is not None:
+            config, _, _, remote = read_run(self.run)
+            backbone = rebuild(record_of(self.run, config, remote, weights=self.weights)).module
+        model = load(self.run, backbone).to(self.device)
+        if self.bare:
+            model.answers, model.off = "own", range(len(model.exits))
+        return pieces_of_model(model), model.threshold
+
+
+@dataclass
+class Rows:
+    """Rows of one request on their way to a piece.
+
+    Attributes:
+        alive: what the piece takes, in host memory.
+        limits: (b, E) their thresholds.
+    """
+
+    alive: list[Array]
+    limits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.limits)
+
+
+class Piece:
+    """A replica of one piece.
+
+    Args:
+        source: of the model.
+        n: which piece.
+        behind: the handle of the next piece; None for the last.
+    """
+
+    def __init__(self, source: Source, n: int, behind: Any = None) -> None:
+        self._pieces, _ = source.pieces()
+        self._step, self._next = self._pieces.steps[n], behind
+        self._first, self._where = n == 0, IMAGES if n == 0 else self._pieces.steps[n - 1].rows
+        self._like = self._pieces.given(np.zeros((1, *self._pieces.about.input_size), dtype=np.float32))
+        size = policy_of(
+            measure(self._pieces, source.max_batch), max_wait_ms=0, p99_ms=None, max_queue=source.max_queue, rebatch=True
+        ).sizes[n]  # fmt: skip
+        together: Any = self._together  # `serve.batch` gives it more methods than it says
+        together.set_max_batch_size(size)
+        together.set_batch_wait_timeout_s(FIRST_WAIT_S if n == 0 else source.max_wait_s if size > 1 else 0.0)
+
+    async def __call__(self, rows: Rows) -> list[Answer]:
+        """The answers to rows, in their order."""
+        left, stay, alive = await self._together(rows)
+        if len(stay):
+            ahead = await surely(self._next, Rows(alive, rows.limits[stay]))
+            left.update(zip(stay.tolist(), ahead, strict=True))
+        return [left[i] for i in range(len(rows))]
+
+    @serve.batch(max_batch_size=1, batch_wait_timeout_s=FIRST_WAIT_S)
+    async def _together(self, parts: list[Rows]) -> list[tuple[dict[int, Answer], np.ndarray, list[Array]]]:
+        return await asyncio.to_thread(self._answered, parts)  # meanwhile other rows may arrive
+
+    def _answered(self, parts: Sequence[Rows]) -> list[tuple[dict[int, Answer], np.ndarray, list[Array]]]:
+        """For each request its rows that leave with their answers, those that stay, and what is alive of these."""
+        columns = zip(*(part.alive for part in parts), strict=True)
+        joined = [join_rows(list(c), axis) for c, (axis, _) in zip(columns, self._where, strict=True)]
+        given = [self._here(t) for t in joined]
+        limits = np.concatenate([part.limits for part in parts])
+        leaving, behind, logits, h = self._run(given, limits)
+        answers = _answers(self._step, self._pieces, in_host_memory(logits), h)
+        found, first = [], 0
+        for part in parts:
+            last = first + len(part)
+            stay = np.flatnonzero(~leaving[first:last])
+            left = {i: answers[first + i] for i in np.flatnonzero(leaving[first:last]).tolist()}
+            whole = zip(behind, self._step.rows, strict=True)
+            alive = [select_rows(part_of(t, first, last, w), stay, *w) for t, w in whole] if len(stay) else []
+            found.append((left, stay, alive))
+            first = last
+        return found
+
+    def _run(self, given: Sequence[Array], limits: np.ndarray) -> tuple[np.ndarray, list[Array], Array, np.ndarray]:
+        """Who leaves, what is alive behind the piece, in host memory, and all answers with h."""
+        if self._next is None:
+            own, blended = self._step.run(*given)
+            everybody = np.ones(len(limits), dtype=bool)
+            return everybody, [], choose_rows(self._pieces.possible(limits), blended, own), everybody.astype(np.float32)
+        *alive, logits, h = self._step.run(*given)
+        sure = in_host_memory(h)
+        return self._pieces.leaving(self._step, sure, limits), [_to_host(t) for t in alive], logits, sure
+
+    def _here(self, t: Array) -> Array:
+        """An array that came from another process, as the piece takes it."""
+        if isinstance(t, np.ndarray) and not t.flags.writeable:  # it lies in memory that processes share
+            t = t.copy()
+        if self._first:
+            return self._pieces.given(t)
+        if isinstance(self._like, np.ndarray):
+            return t
+        import torch
+
+        return (torch.from_numpy(t) if isinstance(t, np.ndarray) else t).to(self._like.device)
+
+
+def _to_host(t: Array) -> Array:
+    """For another process: an array of numpy, or a tensor on the CPU where numpy has no such numbers."""
+    if isinstance(t, np.ndarray):
+        return t
+    try:
+        return t.cpu().numpy()
+    except TypeError:  # bfloat16
+        return t.cpu()
+
+
+def _answers(step: Step, pieces: Pieces, logits: np.ndarray, h: np.ndarray) -> list[Answer]:
+    columns = zip(logits.argmax(1).tolist(), largest_probability(logits).tolist(), h.tolist(), logits, strict=True)
+    return [Answer(number, p, step.exit, sure, pieces.costs[step.exit], row) for number, p, sure, row in columns]
+
+
+async def surely(handle: Any, rows: Rows) -> list[Answer]:
+    """The answers of a deployment. A replica that died has answered nothing, so its rows are sent again."""
+    for attempt in range(TRIES):
+        try:
+            return list(await handle.remote(rows))
+        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError):
+            if attempt == TRIES - 1:
+                raise
+            await asyncio.sleep(PAUSE_S * 2**attempt)
+    raise AssertionError
+
+
+# ---------------------------------------------------------------------------------------------------- callers
+
+
+class RayBackend:
+    """Answers images through the deployments, from any process of the cluster.
+
+    Args:
+        first: the handle of the first piece.
+        about: the model.
+        threshold: T of each exit at the start.
+        fixed: the other settings.
+        max_queue: images that may be on their way from here.
+        p99_s: what would probably take longer is refused.
+
+    Attributes:
+        inside: images on their way.
+        closing: no more are taken.
+    """
+
+    def __init__(
+        self, first: Any, about: About, threshold: list[float], fixed: dict[str, Any], max_queue: int, p99_s: float | None = None
+    ) -> None:  # fmt: skip
+        self._first, self.about, self.max_queue, self.p99_s = first, about, max_queue, p99_s
+        self._settings = FixedSettings(threshold, fixed)
+        self.metrics = Metrics(about.exits)
+        self.inside, self.closing = 0, False
+        self._row_s, self._last = 0.01, time.monotonic()
+
+    def require_room(self, rows: int = 1) -> None:
+        """Raise a BusyError if there is no room for more."""
+        wait = self.inside * self._row_s
+        full = self.inside and self.inside + rows > self.max_queue
+        late = self.inside and self.p99_s is not None and wait > self.p99_s
+        if self.closing or full or late:
+            error = BusyError("The server is stopping." if self.closing else f"{self.inside} images wait.")
+            error.seconds = wait
+            raise error
+
+    async def answer(self, images: np.ndarray, limits: np.ndarray | None = None) -> Sequence[Answer]:
+        """The answers to images (b, c, h, w) float32, with thresholds (b, E) or those in force."""
+        if limits is None:
+            limits = np.asarray(self._settings.threshold, dtype=np.float64)
+        wide = np.broadcast_to(limits, (len(images), len(self.about.exits)))
+        self.require_room(len(images))
+        self.inside += len(images)
+        began = time.monotonic()
+        try:
+            found = await surely(self._first, Rows([images], wide))
+        finally:
+            self.inside -= len(images)
+        now = time.monotonic()
+        self._row_s += 0.02 * ((now - max(self._last, began)) / len(found) - self._row_s)
+        self._last = now
+        self.metrics.answered([a.exit for a in found], [now - began] * len(found), sum(a.cost for a in found))
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """Those in force."""
+        return self._settings.now()
+
+    def change(self, values: Any) -> dict[str, Any]:
+        """Change the thresholds."""
+        return self._settings.change(values)
+
+    def not_ready(self) -> str:
+        """Why it cannot answer now; empty if it can."""
+        return "The server is stopping." if self.closing else ""
+
+    def close(self) -> None:
+        """There is nothing to end in this process."""
+
+    async def drain(self) -> None:
+        """Take no more, and wait until all that is on its way is answered."""
+        self.closing = True
+        while self.inside:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)  # the last responses leave
+
+
+# ---------------------------------------------------------------------------------------------------- the application
+
+
+@dataclass(frozen=True)
+class Front:
+    """What the HTTP interface needs to know: of the model, and of what callers may do."""
+
+    about: About
+    threshold: list[float]
+    fixed: dict[str, Any]
+    rules: Rules
+    max_queue: int
+    p99_s: float | None
+
+
+_HERE: dict[str, tuple[RayBackend, Rules]] = {}  # of this replica
+
+
+def build() -> Any:
+    """The application of ASGI, in the process of a replica that `_Ingress` has begun."""
+    return app_of(*_HERE[APP])
+
+
+class _Ingress:
+    """Takes requests of HTTP."""
+
+    def __init__(self, first: Any, front: Front) -> None:
+        backend = RayBackend(first, front.about, front.threshold, front.fixed, front.max_queue, front.p99_s)
+        _HERE[APP] = backend, front.rules
+
+    async def drain(self) -> None:
+        """See `RayBackend`."""
+        await _HERE[APP][0].drain()
+
+
+def name_of(n: int) -> str:
+    """The deployment of a piece."""
+    return f"piece-{n}"
+
+
+def application(source: Source, front: Front, *, pieces: int, workers: int, cpus: float) -> Any:
+    """The deployments, bound to one another: what `serve.run` takes."""
+    actor: dict[str, Any] = {"num_cpus": min(1.0, 0.8 * cpus / (pieces * workers))}
+    if source.device.startswith("cuda"):
+        actor["num_gpus"] = 1 / pieces
+    how: dict[str, Any] = {
+        "num_replicas": workers,
+        "max_ongoing_requests": 2 * source.max_queue,
+        "ray_actor_options": actor,
+    }
+    behind: Any = None
+    for n in reversed(range(pieces)):
+        piece: Any = serve.deployment(Piece, name=name_of(n), **how)
+        behind = piece.bind(source, n, behind)
+
+    def builder() -> Any:  # it runs in a replica
+        from ptee.serving.ray_serve import build
+
+        return build()
+
+    ingress: Any = serve.ingress(builder)(_Ingress)
+    ongoing = 4 * source.max_queue
+    door: Any = serve.deployment(ingress, name="http", max_ongoing_requests=ongoing, ray_actor_options={"num_cpus": 0})
+    return door.bind(behind, front)
+
+
+def deployed(
+    source: Source,
+    rules: Rules,
+    *,
+    host: str,
+    port: int,
+    workers: int,
+    p99_s: float | None,
+    begun: Callable[[], object] = bool,
+) -> RayBackend:
+    """Deploy a model on the cluster that RAY_ADDRESS names, or on this machine. Gives what answers from Python.
+
+    `begun` is called when Ray runs, before the deployments are there.
+
+    Raises:
+        PteeError: if the model cannot be opened, there is no such cluster, or it is one of another version.
+    """
+    found, threshold = source.pieces()
+    fixed = {"off": list(found.off), "confidence": found.confidence, "answers": found.answers}
+    front = Front(found.about, threshold, fixed, rules, source.max_queue, p99_s)
+    try:
+        with no_logs:
+            ray.init(
+                ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+            serve.start(http_options={"host": host, "port": port})
+            cpus = ray.cluster_resources().get("CPU", 1.0)
+            made = application(source, front, pieces=len(found.steps), workers=workers, cpus=cpus)
+            serve.run(made, name=APP, route_prefix="/", logging_config={"enable_access_log": False})
+    except Exception as why:  # whatever Ray raises
+        end()
+        raise PteeError(f"Ray Serve did not start: {first_line(why)} Serve in one process with --local.") from why
+    first = serve.get_deployment_handle(name_of(0), app_name=APP)
+    return RayBackend(first, found.about, threshold, fixed, source.max_queue, p99_s)
+
+
+def drain_and_end() -> None:
+    """Take no more requests, answer those that are there, and remove the deployments."""
+    try:
+        serve.get_deployment_handle("http", app_name=APP).drain.remote().result(timeout_s=DRAINS_S)
+    finally:
+        end()
+
+
+def end() -> None:
+    """Remove the deployments, and end what was started here."""
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
+
+
+def run_with_ray(source: Source, rules: Rules, *, started: Callable[[], object], **how: Any) -> None:
+    """Serve until SIGTERM or Ctrl-C. What was sent until then is answered.
+
+    Args:
+        source: of the model.
+        rules: what callers may do.
+        started: called when requests are answered.
+        how: as of `deployed`.
+    """
+    stop = threading.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def hear() -> None:  # Ray sets handlers of its own more than once, and they end the program at once
+        for number in signals:
+            signal.signal(number, lambda *_: stop.set())
+
+    try:
+        deployed(source, rules, begun=hear, **how)
+        hear()
+        if not stop.is_set():
+            started()
+        while not stop.wait(0.5):
+            pass
+        drain_and_end()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
