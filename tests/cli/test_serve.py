@@ -1,0 +1,63 @@
+"""`ptee serve`: what is refused before anything is served."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from command import assert_refused
+from small import made
+
+import ptee
+
+pytestmark = pytest.mark.cpu("what is exported is the same on every device")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ptee.export(made(), tmp_path_factory.mktemp("serve") / "exported")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_opened(exported, run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("serve", exported, "--local", "--port", port)
+    assert_refused(
+        done, rf"Port {port} of 127.0.0.1 cannot be taken: Address already in use. Give another: --port 8001"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--bare"], r"--bare is about a run"),
+        (["--max-fidelity-drop", "0.01"], "--max-fidelity-drop is about a run"),
+        (["--min-threshold", "1.5", "--max-threshold", "1"], "--min-threshold 1.5 is above --max-threshold"),
+        (["--port", "70000"], "70000"),
+        (["--max-batch", "0"], "0"),
+        (["--token-file", "no.txt"], "no file no.txt"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(exported, run, words, said):
+    assert_refused(run("serve", exported, "--local", "--port", free_port(), *words), said)
+
+
+def test_a_folder_without_a_model_is_refused(run, tmp_path):
+    assert_refused(run("serve", tmp_path, "--local"), "no run|config.json|holds")
+
+
+@pytest.mark.parametrize("missing", ["ray", "uvicorn"])
+def test_a_missing_library_is_named_with_what_to_type(exported, run, monkeypatch, missing):
+    monkeypatch.setattr("ptee.cli.serving.find_spec", lambda name: None if name == missing else name)
+    assert_refused(
+        run("serve", exported, *(["--local"] if missing == "uvicorn" else [])), r"pip install 'ptee-exits\[serve\]'"
+    )

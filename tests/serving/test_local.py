@@ -1,0 +1,120 @@
+"""`ptee serve --local` as a process: a stop that loses nothing, ports, tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from served import images, npy
+from small import made
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.serving.local import reserved
+from ptee.serving.settings import TOKEN, read_token
+
+pytestmark = pytest.mark.cpu("arrays come in host memory")
+NPY = {"Content-Type": "application/x-npy"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ptee.export(made(), tmp_path_factory.mktemp("serve") / "exported")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def started(exported: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    port = free_port()
+    words = ["serve", str(exported), "--local", "--port", str(port), "--grace-s", "0.3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptee", *words], stdout=subprocess.PIPE, text=True, env=os.environ | {TOKEN: "0123456789abcdef"},
+        cwd=Path(ptee.__file__).parents[1],
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("Answering at"):
+            break
+    yield process, f"http://127.0.0.1:{port}"
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_sigterm_loses_nothing_that_was_sent(started):
+    process, url = started
+    found: list[int] = []
+    refused: list[Exception] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=url, headers=NPY, timeout=30, trust_env=False) as client:
+            while True:
+                try:
+                    response = client.post("/predict", content=npy(images(8)))
+                    found.append(len(response.json()["answers"]))
+                except httpx.ConnectError as why:  # the port is closed by now
+                    refused.append(why)
+                    return
+
+    callers = [threading.Thread(target=ask) for _ in range(6)]
+    for caller in callers:
+        caller.start()
+    time.sleep(0.5)
+    before = len(found)
+    process.send_signal(signal.SIGTERM)
+    for caller in callers:
+        caller.join(30)
+    assert process.wait(30) == 0
+    assert set(found) == {8} and len(found) > before > 0 and len(refused) == 6
+    assert process.stdout.read().endswith("Stopped. All that came was answered.\n")
+
+
+@pytest.mark.slow
+def test_a_client_that_sends_half_a_request_keeps_nobody_waiting(started):
+    _, url = started
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\nContent-Length: 999\r\n\r\nhalf"
+        )
+        assert httpx.post(f"{url}/predict", content=npy(images(1)), headers=NPY, trust_env=False).status_code == 200
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(PteeError, match=r"host=127\.0\.0\.1|cannot be taken"):
+        reserved("no.such.host.invalid", 8000)
+    with pytest.raises(PteeError, match="cannot be taken"):
+        reserved("192.0.2.1", 8000)
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+def test_a_token_comes_from_a_file_or_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(TOKEN, raising=False)
+    assert read_token(None) == ""
+    monkeypatch.setenv(TOKEN, "a" * 16)
+    assert read_token(None) == "a" * 16
+    (tmp_path / "token").write_text("b" * 20 + "\n")
+    assert read_token(tmp_path / "token") == "b" * 20
+
+
+@pytest.mark.parametrize("text", ["", "short", "a b" * 10, "ä" * 20, "a" * 2000, "a" * 10 + "\n" + "a" * 10])
+def test_a_token_that_is_not_safe_is_refused(tmp_path, text):
+    (tmp_path / "token").write_text(text)
+    with pytest.raises(PteeError, match="openssl rand") as refused:
+        read_token(tmp_path / "token")
+    assert text.strip() == "" or text.strip() not in str(refused.value)
