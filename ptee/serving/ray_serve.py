@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -390,9 +391,10 @@ def drain_and_end() -> None:
 
 
 def end() -> None:
-    """Remove the deployments, and end what was started here."""
+    """Remove the deployments. A cluster that was started here ends, too; another one keeps what else it serves."""
     if ray.is_initialized():
-        serve.shutdown()
+        with no_logs, suppress(Exception):  # Ray may have failed before there was anything to remove
+            serve.delete(APP)
         ray.shutdown()
 
 
