@@ -47,7 +47,22 @@ RANDOM_WEIGHTS = (
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (augment, plan, advise, evaluate, tune, compare, report, bench, export, serve, trace, recipe, sweep, plot):
+    for each in (
+        augment,
+        plan,
+        advise,
+        evaluate,
+        tune,
+        compare,
+        report,
+        bench,
+        export,
+        serve,
+        trace,
+        recipe,
+        sweep,
+        plot,
+    ):
         group.add_command(each)
 
 

@@ -56,7 +56,7 @@ OTHER = {
     "thresholds.confidence": 0.9, "thresholds.each_exit": True,
     "thresholds.cost": "time", "thresholds.at_batch": 8, "thresholds.executor": "hooks",
     "backbone": "joint", "training.backbone_lr": 1e-3, "training.exit_weights": (1.0, 0.5),
-    "training.cost_unit": "parameters",
+    "training.cost_unit": "parameters", "exits.places_by": "parameters", "training.order": "one by one",
 }  # fmt: skip
 ALSO = {  # what a setting goes together with
     "training.cost_weight": ("training.loss=joint",),
@@ -206,7 +206,7 @@ def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere
         "--model": "cifar_resnet20", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
         "--recipe": "mine.yaml", "--set": "exits.head=pool", "--exits": "linear", "--num-exits": 2,
         "--head": "auto", "--head-budget": 0.1, "--front": None, "--front-weights": None, "--batch-sizes": 1, "--rounds": 3,
-        "--threads": 1, "--device": "cpu", "--cost": "time", "--at-batch": 1,
+        "--threads": 1, "--device": "cpu", "--cost": "time", "--at-batch": 1, "--images": None,
     }  # fmt: skip
     flags = ("--no-pretrained", "--json", "--explain")
     of_runs = ("--executor", "--save", "--data", "--data-root", "--classes")
