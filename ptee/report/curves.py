@@ -11,7 +11,7 @@ from ptee.report.facts import Step
 from ptee.report.style import COLOURS, DASHES, NEUTRAL, figure, mark, text
 from ptee.tuning.config import describe_thresholds
 
-SYMBOLS = {"cascade": "square", "static": "diamond", "truncation": "x", "oracle": "star"}
+SYMBOLS = {"cascade": "square", "static": "diamond", "truncation": "x", "oracle": "hexagram-open"}
 OF_ADAPTIVE = ("circle", "circle-open", "triangle-up", "triangle-down", "pentagon", "hexagon", "bowtie", "hourglass")
 ACCURACY, FIDELITY = "accuracy", "fidelity"
 Command = Callable[[Line, Entry], str]  # what to type for an entry of a line; empty if there is nothing

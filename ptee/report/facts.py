@@ -121,6 +121,13 @@ def put_right(traces: Traces, leaving: Tensor) -> int:
     return int(((answers == truth) & (traces.bare != truth) & (leaving < traces.exits)).sum())
 
 
+def changed_at_the_end(traces: Traces, leaving: Tensor) -> tuple[int, int]:
+    """How many images blended answers get wrong, and right, at the end of the backbone, other than the backbone alone."""
+    ends = leaving == traces.exits
+    blended, alone = traces.right[-1] & ends, traces.alone.right[-1] & ends
+    return int((alone & ~blended).sum()), int((blended & ~alone).sum())
+
+
 def spread_over(places: Tensor, most: int) -> list[int]:
     """Some of these indices (k,), spread over all of them."""
     if len(places) <= most:

@@ -49,7 +49,7 @@ def gallery(traces: Traces, leaving: Tensor, images: Any, names: Sequence[str], 
     for n in range(exits + 1):
         where = f"at exit {n}" if n < exits else "at the end of the backbone"
         well, wrong = (leaving == n) & right, (leaving == n) & ~right
-        groups = [(f"Left {where}", well, spread_over(well.nonzero()[:, 0], MOST))]
+        groups = [(f"Answered rightly {where}", well, spread_over(well.nonzero()[:, 0], MOST))]
         if n < exits:  # those first that the backbone would have answered rightly
             groups.append((f"Answered wrongly {where}", wrong, _lost_first(traces, wrong)))
         for title, which, places in groups:

@@ -30,6 +30,18 @@ class Slider:
     start: int
 
 
+WAYS = (
+    'The lines: a run by its own thresholds, one for each exit. "one T": the same for all exits. "max probability", "entropy": with that as '
+    'the confidence instead of the run\'s own. "patience": an image leaves when two exits in a row agree. "oracle": every image leaves at the first '
+    'exit that agrees with the backbone, which nothing can know beforehand. "truncation": the backbone cut off at an exit, for every image.'
+)
+CHEAPEST = "These stay within the drop on the images that thresholds were chosen on, and on those of this page. A mark above may do so by chance on these alone."
+SWEEP = (
+    "What all images get if every exit has the same T. Above T = 1 no image leaves: the answers are the backbone's, and the cost is above 1, "
+    "because the heads run for nothing."
+)
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a page: words first, then what there is to see."""
@@ -70,11 +82,13 @@ def _thresholds(of: Reported) -> Iterator[Part]:
         "An image leaves at the first exit whose confidence h is at least T. A low T is cheap, a high T is faithful. The slider sets one T for "
         "all exits that are on: it moves the star and the columns. The run's own thresholds differ from exit to exit.",
         f"Up and to the left is better. Cost is a share of {of.comparison.unit}. Fidelity is the share of answers that are the backbone's. "
-        "Bars are 95 % intervals. Point at a mark for its thresholds and what to type; tap a name to hide its line; double-click a figure to see all.",
+        "Bars are 95 % intervals of what is lost of accuracy. Point at a mark for its thresholds and what to type; tap a name to hide its line; "
+        "double-click a figure to see all, also marks far below the others.",
+        WAYS,
     ]
     yield Part("thresholds", "What it saves and loses", said, drawn, slider=_slider(of, every, of.own))
-    yield Part("alternatives", "What is cheapest", of.comparison.verdict)
-    yield Part("sweep", "One threshold for all exits", (), {"sweep": curves.threshold(every)})
+    yield Part("alternatives", "What is cheapest", [*of.comparison.verdict, CHEAPEST])
+    yield Part("sweep", "One threshold for all exits", [SWEEP], {"sweep": curves.threshold(every)})
 
 
 def curve(of: Reported, measure: str, star: str = "at the run's own thresholds") -> Any:
@@ -148,8 +162,9 @@ def _confidence(of: Reported) -> Iterator[Part]:
         return
     said = "Of all images, whether they came so far or not. Images to the right of T leave, if they come to this exit."
     yield Part("confidence", "How sure each exit is", [said], {"confidence": confidence(of)})
+    true = "the backbone's" if foretells_agreement(of.model) else "right"
     said = (
-        "On the dotted line, h is what it says: of the images with h = .9, nine of ten answers are so. Below it, the exit is too "
+        f"On the dotted line, h is a probability: of the images with h = .9, nine of ten answers are {true}. Below it, the exit is too "
         "sure. Bins of fewer than ten images are left out. Calibration error: the mean distance from that line. AUROC: the chance "
         "that a right answer has a higher h than a wrong one; .5 is a coin, 1 is best."
     )
@@ -186,8 +201,8 @@ def _gallery(of: Reported) -> Iterator[Part]:
     if of.images is None or not (rows := pictures(of)):
         return
     said = (
-        "As the network sees them, in its size. Under each what the exit said and how sure it was. Wrong answers that the backbone "
-        "would have got right come first."
+        "As the network sees them. Under each what the exit said and how sure it was. Of the wrong answers, those that the backbone "
+        "gets right come first."
     )
     yield Part("gallery", "Which images leave where", [said], gallery=rows)
 

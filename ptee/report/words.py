@@ -84,8 +84,8 @@ def what_it_gives(of: Reported) -> Iterator[str]:
         return
     n = of.traces.answers.shape[1] if of.traces is not None else of.results.get("samples", 0)
     *early, end = (a + b for a, b in zip(own.right, own.wrong, strict=True))
-    left = [f"{share:.0%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
-    yield f"Of {n:,} images that the exits had not seen, {', '.join([*left, f'{end:.0%} go through the whole network'])}."
+    left = [f"{share:.1%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
+    yield f"Of {n:,} images that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
     tuning = of.results.get("tuning")
     target = tuning.get("target") if isinstance(tuning, dict) else None
     if isinstance(target, dict) and target.get("kind") in WISHES:
@@ -183,6 +183,9 @@ def confusion(of: Reported, shown: int) -> Iterator[str]:
         + (f"; {old:,} the other way round." if of.traces.targets is not None else ".")
         + f" The bars show {shown:,} of them: {truth} → what the exit said."
     )
+    lost, gained = facts.changed_at_the_end(of.traces, of.leaving)
+    if lost or gained:
+        yield f"At the end of the backbone, blended answers get {lost:,} images wrong that the backbone alone gets right, and {gained:,} the other way round."
 
 
 def made(of: Reported) -> Rows:

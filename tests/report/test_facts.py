@@ -60,6 +60,7 @@ def test_images_that_only_the_blend_at_the_end_puts_right_are_no_work_of_an_earl
     answers, bare = torch.tensor([[1, 1], [1, 1]]), torch.tensor([[1, 1], [0, 0]])
     traces = Traces(answers, torch.ones(2, 2), torch.ones(2).long(), torch.ones(2), torch.zeros(1), own=bare)
     assert facts.put_right(traces, torch.tensor([0, 1])) == 1
+    assert facts.changed_at_the_end(traces, torch.tensor([0, 1])) == (0, 1)
 
 
 def test_the_page_shows_the_calibration_error_and_auroc_of_the_results_table(evil):
