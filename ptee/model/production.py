@@ -23,7 +23,7 @@ class InProduction:
     """
 
     monitored: Monitor | None = None
-    _kept: tuple[Curve | None, Any] = (None, None)  # the curve, and what was fitted when it was made
+    _curve: tuple[Curve | None, Any] = (None, None)  # the curve, and what was fitted when it was made
 
     if TYPE_CHECKING:
         threshold: Any
@@ -40,12 +40,12 @@ class InProduction:
         None for a model that was never tuned, and as soon as the weights of its blended answers, or the numbers of its calibrated
         confidence, are others than those that the curve was made with.
         """
-        curve, made_with = self._kept
+        curve, made_with = self._curve
         return curve if curve is not None and made_with == fitted(self, curve.answers, curve.confidence) else None
 
     @curve.setter
     def curve(self, value: Curve | None) -> None:
-        self._kept = value, None if value is None else fitted(self, value.answers, value.confidence)
+        self._curve = value, None if value is None else fitted(self, value.answers, value.confidence)
 
     def threshold_for(
         self,
@@ -57,8 +57,10 @@ class InProduction:
     ) -> list[float]:
         """Thresholds from the curve that `ptee.tune`, `ptee.fit` and `ptee augment` keep: no images are needed.
 
-        They are those that lose least at this cost or time, or the cheapest that lose no more, on average: drops were measured by
-        cross-validation. Nothing is guaranteed; for that, and to switch exits on and off, tune again.
+        They are those that lose least at this cost or time, or the cheapest that lose no more. Drops are those on other images, by
+        cross-validation: on average over many runs, no more is lost than is asked for, save some hundredths of a point where next to
+        nothing may be. One run may lose more. For a guarantee, and to switch exits on and off, tune again. `tune` is less careful, so
+        for the same drop its thresholds may be cheaper.
 
         Args:
             max_cost: the mean cost, as a fraction of the bare backbone's.
@@ -67,7 +69,7 @@ class InProduction:
             max_time_ms: milliseconds of a batch, where thresholds were chosen by times (`model.curve.time_of` says of which batch).
 
         Returns:
-            One threshold for each exit, for `model.threshold = ...`.
+            One threshold for each exit, for `model.threshold = ...`; above every confidence for exits that are off.
 
         Raises:
             PteeError: if there is no curve, it was made for other settings, or nothing on it is within the limit.
@@ -80,12 +82,10 @@ class InProduction:
         """The curve, if it is of this model as it is set now; else a PteeError."""
         curve = self.curve
         if curve is None:
-            why = "its thresholds were never chosen on images. Type"
-            if self._kept[0] is not None:
-                why = (
-                    "what it was made with was changed, the weights of blended answers or the calibration. Tune again:"
-                )
-            raise PteeError(f"This model has no curve: {why} {TUNE}.")
+            words = "no curve: its thresholds were never chosen on images. Type"
+            if self._curve[0] is not None:
+                words = "no curve any more: the weights of blended answers or the calibration that it was made with have changed. Tune again:"
+            raise PteeError(f"This model has {words} {TUNE}.")
         made_for = {name: getattr(curve, name) for name in ("confidence", "answers", "off")}
         for name, value in made_for.items():
             if value != (now := getattr(self, name)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import threading
@@ -155,8 +156,8 @@ class Monitor:
             if self._test is None:
                 return False
             before, now = self._kept, in_force(self.model)
-            self._kept = now == self._promised_for
-            ends = before and not self._kept and self._alarm is None
+            self._kept = kept = now == self._promised_for
+            ends = before and not kept and self._alarm is None
             changed = ", ".join(name for name, value in now.items() if value != self._promised_for.get(name))
         if ends:
             warnings.warn(
@@ -164,7 +165,7 @@ class Monitor:
                 f"counted and not audited. To promise for the model as it is: monitor.renew(max_fidelity_drop={self.max_fidelity_drop:g}).",
                 stacklevel=5,
             )
-        return self._kept
+        return kept
 
     def _audit(self, images: Tensor, positions: Sequence[int], first: int, out: Answers, at_once: int) -> None:
         """Whatever happens here, the caller has the answer already."""
@@ -272,7 +273,7 @@ class Monitor:
         """All that is known, JSON-able; `resume` takes it again."""
         with self._lock:
             rows, cost, confidence = self._sums.tolist()
-            promised_for = {name: self._promised_for[name] for name in SAVED}
+            promised_for = {name: copy.copy(self._promised_for[name]) for name in SAVED}
             return {
                 "ptee_version": __version__,
                 "exits": [*(e.name for e in self.model.exits), ""],

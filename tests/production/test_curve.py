@@ -217,7 +217,7 @@ def test_a_curve_ends_where_the_weights_of_the_blend_that_it_is_of_are_set_by_ha
     model.blend = replace(blend, weights={key: tuple(v + 1 for v in of) for key, of in blend.weights.items()})
     assert model.curve == (kept if answers == "own" else None)
     if answers == "blended":
-        with pytest.raises(PteeError, match=r"what it was made with was changed.*Tune again: ptee tune RUN") as refusal:
+        with pytest.raises(PteeError, match=r"no curve any more: .*have changed. Tune again: ptee tune RUN") as refusal:
             model.threshold_for(max_cost=1.0)
         one_line(refusal)
     model.save_pretrained(tmp_path / "run")
