@@ -30,7 +30,7 @@ placed() { # depth rule exits
 }
 
 plain() { # network: its exits count for nothing
-    [ -n "$SMALL" ] || fit "plain_$1" "$1" --num-exits 1 --set training.loss=weighted --set training.exit_weights=0,1 --cost-weight null
+    [ -n "$SMALL" ] || fit "plain_$1" "$1" --num-exits 1 --set training.loss=weighted --set 'training.exit_weights=[0,1]' --set training.cost_weight=null --set confidence.name=max_prob
 }
 
 for depth in ${DEPTHS:-20 32 44 110}; do
