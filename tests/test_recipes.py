@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import subprocess
 import sys
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,3 +78,38 @@ def test_all_ways_to_run_a_trained_model_answer_real_images_alike(tmp_path):
     subprocess.run(train, check=True, capture_output=True)
     printed = run("same_answers.py", tmp_path / "run").splitlines()  # its status says whether they are the same
     assert [line.split("  ")[0] for line in printed[-4:]] == ["predict", "optimize, eager", "pt2", "onnx"]
+
+
+def test_a_piece_of_tar_files_has_every_so_manieth_picture_by_name(tmp_path):
+    for name, pictures in {"train": 20, "validation": 4}.items():
+        (tmp_path / "whole").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "whole" / f"{name}.tar", "w") as tar:
+            for n in reversed(range(pictures)):
+                member = tarfile.TarInfo(f"{'ab'[n % 2]}/{n:02}.jpg")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(bytes([n])))
+    command = [
+        sys.executable,
+        RECIPES / "piece.py",
+        tmp_path / "whole",
+        tmp_path / "piece",
+        "--every",
+        "5",
+        "--report",
+        "2",
+    ]
+    for _ in range(2):  # the second time all is there
+        subprocess.run(command, check=True, capture_output=True)
+    with tarfile.open(tmp_path / "piece" / "train.tar") as tar:
+        assert tar.getnames() == ["a/00.jpg", "a/10.jpg", "b/01.jpg", "b/11.jpg"]
+        assert tar.extractfile("b/11.jpg").read() == bytes([11])
+    with tarfile.open(tmp_path / "piece" / "validation.tar") as tar:
+        assert tar.getnames() == ["a/00.jpg", "b/01.jpg"]
+
+
+def test_the_tables_of_the_papers_are_those_that_were_measured():
+    papers = RECIPES.parent / "papers"
+    text = (papers / "README.md").read_text(encoding="utf-8")
+    for file in (papers / "measured").glob("*.csv"):
+        for row in csv.reader(file.read_text(encoding="utf-8").splitlines()):
+            assert f"| {' | '.join(row)} |" in text, file.name
