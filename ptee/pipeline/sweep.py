@@ -61,8 +61,14 @@ class Sweep:
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
-        """Name, settings and figures of each run, for a figure."""
-        return [{"name": row.folder} | row.settings | row.figures for row in self.rows]
+        """Name, settings and figures of each run, for a figure. The name says the settings in which the runs differ."""
+        return [{"name": self._short_name(row)} | row.settings | row.figures for row in self.rows]
+
+    def _short_name(self, row: SweepRow) -> str:
+        varied = [key for key in row.settings if len({str(other.settings[key]) for other in self.rows}) > 1]
+        said = [(key.rpartition(".")[2], row.settings[key]) for key in varied]
+        words = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in said]
+        return ", ".join(words) or row.folder
 
     def _cells(self) -> list[tuple[str, ...]]:
         cells = [("run", *self.rows[0].settings, *FIGURES, "backbone's accuracy")]

@@ -121,12 +121,13 @@ def runs(found: Sequence[dict[str, Any]], backbone: float | None) -> Any:
     measure = FIDELITY if any(run[ACCURACY] is None for run in found) else ACCURACY
     drawn = figure("cost, share of the bare backbone's", measure)
     bare = 1.0 if measure == FIDELITY or backbone is None else backbone
-    drawn.add_hline(y=bare, line={"dash": "dot", "color": NEUTRAL}, annotation_text="backbone")
-    drawn.add_scatter(
-        x=[run["cost"] for run in found], y=[run[measure] for run in found], text=[text(run["name"]) for run in found],
-        mode="markers+text" if len(found) <= 20 else "markers", textposition="top center",
-        marker=mark(0)["marker"], showlegend=False,
-    )  # fmt: skip
+    drawn.add_hline(y=bare, line={"dash": "dot", "color": NEUTRAL}, annotation={"text": "backbone", "xanchor": "right"})
+    few = len(found) <= 20  # each has a mark of its own
+    for n, run in enumerate(found):
+        drawn.add_scatter(
+            x=[run["cost"]], y=[run[measure]], name=text(run["name"]), mode="markers", showlegend=few, hoverinfo="name+x+y",
+            marker=mark(n if few else 0)["marker"] | {"size": 11},
+        )  # fmt: skip
     return drawn
 
 
