@@ -3,10 +3,11 @@
 # Run it from the project's root: sh recipes/papers/thesis_cifar.sh. Complete runs are kept, and the same command goes on.
 # The thesis's settings: from scratch, 200 epochs at most, places and costs by parameters. DATA=SVHN is for tables 4.4 to 4.6.
 # SMALL=1: published networks stay frozen; their heads learn for 20 epochs from a twentieth of the images.
-# SMALL=joint: EENet-20 begins as the published network and learns with its exits, for 2 epochs of the same images.
+# SMALL=scratch: EENet-20 learns with its exits from scratch, for 4 epochs of the same images, in larger steps.
 set -e
 data=${DATA:-CIFAR10} root=${ROOT:-data} shared=${SHARED:-../shared} out=${OUT:-runs/thesis_cifar$SMALL}
 unit="--set exits.places_by=parameters --set training.cost_unit=parameters"
+faster="--set training.lr=0.003 --set training.schedule=cosine"
 mkdir -p "$out"
 [ -z "$SMALL" ] || python recipes/scripts/piece.py "$shared/data/cifar10" "$out/piece" --every 20 --report 4
 
@@ -14,17 +15,18 @@ fit() { # run network options...
     run=$out/$1 network=$2
     shift 2
     [ ! -f "$run/metrics.json" ] || return 0
+    # shellcheck disable=SC2086 - several words
     case "$SMALL" in
         "") set -- --recipe eenet-joint --no-pretrained --data "$data" --data-root "$root" "$@" ;;
-        joint) set -- --recipe eenet-joint --weights "$shared/weights/$network.safetensors" --data "$out/piece" --epochs 2 "$@" ;;
+        scratch) set -- --recipe eenet-joint --no-pretrained --data "$out/piece" --epochs 4 $faster "$@" ;;
         *) set -- --recipe eenet --weights "$shared/weights/$network.safetensors" --data "$out/piece" --epochs 20 --cost-weight 0.95 "$@" ;;
     esac
     ptee augment --model "$network" --head pool --no-speed --overwrite --out "$run" "$@"
 }
 
 placed() { # depth rule exits
-    conv=${SMALL:+none} # the thesis's shortcuts have weights; the published networks' have none
-    [ "$conv" = none ] && arg="" || arg="--model-arg shortcut=conv"
+    arg="--model-arg shortcut=conv" # the thesis's shortcuts have weights; the published networks' have none
+    [ "$SMALL" != 1 ] || arg=""
     # shellcheck disable=SC2086 - several words
     fit "$1_$2" "cifar_resnet$1" --exits "$2" --num-exits "$3" $unit $arg
 }
@@ -42,6 +44,7 @@ for depth in ${DEPTHS:-20 32 44 110}; do
     esac
     plain "cifar_resnet$depth"
     for rule in quadratic fine pareto golden linear; do
+        case " ${RULES:-$rule} " in *" $rule "*) ;; *) exits=${exits#* } && continue ;; esac
         placed "$depth" "$rule" "${exits%% *}"
         exits=${exits#* }
     done

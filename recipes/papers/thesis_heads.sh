@@ -1,7 +1,7 @@
 #!/bin/sh
 # Heads plain, pool and bnpool (thesis, table 4.3: EENet-50 on SVHN). Run it from the project's root: sh recipes/papers/thesis_heads.sh
-# ROOT holds torchvision's SVHN; DATA=CIFAR10 takes that. SMALL=1: EENet-20, which begins as the
-# published ResNet-20 and learns with its exits for 2 epochs of a twentieth of CIFAR-10.
+# ROOT holds torchvision's SVHN; DATA=CIFAR10 takes that. SMALL=1: EENet-20, for 4 epochs of a
+# twentieth of CIFAR-10, in larger steps.
 set -e
 data=${DATA:-SVHN} root=${ROOT:-data} shared=${SHARED:-../shared} out=${OUT:-runs/thesis_heads$SMALL}
 heads="--over exits.head=plain,pool,bnpool --over exits.places=quadratic --over exits.number=3"
@@ -10,8 +10,8 @@ mkdir -p "$out"
 if [ -n "$SMALL" ]; then
     python recipes/scripts/piece.py "$shared/data/cifar10" "$out/piece" --every 20 --report 4
     # shellcheck disable=SC2086 - several words
-    ptee sweep eenet-joint --model cifar_resnet20 --weights "$shared/weights/cifar_resnet20.safetensors" --data "$out/piece" \
-        $heads $unit --over training.epochs=2 --out "$out/runs"
+    ptee sweep eenet-joint --model cifar_resnet20 --no-pretrained --model-arg shortcut=conv --data "$out/piece" --out "$out/runs" \
+        $heads $unit --over training.epochs=4 --over training.lr=0.003 --over training.schedule=cosine
 else
     # shellcheck disable=SC2086
     ptee sweep eenet-joint --model cifar_resnet50 --no-pretrained --data "$data" --data-root "$root" $heads $unit --out "$out/runs"

@@ -69,7 +69,7 @@ def test_fidelity_is_drawn_where_it_is_asked_for():
 def test_runs_of_a_sweep_are_points_at_their_cost():
     found = [{"name": "a<b>", "cost": 0.5, "accuracy": 0.8, "fidelity": 0.9}]
     (points,) = runs(found, 0.85).data
-    assert (points.x, points.y, points.text) == ((0.5,), (0.8,), ("a&lt;b&gt;",))
+    assert (points.x, points.y, points.name) == ((0.5,), (0.8,), "a&lt;b&gt;")
     (blind,) = runs([found[0] | {"accuracy": None}], None).data
     assert blind.y == (0.9,)
 
