@@ -67,7 +67,7 @@ class Sweep:
     def _short_name(self, row: SweepRow) -> str:
         varied = [key for key in row.settings if len({str(other.settings[key]) for other in self.rows}) > 1]
         said = [(key.rpartition(".")[2], row.settings[key]) for key in varied]
-        words = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in said]
+        words = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in said]
         return ", ".join(words) or row.folder
 
     def _cells(self) -> list[tuple[str, ...]]:
