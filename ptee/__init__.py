@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from ptee.model.forward import ExitOutput as ExitOutput
     from ptee.pipeline.fit import fit as fit
     from ptee.pipeline.recipe import Recipe as Recipe
+    from ptee.scale.cache import cache as cache
     from ptee.scale.trace import record as record
     from ptee.training.calibration import calibrate as calibrate
+    from ptee.training.feature_cache import open_cache as open_cache
     from ptee.training.trainer import train as train
     from ptee.tuning.trace_folder import open_traces as open_traces
     from ptee.tuning.tune import tune as tune
@@ -43,6 +45,7 @@ _HOMES = {
     "PteeError": "_common.errors",
     "Recipe": "pipeline.recipe",
     "augment": "model.build",
+    "cache": "scale.cache",
     "calibrate": "training.calibration",
     "compare": "evaluation.comparison",
     "evaluate": "evaluation.results",
@@ -51,6 +54,7 @@ _HOMES = {
     "load": "model.build",
     "load_exported": "deploy.runner",
     "optimize": "deploy.optimized",
+    "open_cache": "training.feature_cache",
     "open_traces": "tuning.trace_folder",
     "plan": "model.build",
     "record": "scale.trace",

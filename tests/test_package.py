@@ -27,7 +27,16 @@ TREES = {
 }
 PUBLIC = {
     *("augment", "fit", "plan", "train", "calibrate", "tune", "evaluate", "compare", "load", "optimize"),
-    *("export", "load_exported", "record", "open_traces", "register_head", "register_confidence"),
+    *(
+        "export",
+        "load_exported",
+        "record",
+        "open_traces",
+        "cache",
+        "open_cache",
+        "register_head",
+        "register_confidence",
+    ),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError", "Recipe"),
 }
 MODULES = sorted(set(TREES) - ENTRANCES)

@@ -15,7 +15,7 @@ from ptee._common.text import printable
 from ptee.cli import options
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
 from ptee.cli.pages import COMPARED, comparison_of, plot, report
-from ptee.cli.scale import trace
+from ptee.cli.scale import cache, trace
 from ptee.cli.serving import serve
 from ptee.cli.values import (
     backbone_of,
@@ -59,6 +59,7 @@ def add_commands(group: click.Group) -> None:
         export,
         serve,
         trace,
+        cache,
         recipe,
         sweep,
         plot,

@@ -98,3 +98,31 @@ def trace(run: str, **o: Any) -> None:
     )
     found = record(run, logits=words_of(o["logits"]), log=click.echo, **{name: o[name] for name in names})
     click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} --max-drop 0.01")
+
+
+@command(short_help="Keep what the heads read of very many images.")
+@click.argument("run", type=RunName())
+@in_groups(SOURCE, ENGINE, INTO)
+@option("--limit", type=float, default=32, show_default=True, metavar="GIB", help="What the folder may take, in GiB.")
+def cache(run: str, **o: Any) -> None:
+    """Run the backbone once over a source, and keep what the heads of a saved RUN read of it in a folder of parquet files.
+
+    The size is told before. In Python, ptee.train(model, ptee.open_cache(FOLDER)) trains on it. If it is interrupted, the same
+    command goes on.
+    """
+    require_runs(run, images=False, **o)
+    from ptee.scale.cache import cache as write
+
+    names = (
+        "data",
+        "out",
+        "engine",
+        "workers",
+        "classes",
+        "weights",
+        "batch_size",
+        "device",
+        "max_unreadable",
+        "overwrite",
+    )
+    write(run, limit=int(o["limit"] * 2**30), log=click.echo, **{name: o[name] for name in names})

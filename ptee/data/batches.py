@@ -69,6 +69,14 @@ def batches(
     )
 
 
+def shared_batches(
+    data: Any, sampler: Any, *, generator: torch.Generator | None = None, num_workers: int = 0
+) -> DataLoader[Any]:
+    """A loader of a map-style data set, of the rows that a sampler of batches gives. It draws as one of `batches` does."""
+    how: dict[str, Any] = {"num_workers": int(num_workers), "collate_fn": _collate}
+    return CpuLoader(data, batch_sampler=sampler, generator=generator, **how)
+
+
 def described(argument: str, data: Any) -> str:
     """What was given for an argument: `val_data is a str ('photos')`."""
     value = f" ({data!r:.60})" if isinstance(data, str | bytes | Number | Path) else ""

@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -166,6 +167,28 @@ def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iter
                 raise DataError(f"{path} is no table of such rows: {first_line(why)}") from why
         if rows != part.rows:
             raise DataError(f"{folder / part.name} has {rows:,} rows, and its manifest says {part.rows:,}.")
+
+
+def key_hashes(folder: Path, manifest: Manifest) -> np.ndarray:
+    """(n,) uint64, a hash of each row's key, in the order of the rows. Sorted by it, rows do not depend on who wrote them."""
+    parts = [np.zeros(0, np.uint64)]
+    for group in row_groups(folder, manifest, ["key"]):
+        digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in group["key"].to_pylist())
+        parts.append(np.frombuffer(b"".join(digests), np.uint64))
+    return np.concatenate(parts)
+
+
+def numbers(folder: Path, column: Any, width: int, kind: Any) -> np.ndarray:
+    """The numbers (b, width) of a column of lists, or (b,) if width is 0.
+
+    Raises:
+        DataError: if there are others.
+    """
+    values = column.flatten() if width else column
+    rows = values.to_numpy(zero_copy_only=False)
+    if rows.dtype != kind or len(rows) != max(width, 1) * len(column):
+        raise DataError(f"{folder}: a column has other numbers than its manifest says. Make it again.")
+    return (rows.reshape(-1, width) if width else rows).copy()  # Arrow's own memory cannot be written
 
 
 def _require_same(path: Path, file: PartFile) -> None:

@@ -76,6 +76,15 @@ class Source:
         names = "".join(f"{file}\t{size}\n" for file, size in zip(self.files, self.sizes, strict=True))
         return {"kind": self.kind, "files": len(self.files), "bytes": sum(self.sizes), "crc32": crc32(names.encode())}
 
+    def count(self) -> int:
+        """About how many samples it holds: of shards the first is counted, and the others are taken to be like it."""
+        if self.kind == PICTURES:
+            return len(self.files)
+        first = Path(self.place, self.files[0])
+        if self.kind == PARQUET:
+            return sum(arrow().parquet.read_metadata(Path(self.place, file)).num_rows for file in self.files)
+        return round(sum(1 for _ in samples(self, self.files[:1])) * sum(self.sizes) / max(1, first.stat().st_size))
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the folders of pictures, sorted; of another kind none."""
@@ -153,6 +162,7 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
     before = ""
     with tarfile.open(path, "r|*") as tar:
         for member in tar:
+            tar.members = []  # type: ignore[attr-defined] # or it would keep all that it has read
             key, _, ending = _split(member.name)
             if not member.isreg() or not key:
                 continue

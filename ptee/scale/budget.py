@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -120,7 +121,7 @@ def budget(
     """What a training of a model's heads takes. A few batches run on the device for it.
 
     Args:
-        model: with untrained heads. Afterwards it is in eval mode, where it was.
+        model: with untrained heads. Afterwards it is as it was, in eval mode.
         images: number of training images.
         config: the settings of the training.
         device: where the training would run.
@@ -129,11 +130,12 @@ def budget(
     config = config.resolved()
     epochs = epochs_for(images, config.batch_size) if config.epochs == "auto" else int(config.epochs)
     views = 2 if config.views == "auto" else int(config.views)
-    home = next(model.heads.parameters()).device
+    home, before = next(model.heads.parameters()).device, copy.deepcopy(model.heads.state_dict())
     try:
         reading, backbone, heads = _rates(model.to(device), config, device)
     finally:
         model.to(home).eval()
+        model.heads.load_state_dict(before)  # batch norm has counted what it saw
     pooled = Reading(tuple(x.mean((2, 3)) if x.dim() == 4 else x for x in reading.inputs), reading.logits)
     seconds = {HEADS: views / backbone + epochs / heads, NONE: epochs / backbone + epochs / heads}
     sizes = {HEADS: Estimate.of(reading, images, views).size, POOLED: Estimate.of(pooled, images, views).size, NONE: 0}

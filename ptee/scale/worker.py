@@ -36,7 +36,6 @@ class Job:
         device: None: a GPU where there is one.
         batch_size: images at once.
         logits: of traces: how many of the largest are kept for each exit; None for all, 0 for none.
-        pooled: of a cache: maps are kept as the means of their channels.
         classes: the backbone's class of each class name; None if names are not known.
     """
 
@@ -46,7 +45,6 @@ class Job:
     device: str | None = None
     batch_size: int = 128
     logits: int | None = None
-    pooled: bool = False
     classes: Mapping[str, int] | None = None
 
 
@@ -119,8 +117,7 @@ class Worker:
 
     def _inputs(self, images: Tensor) -> dict[str, Tensor]:
         reading = self.model.read(self.model.prepared(images))
-        inputs = [x.mean((2, 3)) if self.job.pooled and x.dim() == 4 else x for x in reading.inputs]
-        found = {f"input{n}": half(x.flatten(1)) for n, x in enumerate(inputs)}
+        found = {f"input{n}": half(x.flatten(1)) for n, x in enumerate(reading.inputs)}
         return found | {"logits": reading.logits.float()}
 
 

@@ -92,7 +92,9 @@ class TrainingConfig(FrozenConfig):
         description=f"Passes over the training images, one by one those of each exit. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
         f"{MAX_EPOCHS}.",
     )
-    batch_size: Whole = Field(default=BATCH_SIZE, ge=1, description="Images in each update, on each process.")
+    batch_size: Whole = Field(
+        default=BATCH_SIZE, ge=1, description="Images in each update, those of all processes together."
+    )
     optimizer: Literal["muon", "adam", "adamw"] | None = Field(
         default=None,
         description="muon (convolutions learn in far fewer epochs), adam or adamw. Default: muon for the loss separate, adam "

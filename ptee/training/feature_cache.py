@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -18,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -26,14 +29,18 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
-from ptee._common.errors import Argument, DataError
+from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.files import as_path, from_json, plain, to_json
 from ptee._common.progress import with_bar
+from ptee.backbones.weights import weights_hash
 from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
+from ptee.data.parts import Manifest, key_hashes, numbers, read_manifest, require_whole, row_groups
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
 
 IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision it was computed in
+LARGEST_SIDE = 2**16  # of a map
 LIMIT = 32 * 2**30  # bytes above which a cache is refused
 
 
@@ -151,16 +158,19 @@ class Cache(Dataset[Entry]):
 
     def put(self, start: int, reading: Reading, labels: Tensor | None) -> None:
         """Write a batch, from this row on."""
-        end = start + len(reading.logits)
+        self.put_rows(slice(start, start + len(reading.logits)), reading, labels)
+
+    def put_rows(self, rows: slice | Tensor, reading: Reading, labels: Tensor | None) -> None:
+        """Write a batch into these rows."""
         for to, tensor in zip(self._tensors, (*reading.inputs, reading.logits), strict=True):
-            to[start:end] = tensor
-            if to.dtype == torch.float16 and not to[start:end].isfinite().all() and tensor.isfinite().all():
+            to[rows] = tensor.to(to.dtype)
+            if to.dtype == torch.float16 and not to[rows].isfinite().all() and tensor.isfinite().all():
                 raise _too_large(
                     f"Some of what the heads read is as large as {tensor.abs().max():g}, which half precision cannot hold, and "
                     "single precision takes too much memory. Run"
                 )
         if labels is not None:
-            self.labels[start:end] = labels
+            self.labels[rows] = labels
 
     def __len__(self) -> int:
         return self.estimate.samples
@@ -233,6 +243,97 @@ def fill(
         start += len(images)
     assert cache is not None and start == cache.estimate.rows
     return cache
+
+
+# ---------------------------------------------------------------------------------------------------- in shards
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """What `ptee cache` wrote: the heads' inputs of very many images. Training data of `ptee.train` in place of images."""
+
+    folder: Path
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __getitem__(self, index: int) -> Any:
+        raise TypeError("A cache is read from beginning to end: give it to ptee.train.")
+
+    @property
+    def identity(self) -> str:
+        """What it is a cache of, in short."""
+        return hashlib.sha256(json.dumps(self.manifest.about, sort_keys=True).encode()).hexdigest()[:32]
+
+    def require(self, model: EarlyExitModel) -> None:
+        """Refuse a model whose heads read something else.
+
+        Raises:
+            DataError: saying what differs.
+        """
+        for key, now in from_json(to_json(what_heads_read(model))).items():
+            if (before := self.manifest.about.get(key)) != now:
+                text = f"{self.folder} is a cache of another {key} ({before!s:.60}, and this model has {now!s:.60}). Make one of it: "
+                raise DataError(f"{text}ptee cache RUN.")
+
+    def opened(self, model: EarlyExitModel) -> Cache:
+        """All of it, in memory or in a file without a name, in an order that does not depend on who wrote it."""
+        self.require(model)
+        about, n = self.manifest.about, len(self)
+        shapes = tuple(torch.Size(shape) for shape in about["shapes"])
+        cache = Cache(Estimate(n, (*shapes, torch.Size([about["classes"]])), torch.float32))
+        places = np.empty(n, dtype=np.int64)
+        places[np.argsort(key_hashes(self.folder, self.manifest), kind="stable")] = np.arange(n)
+        start = 0
+        columns = [f"input{k}" for k in range(len(shapes))]
+        for group in row_groups(self.folder, self.manifest, ["label", "logits", *columns]):
+            rows = torch.from_numpy(places[start : start + len(group)])
+            made = [numbers(self.folder, group[c], s.numel(), np.float16) for c, s in zip(columns, shapes, strict=True)]
+            inputs = (torch.from_numpy(x).view(-1, *s) for x, s in zip(made, shapes, strict=True))
+            logits = torch.from_numpy(numbers(self.folder, group["logits"], about["classes"], np.float32))
+            labels = torch.from_numpy(numbers(self.folder, group["label"], 0, np.int32)).long()
+            cache.put_rows(rows, Reading(tuple(inputs), logits), labels)
+            start += len(group)
+        return cache
+
+
+def open_cache(folder: str | Path) -> CacheFolder:
+    """What `ptee cache` wrote into a folder, as training data.
+
+    Raises:
+        DataError: if it is not finished, is damaged, or holds something else.
+    """
+    path = as_path(folder, "folder")
+    manifest = read_manifest(path, "cache")
+    require_whole(path, manifest)
+    shapes, classes = manifest.about.get("shapes"), manifest.about.get("classes")
+    if not (_are_shapes(shapes) and type(classes) is int and 0 < classes <= LARGEST_SIDE and manifest.rows):
+        raise DataError(f"{path}: its manifest does not say what it holds. Make it again: ptee cache RUN.")
+    return CacheFolder(path, manifest)
+
+
+def _are_shapes(values: Any) -> bool:
+    sides = [side for shape in values if isinstance(shape, list) for side in shape] if isinstance(values, list) else []
+    return bool(sides) and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
+
+
+def what_heads_read(model: EarlyExitModel) -> dict[str, Any]:
+    """What decides the inputs of a model's heads, JSON-able.
+
+    Raises:
+        PteeError: if a head is a network of its own, which reads the images.
+    """
+    if any(hasattr(head, "network") for head in model.heads):
+        raise PteeError("A front reads the images themselves, so there is nothing to cache. Take exits without one.")
+    layers = [[str(head.layout), *map(repr, head.parts()[0])] for head in model.heads]  # type: ignore[operator]
+    return {
+        "backbone": weights_hash(model.backbone)[:16],
+        "input": plain(model.origin.input),
+        "exits": [e.name for e in model.exits],
+        "layers": layers,
+        "classes": model.num_classes,
+    }
 
 
 def _reserve(file: IO[bytes], size: int) -> None:

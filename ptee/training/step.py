@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptee._common.shares import Share
 from ptee.analysis.parameters import parameter_shares
 from ptee.exits.confidence import first_exit
 from ptee.exits.placement import INPUT
@@ -56,6 +57,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.exits = len(model.exits) if exits is None else exits
+        self.share: Share | None = None  # of several processes
         self.loss = LOSSES[config.loss]
         own = {SEPARATE: "temperature", WEIGHTED: "exit_weights"}.get(config.loss, "cost_weight")
         self.weights: dict[str, Any] = {own: getattr(config, own)}
@@ -90,7 +92,10 @@ class Step(nn.Module):
     def _shifted(self, reading: Reading) -> Reading:
         """The maps shifted; the backbone's answer stays that for the image itself."""
         assert isinstance(self.config.shift, int)
-        pixels = draw_shifts(len(reading.logits), self.config.shift)
+        if self.share is None:
+            pixels = draw_shifts(len(reading.logits), self.config.shift)
+        else:  # drawn as one process would
+            pixels = self.share.of(draw_shifts(self.share.whole, self.config.shift))
         _, height, width = self.model.plan.input_size
         return reading._replace(inputs=tuple(shift_maps(x, pixels, (height, width)) for x in reading.inputs))
 

@@ -26,6 +26,7 @@ from ptee._common.errors import Argument, DataError, PteeError, RunError, first_
 from ptee._common.files import as_path, clear_unfinished
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
+from ptee._common.shares import Share, is_lost, shared_batch_norm
 from ptee._common.validation import checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader
@@ -46,7 +47,7 @@ from ptee.training.config import (
     require_weight_each,
     shift_for,
 )
-from ptee.training.feature_cache import Estimate, NotCached, entries
+from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entries
 from ptee.training.history import Epoch, History
 from ptee.training.optimizers import cosine_schedule, optimizer_of
 from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, let_learn, moved, rows_of
@@ -79,7 +80,7 @@ def train(
     Args:
         model: as `augment` made it. Afterwards it is in eval mode, on the device it was on.
         train_data: a map-style data set of (image (c, h, w), label), or of (image,) if the targets are the backbone's answers;
-            or a loader, whose own batches and order are used.
+            or a loader, whose own batches and order are used; or a cache of very many images (`ptee.open_cache`).
         val_data: likewise; its loss is recorded after each epoch.
         config: the settings; see `TrainingConfig` for their meaning and defaults.
         device: where to train; None: a GPU if there is one.
@@ -138,7 +139,7 @@ def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: An
     if config.epochs == "auto":
         values["epochs"] = _auto_epochs(config, train_data)
     if config.views == "auto":
-        values["views"] = 1 if is_loader(train_data) else 2
+        values["views"] = 1 if is_loader(train_data) or isinstance(train_data, CacheFolder) else 2
     return config.resolved().changed(**values)
 
 
@@ -264,6 +265,10 @@ class _Training:
                     self._run_epoch(data, loader, val_loader, rates, on_epoch)
             except KeyboardInterrupt:
                 self.history.interrupted = True
+            except RuntimeError as why:
+                if self.accelerator.num_processes == 1 or not is_lost(why):
+                    raise
+                raise self._lost(why) from why
             finally:
                 let_learn(self.model.heads)
         if self.history.has_stalled(self.config.patience) and not self.history.interrupted:
@@ -271,6 +276,12 @@ class _Training:
             self.history.stopped_early = True
         self._warn_of_collapse()
         return self.history
+
+    def _lost(self, why: RuntimeError) -> RunError:
+        """The error where another process has ended."""
+        several = f"Another of the {self.accelerator.num_processes} processes that train together has ended"
+        kept = f" {len(self.history.epochs)} complete epochs are kept: launch all of them again with "
+        return RunError(f"{several} ({first_line(why)[:80]}).{kept}", Argument("resume", "True"), ".")
 
     def _run_epoch(
         self, data: TrainingData, loader: Any, val_loader: Any, rates: LambdaLR | None, on_epoch: Any
@@ -307,7 +318,9 @@ class _Training:
 
     def _epoch(self, number: int, loader: Any, val_loader: Any, rates: LambdaLR | None) -> Epoch:
         start = time.perf_counter()
-        means = self._learn(number, loader, rates)
+        several = self.accelerator.num_processes > 1
+        with shared_batch_norm(self.learners) if several else nullcontext():
+            means = self._learn(number, loader, rates)
         self._require_finite(number, means.loss)
         val_loss = None if val_loader is None else self._loss_on(val_loader)
         return Epoch(number, *means, val_loss, time.perf_counter() - start)
@@ -331,8 +344,9 @@ class _Training:
         sums = EpochSums()
         bar = with_bar(loader, f"epoch {number} of {self.epochs}", bool(self.accelerator.is_local_main_process))
         for batch, labels in entries(bar):
-            if rows_of(batch) >= self.min_rows:
-                sums.add(self._update(batch, labels), rows_of(batch))
+            share = getattr(loader, "share", None)  # of several processes
+            if (share.whole if share else rows_of(batch)) >= self.min_rows:
+                sums.add(self._update(batch, labels, share), rows_of(batch))
             if rates is not None:
                 rates.step()  # also after a batch that was too small: the schedule counts all batches
             if sums.samples and not bar.disable:  # reading the sums waits for the device
@@ -342,9 +356,10 @@ class _Training:
         self._share_statistics()
         return EpochSums.means(self._over_processes(sums.tensor()))
 
-    def _update(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
+    def _update(self, batch: Tensor | Reading, labels: Tensor | None, share: Share | None) -> BatchResult:
+        self.accelerator.unwrap_model(self.step).share = share
         result = self._judge(batch, labels, self.step)
-        self.accelerator.backward(result.loss)
+        self.accelerator.backward(result.loss if share is None else result.loss * share.weight)
         with torch.device("cpu"):  # where it counts its steps, whatever torch's default device is
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -381,7 +396,7 @@ class _Training:
         return None
 
     def _share_statistics(self) -> None:
-        """Batch norm saw other rows in each process; all go on with the statistics of the first."""
+        """All go on with the statistics of the first process: sums in another order differ in the last bit."""
         from accelerate.utils import broadcast
 
         if self.accelerator.num_processes > 1:

@@ -11,15 +11,16 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
 
 from ptee._common.errors import Argument, DataError
-from ptee.data.batches import batches, is_loader, split_batch
+from ptee._common.shares import SharedLoader, ShareOfBatches
+from ptee.data.batches import CpuLoader, batches, is_loader, shared_batches, split_batch
 from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.augmentation import PRIME, Views
 from ptee.training.config import JOINT, TrainingConfig
-from ptee.training.feature_cache import LIMIT, Cache, CacheTooLargeError, Estimate, NotCached, fill
+from ptee.training.feature_cache import LIMIT, Cache, CacheFolder, CacheTooLargeError, Estimate, NotCached, fill
 
 SHARES = 1024  # of the files of a data set, for `content_hash`
 SAMPLES = 8  # of the data, which are read twice to see whether they are always the same
@@ -69,9 +70,13 @@ class TrainingData:
         """Loaders of the training and the validation images (or None). Caches are filled only if `cached`."""
         train_data = self._with_views(train_data)
         with ExitStack() as stack:
-            if cached and self.caches:
+            if isinstance(train_data, CacheFolder):
+                train_data = train_data.opened(self.model)
+                stack.callback(train_data.close)
+            elif cached and self.caches:
                 train_data = self._cached(train_data, "training images", stack, self.on_cache)
-                val_data = None if val_data is None else self._cached(val_data, "validation images", stack)
+            if cached and self.caches and val_data is not None:
+                val_data = self._cached(val_data, "validation images", stack)
             self.viewed = train_data if isinstance(train_data, (Views, Cache)) else None
             yield self._loader(train_data, True), None if val_data is None else self._loader(val_data, False)
 
@@ -88,6 +93,9 @@ class TrainingData:
         assert isinstance(views, int)
         if views == 1:
             return data
+        if isinstance(data, CacheFolder):
+            text, given = " needs images, and a cache holds one view of each. Give ", Argument("views", str(views))
+            raise DataError(given, text, Argument("views", "1"), ".", argument="views", value=views)
         if is_loader(data):
             text = f" needs a data set, and this is a {type(data).__name__}, which makes its own batches. Give its data set, or "
             given = Argument("views", str(views))
@@ -143,15 +151,30 @@ class TrainingData:
 
     def _loader(self, data: Any, shuffle: bool) -> Any:
         size, generator = self.config.batch_size, self.order if shuffle else None
+        if self.accelerator.num_processes > 1 and not is_loader(data):
+            return self._shared(data, shuffle, generator)
         if isinstance(data, Cache):
             return data.loader(size, shuffle, generator)
         loader = batches(data, batch_size=size, shuffle=shuffle, generator=generator, num_workers=self.num_workers)
         if not isinstance(loader, DataLoader) or self.accelerator.num_processes == 1:  # or somebody's own batches
             return loader
+        # The user's own loader: each process takes other batches of it.
         # In training all processes take equally many steps, so rows are repeated in the last batches; in validation each row
         # counts once.
         self.accelerator.even_batches = shuffle
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def _shared(self, data: Any, shuffle: bool, generator: torch.Generator | None) -> SharedLoader:
+        """The batches that one process would take, of which each process takes its share. In validation it may be empty."""
+        order = RandomSampler(data, generator=generator) if shuffle else SequentialSampler(data)
+        each = BatchSampler(order, self.config.batch_size, drop_last=False)
+        where = self.accelerator.process_index, self.accelerator.num_processes
+        sampler = ShareOfBatches(each, *where, fewest=1 if shuffle else 0)
+        if isinstance(data, Cache):
+            loader: Any = CpuLoader(data, batch_size=None, sampler=sampler, generator=generator)
+        else:
+            loader = shared_batches(data, sampler, generator=generator, num_workers=self.num_workers)
+        return SharedLoader(loader, sampler)
 
 
 class _Same:
@@ -189,6 +212,8 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
 
     None if the data set gives other images each time, which `must_repeat` refuses.
     """
+    if isinstance(data, CacheFolder):
+        return data.identity
     gaps = getattr(data, "gaps", ())
     n = len(data) + len(gaps)
     drawn = torch.linspace(0, n - 1, min(SAMPLES, n), device="cpu").long().tolist()

@@ -22,7 +22,7 @@ from ptee._common.files import as_path, plain
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.labels import labels_of_other_classes
-from ptee.data.parts import Manifest, read_manifest, require_whole, row_groups
+from ptee.data.parts import Manifest, key_hashes, numbers, read_manifest, require_whole, row_groups
 from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
 from ptee.model.early_exit import EarlyExitModel
@@ -53,7 +53,7 @@ class TraceFolder(RecordedTraces):
     @cached_property
     def _keys(self) -> list[np.ndarray]:
         """For each folder, (n,) a hash of each image's key, in the order of its rows."""
-        return [_hashes(folder, manifest) for folder, manifest in zip(self.folders, self.manifests, strict=True)]
+        return [key_hashes(folder, manifest) for folder, manifest in zip(self.folders, self.manifests, strict=True)]
 
     @cached_property
     def images_sha256(self) -> str:
@@ -190,9 +190,9 @@ class TraceFolder(RecordedTraces):
         of_logits = _of_logits(manifest, E, model.num_classes)
         odds, answers = [], []
         for group in row_groups(folder, manifest, ["answers", *of_logits]):
-            found = {name: torch.from_numpy(_numbers(folder, group[name], *how)) for name, how in of_logits.items()}
+            found = {name: torch.from_numpy(numbers(folder, group[name], *how)) for name, how in of_logits.items()}
             odds.append(log_odds(_logits(found, E, model.num_classes)[:-1].float()))
-            answers.append(torch.from_numpy(_numbers(folder, group["answers"], E + 1, np.int32)).long().T)
+            answers.append(torch.from_numpy(numbers(folder, group["answers"], E + 1, np.int32)).long().T)
         order = torch.from_numpy(self._order(which))
         order = order if rows is None else order[rows]
         targets = self.labels if rows is None else self.labels[rows]
@@ -239,16 +239,6 @@ def _of_logits(manifest: Manifest, exits: int, num_classes: int) -> dict[str, tu
     return {"logits": (width, np.float16), "classes": (width, np.int32)}
 
 
-def _hashes(folder: Path, manifest: Manifest) -> np.ndarray:
-    parts = [
-        np.array(
-            [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys], np.uint64
-        )
-        for keys in (group["key"].to_pylist() for group in row_groups(folder, manifest, ["key"]))
-    ]
-    return np.concatenate(parts)
-
-
 def _columns(
     folder: Path, manifest: Manifest, wanted: Mapping[str, tuple[int, Any]], place: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
@@ -259,17 +249,9 @@ def _columns(
     for group in row_groups(folder, manifest, list(wanted)):
         to = np.arange(start, start + len(group)) if place is None else place[start : start + len(group)]
         for name, (width, kind) in wanted.items():
-            found[name][to[to >= 0]] = _numbers(folder, group[name], width, kind)[to >= 0]
+            found[name][to[to >= 0]] = numbers(folder, group[name], width, kind)[to >= 0]
         start += len(group)
     return found
-
-
-def _numbers(folder: Path, column: Any, width: int, kind: Any) -> np.ndarray:
-    values = column.flatten() if width else column
-    rows = values.to_numpy(zero_copy_only=False)
-    if rows.dtype != kind or len(rows) != max(width, 1) * len(column):
-        raise DataError(f"{folder}: a column has other numbers than its manifest says. Record it again.")
-    return (rows.reshape(-1, width) if width else rows).copy()  # Arrow's own memory cannot be written
 
 
 def _logits(found: Mapping[str, Tensor], exits: int, num_classes: int) -> Tensor:

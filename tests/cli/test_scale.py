@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command import assert_refused, read_json
+from command import RANDOM, assert_refused, read_json
 from shards import shard
 
 
@@ -82,3 +82,23 @@ def test_options_about_images_do_not_go_with_traces(words, said, run, finished, 
 def test_a_folder_without_traces_says_how_to_make_some(run, finished, elsewhere):
     Path("empty").mkdir()
     assert_refused(run("evaluate", finished, "--traces", "empty"), "holds no traces.*ptee trace")
+
+
+def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
+    done = run("cache", finished, "--data", source, "--out", "cache")
+    assert done.status == 0, done.err
+    assert done.out.splitlines() == [
+        "What the heads read of about 40 images takes about 1 MiB.",
+        "40 images in 1 parts in cache.",
+    ]
+    assert_refused(
+        run("cache", finished, "--data", source, "--out", "small", "--limit", 0.000001), "--limit|are allowed"
+    )
+
+
+def test_plan_says_what_training_on_so_many_images_takes(run, monkeypatch):
+    monkeypatch.setattr("ptee.scale.budget.SECONDS", 0.01)
+    words = ("plan", *RANDOM, "--images", 1000, "--device", "cpu", "--set", "training.epochs=3")
+    found = json.loads(run(*words, "--json").out)
+    assert (found["images"], found["epochs"], [c["passes"] for c in found["choices"]][-1]) == (1000, 3, 3)
+    assert "1,000 images, 3 epochs" in run(*words).out

@@ -25,7 +25,7 @@ from ptee.exits.heads import HEADS
 from ptee.model.forward import Reading
 from ptee.training import feature_cache as cache
 from ptee.training.augmentation import Views, draw_views
-from ptee.training.feature_cache import Cache, Estimate, fill
+from ptee.training.feature_cache import Cache, Estimate, NotCached, fill
 from ptee.training.history import History
 
 SIZE = (3, 32, 32)
@@ -222,6 +222,21 @@ def test_a_cache_above_the_limit_is_refused_with_its_size(monkeypatch):
     monkeypatch.setattr(cache, "LIMIT", 1000)
     with pytest.raises(DataError, match=r"20 images takes .* [GM]iB.*cache=False"):
         filled(images(20))
+
+
+def test_a_training_whose_cache_cannot_be_kept_says_so_and_learns_the_same(monkeypatch):
+    kept, said = early(), []
+    learn = {"epochs": 2, "batch_size": 10, "precision": "no", "views": 1, "shift": 0}
+    expected = ptee.train(kept, images(20), **learn).epochs[-1].loss
+    monkeypatch.setattr(cache, "LIMIT", 1000)
+    found = ptee.train(early(), images(20), **learn, on_cache=lambda what: said.append(str(what))).epochs[-1].loss
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert said == [str(NotCached(said[0].partition(" So ")[0]))]
+    assert said[0].endswith("So the backbone runs over the images in every epoch.")
+    with pytest.raises(DataError, match=r"cache=False"):
+        ptee.train(early(), images(20), **learn, cache=True)
+    with pytest.warns(UserWarning, match="in every epoch"):
+        ptee.train(early(), images(20), **learn)
 
 
 def full(*_: Any) -> None:

@@ -1,0 +1,105 @@
+"""What the heads read of very many images: in shards that are whole or not there, from which heads learn as from the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import ptee
+from ptee._common.errors import DataError, PteeError
+from ptee.data.pictures import decode_bytes, image_transform
+from ptee.data.shards import find_source, samples
+from ptee.training.feature_cache import CacheFolder
+
+SHORT = {"epochs": 2, "batch_size": 10, "views": 1, "shift": 0, "precision": "no"}
+
+
+@pytest.fixture(scope="module")
+def folder(a_run, shards, tmp_path_factory) -> CacheFolder:
+    """A cache of thirty images, written by one process."""
+    return ptee.cache(a_run, shards, tmp_path_factory.mktemp("cache") / "out", batch_size=7)
+
+
+def pictures(run: Path, source: Path) -> TensorDataset:
+    view, found = ptee.load(run).origin.input, find_source(source)
+    transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
+    rows = list(samples(found, found.files))
+    return TensorDataset(
+        torch.stack([transform(decode_bytes(row.image)) for row in rows]), torch.tensor([row.label for row in rows])
+    )
+
+
+def test_a_cache_holds_what_the_heads_read(a_run, shards, folder):
+    model, data = ptee.load(a_run), pictures(a_run, shards)
+    kept = folder.opened(model)
+    with torch.no_grad():
+        reading = model.read(data.tensors[0])
+    ours, theirs = kept[range(30)].reading.inputs, reading.inputs
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], rtol=2e-3, atol=2e-3)
+    assert sorted(kept[range(30)].labels.tolist()) == sorted(data.tensors[1].tolist())
+    kept.close()
+
+
+def test_heads_learn_from_a_cache_as_from_the_images(a_run, shards, folder):
+    one, two = ptee.load(a_run), ptee.load(a_run)
+    whole = SHORT | {"batch_size": 30}  # in one batch, the order of the images does not matter
+    losses = [
+        ptee.train(one, folder, **whole).epochs[-1].loss,
+        ptee.train(two, pictures(a_run, shards), **whole).epochs[-1].loss,
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert one.plan == two.plan
+
+
+def test_a_training_from_a_cache_goes_on_where_it_was(a_run, folder, tmp_path):
+    kept, long = tmp_path / "checkpoint.safetensors", SHORT | {"schedule": "constant"}
+    one, two = ptee.load(a_run), ptee.load(a_run)
+    ptee.train(one, folder, **long | {"epochs": 3})
+    ptee.train(two, folder, **long, checkpoint=kept)
+    two = ptee.load(a_run)
+    ptee.train(two, folder, **long | {"epochs": 3}, checkpoint=kept, resume=True)
+    for name, value in one.heads.state_dict().items():
+        assert torch.equal(value, two.heads.state_dict()[name]), name
+
+
+def test_a_cache_of_other_exits_is_refused(a_run, folder):
+    model = ptee.load(a_run)
+    other = ptee.augment(model.detach(), exits=["layer1", "layer3"], head="pool", input_size=(3, 16, 16))
+    with pytest.raises(DataError, match=r"another exits.*ptee cache RUN"):
+        ptee.train(other, folder, **SHORT)
+
+
+def test_views_need_the_images(a_run, folder):
+    with pytest.raises(DataError, match=r"one view of each.*views=1"):
+        ptee.train(ptee.load(a_run), folder, **SHORT | {"views": 2})
+
+
+def test_the_size_is_told_before_and_a_larger_one_than_the_limit_is_refused(a_run, shards, tmp_path):
+    said: list[str] = []
+    with pytest.raises(DataError, match=r"would take about 1 MiB, and 1 MiB are allowed.*--head pool.*limit="):
+        ptee.cache(a_run, shards, tmp_path / "out", limit=100, log=said.append)
+    assert said == ["What the heads read of about 30 images takes about 1 MiB."]
+    with pytest.raises(DataError, match="0 of its 1 parts"):
+        ptee.open_cache(tmp_path / "out")
+
+
+def test_traces_are_no_cache_and_the_other_way_round(a_run, shards, folder, tmp_path):
+    traces = ptee.record(a_run, shards, tmp_path / "traces")
+    with pytest.raises(DataError, match="holds traces, and cache are wanted"):
+        ptee.open_cache(traces.folders[0])
+    with pytest.raises(PteeError, match="holds cache, and traces are wanted"):
+        ptee.open_traces(folder.folder)
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_cache(a_run, shards, folder, tmp_path, small_parts):
+    other = ptee.cache(a_run, shards, tmp_path / "out", engine="ray", workers=2, batch_size=7)
+    model = ptee.load(a_run)
+    one, two = (each.opened(model)[range(30)] for each in (folder, other))
+    assert torch.equal(one.labels, two.labels)
+    for a, b in zip(one.reading.inputs, two.reading.inputs, strict=True):
+        assert torch.allclose(a, b, atol=1e-2)
