@@ -347,10 +347,10 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
 @option("--out", type=Place(), required=True, help="A new folder.")
 @option(
     "--format",
-    type=click.Choice(["pt2", "onnx"]),
+    type=click.Choice(["pt2", "onnx", "triton"]),
     default="pt2",
     show_default=True,
-    help="pt2: programs for torch; onnx: for ONNX Runtime.",
+    help="pt2: programs for torch; onnx: for ONNX Runtime; triton: a model repository for NVIDIA Triton.",
 )
 @option("--int8", is_flag=True, help="In whole numbers of 8 bits, compared with float32 on images. For --format onnx.")
 @option("--calibrate", metavar="FOLDER", help="Images for --int8: a folder, or the name of a data set.")
@@ -368,6 +368,12 @@ def export(run: str, **o: Any) -> None:
         return
     if o["calibrate"] is not None:
         raise PteeError(Argument("calibrate"), " is for whole numbers. Give ", Argument("int8", "True"), ", too.")
+    if o["format"] == "triton":
+        from ptee.serving.triton import export_triton
+
+        folder = export_triton(load_run(run, o["weights"]), o["out"])
+        click.echo(f"Written to {folder}. Serve it: tritonserver --model-repository {folder}")
+        return
     folder = write(load_run(run, o["weights"]), o["out"], format=o["format"])
     click.echo(f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE")
 
