@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from ptee.serving.pieces import About, Pieces, pieces_of_model, pieces_of_runner
 from ptee.serving.policy import Policy, measure, policy_of
 from ptee.serving.queues import Answer
 from ptee.serving.settings import FixedSettings, ModelSettings
+
+LAST_S = 0.5  # in which the last connections that were taken send their requests
+BESIDE_BODY = 2**17  # bytes of a request: the first line, headers, lengths of chunks, trailers
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,13 @@ def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, g
             return _signals_end(self, app, grace_s)
 
     config = uvicorn.Config(
-        app, log_level="error", access_log=False, server_header=False, lifespan="on", timeout_keep_alive=30
+        app,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_keep_alive=30,
+        http=_bounded_protocol(),
     )
     asyncio.run(Server(config).serve([where]))
 
@@ -207,14 +217,19 @@ def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, g
 def _signals_end(server: Any, app: Any, grace_s: float) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
-    def stop() -> None:
+    def leave() -> None:
         server.should_exit = True
+
+    def take_no_more() -> None:
+        for listening in server.servers:
+            listening.close()
+        loop.call_later(LAST_S, leave)
 
     def end() -> None:
         if app.state.stopping:
-            stop()
+            leave()
         app.state.stopping = True
-        loop.call_later(grace_s, stop)
+        loop.call_later(grace_s, take_no_more)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
@@ -223,3 +238,29 @@ def _signals_end(server: Any, app: Any, grace_s: float) -> Iterator[None]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+def _bounded_protocol() -> Any:
+    """uvicorn's protocol, which closes a connection that sends more. The parser that is written in C has no limit of its own."""
+    if find_spec("httptools") is None:
+        return "h11"  # which has one
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Bounded(HttpToolsProtocol):
+        _beside, _allowed = 0, BESIDE_BODY  # so far, of all requests of the connection
+
+        def data_received(self, data: bytes) -> None:
+            self._beside += len(data)
+            super().data_received(data)
+            if self._beside > self._allowed and self.transport is not None:
+                self.transport.close()
+
+        def on_body(self, body: bytes) -> None:
+            self._beside -= len(body)
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._allowed += BESIDE_BODY
+            super().on_message_complete()
+
+    return Bounded
