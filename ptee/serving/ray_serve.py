@@ -7,6 +7,7 @@ piece. So pieces can have different numbers of replicas, on different machines. 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import signal
 import threading
@@ -336,9 +337,7 @@ def application(source: Source, front: Front, *, pieces: int, workers: int, cpus
         behind = piece.bind(source, n, behind)
 
     def builder() -> Any:  # it runs in a replica
-        from ptee.serving.ray_serve import build
-
-        return build()
+        return importlib.import_module(__name__).build()  # by name: Ray would pickle what stands here
 
     ingress: Any = serve.ingress(builder)(_Ingress)
     ongoing = 4 * source.max_queue

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ptee._common.text import table
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import COLLAPSED
+from ptee.training.config import TrainingConfig
 
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (Demir, thesis 4.2)
 
@@ -101,3 +104,19 @@ def _row(e: Epoch) -> tuple[str, ...]:
 
 def _joined(shares: Sequence[float] | None) -> str:
     return "-" if shares is None else " ".join(f"{share:.3f}" for share in shares)
+
+
+def collapse_of(last: Epoch, model: EarlyExitModel, config: TrainingConfig) -> str | None:
+    """What is to be said if nearly all images leave at one place after an epoch of a joint loss; else None."""
+    share, n = max((share, n) for n, share in enumerate(last.leaving))
+    if share <= COLLAPSED:
+        return None
+    early = n < len(model.exits)
+    where = f"exit {n} ({model.exits[n].name})" if early else "the backbone's own output"
+    advice = f"{'Lower' if early else 'Raise'} the cost weight (it is {config.cost_weight:g})"
+    if config.loss in ("cost", "mc"):
+        advice = f"The loss {config.loss!r} does that by itself: use 'joint' or 'joint_each_exit'"
+    return (
+        f"Training collapsed: {share:.0%} of the images leave at {where} at threshold {model.threshold[0]:g}. "
+        f"{advice}, train longer, or set other thresholds."
+    )

@@ -34,7 +34,7 @@ from ptee.data.labels import odd_labels
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import COLLAPSED, Reading
+from ptee.model.forward import Reading
 from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
 from ptee.training.config import (
@@ -48,7 +48,7 @@ from ptee.training.config import (
     shift_for,
 )
 from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entries
-from ptee.training.history import Epoch, History
+from ptee.training.history import Epoch, History, collapse_of
 from ptee.training.optimizers import cosine_schedule, optimizer_of
 from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, let_learn, moved, rows_of
 from ptee.training.training_data import TrainingData, sample_hash
@@ -412,19 +412,8 @@ class _Training:
         if not self.history.epochs or self.config.loss in ALONE:  # there h means that the answer is right
             return
         last = self.history.best if self.history.stopped_early else self.history.epochs[-1]
-        share, n = max((share, n) for n, share in enumerate(last.leaving))
-        if share <= COLLAPSED:
-            return
-        early = n < len(self.model.exits)
-        where = f"exit {n} ({self.model.exits[n].name})" if early else "the backbone's own output"
-        advice = f"{'Lower' if early else 'Raise'} the cost weight (it is {self.config.cost_weight:g})"
-        if self.config.loss in ("cost", "mc"):
-            advice = f"The loss {self.config.loss!r} does that by itself: use 'joint' or 'joint_each_exit'"
-        self.history.warning = (
-            f"Training collapsed: {share:.0%} of the images leave at {where} at threshold {self.model.threshold[0]:g}. "
-            f"{advice}, train longer, or set other thresholds."
-        )
-        if self.accelerator.is_main_process:
+        self.history.warning = collapse_of(last, self.model, self.config)
+        if self.history.warning and self.accelerator.is_main_process:
             warnings.warn(self.history.warning, stacklevel=5)  # where `train` was called
 
     # ---------------------------------------------------------------------------------------- the checkpoint
