@@ -9,7 +9,7 @@ from typing import Any
 from ptee._common.text import table
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import COLLAPSED
-from ptee.training.config import TrainingConfig
+from ptee.training.config import ALONE, TrainingConfig
 
 MIN_DELTA = 0.001  # by which the loss must fall to count as better (Demir, thesis 4.2)
 
@@ -106,8 +106,11 @@ def _joined(shares: Sequence[float] | None) -> str:
     return "-" if shares is None else " ".join(f"{share:.3f}" for share in shares)
 
 
-def collapse_of(last: Epoch, model: EarlyExitModel, config: TrainingConfig) -> str | None:
-    """What is to be said if nearly all images leave at one place after an epoch of a joint loss; else None."""
+def collapse_of(history: History, model: EarlyExitModel, config: TrainingConfig) -> str | None:
+    """What is to be said if nearly all images leave at one place after a training with a joint loss; else None."""
+    if not history.epochs or config.loss in ALONE:  # there h means that the answer is right
+        return None
+    last = history.best if history.stopped_early else history.epochs[-1]
     share, n = max((share, n) for n, share in enumerate(last.leaving))
     if share <= COLLAPSED:
         return None

@@ -38,7 +38,6 @@ from ptee.model.forward import Reading
 from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
 from ptee.training.config import (
-    ALONE,
     JOINT,
     ONE_BY_ONE,
     TrainingConfig,
@@ -409,10 +408,7 @@ class _Training:
         return sums
 
     def _warn_of_collapse(self) -> None:
-        if not self.history.epochs or self.config.loss in ALONE:  # there h means that the answer is right
-            return
-        last = self.history.best if self.history.stopped_early else self.history.epochs[-1]
-        self.history.warning = collapse_of(last, self.model, self.config)
+        self.history.warning = collapse_of(self.history, self.model, self.config)
         if self.history.warning and self.accelerator.is_main_process:
             warnings.warn(self.history.warning, stacklevel=5)  # where `train` was called
 
