@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def make_parts(
 ) -> None:
     """Make the parts of a source, each of some of its files. `done` gets the number of images, as they are done."""
     if workers == 1:
-        own = Worker(job)
+        own = Worker(replace(job, threads=os.cpu_count() or 1))
         for name, files in parts.items():
             with writer.part(name) as folder:
                 write_tables(_tables(own, source, files), folder / FILE, done)

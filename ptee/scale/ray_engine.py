@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from ptee.data.shards import (
 )
 from ptee.scale.worker import Job, Worker
 
+OF_ACTORS = 0.75  # share of the processors that decode beside GPUs; the others read and write
 ROWS_IN_A_FILE = 50_000  # at least, unless a part has fewer
 INSTALL = "The engine 'ray' needs Ray: pip install 'ptee-exits[ray]'. Or give another: "
 
@@ -94,7 +96,10 @@ def make_parts(
     with connected() as ray:
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, too
-        gpus = 1 if ray.cluster_resources().get("GPU") and job.device != "cpu" else 0
+        there = ray.cluster_resources()
+        gpus = 1 if there.get("GPU") and job.device != "cpu" else 0
+        if gpus:
+            job = replace(job, threads=max(1, int(there.get("CPU", 1) * OF_ACTORS / workers)))
         for name, files in parts.items():
             before = writer.manifest.rows + writer.manifest.unreadable
             with writer.part(name) as folder:
@@ -112,7 +117,7 @@ def _make(ray: Any, source: Source, files: Sequence[str], job: Job, folder: Path
             batch_size=job.batch_size,
             batch_format="numpy",
             num_gpus=gpus or None,
-            num_cpus=None if gpus else 1,
+            num_cpus=job.threads,
             concurrency=(1, workers),
         ).write_parquet(str(folder), min_rows_per_file=ROWS_IN_A_FILE)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as why:

@@ -33,7 +33,7 @@ REFUSED = [
     ({"views": 0}, "views=0 must be 1 or more, or 'auto'."),
     ({"shift": -1}, "shift=-1 must be 0 or more, or 'auto'."),
     ({"mirror": "yes"}, "mirror='yes' must be True or False."),
-    ({"cache": 1}, "cache=1 must be True or False."),
+    ({"cache": 1}, "cache=1 must be True or False, or 'auto'."),
     ({"weightdecay": 0.1}, "weightdecay=0.1 is unknown. Did you mean 'weight_decay'"),
     (
         {"temperature": 2, "loss": "joint", "targets": "soft"},
