@@ -155,7 +155,8 @@ def _serve_local(run: str, o: Mapping[str, Any]) -> None:
     try:
         how = Batching(o["max_batch"], o["max_wait_ms"], o["p99_ms"], o["max_queue"], o["rebatch"], o["workers"])
         server = LocalServer(_opened(run, o), how)
-        click.echo(f"{server.about.backbone}, in {len(server.policy.sizes)} pieces\n\n{server.policy}\n")
+        many = len(server.policy.sizes)
+        click.echo(f"{server.about.backbone}, in {many} piece{'s' * (many > 1)}\n\n{server.policy}\n")
         app = app_of(server, _rules_of(o))
         run_http(app, where, lambda: click.echo(_answering(o)), grace_s=o["grace_s"])
     finally:
@@ -211,7 +212,7 @@ def _opened(run: str, o: Mapping[str, Any]) -> Any:
     exported = is_exported(run)
     _refuse(exported, o)
     if exported:
-        if o["threads"] and o["threads"] > 0:
+        if o["threads"]:
             _set_threads(Path(run), o["threads"])
         return load_exported(run, o["device"], threads=o["threads"])
     import torch

@@ -15,7 +15,7 @@ from ptee.serving.pieces import Pieces
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NEAR_BEST = 1.05  # a smaller batch is taken if its rows are as cheap as this
 PAYS = 0.9  # of the time alone: collecting rows that gain less only lets them wait
-ROUNDS, SECONDS = 3, 6.0  # of the measurement of a piece; after the seconds no larger batch is tried
+ROUNDS, SECONDS = 5, 6.0  # of the measurement of a piece; after the seconds no larger batch is tried
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ piece. So pieces can have different numbers of replicas, on different machines. 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import signal
 import threading
@@ -51,6 +50,7 @@ class Source:
         max_batch: the largest batch.
         max_wait_s: how long a row may wait behind an exit for others.
         max_queue: images that may be there at once.
+        bare: the backbone alone, with all exits off.
     """
 
     run: str
@@ -131,6 +131,7 @@ class Piece:
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=FIRST_WAIT_S)
     async def _together(self, parts: list[Rows]) -> list[tuple[dict[int, Answer], np.ndarray, list[Array]]]:
+        # Its size is in requests, most of which are of one row.
         return await asyncio.to_thread(self._answered, parts)  # meanwhile other rows may arrive
 
     def _answered(self, parts: Sequence[Rows]) -> list[tuple[dict[int, Answer], np.ndarray, list[Array]]]:
@@ -336,10 +337,7 @@ def application(source: Source, front: Front, *, pieces: int, workers: int, cpus
         piece: Any = serve.deployment(Piece, name=name_of(n), **how)
         behind = piece.bind(source, n, behind)
 
-    def builder() -> Any:  # it runs in a replica
-        return importlib.import_module(__name__).build()  # by name: Ray would pickle what stands here
-
-    ingress: Any = serve.ingress(builder)(_Ingress)
+    ingress: Any = serve.ingress(build)(_Ingress)
     ongoing = 4 * source.max_queue
     door: Any = serve.deployment(ingress, name="http", max_ongoing_requests=ongoing, ray_actor_options={"num_cpus": 0})
     return door.bind(behind, front)
