@@ -56,7 +56,7 @@ def blocks(page: Path, kind: str) -> list[Block]:
 
 def commands(page: Path) -> Iterator[str]:
     """Whole ptee commands of a page: in sh blocks, and indented by four spaces."""
-    lines = [line for block in blocks(page, "sh") for line in block.text.splitlines()]
+    lines = [line for block in blocks(page, "sh") for line in block.text.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"^ {4}(ptee .*)$", page.read_text(encoding="utf-8"), re.M)
     for line in lines:
         yield from (part.strip() for part in re.split(r"&&|>", line) if part.strip().startswith("ptee "))
