@@ -145,7 +145,8 @@ def _webdataset(data: Any, paths: list[str]) -> Any:
 
 def _parquet(data: Any, paths: list[str]) -> Any:
     names = arrow().parquet.read_schema(paths[0]).names
-    return data.read_parquet(paths, columns=[name for name in columns_of(paths[0], names) if name], include_paths=True)
+    wanted = [name for name in columns_of(paths[0], names) if name]
+    return data.read_parquet(paths, include_paths=True).select_columns(list(dict.fromkeys([*wanted, "path"])))
 
 
 def _pictures(data: Any, paths: list[str]) -> Any:
