@@ -138,6 +138,7 @@ def over_setting(found: Sequence[dict[str, Any]], setting: str) -> Any:
     values = list(dict.fromkeys(run[setting] for run in found))
     if numbers:
         values.sort()
+    mode = "lines+markers" if numbers else "markers"  # nothing lies between two names
     drawn = figure(text(setting), "share")
     for n, name in enumerate((ACCURACY, FIDELITY, "cost")):
         groups = [[run[name] for run in found if run[setting] == value and run[name] is not None] for value in values]
@@ -148,7 +149,7 @@ def over_setting(found: Sequence[dict[str, Any]], setting: str) -> Any:
             "array": [max(g) - m for g, m in zip(groups, means, strict=True)],
             "arrayminus": [m - min(g) for g, m in zip(groups, means, strict=True)], "symmetric": False,
         }  # fmt: skip
-        drawn.add_scatter(x=values, y=means, error_y=spread, name=name, mode="lines+markers", **mark(n))
+        drawn.add_scatter(x=values, y=means, error_y=spread, name=name, mode=mode, **mark(n))
     if not numbers:
         drawn.update_xaxes(type="category")
     return drawn

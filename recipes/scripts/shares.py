@@ -44,6 +44,14 @@ def row_of(run: Path) -> dict[str, Any]:
     }
 
 
+def without_common_end(names: list[str]) -> list[str]:
+    """The names without the settings at their ends that are the same in all."""
+    parts = [name.split("_") for name in names]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({each[-1] for each in parts}) == 1:
+        parts = [each[:-1] for each in parts]
+    return ["_".join(each) for each in parts]
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as words."""
     left = " ".join(map(str, row["leaving"]))
@@ -60,6 +68,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main(runs: tuple[Path, ...], as_json: bool, file: Path | None, folder: Path | None) -> None:
     """Print the runs that are named on the command line."""
     rows = [row_of(run) for run in runs if (run / "metrics.json").is_file()]
+    for row, name in zip(rows, without_common_end([row["run"] for row in rows]), strict=True):
+        row["run"] = name
     if file is not None:
         with file.open("w", encoding="utf-8", newline="") as written:
             csv.writer(written, lineterminator="\n").writerows([TITLE, *map(cells, rows)])
