@@ -17,7 +17,7 @@ fit() { # folder filters options...
 
 [ -n "$NO_LOSSES" ] || fit losses 2 --over training.loss=mc,cost,joint,joint_each_exit
 fit lambda 4 --over training.cost_weight="$lambdas"
-python recipes/scripts/shares.py "$out"/losses/*/ "$out"/lambda/*/ --csv "$out/table.csv"
+python recipes/scripts/shares.py "$out"/*/*/ --csv "$out/table.csv"
 ptee plot "$out/lambda" --kind lambda --out "$out/lambda.png"
 spread=$(ls -d "$out"/lambda/cost_weight=${SPREAD:-0.95}_*)
 for kind in epochs exits gallery; do
