@@ -31,6 +31,7 @@ import click
 import numpy as np
 
 TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
+CONNECTIONS = 256  # at once; who finds none free waits, as behind a proxy
 PATIENCE = 10.0  # seconds: who has no answer then goes away
 LATE = 0.005  # seconds: a request that begins so much too late shows that this process is too slow
 
@@ -46,7 +47,7 @@ class Picture:
 
 @dataclass
 class Outcome:
-    """What came of a load. `wrong`: answers that are not those of `predict`; `lost`: requests without any; `late`: begun late."""
+    """What came of a load. `wrong`: answers that are not those of `predict`; `lost`: requests whose connection broke; `gave_up`: without an answer for ten seconds; `late`: begun late."""
 
     rate: float
     seconds: float
@@ -59,6 +60,7 @@ class Outcome:
     wrong: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     late: int = 0
+    gave_up: int = 0
 
     def within(self, bound_s: float) -> int:
         """Answers that came in time."""
@@ -89,9 +91,15 @@ class Connections:
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._room = asyncio.Semaphore(CONNECTIONS)
 
     async def post(self, path: str, kind: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body of the response. A request that an old connection did not take is sent again on a new one."""
+        """Status and body of the response."""
+        async with self._room:
+            return await self._posted(path, kind, body)
+
+    async def _posted(self, path: str, kind: str, body: bytes) -> tuple[int, bytes]:
+        """A request that an old connection did not take is sent again on a new one."""
         head = (
             f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
@@ -152,7 +160,10 @@ async def _one(ways: Connections, picture: Picture, due: float, found: Outcome, 
     found.late += time.perf_counter() - due > LATE
     try:
         status, body = await asyncio.wait_for(ways.post(path, picture.kind, picture.body), PATIENCE)
-    except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError) as why:
+    except asyncio.TimeoutError:
+        found.gave_up += 1
+        return
+    except (OSError, asyncio.IncompleteReadError) as why:
         found.lost[type(why).__name__] += 1
         return
     waited = time.perf_counter() - due
@@ -225,20 +236,20 @@ def in_turns(
                 p50, p99 = (np.percentile(o.waited or [float("nan")], q) * 1000 for q in (50, 99))
                 n = max(1, len(o.waited))
                 each = (o.within(bound) / seconds, p50, p99, o.status[503] / o.sent, cpu_ms, o.right / n, o.cost / n)
-                found.setdefault((url, rate), []).append((*each, sum(o.lost.values())))
+                found.setdefault((url, rate), []).append((*each, o.gave_up / o.sent, sum(o.lost.values())))
                 print(".", end="", file=sys.stderr, flush=True)
     print(
-        "\n| server | sent a second | goodput | of the first | p50 ms | p99 ms | refused | CPU ms an answer | accuracy | cost | lost |"
+        "\n| server | sent a second | goodput | of the first | p50 ms | p99 ms | refused | gave up | CPU ms an answer | accuracy | cost | lost |"
     )
-    print("|" + "---|" * 11)
+    print("|" + "---|" * 12)
     for rate in rates:
         first = np.array(found[urls[0], rate])
         for url in urls:
             own = np.array(found[url, rate])
-            good, p50, p99, refused, cpu, right, cost, _ = np.median(own, axis=0)
+            good, p50, p99, refused, cpu, right, cost, tired, _ = np.median(own, axis=0)
             ratio = np.median(own[:, 0] / np.maximum(first[:, 0], 1e-9))
             print(
-                f"| {url} | {rate:.0f} | {good:.0f} | {ratio:.2f} | {p50:.0f} | {p99:.0f} | {refused:.0%} | {cpu:.2f} | {right:.4f} | "
+                f"| {url} | {rate:.0f} | {good:.0f} | {ratio:.2f} | {p50:.0f} | {p99:.0f} | {refused:.0%} | {tired:.0%} | {cpu:.2f} | {right:.4f} | "
                 f"{cost:.3f} | {own[:, -1].sum():.0f} |"
             )
 
@@ -270,7 +281,7 @@ def main(url: tuple[str, ...], source: str, rates: str, seconds: float, rounds: 
         for n in range(round(seconds / o["every"]) if o["every"] else 1):
             outcome = asyncio.run(load(url[0], given, rate, o["every"] or seconds, want, n))
             print(row(outcome, bound), flush=True)
-            wrong += outcome.wrong + sum(outcome.lost.values())
+            wrong += outcome.wrong + sum(outcome.lost.values()) + outcome.gave_up
     sys.exit(bool(wrong))
 
 
