@@ -18,18 +18,8 @@ from ptee._common.errors import Argument, Interrupted, PteeError
 from ptee.cli.main import cli
 
 COMMANDS = (
-    "augment",
-    "plan",
-    "advise",
-    "evaluate",
-    "tune",
-    "compare",
-    "report",
-    "bench",
-    "export",
-    "recipe",
-    "sweep",
-    "plot",
+    *("augment", "plan", "advise", "evaluate", "tune", "compare", "report", "bench"),
+    *("export", "serve", "trace", "cache", "recipe", "sweep", "plot"),
 )
 HEAVY = ("torch", "timm", "numpy", "accelerate", "safetensors", "plotly", "sklearn")
 
@@ -92,7 +82,7 @@ def test_the_version_is_the_packages(run):
 
 MISTYPED = {
     "an unknown command": (["agument"], "agument.*Did you mean 'augment'"),
-    "training, which is no command": (["train"], "Choices: .*augment.*evaluate"),
+    "training, which is no command": (["train"], "Unknown command 'train'. Did you mean 'trace'"),
     "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
