@@ -14,6 +14,7 @@ from ptee.deploy.segments import Segment
 from ptee.model.early_exit import EarlyExitModel
 
 BATCHES = (1, 2, 7)
+OF_A_SIGMOID = 1.0  # confidence logits count by what they change of h; a single one may be 0 up to noise
 
 
 def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Sequence[int] = BATCHES) -> None:
@@ -47,7 +48,7 @@ def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[s
     gaps = {}
     for piece in pieces[:-1]:
         alive, logits, sure = piece.module(*alive)
-        of_sure = _gap(want.confidence_logits[piece.exit][rows], sure)
+        of_sure = _gap(want.confidence_logits[piece.exit][rows], sure, OF_A_SIGMOID)
         gaps[f"exit {piece.exit}"] = max(_gap(want.logits[piece.exit][rows], logits), of_sure)
         alive = alive if piece.ahead is None else piece.ahead(*alive)
         staying = torch.arange(len(rows), device=x.device).flip(0)[: max(1, len(rows) - 1)]
@@ -57,7 +58,7 @@ def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[s
     return gaps
 
 
-def _gap(want: Tensor, got: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    scale = max(want.abs().max().item(), MIN_SCALE)
+def _gap(want: Tensor, got: Tensor, least_scale: float = MIN_SCALE) -> float:
+    """The largest difference, as a share of the largest value, which counts as so large at least."""
+    scale = max(want.abs().max().item(), least_scale)
     return ((want.float() - got.float()).abs().max() / scale).item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -217,3 +219,23 @@ def test_pieces_that_answer_otherwise_are_refused():
     wrong = Segment(lambda x: first.module(x.flip(-1)), None, first.rows, first.exit, first.earlier)
     with pytest.raises(PteeError, match=r"in pieces, exit 0 gives other answers to a batch of 1"):
         check_segments(model, [wrong, *others])
+
+
+@pytest.mark.parametrize(("off_by", "refused"), [(1e-6, False), (1e-2, True)])
+def test_noise_of_a_confidence_that_is_nearly_nothing_is_no_other_answer(off_by, refused):
+    model = made()
+    with torch.no_grad():
+        model.heads[0].confidence.weight.zero_()  # so its logit is 1e-5, and noise is a tenth of it
+        model.heads[0].confidence.bias.fill_(1e-5)
+    first, *others = segments(model)
+
+    def noisy(*alive: Tensor) -> object:
+        left, logits, sure = first.module(*alive)
+        return left, logits, sure + off_by
+
+    pieces = [replace(first, module=noisy), *others]
+    if refused:
+        with pytest.raises(PteeError, match="exit 0 gives other answers"):
+            check_segments(model, pieces)
+    else:
+        check_segments(model, pieces)
