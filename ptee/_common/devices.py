@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ptee._common.errors import DeviceError, PteeError, first_line
 
+T = TypeVar("T")
 PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *PLACE)  # what torchrun puts into the environment
 MPI = (  # what MPI's launchers put there, and accelerate reads
@@ -80,6 +81,17 @@ def process_state(**how: Any) -> Any:
             os.environ.pop(name, None)
         os.environ.update(given)
         raise _not_launched(given, first_line(why)) from why
+
+
+def of_main_process(call: Callable[[], T]) -> T:
+    """What a call gives. Of several processes that train together the first makes it, and all get what it gave."""
+    if not {*LAUNCH, *MPI} & os.environ.keys() or process_state().num_processes == 1:
+        return call()
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [call() if process_state().is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def _not_launched(given: Mapping[str, str], why: str) -> PteeError:

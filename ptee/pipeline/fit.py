@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptee._common.devices import require_launch, resolve_device
+from ptee._common.devices import of_main_process, require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
 from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
@@ -26,7 +26,6 @@ from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import LEARNED
 from ptee.exits.front import named_front
-from ptee.exits.placement import INPUT
 from ptee.exits.plan import TimesOfModules
 from ptee.exits.times import BatchTimes
 from ptee.model import run_files, saving
@@ -48,8 +47,9 @@ from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.run_folder import (
     clear,
     forget_training,
-    is_interrupted,
     is_main_process,
+    keep_times,
+    kept_times,
     new_folder,
     require_readable,
     sole_writer,
@@ -58,7 +58,6 @@ from ptee.timing.backbone import time_of_modules
 from ptee.timing.measure import measure
 from ptee.timing.times import AUTO, FILE, Times
 from ptee.training.calibration import calibrate
-from ptee.training.checkpoint import exits_of as checkpoint_exits
 from ptee.training.config import JOINT, passes
 from ptee.training.history import Epoch, History
 from ptee.training.tracking import tracked
@@ -188,13 +187,15 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     recipe = recipe.resolved()
     backbone = _seeded(backbone, recipe)
     job = replace(job, device=resolve_device(job.device))
-    placed, shares = _placed(backbone, recipe, job)
-    model, target = checked_model(backbone, data, placed, shares)
+    times = _times_to_place_by(backbone, recipe, job)
+    model, target = checked_model(backbone, data, recipe, times)
     for network in (backbone, getattr(model.heads[0], "origin", None)):
         if network is not None and network.note:
             job.log(f"{network.note}\n")
     job.log(f"{data.summary}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
     with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
+        if times is not None and job.out is not None and is_main_process():
+            keep_times(job.out, times)
         return _fit(model, data, target, recipe, job)
 
 
@@ -244,19 +245,19 @@ def _unreadable_named(data: Data, job: Job) -> Iterator[None]:
         raise
 
 
-def _placed(backbone: Backbone, recipe: Recipe, job: Job) -> tuple[Recipe, TimesOfModules | None]:
-    """The recipe, and the times its exits are placed by, if seconds count. A training that goes on keeps its exits."""
+def _times_to_place_by(backbone: Backbone, recipe: Recipe, job: Job) -> TimesOfModules | None:
+    """The times that the exits are placed by, if seconds count: of the first process, or those that an interrupted training began with."""
     how = recipe.thresholds
     if how.cost != TIME:
-        return recipe, None
-    job.log(f"The backbone is measured up to each module in batches of {how.at_batch} on {job.device}.\n")
-    times = time_of_modules(backbone, resolve_device(job.device), how.at_batch)
-    if job.out is not None and job.resume and is_interrupted(job.out):
-        names = [
-            name for name in checkpoint_exits(job.out / saving.CHECKPOINT) if name != INPUT or not recipe.exits.front
-        ]
-        recipe = recipe.with_settings({"exits.places": names, "exits.number": None})
-    return recipe, times
+        return None
+
+    def measured() -> TimesOfModules:
+        if job.out is not None and job.resume and (kept := kept_times(job.out)) is not None:
+            return kept
+        job.log(f"The backbone is measured up to each module in batches of {how.at_batch} on {job.device}.\n")
+        return time_of_modules(backbone, resolve_device(job.device), how.at_batch)
+
+    return of_main_process(measured)
 
 
 def checked_model(

@@ -9,20 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from ptee._common.devices import process_state
-from ptee._common.errors import Argument, RunError, first_line
-from ptee._common.files import WRITING, clear_unfinished, from_json, require_writable, write_json
+from ptee._common.errors import Argument, PteeError, RunError, first_line
+from ptee._common.files import WRITING, clear_unfinished, from_json, is_file, require_writable, write_json
+from ptee._common.validation import FrozenConfig, Name, Number
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
+from ptee.exits.plan import TimesOfModules
 from ptee.model import run_files, saving
 from ptee.pipeline.recipe import RECIPE_FILE
 from ptee.timing.times import FILE as TIMES_FILE
 
 LOCK = ".ptee.lock"  # held by the process that trains into a folder
 UNREADABLE = "unreadable.json"  # keys of pictures that could not be read
+PLACED_BY = "placed_by.json"  # the times that the exits of a training were placed by
 OUT, RESUME = Argument("out"), Argument("resume")
 
 
@@ -58,7 +63,7 @@ def is_interrupted(out: Path) -> bool:
 
 def _is_left_over(name: str) -> bool:
     """Whether a process that ended before its first epoch may have left this file."""
-    return name in (UNREADABLE, LOCK) or name.startswith(WRITING)
+    return name in (UNREADABLE, PLACED_BY, LOCK) or name.startswith(WRITING)
 
 
 @contextmanager
@@ -106,8 +111,37 @@ def clear(out: Path) -> None:
 
 def forget_training(out: Path) -> None:
     """Remove what only --resume needs."""
-    for name in (saving.CHECKPOINT, UNREADABLE):
+    for name in (saving.CHECKPOINT, UNREADABLE, PLACED_BY):
         (out / name).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------- exits placed by time
+
+
+class _PlacedBy(FrozenConfig):
+    shares: dict[Name, Annotated[Number, Field(ge=0, le=1.01)]]
+    seconds: Annotated[Number, Field(gt=0)]
+    unit: Name
+
+
+def keep_times(out: Path, times: TimesOfModules) -> None:
+    """Keep the times that exits were placed by: measured again they would differ, and a training goes on with the same exits only."""
+    write_json(out / PLACED_BY, times._asdict())
+
+
+def kept_times(out: Path) -> TimesOfModules | None:
+    """The times that an interrupted training was placed by; None if there are none.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    file = out / PLACED_BY
+    if not is_file(file):
+        return None
+    try:
+        return TimesOfModules(**_PlacedBy(**from_json(file.read_text("utf-8"))).model_dump())
+    except (OSError, ValueError, TypeError, PteeError) as why:
+        raise RunError(f"{file} is damaged: {first_line(why)} Delete {out}, and begin again.") from why
 
 
 # ---------------------------------------------------------------------------------------------------- unreadable pictures

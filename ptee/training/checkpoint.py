@@ -114,24 +114,6 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
     return reached
 
 
-def exits_of(path: Path) -> list[str]:
-    """The names of the modules behind which the exits of a checkpoint's training stand, as it says: nothing is checked but their form.
-
-    Raises:
-        RunError: if the file is no checkpoint.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            names = from_json((file.metadata() or {})["training"])["exits"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError("its exits have no names")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as why:
-        raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to start again.") from why
-    return names
-
-
 def _from_tensors(tensors: Mapping[str, Tensor], epochs: list[Epoch]) -> Checkpoint:
     if [epoch.number for epoch in epochs] != [*range(1, len(epochs) + 1)]:
         raise ValueError("its epochs are not numbered one after another")

@@ -25,6 +25,7 @@ from ptee.pipeline import fit as fitting
 from ptee.pipeline.fit import build_model
 from ptee.pipeline.images import open_images
 from ptee.pipeline.recipe import make_recipe
+from ptee.pipeline.run_folder import PLACED_BY, kept_times
 from ptee.training import trainer
 
 SIZE, K = (3, 8, 8), 4
@@ -138,21 +139,40 @@ def test_thresholds_by_time_are_chosen_by_what_was_measured_of_the_pieces(tmp_pa
     assert read_times(tmp_path / "run") == Times(**slow)
 
 
-def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goes_on_keeps_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("usual", "names"),
+    [({"exits": (0.4,)}, ["5"]), ({"exits": None, "head": None}, ["5"])],
+    ids=["one place", "the default"],
+)
+def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goes_on_keeps_them(
+    usual, names, tmp_path, monkeypatch
+):
     def deep() -> nn.Module:
         torch.manual_seed(1)
         convs = [part for c in (3, 6, 6, 6) for part in (nn.Conv2d(c, 6, 3, 1, 1), nn.ReLU())]
         return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, K))
 
-    clocks = iter([{"3": 0.2, "5": 0.3}, {"3": 0.26, "5": 0.9}])  # the second time all is slower
+    clocks = iter([{"3": 0.1, "5": 0.5, "7": 0.8}, {"3": 0.5, "5": 0.9, "7": 0.97}])  # the second time all is slower
     monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules(next(clocks), 1.0, "a clock"))
-    goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run", "epochs": 3, "exits": [0.25]}
+    goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run", "epochs": 3, **usual}
     with interrupted_after_an_epoch(monkeypatch):
         fit(deep(), images(40), **goal)
     kept = fit(deep(), images(40), resume=True, **goal)
-    assert [e.name for e in kept.exits] == ["5"]
+    assert [e.name for e in kept.exits] == names
     assert kept.plan.unit == "a clock"
-    assert make_recipe(tmp_path / "run").exits.places == (0.25,)
+    assert len(list(clocks)) == 1  # nothing was measured again
+    assert make_recipe(tmp_path / "run").exits.places == (usual["exits"] or (0.03, 0.4, 0.7))
+    assert not (tmp_path / "run" / PLACED_BY).exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"shares": {"3": -1}, "seconds": 1, "unit": "a clock"}', '{"shares": {}}']
+)
+def test_times_that_were_kept_and_are_damaged_are_refused_in_one_line(text, tmp_path):
+    (tmp_path / PLACED_BY).write_text(text)
+    with pytest.raises(RunError, match=rf"{PLACED_BY} is damaged") as refused:
+        kept_times(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
