@@ -83,17 +83,6 @@ def process_state(**how: Any) -> Any:
         raise _not_launched(given, first_line(why)) from why
 
 
-def of_main_process(call: Callable[[], T]) -> T:
-    """What a call gives. Of several processes that train together the first makes it, and all get what it gave."""
-    if not {*LAUNCH, *MPI} & os.environ.keys() or process_state().num_processes == 1:
-        return call()
-    from accelerate.utils import broadcast_object_list
-
-    found: list[Any] = [call() if process_state().is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
-
-
 def _not_launched(given: Mapping[str, str], why: str) -> PteeError:
     missing = [name for name in (PLACE if {*MPI} & given.keys() else LAUNCH) if name not in given]
     what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else why.rstrip(".")
@@ -136,6 +125,20 @@ def _state_on(device: str | torch.device | None) -> Iterator[torch.device]:
             for state, was in zip(shared, before, strict=True):
                 state.clear()
                 state.update(was)
+
+
+def of_main_process(call: Callable[[], T], device: str | torch.device | None) -> T:
+    """What a call gives. Of several processes that train together on such a device, the first makes it, and all get what it gave."""
+    if not {*LAUNCH, *MPI} & os.environ.keys():
+        return call()
+    from accelerate.utils import broadcast_object_list
+
+    with _state_on(device):
+        state = process_state()
+        found: list[Any] = [call() if state.is_main_process else None]
+        if state.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
 
 
 @contextmanager

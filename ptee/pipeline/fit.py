@@ -257,7 +257,7 @@ def _times_to_place_by(backbone: Backbone, recipe: Recipe, job: Job) -> TimesOfM
         job.log(f"The backbone is measured up to each module in batches of {how.at_batch} on {job.device}.\n")
         return time_of_modules(backbone, resolve_device(job.device), how.at_batch)
 
-    return of_main_process(measured)
+    return of_main_process(measured, job.device)
 
 
 def checked_model(

@@ -145,3 +145,18 @@ def test_batches_in_which_a_process_would_have_no_row_are_left_out_by_all():
 def test_an_error_of_a_lost_connection_is_known():
     assert is_lost(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:6377"))
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+FIRST = """
+import os
+from ptee._common.devices import of_main_process
+print("found", of_main_process(lambda: os.environ["RANK"], "cpu"), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_get_what_the_first_one_measured(tmp_path):
+    (tmp_path / "first.py").write_text(FIRST)
+    words = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS["torchrun"], str(tmp_path / "first.py")]
+    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split("\n")[:2] == ["found 0", "found 0"], done
