@@ -75,6 +75,7 @@ class Manifest(_Strict):
     ptee_version: str
     about: dict[str, Any]
     planned: int = Field(ge=1)  # parts
+    max_unreadable: float = 1.0  # share of the images
     parts: list[Part]
 
     @property
@@ -143,6 +144,18 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
     if not manifest.whole:
         done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"
         raise DataError(f"{folder} is not finished: {done}. The command that began it goes on with it.")
+
+
+def require_few_unreadable(folder: Path, manifest: Manifest) -> None:
+    """Refuse a folder in which more images cannot be read than it was allowed."""
+    bad, rows = manifest.unreadable, manifest.rows + manifest.unreadable
+    if bad > max(FEW, manifest.max_unreadable * rows):
+        make = "ptee trace" if manifest.kind == "traces" else "ptee cache"
+        allowed = Argument("max_unreadable", f"{min(1.0, 2 * bad / rows):.2g}")
+        raise DataError(
+            f"{bad:,} of {rows:,} images cannot be read; they are named in {folder / UNREADABLE}. Replace them and "
+            f"begin {make} again (", OVERWRITE, "), or allow it more: ", allowed, ".",
+        )  # fmt: skip
 
 
 def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
@@ -226,8 +239,8 @@ def _digest(file: Any) -> str:
 class PartsWriter:
     """The one writer of a folder: which parts are missing, and what becomes of a part that was made."""
 
-    def __init__(self, folder: Path, manifest: Manifest, limit: float) -> None:
-        self.folder, self.manifest, self.limit = folder, manifest, limit
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
         self._one_at_a_time = threading.Lock()
 
     def missing(self, names: Sequence[str]) -> list[str]:
@@ -255,21 +268,12 @@ class PartsWriter:
             self._name_unreadable(faults)
         self.manifest.parts.append(part)
         write_json(self.folder / MANIFEST, self.manifest.model_dump(mode="json"))
-        self._require_few_unreadable()
+        require_few_unreadable(self.folder, self.manifest)
 
     def _name_unreadable(self, faults: list[dict[str, str]]) -> None:
         file = self.folder / UNREADABLE
         before = read_object(file, LARGEST_MANIFEST)["images"] if is_file(file) else []
         write_json(file, {"images": [row for row in before if row not in faults] + faults})
-
-    def _require_few_unreadable(self) -> None:
-        bad, rows = self.manifest.unreadable, self.manifest.rows + self.manifest.unreadable
-        if bad > max(FEW, self.limit * rows):
-            allowed = Argument("max_unreadable", f"{min(1.0, 2 * bad / rows):.2g}")
-            raise DataError(
-                f"{bad:,} of {rows:,} images cannot be read; they are named in {self.folder / UNREADABLE}. Replace them and "
-                "begin again (", OVERWRITE, "), or allow more: ", allowed, ".",
-            )  # fmt: skip
 
 
 def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
@@ -301,7 +305,7 @@ def parts_writer(
         overwrite: replace parts of other rows.
 
     Raises:
-        DataError: if another process writes there, or the folder holds something else.
+        DataError: if another process writes there, the folder holds something else, or too many images are unreadable.
     """
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -315,16 +319,24 @@ def parts_writer(
     except OSError as why:
         raise DataError(f"{folder / LOCK} cannot be locked: {first_line(why)} Give another folder: ", OUT, ".") from why
     try:
-        manifest = _begun(folder, kind, about, planned, overwrite)
+        manifest = _begun(folder, kind, about, planned, limit, overwrite)
         clear_unfinished(folder)
-        yield PartsWriter(folder, manifest, limit)
+        yield PartsWriter(folder, manifest)
     finally:
         with suppress(OSError):
             (folder / LOCK).unlink()
         lock.release()
 
 
-def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, overwrite: bool) -> Manifest:
+def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limit: float, overwrite: bool) -> Manifest:
+    found = _begun_or_new(folder, kind, about, planned, overwrite)
+    found.max_unreadable = min(1.0, limit)
+    require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
+    write_json(folder / MANIFEST, found.model_dump(mode="json"))
+    return found
+
+
+def _begun_or_new(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, overwrite: bool) -> Manifest:
     as_read = from_json(to_json(dict(about)))
     new = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
     others = [path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(WRITING)]
@@ -338,7 +350,6 @@ def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, over
         (folder / UNREADABLE).unlink(missing_ok=True)
     elif others:
         raise DataError(f"{folder} holds something else ({others[0]}). Give a new folder: ", OUT, ".")
-    write_json(folder / MANIFEST, new.model_dump(mode="json"))
     return new
 
 

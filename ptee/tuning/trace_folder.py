@@ -22,7 +22,15 @@ from ptee._common.files import as_path, plain
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.labels import labels_of_other_classes
-from ptee.data.parts import Manifest, key_hashes, numbers, read_manifest, require_whole, row_groups
+from ptee.data.parts import (
+    Manifest,
+    key_hashes,
+    numbers,
+    read_manifest,
+    require_few_unreadable,
+    require_whole,
+    row_groups,
+)
 from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
 from ptee.model.early_exit import EarlyExitModel
@@ -214,6 +222,7 @@ def open_traces(*folders: str | Path) -> TraceFolder:
     for path in paths:
         manifest = read_manifest(path, "traces")
         require_whole(path, manifest)
+        require_few_unreadable(path, manifest)
         missing = [key for key in ("heads", "backbone", "confidence", "logits") if key not in manifest.about]
         if missing or not (manifest.about["logits"] == "all" or type(manifest.about["logits"]) is int):
             raise DataError(

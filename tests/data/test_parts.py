@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from ptee._common.errors import DataError, PteeError
-from ptee.data.parts import parts_writer, read_manifest, require_whole, row_groups, write_tables
+from ptee.data.parts import parts_writer, read_manifest, require_few_unreadable, require_whole, row_groups, write_tables
 
 ABOUT = {"heads": "a", "source": {"files": 2}}
 
@@ -111,6 +111,20 @@ def test_too_many_images_that_cannot_be_read_end_it_and_are_named(tmp_path, monk
     ):
         add(writer, "part-0", table("abcd", damaged="bd"))
     assert "damaged" in (tmp_path / "out" / "unreadable.json").read_text()
+
+
+def test_the_same_call_given_again_is_not_allowed_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptee.data.parts.FEW", 1)
+    out = tmp_path / "out"
+    with pytest.raises(PteeError), begun(out, planned=1, limit=0.1) as writer:
+        add(writer, "part-0", table("abcd", damaged="bd"))
+    with pytest.raises(PteeError, match="2 of 4 images cannot be read"), begun(out, planned=1, limit=0.1):
+        pass
+    with pytest.raises(PteeError, match=r"2 of 4 images cannot be read.*ptee trace"):
+        require_few_unreadable(out, read_manifest(out, "traces"))
+    with begun(out, planned=1, limit=0.6) as writer:
+        assert writer.missing(["part-0"]) == []
+    require_few_unreadable(out, read_manifest(out, "traces"))
 
 
 def cut_off(file: Path) -> None:

@@ -147,6 +147,17 @@ def test_damaged_pictures_are_counted_and_named_and_the_others_kept(a_run, tmp_p
     assert [image["key"] for image in named] == ["a.tar/00003", "a.tar/00017"]
 
 
+def test_a_folder_in_which_too_many_cannot_be_read_is_refused_again_and_when_opened(a_run, tmp_path):
+    shard(tmp_path / "a.tar", range(20), damaged=range(12))
+    for again in (ptee.record, ptee.record, lambda *_: ptee.open_traces(tmp_path / "out")):
+        with pytest.raises(DataError, match="12 of 20 images cannot be read"):
+            again(a_run, tmp_path / "a.tar", tmp_path / "out")
+    for again in (ptee.cache, ptee.cache, lambda *_: ptee.open_cache(tmp_path / "cache")):
+        with pytest.raises(DataError, match="12 of 20 images cannot be read"):
+            again(a_run, tmp_path / "a.tar", tmp_path / "cache")
+    assert len(ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", max_unreadable=0.7)) == 8
+
+
 def test_a_damaged_shard_ends_it_and_the_same_call_goes_on(a_run, tmp_path, small_parts):
     data = tmp_path / "data"
     data.mkdir()
