@@ -12,7 +12,7 @@ from ptee._common.files import as_path
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.parts import parts_writer
 from ptee.data.shards import Source, find_source, samples
-from ptee.scale.trace import MAX_UNREADABLE, engine_of, fill, with_classes
+from ptee.scale.trace import MAX_UNREADABLE, class_order, engine_of, fill, with_classes
 from ptee.scale.worker import Job, Worker, open_model
 from ptee.training.feature_cache import LIMIT, CacheFolder, amount, open_cache, what_heads_read
 
@@ -57,6 +57,7 @@ def cache(
     job = with_classes(job, model, source, classes)
     worker = Worker(job, model)
     about = what_heads_read(model) | {"source": source.describe(), "shapes": _shapes(worker, source)}
+    about |= {"class_order": class_order(job)}
     size = _size(about["shapes"], model.num_classes, source)
     if log is not None:
         log(f"What the heads read of about {source.count():,} images takes about {amount(size)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def record(
     model = open_model(job)
     job = with_classes(job, model, source, classes)
     about = describe(model) | {"logits": "all" if logits is None else logits, "source": source.describe()}
-    about |= {"threshold": list(model.threshold), "off": list(model.off)}
+    about |= {"class_order": class_order(job), "threshold": list(model.threshold), "off": list(model.off)}
     with parts_writer(
         folder, "traces", about, len(source.parts()), limit=max_unreadable, overwrite=overwrite
     ) as writer:
@@ -141,6 +142,12 @@ def with_classes(job: Job, model: EarlyExitModel, source: Source, classes: str |
     else:
         numbers = {name: n for n, name in enumerate(names)} if names else None
     return replace(job, classes=numbers)
+
+
+def class_order(job: Job) -> str:
+    """A hash of the number of each class name, which give the labels; empty without names."""
+    pairs = "".join(f"{number}\t{name}\n" for name, number in sorted((job.classes or {}).items()))
+    return hashlib.sha256(pairs.encode()).hexdigest()[:16] if pairs else ""
 
 
 def _if_known(source: Source, names: Any) -> Any:

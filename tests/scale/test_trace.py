@@ -176,6 +176,21 @@ def test_a_damaged_shard_ends_it_and_the_same_call_goes_on(a_run, tmp_path, smal
     assert said[0] == "1 of 3 parts are there already."
 
 
+def test_another_file_of_classes_is_other_labels(a_run, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "1.png").write_bytes((a_run.parent / "picture.png").read_bytes())
+    others = [f"class{k}" for k in range(8)]
+    (tmp_path / "one.txt").write_text("\n".join(["dog", "cat", *others]))
+    (tmp_path / "two.txt").write_text("\n".join(["cat", "dog", *others]))
+    for make in (ptee.record, ptee.cache):
+        out = tmp_path / make.__name__
+        for _ in range(2):
+            make(a_run, tmp_path / "data", out, classes=tmp_path / "one.txt")
+        with pytest.raises(DataError, match=r"of another class_order .*overwrite"):
+            make(a_run, tmp_path / "data", out, classes=tmp_path / "two.txt")
+
+
 def test_folders_of_classes_get_the_numbers_that_a_file_gives_them(a_run, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)
