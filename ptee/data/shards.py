@@ -29,6 +29,7 @@ LABEL = "cls"  # the ending of a label in a shard
 KEYS = ("key", "__key__", "id", "path", "file_name")  # columns that name an image
 LABELS = ("label", "cls", "class", "fine_label")
 IMAGES = ("image", "img", "png", "jpg", "jpeg", "bytes")
+LARGEST_LABEL = 10**9 - 1  # of nine digits, which 32 bits hold; a larger number is no class
 ROWS_AT_ONCE = 256
 GIVE = "Give a folder of webdataset shards (*.tar), of *.parquet, or of CLASS/*.jpg: "
 
@@ -197,7 +198,7 @@ def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
 
 
 def number(text: bytes) -> int:
-    """A label as it stands in a shard; -1 if it is no number."""
+    """A label as it stands in a shard; -1 if it is no number, or above `LARGEST_LABEL`."""
     return int(text) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) else UNKNOWN_LABEL
 
 
@@ -222,5 +223,5 @@ def of_row(file: str, image: Any, label: Any, key: Any) -> Sample:
     content = image.get("bytes") if isinstance(image, Mapping) else image
     named = key or (isinstance(image, Mapping) and image.get("path")) or ""
     content = content if isinstance(content, bytes) else b""
-    known = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+    known = isinstance(label, int) and not isinstance(label, bool) and 0 <= label <= LARGEST_LABEL
     return Sample(f"{file}/{named or f'{crc32(content):08x}'}", content, label if known else UNKNOWN_LABEL, "")

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from ptee._common.errors import DataError
-from ptee.data.shards import Sample, find_source, samples
+from ptee.data.shards import Sample, find_source, of_row, samples
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -50,6 +50,11 @@ def test_a_table_gives_each_picture_with_its_label(image, tmp_path):
     (found,) = read(tmp_path)
     assert (found.image, found.label) == (b"one", 4)
     assert found.key == ("a.parquet/x.png" if isinstance(image, dict) else "a.parquet/7a6c86f1")
+
+
+@pytest.mark.parametrize("label", [2**40, 2**31, -1, None])
+def test_a_number_that_cannot_be_a_class_counts_as_none(label):
+    assert of_row("a.parquet", b"one", label, "x").label == -1
 
 
 def test_folders_give_each_picture_with_the_name_of_its_class(tmp_path):
