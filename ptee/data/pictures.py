@@ -121,7 +121,7 @@ def decode(file: File) -> Image:
         return eight_bits(image)
     except DataError as why:
         raise DataError(f"Picture '{file.words}' cannot be used: {why}") from why
-    except _decoding_errors() as why:
+    except Exception as why:  # whatever Pillow raises
         raise DataError(f"Picture '{file.words}' cannot be decoded ({_reason(why)}): replace or remove it.") from why
 
 
@@ -137,14 +137,10 @@ def decode_bytes(content: bytes) -> Image:
         image = Image.open(BytesIO(content))
         image.load()
         return eight_bits(image)
-    except _decoding_errors() as why:
+    except DataError:
+        raise
+    except Exception as why:  # whatever Pillow raises
         raise DataError(_reason(why)) from why
-
-
-def _decoding_errors() -> tuple[type[Exception], ...]:
-    from PIL.Image import DecompressionBombError
-
-    return OSError, SyntaxError, ValueError, EOFError, DecompressionBombError
 
 
 def _reason(error: Exception) -> str:
@@ -153,6 +149,8 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, DecompressionBombError):
         return f"it has more than {2 * (MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller"
+    if isinstance(error, MemoryError):
+        return "there is no memory for it; make it smaller"
     if "MAX_TEXT" in str(error):
         return "the text stored beside its pixels is too large; save it without"
     if isinstance(error, OSError) and error.strerror:  # of the system, not of Pillow
@@ -240,7 +238,7 @@ def _fault(file: File) -> str:
         eight_bits(image)
     except DataError as why:
         return str(why).split(". ")[0]
-    except _decoding_errors() as why:
+    except Exception as why:  # whatever Pillow raises
         return _reason(why)
     return ""
 

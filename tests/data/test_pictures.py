@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import tarfile
@@ -15,7 +16,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ptee._common.errors import DataError
-from ptee.data.pictures import File, Pictures, UnreadablePicturesError, check_pictures, decode, image_transform
+from ptee.data.pictures import (
+    File,
+    Pictures,
+    UnreadablePicturesError,
+    check_pictures,
+    decode,
+    decode_bytes,
+    image_transform,
+)
 from ptee.data.splits import hold_out
 
 
@@ -156,6 +165,21 @@ def test_all_pictures_that_cannot_be_read_are_named_in_one_line(damaged):
         assert name in said
     assert "\n" not in said
     assert sorted(caught.value.keys)[0] == ("validation", "a/cut.jpg", "a")
+
+
+def test_a_picture_on_which_a_decoder_stumbles_is_damaged(tmp_path):
+    content = io.BytesIO()
+    noise(4, 4).save(content, "tiff")
+    odd = bytearray(content.getvalue())
+    odd[72] = 2  # a number of an entry becomes a text, and Pillow raises a TypeError
+    (tmp_path / "odd.tif").write_bytes(odd)
+    file = File(str(tmp_path / "odd.tif"), "odd.tif")
+    with pytest.raises(DataError, match="damaged"):
+        decode_bytes(bytes(odd))
+    with pytest.raises(DataError, match=r"odd\.tif' cannot be decoded \(damaged\)"):
+        decode(file)
+    with pytest.raises(UnreadablePicturesError, match=r"odd\.tif' \(damaged"):
+        check_pictures([Pictures([(file, 0)], TRANSFORM)])
 
 
 def test_what_pillow_refuses_to_decode_is_not_called_damaged(tmp_path):
