@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptee._common.errors import PteeError
 from ptee._common.shares import Share
 from ptee.analysis.parameters import parameter_shares
 from ptee.exits.confidence import first_exit
@@ -17,7 +19,7 @@ from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import draw_shifts, shift_maps
-from ptee.training.config import OPERATIONS, SEPARATE, WEIGHTED, TrainingConfig
+from ptee.training.config import JOINT, ONE_BY_ONE, OPERATIONS, SEPARATE, WEIGHTED, TrainingConfig
 from ptee.training.losses import LOSSES
 
 
@@ -109,10 +111,43 @@ class Step(nn.Module):
         return labels
 
 
-def let_learn(heads: nn.ModuleList, number: int | None = None) -> None:
-    """Let the head of this number learn, and keep the others as they are; None: let all learn."""
-    for n, head in enumerate(heads):
-        head.requires_grad_(number in (None, n)).train(number in (None, n))
+class Turns:
+    """Lets one head after another learn. What was frozen before stays frozen.
+
+    Raises:
+        PteeError: if nothing of a head that must learn requires gradients.
+    """
+
+    def __init__(self, heads: nn.ModuleList, config: TrainingConfig) -> None:
+        self.heads = heads
+        self.free = [[p for p in head.parameters() if p.requires_grad] for head in heads]
+        frozen = [n for n, free in enumerate(self.free) if not free]
+        if config.order == ONE_BY_ONE and frozen:
+            raise _nothing_learns(f"head {frozen[0]}", f"heads[{frozen[0]}]")
+        if config.backbone != JOINT and len(frozen) == len(self.free):
+            raise _nothing_learns("the heads", "heads")
+
+    def only(self, number: int) -> None:
+        """Let the head of this number learn, and keep the others as they are."""
+        for n, (head, free) in enumerate(zip(self.heads, self.free, strict=True)):
+            head.train(n == number)
+            for p in free:
+                p.requires_grad_(n == number)
+
+
+def _nothing_learns(what: str, place: str) -> PteeError:
+    return PteeError(f"No parameter of {what} requires gradients. Call model.{place}.requires_grad_() first.")
+
+
+@contextmanager
+def flags_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards each parameter requires gradients if it did before."""
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def operation_costs(model: EarlyExitModel, exits: int | None = None) -> tuple[float, ...]:

@@ -49,7 +49,7 @@ from ptee.training.config import (
 from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entries
 from ptee.training.history import Epoch, History, collapse_of
 from ptee.training.optimizers import cosine_schedule, optimizer_of
-from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, let_learn, moved, rows_of
+from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, Turns, flags_kept, moved, rows_of
 from ptee.training.training_data import TrainingData, sample_hash
 
 
@@ -205,7 +205,7 @@ def _ready_to_learn(model: EarlyExitModel, device: torch.device, joint: bool) ->
     with torch.inference_mode(False), torch.enable_grad():
         model.to(device)
         try:
-            with model.learning_backbone() if joint else nullcontext():
+            with flags_kept(model.heads), model.learning_backbone() if joint else nullcontext():
                 yield
         finally:
             model.to(home).eval()
@@ -231,6 +231,7 @@ class _Training:
             raise PteeError(f"Weights in {dtype} cannot be trained well. Train model.float(), then convert it.")
         self.epochs = passes(config, len(model.exits))
         self.epochs_each = self.epochs // (len(model.exits) if config.order == ONE_BY_ONE else 1)
+        self.turns = Turns(model.heads, config)
         self._begin(0)
         self.history = History(config=config.model_dump())
         self.best: dict[str, Tensor] = {}
@@ -242,7 +243,8 @@ class _Training:
     def _begin(self, stage: int) -> None:
         """Make the step and the optimizer of what learns: one by one, of the head of this number."""
         self.stage, one = stage, self.config.order == ONE_BY_ONE
-        let_learn(self.model.heads, stage if one else None)
+        if one:
+            self.turns.only(stage)
         heads = self.model.heads[stage] if one else self.model.heads
         step = Step(self.model, self.config, stage + 1 if one else None)
         optimizer = optimizer_of(self.config, heads, self.model.backbone, self.accelerator.device)
@@ -268,8 +270,6 @@ class _Training:
                 if self.accelerator.num_processes == 1 or not is_lost(why):
                     raise
                 raise self._lost(why) from why
-            finally:
-                let_learn(self.model.heads)
         if self.history.has_stalled(self.config.patience) and not self.history.interrupted:
             self.learners.load_state_dict(self.best)
             self.history.stopped_early = True
@@ -339,7 +339,7 @@ class _Training:
     def _learn(self, number: int, loader: Any, rates: LambdaLR | None) -> EpochMeans:
         self.model.train()
         if self.config.order == ONE_BY_ONE:
-            let_learn(self.model.heads, self.stage)
+            self.turns.only(self.stage)
         sums = EpochSums()
         bar = with_bar(loader, f"epoch {number} of {self.epochs}", bool(self.accelerator.is_local_main_process))
         for batch, labels in entries(bar):

@@ -35,6 +35,29 @@ def test_a_head_is_kept_while_the_next_learns_and_not_touched_before_its_turn(lo
     assert all(p.requires_grad for p in model.heads.parameters())
 
 
+@pytest.mark.parametrize("order", ["together", "one by one"])
+def test_a_parameter_that_the_user_froze_stays_as_it_is(order):
+    model = made()
+    frozen = [next(head.parameters()) for head in model.heads]
+    for p in frozen:
+        p.requires_grad_(False)
+    before, values = heads(model), [p.clone() for p in frozen]
+    fit(model, order=order, epochs=1)
+    assert [p.requires_grad for p in frozen] == [False, False]
+    assert sum(not p.requires_grad for p in model.heads.parameters()) == 2
+    assert all(torch.equal(p, value) for p, value in zip(frozen, values, strict=True))
+    assert not same(heads(model), before)
+
+
+@pytest.mark.parametrize(("order", "said"), [("together", "of the heads"), ("one by one", "of head 1")])
+def test_heads_of_which_nothing_learns_are_refused(order, said):
+    model = made()
+    (model.heads if order == "together" else model.heads[1]).requires_grad_(False)
+    with pytest.raises(PteeError, match=f"No parameter {said} requires gradients"):
+        fit(model, order=order)
+    assert not any(p.requires_grad for p in model.heads[1].parameters())
+
+
 def test_the_first_exit_learns_what_it_would_learn_alone():
     model, alone = made(), copy.deepcopy(made().backbone)
     torch.manual_seed(0)
