@@ -136,12 +136,12 @@ class Estimate:
 class Cache(Dataset[Entry]):
     """What the heads read of a data set. `views` is the data set if its samples have several views.
 
-    A CacheTooLargeError if it is larger than the limit, or if the disk is full.
+    A CacheTooLargeError if it is larger than the limit (unless it is not `limited`), or if the disk is full.
     """
 
-    def __init__(self, estimate: Estimate, views: Views | None = None) -> None:
+    def __init__(self, estimate: Estimate, views: Views | None = None, *, limited: bool = True) -> None:
         self.estimate, self.views = estimate, views
-        if estimate.size > LIMIT:
+        if limited and estimate.size > LIMIT:
             raise _too_large(
                 f"What the heads read of {estimate.images} takes {amount(estimate.size)}, and a cache may take "
                 f"{amount(LIMIT)}. Run",
@@ -290,7 +290,7 @@ class CacheFolder:
         self.require(model)
         about, n = self.manifest.about, len(self)
         shapes = tuple(torch.Size(shape) for shape in about["shapes"])
-        cache = Cache(Estimate(n, (*shapes, torch.Size([about["classes"]])), torch.float32))
+        cache = self._room(Estimate(n, (*shapes, torch.Size([about["classes"]])), torch.float32))
         places = np.empty(n, dtype=np.int64)
         places[np.argsort(key_hashes(self.folder, self.manifest), kind="stable")] = np.arange(n)
         start = 0
@@ -304,6 +304,14 @@ class CacheFolder:
             cache.put_rows(rows, Reading(tuple(inputs), logits), labels)
             start += len(group)
         return cache
+
+    def _room(self, estimate: Estimate) -> Cache:
+        """An empty cache. How large it may be was said when the folder was made, so only the disk limits it."""
+        try:
+            return Cache(estimate, limited=False)
+        except CacheTooLargeError as why:
+            text = f"To learn from {self.folder} takes {amount(estimate.size)} on the disk of {tempfile.gettempdir()}, which has no room "
+            raise DataError(f"{text}for it. Free some, or set TMPDIR to another disk.") from why
 
 
 def open_cache(folder: str | Path) -> CacheFolder:

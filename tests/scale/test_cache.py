@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_the_size_is_told_before_and_a_larger_one_than_the_limit_is_refused(a_ru
     assert said == ["What the heads read of about 30 images takes about 1 MiB."]
     with pytest.raises(DataError, match="0 of its 1 parts"):
         ptee.open_cache(tmp_path / "out")
+
+
+def test_a_folder_that_is_there_is_learnt_from_however_large_it_is(a_run, folder, monkeypatch):
+    monkeypatch.setattr("ptee.training.feature_cache.LIMIT", 100)
+    assert len(ptee.train(ptee.load(a_run), folder, **SHORT).epochs) == 2
+
+
+def test_a_disk_without_room_for_a_folder_is_named(a_run, folder, monkeypatch):
+    monkeypatch.setattr("ptee.training.feature_cache.IN_MEMORY", 0)
+    monkeypatch.setattr("ptee.training.feature_cache.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(DataError, match=r"To learn from .* which has no room for it\. Free some, or set TMPDIR") as why:
+        ptee.train(ptee.load(a_run), folder, **SHORT)
+    assert "cache=" not in str(why.value)
 
 
 def test_traces_are_no_cache_and_the_other_way_round(a_run, shards, folder, tmp_path):
