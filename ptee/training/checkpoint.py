@@ -89,6 +89,22 @@ def write(path: Path, reached: Checkpoint, training: Mapping[str, Any]) -> None:
     replace_file(path, lambda beside: save_file(tensors, beside, about))
 
 
+def found(path: Path | None, training: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint of this training; None if there is none.
+
+    Raises:
+        RunError: as of `read`; or, of several processes, if they find different ones: some would wait for the others for ever.
+    """
+    from accelerate.utils import gather_object
+
+    reached = None if path is None or not path.is_file() else read(path, training)
+    done = gather_object([0 if reached is None else len(reached.epochs)])
+    if min(done) != max(done):
+        text = f"The processes find other checkpoints in {path}: of {min(done)} to {max(done)} epochs. Keep it on a disk that "
+        raise RunError(f"{text}all of them share, or copy it from the first process's machine to the others.")
+    return reached
+
+
 def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
     """Read a checkpoint of this training. A RunError if it is damaged, is no checkpoint, or belongs to another training."""
     from safetensors import SafetensorError, safe_open

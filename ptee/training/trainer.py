@@ -423,9 +423,9 @@ class _Training:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
-        if self.path is None or not self.path.is_file():
+        reached = checkpoints.found(self.path, self.training)
+        if reached is None:
             return
-        reached = checkpoints.read(self.path, self.training)
         if (done := len(reached.epochs)) > self.epochs:
             text = f"{self.path} holds {done} complete epochs, more than "
             raise RunError(text, Argument("epochs", str(self.epochs)), f". Give {done} or more, or delete it.")

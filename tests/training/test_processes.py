@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,8 @@ class Leaving(Dataset):  # the second process is gone in the second epoch
         return self.items[i]
 
 
+if "checkpoint" in settings:
+    settings["checkpoint"] = settings["checkpoint"].replace("RANK", rank)
 items = TensorDataset(*data()[: N - 3])
 model = made(head, seed=0 if rank == "0" else 1)  # the heads of the first process are everybody's
 try:
@@ -66,13 +70,34 @@ LAUNCHERS = {
 
 def trained(place: Path, head: str, settings: dict, launcher: str | None = None) -> subprocess.CompletedProcess:
     """A training by one process, or by two that a launcher starts. What it finds is in found.pt."""
+    launch = ["-m", *LAUNCHERS[launcher]] if launcher else []
+    words = command(place, head, settings, launch)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def alone(place: Path, head: str, settings: dict) -> list[subprocess.CompletedProcess]:
+    """A training by two processes without a launcher, which would end one as soon as the other has ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def run(rank: str) -> subprocess.CompletedProcess:
+        words, own = command(place, head, settings, []), {"RANK": rank, "LOCAL_RANK": rank}
+        return subprocess.run(words, env=environment() | where | own, capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, ["0", "1"]))
+
+
+def command(place: Path, head: str, settings: dict, launch: list[str]) -> list[str]:
     script = place / "training.py"
     script.write_text(TRAINING)
-    launch = ["-m", *LAUNCHERS[launcher]] if launcher else []
-    words = [sys.executable, "-W", "ignore", *launch, str(script), head, json.dumps(settings), str(place / "found.pt")]
+    return [sys.executable, "-W", "ignore", *launch, str(script), head, json.dumps(settings), str(place / "found.pt")]
+
+
+def environment() -> dict[str, str]:
     paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    return os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def found(place: Path) -> dict:
@@ -112,17 +137,28 @@ def test_two_processes_learn_what_one_does(head, settings, launcher, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_that_do_not_share_their_disk_do_not_wait_for_each_other_on_resume(tmp_path):
+    settings = {"batch_size": 16, "epochs": 3, "checkpoint": str(tmp_path / "RANK.safetensors")}
+    done = trained(tmp_path, "pool", settings | {"epochs": 1}, "torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["0.safetensors"]  # the first process writes
+    for each in alone(tmp_path, "pool", settings | {"resume": True}):
+        assert each.returncode == 1
+        assert "of 0 to 1 epochs. Keep it on a disk that all of them share" in each.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_a_process_that_is_lost_ends_all_in_one_line_and_resume_goes_on(tmp_path):
     kept = str(tmp_path / "checkpoint.safetensors")
     settings = {"batch_size": 16, "epochs": 3, "checkpoint": kept}
     whole = trained(tmp_path, "conv1", {"batch_size": 16, "epochs": 3}, "torchrun")
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = found(tmp_path)
-    lost = trained(tmp_path, "conv1", settings | {"leaves": 60}, "torchrun")
-    assert lost.returncode != 0
+    left, lost = alone(tmp_path, "conv1", settings | {"leaves": 60})[::-1]
+    assert (left.returncode, lost.returncode) == (9, 1)
     assert Path(kept).is_file()
-    said = [line for line in lost.stderr.splitlines() if "processes that train together has ended" in line]
-    assert all("resume=True" in line for line in said)  # none if the launcher ended the other process first
+    (said,) = [line for line in lost.stderr.splitlines() if "processes that train together has ended" in line]
+    assert "resume=True" in said
     again = trained(tmp_path, "conv1", settings | {"resume": True}, "torchrun")
     assert again.returncode == 0, again.stderr[-3000:]
     for name, value in expected["heads"].items():
