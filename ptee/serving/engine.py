@@ -71,6 +71,7 @@ class Engine:
         self._lock = threading.Condition()
         self._inside = self._running = 0  # rows without an answer; batches under way
         self._held = self._closed = False
+        self._later: list[tuple[Request, Array, np.ndarray | None]] = []  # what came while it was held
         self._busy_s, self._answered = 50 * policy.row_s, 50.0  # lately
         self._late = 1.0  # 99 of 100 answers come within so many times of what the pace says
         self._threads = [threading.Thread(target=self._work, name=f"pieces-{n}", daemon=True) for n in range(workers)]
@@ -133,37 +134,53 @@ class Engine:
         Raises:
             BusyError: if there is no room.
         """
-        rows, now = len(images), time.monotonic()
-        own = limits is not None
-        if limits is None:
-            limits = np.broadcast_to(
-                np.asarray(self._threshold(), dtype=np.float64), (rows, len(self.pieces.about.exits))
-            )
-        request = Request(rows, done, own, now)
+        request = Request(len(images), done, limits is not None, time.monotonic())
         given = self.pieces.given(images)
-        kept = given if self._watch is not None else None
         with self._lock:
-            self.require_room(rows)
-            self._inside += rows
-            self._queues.put(0, Chunk([given], IMAGES, [(request, i) for i in range(rows)], limits, now, kept))
-            self._lock.notify()
+            self.require_room(request.rows)
+            self._inside += request.rows
+            if self._held:
+                self._later.append((request, given, limits))
+            else:
+                self._put(request, given, limits)
+
+    def _put(self, request: Request, given: Array, limits: np.ndarray | None) -> None:
+        """Into the first queue, with the thresholds that go with the pieces there."""
+        if limits is None:
+            exits = len(self.pieces.about.exits)
+            limits = np.broadcast_to(np.asarray(self._threshold(), dtype=np.float64), (request.rows, exits))
+        kept = given if self._watch is not None else None
+        rows = [(request, i) for i in range(request.rows)]
+        self._queues.put(0, Chunk([given], IMAGES, rows, limits, request.began, kept))
+        self._lock.notify()
 
     # -------------------------------------------------------------------------------------------- its life
 
-    def exchange(self, pieces: Pieces, policy: Policy) -> None:
-        """Go on with other pieces. Rows that have begun end with the old ones; those that come meanwhile wait."""
+    def exchange(self, pieces: Pieces, policy: Policy, put_in_force: Callable[[], object] = bool) -> None:
+        """Go on with other pieces and thresholds. Rows that are there end with the old ones; those that come meanwhile wait.
+
+        Args:
+            pieces: may be the same.
+            policy: the same.
+            put_in_force: called in between, while no row is in any piece, to set other thresholds. If it raises, all stays as it was.
+
+        Raises:
+            PteeError: if a worker asks for it, which would wait for itself.
+        """
+        if threading.current_thread() in self._threads:
+            raise PteeError("Settings cannot change while a batch is answered. Change them in another thread.")
         with self._lock:
             self._held = True
             try:
-                while self._running or sum(self._queues.waiting[1:]):
+                while self._running or sum(self._queues.waiting):
                     self._lock.wait(1.0)
-                before, self._queues = self._queues, Queues(policy.sizes, policy.max_wait_s)
+                put_in_force()
+                self._queues = Queues(policy.sizes, policy.max_wait_s)
                 self.pieces, self.policy = pieces, policy
-                while (taken := before.take(0.0)) is not None:
-                    for chunk in taken[1]:
-                        self._queues.put(0, chunk)
             finally:
-                self._held = False
+                self._held, later, self._later = False, self._later, []
+                for came in later:
+                    self._put(*came)
                 self._lock.notify_all()
 
     def close(self) -> None:
@@ -191,7 +208,7 @@ class Engine:
 
     def _taken(self) -> tuple[int, list[Chunk]] | None:
         with self._lock:
-            while (taken := self._queues.take(time.monotonic(), int(self._held))) is None:
+            while (taken := self._queues.take(time.monotonic())) is None:
                 if self._closed and not self._inside:
                     return None
                 self._lock.wait()

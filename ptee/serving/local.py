@@ -64,7 +64,7 @@ class LocalServer:
     def __init__(self, model: Any, batching: Batching | None = None) -> None:
         self._model, self._how = model, batching or Batching()
         self._exported = isinstance(model, Runner)
-        pieces, self.policy = self._made()
+        pieces, self.policy = self._made(model)
         self.about: About = pieces.about
         alarm, page = self._watched()
         self.metrics = Metrics(self.about.exits, waiting=lambda: self._engine.waiting(), alarm=alarm, page=page)
@@ -80,9 +80,9 @@ class LocalServer:
             pieces, self.policy, threshold=threshold, heard=self.metrics, watch=watch, workers=self._how.workers
         )  # fmt: skip
 
-    def _made(self) -> tuple[Pieces, Policy]:
+    def _made(self, model: Any) -> tuple[Pieces, Policy]:
         how = self._how
-        pieces = pieces_of_runner(self._model) if self._exported else pieces_of_model(self._model)
+        pieces = pieces_of_runner(model) if self._exported else pieces_of_model(model)
         times = measure(pieces, min(how.max_batch, how.max_queue))
         wait_ms = (how.p99_ms or 100) / 4 if how.max_wait_ms is None else how.max_wait_ms
         policy = policy_of(
@@ -95,9 +95,10 @@ class LocalServer:
         monitor = None if self._exported else self._model.monitored
         return (None, str) if monitor is None else (lambda: monitor.alarm is not None, monitor.prometheus)
 
-    def _exchange(self) -> None:
-        pieces, policy = self._made()
-        self._engine.exchange(pieces, policy)
+    def _exchange(self, draft: Any, others: bool, put_in_force: Callable[[], None]) -> None:
+        """Go on with the settings of a draft; until then rows are answered by those that were."""
+        pieces, policy = self._made(draft) if others else (self._engine.pieces, self.policy)
+        self._engine.exchange(pieces, policy, put_in_force)
         self.policy = policy
 
     # -------------------------------------------------------------------------------------------- as of `Backend`

@@ -137,13 +137,13 @@ class Queues:
         self._chunks[n].append(chunk)
         self.waiting[n] += len(chunk)
 
-    def take(self, now: float, first: int = 0) -> tuple[int, list[Chunk]] | None:
-        """The number of a piece and a batch for it; None if nobody waits. Pieces before `first` are left alone."""
-        n = self._next(now, first)
+    def take(self, now: float) -> tuple[int, list[Chunk]] | None:
+        """The number of a piece and a batch for it; None if nobody waits."""
+        n = self._next(now)
         return None if n is None else (n, self._batch(n))
 
-    def _next(self, now: float, first: int) -> int | None:
-        some = [n for n in range(first, len(self.sizes)) if self.waiting[n]]
+    def _next(self, now: float) -> int | None:
+        some = [n for n, rows in enumerate(self.waiting) if rows]
         if not some:
             return None
         late = [n for n in some if n and now - self._chunks[n][0].since >= self.max_wait_s]

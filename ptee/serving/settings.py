@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable
@@ -68,41 +69,57 @@ class ModelSettings:
 
     Args:
         model: which is served.
-        exchange: called with nothing when the model has to be taken apart again, to make other pieces and go on with them.
+        exchange: gets a copy of the model, set as it is to be (it shares the weights); whether other pieces must be made of that; and
+            what sets the model itself, to call while no row is between the pieces.
     """
 
-    def __init__(self, model: Any, exchange: Callable[[], None]) -> None:
+    def __init__(self, model: Any, exchange: Callable[[Any, bool, Callable[[], None]], None]) -> None:
         self._model, self._exchange = model, exchange
         self._lock = threading.Lock()  # one change at a time
 
     def now(self) -> dict[str, Any]:
         """Those in force."""
-        m = self._model
-        return {"threshold": m.threshold, "off": list(m.off), "confidence": m.confidence, "answers": m.answers}
+        return _settings_of(self._model)
 
     def change(self, values: Any) -> dict[str, Any]:
         """Set some, all or none. Gives those in force then."""
         given = read_change(values).given
         with self._lock:
-            before = self.now()
-            try:
-                self._set(given)
-                if any(name in given for name in OF_PIECES):
-                    self._exchange()
-            except BaseException:
-                self._set(before)
-                raise
+            if given:
+                draft = copy.copy(self._model)
+                _set(draft, given)
+                names = {"threshold" if name in WISHES else name for name in given}
+                wanted = {name: value for name, value in _settings_of(draft).items() if name in names}
+                self._exchange(draft, not names.isdisjoint(OF_PIECES), lambda: self._put_in_force(wanted))
             return self.now()
 
-    def _set(self, values: dict[str, Any]) -> None:
-        wish = {name: values[name] for name in WISHES if name in values}
-        if values.get("answers") == "own":  # first, as blended answers allow fewer other settings
-            self._model.answers = "own"
-        for name in ("off", "confidence", "answers", "threshold"):
-            if name in values:
-                setattr(self._model, name, values[name])
-        if wish:
-            self._model.threshold = self._model.threshold_for(**wish)
+    def _put_in_force(self, wanted: dict[str, Any]) -> None:
+        before = self.now()
+        try:
+            _set(self._model, wanted)
+        except BaseException:
+            _set(self._model, before)
+            raise
+
+
+def _settings_of(model: Any) -> dict[str, Any]:
+    return {
+        "threshold": model.threshold,
+        "off": list(model.off),
+        "confidence": model.confidence,
+        "answers": model.answers,
+    }
+
+
+def _set(model: Any, values: dict[str, Any]) -> None:
+    wish = {name: values[name] for name in WISHES if name in values}
+    if "answers" in values:  # blended answers allow fewer other settings
+        model.answers = "own"
+    for name in ("off", "confidence", "answers", "threshold"):
+        if name in values:
+            setattr(model, name, values[name])
+    if wish:
+        model.threshold = model.threshold_for(**wish)
 
 
 class FixedSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from served import T, asked, images, require_same
 from small import chained, made
 
 import ptee
+from ptee._common.errors import PteeError
 from ptee.exits.blend import Blend, subsets
 from ptee.serving.engine import BusyError, Engine
 from ptee.serving.local import Batching, LocalServer
@@ -240,6 +242,78 @@ def test_settings_change_under_load_without_a_wrong_answer(server, model):
     answers = np.stack([a.logits for part in found for a in part]).reshape(20, 40, -1)
     near = [np.isclose(answers, logits, atol=1e-4).all(-1) for logits in possible]
     assert (near[0] | near[1]).all()
+
+
+def test_until_a_change_is_ready_all_goes_on_as_before(server, model, monkeypatch):
+    x, made_of = images(40), server._made
+
+    def asks_meanwhile(draft):
+        require_same(asked(server, x)[0], model, x)
+        assert (server.settings(), model.off) == (before, ())
+        return made_of(draft)
+
+    before = server.settings()
+    monkeypatch.setattr(server, "_made", asks_meanwhile)
+    changed = server.change({"off": [0], "confidence": "entropy", "threshold": 0.2})
+    assert (changed["off"], changed["confidence"], changed["threshold"]) == ([0], "entropy", [0.2, 0.2])
+    require_same(asked(server, x)[0], model, x)
+
+
+def test_a_change_that_fails_leaves_all_as_it_was(server, model, monkeypatch):
+    def fails(draft):
+        raise MemoryError("no room")
+
+    before, pieces, x = server.settings(), server._engine.pieces, images(20)
+    monkeypatch.setattr(server, "_made", fails)
+    with pytest.raises(MemoryError):
+        server.change({"off": [0], "threshold": 0.2})
+    assert server.settings() == before and server._engine.pieces is pieces
+    require_same(asked(server, x)[0], model, x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_that_wait_keep_their_settings_and_those_that_come_later_get_what_is_in_force(model, fails):
+    engine, gate = blocked(model)
+    answers: dict[str, list] = {}
+    now = [2.0, 2.0]
+    engine._threshold = lambda: now
+
+    def put_in_force():
+        if fails:
+            raise MemoryError("no room")
+        now[:] = [0.0, 0.0]
+
+    def change():
+        with suppress(MemoryError):
+            engine.exchange(engine.pieces, engine.policy, put_in_force)
+
+    engine.submit(images(9), None, lambda found: answers.update(before=found))
+    changing = threading.Thread(target=change)
+    changing.start()
+    while not engine._held:
+        time.sleep(0.001)
+    engine.submit(images(3), None, lambda found: answers.update(after=found))
+    gate.set()
+    changing.join(10)
+    engine.close()
+    assert {a.exit for a in answers["before"]} == {2}
+    assert {a.exit for a in answers["after"]} == ({2} if fails else {0})
+
+
+def test_a_worker_that_wants_to_change_settings_is_refused(model):
+    engine, gate = blocked(model)
+    gate.set()
+    found: list = []
+
+    def done(_):
+        try:
+            engine.exchange(engine.pieces, engine.policy)
+        except PteeError as why:
+            found.append(why)
+
+    engine.submit(images(1), None, done)
+    engine.close()
+    assert "another thread" in str(found[0])
 
 
 def test_a_monitor_sees_what_is_answered(own_model):

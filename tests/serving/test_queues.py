@@ -16,9 +16,9 @@ def rows(n: int, since: float = 0.0, first: int = 0) -> Chunk:
     return Chunk([values], IMAGES, [(request, i) for i in range(n)], np.full((n, 2), 0.5), since)
 
 
-def taken(queues: Queues, now: float = 0.0, first: int = 0) -> tuple[int, int] | None:
+def taken(queues: Queues, now: float = 0.0) -> tuple[int, int] | None:
     """The piece, and the rows of its batch."""
-    found = queues.take(now, first)
+    found = queues.take(now)
     return found and (found[0], sum(map(len, found[1])))
 
 
@@ -57,12 +57,6 @@ def test_where_nobody_may_wait_those_who_are_farthest_go_first():
     queues.put(0, rows(4))
     queues.put(1, rows(1))
     assert taken(queues) == (1, 1)
-
-
-def test_the_first_pieces_can_be_held_back():
-    queues = Queues((4, 4), 1.0)
-    queues.put(0, rows(4))
-    assert taken(queues, first=1) is None
 
 
 def test_rows_keep_their_order_and_their_values_when_they_are_split_and_joined():
