@@ -143,6 +143,8 @@ class FixedSettings:
             raise PteeError(
                 f"{wrong[0]} cannot be changed here: only threshold can. Serve the run itself with --local, or export it again."
             )
+        if not given:
+            return self.now()
         many, exits = given["threshold"], len(self.threshold)
         each = [float(t) for t in many] if isinstance(many, tuple) else [float(many)]
         if len(each) not in (1, exits):

@@ -199,6 +199,8 @@ def test_thresholds_of_an_exported_model_are_live_and_nothing_else_is(own_model,
             0.2,
         ]
         refused(client.patch("/settings", json={"off": [0]}, headers=HEADERS), 400, "only threshold")
+        unchanged = client.patch("/settings", json={"threshold": None}, headers=HEADERS)
+        assert unchanged.status_code == 200 and unchanged.json()["threshold"] == [0.1, 0.2]
         refused(client.patch("/settings", json={"threshold": [1, 1, 1]}, headers=HEADERS), 400, "3 thresholds")
     finally:
         server.close()
