@@ -252,6 +252,12 @@ class Monitor:
         with self._lock:
             return self._alarm
 
+    @property
+    def tested(self) -> bool:
+        """Whether audits test the promise: one is made for the model as it is now, and there is no alarm."""
+        with self._lock:
+            return self._test is not None and self._alarm is None and in_force(self.model) == self._promised_for
+
     def images_to_find(self, share: float) -> float:
         """About how many images it takes from the beginning to find that so many answers differ: the fewer are audited, the more.
 
@@ -291,7 +297,7 @@ class Monitor:
                 "confidence": self.settings.confidence,
                 "alpha": self._alpha,
                 "promised_for": self._test and promised_for,
-                "tested": self._test is not None and self._alarm is None and in_force(self.model) == self._promised_for,
+                "tested": self.tested,
                 "test": self._test and {"seen": self._test.seen, "bets": [asdict(bet) for bet in self._test.bets]},
                 "alarm": self._alarm and asdict(self._alarm),
             }

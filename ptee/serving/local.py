@@ -90,10 +90,12 @@ class LocalServer:
         )  # fmt: skip
         return pieces, policy
 
-    def _watched(self) -> tuple[Callable[[], bool] | None, Callable[[], str]]:
-        """Of the model's monitor: whether it has raised an alarm, and its page."""
+    def _watched(self) -> tuple[Callable[[], bool | None] | None, Callable[[], str]]:
+        """Of the model's monitor: whether it has raised an alarm, which nobody knows while nothing is tested, and its page."""
         monitor = None if self._exported else self._model.monitored
-        return (None, str) if monitor is None else (lambda: monitor.alarm is not None, monitor.prometheus)
+        if monitor is None:
+            return None, str
+        return lambda: True if monitor.alarm is not None else False if monitor.tested else None, monitor.prometheus
 
     def _exchange(self, draft: Any, others: bool, put_in_force: Callable[[], None]) -> None:
         """Go on with the settings of a draft; until then rows are answered by those that were."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ class Metrics:
     Args:
         exits: the names of the E exits.
         waiting: gives the rows in the queue of each piece.
-        alarm: gives whether the monitor has raised an alarm; None if there is no monitor.
+        alarm: gives whether the monitor has raised an alarm, or None while it tests nothing; None if there is no monitor.
         page: gives the monitor's own page; empty without one.
     """
 
@@ -28,7 +29,7 @@ class Metrics:
         exits: Sequence[str],
         *,
         waiting: Callable[[], Sequence[int]] = tuple,
-        alarm: Callable[[], bool] | None = None,
+        alarm: Callable[[], bool | None] | None = None,
         page: Callable[[], str] = str,
     ) -> None:
         self._exits, self._page = exits, page
@@ -51,7 +52,9 @@ class Metrics:
         for n in range(len(exits) + 1):
             queue.labels(n).set_function(lambda n=n: _at(waiting(), n))
         if alarm is not None:
-            self._made(Gauge, "alarm", "1 if the promise no longer holds.").set_function(lambda: int(alarm()))
+            self._made(Gauge, "alarm", "1 if the promise no longer holds; NaN while nothing is tested.").set_function(
+                lambda: math.nan if (raised := alarm()) is None else float(raised)
+            )
 
     def _made(self, kind: Any, name: str, text: str, labels: Sequence[str] = (), **more: Any) -> Any:
         return kind(f"ptee_serve_{name}", text, labels, registry=self._registry, **more)

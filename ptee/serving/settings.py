@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee.production.settings import in_force
 
 TOKEN = "PTEE_TOKEN"
 SHORTEST_TOKEN, LONGEST_TOKEN = 16, 1000
@@ -94,12 +95,15 @@ class ModelSettings:
             return self.now()
 
     def _put_in_force(self, wanted: dict[str, Any]) -> None:
-        before = self.now()
+        before, answered_by = self.now(), in_force(self._model)
         try:
             _set(self._model, wanted)
         except BaseException:
             _set(self._model, before)
             raise
+        monitor = self._model.monitored
+        if monitor is not None and monitor.max_fidelity_drop is not None and in_force(self._model) != answered_by:
+            monitor.renew(monitor.max_fidelity_drop)  # the same promise, for the thresholds that answer from now on
 
 
 def _settings_of(model: Any) -> dict[str, Any]:

@@ -331,3 +331,38 @@ def test_a_monitor_sees_what_is_answered(own_model):
     assert seen["audited"] == 30
     assert seen["differed"] == int((want.logits.argmax(1) != bare).sum())
     assert "ptee_alarm" in server.metrics.text() and "ptee_serve_alarm" in server.metrics.text()
+
+
+def alarm_of(server: LocalServer) -> float:
+    (line,) = [line for line in server.metrics.text().splitlines() if line.startswith("ptee_serve_alarm ")]
+    return float(line.split()[1])
+
+
+def test_the_promise_of_a_monitor_is_made_again_for_other_thresholds(own_model):
+    with own_model.monitor(max_fidelity_drop=0.01, audit=1.0, seed=0) as monitor:
+        server = LocalServer(own_model)
+        x = images(30)
+        asked(server, x)
+        server.change({"threshold": 0.9, "off": [0]})
+        asked(server, x)
+        server.close()
+    assert monitor.as_dict()["audited"] == 60 and monitor.tested
+    assert monitor.max_fidelity_drop == 0.01
+
+
+def test_an_alarm_outlives_a_change_that_changes_nothing(own_model):
+    with own_model.monitor(max_fidelity_drop=0.01, audit=1.0, seed=0) as monitor:
+        server = LocalServer(own_model)
+        test = monitor._test
+        server.change({"threshold": own_model.threshold})
+        server.close()
+    assert monitor._test is test
+
+
+def test_where_nothing_is_tested_the_alarm_is_no_number(own_model):
+    with own_model.monitor(max_fidelity_drop=0.01, audit=1.0, seed=0):
+        server = LocalServer(own_model)
+        assert alarm_of(server) == 0
+        own_model.threshold = 0.9  # not through the server: nobody has promised anything for this
+        assert np.isnan(alarm_of(server))
+        server.close()
