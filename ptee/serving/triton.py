@@ -95,7 +95,8 @@ def _write_piece(onnx: Path, piece: Piece, before: Sequence[tuple[int, int]], na
     shutil.copyfile(onnx / piece.file, folder / "model.onnx")
     batched = set(before) | set(piece.rows) == {(0, 1)}
     write_text(made / name / "config.pbtxt", _config_of_piece(name, takes, gives, batched))
-    return {"model": name, "inputs": [t.name for t in takes], "outputs": [t.name for t in gives]}
+    most = MAX_BATCH if batched else 0  # 0: any number
+    return {"model": name, "inputs": [t.name for t in takes], "outputs": [t.name for t in gives], "max_batch": most}
 
 
 def _config_of_piece(name: str, takes: Sequence[Any], gives: Sequence[Any], batched: bool) -> str:

@@ -77,6 +77,14 @@ class TritonPythonModel:
         return _outputs(logits, exits, h, np.asarray(self.facts["costs"], dtype=np.float32))
 
     async def _run(self, piece: dict[str, Any], alive: list[np.ndarray]) -> list[np.ndarray]:
+        """A piece, in parts of at most as many rows as it takes, all asked for at once: Triton refuses larger ones."""
+        rows = len(alive[0])
+        most = piece["max_batch"] or rows
+        parts = [[t[first : first + most] for t in alive] for first in range(0, rows, most)]
+        found = await asyncio.gather(*(self._run_part(piece, part) for part in parts))
+        return [np.concatenate(column) for column in zip(*found, strict=True)] if len(found) > 1 else found[0]
+
+    async def _run_part(self, piece: dict[str, Any], alive: list[np.ndarray]) -> list[np.ndarray]:
         """A piece, as a model of the same repository."""
         given = [pb_utils.Tensor(name, np.ascontiguousarray(t)) for name, t in zip(piece["inputs"], alive, strict=True)]
         names = piece["outputs"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,11 @@ def stand_in(repository: Path) -> ModuleType:
 
         async def async_exec(self) -> Any:
             await asyncio.sleep(0)
+            config = (repository / self.model / "config.pbtxt").read_text()
+            most, rows = int(re.search(r"max_batch_size: (\d+)", config)[1]), len(self.given[0]._array)
+            if most and rows > most:  # as Triton does
+                error = SimpleNamespace(message=lambda: f"inference request batch-size must be <= {most}, not {rows}")
+                return SimpleNamespace(has_error=lambda: True, error=lambda: error)
             session = onnxruntime.InferenceSession(
                 repository / self.model / "1" / "model.onnx", providers=["CPUExecutionProvider"]
             )
@@ -128,6 +134,20 @@ def test_the_loop_of_the_repository_answers_as_predict(make, tmp_path, monkeypat
         np.testing.assert_allclose(response.tensors["COST"], want.cost.numpy())
         np.testing.assert_allclose(response.tensors["CONFIDENCE"], want.confidence.numpy(), atol=1e-4)
         assert response.tensors["CLASS"].tolist() == want.logits.argmax(1).tolist()
+
+
+def test_more_images_than_a_piece_takes_at_once_are_answered_in_parts(tmp_path, monkeypatch):
+    model = made()
+    model.threshold = T
+    repository = export_triton(model, tmp_path / "repository")
+    served = loaded(repository, model_name(model.plan.backbone), monkeypatch)
+    x = images(300)
+    (response,) = asyncio.run(served.execute([request(x)]))
+    with torch.no_grad():
+        want = model.predict(torch.from_numpy(x))
+    assert response.error is None
+    assert response.tensors["EXIT"].tolist() == want.exit_index.tolist()
+    np.testing.assert_allclose(response.tensors["LOGITS"], want.logits.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_answered_is_an_error_of_one_line(tmp_path, monkeypatch):
