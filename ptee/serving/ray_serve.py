@@ -111,7 +111,7 @@ class Piece:
 
     def __init__(self, source: Source, n: int, behind: Any = None) -> None:
         self._pieces, _ = source.pieces()
-        self._step, self._next = self._pieces.steps[n], behind
+        self._step, self._next, self._most = self._pieces.steps[n], behind, source.max_batch
         self._first, self._where = n == 0, IMAGES if n == 0 else self._pieces.steps[n - 1].rows
         self._like = self._pieces.given(np.zeros((1, *self._pieces.about.input_size), dtype=np.float32))
         size = policy_of(
@@ -131,17 +131,15 @@ class Piece:
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=FIRST_WAIT_S)
     async def _together(self, parts: list[Rows]) -> list[tuple[dict[int, Answer], np.ndarray, list[Array]]]:
-        # Its size is in requests, most of which are of one row.
+        # Its size is in requests, most of which are of one row. `_in_batches` counts rows.
         return await asyncio.to_thread(self._answered, parts)  # meanwhile other rows may arrive
 
     def _answered(self, parts: Sequence[Rows]) -> list[tuple[dict[int, Answer], np.ndarray, list[Array]]]:
         """For each request its rows that leave with their answers, those that stay, and what is alive of these."""
         columns = zip(*(part.alive for part in parts), strict=True)
         joined = [join_rows(list(c), axis) for c, (axis, _) in zip(columns, self._where, strict=True)]
-        given = [self._here(t) for t in joined]
-        limits = np.concatenate([part.limits for part in parts])
-        leaving, behind, logits, h = self._run(given, limits)
-        answers = _answers(self._step, self._pieces, in_host_memory(logits), h)
+        leaving, behind, logits, h = self._in_batches(joined, np.concatenate([part.limits for part in parts]))
+        answers = _answers(self._step, self._pieces, logits, h)
         found, first = [], 0
         for part in parts:
             last = first + len(part)
@@ -153,15 +151,37 @@ class Piece:
             first = last
         return found
 
-    def _run(self, given: Sequence[Array], limits: np.ndarray) -> tuple[np.ndarray, list[Array], Array, np.ndarray]:
-        """Who leaves, what is alive behind the piece, in host memory, and all answers with h."""
+    def _in_batches(
+        self, alive: Sequence[Array], limits: np.ndarray
+    ) -> tuple[np.ndarray, list[Array], np.ndarray, np.ndarray]:
+        """As `_run`, in batches of at most `max_batch` rows: a request may have more."""
+        found = []
+        for first in range(0, len(limits), self._most):
+            last = min(first + self._most, len(limits))
+            given = [self._here(part_of(t, first, last, w)) for t, w in zip(alive, self._where, strict=True)]
+            found.append(self._run(given, limits[first:last]))
+        if len(found) == 1:
+            return found[0]
+        leaving, behind, logits, h = zip(*found, strict=True)
+        columns = zip(
+            zip(*behind, strict=True), self._step.rows, strict=False
+        )  # nothing is alive behind the last piece
+        joined = [join_rows(list(c), axis) for c, (axis, _) in columns]
+        return np.concatenate(leaving), joined, np.concatenate(logits), np.concatenate(h)
+
+    def _run(
+        self, given: Sequence[Array], limits: np.ndarray
+    ) -> tuple[np.ndarray, list[Array], np.ndarray, np.ndarray]:
+        """Who leaves, what is alive behind the piece, and all answers with h, in host memory."""
         if self._next is None:
             own, blended = self._step.run(*given)
             everybody = np.ones(len(limits), dtype=bool)
-            return everybody, [], choose_rows(self._pieces.possible(limits), blended, own), everybody.astype(np.float32)
+            logits = in_host_memory(choose_rows(self._pieces.possible(limits), blended, own))
+            return everybody, [], logits, everybody.astype(np.float32)
         *alive, logits, h = self._step.run(*given)
         sure = in_host_memory(h)
-        return self._pieces.leaving(self._step, sure, limits), [_to_host(t) for t in alive], logits, sure
+        leaving = self._pieces.leaving(self._step, sure, limits)
+        return leaving, [_to_host(t) for t in alive], in_host_memory(logits), sure
 
     def _here(self, t: Array) -> Array:
         """An array that came from another process, as the piece takes it."""

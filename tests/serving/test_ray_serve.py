@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -71,6 +73,31 @@ def replicas(deployment: str) -> list[int]:
             if name.startswith(f"ray::ServeReplica:ptee:{deployment}".encode()) and ours(int(place.name)):
                 found.append(int(place.name))
     return found
+
+
+@pytest.mark.parametrize("most", [1, 4, 100])
+def test_a_batch_of_a_piece_has_so_many_images_at_most(model, most):
+    from ptee.serving.pieces import pieces_of_model
+    from ptee.serving.ray_serve import Piece, Rows
+
+    pieces, sizes, x = pieces_of_model(model), [], images(23)
+    first = pieces.steps[0]._replace(run=lambda *alive: (sizes.append(len(alive[0])), pieces.steps[0].run(*alive))[1])
+    here = replace(pieces, steps=(first, *pieces.steps[1:]))
+    source: Any = SimpleNamespace(pieces=lambda: (here, T), max_batch=most, max_queue=100, max_wait_s=0.0)
+    limits = np.broadcast_to(np.asarray(T), (23, 2))
+    rows = [Rows([part], wide) for part, wide in zip(np.split(x, [1, 9]), np.split(limits, [1, 9]), strict=True)]
+    for n in range(3):
+        piece = Piece(source, n, behind=None if n == 2 else "the next")
+        sizes.clear()
+        found = piece._answered(rows)
+        assert not sizes or (max(sizes) == min(most, 23) and sum(sizes) == 23)
+        answers = [left[i] for left, _, _ in found for i in sorted(left)]
+        with torch.no_grad():
+            want = model.predict(torch.from_numpy(x))
+        gone = want.exit_index == n
+        np.testing.assert_allclose([a.logits for a in answers], want.logits[gone].numpy(), rtol=1e-4, atol=1e-4)
+        stayed = zip(found, rows, strict=True)
+        rows = [Rows(alive, part.limits[stay]) for (_, stay, alive), part in stayed if len(stay)]
 
 
 def test_each_of_many_callers_gets_the_answers_of_predict_from_python(backend, model):
