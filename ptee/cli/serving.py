@@ -169,7 +169,8 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
     from ptee._common.devices import resolve_device
     from ptee.deploy.manifest import is_exported
     from ptee.serving.local import reserved
-    from ptee.serving.ray_serve import Source, run_with_ray
+    from ptee.serving.pieces import Source
+    from ptee.serving.ray_serve import run_with_ray
 
     exported = is_exported(run)
     _refuse(exported, o)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptee.deploy.manifest import Manifest
-from ptee.deploy.runner import Array, Runner, as_numpy
+from ptee.deploy.runner import Array, Runner, as_numpy, load_exported
 
 Where = tuple[tuple[int, int], ...]  # for each tensor the axis of its rows, and how many entries belong to a row
 IMAGES: Where = ((0, 1),)
@@ -173,3 +174,59 @@ def part_of(t: Array, first: int, last: int, where: tuple[int, int]) -> Array:
 def in_host_memory(t: Array) -> np.ndarray:
     """(b, ...) float32 on the host."""
     return as_numpy(t).astype(np.float32)
+
+
+def to_host(t: Array) -> Array:
+    """For another process: an array of numpy, or a tensor on the CPU where numpy has no such numbers."""
+    if isinstance(t, np.ndarray):
+        return t
+    try:
+        return t.cpu().numpy()
+    except TypeError:  # bfloat16
+        return t.cpu()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where every replica finds the model, and how it collects rows.
+
+    Attributes:
+        run: a run or an exported model; each node must see it under this name.
+        exported: which of the two.
+        device: where pieces run.
+        weights: of the backbone, if they were moved.
+        max_batch: the largest batch.
+        max_wait_s: how long a row may wait behind an exit for others.
+        max_queue: images that may be there at once.
+        bare: the backbone alone, with all exits off.
+    """
+
+    run: str
+    exported: bool
+    device: str
+    weights: Path | None
+    max_batch: int
+    max_wait_s: float
+    max_queue: int
+    bare: bool = False
+
+    def pieces(self) -> tuple[Pieces, list[float]]:
+        """Those of the model, and its thresholds."""
+        if self.exported:
+            runner = load_exported(self.run, self.device, threads=1)
+            return pieces_of_runner(runner), runner.threshold
+        import torch
+
+        from ptee.backbones.load import rebuild
+        from ptee.model.build import load
+        from ptee.model.run_files import read_run, record_of
+
+        torch.set_num_threads(1)
+        backbone = None
+        if self.weights is not None:
+            config, _, _, remote = read_run(self.run)
+            backbone = rebuild(record_of(self.run, config, remote, weights=self.weights)).module
+        model = load(self.run, backbone).to(self.device)
+        if self.bare:
+            model.answers, model.off = "own", range(len(model.exits))
+        return pieces_of_model(model), model.threshold

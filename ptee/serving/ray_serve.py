@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,11 @@ from ray import serve
 
 from ptee._common.errors import PteeError, first_line
 from ptee._common.process import no_logs
-from ptee.deploy.runner import Array, choose_rows, join_rows, load_exported, select_rows
+from ptee.deploy.runner import Array, choose_rows, join_rows, select_rows
 from ptee.serving.app import Rules, app_of
 from ptee.serving.engine import BusyError, largest_probability
 from ptee.serving.metrics import Metrics
-from ptee.serving.pieces import IMAGES, About, Pieces, Step, in_host_memory, part_of, pieces_of_model, pieces_of_runner
+from ptee.serving.pieces import IMAGES, About, Pieces, Source, Step, in_host_memory, part_of, to_host
 from ptee.serving.policy import measure, policy_of
 from ptee.serving.queues import Answer
 from ptee.serving.settings import FixedSettings
@@ -36,52 +35,6 @@ APP = "ptee"
 FIRST_WAIT_S = 0.002  # of rows that arrive; those that stay at an exit may wait longer
 TRIES, PAUSE_S = 5, 0.2  # where a replica dies, its rows are sent to another
 DRAINS_S = 600.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where every replica finds the model, and how it collects rows.
-
-    Attributes:
-        run: a run or an exported model; each node must see it under this name.
-        exported: which of the two.
-        device: where pieces run.
-        weights: of the backbone, if they were moved.
-        max_batch: the largest batch.
-        max_wait_s: how long a row may wait behind an exit for others.
-        max_queue: images that may be there at once.
-        bare: the backbone alone, with all exits off.
-    """
-
-    run: str
-    exported: bool
-    device: str
-    weights: Path | None
-    max_batch: int
-    max_wait_s: float
-    max_queue: int
-    bare: bool = False
-
-    def pieces(self) -> tuple[Pieces, list[float]]:
-        """Those of the model, and its thresholds."""
-        if self.exported:
-            runner = load_exported(self.run, self.device, threads=1)
-            return pieces_of_runner(runner), runner.threshold
-        import torch
-
-        from ptee.backbones.load import rebuild
-        from ptee.model.build import load
-        from ptee.model.run_files import read_run, record_of
-
-        torch.set_num_threads(1)
-        backbone = None
-        if self.weights is not None:
-            config, _, _, remote = read_run(self.run)
-            backbone = rebuild(record_of(self.run, config, remote, weights=self.weights)).module
-        model = load(self.run, backbone).to(self.device)
-        if self.bare:
-            model.answers, model.off = "own", range(len(model.exits))
-        return pieces_of_model(model), model.threshold
 
 
 @dataclass
@@ -181,7 +134,7 @@ class Piece:
         *alive, logits, h = self._step.run(*given)
         sure = in_host_memory(h)
         leaving = self._pieces.leaving(self._step, sure, limits)
-        return leaving, [_to_host(t) for t in alive], in_host_memory(logits), sure
+        return leaving, [to_host(t) for t in alive], in_host_memory(logits), sure
 
     def _here(self, t: Array) -> Array:
         """An array that came from another process, as the piece takes it."""
@@ -194,16 +147,6 @@ class Piece:
         import torch
 
         return (torch.from_numpy(t) if isinstance(t, np.ndarray) else t).to(self._like.device)
-
-
-def _to_host(t: Array) -> Array:
-    """For another process: an array of numpy, or a tensor on the CPU where numpy has no such numbers."""
-    if isinstance(t, np.ndarray):
-        return t
-    try:
-        return t.cpu().numpy()
-    except TypeError:  # bfloat16
-        return t.cpu()
 
 
 def _answers(step: Step, pieces: Pieces, logits: np.ndarray, h: np.ndarray) -> list[Answer]:

@@ -44,7 +44,8 @@ def model() -> ptee.EarlyExitModel:
 
 @pytest.fixture(scope="module")
 def backend(model: ptee.EarlyExitModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from ptee.serving.ray_serve import Source, deployed, end
+    from ptee.serving.pieces import Source
+    from ptee.serving.ray_serve import deployed, end
 
     folder: Path = ptee.export(model, tmp_path_factory.mktemp("ray") / "exported")
     source = Source(str(folder), True, "cpu", None, 8, 0.02, 256)
