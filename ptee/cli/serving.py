@@ -168,7 +168,6 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
     """Serve with Ray until SIGTERM: the arguments are those of `_serve_local`."""
     from ptee._common.devices import resolve_device
     from ptee.deploy.manifest import is_exported
-    from ptee.serving.local import reserved
     from ptee.serving.pieces import Source
     from ptee.serving.ray_serve import run_with_ray
 
@@ -178,7 +177,6 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
         raise PteeError(
             Argument("max_fidelity_drop"), " is for one process. Give ", Argument("local", "True"), ", too."
         )
-    reserved(o["host"], o["port"]).close()  # Ray would say it late, and in many lines
     wait_s = (o["max_wait_ms"] if o["max_wait_ms"] is not None else (o["p99_ms"] or 100) / 4) / 1000
     place = str(Path(run).resolve()) if Path(run).is_dir() else run
     device = str(o["device"] or "cpu") if exported else str(resolve_device(o["device"]))

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client  # nothing public tells at which address Serve answers
 
-from ptee._common.errors import PteeError, first_line
+from ptee._common.errors import Argument, PteeError, first_line
 from ptee._common.process import no_logs
 from ptee.deploy.runner import Array, choose_rows, join_rows, select_rows
 from ptee.serving.app import Rules, app_of
 from ptee.serving.engine import BusyError, largest_probability
+from ptee.serving.local import reserved
 from ptee.serving.metrics import Metrics
 from ptee.serving.pieces import IMAGES, About, Pieces, Source, Step, in_host_memory, part_of, to_host
 from ptee.serving.policy import measure, policy_of
@@ -321,25 +323,63 @@ def deployed(
     `begun` is called when Ray runs, before the deployments are there.
 
     Raises:
-        PteeError: if the model cannot be opened, there is no such cluster, or it is one of another version.
+        PteeError: if the model cannot be opened, there is no such cluster, it is one of another version, it serves a model
+            already, or its Ray Serve answers at another address.
     """
     found, threshold = source.pieces()
     fixed = {"off": list(found.off), "confidence": found.confidence, "answers": found.answers}
     front = Front(found.about, threshold, fixed, rules, source.max_queue, p99_s)
+    _start(host, port)
     try:
         with no_logs:
-            ray.init(
-                ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
-            serve.start(http_options={"host": host, "port": port})
             cpus = ray.cluster_resources().get("CPU", 1.0)
             made = application(source, front, pieces=len(found.steps), workers=workers, cpus=cpus)
             serve.run(made, name=APP, route_prefix="/", logging_config={"enable_access_log": False})
     except Exception as why:  # whatever Ray raises
         end()
-        raise PteeError(f"Ray Serve did not start: {first_line(why)} Serve in one process with --local.") from why
+        raise _not_started(why) from why
     first = serve.get_deployment_handle(name_of(0), app_name=APP)
     return RayBackend(first, found.about, threshold, fixed, source.max_queue, p99_s)
+
+
+def _start(host: str, port: int) -> None:
+    """Ray and its HTTP server, unless they run. What others serve there stays as it is, also where this is refused."""
+    connected = ray.is_initialized()
+    try:
+        with no_logs:
+            ray.init(
+                ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+            _require_place(host, port)
+            serve.start(http_options={"host": host, "port": port})
+    except Exception as why:  # whatever Ray raises
+        if not connected:
+            ray.shutdown()
+        if isinstance(why, PteeError):
+            raise
+        raise _not_started(why) from why
+
+
+def _require_place(host: str, port: int) -> None:
+    """Refuse to take the place of another server, and an address at which a Ray Serve that runs already does not answer."""
+    if APP in serve.status().applications:
+        raise PteeError(
+            "This Ray cluster serves a model already. Stop that ptee serve; if it was killed, remove what it left: "
+            f"python -c \"from ray import serve; serve.delete('{APP}')\". Or give another cluster by RAY_ADDRESS."
+        )
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is None:
+        reserved(host, port).close()  # Ray would say it late, and in many lines
+    elif (running.http_config.host, running.http_config.port) != (host, port):
+        there = running.http_config
+        raise PteeError(
+            f"Ray Serve of this cluster answers at {there.host}:{there.port} already, and has no other address. Give ",
+            Argument("host", str(there.host)), " and ", Argument("port", str(there.port)), ".", argument="port", value=port,
+        )  # fmt: skip
+
+
+def _not_started(why: Exception) -> PteeError:
+    return PteeError(f"Ray Serve did not start: {first_line(why)} Serve in one process with --local.")
 
 
 def drain_and_end() -> None:

@@ -22,6 +22,7 @@ from served import T, images, npy, require_same
 from small import made
 
 import ptee
+from ptee._common.errors import PteeError
 from ptee.serving.app import Rules
 
 pytest.importorskip("ray", reason="needs pip install 'ptee-exits[serve]'")
@@ -44,12 +45,18 @@ def model() -> ptee.EarlyExitModel:
 
 @pytest.fixture(scope="module")
 def backend(model: ptee.EarlyExitModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    import ray
+
     from ptee.serving.pieces import Source
     from ptee.serving.ray_serve import deployed, end
 
     folder: Path = ptee.export(model, tmp_path_factory.mktemp("ray") / "exported")
     source = Source(str(folder), True, "cpu", None, 8, 0.02, 256)
-    yield deployed(source, Rules(token=TOKEN), host="127.0.0.1", port=PORT, workers=1, p99_s=None)
+    begun: list[bool] = []
+    how = {"host": "127.0.0.1", "port": PORT, "workers": 1, "p99_s": None}
+    found = deployed(source, Rules(token=TOKEN), begun=lambda: begun.append(ray.is_initialized()), **how)
+    found.source, found.begun = source, begun
+    yield found
     end()
 
 
@@ -99,6 +106,28 @@ def test_a_batch_of_a_piece_has_so_many_images_at_most(model, most):
         np.testing.assert_allclose([a.logits for a in answers], want.logits[gone].numpy(), rtol=1e-4, atol=1e-4)
         stayed = zip(found, rows, strict=True)
         rows = [Rows(alive, part.limits[stay]) for (_, stay, alive), part in stayed if len(stay)]
+
+
+def test_a_second_server_of_a_cluster_is_refused_and_the_first_goes_on(backend, client):
+    from ptee.serving.ray_serve import deployed
+
+    for port in (PORT, PORT + 1):
+        with pytest.raises(PteeError, match="serves a model already") as refused:
+            deployed(backend.source, Rules(), host="127.0.0.1", port=port, workers=1, p99_s=None)
+        assert "\n" not in str(refused.value)
+    assert client.post("/predict", content=npy(images(8))).status_code == 200
+
+
+@pytest.mark.parametrize("host, port", [("127.0.0.1", PORT + 1), ("0.0.0.0", PORT)])
+def test_another_address_than_that_of_a_running_ray_serve_is_refused(backend, client, monkeypatch, host, port):
+    from ray import serve
+
+    from ptee.serving.ray_serve import deployed
+
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={}))
+    with pytest.raises(PteeError, match=f"answers at 127.0.0.1:{PORT}"):
+        deployed(backend.source, Rules(), host=host, port=port, workers=1, p99_s=None)
+    assert client.post("/predict", content=npy(images(8))).status_code == 200
 
 
 def test_each_of_many_callers_gets_the_answers_of_predict_from_python(backend, model):
