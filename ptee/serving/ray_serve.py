@@ -330,6 +330,7 @@ def deployed(
     fixed = {"off": list(found.off), "confidence": found.confidence, "answers": found.answers}
     front = Front(found.about, threshold, fixed, rules, source.max_queue, p99_s)
     _start(host, port)
+    begun()
     try:
         with no_logs:
             cpus = ray.cluster_resources().get("CPU", 1.0)

@@ -108,6 +108,10 @@ def test_a_batch_of_a_piece_has_so_many_images_at_most(model, most):
         rows = [Rows(alive, part.limits[stay]) for (_, stay, alive), part in stayed if len(stay)]
 
 
+def test_ray_is_there_before_the_deployments(backend):
+    assert backend.begun == [True]
+
+
 def test_a_second_server_of_a_cluster_is_refused_and_the_first_goes_on(backend, client):
     from ptee.serving.ray_serve import deployed
 
