@@ -229,7 +229,7 @@ class RayBackend:
         return self._settings.now()
 
     def change(self, values: Any) -> dict[str, Any]:
-        """Change the thresholds."""
+        """Change the thresholds, in this process only: a replica that Ray starts again has those of the start."""
         return self._settings.change(values)
 
     def not_ready(self) -> str:
