@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ptee._common.errors import DataError, some, unknown
-from ptee.data.pixels import eight_bits
+from ptee.data.pixels import eight_bits, require_sides
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -228,6 +228,7 @@ def _fault(file: File) -> str:
     try:
         encoded = _read(file)
         image = Image.open(encoded)
+        require_sides(image.size)  # before a draft rounds them
         if image.format == "PNG":
             image.verify()
             encoded.seek(0)

@@ -12,16 +12,35 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIXTEEN_BITS = 65535
+LONGEST_SIDE = (
+    100  # times the shorter one: a picture is resized whole, so a thin one of few bytes would fill the memory
+)
+
+
+def require_sides(size: tuple[int, int]) -> None:
+    """Refuse pictures (width, height) that are far longer than wide, or wider than long.
+
+    Raises:
+        DataError: saying how long a side may be.
+    """
+    if max(size) > LONGEST_SIDE * min(size):
+        raise DataError(
+            f"it is of {size[0]} x {size[1]} pixels, and its longer side may be at most {LONGEST_SIDE} times the shorter "
+            "one. Cut it."
+        )
 
 
 def eight_bits(image: Image) -> Image:
     """The same picture with 8 bits for each value. Pillow's `convert` would make every value above 255 white.
 
     Raises:
-        DataError: if the picture holds 32-bit integers, or floats outside of 0 to 1: which value is white is unknown.
+        DataError: if the picture holds 32-bit integers, or floats outside of 0 to 1: which value is white is unknown; or as
+            of `require_sides`.
     """
     import numpy as np
     from PIL import Image
+
+    require_sides(image.size)
 
     # Pillow opens some 16-bit files as 32-bit integers, scaled to 0..65535.
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
@@ -36,6 +55,14 @@ def eight_bits(image: Image) -> Image:
             "0 to 1. Save it with 8 bits."
         )
     return Image.fromarray((values * (255 / white)).round().astype("uint8"))
+
+
+def resized_sides(size: tuple[int, int], input_size: Sequence[int]) -> tuple[int, int]:
+    """Width and height of a picture (width, height) of which the shorter side was resized to fit an input c, h, w."""
+    _, height, width = input_size
+    ratio = min(size[1] / height, size[0] / width)
+    whole = int if height == width else round  # as torchvision rounds for squares, and timm for others
+    return max(whole(size[0] / ratio), width), max(whole(size[1] / ratio), height)
 
 
 def model_input(
@@ -58,10 +85,8 @@ def model_input(
 
     channels, height, width = size
     picture = eight_bits(picture).convert("RGB" if channels == 3 else "L")
-    ratio = min(picture.height / height, picture.width / width)
-    whole = int if height == width else round  # as torchvision rounds for squares, and timm for others
-    sides = [max(whole(side / ratio), least) for side, least in ((picture.width, width), (picture.height, height))]
-    picture = picture.resize((sides[0], sides[1]), Image.Resampling[interpolation.upper()])
+    sides = resized_sides(picture.size, size)
+    picture = picture.resize(sides, Image.Resampling[interpolation.upper()])
     left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
     values = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
     scaled = values.reshape(height, width, channels) / np.float32(255)

@@ -143,7 +143,7 @@ class _Served:
 
     async def _images(self, kind: str, body: bytes) -> np.ndarray:
         given = kind, body, self.backend.about, self.rules.limits
-        if not is_large(kind, body):
+        if not is_large(kind, body, self.backend.about):
             return images_of(*given)
         async with self.decoding:
             return await run_in_threadpool(images_of, *given)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ptee._common.errors import PteeError, first_line
 from ptee._common.files import from_json
-from ptee.data.pixels import model_input
+from ptee.data.pixels import model_input, resized_sides
 from ptee.serving.pieces import About
 
 PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG"}
@@ -37,7 +37,7 @@ class Limits:
 
     Attributes:
         bytes: of a body.
-        pixels: of a picture, before it is resized.
+        pixels: of a picture, before and after it is resized.
         rows: images of an array.
         seconds: until the body is here.
     """
@@ -85,15 +85,18 @@ def images_of(kind: str, body: bytes, about: About, limits: Limits) -> np.ndarra
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def is_large(kind: str, body: bytes) -> bool:
+def is_large(kind: str, body: bytes, about: About) -> bool:
     """Whether it takes long enough to read this that others would notice."""
-    return (kind == JSON and len(body) > 2**16) or len(body) > 2**15 or (kind in PICTURES and _pixels_of(body) > 2**16)
+    if kind == JSON and len(body) > 2**16:
+        return True
+    return len(body) > 2**15 or (kind in PICTURES and _pixels_of(body, about) > 2**16)
 
 
-def _pixels_of(body: bytes) -> int:
+def _pixels_of(body: bytes, about: About) -> int:
+    """Of a picture, before or after it is resized: the larger number."""
     try:
         with _opened(body, None) as picture:
-            return picture.width * picture.height
+            return max(math.prod(picture.size), math.prod(resized_sides(picture.size, about.input_size)))
     except Exception:  # told when it is read
         return 0
 
@@ -111,8 +114,9 @@ def _picture(body: bytes, format: str, about: About, limits: Limits) -> np.ndarr
         )
     try:
         with _opened(body, format) as picture:
-            size = picture.width, picture.height
-            if math.prod(size) <= limits.pixels:
+            size = picture.size
+            resized = resized_sides(size, about.input_size)
+            if max(math.prod(size), math.prod(resized)) <= limits.pixels:
                 return model_input(picture, about.input_size, about.mean, about.std, about.interpolation)
     except Exception as why:  # whatever Pillow raises
         if type(why).__name__ in ("DecompressionBombError", "DecompressionBombWarning"):
@@ -121,7 +125,12 @@ def _picture(body: bytes, format: str, about: About, limits: Limits) -> np.ndarr
             raise refused(413, "There is no memory for this picture. Send a smaller one.") from why
         said = str(why) if isinstance(why, PteeError) else first_line(why)
         raise refused(400, f"This is no {format} picture that can be read: {said}") from why
-    raise refused(413, f"This picture is of {size[0]} x {size[1]} pixels. Send at most {limits.pixels:,}.")
+    raise refused(413, _too_many(size, resized, limits))
+
+
+def _too_many(size: tuple[int, int], resized: tuple[int, int], limits: Limits) -> str:
+    then = f", and of {resized[0]} x {resized[1]} when it is resized" if math.prod(size) <= limits.pixels else ""
+    return f"This picture is of {size[0]} x {size[1]} pixels{then}. Send at most {limits.pixels:,}."
 
 
 # ---------------------------------------------------------------------------------------------------- arrays

@@ -198,6 +198,22 @@ def test_what_pillow_refuses_to_decode_is_not_called_damaged(tmp_path):
             check_pictures([Pictures([(file, 0)], TRANSFORM)])
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+@pytest.mark.parametrize("size", [(1010, 10), (10, 1010)])
+def test_a_very_thin_picture_cannot_be_read(tmp_path, size, kind):
+    path = tmp_path / f"thin.{kind}"
+    picture(9, "RGB", size).save(path)
+    file, said = (
+        File(str(path), path.name),
+        f"{size[0]} x {size[1]} pixels, and its longer side may be at most 100 times",
+    )
+    with pytest.raises(UnreadablePicturesError, match=said):
+        check_pictures([Pictures([(file, 0)], TRANSFORM)])
+    for read in (lambda: decode(file), lambda: decode_bytes(path.read_bytes()), lambda: TRANSFORM(Image.open(path))):
+        with pytest.raises(DataError, match=said):
+            read()
+
+
 def test_pictures_of_a_part_that_was_held_out_are_checked_too(damaged):
     with pytest.raises(UnreadablePicturesError, match="7 of 13"):
         check_pictures(hold_out(opened(damaged).validation, 3, 0))

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from small import SIZE
 
 from ptee.data.pictures import image_transform
 from ptee.serving.pieces import About
-from ptee.serving.uploads import JSON, NPY, TYPES, Limits, UploadError, images_of, kind_of, read_thresholds
+from ptee.serving.uploads import JSON, NPY, TYPES, Limits, UploadError, images_of, is_large, kind_of, read_thresholds
 
 pytestmark = pytest.mark.cpu("arrays come in host memory")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -46,6 +47,18 @@ def test_a_picture_becomes_what_the_backbone_takes(mode, size):
 def test_a_jpeg_is_read_too():
     body = saved(Image.new("RGB", (9, 9), (255, 0, 0)), "JPEG")
     assert images_of("image/jpeg", body, ABOUT, LIMITS).shape == (1, *SIZE)
+
+
+def test_a_picture_that_is_large_when_it_is_resized_is_large():
+    about = replace(ABOUT, input_size=(3, 64, 64))
+    assert is_large(PNG, png((50, 1)), about) and not is_large(PNG, png((50, 50)), about)
+
+
+def test_a_very_thin_picture_is_refused_whatever_the_limit_of_pixels():
+    with pytest.raises(
+        UploadError, match="120 x 1 pixels, and its longer side may be at most 100 times the shorter one"
+    ):
+        images_of(PNG, png((120, 1)), ABOUT, Limits())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "<f4", ">f4", "int8"])
@@ -86,6 +99,8 @@ def bomb(side: int = 30_000) -> bytes:
         (PNG, saved(Image.new("RGB", (9, 9)), "JPEG"), 400, "no PNG picture"),
         (PNG, saved(Image.new("RGB", (9, 9)), "GIF"), 400, "no PNG picture"),
         (PNG, png((101, 100)), 413, "101 x 100 pixels. Send at most 10,000"),
+        (PNG, png((160, 1)), 413, "160 x 1 pixels, and of 1280 x 8 when it is resized. Send at most 10,000"),
+        (PNG, png((900, 1)), 413, "900 x 1 pixels"),
         (PNG, bomb(), 413, "pixels"),
         (PNG, bomb(3_000), 413, "3000 x 3000 pixels"),
         (NPY, b"garbage", 400, "no .npy"),
