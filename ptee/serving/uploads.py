@@ -18,6 +18,8 @@ from ptee.serving.pieces import About
 PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 NPY, JSON = "application/x-npy", "application/json"
 TYPES = (*PICTURES, NPY, JSON)
+SCANS = 100  # of a JPEG: each goes over all of its pixels; encoders write about ten
+START_OF_SCAN = b"\xff\xda"
 NUMBERS = "fiu"  # kinds of numpy's numbers
 
 
@@ -112,6 +114,8 @@ def _picture(body: bytes, format: str, about: About, limits: Limits) -> np.ndarr
         raise refused(
             415, f"The backbone reads {about.input_size[0]} channels, and pictures have 3 or 1. Send an array."
         )
+    if format == "JPEG" and (scans := body.count(START_OF_SCAN)) > SCANS:
+        raise refused(413, f"This picture has {scans:,} scans. Send at most {SCANS}.")
     try:
         with _opened(body, format) as picture:
             size = picture.size

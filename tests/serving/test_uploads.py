@@ -54,6 +54,21 @@ def test_a_picture_that_is_large_when_it_is_resized_is_large():
     assert is_large(PNG, png((50, 1)), about) and not is_large(PNG, png((50, 50)), about)
 
 
+def scans(n: int) -> bytes:
+    """A progressive JPEG with its last scan repeated, n scans in all."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, "JPEG", progressive=True)
+    body = stream.getvalue()
+    last = body[body.rindex(b"\xff\xda") : -2]
+    return body[:-2] + last * (n - body.count(b"\xff\xda")) + body[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded():
+    assert images_of("image/jpeg", scans(100), ABOUT, LIMITS).shape == (1, *SIZE)
+    assert re.search("101 scans. Send at most 100", refusal("image/jpeg", scans(101))[1])
+    assert refusal("image/jpeg", scans(5000))[0] == 413
+
+
 def test_a_very_thin_picture_is_refused_whatever_the_limit_of_pixels():
     with pytest.raises(
         UploadError, match="120 x 1 pixels, and its longer side may be at most 100 times the shorter one"
