@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -41,13 +41,15 @@ class Rules:
         limits: of uploads.
         bounds: between which T of a request must lie.
         token: that changes settings; empty: nobody may.
-        uploads: bytes of bodies that are received at once.
+        uploads: bytes of bodies that are received or wait to be decoded.
+        decoding: large uploads that are decoded or wait for it.
     """
 
     limits: Limits = field(default_factory=Limits)
     bounds: tuple[float, float] = (0.0, 2.0)
     token: str = field(default="", repr=False)
     uploads: int = 2**28
+    decoding: int = 64
 
 
 class Backend(Protocol):
@@ -56,8 +58,8 @@ class Backend(Protocol):
     about: About
     metrics: Metrics
 
-    def require_room(self) -> None:
-        """Raise a BusyError if there is no room for more."""
+    def require_room(self, rows: int = 1) -> None:
+        """Raise a BusyError if there is no room for so many more."""
 
     async def answer(self, images: np.ndarray, limits: np.ndarray | None) -> Sequence[Answer]:
         """The answers to images (b, c, h, w), with thresholds (b, E) or those in force."""
@@ -85,7 +87,8 @@ class _Served:
 
     def __init__(self, backend: Backend, rules: Rules) -> None:
         self.backend, self.rules = backend, rules
-        self.receiving = 0  # bytes of bodies
+        self.receiving = 0  # bytes of bodies that are not decoded yet
+        self.waiting = 0  # large uploads that are decoded or wait for it
         self.decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
     def app(self) -> Starlette:
@@ -128,9 +131,9 @@ class _Served:
         """A picture or array in, its class, probability, exit and cost out."""
         kind = kind_of(request.headers.get("content-type", ""))
         limits = self._limits(request)
-        self.backend.require_room()  # before the body is read
-        body = await self._body(request)
-        images = await self._images(kind, body)
+        self._require_room()  # before the body is read
+        async with self._body(request) as body:
+            images = await self._images(kind, body)
         wide = None if limits is None else np.broadcast_to(limits, (len(images), len(limits)))
         found = await self.backend.answer(images, wide)
         whole = request.query_params.get("logits") == "true"
@@ -145,8 +148,19 @@ class _Served:
         given = kind, body, self.backend.about, self.rules.limits
         if not is_large(kind, body, self.backend.about):
             return images_of(*given)
-        async with self.decoding:
-            return await run_in_threadpool(images_of, *given)
+        self._require_room()
+        self.waiting += 1
+        try:
+            async with self.decoding:
+                return await run_in_threadpool(images_of, *given)
+        finally:
+            self.waiting -= 1
+
+    def _require_room(self) -> None:
+        """For one image more: those that are decoded will come to the backend, too."""
+        if self.waiting >= self.rules.decoding:
+            raise BusyError(f"{self.waiting} uploads wait to be decoded.")
+        self.backend.require_room(self.waiting + 1)
 
     def _shown(self, answer: Answer, whole: bool) -> dict[str, Any]:
         about = self.backend.about
@@ -158,32 +172,37 @@ class _Served:
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in shown.items()}
         return finite | ({"logits": [v if math.isfinite(v) else None for v in answer.logits.tolist()]} if whole else {})
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, if it is small enough and comes soon enough. All bodies together are bounded, too."""
+    @asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, if it is small enough and comes soon enough. All bodies together are bounded, too, until each is left."""
         most = self.rules.limits.bytes
         declared = request.headers.get("content-length", "0")
         if not declared.isascii() or not declared.isdigit() or int(declared[:20]) > most:
             raise refused(413, f"This body is too large. Send at most {most:,} bytes.")
-        try:
-            return await asyncio.wait_for(self._received(request, most), self.rules.limits.seconds)
-        except asyncio.TimeoutError:
-            raise refused(408, f"The body did not come within {self.rules.limits.seconds:g} s.") from None
-
-    async def _received(self, request: Request, most: int) -> bytes:
         parts: list[bytes] = []
-        size = 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                self.receiving += len(part)
-                if size > most:
-                    raise refused(413, f"This body is too large. Send at most {most:,} bytes.")
-                if self.receiving > self.rules.uploads:
-                    raise BusyError("Too many uploads come at once.")
-                parts.append(part)
+            await self._receive(request, most, parts)
+            yield b"".join(parts)
         finally:
-            self.receiving -= size
-        return b"".join(parts)
+            self.receiving -= sum(map(len, parts))
+
+    async def _receive(self, request: Request, most: int, parts: list[bytes]) -> None:
+        seconds = self.rules.limits.seconds
+        try:
+            await asyncio.wait_for(self._every_part(request, most, parts), seconds)
+        except asyncio.TimeoutError:
+            raise refused(408, f"The body did not come within {seconds:g} s.") from None
+
+    async def _every_part(self, request: Request, most: int, parts: list[bytes]) -> None:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            self.receiving += len(part)
+            if size > most:
+                raise refused(413, f"This body is too large. Send at most {most:,} bytes.")
+            if self.receiving > self.rules.uploads:
+                raise BusyError("Too many uploads come at once.")
 
     # -------------------------------------------------------------------------------------------- settings
 
@@ -201,11 +220,11 @@ class _Served:
         self._require_token(request)
         if kind_of(request.headers.get("content-type", JSON_TYPE)) != JSON_TYPE:
             raise refused(415, f"Settings come as {JSON_TYPE}.")
-        body = await self._body(request)
-        try:
-            values = from_json(body.decode())
-        except (ValueError, RecursionError):
-            raise refused(400, 'Settings come as JSON, such as {"threshold": 0.7}.') from None
+        async with self._body(request) as body:
+            try:
+                values = from_json(body.decode())
+            except (ValueError, RecursionError):
+                raise refused(400, 'Settings come as JSON, such as {"threshold": 0.7}.') from None
         return JSONResponse(await run_in_threadpool(self.backend.change, values))
 
     def _require_token(self, request: Request) -> None:

@@ -105,9 +105,9 @@ class LocalServer:
 
     # -------------------------------------------------------------------------------------------- as of `Backend`
 
-    def require_room(self) -> None:
-        """Raise a BusyError if there is no room for more."""
-        self._engine.require_room()
+    def require_room(self, rows: int = 1) -> None:
+        """Raise a BusyError if there is no room for so many more."""
+        self._engine.require_room(rows)
 
     async def answer(self, images: np.ndarray, limits: np.ndarray | None = None) -> Sequence[Answer]:
         """The answers to images (b, c, h, w) float32, as the backbone takes them.

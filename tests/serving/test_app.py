@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -19,7 +20,7 @@ import ptee
 from ptee.serving.app import Rules, app_of
 from ptee.serving.engine import BusyError
 from ptee.serving.local import Batching, LocalServer
-from ptee.serving.uploads import Limits
+from ptee.serving.uploads import Limits, images_of
 
 pytestmark = pytest.mark.cpu("arrays come in host memory")
 TOKEN = "0123456789abcdef"
@@ -131,6 +132,53 @@ def test_a_body_that_comes_too_slowly_is_408_and_others_are_answered_meanwhile(s
     quick, late = asyncio.run(both())
     assert quick.status_code == 200
     refused(late, 408, "within 0.2 s")
+
+
+def sent_at_once(app, n: int, body: bytes, kind: str, rounds: int = 1) -> list[list[int]]:
+    """The sorted statuses of n requests, round by round."""
+
+    async def sent():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            found = []
+            for _ in range(rounds):
+                asked = (client.post("/predict", content=body, headers={"Content-Type": kind}) for _ in range(n))
+                found.append(sorted(response.status_code for response in await asyncio.gather(*asked)))
+            return found
+
+    return asyncio.run(sent())
+
+
+def slowly(monkeypatch) -> None:
+    """Uploads are decoded slowly."""
+
+    def decoded(*given):
+        time.sleep(0.1)
+        return images_of(*given)
+
+    monkeypatch.setattr("ptee.serving.app.images_of", decoded)
+
+
+def test_pictures_that_wait_to_be_decoded_are_bounded(server, monkeypatch):
+    slowly(monkeypatch)
+    found = sent_at_once(app_of(server, Rules(decoding=4)), 10, png((300, 300)), "image/png", rounds=2)
+    assert found == [[200] * 4 + [503] * 6] * 2
+    found = sent_at_once(app_of(server, Rules(decoding=4)), 10, npy(images(1)), "application/x-npy")
+    assert found == [[200] * 10]  # decoded where they come, so none waits
+
+
+def test_bodies_count_until_they_are_decoded(server, monkeypatch):
+    slowly(monkeypatch)
+    body = png((300, 300))
+    served = app_of(server, Rules(uploads=3 * len(body)))
+    assert sent_at_once(served, 8, body, "image/png", rounds=2) == [[200] * 3 + [503] * 5] * 2
+
+
+def test_images_that_are_decoded_take_room_of_the_queue(server, monkeypatch):
+    slowly(monkeypatch)
+    asked: list[int] = []
+    monkeypatch.setattr(server, "require_room", lambda rows=1: asked.append(rows))
+    sent_at_once(app_of(server, Rules()), 3, png((300, 300)), "image/png")
+    assert max(asked) == 3
 
 
 def test_all_uploads_together_are_bounded(server):
