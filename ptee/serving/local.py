@@ -24,6 +24,7 @@ from ptee.serving.queues import Answer
 from ptee.serving.settings import FixedSettings, ModelSettings
 
 LAST_S = 0.5  # in which the last connections that were taken send their requests
+HEADERS_S = 10.0  # until the headers of a request are whole
 BESIDE_BODY = 2**17  # bytes of a request: the first line, headers, lengths of chunks, trailers
 
 
@@ -243,26 +244,78 @@ def _signals_end(server: Any, app: Any, grace_s: float) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
+def most_connections() -> int:
+    """Open at once: half of the files that this process may open."""
+    import resource
+
+    return min(4096, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
 def _bounded_protocol() -> Any:
-    """uvicorn's protocol, which closes a connection that sends more. The parser that is written in C has no limit of its own."""
+    """uvicorn's protocol, which closes a connection that sends more or too slowly. The parser written in C has no limits of its own.
+
+    Where all connections are taken, a new one takes the place of the one that has waited longest for whole headers.
+    """
     if find_spec("httptools") is None:
-        return "h11"  # which has one
+        return "h11"  # which bounds headers, but not the time that they take
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    most = most_connections()
+    waiting: dict[Any, asyncio.TimerHandle] = {}  # connections without whole headers, oldest first
 
     class Bounded(HttpToolsProtocol):
         _beside, _allowed = 0, BESIDE_BODY  # so far, of all requests of the connection
+        _in_body = False
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                oldest = next(iter(waiting), self)
+                oldest._give_up()
+            if not transport.is_closing():
+                self._wait_for_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._wait_no_more()
+            super().connection_lost(exc)
+
+        def _wait_for_headers(self) -> None:
+            if self not in waiting:
+                waiting[self] = self.loop.call_later(HEADERS_S, self._give_up)
+
+        def _wait_no_more(self) -> None:
+            timer = waiting.pop(self, None)
+            if timer is not None:
+                timer.cancel()
+
+        def _give_up(self) -> None:
+            self._wait_no_more()
+            self.connections.discard(self)
+            self.transport.abort()
 
         def data_received(self, data: bytes) -> None:
+            if not self._in_body:
+                self._wait_for_headers()
             self._beside += len(data)
             super().data_received(data)
             if self._beside > self._allowed and self.transport is not None:
                 self.transport.close()
+
+        def on_message_begin(self) -> None:
+            self._wait_for_headers()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._wait_no_more()
+            self._in_body = True
+            super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
             self._beside -= len(body)
             super().on_body(body)
 
         def on_message_complete(self) -> None:
+            self._in_body = False
             self._allowed += BESIDE_BODY
             super().on_message_complete()
 

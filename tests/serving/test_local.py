@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from served import images, npy
 from small import made
+from uvicorn.server import ServerState
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.serving.local import reserved
+from ptee.serving import local
+from ptee.serving.local import _bounded_protocol, reserved
 from ptee.serving.settings import TOKEN, read_token
 
 pytestmark = pytest.mark.cpu("arrays come in host memory")
@@ -113,6 +117,99 @@ def test_many_requests_and_large_bodies_of_one_connection_are_within_the_limit(s
         for _ in range(300):
             assert client.post("/predict", content=npy(images(64)), headers={"X-Long": "a" * 2000}).status_code == 200
             assert client.post("/predict", content=iter([npy(images(64))])).status_code == 200
+
+
+class Connections:
+    """Clients of the protocol that `run_http` uses, in this event loop. The server answers "ok" to everything."""
+
+    async def __aenter__(self) -> Connections:
+        config = uvicorn.Config(self._ok, interface="asgi3", lifespan="off", log_level="error", timeout_keep_alive=30)
+        kind, state = _bounded_protocol(), ServerState()
+        loop = asyncio.get_running_loop()
+        self.server = await loop.create_server(lambda: kind(config, state, {}), "127.0.0.1", 0)
+        self.open: list[asyncio.StreamWriter] = []
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for writer in self.open:
+            writer.close()
+        self.server.close()
+
+    async def _ok(self, scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def sent(self, text: bytes) -> asyncio.StreamReader:
+        reader, writer = await asyncio.open_connection(*self.server.sockets[0].getsockname())
+        writer.write(text)
+        self.open.append(writer)
+        return reader
+
+
+GET, HALF = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: "
+
+
+async def is_closed(reader: asyncio.StreamReader, within_s: float = 5) -> bool:
+    """Whether the server closes it, whatever it says before."""
+    try:
+        await asyncio.wait_for(reader.read(), within_s)
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
+@pytest.mark.parametrize("begins", [[b""], [HALF], [GET + HALF], [GET, b"\r\n"], [GET, HALF]])
+def test_a_connection_without_whole_headers_is_closed(monkeypatch, begins):
+    monkeypatch.setattr(local, "HEADERS_S", 0.2)
+
+    async def seen() -> bool:
+        async with Connections() as all:
+            reader = await all.sent(begins[0])
+            for more in begins[1:]:
+                await reader.read(15)
+                all.open[-1].write(more)
+            return await is_closed(reader)
+
+    assert asyncio.run(seen())
+
+
+def test_an_answered_connection_and_a_slow_body_stay_open(monkeypatch):
+    monkeypatch.setattr(local, "HEADERS_S", 0.2)
+
+    async def seen() -> list[bool]:
+        async with Connections() as all:
+            body = GET.replace(b"GET", b"POST").replace(b"x\r\n", b"x\r\nContent-Length: 9\r\n")
+            return await asyncio.gather(*[is_closed(await all.sent(text), 0.6) for text in (GET, body + b"part")])
+
+    assert asyncio.run(seen()) == [False, False]
+
+
+def test_a_full_server_closes_the_oldest_connection_without_whole_headers(monkeypatch):
+    monkeypatch.setattr(local, "most_connections", lambda: 5)
+
+    async def seen() -> tuple[list[bytes], list[bool]]:
+        async with Connections() as all:
+            halves = [await all.sent(HALF) for _ in range(20)]
+            answer = await (await all.sent(GET)).read(15)
+            closed = await asyncio.gather(*(is_closed(half, 1) for half in halves))
+            return answer, closed
+
+    answer, closed = asyncio.run(seen())
+    assert answer == b"HTTP/1.1 200 OK"
+    assert closed == [True] * 16 + [False] * 4
+
+
+def test_a_server_that_is_full_of_answered_connections_takes_no_more(monkeypatch):
+    monkeypatch.setattr(local, "most_connections", lambda: 5)
+
+    async def seen() -> tuple[list[bytes], bool]:
+        async with Connections() as all:
+            answers = [await (await all.sent(GET)).read(15) for _ in range(5)]
+            return answers, await is_closed(await all.sent(GET))
+
+    assert asyncio.run(seen()) == ([b"HTTP/1.1 200 OK"] * 5, True)
 
 
 def test_an_address_of_another_machine_is_refused():
