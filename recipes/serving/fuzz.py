@@ -2,12 +2,14 @@
 
     python recipes/serving/fuzz.py http://127.0.0.1:8000 FOLDER --check RUN --requests 2000
 
-Bodies are damaged, cut off, empty, huge or of another type; thresholds, methods, paths, headers and tokens are nonsense; some
-connections speak no HTTP or end in the middle. Every tenth request is a good one, whose answer must be that of `predict`.
+Bodies are damaged, cut off, empty, huge, costly to decode or of another type; thresholds, methods, paths, headers and tokens
+are nonsense; some connections speak no HTTP or end in the middle. Every tenth request is a good one, whose answer must be that
+of `predict`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import socket
@@ -22,6 +24,7 @@ import click
 import httpx
 import numpy as np
 from load import Picture, expected, pictures
+from PIL import Image
 
 KINDS = (
     "image/png",
@@ -92,6 +95,7 @@ def damaged(chance: random.Random, good: Sequence[Picture]) -> Damaged:
             chance.randbytes(chance.randrange(2000)),
             chance.choice(WORDS),
             _array(chance),
+            _picture(chance),
         ]
     )
     path, headers = chance.choice(PATHS), {"Content-Type": chance.choice(KINDS)}
@@ -129,6 +133,18 @@ def _array(chance: random.Random) -> bytes:
     return b"\x93NUMPY" + version + size + header + chance.randbytes(chance.choice([0, 100, 12288]))
 
 
+def _picture(chance: random.Random) -> bytes:
+    """A PNG or JPEG that is sound, and costly: far longer than wide, or of very many scans."""
+    stream, size = io.BytesIO(), chance.choice([(1, 1), (1, 60), (90, 1), (3000, 1), (1, 12_000), (64, 64)])
+    if chance.random() < 0.5:
+        Image.new("RGB", size).save(stream, "PNG")
+        return stream.getvalue()
+    Image.new("RGB", size).save(stream, "JPEG", progressive=True)
+    body = stream.getvalue()
+    last = body[body.rindex(b"\xff\xda") : -2]
+    return body[:-2] + last * chance.choice([0, 50, 300]) + body[-2:]
+
+
 def no_http(chance: random.Random, host: str, port: int) -> None:
     """A connection that speaks no HTTP, or ends in the middle."""
     lines = (b"GET", b"\x16\x03\x01\x02\x00", b"POST /predict HTTP/1.1\r\nContent-Length: 50\r\n\r\nx", b"A" * 70_000, b"POST /predict HTTP/9.9\r\n\r\n",
@@ -137,6 +153,12 @@ def no_http(chance: random.Random, host: str, port: int) -> None:
         connection.sendall(chance.choice(lines))
         if chance.random() < 0.5:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
+
+
+def is_one_line(response: httpx.Response) -> bool:
+    """Whether a refusal says why in one line."""
+    is_json = response.headers.get("content-type") == "application/json"
+    return len((response.json()["error"] if is_json else response.text).strip().splitlines()) == 1
 
 
 def right(answer: dict[str, Any], want: tuple[int, np.ndarray]) -> bool:
@@ -177,7 +199,7 @@ def main(url: str, source: str, run: str, requests: int) -> None:
                     status[type(why).__name__] += 1
                     continue
                 status[str(response.status_code)] += 1
-                if response.status_code >= 400 and request.method != "HEAD" and "\n" in response.text.strip():
+                if response.status_code >= 400 and request.method != "HEAD" and not is_one_line(response):
                     wrong += 1
                     print("not one line:", response.text[:200])
         alive = client.get("/ready").status_code == 200
