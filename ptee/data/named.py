@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ptee._common.errors import DataError, UnknownName, first_line, possible
 from ptee.data.demo_images import DEMO, demo_listing
 from ptee.data.folders import Listing
+from ptee.data.pixels import FORMATS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,7 +85,7 @@ class _HubPictures:
 
         stream, label = self.reader[index]
         with stream:
-            image = Image.open(stream)
+            image = Image.open(stream, formats=FORMATS)
             image.load()
         return image, label
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ptee._common.errors import DataError, some, unknown
-from ptee.data.pixels import eight_bits, require_sides
+from ptee.data.pixels import FORMATS, eight_bits, require_sides
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,7 +134,7 @@ def decode_bytes(content: bytes) -> Image:
     from PIL import Image
 
     try:
-        image = Image.open(BytesIO(content))
+        image = Image.open(BytesIO(content), formats=FORMATS)
         image.load()
         return eight_bits(image)
     except DataError:
@@ -145,8 +145,11 @@ def decode_bytes(content: bytes) -> Image:
 
 def _reason(error: Exception) -> str:
     """Why a picture cannot be decoded, in words."""
+    from PIL import UnidentifiedImageError
     from PIL.Image import MAX_IMAGE_PIXELS, DecompressionBombError
 
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture, or damaged"
     if isinstance(error, DecompressionBombError):
         return f"it has more than {2 * (MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller"
     if isinstance(error, MemoryError):
@@ -162,7 +165,7 @@ def _open(file: File) -> Image:
     """The picture, not yet decoded. Its bytes are read first, so that no file stays open."""
     from PIL import Image
 
-    return Image.open(_read(file))
+    return Image.open(_read(file), formats=FORMATS)
 
 
 def _read(file: File) -> BytesIO:
@@ -227,12 +230,12 @@ def _fault(file: File) -> str:
 
     try:
         encoded = _read(file)
-        image = Image.open(encoded)
+        image = Image.open(encoded, formats=FORMATS)
         require_sides(image.size)  # before a draft rounds them
         if image.format == "PNG":
             image.verify()
             encoded.seek(0)
-            image = Image.open(encoded)
+            image = Image.open(encoded, formats=FORMATS)
         if image.format == "JPEG":
             image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()

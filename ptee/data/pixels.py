@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow's; it gives some others to other programs
 SIXTEEN_BITS = 65535
 LONGEST_SIDE = (
     100  # times the shorter one: a picture is resized whole, so a thin one of few bytes would fill the memory

@@ -16,7 +16,7 @@ import numpy as np
 from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
-from ptee.data.pixels import model_input
+from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 
 Array = Any  # of numpy for ONNX, of torch for pt2
@@ -172,7 +172,7 @@ class Runner:
         pictures = []
         for path in paths:
             try:
-                with Image.open(path) as file:
+                with Image.open(path, formats=FORMATS) as file:
                     pictures.append(self._pixels(file))
             except (OSError, DataError) as why:
                 raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why

@@ -198,6 +198,18 @@ def test_what_pillow_refuses_to_decode_is_not_called_damaged(tmp_path):
             check_pictures([Pictures([(file, 0)], TRANSFORM)])
 
 
+def test_only_usual_formats_are_decoded_whatever_a_file_is_called(tmp_path):
+    picture(9, "RGB").save(tmp_path / "a.png", "EPS")  # which Pillow would give to another program
+    file = File(str(tmp_path / "a.png"), "a.png")
+    with pytest.raises(UnreadablePicturesError, match=r"a\.png' \(it is no"):
+        check_pictures([Pictures([(file, 0)], TRANSFORM)])
+    for read in (lambda: decode(file), lambda: decode_bytes((tmp_path / "a.png").read_bytes())):
+        with pytest.raises(DataError, match="it is no BMP, GIF, JPEG, PNG, PPM, TIFF or WEBP picture, or damaged"):
+            read()
+    picture(9, "RGB").save(tmp_path / "b.jpg", "GIF")
+    assert decode(File(str(tmp_path / "b.jpg"), "b.jpg")).size == (8, 8)
+
+
 @pytest.mark.parametrize("kind", ["png", "jpg"])
 @pytest.mark.parametrize("size", [(1010, 10), (10, 1010)])
 def test_a_very_thin_picture_cannot_be_read(tmp_path, size, kind):
