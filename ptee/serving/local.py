@@ -212,6 +212,7 @@ def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, g
         server_header=False,
         lifespan="on",
         timeout_keep_alive=30,
+        backlog=max(1, most_connections() // 2),  # asyncio takes so many at once, before any of them can be closed
         http=_bounded_protocol(),
     )
     asyncio.run(Server(config).serve([where]))
