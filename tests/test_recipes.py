@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import importlib
 import io
 import json
 import re
@@ -113,3 +115,14 @@ def test_the_tables_of_the_papers_are_those_that_were_measured():
     for file in (papers / "measured").glob("*.csv"):
         for row in csv.reader(file.read_text(encoding="utf-8").splitlines()):
             assert f"| {' | '.join(row)} |" in text, file.name
+
+
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parents[1] / "recipes").rglob("*.py")), ids=lambda script: script.stem
+)
+def test_all_that_a_script_imports_from_ptee_is_there(script):
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ptee"):
+            module = importlib.import_module(node.module)
+            for each in node.names:
+                assert hasattr(module, each.name) or find_spec(f"{node.module}.{each.name}"), (node.module, each.name)

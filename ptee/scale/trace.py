@@ -114,7 +114,9 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
         bad = (
             f"; {manifest.unreadable:,} cannot be read and are named in unreadable.json" if manifest.unreadable else ""
         )
-        log(f"{manifest.rows:,} images in {len(manifest.parts)} parts in {writer.folder}{bad}.")
+        log(
+            f"{manifest.rows:,} images in {len(manifest.parts)} part{'s' * (len(manifest.parts) != 1)} in {writer.folder}{bad}."
+        )
 
 
 def describe(model: EarlyExitModel) -> dict[str, Any]:

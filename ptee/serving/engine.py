@@ -253,9 +253,11 @@ class Engine:
         for (request, i), number, probability, sure, row in columns:
             request.answers[i] = Answer(number, probability, step.exit, sure, cost, row)
             waited.append(now - request.began)
+        self._heard.answered(
+            [step.exit] * len(batch), waited, cost * len(batch)
+        )  # first, so that who is told can read it
         for request, _ in batch.of:
             self._one_less(request)
-        self._heard.answered([step.exit] * len(batch), waited, cost * len(batch))
         if self._watch is not None:
             self._watched(step, batch, logits, h)
 

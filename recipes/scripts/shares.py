@@ -17,7 +17,8 @@ from typing import Any
 import click
 
 import ptee
-from ptee.pipeline.sweep import TABLE, Sweep, SweepRow
+from ptee.pipeline.recorded import SWEEP_TABLE
+from ptee.pipeline.sweep import Sweep, SweepRow
 from ptee.training.step import parameter_costs
 
 TITLE = ("run", "leave at", "accuracy", "fidelity", "backbone alone", "cost", "paper", "parameters", "epochs", "s")
@@ -76,7 +77,7 @@ def main(runs: tuple[Path, ...], as_json: bool, file: Path | None, folder: Path 
     if folder is not None:
         named = {"accuracy": "accuracy", "fidelity": "fidelity", "cost": "operations", "backbone": "backbone"}
         found = [SweepRow(row["run"], {}, {name: row[key] for name, key in named.items()}) for row in rows]
-        (folder / TABLE).write_text(Sweep(tuple(found), folder).to_csv(), encoding="utf-8")
+        (folder / SWEEP_TABLE).write_text(Sweep(tuple(found), folder).to_csv(), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
