@@ -181,6 +181,7 @@ class RayBackend:
         fixed: the other settings.
         max_queue: images that may be on their way from here.
         p99_s: what would probably take longer is refused.
+        kept: the actor that keeps the thresholds; None: nobody does.
 
     Attributes:
         inside: images on their way.
@@ -188,9 +189,10 @@ class RayBackend:
     """
 
     def __init__(
-        self, first: Any, about: About, threshold: list[float], fixed: dict[str, Any], max_queue: int, p99_s: float | None = None
+        self, first: Any, about: About, threshold: list[float], fixed: dict[str, Any], max_queue: int, p99_s: float | None = None,
+        *, kept: Any = None,
     ) -> None:  # fmt: skip
-        self._first, self.about, self.max_queue, self.p99_s = first, about, max_queue, p99_s
+        self._first, self._kept, self.about, self.max_queue, self.p99_s = first, kept, about, max_queue, p99_s
         self._settings = FixedSettings(threshold, fixed)
         self.metrics = Metrics(about.exits)
         self.inside, self.closing = 0, False
@@ -229,8 +231,12 @@ class RayBackend:
         return self._settings.now()
 
     def change(self, values: Any) -> dict[str, Any]:
-        """Change the thresholds, in this process only: a replica that Ray starts again has those of the start."""
-        return self._settings.change(values)
+        """Change the thresholds."""
+        now = self._settings.change(values)
+        if self._kept is not None:
+            with suppress(ray.exceptions.RayError):  # who deployed all was killed
+                ray.get(self._kept.exchange.remote(self._settings.threshold))
+        return now
 
     def not_ready(self) -> str:
         """Why it cannot answer now; empty if it can."""
@@ -270,11 +276,25 @@ def build() -> Any:
     return app_of(*_HERE[APP])
 
 
-class _Ingress:
-    """Takes requests of HTTP."""
+class _Kept:
+    """The thresholds in force, in an actor that lives as long as the process that deployed all."""
 
-    def __init__(self, first: Any, front: Front) -> None:
-        backend = RayBackend(first, front.about, front.threshold, front.fixed, front.max_queue, front.p99_s)
+    def __init__(self, threshold: list[float]) -> None:
+        self.threshold = threshold
+
+    def exchange(self, threshold: list[float] | None = None) -> list[float]:
+        self.threshold = threshold or self.threshold
+        return self.threshold
+
+
+class _Ingress:
+    """Takes requests of HTTP. One that Ray starts again goes on with the thresholds of the one before."""
+
+    def __init__(self, first: Any, front: Front, kept: Any) -> None:
+        threshold = front.threshold
+        with suppress(ray.exceptions.RayError):  # who deployed all was killed
+            threshold = ray.get(kept.exchange.remote())
+        backend = RayBackend(first, front.about, threshold, front.fixed, front.max_queue, front.p99_s, kept=kept)
         _HERE[APP] = backend, front.rules
 
     async def drain(self) -> None:
@@ -292,20 +312,19 @@ def application(source: Source, front: Front, *, pieces: int, workers: int, cpus
     actor: dict[str, Any] = {"num_cpus": min(1.0, 0.8 * cpus / (pieces * workers))}
     if source.device.startswith("cuda"):
         actor["num_gpus"] = 1 / pieces
-    how: dict[str, Any] = {
-        "num_replicas": workers,
-        "max_ongoing_requests": 2 * source.max_queue,
-        "ray_actor_options": actor,
-    }
+    ongoing = 2 * source.max_queue
+    how: Any = {"num_replicas": workers, "max_ongoing_requests": ongoing, "ray_actor_options": actor}
     behind: Any = None
     for n in reversed(range(pieces)):
         piece: Any = serve.deployment(Piece, name=name_of(n), **how)
         behind = piece.bind(source, n, behind)
 
     ingress: Any = serve.ingress(build)(_Ingress)
-    ongoing = 4 * source.max_queue
-    door: Any = serve.deployment(ingress, name="http", max_ongoing_requests=ongoing, ray_actor_options={"num_cpus": 0})
-    return door.bind(behind, front)
+    door: Any = serve.deployment(
+        ingress, name="http", max_ongoing_requests=2 * ongoing, ray_actor_options={"num_cpus": 0}
+    )
+    kept: Any = ray.remote(_Kept)
+    return door.bind(behind, front, kept.options(num_cpus=0).remote(front.threshold))
 
 
 def deployed(

@@ -183,6 +183,22 @@ def test_a_replica_that_is_killed_costs_no_answer_and_no_answer_is_wrong(client,
     assert victim not in replicas("piece-1")
 
 
+def test_thresholds_outlive_the_replica_that_takes_requests(client):
+    ours = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+    assert client.patch("/settings", json={"threshold": [0.1, 0.7]}, headers=ours).json()["threshold"] == [0.1, 0.7]
+    (victim,) = replicas("http")
+    os.kill(victim, signal.SIGKILL)
+    found = None
+    began = time.monotonic()
+    while found is None and time.monotonic() - began < 60:
+        with suppress(httpx.TransportError):
+            response = client.get("/settings")
+            found = response.json()["threshold"] if response.status_code == 200 else None
+    assert victim not in replicas("http")
+    assert found == [0.1, 0.7]
+    client.patch("/settings", json={"threshold": T}, headers=ours)
+
+
 def test_a_stop_answers_what_is_on_its_way(client, backend):
     from ptee.serving.ray_serve import drain_and_end
 
