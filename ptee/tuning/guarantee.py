@@ -20,7 +20,14 @@ from ptee._common.errors import Argument, PteeError
 from ptee.exits.blend import MAX_EXITS, Exits, subsets
 from ptee.exits.confidence import leaves
 from ptee.tuning.config import EXAMPLES, Promise, Target
-from ptee.tuning.p_values import images_needed, least_limit, p_value_of_drop, p_value_of_share
+from ptee.tuning.p_values import (
+    images_needed,
+    images_needed_for_drop,
+    least_limit,
+    least_limit_of_drop,
+    p_value_of_drop,
+    p_value_of_share,
+)
 from ptee.tuning.targets import Solution, losses_of
 from ptee.tuning.threshold_search import NEVER
 from ptee.tuning.traces import Traces
@@ -46,11 +53,14 @@ def require_images(target: Target, confidence: float | None, images: int, *, eac
     if target.limit <= 0:
         text = " cannot be guaranteed: no number of images shows that nothing is ever lost. Give more, such as "
         raise PteeError(target.argument, text, Argument(target.kind, EXAMPLES[target.kind]), ".", argument=target.kind)
-    needed, tested = images_needed(target.limit, 1 - confidence), images - images // ORDER_SHARE * each_exit
+    of_drop = target.kind == "max_drop"
+    needed = (images_needed_for_drop if of_drop else images_needed)(target.limit, 1 - confidence)
+    tested = images - images // ORDER_SHARE * each_exit
     if tested >= needed:
         return
     in_all = needed + (needed - 1) // (ORDER_SHARE - 1) * each_exit
-    possible = math.ceil(least_limit(tested, 1 - confidence) * 1e4) / 1e4 if tested else 1.0
+    least = (least_limit_of_drop if of_drop else least_limit)(tested, 1 - confidence) if tested else 1.0
+    possible = math.ceil(least * 1e4 - 1e-9) / 1e4
     instead: tuple[Argument | str, ...] = (Argument(target.kind, f"{possible:g}"), " or more, ") if possible < 1 else ()
     too: tuple[Argument | str, ...] = (" and ", Argument("each_exit", "True")) if each_exit else ()
     raise PteeError(

@@ -10,6 +10,7 @@ valid, too, but knows less: `recipes/scripts/check_guarantees.py --tests` compar
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from functools import lru_cache
 
 import numpy as np
@@ -39,6 +40,29 @@ def least_limit(images: int, delta: float) -> float:
     0.01
     """
     return 1 - delta ** (1 / images)
+
+
+def images_needed_for_drop(limit: float, delta: float) -> int:
+    """The same for a drop of accuracy, whose test also allows for answers that are won: from 99 % on it needs more images.
+
+    >>> images_needed_for_drop(0.01, 0.05), images_needed_for_drop(0.01, 0.01)
+    (299, 529)
+    """
+    few = images_needed(limit, delta)
+    return few + bisect_left(range(9 * few), True, key=lambda more: _shows(few + more, limit, delta))
+
+
+def least_limit_of_drop(images: int, delta: float) -> float:
+    """The smallest drop of accuracy that so many images can show, to a ten thousandth."""
+    least = math.floor(least_limit(images, delta) * 1e4)
+    return (
+        least + bisect_left(range(10_000 - least), True, key=lambda more: _shows(images, (least + more) / 1e4, delta))
+    ) / 1e4
+
+
+def _shows(images: int, limit: float, delta: float) -> bool:
+    """Whether so many images show that the drop is smaller, if no answer changes."""
+    return limit > 0 and p_value_of_drop(0, 0, images, limit, delta) <= delta
 
 
 @lru_cache(maxsize=100_000)

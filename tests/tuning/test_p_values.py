@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from ptee.tuning.p_values import images_needed, least_limit, p_value_of_drop, p_value_of_share
+from ptee.tuning.p_values import (
+    images_needed,
+    images_needed_for_drop,
+    least_limit,
+    least_limit_of_drop,
+    p_value_of_drop,
+    p_value_of_share,
+)
 
 DELTA = 0.05
 
@@ -79,3 +86,12 @@ def test_one_point_at_95_percent_needs_299_images():
 def test_the_least_limit_is_that_which_needs_so_many_images(images):
     limit = least_limit(images, DELTA)
     assert images_needed(limit * 1.001, DELTA) <= images <= images_needed(limit * 0.999, DELTA)
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.01, 0.001])
+@pytest.mark.parametrize("limit", [0.005, 0.01, 0.05])
+def test_as_many_images_as_a_drop_needs_show_it_and_one_fewer_does_not(limit, delta):
+    n = images_needed_for_drop(limit, delta)
+    assert p_value_of_drop(0, 0, n, limit, delta) <= delta < p_value_of_drop(0, 0, n - 1, limit, delta)
+    least = least_limit_of_drop(n, delta)
+    assert p_value_of_drop(0, 0, n, least, delta) <= delta < p_value_of_drop(0, 0, n, least - 1e-4, delta)
