@@ -20,7 +20,7 @@ def traced(run, finished, source) -> Path:
     done = run("trace", finished, "--data", source, "--out", "traces")
     assert done.status == 0, done.err
     assert done.out.splitlines() == [
-        "40 images in 1 parts in traces.",
+        "40 images in 1 part in traces.",
         f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01",
     ]
     return Path("traces")
@@ -89,7 +89,7 @@ def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
     assert done.status == 0, done.err
     assert done.out.splitlines() == [
         "What the heads read of about 40 images takes about 1 MiB.",
-        "40 images in 1 parts in cache.",
+        "40 images in 1 part in cache.",
     ]
     assert_refused(
         run("cache", finished, "--data", source, "--out", "small", "--limit", 0.000001), "--limit|are allowed"
