@@ -66,6 +66,20 @@ class Logits(click.ParamType):
         return value
 
 
+OF_BOTH = (
+    "data",
+    "out",
+    "engine",
+    "workers",
+    "classes",
+    "weights",
+    "batch_size",
+    "device",
+    "max_unreadable",
+    "overwrite",
+)
+
+
 @command(short_help="Record what all exits answer for very many images.")
 @click.argument("run", type=RunName())
 @in_groups(SOURCE, ENGINE, INTO)
@@ -84,19 +98,7 @@ def trace(run: str, **o: Any) -> None:
     require_runs(run, images=False, **o)
     from ptee.scale.trace import record
 
-    names = (
-        "data",
-        "out",
-        "engine",
-        "workers",
-        "classes",
-        "weights",
-        "batch_size",
-        "device",
-        "max_unreadable",
-        "overwrite",
-    )
-    found = record(run, logits=words_of(o["logits"]), log=click.echo, **{name: o[name] for name in names})
+    found = record(run, logits=words_of(o["logits"]), log=click.echo, **{name: o[name] for name in OF_BOTH})
     click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} --max-drop 0.01")
 
 
@@ -113,16 +115,4 @@ def cache(run: str, **o: Any) -> None:
     require_runs(run, images=False, **o)
     from ptee.scale.cache import cache as write
 
-    names = (
-        "data",
-        "out",
-        "engine",
-        "workers",
-        "classes",
-        "weights",
-        "batch_size",
-        "device",
-        "max_unreadable",
-        "overwrite",
-    )
-    write(run, limit=int(o["limit"] * 2**30), log=click.echo, **{name: o[name] for name in names})
+    write(run, limit=int(o["limit"] * 2**30), log=click.echo, **{name: o[name] for name in OF_BOTH})

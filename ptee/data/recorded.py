@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -9,28 +10,28 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 
-class RecordedTraces:
+class RecordedTraces(ABC):
     """Answers of all exits for n images, which stand where a data set of images would. It is not read image by image."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
+    @abstractmethod
     def labelled(self) -> bool:
         """Whether the images have labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def traces(self, model: Any, *, rows: Tensor | None, logits: bool, own: bool) -> Any:
         """The `Traces` of a model, as `record` gives them, of all images or of these rows (m,). Their sample is empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def for_calibration(self, model: Any, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
         """Log-odds (E, m) of each early exit's largest probability, answers (E+1, m), labels (m,) or None, and why there are none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def can_give_logits(self, model: Any, rows: Tensor | None) -> bool:
         """Whether the logits of these images were kept and fit into memory."""
-        raise NotImplementedError
 
 
 def recorded(data: object) -> tuple[RecordedTraces, Tensor | None] | None:
