@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from ptee._common.devices import wait
+from ptee._common.progress import with_bar
 
 
 def in_turns(
@@ -21,19 +21,17 @@ def in_turns(
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
-    bar = tqdm(total=(rounds + 1) * len(calls), desc="measuring speed", leave=False, disable=None)
-    with torch.inference_mode(), bar:
-        for i in range(rounds + 1):
-            for name, call in calls.items():
-                wait(device)
-                start = time.perf_counter()
-                call()
-                wait(device)
-                if i:
-                    times[name].append(time.perf_counter() - start)
-                bar.update()
-            if i >= 3 and time.perf_counter() - begun > seconds:
+    turns = [(i, name) for i in range(rounds + 1) for name in calls]
+    with torch.inference_mode():
+        for i, name in with_bar(turns, "measuring speed"):
+            if i > 3 and name == turns[0][1] and time.perf_counter() - begun > seconds:
                 break
+            wait(device)
+            start = time.perf_counter()
+            calls[name]()
+            wait(device)
+            if i:
+                times[name].append(time.perf_counter() - start)
     return times
 
 

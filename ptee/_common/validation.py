@@ -110,12 +110,13 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
     """
     findings = error.errors(include_url=False)
     first = findings[0]
-    place = _place(first["loc"])
+    unknown = first["type"] == "extra_forbidden"  # whoever gave it chose its name, and it may look like anything
+    place = _place(first["loc"][:-1], f"{first['loc'][-1]:.60}") if unknown else _place(first["loc"])
     path = ".".join(filter(None, [where, place]))
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, PteeError):  # from a rule, or from settings inside of these
         return _within(path, inner)
-    if first["type"] == "extra_forbidden":
+    if unknown:
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(place, fields)}")
     if first["type"] == "missing":
         return PteeError(f"{path} is missing.", argument=path)
@@ -127,12 +128,12 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
     return _fault(PteeError, path, first["input"], f"must be {', or '.join(words)}.")
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    """The dotted path of a setting, without the types of a union that pydantic adds to it."""
+def _place(loc: tuple[int | str, ...], *last: str) -> str:
+    """The dotted path of a setting, without the types of a union that pydantic adds to it; `last` stands behind it as it is."""
     parts = [f"[{part}]" if isinstance(part, int) else part for part in loc]
     names = [part for part in parts if re.fullmatch(r"[a-z_][a-z_0-9]*|\[\d+\]", part)]
     names = [name for name in names if name not in ("int", "float", "bool", "str", "none")]
-    return ".".join(names).replace(".[", "[")
+    return ".".join([*names, *last]).replace(".[", "[")
 
 
 def _choices(finding: Mapping[str, Any]) -> list[str]:

@@ -292,7 +292,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @option(
     "--executor",
-    help="Of a RUN: hooks, eager, graphs, compile; several separated by commas. Default: hooks, and eager on a CPU or graphs on a GPU.",
+    help="Of a RUN: hooks, eager, graphs, compile, onnx; several separated by commas. Default: hooks, and eager on a CPU or graphs on a GPU.",
 )
 @option("--save", is_flag=True, help="Keep the times of the pieces in RUN, for --cost time.")
 @options.DEVICE
@@ -301,7 +301,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 def bench(run: str | None, **o: Any) -> None:
     """Time a saved RUN, or a model with untrained exits (--model), beside its bare backbone: what leaving saves, what staying costs.
 
-    Of a RUN, each piece is measured, too.
+    Of a RUN, each piece is measured, too. An exported model is timed beside itself with nobody leaving.
     """
     if run is not None:
         _bench_run(run, o)
@@ -333,9 +333,18 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
         raise PteeError(wrong, " is about a model with untrained exits, and a run has its own. Leave it out.")
     require_runs(run, images=False, exported=True, **o)
     from ptee._common.devices import resolve_device
-    from ptee.pipeline.timed_run import bench_saved
+    from ptee.deploy.manifest import is_exported
+    from ptee.pipeline.timed_run import bench_exported_folder, bench_saved
 
+    for name in ("executor", "save", "weights") if is_exported(run) else ():
+        if o[name]:
+            wrong = Argument(name, "True" if name == "save" else "")
+            raise PteeError(wrong, f" is about a run, and {run} is an exported model. Leave it out.")
     device = resolve_device(o["device"])
+    if is_exported(run):
+        places = {key: o[key] for key in ("rounds", "threads", "data", "data_root", "classes")}
+        show(bench_exported_folder(run, o["batch_sizes"], device=device, **places), o)
+        return
     executors = o["executor"] or ("hooks,graphs" if device.type == "cuda" else "hooks,eager")
     names = [name.strip() for name in executors.split(",")]
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}

@@ -16,7 +16,12 @@ from ptee.cli.values import require_runs
 
 FEW_MACS = 10_000_000  # as of `ptee bench`: one CPU thread is faster than several
 STOPPED = "Stopped. All that came was answered."
-NEEDS = {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus_client"}
+NEEDS = {
+    "starlette": "starlette",
+    "uvicorn": "uvicorn",
+    "httptools": "uvicorn[standard]",
+    "prometheus_client": "prometheus_client",
+}
 ADDRESS = option_group(
     "Address",
     option("--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 is all of this machine's."),
@@ -153,6 +158,7 @@ def _serve_local(run: str, o: Mapping[str, Any]) -> None:
 
     where = reserved(o["host"], o["port"])
     try:
+        click.echo(f"Loading {run}, and measuring how long its pieces take.")
         how = Batching(o["max_batch"], o["max_wait_ms"], o["p99_ms"], o["max_queue"], o["rebatch"], o["workers"])
         server = LocalServer(_opened(run, o), how)
         many = len(server.policy.sizes)
@@ -184,6 +190,7 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
     source = Source(
         place, exported, device, weights, o["max_batch"], wait_s if o["rebatch"] else 0.0, o["max_queue"], o["bare"]
     )  # fmt: skip
+    click.echo(f"Starting Ray, with a deployment for each piece of {run}.")
     p99_s = None if o["p99_ms"] is None else o["p99_ms"] / 1000
     how = {"host": o["host"], "port": o["port"], "workers": o["workers"], "p99_s": p99_s}
     run_with_ray(source, _rules_of(o), started=lambda: click.echo(_answering(o)), **how)

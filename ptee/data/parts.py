@@ -354,13 +354,21 @@ def _begun_or_new(folder: Path, kind: Any, about: Mapping[str, Any], planned: in
 
 
 def _require_alike(folder: Path, old: Manifest, new: Manifest) -> None:
-    differing = [key for key in {**old.about, **new.about} if old.about.get(key) != new.about.get(key)]
-    if differing or old.planned != new.planned:
-        key = differing[0] if differing else "parts"
-        before, now = (about.get(key, "") if differing else "" for about in (old.about, new.about))
-        values = f" ({before!s:.60}, now {now!s:.60})" if differing else ""
-        text = f"{folder} holds {new.kind} of another {key}{values}. Give another folder, "
-        raise DataError(text, OUT, ", or replace it: ", OVERWRITE, ".")
+    if old.about == new.about and old.planned == new.planned:
+        return
+    differs = _difference(old.about, new.about) or ("number of parts", old.planned, new.planned)
+    text = f"{folder} holds {new.kind} of another {differs[0]} ({differs[1]!s:.60}, now {differs[2]!s:.60}). Give another folder, "
+    raise DataError(text, OUT, ", or replace it: ", OVERWRITE, ".")
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The dotted name of the first value that differs, and both values."""
+    for key in {**old, **new}:
+        one, two = old.get(key, "nothing"), new.get(key, "nothing")
+        if one != two:
+            inner = _difference(one, two) if isinstance(one, Mapping) and isinstance(two, Mapping) else None
+            return (key, one, two) if inner is None else (f"{key}.{inner[0]}", *inner[1:])
+    return None
 
 
 def write_tables(tables: Iterator[Any], file: Path, callback: Callable[[int], None] | None = None) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ptee._common.errors import DataError, some, unknown
-from ptee.data.pixels import FORMATS, eight_bits, require_sides
+from ptee.data.pixels import FORMATS, SCANS, eight_bits, require_sides, scans_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,6 +133,8 @@ def decode_bytes(content: bytes) -> Image:
     """
     from PIL import Image
 
+    if (scans := scans_of(content)) > SCANS:
+        raise DataError(f"it has {scans:,} scans, and {SCANS} are read at most")
     try:
         image = Image.open(BytesIO(content), formats=FORMATS)
         image.load()

@@ -17,6 +17,14 @@ LONGEST_SIDE = (
     100  # times the shorter one: a picture is resized whole, so a thin one of few bytes would fill the memory
 )
 
+SCANS = 100  # of a JPEG: each goes over all of its pixels; encoders write about ten
+START_OF_SCAN = b"\xff\xda"
+
+
+def scans_of(content: bytes) -> int:
+    """At most so many times Pillow goes over all pixels of an encoded picture."""
+    return content.count(START_OF_SCAN) if content.startswith(b"\xff\xd8") else 0
+
 
 def require_sides(size: tuple[int, int]) -> None:
     """Refuse pictures (width, height) that are far longer than wide, or wider than long.

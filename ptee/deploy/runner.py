@@ -158,10 +158,9 @@ class Runner:
     def try_out(self) -> None:
         """Answer images of zeros, one of which leaves at the first exit."""
         x = np.zeros((2, *self.manifest.input_size), dtype=np.float32)
-        given = x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
         limits = np.full((2, len(self.manifest.exits)), 2.0)
         limits[0] = 0.0
-        out = self.predict(given, limits)
+        out = self.predict(self.from_host(x), limits)
         if tuple(out.logits.shape) != (2, self.manifest.classes):
             raise ValueError(f"answers have the shape {tuple(out.logits.shape)}")
 
@@ -176,7 +175,10 @@ class Runner:
                     pictures.append(self._pixels(file))
             except (OSError, DataError) as why:
                 raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why
-        x = np.stack(pictures)
+        return self.from_host(np.stack(pictures))
+
+    def from_host(self, x: np.ndarray) -> Array:
+        """Images (b, c, h, w) float32 as `predict` takes them: of the model's number type, and a tensor for pt2."""
         return x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
 
     def _pixels(self, picture: Any) -> np.ndarray:
@@ -209,6 +211,36 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
     return runner
 
 
+class OnnxPiece:
+    """A piece that ONNX Runtime runs.
+
+    Args:
+        session: of `onnxruntime`.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._takes = [given.name for given in session.get_inputs()]
+        self._gives = [given.name for given in session.get_outputs()]
+
+    def __call__(self, *alive: Array) -> Sequence[Array]:
+        """The whole piece."""
+        found: Sequence[Array] = self._session.run(None, self._named(alive))
+        return found
+
+    def without_head(self, *alive: Array) -> Sequence[Array]:
+        """What is alive behind the cut. Head and confidence do not run."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.only_execute_path_to_fetches = True
+        found: Sequence[Array] = self._session.run(self._gives[:-2], self._named(alive), options)
+        return found
+
+    def _named(self, alive: Sequence[Array]) -> dict[str, Array]:
+        return dict(zip(self._takes, alive, strict=True))
+
+
 def _onnx(folder: Path, piece: Piece, device: str, threads: int | None = None) -> Callable[..., Sequence[Array]]:
     try:
         import onnxruntime
@@ -221,12 +253,13 @@ def _onnx(folder: Path, piece: Piece, device: str, threads: int | None = None) -
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    # Each piece has threads of its own. Those of one that is done would go on spinning while the next one computes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(str(folder / piece.file), options, providers=[provider])
     except Exception as why:  # whatever the runtime raises
         raise RunError(f"{folder / piece.file} is no model that ONNX Runtime can read: {first_line(why)}") from why
-    names = [given.name for given in session.get_inputs()]
-    return lambda *alive: session.run(None, dict(zip(names, alive, strict=True)))
+    return OnnxPiece(session)
 
 
 def _pt2(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Array]]:

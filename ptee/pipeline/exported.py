@@ -91,8 +91,7 @@ class _AsModule(nn.Module):
 
 def _given(runner: Runner, x: Tensor) -> Any:
     """Images as the runner takes them."""
-    x = x.to(getattr(torch, runner.manifest.dtype))
-    return x.cpu().numpy() if runner.manifest.format == "onnx" else x
+    return runner.from_host(x.float().cpu().numpy())
 
 
 def _tensor(answer: Any) -> Tensor:
@@ -135,6 +134,16 @@ def evaluate_exported(
     runner = load_exported(folder, str(device))
     if threshold is not None:
         runner.threshold = threshold if len(threshold) > 1 else threshold[0]
+    images, words, labels = images_for(runner, folder, data, data_root, classes)
+    loader = batches(images, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
+    return _results(runner, parts, f"{words} {describe_labels(labels)} {NOT_KNOWN}")
+
+
+def images_for(
+    runner: Runner, folder: str, data: str, data_root: Path | None, classes: Path | None
+) -> tuple[Any, str, Any]:
+    """Images to report on for an exported model; which they are, in a sentence; and how their labels were found."""
     m = runner.manifest
     view = InputConfig(m.input_size, m.mean, m.std, m.interpolation)
     backbone = Backbone(_AsModule(runner), m.backbone, m.classes, view)
@@ -142,9 +151,7 @@ def evaluate_exported(
         data, backbone, seed=0, root=data_root, classes=classes, check=True, device="cpu", report_only=True
     )
     images, words = images_to_report_on(found, {}, folder)
-    loader = batches(images, batch_size=batch_size, shuffle=False, num_workers=num_workers)
-    parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
-    return _results(runner, parts, f"{words} {describe_labels(labels)} {NOT_KNOWN}")
+    return images, words, labels
 
 
 def _answered(runner: Runner, loader: Any) -> Iterator[tuple[Tensor, ...]]:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, RunError
 from ptee.data.batches import batches, split_batch
-from ptee.deploy.manifest import is_exported
+from ptee.deploy.runner import load_exported
 from ptee.model.early_exit import EarlyExitModel
+from ptee.pipeline.exported import images_for
 from ptee.pipeline.saved_run import FEW_MACS, load_run, open_run
+from ptee.timing.exported_bench import ExportedBench, bench_exported
 from ptee.timing.measure import checked_sizes, measure
 from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
 from ptee.timing.times import save_times
@@ -50,9 +52,6 @@ def bench_saved(
     Raises:
         RunError: if the run cannot be opened, or times cannot be kept in it.
     """
-    if is_exported(run):
-        text = "is an exported model, and the bare backbone is not in it, so there is nothing to time it beside. "
-        raise RunError(f"{run} {text}Time the run that it was made from: ptee bench RUN")
     if save and not Path(run).is_dir():
         raise RunError(f"There is no folder {run}. Times are written into a run, so give one on this disk.")
     checked_sizes(batch_sizes)
@@ -65,6 +64,46 @@ def bench_saved(
         if save:
             save_times(times, Path(run))
         return bench_run(model, times, batch_sizes, images, rounds=rounds, note=note)
+    finally:
+        torch.set_num_threads(before)
+
+
+def bench_exported_folder(
+    folder: str,
+    batch_sizes: Sequence[int],
+    *,
+    device: Any,
+    rounds: int,
+    threads: int | None,
+    data: str | None = None,
+    data_root: Path | None = None,
+    classes: Path | None = None,
+) -> ExportedBench:
+    """Time an exported model, by its files alone.
+
+    Args:
+        folder: what `ptee export` wrote.
+        batch_sizes: of the lines of the table.
+        device: where.
+        rounds: how often each is measured.
+        threads: of the CPU. None: torch's own choice.
+        data: images for its own thresholds. None: they are left out.
+        data_root: the folder of a data set of torchvision.
+        classes: a file that names the classes in the order of the backbone.
+
+    Raises:
+        PteeError: if the folder or the images cannot be used.
+    """
+    checked_sizes(batch_sizes)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        runner = load_exported(folder, str(device), threads=torch.get_num_threads())
+        if data is None:
+            note = "Left out: the model's own thresholds, for which real images are needed (--data)."
+            return bench_exported(runner, batch_sizes, rounds=rounds, note=note)
+        images, _, _ = images_for(runner, folder, data, data_root, classes)
+        return bench_exported(runner, batch_sizes, some_images(images), rounds=rounds)
     finally:
         torch.set_num_threads(before)
 

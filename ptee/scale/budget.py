@@ -112,7 +112,8 @@ class Budget:
         """What the columns mean."""
         return (
             "passes: of the backbone over the images. hours: on one device such as this one, if images are read and decoded fast "
-            "enough;\non several, divide the backbone's part by their number. cache: in memory, or on a disk above 1 GiB."
+            "enough;\non several, divide the backbone's part by their number. Of heads that pool first it is the backbone's part alone."
+            "\ncache: in memory, or on a disk above 1 GiB."
         )
 
 
@@ -138,13 +139,17 @@ def budget(
         model.to(home).eval()
         model.heads.load_state_dict(before)  # batch norm has counted what it saw
     pooled = Reading(tuple(x.mean((2, 3)) if x.dim() == 4 else x for x in reading.inputs), reading.logits)
-    seconds = {HEADS: views / backbone + epochs / heads, NONE: epochs / backbone + epochs / heads}
+    seconds = {
+        HEADS: views / backbone + epochs / heads,
+        POOLED: views / backbone,  # a linear layer on a vector takes next to nothing
+        NONE: epochs / backbone + epochs / heads,
+    }
     sizes = {HEADS: Estimate.of(reading, images, views).size, POOLED: Estimate.of(pooled, images, views).size, NONE: 0}
     hows = {HEADS: "", POOLED: "--head pool", NONE: "--set training.cache=false"}
     kept = [HEADS, POOLED, NONE] if any(x.dim() == 4 for x in reading.inputs) else [HEADS, NONE]
     choices = [
         Choice(
-            name, epochs if name == NONE else views, images * seconds.get(name, seconds[HEADS]) / 3600, sizes[name],
+            name, epochs if name == NONE else views, images * seconds[name] / 3600, sizes[name],
             sizes[name] <= limit, hows[name],
         )
         for name in kept

@@ -27,6 +27,7 @@ from ptee.serving.queues import Answer
 from ptee.serving.uploads import Limits, UploadError, images_of, is_large, kind_of, read_thresholds, refused
 
 THRESHOLD_HEADER = "x-ptee-threshold"
+QUERY = ("threshold", "logits")
 DECODED_AT_ONCE = 2  # large uploads
 NO_TOKEN = (
     "This server was started without a token, so its settings cannot be changed. Set PTEE_TOKEN or give --token-file."
@@ -130,13 +131,14 @@ class _Served:
     async def predict(self, request: Request) -> Response:
         """A picture or array in, its class, probability, exit and cost out."""
         kind = kind_of(request.headers.get("content-type", ""))
+        _require_known(request)
         limits = self._limits(request)
         self._require_room()  # before the body is read
         async with self._body(request) as body:
             images = await self._images(kind, body)
         wide = None if limits is None else np.broadcast_to(limits, (len(images), len(limits)))
         found = await self.backend.answer(images, wide)
-        whole = request.query_params.get("logits") == "true"
+        whole = request.query_params.get("logits") == "true"  # "false" is the only other value
         shown = [self._shown(answer, whole) for answer in found]
         return JSONResponse({"answers": shown})
 
@@ -218,8 +220,9 @@ class _Served:
     async def change(self, request: Request) -> Response:
         """Change some: for who has the token."""
         self._require_token(request)
-        if kind_of(request.headers.get("content-type", JSON_TYPE)) != JSON_TYPE:
-            raise refused(415, f"Settings come as {JSON_TYPE}.")
+        kind = request.headers.get("content-type", JSON_TYPE).partition(";")[0].strip().lower()
+        if kind != JSON_TYPE:
+            raise refused(415, f"Settings come as JSON, not as {kind!r:.60}. Send Content-Type: {JSON_TYPE}.")
         async with self._body(request) as body:
             try:
                 values = from_json(body.decode())
@@ -251,6 +254,14 @@ class _Served:
 
 
 JSON_TYPE = "application/json"
+
+
+def _require_known(request: Request) -> None:
+    """Refuse a misspelt `?treshold=0.7`: ignored, it would be answered by other thresholds than the caller believes."""
+    if unknown := [name for name in request.query_params if name not in QUERY]:
+        raise refused(400, f"There is no {unknown[0]!r:.60} in a query here. Possible: {', '.join(QUERY)}.")
+    if (logits := request.query_params.get("logits", "false")) not in ("true", "false"):
+        raise refused(400, f"logits is {logits!r:.60}. Give true or false.")
 
 
 async def _told(way: Callable[[Request], Awaitable[Response]], request: Request) -> Response:

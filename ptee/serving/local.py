@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -66,6 +65,7 @@ class LocalServer:
         self._model, self._how = model, batching or Batching()
         self._exported = isinstance(model, Runner)
         pieces, self.policy = self._made(model)
+        how = self._how
         self.about: About = pieces.about
         alarm, page = self._watched()
         self.metrics = Metrics(self.about.exits, waiting=lambda: self._engine.waiting(), alarm=alarm, page=page)
@@ -76,7 +76,7 @@ class LocalServer:
             self._settings, threshold = settings, lambda: settings.threshold
         else:
             self._settings, threshold = ModelSettings(model, self._exchange), lambda: model.threshold
-        watch = None if alarm is None else lambda x, audited: model.watching(x, audited=audited)
+        watch = None if alarm is None else lambda x, audited: model.watching(x, audited=audited, at_once=how.max_batch)
         self._engine = Engine(
             pieces, self.policy, threshold=threshold, heard=self.metrics, watch=watch, workers=self._how.workers
         )  # fmt: skip
@@ -257,8 +257,6 @@ def _bounded_protocol() -> Any:
 
     Where all connections are taken, a new one takes the place of the one that has waited longest for whole headers.
     """
-    if find_spec("httptools") is None:
-        return "h11"  # which bounds headers, but not the time that they take
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     most = most_connections()

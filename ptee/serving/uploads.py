@@ -12,14 +12,12 @@ import numpy as np
 
 from ptee._common.errors import PteeError, first_line
 from ptee._common.files import from_json
-from ptee.data.pixels import model_input, resized_sides
+from ptee.data.pixels import SCANS, model_input, resized_sides, scans_of
 from ptee.serving.pieces import About
 
 PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 NPY, JSON = "application/x-npy", "application/json"
 TYPES = (*PICTURES, NPY, JSON)
-SCANS = 100  # of a JPEG: each goes over all of its pixels; encoders write about ten
-START_OF_SCAN = b"\xff\xda"
 NUMBERS = "fiu"  # kinds of numpy's numbers
 
 
@@ -114,7 +112,7 @@ def _picture(body: bytes, format: str, about: About, limits: Limits) -> np.ndarr
         raise refused(
             415, f"The backbone reads {about.input_size[0]} channels, and pictures have 3 or 1. Send an array."
         )
-    if format == "JPEG" and (scans := body.count(START_OF_SCAN)) > SCANS:
+    if format == "JPEG" and (scans := scans_of(body)) > SCANS:
         raise refused(413, f"This picture has {scans:,} scans. Send at most {SCANS}.")
     try:
         with _opened(body, format) as picture:
@@ -127,9 +125,17 @@ def _picture(body: bytes, format: str, about: About, limits: Limits) -> np.ndarr
             raise refused(413, f"This picture has too many pixels. Send at most {limits.pixels:,}.") from why
         if isinstance(why, MemoryError):
             raise refused(413, "There is no memory for this picture. Send a smaller one.") from why
-        said = str(why) if isinstance(why, PteeError) else first_line(why)
-        raise refused(400, f"This is no {format} picture that can be read: {said}") from why
+        raise refused(400, f"This is no {format} picture that can be read{_said(why)}") from why
     raise refused(413, _too_many(size, resized, limits))
+
+
+def _said(why: Exception) -> str:
+    """The end of a sentence. Pillow's text of what it does not know names an object of Python and no reason."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(why, UnidentifiedImageError):
+        return "."
+    return f": {why if isinstance(why, PteeError) else first_line(why)}"
 
 
 def _too_many(size: tuple[int, int], resized: tuple[int, int], limits: Limits) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ptee._common.devices import wait
+from ptee._common.progress import with_bar
 
 LONG_ENOUGH = 0.02  # seconds of one measurement
 MOST_REPEATS = 50
@@ -46,22 +46,20 @@ class Laps:
 
 
 def in_turns(
-    calls: dict[Any, list[Callable[[Mark], Any]]], device: torch.device, rounds: int, seconds: float
+    calls: Mapping[Any, Sequence[Callable[[Mark], Any]]], device: torch.device, rounds: int, seconds: float
 ) -> dict[Any, list[list[float]]]:
     """For each key and each of its calls, the usual length of its laps. A first round is not counted."""
     every = [(key, i, call) for key, of_key in calls.items() for i, call in enumerate(of_key)]
     times: dict[Any, list[list[float]]] = {(key, i): [] for key, i, _ in every}
     begun, repeats = time.perf_counter(), dict.fromkeys(times, 1)
-    bar = tqdm(total=(rounds + 1) * len(every), desc="measuring pieces", leave=False, disable=None)
-    with torch.no_grad(), bar:
-        for i in range(rounds + 1):
-            for key, k, call in every:
-                laps = [_laps(call, device) for _ in range(repeats[key, k])]
-                repeats[key, k] = max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(sum(laps[-1]), 1e-6))))
-                times[key, k] += laps if i else []
-                bar.update()
-            if i >= 3 and time.perf_counter() - begun > seconds:
+    turns = [(i, turn) for i in range(rounds + 1) for turn in every]
+    with torch.no_grad():
+        for i, (key, k, call) in with_bar(turns, "measuring pieces"):
+            if i > 3 and (key, k) == every[0][:2] and time.perf_counter() - begun > seconds:
                 break
+            laps = [_laps(call, device) for _ in range(repeats[key, k])]
+            repeats[key, k] = max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(sum(laps[-1]), 1e-6))))
+            times[key, k] += laps if i else []
     return {key: [_usual(times[key, k]) for k in range(len(of_key))] for key, of_key in calls.items()}
 
 

@@ -27,6 +27,7 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
 from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.timing.exported import OnnxModel, bare_onnx
 from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
 from ptee.timing.times import (
     COMPILE,
@@ -34,6 +35,7 @@ from ptee.timing.times import (
     GRAPHS,
     HOOKS,
     LARGEST_BATCH,
+    ONNX,
     Measured,
     Times,
     between,
@@ -92,8 +94,8 @@ def measure(
     Args:
         model: in eval mode.
         batch_sizes: the largest of them says up to how many rows is measured.
-        executors: "hooks" (`model.predict`), "eager", "graphs", "compile" (of `ptee.optimize`). None: hooks, and graphs on an
-            NVIDIA GPU.
+        executors: "hooks" (`model.predict`), "eager", "graphs", "compile" (of `ptee.optimize`), "onnx" (as exported). None: hooks,
+            and graphs on an NVIDIA GPU.
         rounds: how often each is measured.
         seconds: after that no further round begins, but three are measured in any case.
 
@@ -222,15 +224,16 @@ class _Hooks:
         return _Parts(bare, before + after, pieces[0::2], heads, moves)
 
 
-class _Optimized:
+class _InPieces:
     """The model in pieces, and the bare backbone by the same means."""
 
-    def __init__(self, model: EarlyExitModel, mode: str, most: int) -> None:
-        self.fast: OptimizedModel = optimize(model, max_batch=most, mode=mode)
-        self.bare = bare_by(mode, model)
+    def __init__(self, model: EarlyExitModel, executor: str, most: int) -> None:
+        self.fast = in_pieces(executor, model, most)
+        self.bare = bare_by(executor, model)
 
     def laps(self, x: Tensor) -> list[Callable[[Mark], Any]]:
-        self.fast.warm_up([len(x)])
+        if isinstance(self.fast, OptimizedModel):
+            self.fast.warm_up([len(x)])
         return [
             partial(_whole_laps, self.bare(x)),
             partial(self.fast.laps, x),
@@ -243,12 +246,20 @@ class _Optimized:
         return _Parts(bare, before + after, segments, heads, [0.0] * len(heads))
 
 
-def _run_of(name: str, model: EarlyExitModel, most: int) -> _Hooks | _Optimized:
-    return _Hooks(model) if name == HOOKS else _Optimized(model, name, most)
+def _run_of(name: str, model: EarlyExitModel, most: int) -> _Hooks | _InPieces:
+    return _Hooks(model) if name == HOOKS else _InPieces(model, name, most)
+
+
+def in_pieces(executor: str, model: EarlyExitModel, most: int) -> OptimizedModel | OnnxModel:
+    """The model as an executor other than `hooks` runs it, in batches up to the largest."""
+    return OnnxModel(model) if executor == ONNX else optimize(model, max_batch=most, mode=executor)
 
 
 def bare_by(executor: str, model: EarlyExitModel) -> Callable[[Tensor], Call]:
-    """For images, what runs the bare backbone by an executor: as it is, in one CUDA graph, or as torch.compile makes it."""
+    """For images, what runs the bare backbone by an executor: as it is, in one CUDA graph, as torch.compile makes it, or by ONNX Runtime."""
+    if executor == ONNX:
+        exported = bare_onnx(model)
+        return lambda x: partial(exported.predict, x)
     if executor not in (GRAPHS, COMPILE):
         return lambda x: partial(model.backbone, x)
     bare = copy.deepcopy(model).detach()  # its hooks would be compiled, too

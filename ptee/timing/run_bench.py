@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,20 +14,21 @@ from torch import Tensor
 from ptee._common.clock import in_turns, ratio
 from ptee._common.text import table
 from ptee.deploy.capture import example_images
-from ptee.deploy.optimized import OptimizedModel, optimize
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.timing.energy import energy_meter, joules_of
 from ptee.timing.laps import LONG_ENOUGH, MOST_REPEATS
-from ptee.timing.measure import all_on, bare_by
-from ptee.timing.times import COMPILE, EAGER, GRAPHS, HOOKS, Times
+from ptee.timing.measure import all_on, bare_by, in_pieces
+from ptee.timing.times import COMPILE, EAGER, GRAPHS, HOOKS, ONNX, Times
 
 BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
 AS_IT_IS = (EAGER, BARE)
+OTHERS = (GRAPHS, COMPILE, ONNX)  # which run the bare backbone by other means, too
 MOST_BATCHES, MOST_IMAGES = 64, 1024  # of real images that are timed
 MAX_SECONDS = 60.0  # for one batch size
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class RunBench:
     def __str__(self) -> str:
         t = self.times
         threads = f", {t.threads} thread{'s' * (t.threads != 1)}" if t.device == "cpu" else ""
-        others = any(line.executor in (GRAPHS, COMPILE) for line in self.lines)
+        others = any(line.executor in OTHERS for line in self.lines)
         energy = any(line.joules is not None for line in self.lines)
         title = (
             "batch",
@@ -113,9 +114,9 @@ class RunBench:
 
 
 LEGEND = """\
-by: what runs it. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode.
+by: what runs it. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode; onnx: ONNX Runtime, as exported.
 ms: of one batch. own thresholds: the run's, on real images.
-/ bare: divided by the time of the bare backbone by the same means (as it is, in one CUDA graph, by torch.compile).
+/ bare: divided by the time of the bare backbone by the same means (as it is, in one CUDA graph, by torch.compile, by ONNX Runtime).
 / eager: divided by the time of the bare backbone as it is, where that differs.
 counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
 limit: the time of the pieces alone, at the numbers of rows that they ran at.
@@ -157,9 +158,7 @@ def bench_run(
     models: dict[str, tuple[Any, Any]] = {}
     same = not model.off and model.answers == OWN  # then the pieces are the same, and so are the thresholds
     for name in every:
-        made = [
-            m if name == HOOKS else optimize(m, max_batch=most, mode=name) for m in ([view] if same else [view, model])
-        ]
+        made = [m if name == HOOKS else in_pieces(name, m, most) for m in ([view] if same else [view, model])]
         models[name] = made[0], made[-1]
     lines = [line for b in batch_sizes for line in _lines(models, times, b, images, rounds)]
     return RunBench(times, tuple(lines), note)
@@ -168,10 +167,9 @@ def bench_run(
 def _lines(
     models: Mapping[str, tuple[Any, Any]], times: Times, b: int, images: Tensor | None, rounds: int
 ) -> list[Line]:
-    model = next(fast.model if isinstance(fast, OptimizedModel) else fast for fast, _ in models.values())
-    own = next(tuned.model if isinstance(tuned, OptimizedModel) else tuned for _, tuned in models.values())
+    model, own = map(_early_exit, next(iter(models.values())))
     x = example_images(model, b)
-    batches = _batches(images, b, x)
+    batches = [_like(part, x) for part in some_batches(images, b)]
     calls: dict[tuple[str, str], Any] = {AS_IT_IS: partial(model.backbone, x)}
     for name, (fast, tuned) in models.items():
         if _bare(name) not in calls:
@@ -179,8 +177,8 @@ def _lines(
         for way, threshold in _ways(model, b).items():
             calls[name, way] = partial(fast.predict, x, threshold)
         if batches:
-            calls[name, OWN_THRESHOLDS] = partial(_all, tuned, batches)
-    found, meter = _timed(calls, x.device, rounds), energy_meter(x.device)
+            calls[name, OWN_THRESHOLDS] = partial(with_each, tuned, batches)
+    found, meter = timed(calls, x.device, rounds), energy_meter(x.device)
     lines = []
     for (name, way), call in calls.items():
         each_call = len(batches) if way == OWN_THRESHOLDS else 1
@@ -193,54 +191,61 @@ def _lines(
     return lines
 
 
+def _early_exit(run: Any) -> EarlyExitModel:
+    """The model that is run as it is, or in pieces."""
+    found: EarlyExitModel = run if isinstance(run, EarlyExitModel) else run.model
+    return found
+
+
 def _bare(executor: str) -> tuple[str, str]:
     """The bare backbone that an executor is compared with."""
-    return (executor if executor in (GRAPHS, COMPILE) else EAGER, BARE)
+    return (executor if executor in OTHERS else EAGER, BARE)
 
 
-def _batches(images: Tensor | None, b: int, like: Tensor) -> list[Tensor]:
+def some_batches(images: Tensor | None, b: int) -> list[Tensor]:
     """Some real images in whole batches, spread over all of them."""
     if images is None or len(images) < b:
         return []
     number = max(1, min(MOST_BATCHES, MOST_IMAGES // b, len(images) // b))
     step = len(images) / (number * b)
-    chosen = images[[int(i * step) for i in range(number * b)]].to(like)
-    if like.is_contiguous(memory_format=torch.channels_last):
-        chosen = chosen.contiguous(memory_format=torch.channels_last)
-    return list(chosen.split(b))
+    return list(images[[int(i * step) for i in range(number * b)]].split(b))
+
+
+def _like(images: Tensor, like: Tensor) -> Tensor:
+    last = like.is_contiguous(memory_format=torch.channels_last)
+    return images.to(like).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _ways(model: EarlyExitModel, b: int) -> dict[str, Tensor]:
     """Thresholds by which nobody, the first half or all of a batch leave at exit 0, and nobody behind it."""
     ways = {}
-    for words, leaving in _leaving(b).items():
+    for words, leaving in leaving_at_first(b).items():
         # For each row, so that it is waited for who leaves also where nobody does.
         ways[words] = torch.full((b, len(model.exits)), NEVER, device="cpu")
         ways[words][:leaving, 0] = ALWAYS
     return ways
 
 
-def _leaving(b: int) -> dict[str, int]:
+def leaving_at_first(b: int) -> dict[str, int]:
     """How many rows leave at exit 0."""
     some = {"half at exit 0": b // 2} if b > 1 else {}
     return {"nobody": 0, **some, "all at exit 0": b}
 
 
-def _all(model: Any, batches: Sequence[Tensor]) -> None:
+def with_each(model: Any, batches: Sequence[Any]) -> None:
+    """Answer batch by batch."""
     for x in batches:
         model.predict(x)
 
 
-def _timed(
-    calls: Mapping[tuple[str, str], Any], device: torch.device, rounds: int
-) -> dict[tuple[str, str], list[float]]:
+def timed(calls: Mapping[Key, Any], device: torch.device, rounds: int) -> dict[Key, list[float]]:
     """Seconds of each call in every round. Short ones are repeated."""
-    named = {" ".join(key): call for key, call in calls.items()}
+    named = {str(key): call for key, call in calls.items()}
     first = in_turns(named, device, rounds=1)
     times = {name: max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(first[name][0], 1e-6)))) for name in named}
     repeated = {name: partial(_repeat, call, times[name]) for name, call in named.items()}
     found = in_turns(repeated, device, rounds=rounds, seconds=MAX_SECONDS)
-    return {key: [s / times[" ".join(key)] for s in found[" ".join(key)]] for key in calls}
+    return {key: [s / times[str(key)] for s in found[str(key)]] for key in calls}
 
 
 def _repeat(call: Any, times: int) -> None:
@@ -255,7 +260,7 @@ def _expected(
     if way == OWN_THRESHOLDS:
         exits = [own.predict(x).exit_index.tolist() for x in batches]
         return _of(own, times, exits)
-    leaving = _leaving(b)[way]
+    leaving = leaving_at_first(b)[way]
     return _of(model, times, [[0] * leaving + [len(model.exits)] * (b - leaving)])
 
 

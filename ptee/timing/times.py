@@ -27,7 +27,7 @@ SCHEMA = 1
 FILE = "times.json"
 LARGEST_FILE = 2**20  # bytes
 LARGEST_BATCH = 4096
-HOOKS, EAGER, GRAPHS, COMPILE = EXECUTORS = ("hooks", "eager", "graphs", "compile")
+HOOKS, EAGER, GRAPHS, COMPILE, ONNX = EXECUTORS = ("hooks", "eager", "graphs", "compile", "onnx")
 AUTO = "auto"
 AGAIN = "Measure again: ptee bench RUN --save"
 
@@ -43,7 +43,8 @@ class Measured(FrozenConfig):
     """The seconds of one executor, for each number of rows.
 
     Attributes:
-        executor: what ran the pieces: "hooks" is `model.predict`, the others are modes of `ptee.optimize`.
+        executor: what ran the pieces: "hooks" is `model.predict`; "eager", "graphs" and "compile" are modes of `ptee.optimize`;
+            "onnx" is ONNX Runtime, which runs what `ptee export --format onnx` writes.
         bare: of the bare backbone by the same executor.
         call: what a call takes beside its pieces.
         segments: (E+1) of the backbone from one exit to the next.
@@ -51,7 +52,7 @@ class Measured(FrozenConfig):
         moves: (E) of going on with fewer rows.
     """
 
-    executor: Literal["hooks", "eager", "graphs", "compile"]
+    executor: Literal["hooks", "eager", "graphs", "compile", "onnx"]
     bare: Row
     call: Row
     segments: Rows

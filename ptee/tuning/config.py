@@ -94,7 +94,7 @@ class ThresholdsConfig(FrozenConfig):
         "(counted multiply-accumulates), or time (seconds, measured on the device of the run).",
     )
     at_batch: Whole = Field(AT_BATCH, ge=1, le=4096, description="Images in a batch, for the cost in time.")
-    executor: Literal["auto", "hooks", "eager", "graphs", "compile"] = Field(
+    executor: Literal["auto", "hooks", "eager", "graphs", "compile", "onnx"] = Field(
         "auto",
         description="What runs the model, for the cost in time. auto: graphs where they were measured, else hooks.",
     )

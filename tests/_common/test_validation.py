@@ -26,6 +26,8 @@ REFUSED = [
     ({"inner": {"lrr": 1}}, UnknownName, "inner.lrr=1 is unknown. Did you mean 'lr'? Choices: lr.", "inner.lrr"),
     ({"sizes": [1, "b"]}, PteeError, "sizes[1]='b' must be a whole number.", "sizes[1]"),
     ({"name": 3}, PteeError, "name=3 must be text.", "name"),
+    ({"T": 3}, UnknownName, "T=3 is unknown. Choices: inner, name, sizes.", "T"),
+    ({"inner": {"int": 1}}, UnknownName, "inner.int=1 is unknown. Choices: lr.", "inner.int"),
     ({"nam": 3}, UnknownName, "nam=3 is unknown. Did you mean 'name'? Choices: inner, name, sizes.", "nam"),
     ({"name": ["long"] * 100}, PteeError, f"name={str(['long'] * 100)[:60]}... must be text.", "name"),
 ]

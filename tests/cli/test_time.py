@@ -154,7 +154,7 @@ def test_a_plan_by_time_has_a_column_of_time_and_places_exits_by_it(run, monkeyp
 
 
 @pytest.mark.slow
-def test_an_exported_model_is_evaluated_like_a_run_and_not_timed_beside_nothing(run, finished, things):
+def test_an_exported_model_is_evaluated_and_timed_like_a_run(run, finished, things):
     assert run("export", finished, "--out", "files").status == 0
     where = ("--data", things / "ten", "--device", "cpu")
     done = run("evaluate", "files", *where)
@@ -165,7 +165,11 @@ def test_an_exported_model_is_evaluated_like_a_run_and_not_timed_beside_nothing(
     assert (every["leaving"][0], none["leaving"][-1], none["fidelity"]) == (1, 1, 1)
     assert none["accuracy"] == none["backbone_accuracy"]
     assert_refused(run("evaluate", "files"), "does not say which images it was made with. Give some: --data FOLDER")
-    assert_refused(run("bench", "files"), "bare backbone is not in it.*ptee bench RUN")
+    done = run("bench", "files", *QUICK)
+    assert done.status == 0, done.err
+    assert "for which real images are needed (--data)" in done.out
+    assert "own thresholds" in run("bench", "files", *QUICK, *where[:2]).out
+    assert_refused(run("bench", "files", "--save"), "--save is about a run, and files is an exported model")
 
 
 def test_times_of_another_machine_are_refused_by_name(run, timed):

@@ -12,7 +12,7 @@ import pytest
 from ptee._common.errors import DataError, PteeError
 from ptee.data.parts import parts_writer, read_manifest, require_few_unreadable, require_whole, row_groups, write_tables
 
-ABOUT = {"heads": "a", "source": {"files": 2}}
+ABOUT = {"heads": "a", "source": {"kind": "tar", "bytes": 4}}
 
 
 def table(keys: str, damaged: str = "") -> pa.Table:
@@ -85,7 +85,12 @@ def test_two_writers_into_one_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("about", "planned", "said"), [({**ABOUT, "heads": "b"}, 2, "another heads"), (ABOUT, 3, "another parts")]
+    ("about", "planned", "said"),
+    [
+        ({**ABOUT, "heads": "b"}, 2, r"another heads \(a, now b\)"),
+        ({**ABOUT, "source": {"kind": "tar", "bytes": 5}}, 2, r"another source\.bytes \(4, now 5\)"),
+        (ABOUT, 3, r"another number of parts \(2, now 3\)"),
+    ],
 )
 def test_rows_of_something_else_are_replaced_only_if_asked_for(about, planned, said, whole):
     with pytest.raises(DataError, match=said), begun(whole, about, planned):

@@ -182,6 +182,15 @@ def test_a_picture_on_which_a_decoder_stumbles_is_damaged(tmp_path):
         check_pictures([Pictures([(file, 0)], TRANSFORM)])
 
 
+def test_a_jpeg_of_very_many_scans_is_not_decoded():
+    stream = io.BytesIO()
+    noise(16, 16).save(stream, "JPEG", progressive=True)
+    body = stream.getvalue()
+    last = body[body.rindex(b"\xff\xda") : -2]
+    with pytest.raises(DataError, match="101 scans, and 100 are read at most"):
+        decode_bytes(body[:-2] + last * (101 - body.count(b"\xff\xda")) + body[-2:])
+
+
 def test_what_pillow_refuses_to_decode_is_not_called_damaged(tmp_path):
     text = PngInfo()
     text.add_text("a", "x" * 2**21, zip=True)

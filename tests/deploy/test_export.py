@@ -349,3 +349,20 @@ def test_output_of_the_runner_that_cannot_be_written_is_told_in_one_line(where):
 def test_the_runner_says_how_it_is_called_with_status_2(capsys):
     assert runner_main([]) == 2
     assert capsys.readouterr().err == "usage: python -m ptee.deploy.runner FOLDER IMAGE ...\n"
+
+
+@needs_onnx
+def test_the_threads_of_a_piece_that_is_done_do_not_spin(tmp_path):
+    runner = ptee.load_exported(ptee.export(made(), tmp_path / "out", format="onnx"))
+    for piece in runner.pieces:
+        options = piece._session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@needs_onnx
+def test_confidences_that_are_nearly_nothing_may_be_rounded_to_nothing(tmp_path):
+    model = made()
+    with torch.no_grad():  # ONNX Runtime gives 0 where torch gives 1e-12
+        model.heads[1].confidence.bias.fill_(-27.0)
+        model.heads[1].confidence.weight.mul_(0.01)
+    ptee.export(model, tmp_path / "out", format="onnx")

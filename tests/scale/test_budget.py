@@ -40,6 +40,8 @@ def test_the_hours_follow_from_the_rates():
 def test_what_does_not_fit_is_said_with_what_happens_instead():
     found = budget(made("conv1"), 10**6, TrainingConfig(epochs=3, views=1), CPU, limit=10**8)
     assert [(choice.keeps, choice.fits) for choice in found.choices] == [(HEADS, False), (POOLED, True), (NONE, True)]
+    pooled = next(choice for choice in found.choices if choice.keeps == POOLED)
+    assert pooled.hours == pytest.approx(found.images / 3600 * found.views / found.backbone_rate)
     assert found.taken.keeps == NONE
     assert "the backbone runs in every epoch. Heads that pool first need" in str(found)
     assert "--head pool" in str(found)

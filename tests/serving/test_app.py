@@ -88,6 +88,9 @@ def test_bad_requests_are_refused_in_one_line(client):
     refused(post("/predict", content=npy(images(9)), headers=NPY), 413, "9 images")
     refused(post("/predict", content=png((200, 100)), headers={"Content-Type": "image/png"}), 413, "200 x 100")
     refused(post("/predict", content=b"", headers=NPY), 400, "empty")
+    refused(post("/predict", content=one, headers=NPY, params={"treshold": "0.5"}), 400, "treshold.*threshold, logits")
+    refused(post("/predict", content=one, headers=NPY, params={"logits": "1"}), 400, "true or false")
+    refused(post("/predict", content=b"x", headers={"Content-Type": "image/jpeg"}), 400, r"can be read\.$")
     refused(client.get("/predict"), 405, "POST /predict")
     refused(client.get("/../../etc/passwd"), 404, "POST /predict")
     refused(post("/settings", json={}), 405, "PATCH /settings")
@@ -218,6 +221,7 @@ def test_a_server_without_a_token_changes_nothing(server, model):
         ([], "JSON object"),
         ({}, "JSON object"),
         ({"treshold": 0.5}, "treshold.*Did you mean 'threshold'"),
+        ({"T": 0.5}, "T=0.5 is unknown.*threshold"),
         ({"threshold": "high"}, "threshold"),
         ({"threshold": 3}, "threshold"),
         ({"threshold": [0.1, 0.2, 0.3]}, "3 thresholds for 2 exits"),
@@ -236,6 +240,15 @@ def test_settings_that_cannot_be_change_nothing(client, values, said):
     before = client.get("/settings").json()
     refused(client.patch("/settings", json=values, headers=HEADERS), 400, said)
     assert client.get("/settings").json() == before
+
+
+def test_settings_of_another_type_are_refused_with_the_right_one(client):
+    form = {**HEADERS, "Content-Type": "application/x-www-form-urlencoded"}
+    refused(
+        client.patch("/settings", content=b'{"threshold": 0.5}', headers=form),
+        415,
+        "Send Content-Type: application/json",
+    )
 
 
 def test_thresholds_of_an_exported_model_are_live_and_nothing_else_is(own_model, tmp_path):

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -120,11 +119,6 @@ def test_many_requests_and_large_bodies_of_one_connection_are_within_the_limit(s
             assert client.post("/predict", content=iter([npy(images(64))])).status_code == 200
 
 
-needs_the_parser = pytest.mark.skipif(
-    find_spec("httptools") is None, reason="needs httptools: pip install 'uvicorn[standard]'"
-)
-
-
 class Connections:
     """Clients of the protocol that `run_http` uses, in this event loop. The server answers "ok" to everything."""
 
@@ -166,7 +160,6 @@ async def is_closed(reader: asyncio.StreamReader, within_s: float = 5) -> bool:
     return True
 
 
-@needs_the_parser
 @pytest.mark.parametrize("begins", [[b""], [HALF], [GET + HALF], [GET, b"\r\n"], [GET, HALF]])
 def test_a_connection_without_whole_headers_is_closed(monkeypatch, begins):
     monkeypatch.setattr(local, "HEADERS_S", 0.2)
@@ -182,7 +175,6 @@ def test_a_connection_without_whole_headers_is_closed(monkeypatch, begins):
     assert asyncio.run(seen())
 
 
-@needs_the_parser
 def test_an_answered_connection_and_a_slow_body_stay_open(monkeypatch):
     monkeypatch.setattr(local, "HEADERS_S", 0.2)
 
@@ -194,7 +186,6 @@ def test_an_answered_connection_and_a_slow_body_stay_open(monkeypatch):
     assert asyncio.run(seen()) == [False, False]
 
 
-@needs_the_parser
 def test_a_full_server_closes_the_oldest_connection_without_whole_headers(monkeypatch):
     monkeypatch.setattr(local, "most_connections", lambda: 5)
 
@@ -210,7 +201,6 @@ def test_a_full_server_closes_the_oldest_connection_without_whole_headers(monkey
     assert closed == [True] * 16 + [False] * 4
 
 
-@needs_the_parser
 def test_a_server_that_is_full_of_answered_connections_takes_no_more(monkeypatch):
     monkeypatch.setattr(local, "most_connections", lambda: 5)
 

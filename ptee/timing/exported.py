@@ -1,0 +1,96 @@
+"""A model as `ptee export --format onnx` writes it, to be timed: the same pieces, heads and decisions, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptee._common.errors import Argument, PteeError
+from ptee.deploy.export import export
+from ptee.deploy.runner import Answers, Array, OnnxPiece, Runner, load_exported
+from ptee.exits.blend import OWN
+from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import one_parameter
+from ptee.model.thresholds import NEVER, Thresholds
+from ptee.timing.laps import Mark
+
+
+class OnnxModel:
+    """An early-exit model that ONNX Runtime runs, in as many threads as torch has. Its files are gone when it is made.
+
+    Args:
+        model: on a CPU. It stays as it is, and its later settings have no effect here.
+
+    Attributes:
+        model: the same.
+
+    Raises:
+        PteeError: if ONNX Runtime is missing, the model is elsewhere, or it cannot be exported.
+    """
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        where = one_parameter(model.backbone).device.type
+        if where != "cpu":
+            raise PteeError(
+                f"The executor onnx runs on a CPU here, and the model is on {where}. Give ", Argument("device", "cpu"), "."
+            )  # fmt: skip
+        self.model = model
+        with tempfile.TemporaryDirectory() as folder:
+            made = export(model, Path(folder) / "onnx", format="onnx")
+            self.runner = load_exported(made, threads=torch.get_num_threads())
+
+    def predict(self, x: Tensor, threshold: Thresholds | None = None) -> Answers:
+        """As `EarlyExitModel.predict`, in arrays."""
+        return self.runner.predict(x.numpy(), threshold)
+
+    def laps(self, x: Tensor, mark: Mark) -> None:
+        """As of `runner_laps`."""
+        runner_laps(self.runner, x.numpy(), mark)
+
+    def laps_without_heads(self, x: Tensor, mark: Mark) -> None:
+        """The pieces without their heads. Marks: the beginning, and behind each."""
+        alive: list[Array] = [x.numpy()]
+        mark()
+        for piece in self._pieces[:-1]:
+            alive = list(piece.without_head(*alive))
+            mark()
+        self._pieces[-1](*alive)
+        mark()
+
+    @property
+    def _pieces(self) -> list[OnnxPiece]:
+        return [piece for piece in self.runner.pieces if isinstance(piece, OnnxPiece)]
+
+
+def runner_laps(runner: Runner, x: Array, mark: Mark) -> None:
+    """`predict` while nobody leaves. Marks: the beginning, before the first piece, behind each piece, and the end."""
+    mark()
+    marked = [_Marked(piece, mark, first=n == 0) for n, piece in enumerate(runner.pieces)]
+    Runner(runner.manifest, marked, runner.device).predict(x, NEVER)
+    mark()
+
+
+class _Marked:
+    """A piece that marks its end, and its beginning if it is the first."""
+
+    def __init__(self, piece: Callable[..., Sequence[Array]], mark: Mark, first: bool) -> None:
+        self.piece, self.mark, self.first = piece, mark, first
+
+    def __call__(self, *alive: Array) -> list[Array]:
+        if self.first:
+            self.mark()
+        found = list(self.piece(*alive))
+        self.mark()
+        return found
+
+
+def bare_onnx(model: EarlyExitModel) -> OnnxModel:
+    """The bare backbone by the same means: one piece, as all exits are off."""
+    view = copy.copy(model)
+    view.answers, view.off = OWN, range(len(model.exits))
+    return OnnxModel(view)

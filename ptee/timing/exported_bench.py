@@ -1,0 +1,151 @@
+"""An exported model in seconds: by the files of its folder alone, so beside itself with nobody leaving."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptee._common.clock import ratio
+from ptee._common.text import table
+from ptee.deploy.runner import Array, Runner
+from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.timing.exported import runner_laps
+from ptee.timing.laps import MAX_SECONDS, in_turns
+from ptee.timing.run_bench import OWN_THRESHOLDS, leaving_at_first, some_batches, timed, with_each
+from ptee.timing.times import between, device_name, sizes_to_measure
+
+NOBODY = "nobody"
+LEGEND = """\
+ms: of one batch. own thresholds: those of the manifest, on real images.
+/ nobody: divided by the time of a batch from which nobody leaves. The bare backbone is not in the folder: ptee bench RUN --executor onnx
+has it.
+counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
+limit: the time of the pieces alone, at the numbers of rows that they ran at. lost: / nobody less the limit."""
+
+
+@dataclass(frozen=True)
+class ExportedLine:
+    """One way to use an exported model in batches of one size.
+
+    Attributes:
+        batch: images in a batch.
+        leaving: who leaves, in words.
+        seconds: of a batch.
+        time: divided by that of a batch from which nobody leaves.
+        counted: the mean cost in multiply-accumulates, of the bare backbone's.
+        limit: the time of the pieces alone, at the numbers of rows that they ran at.
+    """
+
+    batch: int
+    leaving: str
+    seconds: float
+    time: float
+    counted: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class ExportedBench:
+    """Times of an exported model. Prints as a table.
+
+    Attributes:
+        model: what was timed and where, in a line.
+        lines: one for each batch size and way to leave.
+        note: why there are no real images among them, in a sentence; else empty.
+    """
+
+    model: str
+    lines: tuple[ExportedLine, ...]
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+    @property
+    def legend(self) -> str:
+        """What the columns mean, a line each."""
+        return LEGEND
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                str(line.batch), line.leaving, f"{1000 * line.seconds:.2f}", f"{line.time:.3f}", f"{line.counted:.3f}",
+                f"{line.limit:.3f}", f"{line.time - line.limit:.3f}",
+            )
+            for line in self.lines
+        ]  # fmt: skip
+        title = ("batch", "who leaves", "ms", "/ nobody", "counted", "limit", "lost")
+        return f"{self.model}\n\n{table([title, *rows], left={1})}" + (f"\n\n{self.note}" if self.note else "")
+
+
+def bench_exported(
+    runner: Runner, batch_sizes: Sequence[int], images: Tensor | None = None, *, rounds: int = 7, note: str = ""
+) -> ExportedBench:
+    """Time an exported model.
+
+    Args:
+        runner: as of `load_exported`.
+        batch_sizes: each up to the largest of a batch.
+        images: (n, c, h, w) real ones, in the order in which they would come.
+        rounds: how often each is timed.
+        note: why there are no images, in a sentence.
+    """
+    m, device = runner.manifest, torch.device(runner.device)
+    rows = sizes_to_measure(list(batch_sizes))
+    laps = {n: [partial(runner_laps, runner, _example(runner, n))] for n in rows}
+    found = in_turns(laps, device, rounds=rounds, seconds=MAX_SECONDS)
+    pieces = [[found[n][0][1 + k] for n in rows] for k in range(len(m.pieces))]  # the first lap is the call's
+    lines = [line for b in batch_sizes for line in _lines(runner, b, rows, pieces, images, rounds)]
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    where = (
+        f"{m.backbone} with {len(m.exits)} exits, exported as {m.format}, on {device_name(device)}{threads}, {m.dtype}"
+    )
+    return ExportedBench(where, tuple(lines), note)
+
+
+def _example(runner: Runner, rows: int) -> Array:
+    """Images of noise: (b, c, h, w)."""
+    x = np.random.default_rng(0).standard_normal((rows, *runner.manifest.input_size), dtype=np.float32)
+    return runner.from_host(x)
+
+
+def _lines(
+    runner: Runner, b: int, rows: Sequence[int], pieces: Sequence[Sequence[float]], images: Tensor | None, rounds: int
+) -> list[ExportedLine]:
+    m, x = runner.manifest, _example(runner, b)
+    first = m.pieces[0].exit
+    calls: dict[str, Any] = {}
+    for words, leaving in (leaving_at_first(b) if len(m.pieces) > 1 else {NOBODY: 0}).items():
+        limits = np.full((b, len(m.exits)), NEVER)
+        limits[:leaving, first] = ALWAYS
+        calls[words.replace("exit 0", f"exit {first}")] = partial(runner.predict, x, limits)
+    batches = [runner.from_host(part.float().numpy()) for part in some_batches(images, b)]
+    if batches:
+        calls[OWN_THRESHOLDS] = partial(with_each, runner, batches)
+    found = timed(calls, torch.device(runner.device), rounds)
+    nobody = found[NOBODY]
+    alone = [between(rows, seconds, b).tolist() for seconds in pieces]
+    lines = []
+    for words, call in calls.items():
+        own = words == OWN_THRESHOLDS
+        each = [s / (len(batches) if own else 1) for s in found[words]]
+        answers = [runner.predict(part) for part in batches] if own else [call()]
+        limit = statistics.mean(_limit(runner, out.exit_index, alone) for out in answers) / statistics.median(nobody)
+        counted = statistics.mean(float(cost) for out in answers for cost in out.cost)
+        lines.append(ExportedLine(b, words, statistics.median(each), ratio(each, nobody), counted, limit))
+    return lines
+
+
+def _limit(runner: Runner, exits: Array, alone: Sequence[Sequence[float]]) -> float:
+    """Seconds of the pieces at the numbers of rows that come to them."""
+    left = np.asarray([int(e) for e in exits])
+    ends = [piece.exit if piece.exit >= 0 else len(runner.manifest.exits) for piece in runner.manifest.pieces]
+    return sum(seconds[int((left >= end).sum())] for end, seconds in zip(ends, alone, strict=True))
