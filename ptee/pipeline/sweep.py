@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ptee._common.devices import require_one_process
 from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
 from ptee._common.files import clear_unfinished, require_writable, write_text
 from ptee._common.text import table
@@ -106,6 +107,7 @@ def run_sweep(
         Interrupted: on Ctrl-C.
     """
     assert job.out is not None
+    require_one_process("A sweep")
     require_writable(job.out)
     clear_unfinished(job.out)
     data, runs = _Images(open_data), _runs(base, axes, job.out)

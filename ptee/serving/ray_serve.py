@@ -405,7 +405,8 @@ def _not_started(why: Exception) -> PteeError:
 def drain_and_end() -> None:
     """Take no more requests, answer those that are there, and remove the deployments."""
     try:
-        serve.get_deployment_handle("http", app_name=APP).drain.remote().result(timeout_s=DRAINS_S)
+        with no_logs:
+            serve.get_deployment_handle("http", app_name=APP).drain.remote().result(timeout_s=DRAINS_S)
     finally:
         end()
 

@@ -104,7 +104,8 @@ def bench_exported(
     found = in_turns(laps, device, rounds=rounds, seconds=MAX_SECONDS)
     pieces = [[found[n][0][1 + k] for n in rows] for k in range(len(m.pieces))]  # the first lap is the call's
     lines = [line for b in batch_sizes for line in _lines(runner, b, rows, pieces, images, rounds)]
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    many = torch.get_num_threads()
+    threads = f", {many} thread{'s' * (many != 1)}" if device.type == "cpu" else ""
     where = (
         f"{m.backbone} with {len(m.exits)} exits, exported as {m.format}, on {device_name(device)}{threads}, {m.dtype}"
     )

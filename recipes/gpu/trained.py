@@ -1,6 +1,7 @@
 """How fast is a trained run on a GPU, with its own thresholds, on its own images? In half precision.
 
     python recipes/gpu/trained.py runs/mine --data FOLDER
+    python recipes/gpu/trained.py runs/mine --batch 32 --mode graphs
 
 It prints the time of `predict` over that of the bare backbone by the same executor, and over the bare backbone as it is.
 """
@@ -22,6 +23,7 @@ from ptee.data.splits import parts_for_tuning
 from ptee.pipeline.saved_run import open_run
 
 IMAGES = 2048
+BATCHES = (1, 32, 128, 512, 2048)
 
 
 def images(data: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,8 @@ def line(mode: str, model: Any, fast: Any, bare: nn.Module, parts: Sequence[Tens
 @click.option("--data", default=None, help="The run's own images if left out.")
 @click.option("--weights", default=None, help="Of the backbone, if they are not where they were.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice([*BARE]), help="May be repeated.")
-def main(run: str, data: str | None, weights: str | None, modes: Sequence[str]) -> None:
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, IMAGES), help="May be repeated.")
+def main(run: str, data: str | None, weights: str | None, modes: Sequence[str], batches: Sequence[int]) -> None:
     """Measure, and print a line for each batch size."""
     opened = open_run(run, data=data, weights=weights and Path(weights))
     x, labels = images(parts_for_tuning(opened.unseen).report)
@@ -69,7 +72,7 @@ def main(run: str, data: str | None, weights: str | None, modes: Sequence[str]) 
     with torch.no_grad():
         for mode in modes or ("eager", "graphs"):
             fast = model if mode == "eager" else ptee.optimize(model, max_batch=IMAGES, mode=mode)
-            for rows in (1, 32, 128, 512, 2048):
+            for rows in batches or BATCHES:
                 parts = [part for part in x.split(rows) if len(part) == rows][: 64 if rows == 1 else 8]
                 click.echo(line(mode, model, fast, bare, parts, labels))
 

@@ -1,14 +1,14 @@
 #!/bin/sh
 # AlexNet, VGG-13 and ResNet-18 alone, as B-Net and by differentiable branching (DB, tables 1 and 2, figure 4), from scratch.
 # Run it from the project's root: sh recipes/papers/db.sh. ROOT holds torchvision's CIFAR10. Complete runs are kept.
-# SMALL=1: the AlexNet, a twentieth of the images, 6 epochs, cost weight .1 only.
+# SMALL=1: a twentieth of the images, 6 epochs, cost weight .1 only; the AlexNet unless NETWORKS says otherwise.
 set -e
 data="--data ${DATA:-CIFAR10} --data-root ${ROOT:-data}" shared=${SHARED:-../shared} out=${OUT:-runs/db$SMALL}
 networks=${NETWORKS:-cifar_alexnet cifar_vgg13 cifar_resnet18} steps=""
 mkdir -p "$out"
 if [ -n "$SMALL" ]; then
     python recipes/scripts/piece.py "$shared/data/cifar10" "$out/piece" --every 20 --report 4
-    data="--data $out/piece" networks=cifar_alexnet
+    data="--data $out/piece" networks=${NETWORKS:-cifar_alexnet}
     steps="--epochs 6 --set training.schedule=cosine"
 fi
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ptee._common.devices import LAUNCH, accelerator_on, process_state, resolve_device
+from ptee._common import devices
+from ptee._common.devices import LAUNCH, accelerator_on, process_state, require_one_process, resolve_device
 from ptee._common.errors import DeviceError, PteeError
 
 
@@ -60,3 +62,12 @@ def test_a_rank_alone_is_that_of_a_scheduler_and_no_launch(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
     assert process_state().is_main_process
+
+
+def test_what_one_process_does_is_refused_in_several(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(devices, "process_state", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(PteeError, match="A sweep runs in one process, and 2 were started"):
+        require_one_process("A sweep")
+    monkeypatch.setattr(devices, "process_state", lambda: SimpleNamespace(num_processes=1))
+    require_one_process("A sweep")

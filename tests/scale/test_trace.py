@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -285,3 +286,35 @@ def test_ray_names_a_damaged_shard(a_run, tmp_path):
     shard(tmp_path / "a.tar", range(10)).write_bytes(b"\1" * 20000)
     with pytest.raises(DataError, match=r"a\.tar cannot be read to its end"):
         ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", engine="ray")
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_in_between_changes_no_answer(a_run, shards, tmp_path, folder, small_parts, monkeypatch):
+    ray = ray_engine.require_ray()
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=2)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    make, parts = ray_engine._make, []
+
+    def loses_it(*given):
+        parts.append(given)
+        killer = threading.Timer(2.0, cluster.remove_node, (other,), {"allow_graceful": False})
+        if len(parts) == 2:
+            killer.start()
+        make(*given)
+        if len(parts) == 2:
+            killer.join()
+
+    monkeypatch.setattr(ray_engine, "_make", loses_it)
+    try:
+        found = ptee.record(a_run, shards, tmp_path / "out", engine="ray", workers=2, batch_size=7)
+        alive = sum(node["Alive"] for node in ray.nodes())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert (len(parts), alive) == (3, 1)
+    ours, theirs = traces_of(a_run, found), traces_of(a_run, folder)
+    assert torch.equal(ours.answers, theirs.answers)
+    assert found.images_sha256 == folder.images_sha256
