@@ -97,7 +97,9 @@ def test_a_command_in_a_sentence_has_options_that_exist(page):
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").rglob("*.sh")), ids=lambda script: script.name)
 def test_a_script_gives_options_that_exist(script):
     code = re.sub(r"#.*", "", script.read_text(encoding="utf-8"))
-    used = [each for name in ("augment", "compare", "sweep", "plot") for each in cli.commands[name].params]
+    used = [
+        each for name in ("augment", "compare", "sweep", "plot", "bench", "tune") for each in cli.commands[name].params
+    ]
     known = {option for each in used for option in (*each.opts, *each.secondary_opts)}
     of_ptee = re.sub(r"python recipes/.*", "", code.replace("\\\n", " "))
     assert set(re.findall(r"(?<!\S)--[a-z-]+", of_ptee)) <= known
