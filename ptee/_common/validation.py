@@ -111,7 +111,7 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
     findings = error.errors(include_url=False)
     first = findings[0]
     unknown = first["type"] == "extra_forbidden"  # whoever gave it chose its name, and it may look like anything
-    place = _place(first["loc"][:-1], f"{first['loc'][-1]:.60}") if unknown else _place(first["loc"])
+    place = _place(first["loc"][:-1], _as_given(str(first["loc"][-1]))) if unknown else _place(first["loc"])
     path = ".".join(filter(None, [where, place]))
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, PteeError):  # from a rule, or from settings inside of these
@@ -126,6 +126,11 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(str(first['input']), choices)}")
     words = dict.fromkeys(_possible(finding) for finding in of_this)
     return _fault(PteeError, path, first["input"], f"must be {', or '.join(words)}.")
+
+
+def _as_given(name: str) -> str:
+    """The name of a setting that does not exist, in one line."""
+    return name[:60] if name.strip() and name.isprintable() else repr(name[:60])
 
 
 def _place(loc: tuple[int | str, ...], *last: str) -> str:

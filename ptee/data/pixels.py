@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,19 @@ LONGEST_SIDE = (
 )
 
 SCANS = 100  # of a JPEG: each goes over all of its pixels; encoders write about ten
-START_OF_SCAN = b"\xff\xda"
+START_OF_PICTURE, START_OF_SCAN, END_OF_PICTURE = 0xD8, 0xDA, 0xD9
+MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # but for those inside of a scan
 
 
 def scans_of(content: bytes) -> int:
-    """At most so many times Pillow goes over all pixels of an encoded picture."""
-    return content.count(START_OF_SCAN) if content.startswith(b"\xff\xd8") else 0
+    """How often a decoder goes over all pixels of a JPEG, up to the picture's own end; 0 for other formats."""
+    if not content.startswith(bytes([0xFF, START_OF_PICTURE])):
+        return 0
+    scans, at = 0, 2
+    while (found := MARKER.search(content, at)) and (marker := found[1][0]) != END_OF_PICTURE:
+        scans += marker == START_OF_SCAN
+        at = found.end() + max(2, int.from_bytes(content[found.end() : found.end() + 2], "big"))
+    return scans
 
 
 def require_sides(size: tuple[int, int]) -> None:

@@ -24,17 +24,19 @@ from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, SCHEMA, fingerprint
 from ptee.deploy.refusal import not_written
-from ptee.deploy.runner import load_exported
+from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.segments import Rows, Segment, segments
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import one_parameter
+from ptee.model.thresholds import ALWAYS, NEVER
 
 ONNX, PT2 = "onnx", "pt2"
 FORMATS = (PT2, ONNX)
 BATCHES = (1, 2, 7, 32)  # that are tried before anything is written
 SAME = 1e-4  # share of the largest logit
 EXAMPLE_ROWS = 5
+FOR_EACH_EXIT = 7  # the batch that is answered once more for each exit
 NEAR, FROM_THE_ENDS = 1e-6, 1e-5  # a confidence so near to a threshold may round to either side of it
 
 
@@ -205,24 +207,33 @@ def class_names(model: EarlyExitModel) -> list[str]:
 
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:
-    """Refuse files that answer otherwise than the model, with thresholds at which rows leave at each exit."""
-    runner = load_exported(folder)
+    """Refuse files that answer otherwise than the model: where all rows leave at one exit or at none, and where some leave at each."""
+    runner, exits = load_exported(folder), len(model.exits)
     for b in BATCHES:
         x = example_images(model, b)
         with torch.no_grad():
             h = model.blended(model.all_exits(x)).confidence[:-1].double()
-            limits = _between(h)
-            want = model.predict(x, limits.tolist())
-        got = runner.predict(x.numpy() if runner.manifest.format == ONNX else x, limits)
-        clear = ((h - limits[:, None]).abs() > NEAR).all(0)
-        exits, logits = (torch.as_tensor(t, device="cpu") for t in (got.exit_index, got.logits))
-        allowed = SAME * max(want.logits.abs().max().item(), 1)
-        same, off = torch.equal(exits[clear], want.exit_index[clear]), (logits - want.logits)[clear].abs()
-        if not same or (len(off) and not off.max().item() <= allowed):
+        between = _between(h)
+        all_rows = torch.ones(b, dtype=torch.bool, device="cpu")
+        ways = [(between, ((h - between[:, None]).abs() > NEAR).all(0))]
+        if b == FOR_EACH_EXIT:
+            each = torch.full((exits + 1, exits), NEVER, dtype=torch.float64, device="cpu").fill_diagonal_(ALWAYS)
+            ways += [(limits, all_rows) for limits in each]
+        if not all(_answers_alike(model, runner, x, *way) for way in ways):
             raise PteeError(
                 f"{model.plan.backbone} as {runner.manifest.format} gives other answers than the model to a batch of {b}. Use "
                 "another format."
             )
+
+
+def _answers_alike(model: EarlyExitModel, runner: Runner, x: Tensor, limits: Tensor, clear: Tensor) -> bool:
+    """Whether those of the rows that are clear leave at the same exits, with the same logits, by thresholds (E,)."""
+    with torch.no_grad():
+        want = model.predict(x, limits.tolist())
+    got = runner.predict(x.numpy() if runner.manifest.format == ONNX else x, limits)
+    exits, logits = (torch.as_tensor(t, device="cpu") for t in (got.exit_index, got.logits))
+    off, allowed = (logits - want.logits)[clear].abs(), SAME * max(want.logits.abs().max().item(), 1)
+    return torch.equal(exits[clear], want.exit_index[clear]) and (not len(off) or off.max().item() <= allowed)
 
 
 def _between(h: Tensor) -> Tensor:

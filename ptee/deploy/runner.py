@@ -17,7 +17,7 @@ from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
 from ptee.data.pixels import FORMATS, model_input
-from ptee.deploy.manifest import Manifest, Piece, read_manifest
+from ptee.deploy.manifest import Manifest, read_manifest
 
 Array = Any  # of numpy for ONNX, of torch for pt2
 
@@ -200,8 +200,8 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
     """
     place = as_path(folder, "folder")
     manifest = read_manifest(place)
-    load = partial(_onnx, threads=threads) if manifest.format == "onnx" else _pt2
-    runner = Runner(manifest, [load(place, piece, device or "cpu") for piece in manifest.pieces], device or "cpu")
+    load = partial(onnx_piece, threads=threads) if manifest.format == "onnx" else _pt2
+    runner = Runner(manifest, [load(place / piece.file, device or "cpu") for piece in manifest.pieces], device or "cpu")
     try:
         runner.try_out()
     except Exception as why:  # whatever the library raises
@@ -211,37 +211,13 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
     return runner
 
 
-class OnnxPiece:
-    """A piece that ONNX Runtime runs.
+def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[..., Sequence[Array]]:
+    """What runs a file by ONNX Runtime.
 
-    Args:
-        session: of `onnxruntime`.
+    Raises:
+        PteeError: if ONNX Runtime is missing, or the device is not there.
+        RunError: if the file is none of its models.
     """
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        self._takes = [given.name for given in session.get_inputs()]
-        self._gives = [given.name for given in session.get_outputs()]
-
-    def __call__(self, *alive: Array) -> Sequence[Array]:
-        """The whole piece."""
-        found: Sequence[Array] = self._session.run(None, self._named(alive))
-        return found
-
-    def without_head(self, *alive: Array) -> Sequence[Array]:
-        """What is alive behind the cut. Head and confidence do not run."""
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
-        options.only_execute_path_to_fetches = True
-        found: Sequence[Array] = self._session.run(self._gives[:-2], self._named(alive), options)
-        return found
-
-    def _named(self, alive: Sequence[Array]) -> dict[str, Array]:
-        return dict(zip(self._takes, alive, strict=True))
-
-
-def _onnx(folder: Path, piece: Piece, device: str, threads: int | None = None) -> Callable[..., Sequence[Array]]:
     try:
         import onnxruntime
     except ImportError as why:
@@ -256,23 +232,24 @@ def _onnx(folder: Path, piece: Piece, device: str, threads: int | None = None) -
     # Each piece has threads of its own. Those of one that is done would go on spinning while the next one computes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(str(folder / piece.file), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
     except Exception as why:  # whatever the runtime raises
-        raise RunError(f"{folder / piece.file} is no model that ONNX Runtime can read: {first_line(why)}") from why
-    return OnnxPiece(session)
+        raise RunError(f"{file} is no model that ONNX Runtime can read: {first_line(why)}") from why
+    names = [given.name for given in session.get_inputs()]
+    return lambda *alive: session.run(None, dict(zip(names, alive, strict=True)))
 
 
-def _pt2(folder: Path, piece: Piece, device: str) -> Callable[..., Sequence[Array]]:
+def _pt2(file: Path, device: str) -> Callable[..., Sequence[Array]]:
     import torch
 
     from ptee._common.process import no_pickles
 
     try:
         with no_pickles:
-            module = torch.export.load(folder / piece.file).module()
+            module = torch.export.load(file).module()
         module.to(device)
     except Exception as why:  # whatever torch raises
-        raise RunError(f"{folder / piece.file} cannot be loaded: {first_line(why)}") from why
+        raise RunError(f"{file} cannot be loaded: {first_line(why)}") from why
 
     @torch.no_grad()
     def run(*alive: Any) -> Sequence[Any]:

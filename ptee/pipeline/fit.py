@@ -55,7 +55,7 @@ from ptee.pipeline.run_folder import (
     sole_writer,
 )
 from ptee.timing.backbone import time_of_modules
-from ptee.timing.measure import measure
+from ptee.timing.measure import measure, require_executor
 from ptee.timing.times import AUTO, FILE, Times
 from ptee.training.calibration import calibrate
 from ptee.training.config import JOINT, passes
@@ -247,9 +247,9 @@ def _unreadable_named(data: Data, job: Job) -> Iterator[None]:
 
 def _times_to_place_by(backbone: Backbone, recipe: Recipe, job: Job) -> TimesOfModules | None:
     """The times that the exits are placed by, if seconds count: of the first process, or those that an interrupted training began with."""
-    how = recipe.thresholds
-    if how.cost != TIME:
+    if (how := recipe.thresholds).cost != TIME:
         return None
+    require_executor(how.executor, resolve_device(job.device))
 
     def measured() -> TimesOfModules:
         if job.out is not None and job.resume and (kept := kept_times(job.out)) is not None:

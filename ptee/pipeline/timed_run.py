@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptee._common.errors import DataError, RunError
+from ptee._common.errors import Argument, DataError, RunError
 from ptee.data.batches import batches, split_batch
 from ptee.deploy.runner import load_exported
 from ptee.model.early_exit import EarlyExitModel
@@ -55,7 +55,7 @@ def bench_saved(
     if save and not Path(run).is_dir():
         raise RunError(f"There is no folder {run}. Times are written into a run, so give one on this disk.")
     checked_sizes(batch_sizes)
-    model, images, note = _with_images(run, weights, device, where)
+    model, images, note = _with_images(run, batch_sizes, weights, device, where)
     model.to(device)
     before = torch.get_num_threads()
     try:
@@ -95,6 +95,15 @@ def bench_exported_folder(
         PteeError: if the folder or the images cannot be used.
     """
     checked_sizes(batch_sizes)
+    for name, value in {"data_root": data_root, "classes": classes}.items():
+        if value is not None and data is None:
+            raise DataError(
+                Argument(name, str(value)),
+                " is about images. Give some: ",
+                Argument("data", "FOLDER"),
+                ".",
+                argument=name,
+            )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)
@@ -103,19 +112,19 @@ def bench_exported_folder(
             note = "Left out: the model's own thresholds, for which real images are needed (--data)."
             return bench_exported(runner, batch_sizes, rounds=rounds, note=note)
         images, _, _ = images_for(runner, folder, data, data_root, classes)
-        return bench_exported(runner, batch_sizes, some_images(images), rounds=rounds)
+        return bench_exported(runner, batch_sizes, some_images(images, batch_sizes), rounds=rounds)
     finally:
         torch.set_num_threads(before)
 
 
 def _with_images(
-    run: str, weights: Path | None, device: Any, where: dict[str, Any]
+    run: str, batch_sizes: Sequence[int], weights: Path | None, device: Any, where: dict[str, Any]
 ) -> tuple[EarlyExitModel, Tensor | None, str]:
     """The model, and some of the images to report on; or why there are none."""
     try:
         opened = open_run(run, weights=weights, device=device, **where)
         images, _ = opened.left_by_tuning(given=False)
-        return opened.model, some_images(images), ""
+        return opened.model, some_images(images, batch_sizes), ""
     except DataError as why:
         if where.get("data"):
             raise
@@ -123,9 +132,9 @@ def _with_images(
         return load_run(run, weights), None, note
 
 
-def some_images(data: Any) -> Tensor:
-    """(n, c, h, w) images of a data set, spread over all of it."""
-    step = max(1, len(data) // MOST_IMAGES)
-    chosen = torch.utils.data.Subset(data, range(0, len(data), step))
+def some_images(data: Any, batch_sizes: Sequence[int]) -> Tensor:
+    """(n, c, h, w) images of a data set, spread over all of it: enough for the largest batch."""
+    most = max(MOST_IMAGES, *batch_sizes)
+    chosen = torch.utils.data.Subset(data, range(0, len(data), max(1, len(data) // most)))
     loader: Any = batches(chosen, batch_size=128, shuffle=False, num_workers=0)
-    return torch.cat([split_batch(batch)[0] for batch in islice(loader, MOST_IMAGES)])[:MOST_IMAGES]
+    return torch.cat([split_batch(batch)[0] for batch in islice(loader, most)])[:most]

@@ -96,7 +96,7 @@ class Budget:
             (
                 c.keeps,
                 str(c.passes),
-                f"{c.hours:.2f}",
+                f"{c.hours:.2f}{' or more' * (c.keeps == POOLED)}",
                 amount(c.size) if c.size else "-",
                 "yes" if c.fits else "no",
                 c.how,
@@ -112,7 +112,7 @@ class Budget:
         """What the columns mean."""
         return (
             "passes: of the backbone over the images. hours: on one device such as this one, if images are read and decoded fast "
-            "enough;\non several, divide the backbone's part by their number. Of heads that pool first it is the backbone's part alone."
+            "enough;\non several, divide the backbone's part by their number. Of heads that pool first it is the backbone's part, and the heads' comes on top."
             "\ncache: in memory, or on a disk above 1 GiB."
         )
 
@@ -141,7 +141,7 @@ def budget(
     pooled = Reading(tuple(x.mean((2, 3)) if x.dim() == 4 else x for x in reading.inputs), reading.logits)
     seconds = {
         HEADS: views / backbone + epochs / heads,
-        POOLED: views / backbone,  # a linear layer on a vector takes next to nothing
+        POOLED: views / backbone,  # at least: heads that pool are not measured
         NONE: epochs / backbone + epochs / heads,
     }
     sizes = {HEADS: Estimate.of(reading, images, views).size, POOLED: Estimate.of(pooled, images, views).size, NONE: 0}

@@ -220,6 +220,8 @@ class _Served:
     async def change(self, request: Request) -> Response:
         """Change some: for who has the token."""
         self._require_token(request)
+        if request.query_params:
+            raise refused(400, "Settings come in the body, as JSON, and not in the query.")
         kind = request.headers.get("content-type", JSON_TYPE).partition(";")[0].strip().lower()
         if kind != JSON_TYPE:
             raise refused(415, f"Settings come as JSON, not as {kind!r:.60}. Send Content-Type: {JSON_TYPE}.")
@@ -258,8 +260,13 @@ JSON_TYPE = "application/json"
 
 def _require_known(request: Request) -> None:
     """Refuse a misspelt `?treshold=0.7`: ignored, it would be answered by other thresholds than the caller believes."""
-    if unknown := [name for name in request.query_params if name not in QUERY]:
+    given = [name for name, _ in request.query_params.multi_items()]
+    if unknown := [name for name in given if name not in QUERY]:
         raise refused(400, f"There is no {unknown[0]!r:.60} in a query here. Possible: {', '.join(QUERY)}.")
+    if twice := [name for name in QUERY if given.count(name) > 1]:
+        raise refused(400, f"{twice[0]} is given twice. Give it once.")
+    if "threshold" in given and THRESHOLD_HEADER in request.headers:
+        raise refused(400, f"The threshold is given in the query and as {THRESHOLD_HEADER}. Give it once.")
     if (logits := request.query_params.get("logits", "false")) not in ("true", "false"):
         raise refused(400, f"logits is {logits!r:.60}. Give true or false.")
 

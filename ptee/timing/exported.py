@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
-from ptee.deploy.export import export
-from ptee.deploy.runner import Answers, Array, OnnxPiece, Runner, load_exported
+from ptee.deploy.export import export, require_libraries
+from ptee.deploy.runner import Answers, Array, Runner, load_exported, onnx_piece
 from ptee.exits.blend import OWN
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import one_parameter
@@ -34,15 +34,14 @@ class OnnxModel:
     """
 
     def __init__(self, model: EarlyExitModel) -> None:
-        where = one_parameter(model.backbone).device.type
-        if where != "cpu":
-            raise PteeError(
-                f"The executor onnx runs on a CPU here, and the model is on {where}. Give ", Argument("device", "cpu"), "."
-            )  # fmt: skip
+        require_onnx(one_parameter(model.backbone).device.type)
         self.model = model
+        threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
             made = export(model, Path(folder) / "onnx", format="onnx")
-            self.runner = load_exported(made, threads=torch.get_num_threads())
+            self.runner = load_exported(made, threads=threads)
+            files = [made / piece.file for piece in self.runner.manifest.pieces[:-1]]
+            self._without_heads = [onnx_piece(without_head(file), "cpu", threads) for file in files]
 
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> Answers:
         """As `EarlyExitModel.predict`, in arrays."""
@@ -56,15 +55,30 @@ class OnnxModel:
         """The pieces without their heads. Marks: the beginning, and behind each."""
         alive: list[Array] = [x.numpy()]
         mark()
-        for piece in self._pieces[:-1]:
-            alive = list(piece.without_head(*alive))
+        for piece in [*self._without_heads, self.runner.pieces[-1]]:
+            alive = list(piece(*alive))
             mark()
-        self._pieces[-1](*alive)
-        mark()
 
-    @property
-    def _pieces(self) -> list[OnnxPiece]:
-        return [piece for piece in self.runner.pieces if isinstance(piece, OnnxPiece)]
+
+def require_onnx(where: str) -> None:
+    """Refuse to time by ONNX Runtime on another device than the CPU, and without it."""
+    if where != "cpu":
+        raise PteeError(
+            f"The executor onnx runs on a CPU here, and the model is on {where}. Give ", Argument("device", "cpu"), "."
+        )
+    require_libraries("onnx")
+
+
+def without_head(file: Path) -> Path:
+    """A new file beside that of a piece: up to what is alive behind its cut. ONNX Runtime would run a head whose answer nobody wants."""
+    from onnx import load
+    from onnx.utils import extract_model
+
+    graph, made = load(file, load_external_data=False).graph, file.with_suffix(".bare.onnx")
+    stored = {value.name for value in graph.initializer}
+    takes = [value.name for value in graph.input if value.name not in stored]
+    extract_model(str(file), str(made), takes, [value.name for value in graph.output][:-2])
+    return made
 
 
 def runner_laps(runner: Runner, x: Array, mark: Mark) -> None:

@@ -18,7 +18,7 @@ from ptee.deploy.runner import Array, Runner
 from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
 from ptee.timing.laps import MAX_SECONDS, in_turns
-from ptee.timing.run_bench import OWN_THRESHOLDS, leaving_at_first, some_batches, timed, with_each
+from ptee.timing.run_bench import OWN_THRESHOLDS, leaving_at_first, some_batches, timed, too_few, with_each
 from ptee.timing.times import between, device_name, sizes_to_measure
 
 NOBODY = "nobody"
@@ -109,7 +109,7 @@ def bench_exported(
     where = (
         f"{m.backbone} with {len(m.exits)} exits, exported as {m.format}, on {device_name(device)}{threads}, {m.dtype}"
     )
-    return ExportedBench(where, tuple(lines), note)
+    return ExportedBench(where, tuple(lines), note or too_few(images, batch_sizes))
 
 
 def _example(runner: Runner, rows: int) -> Array:

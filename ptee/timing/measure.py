@@ -27,7 +27,7 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
 from ptee.model.thresholds import ALWAYS, NEVER
-from ptee.timing.exported import OnnxModel, bare_onnx
+from ptee.timing.exported import OnnxModel, bare_onnx, require_onnx
 from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
 from ptee.timing.times import (
     COMPILE,
@@ -139,6 +139,20 @@ def checked_executors(names: Iterable[str]) -> list[str]:
         if name not in EXECUTORS:
             raise unknown("executor", name, EXECUTORS, argument="executor")
     return list(dict.fromkeys(names))
+
+
+def require_executor(name: str, device: torch.device) -> None:
+    """Refuse an executor that cannot run on a device, before a training whose thresholds it is to choose.
+
+    Raises:
+        PteeError: naming what is missing.
+    """
+    if name == GRAPHS and device.type != "cuda":
+        raise PteeError(
+            f"CUDA graphs need an NVIDIA GPU, and this runs on {device.type}. Give ", Argument("executor", HOOKS), "."
+        )
+    if name == ONNX:
+        require_onnx(device.type)
 
 
 def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:

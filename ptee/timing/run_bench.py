@@ -161,7 +161,15 @@ def bench_run(
         made = [m if name == HOOKS else in_pieces(name, m, most) for m in ([view] if same else [view, model])]
         models[name] = made[0], made[-1]
     lines = [line for b in batch_sizes for line in _lines(models, times, b, images, rounds)]
-    return RunBench(times, tuple(lines), note)
+    return RunBench(times, tuple(lines), note or too_few(images, batch_sizes))
+
+
+def too_few(images: Tensor | None, batch_sizes: Sequence[int]) -> str:
+    """A sentence if there are fewer images than the largest batches have; else empty."""
+    larger = [str(b) for b in batch_sizes if images is not None and len(images) < b]
+    if images is None or not larger:
+        return ""
+    return f"Left out in batches of {', '.join(larger)}: own thresholds, for there are {len(images)} images."
 
 
 def _lines(

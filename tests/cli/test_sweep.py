@@ -6,11 +6,14 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from cases import slow
 from command import NETWORK, SHORT, TEN, Run, assert_refused, evaluated, figures, files, pictures, quietly, read_json
 
+from ptee._common import devices
 from ptee.data import demo_images
 from ptee.data.labels import LabelMap
 from ptee.data.sources import open_named
@@ -288,3 +291,11 @@ def test_a_run_alone_fills_caches_of_its_own(run, known, filled):
     for out in ("one", "two"):
         assert run("augment", *known, *SHORT, "--out", out).status == 0
     assert filled == SAME * 2
+
+
+def test_a_sweep_is_for_one_process(sweep, monkeypatch):
+    monkeypatch.setattr(devices, "LAUNCH", ("PTEE_TEST_LAUNCH",))
+    monkeypatch.setenv("PTEE_TEST_LAUNCH", "1")
+    state = SimpleNamespace(num_processes=2, is_main_process=True, device=torch.device("cpu"))
+    monkeypatch.setattr(devices, "process_state", lambda **_: state)
+    assert_refused(sweep("epochs=1,2"), "A sweep runs in one process, and 2 were started")

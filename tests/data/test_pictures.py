@@ -25,6 +25,7 @@ from ptee.data.pictures import (
     decode_bytes,
     image_transform,
 )
+from ptee.data.pixels import scans_of
 from ptee.data.splits import hold_out
 
 
@@ -182,13 +183,23 @@ def test_a_picture_on_which_a_decoder_stumbles_is_damaged(tmp_path):
         check_pictures([Pictures([(file, 0)], TRANSFORM)])
 
 
-def test_a_jpeg_of_very_many_scans_is_not_decoded():
+@pytest.fixture
+def progressive() -> bytes:
     stream = io.BytesIO()
-    noise(16, 16).save(stream, "JPEG", progressive=True)
-    body = stream.getvalue()
-    last = body[body.rindex(b"\xff\xda") : -2]
+    noise(64, 64).save(stream, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 200)
+    return stream.getvalue()
+
+
+def test_a_jpeg_of_very_many_scans_is_not_decoded(progressive):
+    before, last = scans_of(progressive), progressive[progressive.rindex(b"\xff\xda") : -2]
+    assert 5 < before < 20
     with pytest.raises(DataError, match="101 scans, and 100 are read at most"):
-        decode_bytes(body[:-2] + last * (101 - body.count(b"\xff\xda")) + body[-2:])
+        decode_bytes(progressive[:-2] + last * (101 - before) + progressive[-2:])
+
+
+def test_what_stands_behind_a_jpeg_or_in_its_headers_is_no_scan(progressive):
+    assert decode_bytes(progressive + b"\xff\xda\0\2" * 200).size == (64, 64)
+    assert scans_of(b"BM" + b"\xff\xda" * 200) == 0
 
 
 def test_what_pillow_refuses_to_decode_is_not_called_damaged(tmp_path):

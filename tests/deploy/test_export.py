@@ -26,6 +26,7 @@ from ptee._common.errors import PteeError, RunError
 from ptee.data.pictures import image_transform
 from ptee.deploy.export import class_names
 from ptee.deploy.manifest import MANIFEST, fingerprint
+from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.runner import main as runner_main
 from ptee.exits.blend import Blend, subsets
 
@@ -352,11 +353,18 @@ def test_the_runner_says_how_it_is_called_with_status_2(capsys):
 
 
 @needs_onnx
-def test_the_threads_of_a_piece_that_is_done_do_not_spin(tmp_path):
-    runner = ptee.load_exported(ptee.export(made(), tmp_path / "out", format="onnx"))
-    for piece in runner.pieces:
-        options = piece._session.get_session_options()
-        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+def test_the_threads_of_a_piece_that_is_done_do_not_spin(tmp_path, monkeypatch):
+    import onnxruntime
+
+    folder, spins, session = ptee.export(made(), tmp_path / "out", format="onnx"), [], onnxruntime.InferenceSession
+
+    def opened(file, options, **how):
+        spins.append(options.get_session_config_entry("session.intra_op.allow_spinning"))
+        return session(file, options, **how)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    ptee.load_exported(folder)
+    assert spins == ["0"] * 3
 
 
 @needs_onnx
@@ -366,3 +374,26 @@ def test_confidences_that_are_nearly_nothing_may_be_rounded_to_nothing(tmp_path)
         model.heads[1].confidence.bias.fill_(-27.0)
         model.heads[1].confidence.weight.mul_(0.01)
     ptee.export(model, tmp_path / "out", format="onnx")
+
+
+def test_other_answers_are_seen_where_all_rows_are_equally_sure(tmp_path, monkeypatch):
+    model = made()
+    with torch.no_grad():  # no threshold lies between two rows
+        for head in model.heads:
+            head.confidence.weight.zero_()
+    ptee.export(model, tmp_path / "right")
+
+    def wrong(folder, *how):
+        runner = load_exported(folder, *how)
+        first, *others = runner.pieces
+
+        def off_by_one(x):
+            *alive, logits, h = first(x)
+            return *alive, logits + (len(x) > 1), h
+
+        return Runner(runner.manifest, [off_by_one, *others], "cpu")
+
+    monkeypatch.setattr("ptee.deploy.export.load_exported", wrong)
+    with pytest.raises(PteeError, match="gives other answers than the model to a batch of 7"):
+        ptee.export(model, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()

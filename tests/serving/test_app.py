@@ -90,6 +90,9 @@ def test_bad_requests_are_refused_in_one_line(client):
     refused(post("/predict", content=b"", headers=NPY), 400, "empty")
     refused(post("/predict", content=one, headers=NPY, params={"treshold": "0.5"}), 400, "treshold.*threshold, logits")
     refused(post("/predict", content=one, headers=NPY, params={"logits": "1"}), 400, "true or false")
+    refused(post("/predict?threshold=1&threshold=0.5", content=one, headers=NPY), 400, "threshold is given twice")
+    both = {**NPY, "X-PTEE-Threshold": "1"}
+    refused(post("/predict?threshold=1", content=one, headers=both), 400, "in the query and as x-ptee-threshold")
     refused(post("/predict", content=b"x", headers={"Content-Type": "image/jpeg"}), 400, r"can be read\.$")
     refused(client.get("/predict"), 405, "POST /predict")
     refused(client.get("/../../etc/passwd"), 404, "POST /predict")
@@ -243,6 +246,7 @@ def test_settings_that_cannot_be_change_nothing(client, values, said):
 
 
 def test_settings_of_another_type_are_refused_with_the_right_one(client):
+    refused(client.patch("/settings?threshold=0.5", json={"off": [0]}, headers=HEADERS), 400, "not in the query")
     form = {**HEADERS, "Content-Type": "application/x-www-form-urlencoded"}
     refused(
         client.patch("/settings", content=b'{"threshold": 0.5}', headers=form),

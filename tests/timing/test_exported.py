@@ -12,8 +12,9 @@ from small import SIZE, made
 
 import ptee
 from ptee._common.errors import PteeError
+from ptee.deploy.runner import onnx_piece
 from ptee.timing import exported_bench
-from ptee.timing.exported import OnnxModel, bare_onnx, runner_laps
+from ptee.timing.exported import OnnxModel, bare_onnx, runner_laps, without_head
 from ptee.timing.exported_bench import bench_exported
 from ptee.timing.laps import Laps
 from ptee.timing.measure import measure
@@ -36,9 +37,14 @@ def runner(model, tmp_path_factory) -> ptee.Runner:
     return ptee.load_exported(ptee.export(model, Path(tmp_path_factory.mktemp("pt2")) / "out"))
 
 
+@pytest.fixture(scope="module")
+def fast(model) -> OnnxModel:
+    return OnnxModel(model)
+
+
 @needs_onnx
-def test_the_model_by_onnx_runtime_answers_as_predict(model):
-    x, fast = torch.randn(5, *SIZE), OnnxModel(model)
+def test_the_model_by_onnx_runtime_answers_as_predict(model, fast):
+    x = torch.randn(5, *SIZE)
     want, got = model.predict(x, [0.4, 0.6]), fast.predict(x, [0.4, 0.6])
     assert got.exit_index.tolist() == want.exit_index.tolist()
     torch.testing.assert_close(torch.as_tensor(got.logits), want.logits, rtol=1e-4, atol=1e-4)
@@ -54,18 +60,29 @@ def test_the_bare_backbone_by_onnx_runtime_is_one_piece_and_the_model_stays_as_i
 
 
 @needs_onnx
-def test_without_heads_a_piece_gives_what_is_alive_behind_its_cut(model):
-    fast, x = OnnxModel(model), torch.randn(3, *SIZE).numpy()
-    first = fast.runner.pieces[0]
-    whole, bare = first(x), first.without_head(x)
-    assert len(whole) == len(bare) + 2
-    for behind, alive in zip(bare, whole, strict=False):
-        assert (behind == alive).all()
+def test_without_its_head_a_piece_gives_what_is_alive_behind_its_cut_and_computes_less(model, tmp_path):
+    import onnx
+
+    file = ptee.export(model, tmp_path / "out", format="onnx") / "piece_0.onnx"
+    bare, x = without_head(file), torch.randn(3, *SIZE).numpy()
+    behind, alive = onnx_piece(bare, "cpu")(x), onnx_piece(file, "cpu")(x)
+    assert len(alive) == len(behind) + 2
+    for one, other in zip(behind, alive, strict=False):
+        assert (one == other).all()
+    nodes = [{node.op_type for node in onnx.load(each).graph.node} for each in (file, bare)]
+    assert "Conv" in nodes[1] and {"Gemm", "MatMul"} & nodes[0] and not {"Gemm", "MatMul"} & nodes[1]
 
 
 @needs_onnx
-def test_marks_enclose_each_piece_once(model):
-    fast, x = OnnxModel(model), torch.randn(3, *SIZE)
+@pytest.mark.slow
+def test_a_dear_head_is_no_part_of_the_backbones_time(model):
+    times = measure(made("conv1"), [4], ["onnx"], rounds=3, seconds=0)
+    assert max(max(head) for head in times.executors[0].heads) > 0
+
+
+@needs_onnx
+def test_marks_enclose_each_piece_once(fast):
+    x = torch.randn(3, *SIZE)
     for pass_of, laps in ((fast.laps, 3 + 2), (fast.laps_without_heads, 3)):
         seen = Laps(CPU)
         pass_of(x, seen)
@@ -73,6 +90,7 @@ def test_marks_enclose_each_piece_once(model):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_onnx_is_an_executor_like_the_others(model):
     times = measure(model, [1, 4], ["onnx"], rounds=3, seconds=0)
     assert [m.executor for m in times.executors] == ["onnx"]
