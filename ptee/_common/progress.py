@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from operator import length_hint
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +26,18 @@ def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any
     return tqdm(_begun_once(items), total=total, desc=description, leave=False, disable=not shown)
 
 
+@contextmanager
+def counted(description: str) -> Iterator[Callable[[int], object]]:
+    """Gives what is called with the number of things that are done by now: a bar on a terminal, a line every half minute in a log."""
+    if getattr(sys.stderr, "isatty", lambda: False)():
+        with tqdm(desc=description, unit="", leave=False) as bar:
+            yield bar.update
+        return
+    lines: LogLines[object] = LogLines((), description)
+    with lines.written():
+        yield lines.add
+
+
 def _begun_once(items: Iterable[Item]) -> Iterator[Item]:
     """tqdm.auto begins to iterate twice; a loader would draw another order, and start its processes, each time."""
     yield from items
@@ -40,14 +53,24 @@ class LogLines(Generic[Item]):
         self.done, self.total = 0, length_hint(items, 0)
 
     def __iter__(self) -> Iterator[Item]:
-        self.start, over = time.monotonic(), threading.Event()
         iterator = iter(self.items)  # a loader starts its processes here, which is no place for a second thread
+        with self.written():
+            for item in iterator:
+                yield item
+                self.add(1)
+
+    def add(self, number: int) -> None:
+        """So many more are done."""
+        self.done += number
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Meanwhile lines are written."""
+        self.start, over = time.monotonic(), threading.Event()
         writer = threading.Thread(target=self._write_lines, args=(over,), daemon=True)
         writer.start()
         try:
-            for item in iterator:
-                yield item
-                self.done += 1
+            yield
         finally:
             over.set()
             writer.join()

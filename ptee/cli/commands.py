@@ -224,6 +224,8 @@ def tune(run: str, **o: Any) -> None:
     opened = opened_runs({run: run}, o, recipe.thresholds.max_drop)[run]
     log = partial(click.echo, err=o["as_json"])
     log(f"{opened.words} {opened.accuracy}")
+    before = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
+    log(f"Thresholds until now: {', '.join(before)}.")
     with opened.threads():
         results = tune_run(opened, recipe, log=log, explain=o["explain"], **how_of(o))
     click.echo(to_json(results) if o["as_json"] else f"\nThe thresholds are kept in {run}.")

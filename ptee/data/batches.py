@@ -87,6 +87,8 @@ def _no_data(data: Any) -> str:
     """Why this is neither a data set nor a loader, and what to give; empty if it is one."""
     if isinstance(data, Iterator):
         return "which can be read only once: pass the DataLoader or data set it came from."
+    if isinstance(data, str | Path) and (Path(data) / "manifest.json").is_file():
+        return "which is a path: pass ptee.open_traces(FOLDER), or ptee.open_cache(FOLDER)."
     if isinstance(data, IterableDataset):
         return "which is an iterable data set: pass a DataLoader of it."
     if isinstance(data, type) or not (is_loader(data) or _is_map_style(data)):

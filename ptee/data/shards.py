@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from ptee._common.errors import Argument, DataError, first_line
+from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.folders import EXTENSIONS
+from ptee.data.folders import EXTENSIONS, part_of
 from ptee.data.parts import arrow
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
@@ -103,6 +103,8 @@ def find_source(source: str | Path) -> Source:
     path = expanded(source)
     if not str(source).strip() or not path.exists():
         raise DataError(f"There is no '{source!s:.300}'. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
+    if path.is_dir():
+        _require_one_part(path)
     top, files = (path, _listed(path)) if path.is_dir() else (path.parent, [path.name])
     for kind, endings in ENDINGS.items():
         found = sorted(file for file in files if file.lower().endswith(endings))
@@ -110,6 +112,18 @@ def find_source(source: str | Path) -> Source:
             sizes = tuple((top / file).stat().st_size for file in found)
             return Source(str(top.resolve()), kind, tuple(found), sizes)
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
+
+
+def _require_one_part(top: Path) -> None:
+    """Refuse a folder of training images and others: heads learn from one part, and thresholds are chosen on another."""
+    parts = {entry.name: part_of(entry.stem) for entry in sorted(top.iterdir()) if not entry.name.startswith(".")}
+    named = [name for name, part in parts.items() if part is not None]
+    if {"train"} < {part for part in parts.values() if part is not None}:
+        one = next(name for name in named if parts[name] != "train")
+        text = (
+            f"{top} holds {some(named)}. Heads learn from one part, and thresholds are chosen on another, so give one: "
+        )
+        raise DataError(text, Argument("data", str(top / one)), ".", argument="data")
 
 
 def _listed(top: Path) -> list[str]:

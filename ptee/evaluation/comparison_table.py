@@ -124,7 +124,9 @@ class Comparison:
     def bottom_line(self) -> str:
         """Why early exits do not pay here, in the sentence that comes last, for the largest drop at which they do not; else empty."""
         lines = [
-            f"In short, for {drop:g} lost at most: {words}" for drop in self.drops if (words := self._bottom_line(drop))
+            f"{'In short, for' if drop == self.drops[-1] else 'But for'} {drop:g} lost at most: {words}"
+            for drop in self.drops
+            if (words := self._bottom_line(drop))
         ]
         return lines[-1] if lines else ""
 

@@ -40,7 +40,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
-    speed: bool = True,
+    speed: bool | None = None,
     speed_seconds: float = SPEED_SECONDS,
     about: str = "",
 ) -> Results:
@@ -57,7 +57,7 @@ def evaluate(
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.
-        speed: measure images per second.
+        speed: measure images per second. None: unless the data are recorded traces.
         speed_seconds: about how long that may take; four rounds are timed in any case.
         about: a sentence about the data, kept with the results.
 
@@ -78,7 +78,7 @@ def evaluate(
         traces = record(view, data, batch_size=batch_size, num_workers=num_workers, logits=False)
         rows, leaving = _rows(view, traces)
         images = traces.sample.to(place)
-        if speed:
+        if speed or (speed is None and recorded(data) is None):
             images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
             rows = _timed(view, images, rows, batch_size, speed_seconds)
         return Results(
@@ -156,7 +156,8 @@ def _timed(model: EarlyExitModel, images: Tensor, rows: list[Row], batch_size: i
     for n, threshold in enumerate(scenarios):
         if n not in model.off:
             calls[rows[1 + n].name] = partial(_predict_all, model, batches, threshold)
-    calls[rows[-1].name] = partial(_predict_all, model, batches, None)
+    if len(model.off) < exits:  # else it is the bare backbone
+        calls[rows[-1].name] = partial(_predict_all, model, batches, None)
     times = in_turns(calls, images.device, seconds=seconds)
     base = times["backbone"]
     rate = len(images) / sorted(base)[len(base) // 2]

@@ -33,6 +33,10 @@ def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
     local = as_path(folder, "folder")
     remote = not is_folder(local)
     path = download(str(folder), CONFIG, hub) if remote else local / CONFIG
+    if not path.is_file() and (local / "manifest.json").is_file():
+        raise RunError(
+            f"{folder} is no run, but an exported model or recorded traces. Give the run that it was made from."
+        )
     if not path.is_file():
         raise RunError(
             f"{folder} holds no {CONFIG}: no run was completed there. Give a folder that `ptee augment --out` wrote."

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ptee._common.errors import Argument, PteeError, unknown
 from ptee._common.files import as_path, plain
+from ptee._common.progress import counted
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import weights_hash
 from ptee.data.labels import map_labels, read_names
@@ -106,9 +105,13 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
     missing = {name: names[name] for name in writer.missing(list(names))}
     if log is not None and len(missing) < len(names):
         log(f"{len(names) - len(missing)} of {len(names)} parts are there already.")
-    with tqdm(desc="images", unit="", disable=None, leave=False) as bar:
+    if log is not None and missing:
+        log(
+            f"{source.place}: about {source.count():,} images in {len(source.files):,} file{'s' * (len(source.files) != 1)}."
+        )
+    with counted("images") as done:
         if missing:
-            make(source, missing, job, writer, workers=workers, done=bar.update)
+            make(source, missing, job, writer, workers=workers, done=done)
     if log is not None:
         manifest = writer.manifest
         bad = (

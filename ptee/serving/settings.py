@@ -89,6 +89,11 @@ class ModelSettings:
             if given:
                 draft = copy.copy(self._model)
                 _set(draft, given)
+                if draft.confidence != self._model.confidence and not {"threshold", *WISHES} & given.keys():
+                    raise PteeError(
+                        "The thresholds were chosen for another confidence. Give threshold, too, or one of "
+                        f"{', '.join(WISHES)}."
+                    )
                 names = {"threshold" if name in WISHES else name for name in given}
                 wanted = {name: value for name, value in _settings_of(draft).items() if name in names}
                 self._exchange(draft, not names.isdisjoint(OF_PIECES), lambda: self._put_in_force(wanted))

@@ -21,10 +21,10 @@ from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.timing.energy import energy_meter, joules_of
 from ptee.timing.laps import LONG_ENOUGH, MOST_REPEATS
 from ptee.timing.measure import all_on, bare_by, in_pieces
-from ptee.timing.times import COMPILE, EAGER, GRAPHS, HOOKS, ONNX, Times
+from ptee.timing.times import COMPILE, GRAPHS, HOOKS, ONNX, Times
 
 BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
-AS_IT_IS = (EAGER, BARE)
+AS_IT_IS = ("torch", BARE)
 OTHERS = (GRAPHS, COMPILE, ONNX)  # which run the bare backbone by other means, too
 MOST_BATCHES, MOST_IMAGES = 64, 1024  # of real images that are timed
 MAX_SECONDS = 60.0  # for one batch size
@@ -98,7 +98,7 @@ class RunBench:
             "who leaves",
             "ms",
             "/ bare",
-            *["/ eager"] * others,
+            *["/ torch"] * others,
             "counted",
             "limit",
             "lost",
@@ -114,10 +114,10 @@ class RunBench:
 
 
 LEGEND = """\
-by: what runs it. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode; onnx: ONNX Runtime, as exported.
-ms: of one batch. own thresholds: the run's, on real images.
-/ bare: divided by the time of the bare backbone by the same means (as it is, in one CUDA graph, by torch.compile, by ONNX Runtime).
-/ eager: divided by the time of the bare backbone as it is, where that differs.
+by: what runs it. torch: the backbone as it is. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode; onnx: ONNX Runtime, as exported.
+ms: of one batch, the median of the rounds. own thresholds: the run's, on some real images.
+/ bare: divided by the time of the bare backbone in the same round, by the same means (as it is, in one CUDA graph, by torch.compile, by ONNX Runtime).
+/ torch: divided by the time of the bare backbone as it is, where that differs.
 counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
 limit: the time of the pieces alone, at the numbers of rows that they ran at.
 mJ/image: the energy of the whole GPU meanwhile, where it tells, by NVIDIA's counter.
@@ -207,7 +207,7 @@ def _early_exit(run: Any) -> EarlyExitModel:
 
 def _bare(executor: str) -> tuple[str, str]:
     """The bare backbone that an executor is compared with."""
-    return (executor if executor in OTHERS else EAGER, BARE)
+    return (executor, BARE) if executor in OTHERS else AS_IT_IS
 
 
 def some_batches(images: Tensor | None, b: int) -> list[Tensor]:

@@ -47,6 +47,9 @@ class TraceFolder(RecordedTraces):
     folders: tuple[Path, ...]
     manifests: tuple[Manifest, ...]
 
+    def __str__(self) -> str:
+        return self.words
+
     def __len__(self) -> int:
         """n, without images that could not be read."""
         return self.manifests[0].rows

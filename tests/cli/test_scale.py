@@ -20,6 +20,7 @@ def traced(run, finished, source) -> Path:
     done = run("trace", finished, "--data", source, "--out", "traces")
     assert done.status == 0, done.err
     assert done.out.splitlines() == [
+        f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in traces.",
         f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01",
     ]
@@ -89,6 +90,7 @@ def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
     assert done.status == 0, done.err
     assert done.out.splitlines() == [
         "What the heads read of about 40 images takes about 1 MiB.",
+        f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in cache.",
     ]
     assert_refused(

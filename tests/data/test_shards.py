@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from shards import picture, shard
 
 from ptee._common.errors import DataError
 from ptee.data.shards import Sample, find_source, of_row, samples
@@ -93,3 +94,16 @@ def test_a_table_without_images_says_which_columns_it_has(tmp_path):
     pa.parquet.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no column of images.*It has text"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train.tar", "validation.tar"), ("train-000.tar", "val-000.tar")])
+def test_a_folder_of_training_images_and_others_is_refused_with_one_of_its_parts(names, tmp_path):
+    for name in names:
+        path = tmp_path / name
+        path.mkdir() if "." not in name else shard(path, range(2))
+    with pytest.raises(DataError, match=rf"holds {', '.join(sorted(names))}\. Heads learn from one part.*val"):
+        find_source(tmp_path)
+    if "." not in names[0]:
+        (tmp_path / "val" / "cat").mkdir()
+        (tmp_path / "val" / "cat" / "a.png").write_bytes(picture(0))
+        assert find_source(tmp_path / "val").files == ("cat/a.png",)

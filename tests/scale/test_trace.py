@@ -132,7 +132,11 @@ def test_traces_of_other_images_are_not_compared(a_run, folder, tmp_path):
 def test_speed_and_smaller_networks_need_the_images(a_run, folder):
     model = ptee.load(a_run)
     with pytest.raises(PteeError, match=r"no images to time.*speed=False"):
-        ptee.evaluate(model, folder)
+        ptee.evaluate(model, folder, speed=True)
+    assert ptee.evaluate(model, folder).rows[0].images_per_s is None
+    assert str(folder) == f"{folder.folders[0]}: traces of 30 images."
+    with pytest.raises(DataError, match=r"pass ptee\.open_traces\(FOLDER\)"):
+        ptee.evaluate(model, str(folder.folders[0]))
     with pytest.raises(PteeError, match="needs the images"):
         ptee.compare({"a": model}, folder, folder, static={"b": model.backbone})
     with pytest.raises(DataError):

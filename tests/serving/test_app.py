@@ -237,6 +237,7 @@ def test_a_server_without_a_token_changes_nothing(server, model):
         ({"answers": "blended"}, "blend|tune"),
         ({"answers": 1}, "answers"),
         ({"off": [0], "confidence": "x"}, "confidence"),
+        ({"confidence": "entropy"}, "chosen for another confidence. Give threshold"),
     ],
 )
 def test_settings_that_cannot_be_change_nothing(client, values, said):

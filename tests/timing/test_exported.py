@@ -96,14 +96,14 @@ def test_onnx_is_an_executor_like_the_others(model):
     assert [m.executor for m in times.executors] == ["onnx"]
     found = bench_run(model, times, [4], torch.randn(8, *SIZE), rounds=3)
     ways = [(line.executor, line.leaving) for line in found.lines]
-    assert ways[:2] == [("eager", "bare backbone"), ("onnx", "bare backbone")]
+    assert ways[:2] == [("torch", "bare backbone"), ("onnx", "bare backbone")]
     assert [way for by, way in ways[2:] if by == "onnx"] == [
         "nobody",
         "half at exit 0",
         "all at exit 0",
         "own thresholds",
     ]
-    assert "/ eager" in str(found)
+    assert "/ torch" in str(found)
 
 
 def test_a_model_elsewhere_is_refused_by_name(model, monkeypatch):

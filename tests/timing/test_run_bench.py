@@ -58,7 +58,7 @@ def test_counted_costs_and_limits_are_of_the_rows_that_come_to_each_piece(monkey
 
 def test_the_table_names_its_units_and_the_legend_its_columns():
     lines = (
-        Line(4, "eager", "bare backbone", 0.01, 1.0, 1.0),
+        Line(4, "torch", "bare backbone", 0.01, 1.0, 1.0),
         Line(4, "hooks", "nobody", 0.012, 1.2, 1.2, 1.02, 1.1),
         Line(4, "graphs", "nobody", 0.006, 1.1, 0.6, 1.02, 1.0),
     )
@@ -69,10 +69,10 @@ def test_the_table_names_its_units_and_the_legend_its_columns():
         "",
         "batch  by     who leaves        ms  / bare  counted  limit   lost",
         "-----------------------------------------------------------------",
-        "    4  eager  bare backbone  10.00   1.000        -      -      -",
+        "    4  torch  bare backbone  10.00   1.000        -      -      -",
         "    4  hooks  nobody         12.00   1.200    1.020  1.100  0.100",
     ]
-    assert "/ eager" in str(RunBench(Times(**values()), lines))
-    for column in ("by", "ms", "/ bare", "/ eager", "counted", "limit", "lost"):
+    assert "/ torch" in str(RunBench(Times(**values()), lines))
+    for column in ("by", "ms", "/ bare", "/ torch", "counted", "limit", "lost"):
         assert f"\n{column}: " in f"\n{found.legend}"
     assert json.loads(json.dumps(found.to_dict()))["lines"][1]["lost"] == pytest.approx(0.1)
