@@ -37,6 +37,7 @@ from ptee.training.training_data import shared_caches
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
 FIGURE = "sweep.html"
 MOST_RUNS = 1000
+OF_ALL = (*FIGURES, "backbone's accuracy")  # the last columns of a table
 OpenData = Callable[[int], tuple[Data, LabelMap]]  # gives the images for a seed
 
 
@@ -72,7 +73,7 @@ class Sweep:
         return ", ".join(words) or row.folder
 
     def _cells(self) -> list[tuple[str, ...]]:
-        cells = [("run", *self.rows[0].settings, *FIGURES, "backbone's accuracy")]
+        cells = [("run", *self.rows[0].settings, *OF_ALL)]
         for row in self.rows:
             numbers = [row.figures[name] for name in (*FIGURES, "backbone")]
             shown = ["-" if number is None else f"{number:.4f}" for number in numbers]
@@ -249,9 +250,9 @@ def read_sweep(folder: Path) -> Sweep:
     try:
         with (folder / SWEEP_TABLE).open(encoding="utf-8", newline="") as file:
             title, *lines = csv.reader(file)
-        names = title[1 : -1 - len(FIGURES)]
-        if not names:
-            raise ValueError("it has no column of a setting.")
+        first, *names = title[: -len(OF_ALL)]  # a table of single runs has no settings
+        if first != "run" or tuple(title[-len(OF_ALL) :]) != OF_ALL:
+            raise ValueError("its columns are not those of a sweep.")
         rows = [_read_row(names, line) for line in lines]
     except (OSError, ValueError, csv.Error) as why:
         raise RunError(

@@ -136,7 +136,6 @@ NO_TABLES = [
     "run\n",
     "run,a,cost\nx,1,y",
     "run,cost,accuracy,fidelity,backbone's accuracy\n",
-    "run,cost,accuracy,fidelity,backbone's accuracy\nx,.5,.8,.9,.9",  # without a setting
     f"run,a,cost,accuracy,fidelity,backbone's accuracy\nx,{'1' * 200_000},.5,.8,.9,.9",  # longer than csv takes
 ]
 

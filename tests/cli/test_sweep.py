@@ -14,12 +14,13 @@ from cases import slow
 from command import NETWORK, SHORT, TEN, Run, assert_refused, evaluated, figures, files, pictures, quietly, read_json
 
 from ptee._common import devices
+from ptee._common.errors import RunError
 from ptee.data import demo_images
 from ptee.data.labels import LabelMap
 from ptee.data.sources import open_named
 from ptee.pipeline import fit as fitting
 from ptee.pipeline.recipe import make_recipe
-from ptee.pipeline.sweep import _Images
+from ptee.pipeline.sweep import Sweep, SweepRow, _Images, read_sweep
 from ptee.training import training_data
 
 BASE = """
@@ -299,3 +300,18 @@ def test_a_sweep_is_for_one_process(sweep, monkeypatch):
     state = SimpleNamespace(num_processes=2, is_main_process=True, device=torch.device("cpu"))
     monkeypatch.setattr(devices, "process_state", lambda **_: state)
     assert_refused(sweep("epochs=1,2"), "A sweep runs in one process, and 2 were started")
+
+
+def test_a_table_of_single_runs_is_read_as_a_sweep_without_settings(tmp_path):
+    rows = SweepRow("a", {}, dict.fromkeys(("cost", "accuracy", "fidelity", "backbone"), 0.5))
+    (tmp_path / "sweep.csv").write_text(Sweep((rows,), tmp_path).to_csv())
+    assert read_sweep(tmp_path).rows == (rows,)
+
+
+@pytest.mark.parametrize(
+    "title", ["run,cost", "", "run,cost,accuracy,fidelity", "x,cost,accuracy,fidelity,backbone's accuracy"]
+)
+def test_a_table_of_something_else_is_no_sweep(title, tmp_path):
+    (tmp_path / "sweep.csv").write_text(f"{title}\na,1,1,1,1\n")
+    with pytest.raises(RunError, match=r"holds no sweep: sweep\.csv cannot be read"):
+        read_sweep(tmp_path)
