@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ AS_IT_IS = ("torch", BARE)
 OTHERS = (GRAPHS, COMPILE, ONNX)  # which run the bare backbone by other means, too
 MOST_BATCHES, MOST_IMAGES = 64, 1024  # of real images that are timed
 MAX_SECONDS = 60.0  # for one batch size
+NOISY = 0.5  # of the median
 Key = TypeVar("Key")
 
 
@@ -45,6 +46,7 @@ class Line:
         counted: the mean cost in multiply-accumulates; None for the backbone alone.
         limit: the time of the pieces alone, at the numbers of rows that they ran at; None for the backbone alone.
         joules: of a batch; None where the device does not tell.
+        spread: the longest round less the shortest, divided by the median.
     """
 
     batch: int
@@ -56,6 +58,7 @@ class Line:
     counted: float | None = None
     limit: float | None = None
     joules: float | None = None
+    spread: float = 0.0
 
     @property
     def lost(self) -> float | None:
@@ -109,8 +112,16 @@ class RunBench:
             f"{t.backbone} with {len(t.exits)} exits on {t.device_name}{threads}, {t.dtype}\n"
             "Times are shares of the bare backbone's time; counted: of its multiply-accumulates.\n\n"
             + table([title, *rows], left={1, 2})
-            + (f"\n\n{self.note}" if self.note else "")
+            + "".join(f"\n\n{words}" for words in (self.note, noise(line.spread for line in self.lines)) if words)
         )
+
+
+def noise(spreads: Iterable[float]) -> str:
+    """A sentence if rounds differ by more than half; else empty."""
+    most = max(spreads, default=0.0)
+    if most <= NOISY:
+        return ""
+    return f"The rounds of one line differ by {most:.0%}, as where other programs run meanwhile. Repeat it on a quiet machine."
 
 
 LEGEND = """\
@@ -195,7 +206,9 @@ def _lines(
         over = ratio(each, found[_bare(name)]), ratio(each, found[AS_IT_IS])
         bare = way == BARE
         counted, limit = (None, None) if bare else _expected(model, own, times.at(b, name), way, b, batches)
-        lines.append(Line(b, name, way, statistics.median(each), *over, counted, limit, joules))
+        usual = statistics.median(each)
+        spread = (max(each) - min(each)) / usual
+        lines.append(Line(b, name, way, usual, *over, counted, limit, joules, spread))
     return lines
 
 
