@@ -3,7 +3,7 @@
 # Run it from the project's root: sh recipes/papers/thesis_cifar.sh. Complete runs are kept, and the same command goes on.
 # The thesis's settings: from scratch, 200 epochs at most, places and costs by parameters. DATA=SVHN is for tables 4.4 to 4.6.
 # SMALL=1: published networks stay frozen; their heads learn for 20 epochs from a twentieth of the images.
-# SMALL=scratch: EENet-20 learns with its exits from scratch, for 4 epochs of the same images, in larger steps.
+# SMALL=scratch: the networks learn with their exits from scratch, for 4 epochs of the same images, in larger steps.
 set -e
 data=${DATA:-CIFAR10} root=${ROOT:-data} shared=${SHARED:-../shared} out=${OUT:-runs/thesis_cifar$SMALL}
 unit="--set exits.places_by=parameters --set training.cost_unit=parameters"
@@ -49,7 +49,7 @@ for depth in ${DEPTHS:-20 32 44 110}; do
         exits=${exits#* }
     done
 done
-if [ -z "$SMALL" ]; then
+if [ "$SMALL" != 1 ]; then
     plain cifar_resnet18
     # shellcheck disable=SC2086
     fit eenet18 cifar_resnet18 --exits quadratic --num-exits 3 $unit
