@@ -121,7 +121,7 @@ def _require_one_part(top: Path) -> None:
     if {"train"} < {part for part in parts.values() if part is not None}:
         one = next(name for name in named if parts[name] != "train")
         text = (
-            f"{top} holds {some(named)}. Heads learn from one part, and thresholds are chosen on another, so give one: "
+            f"{top} holds {some(named)}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
         )
         raise DataError(text, Argument("data", str(top / one)), ".", argument="data")
 

@@ -112,7 +112,7 @@ class Budget:
         """What the columns mean."""
         return (
             "passes: of the backbone over the images. hours: on one device such as this one, if images are read and decoded fast "
-            "enough;\non several, divide the backbone's part by their number. Of heads that pool first it is the backbone's part, and the heads' comes on top."
+            "enough;\non several, divide the backbone's part by their number. For heads that pool first they are the backbone's alone; those of the heads come on top."
             "\ncache: in memory, or on a disk above 1 GiB."
         )
 

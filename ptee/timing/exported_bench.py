@@ -24,10 +24,10 @@ from ptee.timing.times import between, device_name, sizes_to_measure
 NOBODY = "nobody"
 LEGEND = """\
 ms: of one batch. own thresholds: those of the manifest, on real images.
-/ nobody: divided by the time of a batch from which nobody leaves. The bare backbone is not in the folder: ptee bench RUN --executor onnx
-has it.
+/ nobody: divided by the time of a batch from which nobody leaves. To see it beside the bare backbone: ptee bench RUN --executor onnx.
 counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
-limit: the time of the pieces alone, at the numbers of rows that they ran at. lost: / nobody less the limit."""
+limit: the time of the pieces alone, at the numbers of rows that they ran at.
+lost: / nobody less the limit."""
 
 
 @dataclass(frozen=True)
