@@ -120,9 +120,7 @@ def _require_one_part(top: Path) -> None:
     named = [name for name, part in parts.items() if part is not None]
     if {"train"} < {part for part in parts.values() if part is not None}:
         one = next(name for name in named if parts[name] != "train")
-        text = (
-            f"{top} holds {some(named)}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
-        )
+        text = f"{top} holds {some(named)}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
         raise DataError(text, Argument("data", str(top / one)), ".", argument="data")
 
 
