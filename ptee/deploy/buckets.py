@@ -8,10 +8,9 @@ otherwise nothing moves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from torch import Tensor
 from ptee._common.devices import wait
 from ptee._common.errors import PteeError
 from ptee.deploy.decision import Answers, Staying, decide, end
-from ptee.deploy.recording import Graphs, Recorder, Rerun
-from ptee.deploy.segments import Segment
+from ptee.deploy.segments import Rows
 from ptee.exits.blend import confidence_of_blend
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import ExitOutput
@@ -67,16 +65,25 @@ class Bucket:
         rows: (size,) the row that each place holds at first, or nobody.
         filled: how many places hold a row at first.
         alive: for each exit the tensors that the next piece reads.
+        where: for each exit where the rows lie in each of them.
         staying: for each exit who goes on.
         replay: for each piece what repeats it.
+        kept: whose memory nothing else may take.
     """
 
     images: Tensor
     rows: Tensor
     filled: int = 0
     alive: list[Sequence[Tensor]] = field(default_factory=list)
+    where: list[Sequence[Rows]] = field(default_factory=list)
     staying: list[Staying] = field(default_factory=list)
     replay: list[Callable[[], None]] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        for recorded in (self.alive, self.where, self.staying, self.replay, self.kept):
+            recorded.clear()
 
     @property
     def size(self) -> int:
@@ -84,20 +91,20 @@ class Bucket:
         return len(self.rows)
 
 
-class Buckets:
-    """Runs batches through recorded pieces.
+class Buckets(ABC):
+    """Runs batches through recorded pieces. A subclass says where the pieces come from.
 
     Args:
         model: in eval mode; what it says of confidence, exits that are off and blended answers is recorded as it is now.
-        segments: of the model.
+        exits: at the ends of the pieces, but of the last.
         max_batch: the largest batch.
         example: (1, c, h, w) images as they will be.
     """
 
-    def __init__(self, model: EarlyExitModel, segments: Sequence[Segment], max_batch: int, example: Tensor) -> None:
-        self.segments = segments
+    def __init__(self, model: EarlyExitModel, exits: Sequence[int], max_batch: int, example: Tensor) -> None:
+        self.model = model
         self.device = example.device
-        self.exits = [s.exit for s in segments[:-1]]
+        self.exits = exits
         self.sizes = sizes_up_to(max_batch)
         self._size_for = [next(s for s in self.sizes if s >= n) for n in range(1, max_batch + 1)]
         self._example = example
@@ -105,13 +112,12 @@ class Buckets:
         self.answers = Answers(max_batch, model.num_classes, model.costs, dtype, self.device)
         self.rule = model.rule
         self.name = model.confidence if self.rule.blend is None else confidence_of_blend(model.confidence)
-        self._counts = torch.zeros(len(segments), dtype=torch.int64, device="cpu")
+        self._counts = torch.zeros(len(exits) + 1, dtype=torch.int64, device="cpu")
         if self.device.type == "cuda":
             self._counts = self._counts.pin_memory()
         self._read = self._counts.numpy()  # the same memory
         self._unread: list[int] = []  # exits whose numbers nobody has waited for
         self._stream: torch.cuda.Stream | None = None  # of the call before
-        self._recorder: Recorder = Graphs() if self.device.type == "cuda" else Rerun()
         self._buckets: dict[int, Bucket] = {}
         self._in_force: tuple[float, ...] = ()  # the thresholds on the device, if they are the same for all rows
 
@@ -136,12 +142,13 @@ class Buckets:
             self._unread.clear()
             raise
 
-    def replays_without_heads(self, rows: int, bare: Sequence[Callable[..., Any]]) -> list[Callable[[], None]]:
-        """What repeats each piece without its head, on what the whole pieces have left in the bucket for so many rows."""
-        bucket = self.bucket_for(rows)
-        taken = [(bucket.images,), *bucket.alive]
-        with torch.no_grad():
-            return [self._recorder.record(partial(piece, *t))[1] for piece, t in zip(bare, taken, strict=True)]
+    @abstractmethod
+    def replays_without_heads(self, rows: int) -> list[Callable[[], None]]:
+        """What repeats each piece without its head, in the size of the bucket for so many rows."""
+
+    @abstractmethod
+    def _record(self, bucket: Bucket) -> None:
+        """Record all pieces for a bucket, whose places hold nobody yet."""
 
     def _answered(self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None) -> ExitOutput:
         self._follow()
@@ -218,39 +225,27 @@ class Buckets:
         """Copy what is alive behind exit n to where a smaller bucket goes on."""
         staying, to = bucket.staying[n], smaller.staying[n]
         order = staying.order[: smaller.size]
-        for rows, source, target in zip(self.segments[n].rows, bucket.alive[n], smaller.alive[n], strict=True):
+        for rows, source, target in zip(bucket.where[n], bucket.alive[n], smaller.alive[n], strict=True):
             rows.select(source, order, out=target)
         to.rows.copy_(staying.packed[: smaller.size])
 
     # -------------------------------------------------------------------------------------------- recording
 
     def _recorded(self, size: int) -> Bucket:
+        bucket = self._empty(size)
+        with torch.no_grad():
+            self._record(bucket)
+        return bucket
+
+    def _empty(self, size: int) -> Bucket:
+        """A bucket that nothing is recorded for."""
         images = self._example.expand(size, *self._example.shape[1:]).clone(memory_format=torch.preserve_format)
         if self._example.is_contiguous(memory_format=torch.channels_last):
             images = images.contiguous(memory_format=torch.channels_last)
-        bucket = Bucket(images, torch.full((size,), self.answers.nobody, device=self.device))
-        takes, rows = (images,), bucket.rows
-        with torch.no_grad():
-            for n in range(len(self.exits)):
-                (takes, staying), replay = self._recorder.record(self._exit(n, takes, rows))
-                rows = staying.rows
-                bucket.alive.append(takes)
-                bucket.staying.append(staying)
-                bucket.replay.append(replay)
-            bucket.replay.append(self._recorder.record(self._end(takes, rows))[1])
-        return bucket
+        return Bucket(images, torch.full((size,), self.answers.nobody, device=self.device))
 
-    def _exit(self, n: int, takes: Sequence[Tensor], rows: Tensor) -> Callable[[], tuple[Sequence[Tensor], Staying]]:
-        segment = self.segments[n]
-
-        def work() -> tuple[Sequence[Tensor], Staying]:
-            alive, logits, sure = segment.module(*takes)
-            staying = self._decided(n, rows, logits, sure, self._earlier(n, takes))
-            return (segment.ahead(*alive) if segment.ahead else alive), staying
-
-        return work
-
-    def _decided(self, n: int, rows: Tensor, logits: Tensor, sure: Tensor, earlier: dict[int, Tensor]) -> Staying:
+    def _decided(self, n: int, rows: Tensor, logits: Tensor, sure: Tensor, earlier: Mapping[int, Tensor]) -> Staying:
+        """Who goes on behind piece n; the arguments are those of `ExitRule.at_exit` and of `decide`."""
         exit = self.exits[n]
         if self.device.type != "cuda":
             staying = decide(self.answers, exit, rows, *self.rule.at_exit(exit, logits, sure, earlier))
@@ -265,17 +260,9 @@ class Buckets:
             logits = self.rule.answer(exit, logits, earlier)
         return kernels.decide(self.answers, exit, rows, logits, sure, kind, self._counts[n : n + 1])
 
-    def _earlier(self, n: int, takes: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The logits of the exits before piece n, where they are kept: they are among what it takes."""
-        return {m: takes[i] for m, i in self.segments[n - 1].earlier.items()} if n else {}
-
     def _thresholds(self, rows: Tensor) -> dict[int, Tensor]:
         return dict(enumerate(self.answers.thresholds[rows].unbind(1)))
 
-    def _end(self, takes: Sequence[Tensor], rows: Tensor) -> Callable[[], None]:
-        def work() -> None:
-            own = self.segments[-1].module(*takes)
-            earlier = self._earlier(len(self.exits), takes)
-            end(self.answers, rows, self.rule.at_end(own, earlier, self._thresholds(rows)))
-
-        return work
+    def _ended(self, rows: Tensor, own: Tensor, earlier: Mapping[int, Tensor]) -> None:
+        """Take the answers of the rows that are left behind the last piece; `own` are the backbone's."""
+        end(self.answers, rows, self.rule.at_end(own, earlier, self._thresholds(rows)))

@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +18,8 @@ from ptee._common.errors import PteeError, first_line, unknown
 from ptee.deploy.buckets import Buckets
 from ptee.deploy.capture import MAX_ROWS, example_images
 from ptee.deploy.check import check_segments
-from ptee.deploy.segments import Segment, segments, without_head
+from ptee.deploy.exported_pieces import ExportedPieces
+from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
@@ -48,7 +48,6 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.model, self.max_batch, self.mode = model, max_batch, mode
         self._example = example_images(model, 1)
-        self._pieces: list[Segment] = []
         self._lock = threading.Lock()
         self._bare: dict[
             int, tuple[Buckets, list[Callable[[], None]]]
@@ -125,9 +124,7 @@ class OptimizedModel(nn.Module):
             self._keep_up()
             made_for, replays = self._bare.get(len(x), (None, []))
             if made_for is not self._buckets:
-                bare = [without_head(piece) for piece in self._pieces]
-                bare = [_compiled(piece) for piece in bare] if self.mode == COMPILE else bare
-                replays = self._buckets.replays_without_heads(len(x), bare)
+                replays = self._buckets.replays_without_heads(len(x))
                 self._bare[len(x)] = self._buckets, replays
             mark()
             for replay in replays:
@@ -193,13 +190,10 @@ class OptimizedModel(nn.Module):
 
     def _made(self) -> Buckets:
         on_gpu = self._example.device.type == "cuda"
-        pieces = self._pieces = segments(
-            self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if on_gpu else 0
-        )
+        pieces = segments(self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if on_gpu else 0)
         check_segments(self.model, pieces)
-        if self.mode == COMPILE:
-            pieces = [replace(p, module=_compiled(p.module), ahead=p.ahead and _compiled(p.ahead)) for p in pieces]
-        return Buckets(self.model, pieces, self.max_batch, self._example)
+        compiled = _compiled if self.mode == COMPILE else None
+        return ExportedPieces(self.model, pieces, self.max_batch, self._example, compiled)
 
 
 class _Contents:

@@ -42,24 +42,55 @@ class Graphs:
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """See `Recorder`."""
+        made = []
+
+        def run(_: Callable[[], None]) -> None:
+            made.clear()
+            made.append(work())
+
+        (replay,) = self.record_parts(run)
+        return made[0], replay
+
+    def record_parts(self, run: Callable[[Callable[[], None]], None]) -> list[Callable[[], None]]:
+        """Record work that is done in one go as several parts.
+
+        Args:
+            run: does the work. It calls what it is given between two parts.
+
+        Returns:
+            For each part what repeats it.
+        """
+        graphs: list[torch.cuda.CUDAGraph] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            # Not torch.cuda.graph: it collects garbage each time, and there are many recordings.
+            graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+        def end() -> None:
+            graphs[-1].capture_end()
+            _forget_workspaces()
+
+        def next_part() -> None:
+            end()
+            begin()
+
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(2):  # libraries choose their algorithms and take their memory before the recording
-                work()
+                run(lambda: None)
             torch.cuda.synchronize()
             _forget_workspaces()  # the recording takes its own: those outside may be freed by others
-            graph = torch.cuda.CUDAGraph()
-            # Not torch.cuda.graph: it collects garbage each time, and there are many recordings.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            begin()
             try:
-                made = work()
+                run(next_part)
             finally:
-                graph.capture_end()
-                _forget_workspaces()
+                end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        graph.replay()  # the capture itself computes nothing, and what was returned is read next
+        for graph in graphs:
+            graph.replay()  # the capture itself computes nothing, and what was returned is read next
         torch.cuda.synchronize()
-        return made, graph.replay
+        return [graph.replay for graph in graphs]
 
 
 def _forget_workspaces() -> None:

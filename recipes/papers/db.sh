@@ -2,8 +2,9 @@
 # AlexNet, VGG-13 and ResNet-18 alone, as B-Net and by differentiable branching (DB, tables 1 and 2, figure 4), from scratch.
 # Run it from the project's root: sh recipes/papers/db.sh. ROOT holds torchvision's CIFAR10. Complete runs are kept.
 # SMALL=1: a twentieth of the images, 6 epochs, cost weight .1 only; the AlexNet unless NETWORKS says otherwise.
+# SEED=1 takes another seed, in a folder of its own.
 set -e
-data="--data ${DATA:-CIFAR10} --data-root ${ROOT:-data}" shared=${SHARED:-../shared} out=${OUT:-runs/db$SMALL}
+data="--data ${DATA:-CIFAR10} --data-root ${ROOT:-data}" shared=${SHARED:-../shared} out=${OUT:-runs/db$SMALL${SEED:+_seed$SEED}}
 networks=${NETWORKS:-cifar_alexnet cifar_vgg13 cifar_resnet18} steps=""
 mkdir -p "$out"
 if [ -n "$SMALL" ]; then
@@ -17,7 +18,7 @@ fit() { # run network options...
     shift 2
     # shellcheck disable=SC2086 - several words
     [ -f "$run/metrics.json" ] || ptee augment --model "$network" --no-pretrained $data --exits linear --num-exits 3 --head pool \
-        "$@" $steps --no-speed --overwrite --out "$run"
+        "$@" $steps ${SEED:+--seed $SEED} --no-speed --overwrite --out "$run"
 }
 
 for network in $networks; do

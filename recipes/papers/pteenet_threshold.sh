@@ -3,8 +3,9 @@
 # networks and a cut-off one; and the same exits one by one (its future work).
 # Run it from the project's root: sh recipes/papers/pteenet_threshold.sh. Complete runs are kept, and the same command goes on.
 # The settings of the official code: 30 epochs, Adam .0005, loss v2, lambda .9. SMALL=1: 6 epochs of a tenth of the images.
+# SEED=1 takes another seed, in a folder of its own.
 set -e
-shared=${SHARED:-../shared} out=${OUT:-runs/pteenet_threshold$SMALL} data=${DATA:-$shared/data/cifar10} weights=$shared/weights
+shared=${SHARED:-../shared} out=${OUT:-runs/pteenet_threshold$SMALL${SEED:+_seed$SEED}} data=${DATA:-$shared/data/cifar10} weights=$shared/weights
 steps="--epochs 30 --set training.lr=0.0005" fewer="--epochs 30 --set training.lr=0.0005" each="--epochs 30 --set training.lr=0.0005"
 mkdir -p "$out"
 if [ -n "$SMALL" ]; then
@@ -17,7 +18,7 @@ fit() { # run recipe exits options...
     run=$out/$1 recipe=$2 exits=$3
     shift 3
     [ -f "$run/metrics.json" ] || ptee augment --recipe "$recipe" --model cifar_resnet110 --weights "$weights/cifar_resnet110.safetensors" \
-        --data "$data" --num-exits "$exits" --no-speed --overwrite --out "$run" "$@"
+        --data "$data" --num-exits "$exits" --no-speed --overwrite --out "$run" ${SEED:+--seed $SEED} "$@"
 }
 
 # shellcheck disable=SC2086 - several words

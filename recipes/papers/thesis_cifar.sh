@@ -4,8 +4,9 @@
 # The thesis's settings: from scratch, 200 epochs at most, places and costs by parameters. DATA=SVHN is for tables 4.4 to 4.6.
 # SMALL=1: published networks stay frozen; their heads learn for 20 epochs from a twentieth of the images.
 # SMALL=scratch: the networks learn with their exits from scratch, for 4 epochs of the same images, in larger steps.
+# SEED=1 takes another seed, in a folder of its own.
 set -e
-data=${DATA:-CIFAR10} root=${ROOT:-data} shared=${SHARED:-../shared} out=${OUT:-runs/thesis_cifar$SMALL}
+data=${DATA:-CIFAR10} root=${ROOT:-data} shared=${SHARED:-../shared} out=${OUT:-runs/thesis_cifar$SMALL${SEED:+_seed$SEED}}
 unit="--set exits.places_by=parameters --set training.cost_unit=parameters"
 faster="--set training.lr=0.003 --set training.schedule=cosine"
 mkdir -p "$out"
@@ -21,7 +22,7 @@ fit() { # run network options...
         scratch) set -- --recipe eenet-joint --no-pretrained --data "$out/piece" --epochs 4 $faster "$@" ;;
         *) set -- --recipe eenet --weights "$shared/weights/$network.safetensors" --data "$out/piece" --epochs 20 --cost-weight 0.95 "$@" ;;
     esac
-    ptee augment --model "$network" --head pool --no-speed --overwrite --out "$run" "$@"
+    ptee augment --model "$network" --head pool --no-speed --overwrite --out "$run" ${SEED:+--seed $SEED} "$@"
 }
 
 placed() { # depth rule exits

@@ -2,10 +2,11 @@
 # Heads plain, pool and bnpool (thesis, table 4.3: EENet-50 on SVHN). Run it from the project's root: sh recipes/papers/thesis_heads.sh
 # ROOT holds torchvision's SVHN; DATA=CIFAR10 takes that. SMALL=1: EENet-20 (NETWORK=cifar_resnet50: EENet-50), for 4 epochs of a
 # twentieth of CIFAR-10, in larger steps.
+# SEED=1 takes another seed, in a folder of its own.
 set -e
-data=${DATA:-SVHN} root=${ROOT:-data} shared=${SHARED:-../shared} out=${OUT:-runs/thesis_heads$SMALL}
+data=${DATA:-SVHN} root=${ROOT:-data} shared=${SHARED:-../shared} out=${OUT:-runs/thesis_heads$SMALL${SEED:+_seed$SEED}}
 heads="--over exits.head=plain,pool,bnpool --over exits.places=quadratic --over exits.number=3"
-unit="--over exits.places_by=parameters --over training.cost_unit=parameters"
+unit="--over exits.places_by=parameters --over training.cost_unit=parameters ${SEED:+--over seed=$SEED}"
 mkdir -p "$out"
 if [ -n "$SMALL" ]; then
     python recipes/scripts/piece.py "$shared/data/cifar10" "$out/piece" --every 20 --report 4
