@@ -10,8 +10,10 @@ from torch import Tensor
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import MIN_SCALE, exact_arithmetic, tolerance
 from ptee.analysis.cut_points import random_images
+from ptee.deploy.buckets import Buckets
 from ptee.deploy.segments import Segment
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.thresholds import NEVER
 
 BATCHES = (1, 2, 7)
 OF_A_SIGMOID = 1.0  # confidence logits count by what they change of h; a single one may be 0 up to noise
@@ -37,6 +39,38 @@ def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Se
                 raise PteeError(
                     f"{model.plan.backbone} cannot be taken apart: in pieces, {name} gives other answers to a batch of {b} (off "
                     f"by {gap:.1e}) than the whole model. Use the model as it is."
+                )
+
+
+def check_recorded(model: EarlyExitModel, pieces: Buckets, max_batch: int) -> None:
+    """Let rows leave at all exits, also where that makes smaller buckets of what is left, and compare all answers with the model's.
+
+    Args:
+        model: from which the pieces were made.
+        pieces: recorded, to be checked as they are.
+        max_batch: the largest batch that they take.
+
+    Raises:
+        PteeError: if an answer is another one.
+    """
+    ends = len(model.exits) + 1
+    for b in (b for b in BATCHES if b <= max_batch):
+        x = random_images(model.backbone, b, model.plan.input_size)
+        for turn in range(2):  # what lies in memory is another image's by then
+            exits = (torch.arange(b, device=x.device) + turn) % ends  # where each row is to leave
+            for n in model.off:
+                exits[exits == n] = ends - 1
+            thresholds = [torch.where(exits == n, 0.0, NEVER).double() for n in range(ends - 1)]
+            x = x.flip(0)
+            with torch.no_grad():
+                own = model.all_exits(x.clone())
+                every = torch.cat([model.blended(own).logits[:-1], own.logits[-1:]])
+                want = every[exits, torch.arange(b, device=x.device)]
+            logits, left, *_ = pieces(x.clone(), thresholds)
+            gap = _gap(want, logits)
+            if not (torch.equal(left, exits) and gap <= tolerance(x.dtype, x.device)):
+                raise PteeError(
+                    f"recorded, they give other answers to a batch of {b} (off by {gap:.1e}) than the model"
                 )
 
 

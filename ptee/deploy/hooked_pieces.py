@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,22 +46,20 @@ class HookedPieces(Buckets):
 
     Args:
         model, max_batch, example: as of `Buckets`.
-
-    Raises:
-        PteeError: if the pass would have to start again at an exit.
     """
 
     def __init__(self, model: EarlyExitModel, max_batch: int, example: Tensor) -> None:
         exits = [n for n in range(len(model.exits)) if n not in model.plan.skipped]
         super().__init__(model, exits, max_batch, example)
-        if again := [n for n in exits if model.plan.cuts[n].steps]:
-            raise PteeError(f"the forward pass starts again at exit {again[0]}")
         self._recorder: PartsRecorder = Graphs()
+        self._without_heads: list[Bucket] = []  # which are kept as long as they may be repeated
 
     def replays_without_heads(self, rows: int) -> list[Callable[[], None]]:
         """What repeats each piece without its head, in a recording of its own."""
         bucket = self._empty(self.bucket_for(rows).size)
-        return self._recorder.record_parts(lambda next_part: self._pass(_Cuts(self, bucket, next_part)))
+        self._without_heads.append(bucket)
+        with torch.no_grad():
+            return self._recorder.record_parts(lambda next_part: self._pass(_Cuts(self, bucket, next_part)))
 
     def _record(self, bucket: Bucket) -> None:
         bucket.replay.extend(self._recorder.record_parts(lambda next_part: self._pass(_Heads(self, bucket, next_part))))
@@ -88,7 +87,7 @@ class _Cuts(Call):
         self.pieces, self.bucket, self.next_part = pieces, bucket, next_part
         self.memory = Memory()
 
-    def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> None:
+    def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> Any:
         self._end_piece(cut, output, [])
 
     def _end_piece(self, cut: Cut, output: Any, others: Sequence[Tensor]) -> None:
@@ -111,10 +110,10 @@ class _Heads(_Cuts):
         self.keeps_logits |= pieces.rule.reads_earlier
         self.places = bucket.rows
 
-    def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> None:
-        Call._at_exit(self, n, cut, output, z)
+    def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> Any:
+        return Call._at_exit(self, n, cut, output, z)
 
-    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> None:
+    def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> Any:
         """Decide who leaves, and end the piece."""
         piece = len(self.bucket.staying)
         staying = self.pieces._decided(piece, self.places, said.logits, said.confidence_logit, earlier)
@@ -149,15 +148,16 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and note what it reads and makes."""
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            memory = memory_of(tensor)
+        given = {memory_of(t): t for t in _tensors((args, kwargs))}
+        for memory, tensor in given.items():
             if self._made.get(memory, self._piece) < self._piece:
                 self.kept.setdefault(memory, tensor)
-                if _is_written(func, args, kwargs, tensor) and memory not in self._moved:
+                if memory not in self._moved and memory in _written(func, args, kwargs):
                     raise PteeError(f"{func} writes into memory that an earlier piece has made")
         out = func(*args, **kwargs)
-        for tensor in _tensors(out):
-            self._made.setdefault(memory_of(tensor), self._piece)
+        for memory in map(memory_of, _tensors(out)):
+            if memory not in given:  # neither a view nor what was written into
+                self._made[memory] = self._piece
         return out
 
 
@@ -165,8 +165,9 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
 
 
-def _is_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor) -> bool:
-    """Whether an operator changes this one of its arguments."""
-    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
-    written = [given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return any(t is tensor for t in _tensors(written))
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[StorageWeakRef]:
+    """The memory that an operator changes."""
+    taken = func._schema.arguments
+    values = {a.name: value for a, value in zip(taken, args, strict=False)} | dict(kwargs)
+    changed = [values.get(a.name) for a in taken if a.alias_info is not None and a.alias_info.is_write]
+    return set(map(memory_of, _tensors(changed)))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ptee._common.errors import PteeError, first_line, unknown
 from ptee.deploy.buckets import Buckets
 from ptee.deploy.capture import MAX_ROWS, example_images
-from ptee.deploy.check import check_segments
+from ptee.deploy.check import check_recorded, check_segments
 from ptee.deploy.exported_pieces import ExportedPieces
+from ptee.deploy.hooked_pieces import HookedPieces
 from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter, require_eval
@@ -185,15 +186,34 @@ class OptimizedModel(nn.Module):
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
             self._buckets, self._made_for, self._made_of = self._made(), now, _Contents(self.model)
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._example.device.type == "cuda"
+
     def _elsewhere(self) -> bool:
         return one_parameter(self.model.backbone).device != self._example.device
 
     def _made(self) -> Buckets:
-        on_gpu = self._example.device.type == "cuda"
-        pieces = segments(self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if on_gpu else 0)
-        check_segments(self.model, pieces)
+        try:
+            pieces = segments(self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if self._on_gpu else 0)
+            check_segments(self.model, pieces)
+        except PteeError as why:
+            if self.mode == COMPILE or not self._on_gpu:
+                raise
+            return self._through_hooks(why)
         compiled = _compiled if self.mode == COMPILE else None
         return ExportedPieces(self.model, pieces, self.max_batch, self._example, compiled)
+
+    def _through_hooks(self, why: PteeError) -> Buckets:
+        """Pieces for a model that cannot be captured, and why it cannot."""
+        try:
+            made = HookedPieces(self.model, self.max_batch, self._example)
+            check_recorded(self.model, made, self.max_batch)
+        except (PteeError, RuntimeError) as other:
+            reason = (str(other) if isinstance(other, PteeError) else first_line(other)).rstrip(".")
+            text = f"{self.model.plan.backbone} cannot be recorded through its hooks ({reason}), and"
+            raise PteeError(f"{text} {why}") from other
+        return made
 
 
 class _Contents:
@@ -274,8 +294,9 @@ def optimize(
     Args:
         model: in eval mode, on its device.
         max_batch: larger batches are answered in parts.
-        mode: "graphs": each piece is a CUDA graph for each size of batches. "compile": each piece goes through torch.compile,
-            on a GPU also into a CUDA graph; that takes a minute for each size of batches. "eager": pieces as they are. "auto":
+        mode: "graphs": each piece is a CUDA graph for each size of batches; a model that torch.export cannot capture is recorded
+            through its hooks. "compile": each piece goes through torch.compile, on a GPU also into a CUDA graph; that takes a
+            minute for each size of batches. "eager": pieces as they are, and on an NVIDIA GPU the same as "graphs". "auto":
             "graphs" on an NVIDIA GPU, else "eager".
         dtype: of weights and images, such as torch.float16. A copy of the model gets it. None: as they are.
 

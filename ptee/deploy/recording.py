@@ -42,7 +42,7 @@ class Graphs:
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """See `Recorder`."""
-        made = []
+        made: list[Any] = []
 
         def run(_: Callable[[], None]) -> None:
             made.clear()
