@@ -129,11 +129,14 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
 
 
 def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
-    """First the shortest choices that begin with the name, then those of similar spelling."""
+    """First the shortest choice that ends with the name, then those that begin with it, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
     begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))
+    end = sorted(
+        (_letters(c) for c in choices if c.lower().endswith(("_" + name.lower(), "." + name.lower()))), key=len
+    )
     alike = get_close_matches(asked, spelt, n=most, cutoff=0.5)
-    return [spelt[c] for c in dict.fromkeys([*begin[:most], *alike])][:most]
+    return [spelt[c] for c in dict.fromkeys([*end[:1], *begin[:most], *alike])][:most]
 
 
 def _letters(name: str) -> str:

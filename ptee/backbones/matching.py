@@ -289,7 +289,7 @@ def _no_network(found: list[_Candidate], kind: str) -> str:
         return f"holds no {kind}: its tensors are called {shown(_counters_last(found[0].state), 4)}. "
     unknown = _counters_last(nearest.unknown + nearest.beside)
     if not nearest.missing:
-        return f"has unknown {shown(unknown, 3)} beside a whole {kind}. Save the state_dict of the network alone. "
+        return f"has unknown {shown(unknown, 3)} beside a whole {kind}. It may be of a larger network, or hold another beside this one. "
     there = f"has unknown {shown(unknown, 3)}" if unknown else f"has only {shown(list(nearest.tensors), 3)}"
     return f"is of another model: it lacks {shown(nearest.missing, 3)} and {there}. "
 

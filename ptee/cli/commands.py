@@ -209,8 +209,9 @@ def evaluate(run: str, **o: Any) -> None:
 @options.TARGET
 @options.TRACES
 @options.SPEED
+@option("--dry-run", is_flag=True, help="Show what would be chosen, and change nothing.")
 @options.OF_RUN
-def tune(run: str, **o: Any) -> None:
+def tune(run: str, dry_run: bool, **o: Any) -> None:
     """Choose the thresholds of a saved RUN again, measure them on other images, and keep them in the run.
 
     Which exits are on is chosen again, too.
@@ -227,8 +228,9 @@ def tune(run: str, **o: Any) -> None:
     before = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
     log(f"Thresholds until now: {', '.join(before)}.")
     with opened.threads():
-        results = tune_run(opened, recipe, log=log, explain=o["explain"], **how_of(o))
-    click.echo(to_json(results) if o["as_json"] else f"\nThe thresholds are kept in {run}.")
+        results = tune_run(opened, recipe, log=log, explain=o["explain"], keep=not dry_run, **how_of(o))
+    kept = f"{run} is as it was: --dry-run keeps nothing." if dry_run else f"The thresholds are kept in {run}."
+    click.echo(to_json(results) if o["as_json"] else f"\n{kept}")
 
 
 @command(short_help="Compare runs, smaller networks and cascades.")

@@ -154,7 +154,7 @@ def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
 
 
 def tune_run(
-    opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, explain: bool = False, **how: Any
+    opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, explain: bool = False, keep: bool = True, **how: Any
 ) -> dict[str, Any]:
     """Choose the thresholds of a saved run again, measure them on other images, and write both into the run.
 
@@ -164,6 +164,7 @@ def tune_run(
         log: gets the messages to the user.
         speed: measure images per second, too.
         explain: add the legend to the table.
+        keep: write them. If not, nothing on the disk changes.
         how: batch_size, num_workers and device.
 
     Raises:
@@ -183,6 +184,8 @@ def tune_run(
     results = replace(results, outcome=describe_outcome(found, results.to_dict())[0])
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
+    if not keep:
+        return model.results
     more = {}
     if own is not None:  # so that the run's recipe gives these thresholds again
         more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()

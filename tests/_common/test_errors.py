@@ -48,11 +48,12 @@ def test_a_misspelt_name_is_answered_with_the_nearest_first():
         ("Res_Net", "'resnet18' or 'resnet50' or 'resnet101'"),
         ("resnet5", "'resnet50' or"),
         ("reznet50", "'resnet50' or"),
+        ("seresnet", "'legacy_seresnet' or"),
     ],
-    ids=["the beginning of a name", "other capitals", "nearly whole", "misspelt"],
+    ids=["the beginning of a name", "other capitals", "nearly whole", "misspelt", "without its family"],
 )
-def test_choices_that_begin_with_the_name_are_offered_first_and_the_shortest_before_longer_ones(name, suggested):
-    choices = ["legacy_resnet", "resnet101", "resnet18", "resnet50", "resnet50_clip_gap", "resnest50"]
+def test_choices_that_end_or_begin_with_the_name_are_offered_first_and_the_shortest_before_longer_ones(name, suggested):
+    choices = ["legacy_seresnet", "resnet101", "resnet18", "resnet50", "resnet50_clip_gap", "resnest50"]
     assert f"Did you mean {suggested}" in str(unknown("model", name, choices, most=3))
 
 

@@ -42,6 +42,15 @@ def test_the_run_s_recipe_has_the_new_target(run, finished):
     assert (thresholds.max_cost, thresholds.max_fidelity_drop, thresholds.one_threshold) == (0.9, None, True)
 
 
+def test_a_dry_run_shows_thresholds_and_changes_nothing(run, finished):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    done = run("tune", finished, "--max-fidelity-drop", 0.5, "--no-speed", "--dry-run")
+    assert done.status == 0
+    assert "Chosen: T = " in done.out
+    assert done.out.endswith(f"{finished} is as it was: --dry-run keeps nothing.\n")
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
 def test_a_guarantee_is_kept_with_the_run(run, finished):
     done = run("tune", finished, "--max-fidelity-drop", 0.7, "--confidence", 0.95, "--no-speed")
     assert done.status == 0, done
