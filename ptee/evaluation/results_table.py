@@ -181,7 +181,7 @@ def _scenarios(results: Results) -> str:
     timed = ("images/s", "speed") if results.timed else ()
     names = [
         "backbone",
-        *(f"all leave at {_exit(results, n)}" for n in range(len(results.exits))),
+        *(f"all leave at {_exit(results, n)}{', off' * (n in results.off)}" for n in range(len(results.exits))),
         *(["all go to the end, blended"] if results.blended_end else []),
         _early_exit(results),
     ]

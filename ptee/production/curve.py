@@ -104,7 +104,10 @@ class Curve(_Record):
             (*(f"{getattr(point, name):.4f}" for name in known), describe_thresholds(point.threshold, self.off))
             for point in self.points
         ]
-        return table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
+        shown = table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
+        drop = "drop: how far accuracy is below the backbone's. " * (first.drop is not None)
+        differ = "fidelity drop: the share of answers that are not the backbone's. T: of each exit; 2: no image leaves."
+        return f"{shown}\nMeasured on {self.images:,} images. {drop}{differ}"
 
 
 class Wish(FrozenConfig):
