@@ -48,6 +48,20 @@ def test_means_prints_mean_and_spread_of_runs_with_several_seeds(tmp_path):
     assert vit == ["vit", "1", "0.3000", "0.9000", "0.7000", "0.8000"]
 
 
+def test_seeds_prints_mean_and_spread_of_tables_of_several_seeds(tmp_path):
+    title = "run,leave at,accuracy,fidelity,backbone alone,cost,paper,parameters,epochs,s\n"
+    for seed, more in enumerate(("head=plain,1 9,0.5,1,0.5,1,1,1,4,3\n", "")):
+        row = f"head=pool,{seed} 3,0.{4 + 2 * seed},0.9,0.5,1.0,0.9,0.7,4,3\n"
+        (tmp_path / f"{seed}.csv").write_text(title + row + more)
+    out = tmp_path / "out.csv"
+    printed = run("seeds.py", *sorted(tmp_path.iterdir()), "--csv", out).splitlines()
+    assert printed[2:] == [
+        "| head=pool | 2 | 0.500 ± 0.141 | 0.900 ± 0.000 | 1.000 ± 0.000 | 0.900 ± 0.000 | 0.700 ± 0.000 | 0 3; 1 3 |",
+        "| head=plain | 1 | 0.500 | 1.000 | 1.000 | 1.000 | 1.000 | 1 9 |",
+    ]
+    assert [f"| {' | '.join(row)} |" for row in csv.reader(out.read_text().splitlines())] == [printed[0], *printed[2:]]
+
+
 def spread_of(folder, *comparisons):
     """What is printed of comparisons, each with the costs of its lines by name."""
     for n, lines in enumerate(comparisons):

@@ -1,0 +1,46 @@
+"""Mean and spread over seeds of tables that shares.py wrote: python recipes/scripts/seeds.py SEED0.csv SEED1.csv SEED2.csv --csv OUT.csv
+
+A row of one table belongs to the rows of the same name in the others. Each figure is a mean, with its sample standard deviation where there are
+several seeds. The shares that leave are those of each seed, in the order of the tables.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from statistics import mean, stdev
+
+import click
+
+FIGURES = ("accuracy", "fidelity", "cost", "paper", "parameters")
+TITLE = ("run", "seeds", *FIGURES, "leave at, by seed")
+
+
+def shown(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+@click.command(help=__doc__)
+@click.argument("tables", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--csv", "file", type=click.Path(dir_okay=False, path_type=Path))
+def main(tables: tuple[Path, ...], file: Path | None) -> None:
+    """Print the table."""
+    runs: dict[str, list[dict[str, str]]] = {}
+    for path in tables:
+        with path.open(encoding="utf-8", newline="") as opened:
+            for row in csv.DictReader(opened):
+                runs.setdefault(row["run"], []).append(row)
+    rows = [
+        [name, str(len(found)), *(shown([float(row[figure]) for row in found]) for figure in FIGURES),
+         "; ".join(row["leave at"] for row in found)]
+        for name, found in runs.items()
+    ]  # fmt: skip
+    if file is not None:
+        with file.open("w", encoding="utf-8", newline="") as written:
+            csv.writer(written, lineterminator="\n").writerows([TITLE, *rows])
+    click.echo("\n".join("| " + " | ".join(words) + " |" for words in [TITLE, ["---"] * len(TITLE), *rows]))
+
+
+if __name__ == "__main__":
+    main()
