@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptee._common.errors import PteeError as PteeError
     from ptee.deploy.export import export as export
-    from ptee.deploy.optimized import optimize as optimize
     from ptee.deploy.runner import load_exported as load_exported
     from ptee.evaluation.comparison import compare as compare
     from ptee.evaluation.results import evaluate as evaluate
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from ptee.model.forward import ExitOutput as ExitOutput
     from ptee.pipeline.fit import fit as fit
     from ptee.pipeline.recipe import Recipe as Recipe
+    from ptee.recording.optimized import optimize as optimize
     from ptee.scale.cache import cache as cache
     from ptee.scale.trace import record as record
     from ptee.training.calibration import calibrate as calibrate
@@ -53,7 +53,7 @@ _HOMES = {
     "fit": "pipeline.fit",
     "load": "model.build",
     "load_exported": "deploy.runner",
-    "optimize": "deploy.optimized",
+    "optimize": "recording.optimized",
     "open_cache": "training.feature_cache",
     "open_traces": "tuning.trace_folder",
     "plan": "model.build",

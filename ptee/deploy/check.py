@@ -10,10 +10,8 @@ from torch import Tensor
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import MIN_SCALE, exact_arithmetic, tolerance
 from ptee.analysis.cut_points import random_images
-from ptee.deploy.buckets import Buckets
 from ptee.deploy.segments import Segment
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.thresholds import NEVER
 
 BATCHES = (1, 2, 7)
 OF_A_SIGMOID = 1.0  # confidence logits count by what they change of h; a single one may be 0 up to noise
@@ -42,38 +40,6 @@ def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Se
                 )
 
 
-def check_recorded(model: EarlyExitModel, pieces: Buckets, max_batch: int) -> None:
-    """Let rows leave at all exits, also where that makes smaller buckets of what is left, and compare all answers with the model's.
-
-    Args:
-        model: from which the pieces were made.
-        pieces: recorded, to be checked as they are.
-        max_batch: the largest batch that they take.
-
-    Raises:
-        PteeError: if an answer is another one.
-    """
-    ends = len(model.exits) + 1
-    for b in (b for b in BATCHES if b <= max_batch):
-        x = random_images(model.backbone, b, model.plan.input_size)
-        for turn in range(2):  # what lies in memory is another image's by then
-            exits = (torch.arange(b, device=x.device) + turn) % ends  # where each row is to leave
-            for n in model.off:
-                exits[exits == n] = ends - 1
-            thresholds = [torch.where(exits == n, 0.0, NEVER).double() for n in range(ends - 1)]
-            x = x.flip(0)
-            with torch.no_grad():
-                own = model.all_exits(x.clone())
-                every = torch.cat([model.blended(own).logits[:-1], own.logits[-1:]])
-                want = every[exits, torch.arange(b, device=x.device)]
-            logits, left, *_ = pieces(x.clone(), thresholds)
-            gap = _gap(want, logits)
-            if not (torch.equal(left, exits) and gap <= tolerance(x.dtype, x.device)):
-                raise PteeError(
-                    f"recorded, they give other answers to a batch of {b} (off by {gap:.1e}) than the model"
-                )
-
-
 def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[str, float]:
     """For each exit and the end, how far the answers of the rows that came there are from the model's."""
     want = model.all_exits(x.clone())  # a network may write into its images
@@ -82,17 +48,17 @@ def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[s
     gaps = {}
     for piece in pieces[:-1]:
         alive, logits, sure = piece.module(*alive)
-        of_sure = _gap(want.confidence_logits[piece.exit][rows], sure, OF_A_SIGMOID)
-        gaps[f"exit {piece.exit}"] = max(_gap(want.logits[piece.exit][rows], logits), of_sure)
+        of_sure = gap_between(want.confidence_logits[piece.exit][rows], sure, OF_A_SIGMOID)
+        gaps[f"exit {piece.exit}"] = max(gap_between(want.logits[piece.exit][rows], logits), of_sure)
         alive = alive if piece.ahead is None else piece.ahead(*alive)
         staying = torch.arange(len(rows), device=x.device).flip(0)[: max(1, len(rows) - 1)]
         alive = [where.select(tensor, staying) for where, tensor in zip(piece.rows, alive, strict=True)]
         rows = rows[staying]
-    gaps["the end"] = _gap(want.logits[-1][rows], pieces[-1].module(*alive))
+    gaps["the end"] = gap_between(want.logits[-1][rows], pieces[-1].module(*alive))
     return gaps
 
 
-def _gap(want: Tensor, got: Tensor, least_scale: float = MIN_SCALE) -> float:
+def gap_between(want: Tensor, got: Tensor, least_scale: float = MIN_SCALE) -> float:
     """The largest difference, as a share of the largest value, which counts as so large at least."""
     scale = max(want.abs().max().item(), least_scale)
     return ((want.float() - got.float()).abs().max() / scale).item()

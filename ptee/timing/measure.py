@@ -19,14 +19,14 @@ from ptee import __version__
 from ptee._common.errors import Argument, PteeError, unknown
 from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
-from ptee.deploy.optimized import OptimizedModel, optimize
-from ptee.deploy.recording import Graphs
 from ptee.exits.blend import OWN
 from ptee.exits.front import Prepare
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
 from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.recording.graphs import Graphs
+from ptee.recording.optimized import OptimizedModel, optimize
 from ptee.timing.exported import OnnxModel, bare_onnx, require_onnx
 from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
 from ptee.timing.times import (

@@ -22,14 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ptee._common.errors import PteeError
+from ptee.analysis.arithmetic import tolerance
 from ptee.analysis.axes import memory_of
-from ptee.analysis.cut_points import Cut
-from ptee.deploy.buckets import Bucket, Buckets
-from ptee.deploy.recording import Graphs
+from ptee.analysis.cut_points import Cut, random_images
+from ptee.deploy.check import BATCHES, gap_between
 from ptee.deploy.segments import Rows
 from ptee.exits.heads import HeadOutput
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Call, running
+from ptee.model.thresholds import NEVER
+from ptee.recording.buckets import Bucket, Buckets
+from ptee.recording.graphs import Graphs
 
 Run = Callable[[Callable[[], None]], None]
 
@@ -75,6 +78,38 @@ class HookedPieces(Buckets):
             call.check_all_passed()
             call.at_end(answer)
         bucket.kept.extend(call.memory.kept.values())
+
+
+def check_recorded(model: EarlyExitModel, pieces: Buckets, max_batch: int) -> None:
+    """Let rows leave at all exits, also where that makes smaller buckets of what is left, and compare all answers with the model's.
+
+    Args:
+        model: from which the pieces were made.
+        pieces: recorded, to be checked as they are.
+        max_batch: the largest batch that they take.
+
+    Raises:
+        PteeError: if an answer is another one.
+    """
+    ends = len(model.exits) + 1
+    for b in (b for b in BATCHES if b <= max_batch):
+        x = random_images(model.backbone, b, model.plan.input_size)
+        for turn in range(2):  # what lies in memory is another image's by then
+            exits = (torch.arange(b, device=x.device) + turn) % ends  # where each row is to leave
+            for n in model.off:
+                exits[exits == n] = ends - 1
+            thresholds = [torch.where(exits == n, 0.0, NEVER).double() for n in range(ends - 1)]
+            x = x.flip(0)
+            with torch.no_grad():
+                own = model.all_exits(x.clone())
+                every = torch.cat([model.blended(own).logits[:-1], own.logits[-1:]])
+                want = every[exits, torch.arange(b, device=x.device)]
+            logits, left, *_ = pieces(x.clone(), thresholds)
+            gap = gap_between(want, logits)
+            if not (torch.equal(left, exits) and gap <= tolerance(x.dtype, x.device)):
+                raise PteeError(
+                    f"recorded, they give other answers to a batch of {b} (off by {gap:.1e}) than the model"
+                )
 
 
 class _Cuts(Call):

@@ -11,8 +11,8 @@ import torch
 from device import here, seeded
 from torch import Tensor
 
-from ptee.deploy.decision import Answers, Staying, decide, end
 from ptee.exits.confidence import CONFIDENCES, first_exit
+from ptee.recording.decision import Answers, Staying, decide, end
 
 COSTS = (0.1, 0.2, 0.5, 1.0)
 
@@ -70,7 +70,7 @@ def test_answers_that_were_given_out_do_not_change():
 @pytest.mark.parametrize("b", [1, 7, 40, 256])
 @pytest.mark.parametrize("name", ["learned", "max_prob", "margin"])
 def test_the_kernel_decides_as_torch_does(name, b, classes):
-    from ptee.deploy import kernels
+    from ptee.recording import kernels
 
     kernel_decides_as_torch(kernels, name, b, classes)
 
@@ -104,7 +104,7 @@ def kernel_decides_as_torch(kernels, name: str, b: int, classes: int) -> None:
 
 
 if __name__ == "__main__":
-    from ptee.deploy import kernels
+    from ptee.recording import kernels
 
     for case in (("learned", 1, 10), ("max_prob", 7, 10), ("margin", 40, 3), ("learned", 40, 1000)):
         kernel_decides_as_torch(kernels, *case)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
-from ptee.deploy.buckets import sizes_up_to
 from ptee.exits.blend import Blend, subsets
 from ptee.model.forward import ExitOutput
+from ptee.recording.buckets import sizes_up_to
 
 NEVER = 2.0
 MODES = ["eager", pytest.param("graphs", marks=pytest.mark.cuda)]

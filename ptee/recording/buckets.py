@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ptee._common.devices import wait
 from ptee._common.errors import PteeError
-from ptee.deploy.decision import Answers, Staying, decide, end
 from ptee.deploy.segments import Rows
 from ptee.exits.blend import confidence_of_blend
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import ExitOutput
+from ptee.recording.decision import Answers, Staying, decide, end
 
 SIZES = (
     1,
@@ -251,7 +251,7 @@ class Buckets(ABC):
             staying = decide(self.answers, exit, rows, *self.rule.at_exit(exit, logits, sure, earlier))
             self._counts[n].copy_(staying.number)
             return staying
-        from ptee.deploy import kernels
+        from ptee.recording import kernels
 
         kind = kernels.KINDS.get(self.name, kernels.GIVEN)
         if kind == kernels.GIVEN:

@@ -1,4 +1,4 @@
-"""`decide` of `ptee.deploy.decision` in two kernels, for NVIDIA GPUs: below a batch of about 64, launches are what is paid for."""
+"""`decide` of `ptee.recording.decision` in two kernels, for NVIDIA GPUs: below a batch of about 64, launches are what is paid for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptee.deploy.decision import Answers, Staying
 from ptee.exits.config import LEARNED, MAX_PROB
+from ptee.recording.decision import Answers, Staying
 
 GIVEN = 0
 KINDS = {LEARNED: 1, MAX_PROB: 2}  # the confidences that a kernel computes; any other h is given
@@ -66,7 +66,7 @@ def _pack(stay, rows, next_rows, order, packed, count, nobody, b, block: tl.cons
 
 
 def decide(answers: Answers, n: int, rows: Tensor, logits: Tensor, h: Tensor, kind: int, count: Tensor) -> Staying:
-    """As `ptee.deploy.decision.decide`. `h` is what `kind` computes it from; the number of those that stay goes to `count`."""
+    """As `ptee.recording.decision.decide`. `h` is what `kind` computes it from; the number of those that stay goes to `count`."""
     b, classes = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     h = h.contiguous()

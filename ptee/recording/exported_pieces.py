@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptee.deploy.buckets import Bucket, Buckets
-from ptee.deploy.decision import Staying
-from ptee.deploy.recording import Graphs, Recorder, Rerun
 from ptee.deploy.segments import Segment, without_head
 from ptee.model.early_exit import EarlyExitModel
+from ptee.recording.buckets import Bucket, Buckets
+from ptee.recording.decision import Staying
+from ptee.recording.graphs import Graphs, Recorder, Rerun
 
 Piece = Callable[..., Any]
 

@@ -17,12 +17,11 @@ import ptee
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
 from ptee.analysis.cut_points import Cut
-from ptee.deploy import hooked_pieces, optimized
-from ptee.deploy.buckets import Bucket
 from ptee.deploy.capture import example_images
-from ptee.deploy.check import check_recorded
-from ptee.deploy.hooked_pieces import HookedPieces, Memory, _Heads
 from ptee.model.forward import StopForward
+from ptee.recording import hooked_pieces, optimized
+from ptee.recording.buckets import Bucket
+from ptee.recording.hooked_pieces import HookedPieces, Memory, _Heads, check_recorded
 
 
 class Network(nn.Module):

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import PteeError, first_line, unknown
-from ptee.deploy.buckets import Buckets
 from ptee.deploy.capture import MAX_ROWS, example_images
-from ptee.deploy.check import check_recorded, check_segments
-from ptee.deploy.exported_pieces import ExportedPieces
-from ptee.deploy.hooked_pieces import HookedPieces
+from ptee.deploy.check import check_segments
 from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
 from ptee.model.thresholds import NEVER, Thresholds
+from ptee.recording.buckets import Buckets
+from ptee.recording.exported_pieces import ExportedPieces
+from ptee.recording.hooked_pieces import HookedPieces, check_recorded
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
