@@ -197,12 +197,12 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
         return False
     results = run_files.read_metrics(folder).get("results") or {}
     same = {
-        "recipe": make_recipe(folder).to_yaml() == carried_out(recipe, data).to_yaml(),
-        "images": results.get("data") == json.loads(json.dumps(about(data))),
-        "backbone": _is_of(saving.read(folder).config.backbone, backbone, recipe),
+        "another recipe": make_recipe(folder).to_yaml() == carried_out(recipe, data).to_yaml(),
+        "other images": results.get("data") == json.loads(json.dumps(about(data))),
+        "another backbone": _is_of(saving.read(folder).config.backbone, backbone, recipe),
     }
     if other := [name for name, is_same in same.items() if not is_same]:
-        text = f"{folder} holds a run of another {' and another '.join(other)}. Give another folder with "
+        text = f"{folder} holds a run of {' and '.join(other)}. Give another folder with "
         raise RunError(text, Argument("out"), ".", argument="out")
     if "rows" not in results:
         return False

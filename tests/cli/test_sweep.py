@@ -207,13 +207,13 @@ def test_a_sweep_of_a_backbone_that_learns_from_scratch_keeps_complete_runs(run,
     assert trained == ["seed=0"]
 
 
-@pytest.mark.parametrize("other", ["recipe", "images"])
+@pytest.mark.parametrize("other", ["another recipe", "other images"])
 def test_runs_of_another_recipe_or_of_other_images_are_neither_kept_nor_written_over(other, sweep, swept, trained):
     before = files(swept / "seed=0")
     Path("other.yaml").write_text(BASE.replace("batch_size: 8", "batch_size: 4"))
     pictures(Path("others"), TEN, 3)
-    changed = {"recipe": "other.yaml"} if other == "recipe" else {"data": "others"}
-    assert_refused(sweep("seed=0,1", **changed), f"seed=0 holds a run of another {other}.*--out")
+    changed = {"recipe": "other.yaml"} if other == "another recipe" else {"data": "others"}
+    assert_refused(sweep("seed=0,1", **changed), f"seed=0 holds a run of {other}.*--out")
     assert files(swept / "seed=0") == before
     assert trained == []
 
