@@ -129,7 +129,7 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
 
 
 def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
-    """First the shortest choice that ends with the name, then those that begin with it, then those of similar spelling."""
+    """First the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
     begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))
     end = sorted(

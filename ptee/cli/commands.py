@@ -216,7 +216,7 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
 
     Which exits are on is chosen again, too.
     """
-    require_tunable(run)
+    require_tunable(run, keep=not dry_run)
     require_runs(run, images=not o["traces"], **o)
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import tune_run, tuning_recipe

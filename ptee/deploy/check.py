@@ -59,6 +59,9 @@ def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[s
 
 
 def gap_between(want: Tensor, got: Tensor, least_scale: float = MIN_SCALE) -> float:
-    """The largest difference, as a share of the largest value, which counts as so large at least."""
-    scale = max(want.abs().max().item(), least_scale)
-    return ((want.float() - got.float()).abs().max() / scale).item()
+    """The largest difference, as a share of the largest finite value, which counts as so large at least. Equal entries differ by 0."""
+    want, got = want.float(), got.float()
+    finite = want[want.isfinite()].abs()
+    scale = max(finite.max().item() if len(finite) else 0.0, least_scale)
+    same = (want == got) | (want.isnan() & got.isnan())
+    return (torch.where(same, 0.0, (want - got).abs()).max() / scale).item()

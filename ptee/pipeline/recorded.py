@@ -58,12 +58,13 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
         recorded_images(run, config.results)
 
 
-def require_tunable(run: str) -> None:
-    """Refuse a run whose files cannot be changed, before it is fetched or thresholds are chosen for it."""
+def require_tunable(run: str, *, keep: bool = True) -> None:
+    """Refuse a run whose files cannot be changed, before thresholds are chosen for it. Without `keep` they need only be read."""
     folder = Path(run)
     if not is_folder(folder):
         raise RunError(f"There is no folder {run:.200}. Thresholds are written into a run, so give one on this disk.")
-    require_writable(folder, OTHER_FOLDER)
+    if keep:
+        require_writable(folder, OTHER_FOLDER)
     if is_file(folder / METRICS):
         metrics_of(folder)
     if is_file(folder / RECIPE_FILE):

@@ -156,7 +156,7 @@ def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
 def tune_run(
     opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, explain: bool = False, keep: bool = True, **how: Any
 ) -> dict[str, Any]:
-    """Choose the thresholds of a saved run again, measure them on other images, and write both into the run.
+    """Choose the thresholds of a saved run again, measure them on other images, and write both into the run, unless `keep` is False.
 
     Args:
         opened: a run on this disk.

@@ -105,9 +105,11 @@ class Curve(_Record):
             for point in self.points
         ]
         shown = table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
-        drop = "drop: how far accuracy is below the backbone's. " * (first.drop is not None)
-        differ = "fidelity drop: the share of answers that are not the backbone's. T: of each exit; 2: no image leaves."
-        return f"{shown}\nMeasured on {self.images:,} images. {drop}{differ}"
+        drop = "drop: how far accuracy will be below the backbone's. " * (first.drop is not None)
+        differ = "fidelity drop: the share of answers that will not be the backbone's. "
+        time = f"time ms: {self.time_of}. " * bool(self.time_of)
+        last = "T: of each exit; 2: no image leaves there."
+        return f"{shown}\nWhat is to be expected, from {self.images:,} images. {time}{drop}{differ}{last}"
 
 
 class Wish(FrozenConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -63,9 +64,10 @@ class Graphs:
         graphs: list[torch.cuda.CUDAGraph] = []
 
         def begin() -> None:
-            graphs.append(torch.cuda.CUDAGraph())
+            graph = torch.cuda.CUDAGraph()
             # Not torch.cuda.graph: it collects garbage each time, and there are many recordings.
-            graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graphs.append(graph)
 
         def end() -> None:
             graphs[-1].capture_end()
@@ -84,8 +86,11 @@ class Graphs:
             begin()
             try:
                 run(next_part)
-            finally:
-                end()
+            except BaseException:
+                with suppress(RuntimeError):  # which would hide why
+                    end()
+                raise
+            end()
         torch.cuda.current_stream().wait_stream(self._stream)
         for graph in graphs:
             graph.replay()  # the capture itself computes nothing, and what was returned is read next

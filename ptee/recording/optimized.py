@@ -23,8 +23,9 @@ from ptee.model.forward import ExitOutput, one_parameter, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
 from ptee.model.thresholds import NEVER, Thresholds
 from ptee.recording.buckets import Buckets
+from ptee.recording.check import check_recorded
 from ptee.recording.exported_pieces import ExportedPieces
-from ptee.recording.hooked_pieces import HookedPieces, check_recorded
+from ptee.recording.hooked_pieces import HookedPieces
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
@@ -206,13 +207,11 @@ class OptimizedModel(nn.Module):
 
     def _through_hooks(self, why: PteeError) -> Buckets:
         """Pieces for a model that cannot be captured, and why it cannot."""
+        made = HookedPieces(self.model, self.max_batch, self._example)
         try:
-            made = HookedPieces(self.model, self.max_batch, self._example)
             check_recorded(self.model, made, self.max_batch)
-        except (PteeError, RuntimeError) as other:
-            reason = (str(other) if isinstance(other, PteeError) else first_line(other)).rstrip(".")
-            text = f"{self.model.plan.backbone} cannot be recorded through its hooks ({reason}), and"
-            raise PteeError(f"{text} {why}") from other
+        except PteeError as other:
+            raise PteeError(f"{why} {other}") from other
         return made
 
 

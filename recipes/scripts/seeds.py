@@ -29,8 +29,12 @@ def main(tables: tuple[Path, ...], file: Path | None) -> None:
     runs: dict[str, list[dict[str, str]]] = {}
     for path in tables:
         with path.open(encoding="utf-8", newline="") as opened:
-            for row in csv.DictReader(opened):
-                runs.setdefault(row["run"], []).append(row)
+            found = list(csv.DictReader(opened))
+        names = [row["run"] for row in found]
+        if len(set(names)) < len(names):
+            raise click.ClickException(f"{path} has two rows of one name, so they are not of several seeds.")
+        for row in found:
+            runs.setdefault(row["run"], []).append(row)
     rows = [
         [name, str(len(found)), *(shown([float(row[figure]) for row in found]) for figure in FIGURES),
          "; ".join(row["leave at"] for row in found)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from awkward import SIZE, Cell, Cells
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,35 +32,6 @@ from ptee.analysis.replay import (
 )
 from ptee.backbones.load import load_backbone
 from ptee.model.build import build
-
-SIZE = (3, 16, 16)
-
-
-class Cell(nn.Module):
-    """Reads the outputs of the two cells before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        return self.one(x).relu() + self.two(before)
-
-
-class Cells(nn.Module):
-    """A chain of cells. Around each pass a row count, a mask of all rows, and the output of the cell before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entry, self.classifier = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
-        self.cells = nn.ModuleList(Cell() for _ in range(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, mask = len(x), x.new_ones(len(x), 1, 1, 1)
-        before = x = self.entry(x)
-        for cell in self.cells:
-            before, x = x, (cell(x, before) * mask).view(rows, 8, 16, 16)
-        return self.classifier(x.mean((2, 3)))
 
 
 @pytest.fixture

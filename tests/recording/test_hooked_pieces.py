@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+from awkward import REAL, REAL_SIZE, Cells
 from device import here, seeded
+from rerun import stand_in
 from small import SIZE, K, chained, made
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import ptee
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
-from ptee.analysis.cut_points import Cut
+from ptee.analysis.axes import memory_of
+from ptee.backbones.load import load_backbone
 from ptee.deploy.capture import example_images
-from ptee.model.forward import StopForward
-from ptee.recording import hooked_pieces, optimized
-from ptee.recording.buckets import Bucket
-from ptee.recording.hooked_pieces import HookedPieces, Memory, _Heads, check_recorded
+from ptee.model.build import build
+from ptee.recording import optimized
+from ptee.recording.buckets import Buckets
+from ptee.recording.check import check_recorded
+from ptee.recording.hooked_pieces import HookedPieces
 
 
 class Network(nn.Module):
@@ -63,6 +67,35 @@ class WritesBefore(MadeBefore):
         return self.c(x) * scale * (1 if len(x) > 5 else 1.0)
 
 
+class KeepsMask(Network):
+    """Keeps a mask for the number of rows that it saw last."""
+
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.mask is None or len(self.mask) != len(x):
+            self.mask = torch.ones(len(x), 1, 1, 1, dtype=x.dtype)
+        return self.c(self.b(x * self.mask).mean((2, 3)))
+
+
+class WritesOutside(Network):
+    """Writes the number of rows into a buffer, and reads it behind the exits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.fill_(float(len(x)))
+        return self.c(self.b(self.a(x)).mean((2, 3))) * (self.rows / self.rows)
+
+
+class WritesIntoImages(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(0.5))
+
+
 class AsksForValues(Network):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -79,73 +112,11 @@ def of(network: Callable[[], nn.Module]) -> ptee.EarlyExitModel:
     return model
 
 
-class _From(_Heads):
-    """Runs one piece alone: the cut before it gives what lies in the bucket, and the cut behind it ends the pass."""
-
-    def __init__(self, pieces: Again, bucket: Bucket, piece: int) -> None:
-        super().__init__(pieces, Bucket(bucket.images, bucket.rows), lambda: None)
-        self.whole, self.piece = bucket, piece
-
-    def on_head_output(self, n: int, cut: Cut, output: Any, said: Any, earlier: Any) -> Any:
-        here = self.pieces.exits.index(n)
-        if here < self.piece - 1:
-            return None
-        if here == self.piece - 1:
-            flat, spec = tree_flatten(output)
-            given = [t.clone() for t in self.whole.alive[here]]
-            maps, logits = given[: len(cut.carried)], given[len(cut.carried) :]
-            for i, t in zip(cut.carried, maps, strict=True):
-                flat[i] = t
-            if self.keeps_logits:
-                self._logits = {m: (0, y) for m, y in zip([*earlier, n], logits, strict=True)}
-            self.places = self.whole.staying[here].rows
-            return tree_unflatten(flat, spec)
-        self.bucket.staying = list(self.whole.staying[:here])  # so that it knows its number
-        self.bucket.alive.clear()
-        super().on_head_output(n, cut, output, said, earlier)
-        for old, new in zip(self.whole.alive[here], self.bucket.alive[0], strict=True):
-            old.copy_(new)
-        for old, new in zip(self.whole.staying[here], self.bucket.staying[here], strict=True):
-            old.copy_(new)
-        raise StopForward
-
-
-class Again(HookedPieces):
-    """Repeats pieces by running the model again. Stands in for graphs where there are none."""
-
-    def _record(self, bucket: Bucket) -> None:
-        self._pass(_Heads(self, bucket, lambda: None))
-        bucket.alive = [[t.clone() for t in alive] for alive in bucket.alive]
-        bucket.staying = [type(s)(*(t.clone() for t in s)) for s in bucket.staying]
-        bucket.replay = [partial(self._again, bucket, n) for n in range(len(self.exits) + 1)]
-
-    @torch.no_grad()
-    def _again(self, bucket: Bucket, piece: int) -> None:
-        call = _From(self, bucket, piece)
-        try:
-            with hooked_pieces.running(call):
-                call.at_end(call.forward(self.model.backbone, bucket.images))
-        except StopForward:
-            pass
-
-
-class Once:
-    """Stands in for a recorder where nothing is repeated."""
-
-    def record_parts(self, run: Callable[[Callable[[], None]], None]) -> list[Callable[[], None]]:
-        parts: list[Callable[[], None]] = [lambda: None]
-        run(lambda: parts.append(lambda: None))
-        return parts
-
-
 @pytest.fixture(params=["stand-in", pytest.param("graphs", marks=pytest.mark.cuda)])
 def pieces(request, monkeypatch) -> type[HookedPieces]:
     if request.param == "graphs":
         return HookedPieces
-    monkeypatch.setattr(hooked_pieces, "Graphs", Once)
-    monkeypatch.setattr(optimized, "HookedPieces", Again)
-    monkeypatch.setattr(optimized.OptimizedModel, "_on_gpu", True)
-    return Again
+    return stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("confidence", ["learned", "max_prob", "patience"])
@@ -169,12 +140,66 @@ def test_the_same_rows_leave_at_the_same_exits_as_of_the_model(model, confidence
         torch.testing.assert_close(cost, want.cost)
 
 
-def test_pieces_that_answer_otherwise_are_refused(pieces):
-    early = of(LooksAtRows)
+@pytest.mark.parametrize("name", ["swin_tiny", "hrnet_w18_small", "vit_tiny"])  # rows packed with tokens, lists of maps
+def test_real_networks_answer_as_they_are(name, pieces):
+    torch.manual_seed(0)
+    early = ptee.augment(REAL[name](), exits="pareto", num_exits=2, head="pool", input_size=REAL_SIZE)
+    check_recorded(early, pieces(early, 8, example_images(early, 1)), 8)
+
+
+def test_an_exit_at_the_input_reads_the_images(pieces):
+    early = build(load_backbone(made().detach(), input_size=SIZE), exits=["2"], head="pool", front=made().detach())
+    assert early.exits[0].name == "input"
+    check_recorded(early, pieces(early, 8, example_images(early, 1)), 8)
+
+
+def test_a_network_may_write_into_its_images(pieces):
+    early = of(WritesIntoImages)
     recorded = pieces(early, 8, example_images(early, 1))
-    recorded.bucket_for(2).replay[2] = lambda: None  # where two of seven rows end
-    with pytest.raises(PteeError, match=r"they give other answers to a batch of 7 \(off by"):
-        check_recorded(early, recorded, 8)
+    check_recorded(early, recorded, 8)
+    x = torch.randn(4, *SIZE)
+    kept = x.clone()
+    recorded(x, [0.5, 0.5])
+    assert torch.equal(x, kept)
+
+
+class Wrong:
+    """Makes pieces wrong in one answer."""
+
+    def __init__(self, pieces: Buckets, exit: int, what: str) -> None:
+        self.decided, self.ended, self.exit, self.what = pieces._decided, pieces._ended, exit, what
+        pieces._decided, pieces._ended = self._decided, self._ended
+        if what == "cost":
+            pieces.answers.costs[exit] += 0.1
+
+    def _decided(self, n: int, rows: Tensor, logits: Tensor, sure: Tensor, earlier: object) -> object:
+        here = n == self.exit
+        return self.decided(
+            n, rows, logits + (here and self.what == "logits"), sure + (here and self.what == "confidence"), earlier
+        )
+
+    def _ended(self, rows: Tensor, own: Tensor, earlier: object) -> None:
+        self.ended(rows, own + (self.exit == 3 and self.what == "logits"), earlier)
+
+
+WRONG = [*((exit, "logits") for exit in range(4)), *((exit, "confidence") for exit in range(3)), (1, "cost")]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 16])
+@pytest.mark.parametrize(("exit", "what"), WRONG)
+def test_one_wrong_answer_anywhere_is_found(exit, what, max_batch, pieces):
+    early = chained()
+    recorded = pieces(early, max_batch, example_images(early, 1))
+    Wrong(recorded, exit, what)
+    with pytest.raises(PteeError, match=rf"gives other answers to a batch of \d than as it is \({what} off by"):
+        check_recorded(early, recorded, max_batch)
+
+
+def test_a_right_model_with_confidences_that_are_no_numbers_passes(pieces):
+    early = of(LooksAtRows)
+    with torch.no_grad():
+        early.heads[0].confidence.bias.fill_(torch.nan)
+    check_recorded(early, pieces(early, 8, example_images(early, 1)), 8)
 
 
 def test_memory_that_a_later_piece_reads_is_kept(pieces):
@@ -186,21 +211,53 @@ def test_memory_that_a_later_piece_reads_is_kept(pieces):
     assert [4, 1] not in [list(t.shape) for t in bucket.kept]
 
 
-def test_a_value_that_changes_behind_an_exit_is_refused(pieces):
-    early = of(WritesBefore)
-    with pytest.raises(PteeError, match=r"aten\.add_.* writes into memory that an earlier piece has made"):
+def test_what_a_module_keeps_for_itself_is_kept_for_each_size(pieces):
+    early = of(KeepsMask)
+    recorded = pieces(early, 4, example_images(early, 1))
+    bucket = recorded.bucket_for(4)
+    mask = memory_of(early.backbone.mask)
+    gone = weakref.ref(early.backbone.mask)
+    recorded.bucket_for(2)
+    gc.collect()
+    assert gone() is not None
+    assert mask in map(memory_of, bucket.kept)
+
+
+REFUSED = {
+    WritesBefore: r"aten\.add_.* writes into memory that an earlier piece has made",
+    WritesOutside: r"aten\.fill_.* writes into memory that outlives the pass",
+    AsksForValues: r"aten\._local_scalar_dense.* asks for values, and nothing is computed while a GPU records",
+}
+
+
+@pytest.mark.parametrize(("network", "said"), REFUSED.items(), ids=lambda c: getattr(c, "__name__", ""))
+def test_what_cannot_be_repeated_is_refused_by_name(network, said, pieces):
+    early = of(network)
+    with pytest.raises(
+        PteeError, match=rf"^Batches of 4 cannot be recorded through the hooks of {network.__name__}: {said}\.$"
+    ):
         pieces(early, 4, example_images(early, 1)).bucket_for(4)
 
 
-def test_memory_belongs_to_the_piece_that_made_it():
-    memory = Memory()
-    with memory:
-        moved, made_first, read_at_once = torch.ones(3), torch.ones(4), torch.ones(5)
-        read_at_once.sum()
-        memory.next_piece([moved])
-        made_first.view(2, 2).sum()
-        moved.add_(1)
-    assert [t.numel() for t in memory.kept.values()] == [4, 3]
+def test_values_of_images_that_go_past_an_exit_are_refused_by_name(pieces):
+    size = (3, 16, 16)
+    early = build(load_backbone(Cells().eval(), input_size=size), exits=["cells.0", "cells.1"], placed=True)
+    with pytest.raises(PteeError, match=r"reads what depends on the images and went past an exit"):
+        pieces(early, 4, example_images(early, 1)).bucket_for(4)
+
+
+def test_an_error_of_the_model_s_own_code_is_refused_in_one_line(pieces):
+    class Chokes(LooksAtRows):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 6:
+                raise ValueError("six rows")
+            return super().forward(x)
+
+    early = of(Chokes)
+    with pytest.raises(
+        PteeError, match=r"^Batches of 6 cannot be recorded through the hooks of Chokes: ValueError: six rows\.$"
+    ):
+        pieces(early, 8, example_images(early, 1)).bucket_for(6)
 
 
 def test_optimize_takes_hooks_where_export_fails(pieces):
@@ -215,17 +272,9 @@ def test_optimize_takes_hooks_where_export_fails(pieces):
 
 
 def test_a_model_that_can_neither_be_captured_nor_recorded_is_refused_with_both_reasons(pieces):
-    reasons = r"^WritesBefore cannot be recorded through its hooks \(aten\.add_.* made\), and torch\.export cannot capture Writ"
+    reasons = r"^torch\.export cannot capture AsksForValues: .* Single images cannot be recorded .*: aten\._local_scalar_dense"
     with pytest.raises(PteeError, match=reasons):
-        optimized.OptimizedModel(of(WritesBefore), 16, "graphs")
-
-
-@pytest.mark.cuda
-def test_a_model_that_asks_for_values_cannot_be_recorded():
-    with pytest.raises(
-        PteeError, match=r"^AsksForValues cannot be recorded .*, and torch\.export cannot capture AsksForValues"
-    ):
-        ptee.optimize(of(AsksForValues), max_batch=8)
+        optimized.OptimizedModel(of(AsksForValues), 16, "graphs")
 
 
 @pytest.mark.cpu("on an NVIDIA GPU it is recorded")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cases import slow
 from device import here, seeded
+from rerun import stand_in
 from small import SIZE, K, chained, made
 from torch import Tensor, nn
 
@@ -25,15 +26,28 @@ from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
 from ptee.exits.blend import Blend, subsets
 from ptee.model.forward import ExitOutput
+from ptee.recording import optimized
 from ptee.recording.buckets import sizes_up_to
 
 NEVER = 2.0
 MODES = ["eager", pytest.param("graphs", marks=pytest.mark.cuda)]
+HOOKS = "through hooks"
 
 
-@pytest.fixture(params=MODES)
-def mode(request) -> str:
-    return request.param
+@pytest.fixture(params=[*MODES, HOOKS])
+def mode(request, monkeypatch) -> str:
+    """A mode of `optimize`; `HOOKS`: one in which torch.export captures nothing, with a stand-in for graphs where there is no GPU."""
+    if request.param != HOOKS:
+        return request.param
+
+    def refuse(*args: object, **how: object) -> None:
+        raise PteeError("It cannot be captured.")
+
+    monkeypatch.setattr(optimized, "segments", refuse)
+    if here().type == "cuda":
+        return "graphs"
+    stand_in(monkeypatch)
+    return "eager"
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""Work that is recorded as CUDA graphs, in one part or several. A stand-in for CUDA keeps the order of the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ptee.recording.graphs import Graphs
+
+pytestmark = pytest.mark.cpu("a stand-in is in the place of CUDA")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """What CUDA is asked to do."""
+    calls: list[str] = []
+
+    class Graph:
+        def capture_begin(self, **how: object) -> None:
+            calls.append("begin")
+
+        def capture_end(self) -> None:
+            calls.append("end")
+            if "work fails" in calls:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "graph_pool_handle": lambda: (0, 1),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": Graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    return calls
+
+
+def test_work_is_tried_twice_then_recorded_and_repeated_once(calls):
+    made, replay = Graphs().record(lambda: calls.append("work") or len(calls))
+    assert calls == ["work", "work", "begin", "work", "end", "replay"]
+    assert made == 4
+    replay()
+    assert calls[-1] == "replay"
+
+
+def test_parts_are_recorded_one_behind_the_other(calls):
+    def run(next_part: Callable[[], None]) -> None:
+        calls.append("one")
+        next_part()
+        calls.append("two")
+
+    assert len(Graphs().record_parts(run)) == 2
+    assert calls == ["one", "two"] * 2 + ["begin", "one", "end", "begin", "two", "end", "replay", "replay"]
+
+
+def test_the_reason_why_work_cannot_be_recorded_is_not_hidden_by_what_follows(calls):
+    def work() -> None:
+        if "begin" in calls:
+            calls.append("work fails")
+            raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        Graphs().record(work)
+    assert calls == ["begin", "work fails", "end"]
