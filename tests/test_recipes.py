@@ -60,6 +60,7 @@ def test_seeds_prints_mean_and_spread_of_tables_of_several_seeds(tmp_path):
         "| head=plain | 1 | 0.500 | 1.000 | 1.000 | 1.000 | 1.000 | 1 9 |",
     ]
     assert [f"| {' | '.join(row)} |" for row in csv.reader(out.read_text().splitlines())] == [printed[0], *printed[2:]]
+    assert run("seeds.py", tmp_path / "0.csv", tmp_path / "1.csv", "--least", "2").splitlines() == printed[:3]
 
 
 def spread_of(folder, *comparisons):

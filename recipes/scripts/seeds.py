@@ -23,8 +23,9 @@ def shown(values: list[float]) -> str:
 
 @click.command(help=__doc__)
 @click.argument("tables", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--least", type=click.IntRange(1), default=1, help="Leave out rows that fewer tables have.")
 @click.option("--csv", "file", type=click.Path(dir_okay=False, path_type=Path))
-def main(tables: tuple[Path, ...], file: Path | None) -> None:
+def main(tables: tuple[Path, ...], least: int, file: Path | None) -> None:
     """Print the table."""
     runs: dict[str, list[dict[str, str]]] = {}
     for path in tables:
@@ -38,7 +39,7 @@ def main(tables: tuple[Path, ...], file: Path | None) -> None:
     rows = [
         [name, str(len(found)), *(shown([float(row[figure]) for row in found]) for figure in FIGURES),
          "; ".join(row["leave at"] for row in found)]
-        for name, found in runs.items()
+        for name, found in runs.items() if len(found) >= least
     ]  # fmt: skip
     if file is not None:
         with file.open("w", encoding="utf-8", newline="") as written:
