@@ -36,7 +36,7 @@ from ptee.cli.values import (
     show,
     untrained,
 )
-from ptee.pipeline.recorded import require_tunable
+from ptee.pipeline.recorded import require_tunable, tuning_recipe
 
 AGAIN = "The same command with --resume goes on."
 RANDOM_WEIGHTS = (
@@ -217,11 +217,11 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     Which exits are on is chosen again, too.
     """
     require_tunable(run, keep=not dry_run)
+    recipe = tuning_recipe(given_settings(o), o["batch_size"])
     require_runs(run, images=not o["traces"], **o)
     from ptee._common.files import to_json
-    from ptee.pipeline.saved_run import tune_run, tuning_recipe
+    from ptee.pipeline.saved_run import tune_run
 
-    recipe = tuning_recipe(given_settings(o), o["batch_size"])
     opened = opened_runs({run: run}, o, recipe.thresholds.max_drop)[run]
     log = partial(click.echo, err=o["as_json"])
     log(f"{opened.words} {opened.accuracy}")

@@ -124,7 +124,7 @@ class Comparison:
     def bottom_line(self) -> str:
         """Why early exits do not pay here, in the sentence that comes last, for the largest drop at which they do not; else empty."""
         lines = [
-            f"{'In short, for' if drop == self.drops[-1] else 'But for'} {drop:g} lost at most: {words}"
+            f"{'In short, for' if drop == self.drops[-1] else 'For'} {drop:g} lost at most: {words}"
             for drop in self.drops
             if (words := self._bottom_line(drop))
         ]
@@ -170,8 +170,8 @@ class Comparison:
             return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
         column = best.entry.allowed
-        where = "" if column in (None, drop) else f", by its thresholds for <= {column:g} lost"
-        words = f"{best.line.name} is cheapest{where}, with {best.entry.words}."
+        where = "" if column in (None, drop) else f" with its thresholds for <= {column:g} lost"
+        words = f"{best.line.name}{where} is cheapest, with {best.entry.words}."
         runs = [f for f in found if f.line.kind == "adaptive"]
         if best in runs:
             return words

@@ -15,7 +15,8 @@ from ptee._common.errors import Argument, BackboneError, DataError, PteeError, R
 from ptee._common.files import is_file, require_writable
 from ptee._common.text import printable
 from ptee.model.run_files import METRICS, OTHER_FOLDER, is_folder, metrics_of, read_run, record_of
-from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.tuning.config import TARGETS
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
@@ -69,6 +70,20 @@ def require_tunable(run: str, *, keep: bool = True) -> None:
         metrics_of(folder)
     if is_file(folder / RECIPE_FILE):
         make_recipe(folder)
+
+
+def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
+    """The recipe by which the thresholds of a run are chosen again, from its settings by path.
+
+    Raises:
+        PteeError: if there is no target, or a setting is not possible.
+    """
+    given = {path: value for path, value in thresholds.items() if value is not None}
+    recipe = make_recipe(None, {**given, "training.batch_size": batch_size})
+    if not any(f"thresholds.{name}" in given for name in TARGETS):
+        one, two, three = (Argument(name) for name in TARGETS[1:])
+        raise PteeError("What are the thresholds to meet? Give one of ", one, ", ", two, " and ", three, ".")
+    return recipe
 
 
 @contextmanager

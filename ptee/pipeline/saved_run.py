@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee._common.devices import one_thread, resolve_device
-from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.errors import Argument, DataError
 from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
 from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
@@ -29,7 +29,7 @@ from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import or_weights, recorded_images
 from ptee.timing.measure import measure_static
 from ptee.timing.times import AUTO, times_for
-from ptee.tuning.config import AT_BATCH, OPERATIONS, TARGETS, TIME, Target
+from ptee.tuning.config import AT_BATCH, OPERATIONS, TIME, Target
 from ptee.tuning.targets import require_labels
 from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.tune import describe_outcome
@@ -139,20 +139,6 @@ def open_traced(
     return OpenRun(load_run(run, weights), Unseen(run, data, traces, 0), traces.words, accuracy)
 
 
-def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
-    """The recipe by which the thresholds of a run are chosen again, from its settings by path.
-
-    Raises:
-        PteeError: if there is no target, or a setting is not possible.
-    """
-    given = {path: value for path, value in thresholds.items() if value is not None}
-    recipe = make_recipe(None, {**given, "training.batch_size": batch_size})
-    if not any(f"thresholds.{name}" in given for name in TARGETS):
-        one, two, three = (Argument(name) for name in TARGETS[1:])
-        raise PteeError("What are the thresholds to meet? Give one of ", one, ", ", two, " and ", three, ".")
-    return recipe
-
-
 def tune_run(
     opened: OpenRun, recipe: Recipe, *, log: Log, speed: bool, explain: bool = False, keep: bool = True, **how: Any
 ) -> dict[str, Any]:
@@ -160,7 +146,7 @@ def tune_run(
 
     Args:
         opened: a run on this disk.
-        recipe: as of `tuning_recipe`.
+        recipe: as of `recorded.tuning_recipe`.
         log: gets the messages to the user.
         speed: measure images per second, too.
         explain: add the legend to the table.

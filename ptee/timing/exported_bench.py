@@ -22,6 +22,8 @@ from ptee.timing.run_bench import OWN_THRESHOLDS, leaving_at_first, some_batches
 from ptee.timing.times import between, device_name, sizes_to_measure
 
 NOBODY = "nobody"
+NOISY = 1.1  # a limit so many times the time
+DISTURBED = "A limit is above the time that it limits: other programs ran meanwhile. Repeat it on a quiet machine."
 LEGEND = """\
 ms: of one batch. own thresholds: those of the manifest, on real images.
 / nobody: divided by the time of a batch from which nobody leaves. To see it beside the bare backbone: ptee bench RUN --executor onnx.
@@ -83,7 +85,9 @@ class ExportedBench:
             for line in self.lines
         ]  # fmt: skip
         title = ("batch", "who leaves", "ms", "/ nobody", "counted", "limit", "lost")
-        return f"{self.model}\n\n{table([title, *rows], left={1})}" + (f"\n\n{self.note}" if self.note else "")
+        noisy = any(line.limit > NOISY * line.time for line in self.lines)
+        notes = [words for words in (self.note, DISTURBED * noisy) if words]
+        return f"{self.model}\n\n{table([title, *rows], left={1})}" + "".join(f"\n\n{words}" for words in notes)
 
 
 def bench_exported(

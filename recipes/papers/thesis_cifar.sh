@@ -1,5 +1,5 @@
 #!/bin/sh
-# EENet-20, 32, 44 and 110 by each placement, beside the plain networks, and EENet-18 (thesis, tables 4.4 to 4.8).
+# EENet-20, 32, 44 and 110 by each placement, beside the plain networks, and EENet-18 (thesis, tables 4.4 to 4.8). DEPTHS=20 is one of them.
 # Run it from the project's root: sh recipes/papers/thesis_cifar.sh. Complete runs are kept, and the same command goes on.
 # The thesis's settings: from scratch, 200 epochs at most, places and costs by parameters. DATA=SVHN is for tables 4.4 to 4.6.
 # SMALL=1: published networks stay frozen; their heads learn for 20 epochs from a twentieth of the images.
@@ -36,7 +36,14 @@ plain() { # network: its exits count for nothing
     [ -n "$SMALL" ] || fit "plain_$1" "$1" --num-exits 1 --set training.loss=weighted --set 'training.exit_weights=[0,1]' --set training.cost_weight=null --set confidence.name=max_prob
 }
 
-for depth in ${DEPTHS:-20 32 44 110}; do
+for depth in ${DEPTHS:-20 32 44 110 18}; do
+    if [ "$depth" = 18 ]; then
+        [ "$SMALL" != 1 ] || continue # there are no published weights
+        plain cifar_resnet18
+        # shellcheck disable=SC2086
+        fit eenet18 cifar_resnet18 --exits quadratic --num-exits 3 $unit
+        continue
+    fi
     case $depth in
         20) exits="3 3 2 3 2" ;;
         32) exits="4 5 5 5 5" ;;
@@ -50,10 +57,5 @@ for depth in ${DEPTHS:-20 32 44 110}; do
         exits=${exits#* }
     done
 done
-if [ "$SMALL" != 1 ]; then
-    plain cifar_resnet18
-    # shellcheck disable=SC2086
-    fit eenet18 cifar_resnet18 --exits quadratic --num-exits 3 $unit
-fi
 python recipes/scripts/shares.py "$out"/*/ --csv "$out/table.csv" --sweep "$out"
 ptee plot "$out" --out "$out/curve.png"

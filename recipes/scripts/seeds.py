@@ -28,6 +28,8 @@ def shown(values: list[float]) -> str:
 def main(tables: tuple[Path, ...], least: int, file: Path | None) -> None:
     """Print the table."""
     runs: dict[str, list[dict[str, str]]] = {}
+    if len(set(map(Path.resolve, tables))) < len(tables):
+        raise click.ClickException("One table is named twice, and a seed counts once.")
     for path in tables:
         with path.open(encoding="utf-8", newline="") as opened:
             found = list(csv.DictReader(opened))

@@ -71,7 +71,7 @@ def test_the_verdict_names_the_cheapest_line_within_a_drop_but_never_the_oracle(
 def test_the_verdict_names_the_column_if_it_is_that_of_another_drop():
     other = Line("other", "adaptive", (entry(0.4, 0.005, allowed=0.02),))
     assert verdict(OURS, other).startswith(
-        "At most 0.01 lost: other is cheapest, by its thresholds for <= 0.02 lost, with cost 0.4000"
+        "At most 0.01 lost: other with its thresholds for <= 0.02 lost is cheapest, with cost 0.4000"
     )
 
 
