@@ -52,7 +52,7 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
         images: those that it was made with are wanted, too.
     """
     config, _, _, remote = read_run(run)
-    with or_weights():
+    with or_weights(weights is not None):
         for front in (False, True)[: 1 + (config.front is not None)]:
             record_of(run, config, remote, front=front, weights=None if front else weights)
     if images:
@@ -87,14 +87,14 @@ def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
 
 
 @contextmanager
-def or_weights() -> Iterator[None]:
-    """Where a backbone cannot be built again, the user can say where its weights are."""
+def or_weights(given: bool) -> Iterator[None]:
+    """Where a backbone cannot be built again, the user can say where its weights are, or give others than those `given`."""
     try:
         yield
     except BackboneError as why:
         if why.argument != "backbone":
             raise
-        text = " Or say where a file of its weights is: "
+        text = " Or give the weights that the run was made with: " if given else " Or say where a file of its weights is: "
         raise BackboneError(*why.parts, text, Argument("weights", "FILE"), ".", argument="weights") from why
 
 

@@ -220,7 +220,7 @@ def _times(
 
 def load_run(run: str, weights: Path | None) -> EarlyExitModel:
     """A saved run, with its weights from another place if they are given; errors name the option."""
-    with or_weights():
+    with or_weights(weights is not None):
         return load(run, _moved_backbone(run, weights))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from command import MODEL, SHORT, TEN, assert_refused, edited, evaluated, figures, files, pictures, quietly, read_json
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 
@@ -160,6 +161,11 @@ def test_weights_that_were_moved_are_asked_for_and_taken(run, things, tmp_path):
     old.rename(new)
     assert_refused(run("evaluate", "out"), r"old\.safetensors.*--weights FILE")
     assert run("evaluate", "out", "--weights", new, "--no-speed").status == 0
+    others = tmp_path / "others.safetensors"
+    save_file({name: tensor for name, tensor in load_file(new).items() if "fc" not in name}, others)
+    assert_refused(
+        run("evaluate", "out", "--weights", others), "Or give the weights that the run was made with: --weights FILE"
+    )
 
 
 @pytest.fixture(scope="module")
