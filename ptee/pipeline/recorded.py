@@ -94,7 +94,9 @@ def or_weights(given: bool) -> Iterator[None]:
     except BackboneError as why:
         if why.argument != "backbone":
             raise
-        text = " Or give the weights that the run was made with: " if given else " Or say where a file of its weights is: "
+        text = (
+            " Or give the weights that the run was made with: " if given else " Or say where a file of its weights is: "
+        )
         raise BackboneError(*why.parts, text, Argument("weights", "FILE"), ".", argument="weights") from why
 
 
