@@ -98,5 +98,5 @@ def test_a_confidence_that_sees_earlier_exits_is_higher_where_they_agree(equal_l
     for earlier in (True, False):
         on_first, on_second = equal_loss.fitted(first, first, earlier=earlier)
         for found in (on_first, on_second):
-            assert bool((found.confidence[1][~wrong].min() > found.confidence[1][wrong].max() + 0.5)) == earlier
+            assert bool(found.confidence[1][~wrong].min() > found.confidence[1][wrong].max() + 0.5) == earlier
             assert found.confidence.shape == (3, 90) and (found.confidence[-1] == 1).all()

@@ -7,9 +7,10 @@ difference from the line it is compared with, mean over losses of 0 to 1.5 point
 
 Thresholds and answers are those of `ptee tune`, and the line is compared with --base. More lines come from the same traces:
 
---agreement  a confidence fitted to the log-odds of the largest probability, and to how probable earlier exits hold the same answer; beside
-             the same without the second. Each exit answers by itself.
---classes    one exit with a threshold for each class that it answers; beside the same with one threshold. By itself, too.
+--agreement: a confidence fitted to the log-odds of the largest probability, and to how probable earlier exits hold the same answer; beside
+the same without the second. Each exit answers by itself.
+
+--classes: one exit with a threshold for each class that it answers; beside the same with one threshold. By itself, too.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def fitted(first: Traces, second: Traces, *, earlier: bool) -> tuple[Traces, Tra
         agrees, h = (first.answers[n] == first.bare).numpy(), np.zeros(len(seen))
         for some, rest in KFold(5, shuffle=True, random_state=0).split(seen):
             h[rest] = (
-                LogisticRegression(C=100, max_iter=1000).fit(seen[some], agrees[some]).predict_proba(seen[rest])[:, 1]
+   LogisticRegression(C=100, max_iter=1000).fit(seen[some], agrees[some]).predict_proba(seen[rest])[:, 1]
             )
         whole = LogisticRegression(C=100, max_iter=1000).fit(seen, agrees).predict_proba(other)[:, 1]
         on_first.insert(0, torch.from_numpy(h).float())
@@ -194,9 +195,9 @@ def main(runs: tuple[Path, ...], base: str | None, agreement: tuple[str, ...], c
             (classes, "a threshold for each class", by_class, by_one),
         ):
             if name in wanted:
-                plain = [curve(without, each) for each in traces]
-                rows.append(line(f"{name}, without {words}", plain, None))
-                rows.append(line(f"{name}, {words}", [curve(way, each) for each in traces], plain))
+   plain = [curve(without, each) for each in traces]
+   rows.append(line(f"{name}, without {words}", plain, None))
+   rows.append(line(f"{name}, {words}", [curve(way, each) for each in traces], plain))
     rows.insert(1, ["---"] * len(rows[0]))
     click.echo("\n".join("| " + " | ".join(row) + " |" for row in rows))
 

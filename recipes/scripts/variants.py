@@ -3,6 +3,7 @@
 A ResNet-56 on CIFAR-10 with a short training: 6 epochs of two views. The backbone runs once for all variants that read the same. Complete
 runs in OUT are kept, as NAME0, NAME1, NAME2 for the seeds. `python recipes/scripts/equal_loss.py OUT/NAME? ...` compares them.
 
+\b
 one         one exit at .03, the settings that the others change
 ranking     beside its cross-entropy, the log-odds of right answers are to lie above those of wrong ones by 1, weight .1
 averaged    the mean of the weights of the last two epochs
