@@ -94,7 +94,7 @@ def fitted(first: Traces, second: Traces, *, earlier: bool) -> tuple[Traces, Tra
         agrees, h = (first.answers[n] == first.bare).numpy(), np.zeros(len(seen))
         for some, rest in KFold(5, shuffle=True, random_state=0).split(seen):
             h[rest] = (
-   LogisticRegression(C=100, max_iter=1000).fit(seen[some], agrees[some]).predict_proba(seen[rest])[:, 1]
+                LogisticRegression(C=100, max_iter=1000).fit(seen[some], agrees[some]).predict_proba(seen[rest])[:, 1]
             )
         whole = LogisticRegression(C=100, max_iter=1000).fit(seen, agrees).predict_proba(other)[:, 1]
         on_first.insert(0, torch.from_numpy(h).float())
@@ -195,9 +195,9 @@ def main(runs: tuple[Path, ...], base: str | None, agreement: tuple[str, ...], c
             (classes, "a threshold for each class", by_class, by_one),
         ):
             if name in wanted:
-   plain = [curve(without, each) for each in traces]
-   rows.append(line(f"{name}, without {words}", plain, None))
-   rows.append(line(f"{name}, {words}", [curve(way, each) for each in traces], plain))
+                plain = [curve(without, each) for each in traces]
+                rows.append(line(f"{name}, without {words}", plain, None))
+                rows.append(line(f"{name}, {words}", [curve(way, each) for each in traces], plain))
     rows.insert(1, ["---"] * len(rows[0]))
     click.echo("\n".join("| " + " | ".join(row) + " |" for row in rows))
 
