@@ -23,6 +23,7 @@ OTHER_WEIGHTS: Advice = (
     *("Give a file with ", Argument("weights", "FILE"), ", or take random weights with "),
     *(Argument("pretrained", "False"), "."),
 )
+CHECK: Advice = ("Check ", Argument("model"), " and ", Argument("model_args"), ".")
 OTHER_ARGUMENTS: Advice = ("Change ", Argument("model_args"), " or ", Argument("input_size"), ".")
 
 

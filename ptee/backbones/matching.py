@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import Argument, BackboneError
 from ptee.backbones.checkpoint import Checkpoint, refusal, shown
+from ptee.backbones.library import CHECK
 
 COUNTER = "num_batches_tracked"  # of batch norm; nothing in eval mode reads it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types that averages of counters have
@@ -36,7 +37,6 @@ LEFTOVER = re.compile(
     re.IGNORECASE,
 )
 CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # timm's names for functions that rename old tensors
-CHECK = ("Check ", Argument("model"), " and ", Argument("model_args"), ".")
 
 State = Mapping[str, Tensor]
 Convert = Callable[[State], State]

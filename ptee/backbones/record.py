@@ -17,7 +17,7 @@ from ptee._common.errors import BackboneError, PteeError
 from ptee._common.files import is_file
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.backbones import timm, torchvision
-from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
+from ptee.backbones.library import CHECK, MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
 from ptee.backbones.source import COMMIT
 
 LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
@@ -103,5 +103,6 @@ def rebuilding(argument: str) -> Iterator[None]:
         yield
     except PteeError as error:
         what = "front network" if argument == "front" else argument
+        parts = error.parts[: -len(CHECK)] if error.parts[-len(CHECK) :] == CHECK else error.parts  # a run names its own
         advice = f" Give the network itself from Python, {argument}=NETWORK."
-        raise BackboneError(f"The {what} cannot be rebuilt: ", *error.parts, advice, argument=argument) from error
+        raise BackboneError(f"The {what} cannot be rebuilt: ", *parts, advice, argument=argument) from error

@@ -163,9 +163,9 @@ def test_weights_that_were_moved_are_asked_for_and_taken(run, things, tmp_path):
     assert run("evaluate", "out", "--weights", new, "--no-speed").status == 0
     others = tmp_path / "others.safetensors"
     save_file({name: tensor for name, tensor in load_file(new).items() if "fc" not in name}, others)
-    assert_refused(
-        run("evaluate", "out", "--weights", others), "Or give the weights that the run was made with: --weights FILE"
-    )
+    done = run("evaluate", "out", "--weights", others)
+    assert_refused(done, "Or give the weights that the run was made with: --weights FILE")
+    assert "--model" not in done.err
 
 
 @pytest.fixture(scope="module")
