@@ -51,12 +51,14 @@ class _From(_Heads):
 class Again(HookedPieces):
     """Repeats pieces by running the model again. Stands in for graphs where there are none."""
 
-    def _record_parts(self, bucket: Bucket) -> None:
+    def _record_parts(self, bucket: Bucket, kind: type) -> list[Callable[[], None]]:
+        if kind is not _Heads:  # those without heads are timed, and nobody reads what they give
+            return super()._record_parts(bucket, kind)
         for _ in range(2):  # one before the recording
-            self._pass(_Heads(self, bucket, lambda: None))
+            self._pass(kind(self, bucket, lambda: None))
         bucket.alive = [[t.clone() for t in alive] for alive in bucket.alive]
         bucket.staying = [type(s)(*(t.clone() for t in s)) for s in bucket.staying]
-        bucket.replay = [partial(self._again, bucket, n) for n in range(len(self.exits) + 1)]
+        return [partial(self._again, bucket, n) for n in range(len(self.exits) + 1)]
 
     @torch.no_grad()
     def _again(self, bucket: Bucket, piece: int) -> None:

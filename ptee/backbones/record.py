@@ -103,6 +103,7 @@ def rebuilding(argument: str) -> Iterator[None]:
         yield
     except PteeError as error:
         what = "front network" if argument == "front" else argument
-        parts = error.parts[: -len(CHECK)] if error.parts[-len(CHECK) :] == CHECK else error.parts  # a run names its own
+        is_last = error.parts[-len(CHECK) :] == CHECK  # a run names its own model
+        parts = error.parts[: -len(CHECK)] if is_last else error.parts
         advice = f" Give the network itself from Python, {argument}=NETWORK."
         raise BackboneError(f"The {what} cannot be rebuilt: ", *parts, advice, argument=argument) from error

@@ -16,19 +16,18 @@ from ptee.model.thresholds import NEVER
 from ptee.recording.buckets import Buckets
 
 
-def check_recorded(model: EarlyExitModel, pieces: Buckets, max_batch: int) -> None:
+def check_recorded(pieces: Buckets) -> None:
     """Let rows leave at each exit, also where what stays moves to smaller buckets, and compare all that is answered with the model's.
 
     Args:
-        model: from which the pieces were made.
         pieces: recorded, to be checked as they are.
-        max_batch: the largest batch that they take.
 
     Raises:
         PteeError: if an answer is another one.
     """
+    model, largest = pieces.model, pieces.sizes[-1]
     ends = len(model.exits) + 1
-    for b in (b for b in BATCHES if b <= max_batch):
+    for b in (b for b in BATCHES if b <= largest):
         x = random_images(model.backbone, b, model.plan.input_size)
         for turn in range(ends):
             x = x.roll(1, 0)  # what lies in memory is of other images by then

@@ -56,18 +56,22 @@ class HookedPieces(Buckets):
         bucket = self._empty(self.bucket_for(rows).size)
         self._without_heads.append(bucket)
         with torch.no_grad():
-            return self._recorder.record_parts(lambda next_part: self._pass(_Cuts(self, bucket, next_part)))
+            return self._parts(bucket, _Cuts)
 
     def _record(self, bucket: Bucket) -> None:
+        bucket.replay.extend(self._parts(bucket, _Heads))
+
+    def _parts(self, bucket: Bucket, kind: type[_Cuts]) -> list[Callable[[], None]]:
+        """What repeats each piece of a pass of this kind."""
         try:
-            self._record_parts(bucket)
+            return self._record_parts(bucket, kind)
         except PteeError as why:
             raise self._refused(bucket, str(why)) from why
         except Exception as why:  # whatever the model's code and CUDA raise
             raise self._refused(bucket, first_line(why)) from why
 
-    def _record_parts(self, bucket: Bucket) -> None:
-        bucket.replay.extend(self._recorder.record_parts(lambda next_part: self._pass(_Heads(self, bucket, next_part))))
+    def _record_parts(self, bucket: Bucket, kind: type[_Cuts]) -> list[Callable[[], None]]:
+        return self._recorder.record_parts(lambda next_part: self._pass(kind(self, bucket, next_part)))
 
     def _refused(self, bucket: Bucket, reason: str) -> PteeError:
         where = f"Batches of {bucket.size}" if bucket.size > 1 else "Single images"

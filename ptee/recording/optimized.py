@@ -209,7 +209,7 @@ class OptimizedModel(nn.Module):
         """Pieces for a model that cannot be captured, and why it cannot."""
         made = HookedPieces(self.model, self.max_batch, self._example)
         try:
-            check_recorded(self.model, made, self.max_batch)
+            check_recorded(made)
         except PteeError as other:
             raise PteeError(f"{why} {other}") from other
         return made

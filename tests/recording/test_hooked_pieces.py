@@ -128,7 +128,7 @@ def test_the_same_rows_leave_at_the_same_exits_as_of_the_model(model, confidence
     h = early.all_exits(x).confidence[:-1].sort(dim=1).values
     limits = ((h[:, 8] + h[:, 9]) / 2).tolist() if confidence != "patience" else [0.3, 0.5, 0.6][: len(h)]
     recorded = pieces(early, 16, example_images(early, 1))
-    check_recorded(early, recorded, 16)
+    check_recorded(recorded)
     for b in (1, 2, 7, 16):
         want = early.predict(x[:b], limits)
         with torch.no_grad():
@@ -144,19 +144,19 @@ def test_the_same_rows_leave_at_the_same_exits_as_of_the_model(model, confidence
 def test_real_networks_answer_as_they_are(name, pieces):
     torch.manual_seed(0)
     early = ptee.augment(REAL[name](), exits="pareto", num_exits=2, head="pool", input_size=REAL_SIZE)
-    check_recorded(early, pieces(early, 8, example_images(early, 1)), 8)
+    check_recorded(pieces(early, 8, example_images(early, 1)))
 
 
 def test_an_exit_at_the_input_reads_the_images(pieces):
     early = build(load_backbone(made().detach(), input_size=SIZE), exits=["2"], head="pool", front=made().detach())
     assert early.exits[0].name == "input"
-    check_recorded(early, pieces(early, 8, example_images(early, 1)), 8)
+    check_recorded(pieces(early, 8, example_images(early, 1)))
 
 
 def test_a_network_may_write_into_its_images(pieces):
     early = of(WritesIntoImages)
     recorded = pieces(early, 8, example_images(early, 1))
-    check_recorded(early, recorded, 8)
+    check_recorded(recorded)
     x = torch.randn(4, *SIZE)
     kept = x.clone()
     recorded(x, [0.5, 0.5])
@@ -192,14 +192,14 @@ def test_one_wrong_answer_anywhere_is_found(exit, what, max_batch, pieces):
     recorded = pieces(early, max_batch, example_images(early, 1))
     Wrong(recorded, exit, what)
     with pytest.raises(PteeError, match=rf"gives other answers to a batch of \d than as it is \({what} off by"):
-        check_recorded(early, recorded, max_batch)
+        check_recorded(recorded)
 
 
 def test_a_right_model_with_confidences_that_are_no_numbers_passes(pieces):
     early = of(LooksAtRows)
     with torch.no_grad():
         early.heads[0].confidence.bias.fill_(torch.nan)
-    check_recorded(early, pieces(early, 8, example_images(early, 1)), 8)
+    check_recorded(pieces(early, 8, example_images(early, 1)))
 
 
 def test_memory_that_a_later_piece_reads_is_kept(pieces):
