@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
+from statistics import stdev
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from ptee.tuning.traces import Score, Traces
 
 DEFAULTS = ThresholdsConfig()
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
+DRAWS = 50  # of as many images, with replacement
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
 BY_OBJECTIVE = attrgetter("objective")
 Margin = float | Literal["auto"]
@@ -257,14 +259,14 @@ def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Sol
     Thresholds are chosen on answers with the weights of folds. On the same images, final weights may differ from them by chance only.
     """
     found, target = way.solution, way.solution.target
-    if found.blend is None or (target.kind == "max_cost" and traces.times is not None):  # no mean over the images
+    if found.blend is None:
         return found
     chosen_on = next(c for c in way.candidates if c.on == found.on_exits).traces
-    folds, final = (_spent(t, found) for t in (chosen_on, found.answering(traces)))
-    by_chance = WITHIN * (final - folds).std().item() / math.sqrt(len(final))
-    if final.mean() <= target.limit + by_chance + ROUNDING:
+    by_time = target.kind == "max_cost" and traces.times is not None
+    spent, deviation = (_time_spent if by_time else _mean_spent)(chosen_on, found.answering(traces), found)
+    if spent <= target.limit + WITHIN * deviation + ROUNDING:
         return found
-    because = f"with their final weights, blended answers miss the target here ({final.mean():.4f})"
+    because = f"with their final weights, blended answers miss the target here ({spent:.4f})"
     try:
         own = _solved(ways_to_answer(traces, target.kind, OWN), target, one_threshold, margin).with_reserve(
             found.margin
@@ -275,6 +277,23 @@ def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Sol
         text = f" cannot be met: {because}, and the exits' own answers do not meet it either. Ask for less."
         raise PteeError(target.argument, text, argument=target.kind, value=target.limit)
     return replace(own[0].solution, remark=f"Each exit answers by itself: {because}.")
+
+
+def _mean_spent(folds: Traces, final: Traces, found: Solution) -> tuple[float, float]:
+    """The mean with final weights, and the standard deviation of its difference from that with the weights of folds."""
+    on_folds, spent = (_spent(t, found) for t in (folds, final))
+    return spent.mean().item(), (spent - on_folds).std().item() / math.sqrt(len(spent))
+
+
+def _time_spent(folds: Traces, final: Traces, found: Solution) -> tuple[float, float]:
+    """The same of the expected time, which is no mean over the images: the deviation is over draws of them."""
+    on_folds, leaving = (t.leaving(found.threshold) for t in (folds, final))
+    random = torch.Generator(device="cpu").manual_seed(0)
+    gaps = []
+    for _ in range(DRAWS):
+        drawn = torch.randint(len(leaving), (len(leaving),), generator=random, device="cpu").to(leaving.device)
+        gaps.append((final.time(leaving[drawn], found.off) or 0.0) - (final.time(on_folds[drawn], found.off) or 0.0))
+    return final.time(leaving, found.off) or 0.0, stdev(gaps)
 
 
 def _spent(traces: Traces, found: Solution) -> Tensor:

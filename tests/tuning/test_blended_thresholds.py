@@ -16,6 +16,7 @@ from torch import Tensor
 import ptee
 from ptee._common.errors import PteeError
 from ptee.exits.blend import Blend, fit_blend
+from ptee.exits.times import BatchTimes
 from ptee.tuning.config import Target
 from ptee.tuning.targets import curves, solve
 from ptee.tuning.traces import Traces
@@ -25,6 +26,7 @@ COSTS_AND_SKILL = {
     2: ([0.2, 0.6, 1.1], [1.6, 1.9, 2.4]),
     3: ([0.2, 0.5, 0.8, 1.1], [1.6, 1.8, 2.0, 2.4]),
 }  # by early exits
+BATCH = 8
 OPTIMISM = "ptee.tuning.targets._optimism"
 
 
@@ -49,6 +51,14 @@ def _traces(generator: torch.Generator, n: int, exits: int, labels: bool, same: 
         head_costs=torch.full((exits,), 0.1 / exits, dtype=torch.float64),
         confidence_logits=torch.zeros(exits, n),
     ).under("max_prob")
+
+
+def timed(found: Traces) -> Traces:
+    """Times that grow a little slower than the rows of a batch; no head takes any."""
+    rows = (torch.arange(BATCH + 1, dtype=torch.float64) / BATCH) ** 0.9
+    before = torch.cat([found.head_costs.cumsum(0), found.head_costs.sum()[None]])
+    pieces = torch.diff(found.costs - before, prepend=torch.zeros(1, dtype=torch.float64))
+    return replace(found, times=BatchTimes(pieces[:, None] * rows, 0 * found.head_costs[:, None] * rows, 0.0, "units"))
 
 
 @pytest.mark.slow
@@ -156,12 +166,22 @@ def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_t
     assert str(found).splitlines()[-1].startswith(f"Each exit answers by itself: {MISS}")
 
 
-def test_blended_answers_that_cost_too_much_with_their_final_weights_are_not_taken(monkeypatch):
+@pytest.mark.parametrize("unit", ["operations", "time"])
+def test_blended_answers_that_cost_too_much_with_their_final_weights_are_not_taken(monkeypatch, unit):
     images, target = traces(1), Target("max_cost", 0.5)
+    if unit == "time":
+        images = timed(images)
     assert solve(images, target, answers="blended").blend is not None
     make_final_weights_differ(monkeypatch, 0.25)  # they are less sure, so fewer leave
     found = solve(images, target, answers="blended")
-    assert found.blend is None and MISS in found.remark and found.on(images).cost <= 0.5
+    assert found.blend is None and MISS in found.remark and found.on(images).price <= 0.5
+
+
+def test_blended_answers_whose_time_differs_by_chance_are_taken(monkeypatch):
+    images, target = timed(traces(1)), Target("max_cost", 0.5)
+    make_final_weights_differ(monkeypatch, 0.99)
+    found = solve(images, target, answers="blended")
+    assert found.blend is not None and 0.5 < found.on(images).price < 0.51
 
 
 def test_where_own_answers_do_not_meet_the_target_either_it_is_refused_with_the_reason(monkeypatch):
