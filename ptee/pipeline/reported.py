@@ -188,7 +188,7 @@ OF_RUN = {
     "gallery": Kind("Which images leave where", lambda of: picture(page_parts.pictures(of))),
 }
 OF_SWEEP = {
-    "curve": Kind("The runs of a sweep", lambda sweep: curves.runs(sweep.numbers, sweep.rows[0].figures["backbone"])),
+    "curve": Kind("The runs of a sweep", lambda sweep: curves.runs(sweep.numbers)),
     "lambda": Kind("Over a setting", lambda sweep: curves.over_setting(sweep.numbers, _varied(sweep))),
 }
 assert (*OF_RUN,) == FIGURES_OF_RUN and (*OF_SWEEP,) == FIGURES_OF_SWEEP

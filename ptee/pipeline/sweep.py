@@ -236,7 +236,7 @@ def _draw(sweep: Sweep, path: Path) -> None:
     title = f"{len(sweep.rows)} runs: {sweep.folder.name}"
     write(
         title,
-        [Part("figure", title, figures={"runs": curves.runs(sweep.numbers, sweep.rows[0].figures["backbone"])})],
+        [Part("figure", title, figures={"runs": curves.runs(sweep.numbers)})],
         path,
     )
 

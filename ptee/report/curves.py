@@ -116,18 +116,38 @@ def threshold(steps: Sequence[Step]) -> Any:
     return drawn
 
 
-def runs(found: Sequence[dict[str, Any]], backbone: float | None) -> Any:
-    """Accuracy (without labels: fidelity) against cost of several runs: `name`, `cost`, `accuracy` and `fidelity` of each."""
+def runs(found: Sequence[dict[str, Any]]) -> Any:
+    """Accuracy (without labels: fidelity) against cost of several runs: `name`, `cost`, `accuracy`, `fidelity` and `backbone` of each.
+
+    One backbone is a line. Where each run has another, an open mark at cost 1 is that of the run with the same mark.
+    """
     measure = FIDELITY if any(run[ACCURACY] is None for run in found) else ACCURACY
+    bare = [1.0 if measure == FIDELITY or run["backbone"] is None else run["backbone"] for run in found]
     drawn = figure("cost, share of the bare backbone's", measure)
-    bare = 1.0 if measure == FIDELITY or backbone is None else backbone
-    drawn.add_hline(y=bare, line={"dash": "dot", "color": NEUTRAL}, annotation={"text": "backbone", "xanchor": "right"})
-    few = len(found) <= 20  # each has a mark of its own
+    one, few = len(set(bare)) == 1, len(found) <= 20  # each run has a mark of its own
+    if one:
+        label = {"text": "backbone", "xanchor": "right"}
+        drawn.add_hline(y=bare[0], line={"dash": "dot", "color": NEUTRAL}, annotation=label)
     for n, run in enumerate(found):
+        of_run = mark(n if few else 0)["marker"] | {"size": 11}
         drawn.add_scatter(
             x=[run["cost"]], y=[run[measure]], name=text(run["name"]), mode="markers", showlegend=few, hoverinfo="name+x+y",
-            marker=mark(n if few else 0)["marker"] | {"size": 11},
+            marker=of_run,
         )  # fmt: skip
+        if not one:
+            open_mark = of_run | {"symbol": f"{of_run['symbol']}-open"}
+            drawn.add_scatter(
+                x=[1.0], y=[bare[n]], name=f"{text(run['name'])}, backbone", mode="markers", showlegend=False,
+                hoverinfo="name+x+y", marker=open_mark,
+            )  # fmt: skip
+    if not one:
+        drawn.add_scatter(
+            x=[None],
+            y=[None],
+            name="open: its backbone",
+            mode="markers",
+            marker={"symbol": "circle-open", "color": NEUTRAL},
+        )
     return drawn
 
 

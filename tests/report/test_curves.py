@@ -67,11 +67,26 @@ def test_fidelity_is_drawn_where_it_is_asked_for():
 
 
 def test_runs_of_a_sweep_are_points_at_their_cost():
-    found = [{"name": "a<b>", "cost": 0.5, "accuracy": 0.8, "fidelity": 0.9}]
-    (points,) = runs(found, 0.85).data
+    found = [{"name": "a<b>", "cost": 0.5, "accuracy": 0.8, "fidelity": 0.9, "backbone": 0.85}]
+    drawn = runs(found)
+    (points,) = drawn.data
     assert (points.x, points.y, points.name) == ((0.5,), (0.8,), "a&lt;b&gt;")
-    (blind,) = runs([found[0] | {"accuracy": None}], None).data
-    assert blind.y == (0.9,)
+    assert [line.y0 for line in drawn.layout.shapes] == [0.85]
+    blind = runs([found[0] | {"accuracy": None, "backbone": None}])
+    assert blind.data[0].y == (0.9,) and [line.y0 for line in blind.layout.shapes] == [1.0]
+
+
+def test_each_run_of_a_sweep_over_backbones_stands_beside_its_own():
+    found = [
+        {"name": f"run {n}", "cost": 0.5, "accuracy": 0.8, "fidelity": 0.9, "backbone": 0.85 + n / 100}
+        for n in range(2)
+    ]
+    drawn = runs(found)
+    assert not drawn.layout.shapes
+    for n, (run, own) in enumerate((drawn.data[:2], drawn.data[2:4])):
+        assert (own.x, own.y, own.name) == ((1.0,), (0.85 + n / 100,), f"run {n}, backbone")
+        assert own.marker.symbol == f"{run.marker.symbol}-open" and own.marker.color == run.marker.color
+    assert drawn.data[-1].name == "open: its backbone" and drawn.data[-1].showlegend is not False
 
 
 def test_over_a_setting_runs_of_one_value_are_a_mean_with_its_range():
