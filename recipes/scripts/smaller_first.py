@@ -1,6 +1,6 @@
 """A backbone that is pruned or quantised first and then gets exits, both savings apart.
 
-python recipes/scripts/smaller_first.py NETWORK WEIGHTS DATA [--how none|prune|int8] [--share 0.5] [--csv FILE]
+python recipes/scripts/smaller_first.py NETWORK WEIGHTS DATA [--how none|prune|int8] [--share 0.5] [--seed 0] [--csv FILE]
 
 prune sets the smallest weights of each convolution and linear layer to zero (torch.nn.utils.prune). int8 keeps the weights of the linear
 layers in eight bits (torchao). That saves memory; the operations that ptee counts stay the same. What exits save is in operations.
@@ -34,9 +34,17 @@ TITLE = ("backbone", "KiB of weights that are not zero", "its accuracy", "with e
     "--share", type=click.FloatRange(0, 0.99), default=0.5, show_default=True, help="Of the weights, to set to zero."
 )
 @click.option("--epochs", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--csv", "out", type=click.Path(dir_okay=False, path_type=Path))
 def main(
-    network: str, weights: Path, data: Path, how: tuple[str, ...], share: float, epochs: int, out: Path | None
+    network: str,
+    weights: Path,
+    data: Path,
+    how: tuple[str, ...],
+    share: float,
+    epochs: int,
+    seed: int,
+    out: Path | None,
 ) -> None:
     """Fit each, and print both savings."""
     rows = [TITLE]
@@ -44,8 +52,8 @@ def main(
         backbone = load_backbone(network, weights=weights)
         make_smaller(backbone.module, each, share)
         stored = f"{kept(backbone.module) / 2**10:,.0f}"
-        images, labels = open_images(str(data), backbone, seed=0)
-        recipe = recipe_for(labels, make_recipe("ptee", {"epochs": epochs, "max_drop": 0.01}))
+        images, labels = open_images(str(data), backbone, seed=seed)
+        recipe = recipe_for(labels, make_recipe("ptee", {"epochs": epochs, "max_drop": 0.01, "seed": seed}))
         model = fit_backbone(backbone, images, recipe, Job(log=lambda text: click.echo(text, err=True)))
         bare, *_, own = (model.results or {})["rows"]
         numbers = (bare["accuracy"], own["accuracy"], own["fidelity"], own["cost"])
