@@ -63,6 +63,15 @@ def test_seeds_prints_mean_and_spread_of_tables_of_several_seeds(tmp_path):
     assert run("seeds.py", tmp_path / "0.csv", tmp_path / "1.csv", "--least", "2").splitlines() == printed[:3]
 
 
+def test_seeds_takes_tables_by_threshold(tmp_path):
+    for seed in range(2):
+        row = f"0.5,0.{4 + 2 * seed},0.9,1.0,0.9,{seed} 3\n"
+        (tmp_path / f"{seed}.csv").write_text("T,accuracy,fidelity,cost,paper,leave at\n" + row)
+    printed = run("seeds.py", *sorted(tmp_path.iterdir())).splitlines()
+    assert printed[0] == "| T | seeds | accuracy | fidelity | cost | paper | leave at, by seed |"
+    assert printed[2:] == ["| 0.5 | 2 | 0.500 ± 0.141 | 0.900 ± 0.000 | 1.000 ± 0.000 | 0.900 ± 0.000 | 0 3; 1 3 |"]
+
+
 def spread_of(folder, *comparisons):
     """What is printed of comparisons, each with the costs of its lines by name."""
     for n, lines in enumerate(comparisons):

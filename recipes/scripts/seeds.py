@@ -1,6 +1,6 @@
-"""Mean and spread over seeds of tables that shares.py wrote: python recipes/scripts/seeds.py SEED0.csv SEED1.csv SEED2.csv --csv OUT.csv
+"""Mean and spread over seeds of tables that shares.py or thresholds.py wrote: python recipes/scripts/seeds.py SEED0.csv SEED1.csv SEED2.csv --csv OUT.csv
 
-A row of one table belongs to the rows of the same name in the others. Each figure is a mean, with its sample standard deviation where there are
+A row of one table belongs to the rows of the same name (or T) in the others. Each figure is a mean, with its sample standard deviation where there are
 several seeds. The shares that leave are those of each seed, in the order of the tables.
 """
 
@@ -13,7 +13,6 @@ from statistics import mean, stdev
 import click
 
 FIGURES = ("accuracy", "fidelity", "cost", "paper", "parameters")
-TITLE = ("run", "seeds", *FIGURES, "leave at, by seed")
 
 
 def shown(values: list[float]) -> str:
@@ -28,25 +27,29 @@ def shown(values: list[float]) -> str:
 def main(tables: tuple[Path, ...], least: int, file: Path | None) -> None:
     """Print the table."""
     runs: dict[str, list[dict[str, str]]] = {}
+    columns = ["run"]
     if len(set(map(Path.resolve, tables))) < len(tables):
         raise click.ClickException("One table is named twice, and a seed counts once.")
     for path in tables:
         with path.open(encoding="utf-8", newline="") as opened:
             found = list(csv.DictReader(opened))
-        names = [row["run"] for row in found]
+        columns = list(found[0]) if found else columns
+        names = [row[columns[0]] for row in found]
         if len(set(names)) < len(names):
             raise click.ClickException(f"{path} has two rows of one name, so they are not of several seeds.")
         for row in found:
-            runs.setdefault(row["run"], []).append(row)
+            runs.setdefault(row[columns[0]], []).append(row)
+    figures = [figure for figure in FIGURES if figure in columns]
+    title = (columns[0], "seeds", *figures, "leave at, by seed")
     rows = [
-        [name, str(len(found)), *(shown([float(row[figure]) for row in found]) for figure in FIGURES),
+        [name, str(len(found)), *(shown([float(row[figure]) for row in found]) for figure in figures),
          "; ".join(row["leave at"] for row in found)]
         for name, found in runs.items() if len(found) >= least
     ]  # fmt: skip
     if file is not None:
         with file.open("w", encoding="utf-8", newline="") as written:
-            csv.writer(written, lineterminator="\n").writerows([TITLE, *rows])
-    click.echo("\n".join("| " + " | ".join(words) + " |" for words in [TITLE, ["---"] * len(TITLE), *rows]))
+            csv.writer(written, lineterminator="\n").writerows([title, *rows])
+    click.echo("\n".join("| " + " | ".join(words) + " |" for words in [title, ["---"] * len(title), *rows]))
 
 
 if __name__ == "__main__":
