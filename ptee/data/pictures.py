@@ -15,9 +15,9 @@ from zlib import crc32
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from ptee._common.errors import DataError, some, unknown
+from ptee._common.progress import with_bar
 from ptee.data.pixels import FORMATS, SCANS, eight_bits, require_sides, scans_of
 
 if TYPE_CHECKING:
@@ -211,9 +211,8 @@ def _of_each(function: Callable[[File], T], files: Sequence[File], doing: str) -
     chunks = [files[i : i + CHECKED_AT_ONCE] for i in range(0, len(files), CHECKED_AT_ONCE)]
     pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without holding Python's lock
     try:
-        for found in tqdm(
-            pool.map(lambda c: [*map(function, c)], chunks), doing, len(chunks), leave=False, disable=None
-        ):
+        results = pool.map(lambda c: [*map(function, c)], chunks)
+        for _, found in zip(with_bar(chunks, doing), results, strict=True):
             yield from found
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C ends it, too

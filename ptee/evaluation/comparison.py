@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import modes, set_modes
 from ptee.analysis.macs import count
@@ -158,13 +158,8 @@ def compare(
             keep[name] = _as_it_answers(model, pair.report)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
-        hidden = None if progress else True  # None: unless standard error is a terminal
-        found += tqdm(
-            _of_run(name, _with_times(pair, timed), allowed, wanted, model.answers),
-            f"thresholds of {name}",
-            disable=hidden,
-            leave=False,
-        )
+        own = _of_run(name, _with_times(pair, timed), allowed, wanted, model.answers)
+        found += with_bar(own, f"thresholds of {name}", progress)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from ptee._common.devices import one_thread
 from ptee._common.errors import Argument, BackboneError, DataError, first_line
 from ptee._common.files import replace_file, require_writable
 from ptee._common.process import no_stdout, own_random_numbers
+from ptee._common.progress import with_bar
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO, SIDE
@@ -133,7 +133,7 @@ def train_demo_network(data: Data, file: Path, log: Log) -> None:
         for epoch in range(EPOCHS):
             name, total = f"network, epoch {epoch + 1}/{EPOCHS}", 0.0
             order = torch.randperm(len(images), device="cpu")
-            for rows in tqdm(order.split(BATCH), name, leave=False, disable=None):
+            for rows in with_bar(order.split(BATCH), name):
                 x = images[rows].to(memory_format=torch.channels_last)
                 loss = F.cross_entropy(net(x), labels[rows])
                 adam.zero_grad(set_to_none=True)

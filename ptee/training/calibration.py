@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
+from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
@@ -233,7 +233,7 @@ def _positives(outputs: _Outputs, target: str) -> Tensor:
 @torch.inference_mode()
 def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
     odds, answers, labels = [], [], []
-    for batch in tqdm(loader, desc="calibrating", disable=None, leave=False):
+    for batch in with_bar(loader, "calibrating"):
         images, known = split_batch(batch)
         every = model.all_exits(model.prepared(images))
         own = every.logits[:-1]
