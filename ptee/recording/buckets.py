@@ -69,6 +69,8 @@ class Bucket:
         staying: for each exit who goes on.
         replay: for each piece what repeats it.
         kept: whose memory nothing else may take.
+        made: what a piece makes of weights alone and a later piece reads, as bytes. An older recording may use their memory in between.
+        constants: each of these, and what it holds.
     """
 
     images: Tensor
@@ -79,10 +81,12 @@ class Bucket:
     staying: list[Staying] = field(default_factory=list)
     replay: list[Callable[[], None]] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+    constants: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        for recorded in (self.alive, self.where, self.staying, self.replay, self.kept):
+        for recorded in (self.alive, self.where, self.staying, self.replay, self.kept, self.made, self.constants):
             recorded.clear()
 
     @property
@@ -195,7 +199,7 @@ class Buckets(ABC):
         looks = 0
         while (number := self._read[n]) < 0:
             looks += 1
-            if looks % LOOKS == 0 and torch.cuda.current_stream().query() and self._read[n] < 0:
+            if looks % LOOKS == 0 and torch.cuda.current_stream(self.device).query() and self._read[n] < 0:
                 raise PteeError(f"Exit {n} was not reached on the GPU.")
             time.sleep(0)  # other threads may run
         self._unread.remove(n)
@@ -228,6 +232,8 @@ class Buckets(ABC):
         for rows, source, target in zip(bucket.where[n], bucket.alive[n], smaller.alive[n], strict=True):
             rows.select(source, order, out=target)
         to.rows.copy_(staying.packed[: smaller.size])
+        for constant, value in smaller.constants:
+            constant.copy_(value)
 
     # -------------------------------------------------------------------------------------------- recording
 

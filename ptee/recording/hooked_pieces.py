@@ -60,6 +60,7 @@ class HookedPieces(Buckets):
 
     def _record(self, bucket: Bucket) -> None:
         bucket.replay.extend(self._parts(bucket, _Heads))
+        bucket.constants = [(t, t.clone()) for t in bucket.made]  # outside of what recordings share
 
     def _parts(self, bucket: Bucket, kind: type[_Cuts]) -> list[Callable[[], None]]:
         """What repeats each piece of a pass of this kind."""
@@ -89,6 +90,7 @@ class HookedPieces(Buckets):
             call.check_all_passed()
             call.at_end(answer)
         bucket.kept.extend(call.memory.kept.values())
+        bucket.made.extend(call.memory.constants.values())
 
 
 class _Cuts(Call):
@@ -110,7 +112,8 @@ class _Cuts(Call):
         self.bucket.alive.append([*maps, *others])
         self.bucket.where.append([Rows(0, len(t) // self.bucket.size) for t in maps] + [Rows()] * len(others))
         self.memory.next_piece(self.bucket.alive[-1])
-        self.next_part()
+        with self.memory.unwatched():  # CUDA may note its random numbers
+            self.next_part()
 
     def at_end(self, answer: Tensor) -> None:
         """Called with the backbone's answer."""

@@ -35,11 +35,13 @@ class Memory(TorchDispatchMode):
 
     Attributes:
         kept: one tensor for each piece of memory that was made before the piece that reads it, or before the pass.
+        constants: the bytes of those that the pass makes of weights alone.
     """
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.kept: dict[StorageWeakRef, Tensor] = {}
+        self.constants: dict[StorageWeakRef, Tensor] = {}
         self._made = {memory_of(images): 0}  # in which piece
         self._of_images = {memory_of(images)}
         self._given: set[StorageWeakRef] = set()  # to this piece, anew for each batch
@@ -93,6 +95,14 @@ class Memory(TorchDispatchMode):
             raise PteeError(f"{func} writes into memory that {whose}")
         if memory in self._of_images and not by_shape:
             raise PteeError(f"{func} reads what depends on the images and went past an exit")
+        if made is not None and memory not in self._of_images and memory not in self.constants:
+            with self.unwatched():
+                self.constants[memory] = _bytes_of(tensor)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """All of a tensor's memory."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _tensors(tree: Any) -> list[Tensor]:

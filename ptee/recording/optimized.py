@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,6 +37,7 @@ class OptimizedModel(nn.Module):
 
     It shares weights, thresholds and all other settings with that model: set them here or there. Thresholds change nothing that
     was recorded. After a change of `off`, `confidence`, `answers`, a weight or a module, the next call takes the model apart again.
+    What is written through a weight's `.data` nobody can see: call `optimize` again after it.
 
     One call runs at a time; other threads wait. Autocast has no effect: give `optimize` a number type.
 
@@ -222,11 +223,10 @@ class _Contents:
         places: list[Any] = [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
         self._held = [(d, name, value) for d in places for name, value in d.items()]
         tensors = {value for *_, value in self._held if isinstance(value, Tensor)}
+        self._places = [(t, t.data_ptr()) for t in tensors]
         self._versions = [
             (t, t._version) for t in tensors if not t.is_inference()
         ]  # which count what is written into them
-        self._place = one_parameter(model)
-        self._pointer = self._place.data_ptr()
 
     def unchanged(self) -> bool:
         """Whether all are the same objects, were not moved, and were not written into."""
@@ -236,13 +236,14 @@ class _Contents:
         for tensor, version in self._versions:
             if tensor._version != version:
                 return False
-        return self._place.data_ptr() == self._pointer
+        return all(tensor.data_ptr() == pointer for tensor, pointer in self._places)
 
 
 @contextmanager
 def _as_recorded(like: Tensor) -> Iterator[None]:
-    """Recordings know no autocast, and their memory is written again outside of inference mode."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    """Recordings know no autocast, their memory is written again outside of inference mode, and their GPU is the current one."""
+    where = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
+    with where, torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         yield
 
 

@@ -283,7 +283,7 @@ def bare_by(executor: str, model: EarlyExitModel) -> Callable[[Tensor], Call]:
 def in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
     """The bare backbone in a CUDA graph of its own. It takes images and gives answers away."""
     static = x.clone(memory_format=torch.preserve_format)
-    with torch.no_grad():
+    with torch.cuda.device(x.device), torch.no_grad():
         answer, replay = Graphs().record(lambda: backbone(static))
 
     def call() -> Tensor:
