@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from learning import fit, heads, made, same
 
 import ptee
@@ -37,6 +38,23 @@ def trained(variants, name: str, **settings) -> ptee.EarlyExitModel:
     with variants.trained_as(name):
         fit(model, loss="separate", **settings)
     return model
+
+
+def test_the_ranking_loss_pushes_right_answers_above_wrong_ones(variants):
+    logits = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 1.5]], [[0.0, 0.0]] * 3])  # the second is wrong
+    target, given = torch.tensor([0, 1, 1]), (torch.zeros(1, 3), torch.zeros(2))
+    plain, ranked = (loss(logits, *given, target).item() for loss in (separate_loss, variants.ranking_loss))
+    odds = [2.0, 1.0, 1.5]  # of two classes: the difference of their logits
+    assert ranked - plain == pytest.approx(0.1 * sum(max(0, 1 + odds[1] - odds[n]) for n in (0, 2)) / 2, rel=1e-4)
+
+
+def test_a_sharpness_aware_step_of_no_length_leaves_the_weights_where_they_were(variants):
+    model, before = made(), heads(made())
+    with variants.trained_as("sharpness"):
+        fit(model, loss="separate", lr=1e-12, optimizer="adam", weight_decay=0.0, epochs=1, schedule="constant")
+    for name, value in heads(model).items():
+        if "running" not in name and value.is_floating_point():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ranking", "averaged", "sharpness", "stagewise"])
@@ -69,7 +87,33 @@ def test_a_head_that_learns_for_the_blend_leaves_the_earlier_ones_alone(variants
 
 def test_a_cost_between_two_points_lies_on_their_line(equal_loss):
     points = np.array([(0.2, 2.0), (0.6, 0.0), (0.4, 1.0)])
-    assert equal_loss.costs_at(points, [0.5, 1.0, 1.5]).tolist() == pytest.approx([0.5, 0.4, 0.3])
+    assert equal_loss.costs_at(points, [0.5, 1.0, 1.5, 9.0]).tolist() == pytest.approx([0.5, 0.4, 0.3, 0.2])
+    assert np.isnan(equal_loss.costs_at(points, [-0.1])).all(), "no point loses so little"
+
+
+def test_a_point_that_costs_more_and_loses_more_than_another_does_not_count(equal_loss):
+    points = np.array([(1.0, 0.0), (0.6, -0.1), (0.5, 0.2)])
+    assert equal_loss.costs_at(points, [0.0]).tolist() == pytest.approx([0.6 - 0.1 / 3])
+
+
+def test_lines_are_compared_seed_by_seed_and_only_where_both_reach(equal_loss):
+    falling = {seed: np.array([(0.6 + seed, 0.0), (0.3 + seed, 1.5)]) for seed in range(3)}
+    late = {seed: np.add(points, (0.1, 0.6)) for seed, points in falling.items() if seed}
+    cells = equal_loss.line("late", late, falling)
+    assert cells[:3] == ["late", "2", "-"] and cells[-1] == "+0.220, +0.220"
+    one = falling | {0: np.add(falling[0], (0.0, 0.25))}
+    assert equal_loss.line("one", one)[2] == "2.100 ± 0.707 (2 of 3)"
+
+
+def test_names_that_differ_before_the_seed_are_lines_of_their_own(equal_loss, monkeypatch, tmp_path):
+    names = ("v10", "v11", "v60", "v61", "one0")
+    for name in names:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(equal_loss, "traces_of", lambda run: run)
+    monkeypatch.setattr(equal_loss, "curve", lambda way, run: np.array([(len(run.name) / 10, 0.0)]))
+    printed = CliRunner().invoke(equal_loss.main, [*(str(tmp_path / name) for name in names), "--base", "one"]).output
+    lines = [[cell.strip() for cell in row.split("|")[1:4]] for row in printed.splitlines()[2:]]
+    assert lines == [["one", "1", "0.400"], ["v1", "2", "0.300 ± 0.000"], ["v6", "2", "0.300 ± 0.000"]]
 
 
 def traces(answers, confidence, targets) -> Traces:

@@ -1,9 +1,11 @@
 """What runs cost where as much is really lost: python recipes/scripts/equal_loss.py RUN... [--base NAME]
 
-Runs that are called the same but for the seed at the end of their names are one line. Thresholds are chosen on the calibration images of a
-run and reported on its validation images, then the other way round; both together make a curve, and the cost where 0, half a point or
-one point is lost lies between neighbouring points of it. ± is the standard deviation over the seeds. The last column is the
-difference from the line it is compared with, mean over losses of 0 to 1.5 points, seed by seed.
+Runs that are called the same but for the seed, the last digit of their names, are one line. Thresholds are chosen on the calibration images
+of a run and reported on its validation images, then the other way round; both together make a curve. What costs more and loses more than
+another point of it is left out. The cost where 0, half a point or one point is lost lies between neighbouring points, or is that of
+the last one; a curve that loses more everywhere is left out there, and of how many seeds a mean is stands behind it. ± is the standard deviation over the seeds. The
+last column is the difference from the line it is compared with, mean over those losses from 0 to 1.5 points that both curves reach, seed
+by seed.
 
 Thresholds and answers are those of `ptee tune`, and the line is compared with --base. More lines come from the same traces:
 
@@ -15,7 +17,6 @@ the same without the second. Each exit answers by itself.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ COMPARED = np.arange(0, 1.51, 0.25)
 PRICES = np.geomspace(0.02, 50, 60)  # of a lost answer, in costs of the backbone
 Points = list[tuple[float, float]]  # cost, and points really lost
 Way = Callable[[Traces, Traces], Points]  # from traces to choose on and to report on
+Curves = dict[str, np.ndarray]  # (points, 2) cost and points lost, by seed
 
 
 def traces_of(run: Path) -> tuple[Traces, Traces]:
@@ -155,20 +157,27 @@ def curve(way: Way, traces: tuple[Traces, Traces]) -> np.ndarray:
 
 
 def costs_at(points: np.ndarray, lost: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The cost where so many points are lost."""
-    ordered = points[points[:, 1].argsort()]
-    return np.interp(lost, ordered[:, 1], ordered[:, 0])
+    """The cost where so many points are lost; NaN where that is less than any point loses. Beyond the last point its cost counts."""
+    ordered = points[np.lexsort((points[:, 0], points[:, 1]))]
+    cheapest = np.minimum.accumulate(ordered[:, 0])
+    kept = ordered[ordered[:, 0] <= cheapest]
+    return np.interp(lost, kept[:, 1], kept[:, 0], left=np.nan)
 
 
-def line(name: str, curves: Sequence[np.ndarray], base: Sequence[np.ndarray] | None) -> list[str]:
-    """A row of the table. `base`: of the same seeds."""
+def line(name: str, curves: Curves, base: Curves | None = None) -> list[str]:
+    """A row of the table."""
     cells = [name, str(len(curves))]
     for lost in SHOWN:
-        costs = [float(costs_at(points, [lost])[0]) for points in curves]
-        cells.append(f"{mean(costs):.3f}" + (f" ± {stdev(costs):.3f}" if len(costs) > 1 else ""))
-    pairs = zip(curves, base, strict=False) if base else ()
-    cells.append(", ".join(f"{np.mean(costs_at(a, COMPARED) - costs_at(b, COMPARED)):+.3f}" for a, b in pairs))
-    return cells
+        found = [float(costs_at(points, [lost])[0]) for points in curves.values()]
+        costs = [cost for cost in found if not np.isnan(cost)]
+        partly = f" ({len(costs)} of {len(found)})" * (len(costs) < len(found))
+        spread = f" ± {stdev(costs):.3f}" if len(costs) > 1 else ""
+        cells.append(f"{mean(costs):.3f}{spread}{partly}" if costs else "-")
+    gaps = []
+    for seed in curves.keys() & (base or {}).keys():
+        gap = costs_at(curves[seed], COMPARED) - costs_at((base or {})[seed], COMPARED)
+        gaps.append((seed, f"{np.nanmean(gap):+.3f}" if not np.isnan(gap).all() else "-"))
+    return [*cells, ", ".join(gap for _, gap in sorted(gaps))]
 
 
 @click.command(help=__doc__)
@@ -178,28 +187,41 @@ def line(name: str, curves: Sequence[np.ndarray], base: Sequence[np.ndarray] | N
 @click.option("--classes", multiple=True, help="Likewise.")
 def main(runs: tuple[Path, ...], base: str | None, agreement: tuple[str, ...], classes: tuple[str, ...]) -> None:
     """Print the table."""
-    found: dict[str, list[Path]] = defaultdict(list)
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
     for run in runs:
-        found[re.sub(r"\d+$", "", run.name)].append(run)
+        if not run.name[-1].isdigit():
+            raise click.UsageError(f"{run.name} does not end with the digit of a seed.")
+        found[run.name[:-1]][run.name[-1]] = run
     base = base or next(iter(found))
     for name in {base, *agreement, *classes} - {*found}:
         raise click.UsageError(f"No run is called {name}. There are {', '.join(found)}.")
-    rows, base_curves = [["", "seeds", *(f"{lost:g} lost" for lost in SHOWN), "difference"]], None
+    try:
+        rows = table_of(found, base, agreement, classes)
+    except PteeError as why:
+        raise click.ClickException(str(why)) from why
+    click.echo("\n".join("| " + " | ".join(row) + " |" for row in rows))
+
+
+def table_of(
+    found: dict[str, dict[str, Path]], base: str, agreement: Sequence[str], classes: Sequence[str]
+) -> list[list[str]]:
+    """The rows, of the runs by name and seed."""
+    title = ["", "seeds", *(f"{lost:g} lost" for lost in SHOWN), "difference"]
+    rows, base_curves = [title, ["---"] * len(title)], None
     for name in [base, *(name for name in found if name != base)]:
-        traces = [traces_of(run) for run in found[name]]
-        own = [curve(by_tune, each) for each in traces]
+        traces = {seed: traces_of(run) for seed, run in found[name].items()}
+        own = {seed: curve(by_tune, each) for seed, each in traces.items()}
+        rows.append(line(name, own, base_curves))
         base_curves = base_curves or own
-        rows.append(line(name, own, None if name == base else base_curves))
         for wanted, words, way, without in (
             (agreement, "agreement", by_agreement, by_fit),
             (classes, "a threshold for each class", by_class, by_one),
         ):
             if name in wanted:
-                plain = [curve(without, each) for each in traces]
-                rows.append(line(f"{name}, without {words}", plain, None))
-                rows.append(line(f"{name}, {words}", [curve(way, each) for each in traces], plain))
-    rows.insert(1, ["---"] * len(rows[0]))
-    click.echo("\n".join("| " + " | ".join(row) + " |" for row in rows))
+                plain = {seed: curve(without, each) for seed, each in traces.items()}
+                rows.append(line(f"{name}, without {words}", plain))
+                rows.append(line(f"{name}, {words}", {s: curve(way, each) for s, each in traces.items()}, plain))
+    return rows
 
 
 if __name__ == "__main__":

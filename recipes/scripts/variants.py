@@ -8,8 +8,8 @@ one         one exit at .03, the settings that the others change
 ranking     beside its cross-entropy, the log-odds of right answers are to lie above those of wrong ones by 1, weight .1
 averaged    the mean of the weights of the last two epochs
 sharpness   sharpness-aware steps, radius .05
-views1      one view of each image
-views6      six
+one_view    one view of each image
+six_views   six
 two         exits at .03 and .4
 three       the default's exits
 stagewise   three exits, one after the other: the head learns what the product of its answer with the earlier ones loses
@@ -18,7 +18,7 @@ front       a ResNet-20 in front, and an exit at .4 behind it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -29,6 +29,7 @@ import click
 import torch
 from torch import Tensor
 
+from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
 from ptee.model.run_files import is_run
 from ptee.pipeline.fit import Job, fit_backbone
@@ -47,8 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ranking": ONE,
     "averaged": ONE,
     "sharpness": ONE,
-    "views1": ONE | {"training.views": 1},
-    "views6": ONE | {"training.views": 6},
+    "one_view": ONE | {"training.views": 1},
+    "six_views": ONE | {"training.views": 6},
     "two": {"exits.places": [0.03, 0.4], "exits.head_budget": [0.15, 0.04]},
     "three": {},
     "stagewise": {"training.order": "one by one"},
@@ -143,17 +144,27 @@ def trained_as(name: str) -> Iterator[None]:
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("names", nargs=-1, type=click.Choice(list(SETTINGS)))
-@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True, help="Each is a digit.")
 @click.option("--data", default="../shared/data/cifar10", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path), default=Path("../shared/weights"), show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def main(out: Path, names: tuple[str, ...], seeds: str, data: str, weights: Path, device: str) -> None:
     """Train what is missing."""
+    wanted = seeds.split(",")
+    if not all(len(seed) == 1 and seed.isdigit() for seed in wanted):
+        raise click.UsageError(f"--seeds {seeds}: give digits, separated by commas, such as 0,1,2.")
+    try:
+        _train(out, names or tuple(SETTINGS), [int(seed) for seed in wanted], data, weights, device)
+    except PteeError as why:
+        raise click.ClickException(str(why)) from why
+
+
+def _train(out: Path, names: Sequence[str], seeds: Sequence[int], data: str, weights: Path, device: str) -> None:
     backbone = load_backbone("cifar_resnet56", weights=weights / "cifar_resnet56.safetensors")
-    for seed in map(int, seeds.split(",")):
+    for seed in seeds:
         images, labels = open_images(data, backbone, seed=seed)
         with shared_caches():
-            for name in names or SETTINGS:
+            for name in names:
                 run = out / f"{name}{seed}"
                 if is_run(run) and not is_interrupted(run):
                     continue
