@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_map_only
 from ptee._common.errors import PteeError
 from ptee._common.process import no_logs, no_stderr, own_export
 from ptee.analysis.cut_points import Cut, random_images
+from ptee.deploy.manifest import MAX_ROWS
 from ptee.deploy.refusal import not_captured
 from ptee.exits.heads import HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import RecordAll, running
 
-MAX_ROWS = 4096  # of a batch
 EXAMPLE_ROWS = 3
 
 

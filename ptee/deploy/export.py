@@ -20,9 +20,9 @@ from ptee._common.files import as_path, clear_unfinished, replace_files, require
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
 from ptee._common.text import printable
-from ptee.deploy.capture import MAX_ROWS, example_images
+from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
-from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, SCHEMA, fingerprint
+from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
 from ptee.deploy.refusal import not_written
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.segments import Rows, Segment, segments

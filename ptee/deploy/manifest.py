@@ -22,6 +22,7 @@ AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
 LONGEST_NAME = 200  # letters
+MAX_ROWS = 4096  # of a batch, in what torch.export makes
 Name = Annotated[
     str,
     Field(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
 from ptee.data.pixels import FORMATS, model_input
-from ptee.deploy.manifest import Manifest, read_manifest
+from ptee.deploy.manifest import MAX_ROWS, Manifest, read_manifest
 
 Array = Any  # of numpy for ONNX, of torch for pt2
 
@@ -153,7 +154,11 @@ class Runner:
             )
         if str(x.dtype).removeprefix("torch.") != dtype:
             raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
-        return x if isinstance(x, np.ndarray) else x.to(self.device)
+        if isinstance(x, np.ndarray):
+            return x
+        if len(x) > MAX_ROWS:
+            raise PteeError(f"This model takes up to {MAX_ROWS:,} images at once, not {len(x):,}. Give them in parts.")
+        return x.to(self.device)
 
     def try_out(self) -> None:
         """Answer images of zeros, one of which leaves at the first exit."""
@@ -191,17 +196,21 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
 
     Args:
         folder: with its manifest.
-        device: "cpu" or "cuda"; None: the CPU.
+        device: "cpu", "cuda" or "cuda:1"; None: the CPU.
         threads: of ONNX Runtime on a CPU. None: its own choice, one for each core. For torch, `torch.set_num_threads` says it.
 
     Raises:
         RunError: if a file is missing, was changed, or is of a newer version.
         PteeError: if a library or the device is missing.
     """
-    place = as_path(folder, "folder")
+    place, device = as_path(folder, "folder"), str(device or "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise PteeError(
+            f"device={device!r:.60} is not possible. Give 'cpu' or 'cuda'.", argument="device", value=device
+        )
     manifest = read_manifest(place)
     load = partial(onnx_piece, threads=threads) if manifest.format == "onnx" else _pt2
-    runner = Runner(manifest, [load(place / piece.file, device or "cpu") for piece in manifest.pieces], device or "cpu")
+    runner = Runner(manifest, [load(place / piece.file, device) for piece in manifest.pieces], device)
     try:
         runner.try_out()
     except Exception as why:  # whatever the library raises
@@ -231,8 +240,9 @@ def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[
     options.intra_op_num_threads = threads or 0
     # Each piece has threads of its own. Those of one that is done would go on spinning while the next one computes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    gpu = {"device_id": int(device.partition(":")[2] or 0)} if device.startswith("cuda") else {}
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(file), options, providers=[(provider, gpu)])
     except Exception as why:  # whatever the runtime raises
         raise RunError(f"{file} is no model that ONNX Runtime can read: {first_line(why)}") from why
     names = [given.name for given in session.get_inputs()]
@@ -242,20 +252,37 @@ def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[
 def _pt2(file: Path, device: str) -> Callable[..., Sequence[Array]]:
     import torch
 
-    from ptee._common.process import no_pickles
-
-    try:
-        with no_pickles:
-            module = torch.export.load(file).module()
-        module.to(device)
-    except Exception as why:  # whatever torch raises
-        raise RunError(f"{file} cannot be loaded: {first_line(why)}") from why
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        there = (
+            f"{torch.cuda.device_count()} NVIDIA GPUs are here"
+            if torch.cuda.device_count()
+            else "no NVIDIA GPU is here"
+        )
+        raise PteeError(
+            f"device={device!r} is not possible: {there}. Give 'cpu' or another.", argument="device", value=device
+        )
+    module = _program(file, device)
 
     @torch.no_grad()
     def run(*alive: Any) -> Sequence[Any]:
         return module(*alive)
 
     return run
+
+
+def _program(file: Path, device: str) -> Any:
+    """The module in a file, which was made on a CPU, on another device."""
+    import torch
+    from torch.export.passes import move_to_device_pass
+
+    from ptee._common.process import no_pickles
+
+    try:
+        with no_pickles:
+            program = torch.export.load(file)
+        return (program if device == "cpu" else move_to_device_pass(program, device)).module()
+    except Exception as why:  # whatever torch raises
+        raise RunError(f"{file} cannot be loaded: {first_line(why)}") from why
 
 
 # ---------------------------------------------------------------------------------------------------- arrays of either kind

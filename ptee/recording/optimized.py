@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import PteeError, first_line, unknown
-from ptee.deploy.capture import MAX_ROWS, example_images
+from ptee._common.errors import PteeError, unknown
+from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
+from ptee.deploy.manifest import MAX_ROWS
 from ptee.deploy.segments import segments
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, one_parameter, require_eval
@@ -24,10 +22,10 @@ from ptee.model.images import is_plain, wrong_size, wrong_type
 from ptee.model.thresholds import NEVER, Thresholds
 from ptee.recording.buckets import Buckets
 from ptee.recording.check import check_recorded
+from ptee.recording.compiled import AUTO, COMPILE, EAGER, GRAPHS, compiled
 from ptee.recording.exported_pieces import ExportedPieces
 from ptee.recording.hooked_pieces import HookedPieces
 
-AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
@@ -203,8 +201,8 @@ class OptimizedModel(nn.Module):
             if self.mode == COMPILE or not self._on_gpu:
                 raise
             return self._through_hooks(why)
-        compiled = _compiled if self.mode == COMPILE else None
-        return ExportedPieces(self.model, pieces, self.max_batch, self._example, compiled)
+        by = compiled if self.mode == COMPILE else None
+        return ExportedPieces(self.model, pieces, self.max_batch, self._example, by)
 
     def _through_hooks(self, why: PteeError) -> Buckets:
         """Pieces for a model that cannot be captured, and why it cannot."""
@@ -250,40 +248,6 @@ def _as_recorded(like: Tensor) -> Iterator[None]:
 def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[float | Tensor]:
     """The thresholds of some rows of a batch."""
     return [t if isinstance(t, float) or not t.dim() else t[first : first + rows] for t in thresholds]
-
-
-def _compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for each size of batches by itself, however many there are."""
-    import torch._dynamo
-    from torch._dynamo.exc import TorchDynamoException
-
-    made = torch.compile(piece, dynamic=False)
-
-    def call(*tensors: Tensor) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
-            try:
-                return made(*tensors)
-            except TorchDynamoException as why:  # whatever is missing here or not supported
-                raise _not_compiled(why, tensors[0].device.type) from why
-
-    return call
-
-
-def _compilers() -> list[str]:
-    """Those of C++ that torch may call."""
-    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-
-
-def _not_compiled(why: Exception, device: str) -> PteeError:
-    needs = (
-        "triton (pip install triton)"
-        if device == "cuda"
-        else "a C++ compiler (such as apt install g++; CXX names another)"
-    )
-    other = f"mode={GRAPHS if device == 'cuda' else EAGER!r}"
-    is_missing = find_spec("triton") is None if device == "cuda" else not any(map(shutil.which, _compilers()))
-    mend = f"It needs {needs}. Install that, or give {other}." if is_missing else f"Give {other}."
-    return PteeError(f"torch.compile cannot make this model's pieces: {first_line(why)} {mend}")
 
 
 def optimize(

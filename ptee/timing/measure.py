@@ -25,6 +25,7 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
 from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.recording.compiled import compiled
 from ptee.recording.graphs import Graphs
 from ptee.recording.optimized import OptimizedModel, optimize
 from ptee.timing.exported import OnnxModel, bare_onnx, require_onnx
@@ -277,7 +278,7 @@ def bare_by(executor: str, model: EarlyExitModel) -> Callable[[Tensor], Call]:
     if executor not in (GRAPHS, COMPILE):
         return lambda x: partial(model.backbone, x)
     bare = copy.deepcopy(model).detach()  # its hooks would be compiled, too
-    return partial(in_a_graph if executor == GRAPHS else compiled, bare)
+    return partial(in_a_graph if executor == GRAPHS else by_compile, bare)
 
 
 def in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
@@ -294,9 +295,9 @@ def in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
     return call
 
 
-def compiled(backbone: nn.Module, x: Tensor) -> Call:
+def by_compile(backbone: nn.Module, x: Tensor) -> Call:
     """The bare backbone as torch.compile makes it."""
-    fast = torch.compile(backbone, mode="reduce-overhead" if x.is_cuda else None, dynamic=False)
+    fast = compiled(backbone, "reduce-overhead" if x.is_cuda else None)
     return lambda: fast(x).clone()
 
 

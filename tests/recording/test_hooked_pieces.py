@@ -11,7 +11,7 @@ import pytest
 import torch
 from awkward import REAL, REAL_SIZE, Cells
 from device import here, seeded
-from rerun import stand_in
+from rerun import Once, stand_in
 from small import SIZE, K, chained, made
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from ptee.analysis.axes import memory_of
 from ptee.backbones.load import load_backbone
 from ptee.deploy.capture import example_images
 from ptee.model.build import build
+from ptee.model.thresholds import NEVER
 from ptee.recording import optimized
 from ptee.recording.buckets import Buckets
 from ptee.recording.check import check_recorded
@@ -211,6 +212,45 @@ def test_memory_that_a_later_piece_reads_is_kept(pieces):
     assert [4, 1] not in [list(t.shape) for t in bucket.kept]
 
 
+def test_what_an_older_recording_wrote_over_is_put_back_when_rows_come(pieces):
+    """Recordings share memory: one that was made before may use that of a constant in between."""
+    early = of(MadeBefore)
+    recorded = pieces(early, 8, example_images(early, 1))
+    recorded.bucket_for(8)
+    smaller = recorded.bucket_for(4)
+    (constant, value), *more = smaller.constants
+    assert not more and torch.equal(constant, value) and constant.data_ptr() != value.data_ptr()
+    constant.fill_(77)
+    x = torch.randn(8, *SIZE, generator=seeded(3))
+    h = early.all_exits(x).confidence[0].detach().sort().values
+    limits = [float(h[3] + h[4]) / 2, NEVER]  # half of the rows go on, in the smaller bucket
+    want = early.predict(x, limits)
+    with torch.no_grad():
+        logits, *_ = recorded(x, limits)
+    assert torch.equal(constant, value)
+    near = tolerance(x.dtype, here())
+    torch.testing.assert_close(logits, want.logits, rtol=near, atol=near)
+
+
+def test_cuda_may_note_its_random_numbers_between_two_pieces(monkeypatch):
+    """As older versions of torch do where a recording begins: nothing of the model is written."""
+    noted = torch.zeros(1)
+
+    class Notes(Once):
+        def record_parts(self, run):
+            def begin() -> None:
+                noted.fill_(0)
+                parts.append(lambda: None)
+
+            parts = [lambda: None]
+            run(begin)
+            return parts
+
+    monkeypatch.setattr("ptee.recording.hooked_pieces.Graphs", Notes)
+    early = of(LooksAtRows)
+    assert len(HookedPieces(early, 4, example_images(early, 1)).bucket_for(4).replay) == 3
+
+
 def test_what_a_module_keeps_for_itself_is_kept_for_each_size(pieces):
     early = of(KeepsMask)
     recorded = pieces(early, 4, example_images(early, 1))
@@ -254,10 +294,12 @@ def test_an_error_of_the_model_s_own_code_is_refused_in_one_line(pieces):
             return super().forward(x)
 
     early = of(Chokes)
-    with pytest.raises(
-        PteeError, match=r"^Batches of 6 cannot be recorded through the hooks of Chokes: ValueError: six rows\.$"
-    ):
-        pieces(early, 8, example_images(early, 1)).bucket_for(6)
+    recorded = pieces(early, 8, example_images(early, 1))
+    for record in (recorded.bucket_for, recorded.replays_without_heads):
+        with pytest.raises(
+            PteeError, match=r"^Batches of 6 cannot be recorded through the hooks of Chokes: ValueError: six rows\.$"
+        ):
+            record(6)
 
 
 def test_optimize_takes_hooks_where_export_fails(pieces):

@@ -20,6 +20,7 @@ from device import here, seeded
 from rerun import stand_in
 from small import SIZE, K, chained, made
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import ptee
 from ptee._common.errors import PteeError
@@ -274,7 +275,11 @@ def another_module(early: ptee.EarlyExitModel) -> None:
     early.backbone[-1] = nn.Linear(6, K).eval()
 
 
-@pytest.mark.parametrize("change", [in_place, another_parameter, another_module])
+def other_data(early: ptee.EarlyExitModel) -> None:
+    vector_to_parameters(-1.5 * parameters_to_vector(early.heads.parameters()), early.heads.parameters())
+
+
+@pytest.mark.parametrize("change", [in_place, another_parameter, another_module, other_data])
 def test_weights_that_changed_answer_as_they_are_now(change, mode, x):
     early = made()
     fast = ptee.optimize(early, mode=mode)

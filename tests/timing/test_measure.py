@@ -16,7 +16,7 @@ from ptee.backbones.load import load_backbone
 from ptee.timing import laps
 from ptee.timing.backbone import time_of_modules
 from ptee.timing.laps import Laps, in_turns
-from ptee.timing.measure import all_on, hook_laps, measure, measure_static
+from ptee.timing.measure import all_on, bare_by, hook_laps, measure, measure_static
 
 pytestmark = pytest.mark.cpu("a GPU looks at its own clock")
 
@@ -148,3 +148,22 @@ def test_a_smaller_network_is_the_first_exit_of_a_cascade(slow, clock):
     times = measure_static(load_backbone(small, input_size=SIZE), slow, here(), 2)
     assert times.heads[0].tolist() == pytest.approx([0, 0.05, 0.1])  # of 14 s
     assert times.segments[:, -1].tolist() == pytest.approx([0, 1])
+
+
+def test_the_compiled_backbone_is_compiled_at_every_size_of_batches(monkeypatch):
+    made_for, compile = [], torch.compile
+
+    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
+        return lambda *tensors: (made_for.append(len(tensors[-1])), graph(*tensors))[1]
+
+    monkeypatch.setattr(
+        torch, "compile", lambda piece, *, mode, dynamic: compile(piece, backend=backend, dynamic=dynamic)
+    )
+    model, sizes = made(), range(1, 13)
+    for _ in range(2):  # once to measure the pieces, once for the table
+        made_for.clear()
+        call = bare_by("compile", model)
+        with torch.no_grad():
+            for b in sizes:
+                call(torch.zeros(b, *SIZE))()
+        assert len(made_for) == len(sizes)

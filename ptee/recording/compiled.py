@@ -1,0 +1,57 @@
+"""torch.compile, as pieces and whole backbones need it: every size of batches is compiled for itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from ptee._common.errors import PteeError, first_line
+
+AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"  # the modes of `optimize`
+SIZES, SIZES_OF_ALL = (
+    256,
+    4096,
+)  # that are compiled; torch's own 8 would leave the next ones as they are, without a word
+
+
+def compiled(piece: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """What torch.compile makes of a module or a function, in one of torch's modes.
+
+    Raises:
+        PteeError: when it is called, if something is missing here or is not supported.
+    """
+    import torch._dynamo
+    from torch._dynamo.exc import TorchDynamoException
+
+    made = torch.compile(piece, mode=mode, dynamic=False)
+
+    def call(*tensors: Tensor) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=SIZES, accumulated_recompile_limit=SIZES_OF_ALL):
+            try:
+                return made(*tensors)
+            except TorchDynamoException as why:
+                raise _not_compiled(why, tensors[0].device.type) from why
+
+    return call
+
+
+def _compilers() -> list[str]:
+    """Those of C++ that torch may call."""
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+
+
+def _not_compiled(why: Exception, device: str) -> PteeError:
+    needs = (
+        "triton (pip install triton)"
+        if device == "cuda"
+        else "a C++ compiler (such as apt install g++; CXX names another)"
+    )
+    other = f"mode={GRAPHS if device == 'cuda' else EAGER!r}"
+    is_missing = find_spec("triton") is None if device == "cuda" else not any(map(shutil.which, _compilers()))
+    mend = f"It needs {needs}. Install that, or give {other}." if is_missing else f"Give {other}."
+    return PteeError(f"torch.compile cannot make this model's pieces: {first_line(why)} {mend}")

@@ -1,0 +1,55 @@
+"""Exported models on other devices, and batches that are too large for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from device import drawn
+from small import SIZE, made
+
+import ptee
+from ptee._common.errors import PteeError
+from ptee.deploy.manifest import MAX_ROWS
+from ptee.deploy.runner import _program
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ptee.export(made(), tmp_path_factory.mktemp("exported") / "out")
+
+
+def test_a_file_that_was_made_on_a_cpu_names_no_other_device_than_the_one_it_is_loaded_for(exported):
+    for file in sorted(exported.glob("*.pt2")):
+        module = _program(file, "meta")
+        named = [value for node in module.graph.nodes for value in (*node.args, *node.kwargs.values())]
+        assert {value.type for value in named if isinstance(value, torch.device)} <= {"meta"}
+        assert {t.device.type for t in (*module.parameters(), *module.buffers())} <= {"meta"}
+
+
+@pytest.mark.parametrize("device", ["tpu", "mps", "cuda:x", "cpu:0", ""])
+def test_a_device_that_does_not_exist_is_refused_before_a_file_is_opened(exported, device):
+    if device:
+        with pytest.raises(PteeError, match=f"device='{device}' is not possible. Give 'cpu' or 'cuda'"):
+            ptee.load_exported(exported, device)
+    else:
+        assert ptee.load_exported(exported, device).device == "cpu"
+
+
+def test_a_gpu_that_is_not_there_is_named_and_not_the_file(exported):
+    device = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(PteeError, match=f"device='{device}' is not possible: .* here. Give 'cpu' or another."):
+        ptee.load_exported(exported, device)
+
+
+def test_a_device_of_torch_will_do(exported):
+    x = torch.randn(2, *SIZE, generator=drawn(0), device="cpu")
+    runner = ptee.load_exported(exported, torch.device("cpu"))
+    assert torch.equal(runner.predict(x).logits, ptee.load_exported(exported).predict(x).logits)
+
+
+def test_more_images_than_a_file_takes_are_refused_in_one_line(exported):
+    runner = ptee.load_exported(exported)
+    with pytest.raises(PteeError, match="up to 4,096 images at once, not 4,097"):
+        runner.predict(torch.zeros(MAX_ROWS + 1, *SIZE, device="cpu"))
