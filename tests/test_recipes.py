@@ -72,6 +72,16 @@ def test_seeds_takes_tables_by_threshold(tmp_path):
     assert printed[2:] == ["| 0.5 | 2 | 0.500 ± 0.141 | 0.900 ± 0.000 | 1.000 ± 0.000 | 0.900 ± 0.000 | 0 3; 1 3 |"]
 
 
+def test_seeds_refuses_tables_of_two_kinds(tmp_path):
+    (tmp_path / "a.csv").write_text("T,accuracy,cost,leave at\n0.5,0.4,1.0,3\n")
+    (tmp_path / "b.csv").write_text("run,accuracy,cost,leave at\nx,0.4,1.0,3\n")
+    command = [sys.executable, str(RECIPES / "seeds.py"), *map(str, sorted(tmp_path.iterdir()))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and done.stderr.endswith(
+        "b.csv has other columns than the tables before it: run, accuracy, cost, leave at.\n"
+    )
+
+
 def spread_of(folder, *comparisons):
     """What is printed of comparisons, each with the costs of its lines by name."""
     for n, lines in enumerate(comparisons):

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
-from ptee._common.errors import BackboneError, PteeError
+from ptee._common.errors import Argument, BackboneError, PteeError
 from ptee._common.files import is_file
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.backbones import timm, torchvision
-from ptee.backbones.library import CHECK, MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
+from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
 from ptee.backbones.source import COMMIT
 
 LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
@@ -103,7 +103,15 @@ def rebuilding(argument: str) -> Iterator[None]:
         yield
     except PteeError as error:
         what = "front network" if argument == "front" else argument
-        is_last = error.parts[-len(CHECK) :] == CHECK  # a run names its own model
-        parts = error.parts[: -len(CHECK)] if is_last else error.parts
+        parts = _without_advice(error) if error.argument in ("weights", "num_classes") else error.parts
         advice = f" Give the network itself from Python, {argument}=NETWORK."
         raise BackboneError(f"The {what} cannot be rebuilt: ", *parts, advice, argument=argument) from error
+
+
+def _without_advice(error: PteeError) -> tuple[str | Argument, ...]:
+    """What an error says of a file of weights, without the advice to change the model: a run names its own.
+
+    The advice begins with the last words before the first argument that it names.
+    """
+    first = next((n for n, part in enumerate(error.parts) if isinstance(part, Argument)), None)
+    return error.parts if first is None else (*(str(part).rstrip() for part in error.parts[: first - 1]),)

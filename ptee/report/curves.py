@@ -119,7 +119,8 @@ def threshold(steps: Sequence[Step]) -> Any:
 def runs(found: Sequence[dict[str, Any]]) -> Any:
     """Accuracy (without labels: fidelity) against cost of several runs: `name`, `cost`, `accuracy`, `fidelity` and `backbone` of each.
 
-    One backbone is a line. Where each run has another, an open mark at cost 1 is that of the run with the same mark.
+    One backbone is a line. Where each run has another, an open mark at cost 1 is that of the run with the same mark, or at
+    the end of its line.
     """
     measure = FIDELITY if any(run[ACCURACY] is None for run in found) else ACCURACY
     bare = [1.0 if measure == FIDELITY or run["backbone"] is None else run["backbone"] for run in found]
@@ -136,9 +137,12 @@ def runs(found: Sequence[dict[str, Any]]) -> Any:
         )  # fmt: skip
         if not one:
             open_mark = of_run | {"symbol": f"{of_run['symbol']}-open"}
+            x, y, mode = (
+                ([1.0], [bare[n]], "markers") if few else ([run["cost"], 1.0], [run[measure], bare[n]], "lines+markers")
+            )
             drawn.add_scatter(
-                x=[1.0], y=[bare[n]], name=f"{text(run['name'])}, backbone", mode="markers", showlegend=False,
-                hoverinfo="name+x+y", marker=open_mark,
+                x=x, y=y, name=f"{text(run['name'])}, backbone", mode=mode, showlegend=False, hoverinfo="name+x+y", marker=open_mark,
+                line={"color": NEUTRAL, "width": 0.5},
             )  # fmt: skip
     if not one:
         drawn.add_scatter(

@@ -96,6 +96,8 @@ def curve(of: Reported, measure: str, star: str = "at the run's own thresholds")
     assert of.comparison is not None and of.own is not None
     drawn = curves.curve(of.comparison, measure, lambda line, entry: command(of, line, entry))
     y = of.own.fidelity if measure == curves.FIDELITY else of.own.merit
+    low, high = drawn.layout.yaxis.range
+    drawn.update_yaxes(range=[min(low, y - 0.05 * (high - low)), max(high, y + 0.05 * (high - low))])
     return drawn.add_scatter(x=[_price(of, of.own)], y=[y], mode="markers", name=star, marker=POINT, hoverinfo="x+y")
 
 

@@ -33,6 +33,8 @@ def main(tables: tuple[Path, ...], least: int, file: Path | None) -> None:
     for path in tables:
         with path.open(encoding="utf-8", newline="") as opened:
             found = list(csv.DictReader(opened))
+        if runs and found and list(found[0]) != columns:
+            raise click.ClickException(f"{path} has other columns than the tables before it: {', '.join(found[0])}.")
         columns = list(found[0]) if found else columns
         names = [row[columns[0]] for row in found]
         if len(set(names)) < len(names):

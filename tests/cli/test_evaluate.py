@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import MODEL, SHORT, TEN, assert_refused, edited, evaluated, figures, files, pictures, quietly, read_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -161,11 +162,15 @@ def test_weights_that_were_moved_are_asked_for_and_taken(run, things, tmp_path):
     old.rename(new)
     assert_refused(run("evaluate", "out"), r"old\.safetensors.*--weights FILE")
     assert run("evaluate", "out", "--weights", new, "--no-speed").status == 0
-    others = tmp_path / "others.safetensors"
-    save_file({name: tensor for name, tensor in load_file(new).items() if "fc" not in name}, others)
-    done = run("evaluate", "out", "--weights", others)
-    assert_refused(done, "Or give the weights that the run was made with: --weights FILE")
-    assert "--model" not in done.err
+    tensors, others = load_file(new), tmp_path / "others.safetensors"
+    less = {name: tensor for name, tensor in tensors.items() if "fc" not in name}
+    wider = {name: torch.cat([t, t], 1) if t.dim() == 4 else t for name, t in tensors.items()}
+    more_classes = tensors | {name: torch.cat([t, t]) for name, t in tensors.items() if "fc" in name}
+    for wrong in (less, wider, more_classes):
+        save_file(wrong, others)
+        done = run("evaluate", "out", "--weights", others)
+        assert_refused(done, "Or give the weights that the run was made with: --weights FILE")
+        assert not re.search("--model|--num-classes|--input-size|  ", done.err)
 
 
 @pytest.fixture(scope="module")

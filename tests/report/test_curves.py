@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
-from ptee.report.curves import FIDELITY, curve, over_setting, runs
+from ptee.report import parts
+from ptee.report.curves import ACCURACY, FIDELITY, curve, over_setting, runs
 
 ENTRIES = tuple(Entry(drop, 0.5 - drop, drop, (drop - 0.01, drop + 0.02), drop, (0.9,)) for drop in (0.0, 0.01, 0.02))
 ALONE = Entry(None, 0.3, 0.05, (0.04, 0.06), 0.05)
@@ -89,6 +91,17 @@ def test_each_run_of_a_sweep_over_backbones_stands_beside_its_own():
     assert drawn.data[-1].name == "open: its backbone" and drawn.data[-1].showlegend is not False
 
 
+def test_of_many_runs_whose_marks_are_alike_a_line_leads_to_the_backbone_of_each():
+    found = [
+        {"name": f"run {n}", "cost": 0.5, "accuracy": 0.8, "fidelity": 0.9, "backbone": 0.7 + n / 100}
+        for n in range(21)
+    ]
+    drawn = runs(found)
+    for n in range(21):
+        own = drawn.data[2 * n + 1]
+        assert (own.mode, own.x, own.y) == ("lines+markers", (0.5, 1.0), (0.8, 0.7 + n / 100))
+
+
 def test_over_a_setting_runs_of_one_value_are_a_mean_with_its_range():
     each = [(0.1, 0.8), (0.1, 0.6), (0.2, 0.5)]
     drawn = over_setting([{"w": w, "accuracy": None, "fidelity": 1.0, "cost": cost} for w, cost in each], "w")
@@ -103,6 +116,17 @@ def test_quotes_are_drawn_as_they_are():
     bare, line = curve(quoted).data
     assert (bare.name, line.name) == ("a&lt;b&gt;", 'it\'s "r"')
     assert line.hovertext[0].startswith('it\'s "r"<br>')
+
+
+@pytest.mark.parametrize("merit", [0.2, 0.84])
+def test_the_runs_own_point_is_inside_of_the_figure(merit):
+    own = SimpleNamespace(merit=merit, fidelity=merit, cost=0.4, time=None)
+    drawn = parts.curve(
+        SimpleNamespace(comparison=COMPARISON, own=own, folders={}, model=SimpleNamespace(answers="own"), times=None),
+        ACCURACY,
+    )
+    low, high = drawn.layout.yaxis.range
+    assert low < merit < high and drawn.data[-1].y == (merit,)
 
 
 def test_all_exits_where_a_run_is_cut_off_are_one_curve(drawn):
