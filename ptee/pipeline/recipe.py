@@ -31,6 +31,7 @@ LARGEST_FILE = 2**16  # bytes; a recipe has about two thousand, and YAML is read
 DEFAULT = "ptee"
 # Shorter names of settings, in Python and on the command line.
 OTHER_NAMES = {"exits": "exits.places", "num_exits": "exits.number", "confidence": "confidence.name"}
+OTHER_NAMES |= dict.fromkeys(("lambda", "training.lambda"), "training.cost_weight")  # as the papers call it
 
 
 class Recipe(FrozenConfig):

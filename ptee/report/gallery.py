@@ -50,8 +50,8 @@ def gallery(traces: Traces, leaving: Tensor, images: Any, names: Sequence[str], 
         where = f"at exit {n}" if n < exits else "at the end of the backbone"
         well, wrong = (leaving == n) & right, (leaving == n) & ~right
         groups = [(f"Answered rightly {where}", well, spread_over(well.nonzero()[:, 0], MOST))]
-        if n < exits:  # those first that the backbone would have answered rightly
-            groups.append((f"Answered wrongly {where}", wrong, _lost_first(traces, wrong)))
+        # Those first that the backbone would have answered rightly.
+        groups.append((f"Answered wrongly {where}", wrong, _lost_first(traces, wrong)))
         for title, which, places in groups:
             shown = tuple(_picture(traces, leaving, images, i, names, pixels) for i in places)
             found += [Row(f"{title} ({int(which.sum()):,} images)", shown)] if shown else []

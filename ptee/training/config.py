@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
@@ -21,7 +21,7 @@ ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit", "db": "join
 MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
 SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
 Auto = Literal["auto"]
-Loss = Literal["separate", "weighted", "joint", "joint_each_exit", "mc", "cost"]
+Loss = Literal["separate", "weighted", "joint", "joint_each_exit", "mc", "cost", "each", "v1", "v2", "db", "branchynet"]
 Targets = Literal["labels", "pseudo", "soft"]
 Backbone = Literal["frozen", "joint"]
 FROZEN: Backbone = "frozen"
@@ -35,6 +35,11 @@ LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 
 
+def _lower(name: Any) -> Any:
+    """V1 is v1."""
+    return name.lower() if isinstance(name, str) else name
+
+
 class TrainingConfig(FrozenConfig):
     """How the heads are trained. Every setting has a default; None and "auto" depend on other settings or on the data."""
 
@@ -46,14 +51,12 @@ class TrainingConfig(FrozenConfig):
         gt=0,
         description="Learning rate of the backbone at the beginning, where it learns. Default: that of the heads.",
     )
-    loss: Annotated[Loss, BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name)] = (
-        Field(
-            default="separate",
-            description="What is minimised. separate: every head learns for itself, and its confidence learns whether the head "
-            "is right. weighted: the same as a weighted sum, to which the backbone's own answer belongs. joint: cross-entropy of "
-            "the exits' answers blended by their confidences, plus the expected cost. joint_each_exit: the same, averaged over all exits. mc: the cross-entropy alone. cost: the expected cost alone. "
-            "Other names: v1 and db (joint), v2 (joint_each_exit), branchynet (weighted), each (separate).",
-        )
+    loss: Annotated[Loss, BeforeValidator(_lower), AfterValidator(lambda name: ALIASES.get(name, name))] = Field(
+        default="separate",
+        description="What is minimised. separate: every head learns for itself, and its confidence learns whether the head "
+        "is right. weighted: the same as a weighted sum, to which the backbone's own answer belongs. joint: cross-entropy of "
+        "the exits' answers blended by their confidences, plus the expected cost. joint_each_exit: the same, averaged over all exits. mc: the cross-entropy alone. cost: the expected cost alone. "
+        "Other names: v1 and db (joint), v2 (joint_each_exit), branchynet (weighted), each (separate).",
     )
     targets: Targets | None = Field(
         default=None,

@@ -98,6 +98,11 @@ def test_a_number_of_exits_is_placed_by_pareto():
     assert make_recipe(None, {"num_exits": 4}).resolved().exits.places == "pareto"
 
 
+@pytest.mark.parametrize("name", ["lambda", "training.lambda"])
+def test_the_weight_of_the_cost_goes_by_the_papers_name_too(name):
+    assert make_recipe("eenet", {name: 1.7, "loss": "V1"}).training.cost_weight == 1.7
+
+
 def test_a_front_takes_the_place_of_the_first_exit():
     exits = make_recipe(None, {"front": "resnet18"}).resolved().exits
     assert (exits.places, exits.head, exits.head_budget) == ((0.4, 0.7), "auto+", None)

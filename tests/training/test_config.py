@@ -12,7 +12,10 @@ from ptee.training.config import Loss, Targets, TrainingConfig, epochs_for, shif
 
 REFUSED = [
     ({"targets": "pseudos"}, "targets='pseudos' is unknown. Did you mean 'pseudo'? Choices: labels, pseudo, soft."),
-    ({"loss": "v3"}, "loss='v3' is unknown. Choices: cost, joint, joint_each_exit, mc, separate, weighted."),
+    (
+        {"loss": "v3"},
+        "loss='v3' is unknown. Did you mean 'v2' or 'v1'? Choices: branchynet, cost, db, each, joint, joint_each_exit, mc, separate, v1, v2, weighted.",
+    ),
     (
         {"precision": "bf61"},
         "precision='bf61' is unknown. Did you mean 'bf16' or 'fp16'? Choices: auto, bf16, fp16, no.",
