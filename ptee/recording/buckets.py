@@ -21,6 +21,7 @@ from ptee.deploy.segments import Rows
 from ptee.exits.blend import confidence_of_blend
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import ExitOutput
+from ptee.recording.budget import Budget, peak
 from ptee.recording.decision import Answers, Staying, decide, end
 
 SIZES = (
@@ -123,14 +124,29 @@ class Buckets(ABC):
         self._unread: list[int] = []  # exits whose numbers nobody has waited for
         self._stream: torch.cuda.Stream | None = None  # of the call before
         self._buckets: dict[int, Bucket] = {}
+        self.budget = Budget(self.device, None)
         self._in_force: tuple[float, ...] = ()  # the thresholds on the device, if they are the same for all rows
 
     def bucket_for(self, rows: int) -> Bucket:
         """The smallest bucket for so many rows, recorded if it is asked for for the first time."""
         size = self._size_for[rows - 1]
         if size not in self._buckets:
-            self._buckets[size] = self._recorded(size)
+            if not self.budget.allows(lambda: self.memory_for(size)):
+                raise self.budget.refusal(size, self.memory_for(size))
+            self.budget.spend(lambda: self._buckets.update({size: self._recorded(size)}))
         return self._buckets[size]
+
+    def memory_for(self, rows: int) -> int:
+        """About how many bytes of a GPU recording the bucket for so many rows takes: what one pass uses at once, as the model is."""
+        images = self._empty(self._size_for[rows - 1]).images
+        with torch.no_grad():
+            return peak(self.device, lambda: self.model.all_exits(images))
+
+    def _smaller(self, rows: int, bucket: Bucket) -> Bucket:
+        """The bucket for so many rows. Where there is no memory for it, the one in which they are."""
+        size = self._size_for[rows - 1]
+        fits = size in self._buckets or self.budget.allows(lambda: self.memory_for(size))
+        return self.bucket_for(rows) if fits else bucket
 
     def __call__(
         self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None = None
@@ -173,7 +189,7 @@ class Buckets(ABC):
                 mark()
             if not staying:
                 break
-            smaller = self.bucket_for(staying)
+            smaller = self._smaller(staying, bucket)
             if smaller.size < bucket.size:
                 self._move(n, bucket, smaller)
                 bucket = smaller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import PteeError, unknown
+from ptee._common.errors import Argument, PteeError, unknown
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import MAX_ROWS
@@ -21,6 +22,7 @@ from ptee.model.forward import ExitOutput, one_parameter, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
 from ptee.model.thresholds import NEVER, Thresholds
 from ptee.recording.buckets import Buckets
+from ptee.recording.budget import GIB
 from ptee.recording.check import check_recorded
 from ptee.recording.compiled import AUTO, COMPILE, EAGER, GRAPHS, compiled
 from ptee.recording.exported_pieces import ExportedPieces
@@ -45,9 +47,9 @@ class OptimizedModel(nn.Module):
         mode: "graphs", "compile" or "eager".
     """
 
-    def __init__(self, model: EarlyExitModel, max_batch: int, mode: str) -> None:
+    def __init__(self, model: EarlyExitModel, max_batch: int, mode: str, limit: int | None = None) -> None:
         super().__init__()
-        self.model, self.max_batch, self.mode = model, max_batch, mode
+        self.model, self.max_batch, self.mode, self._limit = model, max_batch, mode, limit
         self._example = example_images(model, 1)
         self._lock = threading.Lock()
         self._bare: dict[
@@ -150,15 +152,25 @@ class OptimizedModel(nn.Module):
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Record the pieces for batches of these sizes now, not when they are first seen."""
         sizes = list(sizes) if isinstance(sizes, Iterable) else [sizes]
+        self._require_sizes(sizes)
+        with self._lock, _as_recorded(self._example):
+            self._keep_up()
+            for size in sizes:
+                self._buckets.bucket_for(size)
+
+    def memory_for(self, rows: int) -> int:
+        """About how many bytes of the GPU recording batches of this size takes; 0 on a CPU, where nothing is recorded."""
+        self._require_sizes([rows])
+        with self._lock, _as_recorded(self._example):
+            self._keep_up()
+            return self._buckets.memory_for(rows)
+
+    def _require_sizes(self, sizes: Sequence[int]) -> None:
         wrong = [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= self.max_batch]
         if wrong:
             raise PteeError(
                 f"Batches have 1 to {self.max_batch} images (max_batch), and {wrong[0]!r} is none of these sizes."
             )
-        with self._lock, _as_recorded(self._example):
-            self._keep_up()
-            for size in sizes:
-                self._buckets.bucket_for(size)
 
     def _fits(self, x: Any) -> bool:
         like = self._example
@@ -202,11 +214,15 @@ class OptimizedModel(nn.Module):
                 raise
             return self._through_hooks(why)
         by = compiled if self.mode == COMPILE else None
-        return ExportedPieces(self.model, pieces, self.max_batch, self._example, by)
+        return self._within_limit(ExportedPieces(self.model, pieces, self.max_batch, self._example, by))
+
+    def _within_limit(self, made: Buckets) -> Buckets:
+        made.budget.limit = self._limit
+        return made
 
     def _through_hooks(self, why: PteeError) -> Buckets:
         """Pieces for a model that cannot be captured, and why it cannot."""
-        made = HookedPieces(self.model, self.max_batch, self._example)
+        made = self._within_limit(HookedPieces(self.model, self.max_batch, self._example))
         try:
             check_recorded(made)
         except PteeError as other:
@@ -251,7 +267,12 @@ def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[f
 
 
 def optimize(
-    model: EarlyExitModel, *, max_batch: int = 256, mode: str = AUTO, dtype: torch.dtype | None = None
+    model: EarlyExitModel,
+    *,
+    max_batch: int = 256,
+    mode: str = AUTO,
+    dtype: torch.dtype | None = None,
+    max_memory: float | None = None,
 ) -> OptimizedModel:
     """Make a trained and tuned model faster: its forward pass is taken apart at the exits, and each piece is recorded.
 
@@ -263,6 +284,9 @@ def optimize(
             minute for each size of batches. "eager": pieces as they are, and on an NVIDIA GPU the same as "graphs". "auto":
             "graphs" on an NVIDIA GPU, else "eager".
         dtype: of weights and images, such as torch.float16. A copy of the model gets it. None: as they are.
+        max_memory: GiB of the GPU that recordings may take, beside weights and images. Rows for which no smaller batch can be
+            recorded any more go on in the larger one; a batch for which there is no room is refused. `memory_for` tells before
+            how much a size takes. None: no limit.
 
     Raises:
         PteeError: if the model cannot be taken apart, or a mode is not possible here.
@@ -284,4 +308,7 @@ def optimize(
                 f"A number type is one such as torch.float16, not {dtype!r}.", argument="dtype", value=dtype
             )
         model = copy.deepcopy(model).to(dtype)
-    return OptimizedModel(model, max_batch, mode)
+    if max_memory is not None and not (isinstance(max_memory, int | float) and 0 < max_memory < math.inf):
+        text = " is no number of GiB above 0. Leave it out for no limit."
+        raise PteeError(Argument("max_memory", repr(max_memory)), text, argument="max_memory", value=max_memory)
+    return OptimizedModel(model, max_batch, mode, None if max_memory is None else int(max_memory * GIB))
