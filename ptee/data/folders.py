@@ -7,7 +7,6 @@ kind of picture that it does not read.
 from __future__ import annotations
 
 import os
-import re
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
@@ -18,18 +17,8 @@ from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError, some
 from ptee.data.pictures import File, Key
+from ptee.data.splits import BEST_FIRST, PARTS, first_word, part_of
 
-PARTS = ("train", "calibration", "validation")
-# Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
-NAMES = {
-    "train": ("train", "training"),
-    "calibration": ("calibration", "calib"),
-    "validation": (
-        *("val", "valid", "validation", "validate", "validating", "dev", "development"),
-        *("eval", "evaluation", "evaluate", "test", "testing", "holdout"),
-    ),
-}
-BEST_FIRST = [name for names in NAMES.values() for name in names]
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pictures that neither torchvision nor ptee reads, so the backbone was not trained on them.
 UNREAD = (
@@ -101,20 +90,11 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     return _number_classes(kind, parts, found, removed, tuple(not_read))
 
 
-def part_of(name: str) -> str | None:
-    """The part that a folder or tar file of this name holds, or None."""
-    return next((part for part, words in NAMES.items() if _first_word(name) in words), None)
-
-
-def _first_word(name: str) -> str:
-    return re.sub("(set|data|images)$", "", re.match("[a-z]*", name.strip().lower())[0])  # type: ignore[index]
-
-
 def _best(paths: Mapping[Path, str | None]) -> dict[str, Path]:
     """For each part, the path that has the best name."""
 
     def rank(path: Path) -> tuple[int, int, str]:
-        return BEST_FIRST.index(_first_word(path.stem)), len(path.stem), path.stem
+        return BEST_FIRST.index(first_word(path.stem)), len(path.stem), path.stem
 
     of_part = {part: [path for path in paths if paths[path] == part] for part in PARTS}
     return {part: min(own, key=rank) for part, own in of_part.items() if own}

@@ -18,8 +18,9 @@ from zlib import crc32
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.folders import EXTENSIONS, part_of
+from ptee.data.folders import EXTENSIONS
 from ptee.data.parts import arrow
+from ptee.data.splits import part_of
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
 ENDINGS = {TAR: (".tar",), PARQUET: (".parquet",), PICTURES: EXTENSIONS}

@@ -11,6 +11,7 @@ known to the backbone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -22,9 +23,19 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
-from ptee.data.folders import PARTS
 from ptee.data.pictures import Labelled
 
+PARTS = ("train", "calibration", "validation")
+# Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
+NAMES = {
+    "train": ("train", "training"),
+    "calibration": ("calibration", "calib"),
+    "validation": (
+        *("val", "valid", "validation", "validate", "validating", "dev", "development"),
+        *("eval", "evaluation", "evaluate", "test", "testing", "holdout"),
+    ),
+}
+BEST_FIRST = [name for names in NAMES.values() for name in names]
 FILES = ("folder", "tar")  # kinds of sources that are found by a path
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 AS_DELIVERED = "split as delivered"  # no image was drawn, so the seed does not matter
@@ -32,6 +43,16 @@ GIVE_DATA = (Argument("data", "FOLDER"), ".")
 WATCHING = " (they show how the training goes; thresholds are chosen on half of the validation images)"
 GIVE_DATA_SETS = (Argument("val_data", "DATASET"), ", or others: ", Argument("calibration_data", "DATASET"), ".")
 DATA_SETS = "data sets"  # the kind of what a user gives from Python
+
+
+def part_of(name: str) -> str | None:
+    """The part that a folder or tar file of this name holds, or None."""
+    return next((part for part, words in NAMES.items() if first_word(name) in words), None)
+
+
+def first_word(name: str) -> str:
+    """The word that a name begins with, in small letters."""
+    return re.sub("(set|data|images)$", "", re.match("[a-z]*", name.strip().lower())[0])  # type: ignore[index]
 
 
 @dataclass(frozen=True)
