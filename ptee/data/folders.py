@@ -7,11 +7,13 @@ kind of picture that it does not read.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +34,7 @@ SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BL
 NO_PICTURES = (*UNREAD, LINK, *SPECIAL.values())  # named like pictures, and not read
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
+FILE = re.compile(r"[.](?!tar$)[a-z]{2,4}$", re.IGNORECASE)  # ends the name of a file, as in readme.md
 TAR_BLOCK_BYTES = 512
 
 
@@ -82,6 +85,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
         _refuse_unknown_parts(folder, named, [path for path, part in (tars | folders).items() if part])
         _refuse_data_sets(folder)
         found, not_read = {"train": folder}, []
+    _refuse_same(folder, found)
     read = _read_tar if kind == "tar" else _read_folder
     parts = {part: read(path, part) for part, path in found.items()}
     if "train" in parts and not report_only:
@@ -104,9 +108,12 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder holds that is not hidden, sorted by name. An entry knows its kind without another look at the disk."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
+            found = sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as why:
         raise _not_listed(why) from why
+    for link in (entry for entry in found if entry.is_symlink()):
+        _refuse_broken_link(Path(link))
+    return found
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -115,6 +122,18 @@ def _visible(folder: Path) -> list[Path]:
 
 def _subfolders(folder: Path) -> list[Path]:
     return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+
+
+def _refuse_broken_link(path: Path) -> None:
+    """Refuse a link to nothing that may stand for a folder or a tar file: its images would be left out in silence."""
+    if FILE.search(path.name):
+        return
+    try:
+        path.stat()
+    except OSError as why:
+        raise DataError(
+            f"'{path}' is a link to '{path.readlink()}', which cannot be opened ({why.strerror}): mend or remove the link."
+        ) from why
 
 
 def _is_hidden(name: str) -> bool:
@@ -152,6 +171,16 @@ def _refuse_data_sets(folder: Path) -> None:
         raise DataError(
             f"'{folder}' does not hold classes, but data sets with parts of their own: did you mean {' or '.join(whole)}?"
         )
+
+
+def _refuse_same(folder: Path, found: Mapping[str, Path]) -> None:
+    """Two parts that are one folder or one file: results would be of images that the heads have seen."""
+    for one, other in combinations(found.values(), 2):
+        if one.samefile(other):
+            raise DataError(
+                f"'{one.name}' and '{other.name}' of '{folder}' are the same images: remove '{other.name}', and images are drawn in "
+                "its place, or replace it by others."
+            )
 
 
 def _is_part(path: Path) -> bool:
@@ -267,6 +296,8 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
             if path.suffix.lower() in EXTENSIONS:
                 pictures.append(str(path))
             else:
+                if path.is_symlink():
+                    _refuse_broken_link(path)
                 others[path.suffix.lower() or "without extension"] += 1
     return sorted(pictures), others
 

@@ -176,6 +176,38 @@ def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):
     assert (data.class_names, sum(data.split["sizes"].values())) == (("a", "b"), 5)
 
 
+@pytest.mark.parametrize("link", ["train/c", "train/c.v2", "train/a/more", "val", "calibration.tar"])
+def test_a_link_that_leads_to_nothing_is_refused_by_name(link, tmp_path):
+    write_folder(tmp_path / "train", numbered(20))
+    (tmp_path / link).symlink_to("/nowhere/c")
+    with pytest.raises(
+        DataError, match=rf"{link}' is a link to '/nowhere/c', which cannot be opened .*: mend or remove the link"
+    ):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["train/readme.md", "train/a/notes.txt"])
+def test_links_of_other_files_may_lead_to_nothing(link, folder):
+    (folder / link).symlink_to("/nowhere")
+    assert opened(folder).split["sizes"]["train"] == 18
+
+
+def test_a_link_that_leads_to_itself_is_refused_by_name(folder):
+    (folder / "train" / "c").symlink_to("c")
+    with pytest.raises(DataError, match=r"train/c' is a link to 'c', which cannot be opened"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train.tar", "validation.tar")], ids=["folder", "tars"])
+def test_two_parts_that_are_the_same_are_refused(names, tmp_path, request):
+    one, other = names
+    source = request.getfixturevalue("tars" if one.endswith("tar") else "folder")
+    (source / other).rename(tmp_path / "old")
+    (source / other).symlink_to(one)
+    with pytest.raises(DataError, match=rf"'{one}' and '{other}' of '.*' are the same images: remove '{other}'"):
+        opened(source)
+
+
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     def refuse(path, onerror, **_):
         onerror(PermissionError(13, "Permission denied", path))
