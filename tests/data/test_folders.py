@@ -84,6 +84,11 @@ def test_other_parts_may_lack_classes(source):
         ("Train", "Validation"),
         ("train2017", "val2017"),
         ("training", "eval"),
+        ("TRAINing", "TESTset"),
+        ("seg_train", "seg_test"),
+        ("CIFAR10-Training", "CIFAR10-val"),
+        ("birdsTrain", "birdsTest"),
+        ("images for training", "images for testing"),
         ("train", "validate"),
     ],
 )
@@ -94,6 +99,26 @@ def test_parts_may_have_any_usual_name_in_any_case(tmp_path, train, val):
     assert data.class_names == ("a", "b")
     assert data.split["parts"] == {"train": train, "validation": val}
     assert data.split["sizes"] == {"train": 9, "calibration": 1, "validation": 3}
+
+
+def test_class_folders_may_lie_one_folder_deeper_in_a_part_and_a_third_folder_is_named(tmp_path):
+    write_folder(tmp_path / "seg_train" / "seg_train", numbered(10))
+    write_folder(tmp_path / "seg_test" / "seg_test", numbered(3))
+    write_folder(tmp_path / "seg_pred" / "seg_pred", ["0.png"])
+    data = opened(tmp_path)
+    assert (data.class_names, data.split["sizes"]["validation"]) == (("a", "b"), 3)
+    assert data.summary.endswith("not read: seg_pred/.")
+
+
+@pytest.mark.parametrize(
+    "names", [("imagestrain", "imagesval"), ("trn", "tst"), ("fold1", "fold2", "fold3"), ("gallery", "query")]
+)
+def test_folders_that_hold_the_same_class_folders_are_refused_as_parts(names, tmp_path):
+    for name in names:
+        write_folder(tmp_path / name, numbered(10))
+    said = rf"The folders {', '.join(names)} of '.*' all hold a, b, so they look like parts, not classes: rename one to train and one to val\."
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path)
 
 
 def test_what_lies_beside_the_parts_is_named(folder):
@@ -140,6 +165,7 @@ LAYOUTS = ".*it should hold train/CLASS"
         (["test/a/0.png", "images/b/1.png"], "'test', but no training images"),
         (["val/a/0.png", "train/1.png"], "'val', and the images of 'train' lie in no class folders"),
         (["train/0.png", "val/0.png"], f"holds train and val without class folders{LAYOUTS}"),
+        (["cars_train/0.png", "cars_test/0.png"], f"holds cars_test and cars_train without class folders{LAYOUTS}"),
         ([], f"No images in class folders of{LAYOUTS}"),
         (["a/notes.txt"], f"No images in class folders of{LAYOUTS}"),
         (["train.zip"], r"No images .* Unpack train\.zip first"),
@@ -193,6 +219,7 @@ def test_links_of_other_files_may_lead_to_nothing(link, folder):
 
 
 def test_a_link_that_leads_to_itself_is_refused_by_name(folder):
+    (folder / "train" / "readme.md").symlink_to("readme.md")
     (folder / "train" / "c").symlink_to("c")
     with pytest.raises(DataError, match=r"train/c' is a link to 'c', which cannot be opened"):
         opened(folder)
