@@ -82,6 +82,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     else:
         _refuse_unknown_parts(folder, named, [path for path, part in (tars | folders).items() if part])
         _refuse_data_sets(folder)
+        _refuse_parts_of_classes(folder)
         _refuse_same_subfolders(folder)
         found, not_read = {"train": folder}, []
     _refuse_same(folder, found)
@@ -138,7 +139,7 @@ def _refuse_data_sets(folder: Path) -> None:
     for path in subfolders(folder):
         inside = {each: part_of(each.stem) for each in visible(path)}
         parts = _best({each: part for each, part in inside.items() if part and _is_part(each)})
-        if {"train", "validation"} <= parts.keys():
+        if {"train"} < parts.keys():
             whole.append(f"'{path}' ({', '.join(part.name for part in parts.values())})")
     if whole:
         raise DataError(
@@ -146,11 +147,23 @@ def _refuse_data_sets(folder: Path) -> None:
         )
 
 
+def _refuse_parts_of_classes(folder: Path) -> None:
+    """Parts inside of classes would be mixed, and images drawn from all of them."""
+    for path in subfolders(folder):
+        if found := siblings(_with_pictures(path)):
+            parts = sorted(found, key=lambda name: PARTS.index(found[name]))
+            to, here = (" and ".join(f"{part}/{name}" for part in parts) for name in ("CLASS", path.name))
+            raise DataError(
+                f"Class folder '{path}' holds parts of its own ({some(parts)}): move them to {to}, here {here}, and those of the "
+                "other classes too."
+            )
+
+
 def _refuse_same_subfolders(folder: Path) -> None:
     """Folders that all hold the same class folders are parts, whatever their names."""
     tops = subfolders(folder)
     same = _with_pictures(tops[0]) if len(tops) > 1 else []
-    if len(same) > 1 and not siblings(same) and all(_with_pictures(top) == same for top in tops[1:]):
+    if len(same) > 1 and all(_with_pictures(top) == same for top in tops[1:]):
         raise DataError(
             f"The folders {some([top.name for top in tops])} of '{folder}' all hold {some(same)}, so they look like parts, not "
             "classes: rename one to train and one to val. If they are classes, move the pictures of each into it, without subfolders."

@@ -50,9 +50,12 @@ def test_without_a_validation_part_the_split_is_80_10_10(tmp_path, top):
     [
         (["car/0.png", "car/1.png", "train/2.png"], ("car", "train")),
         (numbered(10, "a"), ("a",)),
-        ([f"{name}/{part}/{n}.png" for name in "ab" for part in ("train", "val") for n in range(5)], ("a", "b")),
+        (
+            [f"{name}/{part}/{n}.png" for name in "ab" for part in ("train_station", f"test_{name}") for n in range(5)],
+            ("a", "b"),
+        ),
     ],
-    ids=["a class called train", "one class", "folders called train and val inside of classes"],
+    ids=["a class called train", "one class", "folders inside of classes"],
 )
 def test_class_folders_may_have_any_name_and_depth(names, classes, tmp_path):
     assert opened(write_folder(tmp_path, names)).class_names == classes
@@ -117,6 +120,14 @@ def test_folders_that_hold_the_same_class_folders_are_refused_as_parts(names, tm
     for name in names:
         write_folder(tmp_path / name, numbered(10))
     said = rf"The folders {', '.join(names)} of '.*' all hold a, b, so they look like parts, not classes: rename one to train and one to val\."
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(("one", "two"), [("train", "test"), ("Training", "val"), ("train", "calib")])
+def test_parts_inside_of_classes_are_refused_with_where_to_move_them(one, two, tmp_path):
+    write_folder(tmp_path, [f"{c}/{part}/{n}.png" for c in ("cat", "dog") for part in (one, two) for n in range(5)])
+    said = rf"holds parts of its own \({one}, {two}\): move them to {one}/CLASS and {two}/CLASS, here {one}/cat and {two}/cat,"
     with pytest.raises(DataError, match=said):
         opened(tmp_path)
 
