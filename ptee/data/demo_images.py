@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ptee.data.folders import PARTS, Listing
+from ptee.data.folders import Listing
+from ptee.data.splits import PARTS
 
 DEMO = "demo"  # the name of the data source
 SIDE = 28  # pixels of a canvas

@@ -7,29 +7,20 @@ kind of picture that it does not read.
 from __future__ import annotations
 
 import os
-import re
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError, some
+from ptee._common.listing import is_hidden, not_listed, packed_by, refuse_broken_link, subfolders, visible
 from ptee.data.pictures import File, Key
+from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, word_of
 
-PARTS = ("train", "calibration", "validation")
-# Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
-NAMES = {
-    "train": ("train", "training"),
-    "calibration": ("calibration", "calib"),
-    "validation": (
-        *("val", "valid", "validation", "validate", "validating", "dev", "development"),
-        *("eval", "evaluation", "evaluate", "test", "testing", "holdout"),
-    ),
-}
-BEST_FIRST = [name for names in NAMES.values() for name in names]
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pictures that neither torchvision nor ptee reads, so the backbone was not trained on them.
 UNREAD = (
@@ -37,11 +28,9 @@ UNREAD = (
     *(".npy", ".pbm", ".pcx", ".raw", ".svg", ".tga"),
 )
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
-SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 LINK = "linked"  # a picture in a tar file that is a link to another
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
 NO_PICTURES = (*UNREAD, LINK, *SPECIAL.values())  # named like pictures, and not read
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 TAR_BLOCK_BYTES = 512
 
@@ -80,19 +69,23 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
         DataError: if it holds no pictures, several data sets, classes that the training images lack, or a part, a class or
             a tar file that cannot be read.
     """
-    tars = {path: part_of(path.stem) for path in _visible(folder) if path.suffix.lower() == ".tar" and path.is_file()}
-    named = {path: part_of(path.name) for path in _subfolders(folder)}
-    folders = {path: part for path, part in named.items() if part and _subfolders(path)}
+    tars = _named(path for path in visible(folder) if path.suffix.lower() == ".tar" and path.is_file())
+    named = _named(subfolders(folder))
+    folders = {path: part for path, part in named.items() if part and subfolders(path)}
     needed = {"train", "validation"} if report_only else {"train"}
     kind, found = "tar", _best(tars)
     if not needed & found.keys():
         kind, found = "folder", _best(folders)
     if needed & found.keys():
         not_read = _beside(folder, found, tars | named, PARTS[2:] if report_only else PARTS)
+        found = {part: _inner(path, part) for part, path in found.items()}
     else:
         _refuse_unknown_parts(folder, named, [path for path, part in (tars | folders).items() if part])
         _refuse_data_sets(folder)
+        _refuse_parts_of_classes(folder)
+        _refuse_same_subfolders(folder)
         found, not_read = {"train": folder}, []
+    _refuse_same(folder, found)
     read = _read_tar if kind == "tar" else _read_folder
     parts = {part: read(path, part) for part, path in found.items()}
     if "train" in parts and not report_only:
@@ -101,50 +94,30 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     return _number_classes(kind, parts, found, removed, tuple(not_read))
 
 
-def part_of(name: str) -> str | None:
-    """The part that a folder or tar file of this name holds, or None."""
-    return next((part for part, words in NAMES.items() if _first_word(name) in words), None)
+def _named(paths: Iterable[Path]) -> dict[Path, str | None]:
+    """The part that each path says."""
+    of_name = {path.name: path for path in paths}
+    parts = parts_of(of_name)
+    return {path: parts.get(name) for name, path in of_name.items()}
 
 
-def _first_word(name: str) -> str:
-    return re.sub("(set|data|images)$", "", re.match("[a-z]*", name.strip().lower())[0])  # type: ignore[index]
+def _inner(path: Path, part: str) -> Path:
+    """The class folders of a part may lie in one folder more of a like name: seg_train/seg_train/CLASS."""
+    inside = visible(path) if path.is_dir() else []
+    if len(inside) == 1 and inside[0].is_dir() and PART_OF.get(word_of(inside[0].name)[0]) == part:
+        return inside[0] if subfolders(inside[0]) else path
+    return path
 
 
 def _best(paths: Mapping[Path, str | None]) -> dict[str, Path]:
     """For each part, the path that has the best name."""
 
     def rank(path: Path) -> tuple[int, int, str]:
-        return BEST_FIRST.index(_first_word(path.stem)), len(path.stem), path.stem
+        word = first_word(path.stem) if part_of(path.stem) else word_of(path.name)[0]
+        return list(PART_OF).index(word), len(path.stem), path.stem
 
     of_part = {part: [path for path in paths if paths[path] == part] for part in PARTS}
     return {part: min(own, key=rank) for part, own in of_part.items() if own}
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds that is not hidden, sorted by name. An entry knows its kind without another look at the disk."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
-    except OSError as why:
-        raise _not_listed(why) from why
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(folder)]
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in SYSTEM_FOLDERS
-
-
-def _not_listed(why: OSError) -> DataError:
-    return DataError(
-        f"Folder '{why.filename}' cannot be read ({why.strerror}): change its permissions, or move it away."
-    )
 
 
 # ------------------------------------------------------------------------------------------------ what is refused or named
@@ -163,10 +136,10 @@ def _refuse_unknown_parts(folder: Path, named: Mapping[Path, str | None], parts:
 def _refuse_data_sets(folder: Path) -> None:
     """Folders that are whole data sets would be taken for classes."""
     whole = []
-    for path in _subfolders(folder):
-        inside = {each: part_of(each.stem) for each in _visible(path)}
+    for path in subfolders(folder):
+        inside = {each: part_of(each.stem) for each in visible(path)}
         parts = _best({each: part for each, part in inside.items() if part and _is_part(each)})
-        if {"train", "validation"} <= parts.keys():
+        if {"train"} < parts.keys():
             whole.append(f"'{path}' ({', '.join(part.name for part in parts.values())})")
     if whole:
         raise DataError(
@@ -174,8 +147,45 @@ def _refuse_data_sets(folder: Path) -> None:
         )
 
 
+def _refuse_parts_of_classes(folder: Path) -> None:
+    """Parts inside of classes would be mixed, and images drawn from all of them."""
+    for path in subfolders(folder):
+        if found := siblings(_with_pictures(path)):
+            parts = sorted(found, key=lambda name: PARTS.index(found[name]))
+            to, here = (" and ".join(f"{part}/{name}" for part in parts) for name in ("CLASS", path.name))
+            raise DataError(
+                f"Class folder '{path}' holds parts of its own ({some(parts)}): move them to {to}, here {here}, and those of the "
+                "other classes too."
+            )
+
+
+def _refuse_same_subfolders(folder: Path) -> None:
+    """Folders that all hold the same class folders are parts, whatever their names."""
+    tops = subfolders(folder)
+    same = _with_pictures(tops[0]) if len(tops) > 1 else []
+    if len(same) > 1 and all(_with_pictures(top) == same for top in tops[1:]):
+        raise DataError(
+            f"The folders {some([top.name for top in tops])} of '{folder}' all hold {some(same)}, so they look like parts, not "
+            "classes: rename one to train and one to val. If they are classes, move the pictures of each into it, without subfolders."
+        )
+
+
+def _with_pictures(folder: Path) -> list[str]:
+    return [path.name for path in subfolders(folder) if any(map(_is_picture, visible(path)))]
+
+
+def _refuse_same(folder: Path, found: Mapping[str, Path]) -> None:
+    """Two parts that are one folder or one file: results would be of images that the heads have seen."""
+    for one, other in combinations(found.values(), 2):
+        if one.samefile(other):
+            raise DataError(
+                f"'{one.name}' and '{other.name}' of '{folder}' are the same images: remove '{other.name}', and images are drawn in "
+                "its place, or replace it by others."
+            )
+
+
 def _is_part(path: Path) -> bool:
-    return bool(_subfolders(path)) if path.is_dir() else path.suffix.lower() == ".tar"
+    return bool(subfolders(path)) if path.is_dir() else path.suffix.lower() == ".tar"
 
 
 def _beside(
@@ -186,16 +196,16 @@ def _beside(
     for path, part in named.items():
         if part in wanted and part not in found:
             raise DataError(f"'{path}' {_why_no_part(path, first)}, or move it away.")
-    rest = [path for path in _visible(folder) if path not in found.values()]
+    rest = [path for path in visible(folder) if path not in found.values()]
     return [f"{path.name}/" for path in rest if path.is_dir()] + _loose(rest)
 
 
 def _why_no_part(path: Path, first: Path) -> str:
     """Why a path is not read as a part beside the part `first`, and what to do."""
     kinds = ("folder", "tar file") if path.is_dir() else ("tar file", "folder")
-    if first.is_dir() != path.is_dir() and (not path.is_dir() or _subfolders(path)):
+    if first.is_dir() != path.is_dir() and (not path.is_dir() or subfolders(path)):
         return f"is a {kinds[0]}, but '{first.name}' a {kinds[1]}: make both folders or both tar files"
-    holds = "pictures that lie in no class folders" if any(map(_is_picture, _visible(path))) else "no images"
+    holds = "pictures that lie in no class folders" if any(map(_is_picture, visible(path))) else "no images"
     return f"holds {holds}, beside '{first.name}': sort its pictures into class folders of the same names"
 
 
@@ -244,8 +254,8 @@ def _left_out(found: _Part, part: str) -> list[str]:
 
 def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
-    found = _Part(loose=_loose(_visible(folder)))
-    for path in _subfolders(folder):
+    found = _Part(loose=_loose(visible(folder)))
+    for path in subfolders(folder):
         pictures, found.others[path.name] = _files_below(path)
         start = len(str(path))
         found.files[path.name] = [
@@ -253,19 +263,19 @@ def _read_folder(folder: Path, part: str) -> _Part:
         ]
     if not found.classes:
         _refuse_no_images(folder, found)
-    if all(map(part_of, found.files)):
+    if len(parts_of(found.files)) == len(found.files):
         parts = " and ".join(found.files)
         raise DataError(f"'{folder}' holds {parts} without class folders: it should hold {LAYOUTS}.")
     return found
 
 
 def _refuse_no_images(folder: Path, found: _Part) -> None:
-    if any(map(_is_picture, _visible(folder))):
+    if any(map(_is_picture, visible(folder))):
         raise DataError(
             f"The images of '{folder}' lie in no class folder. If they have no labels, move them into a single one: "
             f"{folder / 'all'}."
         )
-    archives = [path.name for path in _visible(folder) if path.suffix.lower() in ARCHIVES]
+    archives = [path.name for path in visible(folder) if path.suffix.lower() in ARCHIVES]
     unpack = f" Unpack {some(archives)} first." if archives else ""
     kinds = _numbers(sum(found.others.values(), Counter()))
     holds = f" ({kinds})" if kinds else ""
@@ -276,17 +286,19 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
     """The pictures below a class folder, and how many other files there are of each kind."""
 
     def refuse(why: OSError) -> None:
-        raise _not_listed(why) from why
+        raise not_listed(why) from why
 
     pictures, others, seen = [], Counter[str](), {folder.resolve()}
     # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
     for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
-        below = sorted((Path(top, name) for name in inner if not _is_hidden(name)), key=lambda p: (p.is_symlink(), p))
+        below = sorted((Path(top, name) for name in inner if not is_hidden(name)), key=lambda p: (p.is_symlink(), p))
         inner[:] = [path.name for path in below if _is_new(path, folder, seen)]
-        for path in (Path(top, name) for name in names if not _is_hidden(name)):
+        for path in (Path(top, name) for name in names if not is_hidden(name)):
             if path.suffix.lower() in EXTENSIONS:
                 pictures.append(str(path))
             else:
+                if path.is_symlink():
+                    refuse_broken_link(path)
                 others[path.suffix.lower() or "without extension"] += 1
     return sorted(pictures), others
 
@@ -304,16 +316,6 @@ def _is_new(path: Path, folder: Path, seen: set[Path]) -> bool:
     is_new = place not in seen
     seen.add(place)
     return is_new
-
-
-def _packed_by(path: Path) -> str:
-    """The program that compressed a file, or nothing."""
-    try:
-        with path.open("rb") as stream:
-            begin = stream.read(6)
-    except OSError:
-        return ""
-    return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
 
 
 def _read_tar(path: Path, part: str) -> _Part:
@@ -337,7 +339,7 @@ def _read_tar(path: Path, part: str) -> _Part:
                     found.files.setdefault(class_name, [])
                     found.others[class_name][extension if member.isfile() else SPECIAL.get(member.type, LINK)] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
-        if packed := _packed_by(path):
+        if packed := packed_by(path):
             raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
     if not found.classes:
@@ -365,7 +367,7 @@ def _members(
             raise tarfile.ReadError(f"no member and no end at byte {start + tar.offset:,}")
         for names, member in members.items():
             offset = start + member.offset_data
-            if not names or any(map(_is_hidden, names)):
+            if not names or any(map(is_hidden, names)):
                 continue
             if member.isfile() and Path(names[-1]).suffix.lower() == ".tar":
                 inner: Any = tar.extractfile(member)

@@ -21,8 +21,7 @@ from torch.utils.data import ConcatDataset, Subset
 from ptee._common.errors import Advice, Argument, DataError, some
 from ptee._common.files import as_path
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
-from ptee.data.folders import PARTS
-from ptee.data.splits import FILES, Data
+from ptee.data.splits import FILES, PARTS, Data
 
 IMAGENET_CLASSES = 1000
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on

@@ -18,8 +18,9 @@ from zlib import crc32
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.folders import EXTENSIONS, part_of
+from ptee.data.folders import EXTENSIONS
 from ptee.data.parts import arrow
+from ptee.data.splits import parts_of
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
 ENDINGS = {TAR: (".tar",), PARQUET: (".parquet",), PICTURES: EXTENSIONS}
@@ -116,11 +117,10 @@ def find_source(source: str | Path) -> Source:
 
 def _require_one_part(top: Path) -> None:
     """Refuse a folder of training images and others: heads learn from one part, and thresholds are chosen on another."""
-    parts = {entry.name: part_of(entry.stem) for entry in sorted(top.iterdir()) if not entry.name.startswith(".")}
-    named = [name for name, part in parts.items() if part is not None]
-    if {"train"} < {part for part in parts.values() if part is not None}:
-        one = next(name for name in named if parts[name] != "train")
-        text = f"{top} holds {some(named)}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
+    parts = parts_of(entry.name for entry in sorted(top.iterdir()) if not entry.name.startswith("."))
+    if {"train"} < set(parts.values()):
+        one = next(name for name, part in parts.items() if part != "train")
+        text = f"{top} holds {some(list(parts))}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
         raise DataError(text, Argument("data", str(top / one)), ".", argument="data")
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from ptee._common.errors import DataError
 from ptee._common.files import expanded
 from ptee.data.demo_images import DEMO, fingerprint
-from ptee.data.folders import LAYOUTS, PARTS, Listing, list_files
+from ptee.data.folders import LAYOUTS, Listing, list_files
 from ptee.data.named import is_prefixed, is_sided, list_named, require_name
 from ptee.data.pictures import Key, Pictures
-from ptee.data.splits import FILES, Data, complete
+from ptee.data.splits import FILES, PARTS, Data, complete
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,9 @@ known to the backbone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -22,9 +24,20 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
-from ptee.data.folders import PARTS
 from ptee.data.pictures import Labelled
 
+PARTS = ("train", "calibration", "validation")
+# Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
+NAMES = {
+    "train": ("train", "training"),
+    "calibration": ("calibration", "calib"),
+    "validation": (
+        *("val", "valid", "validation", "validate", "validating", "dev", "development"),
+        *("eval", "evaluation", "evaluate", "test", "testing", "holdout"),
+    ),
+}
+PART_OF = {word: part for part, words in NAMES.items() for word in words}
+WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # in a name, also where a capital begins it: segTrain
 FILES = ("folder", "tar")  # kinds of sources that are found by a path
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 AS_DELIVERED = "split as delivered"  # no image was drawn, so the seed does not matter
@@ -32,6 +45,49 @@ GIVE_DATA = (Argument("data", "FOLDER"), ".")
 WATCHING = " (they show how the training goes; thresholds are chosen on half of the validation images)"
 GIVE_DATA_SETS = (Argument("val_data", "DATASET"), ", or others: ", Argument("calibration_data", "DATASET"), ".")
 DATA_SETS = "data sets"  # the kind of what a user gives from Python
+
+
+def part_of(name: str) -> str | None:
+    """The part that a folder or tar file of this name holds, or None. Only the first word counts."""
+    return PART_OF.get(first_word(name))
+
+
+def first_word(name: str) -> str:
+    """The word that a name begins with, in small letters."""
+    return _small(re.match("[a-z]*", name.strip(), re.IGNORECASE)[0])  # type: ignore[index]
+
+
+def parts_of(names: Iterable[str]) -> dict[str, str]:
+    """Those of some names in one place that say a part: with their first word, or, if none says training so, as siblings."""
+    names = list(names)
+    parts = {name: part for name in names if (part := part_of(name))}
+    return parts if "train" in parts.values() else siblings(names) or parts
+
+
+def siblings(names: Iterable[str]) -> dict[str, str]:
+    """Those of some names that differ only in the word for the part, and of which one says training.
+
+    These are seg_train and seg_test, but not steam_train and train_station, which are names of classes.
+    """
+    alike: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        word, rest = word_of(name)
+        if word:
+            alike[rest][name] = PART_OF[word]
+    groups = [own for own in alike.values() if {"train"} < set(own.values())]
+    return {name: part for own in groups for name, part in own.items()}
+
+
+def word_of(name: str) -> tuple[str, str]:
+    """The last word of a name that says a part, and the rest of the name, both in small letters; or nothing and all of it."""
+    for match in reversed(list(WORD.finditer(name))):
+        if (word := _small(match[0])) in PART_OF:
+            return word, f"{name[: match.start()]}/{name[match.start() + len(word) :]}".strip().lower()
+    return "", name.strip().lower()
+
+
+def _small(word: str) -> str:
+    return re.sub("(set|data|images)$", "", word.lower())
 
 
 @dataclass(frozen=True)

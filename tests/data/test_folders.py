@@ -50,9 +50,12 @@ def test_without_a_validation_part_the_split_is_80_10_10(tmp_path, top):
     [
         (["car/0.png", "car/1.png", "train/2.png"], ("car", "train")),
         (numbered(10, "a"), ("a",)),
-        ([f"{name}/{part}/{n}.png" for name in "ab" for part in ("train", "val") for n in range(5)], ("a", "b")),
+        (
+            [f"{name}/{part}/{n}.png" for name in "ab" for part in ("train_station", f"test_{name}") for n in range(5)],
+            ("a", "b"),
+        ),
     ],
-    ids=["a class called train", "one class", "folders called train and val inside of classes"],
+    ids=["a class called train", "one class", "folders inside of classes"],
 )
 def test_class_folders_may_have_any_name_and_depth(names, classes, tmp_path):
     assert opened(write_folder(tmp_path, names)).class_names == classes
@@ -84,6 +87,11 @@ def test_other_parts_may_lack_classes(source):
         ("Train", "Validation"),
         ("train2017", "val2017"),
         ("training", "eval"),
+        ("TRAINing", "TESTset"),
+        ("seg_train", "seg_test"),
+        ("CIFAR10-Training", "CIFAR10-val"),
+        ("birdsTrain", "birdsTest"),
+        ("images for training", "images for testing"),
         ("train", "validate"),
     ],
 )
@@ -94,6 +102,34 @@ def test_parts_may_have_any_usual_name_in_any_case(tmp_path, train, val):
     assert data.class_names == ("a", "b")
     assert data.split["parts"] == {"train": train, "validation": val}
     assert data.split["sizes"] == {"train": 9, "calibration": 1, "validation": 3}
+
+
+def test_class_folders_may_lie_one_folder_deeper_in_a_part_and_a_third_folder_is_named(tmp_path):
+    write_folder(tmp_path / "seg_train" / "seg_train", numbered(10))
+    write_folder(tmp_path / "seg_test" / "seg_test", numbered(3))
+    write_folder(tmp_path / "seg_pred" / "seg_pred", ["0.png"])
+    data = opened(tmp_path)
+    assert (data.class_names, data.split["sizes"]["validation"]) == (("a", "b"), 3)
+    assert data.summary.endswith("not read: seg_pred/.")
+
+
+@pytest.mark.parametrize(
+    "names", [("imagestrain", "imagesval"), ("trn", "tst"), ("fold1", "fold2", "fold3"), ("gallery", "query")]
+)
+def test_folders_that_hold_the_same_class_folders_are_refused_as_parts(names, tmp_path):
+    for name in names:
+        write_folder(tmp_path / name, numbered(10))
+    said = rf"The folders {', '.join(names)} of '.*' all hold a, b, so they look like parts, not classes: rename one to train and one to val\."
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(("one", "two"), [("train", "test"), ("Training", "val"), ("train", "calib")])
+def test_parts_inside_of_classes_are_refused_with_where_to_move_them(one, two, tmp_path):
+    write_folder(tmp_path, [f"{c}/{part}/{n}.png" for c in ("cat", "dog") for part in (one, two) for n in range(5)])
+    said = rf"holds parts of its own \({one}, {two}\): move them to {one}/CLASS and {two}/CLASS, here {one}/cat and {two}/cat,"
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path)
 
 
 def test_what_lies_beside_the_parts_is_named(folder):
@@ -140,6 +176,7 @@ LAYOUTS = ".*it should hold train/CLASS"
         (["test/a/0.png", "images/b/1.png"], "'test', but no training images"),
         (["val/a/0.png", "train/1.png"], "'val', and the images of 'train' lie in no class folders"),
         (["train/0.png", "val/0.png"], f"holds train and val without class folders{LAYOUTS}"),
+        (["cars_train/0.png", "cars_test/0.png"], f"holds cars_test and cars_train without class folders{LAYOUTS}"),
         ([], f"No images in class folders of{LAYOUTS}"),
         (["a/notes.txt"], f"No images in class folders of{LAYOUTS}"),
         (["train.zip"], r"No images .* Unpack train\.zip first"),
@@ -174,6 +211,39 @@ def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):
     (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
     data = opened(tmp_path / "data")
     assert (data.class_names, sum(data.split["sizes"].values())) == (("a", "b"), 5)
+
+
+@pytest.mark.parametrize("link", ["train/c", "train/c.v2", "train/a/more", "val", "calibration.tar"])
+def test_a_link_that_leads_to_nothing_is_refused_by_name(link, tmp_path):
+    write_folder(tmp_path / "train", numbered(20))
+    (tmp_path / link).symlink_to("/nowhere/c")
+    with pytest.raises(
+        DataError, match=rf"{link}' is a link to '/nowhere/c', which cannot be opened .*: mend or remove the link"
+    ):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["train/readme.md", "train/a/notes.txt"])
+def test_links_of_other_files_may_lead_to_nothing(link, folder):
+    (folder / link).symlink_to("/nowhere")
+    assert opened(folder).split["sizes"]["train"] == 18
+
+
+def test_a_link_that_leads_to_itself_is_refused_by_name(folder):
+    (folder / "train" / "readme.md").symlink_to("readme.md")
+    (folder / "train" / "c").symlink_to("c")
+    with pytest.raises(DataError, match=r"train/c' is a link to 'c', which cannot be opened"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train.tar", "validation.tar")], ids=["folder", "tars"])
+def test_two_parts_that_are_the_same_are_refused(names, tmp_path, request):
+    one, other = names
+    source = request.getfixturevalue("tars" if one.endswith("tar") else "folder")
+    (source / other).rename(tmp_path / "old")
+    (source / other).symlink_to(one)
+    with pytest.raises(DataError, match=rf"'{one}' and '{other}' of '.*' are the same images: remove '{other}'"):
+        opened(source)
 
 
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):

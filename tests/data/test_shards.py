@@ -96,7 +96,15 @@ def test_a_table_without_images_says_which_columns_it_has(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("train.tar", "validation.tar"), ("train-000.tar", "val-000.tar")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "val"),
+        ("train.tar", "validation.tar"),
+        ("train-000.tar", "val-000.tar"),
+        ("seg-train-0.tar", "seg-val-0.tar"),
+    ],
+)
 def test_a_folder_of_training_images_and_others_is_refused_with_one_of_its_parts(names, tmp_path):
     for name in names:
         path = tmp_path / name

@@ -10,7 +10,17 @@ from images import PARTS, levels, numbered, opened, rows, write_folder
 from torch.utils.data import TensorDataset
 
 from ptee._common.errors import DataError
-from ptee.data.splits import Data, Unseen, hold_out, images_to_report_on, parts_for_all, parts_for_tuning
+from ptee.data.splits import (
+    Data,
+    Unseen,
+    hold_out,
+    images_to_report_on,
+    part_of,
+    parts_for_all,
+    parts_for_tuning,
+    parts_of,
+    siblings,
+)
 
 
 def test_every_image_is_drawn_once_by_a_generator_of_its_own(tmp_path):
@@ -167,3 +177,34 @@ def test_a_run_is_reported_on_images_that_it_has_not_seen(folder, tmp_path):
     assert len(images) == 20 and "all 20 images" in words
     with pytest.raises(DataError, match=r"other files than when run was trained.*data=FOLDER"):
         images_to_report_on(data, known | {"files_sha256": "another"}, "run")
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        ("seg_test seg_train seg_pred", ["validation", "train"]),
+        ("CIFAR10-Training CIFAR10-val", ["train", "validation"]),
+        ("birdsTrain birdsTest", ["train", "validation"]),
+        ("cifar_trainset cifar_testset cifar_devset", ["train", "validation", "validation"]),
+        ("IDTrain IDCalib", ["train", "calibration"]),
+        ("train my_val", ["train"]),
+    ],
+)
+def test_names_of_parts_may_begin_with_other_words_that_are_the_same(names, parts):
+    assert list(parts_of(names.split()).values()) == parts
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("steam_train stress_test", "night_train night_bus", "strength_training trainer", "restrain trainA"),
+        *("steam_train tram", "cifar_train", "cifar_test cifar_val", "imagestrain imagesval", ""),
+    ],
+)
+def test_names_of_classes_may_hold_the_word_for_a_part(names):
+    known = [name for name in names.split() if part_of(name) is None]
+    assert not parts_of(known)
+
+
+def test_names_of_classes_may_begin_with_the_word_for_a_part_if_none_says_training():
+    assert not siblings(["train_station", "test_tube", "training_shoe", "steam_train"])
