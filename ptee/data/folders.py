@@ -160,10 +160,10 @@ def _refuse_parts_of_classes(folder: Path) -> None:
 
 
 def _refuse_same_subfolders(folder: Path) -> None:
-    """Folders that all hold the same class folders are parts, whatever their names."""
+    """Folders that all hold the same class folders are parts, whatever their names. More of them than that are classes in two levels."""
     tops = subfolders(folder)
     same = _with_pictures(tops[0]) if len(tops) > 1 else []
-    if len(same) > 1 and all(_with_pictures(top) == same for top in tops[1:]):
+    if len(same) >= max(2, len(tops)) and all(_with_pictures(top) == same for top in tops[1:]):
         raise DataError(
             f"The folders {some([top.name for top in tops])} of '{folder}' all hold {some(same)}, so they look like parts, not "
             "classes: rename one to train and one to val. If they are classes, move the pictures of each into it, without subfolders."
