@@ -36,6 +36,7 @@ class Checkpoint:
 
     file: Path
     places: dict[str, OrderedDict[str, Tensor]]
+    nameless: tuple[str, ...] = ()  # places of lists of tensors
 
     @property
     def names(self) -> list[str]:
@@ -67,14 +68,14 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
         raise refusal(file, f"is one of {part[2]} shards of a file. Give their index: {path.parent / index}.")
     try:
         found = _read_shards(path) if path.suffix.lower() == ".json" else _read(path)
-        places = dict(_places(found))
+        places, nameless = dict(_places(found)), tuple(_lists(found))
     except BackboneError:
         raise
     except Exception as error:
         raise refusal(file, _why_unreadable(path, error)) from error
     if not places:
         raise refusal(file, "holds no state_dict (names of tensors). Save model.state_dict() and nothing else.")
-    return Checkpoint(path, places)
+    return Checkpoint(path, places, nameless)
 
 
 def _read(path: Path) -> Any:
@@ -140,12 +141,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
     """Every dictionary in the file that has tensors in it, the outermost first."""
-    waiting, seen = [("", found, 0)], set()
-    while waiting:
-        place, value, depth = waiting.pop(0)
-        if not isinstance(value, Mapping) or id(value) in seen:
-            continue
-        seen.add(id(value))
+    for place, value in _dictionaries(found):
         state = OrderedDict((key, part) for key, part in value.items() if isinstance(key, str) and _is_plain(part))
         if state:
             names, versions = [_bare(name) for name in state], getattr(value, "_metadata", None)
@@ -154,6 +150,25 @@ def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
                 versions = versions and OrderedDict((_bare(name), version) for name, version in versions.items())
             state._metadata = versions  # type: ignore[attr-defined]
             yield place, state
+
+
+def _lists(found: Any) -> Iterator[str]:
+    """The place of every list of tensors in those dictionaries: some trainers keep averaged weights so."""
+    for place, value in _dictionaries(found):
+        for key, part in value.items():
+            if isinstance(key, str) and isinstance(part, list | tuple) and part and all(map(_is_plain, part)):
+                yield f"{place}.{key}" if place else key
+
+
+def _dictionaries(found: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every dictionary in the file by its place, the outermost first."""
+    waiting, seen = [("", found, 0)], set()
+    while waiting:
+        place, value, depth = waiting.pop(0)
+        if not isinstance(value, Mapping) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield place, value
         if depth < DEEPEST and len(seen) < MOST_PLACES:
             inner = [(key, part) for key, part in value.items() if isinstance(key, str) and isinstance(part, Mapping)]
             waiting += [(f"{place}.{key}" if place else key, part, depth + 1) for key, part in inner]

@@ -142,6 +142,23 @@ def test_an_average_of_the_parameters_alone_is_not_taken_and_that_is_said(tmp_pa
     assert "its averaged weights (ema) are no whole network, so the raw ones are taken" in note
 
 
+@pytest.mark.parametrize(
+    ("kept", "where"),
+    [
+        (lambda t: {"ema": {"decay": 0.9, "shadow_params": t, "collected_params": None}}, "ema.shadow_params"),
+        (lambda t: {"averager": {"shadow_params": t}}, "averager.shadow_params"),
+        (lambda t: {"ema": tuple(t)}, "ema"),
+    ],
+)
+def test_averaged_weights_without_names_are_not_taken_and_that_is_said(kept, where, tmp_path):
+    trained, module = Tiny(), fresh()
+    average = list(changed(trained.state_dict()).values())
+    torch.save({"model": trained.state_dict(), "losses": average[:1], **kept(average)}, tmp_path / "w.pth")
+    note = load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert weights_hash(module) == weights_hash(trained)
+    assert note.endswith(f"its averaged weights ({where}) have no names, so the raw ones are taken.")
+
+
 def test_an_average_of_buffers_is_taken_though_its_counters_are_no_longer_whole_numbers(tmp_path):
     raw = Tiny()
     average = {k: v.double() if k.endswith("num_batches_tracked") else v for k, v in changed(raw.state_dict()).items()}
