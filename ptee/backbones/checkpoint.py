@@ -24,6 +24,7 @@ LARGEST_INDEX = 64 * 2**20  # bytes
 DEEPEST, MOST_PLACES = 4, 1000  # dictionaries around a network, and in a file
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile and others
 LONGEST_NAME = 60  # of a tensor, in a message
+LFS = b"version https://git-lfs.github.com/"  # begins what stands in place of a file that git-lfs has not fetched
 OLDEST = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # begins what torch.save wrote before it wrote zip files
 
 
@@ -79,6 +80,7 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Any:
+    _require_fetched(path)
     is_zip, named = zipfile.is_zipfile(path), path.suffix.lower() == ".safetensors"
     _require_suffix(path, named, is_zip)
     if named:
@@ -89,6 +91,12 @@ def _read(path: Path) -> Any:
         _require_whole(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments as one
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _require_fetched(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise refusal(path, "is a pointer of git-lfs, not the file itself. Fetch it: git lfs pull.")
 
 
 def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:
@@ -103,13 +111,17 @@ def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse a file of torch.save that is not as it was written.
+    """Refuse a file of torch.save that is not as it was written, and one of torch.jit.save.
 
     torch itself compares no checksums. It does not compress tensors, so a small file that unpacks to a large one was made to do
     harm.
     """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
+        if any(part.filename.endswith("/constants.pkl") for part in parts):
+            raise refusal(
+                path, "is TorchScript, a program and no file of weights. Load it, and save model.state_dict()."
+            )
         packed, unpacked = path.stat().st_size, sum(part.file_size for part in parts)
         if unpacked > 2 * packed:
             raise ValueError(f"It unpacks to {unpacked:,} bytes from {packed:,}")
@@ -120,6 +132,7 @@ def _require_whole(path: Path) -> None:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names. The files lie beside it."""
+    _require_fetched(index)
     if index.stat().st_size > LARGEST_INDEX:
         raise ValueError(f"An index of shards has {LARGEST_INDEX:,} bytes at most")
     found = from_json(index.read_text(encoding="utf-8"))
