@@ -48,7 +48,7 @@ def printable(text: str) -> str:
 def escaped(text: str) -> str:
     """A text with escapes for bytes that are not UTF-8, which names of files may have and JSON may not.
 
-    >>> escaped("a\udcff")
-    'a\\xff'
+    >>> escaped("a\\udcff")
+    'a\\\\xff'
     """
     return NO_UTF8.sub(lambda byte: f"\\x{ord(byte[0]) & 0xFF:02x}", text)
