@@ -133,7 +133,8 @@ def _require_recordable(listing: Listing) -> None:
         require_utf8(name, "folder or tar file")
     for name in listing.class_names:
         require_utf8(name, "class folder")
-    gone = [file.name for rows in listing.parts.values() for file, _ in rows if listing.kind in FILES and not file.path]
+    rows = listing.parts.values() if listing.kind in FILES else ()  # to go through others would decode their pictures
+    gone = [file.name for part in rows for file, _ in part if not file.path]
     if odd := list(filter(NO_UTF8.search, gone)):
         text = f"The removed picture '{escaped(odd[0])}' had a name that is not UTF-8. Begin anew with "
         raise DataError(text, Argument("overwrite", "True"), ".")
