@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptee._common.errors import Argument, PteeError, RunError, first_line
+from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
+from ptee._common.text import escaped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +38,22 @@ def as_path(value: Any, argument: str) -> Path:
     """A path that the user gives, `expanded`.
 
     Raises:
-        PteeError: if it is empty, or no path.
+        PteeError: if it is empty, no path, or not UTF-8.
     """
     text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else ""
     if not text or "\0" in text:
         given = Argument(argument, f"{value!r:.60}")
         raise PteeError(given, " is no path. Give the name of a file or folder.", argument=argument, value=value)
+    if (shown := escaped(text)) != text:
+        given = Argument(argument, shown)
+        raise PteeError(given, " has a name that is not UTF-8. Rename it.", argument=argument, value=value)
     return expanded(text)
+
+
+def require_utf8(name: str | Path, what: str) -> None:
+    """Refuse the name of something in a data source that has bytes which are not UTF-8: a run cannot record it."""
+    if (shown := escaped(str(name))) != str(name):
+        raise DataError(f"The {what} '{shown}' has a name that is not UTF-8. Rename it.")
 
 
 def is_file(path: Path) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # how Python reads the bytes of a file's name that are not UTF-8
 
 
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
@@ -42,3 +43,12 @@ def printable(text: str) -> str:
     'a[2Jb'
     """
     return STEERING.sub("", text)
+
+
+def escaped(text: str) -> str:
+    """A text with escapes for bytes that are not UTF-8, which names of files may have and JSON may not.
+
+    >>> escaped("a\\udcff")
+    'a\\\\xff'
+    """
+    return NO_UTF8.sub(lambda byte: f"\\x{ord(byte[0]) & 0xFF:02x}", text)

@@ -30,6 +30,7 @@ R = TypeVar("R")
 BATCH_SIZE = 128  # the default of every function and command that makes batches
 LARGEST_IMAGE = 3 * 2048**2  # numbers in one image; a record that asks for more would take gigabytes
 LONGEST_NAME = 255  # letters of a name in a record
+LONGEST_PATH = 1024  # and of any other text there
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
 

@@ -63,6 +63,13 @@ def _require_uncompiled(module: nn.Module, kind: str) -> None:
             f"{kind} has parts of TorchScript ({some(scripted)}), whose modules cannot be hooked. Give the network as it was before "
             "torch.jit.script or torch.jit.trace."
         )
+    # a graph of torch.export refuses eval() by a method of its own
+    graphs = [(name, part) for name, part in parts.items() if isinstance(part, torch.fx.GraphModule)]
+    if exported := [name or "all of it" for name, part in graphs if "eval" in vars(part)]:
+        raise BackboneError(
+            f"{kind} is of torch.export ({some(exported)}), so it has no modules that can be hooked. Give the network as it was "
+            "before torch.export."
+        )
     if in_place := [name or "all of it" for name, part in parts.items() if part._compiled_call_impl is not None]:
         raise BackboneError(
             f"{kind} is compiled in place ({some(in_place)}), so its modules cannot be hooked. Give copy.deepcopy(net), which is "

@@ -24,6 +24,7 @@ LARGEST_INDEX = 64 * 2**20  # bytes
 DEEPEST, MOST_PLACES = 4, 1000  # dictionaries around a network, and in a file
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile and others
 LONGEST_NAME = 60  # of a tensor, in a message
+LFS = b"version https://git-lfs.github.com/"  # begins what stands in place of a file that git-lfs has not fetched
 OLDEST = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # begins what torch.save wrote before it wrote zip files
 
 
@@ -36,6 +37,7 @@ class Checkpoint:
 
     file: Path
     places: dict[str, OrderedDict[str, Tensor]]
+    nameless: tuple[str, ...] = ()  # places of lists of tensors
 
     @property
     def names(self) -> list[str]:
@@ -67,17 +69,18 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
         raise refusal(file, f"is one of {part[2]} shards of a file. Give their index: {path.parent / index}.")
     try:
         found = _read_shards(path) if path.suffix.lower() == ".json" else _read(path)
-        places = dict(_places(found))
+        places, nameless = dict(_places(found)), tuple(_lists(found))
     except BackboneError:
         raise
     except Exception as error:
         raise refusal(file, _why_unreadable(path, error)) from error
     if not places:
         raise refusal(file, "holds no state_dict (names of tensors). Save model.state_dict() and nothing else.")
-    return Checkpoint(path, places)
+    return Checkpoint(path, places, nameless)
 
 
 def _read(path: Path) -> Any:
+    _require_fetched(path)
     is_zip, named = zipfile.is_zipfile(path), path.suffix.lower() == ".safetensors"
     _require_suffix(path, named, is_zip)
     if named:
@@ -88,6 +91,12 @@ def _read(path: Path) -> Any:
         _require_whole(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments as one
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _require_fetched(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise refusal(path, "is a pointer of git-lfs, not the file itself. Fetch it: git lfs pull.")
 
 
 def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:
@@ -102,13 +111,17 @@ def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse a file of torch.save that is not as it was written.
+    """Refuse a file of torch.save that is not as it was written, and one of torch.jit.save.
 
     torch itself compares no checksums. It does not compress tensors, so a small file that unpacks to a large one was made to do
     harm.
     """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
+        if any(part.filename.endswith("/constants.pkl") for part in parts):
+            raise refusal(
+                path, "is TorchScript, a program and no file of weights. Load it, and save model.state_dict()."
+            )
         packed, unpacked = path.stat().st_size, sum(part.file_size for part in parts)
         if unpacked > 2 * packed:
             raise ValueError(f"It unpacks to {unpacked:,} bytes from {packed:,}")
@@ -119,6 +132,7 @@ def _require_whole(path: Path) -> None:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names. The files lie beside it."""
+    _require_fetched(index)
     if index.stat().st_size > LARGEST_INDEX:
         raise ValueError(f"An index of shards has {LARGEST_INDEX:,} bytes at most")
     found = from_json(index.read_text(encoding="utf-8"))
@@ -140,12 +154,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
     """Every dictionary in the file that has tensors in it, the outermost first."""
-    waiting, seen = [("", found, 0)], set()
-    while waiting:
-        place, value, depth = waiting.pop(0)
-        if not isinstance(value, Mapping) or id(value) in seen:
-            continue
-        seen.add(id(value))
+    for place, value in _dictionaries(found):
         state = OrderedDict((key, part) for key, part in value.items() if isinstance(key, str) and _is_plain(part))
         if state:
             names, versions = [_bare(name) for name in state], getattr(value, "_metadata", None)
@@ -154,6 +163,25 @@ def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
                 versions = versions and OrderedDict((_bare(name), version) for name, version in versions.items())
             state._metadata = versions  # type: ignore[attr-defined]
             yield place, state
+
+
+def _lists(found: Any) -> Iterator[str]:
+    """The place of every list of tensors in those dictionaries: some trainers keep averaged weights so."""
+    for place, value in _dictionaries(found):
+        for key, part in value.items():
+            if isinstance(key, str) and isinstance(part, list | tuple) and part and all(map(_is_plain, part)):
+                yield f"{place}.{key}" if place else key
+
+
+def _dictionaries(found: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every dictionary in the file by its place, the outermost first."""
+    waiting, seen = [("", found, 0)], set()
+    while waiting:
+        place, value, depth = waiting.pop(0)
+        if not isinstance(value, Mapping) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield place, value
         if depth < DEEPEST and len(seen) < MOST_PLACES:
             inner = [(key, part) for key, part in value.items() if isinstance(key, str) and isinstance(part, Mapping)]
             waiting += [(f"{place}.{key}" if place else key, part, depth + 1) for key, part in inner]

@@ -20,8 +20,10 @@ from torch import nn
 from ptee._common.errors import Argument, BackboneError, unknown
 from ptee._common.files import as_path
 from ptee._common.process import alone
+from ptee._common.text import printable
+from ptee._common.validation import LONGEST_PATH
 from ptee.analysis.classifier import TWO_LOGITS, count_classes, require_runnable
-from ptee.backbones.checkpoint import Checkpoint, read_checkpoint
+from ptee.backbones.checkpoint import Checkpoint, read_checkpoint, refusal
 from ptee.backbones.library import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -113,7 +115,7 @@ def load_backbone(
     """
     classes = None if num_classes is None else _checked_classes(num_classes)
     size = None if input_size is None else checked_size(input_size)
-    file = None if weights is None else str(as_path(weights, "weights"))
+    file = None if weights is None else _recordable(as_path(weights, "weights"))
     if not isinstance(model, str | nn.Module):
         text = f"A model is a name such as 'resnet50' or an nn.Module, not a {type(model).__name__}."
         raise BackboneError(text, argument="model", value=model)
@@ -125,6 +127,18 @@ def load_backbone(
         return _wrap(model, request)
     library, name = find_model(model)
     return _load(library, replace(request, name=name))
+
+
+def _recordable(weights: Path) -> str:
+    """The path, if a run may record it."""
+    text = str(weights.resolve())
+    if len(text) > LONGEST_PATH or printable(text) != text:
+        raise refusal(
+            f"{text[:LONGEST_PATH]!a:.300}",
+            "cannot be recorded in a run: its path has control characters, bytes that are not UTF-8, or more than "
+            f"{LONGEST_PATH:,} letters. Rename it, or move it.",
+        )
+    return str(weights)
 
 
 def _checked_classes(given: Any) -> int:

@@ -23,9 +23,9 @@ from ptee.backbones.checkpoint import Checkpoint, refusal, shown
 from ptee.backbones.library import CHECK
 
 COUNTER = "num_batches_tracked"  # of batch norm; nothing in eval mode reads it
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types that averages of counters have
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of weights, and of averages of counters
 MOST_PREFIXES = 8  # that are tried in one place
-AVERAGED = re.compile(r"(?i:(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$))|EMA|SWA|Ema(?![a-z])")
+AVERAGED = re.compile(r"(?i:(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$))|EMA|SWA|Ema(?![a-z])|shadow_params")
 BEFORE_AVERAGING = "current_model_state"  # Lightning's place for the raw weights; its state_dict then holds the average
 POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|pos_bias")
 # what a training keeps beside its network: losses, metrics, a teacher, and counters of averages and of profilers
@@ -228,8 +228,10 @@ def _discount_copies(candidate: _Candidate, here: Sequence[_Candidate]) -> None:
 
 
 def _same_kind(value: Tensor, wanted: Any) -> bool:
-    """The same shape and kind of numbers: the integers of a quantised network are not its weights."""
+    """The same shape and kind of numbers: the integers or 8-bit floats of a quantised network are not its weights."""
     if not isinstance(wanted, Tensor) or value.shape != wanted.shape:
+        return False
+    if value.is_floating_point() and value.dtype not in (*FLOATS, wanted.dtype):
         return False
     return value.is_floating_point() == wanted.is_floating_point() and value.is_complex() == wanted.is_complex()
 
@@ -272,6 +274,8 @@ def _note(checkpoint: Checkpoint, chosen: _Candidate, found: list[_Candidate], f
         said.append(f"its averaged weights ({chosen.where}) are taken, not the raw ones ({at})")
     elif not chosen.averaged and partial:
         said.append(f"its averaged weights ({partial[0]}) are no whole network, so the raw ones are taken")
+    elif not chosen.averaged and (lists := list(filter(AVERAGED.search, checkpoint.nameless))):
+        said.append(f"its averaged weights ({shown(lists[:1])}) have no names, so the raw ones are taken")
     if chosen.renamed:
         said.append(chosen.renamed)
     left = [name for name in chosen.state if name not in chosen.used and LEFTOVER.search(name)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ptee._common.errors import first_line, some
-from ptee.backbones.checkpoint import Checkpoint, refusal
+from ptee.backbones.checkpoint import Checkpoint, refusal, shown
 from ptee.backbones.matching import COUNTER, find_network
 
 
@@ -22,9 +22,10 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> str | None:
     out, or None if there was nothing to choose.
 
     Raises:
-        BackboneError: if the file has other names or shapes.
+        BackboneError: if the file has other names or shapes, or values that are not finite.
     """
     match = find_network(checkpoint, module)
+    _require_finite(checkpoint, match.tensors, module.state_dict())
     # some modules, such as torchvision's MNASNet, read old formats by a version number that safetensors cannot hold
     if getattr(match.tensors, "_metadata", None) is None:
         match.tensors._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
@@ -33,6 +34,14 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> str | None:
     except Exception as error:
         raise refusal(checkpoint.file, f"does not fit {type(module).__name__}: {first_line(error)}") from error
     return match.note
+
+
+def _require_finite(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
+    """Refuse inf and NaN in the module's type, except in what has them when it is built, such as a mask."""
+    odd = [name for name, value in tensors.items() if not value.to(own[name].dtype).isfinite().all()]
+    if broken := [name for name in odd if own[name].isfinite().all()]:
+        text = f"has values that are not finite (inf or NaN) in {shown(broken, 3)}. Give weights from before that happened."
+        raise refusal(checkpoint.file, text)
 
 
 def weights_hash(module: nn.Module) -> str:

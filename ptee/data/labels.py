@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +27,7 @@ IMAGENET_CLASSES = 1000
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
 BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
 DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
+AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is not made of bare names
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 
 
@@ -127,12 +128,22 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
             f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
         )
     if strange := [name for name in class_names if _nfc(name) not in place]:
+        if _are_adorned(class_names, place):
+            raise DataError(
+                f"{where} has lines such as {names[0]:.60}: give one bare name a line, without numbers or quotes."
+            )
         near = get_close_matches(strange[0], names, 1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
     indices = tuple(place[_nfc(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
+
+
+def _are_adorned(names: Sequence[str], lines: Collection[str]) -> bool:
+    """Whether the lines have all of these names with numbers, quotes or separators around them, such as `0: 'cat',`."""
+    found = {line.strip(AROUND): line for line in lines}
+    return all(_nfc(name) in found.get(_nfc(name).strip(AROUND), "") for name in names)
 
 
 def _nfc(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
-from ptee._common.files import expanded
+from ptee._common.files import expanded, require_utf8
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.folders import EXTENSIONS
 from ptee.data.parts import arrow
@@ -110,6 +110,8 @@ def find_source(source: str | Path) -> Source:
     for kind, endings in ENDINGS.items():
         found = sorted(file for file in files if file.lower().endswith(endings))
         if found and (kind != PICTURES or path.is_dir()):
+            for name in (str(top.resolve()), *found):
+                require_utf8(name, "file or folder")
             sizes = tuple((top / file).stat().st_size for file in found)
             return Source(str(top.resolve()), kind, tuple(found), sizes)
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ptee._common.errors import DataError
-from ptee._common.files import expanded
+from ptee._common.errors import Argument, DataError
+from ptee._common.files import expanded, require_utf8
+from ptee._common.text import NO_UTF8, escaped
 from ptee.data.demo_images import DEMO, fingerprint
 from ptee.data.folders import LAYOUTS, Listing, list_files
 from ptee.data.named import is_prefixed, is_sided, list_named, require_name
@@ -58,7 +59,7 @@ def open_data(
     """
     path = expanded(source)
     if str(source).strip() and path.is_dir():
-        _refuse_system(source, path)
+        _require_usable(source, path)
         listing = list_files(path, report_only=report_only, removed=removed)
         return _split(listing, source, transform, seed, report_only)
     _refuse_path(source, path)
@@ -82,11 +83,12 @@ def require_source(source: str) -> None:
         _refuse_path(source, path)
         require_name(source)
     else:
-        _refuse_system(source, path)
+        _require_usable(source, path)
 
 
-def _refuse_system(source: str | Path, path: Path) -> None:
-    """Refuse folders in which the operating system shows itself. Of these, /dev/shm alone holds files of users."""
+def _require_usable(source: str | Path, path: Path) -> None:
+    """Refuse folders that a run cannot record, or in which the system shows itself. Of these, /dev/shm alone holds files of users."""
+    require_utf8(path.resolve(), "data folder")
     top = path.resolve().parts[1:3]
     if top[:1] in (("proc",), ("sys",), ("dev",)) and top != ("dev", "shm"):
         raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
@@ -106,6 +108,7 @@ def _refuse_path(source: str | Path, path: Path) -> None:
 def _split(
     listing: Listing, source: str | Path, transform: Callable[[Image], Tensor], seed: int, report_only: bool = False
 ) -> Data:
+    _require_recordable(listing)
     rows, rule = complete(listing.parts, source, seed, report_only)
     is_files = listing.kind in FILES
     files = _hash_of_names(listing) if is_files else None
@@ -117,11 +120,24 @@ def _split(
         split["pictures_sha256"] = fingerprint(listing)
     split["sizes"] = {part: len(pictures) for part, pictures in parts.items()}
     if listing.not_read:
-        split["not_read"] = list(listing.not_read)
+        split["not_read"] = [escaped(words) for words in listing.not_read]
     if is_files and (gone := [list(f.key) for part in listing.parts.values() for f, _ in part if not f.path]):
         split["removed"] = gone
     mirror = is_files or not is_sided(str(source))
     return Data(**parts, class_names=listing.class_names, source=str(source), split=split, mirror=mirror)
+
+
+def _require_recordable(listing: Listing) -> None:
+    """Refuse names that a run is to record and cannot."""
+    for name in listing.origin.values():
+        require_utf8(name, "folder or tar file")
+    for name in listing.class_names:
+        require_utf8(name, "class folder")
+    rows = listing.parts.values() if listing.kind in FILES else ()  # to go through others would decode their pictures
+    gone = [file.name for part in rows for file, _ in part if not file.path]
+    if odd := list(filter(NO_UTF8.search, gone)):
+        text = f"The removed picture '{escaped(odd[0])}' had a name that is not UTF-8. Begin anew with "
+        raise DataError(text, Argument("overwrite", "True"), ".")
 
 
 def _hash_of_names(listing: Listing) -> str:

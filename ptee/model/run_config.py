@@ -17,13 +17,12 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
-from ptee._common.validation import LARGEST_IMAGE, Name, Number, Text, Whole
+from ptee._common.validation import LARGEST_IMAGE, LONGEST_PATH, Name, Number, Text, Whole
 from ptee.backbones.library import MOST_CLASSES, per_channel, require_pixels
 from ptee.exits.config import AUTO, CALIBRATED, PLUS
 from ptee.production.curve import Curve
 
 SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
-LONGEST_PATH = 1024  # and any other text in a record
 MOST_EXITS = 1000
 DEEPEST = 32  # lists and objects inside each other
 INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}  # numbers that JSON has no other way to say

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from ptee import __version__
-from ptee._common.errors import RunError, first_line
+from ptee._common.errors import PteeError, RunError, first_line
 from ptee._common.files import plain, replace_files, storable, to_json
+from ptee._common.validation import from_pydantic
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
 from ptee.exits.blend import OWN, Blend
@@ -23,7 +26,7 @@ from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead
 from ptee.exits.plan import Plan
 from ptee.model.heads_file import LARGEST_HEADER_BYTES
-from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint
+from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, require_sane
 from ptee.model.run_files import (
     BACKBONE,
     CARD,
@@ -136,6 +139,7 @@ def write(
     whole = {"schema_version": SCHEMA_VERSION, "ptee_version": __version__, "heads_file": HEADS, **config}
     whole = json.loads(to_json(whole | {"tensors": known}))  # as it will be read
     whole["fingerprint"] = fingerprint(whole)
+    _require_loadable(folder, whole)
     writers: dict[str, Callable[[Path], Any]] = {HEADS: lambda path: save_file(stored, path)}
     if backbone is not None:
         writers[BACKBONE] = lambda path: save_file(storable(backbone), path)
@@ -162,12 +166,23 @@ def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -
     new = {CONFIG: read_values(folder, folder / CONFIG) | fields}
     if "fingerprint" in new[CONFIG]:
         new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
+    _require_loadable(folder, json.loads(to_json(new[CONFIG])))
     if (folder / METRICS).is_file():
         metrics = metrics_of(folder)
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
     texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
     writers = {name: _text(text) for name, text in {**(more or {}), **texts}.items()}
     replace_files(folder, writers, OTHER_FOLDER)
+
+
+def _require_loadable(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to write a config.json that would be refused when it is read."""
+    try:
+        require_sane(config)
+        RunConfig.model_validate(config)
+    except (PteeError, ValidationError) as why:
+        text = from_pydantic(why) if isinstance(why, ValidationError) else why
+        raise RunError(f"Cannot write {folder}, because it could not be loaded again: {text}") from why
 
 
 def _text(text: str) -> Callable[[Path], Any]:

@@ -31,7 +31,7 @@ LARGEST_FILE = 2**16  # bytes; a recipe has about two thousand, and YAML is read
 DEFAULT = "ptee"
 # Shorter names of settings, in Python and on the command line.
 OTHER_NAMES = {"exits": "exits.places", "num_exits": "exits.number", "confidence": "confidence.name"}
-OTHER_NAMES |= dict.fromkeys(("lambda", "training.lambda"), "training.cost_weight")  # as the papers call it
+OF_PAPERS = dict.fromkeys(("lambda", "training.lambda"), "training.cost_weight")
 
 
 class Recipe(FrozenConfig):
@@ -352,7 +352,7 @@ def settings() -> Iterator[tuple[str, Any]]:
 
 
 def path_of(name: str) -> str:
-    """The dotted path of a setting, from its path, its last word if only one section has it, or one of `OTHER_NAMES`.
+    """The dotted path of a setting, from its path, its last word if only one section has it, or another name of it.
 
     Raises:
         UnknownName: if there is no such setting.
@@ -360,11 +360,11 @@ def path_of(name: str) -> str:
     paths = [path for path, _ in settings()]
     if name in paths:
         return name
-    if name in OTHER_NAMES:
-        return OTHER_NAMES[name]
-    found = [path for path in paths if path.endswith(f".{name}")]
-    if len(found) == 1:
-        return found[0]
+    if found := {**OTHER_NAMES, **OF_PAPERS}.get(name):
+        return found
+    ends = [path for path in paths if path.endswith(f".{name}")]
+    if len(ends) == 1:
+        return ends[0]
     short = [path.rpartition(".")[2] for path in paths]
     raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short])
 

@@ -266,7 +266,8 @@ def record(
         own: record each exit's own answers, also if the model blends them.
 
     Raises:
-        DataError: if some images have labels that are classes, and others have other labels or none.
+        DataError: if some images have labels that are classes, and others have other labels or none; or if the backbone
+            answers some with NaN.
     """
     require_early_exit(model)
     if (known := recorded(data)) is not None:
@@ -275,19 +276,32 @@ def record(
         return found
     home, was_training = next(model.heads.parameters()).device, model.training
     parts: list[Traces] = []
+    unanswered: list[Tensor] = []
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
     try:
         model.to(home if device is None else resolve_device(device)).eval()
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
-            part = _record_batch(model, images, labels, kept, own)
+            part, unanswered_here = _record_batch(model, images, labels, kept, own)
+            unanswered.append(unanswered_here)
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
     finally:
         model.to(home).train(was_training)
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
+    _require_answers(torch.cat(unanswered))
     return _join(parts, model.num_classes)
+
+
+def _require_answers(unanswered: Tensor) -> None:
+    """Refuse images (n,) that the backbone does not answer: whatever an exit says of them would count as the same."""
+    if count := int(unanswered.sum()):
+        first, n = int(unanswered.int().argmax()), len(unanswered)
+        raise DataError(
+            f"The backbone's logits are NaN for {count:,} of {n:,} image{'s' * (n != 1)} (the first has the index {first}), so there is no "
+            "answer to compare with. Leave such images out."
+        )
 
 
 def repeated(
@@ -327,13 +341,16 @@ def _kept_of_each_batch(loader: object) -> int:
     return math.ceil(SAMPLE / max(1, length_hint(loader, 16)))
 
 
-def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, kept: int, alone: bool) -> Traces:
+def _record_batch(
+    model: EarlyExitModel, images: Tensor, labels: Tensor | None, kept: int, alone: bool
+) -> tuple[Traces, Tensor]:
+    """The traces of a batch, and (b,) bool for which images the backbone has no answer."""
     ready = model.prepared(images)
     with torch.inference_mode():
         own = model.all_exits(ready)
         every = own if alone else model.blended(own)
     costs = model.plan.switched_off(()).costs  # of all heads, whichever are off now
-    return Traces(
+    found = Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
         labels,
@@ -347,6 +364,7 @@ def _record_batch(model: EarlyExitModel, images: Tensor, labels: Tensor | None, 
         calibrated=model.calibrated,
         own=None if every is own else own.logits.argmax(-1).cpu(),
     )
+    return found, own.logits[-1].isnan().any(-1).cpu()
 
 
 def compact(logits: Tensor) -> Tensor:

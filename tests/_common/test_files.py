@@ -128,6 +128,11 @@ def test_what_is_no_path_is_refused_by_the_name_of_its_argument(given):
         as_path(given, "out")
 
 
+def test_a_path_that_is_not_utf8_is_refused_by_its_argument_and_shown():
+    with pytest.raises(PteeError, match=r"^out=o\\xffut has a name that is not UTF-8\. Rename it\.$"):
+        as_path("o\udcffut", "out")
+
+
 @pytest.mark.parametrize("place", ["link", "link/run", "circle"])
 def test_a_link_that_leads_nowhere_is_no_place_to_write(place, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "x")

@@ -149,6 +149,22 @@ def test_a_file_with_the_suffix_of_another_kind_is_refused_and_the_right_one_nam
         read_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.safetensors.index.json", "shard"])
+def test_a_pointer_of_git_lfs_is_refused_and_the_command_that_fetches_the_file_named(name, tmp_path):
+    index = write_shards(tmp_path, Tiny().state_dict())
+    file = tmp_path / ("model-00002-of-00002.safetensors" if name == "shard" else name)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n")
+    with pytest.raises(BackboneError, match=rf"{file.name} is a pointer of git-lfs, .*: git lfs pull\.$"):
+        read_checkpoint(index if name == "shard" else file)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_of_torchscript_is_refused_and_what_to_save_named(tmp_path):
+    torch.jit.save(torch.jit.trace(Tiny().eval(), torch.zeros(1, 3, 8, 8)), tmp_path / "w.pt")
+    with pytest.raises(BackboneError, match=r"w\.pt is TorchScript, .* save model\.state_dict\(\)\.$"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "w.pth")

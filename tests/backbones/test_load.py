@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import Tiny, as_it_was, one_line
 from torch import nn
 
@@ -21,6 +21,15 @@ from ptee.backbones.weights import weights_hash
 
 HALF = (0.5, 0.5, 0.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("name", ["w\x1b[2J", "w\u202e", "/".join(["w" * 200] * 6)], ids=["escape", "turned", "long"])
+def test_a_file_of_weights_that_a_run_could_not_record_is_refused(name, tmp_path):
+    path = tmp_path / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(Tiny().state_dict(), path)
+    with pytest.raises(BackboneError, match=r"cannot be recorded in a run: .* Rename it, or move it\.$"):
+        load_backbone(Tiny(), weights=path, input_size=(3, 16, 16))
 
 
 @pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)

@@ -142,6 +142,32 @@ def test_an_average_of_the_parameters_alone_is_not_taken_and_that_is_said(tmp_pa
     assert "its averaged weights (ema) are no whole network, so the raw ones are taken" in note
 
 
+@pytest.mark.parametrize(
+    ("kept", "where"),
+    [
+        (lambda t: {"ema": {"decay": 0.9, "shadow_params": t, "collected_params": None}}, "ema.shadow_params"),
+        (lambda t: {"averager": {"shadow_params": t}}, "averager.shadow_params"),
+        (lambda t: {"ema": tuple(t)}, "ema"),
+    ],
+)
+def test_averaged_weights_without_names_are_not_taken_and_that_is_said(kept, where, tmp_path):
+    trained, module = Tiny(), fresh()
+    average = list(changed(trained.state_dict()).values())
+    torch.save({"model": trained.state_dict(), "losses": average[:1], **kept(average)}, tmp_path / "w.pth")
+    note = load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert weights_hash(module) == weights_hash(trained)
+    assert note.endswith(f"its averaged weights ({where}) have no names, so the raw ones are taken.")
+
+
+def test_a_mask_of_infinite_values_is_loaded(tmp_path):
+    trained, module = Tiny(), fresh()
+    for network in (trained, module):
+        network.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert weights_hash(module) == weights_hash(trained)
+
+
 def test_an_average_of_buffers_is_taken_though_its_counters_are_no_longer_whole_numbers(tmp_path):
     raw = Tiny()
     average = {k: v.double() if k.endswith("num_batches_tracked") else v for k, v in changed(raw.state_dict()).items()}
@@ -206,6 +232,13 @@ def test_the_backbone_keeps_the_note_if_there_was_a_choice(tmp_path):
         (lambda s: {**s, "conv.weight": torch.ones(8, 1, 3, 3)}, r"conv\.weight \(8, 1, 3, 3\), not \(8, 3, 3, 3\)"),
         (lambda s: {k: torch.ones(7, 7) for k in s}, r"conv\.weight \(7, 7\), not .* and 4 more"),
         (lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.int8)}, "holds torch.int8 in fc.weight.*quantised"),
+        (
+            lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.float8_e4m3fn)},
+            "holds torch.float8_e4m3fn in fc.weight.*quantised",
+        ),
+        (lambda s: {**s, "bn.running_var": s["bn.running_var"] / 0}, r"not finite \(inf or NaN\) in bn.running_var\."),
+        (lambda s: {**s, "fc.bias": s["fc.bias"] * torch.nan}, r"not finite \(inf or NaN\) in fc.bias\."),
+        (lambda s: {**s, "fc.bias": s["fc.bias"].double() + 1e300}, r"not finite \(inf or NaN\) in fc.bias\."),
         (
             lambda s: {"model": {**s, "fc.weight": torch.ones(9, 8), "fc.bias": torch.ones(9)}},
             "9 classes.*num_classes=9",

@@ -219,6 +219,17 @@ def test_a_file_of_other_names_is_refused(text, said, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line", ["{n} {name}", "{n}: '{name}',", '"{name}"', "{name},{n}", '"{n}","{name}"', "{n}\t{name}"]
+)
+def test_names_with_numbers_or_quotes_are_refused_and_bare_ones_asked_for(line, tmp_path):
+    lines = [line.format(n=n, name=name) for n, name in enumerate(["cat", "dog 2", "fox (red)"])]
+    (tmp_path / "classes.txt").write_text("\n".join(lines))
+    said = f"txt' has lines such as {lines[0]}: give one bare name a line, without numbers or quotes."
+    with pytest.raises(DataError, match=re.escape(said)):
+        map_labels(["cat", "fox (red)"], 3, classes=tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize(
     "images",
     [
         [(torch.full((3, 4, 4), i / 255), torch.tensor([i])) for i in range(12)],

@@ -34,6 +34,13 @@ def test_a_shard_gives_each_picture_with_its_label(tmp_path):
     assert read(tmp_path) == [Sample("a.tar/1", b"one", 7, ""), Sample("a.tar/2", b"two", 3, "")]
 
 
+def test_a_file_whose_name_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "t\udcff").mkdir()
+    (tmp_path / "t\udcff" / "1.png").write_bytes(b"one")
+    with pytest.raises(DataError, match=r"'t\\xff/1.png' has a name that is not UTF-8. Rename it."):
+        find_source(tmp_path)
+
+
 def test_a_shard_without_labels_gives_the_folder_as_the_name_of_the_class(tmp_path):
     tar(tmp_path / "a.tar", {"cat/1.png": b"one", "2.png": b"two", "note.txt": b"no picture"})
     assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat"), Sample("a.tar/2", b"two", -1, "")]

@@ -41,6 +41,33 @@ def test_a_path_that_is_no_folder_is_refused_in_one_line(name, said, tars):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("", "d\udcff", r"The data folder '.*/d\\xff'"),
+        ("train", "train\udcff", r"The folder or tar file 'train\\xff'"),
+        ("*/a", "t\udcff", r"The class folder 't\\xff'"),
+    ],
+    ids=["all", "part", "class"],
+)
+def test_names_that_a_run_cannot_record_are_refused(old, new, said, folder):
+    for path in list(folder.glob(old)) if old else [folder]:
+        path.rename(path.with_name(new))
+    with pytest.raises(DataError, match=f"{said} has a name that is not UTF-8. Rename it."):
+        opened(folder if old else folder.with_name(new))
+    if not old:
+        with pytest.raises(DataError, match="not UTF-8"):
+            require_source(str(folder.with_name(new)))
+
+
+def test_other_names_are_recorded_as_utf8(folder):
+    (folder / "train" / "a" / "000.png").rename(folder / "train" / "a" / "p\udcff.png")
+    (folder / "notes\udcff").mkdir()
+    assert opened(folder).split["not_read"] == ["notes\\xff/"]
+    with pytest.raises(DataError, match=r"removed picture 'a/p\\xe9.png' .* Begin anew with overwrite=True."):
+        opened(folder, removed=[("train", "a/p\udce9.png", "a")])
+
+
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(DataError, match="empty"):
         opened("")

@@ -172,6 +172,17 @@ def test_a_scripted_part_of_a_network_is_refused_by_name(script):
         ptee.augment(net, exits=["1"], input_size=SIZE)
 
 
+@pytest.mark.parametrize("place", ["all of it", "0"])
+def test_what_torch_export_made_is_refused_by_name(place):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K)).eval()
+    graph = torch.export.export(net, (torch.zeros(1, 3, *SIZE[1:]),)).module()
+    said = (
+        rf"is of torch\.export \({place}\), so it has no modules that can be hooked\. Give the network as it was before"
+    )
+    with pytest.raises(BackboneError, match=said):
+        ptee.augment(graph if place != "0" else nn.Sequential(graph), input_size=SIZE)
+
+
 @pytest.mark.parametrize("how", [whole, block, layer, replaced])
 def test_the_network_that_is_advised_is_not_compiled(how):
     net = Net()

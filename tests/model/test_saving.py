@@ -867,6 +867,27 @@ def test_what_is_no_path_is_no_run(given, net):
         ptee.load(given, net)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("name", "a\x1bb", "backbone.name"),
+        ("source", {"args": {"a": "\x1b"}}, "backbone.source"),
+        ("note", "\udcff", "half a character"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(field, value, said, original, folder):
+    before = (folder / "config.json").read_text()
+    model = original[0]
+    config = runs.describe(model.origin, model.plan, model.heads, model.threshold, calibrated=None, results=None)
+    config["backbone"][field] = value
+    with pytest.raises(RunError, match=f"could not be loaded again: .*{said}") as caught:
+        runs.write(folder, config, model.heads.state_dict())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match="could not be loaded again"):
+        runs.update(folder, backbone=config["backbone"])
+    assert (folder / "config.json").read_text() == before
+
+
 def test_tensors_that_are_missing_are_counted_among_those_that_there_were():
     said = difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "d": "4"})
     assert said == "tensors that are missing (2 of 3): b, c; tensors that are new (1 of 2): d"

@@ -212,6 +212,27 @@ def test_recording_leaves_the_mode_and_the_statistics_as_they_were_even_if_it_fa
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_images_for_which_the_backbone_has_no_answer_are_refused_with_their_number():
+    x = images(8, *SIZE)
+    x[3] = x[6] = math.nan
+    labelled = TensorDataset(x, torch.zeros(8, dtype=torch.long))
+    said = (
+        r"^The backbone's logits are NaN for 2 of 8 images \(the first has the index 3\), .* Leave such images out\.$"
+    )
+    for measure in (record, ptee.evaluate):
+        with pytest.raises(DataError, match=said):
+            measure(made(), labelled, batch_size=4)
+
+
+def test_an_exit_without_an_answer_and_classes_that_cannot_be_are_measured():
+    model = made()
+    with torch.no_grad():
+        model.heads[0].logits.bias[0] = math.nan
+        model.backbone[-1].bias[0] = -math.inf
+    found = record(model, TensorDataset(images(8, *SIZE)))
+    assert not (found.bare == 0).any()
+
+
 @pytest.mark.parametrize(
     ("n", "batch_size"), [(1, 1), (7, 1), (SAMPLE, 1), (SAMPLE - 1, 16), (3 * SAMPLE, 16), (300, 500)]
 )
