@@ -67,7 +67,10 @@ def main(
 def make_smaller(module: nn.Module, how: str, share: float) -> None:
     """Prune or quantise a network in place."""
     if how == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as why:
+            raise click.ClickException("--how int8 needs torchao: pip install torchao") from why
 
         quantize_(module, Int8WeightOnlyConfig())
     if how == "prune":
