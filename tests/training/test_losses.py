@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.training.config import Loss
+from ptee.training.config import ALIASES, Loss
 from ptee.training.losses import LOSSES, blend_log_probs
 
 E, b, K = 3, 5, 6
@@ -235,7 +235,7 @@ def test_a_confidence_of_the_backbone_itself_is_refused(name):
 
 
 def test_the_losses_of_the_config_are_those_that_there_are():
-    assert set(get_args(Loss)) == LOSSES.keys()
+    assert set(get_args(Loss)) == {*LOSSES, *ALIASES} and {*ALIASES.values()} <= LOSSES.keys()
 
 
 def test_the_losses_of_the_thesis_have_its_names_too():
