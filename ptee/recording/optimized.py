@@ -237,7 +237,8 @@ class _Contents:
         places: list[Any] = [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
         self._held = [(d, name, value) for d in places for name, value in d.items()]
         tensors = {value for *_, value in self._held if isinstance(value, Tensor)}
-        self._places = [(t, t.data_ptr()) for t in tensors]
+        plain = (Tensor, nn.Parameter)  # others, such as quantised ones, may have no memory of their own
+        self._places = [(t, t.data_ptr()) for t in tensors if type(t) in plain]
         self._versions = [
             (t, t._version) for t in tensors if not t.is_inference()
         ]  # which count what is written into them
