@@ -82,7 +82,7 @@ class Blend:
             earlier: (..., K) logits of the exits before it that are on, by number, in order.
 
         Returns:
-            (..., K) in float32 at least; NaN where one of them is NaN.
+            (..., K) in float32 at least; NaN where one of them is NaN that has a weight above 0.
         """
         weights = self.weights[n, tuple(earlier)]
         return _weighted([*earlier.values(), own], weights)
