@@ -104,6 +104,10 @@ class Buckets(ABC):
         exits: at the ends of the pieces, but of the last.
         max_batch: the largest batch.
         example: (1, c, h, w) images as they will be.
+
+    Attributes:
+        budget: the memory that recordings may take.
+        check: called with these buckets and the size of a new one; raises PteeError if its answers are wrong. None: nothing is checked.
     """
 
     def __init__(self, model: EarlyExitModel, exits: Sequence[int], max_batch: int, example: Tensor) -> None:
@@ -125,7 +129,12 @@ class Buckets(ABC):
         self._stream: torch.cuda.Stream | None = None  # of the call before
         self._buckets: dict[int, Bucket] = {}
         self.budget = Budget(self.device, None)
+        self.check: Callable[[Buckets, int], None] | None = None
         self._in_force: tuple[float, ...] = ()  # the thresholds on the device, if they are the same for all rows
+
+    def has_recorded(self, rows: int) -> bool:
+        """Whether the smallest bucket for so many rows is there."""
+        return self._size_for[rows - 1] in self._buckets
 
     def bucket_for(self, rows: int) -> Bucket:
         """The smallest bucket for so many rows, recorded if it is asked for for the first time."""
@@ -134,7 +143,28 @@ class Buckets(ABC):
             if not self.budget.allows(lambda: self.memory_for(size)):
                 raise self.budget.refusal(size, self.memory_for(size))
             self.budget.spend(lambda: self._buckets.update({size: self._recorded(size)}))
+            if self.check is not None:
+                self._checked(size, self.check)
         return self._buckets[size]
+
+    def _checked(self, size: int, check: Callable[[Buckets, int], None]) -> None:
+        """Check a new bucket, in the middle of a call, too: then what is known of its rows is kept."""
+        kept = [(t, t.clone()) for t in self.answers.tensors]
+        try:
+            check(self, size)
+        except BaseException:
+            del self._buckets[size]
+            raise
+        finally:
+            self._await_numbers()
+            self._in_force = ()
+            for tensor, value in kept:
+                tensor.copy_(value)
+
+    def _await_numbers(self) -> None:
+        """Wait for those that nobody waited for: they must not come later than others of the same exits."""
+        while self._unread:
+            self._number(self._unread[0])
 
     def memory_for(self, rows: int) -> int:
         """About how many bytes of a GPU recording the bucket for so many rows takes: what one pass uses at once, as the model is."""
@@ -145,18 +175,23 @@ class Buckets(ABC):
     def _smaller(self, rows: int, bucket: Bucket) -> Bucket:
         """The bucket for so many rows. Where there is no memory for it, the one in which they are."""
         size = self._size_for[rows - 1]
-        fits = size in self._buckets or self.budget.allows(lambda: self.memory_for(size))
+        fits = self.has_recorded(rows) or self.budget.allows(lambda: self.memory_for(size))
         return self.bucket_for(rows) if fits else bucket
 
     def __call__(
-        self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None = None
+        self,
+        x: Tensor,
+        thresholds: Sequence[float | Tensor],
+        mark: Callable[[], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> ExitOutput:
         """What `predict` answers to images (b, c, h, w), b up to the largest batch. T of each exit is a number or (b,).
 
         `mark` is called when the images lie in their places, and behind each piece, whose number is waited for in any case.
+        `meanwhile` is called once, as soon as the first piece was started.
         """
         try:
-            return self._answered(x, thresholds, mark)
+            return self._answered(x, thresholds, mark, meanwhile)
         except BaseException:  # also Ctrl-C: the next call begins with nothing under way
             wait(self.device)
             self._unread.clear()
@@ -170,18 +205,23 @@ class Buckets(ABC):
     def _record(self, bucket: Bucket) -> None:
         """Record all pieces for a bucket, whose places hold nobody yet."""
 
-    def _answered(self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None) -> ExitOutput:
+    def _answered(
+        self,
+        x: Tensor,
+        thresholds: Sequence[float | Tensor],
+        mark: Callable[[], None] | None,
+        meanwhile: Callable[[], None] | None,
+    ) -> ExitOutput:
         self._follow()
         bucket = self.bucket_for(len(x))
         self._fill(bucket, x, thresholds)
-        while self._unread:  # of the call before: they must not come later than those of this one
-            self._number(self._unread[0])
+        self._await_numbers()  # of the call before
         if mark is not None:
             mark()
         for n, exit in enumerate(self.exits):
             self._read[n] = UNKNOWN
             self._unread.append(n)
-            bucket.replay[n]()
+            self._start(bucket, n, meanwhile)
             if mark is None and isinstance(thresholds[exit], float) and thresholds[exit] > 1:
                 continue  # nobody leaves, so there is no number to wait for
             staying = self._number(n)
@@ -194,10 +234,16 @@ class Buckets(ABC):
                 self._move(n, bucket, smaller)
                 bucket = smaller
         else:
-            bucket.replay[-1]()
+            self._start(bucket, len(self.exits), meanwhile)
         if mark is not None:
             mark()
         return ExitOutput(*self.answers.of_rows(len(x)))
+
+    def _start(self, bucket: Bucket, n: int, meanwhile: Callable[[], None] | None) -> None:
+        """Start piece n, and do what is to be done while the first one runs."""
+        bucket.replay[n]()
+        if n == 0 and meanwhile is not None:
+            meanwhile()
 
     def _follow(self) -> None:
         """Work of a call on another stream comes first: it uses the same memory."""

@@ -40,6 +40,11 @@ class Answers:
         self.thresholds = torch.zeros(rows + 1, len(costs) - 1, dtype=torch.float64, device=device)
         self.costs = torch.tensor(costs, dtype=torch.float32, device=device)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a call writes into."""
+        return self.logits, self.exit, self.confidence, self.cost, self.thresholds
+
     def of_rows(self, rows: int) -> tuple[Tensor, ...]:
         """(logits, exit, confidence, cost) of the first rows, as they are now."""
         return tuple(t[:rows].clone() for t in (self.logits, self.exit, self.confidence, self.cost))

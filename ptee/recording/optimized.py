@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ptee.model.images import is_plain, wrong_size, wrong_type
 from ptee.model.thresholds import NEVER, Thresholds
 from ptee.recording.buckets import Buckets
 from ptee.recording.budget import GIB
-from ptee.recording.check import check_recorded
+from ptee.recording.check import COMPILED, check_recorded, check_size
 from ptee.recording.compiled import AUTO, COMPILE, EAGER, GRAPHS, compiled
 from ptee.recording.exported_pieces import ExportedPieces
 from ptee.recording.hooked_pieces import HookedPieces
@@ -142,12 +143,28 @@ class OptimizedModel(nn.Module):
         # The head of an exit that is off runs where a later one reads its answer.
         thresholds = [NEVER if n in self.model.off else t for n, t in enumerate(given)]
         with self._lock, _as_recorded(x):
-            self._keep_up()
             if len(x) <= self.max_batch:
-                return self._buckets(x, thresholds, mark)
-            parts = [self._buckets(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch))
+                return self._up_to_date(x, thresholds, mark)
+            parts = [self._up_to_date(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch))
                      for i in range(0, len(x), self.max_batch)]  # fmt: skip
         return ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _up_to_date(
+        self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None = None
+    ) -> ExitOutput:
+        """The answers of the model as it is now.
+
+        To look at each weight takes the host longer than to start a piece. So it looks while the first piece runs, whose old weights
+        are still there. If something changed, all is done again.
+        """
+        if self._buckets.has_recorded(len(x)) and self._same_settings():
+            try:
+                return self._buckets(x, thresholds, mark, self._require_unchanged)
+            except Exception:
+                if self._made_of.unchanged():
+                    raise
+        self._keep_up()
+        return self._buckets(x, thresholds, mark)
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Record the pieces for batches of these sizes now, not when they are first seen."""
@@ -192,11 +209,17 @@ class OptimizedModel(nn.Module):
 
     def _keep_up(self) -> None:
         """Take the model apart again if its settings, weights or modules are others by now."""
-        now = self._settings()
-        if not self._made_of.unchanged() or any(new is not old for new, old in zip(now, self._made_for, strict=True)):
+        if not (self._same_settings() and self._made_of.unchanged()):
             if example_images(self.model, 1).dtype != self._example.dtype or self._elsewhere():
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
-            self._buckets, self._made_for, self._made_of = self._made(), now, _Contents(self.model)
+            self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
+
+    def _same_settings(self) -> bool:
+        return all(new is old for new, old in zip(self._settings(), self._made_for, strict=True))
+
+    def _require_unchanged(self) -> None:
+        if not self._made_of.unchanged():
+            raise PteeError("Weights or modules changed after they were recorded.")  # which the caller mends
 
     @property
     def _on_gpu(self) -> bool:
@@ -214,7 +237,10 @@ class OptimizedModel(nn.Module):
                 raise
             return self._through_hooks(why)
         by = compiled if self.mode == COMPILE else None
-        return self._within_limit(ExportedPieces(self.model, pieces, self.max_batch, self._example, by))
+        made = self._within_limit(ExportedPieces(self.model, pieces, self.max_batch, self._example, by))
+        if by or self._on_gpu:  # else pieces run as they were checked
+            made.check = partial(check_size, allowed=COMPILED if by else 1.0)
+        return made
 
     def _within_limit(self, made: Buckets) -> Buckets:
         made.budget.limit = self._limit
@@ -227,11 +253,15 @@ class OptimizedModel(nn.Module):
             check_recorded(made)
         except PteeError as other:
             raise PteeError(f"{why} {other}") from other
+        made.check = check_size
         return made
 
 
 class _Contents:
-    """The parameters, buffers and modules of a model as they are now, to see in each call whether they still are."""
+    """The parameters, buffers and modules of a model as they are now, to see in each call whether they still are.
+
+    The memory of the parameters and buffers is kept as long as this is: a recording may still read it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         places: list[Any] = [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
@@ -239,6 +269,7 @@ class _Contents:
         tensors = {value for *_, value in self._held if isinstance(value, Tensor)}
         plain = (Tensor, nn.Parameter)  # others, such as quantised ones, may have no memory of their own
         self._places = [(t, t.data_ptr()) for t in tensors if type(t) in plain]
+        self._memory = [t.detach() for t, _ in self._places]
         self._versions = [
             (t, t._version) for t in tensors if not t.is_inference()
         ]  # which count what is written into them

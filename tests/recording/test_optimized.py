@@ -29,15 +29,25 @@ from ptee.exits.blend import Blend, subsets
 from ptee.model.forward import ExitOutput
 from ptee.recording import optimized
 from ptee.recording.buckets import sizes_up_to
+from ptee.recording.check import check_size
+from ptee.recording.graphs import Rerun
 
 NEVER = 2.0
 MODES = ["eager", pytest.param("graphs", marks=pytest.mark.cuda)]
+AS_ON_GPU = pytest.param("as on a GPU", marks=pytest.mark.cpu("a GPU has graphs"))
 HOOKS = "through hooks"
 
 
-@pytest.fixture(params=[*MODES, HOOKS])
+@pytest.fixture(params=[*MODES, AS_ON_GPU, HOOKS])
 def mode(request, monkeypatch) -> str:
-    """A mode of `optimize`; `HOOKS`: one in which torch.export captures nothing, with a stand-in for graphs where there is no GPU."""
+    """A mode of `optimize`, or a way there is no mode for.
+
+    "as on a GPU": each size is checked when it is recorded, and so on. `HOOKS`: torch.export captures nothing, with a stand-in for
+    graphs where there is no GPU.
+    """
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(optimized.OptimizedModel, "_on_gpu", True)
+        return "eager"
     if request.param != HOOKS:
         return request.param
 
@@ -283,9 +293,68 @@ def other_data(early: ptee.EarlyExitModel) -> None:
 def test_weights_that_changed_answer_as_they_are_now(change, mode, x):
     early = made()
     fast = ptee.optimize(early, mode=mode)
-    change(early)
-    for limits in (NEVER, spread(early, x)):
-        require_same(fast, early, x, limits)
+    for recorded in (False, True):  # by then
+        change(early)
+        for limits in (NEVER, spread(early, x)):
+            require_same(fast, early, x, limits)
+        assert len(fast._buckets._buckets) > recorded
+
+
+def test_weights_are_looked_at_while_the_first_piece_runs(mode, x, monkeypatch):
+    early = made()
+    fast = ptee.optimize(early, mode=mode)
+    fast.predict(x)
+    order: list[str] = []
+    first = fast._buckets.bucket_for(40).replay
+    first[0] = noting(order, "piece", first[0])
+    monkeypatch.setattr(fast._made_of, "unchanged", noting(order, "look", fast._made_of.unchanged))
+    require_same(fast, early, x)
+    assert order == ["piece", "look"]
+
+
+def noting(order: list[str], name: str, work: Callable[[], object]) -> Callable[[], object]:
+    """The work, which notes when it begins."""
+
+    def noted() -> object:
+        order.append(name)
+        return work()
+
+    return noted
+
+
+def test_the_memory_of_old_weights_is_kept_until_they_are_seen_to_have_changed(x):
+    early = made()
+    fast = ptee.optimize(early, mode="eager")
+    weight = early.backbone[-1].weight
+    old = weight.data_ptr()
+    weight.data = torch.randn(K, 6, device=x.device)
+    assert old in [t.data_ptr() for t in fast._made_of._memory]
+    require_same(fast, early, x)
+    assert old not in [t.data_ptr() for t in fast._made_of._memory]
+
+
+class Stuck(Rerun):
+    """A recorder whose third recording repeats nothing."""
+
+    def __init__(self) -> None:
+        self.pieces = 0
+
+    def record(self, work: Callable[[], object]) -> tuple[object, Callable[[], None]]:
+        made, again = super().record(work)
+        self.pieces += 1
+        return made, (lambda: None) if self.pieces == 3 else again
+
+
+def test_a_recording_that_answers_otherwise_than_the_model_is_refused(x, monkeypatch):
+    early = made()
+    fast = ptee.optimize(early, mode="eager")
+    fast._buckets._recorder = Stuck()
+    fast._buckets.check = check_size
+    limits = spread(early, x)
+    with pytest.raises(PteeError, match=r"Recorded for batches of 40, .* other answers than as it is"):
+        fast.predict(x, limits)
+    require_same(fast, early, x, limits)  # which is recorded anew, and right by then
+    assert len(fast._buckets._buckets) > 1, "rows moved in the middle of a call"
 
 
 def test_a_model_in_training_mode_is_refused(x):
