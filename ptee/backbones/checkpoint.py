@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import re
 import zipfile
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, BackboneError, first_line, some
 from ptee._common.files import from_json
+from ptee._common.process import alone
 from ptee.backbones.record import require_weights
 
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # huggingface_hub's names for the parts of a large file
@@ -25,6 +25,19 @@ DEEPEST, MOST_PLACES = 4, 1000  # dictionaries around a network, and in a file
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile and others
 LONGEST_NAME = 60  # of a tensor, in a message
 LFS = b"version https://git-lfs.github.com/"  # begins what stands in place of a file that git-lfs has not fetched
+# What trainers keep beside weights, by kind. These values are passed over, and no code of theirs runs.
+SETTINGS = r"collections\.defaultdict|(yacs|easydict|addict|ml_collections)\..+|(\w+\.)*AttributeDict"
+ROWS = r"collections\.deque"
+VALUES = (
+    r"(argparse|datetime|decimal|enum|fractions|numpy|omegaconf|pathlib|types|typing|uuid)\..+"
+    r"|builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|range|set|slice|str|tuple)"
+)
+COMMON = (
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
 OLDEST = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # begins what torch.save wrote before it wrote zip files
 
 
@@ -89,8 +102,41 @@ def _read(path: Path) -> Any:
         return load_file(path)
     if is_zip:
         _require_whole(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments as one
+    with alone(), torch.serialization.safe_globals(_passed_over(path)):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+class _Value:
+    """Stands for a value that is no tensor. It takes whatever it is made of, and keeps nothing."""
+
+    def __init__(self, *parts: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class _Settings:
+    """Makes a plain dictionary in place of one of another kind."""
+
+    def __new__(cls, *parts: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _Row:
+    """Makes a plain list in place of one of another kind."""
+
+    def __new__(cls, *parts: object) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
+def _passed_over(path: Path) -> list[Any]:
+    """What stands for each value in the file that torch does not read, and its name; nothing if one of them is unknown."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # torch's oldest format, or a damaged file
+        names = list(COMMON)
+    kinds = {_Settings: SETTINGS, _Row: ROWS, _Value: VALUES}
+    found = [(kind, name) for name in names for kind, known in kinds.items() if re.fullmatch(known, name)]
+    return found if len(found) == len(names) else []
 
 
 def _require_fetched(path: Path) -> None:

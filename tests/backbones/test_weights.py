@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections import OrderedDict
+import pickle
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -35,11 +38,35 @@ def floats(state: dict, change: Callable) -> dict:
         (lambda s: OrderedDict(s), ".SAFETENSORS"),
         (lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)}, ".th"),
         (lambda s: {"state_dict": s, "optimizer": {"lr": 0.1}}, ".bin"),
+        (
+            lambda s: {"model": s, "best": np.float64(0.9), "random": np.random.get_state(), "names": np.array(["a"])},
+            ".pth",
+        ),
+        (
+            lambda s: {
+                "model": defaultdict(list, s),
+                "last": deque([1.0]),
+                "at": datetime(2020, 1, 1),
+                "to": Path("x"),
+            },
+            ".pt",
+        ),
         (lambda s: floats(s, Tensor.half), ".safetensors"),
         (lambda s: floats(s, Tensor.bfloat16), ".pth"),
         (lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")}, ".safetensors"),
     ],
-    ids=["pth", "safetensors", "capitals", "timm's", "dictionary", "float16", "bfloat16", "no batch counters"],
+    ids=[
+        "pth",
+        "safetensors",
+        "capitals",
+        "timm's",
+        "dictionary",
+        "numpy's",
+        "others'",
+        "float16",
+        "bfloat16",
+        "no batch counters",
+    ],
 )
 def test_weights_of_any_format_and_type_load(wrap, suffix, tmp_path):
     trained = Tiny()
@@ -64,6 +91,23 @@ def test_a_prefix_that_the_model_itself_has_stays(tmp_path):
     torch.save({"state_dict": trained.state_dict()}, tmp_path / "w.pth")
     load_weights(module, read_checkpoint(tmp_path / "w.pth"))
     assert weights_hash(module) == weights_hash(trained)
+
+
+def test_numbers_of_numpy_beside_weights_of_the_oldest_format_are_passed_over(tmp_path):
+    trained, module = Tiny(), fresh()
+    found = {"model": trained.state_dict(), "best": np.float32(0.5)}
+    torch.save(found, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert weights_hash(module) == weights_hash(trained)
+
+
+def test_what_stands_for_other_values_is_forgotten_when_the_file_was_read(tmp_path):
+    torch.save({"model": Tiny().state_dict(), "best": np.float64(0.5)}, tmp_path / "w.pth")
+    before = torch.serialization.get_safe_globals()
+    read_checkpoint(tmp_path / "w.pth")
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
