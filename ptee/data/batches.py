@@ -123,6 +123,7 @@ def _collate(samples: list[Any]) -> Any:
     try:
         return default_collate(samples)
     except RuntimeError as why:
+        require_plain(_pick(samples[0])[0])
         if "infer dtype" in str(why):  # of a label that is None
             raise _no_batch(samples) from why
         if "equal size" not in str(why):
@@ -170,8 +171,28 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     images, labels = _pick(batch)
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise DataError(f"A batch should be (images (b, c, h, w), labels (b,)), but it is a {_describe(batch)}.")
+    require_plain(images)
     numbers = None if labels is None else _class_numbers(labels, len(images))
     return images, None if numbers is None or (numbers == UNKNOWN_LABEL).all() else numbers
+
+
+def require_plain(images: Any) -> None:
+    """Refuse a tensor that does not hold its numbers one by one."""
+    if isinstance(images, Tensor) and (odd := odd_tensor(images)):
+        raise DataError(f"Images come as a plain tensor (b, c, h, w), and these are {odd}.")
+
+
+def odd_tensor(x: Tensor) -> str:
+    """What is special about a tensor, and what makes it a plain one; empty if it is one."""
+    if x.is_nested:
+        return "nested, each of a size of its own. Give torch.stack of images of one size"
+    if x.layout is not torch.strided:
+        return f"sparse ({_short(x.layout)}). Give x.to_dense()"
+    if x.is_quantized:
+        return f"quantised ({_short(x.dtype)}). Give x.dequantize()"
+    if x.is_meta:
+        return "on the meta device, without numbers. Give images of which there are some"
+    return ""
 
 
 def _pick(batch: Any) -> tuple[Any, Any]:
@@ -197,7 +218,7 @@ def _describe(value: Any) -> str:
     """Types and shapes: `tuple (Tensor (4, 3, 8, 8) float32, str)`."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
-        return f"{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        return f"{kind} {tuple(value.shape)} {_short(value.dtype)}"
     if isinstance(value, int) and value.bit_length() > 63:
         return f"{kind} of {value.bit_length()} bits"
     if isinstance(value, Mapping):
@@ -205,3 +226,7 @@ def _describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{kind} ({some(list(map(_describe, value)))})"
     return kind
+
+
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

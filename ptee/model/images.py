@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee.data.batches import odd_tensor, require_plain
 
 
 def require_images(x: Any, channels: int) -> None:
     """Refuse what is no batch (b, c, h, w) of floating-point images with this many channels."""
     if not isinstance(x, Tensor):
         raise PteeError(f"Images come as a tensor (b, c, h, w), not as {type(x).__name__}.")
-    if odd := _odd_tensor(x):
-        raise PteeError(f"Images come as a plain tensor (b, c, h, w), and these are {odd}.")
+    require_plain(x)
     if x.dim() != 4:  # some backbones would take one image for a batch
         one = " For one image give x[None]." if x.dim() == 3 else ""
         raise PteeError(f"Images come as (b, c, h, w), and these are {tuple(x.shape)}.{one}")
@@ -38,20 +38,7 @@ def require_images(x: Any, channels: int) -> None:
 
 def is_plain(x: Any) -> bool:
     """Whether this is a tensor that holds its numbers one by one, as all code of networks expects."""
-    return isinstance(x, Tensor) and not _odd_tensor(x)
-
-
-def _odd_tensor(x: Tensor) -> str:
-    """What is special about a tensor, and what makes it a plain one; empty if it is one."""
-    if x.is_nested:
-        return "nested, each of a size of its own. Give torch.stack of images of one size"
-    if x.layout is not torch.strided:
-        return f"sparse ({_name_of(x.layout)}). Give x.to_dense()"
-    if x.is_quantized:
-        return f"quantised ({_name_of(x.dtype)}). Give x.dequantize()"
-    if x.is_meta:
-        return "on the meta device, without numbers. Give images of which there are some"
-    return ""
+    return isinstance(x, Tensor) and not odd_tensor(x)
 
 
 def require_device(x: Tensor, device: torch.device) -> None:

@@ -119,6 +119,14 @@ def test_what_is_no_plain_tensor_is_refused_in_the_same_words_everywhere(kind, w
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("take", [ptee.train, ptee.evaluate, ptee.tune], ids=lambda take: take.__name__)
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_a_data_set_of_such_tensors_is_refused_in_the_same_words(kind, take):
+    make, words = ODD[kind]
+    with pytest.raises(PteeError, match=f"Images come as a plain tensor .*{words}"):
+        take(made(), data_of(make(x)), **({"max_cost": 0.5} if take is ptee.tune else {}))
+
+
 @pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float64])
 def test_data_sets_may_give_another_floating_point_type(given):
     model, data = made(), data_of(x.to(given))
