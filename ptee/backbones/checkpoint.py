@@ -29,7 +29,8 @@ LFS = b"version https://git-lfs.github.com/"  # begins what stands in place of a
 SETTINGS = r"collections\.defaultdict|(yacs|easydict|addict|ml_collections)\..+|(\w+\.)*AttributeDict"
 ROWS = r"collections\.deque"
 VALUES = (
-    r"(argparse|datetime|decimal|enum|fractions|numpy|omegaconf|pathlib|types|typing|uuid)\..+"
+    r"(argparse|datetime|decimal|enum|fractions|functools|numpy|omegaconf|pathlib|types|typing|uuid)\..+"
+    r"|(pytorch_lightning|lightning|lightning_fabric|torchmetrics|torch\.nn\.modules\.loss|torch\.optim)\..+"
     r"|builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|range|set|slice|str|tuple)"
 )
 COMMON = (
@@ -135,8 +136,8 @@ def _passed_over(path: Path) -> list[Any]:
     except Exception:  # torch's oldest format, or a damaged file
         names = list(COMMON)
     kinds = {_Settings: SETTINGS, _Row: ROWS, _Value: VALUES}
-    found = [(kind, name) for name in names for kind, known in kinds.items() if re.fullmatch(known, name)]
-    return found if len(found) == len(names) else []
+    found = [(next((kind for kind, known in kinds.items() if re.fullmatch(known, name)), None), name) for name in names]
+    return [] if any(kind is None for kind, _ in found) else found
 
 
 def _require_fetched(path: Path) -> None:

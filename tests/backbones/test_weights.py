@@ -8,6 +8,7 @@ import pickle
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,15 @@ def test_what_stands_for_other_values_is_forgotten_when_the_file_was_read(tmp_pa
     assert set(torch.serialization.get_safe_globals()) == set(before)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "w.pth")
+
+
+def test_what_lightning_keeps_of_a_training_is_passed_over(tmp_path):
+    trained, module = Tiny(), fresh()
+    how = {"loss": nn.CrossEntropyLoss(), "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    state = {f"model.{name}": value for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": how}, tmp_path / "last.ckpt")
+    load_weights(module, read_checkpoint(tmp_path / "last.ckpt"))
+    assert weights_hash(module) == weights_hash(trained)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
