@@ -31,9 +31,9 @@ def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Se
     for b in batches:
         x = random_images(model.backbone, b, model.plan.input_size)
         with torch.no_grad(), exact_arithmetic:
-            gaps = _gaps(model, pieces, x)
+            gaps, near = _gaps(model, pieces, x), tolerance(x.dtype, x.device)
         for name, gap in gaps.items():
-            if not gap <= tolerance(x.dtype, x.device):
+            if not gap <= near:
                 raise PteeError(
                     f"{model.plan.backbone} cannot be taken apart: in pieces, {name} gives other answers to a batch of {b} (off "
                     f"by {gap:.1e}) than the whole model. Use the model as it is."

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ptee._common.devices import wait
-from ptee._common.errors import PteeError
+from ptee._common.errors import PteeError, first_line
 from ptee.deploy.segments import Rows
 from ptee.exits.blend import confidence_of_blend
 from ptee.model.early_exit import EarlyExitModel
@@ -110,6 +111,8 @@ class Buckets(ABC):
         check: called with these buckets and the size of a new one; raises PteeError if its answers are wrong. None: nothing is checked.
     """
 
+    how = "in pieces of"  # in a message, before the name of the backbone
+
     def __init__(self, model: EarlyExitModel, exits: Sequence[int], max_batch: int, example: Tensor) -> None:
         self.model = model
         self.device = example.device
@@ -128,6 +131,8 @@ class Buckets(ABC):
         self._unread: list[int] = []  # exits whose numbers nobody has waited for
         self._stream: torch.cuda.Stream | None = None  # of the call before
         self._buckets: dict[int, Bucket] = {}
+        self._refused: dict[int, PteeError] = {}  # sizes that cannot be recorded, and why
+        self._needs: dict[int, int] = {}  # bytes of each size
         self.budget = Budget(self.device, None)
         self.check: Callable[[Buckets, int], None] | None = None
         self._in_force: tuple[float, ...] = ()  # the thresholds on the device, if they are the same for all rows
@@ -142,10 +147,19 @@ class Buckets(ABC):
         if size not in self._buckets:
             if not self.budget.allows(lambda: self.memory_for(size)):
                 raise self.budget.refusal(size, self.memory_for(size))
-            self.budget.spend(lambda: self._buckets.update({size: self._recorded(size)}))
-            if self.check is not None:
-                self._checked(size, self.check)
+            try:
+                self._add(size)
+            except PteeError as why:
+                self._refused[size] = why
+                raise
         return self._buckets[size]
+
+    def _add(self, size: int) -> None:
+        if size in self._refused:
+            raise self._refused[size]
+        self.budget.spend(lambda: self._buckets.update({size: self._recorded(size)}))
+        if self.check is not None:
+            self._checked(size, self.check)
 
     def _checked(self, size: int, check: Callable[[Buckets, int], None]) -> None:
         """Check a new bucket, in the middle of a call, too: then what is known of its rows is kept."""
@@ -168,15 +182,22 @@ class Buckets(ABC):
 
     def memory_for(self, rows: int) -> int:
         """About how many bytes of a GPU recording the bucket for so many rows takes: what one pass uses at once, as the model is."""
-        images = self._empty(self._size_for[rows - 1]).images
-        with torch.no_grad():
-            return peak(self.device, lambda: self.model.all_exits(images))
+        size = self._size_for[rows - 1]
+        if size not in self._needs:
+            images = self._empty(size).images
+            with torch.no_grad():
+                self._needs[size] = peak(self.device, lambda: self.model.all_exits(images))
+        return self._needs[size]
 
     def _smaller(self, rows: int, bucket: Bucket) -> Bucket:
-        """The bucket for so many rows. Where there is no memory for it, the one in which they are."""
+        """The bucket for so many rows. Where there is no memory for it, or it cannot be recorded, the one in which they are."""
         size = self._size_for[rows - 1]
-        fits = self.has_recorded(rows) or self.budget.allows(lambda: self.memory_for(size))
-        return self.bucket_for(rows) if fits else bucket
+        if size in self._refused or not (self.has_recorded(rows) or self.budget.allows(lambda: self.memory_for(size))):
+            return bucket
+        try:
+            return self.bucket_for(rows)
+        except PteeError:
+            return bucket
 
     def __call__(
         self,
@@ -193,9 +214,21 @@ class Buckets(ABC):
         try:
             return self._answered(x, thresholds, mark, meanwhile)
         except BaseException:  # also Ctrl-C: the next call begins with nothing under way
-            wait(self.device)
-            self._unread.clear()
+            self._finish()
             raise
+
+    def _finish(self) -> None:
+        """Wait until this thread's work is done. Waiting for all of a GPU would break what other threads record."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        else:
+            wait(self.device)
+        self._unread.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_unread", None):  # the GPU is about to write to the host's memory, which others get next
+            with suppress(Exception):  # also at the end of the process
+                (self._stream or torch.cuda.current_stream(self.device)).synchronize()
 
     @abstractmethod
     def replays_without_heads(self, rows: int) -> list[Callable[[], None]]:
@@ -301,9 +334,23 @@ class Buckets(ABC):
 
     def _recorded(self, size: int) -> Bucket:
         bucket = self._empty(size)
-        with torch.no_grad():
+        with torch.no_grad(), self._in_words(bucket):
             self._record(bucket)
         return bucket
+
+    @contextmanager
+    def _in_words(self, bucket: Bucket) -> Iterator[None]:
+        """Whatever the model's code and CUDA raise in a recording is told in a line."""
+        try:
+            yield
+        except (PteeError, torch.OutOfMemoryError):
+            raise
+        except Exception as why:
+            raise self._not_recorded(bucket, first_line(why)) from why
+
+    def _not_recorded(self, bucket: Bucket, reason: str) -> PteeError:
+        where = f"Batches of {bucket.size}" if bucket.size > 1 else "Single images"
+        return PteeError(f"{where} cannot be recorded {self.how} {self.model.plan.backbone}: {reason.rstrip('.')}.")
 
     def _empty(self, size: int) -> Bucket:
         """A bucket that nothing is recorded for."""
@@ -322,6 +369,8 @@ class Buckets(ABC):
         from ptee.recording import kernels
 
         kind = kernels.KINDS.get(self.name, kernels.GIVEN)
+        if torch.float64 in (logits.dtype, sure.dtype):  # the kernel computes in float32
+            kind = kernels.GIVEN
         if kind == kernels.GIVEN:
             logits, sure = self.rule.at_exit(exit, logits, sure, earlier)
         else:

@@ -14,7 +14,7 @@ from ptee.deploy.segments import Segment, without_head
 from ptee.model.early_exit import EarlyExitModel
 from ptee.recording.buckets import Bucket, Buckets
 from ptee.recording.decision import Staying
-from ptee.recording.graphs import Graphs, Recorder, Rerun
+from ptee.recording.graphs import Graphs, Recorder, Rerun, dense
 
 Piece = Callable[..., Any]
 
@@ -41,6 +41,7 @@ class ExportedPieces(Buckets):
         self._pieces = [
             replace(s, module=self._compiled(s.module), ahead=s.ahead and self._compiled(s.ahead)) for s in segments
         ]
+        self._bare: list[Any] = []
         self._recorder: Recorder = Graphs() if self.device.type == "cuda" else Rerun()
 
     def replays_without_heads(self, rows: int) -> list[Callable[[], None]]:
@@ -48,7 +49,8 @@ class ExportedPieces(Buckets):
         bucket = self.bucket_for(rows)
         taken = [(bucket.images,), *bucket.alive]
         bare = [self._compiled(without_head(segment)) for segment in self.segments]
-        with torch.no_grad():
+        self._bare.append(bare)  # their weights must stay: a recording reads them
+        with torch.no_grad(), self._in_words(bucket):
             return [self._recorder.record(partial(piece, *t))[1] for piece, t in zip(bare, taken, strict=True)]
 
     def _record(self, bucket: Bucket) -> None:
@@ -69,7 +71,8 @@ class ExportedPieces(Buckets):
         def work() -> tuple[Sequence[Tensor], Staying]:
             alive, logits, sure = piece.module(*takes)
             staying = self._decided(n, rows, logits, sure, self._earlier(n, takes))
-            return (piece.ahead(*alive) if piece.ahead else alive), staying
+            alive = piece.ahead(*alive) if piece.ahead else alive
+            return [dense(t) for t in alive], staying
 
         return work
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -9,6 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+# CUDA records for one thread of a process at a time. Whoever waits for the whole GPU meanwhile breaks the recording.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Recorder(Protocol):
@@ -23,8 +27,7 @@ class Rerun:
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """See `Recorder`."""
-        flat, spec = tree_flatten(work())
-        kept = [t.clone(memory_format=torch.preserve_format) if isinstance(t, Tensor) else t for t in flat]
+        kept, spec = tree_flatten(work())
 
         def again() -> None:
             for old, new in zip(kept, tree_flatten(work())[0], strict=True):
@@ -70,32 +73,50 @@ class Graphs:
             graphs.append(graph)
 
         def end() -> None:
-            graphs[-1].capture_end()
-            _forget_workspaces()
+            try:
+                graphs[-1].capture_end()
+            finally:
+                _forget_workspaces()
 
         def next_part() -> None:
             end()
             begin()
 
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(2):  # libraries choose their algorithms and take their memory before the recording
-                run(lambda: None)
-            torch.cuda.synchronize()
-            _forget_workspaces()  # the recording takes its own: those outside may be freed by others
-            begin()
-            try:
-                run(next_part)
-            except BaseException:
-                with suppress(RuntimeError):  # which would hide why
-                    end()
-                raise
-            end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        for graph in graphs:
-            graph.replay()  # the capture itself computes nothing, and what was returned is read next
-        torch.cuda.synchronize()
+        current = torch.cuda.current_stream()
+        with _ONE_AT_A_TIME:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):  # libraries choose their algorithms and take their memory before the recording
+                    run(lambda: None)
+                self._stream.synchronize()  # not the device: others may be at work there
+                _give_back_if_scarce()
+                _forget_workspaces()  # the recording takes its own: those outside may be freed by others
+                begin()
+                try:
+                    run(next_part)
+                except BaseException:
+                    with suppress(RuntimeError):  # which would hide why
+                        end()
+                    raise
+                end()
+            current.wait_stream(self._stream)
+            for graph in graphs:
+                graph.replay()  # the capture itself computes nothing, and what was returned is read next
+            current.synchronize()
         return [graph.replay for graph in graphs]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, with a place for each number: nothing can be written into an expanded one."""
+    expanded = any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.contiguous() if expanded else tensor
+
+
+def _give_back_if_scarce() -> None:
+    """Give back memory that torch keeps, if less than that is free: a recording cannot use it, and cannot give it back."""
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if torch.cuda.mem_get_info()[0] < kept:
+        torch.cuda.empty_cache()
 
 
 def _forget_workspaces() -> None:

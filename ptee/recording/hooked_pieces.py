@@ -16,16 +16,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ptee._common.errors import PteeError, first_line
+from ptee._common.errors import PteeError
 from ptee.analysis.cut_points import Cut
 from ptee.deploy.segments import Rows
 from ptee.exits.heads import HeadOutput
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Call, running
 from ptee.recording.buckets import Bucket, Buckets
-from ptee.recording.graphs import Graphs
+from ptee.recording.graphs import Graphs, dense
 from ptee.recording.memory import Memory
 
 Run = Callable[[Callable[[], None]], None]
@@ -45,6 +45,8 @@ class HookedPieces(Buckets):
         model, max_batch, example: as of `Buckets`.
     """
 
+    how = "through the hooks of"
+
     def __init__(self, model: EarlyExitModel, max_batch: int, example: Tensor) -> None:
         exits = [n for n in range(len(model.exits)) if n not in model.plan.skipped]
         super().__init__(model, exits, max_batch, example)
@@ -55,7 +57,7 @@ class HookedPieces(Buckets):
         """What repeats each piece without its head, in a recording of its own."""
         bucket = self._empty(self.bucket_for(rows).size)
         self._without_heads.append(bucket)
-        with torch.no_grad():
+        with torch.no_grad(), self._in_words(bucket):
             return self._parts(bucket, _Cuts)
 
     def _record(self, bucket: Bucket) -> None:
@@ -67,17 +69,10 @@ class HookedPieces(Buckets):
         try:
             return self._record_parts(bucket, kind)
         except PteeError as why:
-            raise self._refused(bucket, str(why)) from why
-        except Exception as why:  # whatever the model's code and CUDA raise
-            raise self._refused(bucket, first_line(why)) from why
+            raise self._not_recorded(bucket, str(why)) from why
 
     def _record_parts(self, bucket: Bucket, kind: type[_Cuts]) -> list[Callable[[], None]]:
         return self._recorder.record_parts(lambda next_part: self._pass(kind(self, bucket, next_part)))
-
-    def _refused(self, bucket: Bucket, reason: str) -> PteeError:
-        where = f"Batches of {bucket.size}" if bucket.size > 1 else "Single images"
-        name = self.model.plan.backbone
-        return PteeError(f"{where} cannot be recorded through the hooks of {name}: {reason.rstrip('.')}.")
 
     def _pass(self, call: _Cuts) -> None:
         """One pass of the bucket's images through the whole model."""
@@ -104,16 +99,20 @@ class _Cuts(Call):
         self.memory = Memory(bucket.images)
 
     def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> Any:
-        self._end_piece(cut, output, [])
+        return self._end_piece(cut, output, [])
 
-    def _end_piece(self, cut: Cut, output: Any, others: Sequence[Tensor]) -> None:
-        flat = tree_flatten(output)[0]
+    def _end_piece(self, cut: Cut, output: Any, others: Sequence[Tensor]) -> Any:
+        """End the recording of this piece. Gives what replaces the backbone's output, whose rows can be written one by one."""
+        flat, spec = tree_flatten(output)
+        for i in cut.carried:
+            flat[i] = dense(flat[i])
         maps = [flat[i] for i in cut.carried]
         self.bucket.alive.append([*maps, *others])
         self.bucket.where.append([Rows(0, len(t) // self.bucket.size) for t in maps] + [Rows()] * len(others))
         self.memory.next_piece(self.bucket.alive[-1])
         with self.memory.unwatched():  # CUDA may note its random numbers
             self.next_part()
+        return tree_unflatten(flat, spec)
 
     def at_end(self, answer: Tensor) -> None:
         """Called with the backbone's answer."""
@@ -137,7 +136,7 @@ class _Heads(_Cuts):
             staying = self.pieces._decided(piece, self.places, said.logits, said.confidence_logit, earlier)
         self.places = staying.rows
         self.bucket.staying.append(staying)
-        self._end_piece(cut, output, [*earlier.values(), said.logits] if self.keeps_logits else [])
+        return self._end_piece(cut, output, [*earlier.values(), said.logits] if self.keeps_logits else [])
 
     def at_end(self, answer: Tensor) -> None:
         """Take the answers of the rows that are left."""

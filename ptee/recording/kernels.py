@@ -24,7 +24,8 @@ def _leave(  # type: ignore[no-untyped-def]
     r = tl.load(rows + i)
     columns = tl.arange(0, block)
     inside = columns < classes
-    y = tl.load(logits + i * stride + columns, mask=inside, other=-float("inf")).to(tl.float32)
+    answer = tl.load(logits + i * stride + columns, mask=inside, other=-float("inf"))
+    y = answer.to(tl.float32)
     given = tl.load(sure + i).to(tl.float32)
     wrong = tl.sum((y != y).to(tl.int32), 0) > 0
     largest = tl.max(y, 0)
@@ -39,7 +40,7 @@ def _leave(  # type: ignore[no-untyped-def]
     here = r < nobody
     left = here & finite & (h.to(tl.float64) >= t)
     to = tl.where(left, r, nobody)
-    tl.store(out + to * classes + columns, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + to * classes + columns, answer.to(out.dtype.element_ty), mask=inside)
     tl.store(exits + to, tl.zeros_like(r) + n)
     tl.store(confidence + to, h)
     tl.store(cost + to, tl.load(costs + n))

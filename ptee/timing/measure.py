@@ -26,7 +26,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, one_parameter, running
 from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.recording.compiled import compiled
-from ptee.recording.graphs import Graphs
+from ptee.recording.graphs import Graphs, Recorder
 from ptee.recording.optimized import OptimizedModel, optimize
 from ptee.timing.exported import OnnxModel, bare_onnx, require_onnx
 from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
@@ -278,16 +278,25 @@ def bare_by(executor: str, model: EarlyExitModel) -> Callable[[Tensor], Call]:
     if executor not in (GRAPHS, COMPILE):
         return lambda x: partial(model.backbone, x)
     bare = copy.deepcopy(model).detach()  # its hooks would be compiled, too
-    return partial(in_a_graph if executor == GRAPHS else by_compile, bare)
+    if executor == COMPILE:
+        return partial(by_compile, bare)
+    graphs: list[Recorder] = []  # one, which all sizes share the memory of
+
+    def recorded(x: Tensor) -> Call:
+        with torch.cuda.device(x.device):
+            graphs[:] = graphs or [Graphs()]
+            return in_a_graph(bare, x, graphs[0])
+
+    return recorded
 
 
-def in_a_graph(backbone: nn.Module, x: Tensor) -> Call:
+def in_a_graph(backbone: nn.Module, x: Tensor, graphs: Recorder | None = None) -> Call:
     """The bare backbone in a CUDA graph of its own. It takes images and gives answers away."""
     static = x.clone(memory_format=torch.preserve_format)
     with torch.cuda.device(x.device), torch.no_grad():
-        answer, replay = Graphs().record(lambda: backbone(static))
+        answer, replay = (graphs or Graphs()).record(partial(backbone, static))
 
-    def call() -> Tensor:
+    def call(read: nn.Module = backbone) -> Tensor:  # whose weights the graph reads, so they must stay
         static.copy_(x)
         replay()
         return answer.clone()

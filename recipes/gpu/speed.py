@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee.model.early_exit import EarlyExitModel
-from ptee.timing.measure import compiled, in_a_graph
+from ptee.timing.measure import by_compile, in_a_graph
 
 CHANNELS_LAST = {"resnet50": True, "vit_base_patch16_224": False, "convnext_base": True, "efficientnet_b0": True}
 SIZE = (3, 224, 224)
@@ -76,7 +76,7 @@ def thresholds(model: EarlyExitModel, x: Tensor, shares: Sequence[float]) -> lis
 BARE: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "eager": lambda backbone, x: lambda: backbone(x),
     "graphs": in_a_graph,
-    "compile": compiled,
+    "compile": by_compile,
 }
 
 

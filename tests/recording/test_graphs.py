@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ptee.recording.graphs import Graphs
+from ptee.recording.graphs import Graphs, dense
 
 pytestmark = pytest.mark.cpu("a stand-in is in the place of CUDA")
 
@@ -31,14 +32,17 @@ def calls(monkeypatch) -> list[str]:
         def replay(self) -> None:
             calls.append("replay")
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     fakes = {
         "graph_pool_handle": lambda: (0, 1),
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "stream": lambda stream: nullcontext(),
-        "synchronize": lambda: None,
         "CUDAGraph": Graph,
+        "memory_reserved": lambda: 10,
+        "memory_allocated": lambda: 4,
+        "mem_get_info": lambda: (6, 16),
+        "empty_cache": lambda: calls.append("memory is given back"),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -52,6 +56,42 @@ def test_work_is_tried_twice_then_recorded_and_repeated_once(calls):
     assert made == 4
     replay()
     assert calls[-1] == "replay"
+
+
+def test_memory_that_is_kept_and_scarce_is_given_back_before_a_recording(calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 16))
+    Graphs().record(lambda: calls.append("work"))
+    assert calls[:4] == ["work", "work", "memory is given back", "begin"]
+
+
+def test_one_thread_records_at_a_time(calls):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.set()
+        go_on.wait(10)
+        calls.append("first")
+
+    threads = [
+        threading.Thread(target=Graphs().record, args=(work,)) for work in (first, lambda: calls.append("second"))
+    ]
+    threads[0].start()
+    begun.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert "second" not in calls
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert calls.index("second") > max(i for i, call in enumerate(calls) if call == "first")
+
+
+def test_an_expanded_tensor_gets_a_place_for_each_number():
+    gate = torch.randn(2, 3, 1, 1).expand(2, 3, 4, 4)
+    assert torch.equal(dense(gate), gate)
+    dense(gate).zero_()
+    plain = torch.randn(2, 3, 4, 4)
+    assert dense(plain) is plain
 
 
 def test_parts_are_recorded_one_behind_the_other(calls):
