@@ -11,10 +11,16 @@ import re
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from ptee.recording.graphs import Rerun
+from ptee.timing import measure
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "scripts"
 
@@ -114,6 +120,19 @@ def test_all_ways_to_run_a_trained_model_answer_real_images_alike(tmp_path):
     subprocess.run(train, check=True, capture_output=True)
     printed = run("same_answers.py", tmp_path / "run").splitlines()  # its status says whether they are the same
     assert [line.split("  ")[0] for line in printed[-4:]] == ["predict", "optimize, eager", "pt2", "onnx"]
+
+
+@pytest.mark.slow
+@pytest.mark.cpu("the compiler of C++ is for the CPU")
+def test_the_backbones_beside_which_a_gpu_is_timed_answer(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES.parent / "gpu")
+    speed = importlib.import_module("speed")
+    backbone, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval(), torch.randn(4, 3, 2, 2)
+    monkeypatch.setattr(measure, "Graphs", Rerun)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with torch.no_grad():
+        for bare in speed.BARE.values():
+            torch.testing.assert_close(bare(backbone, x)(), backbone(x))
 
 
 def test_a_piece_of_tar_files_has_every_so_manieth_picture_by_name(tmp_path):

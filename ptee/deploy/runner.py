@@ -245,6 +245,11 @@ def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[
         session = onnxruntime.InferenceSession(str(file), options, providers=[(provider, gpu)])
     except Exception as why:  # whatever the runtime raises
         raise RunError(f"{file} is no model that ONNX Runtime can read: {first_line(why)}") from why
+    session.disable_fallback()  # to the CPU, without a word
+    if session.get_providers()[0] != provider:
+        raise PteeError(
+            f"ONNX Runtime cannot load its {provider} here, so device={device!r} is not possible. Give device='cpu'."
+        )
     names = [given.name for given in session.get_inputs()]
     return lambda *alive: session.run(None, dict(zip(names, alive, strict=True)))
 

@@ -28,7 +28,9 @@ def compiled(piece: Callable[..., Any], mode: str | None = None) -> Callable[...
     import torch._dynamo
     from torch._dynamo.exc import TorchDynamoException
 
-    made = torch.compile(piece, mode=mode, dynamic=False)
+    # Without a mode the caller records the graph, so whatever the environment says, torch must make none of its own.
+    options: dict[str, Any] | None = {"triton.cudagraphs": False} if mode is None else None
+    made = torch.compile(piece, mode=mode, dynamic=False, options=options)
 
     def call(*tensors: Tensor) -> Any:
         with torch._dynamo.config.patch(recompile_limit=SIZES, accumulated_recompile_limit=SIZES_OF_ALL):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -212,6 +213,7 @@ class OptimizedModel(nn.Module):
         if not (self._same_settings() and self._made_of.unchanged()):
             if example_images(self.model, 1).dtype != self._example.dtype or self._elsewhere():
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
+            self._bare.clear()
             self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
 
     def _same_settings(self) -> bool:
@@ -334,6 +336,8 @@ def optimize(
         mode = GRAPHS if kind == "cuda" else EAGER
     if mode == GRAPHS and kind != "cuda":
         raise PteeError(f"CUDA graphs need an NVIDIA GPU, and this model is on {kind}. Give mode='compile' or 'eager'.")
+    if kind == "cuda" and find_spec("triton") is None:  # it compiles the decision who leaves
+        raise PteeError("On a GPU ptee.optimize needs Triton: pip install triton (on Windows triton-windows).")
     if dtype is not None:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise PteeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from small import SIZE, made
 import ptee
 from ptee._common.errors import PteeError
 from ptee.deploy.manifest import MAX_ROWS
-from ptee.deploy.runner import _program
+from ptee.deploy.runner import _program, onnx_piece
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,24 @@ def test_a_gpu_that_is_not_there_is_named_and_not_the_file(exported):
     device = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(PteeError, match=f"device='{device}' is not possible: .* here. Give 'cpu' or another."):
         ptee.load_exported(exported, device)
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'ptee-exits[export]'")
+def test_an_onnx_runtime_whose_gpu_part_does_not_load_does_not_answer_on_the_cpu(monkeypatch, tmp_path):
+    import onnxruntime
+
+    class OnTheCpu:
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+        def disable_fallback(self) -> None: ...
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **how: OnTheCpu())
+    with pytest.raises(PteeError, match="cannot load its CUDAExecutionProvider here, so device='cuda' is not possible"):
+        onnx_piece(tmp_path / "piece.onnx", "cuda")
 
 
 def test_a_device_of_torch_will_do(exported):

@@ -79,6 +79,16 @@ def test_rows_go_on_in_the_larger_batch_where_a_smaller_one_cannot_be_recorded(g
     torch.testing.assert_close(got.logits, want.logits, rtol=near, atol=near)
 
 
+def test_what_a_size_takes_is_asked_once_however_often_there_is_no_room(gpu, monkeypatch):
+    early, fast = optimized(max_memory=4.5)
+    x = torch.randn(16, *SIZE, generator=seeded(3))
+    limits, asked, tell = half(early, x), [], buckets.peak
+    monkeypatch.setattr(buckets, "peak", lambda device, work: (asked.append(device), tell(device, work))[1])
+    for _ in range(3):
+        fast.predict(x, limits)
+    assert len(asked) == 2, "of 16 rows and of 8"
+
+
 def test_without_a_limit_nothing_is_asked_for(monkeypatch):
     monkeypatch.setattr(buckets, "peak", None)
     early, fast = optimized()

@@ -17,8 +17,8 @@ from ptee.recording.decision import Answers, Staying, decide, end
 COSTS = (0.1, 0.2, 0.5, 1.0)
 
 
-def answers(rows: int, classes: int, thresholds: Tensor | None = None) -> Answers:
-    made = Answers(rows, classes, COSTS, torch.float32, here())
+def answers(rows: int, classes: int, thresholds: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Answers:
+    made = Answers(rows, classes, COSTS, dtype, here())
     if thresholds is not None:
         made.thresholds[:rows] = thresholds
     return made
@@ -75,6 +75,13 @@ def test_the_kernel_decides_as_torch_does(name, b, classes):
     kernel_decides_as_torch(kernels, name, b, classes)
 
 
+@pytest.mark.cuda
+def test_the_kernel_keeps_all_digits_of_double_precision():
+    from ptee.recording import kernels
+
+    kernel_decides_as_torch(kernels, "margin", 40, 10, torch.float64)
+
+
 @pytest.mark.slow
 @pytest.mark.cpu("the kernel runs as it is on a GPU")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which comes with torch for NVIDIA GPUs")
@@ -84,16 +91,16 @@ def test_the_kernel_decides_as_torch_does_interpreted(monkeypatch):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def kernel_decides_as_torch(kernels, name: str, b: int, classes: int) -> None:
+def kernel_decides_as_torch(kernels, name: str, b: int, classes: int, dtype: torch.dtype = torch.float32) -> None:
     """Some rows are nobody's, and some have logits or confidence logits that are not finite."""
     g = seeded(b + classes)
     rows = torch.arange(b).where(torch.rand(b, generator=g) < 0.7, 300)
-    logits, sure = 3 * torch.randn(b, classes, generator=g), torch.randn(b, generator=g)
+    logits, sure = 3 * torch.randn(b, classes, generator=g, dtype=dtype), torch.randn(b, generator=g)
     if b > 5:
         logits[1, 0], sure[2], logits[3, 1], logits[4] = torch.nan, torch.inf, -torch.inf, torch.inf
     h = CONFIDENCES[name](1, logits, [], sure, 3)
     limits = torch.rand(300, 3, generator=g, dtype=torch.float64)
-    mine, its = answers(300, classes, limits), answers(300, classes, limits)
+    mine, its = answers(300, classes, limits, dtype), answers(300, classes, limits, dtype)
     want, number = decide(mine, 1, rows, logits, h), torch.zeros(1, dtype=torch.int64)
     kind = kernels.KINDS.get(name, kernels.GIVEN)
     got: Staying = kernels.decide(its, 1, rows, logits, h if kind == kernels.GIVEN else sure, kind, number)
@@ -101,6 +108,8 @@ def kernel_decides_as_torch(kernels, name: str, b: int, classes: int) -> None:
         assert torch.equal(a.flatten(), other.flatten())
     for a, other in zip(mine.of_rows(300), its.of_rows(300), strict=True):
         torch.testing.assert_close(other, a, equal_nan=True)
+    if dtype == torch.float64:
+        assert torch.equal(mine.logits.nan_to_num(), its.logits.nan_to_num()), "no digit is lost"
 
 
 if __name__ == "__main__":
@@ -108,3 +117,4 @@ if __name__ == "__main__":
 
     for case in (("learned", 1, 10), ("max_prob", 7, 10), ("margin", 40, 3), ("learned", 40, 1000)):
         kernel_decides_as_torch(kernels, *case)
+    kernel_decides_as_torch(kernels, "margin", 40, 10, torch.float64)

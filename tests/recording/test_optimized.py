@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -367,6 +368,36 @@ def test_rows_go_on_in_the_larger_size_where_a_smaller_one_answers_otherwise(x):
     for _ in range(2):
         require_same(fast, early, x, spread(early, x))
     assert len(fast._buckets._refused) == 1
+
+
+class Gated(nn.Module):
+    """Hands a gate on past the exit that is expanded: many places in it are one number in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+        self.more = nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        gate = x.mean((2, 3), keepdim=True).sigmoid().expand_as(x)
+        return self.c(self.more(self.b(x) * gate).mean((2, 3)))
+
+
+def test_expanded_tensors_move_with_their_rows(mode, x):
+    torch.manual_seed(0)
+    early = ptee.augment(Gated().eval(), exits=["a"], head="pool", input_size=SIZE).to(here())
+    fast = ptee.optimize(early, mode=mode)
+    require_same(fast, early, x, spread(early, x))
+    assert len(fast._buckets._buckets) > 1
+
+
+def test_without_triton_a_gpu_is_refused_in_one_line(monkeypatch):
+    early, gpu = made(), SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(optimized, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimized, "one_parameter", lambda module: gpu)
+    with pytest.raises(PteeError, match="needs Triton: pip install triton"):
+        ptee.optimize(early)
 
 
 def test_a_model_in_training_mode_is_refused(x):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ import ptee
 from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
 from ptee.timing import laps
+from ptee.timing import measure as timing_measure
 from ptee.timing.backbone import time_of_modules
 from ptee.timing.laps import Laps, in_turns
 from ptee.timing.measure import all_on, bare_by, hook_laps, measure, measure_static
@@ -150,6 +155,26 @@ def test_a_smaller_network_is_the_first_exit_of_a_cascade(slow, clock):
     assert times.segments[:, -1].tolist() == pytest.approx([0, 1])
 
 
+def test_the_weights_that_a_recorded_backbone_reads_stay_as_long_as_it_is_called(monkeypatch):
+    read = []
+
+    class Graph:
+        def record(self, work: partial) -> tuple[object, object]:
+            read.append(weakref.ref(work.func))
+            return work(), lambda: None
+
+    monkeypatch.setattr(timing_measure, "Graphs", Graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    model = made()
+    call = bare_by("graphs", model)(torch.zeros(4, *SIZE))
+    gc.collect()
+    assert read[0]() is not None
+    assert read[0]() is not model.backbone
+    del call
+    gc.collect()
+    assert read[0]() is None
+
+
 def test_the_compiled_backbone_is_compiled_at_every_size_of_batches(monkeypatch):
     made_for, compile = [], torch.compile
 
@@ -157,7 +182,7 @@ def test_the_compiled_backbone_is_compiled_at_every_size_of_batches(monkeypatch)
         return lambda *tensors: (made_for.append(len(tensors[-1])), graph(*tensors))[1]
 
     monkeypatch.setattr(
-        torch, "compile", lambda piece, *, mode, dynamic: compile(piece, backend=backend, dynamic=dynamic)
+        torch, "compile", lambda piece, *, dynamic, **how: compile(piece, backend=backend, dynamic=dynamic)
     )
     model, sizes = made(), range(1, 13)
     for _ in range(2):  # once to measure the pieces, once for the table
