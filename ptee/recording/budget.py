@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ptee._common.errors import Argument, PteeError
+from ptee.recording.graphs import give_back
 
 GIB = 2**30
 
@@ -17,7 +18,10 @@ def taken(device: torch.device) -> int:
 
 
 def peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Bytes of a GPU that are in use at once while some work is done, beside those that are in use before."""
+    """Bytes of a GPU that are in use at once while some work is done, beside those that are in use before.
+
+    torch's own peak of that GPU begins anew.
+    """
     if device.type != "cuda":
         return 0
     before = torch.cuda.memory_allocated(device)
@@ -43,9 +47,15 @@ class Budget:
 
     def spend(self, work: Callable[[], None]) -> None:
         """Do work that takes memory, and note how much."""
-        before = taken(self.device)
+        before = self._held()
         work()
-        self.spent += taken(self.device) - before
+        self.spent += self._held() - before
+
+    def _held(self) -> int:
+        """Bytes that torch has taken and cannot give back."""
+        if self.limit is not None and self.device.type == "cuda":
+            give_back()
+        return taken(self.device)
 
     def refusal(self, rows: int, needed: int) -> PteeError:
         """The error for a bucket of so many rows that does not fit."""

@@ -112,6 +112,12 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if expanded else tensor
 
 
+def give_back() -> None:
+    """Give back all memory that torch only keeps."""
+    with _ONE_AT_A_TIME:  # a recording could break
+        torch.cuda.empty_cache()
+
+
 def _give_back_if_scarce() -> None:
     """Give back memory that torch keeps, if less than that is free: a recording cannot use it, and cannot give it back."""
     kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
