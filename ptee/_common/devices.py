@@ -52,6 +52,17 @@ def best_precision(device: torch.device) -> str:
 
 
 @contextmanager
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """No autocast of the caller's holds, and none that begins inside keeps copies of weights, which change.
+
+    torch would keep them until the outermost autocast ends.
+    """
+    torch.clear_autocast_cache()
+    with torch.autocast(device.type, enabled=False, cache_enabled=False):
+        yield
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """torch computes in one CPU thread: on tiny tensors, several threads spend their time waiting for each other."""
     before = torch.get_num_threads()

@@ -158,6 +158,7 @@ def load(
             f"{folder} is for {run.config.backbone.classes} classes, its backbone has {model.num_classes}. Copy the run again."
         )
     runs.fill(model.heads, run)
+    torch.clear_autocast_cache()  # of an autocast around all of this: it may hold copies of the weights before
     model.calibrated, model.confidence = calibrated, confidence
     model.threshold = run.config.threshold
     model.off, model.blend = run.config.off, blend

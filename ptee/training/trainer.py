@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ptee._common.devices import accelerator_on, require_launch
+from ptee._common.devices import accelerator_on, no_autocast, require_launch
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path, clear_unfinished
 from ptee._common.process import own_random_numbers
@@ -202,7 +202,7 @@ def _reads_maps(model: EarlyExitModel) -> bool:
 def _ready_to_learn(model: EarlyExitModel, device: torch.device, joint: bool) -> Iterator[None]:
     """The model is on this device, with gradients, those of the backbone if `joint`; afterwards it is in eval mode where it was."""
     home = next(model.heads.parameters()).device
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), no_autocast(device):
         model.to(device)
         try:
             with flags_kept(model.heads), model.learning_backbone() if joint else nullcontext():
