@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from device import here
-from learning import data, fit, heads, images, made, same
+from learning import fit, heads, images, made, same
 
 import ptee
 
