@@ -131,7 +131,7 @@ class Buckets(ABC):
         self._unread: list[int] = []  # exits whose numbers nobody has waited for
         self._stream: torch.cuda.Stream | None = None  # of the call before
         self._buckets: dict[int, Bucket] = {}
-        self._refused: dict[int, PteeError] = {}  # sizes that cannot be recorded, and why
+        self._refused: dict[int, str] = {}  # sizes that cannot be recorded, and why
         self._needs: dict[int, int] = {}  # bytes of each size
         self.budget = Budget(self.device, None)
         self.check: Callable[[Buckets, int], None] | None = None
@@ -150,13 +150,13 @@ class Buckets(ABC):
             try:
                 self._add(size)
             except PteeError as why:
-                self._refused[size] = why
+                self._refused[size] = str(why)
                 raise
         return self._buckets[size]
 
     def _add(self, size: int) -> None:
         if size in self._refused:
-            raise self._refused[size]
+            raise PteeError(self._refused[size])
         self.budget.spend(lambda: self._buckets.update({size: self._recorded(size)}))
         if self.check is not None:
             self._checked(size, self.check)

@@ -384,12 +384,30 @@ class Gated(nn.Module):
         return self.c(self.more(self.b(x) * gate).mean((2, 3)))
 
 
-def test_expanded_tensors_move_with_their_rows(mode, x):
+class WithToken(nn.Module):
+    """Hands a weight on past the exit, once for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 6, 1, 1))
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = self.token.expand(x.shape[0], -1, -1, -1)
+        return self.c((self.b(self.a(x)) * token.sigmoid()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Gated, WithToken])
+def test_expanded_tensors_move_with_their_rows(network, mode, x):
     torch.manual_seed(0)
-    early = ptee.augment(Gated().eval(), exits=["a"], head="pool", input_size=SIZE).to(here())
+    early = ptee.augment(network().eval(), exits=["a"], head="pool", input_size=SIZE).to(here())
     fast = ptee.optimize(early, mode=mode)
     require_same(fast, early, x, spread(early, x))
-    assert len(fast._buckets._buckets) > 1
+    require_same(fast, early, x[:1])
+    recorded = fast._buckets
+    require_same(fast, early, x[:2], spread(early, x[:2]))
+    require_same(fast, early, x[:1])
+    assert recorded is fast._buckets and len(recorded._buckets) > 2, "nothing was written into a weight"
 
 
 def test_without_triton_a_gpu_is_refused_in_one_line(monkeypatch):
