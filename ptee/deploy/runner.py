@@ -268,9 +268,9 @@ def _pt2(file: Path, device: str) -> Callable[..., Sequence[Array]]:
         )
     module = _program(file, device)
 
-    @torch.no_grad()
     def run(*alive: Any) -> Sequence[Any]:
-        return module(*alive)
+        with torch.no_grad(), torch.autocast(device.partition(":")[0], enabled=False):  # a program has its own types
+            return module(*alive)
 
     return run
 

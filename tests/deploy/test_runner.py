@@ -68,6 +68,16 @@ def test_a_device_of_torch_will_do(exported):
     assert torch.equal(runner.predict(x).logits, ptee.load_exported(exported).predict(x).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_autocast_around_it_changes_nothing(exported, dtype):
+    x = torch.randn(7, *SIZE, generator=drawn(0), device="cpu")
+    runner = ptee.load_exported(exported)
+    want = runner.predict(x)
+    with torch.autocast("cpu", dtype):
+        got = runner.predict(x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_more_images_than_a_file_takes_are_refused_in_one_line(exported):
     runner = ptee.load_exported(exported)
     with pytest.raises(PteeError, match="up to 4,096 images at once, not 4,097"):
