@@ -85,9 +85,10 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     if like.device.type != "cpu":
         raise PteeError(f"This model is on {like.device.type}, and files are made on the CPU. Call model.cpu() first.")
     target = free_place(folder)
-    pieces = segments(model, keep_logits=model.rule.reads_earlier)
-    check_segments(model, pieces, BATCHES)
-    with tempfile.TemporaryDirectory() as beside:
+    # An autocast around the call is no part of the model.
+    with torch.autocast("cpu", enabled=False), tempfile.TemporaryDirectory() as beside:
+        pieces = segments(model, keep_logits=model.rule.reads_earlier)
+        check_segments(model, pieces, BATCHES)
         made = Path(beside)
         _write(model, pieces, made, format)
         _require_same(model, made)

@@ -68,6 +68,13 @@ def test_a_device_of_torch_will_do(exported):
     assert torch.equal(runner.predict(x).logits, ptee.load_exported(exported).predict(x).logits)
 
 
+def test_an_autocast_around_an_export_is_no_part_of_it(exported, tmp_path):
+    x = torch.randn(7, *SIZE, generator=drawn(0), device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ptee.export(made(), tmp_path / "out")
+    assert torch.equal(ptee.load_exported(inside).predict(x).logits, ptee.load_exported(exported).predict(x).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_autocast_around_it_changes_nothing(exported, dtype):
     x = torch.randn(7, *SIZE, generator=drawn(0), device="cpu")
