@@ -170,7 +170,10 @@ def compare(
     accuracy = pair.report.score_at(pair.report.exits).accuracy
     chosen_on, samples = (t.answers.shape[1] for t in pair)
     note = pair.calibration.note or pair.report.note
-    return Comparison(first.plan.backbone, allowed, tuple(found), chosen_on, samples, accuracy, about, note, unit)
+    fidelity = tuple(name for name, model in models.items() if model.for_fidelity)
+    return Comparison(
+        first.plan.backbone, allowed, tuple(found), chosen_on, samples, accuracy, about, note, unit, fidelity
+    )
 
 
 def _unit(times: Mapping[str, BatchTimes] | None, names: Sequence[str]) -> str:

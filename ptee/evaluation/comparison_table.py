@@ -88,6 +88,14 @@ class Found(NamedTuple):
     def __str__(self) -> str:
         return f"{self.line.name} (cost {self.entry.cost:.4f})"
 
+    def way(self, own: Found) -> Way:
+        """As a rival of early exits whose thresholds were chosen for fidelity."""
+        one, two = self.entry, own.entry
+        words = (
+            f"fidelity {one.fidelity:.4f} instead of {two.fidelity:.4f}, cost {one.cost:.4f} instead of {two.cost:.4f}"
+        )
+        return Way(self.line.name, one.cost, 1 - one.fidelity, words)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -103,6 +111,7 @@ class Comparison:
         about: where the images came from, in a sentence.
         note: why there is no accuracy though there are labels, in a sentence; else empty.
         unit: what costs are fractions of, in words.
+        for_fidelity: names of the runs whose thresholds were chosen for fidelity: what answers as well as they do keeps as much of it.
     """
 
     backbone: str
@@ -114,6 +123,7 @@ class Comparison:
     about: str = ""
     note: str = ""
     unit: str = COUNTED
+    for_fidelity: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> list[str]:
@@ -132,13 +142,16 @@ class Comparison:
 
     def _bottom_line(self, drop: float) -> str:
         found = self._within(drop)
-        own = next((f.entry.cost for f in found if f.line.kind == "adaptive"), None)
+        own = next((f for f in found if f.line.kind == "adaptive"), None)
         if own is None:
             return "no early exits that save anything keep this. Train longer, or allow a larger loss."
         others = [f for f in found if f.line.kind != "adaptive"]
+        if own.line.of in self.for_fidelity:
+            return bottom_line(own.way(own), [f.way(own) for f in others])
         words = "cost {:.4f} instead of {:.4f}"
-        rivals = [Way(f.line.name, f.entry.cost, f.entry.cost, words.format(f.entry.cost, own)) for f in others]
-        return bottom_line(Way("", own, own), rivals)  # all lose no more than allowed: the cheapest is the best
+        cost = own.entry.cost
+        rivals = [Way(f.line.name, f.entry.cost, f.entry.cost, words.format(f.entry.cost, cost)) for f in others]
+        return bottom_line(Way("", cost, cost), rivals)  # all lose no more than allowed: the cheapest is the best
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -171,7 +184,11 @@ class Comparison:
         best, *others = found
         column = best.entry.allowed
         where = "" if column in (None, drop) else f" with its thresholds for <= {column:g} lost"
-        words = f"{best.line.name}{where} is cheapest, with {best.entry.words}."
+        on_both = (
+            f" on the {self.samples:,} report images, {_signed(best.entry.drop_in_calibration)} on the "
+            f"{self.calibration:,} calibration images"
+        )
+        words = f"{best.line.name}{where} is cheapest, with {best.entry.words}{on_both}."
         runs = [f for f in found if f.line.kind == "adaptive"]
         if best in runs:
             return words

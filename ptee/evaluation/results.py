@@ -84,7 +84,7 @@ def evaluate(
         return Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
-            asked="the backbone's answer" if foretells_agreement(view) else "",
+            asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity,
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)

@@ -70,6 +70,7 @@ class Results:
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
         asked: what the calibrated confidence is the probability of, which the calibration error is about: "the backbone's answer", or
             empty if that is what is right.
+        for_fidelity: the thresholds were chosen for fidelity: what answers as well keeps as much of it.
     """
 
     backbone: str
@@ -85,6 +86,7 @@ class Results:
     off: tuple[int, ...] = ()
     outcome: str = ""
     asked: str = ""
+    for_fidelity: bool = False
 
     @property
     def early_exit(self) -> Row:
@@ -253,12 +255,16 @@ def _bottom_line(results: Results) -> str:
     """It costs more than the backbone, saves little, is slower, or the backbone cut off at some exit is as good."""
     row = results.early_exit
     own = Score(row.accuracy, row.fidelity, row.cost)
+
+    def lost(score: Score) -> float:
+        return 1 - (score.fidelity if results.for_fidelity else score.merit)
+
     cut_off = [
-        Way(f"The backbone cut off at {_exit(results, n)}, with no other heads,", s.cost, 1 - s.merit, _numbers(s))
+        Way(f"The backbone cut off at {_exit(results, n)}, with no other heads,", s.cost, lost(s), _numbers(s))
         for n, s in enumerate(results.truncation)
     ]
     where = f"on {results.device} in batches of {results.batch_size}"
-    return bottom_line(Way("", own.cost, 1 - own.merit), cut_off, speedup=row.speedup, where=where)
+    return bottom_line(Way("", own.cost, lost(own)), cut_off, speedup=row.speedup, where=where)
 
 
 def _numbers(score: Score) -> str:

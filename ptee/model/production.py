@@ -47,6 +47,12 @@ class InProduction:
     def curve(self, value: Curve | None) -> None:
         self._curve = value, None if value is None else fitted(self, value.answers, value.confidence)
 
+    @property
+    def for_fidelity(self) -> bool:
+        """Whether the thresholds in force were chosen for fidelity. False if that is not known."""
+        point = None if self.curve is None else self.curve.at(self.threshold)
+        return point is not None and point.promised is not None
+
     def threshold_for(
         self,
         *,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
@@ -64,7 +66,8 @@ def test_the_legend_explains_the_lines_that_are_there_and_is_not_part_of_the_tab
 
 def test_the_verdict_names_the_cheapest_line_within_a_drop_but_never_the_oracle():
     assert verdict(OURS, ORACLE) == (
-        "At most 0.01 lost: ours is cheapest, with cost 0.5000 and drop +0.0100 (95 % interval +0.0000 to +0.0200)."
+        "At most 0.01 lost: ours is cheapest, with cost 0.5000 and drop +0.0100 (95 % interval +0.0000 to +0.0200) "
+        "on the 1,200 report images, +0.0000 on the 600 calibration images."
     )
 
 
@@ -121,3 +124,18 @@ def test_the_last_line_says_that_little_is_saved(cost, words):
     found = comparison(Line("ours", "adaptive", (entry(cost, 0.01, 0.01),)))
     assert words in found.bottom_line
     assert bool(found.bottom_line) == bool(words)
+
+
+def test_beside_a_run_that_was_tuned_for_fidelity_only_what_keeps_as_much_of_it_answers_as_well():
+    small, other = (
+        Line(name, "static", (replace(entry(cost, 0.0), fidelity=fidelity),))
+        for name, cost, fidelity in (("small", 0.3, 0.9), ("other", 0.4, 0.99))
+    )
+    ours = Line("ours", "adaptive", (replace(entry(0.5, 0.01, 0.01), fidelity=0.98),), "ours")
+    wished = replace(comparison(ours, small), for_fidelity=("ours",))
+    assert "small answers as well" in comparison(ours, small).bottom_line
+    assert wished.bottom_line == ""
+    assert replace(wished, lines=(ours, small, other)).bottom_line == (
+        "In short, for 0.01 lost at most: other answers as well and costs less: "
+        "fidelity 0.9900 instead of 0.9800, cost 0.4000 instead of 0.5000."
+    )

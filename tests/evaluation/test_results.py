@@ -236,3 +236,11 @@ def test_the_batch_size_that_speed_was_measured_with_is_reported(monkeypatch):
     monkeypatch.setattr(evaluation, "in_turns", lambda calls, *_, **__: {name: [100.0] for name in calls})
     images = torch.randn(100, *SIZE)
     assert evaluate(made(), TensorDataset(images)).batch_size == 15  # every seventh image
+
+
+@pytest.mark.parametrize(("wish", "for_fidelity"), [("max_fidelity_drop", True), ("max_drop", False)])
+def test_the_results_know_whether_the_thresholds_were_chosen_for_fidelity(wish, for_fidelity):
+    model, data = made(), TensorDataset(*labelled())
+    ptee.tune(model, data, **{wish: 0.25}, answers="own")
+    assert evaluate(model, data, speed=False).for_fidelity is for_fidelity
+    assert not evaluate(model, data, threshold=0.123, speed=False).for_fidelity

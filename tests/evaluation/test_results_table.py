@@ -158,6 +158,15 @@ def test_the_verdict_names_a_cut_off_backbone_that_answers_as_well(cut_off, word
     assert words in verdict
 
 
+def test_where_thresholds_were_chosen_for_fidelity_only_a_cut_off_backbone_of_as_much_fidelity_answers_as_well():
+    as_accurate, as_faithful = Score(0.8, 0.9, 0.6), Score(0.7, 0.99, 0.6)
+    results = replace(results_with(**GOOD), truncation=(as_accurate,))
+    wished = replace(results, for_fidelity=True)
+    assert "answers as well" in results.bottom_line
+    assert wished.bottom_line == ""
+    assert "answers as well" in replace(wished, truncation=(as_faithful,)).bottom_line
+
+
 def test_the_last_line_is_that_early_exits_do_not_pay():
     text = str(replace(results_with(**GOOD | {"cost": 0.96}), outcome="Target: kept.")).splitlines()
     assert text[-2] == "Target: kept."
