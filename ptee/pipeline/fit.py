@@ -64,7 +64,8 @@ from ptee.training.tracking import tracked
 from ptee.training.trainer import resolve_config, train
 from ptee.tuning.config import TIME, Target
 from ptee.tuning.guarantee import require_images
-from ptee.tuning.targets import Solution, require_labels, require_reachable
+from ptee.tuning.reachable import require_labels, require_reachable
+from ptee.tuning.targets import Solution
 from ptee.tuning.tune import describe_outcome, tune
 
 Log = Callable[[str], None]
@@ -433,9 +434,8 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
         odd += [outcome] * missed
     job.log("\n".join(["", *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
-    if job.log is silent:  # else it was said
-        for sentence in odd:
-            warnings.warn(sentence, stacklevel=2)
+    for sentence in odd if job.log is silent else ():  # else it was said
+        warnings.warn(sentence, stacklevel=2)
 
 
 def about(data: Data) -> dict[str, Any]:

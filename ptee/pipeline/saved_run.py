@@ -30,7 +30,7 @@ from ptee.pipeline.recorded import or_weights, recorded_images
 from ptee.timing.measure import measure_static
 from ptee.timing.times import AUTO, times_for
 from ptee.tuning.config import AT_BATCH, OPERATIONS, TIME, Target
-from ptee.tuning.targets import require_labels
+from ptee.tuning.reachable import require_labels
 from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.tune import describe_outcome
 

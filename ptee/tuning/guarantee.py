@@ -28,7 +28,8 @@ from ptee.tuning.p_values import (
     p_value_of_drop,
     p_value_of_share,
 )
-from ptee.tuning.targets import Solution, losses_of
+from ptee.tuning.reachable import losses_of
+from ptee.tuning.targets import Solution
 from ptee.tuning.threshold_search import NEVER
 from ptee.tuning.traces import Traces
 

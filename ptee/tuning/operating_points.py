@@ -15,7 +15,8 @@ from ptee.exits.blend import BLENDED, OWN
 from ptee.production.curve import Curve, Point
 from ptee.tuning.candidates import FOLDS
 from ptee.tuning.config import Target
-from ptee.tuning.targets import MAX_IMAGES, Solution, losses_of
+from ptee.tuning.reachable import losses_of
+from ptee.tuning.targets import MAX_IMAGES, Solution
 from ptee.tuning.threshold_search import NEVER, Problem, path
 from ptee.tuning.traces import Traces
 

@@ -10,15 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from statistics import stdev
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import PteeError
 from ptee.exits.blend import OWN, Blend, Exits
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
-from ptee.tuning.config import EXAMPLES, Promise, Target, ThresholdsConfig, below, describe_thresholds
+from ptee.tuning.config import Promise, Target, ThresholdsConfig, below, describe_thresholds
+from ptee.tuning.reachable import Margin, losses_of, require_reachable, unreachable
 from ptee.tuning.threshold_search import ROUNDING, Choice, Problem, objective
 from ptee.tuning.traces import Score, Traces
 
@@ -27,7 +28,6 @@ WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distri
 DRAWS = 50  # of as many images, with replacement
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
 BY_OBJECTIVE = attrgetter("objective")
-Margin = float | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ def _solved(kinds: Sequence[list[Candidate]], target: Target, one_threshold: boo
     """The best solution of all kinds of answers."""
     best, failed = _best_of_each(kinds, target, one_threshold, margin)
     if not any(best):
-        raise failed[-1]
+        every = [candidate for kind in kinds for candidate in kind]
+        raise unreachable(target, every, one_threshold, margin) if target.limit < 0 else failed[-1]
     return min(filter(None, best), key=BY_OBJECTIVE)
 
 
@@ -341,7 +342,7 @@ def _within(candidates: list[Candidate], target: Target, one_threshold: bool, ma
             if best is None or objective(problem, choice) < objective(problem, best[0]):
                 best = choice, problem, candidate
     if best is None:
-        raise _unreachable(target, candidates)
+        raise unreachable(target)
     choice, problem, candidate = best
     taken = tuple(n for n, number in enumerate(choice.taken.tolist()) if number)
     on = taken if candidate.on is None else candidate.on
@@ -351,14 +352,6 @@ def _within(candidates: list[Candidate], target: Target, one_threshold: bool, ma
     bare = replace(first.alone.score_at(first.exits), cost=1.0, time=None if first.times is None else 1.0)
     unit = "" if first.times is None else first.times.unit
     return Solution(target, threshold, off, score, bare, problem.images, margin, candidate.blend, unit=unit)
-
-
-def _unreachable(target: Target, candidates: list[Candidate]) -> PteeError:
-    text = " cannot be met: too many confidences are NaN. Train the heads again."
-    if target.limit < 0:
-        text = " cannot be met: the answers of the exits gain less than that on these images. Ask for a smaller gain, or for no reserve: "
-    more = (Argument("margin", "0"), ".") if target.limit < 0 else ()
-    return PteeError(target.argument, text, *more, argument=target.kind, value=target.limit)
 
 
 def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) -> float:
@@ -380,42 +373,6 @@ def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) 
         other = chosen.traces.rows(drawn[fold == left_out])
         loss += losses_of(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
     return loss / images - target.limit
-
-
-def losses_of(traces: Traces, target: Target) -> Tensor:
-    """(E+1, n) what leaving at each exit loses, of fidelity where that is limited."""
-    require_labels(target, labelled=traces.targets is not None, why=traces.note)
-    return (replace(traces, targets=None) if target.kind == "max_fidelity_drop" else traces).losses
-
-
-def require_labels(target: Target, labelled: bool, why: str = "") -> None:
-    """Refuse a limit on the drop of accuracy if there is no accuracy.
-
-    Args:
-        target: of any kind.
-        labelled: the images have labels that are classes of the backbone.
-        why: they have none, in a sentence.
-    """
-    if target.kind == "max_drop" and not labelled:
-        raise PteeError(
-            why or "These images have no labels that are classes of the backbone.", " So a drop of accuracy cannot be limited. Give ",
-            Argument("max_fidelity_drop", f"{target.limit:g}"), " or ", Argument("max_cost", EXAMPLES["max_cost"]), ".",
-            argument="max_drop", value=target.limit,
-        )  # fmt: skip
-
-
-def require_reachable(target: Target, least: float, margin: Margin = 0.0) -> None:
-    """Refuse a limit on the cost that is lower than the least cost, which is that of leaving at the cheapest exit alone."""
-    reserve = 0.0 if isinstance(margin, str) else margin
-    possible = min(least, 1.0)  # with all exits off
-    if target.kind != "max_cost" or target.limit - reserve >= possible - ROUNDING:
-        return
-    without_margin = (" less ", Argument("margin", f"{reserve:g}")) if reserve else ()
-    enough = math.ceil((possible + reserve - ROUNDING) * 100) / 100
-    raise PteeError(
-        target.argument, *without_margin, f" cannot be reached: the lowest possible cost is {possible:.4f} of the bare backbone's. "
-        "Give ", Argument("max_cost", f"{enough:g}"), " or more.", argument="max_cost", value=target.limit,
-    )  # fmt: skip
 
 
 def curves(

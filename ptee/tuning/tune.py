@@ -17,7 +17,8 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.tuning.config import Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.operating_points import operating_points
-from ptee.tuning.targets import DEFAULTS, WITHIN, Margin, Solution, solve
+from ptee.tuning.reachable import Margin
+from ptee.tuning.targets import DEFAULTS, WITHIN, Solution, solve
 from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 

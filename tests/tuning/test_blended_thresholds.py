@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -73,7 +74,7 @@ def test_blended_answers_cost_less_for_the_same_loss_and_keep_it_on_other_images
 
 
 def test_a_gain_over_the_backbone_can_be_asked_for():
-    with pytest.raises(PteeError, match=r"max_drop=-0\.3 cannot be met.*Ask for a smaller gain"):
+    with pytest.raises(PteeError, match=r"max_drop=-0\.3 cannot be met"):
         solve(traces(1), Target("max_drop", -0.3), answers="blended")
     found, other = solve(traces(1), Target("max_drop", -0.02), answers="blended"), traces(2)
     assert found.on(other).accuracy > (other.bare == other.targets).double().mean()
@@ -267,3 +268,21 @@ def with_wrong(wrong: int, n: int = 200) -> Traces:
     few = many.rows(rows[torch.randperm(n, generator=drawn(1), device="cpu")])
     assert few.logits is not None
     return replace(few, logits=few.logits * 0.15).under("max_prob")
+
+
+@pytest.mark.parametrize("answers", ["own", "blended", "auto"])
+@pytest.mark.parametrize("one_threshold", [False, True])
+@pytest.mark.parametrize("margin", [0.01, "auto"])
+def test_the_refusal_of_a_gain_that_is_out_of_reach_names_one_that_is_not(answers, one_threshold, margin):
+    how = {"answers": answers, "one_threshold": one_threshold}
+    for seed in range(3):
+        with pytest.raises(PteeError) as refusal:
+            solve(traces(seed), Target("max_drop", -0.3), margin=margin, **how)
+        said = re.search(
+            r"the exits gain ([\d.]+) at most.*Give max_drop=(-?[\d.]+)( with margin=0)? or more\.$", str(refusal.value)
+        )
+        gain, limit = map(float, said.groups()[:2])
+        reserve = 0.0 if margin == "auto" else margin
+        assert limit == pytest.approx(reserve - gain, abs=2e-4)
+        assert bool(said[3]) == (margin == "auto" and limit < 0)
+        solve(traces(seed), Target("max_drop", limit), margin=0.0 if said[3] else margin, **how)

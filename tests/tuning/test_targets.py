@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from ptee._common.errors import PteeError
 from ptee.exits.times import BatchTimes
 from ptee.tuning.config import Target, describe_thresholds, remark
-from ptee.tuning.targets import Margin, Solution, curves, solve
+from ptee.tuning.reachable import Margin
+from ptee.tuning.targets import Solution, curves, solve
 from ptee.tuning.threshold_search import NEVER
 from ptee.tuning.traces import Score, Traces, truncation
 
