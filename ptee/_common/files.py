@@ -26,6 +26,9 @@ DEEPEST = 100  # objects and lists of JSON inside one another; how many Python c
 _MARKS = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]')  # strings, whole, and brackets
 FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))  # what a full disk says
 ANOTHER_FOLDER = "Choose another folder."
+PAGE = ".html"  # ends the name of a page
+STILL = (".png", ".svg")  # end the name of a picture
+PICTURES = (*STILL, PAGE)  # of a figure
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
 
 
@@ -138,6 +141,39 @@ def require_writable(folder: Path, remedy: str = ANOTHER_FOLDER) -> None:
 def _cannot_write(path: Path, reason: str, remedy: str) -> RunError:
     is_full = any(words in reason for words in FULL)
     return RunError(f"Cannot write {path}: {reason}. {'Make room on that disk.' if is_full else remedy}")
+
+
+def require_name(path: Path, suffixes: Sequence[str], argument: str, what: str) -> None:
+    """Refuse a file that cannot be written, or whose name does not say what it is."""
+    if path.is_dir():
+        example = Argument(argument, str(path / f"report{suffixes[0]}"))
+        raise RunError(f"{path} is a folder. Give a file, such as ", example, ".", argument=argument, value=path)
+    if path.suffix.lower() not in suffixes:
+        ends = " or ".join(suffixes)
+        raise RunError(
+            f"{path} is not the name of {what}. Give a name that ends in {ends}, such as ",
+            Argument(argument, f"{path.stem}{suffixes[0]}"), ".", argument=argument, value=path,
+        )  # fmt: skip
+    require_writable(path.parent)
+
+
+def require_page(path: Path, argument: str = "out") -> None:
+    """Refuse a file that cannot be written, or that a browser would not open as a page."""
+    require_name(path, (PAGE,), argument, "a page")
+
+
+def free_place(folder: str | Path) -> Path:
+    """A folder that can be written.
+
+    Raises:
+        RunError: if there is something in it, or it cannot.
+    """
+    target = as_path(folder, "folder")
+    clear_unfinished(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"{target} exists. Name a folder that does not.")
+    require_writable(target)
+    return target
 
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:

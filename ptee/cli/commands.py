@@ -11,10 +11,12 @@ import click
 from cloup import command, option
 
 from ptee._common.errors import Argument, PteeError
+from ptee._common.files import require_name, require_page, require_writable, write_text
 from ptee._common.text import printable
 from ptee.cli import options
+from ptee.cli.checks import executors_of, require_export, require_recipes, require_times, require_timing
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
-from ptee.cli.pages import COMPARED, comparison_of, plot, report
+from ptee.cli.pages import COMPARED, comparison_of, plot, report, require_comparing
 from ptee.cli.scale import cache, trace
 from ptee.cli.serving import serve
 from ptee.cli.values import (
@@ -29,6 +31,7 @@ from ptee.cli.values import (
     opened_runs,
     recipe_of,
     recipe_of_exits,
+    refuse_about_model,
     refuse_without_model,
     remark_on,
     require_model,
@@ -36,7 +39,7 @@ from ptee.cli.values import (
     show,
     untrained,
 )
-from ptee.pipeline.recorded import require_tunable, tuning_recipe
+from ptee.pipeline.recorded import new_folder, require_tunable, tuning_recipe
 
 AGAIN = "The same command with --resume goes on."
 RANDOM_WEIGHTS = (
@@ -79,18 +82,17 @@ def augment(**o: Any) -> None:
     recipe = recipe_of(o, default=DEMO_RECIPE if o["model"] is None else None)
     if o["model"] is None:
         refuse_without_model(o)
+    folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
+    new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
     from ptee._common.devices import require_launch, resolve_device
     from ptee.pipeline.demo import demo
     from ptee.pipeline.fit import Job, fit_backbone
-    from ptee.pipeline.run_folder import new_folder
     from ptee.training.tracking import require_tracker
 
     require_tracker(o["log"])
     o["device"] = resolve_device(o["device"])
     require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
-    folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
-    new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
     how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": AGAIN, "tracker": o["log"]}
     job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, **how)
     if o["model"] is None:
@@ -128,18 +130,20 @@ def plan(**o: Any) -> None:
     cost, at_batch = (o.pop(f"{options.PREFIX}thresholds__{name}") for name in ("cost", "at_batch"))
     how = ThresholdsConfig(cost=cost or "operations", at_batch=at_batch or AT_BATCH)
     recipe = recipe_of_exits(o) if o["images"] is None else recipe_of(o)
+    require_model(o)
+    from ptee._common.devices import resolve_device
+
+    device = resolve_device(o["device"])
     backbone, times = backbone_of(o), None
     if how.cost == TIME:
-        from ptee._common.devices import resolve_device
         from ptee.timing.backbone import time_of_modules
 
-        times = time_of_modules(backbone, resolve_device(o["device"]), how.at_batch)
+        times = time_of_modules(backbone, device, how.at_batch)
     model = untrained(backbone, recipe, times)
     if o["images"] is not None:
-        from ptee._common.devices import resolve_device
         from ptee.scale.budget import budget
 
-        show(budget(model, o["images"], recipe.own_training(), resolve_device(o["device"])), o)
+        show(budget(model, o["images"], recipe.own_training(), device), o)
         return
     show(model.plan, o)
     name_others(backbone, err=o["as_json"])
@@ -219,6 +223,8 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     require_tunable(run, keep=not dry_run)
     recipe = tuning_recipe(given_settings(o), o["batch_size"])
     require_runs(run, images=not o["traces"], **o)
+    if recipe.thresholds.cost == "time":
+        require_times([run])
     from ptee._common.files import to_json
     from ptee.pipeline.saved_run import tune_run
 
@@ -251,19 +257,19 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     Thresholds are chosen on the calibration images; everything is reported on others.
     """
     require_runs(*run, images=not o["traces"], **o)
+    folders, by = names_of(run), require_comparing(run, o)
     if o["traces"] and o["page"] is not None:
         raise PteeError(Argument("html"), " shows images, and traces have none. Leave it out, or give images.")
-    from ptee._common.files import write_text
-    from ptee.evaluation.results_csv import results_csv
-    from ptee.pipeline.reported import reported
-    from ptee.pipeline.saved_run import compare_runs
-    from ptee.report.page import require_name, require_page, write_report
-
     if o["page"] is not None:
         require_page(o["page"], "html")
     if o["sheet"] is not None:
         require_name(o["sheet"], (".csv",), "csv", "a table")
-    how, folders = comparison_of(o), names_of(run)
+    from ptee.evaluation.results_csv import results_csv
+    from ptee.pipeline.reported import reported
+    from ptee.pipeline.saved_run import compare_runs
+    from ptee.report.page import write_report
+
+    how = comparison_of(o, by)
     opened = opened_runs(folders, o)
     log = partial(click.echo, err=o["as_json"])
     with next(iter(opened.values())).threads():
@@ -315,6 +321,7 @@ def bench(run: str | None, **o: Any) -> None:
             raise PteeError(Argument(name), " is about a saved run. Give its folder, too: ptee bench RUN.")
     recipe = recipe_of_exits(o)
     require_model(o)
+    require_timing(o)
     import torch
 
     from ptee._common.devices import resolve_device
@@ -328,14 +335,9 @@ def bench(run: str | None, **o: Any) -> None:
 
 
 def _bench_run(run: str, o: dict[str, Any]) -> None:
-    if o["model"] is not None:
-        raise PteeError("Both a RUN and ", Argument("model", o["model"]), " are given. Give one of them.")
-    given = [name for name in ("num_classes", "model_args", "input_size", "recipe") if o[name]]
-    given += ["pretrained"] * (not o["pretrained"]) + list(given_settings(o))
-    if given:
-        wrong = Argument(given[0], "False" if given[0] == "pretrained" else "")
-        raise PteeError(wrong, " is about a model with untrained exits, and a run has its own. Leave it out.")
+    refuse_about_model(o)
     require_runs(run, images=False, exported=True, **o)
+    require_timing(o)
     from ptee._common.devices import resolve_device
     from ptee.deploy.manifest import is_exported
     from ptee.pipeline.timed_run import bench_exported_folder, bench_saved
@@ -349,8 +351,7 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
         places = {key: o[key] for key in ("rounds", "threads", "data", "data_root", "classes")}
         show(bench_exported_folder(run, o["batch_sizes"], device=device, **places), o)
         return
-    executors = o["executor"] or ("hooks,graphs" if device.type == "cuda" else "hooks,eager")
-    names = [name.strip() for name in executors.split(",")]
+    names = executors_of(o) or ["hooks", "graphs" if device.type == "cuda" else "eager"]
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
     show(bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, **how), o)
 
@@ -371,6 +372,7 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
 def export(run: str, **o: Any) -> None:
     """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
     require_runs(run, images=False, **o)
+    require_export(o)
     from ptee.deploy.export import export as write
     from ptee.pipeline.saved_run import load_run
 
@@ -379,8 +381,6 @@ def export(run: str, **o: Any) -> None:
 
         click.echo(str(export_int8(run, o["out"], o["calibrate"], format=o["format"], weights=o["weights"])))
         return
-    if o["calibrate"] is not None:
-        raise PteeError(Argument("calibrate"), " is for whole numbers. Give ", Argument("int8", "True"), ", too.")
     if o["format"] == "triton":
         from ptee.serving.triton import export_triton
 
@@ -429,6 +429,8 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
     require_model(o)
     if o["data"] is None:
         raise no_images(o["model"])
+    require_recipes(base, axes)
+    require_writable(o["out"])
     from ptee._common.devices import require_launch, resolve_device
     from ptee.pipeline.fit import Job
     from ptee.pipeline.images import describe_labels, undoubted

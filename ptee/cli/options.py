@@ -5,6 +5,7 @@ A setting is declared once, in the recipe. Its option takes name, help text and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,24 @@ class Numbers(click.ParamType):
         if isinstance(value, list):
             return value
         try:
-            return [self.kind(part) for part in str(value).split(",")]
+            numbers = [self.kind(part) for part in str(value).split(",")]
+            if any(number != number for number in numbers):  # NaN
+                raise ValueError
+            return numbers
         except ValueError:
             text = f"{value!r} is not a number or a list of numbers separated by commas, such as {self.example}."
             self.fail(text, param, ctx)
+
+
+class Real(click.FloatRange):
+    """A finite number in a range. click's own takes NaN."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Called by click."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
 
 
 class Size(Numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import click
 from cloup import command, option
 
+from ptee._common.files import PICTURES, require_name, require_page, require_writable
 from ptee.cli import options
+from ptee.cli.checks import lines_of, require_comparable
 from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups
 from ptee.cli.values import how_of, names_of, refuse_given, require_runs, static_networks, where_of
 from ptee.pipeline.recorded import FIGURES_OF_RUN, FIGURES_OF_SWEEP, WITHOUT_IMAGES, is_sweep, require_kind
@@ -49,14 +52,19 @@ OF_IMAGES = in_groups(
 )
 
 
-def comparison_of(o: dict[str, Any]) -> dict[str, Any]:
-    """How runs are compared, by the options of a command."""
+def require_comparing(runs: Sequence[str], o: dict[str, Any]) -> Any:
+    """Refuse options by which runs cannot be compared. Gives the settings of the cost."""
     from ptee.pipeline.recipe import make_recipe
 
     by = make_recipe(None, given_settings(o)).thresholds
-    lines = [name.strip() for name in o["lines"].split(",")]
-    how = {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor}
-    return how | {"static": static_networks(o["static"]), "drops": o["drops"], "lines": lines} | how_of(o)
+    require_comparable(o, by, runs)
+    return by
+
+
+def comparison_of(o: dict[str, Any], by: Any) -> dict[str, Any]:
+    """How runs are compared, by the options of a command, and by what cost."""
+    how = {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor} | how_of(o)
+    return how | {"static": static_networks(o["static"]), "drops": o["drops"], "lines": lines_of(o)}
 
 
 @command(short_help="Draw all about a run on one page.")
@@ -81,7 +89,13 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
             "needs images, and --recorded reads none. Leave one of them out.",
         )
     require_runs(*runs, **o | {"images": not o["recorded"]})
-    _require_out(o)
+    by = require_comparing(runs, o)
+    require_page(o["out"])
+    if o["figures"] is not None:
+        from ptee.report.pictures import require_kaleido
+
+        require_writable(o["figures"])
+        require_kaleido()
     from ptee.pipeline.reported import read_recorded, recorded_only, reported
     from ptee.pipeline.saved_run import open_run
     from ptee.report.page import write_report
@@ -90,7 +104,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     if o["recorded"]:
         said = recorded_only(run, o["weights"])
     else:
-        how = comparison_of(o)
+        how = comparison_of(o, by)
         opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
         with next(iter(opened.values())).threads():
             said, _ = reported(opened, folders, log=click.echo, pictures=o["images"], **how)
@@ -101,19 +115,6 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
         write_figures(parts, o["figures"])
         click.echo(f"The figures are in {o['figures']}.")
     click.echo(f"Written to {o['out']}")
-
-
-def _require_out(o: dict[str, Any]) -> None:
-    """Refuse what cannot be written, before anything takes long."""
-    from ptee.report.page import require_page
-
-    require_page(o["out"])
-    if o["figures"] is not None:
-        from ptee._common.files import require_writable
-        from ptee.report.pictures import require_kaleido
-
-        require_writable(o["figures"])
-        require_kaleido()
 
 
 @command(short_help="Draw one figure of a run or a sweep.")
@@ -137,6 +138,8 @@ def plot(run: str, kind: str, **o: Any) -> None:
     _refuse_unused(kind, of_sweep)
     if not of_sweep:
         require_runs(run, **o | {"images": kind not in WITHOUT_IMAGES})
+    by = require_comparing([] if of_sweep else [run], o)
+    require_name(o["out"], PICTURES, "out", "a picture")
     from ptee.pipeline.reported import recorded_figure, run_figure, sweep_figure
     from ptee.report.pictures import require_picture, write_figure
 
@@ -148,7 +151,7 @@ def plot(run: str, kind: str, **o: Any) -> None:
     else:
         from ptee.pipeline.saved_run import open_run
 
-        how = comparison_of(o)
+        how = comparison_of(o, by)
         opened = open_run(run, **where_of(o))
         with opened.threads():
             how = how if kind == "curve" else {key: how[key] for key in ("batch_size", "num_workers", "device")}

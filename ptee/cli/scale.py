@@ -8,7 +8,7 @@ import click
 from cloup import command, option, option_group
 
 from ptee.cli import options
-from ptee.cli.options import File, Place, RunName, in_groups
+from ptee.cli.options import File, Place, Real, RunName, in_groups
 from ptee.cli.values import require_runs
 
 SOURCE = option_group(
@@ -21,7 +21,7 @@ SOURCE = option_group(
     option("--classes", type=File(), help="A text file with the backbone's classes in its order, one a line."),
     option(
         "--max-unreadable",
-        type=float,
+        type=Real(0, 1),
         default=0.001,
         show_default=True,
         help="The share of images that may be damaged.",
@@ -105,7 +105,14 @@ def trace(run: str, **o: Any) -> None:
 @command(short_help="Keep what the heads read of very many images.")
 @click.argument("run", type=RunName())
 @in_groups(SOURCE, ENGINE, INTO)
-@option("--limit", type=float, default=32, show_default=True, metavar="GIB", help="What the folder may take, in GiB.")
+@option(
+    "--limit",
+    type=Real(0, min_open=True),
+    default=32,
+    show_default=True,
+    metavar="GIB",
+    help="What the folder may take, in GiB.",
+)
 def cache(run: str, **o: Any) -> None:
     """Run the backbone once over a source, and keep what the heads of a saved RUN read of it in a folder of parquet files.
 

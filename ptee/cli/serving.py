@@ -11,7 +11,7 @@ import click
 from cloup import command, option
 
 from ptee._common.errors import Argument, PteeError
-from ptee.cli.options import DEVICE, File, RunName, in_groups, option_group
+from ptee.cli.options import DEVICE, File, Real, RunName, in_groups, option_group
 from ptee.cli.values import require_runs
 
 FEW_MACS = 10_000_000  # as of `ptee bench`: one CPU thread is faster than several
@@ -29,7 +29,7 @@ ADDRESS = option_group(
     option("--token-file", type=File(), help="Whoever sends the token in it may change settings. Or set PTEE_TOKEN."),
     option(
         "--grace-s",
-        type=click.FloatRange(0, 3600),
+        type=Real(0, 3600),
         default=2.0,
         show_default=True,
         help="Seconds between SIGTERM and the end.",
@@ -37,23 +37,17 @@ ADDRESS = option_group(
 )
 LIMITS = option_group(
     "What callers may send",
-    option(
-        "--max-upload-mb", type=click.FloatRange(0.001, 1024), default=8.0, show_default=True, help="Size of a body."
-    ),
+    option("--max-upload-mb", type=Real(0.001, 1024), default=8.0, show_default=True, help="Size of a body."),
     option("--max-pixels", type=click.IntRange(1, 10**8), default=16_000_000, show_default=True, help="Of a picture."),
     option("--max-images", type=click.IntRange(1, 4096), default=64, show_default=True, help="Of an array."),
-    option(
-        "--min-threshold", type=click.FloatRange(-1, 2), default=0.0, show_default=True, help="Least T of a request."
-    ),
-    option(
-        "--max-threshold", type=click.FloatRange(-1, 2), default=2.0, show_default=True, help="Largest T of a request."
-    ),
+    option("--min-threshold", type=Real(-1, 2), default=0.0, show_default=True, help="Least T of a request."),
+    option("--max-threshold", type=Real(-1, 2), default=2.0, show_default=True, help="Largest T of a request."),
 )
 BATCHES = option_group(
     "Batches",
     option(
         "--p99-ms",
-        type=click.FloatRange(1),
+        type=Real(1),
         help="What would take longer than this is refused with 503. Default: no such wish.",
     ),
     option(
@@ -72,7 +66,7 @@ BATCHES = option_group(
     ),
     option(
         "--max-wait-ms",
-        type=click.FloatRange(0),
+        type=Real(0),
         help="How long an image may wait behind an exit for others. Default: a quarter of --p99-ms, or 25.",
     ),
     option(
@@ -93,12 +87,12 @@ WATCH = option_group(
     "Monitor (of a run, with --local)",
     option(
         "--max-fidelity-drop",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=Real(0, 1, min_open=True, max_open=True),
         help="Raise an alarm if more of the answers than this differ from the backbone's.",
     ),
     option(
         "--audit",
-        type=click.FloatRange(0, 1),
+        type=Real(0, 1),
         default=0.05,
         show_default=True,
         help="Share of the images that go through the backbone, too.",
@@ -226,7 +220,8 @@ def _opened(run: str, o: Mapping[str, Any]) -> Any:
     from ptee._common.devices import resolve_device
     from ptee.pipeline.saved_run import load_run
 
-    model = load_run(run, o["weights"]).to(resolve_device(o["device"]))
+    device = resolve_device(o["device"])
+    model = load_run(run, o["weights"]).to(device)
     if o["threads"] or model.plan.macs < FEW_MACS:
         torch.set_num_threads(o["threads"] or 1)
     if o["bare"]:

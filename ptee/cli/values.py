@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.validation import LONGEST_VALUE
+from ptee.cli.checks import require_recipe, require_thresholds
 from ptee.cli.options import as_option, given_settings
 
 NEED_A_MODEL = ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std")
@@ -31,7 +32,9 @@ def recipe_of(o: dict[str, Any], default: Any = None) -> Any:
     from ptee.pipeline.recipe import make_recipe
 
     recipe = o.pop("recipe", None)
-    return make_recipe(default if recipe is None else recipe, given_settings(o))
+    made = make_recipe(default if recipe is None else recipe, given_settings(o))
+    require_recipe(made)
+    return made
 
 
 def recipe_of_exits(o: dict[str, Any]) -> Any:
@@ -53,11 +56,15 @@ def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: A
     from ptee.deploy.manifest import is_exported, read_manifest
     from ptee.pipeline.recorded import require_openable
 
+    for name in ("data", "data_root", "classes") if o.get("traces") else ():
+        if o[name]:
+            raise PteeError(Argument(name), " is about images, and traces are given in their place. Leave it out.")
     for run in runs:
         if exported and is_exported(run):
-            read_manifest(Path(run))
+            exits = len(read_manifest(Path(run)).exits)
         else:
-            require_openable(run, weights=o["weights"], images=images and o.get("data") is None)
+            exits = require_openable(run, weights=o["weights"], images=images and o.get("data") is None)
+        require_thresholds(o.get("threshold"), exits)
 
 
 def require_model(o: dict[str, Any]) -> None:
@@ -145,6 +152,17 @@ def refuse_without_model(o: dict[str, Any]) -> None:
         raise PteeError(given[0], " needs a model. Give ", GIVE_MODEL, ".", argument="model")
 
 
+def refuse_about_model(o: dict[str, Any]) -> None:
+    """Refuse options that are about a model where a run is given."""
+    if o["model"] is not None:
+        raise PteeError("Both a RUN and ", Argument("model", o["model"]), " are given. Give one of them.")
+    given = [name for name in ("num_classes", "model_args", "input_size", "recipe") if o[name]]
+    given += ["pretrained"] * (not o["pretrained"]) + list(given_settings(o))
+    if given:
+        wrong = Argument(given[0], "False" if given[0] == "pretrained" else "")
+        raise PteeError(wrong, " is about a model with untrained exits, and a run has its own. Leave it out.")
+
+
 def refuse_given(options: Iterable[str], why: str) -> None:
     """Refuse options that were typed and would change nothing, because of what another option asks for.
 
@@ -181,9 +199,6 @@ def opened_runs(runs: Mapping[str, str], o: dict[str, Any], max_drop: float | No
     if not o["traces"]:
         how = where_of(o) | ({} if max_drop is None else {"max_drop": max_drop})
         return {name: open_run(run, **how) for name, run in runs.items()}
-    for name in ("data", "data_root", "classes"):
-        if o[name]:
-            raise PteeError(Argument(name), " is about images, and traces are given in their place. Leave it out.")
     from ptee.tuning.trace_folder import open_traces
 
     traces = open_traces(*o["traces"])

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ptee._common.errors import PteeError, RunError, unknown
-from ptee._common.files import as_path, clear_unfinished, replace_files, require_writable, write_json, write_text
+from ptee._common.errors import PteeError, unknown
+from ptee._common.files import free_place, replace_files, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
 from ptee._common.text import printable
@@ -93,20 +93,6 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
         _write(model, pieces, made, format)
         _require_same(model, made)
         publish(made, target)
-    return target
-
-
-def free_place(folder: str | Path) -> Path:
-    """A folder that can be written.
-
-    Raises:
-        RunError: if there is something in it, or it cannot.
-    """
-    target = as_path(folder, "folder")
-    clear_unfinished(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{target} exists. Name a folder that does not.")
-    require_writable(target)
     return target
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.errors import Argument, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import modes, set_modes
@@ -28,6 +28,7 @@ from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import batches
 from ptee.data.recorded import recorded
+from ptee.evaluation.comparison_lines import LINES, WITHOUT_LOGITS, checked_lines, ways
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
@@ -43,41 +44,6 @@ from ptee.tuning.traces import Score, Traces, compact, record, repeated, require
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
-LINES = (
-    "own",
-    BLENDED,
-    "one_threshold",
-    MAX_PROB,
-    "entropy",
-    "patience",
-    "oracle",
-    "truncation",
-)  # of a run by default
-WITHOUT_LOGITS = {"own", "one_threshold", "oracle", "truncation"}
-WORDS = {MAX_PROB: "max probability", "entropy": "entropy (BranchyNet)"}  # of confidences; the others have their name
-
-
-class Way(NamedTuple):
-    """How a run decides which images leave.
-
-    Attributes:
-        words: added to the run's name.
-        confidence: a key of `CONFIDENCES`; None for the run's own.
-        one: all exits have the same threshold.
-        answers: "own" or "blended"; None for the run's own.
-    """
-
-    words: str
-    confidence: str | None = None
-    one: bool = False
-    answers: str | None = OWN
-
-
-def ways() -> dict[str, Way]:
-    """The lines of a run with thresholds, by name: with its own confidence, and with each of `CONFIDENCES`."""
-    others = {name: Way(f", {WORDS.get(name, name)}", name) for name in CONFIDENCES}
-    run = {"own": Way("", answers=None), BLENDED: Way(", blended", answers=BLENDED)}
-    return run | {"one_threshold": Way(", one T", one=True, answers=None)} | others
 
 
 @checked
@@ -190,20 +156,6 @@ def _unit(times: Mapping[str, BatchTimes] | None, names: Sequence[str]) -> str:
 
 def _with_times(pair: Pair, times: BatchTimes | None) -> Pair:
     return Pair(*(replace(traces, times=times) for traces in pair))
-
-
-def checked_lines(lines: Sequence[str]) -> tuple[str, ...]:
-    """Names of a run's lines, in the order of the table. At least one of them must have thresholds."""
-    deciding = ways()
-    known = (*deciding, "oracle", "truncation")
-    for name in lines:
-        if name not in known:
-            raise unknown("line", name, known)
-    if not set(lines) & set(deciding):
-        raise PteeError(
-            f"None of the lines ({', '.join(lines) or 'none'}) has thresholds to choose. Add one or more of {', '.join(deciding)}."
-        )
-    return tuple(name for name in known if name in lines)
 
 
 # ---------------------------------------------------------------------------------------------------- what is compared

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
-from ptee.exits.confidence import CONFIDENCES
-from ptee.exits.config import CALIBRATED, MAX_PROB
+from ptee.exits.config import BLENDED as BLENDED
+from ptee.exits.config import CALIBRATED, CONFIDENCES, MAX_PROB
+from ptee.exits.config import OWN as OWN
 
-OWN, BLENDED = "own", "blended"
 MAX_EXITS = 4  # up to so many exits every subset gets weights; with more, only all exits together
 MIN_OF_EITHER = 20  # images that the backbone answers right, and wrong; with fewer of either the weights are equal
 MAX_NUMBERS = 2_000_000  # logits of an exit that weights are fitted to

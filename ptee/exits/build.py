@@ -20,16 +20,18 @@ from ptee.analysis.macs import count, parameters
 from ptee.analysis.parameters import parameter_shares
 from ptee.backbones.load import Backbone
 from ptee.exits.config import (
+    AUTO,
     DEFAULT_BUDGETS,
     DEFAULT_PLACES,
+    FRONT,
     OPERATIONS,
     PARAMETERS,
     PLACES_BEHIND_FRONT,
     with_defaults,
 )
 from ptee.exits.front import FrontHead
-from ptee.exits.head_spec import FRONT_SPEC, HeadSpec, parse_head
-from ptee.exits.heads import AUTO, FRONT, RESIDUAL, ExitHead, feature_factory, is_conv, vector_length
+from ptee.exits.head_spec import FRONT_SPEC, RESIDUAL, HeadSpec, as_list, is_conv, one_each, parse_head
+from ptee.exits.heads import ExitHead, feature_factory, vector_length
 from ptee.exits.placement import INPUT, PLACEMENTS, Placer
 from ptee.exits.plan import Plan, TimesOfModules, counted
 from ptee.exits.residual_head import ResidualFeatures, sized
@@ -199,13 +201,13 @@ def head_specs(
 
 def _named(head: str | Sequence[str], exits: int, front: FrontHead | str | None) -> list[HeadSpec]:
     """The specs that the names stand for. A front need not be named. One name for all has no + at the first exit."""
-    names = _as_list(head)
+    names = as_list(head)
     if isinstance(front, FrontHead):
         others = names[1:] if len(names) == exits and names[0] == FRONT else names
-        return [FRONT_SPEC, *(_one_each("head", list(map(parse_head, others)), exits - 1) if exits > 1 else [])]
+        return [FRONT_SPEC, *(one_each("head", list(map(parse_head, others)), exits - 1) if exits > 1 else [])]
     specs = [parse_head(name) for name in names]
     if len(specs) != 1:
-        return _one_each("head", specs, exits)
+        return one_each("head", specs, exits)
     first = HeadSpec(AUTO) if front is not None else HeadSpec(specs[0].kind, specs[0].stages)
     return [first, *specs * (exits - 1)]
 
@@ -213,18 +215,8 @@ def _named(head: str | Sequence[str], exits: int, front: FrontHead | str | None)
 def _budgets(given: float | Sequence[float] | None, specs: Sequence[HeadSpec]) -> list[float]:
     """The share of each head; a front network has none."""
     front = [0.0] * (specs[0] == FRONT_SPEC)
-    own = _one_each("head budget", _as_list(HEAD_BUDGET if given is None else given), len(specs) - len(front))
+    own = one_each("head budget", as_list(HEAD_BUDGET if given is None else given), len(specs) - len(front))
     for budget in own:
         if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
             raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
     return front + own
-
-
-def _as_list(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-
-
-def _one_each(what: str, given: list[Any], exits: int) -> list[Any]:
-    if len(given) not in (1, exits):
-        raise PteeError(f"{len(given)} values of {what} for {exits} exits. Give one, or one for each exit.")
-    return given * exits if len(given) == 1 else given

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError, unknown
-from ptee.exits.config import CALIBRATED, LEARNED, MAX_PROB
+from ptee.exits.config import CALIBRATED as CALIBRATED
+from ptee.exits.config import CONFIDENCES as CONFIDENCES
+from ptee.exits.config import LEARNED as LEARNED
+from ptee.exits.config import MAX_PROB as MAX_PROB
 
 LARGEST_LOG_ODDS = 50.0  # float32 cannot tell a probability with larger log-odds from 1
 OfProbabilities = Callable[[Tensor], Tensor]
@@ -154,14 +157,16 @@ def log_odds(logits: Tensor) -> Tensor:
     return (largest - others).clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
 
 
-CONFIDENCES: dict[str, Confidence] = {
-    LEARNED: Learned(),
-    MAX_PROB: FromProbabilities(max_prob),
-    "entropy": FromProbabilities(entropy),
-    "margin": FromProbabilities(margin),
-    "patience": Patience(),
-    CALIBRATED: Calibrated(),  # the two numbers of each exit belong to a model
-}
+CONFIDENCES.update(
+    {
+        LEARNED: Learned(),
+        MAX_PROB: FromProbabilities(max_prob),
+        "entropy": FromProbabilities(entropy),
+        "margin": FromProbabilities(margin),
+        "patience": Patience(),
+        CALIBRATED: Calibrated(),  # the two numbers of each exit belong to a model
+    }
+)
 
 
 def find_confidence(name: str, calibrated: Calibrated | None = None) -> Confidence:

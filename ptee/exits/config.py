@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, PteeError, unknown
 from ptee._common.validation import FrozenConfig, Number, Whole
 
 AUTO = "auto"  # the name of a head that is as large as its budget allows
 FRONT = "front"  # the name of a head that is a network of its own, at the input
 PLUS = "+"  # behind the name of a head that builds on the exit before
 LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"  # names of confidences
+OWN, BLENDED = "own", "blended"  # kinds of answers
+# What there is by name. Their modules, which need torch, put in what each name stands for, and what a user registers.
+HEADS: dict[str, Any] = dict.fromkeys(("plain", "pool", "bnpool", "conv1", "conv2", "conv3"))
+CONFIDENCES: dict[str, Any] = dict.fromkeys((LEARNED, MAX_PROB, "entropy", "margin", "patience", CALIBRATED))
 OPERATIONS: Literal["operations"] = "operations"
 PARAMETERS: Literal["parameters"] = "parameters"
 DEFAULT_PLACES = (0.03, 0.4, 0.7)
@@ -23,6 +27,7 @@ PLACES_BEHIND_FRONT = (0.4, 0.7)  # the front takes the place of the first exit
 Places = tuple[float | str, ...]
 Names = tuple[str, ...]
 Shares = tuple[Number, ...]
+Budget = Annotated[Number, Field(gt=0)]
 
 
 class ExitsConfig(FrozenConfig):
@@ -35,7 +40,7 @@ class ExitsConfig(FrozenConfig):
         f"Default: {','.join(map(str, DEFAULT_PLACES))}; pareto where a number of exits is given.",
     )
     number: Whole | None = Field(
-        None, description="How many exits a rule places. Default: as many as there is room for, at most 5."
+        None, ge=1, description="How many exits a rule places. Default: as many as there is room for, at most 5."
     )
     places_by: Literal["operations", "parameters"] = Field(
         OPERATIONS,
@@ -48,7 +53,7 @@ class ExitsConfig(FrozenConfig):
         "with a number such as conv2, or a residual network by name such as res-32x2-64x2. One for all exits, or one for each. "
         "With a + behind its name (auto+, conv2+) a head also reads the answer of the exit before it. Default: auto.",
     )
-    head_budget: Number | Shares | None = Field(
+    head_budget: Budget | tuple[Budget, ...] | None = Field(
         None,
         description="What an auto head may cost, as a share of the backbone's cost. One for all exits, or one for each. Default: "
         f"{','.join(map(str, DEFAULT_BUDGETS))} at the default places, else 0.05.",
@@ -114,3 +119,14 @@ def with_defaults(places: Any, number: int | None, head: Any, budget: Any, front
     if places is None:
         places = "pareto" if number is not None else DEFAULT_PLACES if front is None else PLACES_BEHIND_FRONT
     return places, head, budget
+
+
+def require_confidence(name: str | None) -> None:
+    """Refuse a confidence that there is not."""
+    if name is not None and name not in CONFIDENCES:
+        raise unknown("confidence", str(name), CONFIDENCES, argument="confidence")
+
+
+def wrong_number(thresholds: str, exits: int) -> PteeError:
+    """The error of so many thresholds, in words."""
+    return PteeError(f"There are {thresholds} thresholds for {exits} exits. Give one number, or one for each exit.")

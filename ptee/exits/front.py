@@ -23,7 +23,8 @@ from ptee.backbones.library import other_words
 from ptee.backbones.load import Backbone, InputConfig, load_backbone
 from ptee.backbones.published import front_of
 from ptee.exits.confidence import log_odds
-from ptee.exits.heads import AUTO, ExitHead
+from ptee.exits.config import AUTO
+from ptee.exits.heads import ExitHead
 
 LARGEST_SIDE = 2048  # pixels; a network for more is no small one, and a run may come from a stranger
 # What a caller can give for the network in front; everything else follows from the backbone.

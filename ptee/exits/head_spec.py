@@ -7,12 +7,15 @@ spec     HeadSpec(kind, stages, builds_on_previous); str(spec) is the name again
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ptee._common.errors import PteeError, unknown
-from ptee.exits.heads import AUTO, FRONT, HEADS, PLUS, RESIDUAL, RESIDUAL_NAME, is_conv
+from ptee.exits.config import AUTO, FRONT, HEADS, PLUS
 
+RESIDUAL = "res"
+RESIDUAL_NAME = r"res(-\d{1,5}x\d{1,3}(s\d{1,2})?){1,8}"
 LARGEST = {"channels": 1024, "blocks": 8, "stride": 16}  # of a stage; a saved run may come from a stranger
 
 
@@ -50,6 +53,11 @@ class HeadSpec:
 FRONT_SPEC = HeadSpec(FRONT)
 
 
+def is_conv(kind: str) -> bool:
+    """Whether a head is convN, with N blocks."""
+    return re.fullmatch(r"conv([1-9]\d?)", kind) is not None
+
+
 def parse_head(name: Any) -> HeadSpec:
     """The spec of a head's name, given by a user or a saved run. Refuses unknown names, and residual heads that are too large."""
     if not isinstance(name, str):
@@ -74,3 +82,15 @@ def _stages(name: str, kind: str) -> tuple[Stage, ...]:
             possible = ", ".join(f"1 to {most} {what}" for what, most in LARGEST.items())
             raise PteeError(f"A stage of the head {name!r} is too large or empty. A stage may have {possible}.")
     return stages
+
+
+def as_list(given: Any) -> list[Any]:
+    """One value, or several."""
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+
+
+def one_each(what: str, given: list[Any], exits: int) -> list[Any]:
+    """A value for each exit, from one or from as many. Refuses another number."""
+    if len(given) not in (1, exits):
+        raise PteeError(f"{len(given)} values of {what} for {exits} exits. Give one, or one for each exit.")
+    return given * exits if len(given) == 1 else given

@@ -27,10 +27,8 @@ from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
 from ptee.exits.confidence import same_definition
-from ptee.exits.config import AUTO, FRONT, PLUS
-
-RESIDUAL = "res"
-RESIDUAL_NAME = r"res(-\d{1,5}x\d{1,3}(s\d{1,2})?){1,8}"
+from ptee.exits.config import AUTO, FRONT, HEADS, PLUS
+from ptee.exits.head_spec import RESIDUAL_NAME
 
 FeatureFactory = Callable[[int, int, int], nn.Module]
 
@@ -151,24 +149,22 @@ def _conv(blocks: int) -> FeatureFactory:
     return make
 
 
-HEADS: dict[str, FeatureFactory] = {
-    "plain": lambda channels, height, width: nn.Flatten(),
-    "pool": lambda channels, height, width: _MeanPool(),
-    "bnpool": _bnpool,
-    "conv1": _conv(1),
-    "conv2": _conv(2),
-    "conv3": _conv(3),
-}
-
-
-def is_conv(kind: str) -> bool:
-    """Whether a head is convN, with N blocks."""
-    return re.fullmatch(r"conv([1-9]\d?)", kind) is not None
+HEADS.update(
+    {
+        "plain": lambda channels, height, width: nn.Flatten(),
+        "pool": lambda channels, height, width: _MeanPool(),
+        "bnpool": _bnpool,
+        "conv1": _conv(1),
+        "conv2": _conv(2),
+        "conv3": _conv(3),
+    }
+)
 
 
 def feature_factory(kind: str) -> FeatureFactory:
     """What makes the layers before v, of a name of `HEADS` or convN."""
-    return HEADS[kind] if kind in HEADS else _conv(int(kind.removeprefix("conv")))
+    factory: FeatureFactory = HEADS[kind] if kind in HEADS else _conv(int(kind.removeprefix("conv")))
+    return factory
 
 
 def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ptee.exits.head_spec import HeadSpec, Stage
-from ptee.exits.heads import RESIDUAL
+from ptee.exits.head_spec import RESIDUAL, HeadSpec, Stage
 
 Shape = tuple[int, int, int]  # (c, h, w) of a map
 

@@ -13,8 +13,8 @@ from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
 from ptee.exits.blend import Blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated
+from ptee.exits.config import FRONT
 from ptee.exits.front import FrontHead, require_small
-from ptee.exits.heads import FRONT
 from ptee.model.run_files import record_of
 from ptee.model.saving import Run
 

@@ -22,6 +22,7 @@ from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, requir
 
 CONFIG, HEADS, METRICS, CARD = "config.json", "heads.safetensors", "metrics.json", "README.md"
 BACKBONE = "backbone.safetensors"  # of a run whose backbone learnt, too
+CHECKPOINT = "checkpoint.safetensors"  # of a training that is not over
 LARGEST_CONFIG_BYTES = 4 * 2**20
 LARGEST_BYTES = {HEADS: 4 * 2**30, BACKBONE: 64 * 2**30}
 OTHER_FOLDER = "Copy the run to a folder that you may write."

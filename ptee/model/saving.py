@@ -46,8 +46,6 @@ from ptee.production.curve import Curve
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CHECKPOINT = "checkpoint.safetensors"  # of a training that is not over
-
 
 @dataclass(frozen=True)
 class Run:

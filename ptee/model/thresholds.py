@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee.exits.config import wrong_number
 
 Thresholds = float | Sequence[float] | Tensor
 NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence reaches, and that every finite one does
@@ -23,7 +24,7 @@ def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:
     given = _as_tensor(threshold)
     if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
         many = " x ".join(map(str, given.shape))
-        raise PteeError(f"There are {many} thresholds for {exits} exits. Give one number, or one for each exit.")
+        raise wrong_number(many, exits)
     _refuse_nan(given)
     return tuple(given.expand(1, exits)[0].tolist())
 

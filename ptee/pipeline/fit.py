@@ -16,19 +16,18 @@ import torch
 from torch import nn
 
 from ptee._common.devices import of_main_process, require_launch, resolve_device
-from ptee._common.errors import Argument, DataError, Interrupted, PteeError, unknown
+from ptee._common.errors import Argument, DataError, Interrupted, PteeError
 from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
-from ptee.exits.confidence import CONFIDENCES
-from ptee.exits.config import LEARNED
+from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
 from ptee.exits.plan import TimesOfModules
 from ptee.exits.times import BatchTimes
-from ptee.model import run_files, saving
+from ptee.model import run_files
 from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import (
@@ -44,19 +43,20 @@ from ptee.pipeline.images import (
     undoubted,
 )
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.pipeline.recorded import new_folder
 from ptee.pipeline.run_folder import (
     clear,
     forget_training,
     is_main_process,
     keep_times,
     kept_times,
-    new_folder,
     require_readable,
     sole_writer,
 )
 from ptee.timing.backbone import time_of_modules
 from ptee.timing.measure import measure, require_executor
-from ptee.timing.times import AUTO, FILE, Times
+from ptee.timing.settings import AUTO, FILE
+from ptee.timing.times import Times
 from ptee.training.calibration import calibrate
 from ptee.training.config import JOINT, passes
 from ptee.training.history import Epoch, History
@@ -274,8 +274,7 @@ def checked_model(
     recipe, labelled = recipe.resolved(), has_labels(data)
     target = Target.of(recipe.thresholds, labelled)
     question = recipe.confidence.question
-    if recipe.confidence.name not in CONFIDENCES:
-        raise unknown("confidence", str(recipe.confidence.name), CONFIDENCES, argument="confidence")
+    require_confidence(recipe.confidence.name)
     if not labelled and question != "agrees":
         wanted, instead = Argument("question", repr(question)), Argument("question", "'agrees'")
         text = "The images have no labels for "
@@ -327,7 +326,7 @@ def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job, tim
 def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
     """Train the heads. Each epoch is added to `complete` once it is saved in the folder."""
     config = resolve_config(recipe.training, model, data.train)
-    checkpoint = None if job.out is None else job.out / saving.CHECKPOINT
+    checkpoint = None if job.out is None else job.out / run_files.CHECKPOINT
 
     def on_epoch(epoch: Epoch) -> None:
         complete.append(epoch)

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import Argument, DataError, PteeError, first_line
+from ptee._common.files import free_place
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
 from ptee._common.text import table
 from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
-from ptee.deploy.export import ONNX, export, free_place, publish, require_libraries, sign
+from ptee.deploy.export import ONNX, export, publish, require_libraries, sign
 from ptee.deploy.manifest import MANIFEST, Answered, Int8
 from ptee.deploy.runner import Runner, load_exported
 from ptee.model.thresholds import NEVER

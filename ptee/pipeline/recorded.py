@@ -1,4 +1,4 @@
-"""What a saved run says of itself, checked before anything heavy is imported.
+"""What the folder of a run says, checked before anything heavy is imported.
 
 A run may come from a stranger. So what it says of its data is checked before anything is looked for.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
-from ptee._common.files import is_file, require_writable
+from ptee._common.files import WRITING, is_file, require_writable
 from ptee._common.text import printable
-from ptee.model.run_files import METRICS, OTHER_FOLDER, is_folder, metrics_of, read_run, record_of
+from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_folder, is_run, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.tuning.config import TARGETS
 
@@ -24,6 +24,10 @@ FOLDER = Argument("data", "FOLDER")
 SWEEP_TABLE = "sweep.csv"  # in the folder of a sweep
 FIGURES_OF_RUN = ("curve", "threshold", "exits", "network", "epochs", "confidence", "gallery")
 FIGURES_OF_SWEEP = ("curve", "lambda")
+LOCK = ".ptee.lock"  # held by the process that trains into a folder
+UNREADABLE = "unreadable.json"  # keys of pictures that could not be read
+PLACED_BY = "placed_by.json"  # the times that the exits of a training were placed by
+OUT, RESUME = Argument("out"), Argument("resume")
 WITHOUT_IMAGES = ("network", "epochs")  # figures that need none
 
 
@@ -43,8 +47,8 @@ def require_kind(kind: str, of_sweep: bool) -> None:
         raise PteeError(text, argument="kind")
 
 
-def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
-    """Refuse a run of which the files tell that it cannot be opened.
+def require_openable(run: str, *, weights: Path | None, images: bool) -> int:
+    """Refuse a run of which the files tell that it cannot be opened. Gives the number of its exits.
 
     Args:
         run: a folder, or user/repo on the hub.
@@ -57,6 +61,7 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> None:
             record_of(run, config, remote, front=front, weights=None if front else weights)
     if images:
         recorded_images(run, config.results)
+    return len(config.exits)
 
 
 def require_tunable(run: str, *, keep: bool = True) -> None:
@@ -149,3 +154,41 @@ def _require_plain(run: str, recorded: Mapping[str, Any]) -> None:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+# ---------------------------------------------------------------------------------------------------- the folder of a new run
+
+
+def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
+    """`out`, if a run may be written there: it is new, empty, to be resumed, or may be overwritten.
+
+    Raises:
+        RunError: if it holds something else, there is nothing to resume, or it is to be resumed and overwritten.
+    """
+    if resume and overwrite:
+        anew, text = Argument("overwrite", "True"), " goes on with a training, and "
+        raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.", argument="resume")
+    require_writable(out)
+    unfinished = is_interrupted(out)
+    if resume and not (unfinished or (out / UNREADABLE).is_file()):
+        text = f"There is no interrupted training in {out}. Give its folder with "
+        raise RunError(text, OUT, ", or leave out ", RESUME, ".", argument="resume")
+    if resume or not out.is_dir() or all(_is_left_over(path.name) for path in out.iterdir()):
+        return out
+    if not (unfinished or is_run(out)):
+        raise RunError(f"{out} holds something else than a run. Give a new folder with ", OUT, ".", argument="out")
+    if overwrite:
+        return out
+    goes_on = ("an interrupted training; ", Argument("resume", "True"), " goes on with it")
+    found = (f"{out} holds ", *(goes_on if unfinished else ("a run",)), ". Give another folder with ", OUT)
+    raise RunError(*found, ", or replace it with ", Argument("overwrite", "True"), ".", argument="out", value=out)
+
+
+def is_interrupted(out: Path) -> bool:
+    """Whether a folder holds the checkpoint of a training that is not over."""
+    return (out / CHECKPOINT).is_file()
+
+
+def _is_left_over(name: str) -> bool:
+    """Whether a process that ended before its first epoch may have left this file."""
+    return name in (UNREADABLE, PLACED_BY, LOCK) or name.startswith(WRITING)

@@ -24,7 +24,8 @@ from ptee.report import curves, exit_figures, facts
 from ptee.report import parts as page_parts
 from ptee.report.gallery import picture
 from ptee.report.reported import Reported
-from ptee.timing.times import AUTO, FILE, read_times
+from ptee.timing.settings import AUTO, FILE
+from ptee.timing.times import read_times
 from ptee.tuning.config import AT_BATCH
 from ptee.tuning.traces import Traces, record
 

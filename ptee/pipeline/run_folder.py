@@ -15,55 +15,16 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from ptee._common.devices import process_state
-from ptee._common.errors import Argument, PteeError, RunError, first_line
-from ptee._common.files import WRITING, clear_unfinished, from_json, is_file, require_writable, write_json
+from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.files import clear_unfinished, from_json, is_file, write_json
 from ptee._common.validation import FrozenConfig, Name, Number
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
 from ptee.exits.plan import TimesOfModules
-from ptee.model import run_files, saving
+from ptee.model import run_files
 from ptee.pipeline.recipe import RECIPE_FILE
-from ptee.timing.times import FILE as TIMES_FILE
-
-LOCK = ".ptee.lock"  # held by the process that trains into a folder
-UNREADABLE = "unreadable.json"  # keys of pictures that could not be read
-PLACED_BY = "placed_by.json"  # the times that the exits of a training were placed by
-OUT, RESUME = Argument("out"), Argument("resume")
-
-
-def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
-    """`out`, if a run may be written there: it is new, empty, to be resumed, or may be overwritten.
-
-    Raises:
-        RunError: if it holds something else, there is nothing to resume, or it is to be resumed and overwritten.
-    """
-    if resume and overwrite:
-        anew, text = Argument("overwrite", "True"), " goes on with a training, and "
-        raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.", argument="resume")
-    require_writable(out)
-    unfinished = is_interrupted(out)
-    if resume and not (unfinished or (out / UNREADABLE).is_file()):
-        text = f"There is no interrupted training in {out}. Give its folder with "
-        raise RunError(text, OUT, ", or leave out ", RESUME, ".", argument="resume")
-    if resume or not out.is_dir() or all(_is_left_over(path.name) for path in out.iterdir()):
-        return out
-    if not (unfinished or run_files.is_run(out)):
-        raise RunError(f"{out} holds something else than a run. Give a new folder with ", OUT, ".", argument="out")
-    if overwrite:
-        return out
-    goes_on = ("an interrupted training; ", Argument("resume", "True"), " goes on with it")
-    found = (f"{out} holds ", *(goes_on if unfinished else ("a run",)), ". Give another folder with ", OUT)
-    raise RunError(*found, ", or replace it with ", Argument("overwrite", "True"), ".", argument="out", value=out)
-
-
-def is_interrupted(out: Path) -> bool:
-    """Whether a folder holds the checkpoint of a training that is not over."""
-    return (out / saving.CHECKPOINT).is_file()
-
-
-def _is_left_over(name: str) -> bool:
-    """Whether a process that ended before its first epoch may have left this file."""
-    return name in (UNREADABLE, PLACED_BY, LOCK) or name.startswith(WRITING)
+from ptee.pipeline.recorded import LOCK, OUT, PLACED_BY, UNREADABLE, is_interrupted, new_folder
+from ptee.timing.settings import FILE as TIMES_FILE
 
 
 @contextmanager
@@ -111,7 +72,7 @@ def clear(out: Path) -> None:
 
 def forget_training(out: Path) -> None:
     """Remove what only --resume needs."""
-    for name in (saving.CHECKPOINT, UNREADABLE, PLACED_BY):
+    for name in (run_files.CHECKPOINT, UNREADABLE, PLACED_BY):
         (out / name).unlink(missing_ok=True)
 
 

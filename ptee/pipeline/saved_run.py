@@ -14,6 +14,7 @@ from ptee._common.devices import one_thread, resolve_device
 from ptee._common.errors import Argument, DataError
 from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
+from ptee.data.sources import require_source
 from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
@@ -28,7 +29,8 @@ from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import or_weights, recorded_images
 from ptee.timing.measure import measure_static
-from ptee.timing.times import AUTO, times_for
+from ptee.timing.settings import AUTO
+from ptee.timing.times import times_for
 from ptee.tuning.config import AT_BATCH, OPERATIONS, TIME, Target
 from ptee.tuning.reachable import require_labels
 from ptee.tuning.trace_folder import TraceFolder
@@ -84,6 +86,8 @@ def open_run(
             backbone's.
         PteeError: as of `load`.
     """
+    if data:
+        require_source(data)  # before the model is loaded
     model = load_run(run, weights)
     recorded = recorded_images(run, model.results, data)
     source, seed = data or recorded["source"], recorded.get("seed", 0)

@@ -26,8 +26,7 @@ from ptee.model.run_config import BackboneRecord
 from ptee.pipeline.fit import Job, about, checked_model, fit_backbone
 from ptee.pipeline.images import carried_out, recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
-from ptee.pipeline.recorded import SWEEP_TABLE
-from ptee.pipeline.run_folder import is_interrupted, new_folder
+from ptee.pipeline.recorded import SWEEP_TABLE, is_interrupted, new_folder
 from ptee.report import curves
 from ptee.report.page import write
 from ptee.report.parts import Part

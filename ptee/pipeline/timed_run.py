@@ -17,8 +17,9 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.exported import images_for
 from ptee.pipeline.saved_run import FEW_MACS, load_run, open_run
 from ptee.timing.exported_bench import ExportedBench, bench_exported
-from ptee.timing.measure import checked_sizes, measure
+from ptee.timing.measure import measure
 from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
+from ptee.timing.settings import checked_sizes
 from ptee.timing.times import save_times
 
 Log = Callable[[str], None]

@@ -12,32 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ptee import __version__
-from ptee._common.errors import Argument, RunError
-from ptee._common.files import require_writable, write_text
+from ptee._common.files import write_text
 from ptee.report.parts import Part, parts
 from ptee.report.reported import Reported
 
-SUFFIX = ".html"
 BUNDLE = "plotly-basic.min.js.gz"  # plotly.js 4.1.1, bars and lines only: a third of the whole, and a third of a phone's time
-
-
-def require_page(path: Path, argument: str = "out") -> None:
-    """Refuse a file that cannot be written, or that a browser would not open as a page."""
-    require_name(path, (SUFFIX,), argument, "a page")
-
-
-def require_name(path: Path, suffixes: Sequence[str], argument: str, what: str) -> None:
-    """Refuse a file that cannot be written, or whose name does not say what it is."""
-    if path.is_dir():
-        example = Argument(argument, str(path / f"report{suffixes[0]}"))
-        raise RunError(f"{path} is a folder. Give a file, such as ", example, ".", argument=argument, value=path)
-    if path.suffix.lower() not in suffixes:
-        ends = " or ".join(suffixes)
-        raise RunError(
-            f"{path} is not the name of {what}. Give a name that ends in {ends}, such as ",
-            Argument(argument, f"{path.stem}{suffixes[0]}"), ".", argument=argument, value=path,
-        )  # fmt: skip
-    require_writable(path.parent)
 
 
 def write_report(of: Reported, path: Path) -> list[Part]:

@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, PteeError, first_line
-from ptee._common.files import replace_files
-from ptee.report.page import SUFFIX, require_name, write
+from ptee._common.files import PAGE, PICTURES, STILL, replace_files, require_name
+from ptee.report.page import write
 from ptee.report.parts import Part
 
-STILL = (".png", ".svg")
 WIDTH, SCALE = 900, 2  # pixels, and how many of a PNG's make one
 INSTALL = "Install both: pip install 'kaleido>=1' && plotly_get_chrome"
 
 
 def require_picture(path: Path) -> None:
     """Refuse a name that no figure can have, or a still picture where nothing can draw it."""
-    require_name(path, (*STILL, SUFFIX), "out", "a picture")
+    require_name(path, PICTURES, "out", "a picture")
     if path.suffix.lower() in STILL:
-        require_kaleido(Argument("out", f"{path.stem}{SUFFIX}"))
+        require_kaleido(Argument("out", f"{path.stem}{PAGE}"))
 
 
 def require_kaleido(instead: Argument | None = None) -> None:
@@ -36,7 +35,7 @@ def require_kaleido(instead: Argument | None = None) -> None:
 
 def write_figure(figure: Any, path: Path, title: str) -> None:
     """Write one figure, whole or not at all."""
-    if path.suffix.lower() == SUFFIX:
+    if path.suffix.lower() == PAGE:
         write(title, [Part("figure", title, figures={"figure": figure})], path)
         return
     write_still(path.parent, {path.name: figure})

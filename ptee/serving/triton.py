@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import PteeError
-from ptee._common.files import WRITING, write_json, write_text
-from ptee.deploy.export import ONNX, export, free_place
+from ptee._common.files import WRITING, free_place, write_json, write_text
+from ptee.deploy.export import ONNX, export
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 from ptee.model.early_exit import EarlyExitModel
 

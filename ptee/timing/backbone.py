@@ -16,7 +16,8 @@ from ptee.backbones.load import Backbone
 from ptee.exits.plan import TimesOfModules
 from ptee.model.forward import one_parameter
 from ptee.timing.laps import MAX_SECONDS, Mark, in_turns
-from ptee.timing.times import HOOKS, unit_of
+from ptee.timing.settings import HOOKS
+from ptee.timing.times import unit_of
 
 
 def time_of_modules(backbone: Backbone, device: torch.device, batch: int, *, rounds: int = 7) -> TimesOfModules:

@@ -7,7 +7,7 @@ itself), while nobody leaves. All executors and numbers of rows are measured in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee import __version__
-from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.errors import Argument, PteeError
 from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
@@ -30,13 +30,8 @@ from ptee.recording.graphs import Graphs, Recorder
 from ptee.recording.optimized import OptimizedModel, optimize
 from ptee.timing.exported import OnnxModel, bare_onnx, require_onnx
 from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
+from ptee.timing.settings import COMPILE, GRAPHS, HOOKS, ONNX, checked_executors, checked_sizes
 from ptee.timing.times import (
-    COMPILE,
-    EXECUTORS,
-    GRAPHS,
-    HOOKS,
-    LARGEST_BATCH,
-    ONNX,
     Measured,
     Times,
     between,
@@ -134,14 +129,6 @@ def measure(
     )
 
 
-def checked_executors(names: Iterable[str]) -> list[str]:
-    """Each once, in order."""
-    for name in names:
-        if name not in EXECUTORS:
-            raise unknown("executor", name, EXECUTORS, argument="executor")
-    return list(dict.fromkeys(names))
-
-
 def require_executor(name: str, device: torch.device) -> None:
     """Refuse an executor that cannot run on a device, before a training whose thresholds it is to choose.
 
@@ -154,17 +141,6 @@ def require_executor(name: str, device: torch.device) -> None:
         )
     if name == ONNX:
         require_onnx(device.type)
-
-
-def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
-    """Sizes of batches that can be timed."""
-    for b in batch_sizes:
-        if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= LARGEST_BATCH:
-            raise PteeError(
-                f"A batch of {b} images cannot be timed. Give sizes of 1 to {LARGEST_BATCH}, such as ",
-                Argument("batch_sizes", "[1, 32]"), ".", argument="batch_sizes", value=batch_sizes,
-            )  # fmt: skip
-    return list(batch_sizes)
 
 
 def all_on(model: EarlyExitModel) -> EarlyExitModel:

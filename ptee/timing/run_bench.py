@@ -21,7 +21,8 @@ from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.timing.energy import energy_meter, joules_of
 from ptee.timing.laps import LONG_ENOUGH, MOST_REPEATS
 from ptee.timing.measure import all_on, bare_by, in_pieces
-from ptee.timing.times import COMPILE, GRAPHS, HOOKS, ONNX, Times
+from ptee.timing.settings import COMPILE, GRAPHS, HOOKS, ONNX
+from ptee.timing.times import Times
 
 BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
 AS_IT_IS = ("torch", BARE)

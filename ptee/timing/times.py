@@ -22,13 +22,10 @@ from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import one_parameter
+from ptee.timing.settings import AUTO, EXECUTORS, FILE, GRAPHS, HOOKS, LARGEST_BATCH, require_kept_times
 
 SCHEMA = 1
-FILE = "times.json"
 LARGEST_FILE = 2**20  # bytes
-LARGEST_BATCH = 4096
-HOOKS, EAGER, GRAPHS, COMPILE, ONNX = EXECUTORS = ("hooks", "eager", "graphs", "compile", "onnx")
-AUTO = "auto"
 AGAIN = "Measure again: ptee bench RUN --save"
 
 Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -205,9 +202,7 @@ def read_times(folder: Path) -> Times:
     Raises:
         RunError: if there are none, or they are damaged or of a newer version.
     """
-    file = folder / FILE
-    if not file.is_file():
-        raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {folder} --save")
+    file = require_kept_times(folder)
     try:
         values = read_object(file, LARGEST_FILE)
     except (OSError, ValueError) as why:

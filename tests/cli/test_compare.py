@@ -16,7 +16,7 @@ from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
 from ptee.cli.commands import compare
 from ptee.cli.values import names_of, static_networks
-from ptee.evaluation.comparison import LINES
+from ptee.evaluation.comparison_lines import LINES
 
 
 def test_the_default_lines_of_the_command_are_those_of_python():

@@ -249,6 +249,48 @@ SETTINGS = {
     "plan without a model": (("plan",), "Which model"),
     "bench without a model": (("bench",), "Which model"),
 }
+R50 = ("--model", "resnet50", "--data", "nope")
+TWO = ("--exits", "0.2,0.5")
+OVER = ("sweep", "--model", "resnet18", "--data", "nope", "--out", "out", "--over")
+OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "a head": (("augment", *R50, "--head", "nope"), "Unknown head 'nope'"),
+    "a head of the demo": (("augment", "--head", "nope"), "Unknown head 'nope'"),
+    "a head of a plan": (("plan", "--model", "resnet50", "--head", "nope"), "Unknown head 'nope'"),
+    "a head of a sweep": ((*OVER, "exits.head=pool,nope"), "Unknown head 'nope'"),
+    "a confidence": (("augment", *R50, "--confidence", "nope"), "Unknown confidence 'nope'"),
+    "a confidence of a sweep": ((*OVER, "confidence.name=learned,nope"), "Unknown confidence 'nope'"),
+    "three heads for two exits": (("augment", *R50, *TWO, "--head", "pool,pool,pool"), "3 values of head for 2 exits"),
+    "three budgets for two exits": (("augment", *R50, *TWO, "--head-budget", ".1,.1,.1"), "3 values of head budget for 2"),
+    "three thresholds for two exits": (("augment", *R50, *TWO, "--threshold", ".5,.5,.5"), "3 thresholds for 2 exits"),
+    "a budget of nothing": (("augment", *R50, "--head-budget", "0"), "--head-budget 0 must be above 0"),
+    "no exits": (("augment", *R50, "--set", "exits.number=0"), "must be 1 or more"),
+    "a front without weights": (("augment", *R50, "--front", "resnet18", "--front-weights", "w.pth"), "no weights file w.pth"),
+    "a folder of something else": (("augment", *R50, "--out", "full"), "full holds something else than a run"),
+    "thresholds of a run": (("evaluate", "run", "--threshold", ".1,.2,.3,.4,.5,.6"), "There are 6 thresholds for"),
+    "a threshold of NaN": (("evaluate", "run", "--threshold", "nan"), "'nan' is not a number"),
+    "images and traces": (("evaluate", "run", "--data", "full", "--traces", "full"), "--data is about images"),
+    "no times": (("tune", "run", "--max-fidelity-drop", "0.1", "--cost", "time"), "run keeps no times"),
+    "no times to compare": (("compare", "run", "--cost", "time"), "run keeps no times"),
+    "a line": (("compare", "run", "--lines", "own,nope"), "Unknown line 'nope'"),
+    "a line of a report": (("report", "run", "--lines", "own,nope"), "Unknown line 'nope'"),
+    "a line of a figure": (("plot", "run", "--lines", "own,nope", "--out", "a.html"), "Unknown line 'nope'"),
+    "a drop": (("compare", "run", "--drops", "2"), "--drops 2.0 must be below 1"),
+    "a run twice": (("compare", "run", "run"), "given twice"),
+    "a page": (("compare", "run", "--html", "a.pdf"), "not the name of a page"),
+    "a sheet": (("compare", "run", "--csv", "a.pdf"), "not the name of a table"),
+    "a report": (("report", "run", "--out", "a.pdf"), "not the name of a page"),
+    "a picture": (("plot", "run", "--out", "a.pdf"), "not the name of a picture"),
+    "an executor": (("bench", "run", "--executor", "nope"), "Unknown executor 'nope'"),
+    "no images in a batch": (("bench", "run", "--batch-sizes", "0"), "A batch of 0 images"),
+    "no images in a batch of a model": (("bench", "--model", "resnet50", "--batch-sizes", "0"), "A batch of 0 images"),
+    "a place that is taken": (("export", "run", "--out", "full"), "full exists"),
+    "whole numbers for torch": (("export", "run", "--out", "new", "--int8", "--calibrate", "full"), "Give --format onnx"),
+    "whole numbers of no images": (("export", "run", "--out", "new", "--int8", "--format", "onnx"), "--calibrate FOLDER"),
+    "images for no whole numbers": (("export", "run", "--out", "new", "--calibrate", "full"), "Give --int8"),
+    "a file for a sweep": ((*OVER, "seed=0,1", "--out", "full/file"), "full/file is a file"),
+    "a share above 1": (("trace", "run", "--data", "full", "--out", "new", "--max-unreadable", "2"), "not in the range"),
+    "a limit of NaN": (("cache", "run", "--data", "full", "--out", "new", "--limit", "nan"), "'nan' is no finite number"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +322,10 @@ def refused(original, tmp_path_factory) -> dict[str, Done]:
     for recipe, _ in RECIPES.values():
         commands |= {f"{words} {recipe}": (*TRAINING[words], recipe) for words in TRAINING}
     commands |= {f"settings {name}": words for name, (words, _) in SETTINGS.items()}
+    shutil.copytree(original, folder / "run")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").touch()
+    commands |= {f"option {name}": words for name, (words, _) in OPTIONS.items()}
     return all_of(folder, {name: tuple(map(str, words)) for name, words in commands.items()})
 
 
@@ -329,3 +375,8 @@ def test_a_recipe_that_is_none_is_refused_before_torch_is_imported(command, case
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_setting_that_cannot_be_is_refused_before_torch_is_imported(case, refused):
     assert_light(refused[f"settings {case}"], SETTINGS[case][1])
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_option_that_cannot_be_is_refused_before_torch_is_imported(case, refused):
+    assert_light(refused[f"option {case}"], OPTIONS[case][1])

@@ -102,6 +102,7 @@ def test_what_is_mistyped_is_refused_in_one_line(words, said, run, elsewhere):
 @pytest.mark.parametrize("words", [["{}", ""], ["{}="]], ids=["apart", "after an equals sign"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_refuses_an_empty_value(command, words, run):
+    run("--version")  # which adds the commands
     options = [o for o in cli.commands[command].params if isinstance(o, click.Option) and not o.is_flag]
     for option in (name for o in options for name in o.opts):
         given = [word.format(option) for word in words]

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ptee._common.errors import Argument, PteeError, RunError
+from ptee._common.files import require_page
 from ptee.exits.times import BatchTimes
-from ptee.report.page import require_page, write, write_report
+from ptee.report.page import write, write_report
 from ptee.report.parts import Part, command, parts
 from ptee.report.pictures import require_picture
 

@@ -1,0 +1,107 @@
+"""What options alone tell, refused before torch is imported and before a model is loaded, which may take minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.files import expanded, free_place, is_file
+
+MOST_RECIPES = 1000  # of a sweep, which has no more runs
+
+
+def require_recipe(recipe: Any) -> None:
+    """Refuse names of heads and confidences that there are not, and another number of them than of exits that are named."""
+    from ptee.exits.config import AUTO, require_confidence, wrong_number
+    from ptee.exits.head_spec import as_list, one_each, parse_head
+
+    exits, threshold = recipe.exits, recipe.thresholds.threshold
+    require_confidence(recipe.confidence.name)
+    for name in [] if exits.head is None else as_list(exits.head):
+        parse_head(name)
+    named = exits.front not in (None, AUTO)
+    if named and exits.front_weights is not None and not is_file(expanded(exits.front_weights)):
+        text = f"There is no weights file {exits.front_weights:.300}. Give a .safetensors or .pth file that exists."
+        raise PteeError(text, argument="front_weights", value=exits.front_weights)
+    if not isinstance(exits.places, tuple) or exits.front is not None:
+        return
+    number = len(exits.places)
+    for what, given in {"head": exits.head, "head budget": exits.head_budget}.items():
+        one_each(what, [None] if given is None else as_list(given), number)
+    if isinstance(threshold, tuple) and len(threshold) not in (1, number):
+        raise wrong_number(str(len(threshold)), number)
+
+
+def require_recipes(base: Any, axes: Mapping[str, Sequence[Any]]) -> None:
+    """The same of each recipe of a sweep."""
+    from ptee.pipeline.recipe import make_recipe
+
+    for values in islice(product(*axes.values()), MOST_RECIPES):
+        require_recipe(make_recipe(base, dict(zip(axes, values, strict=True))))
+
+
+def require_thresholds(threshold: Sequence[float] | None, exits: int) -> None:
+    """Refuse another number of thresholds than of exits."""
+    from ptee.exits.config import wrong_number
+
+    if threshold is not None and len(threshold) not in (1, exits):
+        raise wrong_number(str(len(threshold)), exits)
+
+
+def require_comparable(o: Mapping[str, Any], by: Any, runs: Sequence[str]) -> None:
+    """Refuse lines that there are not, drops that cannot be, and costs in seconds of runs that keep no times.
+
+    Args:
+        o: the options of the command.
+        by: the settings of the cost.
+        runs: the runs that are compared.
+    """
+    from ptee.evaluation.comparison_lines import checked_lines
+    from ptee.tuning.config import TIME, DropsConfig
+
+    checked_lines(lines_of(o))
+    DropsConfig(drops=o["drops"])
+    if by.cost == TIME:
+        require_times(runs)
+
+
+def lines_of(o: Mapping[str, Any]) -> list[str]:
+    """The names in --lines."""
+    return [name.strip() for name in o["lines"].split(",")]
+
+
+def require_times(runs: Sequence[str]) -> None:
+    """Refuse runs that keep no times."""
+    from ptee.timing.settings import require_kept_times
+
+    for run in runs:
+        require_kept_times(Path(run))
+
+
+def require_timing(o: Mapping[str, Any]) -> None:
+    """Refuse executors that there are not, and batches that cannot be timed."""
+    from ptee.timing.settings import checked_executors, checked_sizes
+
+    checked_sizes(o["batch_sizes"])
+    checked_executors(executors_of(o) or ())
+
+
+def executors_of(o: Mapping[str, Any]) -> list[str] | None:
+    """The names in --executor."""
+    return None if o["executor"] is None else [name.strip() for name in o["executor"].split(",")]
+
+
+def require_export(o: Mapping[str, Any]) -> None:
+    """Refuse a folder that is not free, and options of whole numbers that do not go together."""
+    if o["int8"] and o["format"] != "onnx":
+        instead = Argument("format", "onnx")
+        raise PteeError("Whole numbers are for ONNX Runtime. Give ", instead, ".", argument="format", value=o["format"])
+    if o["int8"] and not o["calibrate"]:
+        text = "What values can be is measured on images. Give some that the heads were not trained on: "
+        raise DataError(text, Argument("calibrate", "FOLDER"), ".", argument="calibrate")
+    if o["calibrate"] is not None and not o["int8"]:
+        raise PteeError(Argument("calibrate"), " is for whole numbers. Give ", Argument("int8", "True"), ", too.")
+    free_place(o["out"])

@@ -1,0 +1,43 @@
+"""What can be timed, and how: looked at before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ptee._common.errors import Argument, PteeError, RunError, unknown
+
+FILE = "times.json"
+LARGEST_BATCH = 4096
+HOOKS, EAGER, GRAPHS, COMPILE, ONNX = EXECUTORS = ("hooks", "eager", "graphs", "compile", "onnx")
+AUTO = "auto"
+
+
+def checked_executors(names: Iterable[str]) -> list[str]:
+    """Each once, in order."""
+    for name in names:
+        if name not in EXECUTORS:
+            raise unknown("executor", name, EXECUTORS, argument="executor")
+    return list(dict.fromkeys(names))
+
+
+def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
+    """Sizes of batches that can be timed."""
+    for b in batch_sizes:
+        if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= LARGEST_BATCH:
+            raise PteeError(
+                f"A batch of {b} images cannot be timed. Give sizes of 1 to {LARGEST_BATCH}, such as ",
+                Argument("batch_sizes", "[1, 32]"), ".", argument="batch_sizes", value=batch_sizes,
+            )  # fmt: skip
+    return list(batch_sizes)
+
+
+def require_kept_times(folder: Path) -> Path:
+    """The file of the times that a run keeps.
+
+    Raises:
+        RunError: if it keeps none.
+    """
+    if not (folder / FILE).is_file():
+        raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {folder} --save")
+    return folder / FILE
