@@ -77,6 +77,11 @@ class Backbone:
     architecture: dict[str, Any] | None = None
     learnt: bool = False
 
+    @property
+    def is_random(self) -> bool:
+        """Whether its weights are random, as far as that is known: those of a user's module may be anything."""
+        return self.source is None and self.architecture is not None
+
     def trained(self) -> Backbone:
         """The same, of which a run must keep the weights."""
         return replace(self, source=self.source or self.architecture, learnt=True)

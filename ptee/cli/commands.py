@@ -100,7 +100,7 @@ def augment(**o: Any) -> None:
         return
     backbone = backbone_of(o)
     data, recipe = data_for(backbone, recipe, o, folder)
-    is_random = backbone.source is None and recipe.backbone == "frozen"
+    is_random = backbone.is_random and recipe.backbone == "frozen"
     if is_random:
         click.echo(RANDOM_WEIGHTS)
     model = fit_backbone(backbone, data, recipe, replace(job, again="") if is_random else job)

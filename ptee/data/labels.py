@@ -30,6 +30,8 @@ DEVIATIONS = 2  # standard deviations above chance that so few images can show b
 AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is not made of bare names
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 
+TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
+
 
 @dataclass(frozen=True)
 class LabelMap:
@@ -204,8 +206,7 @@ def choose_class_order(
     found = maps[best]
     if best:
         found = replace(found, reason=_reason(maps, best, right, len(labels)))
-    doubt = _doubt(right[best], len(labels), backbone.num_classes)
-    return replace(found, doubt=doubt, remedy=NAME_THEM if doubt else found.remedy)
+    return _doubted(found, backbone, right[best], len(labels), NAME_THEM)
 
 
 def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
@@ -217,11 +218,10 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
     found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
     answers, labels = _try(backbone.module, _some_images(data, [found]), device)
     fault = labels_of_other_classes(labels, backbone.num_classes)
-    doubt = _doubt(_share_right(answers, labels, int), len(labels), backbone.num_classes)
+    remedy = ("Check that the labels are the backbone's class numbers.",)
     if fault:
-        doubt = f"They are not: {fault}."
-    remedy = ("Check that the labels are the backbone's class numbers.",) if doubt else ()
-    return replace(found, doubt=doubt, remedy=remedy)
+        return replace(found, doubt=f"They are not: {fault}.", remedy=remedy)
+    return _doubted(found, backbone, _share_right(answers, labels, int), len(labels), remedy)
 
 
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
@@ -315,6 +315,15 @@ def near_chance(right: float, n: int, num_classes: int) -> str:
     if right >= min(least, 1):
         return ""
     return f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance"
+
+
+def _doubted(found: LabelMap, backbone: Any, right: float, n: int, remedy: Advice) -> LabelMap:
+    """The labels, in doubt if the backbone is near chance under them. Random weights say nothing about an order of classes."""
+    doubt = _doubt(right, n, backbone.num_classes)
+    if doubt and getattr(backbone, "is_random", False):
+        words = near_chance(right, n, backbone.num_classes)
+        return replace(found, doubt=f"{words}: its weights are random.", remedy=TRAIN_IT)
+    return replace(found, doubt=doubt, remedy=remedy if doubt else found.remedy)
 
 
 def _doubt(right: float, n: int, num_classes: int) -> str:

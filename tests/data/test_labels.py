@@ -142,6 +142,17 @@ def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
         found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
 
 
+def test_random_weights_are_said_to_be_the_reason_and_not_an_order_of_classes(numbered_classes):
+    network = backbone(NAMES[6:] + NAMES[:6])
+    network.is_random = True
+    found = choose_class_order(network, numbered_classes)
+    assert found.doubt.endswith("by chance: its weights are random.")
+    with pytest.raises(
+        DataError, match=r"weights are random\. Give trained weights \(weights=FILE\)\. Or give max_fid"
+    ):
+        found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
+
+
 @pytest.mark.parametrize("check", [True, False])
 def test_an_order_without_a_choice_is_doubted_only_if_it_is_checked(check, tmp_path):
     data = opened(write_folder(tmp_path, [f"{name}/{k}.png" for k in range(20) for name in ("cat", "dog")]))
