@@ -51,6 +51,11 @@ class Point(_Record):
         return self.fidelity_drop if self.drop is None else self.drop
 
     @property
+    def nobody_leaves_at(self) -> list[int]:
+        """The exits whose T no confidence reaches."""
+        return [n for n, t in enumerate(self.threshold) if t > 1]
+
+    @property
     def price(self) -> float:
         """The time if it is known, else the cost."""
         return self.cost if self.time_ms is None else self.time_ms
@@ -101,14 +106,17 @@ class Curve(_Record):
         first = self.points[0]
         known = [name for name in ("cost", "time_ms", "drop", "fidelity_drop") if getattr(first, name) is not None]
         rows = [
-            (*(f"{getattr(point, name):.4f}" for name in known), describe_thresholds(point.threshold, self.off))
+            (
+                *(f"{getattr(point, name):.4f}" for name in known),
+                describe_thresholds(point.threshold, (*self.off, *point.nobody_leaves_at)),
+            )
             for point in self.points
         ]
         shown = table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
         drop = "drop: how far accuracy will be below the backbone's. " * (first.drop is not None)
         differ = "fidelity drop: the share of answers that will not be the backbone's. "
         time = f"time ms: {self.time_of}. " * bool(self.time_of)
-        last = "T: of each exit; 2: no image leaves there."
+        last = "T: of each exit; off: no image leaves there."
         return f"{shown}\nWhat is to be expected, from {self.images:,} images. {time}{drop}{differ}{last}"
 
 

@@ -93,10 +93,11 @@ def test_a_curve_prints_as_a_table_that_says_which_exits_are_off():
     lines = str(curve(off=(1,))).splitlines()
     assert lines[0].split() == ["cost", "time", "ms", "drop", "fidelity", "drop", "T"]
     assert lines[2].split() == ["0.3000", "7.0000", "0.1000", "0.2000", "0.1,", "off"]
+    assert lines[4].split()[-1] == "off"
     assert len(lines) == 6
     assert lines[-1] == (
         f"What is to be expected, from {curve().images:,} images. drop: how far accuracy will be below the "
-        "backbone's. fidelity drop: the share of answers that will not be the backbone's. T: of each exit; 2: no image leaves there."
+        "backbone's. fidelity drop: the share of answers that will not be the backbone's. T: of each exit; off: no image leaves there."
     )
 
 
