@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import Argument, PteeError
+from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -100,7 +101,7 @@ def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds
                 f"A batch of {b} images cannot be timed. Give sizes of 1 or more, such as ", Argument("batch_sizes", "[1, 32]"), ".",
                 argument="batch_sizes", value=batch_sizes,
             )  # fmt: skip
-    cases = [case for b in batch_sizes for case in _cases(model, b, rounds)]
+    cases = [case for b in with_bar(batch_sizes, "measuring sizes of batches") for case in _cases(model, b, rounds)]
     device = next(model.heads.parameters()).device
     return Bench(model.plan.backbone, device.type, torch.get_num_threads(), len(model.exits), tuple(cases))
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ptee._common.clock import ratio
+from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.deploy.runner import Array, Runner
 from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
 from ptee.timing.laps import MAX_SECONDS, in_turns
-from ptee.timing.run_bench import OWN_THRESHOLDS, leaving_at_first, some_batches, timed, too_few, with_each
+from ptee.timing.run_bench import OWN_THRESHOLDS, SIZES, leaving_at_first, some_batches, timed, too_few, with_each
 from ptee.timing.times import between, device_name, sizes_to_measure
 
 NOBODY = "nobody"
@@ -29,7 +30,7 @@ ms: of one batch. own thresholds: those of the manifest, on real images.
 / nobody: divided by the time of a batch from which nobody leaves. To see it beside the bare backbone: ptee bench RUN --executor onnx.
 counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
 limit: the time of the pieces alone, at the numbers of rows that they ran at.
-lost: / nobody less the limit."""
+lost: / nobody less the limit. Below 0: less than the clock can tell."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def bench_exported(
     laps = {n: [partial(runner_laps, runner, _example(runner, n))] for n in rows}
     found = in_turns(laps, device, rounds=rounds, seconds=MAX_SECONDS)
     pieces = [[found[n][0][1 + k] for n in rows] for k in range(len(m.pieces))]  # the first lap is the call's
-    lines = [line for b in batch_sizes for line in _lines(runner, b, rows, pieces, images, rounds)]
+    lines = [line for b in with_bar(batch_sizes, SIZES) for line in _lines(runner, b, rows, pieces, images, rounds)]
     many = torch.get_num_threads()
     threads = f", {many} thread{'s' * (many != 1)}" if device.type == "cpu" else ""
     where = (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
+from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
@@ -30,6 +31,7 @@ OTHERS = (GRAPHS, COMPILE, ONNX)  # which run the bare backbone by other means, 
 MOST_BATCHES, MOST_IMAGES = 64, 1024  # of real images that are timed
 MAX_SECONDS = 60.0  # for one batch size
 NOISY = 0.5  # of the median
+SIZES = "measuring sizes of batches"
 Key = TypeVar("Key")
 
 
@@ -113,8 +115,14 @@ class RunBench:
             f"{t.backbone} with {len(t.exits)} exits on {t.device_name}{threads}, {t.dtype}\n"
             "Times are shares of the bare backbone's time; counted: of its multiply-accumulates.\n\n"
             + table([title, *rows], left={1, 2})
+            + f"\n\n{RATIOS}"
+            + f" {BELOW_ZERO}" * any((line.lost or 0) < 0 for line in self.lines)
             + "".join(f"\n\n{words}" for words in (self.note, noise(line.spread for line in self.lines)) if words)
         )
+
+
+RATIOS = "/ bare is the median of each round's own quotient, so it is not that of two numbers below ms."
+BELOW_ZERO = "lost below 0 is noise: less than the clock can tell, as the limit was measured apart."
 
 
 def noise(spreads: Iterable[float]) -> str:
@@ -172,7 +180,7 @@ def bench_run(
     for name in every:
         made = [m if name == HOOKS else in_pieces(name, m, most) for m in ([view] if same else [view, model])]
         models[name] = made[0], made[-1]
-    lines = [line for b in batch_sizes for line in _lines(models, times, b, images, rounds)]
+    lines = [line for b in with_bar(batch_sizes, SIZES) for line in _lines(models, times, b, images, rounds)]
     return RunBench(times, tuple(lines), note or too_few(images, batch_sizes))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from measured import values
 from small import SIZE, made
 
+from ptee._common.progress import LogLines
 from ptee.timing import run_bench
 from ptee.timing.measure import measure
-from ptee.timing.run_bench import AS_IT_IS, Line, RunBench, bench_run
+from ptee.timing.run_bench import AS_IT_IS, BELOW_ZERO, RATIOS, Line, RunBench, bench_run
 from ptee.timing.times import Times
 
 
@@ -72,7 +74,11 @@ def test_the_table_names_its_units_and_the_legend_its_columns():
         "-----------------------------------------------------------------",
         "    4  torch  bare backbone  10.00   1.000        -      -      -",
         "    4  hooks  nobody         12.00   1.200    1.020  1.100  0.100",
+        "",
+        RATIOS,
     ]
+    below_zero = RunBench(Times(**values()), (lines[0], replace(lines[1], limit=1.3)))
+    assert str(below_zero).endswith(f"{RATIOS} {BELOW_ZERO}")
     noisy = RunBench(Times(**values()), (lines[0], replace(lines[1], spread=0.83)))
     assert str(noisy).endswith(
         "The rounds of one line differ by 83%, as where other programs run meanwhile. Repeat it on a quiet machine."
@@ -81,3 +87,11 @@ def test_the_table_names_its_units_and_the_legend_its_columns():
     for column in ("by", "ms", "/ bare", "/ torch", "counted", "limit", "lost"):
         assert f"\n{column}: " in f"\n{found.legend}"
     assert json.loads(json.dumps(found.to_dict()))["lines"][1]["lost"] == pytest.approx(0.1)
+
+
+def test_steps_that_are_short_each_are_counted_together_in_a_log(monkeypatch, times, capsys):
+    monkeypatch.setattr(run_bench, "with_bar", lambda items, words: LogLines(items, words, seconds=0.01))
+    slow = lambda calls, *_, **__: time.sleep(0.1) or {name: [1.0] * 3 for name in calls}  # noqa: E731
+    monkeypatch.setattr(run_bench, "in_turns", slow)
+    bench_run(made(), times, [1, 4])
+    assert "measuring sizes of batches: 1 of 2 done" in capsys.readouterr().err
