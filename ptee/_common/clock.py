@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from ptee._common.devices import wait
 from ptee._common.progress import with_bar
+
+NOISY = 0.5  # of the median
 
 
 def in_turns(
@@ -38,3 +40,16 @@ def in_turns(
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of time / base. The two times of one round were measured under the same load."""
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
+
+
+def spread(times: Sequence[float]) -> float:
+    """The longest round less the shortest, divided by the median."""
+    return (max(times) - min(times)) / statistics.median(times)
+
+
+def noise(spreads: Iterable[float]) -> str:
+    """A sentence if rounds differ by more than half; else empty."""
+    most = max(spreads, default=0.0)
+    if most <= NOISY:
+        return ""
+    return f"The rounds of one line differ by {most:.0%}, as where other programs run meanwhile. Repeat it on a quiet machine."

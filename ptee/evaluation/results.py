@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptee._common.clock import in_turns, ratio
+from ptee._common.clock import in_turns, ratio, spread
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, checked
@@ -77,14 +77,14 @@ def evaluate(
         view.to(place).eval()
         traces = record(view, data, batch_size=batch_size, num_workers=num_workers, logits=False)
         rows, leaving = _rows(view, traces)
-        images = traces.sample.to(place)
+        images, differ = traces.sample.to(place), 0.0
         if speed or (speed is None and recorded(data) is None):
             images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
-            rows = _timed(view, images, rows, batch_size, speed_seconds)
+            rows, differ = _timed(view, images, rows, batch_size, speed_seconds)
         return Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
-            asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity,
+            asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, spread=differ,
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)
@@ -148,8 +148,10 @@ def _few_enough(model: EarlyExitModel, images: Tensor, seconds: float) -> Tensor
     return images[:: math.ceil(len(images) / max(affordable, MIN_TIMED))]
 
 
-def _timed(model: EarlyExitModel, images: Tensor, rows: list[Row], batch_size: int, seconds: float) -> list[Row]:
-    """The rows with their speed, timed in turns with the bare backbone. Exits that are off are not timed."""
+def _timed(
+    model: EarlyExitModel, images: Tensor, rows: list[Row], batch_size: int, seconds: float
+) -> tuple[list[Row], float]:
+    """The rows with their speed, timed in turns with the bare backbone, and how much the rounds differ. Exits that are off are not timed."""
     batches, exits = images.split(batch_size), len(model.exits)
     scenarios: list[Any] = [[NEVER] * n + [ALWAYS] + [NEVER] * (exits - n - 1) for n in range(exits)]
     calls: dict[str, Any] = {"backbone": lambda: [model.backbone(x) for x in batches]}
@@ -162,12 +164,13 @@ def _timed(model: EarlyExitModel, images: Tensor, rows: list[Row], batch_size: i
     base = times["backbone"]
     rate = len(images) / sorted(base)[len(base) // 2]
     relative = {name: ratio(own, base) for name, own in times.items()}
-    return [
+    rows = [
         replace(row, images_per_s=rate / relative[row.name], speedup=1 / relative[row.name])
         if row.name in relative
         else row
         for row in rows
     ]
+    return rows, max(map(spread, times.values()))
 
 
 def _predict_all(model: EarlyExitModel, batches: tuple[Tensor, ...], threshold: Any) -> None:

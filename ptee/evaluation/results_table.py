@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ptee._common.clock import noise
 from ptee._common.text import table
 from ptee.evaluation.bottom_line import Way, bottom_line
 from ptee.model.forward import COLLAPSED
@@ -70,6 +71,7 @@ class Results:
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
         asked: what the calibrated confidence is the probability of, which the calibration error is about: "the backbone's answer", or
             empty if that is what is right.
+        spread: of the rounds in which speed was measured: the longest less the shortest, divided by the median; the most of any row.
         for_fidelity: the thresholds were chosen for fidelity: what answers as well keeps as much of it.
     """
 
@@ -87,6 +89,7 @@ class Results:
     outcome: str = ""
     asked: str = ""
     for_fidelity: bool = False
+    spread: float = 0.0
 
     @property
     def early_exit(self) -> Row:
@@ -153,7 +156,8 @@ class Results:
         off = f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {ON_AGAIN}"
         last = [self.bottom_line] * bool(self.bottom_line)
         before = self.verdict[: len(self.verdict) - len(last)]
-        sentences = [off] * some_off + before + [self.outcome] * bool(self.outcome) + last
+        noisy = [words for words in [noise([self.spread])] if words]
+        sentences = noisy + [off] * some_off + before + [self.outcome] * bool(self.outcome) + last
         return (
             f"{self.backbone}, {self.samples:,} images; cost in multiply-accumulates{timed}\n"
             + (f"{self.note}\n" if self.note else "")

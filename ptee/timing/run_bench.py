@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ptee._common.clock import in_turns, ratio
+from ptee._common.clock import in_turns, noise, ratio, spread
 from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.deploy.capture import example_images
@@ -30,7 +30,6 @@ AS_IT_IS = ("torch", BARE)
 OTHERS = (GRAPHS, COMPILE, ONNX)  # which run the bare backbone by other means, too
 MOST_BATCHES, MOST_IMAGES = 64, 1024  # of real images that are timed
 MAX_SECONDS = 60.0  # for one batch size
-NOISY = 0.5  # of the median
 SIZES = "measuring sizes of batches"
 Key = TypeVar("Key")
 
@@ -125,14 +124,6 @@ RATIOS = "/ bare is the median of each round's own quotient, so it is not that o
 BELOW_ZERO = "lost below 0 is noise: less than the clock can tell, as the limit was measured apart."
 
 
-def noise(spreads: Iterable[float]) -> str:
-    """A sentence if rounds differ by more than half; else empty."""
-    most = max(spreads, default=0.0)
-    if most <= NOISY:
-        return ""
-    return f"The rounds of one line differ by {most:.0%}, as where other programs run meanwhile. Repeat it on a quiet machine."
-
-
 LEGEND = """\
 by: what runs it. torch: the backbone as it is. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode; onnx: ONNX Runtime, as exported.
 ms: of one batch, the median of the rounds. own thresholds: the run's, on some real images.
@@ -215,9 +206,7 @@ def _lines(
         over = ratio(each, found[_bare(name)]), ratio(each, found[AS_IT_IS])
         bare = way == BARE
         counted, limit = (None, None) if bare else _expected(model, own, times.at(b, name), way, b, batches)
-        usual = statistics.median(each)
-        spread = (max(each) - min(each)) / usual
-        lines.append(Line(b, name, way, usual, *over, counted, limit, joules, spread))
+        lines.append(Line(b, name, way, statistics.median(each), *over, counted, limit, joules, spread(each)))
     return lines
 
 

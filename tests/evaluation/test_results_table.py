@@ -167,6 +167,12 @@ def test_where_thresholds_were_chosen_for_fidelity_only_a_cut_off_backbone_of_as
     assert "answers as well" in replace(wished, truncation=(as_faithful,)).bottom_line
 
 
+def test_where_rounds_of_the_speed_differ_much_a_sentence_says_so():
+    noisy = replace(results_with(**GOOD, speedup=1.25), spread=0.83)
+    assert "The rounds of one line differ by 83%, as where other programs run" in str(noisy)
+    assert "rounds" not in str(replace(noisy, spread=0.1))
+
+
 def test_the_last_line_is_that_early_exits_do_not_pay():
     text = str(replace(results_with(**GOOD | {"cost": 0.96}), outcome="Target: kept.")).splitlines()
     assert text[-2] == "Target: kept."
