@@ -42,7 +42,8 @@ FILES = ("folder", "tar")  # kinds of sources that are found by a path
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 AS_DELIVERED = "split as delivered"  # no image was drawn, so the seed does not matter
 GIVE_DATA = (Argument("data", "FOLDER"), ".")
-WATCHING = " (they show how the training goes; thresholds are chosen on half of the validation images)"
+WATCHING = "they show how the training goes"
+CHOSEN_ON = "; thresholds are chosen on half of the validation images"
 GIVE_DATA_SETS = (Argument("val_data", "DATASET"), ", or others: ", Argument("calibration_data", "DATASET"), ".")
 DATA_SETS = "data sets"  # the kind of what a user gives from Python
 
@@ -109,12 +110,17 @@ class Data:
     @property
     def summary(self) -> str:
         """One sentence: where the images come from, how many there are, how they were split, what was not read."""
+        return self.described()
+
+    def described(self, chosen: bool = True) -> str:
+        """The same. `chosen`: thresholds are chosen on some of the images, not given."""
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
         n, unread = len(self.class_names), self.split.get("not_read", [])
         rest = f"; not read: {some(unread, len(unread))}" if unread else ""
         classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
         parts, drawn = self.split["parts"], self.split["sizes"].get("calibration")
-        watch = WATCHING if drawn and "calibration" not in parts and "validation" in parts else ""
+        is_watched = drawn and "calibration" not in parts and "validation" in parts
+        watch = f" ({WATCHING}{CHOSEN_ON * chosen})" if is_watched else ""
         return f"{self.source}: images{classes}, {sizes}; {self.split['rule']}{watch}{rest}."
 
     @property

@@ -193,7 +193,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     for network in (backbone, getattr(model.heads[0], "origin", None)):
         if network is not None and network.note:
             job.log(f"{network.note}\n")
-    job.log(f"{data.summary}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
+    job.log(f"{data.described(target is not None)}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
     with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
         if times is not None and job.out is not None and is_main_process():
             keep_times(job.out, times)
@@ -388,7 +388,7 @@ def _set_thresholds(
     if target is None:
         assert recipe.thresholds.threshold is not None  # else there is a target
         model.threshold = recipe.thresholds.threshold
-        return (data.validation, data.summary), None
+        return (data.validation, data.described(chosen=False)), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
     at_batch = None if times is None else times.at(recipe.thresholds.at_batch, recipe.thresholds.executor)
     images, words, found = choose_thresholds(model, unseen, target, recipe, job, at_batch)

@@ -1,6 +1,7 @@
 #!/bin/sh
 # AlexNet, VGG-13 and ResNet-18 alone, as B-Net and by differentiable branching (DB, tables 1 and 2, figure 4), from scratch.
-# Run it from the project's root: sh recipes/papers/db.sh. ROOT holds torchvision's CIFAR10. Complete runs are kept.
+# Run it from the project's root: sh recipes/papers/db.sh. ROOT holds torchvision's CIFAR10. Complete runs are kept,
+# and the same command goes on.
 # SMALL=1: a twentieth of the images, 6 epochs, cost weight .1 only; the AlexNet unless NETWORKS says otherwise.
 # SEED=1 takes another seed, in a folder of its own.
 set -e
@@ -16,9 +17,11 @@ fi
 fit() { # run network options...
     run=$out/$1 network=$2
     shift 2
+    go=--overwrite
+    [ ! -f "$run/checkpoint.safetensors" ] || go=--resume # it was interrupted
     # shellcheck disable=SC2086 - several words
     [ -f "$run/metrics.json" ] || ptee augment --model "$network" --no-pretrained $data --exits linear --num-exits 3 --head pool \
-        "$@" $steps ${SEED:+--seed $SEED} --no-speed --overwrite --out "$run"
+        "$@" $steps ${SEED:+--seed $SEED} --no-speed $go --out "$run"
 }
 
 for network in $networks; do

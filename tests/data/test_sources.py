@@ -148,3 +148,9 @@ def test_real_data_open(name, folder, sizes, indices, real_data):
 @pytest.mark.parametrize(("source", "mirror"), [("folder", True), ("tars", True), ("digits", False)])
 def test_a_mirror_image_of_a_digit_is_no_digit(source, mirror, request):
     assert opened(source if source == "digits" else request.getfixturevalue(source)).mirror is mirror
+
+
+def test_where_thresholds_are_given_nothing_is_said_of_choosing_them(folder):
+    data = opened(folder)
+    assert data.described() == data.summary
+    assert "thresholds are chosen" not in data.described(chosen=False)
