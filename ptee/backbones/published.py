@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ptee.backbones.load import Backbone
 
 FILE = Path(__file__).with_name("timm_imagenet.csv")
+OF_PTEE = ("cifar_", "eenet")  # begin the names of ptee's own networks, which are for small images
 SOURCE = "timm's results of 2026-08-08"
 MACHINES = (
     "Top-1 is of ImageNet's validation images. GPU: images a second on an RTX 5090, mixed precision, large batches; CPU: on an "
@@ -206,8 +207,10 @@ def advise(
 
 def _nothing_known(model: str) -> BackboneError:
     names = {row.name.partition(".")[0] for row in results()}
+    other = model.startswith(OF_PTEE)
+    near = " They are of networks for ImageNet, and this one is for small images." if other else possible(model, names)
     return BackboneError(
-        f"Nothing is known of {model!r:.200}: {SOURCE} do not name it.{possible(model, names)} With a run and a smaller network of your "
+        f"Nothing is known of {model!r:.200}: {SOURCE} do not name it.{near} With a run and a smaller network of your "
         "own: ptee compare RUN --static NAME.", argument="model", value=model,
     )  # fmt: skip
 
