@@ -15,6 +15,7 @@ import timm
 import ptee
 import ptee.backbones.cifar_resnet
 import ptee.backbones.small_networks  # both tell timm their networks
+from ptee._common.progress import with_bar
 
 TITLE = ("network", "rule", "thesis, % of the parameters", "% of the parameters", "% of the operations")
 THESIS: dict[tuple[str, str], list[int]] = {
@@ -46,7 +47,7 @@ THESIS: dict[tuple[str, str], list[int]] = {
 @click.option("--csv", "out", type=click.Path(dir_okay=False, path_type=Path))
 def main(out: Path | None) -> None:
     """Print a row for each network and rule."""
-    rows = [TITLE, *(_row(*key, published) for key, published in THESIS.items())]
+    rows = [TITLE, *(_row(*key, published) for key, published in with_bar(THESIS.items(), "networks"))]
     if out is not None:
         with out.open("w", encoding="utf-8", newline="") as written:
             csv.writer(written, lineterminator="\n").writerows(rows)
