@@ -15,7 +15,14 @@ from ptee.cli import options
 from ptee.cli.checks import lines_of, require_comparable
 from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups
 from ptee.cli.values import how_of, names_of, refuse_given, require_runs, static_networks, where_of
-from ptee.pipeline.recorded import FIGURES_OF_RUN, FIGURES_OF_SWEEP, WITHOUT_IMAGES, is_sweep, require_kind
+from ptee.pipeline.recorded import (
+    FIGURES_OF_RUN,
+    FIGURES_OF_SWEEP,
+    NAMES_OF_REPORT,
+    WITHOUT_IMAGES,
+    is_sweep,
+    require_kind,
+)
 
 OF_COMPARING = (
     "static",
@@ -123,7 +130,8 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     "--kind",
     default="curve",
     show_default=True,
-    help=f"Which figure: {', '.join(FIGURES_OF_RUN)}. Of a sweep: {', '.join(FIGURES_OF_SWEEP)}.",
+    help=f"Which figure: {', '.join(FIGURES_OF_RUN)}. Of a sweep: {', '.join(FIGURES_OF_SWEEP)}. "
+    f"The file names of ptee report --figures count, too: {', '.join(NAMES_OF_REPORT)}.",
 )
 @option("--out", type=Place(), required=True, help="FILE.html, or a still picture: FILE.png, FILE.svg.")
 @in_groups(*COMPARED, *options.TIME_OPTIONS)
@@ -133,7 +141,7 @@ def plot(run: str, kind: str, **o: Any) -> None:
 
     PNG and SVG need kaleido and Chrome; a page needs neither.
     """
-    of_sweep = is_sweep(Path(run))
+    of_sweep, kind = is_sweep(Path(run)), NAMES_OF_REPORT.get(kind, kind)
     require_kind(kind, of_sweep)
     _refuse_unused(kind, of_sweep)
     if not of_sweep:

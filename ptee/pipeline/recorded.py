@@ -23,6 +23,11 @@ LONGEST_PATH = 4096  # of a folder, in letters
 FOLDER = Argument("data", "FOLDER")
 SWEEP_TABLE = "sweep.csv"  # in the folder of a sweep
 FIGURES_OF_RUN = ("curve", "threshold", "exits", "network", "epochs", "confidence", "gallery")
+NAMES_OF_REPORT = {
+    "accuracy": "curve",
+    "sweep": "threshold",
+    "shares": "exits",
+}  # what ptee report --figures calls some of them
 FIGURES_OF_SWEEP = ("curve", "lambda")
 LOCK = ".ptee.lock"  # held by the process that trains into a folder
 UNREADABLE = "unreadable.json"  # keys of pictures that could not be read

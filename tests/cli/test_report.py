@@ -147,6 +147,16 @@ def test_a_sweep_without_a_table_is_refused(run, elsewhere, text):
     assert not Path("x.html").exists()
 
 
+def test_plot_knows_figures_by_the_names_that_a_report_writes_them_under(run, finished):
+    from ptee.pipeline.recorded import NAMES_OF_REPORT
+
+    for name, kind in NAMES_OF_REPORT.items():
+        done = run(
+            "plot", finished, "--kind", name, "--out", f"{name}.html", *(("--lines", "own") if kind == "curve" else ())
+        )
+        assert done.status == 0, done
+
+
 @pytest.mark.slow
 def test_figures_are_written_as_svg_and_png(run, finished):
     pytest.importorskip("kaleido", reason="needs kaleido and Chrome: pip install 'kaleido>=1' && plotly_get_chrome")
