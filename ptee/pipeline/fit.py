@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from ptee._common.errors import Argument, DataError, Interrupted, PteeError
 from ptee._common.files import as_path, to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
+from ptee._common.warning import warn
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
@@ -434,7 +434,7 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
     job.log("\n".join(["", *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
     for sentence in odd if job.log is silent else ():  # else it was said
-        warnings.warn(sentence, stacklevel=2)
+        warn(sentence)
 
 
 def about(data: Data) -> dict[str, Any]:

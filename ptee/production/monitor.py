@@ -7,7 +7,6 @@ import math
 import random
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -20,6 +19,7 @@ from torch import Tensor
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError, first_line
 from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee._common.warning import warn
 from ptee.exits.blend import OWN
 from ptee.production.monitor_state import read_state
 from ptee.production.prometheus import prometheus_text
@@ -160,10 +160,9 @@ class Monitor:
             ends = before and not kept and self._alarm is None
             changed = ", ".join(name for name, value in now.items() if value != self._promised_for.get(name))
         if ends:
-            warnings.warn(
+            warn(
                 f"The promise of this monitor is not of the model as it is now: {changed} changed. Until that is changed back, answers are "
                 f"counted and not audited. To promise for the model as it is: monitor.renew(max_fidelity_drop={self.max_fidelity_drop:g}).",
-                stacklevel=5,
             )
         return kept
 
@@ -175,7 +174,7 @@ class Monitor:
             with self._lock:
                 self._failed += 1
             if self._failed == 1:
-                warnings.warn(f"An audit failed, and the answers stand: {first_line(why)}", stacklevel=4)
+                warn(f"An audit failed, and the answers stand: {first_line(why)}")
 
     def _gap(self) -> float:
         """How many images further the next audited one is: each is drawn with the same chance, at no cost for the others."""
@@ -394,10 +393,9 @@ def _warn_if_late(monitor: Monitor) -> None:
     least = images * audit / LATE
     more = f"audit={math.ceil(least * 1e6) / 1e6:g} or more" if least <= 1 else "a larger max_fidelity_drop"
     about = f"{float(f'{images:.2g}'):,.0f}" if images < 1e12 else f"{images:.1e}"
-    warnings.warn(
+    warn(
         f"With audit={audit:g} it takes about {about} images to find that {bad:.2g} of the answers differ instead of {limit:g}. "
         f"To find it within {LATE:,}, give {more}.",
-        stacklevel=4,
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from operator import length_hint
@@ -28,6 +27,7 @@ from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.shares import Share, is_lost, shared_batch_norm
 from ptee._common.validation import checked
+from ptee._common.warning import warn
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader
 from ptee.data.labels import odd_labels
@@ -410,7 +410,7 @@ class _Training:
     def _warn_of_collapse(self) -> None:
         self.history.warning = collapse_of(self.history, self.model, self.config)
         if self.history.warning and self.accelerator.is_main_process:
-            warnings.warn(self.history.warning, stacklevel=5)  # where `train` was called
+            warn(self.history.warning)
 
     # ---------------------------------------------------------------------------------------- the checkpoint
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.shares import SharedLoader, ShareOfBatches
+from ptee._common.warning import warn
 from ptee.data.batches import CpuLoader, batches, is_loader, shared_batches, split_batch
 from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel
@@ -140,7 +140,7 @@ class TrainingData:
         if self.on_cache is not None:
             self.on_cache(what)
         else:
-            warnings.warn(str(what), stacklevel=2)
+            warn(str(what))
 
     def _key(self, data: Any) -> tuple[Any, ...]:
         """All that decides what the heads read of a data set, to the last bit."""

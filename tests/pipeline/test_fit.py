@@ -197,8 +197,9 @@ def test_exits_that_do_not_pay_are_warned_of_where_no_log_says_so(log, recwarn):
 
 def test_a_target_that_was_missed_is_warned_of(monkeypatch):
     monkeypatch.setattr(fitting, "describe_outcome", lambda *_: ("Target: .... Missed.", True))
-    with pytest.warns(UserWarning, match="Missed"):
+    with pytest.warns(UserWarning, match="Missed") as told:
         fit(network(), images(64), max_fidelity_drop=0.5)
+    assert {warning.filename for warning in told if "Missed" in str(warning.message)} == {__file__}
 
 
 @pytest.mark.parametrize("more", [{}, {"confidence": "learned"}, {"threshold": 0.5}, {"epochs": 0}], ids=str)

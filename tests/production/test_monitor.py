@@ -153,8 +153,9 @@ def test_a_change_of_the_blend_ends_the_promise_too():
         model.blend = replace(
             model.blend, weights={k: tuple(v + 1 for v in of) for k, of in model.blend.weights.items()}
         )
-        with pytest.warns(UserWarning, match="blend changed"):
-            model.predict(X)
+        with pytest.warns(UserWarning, match="blend changed") as told:
+            model(X)
+        assert told[0].filename == __file__  # and no line of torch or ptee
         model.answers = "own"
         model.predict(X)
     assert monitor.as_dict()["audited"] == 0

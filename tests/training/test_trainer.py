@@ -182,8 +182,9 @@ def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
     with torch.no_grad():
         net.fc.weight *= 300  # so sure of its answers that no exit is as good
     settings = {"targets": "pseudo", "loss": loss, "epochs": 6, "batch_size": 16, "lr": 0.1, "precision": "no"}
-    with pytest.warns(UserWarning, match=f"collapsed: .*{where}"):
+    with pytest.warns(UserWarning, match=f"collapsed: .*{where}") as told:
         history = ptee.train(on(net, "pool"), data(), **settings)
+    assert {warning.filename for warning in told if "collapsed" in str(warning.message)} == {__file__}
     assert "collapsed" in history.warning
 
 
