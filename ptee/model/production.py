@@ -14,6 +14,12 @@ from ptee.production.curve import TUNE, Curve, Wish, best_within
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
 from ptee.production.settings import fitted
 
+SLIPS = {  # names that would be taken without a word, and change nothing
+    **dict.fromkeys(("T", "thresholds", "treshold", "tresholds", "thresold", "threshhold"), "threshold"),
+    **dict.fromkeys(("confidences", "confidence_name"), "confidence"),
+    **dict.fromkeys(("offs", "exits_off", "off_exits"), "off"),
+}
+
 
 class InProduction:
     """Part of `EarlyExitModel`.
@@ -32,6 +38,11 @@ class InProduction:
         off: Any
         backbone: Any
         _hold: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SLIPS:
+            raise PteeError(f"An early-exit model has no {name}. Did you mean model.{SLIPS[name]}?", argument=name)
+        super().__setattr__(name, value)
 
     @property
     def curve(self) -> Curve | None:

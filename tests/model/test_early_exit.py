@@ -28,6 +28,7 @@ import ptee
 from ptee._common.errors import CutError, PteeError, UnknownName
 from ptee.backbones.weights import weights_hash
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.production import SLIPS
 from ptee.tuning.traces import record
 
 E, b, K = 3, 6, 5
@@ -678,3 +679,13 @@ class Once(Net):
 
 def test_building_a_model_copies_no_backbone():
     assert ptee.augment(Once(), exits=["stem"], input_size=SIZE).exits[0].name == "stem"
+
+
+@pytest.mark.parametrize(("slip", "meant"), SLIPS.items())
+def test_a_setting_that_is_mistyped_is_refused_and_names_of_ones_own_are_not(slip, meant):
+    model = made()
+    with pytest.raises(PteeError, match=rf"has no {slip}\. Did you mean model\.{meant}\?"):
+        setattr(model, slip, 0.7)
+    assert hasattr(model, meant) and not hasattr(model, slip)
+    model.mine, model.layer, model.weight = 1, torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(2))
+    assert {"layer.weight", "weight"} <= {name for name, _ in model.named_parameters()}
