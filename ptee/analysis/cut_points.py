@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ptee._common.errors import CutError, unknown
+from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.fake_run import with_fake_tensors
@@ -120,6 +120,10 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
+    if recorder.random:
+        raise BackboneError(
+            f"{type(module).__name__} is random in eval mode: {recorder.random}. Let it be random only if self.training, as nn.Dropout is."
+        )
     cuts: dict[str, Cut] = {}
     bypassed: dict[str, Cut] = {}
     refused: dict[str, str] = {}
@@ -233,6 +237,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.time = 0
+        self.random = ""  # the first random number that is drawn, in words
         self.first_outputs: list[_Output] = []  # of the first call of each module
         self._outputs: list[_Output] = []  # of all calls, in the order in which they ended
         self._calls: Counter[str] = Counter()
@@ -273,12 +278,15 @@ class _Recorder(TorchDispatchMode):
         if known:
             self._mark_dependent(func, args, kwargs, outputs)
         self._axes.follow(func.overloadpacket.__name__, args, outputs)
+        if not self.random and _is_random(func, args, kwargs):
+            where = repr(self._running[-1][0]) if self._running else "its own forward"
+            self.random = f"{where} draws random numbers ({func})"
         return out
 
     def _mark_dependent(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
         """The operator read something that depends on the images. So its outputs, and what it wrote in place, do too."""
         if func._schema.is_mutable:
-            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            named = _by_name(func, args, kwargs)
             written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
             for t in _tensors(written):
                 (self._find(t) or self._add(t)).last_write = self.time
@@ -385,6 +393,23 @@ def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an operator."""
+    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+
+
+def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator draws random numbers that change the answer: attention calls one with dropout 0 in eval mode.
+
+    Of numbers from a generator of its own, which the network may seed at each call, only verification can tell.
+    """
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    named = {a.name: a.default_value for a in func._schema.arguments} | _by_name(func, args, kwargs)
+    certain = any(isinstance(p := named.get(key), int | float) and p in (0, 1) for key in ("p", "dropout_p", "dropout"))
+    return not (certain or False in (named.get("train"), named.get("training")) or named.get("generator") is not None)
 
 
 def _carries_rows(shape: tuple[int, ...], axes: Axes | None) -> bool:

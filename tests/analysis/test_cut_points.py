@@ -307,6 +307,56 @@ def test_images_of_a_wrong_size_are_refused_with_what_to_do():
         survey(Net(Skip()), (4, 16, 16))
 
 
+# ---------------------------------------------------------------------------------------------------- random numbers
+
+
+class Applying(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+RANDOM = {
+    "dropout that is always on": lambda x: nn.functional.dropout(x, 0.01),
+    "stochastic depth that is always on": lambda x: torchvision.ops.stochastic_depth(x, 0.01, "row", True),
+    "very small noise": lambda x: x + 1e-9 * torch.randn_like(x),
+    "noise outside of the values": lambda x: x if torch.rand(()) > 1e-6 else -x,
+    "rrelu that is always on": lambda x: nn.functional.rrelu(x, training=True),
+}
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_a_network_that_draws_random_numbers_in_eval_mode_is_refused_with_the_module_that_does(case):
+    with pytest.raises(BackboneError, match=r"Net is random in eval mode: 'part' draws .*aten.*self\.training"):
+        survey(Net(Applying(RANDOM[case])), SIZE)
+
+
+def with_own_generator(x: Tensor) -> Tensor:
+    return x + torch.randn(8, 1, 1, generator=torch.Generator(x.device).manual_seed(0), device=x.device)
+
+
+def attention(x: Tensor) -> Tensor:
+    tokens = x.flatten(2)
+    return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).view_as(x)
+
+
+CERTAIN = {
+    "dropout of nothing": nn.Sequential(nn.Dropout(0.5), Applying(lambda x: nn.functional.dropout(x, 0.0))),
+    "a mask that keeps all": Applying(lambda x: x * x.new_empty(len(x), 1, 1, 1).bernoulli_(1.0)),
+    "attention without dropout": Applying(attention),
+    "rrelu": nn.RReLU(),
+    "numbers of its own seed": Applying(with_own_generator),
+}
+
+
+@pytest.mark.parametrize("case", CERTAIN)
+def test_operators_that_could_be_random_and_are_not_are_accepted(case):
+    assert "part" in survey(Net(CERTAIN[case]), SIZE).cuts
+
+
 # ---------------------------------------------------------------------------------------------------- memory that is used again
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import threading
 from collections.abc import Callable
@@ -128,7 +129,7 @@ class Applying(nn.Module):
 UNUSABLE = {
     "subtracts the batch's mean": (lambda x: x - x.mean(0, keepdim=True), "influence one another"),
     "batch norm without statistics": (nn.BatchNorm2d(8, track_running_stats=False), "influence one another"),
-    "dropout that is always on": (lambda x: nn.functional.dropout(x, 0.5), r"random in eval mode .*self\.training"),
+    "random numbers of Python": (lambda x: x * random.random(), r"random in eval mode .*self\.training"),
     "not a number": (lambda x: x / (x - x), "values that are not finite"),
 }
 
