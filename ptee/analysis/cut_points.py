@@ -36,6 +36,7 @@ from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
 
 SURVEY_ROWS = 3
+GOLDEN = 0.618  # multiples of the golden ratio, without their whole parts, spread over 0 to 1 in no order
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,15 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
 
 
 def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]) -> Tensor:
-    """Noise (rows, c, h, w), each image with more contrast than the one before. The same at each call.
+    """Noise (rows, c, h, w) of contrasts from 0.05 to 1.5 in no order, the least of them last. The same at each call.
 
-    The images have the device and type of the module's parameters.
+    So code that orders rows by their values, or that looks whether a value is above 1, does not treat all rows alike. The
+    images have the device and type of the module's parameters.
     """
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
     noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
-    noise = noise * torch.linspace(0.5, 1.5, rows, device="cpu")[:, None, None, None]
+    contrasts = 0.05 + 1.45 * (torch.arange(rows - 1, -1, -1, device="cpu") * GOLDEN % 1)
+    noise = noise * contrasts[:, None, None, None]
     return noise.to(like.device, like.dtype)
 
 

@@ -25,6 +25,9 @@ from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 STAYING = 2  # rows that never leave: one alone would broadcast where a skip connection still carries the rows that left
+LARGE_BATCH = 33
+MOST_ROWS = 2.5  # what a large batch of small images may cost, in images of full size
+FREE = 1e9  # multiply-accumulates that are too few to save on
 
 
 @torch.inference_mode(False)
@@ -47,6 +50,72 @@ def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[
             if exact is not None:
                 failures = {name: failure for name, failure in failures.items() if not failure.inexact} | exact
     return {cut.name: failures[cut.name].reason for cut in cuts if cut.name in failures}
+
+
+@torch.inference_mode(False)
+def require_same_in_large_batches(module: nn.Module, first: Cut, input_size: tuple[int, int, int], macs: int) -> None:
+    """Refuse a network in eval mode whose code treats images otherwise if the batch is large.
+
+    It is tried on small images, because a large batch of full size may cost more than all else that `augment` does. A network
+    that takes no smaller images, or works as much on them, is not tried, unless it is very small itself. `macs` is the cost of
+    one image of full size; how large the output of a cut is tells how much less the work is.
+    """
+    with exact_arithmetic, torch.no_grad():
+        for size in _small_sizes(input_size, macs):
+            images = random_images(module, LARGE_BATCH, size)
+            try:
+                logits, share = _logits_and_share(module, images[-STAYING:].clone(), first)
+                if LARGE_BATCH * share > MOST_ROWS and LARGE_BATCH * share * macs > FREE:
+                    return  # larger images cost even more
+                reference = _Reference.with_logits(module, images, logits)
+                together = reference.together()
+            except BackboneError:  # it takes no images of this size, or no such batch
+                continue
+            if not logits.isfinite().all():
+                continue
+            try:
+                reference.check_alone(together)
+            except _InexactError:
+                if not _same_in_float64(module, images):
+                    raise
+            return
+
+
+def _small_sizes(input_size: tuple[int, int, int], macs: int) -> list[tuple[int, int, int]]:
+    """Sizes of images that a network may take and that cost little, the smallest first."""
+    channels, height, width = input_size
+    side = min(height, width)
+    most = max(side // (32 if side >= 128 else 8), 1)
+    parts = [n for n in range(most, 1, -1) if not (height % n or width % n)] or [most]  # some networks take any size
+    parts = [n for n in parts if n > 1] + [1] * (LARGE_BATCH * macs <= FREE)
+    return [(channels, height // n, width // n) for n in parts]
+
+
+def _logits_and_share(module: nn.Module, images: Tensor, first: Cut) -> tuple[Tensor, float]:
+    """Logits, and how large the output of this cut is, as a share of what it is for images of full size."""
+    sizes = [math.prod(first.shape)]
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        sizes.append(first.feature_map(output)[0].numel())
+
+    handle = module.get_submodule(first.name).register_forward_hook(note)
+    try:
+        return logits_of(module, images), sizes[-1] / sizes[0]
+    finally:
+        handle.remove()
+
+
+def _same_in_float64(module: nn.Module, images: Tensor) -> bool:
+    """Whether the last rows get the logits in a batch, computed in float64, that each gets alone."""
+    exact = exact_copy(module)
+    if exact is None:
+        return False
+    try:
+        reference = _Reference.of(exact, exact_images(images, exact))
+        reference.check_alone(reference.together())
+    except BackboneError:  # they differ, or the network's code casts to a type of its own
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -111,6 +180,11 @@ class _Reference:
     def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float) -> _Reference:
         with torch.no_grad():
             logits = torch.cat([logits_of(module, image[None].clone()) for image in images[-STAYING:]])
+        return cls.with_logits(module, images, logits, min_tolerance)
+
+    @classmethod
+    def with_logits(cls, module: nn.Module, images: Tensor, logits: Tensor, min_tolerance: float = 0.0) -> _Reference:
+        """The reference for a network that gives the last rows these logits."""
         relative = max(tolerance(logits.dtype, logits.device), min_tolerance)
         return cls(module, images, logits, relative * max(logits.abs().max().item(), 1e-30))
 
@@ -122,8 +196,7 @@ class _Reference:
     def check_independence(self) -> None:
         """Refuse a network that does not give a row the same logits in the same batch again, and in another batch."""
         kind = type(self.module).__name__
-        with torch.no_grad():
-            together, again = (logits_of(self.module, self.images.clone()) for _ in range(2))
+        together, again = self.together(), self.together()
         if not self.logits.isfinite().all():
             raise BackboneError(
                 f"{kind} answers noise with values that are not finite (inf or nan). Check its weights and its number type."
@@ -134,10 +207,19 @@ class _Reference:
                 f"{kind} answers the same batch differently each time, so something in it is random in eval mode (a dropout "
                 "that is always on, or torch.rand in a forward). Make that depend on self.training."
             )
+        self.check_alone(together)
+
+    def together(self) -> Tensor:
+        """(b, K): the logits of all rows, from one batch."""
+        with torch.no_grad():
+            return logits_of(self.module, self.images.clone())
+
+    def check_alone(self, together: Tensor) -> None:
+        """Refuse a network whose last rows have other logits in a batch than alone."""
         gap = (self.logits - together[-STAYING:]).abs().max().item()
         if not gap <= self.tolerance:
             raise _error_for(gap)(
-                f"{kind} answers the same image differently in another batch (off by {gap:.1e}): "
+                f"{type(self.module).__name__} answers the same image differently in another batch (off by {gap:.1e}): "
                 "its rows influence one another, so none of them can leave early."
             )
 

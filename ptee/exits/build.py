@@ -18,6 +18,7 @@ from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count, parameters
 from ptee.analysis.parameters import parameter_shares
+from ptee.analysis.verify import require_same_in_large_batches
 from ptee.backbones.load import Backbone
 from ptee.exits.config import (
     AUTO,
@@ -81,6 +82,8 @@ def build_exits(
             raise
         places, budget = "pareto", None if budget == DEFAULT_BUDGETS else budget
         cuts = placer.place(places, num_exits, front is not None)
+    if inside := [cut for cut in cuts if cut.name != INPUT]:
+        require_same_in_large_batches(backbone.module, inside[0], size, counts.total)
     specs = head_specs(head, budget, cuts, counts.total, found.classes, front)
     if saved is not None:
         require_saved(specs, cuts, saved)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, PteeError
 from ptee.analysis.cut_points import Cut, survey
-from ptee.analysis.verify import verify_cut_points
+from ptee.analysis.verify import require_same_in_large_batches, verify_cut_points
 
 # ---------------------------------------------------------------------------------------------------- what only verification sees
 
@@ -142,6 +142,81 @@ def test_an_unusable_network_is_refused_with_the_reason(case, name):
     cut = survey(net, SIZE).cuts[name]
     with pytest.raises(BackboneError, match=f"Net answers .*{message}"):
         verify_cut_points(net, [cut], SIZE)
+
+
+class SortsRows(nn.Module):
+    """Each row gets its own answer in any batch. Between `first` and `last` the rows stand in the order of their values."""
+
+    def __init__(self, descending: bool) -> None:
+        super().__init__()
+        self.first, self.between, self.last, self.descending = conv(), conv(), conv(), descending
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        order = x.mean((1, 2, 3)).argsort(descending=self.descending)
+        return self.last(self.between(x[order])[order.argsort()])
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_no_rows_leave_where_the_code_has_put_them_in_the_order_of_their_values(descending):
+    net = Net(SortsRows(descending))
+    entry = survey(net, SIZE).cuts["entry"]
+    cuts = [replace(entry, name=name) for name in ("part.first", "part.between", "part.last")]
+    assert {"part.between"} <= verify_cut_points(net, cuts, SIZE).keys() <= {"part.first", "part.between"}
+
+
+WHOLE_BATCH = {
+    "bytes or shares": lambda x: x / 255 if x.max() > 1 else x,
+    "bytes or shares, lower": lambda x: x if x.abs().max() < 1 else x / x.new_tensor(255),
+    "divided by the largest": lambda x: x / x.max(),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_BATCH)
+def test_code_that_looks_at_the_values_of_the_whole_batch_is_refused(case):
+    net = nn.Sequential(Applying(WHOLE_BATCH[case]), Net(conv())).eval()
+    cuts = survey(net, SIZE).cuts
+    with pytest.raises(BackboneError, match="its rows influence one another"):
+        verify_cut_points(net, [cuts["1.entry"], cuts["1.part"]], SIZE)
+
+
+def mixes_above(rows: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x - x.mean(0) if len(x) > rows else x
+
+
+@pytest.mark.parametrize(("pixels", "macs"), [(16, 10**6), (64, 10**9), (224, 10**9)])
+def test_code_that_mixes_rows_of_large_batches_is_refused(pixels, macs):
+    size, nets = (3, pixels, pixels), [Net(Applying(mixes_above(rows))) for rows in (8, 32, 64)]
+    for net, refused in zip(nets, (True, True, False), strict=True):
+        cut = survey(net, size).cuts["entry"]
+        with pytest.raises(BackboneError, match="influence one another") if refused else contextlib.nullcontext():
+            require_same_in_large_batches(net, cut, size, macs)
+
+
+class OfOneSize(Net):
+    """Takes one size of images, or makes it of others, and notes how many images it gets."""
+
+    def __init__(self, resizes: bool) -> None:
+        super().__init__(Applying(mixes_above(8)))
+        self.resizes, self.rows = resizes, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        if self.resizes:
+            x = nn.functional.interpolate(x, (64, 64))
+        if x.shape[-1] != 64:
+            raise ValueError("64 pixels")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("resizes", [False, True])
+@pytest.mark.parametrize(("macs", "tried"), [(10**9, False), (10**6, True)], ids=["large", "very small"])
+def test_a_large_batch_is_tried_only_where_it_costs_little(resizes, macs, tried):
+    net = OfOneSize(resizes)
+    cut = survey(net, (3, 64, 64)).cuts["entry"]
+    with pytest.raises(BackboneError, match="influence one another") if tried else contextlib.nullcontext():
+        require_same_in_large_batches(net, cut, (3, 64, 64), macs)
+    assert (max(net.rows) > 30) == tried or not resizes
 
 
 # ---------------------------------------------------------------------------------------------------- rows are told apart
