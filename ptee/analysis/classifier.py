@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import Advice, Argument, BackboneError, first_line, some
 from ptee.analysis.fake_run import with_fake_tensors
-from ptee.analysis.freezing import modes, set_modes
+from ptee.analysis.freezing import KeptBuffers, modes, set_modes
 
 TWO_LOGITS = (
     "One logit z of a binary network is two: wrap it in a module that returns torch.stack([torch.zeros_like(z), z], 1), with z "
@@ -100,7 +100,7 @@ def _require_values(tensor: Tensor, name: str, kind: str) -> None:
 
 
 def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str) -> int:
-    """K, from a forward pass in eval mode with two images of zeros. The modes are restored, even if the pass fails.
+    """K, from a forward pass in eval mode with two images of zeros. Modes and buffers are restored, even if the pass fails.
 
     Errors call the network by `name`.
     """
@@ -108,12 +108,13 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
         (t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0, device="cpu")
     )
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
-    before = modes(module)
+    before, buffers = modes(module), KeptBuffers(module)
     try:
         module.eval()
         with torch.no_grad():
             logits = with_fake_tensors(lambda net, batch: logits_of(net, batch, name), module, images)
     finally:
+        buffers.put_back(buffers.changing(lambda: module(images + 1)))
         set_modes(module, before)
     if getattr(module, "num_classes", None) == 0:  # timm's networks return features then
         raise BackboneError(

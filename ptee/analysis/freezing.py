@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ptee._common.errors import PteeError
@@ -156,3 +157,55 @@ def _release(
             handle.remove()
         held.clear()
         state.restore(own)
+
+
+class KeptBuffers:
+    """The values that the buffers of a module have now. A forward pass may change them, also in eval mode."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._kept = {
+            f"{name}.{key}".lstrip("."): (part._buffers, key, buffer, buffer.detach().clone())
+            for name, part in module.named_modules()
+            for key, buffer in part._buffers.items()
+            if buffer is not None
+            and buffer.layout is torch.strided
+            and not (buffer.is_quantized or buffer.is_inference())
+        }
+
+    def value(self, name: str) -> Tensor:
+        """The value that a buffer had."""
+        return self._kept[name][3]
+
+    def changing(self, answer: Callable[[], object]) -> list[str]:
+        """The names of buffers that have changed and do so again in `answer`, a forward pass over other images.
+
+        One that has changed and now stays, or has another shape, is a cache, and the network's code may know that it is filled.
+        """
+        if not (changed := self._changed()):
+            return []
+        now = KeptBuffers(self._module)
+        with torch.no_grad(), suppress(Exception):
+            answer()
+        return [name for name in now._changed() if name in changed]
+
+    def _changed(self) -> list[str]:
+        now = {name: buffers.get(key) for name, (buffers, key, _, _) in self._kept.items()}
+        return [name for name, tensor in now.items() if tensor is not None and _differ(tensor, self.value(name))]
+
+    def put_back(self, names: Sequence[str]) -> None:
+        """Give these buffers the values that they had."""
+        for name in names:
+            buffers, key, tensor, value = self._kept[name]
+            buffers[key] = tensor
+            if _differ(tensor, value):  # graphs of autograd notice what is written
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+
+def _differ(now: Tensor, before: Tensor) -> bool:
+    """Whether a buffer has other values of the same shape and type."""
+    if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
+        return False
+    same = (now == before) | ((now != now) & (before != before))  # nan is the same as nan
+    return not bool(same.all())

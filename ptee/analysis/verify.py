@@ -11,7 +11,8 @@ they are computed again in float64. There rounding is gone, but a mistake stays.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ptee._common.errors import BackboneError, first_line
 from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
+from ptee.analysis.freezing import KeptBuffers
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 STAYING = 2  # rows that never leave: one alone would broadcast where a skip connection still carries the rows that left
@@ -118,6 +120,38 @@ def _same_in_float64(module: nn.Module, images: Tensor) -> bool:
     return True
 
 
+@contextmanager
+def buffers_put_back(module: nn.Module, input_size: tuple[int, int, int]) -> Iterator[KeptBuffers]:
+    """Afterwards, the buffers of a network in eval mode that change whenever it answers are as they were before."""
+    buffers = KeptBuffers(module)
+    try:
+        yield buffers
+    finally:
+        buffers.put_back(buffers.changing(lambda: module(-random_images(module, 2, input_size))))
+
+
+def require_no_drift(module: nn.Module, buffers: KeptBuffers, input_size: tuple[int, int, int]) -> None:
+    """Refuse a network whose answers depend on a buffer that has changed and changes whenever it answers (a running mean).
+
+    It is told by its answer if the buffer had changed a thousand times as much. A count that nothing reads does no harm.
+    """
+    images = random_images(module, 2, input_size)
+    changing = buffers.changing(lambda: module(-images))
+    now = {name: b.detach().clone() for name, b in module.named_buffers() if name in changing and b.is_floating_point()}
+    for name, value in now.items():
+        buffers.put_back(changing)
+        with torch.no_grad():
+            before = logits_of(module, images.clone())
+            buffers.put_back(changing)
+            module.get_buffer(name).add_(1000 * (value - buffers.value(name)))
+            after = logits_of(module, images.clone())
+        if not (after - before).abs().max() <= tolerance(before.dtype, before.device) * before.abs().max():
+            raise BackboneError(
+                f"{type(module).__name__} changes its buffer {name} whenever it answers, also in eval mode, and its answers depend on "
+                "it: they would drift. Let it change only if self.training."
+            )
+
+
 @dataclass(frozen=True)
 class _Failure:
     """Why rows cannot leave. Inexact if rounding may be the cause: all rows have logits, but they differ too much."""
@@ -205,7 +239,7 @@ class _Reference:
         if gap > self.tolerance:
             raise _error_for(gap)(
                 f"{kind} answers the same batch differently each time, so something in it is random in eval mode (a dropout "
-                "that is always on, or torch.rand in a forward). Make that depend on self.training."
+                "that is always on, or torch.rand in a forward) or remembers batches. Make that depend on self.training."
             )
         self.check_alone(together)
 

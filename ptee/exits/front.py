@@ -19,6 +19,7 @@ from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import random_images
 from ptee.analysis.freezing import Attachment, freeze
 from ptee.analysis.layout import Layout
+from ptee.analysis.verify import buffers_put_back, require_no_drift
 from ptee.backbones.library import other_words
 from ptee.backbones.load import Backbone, InputConfig, load_backbone
 from ptee.backbones.published import front_of
@@ -91,7 +92,9 @@ class FrontHead(ExitHead):
         module = network.module
         state = freeze(module)
         try:
-            _require_rows_apart(network)
+            with buffers_put_back(module, network.input.input_size) as buffers:
+                _require_rows_apart(network)
+                require_no_drift(module, buffers, network.input.input_size)
             hold = Attachment(module, {})
         finally:
             state.restore(module)

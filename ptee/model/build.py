@@ -14,6 +14,7 @@ from ptee._common.errors import PteeError, RunError, UnknownName, unknown
 from ptee._common.process import alone, own_random_numbers
 from ptee._common.validation import checked
 from ptee.analysis.freezing import freeze
+from ptee.analysis.verify import buffers_put_back, require_no_drift
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.exits.build import build_exits
 from ptee.exits.front import named_front
@@ -107,12 +108,15 @@ def plan(model: str | nn.Module, **options: Any) -> Plan:
 @torch.inference_mode(False)
 def build(backbone: Backbone, **options: Any) -> EarlyExitModel:
     """`augment` for a backbone that is loaded already; on failure it is left as it was. Options as of `build_exits`."""
-    state = freeze(backbone.module)
+    module, size = backbone.module, backbone.input.input_size
+    state = freeze(module)
     try:
-        made, heads = build_exits(backbone, **options)
+        with buffers_put_back(module, size) as buffers:
+            made, heads = build_exits(backbone, **options)
+            require_no_drift(module, buffers, size)
+            return EarlyExitModel(backbone, made, heads)
     finally:
-        state.restore(backbone.module)
-    return EarlyExitModel(backbone, made, heads)
+        state.restore(module)
 
 
 @alone()

@@ -1,0 +1,148 @@
+"""Buffers that change in eval mode: they are as they were afterwards, and no answer may depend on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import as_it_was
+from torch import Tensor, nn
+
+import ptee
+from ptee._common.errors import BackboneError, PteeError
+from ptee.backbones.load import load_backbone
+
+SIZE = (3, 16, 16)
+
+
+class Blocks(nn.Module):
+    """A classifier with two blocks; `note` gets their vectors and returns what the last layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(c, 8, 3, 2, 1), nn.ReLU()) for c in (3, 8)))
+        self.rest = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8, 4)
+        self.register_buffer("kept", torch.zeros(8))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def note(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.note(self.rest(self.blocks(x)).mean((2, 3))))
+
+
+class Rolling(Blocks):
+    """Subtracts a running mean, which every batch changes a little."""
+
+    momentum = 1e-5
+
+    def note(self, x: Tensor) -> Tensor:
+        self.kept = (1 - self.momentum) * self.kept + self.momentum * x.mean(0)
+        return x - self.kept
+
+
+class RollingInPlace(Rolling):
+    def note(self, x: Tensor) -> Tensor:
+        self.kept.data.lerp_(x.mean(0), self.momentum)
+        return x - self.kept
+
+
+class RollingFast(Rolling):
+    momentum = 0.5
+
+
+class AlwaysTraining(Blocks):
+    """Its batch norm stays in training mode, whatever is asked for."""
+
+    def train(self, mode: bool = True) -> AlwaysTraining:
+        super().train(mode)
+        self.rest[1].train()
+        return self
+
+
+class Output(Blocks):
+    """Answers in memory that it has once and for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("answer", torch.zeros(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.answer[: len(x)] = super().forward(x)
+        return self.answer[: len(x)]
+
+
+@pytest.mark.parametrize("network", [Rolling, RollingInPlace])
+def test_a_network_whose_answers_depend_on_a_slowly_changing_buffer_is_refused_by_its_name(network):
+    with pytest.raises(BackboneError, match=r"changes its buffer kept .*they would drift.*self\.training"):
+        ptee.augment(network(), input_size=SIZE, num_exits=1)
+
+
+def test_a_front_network_whose_answers_depend_on_such_a_buffer_is_refused_too():
+    front = Rolling()
+    before = as_it_was(front)
+    with pytest.raises(PteeError, match="changes its buffer kept"):
+        ptee.augment(Blocks(), input_size=SIZE, num_exits=2, front=front)
+    assert as_it_was(front) == before
+
+
+@pytest.mark.parametrize("network", [Rolling, RollingInPlace, RollingFast, AlwaysTraining, Output])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_refused_network_keeps_its_buffers(network, training):
+    net = network().train(training)
+    before = as_it_was(net)
+    for request in (ptee.augment, ptee.plan):
+        with pytest.raises(BackboneError):
+            request(net, input_size=SIZE, num_exits=1)
+        assert as_it_was(net) == before
+
+
+class Counting(Blocks):
+    """Counts its calls, and keeps a mean that it never reads for an answer."""
+
+    def note(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.kept = 0.9 * self.kept + 0.1 * x.mean(0)
+        return x
+
+
+@pytest.mark.parametrize("request_", [load_backbone, ptee.plan, ptee.augment])
+def test_counts_and_means_that_no_answer_depends_on_do_no_harm_and_are_as_they_were(request_):
+    net = Counting().eval()
+    with torch.no_grad():
+        net(torch.ones(2, *SIZE))
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    request_(net, input_size=SIZE)
+    assert int(net.calls) == 1
+    assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
+
+
+class Filled(Blocks):
+    """Fills a buffer at its first call, and remembers outside of it that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = False
+
+    def note(self, x: Tensor) -> Tensor:
+        if not self.full:
+            self.kept.fill_(3.0)
+            self.full = True
+        return x * self.kept
+
+
+def test_what_is_filled_once_stays_filled():
+    net = Filled()
+    model = ptee.augment(net, input_size=SIZE, num_exits=1)
+    x = torch.randn(4, *SIZE)
+    with torch.no_grad():
+        answers = model.predict(x, 2.0).logits
+        net.full = False
+        assert torch.equal(net.eval()(x), answers)
+
+
+def test_a_buffer_of_nan_is_no_changing_buffer():
+    net = Blocks()
+    net.register_buffer("unset", torch.full((3,), torch.nan))
+    assert ptee.augment(net, input_size=SIZE, num_exits=1).exits
