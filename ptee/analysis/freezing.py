@@ -193,9 +193,9 @@ class KeptBuffers:
         now = {name: buffers.get(key) for name, (buffers, key, _, _) in self._kept.items()}
         return [name for name, tensor in now.items() if tensor is not None and _differ(tensor, self.value(name))]
 
-    def put_back(self, names: Sequence[str]) -> None:
-        """Give these buffers the values that they had."""
-        for name in names:
+    def put_back(self, names: Sequence[str] | None = None) -> None:
+        """Give these buffers, by default all, the values that they had."""
+        for name in self._kept if names is None else names:
             buffers, key, tensor, value = self._kept[name]
             buffers[key] = tensor
             if _differ(tensor, value):  # graphs of autograd notice what is written

@@ -62,25 +62,35 @@ def require_same_in_large_batches(module: nn.Module, first: Cut, input_size: tup
     that takes no smaller images, or works as much on them, is not tried, unless it is very small itself. `macs` is the cost of
     one image of full size; how large the output of a cut is tells how much less the work is.
     """
-    with exact_arithmetic, torch.no_grad():
-        for size in _small_sizes(input_size, macs):
-            images = random_images(module, LARGE_BATCH, size)
-            try:
-                logits, share = _logits_and_share(module, images[-STAYING:].clone(), first)
-                if LARGE_BATCH * share > MOST_ROWS and LARGE_BATCH * share * macs > FREE:
-                    return  # larger images cost even more
-                reference = _Reference.with_logits(module, images, logits)
-                together = reference.together()
-            except BackboneError:  # it takes no images of this size, or no such batch
-                continue
-            if not logits.isfinite().all():
-                continue
-            try:
-                reference.check_alone(together)
-            except _InexactError:
-                if not _same_in_float64(module, images):
-                    raise
-            return
+    buffers = KeptBuffers(module)  # some code fits them to the size of the images
+    try:
+        with exact_arithmetic, torch.no_grad():
+            for size in _small_sizes(input_size, macs):
+                if _tried(module, first, size, macs):
+                    break
+    finally:
+        buffers.put_back()
+
+
+def _tried(module: nn.Module, first: Cut, size: tuple[int, int, int], macs: int) -> bool:
+    """Try a large batch of images of this size. False if a larger size may tell more."""
+    images = random_images(module, LARGE_BATCH, size)
+    try:
+        logits, share = _logits_and_share(module, images[-STAYING:].clone(), first)
+        if LARGE_BATCH * share > MOST_ROWS and LARGE_BATCH * share * macs > FREE:
+            return True  # it costs too much, and larger images cost even more
+        reference = _Reference.with_logits(module, images, logits)
+        together = reference.together()
+    except BackboneError:  # it takes no images of this size, or no such batch
+        return False
+    if not logits.isfinite().all():
+        return False
+    try:
+        reference.check_alone(together)
+    except _InexactError:
+        if not _same_in_float64(module, images):
+            raise
+    return True
 
 
 def _small_sizes(input_size: tuple[int, int, int], macs: int) -> list[tuple[int, int, int]]:

@@ -142,6 +142,27 @@ def test_what_is_filled_once_stays_filled():
         assert torch.equal(net.eval()(x), answers)
 
 
+class Positions(Blocks):
+    """Fits its positions to the size of the images, and forgets those of the size before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.positions.shape[2:] != x.shape[2:]:
+            self.positions = nn.functional.interpolate(self.positions, x.shape[2:])
+        return super().forward(x + self.positions)
+
+
+def test_buffers_that_are_fitted_to_smaller_images_are_as_they_were():
+    net, x = Positions().eval(), torch.randn(4, *SIZE)
+    with torch.no_grad():
+        before = net(x)
+        ptee.augment(net, input_size=SIZE, num_exits=1)
+        assert torch.equal(net(x), before)
+
+
 def test_a_buffer_of_nan_is_no_changing_buffer():
     net = Blocks()
     net.register_buffer("unset", torch.full((3,), torch.nan))
