@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
@@ -66,6 +67,32 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
     """Restore the training flags. Parts that were added later keep theirs."""
     for name, part in module.named_modules():
         part.training = flags.get(name, part.training)
+
+
+@contextmanager
+def hooked(
+    after: Mapping[nn.Module, Callable[[Any], Any]], before: Mapping[nn.Module, Callable[[], None]] | None = None
+) -> Iterator[None]:
+    """Meanwhile modules have hooks, which act in this thread alone: others may run the same modules.
+
+    Args:
+        after: called with a module's output; gives what replaces it, or None.
+        before: called before a module runs.
+    """
+    here = get_ident()
+
+    def ended(hook: Callable[[Any], Any]) -> Callable[..., Any]:
+        return lambda _module, _args, output: hook(output) if get_ident() == here else None
+
+    def begun(hook: Callable[[], None]) -> Callable[..., None]:
+        return lambda *_: hook() if get_ident() == here else None
+
+    with ExitStack() as hooks:
+        for module, begin in (before or {}).items():
+            hooks.callback(module.register_forward_pre_hook(begun(begin)).remove)
+        for module, end in after.items():
+            hooks.callback(module.register_forward_hook(ended(end)).remove)
+        yield
 
 
 class Attachment:

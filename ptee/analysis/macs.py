@@ -167,6 +167,24 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
     return analysis.operators
 
 
+class _WholeCount(FlopCounterMode):
+    """torch's count, without the hooks that add it up for each module: they act on all modules, in all threads."""
+
+    def __init__(self, *, display: bool) -> None:
+        super().__init__(display=display)
+        self.mod_tracker = _NoModules()  # type: ignore[assignment]
+
+
+class _NoModules:
+    """Takes the place of torch's tracker of modules."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class _PlainRepeats(TorchFunctionMode):
     """repeat_interleave gets numbers. A trace makes tensors of sizes, on the CPU, and it takes tensors of its own device."""
 
@@ -197,7 +215,7 @@ def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: 
     if not hidden:
         return
     # torch's count sees into all but custom operators and fused attention
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as executed:
+    with sdpa_kernel(SDPBackend.MATH), _WholeCount(display=False) as executed:
         module(example)
     if any("::" in name for name in hidden) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
         raise BackboneError(
@@ -249,7 +267,8 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
         set_modes(module, training)
         for registered, before in hooks:
             for key in set(registered) - before:
-                del registered[key]
+                if type(registered[key]).__module__.startswith("fvcore."):  # another thread may have put its own there
+                    del registered[key]
         with torch.no_grad():
             for m, name, buffer, version, value in buffers:
                 m._buffers[name] = buffer

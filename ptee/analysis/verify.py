@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ptee._common.errors import BackboneError, first_line
 from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
+from ptee.analysis.freezing import hooked
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 STAYING = 2  # rows that never leave: one alone would broadcast where a skip connection still carries the rows that left
@@ -176,20 +178,13 @@ class _Reference:
                 raise RestartForward
             return cut.select(output, staying)
 
-        handles = [
-            self.module.get_submodule(cut.name).register_forward_hook(
-                lambda _m, _i, out, cut=cut: remove_rows(cut, out)
-            )
-            for cut in cuts
-        ]
+        hooks = {self.module.get_submodule(cut.name): partial(remove_rows, cut) for cut in cuts}
         make_cached(list(steps))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), hooked(hooks):
                 return run(self.module, self.images.clone(), cache)  # the network may write into its images
         finally:
             undo_cached(list(steps))
-            for handle in handles:
-                handle.remove()
 
 
 def _error_for(gap: float) -> type[BackboneError]:
