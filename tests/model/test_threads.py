@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -86,3 +87,33 @@ def test_a_pass_in_another_thread_goes_on_where_that_of_a_benchmark_ends():
     bench(model, [2], rounds=1)
     assert len(answers) == len(begun) > 0
     assert all(torch.equal(answer, want) for answer in answers)
+
+
+CAPTURES = {
+    "is exported": lambda model, folder: ptee.export(model, folder / "out"),
+    "is optimised": lambda model, _: ptee.optimize(model, max_batch=2),
+}
+
+
+@pytest.mark.cpu("a GPU is no place for an export")
+@pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES)
+def test_a_model_answers_while_it(capture, tmp_path):
+    net = crowded()
+    model = ptee.augment(net, input_size=SIZE, exits=["blocks.0"], head="pool")
+    images = torch.randn(6, *SIZE)
+    want, alone, answers = net(images), model.predict(images), []
+    net.meanwhile = lambda: answers.append((net(images), model.predict(images), model.all_exits(images)))
+    capture(model, tmp_path)
+    assert answers
+    for bare, left, _ in answers:
+        torch.testing.assert_close(bare, want)
+        torch.testing.assert_close(left.logits, alone.logits)
+
+
+@pytest.mark.cpu("a GPU is no place for an export")
+def test_an_export_leaves_a_front_network_frozen(tmp_path):
+    front = crowded()
+    model = ptee.augment(crowded(), front=front, input_size=SIZE, exits=["blocks.0"], head="pool")
+    ptee.export(model, tmp_path / "out")
+    gc.collect()
+    assert not any(p.requires_grad for p in [*front.parameters(), *model.backbone.parameters()])
