@@ -366,7 +366,7 @@ class EarlyExitModel(
             if x.shape[1:] == tuple(self.plan.input_size) or isinstance(why, torch.OutOfMemoryError):
                 raise
             raise wrong_size(x, self.plan.input_size, first_line(why)) from why
-        call.check_all_passed()
+        call.check(answer)
         return answer
 
     def answer_type(self, x: Tensor) -> torch.dtype:
