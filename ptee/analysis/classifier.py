@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ptee._common.errors import Advice, Argument, BackboneError, first_line, some
 from ptee.analysis.fake_run import with_fake_tensors
@@ -31,8 +32,7 @@ def require_runnable(module: nn.Module) -> None:
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
         raise BackboneError(f"{kind} is compiled, so its modules cannot be hooked. Give the module that was compiled.")
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise BackboneError(f"{kind} runs copies of a network, and the copies have no hooks. Give its .module.")
+    _require_unwrapped(module, kind)
     _require_uncompiled(module, kind)
     for name, part in module.named_modules():
         if type(part).__module__.startswith(QUANTISED):
@@ -46,6 +46,23 @@ def require_runnable(module: nn.Module) -> None:
             raise BackboneError(
                 f"{kind} quantises activations when it runs ({name} is a {type(tensor).__name__}), and its operators cannot be counted. "
                 "Quantise its weights alone (torchao's Int8WeightOnlyConfig), or export with --int8 afterwards."
+            )
+
+
+def _require_unwrapped(module: nn.Module, kind: str) -> None:
+    """Refuse what runs copies of a network, or keeps its weights in several processes."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            if not name:
+                raise BackboneError(f"{kind} runs copies of a network, and the copies have no hooks. Give its .module.")
+            raise BackboneError(
+                f"{kind} runs copies of {name}, a {type(part).__name__}, and the copies have no hooks. Put it back as it was: "
+                f"net.set_submodule({name!r}, net.get_submodule({name!r}).module)."
+            )
+        if any(base.__module__.startswith("torch.distributed.fsdp") for base in type(part).__mro__):
+            raise BackboneError(
+                f"{kind} keeps weights in several processes ({name or 'it'} is a {type(part).__name__}), so it cannot be counted. Give "
+                "the network as it was before FSDP."
             )
 
 
@@ -131,12 +148,36 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "") -> Tensor:
     except Exception as why:
         raise BackboneError(f"{name} ", *_why_it_failed(images, why)) from why
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images) and logits.shape[1] >= 2:
+        _require_plain(logits, name)
         return logits
     what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     raise BackboneError(
         f"{name} gives {what} for {len(images)} images, not logits ({len(images)}, K) with K >= 2. "
         f"{_how_to_get_logits(logits, len(images))}"
     )
+
+
+def _require_plain(logits: Tensor, name: str) -> None:
+    """Refuse logits that cannot be compared and joined as others can."""
+    if not isinstance(logits, FakeTensor | nn.Parameter) and type(logits) is not Tensor:
+        raise BackboneError(
+            f"{name} gives a {type(logits).__name__}, and logits come as a plain tensor. Wrap it in a module that gives one: "
+            "forward(self, x): return self.net(x).as_subclass(torch.Tensor)."
+        )
+    if logits.layout is not torch.strided:
+        raise BackboneError(
+            f"{name} gives a {_short(logits.layout)} tensor, and logits come as a plain one. Wrap it in a module that gives one: "
+            "forward(self, x): return self.net(x).to_dense()."
+        )
+    if not logits.is_floating_point():
+        raise BackboneError(
+            f"{name} gives {_short(logits.dtype)}, not floating-point logits. Wrap it in a module that gives its logits, before any "
+            "decision is made of them."
+        )
+
+
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _why_it_failed(images: Tensor, why: Exception) -> Advice:
@@ -147,6 +188,8 @@ def _why_it_failed(images: Tensor, why: Exception) -> Advice:
             f"is called with images alone, and {missing[1]} wants {' and '.join(more)} too. Wrap it in a module that gives "
             f"them: forward(self, x): return self.net(x, {', '.join(f'{name}=...' for name in more)}).",
         )
+    if "BatchedTensor" in str(why):  # as torch says it
+        return ("calls torch.func.vmap, and what runs inside of that cannot be seen. Let it run the batch as a whole.",)
     return (f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} ", *GIVE_SIZE)
 
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -32,6 +32,7 @@ from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.fake_run import with_fake_tensors
+from ptee.analysis.freezing import hooked
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
 
@@ -254,16 +255,10 @@ class _Recorder(TorchDispatchMode):
     @contextmanager
     def recording(self, names: dict[nn.Module, str]) -> Iterator[None]:
         """Record the operators that run inside of this context, and the outputs of these modules."""
-        handles = []
-        try:
-            for module, name in names.items():
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
-                handles.append(module.register_forward_hook(lambda _m, _i, out, name=name: self._leave(name, out)))
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        begin = {module: partial(self._enter, name) for module, name in names.items()}
+        end = {module: partial(self._leave, name) for module, name in names.items()}
+        with hooked(end, begin), self:
+            yield
 
     def mark_answer(self, logits: Tensor) -> None:
         """The network's answer is read after everything else."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
@@ -31,8 +34,13 @@ class FrozenState:
         """Keep the module frozen until `restore`. A copy of the state calls this for its copy of the module."""
         _HOLDERS.setdefault(module, WeakSet()).add(self)
 
+    def note(self, module: nn.Module) -> None:
+        """Add the modes of parts that were put in later."""
+        for name, training in modes(module).items():
+            self.training.setdefault(name, training)
+
     def restore(self, module: nn.Module) -> None:
-        """Restore `requires_grad` and the modes. Parts that were added later stay as they are."""
+        """Restore `requires_grad` and the modes. What was added later and not noted stays as it is."""
         holders = _HOLDERS.get(module, WeakSet())
         holders.discard(self)
         if holders:
@@ -42,6 +50,7 @@ class FrozenState:
         set_modes(module, self.training)
 
 
+_TRAINING = attrgetter("training")
 _HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[FrozenState]] = WeakKeyDictionary()
 
 
@@ -69,6 +78,32 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
         part.training = flags.get(name, part.training)
 
 
+@contextmanager
+def hooked(
+    after: Mapping[nn.Module, Callable[[Any], Any]], before: Mapping[nn.Module, Callable[[], None]] | None = None
+) -> Iterator[None]:
+    """Meanwhile modules have hooks, which act in this thread alone: others may run the same modules.
+
+    Args:
+        after: called with a module's output; gives what replaces it, or None.
+        before: called before a module runs.
+    """
+    here = get_ident()
+
+    def ended(hook: Callable[[Any], Any]) -> Callable[..., Any]:
+        return lambda _module, _args, output: hook(output) if get_ident() == here else None
+
+    def begun(hook: Callable[[], None]) -> Callable[..., None]:
+        return lambda *_: hook() if get_ident() == here else None
+
+    with ExitStack() as hooks:
+        for module, begin in (before or {}).items():
+            hooks.callback(module.register_forward_pre_hook(begun(begin)).remove)
+        for module, end in after.items():
+            hooks.callback(module.register_forward_hook(ended(end)).remove)
+        yield
+
+
 class Attachment:
     """Keeps a module frozen, with hooks on it, until `release` is called or this object is gone.
 
@@ -85,7 +120,7 @@ class Attachment:
         self._cached = list(cached)
         self._held = [True]  # empty after the release; shared with the finalizer
         make_cached([module.get_submodule(name) for name in cached])
-        self._parts = list(module.modules())  # read at each call; walking the tree takes ten times as long
+        self._note_parts()
         self._release_when_gone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -111,8 +146,24 @@ class Attachment:
 
     def keep(self) -> None:
         """Put the module back in eval mode if any part of it is in training mode, unless it learns."""
-        if not self.learns and any(part.training for part in self._parts):
+        if self.learns:
+            return
+        parts, leaves, owned, children = self._noted
+        if (
+            any(leaves) or list(chain.from_iterable(map(dict.values, owned))) != children
+        ):  # another part is there, or gone
+            self._state.note(self._module)
+            parts = self._note_parts()
+        if any(map(_TRAINING, parts)):
             self._module.eval()
+
+    def _note_parts(self) -> list[nn.Module]:
+        """Note the parts, and which belong to which. They are read at each call; walking the tree takes ten times as long."""
+        parts = list(self._module.modules())
+        belonging = [part._modules for part in parts]
+        leaves, owned = [of for of in belonging if not of], [of for of in belonging if of]
+        self._noted = parts, leaves, owned, [child for of in owned for child in of.values()]
+        return parts
 
     @contextmanager
     def learning(self) -> Iterator[None]:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptee._common.errors import BackboneError, some
+from ptee._common.errors import BackboneError, first_line, some
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
 from ptee.analysis.freezing import modes, set_modes
 
@@ -40,6 +41,10 @@ COMPILED = {
     "dynamo-optimized": "torch.compile",
     "Tried to trace": "torch.jit",
 }  # by what torch says when it traces such code
+UNTRACED = {
+    "observable data dependence": "it runs in a thread of its own, or not on the images",
+    "stateless API": "it calls torch.func.functional_call",
+}
 TOLERANCE = 0.01  # share by which torch's count may be above fvcore's
 
 
@@ -80,7 +85,15 @@ def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Co
     The module is counted in eval mode, and left as it was: mode, buffers and hooks. The example is one sample (1, ...).
     `products_only` counts convolutions and matrix products alone, as torch's FlopCounterMode does.
     """
-    with alone(), _left_as_it_was(module), torch.no_grad(), no_fused_attention, no_checkpointing:
+    # A mode of the user, such as FlopCounterMode, would hide operators from the trace.
+    with (
+        alone(),
+        _left_as_it_was(module),
+        torch.no_grad(),
+        no_fused_attention,
+        no_checkpointing,
+        _disable_current_modes(),
+    ):
         operators = _operators(module.eval(), example)
     if products_only:
         operators = [op if op.product else replace(op, macs=0) for op in operators]
@@ -156,15 +169,41 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
         with no_warnings, _PlainRepeats():  # fvcore would switch warnings off itself, but for other threads too
             analysis.total()
     except RuntimeError as why:
-        maker = next((maker for words, maker in COMPILED.items() if words in str(why)), None)
-        if maker is None:
+        if isinstance(why, torch.OutOfMemoryError):
             raise
-        raise BackboneError(
-            f"{type(module).__name__} calls what {maker} made, and its operators cannot be counted. Let it call the code itself, "
-            f"without {maker}."
-        ) from why
+        raise BackboneError(_not_traced(type(module).__name__, why)) from why
     _refuse_hidden(module, example, analysis.hidden, sum(op.macs for op in analysis.operators if op.product))
     return analysis.operators
+
+
+def _not_traced(kind: str, why: RuntimeError) -> str:
+    """What to do about code that torch.jit cannot trace."""
+    for words, maker in COMPILED.items():
+        if words in str(why):
+            return f"{kind} calls what {maker} made, and its operators cannot be counted. Let it call the code itself, without {maker}."
+    reason = next((reason for words, reason in UNTRACED.items() if words in str(why)), None)
+    return (
+        f"{kind} cannot be counted: {reason or f'torch.jit cannot trace it ({first_line(why)})'}. Let its forward "
+        "call its modules itself, one by one, in its own thread."
+    )
+
+
+class _WholeCount(FlopCounterMode):
+    """torch's count, without the hooks that add it up for each module: they act on all modules, in all threads."""
+
+    def __init__(self, *, display: bool) -> None:
+        super().__init__(display=display)
+        self.mod_tracker = _NoModules()  # type: ignore[assignment]
+
+
+class _NoModules:
+    """Takes the place of torch's tracker of modules."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class _PlainRepeats(TorchFunctionMode):
@@ -197,7 +236,7 @@ def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: 
     if not hidden:
         return
     # torch's count sees into all but custom operators and fused attention
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as executed:
+    with sdpa_kernel(SDPBackend.MATH), _WholeCount(display=False) as executed:
         module(example)
     if any("::" in name for name in hidden) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
         raise BackboneError(
@@ -249,7 +288,8 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
         set_modes(module, training)
         for registered, before in hooks:
             for key in set(registered) - before:
-                del registered[key]
+                if type(registered[key]).__module__.startswith("fvcore."):  # another thread may have put its own there
+                    del registered[key]
         with torch.no_grad():
             for m, name, buffer, version, value in buffers:
                 m._buffers[name] = buffer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ptee.analysis.cut_points import random_images
+from ptee.analysis.freezing import hooked
 
 
 @torch.no_grad()
@@ -20,19 +22,15 @@ def parameter_shares(module: nn.Module, input_size: tuple[int, int, int]) -> dic
     seen: set[nn.Parameter] = set()
     used: dict[str, int] = {}
 
-    def begin(part: nn.Module, _: Any) -> None:
+    def begin(part: nn.Module) -> None:
         seen.update(part.parameters(recurse=False))
 
-    def end(part: nn.Module, *_: Any) -> None:
-        used.setdefault(names[part], sum(p.numel() for p in seen))
+    def end(name: str, _: Any) -> None:
+        used.setdefault(name, sum(p.numel() for p in seen))
 
-    handles = [
-        hook for part in names for hook in (part.register_forward_pre_hook(begin), part.register_forward_hook(end))
-    ]
-    try:
+    with hooked(
+        {part: partial(end, name) for part, name in names.items()}, {part: partial(begin, part) for part in names}
+    ):
         module(random_images(module, 1, input_size))
-    finally:
-        for handle in handles:
-            handle.remove()
     total = sum(p.numel() for p in module.parameters())
     return {name: number / total for name, number in used.items()}

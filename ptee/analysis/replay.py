@@ -236,10 +236,10 @@ def undo_cached(modules: Sequence[nn.Module]) -> None:
         wrapper = module.__dict__.get("forward")
         if isinstance(wrapper, CachedModule):
             wrapper.users -= 1
-            if not wrapper.users:
+            if not wrapper.users and wrapper.own is not None:
+                module.forward = wrapper.own
+            elif not wrapper.users:
                 del module.forward
-                if wrapper.own is not None:
-                    module.forward = wrapper.own
 
 
 _CACHE: ContextVar[ReplayCache | None] = ContextVar("the replay cache of the call that is running", default=None)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ptee._common.errors import BackboneError, first_line
 from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
-from ptee.analysis.freezing import KeptBuffers
+from ptee.analysis.freezing import KeptBuffers, hooked
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 STAYING = 2  # rows that never leave: one alone would broadcast where a skip connection still carries the rows that left
@@ -107,14 +108,11 @@ def _logits_and_share(module: nn.Module, images: Tensor, first: Cut) -> tuple[Te
     """Logits, and how large the output of this cut is, as a share of what it is for images of full size."""
     sizes = [math.prod(first.shape)]
 
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+    def note(output: Any) -> None:
         sizes.append(first.feature_map(output)[0].numel())
 
-    handle = module.get_submodule(first.name).register_forward_hook(note)
-    try:
+    with hooked({module.get_submodule(first.name): note}):
         return logits_of(module, images), sizes[-1] / sizes[0]
-    finally:
-        handle.remove()
 
 
 def _same_in_float64(module: nn.Module, images: Tensor) -> bool:
@@ -302,20 +300,13 @@ class _Reference:
                 raise RestartForward
             return cut.select(output, staying)
 
-        handles = [
-            self.module.get_submodule(cut.name).register_forward_hook(
-                lambda _m, _i, out, cut=cut: remove_rows(cut, out)
-            )
-            for cut in cuts
-        ]
+        hooks = {self.module.get_submodule(cut.name): partial(remove_rows, cut) for cut in cuts}
         make_cached(list(steps))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), hooked(hooks):
                 return run(self.module, self.images.clone(), cache)  # the network may write into its images
         finally:
             undo_cached(list(steps))
-            for handle in handles:
-                handle.remove()
 
 
 def _error_for(gap: float) -> type[BackboneError]:

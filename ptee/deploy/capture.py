@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ptee._common.process import no_logs, no_stderr, own_export
 from ptee.analysis.cut_points import Cut, random_images
 from ptee.deploy.manifest import MAX_ROWS
 from ptee.deploy.refusal import not_captured
+from ptee.exits.front import FrontHead
 from ptee.exits.heads import HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel
@@ -36,9 +38,9 @@ def _(x: Tensor, exit: int) -> Tensor:
 class _Marking(RecordAll):
     """All heads run that would run in `predict`, and a mark is left at each cut."""
 
-    def __init__(self, model: EarlyExitModel, skipped: tuple[int, ...], batch: int) -> None:
-        super().__init__(model.exit_hooks, list(model.heads), model.plan, batch)
-        self.skipped = skipped
+    def __init__(self, passes: _Passes, batch: int) -> None:
+        super().__init__(passes.exit_hooks, list(passes.heads), passes.plan, batch)
+        self.skipped = passes.skipped
 
     def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
         """The backbone's answer. The exit at the input, if there is one, marks the images."""
@@ -58,15 +60,29 @@ class _Passes(nn.Module):
     def __init__(self, model: EarlyExitModel) -> None:
         super().__init__()
         self.backbone, self.heads = model.backbone, model.heads
-        skipped = model.plan.skipped  # computed here: nothing of it belongs into the graph
-        self._call = lambda batch: _Marking(model, skipped, batch)
+        self.exit_hooks, self.plan = model.exit_hooks, model.plan
+        self.skipped = model.plan.skipped  # computed here: nothing of it belongs into the graph
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """See `captured`."""
-        call = self._call(x.shape[0])  # len(x) would fix the number of rows
+        call = _Marking(self, x.shape[0])  # len(x) would fix the number of rows
         with running(call):
             answer = call.forward(self.backbone, x)
         return answer, [(said.logits, said.confidence_logit) for said in call.outputs]
+
+
+def _beside(model: EarlyExitModel) -> _Passes:
+    """What is captured, with modules of its own: torch.export puts others' tensors into modules, and threads may be running these.
+
+    It shares the weights. A model that cannot be copied is captured as it is.
+    """
+    passes = _Passes(model)
+    shared = [*passes.parameters(), *passes.buffers(), passes.plan]
+    shared += [head._hold for head in model.heads if isinstance(head, FrontHead)]  # it would release what it never held
+    try:
+        return copy.deepcopy(passes, {id(one): one for one in shared})
+    except Exception:  # whatever its code raises
+        return passes
 
 
 def example_images(model: EarlyExitModel, rows: int) -> Tensor:
@@ -87,7 +103,7 @@ def captured(model: EarlyExitModel) -> fx.GraphModule:
     rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     try:
         with own_export, no_logs, no_stderr, torch.no_grad():
-            program = torch.export.export(_Passes(model), (x,), dynamic_shapes=({0: rows},), strict=False)
+            program = torch.export.export(_beside(model), (x,), dynamic_shapes=({0: rows},), strict=False)
     except PteeError:
         raise
     except Exception as why:  # whatever the backbone's code and torch.export raise

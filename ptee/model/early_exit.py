@@ -47,7 +47,7 @@ from ptee.model.forward import (
     running,
     widest_type,
 )
-from ptee.model.images import require_device, require_images, wrong_size, wrong_type
+from ptee.model.images import require_device, require_images, require_values, wrong_size, wrong_type
 from ptee.model.production import InProduction, unseen
 from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
 
@@ -226,6 +226,7 @@ class EarlyExitModel(
         refuse_export()
         require_eval(self)
         self.require_ready(x)
+        require_values(x)
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
         thresholds = self.thresholds_of_call(threshold, len(x))
         kind = kind_of_call(soft, threshold is not None)
@@ -366,7 +367,7 @@ class EarlyExitModel(
             if x.shape[1:] == tuple(self.plan.input_size) or isinstance(why, torch.OutOfMemoryError):
                 raise
             raise wrong_size(x, self.plan.input_size, first_line(why)) from why
-        call.check_all_passed()
+        call.check(answer)
         return answer
 
     def answer_type(self, x: Tensor) -> torch.dtype:

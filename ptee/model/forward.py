@@ -102,6 +102,11 @@ class Call:
     restarted = False  # this is not the first pass of the call
 
     def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
+        if len(heads) != len(plan.exits):
+            raise PteeError(
+                f"This model has {len(heads)} heads for {len(plan.exits)} exits. Put back those that were taken out, or make it again "
+                "with ptee.augment. To do without an exit, set model.off = [its number]."
+            )
         self.hooks, self.heads, self.plan = hooks, heads, plan
         self.rows = ActiveRows(batch)
         self.passed = 0
@@ -166,7 +171,6 @@ class Call:
             with self._beside_backbone(n):
                 head: Any = self.heads[n]
                 said: HeadOutput = head(z, earlier) if self.builds_on_previous else HeadOutput(*head(z))
-                return said
         except RuntimeError as why:
             if z.shape[1:] == cut.shape:
                 raise
@@ -175,6 +179,13 @@ class Call:
                 f"read this one, {tuple(z.shape[1:])} ({first_line(why).rstrip('.')}): the images have another size than "
                 f"{self.plan.input_size}. Plan the exits again with their input_size."
             ) from why
+
+        if said.logits.shape[-1] != self.plan.classes:
+            raise PteeError(
+                f"Exit {n} ({self.plan.exits[n].name}) answers with {said.logits.shape[-1]} classes, and the exits were made for "
+                f"{self.plan.classes}: its head is another than ptee.augment made. Make the model again."
+            )
+        return said
 
     @contextmanager
     def _beside_backbone(self, n: int) -> Iterator[None]:
@@ -187,6 +198,15 @@ class Call:
         apart = saved_tensors_hooks(Tensor.detach, lambda t: t) if self.through else nullcontext()
         with running(None), torch.set_grad_enabled(self.gradients), apart:
             yield
+
+    def check(self, answer: Tensor) -> None:
+        """Refuse an answer of the backbone that is not of the network that the exits were planned for."""
+        self.check_all_passed()
+        if answer.shape[1:] != (self.plan.classes,):
+            raise PteeError(
+                f"The backbone answers with {answer.shape[-1]} classes, and the exits were made for {self.plan.classes}: it has "
+                "another last layer. Put that back, or make new exits: ptee.augment(model.detach(), ...)."
+            )
 
     def check_all_passed(self) -> None:
         """Refuse an answer that passed no exit, as of a compiled or changed backbone that does not run its hooks."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, is_batchedtensor, is_gradtrackingtensor, peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ptee._common.errors import PteeError
 from ptee.data.batches import odd_tensor, require_plain
@@ -33,6 +35,29 @@ def require_images(x: Any, channels: int) -> None:
         raise PteeError(
             f"These images are {_name_of(x.dtype)}, and the model takes floating-point numbers. "
             f"Give ({scaled} - mean) / std, with the mean and std that the backbone was trained with."
+        )
+    _refuse_grad(x)
+
+
+def require_values(x: Tensor) -> None:
+    """Refuse images that stand for others, or have no values: who leaves depends on these."""
+    if is_batchedtensor(x):
+        raise PteeError(
+            "torch.func.vmap cannot run around predict(), because the values say which rows leave. Give the whole batch at once, or "
+            "use all_exits(x)."
+        )
+    if isinstance(x, FakeTensor) or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise PteeError(
+            "In a FakeTensorMode images have no values, and these say which rows leave. Call predict() outside."
+        )
+
+
+def _refuse_grad(x: Tensor) -> None:
+    """Refuse images of torch.func.grad, which knows no hooks on what is saved for a backward pass."""
+    if is_gradtrackingtensor(x) and peek_interpreter_stack().key() == TransformType.Grad:
+        raise PteeError(
+            "torch.func.grad and torch.func.vjp cannot run around this model. Use torch.autograd.grad with x.requires_grad_() and "
+            "all_exits(x)."
         )
 
 

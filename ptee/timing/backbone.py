@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee.analysis.cut_points import random_images
-from ptee.analysis.freezing import modes, set_modes
+from ptee.analysis.freezing import hooked, modes, set_modes
 from ptee.backbones.load import Backbone
 from ptee.exits.plan import TimesOfModules
 from ptee.model.forward import one_parameter
@@ -47,21 +46,15 @@ def _marked(module: nn.Module, x: Tensor, names: list[str], mark: Mark) -> None:
     """Run a module with a mark behind each module inside of it. Their names are written down."""
     names.clear()
 
-    def ended(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if name not in seen:
-                seen.add(name)
-                names.append(name)
-                mark()
-
-        return hook
-
     seen: set[str] = set()
-    handles = [part.register_forward_hook(ended(name)) for name, part in module.named_modules() if name]
-    try:
+
+    def ended(name: str, _: Any) -> None:
+        if name not in seen:
+            seen.add(name)
+            names.append(name)
+            mark()
+
+    with hooked({part: partial(ended, name) for name, part in module.named_modules() if name}):
         mark()
         module(x)
         mark()
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -19,6 +19,7 @@ from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import Argument, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.text import table
+from ptee.analysis.freezing import hooked
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import StopForward
@@ -154,12 +155,8 @@ def _up_to_first_exit(model: EarlyExitModel, x: Tensor) -> None:
     if model.exits[0].name == INPUT:  # nothing of the backbone comes before it
         return
 
-    def stop(*_: object) -> None:
+    def stop(_: object) -> None:
         raise StopForward
 
-    handle = model.backbone.get_submodule(model.exits[0].name).register_forward_hook(stop)
-    try:
-        with suppress(StopForward):
-            model.backbone(x)
-    finally:
-        handle.remove()
+    with suppress(StopForward), hooked({model.backbone.get_submodule(model.exits[0].name): stop}):
+        model.backbone(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 import zoo
 from cases import slow
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import ptee
 from ptee._common.errors import BackboneError
@@ -107,6 +111,32 @@ class Answering(nn.Module):
         return self.answer(self.net(pixel_values))
 
 
+class Passing(TorchDispatchMode):
+    """Looks at each operator."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Calling(nn.Module):
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.call = resnet(), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.net, x)
+
+
+class Sharded(nn.Sequential):
+    """As FSDP wraps a network, which it does in a group of processes only."""
+
+    __module__ = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+
+class Named(Tensor):
+    """A tensor that a user has a class for."""
+
+
 class Masked(nn.Module):
     """Is never called with its images alone."""
 
@@ -156,7 +186,29 @@ REFUSED = {
     ),
     "a quantised layer": (quantised, "is quantised .*as it was before"),
     "copies of a network": (lambda: nn.DataParallel(resnet()), r"DataParallel.*Give its \.module"),
-}
+    "copies of a part": (
+        lambda: nn.Sequential(Normalize(), nn.DataParallel(resnet())),
+        r"copies of 1, a DataParallel.*net\.set_submodule\('1', net\.get_submodule\('1'\)\.module\)",
+    ),
+    "weights in several processes": (lambda: Sharded(resnet()), "Sharded.*processes.*before FSDP"),
+    "truth values": (lambda: Answering(lambda y: y > 0), r"gives bool, not floating-point logits.*gives its logits"),
+    "class numbers": (lambda: Answering(lambda y: y.argsort()), "gives int64, not floating-point logits"),
+    "complex numbers": (lambda: Answering(lambda y: torch.complex(y, y)), "gives complex64, not floating-point logits"),
+    "sparse numbers": (lambda: Answering(lambda y: y.to_sparse()), "gives a sparse_coo tensor.*plain"),
+    "a tensor of another class": (lambda: Answering(lambda y: y.as_subclass(Named)), r"gives a Named.*as_subclass\(torch\.Tensor\)"),
+    "torch.func.functional_call": (
+        lambda: Calling(lambda net, x: torch.func.functional_call(net, dict(net.named_parameters()), (x,))),
+        "Calling.*cannot be counted.*functional_call.*call its modules itself",
+    ),
+    "a thread of its own": (
+        lambda: Calling(lambda net, x: ThreadPoolExecutor(1).submit(torch.no_grad()(net), x).result()),
+        "Calling.*cannot be counted.*thread of its own.*call its modules itself",
+    ),
+    "torch.func.vmap": (
+        lambda: Calling(lambda net, x: torch.func.vmap(lambda row: net(row[None])[0])(x)),
+        "Calling calls torch.func.vmap.*the batch as a whole",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -165,6 +217,15 @@ def test_a_network_is_refused_with_what_to_do(case):
     for command in (ptee.augment, ptee.plan):
         with pytest.raises(BackboneError, match=said):
             command(make(), input_size=SMALL)
+
+
+@pytest.mark.parametrize(
+    "mode", [FlopCounterMode(display=False), Passing()], ids=["FlopCounterMode", "a mode of the user"]
+)
+def test_a_mode_of_torch_that_is_on_changes_no_exit(mode):
+    plan = ptee.plan(resnet(), input_size=SMALL, num_exits=2)
+    with mode:
+        assert ptee.plan(resnet(), input_size=SMALL, num_exits=2) == plan
 
 
 def test_a_network_wrapped_as_the_refusal_says_works():

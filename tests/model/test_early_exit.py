@@ -493,6 +493,37 @@ def test_threads_call_one_model_at_once_with_thresholds_of_their_own():
                 torch.testing.assert_close(out.logits, expected.logits)
 
 
+ANOTHER = {
+    "another last layer": (lambda model: setattr(model.backbone, "fc", nn.Linear(8, K + 2)), "7 classes.* for 5.*last layer.*augment"),
+    "no last layer": (lambda model: setattr(model.backbone, "fc", nn.Identity()), "8 classes.* for 5.*last layer.*augment"),
+    "a head less": (lambda model: model.heads.pop(1), "2 heads for 3 exits.*augment.*model.off"),
+    "a head of other classes": (lambda model: setattr(model.heads[1], "logits", nn.Linear(8, K + 1)), r"Exit 1 \(body\).*6 classes.* for 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["predict", "all_exits"])
+@pytest.mark.parametrize(("change", "said"), ANOTHER.values(), ids=ANOTHER)
+def test_a_model_is_refused_that_was_given(change, said, call):
+    model = make()
+    model.threshold = NEVER
+    change(model)
+    model.eval()
+    with pytest.raises(PteeError, match=said):
+        getattr(model, call)(images())
+
+
+@pytest.mark.parametrize("change", ["replaced", "appended"])
+def test_rows_do_not_influence_one_another_through_a_part_that_was(change):
+    model, x = make(), images()
+    if change == "replaced":
+        model.backbone.body[1] = nn.BatchNorm2d(8)
+    else:
+        model.backbone.stem.append(nn.BatchNorm2d(8))
+    together = model.all_exits(x).logits
+    alone = torch.cat([model.all_exits(one).logits for one in x.split(1)], 1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("call", ["predict", "all_exits"])
 def test_a_head_that_cannot_read_images_of_another_size_is_named_with_both_sizes(call):
     model = make(head="plain")

@@ -11,6 +11,7 @@ import torch
 from device import here, seeded
 from small import SIZE, K, labelled, made
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
@@ -237,3 +238,39 @@ def test_a_size_that_the_backbone_cannot_take_is_refused():
     model = ptee.augment(net, exits=["0"], input_size=SIZE)
     with pytest.raises(PteeError, match=r"cannot take images of size \(3, 12, 10\) .*planned for \(3, 8, 8\)"):
         model.predict(torch.rand(4, 3, 12, 10), 2.0)
+
+
+def fake(x: Tensor) -> Tensor:
+    return FakeTensorMode().from_tensor(x)
+
+
+def in_fake_mode(model, x: Tensor) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return model.predict(x)
+
+
+TRANSFORMED = {
+    "torch.func.vmap": (lambda model, x: torch.func.vmap(model)(x[None]), r"torch\.func\.vmap.*whole batch"),
+    "torch.func.grad": (lambda model, x: torch.func.grad(lambda x: model(x).sum())(x), r"torch\.func\.grad.*torch\.autograd\.grad"),
+    "torch.func.grad of all exits": (
+        lambda model, x: torch.func.grad(lambda x: model.all_exits(x).logits.sum())(x),
+        r"torch\.func\.grad.*torch\.autograd\.grad",
+    ),
+    "fake images": (lambda model, x: model.predict(fake(x)), "FakeTensorMode.*no values"),
+    "a FakeTensorMode": (in_fake_mode, "FakeTensorMode.*no values"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRANSFORMED)
+def test_images_are_refused_in_one_line_by(case):
+    call, said = TRANSFORMED[case]
+    with pytest.raises(PteeError, match=said):
+        call(made(), x.to(here()))
+
+
+def test_what_looks_at_no_values_runs_in_vmap_and_jvp():
+    model, images = made(), x.to(here())
+    own = model.all_exits(images).logits
+    together = torch.func.vmap(lambda part: model.all_exits(part).logits)(images.view(2, 4, *SIZE))
+    torch.testing.assert_close(together.transpose(0, 1).flatten(1, 2), own)
+    torch.testing.assert_close(torch.func.jvp(model, (images,), (images,))[0], model(images))
