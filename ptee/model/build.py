@@ -165,6 +165,7 @@ def load(
     with _of_run(folder):
         model.answers = run.config.answers.name  # its weights may be those of other exits
     model.results, model.curve = run.config.results, run.config.curve
+    model.versions = run.versions
     return model.eval()
 
 
