@@ -116,6 +116,7 @@ def build(backbone: Backbone, **options: Any) -> EarlyExitModel:
 
 
 @alone()
+@own_random_numbers(wait=False)  # those that heads begin with are read afterwards
 @torch.inference_mode(False)
 def load(
     folder: str | Path, backbone: nn.Module | None = None, front: nn.Module | None = None, **hub: Any
