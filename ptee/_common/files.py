@@ -9,13 +9,15 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
+from ptee._common.errors import Advice, Argument, DataError, PteeError, RunError, first_line
 from ptee._common.text import escaped
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ PAGE = ".html"  # ends the name of a page
 STILL = (".png", ".svg")  # end the name of a picture
 PICTURES = (*STILL, PAGE)  # of a figure
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
+RENAMING = ".renaming"  # a folder of new files that are being renamed; from when it is there, they are in force
+LOCK = ".ptee.lock"  # held by the process that changes several files of a folder
+LONGEST_WAIT = 10.0  # seconds for another process to be done with a folder
+_own = threading.local()  # its `places` are the folders that this thread has locked
 
 
 def expanded(path: str | Path) -> Path:
@@ -169,6 +175,7 @@ def free_place(folder: str | Path) -> Path:
         RunError: if there is something in it, or it cannot.
     """
     target = as_path(folder, "folder")
+    settle(target)
     clear_unfinished(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target} exists. Name a folder that does not.")
@@ -184,6 +191,8 @@ def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], remedy: str = ANOTHER_FOLDER) -> None:
     """Write several files of a folder: afterwards all are new, or all are old and a RunError says why.
 
+    If the process is killed meanwhile, all are old, or `settle` makes all new.
+
     Args:
         folder: made where it does not exist.
         writers: by file name, what writes that file to the path that it is given. Files are renamed in this order.
@@ -194,36 +203,49 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], re
     name = next(iter(writers))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
-            usual = Path(beside) / "mode"
+        alone = locked(folder, remedy=remedy) if len(writers) > 1 else nullcontext()
+        with alone, tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
+            new, usual = Path(beside, "new"), Path(beside, "mode")
+            new.mkdir()
             usual.touch()
             for name, write_to in writers.items():
-                part = Path(beside) / name
+                part = new / name
                 write_to(part)
                 part.chmod(usual.stat().st_mode)  # safetensors writes for its owner alone
-            _swap(folder, Path(beside), list(writers))
+            if len(writers) > 1:
+                _swap(folder, new, Path(beside, "kept"), list(writers))
+            else:
+                (new / name).replace(folder / name)
     except (OSError, SafetensorError) as why:
         reason = getattr(why, "strerror", None) or first_line(why).rstrip(".")
         raise _cannot_write(folder / name, reason, remedy) from why
 
 
-def _swap(folder: Path, beside: Path, names: Sequence[str]) -> None:
+def _swap(folder: Path, new: Path, kept: Path, names: Sequence[str]) -> None:
     """Rename the new files over the old ones; on failure put the old ones back."""
-    kept = beside / "kept"
     kept.mkdir()
-    if len(names) > 1:
-        for name in names:
-            _keep(folder / name, kept / name)
+    for name in names:
+        _keep(folder / name, kept / name)
+    renaming = folder / RENAMING
     try:
+        new.replace(renaming)  # from here on the new files are in force, until they are no longer there
         for name in names:
-            (beside / name).replace(folder / name)
+            (renaming / name).replace(folder / name)
+        renaming.replace(new)
     except BaseException:
-        for name in names if len(names) > 1 else ():
-            if (kept / name).exists():
-                (kept / name).replace(folder / name)
-            elif (folder / name).is_file():  # it was not there before
-                (folder / name).unlink()
+        if renaming.exists() and not new.exists():
+            _put_back(folder, renaming, kept, names)
+            renaming.replace(new)
         raise
+
+
+def _put_back(folder: Path, renaming: Path, kept: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (renaming / name).exists():  # the old one is still there
+            continue
+        (folder / name).replace(renaming / name)
+        if (kept / name).exists():
+            (kept / name).replace(folder / name)
 
 
 def _keep(path: Path, copy: Path) -> None:
@@ -234,6 +256,93 @@ def _keep(path: Path, copy: Path) -> None:
         copy.hardlink_to(path)
     except OSError:
         shutil.copy2(path, copy)
+
+
+# ---------------------------------------------------------------------------------------------------- one at a time
+
+
+@contextmanager
+def locked(
+    folder: Path,
+    wait: float = LONGEST_WAIT,
+    instead: Advice = ("choose another folder",),
+    remedy: str = ANOTHER_FOLDER,
+) -> Iterator[None]:
+    """Meanwhile no other process or thread changes several files of the folder. It is `settle`d first.
+
+    Args:
+        folder: made where it does not exist.
+        wait: so many seconds for others.
+        instead: what a user can do but wait.
+        remedy: as of `replace_files`.
+
+    Raises:
+        RunError: if another one does, or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    places = _own.__dict__.setdefault("places", set())
+    if (place := str(folder.resolve())) in places:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=wait)
+    except Timeout:
+        text, argument = f"Another process writes into {folder}. Wait for it, or ", _argument_of(instead)
+        raise RunError(text, *instead, ".", argument=argument) from None
+    except OSError as why:
+        if not (folder / LOCK).exists() or (folder / LOCK).is_file():
+            raise _cannot_write(folder, str(why.strerror), remedy) from why
+        text = f"{folder / LOCK} cannot be locked: {first_line(why)} Remove it, or "
+        raise RunError(text, *instead, ".", argument=_argument_of(instead)) from why
+    places.add(place)
+    try:
+        _rename_the_rest(folder, remedy)
+        yield
+    finally:
+        places.remove(place)
+        with suppress(OSError):  # some systems do not remove open files
+            (folder / LOCK).unlink()  # before the release: afterwards it could be another process's
+        lock.release()
+
+
+def settle(folder: Path) -> None:
+    """Rename what a killed process was renaming into a folder, so that all its files are of one version. Call it before
+    they are read.
+
+    Raises:
+        RunError: if that is not possible.
+    """
+    if not _is_being_renamed(folder):
+        return
+    try:
+        with locked(folder, remedy=f"Copy all of it to where you may write: cp -r {folder} NEW"):
+            pass
+    except RunError as why:
+        if _is_being_renamed(folder):  # no other process has done it by now
+            raise RunError(f"{folder} was left half changed by a process that was killed. ", *why.parts) from why
+
+
+def _argument_of(advice: Advice) -> str | None:
+    return next((part.name for part in advice if isinstance(part, Argument)), None)
+
+
+def _is_being_renamed(folder: Path) -> bool:
+    """A link would lead out of the folder."""
+    return os.path.isdir(folder / RENAMING) and not os.path.islink(folder / RENAMING)  # noqa: PTH112, PTH114 - take any name
+
+
+def _rename_the_rest(folder: Path, remedy: str) -> None:
+    if not _is_being_renamed(folder):
+        return
+    try:
+        for new in sorted((folder / RENAMING).iterdir()):
+            new.replace(folder / new.name)
+        (folder / RENAMING).rmdir()
+    except OSError as why:
+        raise _cannot_write(folder, str(why.strerror), remedy) from why
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -77,6 +77,11 @@ def shared_batches(
     return CpuLoader(data, batch_sampler=sampler, generator=generator, **how)
 
 
+def own_generator() -> torch.Generator:
+    """Random numbers for the processes of a loader: by torch's seed, but none of torch's are drawn."""
+    return torch.Generator("cpu").manual_seed(torch.initial_seed())
+
+
 def described(argument: str, data: Any) -> str:
     """What was given for an argument: `val_data is a str ('photos')`."""
     value = f" ({data!r:.60})" if isinstance(data, str | bytes | Number | Path) else ""

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import is_file, read_object
+from ptee._common.files import is_file, read_object, settle
 from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
 
 SCHEMA = 1
@@ -128,6 +128,7 @@ class Manifest(FrozenConfig):
 
 def is_exported(folder: str) -> bool:
     """Whether a folder holds what `ptee export` wrote, and no run."""
+    settle(Path(folder))
     return is_file(Path(folder) / MANIFEST) and not is_file(Path(folder) / "config.json")
 
 
@@ -144,6 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
         RunError: saying in one line what is wrong.
     """
     file = folder / MANIFEST
+    settle(folder)
     if not is_file(file):
         raise RunError(f"{folder!s:.200} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
     values = _read(file)

@@ -120,6 +120,7 @@ def build(backbone: Backbone, **options: Any) -> EarlyExitModel:
 
 
 @alone()
+@own_random_numbers(wait=False)  # those that heads begin with are read afterwards
 @torch.inference_mode(False)
 def load(
     folder: str | Path, backbone: nn.Module | None = None, front: nn.Module | None = None, **hub: Any
@@ -169,6 +170,7 @@ def load(
     with _of_run(folder):
         model.answers = run.config.answers.name  # its weights may be those of other exits
     model.results, model.curve = run.config.results, run.config.curve
+    model.versions = run.versions
     return model.eval()
 
 

@@ -95,6 +95,7 @@ class EarlyExitModel(
         self.blend: Blend | None = None
         self._answers = OWN
         self.results: dict[str, Any] | None = None
+        self.versions: runs.Versions = {}
         self._thresholds: tuple[float, ...] = ()
         self.threshold = DEFAULT_THRESHOLD
         self.eval()
@@ -424,7 +425,7 @@ class EarlyExitModel(
             )  # fmt: skip
             backbone = self.backbone.state_dict() if self.origin.learnt else None
             text = card.text_for(self, folder, model_card_kwargs)
-            runs.write(folder, config, self.heads.state_dict(), text, more_files, backbone)
+            runs.write(folder, config, self.heads.state_dict(), text, more_files, backbone, self.versions)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **hub)
         except OSError as why:

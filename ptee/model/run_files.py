@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError, RunError, first_line
-from ptee._common.files import as_path, from_json
+from ptee._common.files import as_path, from_json, settle
 from ptee._common.process import no_logs
 from ptee._common.validation import from_pydantic
 from ptee.backbones.record import checked_record, rebuilding, require_weights
@@ -32,6 +32,7 @@ _AGAIN = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
     """The checked config.json of a run, and whether it came from the hub. `hub` are arguments of hf_hub_download."""
     local = as_path(folder, "folder")
+    settle(local)
     remote = not is_folder(local)
     path = download(str(folder), CONFIG, hub) if remote else local / CONFIG
     if not path.is_file() and (local / "manifest.json").is_file():
@@ -65,6 +66,7 @@ def read_run(folder: str | Path, **hub: Any) -> tuple[RunConfig, Path, Path | No
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """What was measured when a run was made, as its metrics.json says."""
+    settle(folder)
     metrics = metrics_of(folder) if (folder / METRICS).is_file() else {}
     if not isinstance(metrics.get("results"), dict):
         raise RunError(f"{folder} has no {METRICS} with results. Make the run again.")
@@ -74,6 +76,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run's config.json, and not some other program's."""
     path = folder / CONFIG
+    settle(folder)
     try:
         return path.is_file() and "schema_version" in read_values(folder, path)
     except RunError:

@@ -7,9 +7,11 @@ Nothing is unpickled, no path may lead out of the folder, and every field is che
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,18 @@ from pydantic import ValidationError
 
 from ptee import __version__
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import plain, replace_files, storable, to_json
+from ptee._common.files import (
+    ANOTHER_FOLDER,
+    as_path,
+    clear_unfinished,
+    is_file,
+    locked,
+    plain,
+    replace_files,
+    settle,
+    storable,
+    to_json,
+)
 from ptee._common.validation import from_pydantic
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
@@ -33,6 +46,7 @@ from ptee.model.run_files import (
     CONFIG,
     HEADS,
     LARGEST_BYTES,
+    LARGEST_CONFIG_BYTES,
     METRICS,
     OTHER_FOLDER,
     metrics_of,
@@ -46,6 +60,9 @@ from ptee.production.curve import Curve
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+MOST_READINGS = 5  # of a run that others change meanwhile
+Versions = dict[str, str | None]  # by whole path of a run that was read or written: the `version_of` it
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,6 +74,7 @@ class Run:
         tensors: the heads' parameters and buffers, by name.
         backbone: the backbone's, likewise; None if the run does not keep them.
         remote: it came from the hub, so its paths do not mean files on this machine.
+        versions: of the folder, as it was read.
     """
 
     folder: str
@@ -64,6 +82,7 @@ class Run:
     tensors: dict[str, Tensor]
     backbone: dict[str, Tensor] | None
     remote: bool
+    versions: Versions
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -123,11 +142,13 @@ def write(
     card: str | None = None,
     more: Mapping[str, str] | None = None,
     backbone: Mapping[str, Tensor] | None = None,
+    versions: Versions | None = None,
 ) -> None:
     """Write a run: all of it, or on failure nothing, so that a run that was there stays as it was.
 
     `config` comes from `describe`; version, hashes and fingerprint are added. `card` is the text of README.md; None leaves
-    it. `more` holds the texts of further files, by name. `backbone` are the weights of one that learnt.
+    it. `more` holds the texts of further files, by name. `backbone` are the weights of one that learnt. `versions`: as of
+    `changing`.
     """
     from safetensors.torch import save_file
 
@@ -144,7 +165,8 @@ def write(
     if card is not None:
         writers[CARD] = _text(card)
     writers |= {name: _text(text) for name, text in (more or {}).items()}
-    replace_files(folder, writers | {CONFIG: _text(to_json(whole) + "\n")})
+    with changing(folder, {} if versions is None else versions, ANOTHER_FOLDER, new=True):
+        replace_files(folder, writers | {CONFIG: _text(to_json(whole) + "\n")})
 
 
 def require_saveable(heads: Mapping[str, Tensor], backbone: Mapping[str, Tensor] | None) -> None:
@@ -156,11 +178,59 @@ def require_saveable(heads: Mapping[str, Tensor], backbone: Mapping[str, Tensor]
             raise RunError(f"The weights for {name} {sizes}. Take a smaller network.")
 
 
-def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -> None:
+@contextmanager
+def changing(folder: Path, versions: Versions, remedy: str = OTHER_FOLDER, new: bool = False) -> Iterator[None]:
+    """Meanwhile no other process changes the run. Afterwards `versions` has its new version.
+
+    Args:
+        folder: of the run.
+        versions: of the runs that were read. Another run is changed as it is.
+        remedy: what a user can do where the folder cannot be written.
+        new: a whole run is written, so there may be none any more.
+
+    Raises:
+        RunError: if the run is not the one that was read.
+    """
+    place = _place_of(folder)
+    with locked(folder, remedy=remedy):
+        clear_unfinished(folder)
+        found = version_of(folder)
+        if found != versions.get(place, found) and not (new and found is None):
+            then = "Load it again, or choose another folder." if new else "Give the same command again."
+            raise RunError(f"{folder} was changed after it was read, so it is left as it is. {then}")
+        yield
+        versions[place] = version_of(folder)
+
+
+def _place_of(folder: str | Path) -> str:
+    return str(as_path(folder, "folder").resolve())
+
+
+def version_of(folder: str | Path) -> str | None:
+    """The hash of a run's config.json, which has the hashes of its weights; None if there is none on this disk."""
+    local = as_path(folder, "folder")
+    settle(local)
+    if not is_file(local / CONFIG):  # reading a pipe would not end
+        return None
+    try:
+        with (local / CONFIG).open("rb") as file:
+            return hashlib.sha256(file.read(LARGEST_CONFIG_BYTES + 1)).hexdigest()
+    except OSError:
+        return None
+
+
+def update(
+    folder: Path, more: Mapping[str, str] | None = None, versions: Versions | None = None, **fields: Any
+) -> None:
     """Replace fields of a run's config.json, and in its metrics.json those that it has: in all files or in none.
 
-    `more` holds the texts of further files, by name.
+    `more` holds the texts of further files, by name. `versions`: as of `changing`.
     """
+    with changing(folder, {} if versions is None else versions):
+        _update(folder, more or {}, fields)
+
+
+def _update(folder: Path, more: Mapping[str, str], fields: dict[str, Any]) -> None:
     new = {CONFIG: read_values(folder, folder / CONFIG) | fields}
     if "fingerprint" in new[CONFIG]:
         new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
@@ -169,7 +239,7 @@ def update(folder: Path, more: Mapping[str, str] | None = None, **fields: Any) -
         metrics = metrics_of(folder)
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
     texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
-    writers = {name: _text(text) for name, text in {**(more or {}), **texts}.items()}
+    writers = {name: _text(text) for name, text in {**more, **texts}.items()}
     replace_files(folder, writers, OTHER_FOLDER)
 
 
@@ -196,9 +266,23 @@ def _dtype(tensor: Tensor) -> str:
 
 def read(folder: str | Path, **hub: Any) -> Run:
     """Read and check a run from a folder, or from a repo "user/name" on the hub; `hub` are arguments of hf_hub_download."""
+    for _ in range(MOST_READINGS):
+        version = version_of(folder)
+        try:
+            run = _read(folder, **hub)
+        except RunError:
+            if version_of(folder) == version:
+                raise
+            continue
+        if version_of(folder) == version:  # else another process has changed it meanwhile
+            return replace(run, versions={} if run.remote else {_place_of(folder): version})
+    raise RunError(f"{folder} is being changed by another process. Wait for it.")
+
+
+def _read(folder: str | Path, **hub: Any) -> Run:
     config, path, own, remote = read_run(folder, **hub)
     backbone = None if own is None else _tensors(folder, own)
-    return Run(str(folder), config, _tensors(folder, path), backbone, remote)
+    return Run(str(folder), config, _tensors(folder, path), backbone, remote, {})
 
 
 def fill(heads: nn.Module, run: Run) -> None:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, unknown
-from ptee._common.files import LONGEST_KEY, as_path, is_file
+from ptee._common.files import LONGEST_KEY, as_path, is_file, settle
 from ptee._common.validation import FrozenConfig, Whole
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
 from ptee.training.config import ALONE, BACKBONE_WORDS, FROZEN, JOINT, TrainingConfig
@@ -251,6 +251,7 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
         names = ", ".join(BUILT_IN)
         raise PteeError(f"The recipe is an empty text. Give a name ({names}) or a file.", argument="recipe")
     path = as_path(recipe, "recipe")
+    settle(path)
     if is_file(path / RECIPE_FILE):
         path = path / RECIPE_FILE
     if path.suffix in (".yaml", ".yml") or is_file(path):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
-from ptee._common.files import WRITING, is_file, require_writable
+from ptee._common.files import LOCK, WRITING, is_file, require_writable, settle
 from ptee._common.text import printable
 from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_folder, is_run, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -29,7 +29,6 @@ NAMES_OF_REPORT = {
     "shares": "exits",
 }  # what ptee report --figures calls some of them
 FIGURES_OF_SWEEP = ("curve", "lambda")
-LOCK = ".ptee.lock"  # held by the process that trains into a folder
 UNREADABLE = "unreadable.json"  # keys of pictures that could not be read
 PLACED_BY = "placed_by.json"  # the times that the exits of a training were placed by
 OUT, RESUME = Argument("out"), Argument("resume")
@@ -72,6 +71,7 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> int:
 def require_tunable(run: str, *, keep: bool = True) -> None:
     """Refuse a run whose files cannot be changed, before thresholds are chosen for it. Without `keep` they need only be read."""
     folder = Path(run)
+    settle(folder)
     if not is_folder(folder):
         raise RunError(f"There is no folder {run:.200}. Thresholds are written into a run, so give one on this disk.")
     if keep:
@@ -174,6 +174,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
         anew, text = Argument("overwrite", "True"), " goes on with a training, and "
         raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.", argument="resume")
     require_writable(out)
+    settle(out)
     unfinished = is_interrupted(out)
     if resume and not (unfinished or (out / UNREADABLE).is_file()):
         text = f"There is no interrupted training in {out}. Give its folder with "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ptee._common.errors import Argument, RunError
+from ptee._common.files import settle
 from ptee.data.splits import parts_for_all
 from ptee.evaluation.comparison_table import Comparison
 from ptee.exits.times import BatchTimes
@@ -87,6 +88,7 @@ def read_recorded(run: str) -> dict[str, Any]:
         RunError: if it is in another form.
     """
     folder = Path(run)
+    settle(folder)
     metrics = metrics_of(folder) if (folder / METRICS).is_file() else {}
     try:
         _Recorded.model_validate(metrics)

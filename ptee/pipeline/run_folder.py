@@ -11,25 +11,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
-from filelock import FileLock, Timeout
 from pydantic import Field
 
 from ptee._common.devices import process_state
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import clear_unfinished, from_json, is_file, write_json
+from ptee._common.files import clear_unfinished, from_json, is_file, locked, write_json
 from ptee._common.validation import FrozenConfig, Name, Number
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
 from ptee.exits.plan import TimesOfModules
 from ptee.model import run_files
 from ptee.pipeline.recipe import RECIPE_FILE
-from ptee.pipeline.recorded import LOCK, OUT, PLACED_BY, UNREADABLE, is_interrupted, new_folder
+from ptee.pipeline.recorded import OUT, PLACED_BY, UNREADABLE, is_interrupted, new_folder
 from ptee.timing.settings import FILE as TIMES_FILE
 
 
 @contextmanager
 def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """Meanwhile no other process trains into the folder.
+    """Meanwhile no other process changes the folder.
 
     Raises:
         RunError: if one does, or has made a run there since `new_folder` looked.
@@ -37,24 +36,12 @@ def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
     if out is None or not is_main_process():
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK, timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
-        text = f"Another process trains into {out}. Wait for it, or give another folder with "
-        raise RunError(text, OUT, ".", argument="out") from None
-    except OSError as why:
-        text = f"{out / LOCK} cannot be locked: {first_line(why)} Remove it, or give another folder with "
-        raise RunError(text, OUT, ".", argument="out") from why
-    try:
-        new_folder(out, overwrite=overwrite, resume=resume)
-        clear_unfinished(out)
-        yield
+        with locked(out, wait=0, instead=("give another folder with ", OUT)):
+            new_folder(out, overwrite=overwrite, resume=resume)
+            clear_unfinished(out)
+            yield
     finally:
-        with suppress(OSError):  # some systems do not remove open files
-            (out / LOCK).unlink()  # before the release: afterwards it could be another process's
-        lock.release()
         with suppress(OSError):
             out.rmdir()  # if nothing was written
 

@@ -185,7 +185,8 @@ def tune_run(
     }
     if (text := card.text_for(model, folder)) is not None:
         more[CARD] = text
-    saving.update(folder, more, threshold=model.threshold, off=list(model.off), results=model.results, **chosen)
+    fields = {"threshold": model.threshold, "off": list(model.off), "results": model.results, **chosen}
+    saving.update(folder, more, model.versions, **fields)
     return model.results
 
 

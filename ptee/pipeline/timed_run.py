@@ -13,6 +13,7 @@ from torch import Tensor
 from ptee._common.errors import Argument, DataError, RunError
 from ptee.data.batches import batches, split_batch
 from ptee.deploy.runner import load_exported
+from ptee.model import saving
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.exported import images_for
 from ptee.pipeline.saved_run import FEW_MACS, load_run, open_run
@@ -63,7 +64,8 @@ def bench_saved(
         torch.set_num_threads(threads or (1 if model.plan.macs < FEW_MACS else before))
         times = measure(model, batch_sizes, executors, rounds=rounds)
         if save:
-            save_times(times, Path(run))
+            with saving.changing(Path(run), model.versions):
+                save_times(times, Path(run))
         return bench_run(model, times, batch_sizes, images, rounds=rounds, note=note)
     finally:
         torch.set_num_threads(before)

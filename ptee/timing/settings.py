@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ptee._common.errors import Argument, PteeError, RunError, unknown
+from ptee._common.files import settle
 
 FILE = "times.json"
 LARGEST_BATCH = 4096
@@ -38,6 +39,7 @@ def require_kept_times(folder: Path) -> Path:
     Raises:
         RunError: if it keeps none.
     """
+    settle(folder)
     if not (folder / FILE).is_file():
         raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {folder} --save")
     return folder / FILE

@@ -18,7 +18,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batches, own_generator, split_batch
 from ptee.data.labels import labels_of_other_classes
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
@@ -277,7 +277,8 @@ def record(
     home, was_training = next(model.heads.parameters()).device, model.training
     parts: list[Traces] = []
     unanswered: list[Tensor] = []
-    loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    random = own_generator()
+    loader = batches(data, batch_size=batch_size, shuffle=False, generator=random, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
     try:
         model.to(home if device is None else resolve_device(device)).eval()
@@ -314,7 +315,8 @@ def repeated(
     progress: bool = True,
 ) -> Iterator[Tensor]:
     """The images of data that `record` made these traces of, batch by batch. Other images or another order are refused."""
-    loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    random = own_generator()
+    loader = batches(data, batch_size=batch_size, shuffle=False, generator=random, num_workers=num_workers)
     kept, seen = _kept_of_each_batch(loader), 0
     for images, _ in map(split_batch, with_bar(loader, words, progress)):
         if now := min(kept, len(images), SAMPLE - seen):

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed import killed_at
 
 from ptee._common.errors import PteeError, RunError
-from ptee._common.files import DEEPEST, as_path, from_json, replace_files, require_writable
+from ptee._common.files import (
+    DEEPEST,
+    RENAMING,
+    as_path,
+    clear_unfinished,
+    from_json,
+    locked,
+    replace_files,
+    require_writable,
+    settle,
+)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -38,7 +54,7 @@ def failing_at(name: str, error: BaseException, renamed: bool) -> Callable[[Path
     replace = Path.replace
 
     def fail(self: Path, to: Path) -> Any:
-        fails = self.name == name and self.read_text() == "new"
+        fails = self.name == name and self.parent.name == RENAMING
         if not fails or renamed:
             replace(self, to)
         if fails:
@@ -75,6 +91,104 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_all_as_they_were(fold
 def test_files_are_kept_where_a_disk_has_no_hard_links(folder, monkeypatch):
     monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
     test_a_file_that_cannot_be_renamed_leaves_all_as_they_were("last", folder, monkeypatch)
+
+
+# ---------------------------------------------------------------------------------------------------- killed processes
+
+NEW, OLD = {"first": "new", "second": "new", "last": "new"}, {"first": "old", "last": "old"}
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_after_a_kill_at_any_rename_all_files_are_old_or_all_are_new(n, folder):
+    with killed_at(n) as killed:
+        replace_files(folder, WRITERS)
+    assert killed == [n < 5]
+    settle(folder)
+    assert contents(folder) == (NEW if n else OLD)
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_a_kill_while_old_files_are_put_back_leaves_all_old_or_all_new(n, folder, monkeypatch):
+    monkeypatch.setattr(Path, "replace", failing_at("last", PermissionError(13, "Permission denied"), renamed=False))
+    with killed_at(4 + n), suppress(RunError):
+        replace_files(folder, WRITERS)
+    monkeypatch.undo()
+    settle(folder)
+    assert contents(folder) == (NEW if n < 4 else OLD)
+
+
+def test_what_a_killed_process_has_left_is_cleared_by_the_next_that_writes(folder):
+    lines = "import os, pathlib, ptee._common.files as files", "pathlib.Path.replace = lambda *_: os._exit(9)"
+    call = "files.replace_files(pathlib.Path('.'), {n: lambda p: p.write_text('new') for n in ('first', 'last')})"
+    assert subprocess.run([sys.executable, "-c", "\n".join([*lines, call])], cwd=folder, check=False).returncode == 9
+    assert len(list(folder.glob(".writing-*"))) == 1
+    with locked(folder):
+        clear_unfinished(folder)
+    assert contents(folder) == OLD
+
+
+def test_files_of_a_killed_process_are_in_place_before_another_writes(folder):
+    with killed_at(2):
+        replace_files(folder, WRITERS)
+    replace_files(folder, {name: lambda path: path.write_text("newer") for name in ("first", "second")})
+    assert contents(folder) == {"first": "newer", "second": "newer", "last": "new"}
+
+
+@pytest.mark.parametrize("place", ["run", "no such run", "x" * 5000, "a\0b", "user/repo"])
+def test_where_nothing_is_being_renamed_nothing_changes(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    settle(tmp_path / place)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"]
+
+
+def test_no_files_are_taken_from_another_folder(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "first").write_text("secret")
+    (folder / RENAMING).symlink_to(other)
+    settle(folder)
+    assert (folder / "first").read_text() == "old"
+    assert (other / "first").is_file()
+
+
+def test_where_files_cannot_be_put_right_the_user_learns_what_to_type(folder, monkeypatch):
+    with killed_at(2):
+        replace_files(folder, WRITERS)
+
+    def read_only(*_: object, **__: object) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", read_only)
+    said = rf"left half changed by a process that was killed\. Cannot write .*: Read-only.* cp -r {folder} NEW$"
+    with pytest.raises(RunError, match=said):
+        settle(folder)
+    monkeypatch.undo()
+    copy = shutil.copytree(folder, folder / "copy")
+    settle(copy)
+    assert contents(copy) == NEW
+
+
+# ---------------------------------------------------------------------------------------------------- one at a time
+
+
+def test_two_threads_do_not_change_a_folder_at_once_and_one_may_lock_it_twice(folder, monkeypatch):
+    def lock() -> str:
+        try:
+            with locked(folder, wait=0):
+                return "locked"
+        except RunError as why:
+            return str(why)
+
+    with ThreadPoolExecutor(1) as other:
+        with locked(folder), locked(folder):
+            replace_files(folder, WRITERS)
+            assert other.submit(lock).result() == (
+                f"Another process writes into {folder}. Wait for it, or choose another folder."
+            )
+        assert other.submit(lock).result() == "locked"
+    assert contents(folder) == NEW
+
+
+# ---------------------------------------------------------------------------------------------------- JSON
 
 
 @pytest.mark.parametrize(
