@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+import ptee.backbones.cifar_resnet  # noqa: F401 (timm knows its networks then)
 from ptee.analysis.parameters import parameter_shares
 
 
