@@ -219,8 +219,7 @@ class EarlyExitModel(
             soft: no row leaves. The answer is Y_0, blended of all exits that are on, at full cost (see `SoftAnswer`).
 
         Raises:
-            PteeError: if the threshold is NaN or of another shape, or given for soft answers, if the images are no batch on the model's device and of
-                its number type, or if the model is in training mode.
+            PteeError: for a threshold that is NaN, of another shape or given for soft answers, other images, or in training mode.
         """
         if torch.jit.is_tracing():
             refuse_capture()
