@@ -21,6 +21,7 @@ from ptee._common.errors import Advice, Argument, DataError, PteeError, RunError
 from ptee._common.text import escaped
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from torch import Tensor
 
 LONGEST_KEY = 60  # of JSON, in a message
@@ -34,6 +35,7 @@ PICTURES = (*STILL, PAGE)  # of a figure
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
 RENAMING = ".renaming"  # a folder of new files that are being renamed; from when it is there, they are in force
 LOCK = ".ptee.lock"  # held by the process that changes several files of a folder
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what some network disks say
 LONGEST_WAIT = 10.0  # seconds for another process to be done with a folder
 _own = threading.local()  # its `places` are the folders that this thread has locked
 
@@ -279,33 +281,42 @@ def locked(
     Raises:
         RunError: if another one does, or the folder cannot be written.
     """
-    from filelock import FileLock, Timeout
-
     places = _own.__dict__.setdefault("places", set())
     if (place := str(folder.resolve())) in places:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=wait)
-    except Timeout:
-        text, argument = f"Another process writes into {folder}. Wait for it, or ", _argument_of(instead)
-        raise RunError(text, *instead, ".", argument=argument) from None
-    except OSError as why:
-        if not (folder / LOCK).exists() or (folder / LOCK).is_file():
-            raise _cannot_write(folder, str(why.strerror), remedy) from why
-        text = f"{folder / LOCK} cannot be locked: {first_line(why)} Remove it, or "
-        raise RunError(text, *instead, ".", argument=_argument_of(instead)) from why
+    lock = _lock_of(folder, wait, instead, remedy)
     places.add(place)
     try:
         _rename_the_rest(folder, remedy)
         yield
     finally:
         places.remove(place)
-        with suppress(OSError):  # some systems do not remove open files
-            (folder / LOCK).unlink()  # before the release: afterwards it could be another process's
-        lock.release()
+        if lock is not None:
+            with suppress(OSError):  # some systems do not remove open files
+                (folder / LOCK).unlink()  # before the release: afterwards it could be another process's
+            lock.release()
+
+
+def _lock_of(folder: Path, wait: float, instead: Advice, remedy: str) -> FileLock | None:
+    """A folder's lock, held; None on a disk that knows no locks. Arguments as of `locked`."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=wait)
+        return lock
+    except Timeout:
+        text, argument = f"Another process writes into {folder}. Wait for it, or ", _argument_of(instead)
+        raise RunError(text, *instead, ".", argument=argument) from None
+    except OSError as why:
+        if why.errno in NO_LOCKS:
+            return None
+        if not (folder / LOCK).exists() or (folder / LOCK).is_file():
+            raise _cannot_write(folder, str(why.strerror), remedy) from why
+        text = f"{folder / LOCK} cannot be locked: {first_line(why)} Remove it, or "
+        raise RunError(text, *instead, ".", argument=_argument_of(instead)) from why
 
 
 def settle(folder: Path) -> None:

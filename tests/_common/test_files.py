@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -168,6 +169,15 @@ def test_where_files_cannot_be_put_right_the_user_learns_what_to_type(folder, mo
 
 
 # ---------------------------------------------------------------------------------------------------- one at a time
+
+
+def test_a_disk_that_knows_no_locks_is_written_without_one(folder, monkeypatch):
+    def no_locks(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    replace_files(folder, WRITERS)
+    assert contents(folder) == NEW
 
 
 def test_two_threads_do_not_change_a_folder_at_once_and_one_may_lock_it_twice(folder, monkeypatch):
