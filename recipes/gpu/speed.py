@@ -3,9 +3,10 @@
     python recipes/gpu/speed.py
 
 For each backbone, executor and batch size it prints the time of `predict` over that of the bare backbone by the same executor:
-if no image leaves, if half leave at exit 0, if all leave there, and if 60 / 10 / 10 / 20 % leave at exits 0 / 1 / 2 / end. The
-counted cost is in parentheses. "pieces" is the time of the pieces alone, one behind the other, if no image leaves. Times are
-medians, measured in turns.
+if no image leaves, if half leave at exit 0, if all leave there, and if 60 / 10 / 10 / 20 % leave at exits 0 / 1 / 2 / end.
+Compiled, it is only the first and the last, because compiling for one more size of batches takes long. The counted cost is in
+parentheses. "pieces" is the time of the pieces alone, one behind the other, if no image leaves. Times are medians, measured in
+turns.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def line(name: str, mode: str, model: EarlyExitModel, fast: Any, bare: nn.Module
     """What is measured at one batch size."""
     x = noise(name, rows)
     ways = [way for way in SHARES if rows >= 8 or way in ("never", "all")]
+    if mode == "compile":  # each further size of batches is compiled for long
+        ways = [way for way in ways if way in ("never", "mix")]
     limits = {way: thresholds(model, x, SHARES[way]) for way in ways}
     calls: dict[str, Call] = {"bare": BARE[mode](bare, x), "eager": BARE["eager"](bare, x)}
     calls |= {way: deployed(fast, x, limits[way]) for way in ways}
