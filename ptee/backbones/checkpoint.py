@@ -28,6 +28,7 @@ LFS = b"version https://git-lfs.github.com/"  # begins what stands in place of a
 # What trainers keep beside weights, by kind. These values are passed over, and no code of theirs runs.
 SETTINGS = r"collections\.defaultdict|(yacs|easydict|addict|ml_collections)\..+|(\w+\.)*AttributeDict"
 ROWS = r"collections\.deque"
+ARRAYS = r"numpy\.(ndarray|_?core\.multiarray\._reconstruct)"
 VALUES = (
     r"(argparse|datetime|decimal|enum|fractions|functools|numpy|omegaconf|pathlib|types|typing|uuid)\..+"
     r"|(pytorch_lightning|lightning|lightning_fabric|torchmetrics|torch\.nn\.modules\.loss|torch\.optim)\..+"
@@ -83,6 +84,7 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
         raise refusal(file, f"is one of {part[2]} shards of a file. Give their index: {path.parent / index}.")
     try:
         found = _read_shards(path) if path.suffix.lower() == ".json" else _read(path)
+        _require_tensors(path, found)
         places, nameless = dict(_places(found)), tuple(_lists(found))
     except BackboneError:
         raise
@@ -115,6 +117,10 @@ class _Value:
     def __setstate__(self, state: object) -> None: ...
 
 
+class _Array(_Value):
+    """Stands for an array of numpy."""
+
+
 class _Settings:
     """Makes a plain dictionary in place of one of another kind."""
 
@@ -135,7 +141,7 @@ def _passed_over(path: Path) -> list[Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # torch's oldest format, or a damaged file
         names = list(COMMON)
-    kinds = {_Settings: SETTINGS, _Row: ROWS, _Value: VALUES}
+    kinds = {_Settings: SETTINGS, _Row: ROWS, _Array: ARRAYS, _Value: VALUES}
     found = [(next((kind for kind, known in kinds.items() if re.fullmatch(known, name)), None), name) for name in names]
     return [] if any(kind is None for kind, _ in found) else found
 
@@ -210,6 +216,18 @@ def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
                 versions = versions and OrderedDict((_bare(name), version) for name, version in versions.items())
             state._metadata = versions  # type: ignore[attr-defined]
             yield place, state
+
+
+def _require_tensors(path: Path, found: Any) -> None:
+    """Refuse arrays under names such as fc.bias: they are weights, and were passed over."""
+    for place, value in _dictionaries(found):
+        arrays = [
+            key for key, part in value.items() if isinstance(part, _Array) and isinstance(key, str) and "." in key
+        ]
+        if arrays:
+            under = f"under {place!r:.60} " if place else ""
+            text = f"holds weights {under}as arrays of numpy ({shown(arrays, 3)}). Save them as tensors (torch.from_numpy)."
+            raise refusal(path, text)
 
 
 def _lists(found: Any) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, Monitor
 from ptee.production.settings import fitted
 
 SLIPS = {  # names that would be taken without a word, and change nothing
-    **dict.fromkeys(("T", "thresholds", "treshold", "tresholds", "thresold", "threshhold"), "threshold"),
+    **dict.fromkeys(("thresholds", "treshold", "tresholds", "thresold", "threshhold"), "threshold"),
     **dict.fromkeys(("confidences", "confidence_name"), "confidence"),
     **dict.fromkeys(("offs", "exits_off", "off_exits"), "off"),
 }
@@ -38,6 +38,10 @@ class InProduction:
         off: Any
         backbone: Any
         _hold: Any
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickles of older versions lack what was added since."""
+        super().__setstate__({"versions": {}} | state)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SLIPS:
