@@ -42,10 +42,8 @@ from ptee.cli.values import (
 from ptee.pipeline.recorded import new_folder, require_tunable, tuning_recipe
 
 AGAIN = "The same command with --resume goes on."
-RANDOM_WEIGHTS = (
-    "The backbone's weights are random, so the commands cannot load this run again, nor go on with it. Give trained weights with "
-    "--weights FILE."
-)
+AGAIN_ANEW = "The same command with --resume in place of --overwrite goes on."
+RANDOM_WEIGHTS = "The backbone's weights are random, so no command loads this run again or goes on with it. Give trained ones: --weights FILE."
 
 
 def add_commands(group: click.Group) -> None:
@@ -93,7 +91,8 @@ def augment(**o: Any) -> None:
     o["device"] = resolve_device(o["device"])
     require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
-    how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": AGAIN, "tracker": o["log"]}
+    again = AGAIN_ANEW if o["overwrite"] else AGAIN
+    how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": again, "tracker": o["log"]}
     job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, **how)
     if o["model"] is None:
         demo(recipe, job)
@@ -353,7 +352,7 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
         return
     names = executors_of(o) or ["hooks", "graphs" if device.type == "cuda" else "eager"]
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
-    show(bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, **how), o)
+    bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, show=partial(show, o=o), **how)
 
 
 @command(short_help="Write a run as files for torch or ONNX Runtime.")

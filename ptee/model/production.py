@@ -18,6 +18,7 @@ SLIPS = {  # names that would be taken without a word, and change nothing
     **dict.fromkeys(("thresholds", "treshold", "tresholds", "thresold", "threshhold"), "threshold"),
     **dict.fromkeys(("confidences", "confidence_name"), "confidence"),
     **dict.fromkeys(("offs", "exits_off", "off_exits"), "off"),
+    **{name.capitalize(): name for name in ("threshold", "confidence", "answers", "off")},
 }
 
 

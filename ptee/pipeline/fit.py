@@ -169,7 +169,7 @@ def fit(
     adapted = recipe_for(labels, chosen)
     if log is not None:
         log(describe_labels(labels))
-    again = "Call ptee.fit again with resume=True."
+    again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)
 

@@ -34,6 +34,7 @@ def bench_saved(
     executors: Sequence[str] | None,
     rounds: int,
     save: bool,
+    show: Callable[[RunBench], None],
     threads: int | None,
     weights: Path | None = None,
     **where: Any,
@@ -47,6 +48,7 @@ def bench_saved(
         executors: as of `measure`.
         rounds: how often each is measured.
         save: keep the times of the pieces in the run.
+        show: called with what is returned, before anything is kept.
         threads: of the CPU. None: one for a tiny network, else torch's own choice.
         weights: a file of the backbone's weights.
         where: the images are, as of `open_run`.
@@ -63,10 +65,12 @@ def bench_saved(
     try:
         torch.set_num_threads(threads or (1 if model.plan.macs < FEW_MACS else before))
         times = measure(model, batch_sizes, executors, rounds=rounds)
+        found = bench_run(model, times, batch_sizes, images, rounds=rounds, note=note)
+        show(found)
         if save:
             with saving.changing(Path(run), model.versions):
                 save_times(times, Path(run))
-        return bench_run(model, times, batch_sizes, images, rounds=rounds, note=note)
+        return found
     finally:
         torch.set_num_threads(before)
 

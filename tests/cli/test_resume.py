@@ -29,6 +29,9 @@ def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt)
     assert done.status == 130
     assert re.search(r"Interrupted: 1 complete epoch.* kept in broken.*--resume goes on", done.err)
     assert [p.name for p in Path("broken").iterdir()] == ["checkpoint.safetensors"]
+    interrupt(2)
+    done = run(*words, "--out", "broken", "--overwrite")
+    assert done.err.endswith("The same command with --resume in place of --overwrite goes on.\n")
     without = ("augment", *source, *SHORT, "--set", "calibration_share=0.4", "--epochs", 3)
     assert_refused(run(*without, "--out", "broken", "--resume"), "belongs to a training with data")
     done = run(*words, "--out", "broken", "--resume")
