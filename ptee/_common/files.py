@@ -178,11 +178,18 @@ def free_place(folder: str | Path) -> Path:
     """
     target = as_path(folder, "folder")
     settle(target)
-    clear_unfinished(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{target} exists. Name a folder that does not.")
+    _require_free(target)
     require_writable(target)
+    if target.is_dir():
+        with locked(target):
+            clear_unfinished(target)
+            _require_free(target)  # another process may have been writing
     return target
+
+
+def _require_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or not all(is_left_over(path.name) for path in target.iterdir())):
+        raise RunError(f"{target} exists. Name a folder that does not.")
 
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
@@ -354,6 +361,11 @@ def _rename_the_rest(folder: Path, remedy: str) -> None:
         (folder / RENAMING).rmdir()
     except OSError as why:
         raise _cannot_write(folder, str(why.strerror), remedy) from why
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a killed process may have left a file or folder of this name where nothing was written yet."""
+    return name == LOCK or name.startswith(WRITING)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -27,17 +27,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import (
+    LOCK,
     WRITING,
     clear_unfinished,
     from_json,
     is_file,
+    is_left_over,
     read_object,
     require_writable,
     to_json,
     write_json,
 )
 
-MANIFEST, UNREADABLE, LOCK = "manifest.json", "unreadable.json", ".ptee.lock"
+MANIFEST, UNREADABLE = "manifest.json", "unreadable.json"
 SCHEMA = 1
 LARGEST_MANIFEST = 64 * 2**20  # bytes
 ROWS_AT_ONCE = 8192  # that are read into memory, and in one group of a file
@@ -339,7 +341,7 @@ def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limi
 def _begun_or_new(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, overwrite: bool) -> Manifest:
     as_read = from_json(to_json(dict(about)))
     new = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
-    others = [path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(WRITING)]
+    others = [path.name for path in folder.iterdir() if not is_left_over(path.name)]
     if is_parts_folder(folder, kind):
         old = read_manifest(folder, kind)
         if not overwrite:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
-from ptee._common.files import LOCK, WRITING, is_file, require_writable, settle
+from ptee._common.files import is_file, is_left_over, require_writable, settle
 from ptee._common.text import printable
 from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_folder, is_run, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -179,7 +179,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
     if resume and not (unfinished or (out / UNREADABLE).is_file()):
         text = f"There is no interrupted training in {out}. Give its folder with "
         raise RunError(text, OUT, ", or leave out ", RESUME, ".", argument="resume")
-    if resume or not out.is_dir() or all(_is_left_over(path.name) for path in out.iterdir()):
+    if resume or not out.is_dir() or all(_is_of_no_run(path.name) for path in out.iterdir()):
         return out
     if not (unfinished or is_run(out)):
         raise RunError(f"{out} holds something else than a run. Give a new folder with ", OUT, ".", argument="out")
@@ -195,6 +195,6 @@ def is_interrupted(out: Path) -> bool:
     return (out / CHECKPOINT).is_file()
 
 
-def _is_left_over(name: str) -> bool:
+def _is_of_no_run(name: str) -> bool:
     """Whether a process that ended before its first epoch may have left this file."""
-    return name in (UNREADABLE, PLACED_BY, LOCK) or name.startswith(WRITING)
+    return name in (UNREADABLE, PLACED_BY) or is_left_over(name)

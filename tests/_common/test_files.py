@@ -10,18 +10,22 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from killed import killed_at
 
 from ptee._common.errors import PteeError, RunError
 from ptee._common.files import (
     DEEPEST,
+    LOCK,
     RENAMING,
     as_path,
     clear_unfinished,
+    free_place,
     from_json,
     locked,
     replace_files,
@@ -126,6 +130,35 @@ def test_what_a_killed_process_has_left_is_cleared_by_the_next_that_writes(folde
     with locked(folder):
         clear_unfinished(folder)
     assert contents(folder) == OLD
+
+
+def killed_while_it_writes(folder: Path) -> None:
+    """A real process, so that nothing of it is cleared."""
+    lines = "import os, pathlib, ptee._common.files as files", "end = lambda path: path.touch() or os._exit(9)"
+    call = "files.replace_files(pathlib.Path('.'), {'first': end, 'last': end})"
+    assert subprocess.run([sys.executable, "-c", "\n".join([*lines, call])], cwd=folder, check=False).returncode == 9
+    assert (folder / LOCK).exists()
+
+
+def test_a_folder_in_which_a_process_was_killed_is_free_and_left_empty(tmp_path):
+    killed_while_it_writes(tmp_path)
+    assert free_place(tmp_path) == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_free_or_that_another_process_writes_stays_as_it_is(folder, tmp_path_factory):
+    killed_while_it_writes(folder)
+    before = sorted(folder.iterdir())
+    with pytest.raises(RunError, match="exists"):
+        free_place(folder)
+    assert sorted(folder.iterdir()) == before
+    other = tmp_path_factory.mktemp("other")
+    lock = FileLock(other / LOCK)
+    (other / ".writing-x").mkdir()
+    with lock, pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="Another process writes"):
+        patch.setattr("ptee._common.files.locked", partial(locked, wait=0))
+        free_place(other)
+    assert (other / ".writing-x").is_dir()
 
 
 def test_files_of_a_killed_process_are_in_place_before_another_writes(folder):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import slow
 from command import SHORT, assert_refused, files, read_json
-from killed import killed_at
+from killed import command_killed_at, killed_at
 
 import ptee
 from ptee._common.errors import RunError
@@ -200,6 +200,30 @@ def test_after_a_kill_at_any_rename_an_exported_model_is_there_as_a_whole_or_not
             break
     assert seen == ["none", *["whole"] * (len(seen) - 1)]
     assert len(seen) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [0, 2])
+def test_an_export_that_got_sigkill_is_whole_or_the_same_command_makes_it(n, run, original):
+    command_killed_at(n, "out", "export", original, "--out", "out")
+    assert Path("out", ".ptee.lock").exists()
+    if n == 0:
+        assert run("export", original, "--out", "out").status == 0
+        assert not list(Path("out").glob(".*"))
+    load_exported("out")
+    assert_refused(run("export", original, "--out", "out"), "out exists. Name a folder that does not")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "more"), [(0, ()), (1, ("--resume",))])
+def test_a_training_that_got_sigkill_is_begun_again_or_resumed(n, more, run, known):
+    words = ("augment", *known, *SHORT, "--max-fidelity-drop", 0.99, "--set", "thresholds.margin=0", "--out", "out")
+    command_killed_at(n, "out", *words)
+    assert Path("out", ".ptee.lock").exists()
+    done = run(*words, *more)
+    assert done.status == 0, done
+    ptee.load("out")
+    assert not list(Path("out").glob(".*"))
 
 
 def test_the_next_that_writes_clears_what_a_killed_process_has_left(run, finished):
