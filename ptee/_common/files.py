@@ -212,8 +212,8 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], re
     name = next(iter(writers))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        alone = locked(folder, remedy=remedy) if len(writers) > 1 else nullcontext()
-        with alone, tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
+        lock = locked(folder, remedy=remedy) if len(writers) > 1 else nullcontext()
+        with lock, tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
             new, usual = Path(beside, "new"), Path(beside, "mode")
             new.mkdir()
             usual.touch()
@@ -292,13 +292,22 @@ def locked(
     if (place := str(folder.resolve())) in places:
         yield
         return
+    with alone(folder, wait, instead, remedy):
+        places.add(place)
+        try:
+            _rename_the_rest(folder, remedy)
+            yield
+        finally:
+            places.remove(place)
+
+
+@contextmanager
+def alone(folder: Path, wait: float, instead: Advice, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
+    """Meanwhile nobody else writes into the folder, this thread included. Arguments and errors as of `locked`."""
     lock = _lock_of(folder, wait, instead, remedy)
-    places.add(place)
     try:
-        _rename_the_rest(folder, remedy)
         yield
     finally:
-        places.remove(place)
         if lock is not None:
             with suppress(OSError):  # some systems do not remove open files
                 (folder / LOCK).unlink()  # before the release: afterwards it could be another process's
@@ -317,8 +326,10 @@ def _lock_of(folder: Path, wait: float, instead: Advice, remedy: str) -> FileLoc
     except Timeout:
         text, argument = f"Another process writes into {folder}. Wait for it, or ", _argument_of(instead)
         raise RunError(text, *instead, ".", argument=argument) from None
-    except OSError as why:
-        if why.errno in NO_LOCKS:
+    except (OSError, NotImplementedError) as why:
+        if isinstance(why, NotImplementedError) or why.errno in NO_LOCKS:
+            with suppress(OSError):
+                (folder / LOCK).unlink()  # it was made, and locks nothing
             return None
         if not (folder / LOCK).exists() or (folder / LOCK).is_file():
             raise _cannot_write(folder, str(why.strerror), remedy) from why

@@ -15,20 +15,19 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ptee import __version__
-from ptee._common.errors import Argument, DataError, PteeError, first_line
+from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import (
-    LOCK,
     WRITING,
+    alone,
     clear_unfinished,
     from_json,
     is_file,
@@ -310,24 +309,14 @@ def parts_writer(
         DataError: if another process writes there, the folder holds something else, or too many images are unreadable.
     """
     require_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise DataError(
-            f"Another process writes into {folder}. Wait for it, or give another folder: ", OUT, "."
-        ) from None
-    except OSError as why:
-        raise DataError(f"{folder / LOCK} cannot be locked: {first_line(why)} Give another folder: ", OUT, ".") from why
-    try:
+    with ExitStack() as meanwhile:
+        try:
+            meanwhile.enter_context(alone(folder, wait=0, instead=("give another folder: ", OUT)))
+        except RunError as why:
+            raise DataError(*why.parts) from why
         manifest = _begun(folder, kind, about, planned, limit, overwrite)
         clear_unfinished(folder)
         yield PartsWriter(folder, manifest)
-    finally:
-        with suppress(OSError):
-            (folder / LOCK).unlink()
-        lock.release()
 
 
 def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limit: float, overwrite: bool) -> Manifest:

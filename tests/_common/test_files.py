@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ptee._common.errors import PteeError, RunError
 from ptee._common.files import (
     DEEPEST,
     LOCK,
+    NO_LOCKS,
     RENAMING,
     as_path,
     clear_unfinished,
@@ -204,11 +206,36 @@ def test_where_files_cannot_be_put_right_the_user_learns_what_to_type(folder, mo
 # ---------------------------------------------------------------------------------------------------- one at a time
 
 
-def test_a_disk_that_knows_no_locks_is_written_without_one(folder, monkeypatch):
-    def no_locks(*_: object, **__: object) -> Any:
-        raise OSError(errno.ENOLCK, "No locks available")
+needs_flock = pytest.mark.skipif(sys.platform == "win32", reason="has no flock")
 
-    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+
+def without_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """As on a disk that says so."""
+    import fcntl
+
+    def flock(_: int, operation: int) -> None:
+        if not operation & fcntl.LOCK_UN:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+@needs_flock
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [*sorted(set(NO_LOCKS)), errno.ENOSYS])
+def test_a_disk_that_knows_no_locks_is_written_without_one_and_none_is_left(code, folder, monkeypatch):
+    without_locks(monkeypatch, code)
+    replace_files(folder, WRITERS)
+    assert contents(folder) == NEW
+    assert free_place(folder / "new") == folder / "new"
+    assert not list(folder.glob("**/.*"))
+
+
+def test_a_disk_whose_locks_another_release_of_filelock_does_not_know_is_written_without_one(folder, monkeypatch):
+    def unknown(*_: object, **__: object) -> Any:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", unknown)
     replace_files(folder, WRITERS)
     assert contents(folder) == NEW
 

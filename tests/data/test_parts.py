@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -81,6 +83,23 @@ def test_a_part_that_the_manifest_does_not_name_is_made_again(tmp_path):
 
 def test_two_writers_into_one_folder_are_refused(tmp_path):
     with begun(tmp_path / "out"), pytest.raises(DataError, match="Another process writes"), begun(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no flock")
+def test_a_disk_that_knows_no_locks_is_written_without_one(tmp_path, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with begun(tmp_path / "out") as writer:
+        add(writer, "part-0", table("ab"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "part-0"]
+
+
+def test_a_lock_that_is_a_folder_is_refused(tmp_path):
+    (tmp_path / ".ptee.lock").mkdir()
+    with pytest.raises(DataError, match=r"cannot be locked: .* Remove it, or give another folder"), begun(tmp_path):
         pass
 
 
