@@ -240,6 +240,23 @@ def test_a_disk_whose_locks_another_release_of_filelock_does_not_know_is_written
     assert contents(folder) == NEW
 
 
+@needs_flock
+def test_a_lock_whose_file_another_process_removes_meanwhile_is_taken_again(folder, monkeypatch):
+    import fcntl
+
+    flock, removed = fcntl.flock, []
+
+    def late(file: int, operation: int) -> None:
+        if not removed:
+            removed.append((folder / LOCK).unlink())
+        flock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with locked(folder):
+        assert removed
+        assert (folder / LOCK).exists()
+
+
 def test_two_threads_do_not_change_a_folder_at_once_and_one_may_lock_it_twice(folder, monkeypatch):
     def lock() -> str:
         try:
