@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MOST_READINGS = 5  # of a run that others change meanwhile
-Versions = dict[str, str | None]  # by whole path of a run that was read or written: the `version_of` it
+Versions = dict[str, str | None]  # by whole path of a run that was read: the `version_of` it
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def require_saveable(heads: Mapping[str, Tensor], backbone: Mapping[str, Tensor]
 
 @contextmanager
 def changing(folder: Path, versions: Versions, remedy: str = OTHER_FOLDER, new: bool = False) -> Iterator[None]:
-    """Meanwhile no other process changes the run. Afterwards `versions` has its new version.
+    """Meanwhile no other process changes the run. Afterwards `versions` has its new version, if it had one.
 
     Args:
         folder: of the run.
@@ -199,7 +199,8 @@ def changing(folder: Path, versions: Versions, remedy: str = OTHER_FOLDER, new: 
             then = "Load it again, or choose another folder." if new else "Give the same command again."
             raise RunError(f"{folder} was changed after it was read, so it is left as it is. {then}")
         yield
-        versions[place] = version_of(folder)
+        if place in versions:  # what was only written was never read
+            versions[place] = version_of(folder)
 
 
 def _place_of(folder: str | Path) -> str:

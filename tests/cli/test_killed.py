@@ -105,6 +105,19 @@ def test_a_model_is_saved_over_the_run_that_it_was_read_from_and_over_no_other(f
     ptee.load(original).save_pretrained(finished)  # which it was not read from
 
 
+def test_models_that_only_wrote_a_folder_may_write_it_again_and_one_that_was_read_from_it_may_not(original):
+    mine, other = ptee.load(original), ptee.load(original)
+    mine.save_pretrained("best")
+    read = ptee.load("best")
+    for model, threshold in ((other, 0.25), (mine, 0.5), (other, 0.75)):
+        model.threshold = threshold
+        model.save_pretrained("best")
+        assert ptee.load("best").threshold[0] == threshold
+    with pytest.raises(RunError, match=r"best was changed after it was read"):
+        read.save_pretrained("best")
+    assert ptee.load("best").threshold[0] == 0.75
+
+
 # ---------------------------------------------------------------------------------------------------- killed
 
 
