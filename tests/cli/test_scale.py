@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import RANDOM, assert_refused, read_json
+from killed import command_killed_at
 from shards import shard
 
 
@@ -104,3 +105,15 @@ def test_plan_says_what_training_on_so_many_images_takes(run, monkeypatch):
     found = json.loads(run(*words, "--json").out)
     assert (found["images"], found["epochs"], [c["passes"] for c in found["choices"]][-1]) == (1000, 3, 3)
     assert "1,000 images, 3 epochs" in run(*words).out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("what", ["trace", "cache"])
+def test_after_a_sigkill_the_same_command_goes_on(what, n, run, finished, source):
+    words = (what, finished, "--data", source, "--out", "many")
+    command_killed_at(n, "many", *words)
+    assert Path("many", ".ptee.lock").exists()
+    done = run(*words)
+    assert done.status == 0, done.err
+    assert not list(Path("many").glob(".*"))

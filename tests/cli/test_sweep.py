@@ -128,6 +128,7 @@ def test_what_a_killed_sweep_was_writing_is_cleared_by_the_next(sweep):
     for folder in ("all/.writing-1", "all/epochs=1/.writing-2"):
         Path(folder).mkdir(parents=True)
         Path(folder, "sweep.html").write_text("half of it")
+    Path("all/epochs=1/.ptee.lock").touch()
     assert sweep("epochs=1").status == 0
     assert sorted(files_in("all")) == ["epochs=1", "sweep.csv", "sweep.html"]
     assert not [name for name in files_in("all/epochs=1") if name.startswith(".")]
