@@ -203,7 +203,7 @@ BENCH = {
     "a setting for a run": (["RUN", "--set", "exits.head=pool"], "--head is about a model"),
     "images without a run": ([*RANDOM, "--data", "x"], "--data is about a saved run"),
     "an unknown executor": (["RUN", "--executor", "hook"], "hook.*Did you mean 'hooks'"),
-    "graphs on a CPU": (["RUN", "--executor", "graphs", "--device", "cpu"], "need an NVIDIA GPU"),
+    "graphs on a CPU": (["RUN", "--executor", "graphs", "--device", "cpu"], "need an NVIDIA GPU.*Give --executor hooks"),
     "a batch of nothing": (["RUN", "--batch-sizes", "0"], "such as --batch-sizes 1,32"),
     "no folder to write into": (["user/repo", "--save"], "There is no folder user/repo"),
     "an executor without a run": ([*RANDOM, "--executor", "hooks"], "--executor is about a saved run"),
