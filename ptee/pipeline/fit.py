@@ -154,6 +154,7 @@ def fit(
     require_launch(device)
     require_no_exits(model)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
+    chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = _folder(out, overwrite, resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
     found = image_size(train_data)

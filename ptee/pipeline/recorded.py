@@ -90,6 +90,7 @@ def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
     """
     given = {path: value for path, value in thresholds.items() if value is not None}
     recipe = make_recipe(None, {**given, "training.batch_size": batch_size})
+    recipe.thresholds.require_used(given)
     if not any(f"thresholds.{name}" in given for name in TARGETS):
         one, two, three = (Argument(name) for name in TARGETS[1:])
         raise PteeError("What are the thresholds to meet? Give one of ", one, ", ", two, " and ", three, ".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -98,6 +98,21 @@ class ThresholdsConfig(FrozenConfig):
         "auto",
         description="What runs the model, for the cost in time. auto: graphs where they were measured, else hooks.",
     )
+
+    def require_used(self, given: Iterable[str]) -> None:
+        """Refuse settings that were given, by name or path, and change nothing where no seconds count.
+
+        Raises:
+            PteeError: naming the setting.
+        """
+        names = {name.rpartition(".")[2] for name in given}
+        for name in ("at_batch", "executor") if self.cost != TIME else ():
+            if name in names:
+                wrong, instead = Argument(name, f"{getattr(self, name)!r}"), Argument("cost", repr(TIME))
+                text = " is about costs in seconds, which do not count here. Give "
+                raise PteeError(
+                    wrong, text, instead, ", too, or leave it out.", argument=name, value=getattr(self, name)
+                )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
