@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -17,6 +17,7 @@ DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
 OPERATIONS, TIME = "operations", "time"  # what a cost is counted or measured in
 AT_BATCH = 32
+SET_CONFIDENCE = "model = ptee.load(RUN); model.confidence = NAME; model.save_pretrained(RUN)"
 HOW = (
     "one_threshold",
     "margin",
@@ -113,6 +114,15 @@ class ThresholdsConfig(FrozenConfig):
                 raise PteeError(
                     wrong, text, instead, ", too, or leave it out.", argument=name, value=getattr(self, name)
                 )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guarantee_is_no_name(cls, values: Any) -> Any:
+        """The confidence of exits has a name, and that of a guarantee is a number."""
+        if isinstance(values, Mapping) and isinstance(name := values.get("confidence"), str):
+            text = f" must be a number, that of a guarantee, such as 0.95. That of the exits is set in Python: {SET_CONFIDENCE}."
+            raise PteeError(Argument("confidence", f"{name!r:.60}"), text, argument="confidence", value=name)
+        return values
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
