@@ -85,21 +85,27 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     for name, hint in function.__annotations__.items():
         if (kind := KINDS.get(hint) or KINDS.get(hint.partition("[")[0])) is not None:
             kinds[name] = (kind, None)
-    arguments: Any = create_model("Arguments", __base__=FrozenConfig, **kinds)
+    arguments: Any = create_model("Arguments", **kinds)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        arguments(**{name: value for name, value in given.items() if name in kinds})
+        try:
+            arguments(**{name: value for name, value in given.items() if name in kinds})
+        except ValidationError as error:
+            raise from_pydantic(error, example=True) from None
         return function(*args, **kwargs)
 
     return call
 
 
-def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str] = ()) -> PteeError:
+def from_pydantic(
+    error: ValidationError, where: str = "", fields: Iterable[str] = (), example: bool = False
+) -> PteeError:
     """The first finding of pydantic as an error of one line. `where` begins the dotted path of the setting.
 
-    Of the settings that exist (`fields`), the one nearest to an unknown setting is named.
+    Of the settings that exist (`fields`), the one nearest to an unknown setting is named. `example`: say what a list or mapping looks
+    like in Python.
 
     >>> class Example(BaseModel):
     ...     lr: Number = Field(0.1, gt=0)
@@ -126,7 +132,19 @@ def from_pydantic(error: ValidationError, where: str = "", fields: Iterable[str]
         choices = [choice for finding in of_this for choice in _choices(finding)]
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(str(first['input']), choices)}")
     words = dict.fromkeys(_possible(finding) for finding in of_this)
-    return _fault(PteeError, path, first["input"], f"must be {', or '.join(words)}.")
+    such = _example(path, next(iter(words)), first["input"]) if example else ""
+    return _fault(PteeError, path, first["input"], f"must be {', or '.join(words)}{such}.")
+
+
+def _example(argument: str, wanted: str, value: Any) -> str:
+    """What to type where a list or a mapping is wanted, after a comma; empty if something else is."""
+    text = value if isinstance(value, str) and len(value) <= LONGEST_VALUE else None
+    if wanted == "a list":
+        return "" if text is None else f", such as [{text!r}]"
+    if wanted == "a mapping":
+        thing = argument[:-1] if argument.endswith("s") else "..."
+        return f", such as {{'mine': {thing}}}" if text is None else f", such as {{{text!r}: {text!r}}}"
+    return ""
 
 
 def _as_given(name: str) -> str:
@@ -179,7 +197,7 @@ def _within(path: str, error: PteeError) -> PteeError:
 
 def _fault(kind: type[PteeError], path: str, value: Any, words: str) -> PteeError:
     try:
-        text = repr(value)
+        text = re.sub(r"\s*\n\s*", " ", repr(value))  # of a module it has many lines
     except ValueError:  # Python writes no numbers of thousands of digits
         text = "a number of thousands of digits"
     shown = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -128,6 +128,7 @@ def plan(**o: Any) -> None:
 
     cost, at_batch = (o.pop(f"{options.PREFIX}thresholds__{name}") for name in ("cost", "at_batch"))
     how = ThresholdsConfig(cost=cost or "operations", at_batch=at_batch or AT_BATCH)
+    how.require_used(() if at_batch is None else ("at_batch",))
     recipe = recipe_of_exits(o) if o["images"] is None else recipe_of(o)
     require_model(o)
     from ptee._common.devices import resolve_device

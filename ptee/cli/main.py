@@ -54,7 +54,7 @@ def _failed(error: BaseException, words: list[str]) -> int:
     elif isinstance(error, PteeError):
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
-        message, status = f"{error.option_name} is no option of this command. Give {advice}.", 2
+        message, status = f"{error.option_name} is no option of this command. {advice}.", 2
     elif isinstance(error, click.ClickException):
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -90,15 +90,17 @@ def _worded(error: PteeError, words: list[str]) -> str:
 
 
 def _as_setting(error: click.NoSuchOption) -> str:
-    """What to type in place of an unknown option that is called like a setting; empty if none is."""
+    """What to type in place of an unknown option that is called like a setting, in a sentence; empty if none is."""
     from ptee.cli.options import ONLY_EXITS, SETTINGS, as_option
     from ptee.pipeline.recipe import path_of
+    from ptee.tuning.config import SET_CONFIDENCE
 
     command = error.ctx.command if error.ctx else None
     name = error.option_name.lstrip("-").replace("-", "_")
     options = {option for parameter in command.params for option in parameter.opts} if command else set()
     if not options & {"--set", "--over"}:
-        return ""
+        of_run = command is not None and name == "confidence" and any(p.name == "run" for p in command.params)
+        return f"That of a run is set in Python: {SET_CONFIDENCE}" if of_run else ""
     try:
         path = path_of(name)
     except PteeError:
@@ -106,7 +108,7 @@ def _as_setting(error: click.NoSuchOption) -> str:
     if command and command.name in ONLY_EXITS and not path.startswith("exits."):
         return ""
     is_flag = isinstance(SETTINGS[path].default, bool)
-    return as_option(Argument(name, "true" if is_flag else "VALUE"), command)
+    return f"Give {as_option(Argument(name, 'true' if is_flag else 'VALUE'), command)}"
 
 
 class _BrokenPipe(Exception):  # noqa: N818 - the error is its cause

@@ -63,7 +63,9 @@ def require_comparing(runs: Sequence[str], o: dict[str, Any]) -> Any:
     """Refuse options by which runs cannot be compared. Gives the settings of the cost."""
     from ptee.pipeline.recipe import make_recipe
 
-    by = make_recipe(None, given_settings(o)).thresholds
+    given = given_settings(o)
+    by = make_recipe(None, given).thresholds
+    by.require_used(given)
     require_comparable(o, by, runs)
     return by
 

@@ -32,7 +32,9 @@ def recipe_of(o: dict[str, Any], default: Any = None) -> Any:
     from ptee.pipeline.recipe import make_recipe
 
     recipe = o.pop("recipe", None)
-    made = make_recipe(default if recipe is None else recipe, given_settings(o))
+    given = given_settings(o)
+    made = make_recipe(default if recipe is None else recipe, given)
+    made.thresholds.require_used(given)
     require_recipe(made)
     return made
 

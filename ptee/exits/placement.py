@@ -28,7 +28,7 @@ from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
-from ptee._common.errors import Argument, BackboneError, CutError, some, unknown
+from ptee._common.errors import Advice, Argument, BackboneError, CutError, some, unknown
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
 from ptee.analysis.layout import Layout
@@ -199,9 +199,8 @@ class Placer:
             return self._by_name([str(e) for e in wanted])
         if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in wanted):
             return self._by_fractions(sorted(float(e) for e in wanted))
-        raise CutError(
-            f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
-        )
+        text = f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
+        raise CutError(text, *_as_number(wanted))
 
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
         if num_exits is not None:
@@ -367,6 +366,14 @@ def _named_otherwise(named: Sequence[Any], asked: int) -> CutError:
     )
     text = f"{given} Leave the number out, or give a placement: "
     return CutError(text, Argument("exits", "pareto"), ".", argument="num_exits", value=asked)
+
+
+def _as_number(wanted: list[Any]) -> Advice:
+    """What to type where one whole number was given as exits: it may be meant as their number."""
+    number: Any = wanted[0] if len(wanted) == 1 and not isinstance(wanted[0], bool | str) else None
+    if number is None or number not in range(1, 100):
+        return ()
+    return (f" For {number:.0f} exit{'s' * (number > 1)}: ", Argument("num_exits", f"{number:.0f}"), ".")
 
 
 def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:

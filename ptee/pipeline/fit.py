@@ -16,7 +16,7 @@ from torch import nn
 
 from ptee._common.devices import of_main_process, require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError
-from ptee._common.files import as_path, to_json
+from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee._common.warning import warn
@@ -43,7 +43,7 @@ from ptee.pipeline.images import (
     undoubted,
 )
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
-from ptee.pipeline.recorded import new_folder
+from ptee.pipeline.recorded import folder_of_fit, or_anew
 from ptee.pipeline.run_folder import (
     clear,
     forget_training,
@@ -154,7 +154,8 @@ def fit(
     require_launch(device)
     require_no_exits(model)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
-    folder = _folder(out, overwrite, resume)
+    chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
+    folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
     found = image_size(train_data)
     if input_size is None and isinstance(model, nn.Module):
@@ -172,15 +173,6 @@ def fit(
     again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)
-
-
-def _folder(out: str | Path | None, overwrite: bool, resume: bool) -> Path | None:
-    if out is not None:
-        return new_folder(as_path(out, "out"), overwrite=overwrite, resume=resume)
-    if resume:
-        give = Argument("out", "FOLDER")
-        raise PteeError("There is nothing to resume without a folder. Give ", give, ".", argument="resume")
-    return None
 
 
 def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> EarlyExitModel:
@@ -335,7 +327,7 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         job.log(epoch.line(passes(config, len(model.exits))))
         note(epoch)
 
-    with tracked(job.tracker if is_main_process() else None, job.out, config.model_dump()) as note:
+    with or_anew(), tracked(job.tracker if is_main_process() else None, job.out, config.model_dump()) as note:
         history = train(
             model,
             data.train,
@@ -350,6 +342,8 @@ def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete
         )
     if history.interrupted:
         raise KeyboardInterrupt
+    if job.resume and not complete and is_main_process():
+        job.log(f"{len(history.epochs)} of {passes(config, len(model.exits))} epochs are there.")
     if history.warning and recipe.confidence.name == LEARNED:
         job.log(f"Warning: {history.warning}")
     return history

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
-from ptee._common.files import is_file, is_left_over, require_writable, settle
+from ptee._common.files import as_path, is_file, is_left_over, require_writable, settle
 from ptee._common.text import printable
 from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_folder, is_run, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -90,6 +90,7 @@ def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
     """
     given = {path: value for path, value in thresholds.items() if value is not None}
     recipe = make_recipe(None, {**given, "training.batch_size": batch_size})
+    recipe.thresholds.require_used(given)
     if not any(f"thresholds.{name}" in given for name in TARGETS):
         one, two, three = (Argument(name) for name in TARGETS[1:])
         raise PteeError("What are the thresholds to meet? Give one of ", one, ", ", two, " and ", three, ".")
@@ -176,7 +177,12 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
     require_writable(out)
     settle(out)
     unfinished = is_interrupted(out)
-    if resume and not (unfinished or (out / UNREADABLE).is_file()):
+    lacking = resume and not (unfinished or (out / UNREADABLE).is_file())
+    if lacking and is_run(out):
+        anew, text = Argument("overwrite", "True"), f", or choose its thresholds again: ptee tune {out} --max-drop 0.01"
+        begin = (f"The training in {out} is complete. Begin it anew with ", anew, " in place of ", RESUME, text)
+        raise RunError(*begin, argument="resume")
+    if lacking:
         text = f"There is no interrupted training in {out}. Give its folder with "
         raise RunError(text, OUT, ", or leave out ", RESUME, ".", argument="resume")
     if resume or not out.is_dir() or all(_is_of_no_run(path.name) for path in out.iterdir()):
@@ -188,6 +194,32 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
     goes_on = ("an interrupted training; ", Argument("resume", "True"), " goes on with it")
     found = (f"{out} holds ", *(goes_on if unfinished else ("a run",)), ". Give another folder with ", OUT)
     raise RunError(*found, ", or replace it with ", Argument("overwrite", "True"), ".", argument="out", value=out)
+
+
+def folder_of_fit(out: str | Path | None, *, overwrite: bool, resume: bool) -> Path | None:
+    """The same, where nothing need be saved.
+
+    Raises:
+        PteeError: as of `new_folder`, and if there is no folder to resume in.
+    """
+    if out is not None:
+        return new_folder(as_path(out, "out"), overwrite=overwrite, resume=resume)
+    if resume:
+        give = Argument("out", "FOLDER")
+        raise PteeError("There is nothing to resume without a folder. Give ", give, ".", argument="resume")
+    return None
+
+
+@contextmanager
+def or_anew() -> Iterator[None]:
+    """Where a checkpoint belongs to another training, the user can say that it is begun anew, or elsewhere."""
+    try:
+        yield
+    except RunError as why:
+        if why.argument != "checkpoint":
+            raise
+        anew = (" Or begin anew: ", Argument("overwrite", "True"), " in place of ", RESUME, ", or another ", OUT, ".")
+        raise RunError(*why.parts, *anew, argument="resume") from why
 
 
 def is_interrupted(out: Path) -> bool:

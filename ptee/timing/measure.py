@@ -101,6 +101,8 @@ def measure(
     require_early_exit(model)
     device = one_parameter(model.backbone).device
     wanted = checked_executors(executors or (HOOKS,))
+    for name in wanted:
+        require_executor(name, device)
     rows = sizes_to_measure(checked_sizes(batch_sizes))
     view = all_on(model)
     runs = {name: _run_of(name, view, rows[-1]) for name in wanted}

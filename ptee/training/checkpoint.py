@@ -126,7 +126,8 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
     ]
     if differing:
         other = ", ".join(f"{name} {written.get(name)!s:.60} (now {training.get(name)!s:.60})" for name in differing)
-        raise RunError(f"{path} belongs to a training with {other}. Use the same settings and data, or delete it.")
+        text = f"{path} belongs to a training with {other}. Use the same settings and data, or delete it."
+        raise RunError(text, argument="checkpoint")
     return reached
 
 

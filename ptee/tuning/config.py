@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -17,6 +17,7 @@ DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
 OPERATIONS, TIME = "operations", "time"  # what a cost is counted or measured in
 AT_BATCH = 32
+SET_CONFIDENCE = "model = ptee.load(RUN); model.confidence = NAME; model.save_pretrained(RUN)"
 HOW = (
     "one_threshold",
     "margin",
@@ -98,6 +99,30 @@ class ThresholdsConfig(FrozenConfig):
         "auto",
         description="What runs the model, for the cost in time. auto: graphs where they were measured, else hooks.",
     )
+
+    def require_used(self, given: Iterable[str]) -> None:
+        """Refuse settings that were given, by name or path, and change nothing where no seconds count.
+
+        Raises:
+            PteeError: naming the setting.
+        """
+        names = {name.rpartition(".")[2] for name in given}
+        for name in ("at_batch", "executor") if self.cost != TIME else ():
+            if name in names:
+                wrong, instead = Argument(name, f"{getattr(self, name)!r}"), Argument("cost", repr(TIME))
+                text = " is about costs in seconds, which do not count here. Give "
+                raise PteeError(
+                    wrong, text, instead, ", too, or leave it out.", argument=name, value=getattr(self, name)
+                )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guarantee_is_no_name(cls, values: Any) -> Any:
+        """The confidence of exits has a name, and that of a guarantee is a number."""
+        if isinstance(values, Mapping) and isinstance(name := values.get("confidence"), str):
+            text = f" must be a number, that of a guarantee, such as 0.95. That of the exits is set in Python: {SET_CONFIDENCE}."
+            raise PteeError(Argument("confidence", f"{name!r:.60}"), text, argument="confidence", value=name)
+        return values
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

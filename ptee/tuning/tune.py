@@ -99,7 +99,7 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[st
     """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed."""
     target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
     interval = f"(95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
-    if results["leaving"][-1] == 1:
+    if results["leaving"][-1] == 1 and solution.blend is None:  # the answers are the backbone's
         interval = "(no image left early)"
     if target.kind == "max_cost" and solution.score.time is not None:
         return f"Target: {target} of {solution.unit}. {solution.score.time:.4f} is to be expected.", False

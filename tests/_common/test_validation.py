@@ -81,9 +81,10 @@ WRONG = [
     ("is_on", "no", "is_on='no' must be True or False."),
     ("is_on", None, "is_on=None must be True or False."),
     ("about", ["x"], "about=['x'] must be text."),
-    ("lines", "own", "lines='own' must be a list."),
+    ("lines", "own", "lines='own' must be a list, such as ['own']."),
     ("lines", None, "lines=None must be a list."),
-    ("named", ["x"], "named=['x'] must be a mapping."),
+    ("named", ["x"], "named=['x'] must be a mapping, such as {'mine': ...}."),
+    ("named", "x", "named='x' must be a mapping, such as {'x': 'x'}."),
     ("log", "print", "log='print' must be a function."),
 ]
 

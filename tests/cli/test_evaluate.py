@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
+import ptee
+
 
 def test_evaluate_repeats_what_augment_measured_on_the_same_images(run, finished):
     done = run("evaluate", finished, "--json", "--no-speed")
@@ -243,3 +245,12 @@ def test_a_threshold_for_exits_that_are_off_is_said_to_change_nothing(run, finis
             f"{which} off in .*: --threshold changes nothing there. To choose anew, .*: ptee tune .*\\n", done.err
         )
     assert run("evaluate", finished, "--no-speed").err == ""
+
+
+def test_the_confidence_of_a_run_is_set_as_the_refusal_says(run, finished):
+    done = run("evaluate", finished, "--confidence", "entropy")
+    assert_refused(done, "is set in Python: .*model.confidence = NAME")
+    said = re.search(r"in Python: (.*)\.$", done.err).group(1)
+    exec(said, {"ptee": ptee, "RUN": finished, "NAME": "entropy"})
+    assert ptee.load(finished).confidence == "entropy"
+    assert run("evaluate", finished, "--no-speed").status == 0

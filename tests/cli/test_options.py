@@ -65,6 +65,8 @@ ALSO = {  # what a setting goes together with
     "training.exit_weights": ("training.loss=weighted",),
     "training.cost_unit": ("training.loss=joint",),
     "thresholds.each_exit": ("thresholds.confidence=0.9",),
+    "thresholds.at_batch": ("thresholds.cost=time",),
+    "thresholds.executor": ("thresholds.cost=time",),
 }
 
 

@@ -33,7 +33,10 @@ def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt)
     done = run(*words, "--out", "broken", "--overwrite")
     assert done.err.endswith("The same command with --resume in place of --overwrite goes on.\n")
     without = ("augment", *source, *SHORT, "--set", "calibration_share=0.4", "--epochs", 3)
-    assert_refused(run(*without, "--out", "broken", "--resume"), "belongs to a training with data")
+    assert_refused(
+        run(*without, "--out", "broken", "--resume"),
+        "belongs to a training with data.*--overwrite in place of --resume, or another --out",
+    )
     done = run(*words, "--out", "broken", "--resume")
     assert done.status == 0, done
     assert "epoch 1/3" not in done.out
@@ -60,7 +63,10 @@ def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, kn
         broken = run(*words)
     assert broken.status == 130
     assert re.search("Interrupted: .*kept in out.*--resume goes on", broken.err)
-    assert run(*words, "--resume").status == 0
+    done = run(*words, "--resume")
+    assert done.status == 0
+    was_over = re.search(r"\b(\d+) of \1 epochs are there\.\n", done.out) is not None
+    assert was_over == ("epoch " not in done.out)
     assert "checkpoint.safetensors" not in files(Path("out"))
 
 
@@ -92,7 +98,11 @@ def test_with_random_weights_no_resumption_is_promised(run, things, interrupt):
 
 
 def test_without_a_training_to_go_on_with_a_resumption_is_refused(run, known, finished):
-    assert_refused(run("augment", *known, *SHORT, "--out", finished, "--resume"), "no interrupted training in out")
+    assert_refused(
+        run("augment", *known, *SHORT, "--out", finished, "--resume"),
+        "training in out is complete.*--overwrite in place of --resume.*ptee tune out",
+    )
+    assert_refused(run("augment", *known, *SHORT, "--out", "new", "--resume"), "no interrupted training in new")
 
 
 def test_a_resumption_with_an_image_in_place_of_another_is_refused(run, known, things, interrupt):

@@ -196,6 +196,23 @@ def test_a_batch_that_was_not_measured_is_refused(run, timed):
     assert_refused(done, "--at-batch 64 was not measured: the largest batch was 2.*--batch-sizes 64 --save")
 
 
+UNUSED = {
+    "tune": ("tune", "RUN", "--max-fidelity-drop", 0.5, "--executor", "onnx", "--at-batch", 7),
+    "compare": ("compare", "RUN", "--at-batch", 7),
+    "report": ("report", "RUN", "--at-batch", 7),
+    "augment": ("augment", "--set", "thresholds.at_batch=7"),
+    "plan": ("plan", *RANDOM, "--at-batch", 7),
+}
+
+
+@pytest.mark.parametrize("words", UNUSED.values(), ids=UNUSED)
+def test_what_is_about_seconds_is_refused_where_operations_are_counted(words, run, finished):
+    given = [finished if word == "RUN" else word for word in words]
+    assert_refused(run(*given), "--at-batch 7 is about costs in seconds.* Give --cost time, too")
+    if "--executor" in words:
+        assert_refused(run(*given[:-2]), "--executor onnx is about costs in seconds.* Give --cost time, too")
+
+
 BENCH = {
     "a run and a model": (["RUN", "--model", "resnet50"], "Both a RUN and --model resnet50 are given"),
     "other exits for a run": (["RUN", "--exits", "linear"], "--exits is about a model with untrained exits"),
@@ -203,7 +220,7 @@ BENCH = {
     "a setting for a run": (["RUN", "--set", "exits.head=pool"], "--head is about a model"),
     "images without a run": ([*RANDOM, "--data", "x"], "--data is about a saved run"),
     "an unknown executor": (["RUN", "--executor", "hook"], "hook.*Did you mean 'hooks'"),
-    "graphs on a CPU": (["RUN", "--executor", "graphs", "--device", "cpu"], "need an NVIDIA GPU"),
+    "graphs on a CPU": (["RUN", "--executor", "graphs", "--device", "cpu"], "need an NVIDIA GPU.*Give --executor hooks"),
     "a batch of nothing": (["RUN", "--batch-sizes", "0"], "such as --batch-sizes 1,32"),
     "no folder to write into": (["user/repo", "--save"], "There is no folder user/repo"),
     "an executor without a run": ([*RANDOM, "--executor", "hooks"], "--executor is about a saved run"),

@@ -82,7 +82,7 @@ REFUSED = {
         "at --confidence 0.95 and --each-exit needs at least 38 images, 3 are there",
     ),
     "a guarantee of a cost": (["--max-cost", 0.9, "--confidence", 0.95], "--confidence 0.95 does not go with --max-cost 0.9"),
-    "a guarantee that is no number": (["--max-drop", 0.1, "--confidence", "max_prob"], "--confidence max_prob must be a number"),
+    "a guarantee that is no number": (["--max-drop", 0.1, "--confidence", "max_prob"], "--confidence max_prob must be a number.*0.95.*model.confidence = NAME"),
     "a guarantee without doubt": (["--max-drop", 0.1, "--confidence", 1], "--confidence 1 must be below 1"),
     "each exit without a guarantee": (["--max-drop", 0.1, "--each-exit"], "--each-exit is about a guarantee.*--confidence 0.95"),
     "a drop near chance": (["--max-drop", 0.1], "--max-drop 0.1 needs labels.*--classes FILE.*--max-fidelity-drop 0.1"),

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -261,6 +262,12 @@ MODELS = {
 def test_models_that_cannot_be_compared_are_refused(models, words):
     with pytest.raises(PteeError, match=words):
         compare(models(), images(1), images(2))
+
+
+def test_a_model_without_a_name_is_refused_in_one_line_that_says_what_to_type():
+    with pytest.raises(PteeError) as refused:
+        compare(made(), images(1), images(2))
+    assert re.fullmatch(r"models=EarlyExitModel\(.* must be a mapping, such as \{'mine': model\}\.", str(refused.value))
 
 
 @pytest.mark.parametrize(

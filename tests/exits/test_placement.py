@@ -299,7 +299,9 @@ REFUSALS = {
     "the fraction 0": (([0.0],), CutError, NEITHER),
     "a negative fraction": (([-0.2],), CutError, NEITHER),
     "NaN": (([float("nan")],), CutError, NEITHER),
-    "True": (([True],), CutError, NEITHER),
+    "a whole number": (([2.0],), CutError, NEITHER + r".*1\. For 2 exits: num_exits=2\.$"),
+    "one": (([1],), CutError, NEITHER + r".*1\. For 1 exit: num_exits=1\.$"),
+    "True": (([True],), CutError, NEITHER + r".*1\.$"),
     "a name and a fraction": ((["stem", 0.5],), CutError, NEITHER),
     "one module twice": ((["stem", "stem"],), CutError, r"stem, stem name one module twice"),
     "two modules at one point": (

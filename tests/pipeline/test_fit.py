@@ -318,6 +318,7 @@ REFUSED = {
     "a resumption without a folder": ({"resume": True}, "Give out=FOLDER"),
     "an unknown device": ({"device": "tpu"}, "tpu.*cpu"),
     "a front network with other classes": ({"front": "resnet18"}, "front"),
+    "a batch where no seconds count": ({"at_batch": 7}, r"^at_batch=7 is about costs in seconds.* Give cost='time', too"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,10 +65,11 @@ def outcome(
     accuracy: float | None = 0.88,
     limit: float = 0.02,
     end: float = 0.5,
+    blend: Any = None,
 ) -> str:
     """The sentence about a target, if this share of so many images keeps the backbone's answer."""
     score = Score(0.9, fidelity, 0.5)
-    found = Solution(Target(kind, limit), (0.5,), (), score, Score(0.9, 1.0, 1.0), 100)
+    found = Solution(Target(kind, limit), (0.5,), (), score, Score(0.9, 1.0, 1.0), 100, blend=blend)
     bare = {"accuracy": 0.9, "fidelity": 1.0, "cost": 1.0}
     own = {"accuracy": accuracy, "fidelity": fidelity, "cost": 0.5}
     return describe_outcome(found, {"samples": samples, "rows": [bare, own], "leaving": [1 - end, end]})[0]
@@ -77,6 +79,10 @@ def test_where_no_image_leaves_early_the_loss_is_certain():
     assert outcome(1.0, 1200, end=1.0).endswith(
         "Kept on 1,200 other images: 0.0000 of the answers differ (no image left early)."
     )
+
+
+def test_where_the_end_answers_with_a_blend_the_loss_is_uncertain_though_no_image_leaves_early():
+    assert "differ (95 % interval ± " in outcome(0.988, 500, end=1.0, blend=object())
 
 
 def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
