@@ -131,6 +131,19 @@ def exact_copy(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def scratch_copy(module: nn.Module) -> nn.Module | None:
+    """A copy of a network for trials: whatever its code keeps or changes there, the network is as it was. None if there can be none.
+
+    The weights of torch's own layers are shared, because they may be large, but no tensor is the network's own.
+    """
+    layers = [part for part in module.modules() if type(part).__module__.startswith("torch.nn.")]
+    weights = [p for part in layers for p in part.parameters(recurse=False)]
+    try:
+        return copy.deepcopy(module, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in weights})
+    except Exception:  # whatever its code raises
+        return None
+
+
 def exact_images(images: Tensor, module: nn.Module) -> Tensor:
     """The images for an exact copy, with its type and on its device."""
     return images.to(next((p.device for p in module.parameters()), images.device)).double()

@@ -222,7 +222,7 @@ class KeptBuffers:
             for key, buffer in part._buffers.items()
             if buffer is not None
             and buffer.layout is torch.strided
-            and not (buffer.is_quantized or buffer.is_inference())
+            and not (buffer.is_quantized or buffer.is_inference() or buffer.is_nested)
         }
 
     def value(self, name: str) -> Tensor:

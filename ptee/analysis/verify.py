@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, first_line
-from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, tolerance
+from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, scratch_copy, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.freezing import KeptBuffers, hooked
@@ -61,16 +61,15 @@ def require_same_in_large_batches(module: nn.Module, first: Cut, input_size: tup
 
     It is tried on small images, because a large batch of full size may cost more than all else that `augment` does. A network
     that takes no smaller images, or works as much on them, is not tried, unless it is very small itself. `macs` is the cost of
-    one image of full size; how large the output of a cut is tells how much less the work is.
+    one image of full size; how large the output of a cut is tells how much less the work is. Some code fits what it keeps to
+    the size of the images, so a copy is tried. A network that cannot be copied is not tried.
     """
-    buffers = KeptBuffers(module)  # some code fits them to the size of the images
-    try:
-        with exact_arithmetic, torch.no_grad():
-            for size in _small_sizes(input_size, macs):
-                if _tried(module, first, size, macs):
-                    break
-    finally:
-        buffers.put_back()
+    if (copied := scratch_copy(module)) is None:
+        return
+    with exact_arithmetic, torch.no_grad():
+        for size in _small_sizes(input_size, macs):
+            if _tried(copied, first, size, macs):
+                break
 
 
 def _tried(module: nn.Module, first: Cut, size: tuple[int, int, int], macs: int) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+
 import pytest
 import torch
 from tiny import as_it_was
@@ -145,22 +148,80 @@ def test_what_is_filled_once_stays_filled():
 class Positions(Blocks):
     """Fits its positions to the size of the images, and forgets those of the size before."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.register_buffer("positions", torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+        self.kind = kind
+        positions = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        if kind == "buffer":
+            self.register_buffer("positions", positions)
+        else:
+            self.positions = positions if kind == "attribute" else nn.Parameter(positions)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.positions.shape[2:] != x.shape[2:]:
-            self.positions = nn.functional.interpolate(self.positions, x.shape[2:])
+            self._fit(nn.functional.interpolate(self.positions.detach(), x.shape[2:]))
         return super().forward(x + self.positions)
 
+    def _fit(self, positions: Tensor) -> None:
+        if self.kind == "data of a parameter":
+            self.positions.data = positions
+        else:
+            self.positions = nn.Parameter(positions) if self.kind == "parameter" else positions
 
-def test_buffers_that_are_fitted_to_smaller_images_are_as_they_were():
-    net, x = Positions().eval(), torch.randn(4, *SIZE)
+
+class Nested(Blocks):
+    """Keeps one fitted thing in a part that is no module, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = {"cache": {"side": 16, "scale": torch.ones(3, 1, 1)}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (cache := self.kind["cache"])["side"] != x.shape[-1]:
+            cache["side"] = x.shape[-1]
+            cache["scale"].fill_(0.5 if cache["side"] < 16 else 0.7)
+        return super().forward(x * cache["scale"])
+
+
+class WrittenInto(Blocks):
+    """Writes into a parameter of its own if the images are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < 16:
+            self.scale.data.fill_(0.5)
+        return super().forward(x * self.scale)
+
+
+KINDS = ["buffer", "parameter", "data of a parameter", "attribute"]
+
+
+@pytest.mark.parametrize("request_", [ptee.plan, ptee.augment])
+@pytest.mark.parametrize("network", [*(partial(Positions, kind) for kind in KINDS), Nested, WrittenInto])
+def test_whatever_is_fitted_to_smaller_images_is_as_it_was(network, request_):
+    net, x = network().eval(), torch.randn(4, *SIZE)
     with torch.no_grad():
         before = net(x)
-        ptee.augment(net, input_size=SIZE, num_exits=1)
+        request_(net, input_size=SIZE, num_exits=1)
         assert torch.equal(net(x), before)
+
+
+def test_a_network_that_cannot_be_copied_is_not_tried_on_smaller_images():
+    net, x = Positions("parameter").eval(), torch.randn(4, *SIZE)
+    net.lock = threading.Lock()
+    with torch.no_grad():
+        before = net(x)
+        assert torch.equal(ptee.augment(net, input_size=SIZE, num_exits=1).predict(x, 2.0).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_buffer_does_no_harm():
+    net = Blocks()
+    net.register_buffer("ragged", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    assert ptee.augment(net, input_size=SIZE, num_exits=1).exits
 
 
 def test_a_buffer_of_nan_is_no_changing_buffer():
