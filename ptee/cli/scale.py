@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 from cloup import command, option, option_group
 
+from ptee._common.errors import Interrupted
 from ptee.cli import options
 from ptee.cli.options import File, Place, Real, RunName, in_groups
 from ptee.cli.values import require_runs
@@ -47,6 +50,16 @@ INTO = option_group(
     option("--overwrite", is_flag=True, help="Replace what another run or source left there."),
     option("--weights", type=File(), help="The backbone's weights, if they were moved."),
 )
+
+
+@contextmanager
+def _goes_on(overwrite: bool) -> Iterator[None]:
+    """Ctrl-C ends with what to type: parts that are whole are kept."""
+    try:
+        yield
+    except KeyboardInterrupt as why:
+        anew = " without --overwrite" * overwrite  # which would begin again
+        raise Interrupted(f"Interrupted: whole parts are kept. The same command{anew} goes on.") from why
 
 
 def words_of(value: str) -> int | None:
@@ -98,7 +111,8 @@ def trace(run: str, **o: Any) -> None:
     require_runs(run, images=False, **o)
     from ptee.scale.trace import record
 
-    found = record(run, logits=words_of(o["logits"]), log=click.echo, **{name: o[name] for name in OF_BOTH})
+    with _goes_on(o["overwrite"]):
+        found = record(run, logits=words_of(o["logits"]), log=click.echo, **{name: o[name] for name in OF_BOTH})
     click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} --max-drop 0.01")
 
 
@@ -122,4 +136,5 @@ def cache(run: str, **o: Any) -> None:
     require_runs(run, images=False, **o)
     from ptee.scale.cache import cache as write
 
-    write(run, limit=int(o["limit"] * 2**30), log=click.echo, **{name: o[name] for name in OF_BOTH})
+    with _goes_on(o["overwrite"]):
+        write(run, limit=int(o["limit"] * 2**30), log=click.echo, **{name: o[name] for name in OF_BOTH})

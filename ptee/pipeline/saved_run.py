@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee._common.devices import one_thread, resolve_device
-from ptee._common.errors import Argument, DataError
+from ptee._common.errors import Argument, DataError, Interrupted
 from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
 from ptee.data.sources import require_source
@@ -159,6 +159,7 @@ def tune_run(
 
     Raises:
         PteeError: if the target cannot be met.
+        Interrupted: on Ctrl-C before anything is written.
     """
     model, folder, labelled = opened.model, Path(opened.unseen.run), has_labels(opened.unseen.data)
     target = Target.of(recipe.thresholds, labelled)
@@ -169,8 +170,11 @@ def tune_run(
     wanted, times = recipe.thresholds, None
     if wanted.cost == TIME:
         times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
-    report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job, times)
-    results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
+    try:
+        report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job, times)
+        results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
+    except KeyboardInterrupt as why:
+        raise Interrupted(f"Interrupted: {folder} is as it was, with the thresholds that it had.") from why
     results = replace(results, outcome=describe_outcome(found, results.to_dict())[0])
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()

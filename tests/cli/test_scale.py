@@ -10,6 +10,8 @@ from command import RANDOM, assert_refused, read_json
 from killed import command_killed_at
 from shards import shard
 
+from ptee.scale import trace as scale_trace
+
 
 @pytest.fixture
 def source(elsewhere) -> Path:
@@ -50,6 +52,21 @@ def test_the_same_command_again_changes_nothing(run, finished, source, traced):
     done = run("trace", finished, "--data", source, "--out", "traces")
     assert "1 of 1 parts are there already." in done.out
     assert Path("traces", "manifest.json").read_bytes() == before
+
+
+def test_interrupted_it_says_what_goes_on_and_that_does(run, finished, source, monkeypatch):
+    def press_ctrl_c(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("--data", source, "--out", "out")
+    for command in ("trace", "cache"):
+        with monkeypatch.context() as patch:
+            patch.setitem(scale_trace.ENGINES, "local", press_ctrl_c)
+            done = run(command, finished, *words, "--out", command)
+            again = run(command, finished, *words, "--out", command, "--overwrite")
+        assert (done.status, done.err) == (130, "Interrupted: whole parts are kept. The same command goes on.\n")
+        assert again.err == "Interrupted: whole parts are kept. The same command without --overwrite goes on.\n"
+        assert run(command, finished, *words, "--out", command).status == 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from command import SHORT, assert_refused, edited, evaluated, figures, files, read_json
 from safetensors.torch import load_file
 
+from ptee.pipeline import saved_run
 from ptee.pipeline.recipe import make_recipe
 
 
@@ -94,6 +95,17 @@ def test_a_target_that_cannot_be_met_leaves_the_run_as_it_was(words, said, run, 
     before = files(finished)
     assert_refused(run("tune", finished, *words, "--no-speed"), said)
     assert files(finished) == before
+
+
+def test_interrupted_it_says_that_the_run_is_as_it_was(run, finished, monkeypatch):
+    def press_ctrl_c(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    before = files(finished)
+    monkeypatch.setattr(saved_run, "evaluate", press_ctrl_c)
+    done = run("tune", finished, "--max-cost", 0.9, "--no-speed")
+    said = f"Interrupted: {finished} is as it was, with the thresholds that it had.\n"
+    assert (done.status, done.err, files(finished)) == (130, said, before)
 
 
 def test_thresholds_of_a_run_that_is_not_on_this_disk_cannot_be_kept(run):
