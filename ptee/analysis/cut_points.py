@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten
 from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
-from ptee.analysis.fake_run import with_fake_tensors
+from ptee.analysis.fake_run import draws_random_numbers, random_numbers_matter, with_fake_tensors
 from ptee.analysis.freezing import hooked
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
@@ -122,7 +122,7 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
-    if recorder.random:
+    if recorder.random and random_numbers_matter(module, images):
         raise BackboneError(
             f"{type(module).__name__} is random in eval mode: {recorder.random}. Let it be random only if self.training, as nn.Dropout is."
         )
@@ -276,7 +276,7 @@ class _Recorder(TorchDispatchMode):
         if known:
             self._mark_dependent(func, args, kwargs, outputs)
         self._axes.follow(func.overloadpacket.__name__, args, outputs)
-        if not self.random and _is_random(func, args, kwargs):
+        if not self.random and draws_random_numbers(func, args, kwargs, out):
             where = repr(self._running[-1][0]) if self._running else "its own forward"
             self.random = f"{where} draws random numbers ({func})"
         return out
@@ -396,18 +396,6 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of an operator."""
     return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-
-
-def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator draws random numbers that change the answer: attention calls one with dropout 0 in eval mode.
-
-    Of numbers from a generator of its own, which the network may seed at each call, only verification can tell.
-    """
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    named = {a.name: a.default_value for a in func._schema.arguments} | _by_name(func, args, kwargs)
-    certain = any(isinstance(p := named.get(key), int | float) and p in (0, 1) for key in ("p", "dropout_p", "dropout"))
-    return not (certain or False in (named.get("train"), named.get("training")) or named.get("generator") is not None)
 
 
 def _carries_rows(shape: tuple[int, ...], axes: Axes | None) -> bool:

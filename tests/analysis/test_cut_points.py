@@ -319,12 +319,24 @@ class Applying(nn.Module):
         return self.function(x)
 
 
+def forked(x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        return x + torch.randn_like(x)
+
+
 RANDOM = {
     "dropout that is always on": lambda x: nn.functional.dropout(x, 0.01),
     "stochastic depth that is always on": lambda x: torchvision.ops.stochastic_depth(x, 0.01, "row", True),
     "very small noise": lambda x: x + 1e-9 * torch.randn_like(x),
     "noise outside of the values": lambda x: x if torch.rand(()) > 1e-6 else -x,
     "rrelu that is always on": lambda x: nn.functional.rrelu(x, training=True),
+    "stochastic depth that hardly ever drops": lambda x: x * torch.floor(0.9999 + torch.rand(len(x), 1, 1, 1)),
+    "noise without its mean": lambda x: x + (noise := torch.randn_like(x)) - noise.mean(),
+    "the largest of random numbers": lambda x: x * (torch.rand(8).argmax() + 1),
+    "noise that leaves the random numbers as they were": forked,
+    "random numbers that make it fail": lambda x: x if torch.rand(()) > 1e-6 else x.view(7),
+    "channels that are drawn": lambda x: x[:, torch.randint(0, 8, (1,))].expand(-1, 8, -1, -1),
+    "channels in a random order": lambda x: x[:, torch.randperm(8)],
 }
 
 
@@ -338,6 +350,18 @@ def with_own_generator(x: Tensor) -> Tensor:
     return x + torch.randn(8, 1, 1, generator=torch.Generator(x.device).manual_seed(0), device=x.device)
 
 
+def with_a_seed(x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.einsum("bchw,cd->bdhw", x, torch.randn(8, 8)) * torch.rand(8, 1, 1).bernoulli()
+
+
+class Logging(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.sample = x.flatten()[torch.randint(0, x.numel(), (5,))]
+        return x
+
+
 def attention(x: Tensor) -> Tensor:
     tokens = x.flatten(2)
     return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).view_as(x)
@@ -349,12 +373,32 @@ CERTAIN = {
     "attention without dropout": Applying(attention),
     "rrelu": nn.RReLU(),
     "numbers of its own seed": Applying(with_own_generator),
+    "numbers of torch's seed": Applying(with_a_seed),
+    "noise times 0": Applying(lambda x: x + 0.0 * torch.randn_like(x)),
+    "stochastic depth that keeps all": Applying(lambda x: x * torch.floor(1.0 + torch.rand(len(x), 1, 1, 1))),
+    "the same in float64": Applying(
+        lambda x: x * torch.floor(1.0 + torch.rand(len(x), 1, 1, 1, dtype=torch.float64)).float()
+    ),
+    "large whole numbers times 0": Applying(lambda x: x + 0 * torch.randint(-(2**62), 2**62, (1, 8, 1, 1))),
+    "noise of no elements": Applying(lambda x: x + torch.randn(0, 8).sum()),
+    "a sample for a log": Logging(),
 }
 
 
 @pytest.mark.parametrize("case", CERTAIN)
 def test_operators_that_could_be_random_and_are_not_are_accepted(case):
     assert "part" in survey(Net(CERTAIN[case]), SIZE).cuts
+
+
+def test_a_survey_of_a_network_that_draws_random_numbers_draws_none_of_the_users_that_one_pass_does_not():
+    net = Net(CERTAIN["noise times 0"])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        net(torch.zeros(3, *SIZE))
+    after_a_pass = torch.get_rng_state()
+    torch.manual_seed(0)
+    survey(net, SIZE)
+    assert torch.equal(torch.get_rng_state(), after_a_pass)
 
 
 # ---------------------------------------------------------------------------------------------------- memory that is used again

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ptee._common.errors import BackboneError
 from ptee.analysis import fake_run
 from ptee.analysis.cut_points import survey
 from ptee.analysis.fake_run import with_fake_tensors
@@ -69,3 +70,21 @@ def test_a_network_that_allows_no_fake_run_is_run_itself(net, heavy):
 def test_a_light_network_is_run_itself():
     net = nn.Conv2d(3, 4, 1)
     assert with_fake_tensors(lambda network, images: network, net, torch.zeros(1, 3, 8, 8)) is net
+
+
+class Noisy(nn.Module):
+    """Draws noise and multiplies it by `scale`."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.part, self.head, self.scale = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.part(x)
+        return self.head((x + self.scale * torch.randn_like(x)).mean((2, 3)))
+
+
+def test_whether_random_numbers_matter_is_told_by_values_also_of_a_heavy_network(heavy):
+    assert "part" in survey(Noisy(0.0).eval(), (3, 8, 8)).cuts
+    with pytest.raises(BackboneError, match="random in eval mode"):
+        survey(Noisy(1.0).eval(), (3, 8, 8))
