@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -24,6 +25,17 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.part(self.entry(x)).mean((2, 3)))
+
+
+class Applying(nn.Module):
+    """A part that does what a function does."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def conv(c_in: int = 8, c_out: int = 8) -> nn.Conv2d:

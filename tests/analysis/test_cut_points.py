@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from awkward import REAL_SIZE, SIZE, InPlace, Net, Skip, Two, conv, hooks, real
+from awkward import REAL_SIZE, SIZE, Applying, InPlace, Net, Skip, Two, conv, hooks, real
 from cases import slow
 from torch import Tensor, nn
 
@@ -308,15 +308,6 @@ def test_images_of_a_wrong_size_are_refused_with_what_to_do():
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers
-
-
-class Applying(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def forked(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
-from awkward import REAL_SIZE, SIZE, InPlace, Net, Two, conv, each_network, hooks, real
+from awkward import REAL_SIZE, SIZE, Applying, InPlace, Net, Two, conv, each_network, hooks, real
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, PteeError
@@ -115,15 +115,6 @@ def test_a_network_that_still_returns_logits_for_all_rows_is_noticed():
 
 
 # ---------------------------------------------------------------------------------------------------- rows must be independent
-
-
-class Applying(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 UNUSABLE = {

@@ -348,25 +348,26 @@ class Stuck(Rerun):
         return made, again if self.left else lambda: None
 
 
+def stuck_at(which: int) -> optimized.OptimizedModel:
+    """An optimized model whose recordings are checked, and one of which repeats nothing."""
+    fast = ptee.optimize(made(), mode="eager")
+    fast._buckets._recorder, fast._buckets.check = Stuck(which), check_size
+    return fast
+
+
 def test_a_recording_that_answers_otherwise_than_the_model_is_refused(x):
-    early = made()
-    fast = ptee.optimize(early, mode="eager")
-    fast._buckets._recorder = Stuck(3)  # the last piece of the first size
-    fast._buckets.check = check_size
+    fast = stuck_at(3)  # the last piece of the first size
     for _ in range(2):
         with pytest.raises(PteeError, match=r"Recorded for batches of 40, .* other answers than as it is"):
             fast.predict(x, NEVER)
     assert fast._buckets._recorder.left == 0, "it is not recorded again"
-    require_same(fast, early, x[:7])
+    require_same(fast, fast.model, x[:7])
 
 
 def test_rows_go_on_in_the_larger_size_where_a_smaller_one_answers_otherwise(x):
-    early = made()
-    fast = ptee.optimize(early, mode="eager")
-    fast._buckets._recorder = Stuck(6)  # the last piece of the second size
-    fast._buckets.check = check_size
+    fast = stuck_at(6)  # the last piece of the second size
     for _ in range(2):
-        require_same(fast, early, x, spread(early, x))
+        require_same(fast, fast.model, x, spread(fast.model, x))
     assert len(fast._buckets._refused) == 1
 
 
