@@ -7,7 +7,7 @@ import torch
 
 def here() -> torch.device:
     """The device of this run."""
-    return torch.get_default_device()
+    return torch.empty(0).device  # torch 2.9's get_default_device fails after set_default_device(None)
 
 
 def drawn(seed: int = 0) -> torch.Generator:

@@ -124,9 +124,8 @@ class Plan:
     @cached_property  # each call of a model asks for it
     def skipped(self) -> tuple[int, ...]:
         """Exits whose heads are not run."""
-        on = torch.tensor([n not in self.off for n in range(len(self.exits))], device="cpu")
-        run = heads_run(on, torch.tensor(self.reads_earlier_exits, device="cpu")).tolist()
-        return tuple(n for n, is_run in enumerate(run) if not is_run)
+        last = max((n for n, reads in enumerate(self.reads_earlier_exits) if reads and n not in self.off), default=-1)
+        return tuple(n for n in sorted(self.off) if n >= last)  # those before it are run for its sake
 
     def switched_off(self, off: Sequence[int]) -> Plan:
         """The same plan with these exits off and all others on.

@@ -251,8 +251,8 @@ def test_the_run_can_be_below_the_home_folder(run, finished, elsewhere, monkeypa
         (["augment", "--answers=own"], r"Give --set thresholds\.answers=VALUE\.$"),
         (["augment", "--lr", "0.1"], r"Give --set training\.lr=VALUE\.$"),
         (["sweep", "--margin", "0.1"], r"Give --over thresholds\.margin=VALUE\.$"),
-        (["evaluate", "--margin", "0.1"], "No such option '--margin'"),
-        (["augment", "--margn"], "No such option '--margn'"),
+        (["evaluate", "--margin", "0.1"], "No such option:? '?--margin"),
+        (["augment", "--margn"], "No such option:? '?--margn"),
     ],
 )
 def test_of_a_setting_without_an_option_it_is_said_how_it_is_given(run, words, advice):
