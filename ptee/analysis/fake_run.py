@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,13 +43,55 @@ def with_fake_tensors(work: Callable[[nn.Module, Tensor], T], module: nn.Module,
     if macs > HEAVY:
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
-            tensors = [*module.parameters(), *module.buffers()]
-            fake = copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
+            fake = _fake_copy(module, mode)
             with mode:
                 return work(fake, mode.from_tensor(images))
         except Exception:  # the network cannot be copied, or its code looks at values
             pass
     return work(module, images)
+
+
+def operators_run(module: nn.Module, input_size: tuple[int, int, int], rows: Sequence[int]) -> list[list[Any]]:
+    """The operators that run on so many images, for each of these numbers of rows.
+
+    They are taken from fake runs, which cost as little for large images as for small ones. Empty lists if the network allows none.
+    """
+    found: list[list[Any]] = [[] for _ in rows]
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = _fake_copy(module, mode)
+        like = next((p for p in fake.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+        with torch.no_grad(), mode:
+            for n, noted in zip(rows, found, strict=True):
+                images = like.new_empty(n, *input_size)
+                with _Operators(noted):
+                    fake(images)
+    except Exception:  # the network cannot be copied, or its code looks at values
+        return [[] for _ in rows]
+    return found
+
+
+def _fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
+
+
+def note_operator(noted: list[Any], func: Any, args: Any) -> None:
+    """Note an operator with the switches and the shares that it gets, but no sizes: they differ with the number of rows."""
+    if func.namespace != "prim":  # by one of these a fake tensor looks up its device
+        noted.append((func, *(a for a in args if isinstance(a, bool | float))))
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self, noted: list[Any]) -> None:
+        super().__init__()
+        self._noted = noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        note_operator(self._noted, func, args)
+        return func(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers

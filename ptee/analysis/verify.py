@@ -24,6 +24,7 @@ from ptee._common.errors import BackboneError, first_line
 from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, scratch_copy, tolerance
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
+from ptee.analysis.fake_run import operators_run
 from ptee.analysis.freezing import KeptBuffers, hooked
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
@@ -56,35 +57,50 @@ def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[
 
 
 @torch.inference_mode(False)
-def require_same_in_large_batches(module: nn.Module, first: Cut, input_size: tuple[int, int, int], macs: int) -> None:
+def require_same_in_large_batches(
+    module: nn.Module, first: Cut, input_size: tuple[int, int, int], macs: int, operators: Sequence[Any] = ()
+) -> None:
     """Refuse a network in eval mode whose code treats images otherwise if the batch is large.
 
     It is tried on small images, because a large batch of full size may cost more than all else that `augment` does. A network
-    that takes no smaller images, or works as much on them, is not tried, unless it is very small itself. `macs` is the cost of
-    one image of full size; how large the output of a cut is tells how much less the work is. Some code fits what it keeps to
-    the size of the images, so a copy is tried. A network that cannot be copied is not tried.
+    that takes no smaller images, or works as much on them, is tried at full size: if it is very small, or if a fake run shows
+    that its code does something else with a large batch. `macs` is the cost of one image of full size; how large the output of
+    a cut is tells how much less the work is; `operators` are those that ran in the survey. Some code fits what it keeps to the size of the images, so a copy is tried. A
+    network that cannot be copied is not tried.
     """
     if (copied := scratch_copy(module)) is None:
         return
     with exact_arithmetic, torch.no_grad():
-        for size in _small_sizes(input_size, macs):
-            if _tried(copied, first, size, macs):
-                break
+        sizes = _small_sizes(input_size, macs)
+        tried = next((t for size in sizes if (t := _tried(copied, first, size, macs)) is not None), False)
+        if not tried and (rows := _treated_otherwise(copied, input_size, operators)):
+            _tried(copied, first, input_size, macs=0, rows=rows)
 
 
-def _tried(module: nn.Module, first: Cut, size: tuple[int, int, int], macs: int) -> bool:
-    """Try a large batch of images of this size. False if a larger size may tell more."""
-    images = random_images(module, LARGE_BATCH, size)
+def _treated_otherwise(module: nn.Module, input_size: tuple[int, int, int], operators: Sequence[Any]) -> int | None:
+    """A number of images on which other operators run than on a few; None if there seems to be none."""
+    if operators_run(module, input_size, [LARGE_BATCH]) == [operators]:
+        return None
+    rows = [STAYING, 9, 17, LARGE_BATCH]
+    few, *more = operators_run(module, input_size, rows)
+    return next((n for n, run in zip(rows[1:], more, strict=True) if run != few), None)
+
+
+def _tried(
+    module: nn.Module, first: Cut, size: tuple[int, int, int], macs: int, rows: int = LARGE_BATCH
+) -> bool | None:
+    """Try a large batch of images of this size. None if a larger size may tell more, False if that costs too much."""
+    images = random_images(module, rows, size)
     try:
         logits, share = _logits_and_share(module, images[-STAYING:].clone(), first)
-        if LARGE_BATCH * share > MOST_ROWS and LARGE_BATCH * share * macs > FREE:
-            return True  # it costs too much, and larger images cost even more
+        if rows * share > MOST_ROWS and rows * share * macs > FREE:
+            return False  # and larger images cost even more
         reference = _Reference.with_logits(module, images, logits)
         together = reference.together()
     except BackboneError:  # it takes no images of this size, or no such batch
-        return False
+        return None
     if not logits.isfinite().all():
-        return False
+        return None
     try:
         reference.check_alone(together)
     except _InexactError:
