@@ -31,7 +31,14 @@ from torch.utils._pytree import tree_flatten
 from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
-from ptee.analysis.fake_run import draws_random_numbers, note_operator, random_numbers_matter, with_fake_tensors
+from ptee.analysis.fake_run import (
+    draws_random_numbers,
+    note_operator,
+    python_numbers,
+    random_numbers_matter,
+    who_draws,
+    with_fake_tensors,
+)
 from ptee.analysis.freezing import hooked
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
@@ -120,13 +127,16 @@ def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
 
 
 def _survey(module: nn.Module, images: Tensor) -> Survey:
-    recorder = _Recorder(images)
+    recorder, numbers = _Recorder(images), python_numbers()
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
-    if recorder.random and random_numbers_matter(module, images):
+    drawn = [recorder.random] if recorder.random else []
+    drawn += [library for library, state in python_numbers().items() if state != numbers[library]]
+    if drawn and random_numbers_matter(module, images):
+        why = recorder.random or f"{who_draws(module, images)} draws random numbers ({drawn[0]})"
         raise BackboneError(
-            f"{type(module).__name__} is random in eval mode: {recorder.random}. Let it be random only if self.training, as nn.Dropout is."
+            f"{type(module).__name__} is random in eval mode: {why}. Let it be random only if self.training, as nn.Dropout is."
         )
     cuts: dict[str, Cut] = {}
     bypassed: dict[str, Cut] = {}

@@ -4,16 +4,22 @@
 an operator on them costs next to nothing.
 
 `random_numbers_matter` passes a batch again with the lowest and the highest numbers that an operator could have drawn. A network
-is random only if its answers change: not if it seeds what it draws at each call, multiplies it by 0, or draws only to log.
+is random only if its answers change: not if it seeds what it draws at each call, multiplies it by 0, or draws only to log. So it
+is with the numbers of Python's `random` and of `numpy.random`.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+import pickle
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -22,6 +28,7 @@ from torch.utils._pytree import tree_flatten
 
 from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import exact_arithmetic, scratch_copy
+from ptee.analysis.freezing import hooked
 
 T = TypeVar("T")
 
@@ -29,6 +36,10 @@ HEAVY = 5e10  # multiply-accumulates of one pass above which a fake run is faste
 PATCH = 16 * 16  # pixels of a patch of a ViT; each patch uses all parameters once
 MIXED = (
     2  # passes in which each number is the lowest or the highest, by a coin: what is equal everywhere may cancel out
+)
+HIGHEST = 0x12DD9BB3  # a word in the state of a Mersenne Twister from which it draws 32 bits of 1; from 0 it draws 0
+DRAWN = (
+    312  # of its 624 words that are lowest or highest: a normal distribution takes these never, and must come to others
 )
 MOST = 8.0  # standard deviations that a number of a normal distribution is away from the mean, at most
 
@@ -126,7 +137,7 @@ def random_numbers_matter(module: nn.Module, images: Tensor) -> bool:
     if isinstance(images, FakeTensor) or (copied := scratch_copy(module)) is None:
         return True
     try:
-        with own_random_numbers(wait=False), exact_arithmetic, torch.no_grad():
+        with own_random_numbers(wait=False), _python_numbers_kept(), exact_arithmetic, torch.no_grad():
             answers, states = zip(*(_answer(copied, images, _Draws()) for _ in range(2)), strict=True)
             seeded = {i for i, (one, other) in enumerate(zip(*states, strict=False)) if one == other}
             others = [_answer(copied, images, _Draws(share, seeded))[0] for share in (0.0, 1.0, *[0.5] * MIXED)]
@@ -139,6 +150,7 @@ def _answer(module: nn.Module, images: Tensor, draws: _Draws) -> tuple[Tensor, l
     """The network's answer, and the state of the random numbers before each draw."""
     torch.rand((), device="cpu")  # each pass begins in another state; a seed would also be one for other threads
     torch.rand((), device=images.device)
+    draws.begin()
     with draws:
         return module(images.clone()).clone(), draws.states
 
@@ -157,6 +169,16 @@ class _Draws(TorchDispatchMode):
         self._share, self._seeded = share, seeded or set()
         self._coins = torch.Generator().manual_seed(0)
 
+    def begin(self) -> None:
+        """Put the numbers of Python and NumPy in another state, or in one from which they draw the lowest and highest."""
+        words = np.random.RandomState().randint(0, 2**32, 624, np.uint64).tolist()
+        if self._share is not None:
+            coins = torch.rand(DRAWN, generator=self._coins, device="cpu") < self._share
+            words[:DRAWN] = [HIGHEST if coin else 0 for coin in coins.tolist()]
+        random.setstate((3, (*words, 0), None))
+        if _numpy_states():
+            np.random.set_state(("MT19937", np.array(words, np.uint32), 0, 0, 0.0))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         may_draw = torch.Tag.nondeterministic_seeded in func.tags
@@ -169,6 +191,50 @@ class _Draws(TorchDispatchMode):
                 out.copy_(torch.where(coins.to(out.device), out.new_tensor(highest), out.new_tensor(lowest)))
             self.states.append(state)
         return out
+
+
+def python_numbers() -> dict[str, Any]:
+    """The states of the random numbers of Python and of NumPy."""
+    return {"random": random.getstate(), "numpy.random": pickle.dumps(_numpy_states())}
+
+
+def _numpy_states() -> list[Any]:
+    """The state, unless NumPy draws from another kind of generator (numpy.random.set_bit_generator)."""
+    return [state] if isinstance(state := np.random.get_state(), tuple) else []
+
+
+@contextmanager
+def _python_numbers_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), _numpy_states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        for state in numpy:
+            np.random.set_state(state)
+
+
+def who_draws(module: nn.Module, images: Tensor) -> str:
+    """The part of a network that draws random numbers of Python or NumPy, in words."""
+    found: list[str] = []
+    running, before = ["its own forward"], python_numbers()
+
+    def look() -> None:
+        if not found and python_numbers() != before:
+            found.append(running[-1])
+
+    def begin(name: str) -> None:
+        look()
+        running.append(repr(name))
+
+    def end(_: object) -> None:
+        look()
+        running.pop()
+
+    parts = {part: name for name, part in module.named_modules() if name}
+    with torch.no_grad(), hooked(dict.fromkeys(parts, end), {p: partial(begin, name) for p, name in parts.items()}):
+        module(images.clone())
+    return (found or running)[0]
 
 
 def _states() -> str:
