@@ -37,10 +37,9 @@ PATCH = 16 * 16  # pixels of a patch of a ViT; each patch uses all parameters on
 MIXED = (
     2  # passes in which each number is the lowest or the highest, by a coin: what is equal everywhere may cancel out
 )
-HIGHEST = 0x12DD9BB3  # a word in the state of a Mersenne Twister from which it draws 32 bits of 1; from 0 it draws 0
-DRAWN = (
-    312  # of its 624 words that are lowest or highest: a normal distribution takes these never, and must come to others
-)
+# Words in the state of a Mersenne Twister, from which it draws bits that are all 0, all 1, and 0 and 1 in turn. The last give a
+# whole number in any range; numbers of a range and of a normal distribution are drawn again until they fit.
+LOWEST, HIGHEST, MIDDLE = 0, 0x12DD9BB3, 0x6D78EF1D
 MOST = 8.0  # standard deviations that a number of a normal distribution is away from the mean, at most
 
 
@@ -173,8 +172,8 @@ class _Draws(TorchDispatchMode):
         """Put the numbers of Python and NumPy in another state, or in one from which they draw the lowest and highest."""
         words = np.random.RandomState().randint(0, 2**32, 624, np.uint64).tolist()
         if self._share is not None:
-            coins = torch.rand(DRAWN, generator=self._coins, device="cpu") < self._share
-            words[:DRAWN] = [HIGHEST if coin else 0 for coin in coins.tolist()]
+            coins = torch.rand(312, generator=self._coins, device="cpu") < self._share
+            words = [HIGHEST if coin else LOWEST for coin in coins.tolist()] + 312 * [MIDDLE]
         random.setstate((3, (*words, 0), None))
         if _numpy_states():
             np.random.set_state(("MT19937", np.array(words, np.uint32), 0, 0, 0.0))
