@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import RecordAll, running
 
 EXAMPLE_ROWS = 3
+T = TypeVar("T")
 
 
 @torch.library.custom_op("ptee::cut", mutates_args=())
@@ -74,15 +75,28 @@ class _Passes(nn.Module):
 def _beside(model: EarlyExitModel) -> _Passes:
     """What is captured, with modules of its own: torch.export puts others' tensors into modules, and threads may be running these.
 
-    It shares the weights. A model that cannot be copied is captured as it is.
+    It shares the weights, and what cannot be copied, such as a lock. A model whose own code forbids copies is captured as it is.
     """
     passes = _Passes(model)
     shared = [*passes.parameters(), *passes.buffers(), passes.plan]
     shared += [head._hold for head in model.heads if isinstance(head, FrontHead)]  # it would release what it never held
+    shared += _not_copied(passes, shared)
+    copied = _copy(passes, shared)
+    return passes if copied is None else copied
+
+
+def _not_copied(module: nn.Module, shared: Sequence[Any]) -> list[Any]:
+    """What modules keep in attributes and cannot be copied: locks, open files, tensors of a graph of autograd."""
+    shared = [*shared, *module.modules()]
+    kept = [value for part in module.modules() for value in vars(part).values()]
+    return [value for value in kept if value is not None and _copy(value, shared) is None]
+
+
+def _copy(value: T, shared: Sequence[Any]) -> T | None:
     try:
-        return copy.deepcopy(passes, {id(one): one for one in shared})
+        return copy.deepcopy(value, {id(one): one for one in shared})
     except Exception:  # whatever its code raises
-        return passes
+        return None
 
 
 def example_images(model: EarlyExitModel, rows: int) -> Tensor:

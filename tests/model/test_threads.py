@@ -95,10 +95,18 @@ CAPTURES = {
 }
 
 
+def keep_what_cannot_be_copied(net: Crowded) -> None:
+    net.kept, net.blocks[0].kept = threading.Lock(), [threading.Lock()]
+    net.blocks[1].kept, net.blocks[2].kept = (n for n in range(3)), torch.ones(2, requires_grad=True) * 2
+
+
 @pytest.mark.cpu("a GPU is no place for an export")
+@pytest.mark.parametrize("copies", [True, False], ids=["", "and cannot be copied"])
 @pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES)
-def test_a_model_answers_while_it(capture, tmp_path):
+def test_a_model_answers_while_it(capture, copies, tmp_path):
     net = crowded()
+    if not copies:
+        keep_what_cannot_be_copied(net)
     model = ptee.augment(net, input_size=SIZE, exits=["blocks.0"], head="pool")
     images = torch.randn(6, *SIZE)
     want, alone, answers = net(images), model.predict(images), []
