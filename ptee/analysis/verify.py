@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from ptee._common.errors import BackboneError, first_line
 from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, scratch_copy, tolerance
+from ptee.analysis.axes import memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
 from ptee.analysis.fake_run import operators_run
@@ -173,6 +176,46 @@ def require_no_drift(module: nn.Module, buffers: KeptBuffers, input_size: tuple[
                 f"{type(module).__name__} changes its buffer {name} whenever it answers, also in eval mode, and its answers depend on "
                 "it: they would drift. Let it change only if self.training."
             )
+
+
+def counting_buffers(module: nn.Module, names: Sequence[str], input_size: tuple[int, int, int]) -> list[str]:
+    """Those of these tensors that are buffers, change in each pass in eval mode, and on which no answer depends.
+
+    Empty if that cannot be told: the network cannot be copied, or takes no such images.
+    """
+    if (copied := scratch_copy(module)) is None:
+        return []
+    buffers, images = dict(copied.eval().named_buffers()), random_images(copied, 2, input_size)
+    try:
+        return [name for name in names if name in buffers and _only_counts(copied, name, images)]
+    except Exception:  # whatever the network's code raises
+        return []
+
+
+@torch.inference_mode(False)
+def _only_counts(module: nn.Module, name: str, images: Tensor) -> bool:
+    before = module.get_buffer(name).clone()
+    with torch.no_grad(), _Following(module.get_buffer(name)) as followed:
+        answer = logits_of(module, images.clone())
+    is_read = followed.decides or memory_of(answer) in followed.memory
+    return not is_read and not torch.equal(module.get_buffer(name), before)
+
+
+class _Following(TorchDispatchMode):
+    """Follows the values of a tensor: which memory depends on them, and whether the network's code looks at them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.memory, self.decides = {memory_of(tensor)}, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        if any(memory_of(t) in self.memory for t in given):
+            self.decides = self.decides or not made  # a number for Python: item(), bool()
+            written = given if func._schema.is_mutable else []
+            self.memory |= {memory_of(t) for t in [*made, *written]}
+        return out
 
 
 @dataclass(frozen=True)
