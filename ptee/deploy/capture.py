@@ -55,6 +55,10 @@ class _Marking(RecordAll):
         return tree_map_only(Tensor, lambda t: _mark(t, n), output)
 
 
+class _OtherModulesRunError(PteeError):
+    """Not all exits were reached: a copy's code may hold the modules that were copied, as a function put in place of forward does."""
+
+
 class _Passes(nn.Module):
     """What is captured: images -> (the backbone's answer, each exit's answer)."""
 
@@ -69,13 +73,16 @@ class _Passes(nn.Module):
         call = _Marking(self, x.shape[0])  # len(x) would fix the number of rows
         with running(call):
             answer = call.forward(self.backbone, x)
+        if call.passed < len(self.plan.exits):
+            raise _OtherModulesRunError("The backbone takes another way than the one the exits were planned for.")
         return answer, [(said.logits, said.confidence_logit) for said in call.outputs]
 
 
 def _beside(model: EarlyExitModel) -> _Passes:
     """What is captured, with modules of its own: torch.export puts others' tensors into modules, and threads may be running these.
 
-    It shares the weights, and what cannot be copied, such as a lock. A model whose own code forbids copies is captured as it is.
+    It shares the weights, and what cannot be copied, such as a lock. A model whose own code forbids copies, or holds the modules that
+    it runs in another way, is captured as it is.
     """
     passes = _Passes(model)
     shared = [*passes.parameters(), *passes.buffers(), passes.plan]
@@ -113,11 +120,18 @@ def captured(model: EarlyExitModel) -> fx.GraphModule:
     Raises:
         PteeError: if torch.export cannot capture the model.
     """
+    try:
+        return _captured(_beside(model), model)
+    except _OtherModulesRunError:
+        return _captured(_Passes(model), model)
+
+
+def _captured(passes: _Passes, model: EarlyExitModel) -> fx.GraphModule:
     x = example_images(model, EXAMPLE_ROWS)
     rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     try:
         with own_export, no_logs, no_stderr, torch.no_grad():
-            program = torch.export.export(_beside(model), (x,), dynamic_shapes=({0: rows},), strict=False)
+            program = torch.export.export(passes, (x,), dynamic_shapes=({0: rows},), strict=False)
     except PteeError:
         raise
     except Exception as why:  # whatever the backbone's code and torch.export raise

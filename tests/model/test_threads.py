@@ -125,3 +125,28 @@ def test_an_export_leaves_a_front_network_frozen(tmp_path):
     ptee.export(model, tmp_path / "out")
     gc.collect()
     assert not any(p.requires_grad for p in [*front.parameters(), *model.backbone.parameters()])
+
+
+class Closed(Crowded):
+    """Runs by a function that holds the network itself, as one that a user puts in place of forward does. A copy runs the original."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        own = self
+        self.forward = lambda x: Crowded.forward(own, x)
+
+
+@pytest.mark.cpu("a GPU is no place for an export")
+def test_rows_leave_a_captured_model_whose_copy_would_run_the_original(tmp_path):
+    with own_random_numbers(0):
+        net = Closed().eval()
+    model = ptee.augment(net, input_size=SIZE, exits=["blocks.0"], head="pool")
+    images = torch.randn(6, *SIZE)
+    threshold = model.all_exits(images).confidence[0].median().item()
+    wanted = model.predict(images, threshold)
+    exported = ptee.load_exported(ptee.export(model, tmp_path / "out"))
+    for captured in (ptee.optimize(model, mode="eager", max_batch=6), exported):
+        answers = captured.predict(images, threshold)
+        assert answers.exit_index.tolist() == wanted.exit_index.tolist()
+        torch.testing.assert_close(answers.logits, wanted.logits)
+    assert {*wanted.exit_index.tolist()} == {0, 1}
