@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
 from typing import Any
@@ -31,7 +31,14 @@ from torch.utils._pytree import tree_flatten
 from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
-from ptee.analysis.fake_run import draws_random_numbers, random_numbers_matter, with_fake_tensors
+from ptee.analysis.fake_run import (
+    draws_random_numbers,
+    note_operator,
+    python_numbers,
+    random_numbers_matter,
+    who_draws,
+    with_fake_tensors,
+)
 from ptee.analysis.freezing import hooked
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
@@ -86,6 +93,7 @@ class Survey:
         refused: for each module that ran and is not in `cuts`, the reason.
         order: all modules that ran, in order of execution.
         classes: K, the number of logits.
+        operators: all that ran.
     """
 
     cuts: dict[str, Cut]
@@ -95,6 +103,7 @@ class Survey:
     refused: dict[str, str]
     order: tuple[str, ...]
     classes: int
+    operators: list[Any] = field(compare=False)  # a fake run may take other ones
 
     def cut(self, name: str, backbone: nn.Module, bypassed: bool = False) -> Cut:
         """The cut at a module of the surveyed network, or a CutError that says why there is none.
@@ -118,13 +127,16 @@ def survey(module: nn.Module, input_size: tuple[int, int, int]) -> Survey:
 
 
 def _survey(module: nn.Module, images: Tensor) -> Survey:
-    recorder = _Recorder(images)
+    recorder, numbers = _Recorder(images), python_numbers()
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
-    if recorder.random and random_numbers_matter(module, images):
+    drawn = [recorder.random] if recorder.random else []
+    drawn += [library for library, state in python_numbers().items() if state != numbers[library]]
+    if drawn and random_numbers_matter(module, images):
+        why = recorder.random or f"{who_draws(module, images)} draws random numbers ({drawn[0]})"
         raise BackboneError(
-            f"{type(module).__name__} is random in eval mode: {recorder.random}. Let it be random only if self.training, as nn.Dropout is."
+            f"{type(module).__name__} is random in eval mode: {why}. Let it be random only if self.training, as nn.Dropout is."
         )
     cuts: dict[str, Cut] = {}
     bypassed: dict[str, Cut] = {}
@@ -146,6 +158,7 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
         refused=refused,
         order=tuple(output.name for output in outputs),
         classes=logits.shape[1],
+        operators=recorder.operators,
     )
 
 
@@ -241,6 +254,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.time = 0
+        self.operators: list[Any] = []
         self.random = ""  # the first random number that is drawn, in words
         self.first_outputs: list[_Output] = []  # of the first call of each module
         self._outputs: list[_Output] = []  # of all calls, in the order in which they ended
@@ -269,6 +283,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.time += 1
+        note_operator(self.operators, func, args)
         outputs = _tensors(out)
         known = [value for t in _tensors((args, kwargs)) if (value := self._find(t)) is not None]
         for value in known:

@@ -4,16 +4,22 @@
 an operator on them costs next to nothing.
 
 `random_numbers_matter` passes a batch again with the lowest and the highest numbers that an operator could have drawn. A network
-is random only if its answers change: not if it seeds what it draws at each call, multiplies it by 0, or draws only to log.
+is random only if its answers change: not if it seeds what it draws at each call, multiplies it by 0, or draws only to log. So it
+is with the numbers of Python's `random` and of `numpy.random`.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+import pickle
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -22,6 +28,7 @@ from torch.utils._pytree import tree_flatten
 
 from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import exact_arithmetic, scratch_copy
+from ptee.analysis.freezing import hooked
 
 T = TypeVar("T")
 
@@ -30,6 +37,9 @@ PATCH = 16 * 16  # pixels of a patch of a ViT; each patch uses all parameters on
 MIXED = (
     2  # passes in which each number is the lowest or the highest, by a coin: what is equal everywhere may cancel out
 )
+# Words in the state of a Mersenne Twister, from which it draws bits that are all 0, all 1, and 0 and 1 in turn. The last give a
+# whole number in any range; numbers of a range and of a normal distribution are drawn again until they fit.
+LOWEST, HIGHEST, MIDDLE = 0, 0x12DD9BB3, 0x6D78EF1D
 MOST = 8.0  # standard deviations that a number of a normal distribution is away from the mean, at most
 
 
@@ -43,13 +53,55 @@ def with_fake_tensors(work: Callable[[nn.Module, Tensor], T], module: nn.Module,
     if macs > HEAVY:
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
-            tensors = [*module.parameters(), *module.buffers()]
-            fake = copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
+            fake = _fake_copy(module, mode)
             with mode:
                 return work(fake, mode.from_tensor(images))
         except Exception:  # the network cannot be copied, or its code looks at values
             pass
     return work(module, images)
+
+
+def operators_run(module: nn.Module, input_size: tuple[int, int, int], rows: Sequence[int]) -> list[list[Any]]:
+    """The operators that run on so many images, for each of these numbers of rows.
+
+    They are taken from fake runs, which cost as little for large images as for small ones. Empty lists if the network allows none.
+    """
+    found: list[list[Any]] = [[] for _ in rows]
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = _fake_copy(module, mode)
+        like = next((p for p in fake.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+        with torch.no_grad(), mode:
+            for n, noted in zip(rows, found, strict=True):
+                images = like.new_empty(n, *input_size)
+                with _Operators(noted):
+                    fake(images)
+    except Exception:  # the network cannot be copied, or its code looks at values
+        return [[] for _ in rows]
+    return found
+
+
+def _fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
+
+
+def note_operator(noted: list[Any], func: Any, args: Any) -> None:
+    """Note an operator with the switches and the shares that it gets, but no sizes: they differ with the number of rows."""
+    if func.namespace != "prim":  # by one of these a fake tensor looks up its device
+        noted.append((func, *(a for a in args if isinstance(a, bool | float))))
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self, noted: list[Any]) -> None:
+        super().__init__()
+        self._noted = noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        note_operator(self._noted, func, args)
+        return func(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers
@@ -84,7 +136,7 @@ def random_numbers_matter(module: nn.Module, images: Tensor) -> bool:
     if isinstance(images, FakeTensor) or (copied := scratch_copy(module)) is None:
         return True
     try:
-        with own_random_numbers(wait=False), exact_arithmetic, torch.no_grad():
+        with own_random_numbers(wait=False), _python_numbers_kept(), exact_arithmetic, torch.no_grad():
             answers, states = zip(*(_answer(copied, images, _Draws()) for _ in range(2)), strict=True)
             seeded = {i for i, (one, other) in enumerate(zip(*states, strict=False)) if one == other}
             others = [_answer(copied, images, _Draws(share, seeded))[0] for share in (0.0, 1.0, *[0.5] * MIXED)]
@@ -97,6 +149,7 @@ def _answer(module: nn.Module, images: Tensor, draws: _Draws) -> tuple[Tensor, l
     """The network's answer, and the state of the random numbers before each draw."""
     torch.rand((), device="cpu")  # each pass begins in another state; a seed would also be one for other threads
     torch.rand((), device=images.device)
+    draws.begin()
     with draws:
         return module(images.clone()).clone(), draws.states
 
@@ -115,6 +168,16 @@ class _Draws(TorchDispatchMode):
         self._share, self._seeded = share, seeded or set()
         self._coins = torch.Generator().manual_seed(0)
 
+    def begin(self) -> None:
+        """Put the numbers of Python and NumPy in another state, or in one from which they draw the lowest and highest."""
+        words = np.random.RandomState().randint(0, 2**32, 624, np.uint64).tolist()
+        if self._share is not None:
+            coins = torch.rand(312, generator=self._coins, device="cpu") < self._share
+            words = [HIGHEST if coin else LOWEST for coin in coins.tolist()] + 312 * [MIDDLE]
+        random.setstate((3, (*words, 0), None))
+        if _numpy_states():
+            np.random.set_state(("MT19937", np.array(words, np.uint32), 0, 0, 0.0))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         may_draw = torch.Tag.nondeterministic_seeded in func.tags
@@ -127,6 +190,50 @@ class _Draws(TorchDispatchMode):
                 out.copy_(torch.where(coins.to(out.device), out.new_tensor(highest), out.new_tensor(lowest)))
             self.states.append(state)
         return out
+
+
+def python_numbers() -> dict[str, Any]:
+    """The states of the random numbers of Python and of NumPy."""
+    return {"random": random.getstate(), "numpy.random": pickle.dumps(_numpy_states())}
+
+
+def _numpy_states() -> list[Any]:
+    """The state, unless NumPy draws from another kind of generator (numpy.random.set_bit_generator)."""
+    return [state] if isinstance(state := np.random.get_state(), tuple) else []
+
+
+@contextmanager
+def _python_numbers_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), _numpy_states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        for state in numpy:
+            np.random.set_state(state)
+
+
+def who_draws(module: nn.Module, images: Tensor) -> str:
+    """The part of a network that draws random numbers of Python or NumPy, in words."""
+    found: list[str] = []
+    running, before = ["its own forward"], python_numbers()
+
+    def look() -> None:
+        if not found and python_numbers() != before:
+            found.append(running[-1])
+
+    def begin(name: str) -> None:
+        look()
+        running.append(repr(name))
+
+    def end(_: object) -> None:
+        look()
+        running.pop()
+
+    parts = {part: name for name, part in module.named_modules() if name}
+    with torch.no_grad(), hooked(dict.fromkeys(parts, end), {p: partial(begin, name) for p, name in parts.items()}):
+        module(images.clone())
+    return (found or running)[0]
 
 
 def _states() -> str:

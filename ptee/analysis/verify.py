@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from ptee._common.errors import BackboneError, first_line
 from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, scratch_copy, tolerance
+from ptee.analysis.axes import memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images
+from ptee.analysis.fake_run import operators_run
 from ptee.analysis.freezing import KeptBuffers, hooked
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
@@ -56,35 +60,50 @@ def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[
 
 
 @torch.inference_mode(False)
-def require_same_in_large_batches(module: nn.Module, first: Cut, input_size: tuple[int, int, int], macs: int) -> None:
+def require_same_in_large_batches(
+    module: nn.Module, first: Cut, input_size: tuple[int, int, int], macs: int, operators: Sequence[Any] = ()
+) -> None:
     """Refuse a network in eval mode whose code treats images otherwise if the batch is large.
 
     It is tried on small images, because a large batch of full size may cost more than all else that `augment` does. A network
-    that takes no smaller images, or works as much on them, is not tried, unless it is very small itself. `macs` is the cost of
-    one image of full size; how large the output of a cut is tells how much less the work is. Some code fits what it keeps to
-    the size of the images, so a copy is tried. A network that cannot be copied is not tried.
+    that takes no smaller images, or works as much on them, is tried at full size: if it is very small, or if a fake run shows
+    that its code does something else with a large batch. `macs` is the cost of one image of full size; how large the output of
+    a cut is tells how much less the work is; `operators` are those that ran in the survey. Some code fits what it keeps to the size of the images, so a copy is tried. A
+    network that cannot be copied is not tried.
     """
     if (copied := scratch_copy(module)) is None:
         return
     with exact_arithmetic, torch.no_grad():
-        for size in _small_sizes(input_size, macs):
-            if _tried(copied, first, size, macs):
-                break
+        sizes = _small_sizes(input_size, macs)
+        tried = next((t for size in sizes if (t := _tried(copied, first, size, macs)) is not None), False)
+        if not tried and (rows := _treated_otherwise(copied, input_size, operators)):
+            _tried(copied, first, input_size, macs=0, rows=rows)
 
 
-def _tried(module: nn.Module, first: Cut, size: tuple[int, int, int], macs: int) -> bool:
-    """Try a large batch of images of this size. False if a larger size may tell more."""
-    images = random_images(module, LARGE_BATCH, size)
+def _treated_otherwise(module: nn.Module, input_size: tuple[int, int, int], operators: Sequence[Any]) -> int | None:
+    """A number of images on which other operators run than on a few; None if there seems to be none."""
+    if operators_run(module, input_size, [LARGE_BATCH]) == [operators]:
+        return None
+    rows = [STAYING, 9, 17, LARGE_BATCH]
+    few, *more = operators_run(module, input_size, rows)
+    return next((n for n, run in zip(rows[1:], more, strict=True) if run != few), None)
+
+
+def _tried(
+    module: nn.Module, first: Cut, size: tuple[int, int, int], macs: int, rows: int = LARGE_BATCH
+) -> bool | None:
+    """Try a large batch of images of this size. None if a larger size may tell more, False if that costs too much."""
+    images = random_images(module, rows, size)
     try:
         logits, share = _logits_and_share(module, images[-STAYING:].clone(), first)
-        if LARGE_BATCH * share > MOST_ROWS and LARGE_BATCH * share * macs > FREE:
-            return True  # it costs too much, and larger images cost even more
+        if rows * share > MOST_ROWS and rows * share * macs > FREE:
+            return False  # and larger images cost even more
         reference = _Reference.with_logits(module, images, logits)
         together = reference.together()
     except BackboneError:  # it takes no images of this size, or no such batch
-        return False
+        return None
     if not logits.isfinite().all():
-        return False
+        return None
     try:
         reference.check_alone(together)
     except _InexactError:
@@ -157,6 +176,46 @@ def require_no_drift(module: nn.Module, buffers: KeptBuffers, input_size: tuple[
                 f"{type(module).__name__} changes its buffer {name} whenever it answers, also in eval mode, and its answers depend on "
                 "it: they would drift. Let it change only if self.training."
             )
+
+
+def counting_buffers(module: nn.Module, names: Sequence[str], input_size: tuple[int, int, int]) -> list[str]:
+    """Those of these tensors that are buffers, change in each pass in eval mode, and on which no answer depends.
+
+    Empty if that cannot be told: the network cannot be copied, or takes no such images.
+    """
+    if (copied := scratch_copy(module)) is None:
+        return []
+    buffers, images = dict(copied.eval().named_buffers()), random_images(copied, 2, input_size)
+    try:
+        return [name for name in names if name in buffers and _only_counts(copied, name, images)]
+    except Exception:  # whatever the network's code raises
+        return []
+
+
+@torch.inference_mode(False)
+def _only_counts(module: nn.Module, name: str, images: Tensor) -> bool:
+    before = module.get_buffer(name).clone()
+    with torch.no_grad(), _Following(module.get_buffer(name)) as followed:
+        answer = logits_of(module, images.clone())
+    is_read = followed.decides or memory_of(answer) in followed.memory
+    return not is_read and not torch.equal(module.get_buffer(name), before)
+
+
+class _Following(TorchDispatchMode):
+    """Follows the values of a tensor: which memory depends on them, and whether the network's code looks at them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.memory, self.decides = {memory_of(tensor)}, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        if any(memory_of(t) in self.memory for t in given):
+            self.decides = self.decides or not made  # a number for Python: item(), bool()
+            written = given if func._schema.is_mutable else []
+            self.memory |= {memory_of(t) for t in [*made, *written]}
+        return out
 
 
 @dataclass(frozen=True)

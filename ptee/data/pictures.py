@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import stat
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -27,6 +29,7 @@ T = TypeVar("T")
 Labelled = Dataset[tuple[Tensor, int]]
 Key = tuple[str, str, str]  # part, name and class of a file
 CHECKED_AT_ONCE = 64  # pictures for one thread at a time; handing over a small one costs more than checking it
+COMPARED_AT_MOST = 2_000  # files that are read to find copies
 NAMED_AT_MOST = 100  # unreadable pictures in one message
 NOT_A_FILE = "not a regular file"
 
@@ -246,6 +249,49 @@ def _fault(file: File) -> str:
     except Exception as why:  # whatever Pillow raises
         return _reason(why)
     return ""
+
+
+# ------------------------------------------------------------------------------------------------ copies
+
+
+def copies(some_files: Sequence[File], others: Sequence[File], most: int = COMPARED_AT_MOST) -> list[tuple[File, File]]:
+    """Files whose very bytes are among other files, each with the first that is the same.
+
+    Only files of equal size are read, and at most so many, those of rare sizes first.
+    """
+    by_size: defaultdict[int, tuple[list[File], list[File]]] = defaultdict(lambda: ([], []))
+    for side, files in enumerate((some_files, others)):
+        for file in files:
+            by_size[_size(file)][side].append(file)
+    found: list[tuple[File, File]] = []
+    for ours, theirs in sorted((both for size, both in by_size.items() if size > 0 and all(both)), key=_number):
+        if (most := most - len(ours) - len(theirs)) < 0:
+            break
+        same = {_hash(file): file for file in reversed(theirs)}
+        found += [(file, same[key]) for file in ours if (key := _hash(file)) in same and key]
+    return found
+
+
+def _hash(file: File) -> bytes:
+    """Of its bytes; empty if it cannot be read. Two PNG files have the same crc32 once in 65,536: their own checksums cancel out."""
+    try:
+        return sha256(_read(file).getbuffer()).digest()
+    except OSError:
+        return b""
+
+
+def _number(files: tuple[list[File], list[File]]) -> int:
+    return len(files[0]) + len(files[1])
+
+
+def _size(file: File) -> int:
+    """Its bytes; -1 if it cannot be read, which is told when the picture is decoded."""
+    if file.size >= 0:
+        return file.size
+    try:
+        return Path(file.path).stat().st_size
+    except OSError:
+        return -1
 
 
 # ------------------------------------------------------------------------------------------------ input of a backbone

@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
-from ptee.data.pictures import Labelled
+from ptee.data.pictures import Labelled, copies
 
 PARTS = ("train", "calibration", "validation")
 # Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
@@ -127,6 +127,20 @@ class Data:
     def place(self) -> str:
         """The absolute path of a folder; a name as it is."""
         return str(expanded(self.source).resolve()) if self.split["kind"] in FILES else self.source
+
+
+def copied(data: Data) -> str:
+    """A sentence on files to report on that are also among those that heads learn on or thresholds are chosen on, or none."""
+    train, calibration, report = (
+        getattr(part, "files", []) for part in (data.train, data.calibration, data.validation)
+    )
+    if not (found := copies(report, [*train, *calibration])):
+        return ""
+    named = some([f"'{one.words}' is '{other.words}'" for one, other in found], 2)
+    return (
+        f"At least {len(found):,} of the {len(report):,} validation images are also among the training or calibration images ({named}). "
+        "On these, results are better than on new images. Take them out of one part."
+    )
 
 
 # ------------------------------------------------------------------------------------------------ drawn

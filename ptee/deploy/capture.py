@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import RecordAll, running
 
 EXAMPLE_ROWS = 3
+T = TypeVar("T")
 
 
 @torch.library.custom_op("ptee::cut", mutates_args=())
@@ -54,6 +55,10 @@ class _Marking(RecordAll):
         return tree_map_only(Tensor, lambda t: _mark(t, n), output)
 
 
+class _OtherModulesRunError(PteeError):
+    """Not all exits were reached: a copy's code may hold the modules that were copied, as a function put in place of forward does."""
+
+
 class _Passes(nn.Module):
     """What is captured: images -> (the backbone's answer, each exit's answer)."""
 
@@ -68,21 +73,37 @@ class _Passes(nn.Module):
         call = _Marking(self, x.shape[0])  # len(x) would fix the number of rows
         with running(call):
             answer = call.forward(self.backbone, x)
+        if call.passed < len(self.plan.exits):
+            raise _OtherModulesRunError("The backbone takes another way than the one the exits were planned for.")
         return answer, [(said.logits, said.confidence_logit) for said in call.outputs]
 
 
 def _beside(model: EarlyExitModel) -> _Passes:
     """What is captured, with modules of its own: torch.export puts others' tensors into modules, and threads may be running these.
 
-    It shares the weights. A model that cannot be copied is captured as it is.
+    It shares the weights, and what cannot be copied, such as a lock. A model whose own code forbids copies, or holds the modules that
+    it runs in another way, is captured as it is.
     """
     passes = _Passes(model)
     shared = [*passes.parameters(), *passes.buffers(), passes.plan]
     shared += [head._hold for head in model.heads if isinstance(head, FrontHead)]  # it would release what it never held
+    shared += _not_copied(passes, shared)
+    copied = _copy(passes, shared)
+    return passes if copied is None else copied
+
+
+def _not_copied(module: nn.Module, shared: Sequence[Any]) -> list[Any]:
+    """What modules keep in attributes and cannot be copied: locks, open files, tensors of a graph of autograd."""
+    shared = [*shared, *module.modules()]
+    kept = [value for part in module.modules() for value in vars(part).values()]
+    return [value for value in kept if value is not None and _copy(value, shared) is None]
+
+
+def _copy(value: T, shared: Sequence[Any]) -> T | None:
     try:
-        return copy.deepcopy(passes, {id(one): one for one in shared})
+        return copy.deepcopy(value, {id(one): one for one in shared})
     except Exception:  # whatever its code raises
-        return passes
+        return None
 
 
 def example_images(model: EarlyExitModel, rows: int) -> Tensor:
@@ -99,11 +120,18 @@ def captured(model: EarlyExitModel) -> fx.GraphModule:
     Raises:
         PteeError: if torch.export cannot capture the model.
     """
+    try:
+        return _captured(_beside(model), model)
+    except _OtherModulesRunError:
+        return _captured(_Passes(model), model)
+
+
+def _captured(passes: _Passes, model: EarlyExitModel) -> fx.GraphModule:
     x = example_images(model, EXAMPLE_ROWS)
     rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     try:
         with own_export, no_logs, no_stderr, torch.no_grad():
-            program = torch.export.export(_beside(model), (x,), dynamic_shapes=({0: rows},), strict=False)
+            program = torch.export.export(passes, (x,), dynamic_shapes=({0: rows},), strict=False)
     except PteeError:
         raise
     except Exception as why:  # whatever the backbone's code and torch.export raise

@@ -83,7 +83,7 @@ def build_exits(
         places, budget = "pareto", None if budget == DEFAULT_BUDGETS else budget
         cuts = placer.place(places, num_exits, front is not None)
     if inside := [cut for cut in cuts if cut.name != INPUT]:
-        require_same_in_large_batches(backbone.module, inside[0], size, counts.total)
+        require_same_in_large_batches(backbone.module, inside[0], size, counts.total, found.operators)
     specs = head_specs(head, budget, cuts, counts.total, found.classes, front)
     if saved is not None:
         require_saved(specs, cuts, saved)

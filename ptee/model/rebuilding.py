@@ -9,6 +9,7 @@ from torch import nn
 
 from ptee._common.errors import BackboneError, RunError, first_line, possible
 from ptee.analysis.classifier import require_runnable
+from ptee.analysis.verify import counting_buffers
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
 from ptee.backbones.weights import difference, tensor_hashes, weights_hash
 from ptee.exits.blend import Blend
@@ -45,7 +46,10 @@ def _of_an_older_version(run: Run, what: str) -> RunError:
 
 
 def check_weights(run: Run, module: nn.Module) -> None:
-    """Refuse a backbone with other weights than the heads were trained on; names the tensors that differ, where recorded."""
+    """Refuse a backbone with other weights than the heads were trained on; names the tensors that differ, where recorded.
+
+    Buffers that count and on which no answer depends may differ.
+    """
     if not isinstance(module, nn.Module):
         raise BackboneError(
             f"The backbone {module!r} is no module. Give one with its weights, such as "
@@ -55,8 +59,11 @@ def check_weights(run: Run, module: nn.Module) -> None:
     found = weights_hash(module)
     if found == run.config.backbone.hash:
         return
-    saved = run.config.backbone_tensors
-    why = difference(saved, tensor_hashes(module)) if saved else "which differ was not recorded"
+    saved, ours = run.config.backbone_tensors or {}, tensor_hashes(module)
+    differ = [name for name in saved if name in ours and ours[name] != saved[name]]
+    for name in counting_buffers(module, differ, run.config.backbone.input.input_size) if differ else ():
+        saved, ours = saved | {name: ""}, ours | {name: ""}
+    why = difference(saved, ours) if saved else "which differ was not recorded"
     if why:
         raise RunError(
             f"{run.folder} was made for {run.config.backbone.name} with weights {run.config.backbone.hash[:16]}; this backbone's are "

@@ -21,7 +21,7 @@ from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee._common.warning import warn
 from ptee.backbones.load import Backbone, load_backbone, rebuild
-from ptee.data.splits import FILES, Data, Unseen, parts_for_tuning
+from ptee.data.splits import FILES, Data, Unseen, copied, parts_for_tuning
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
@@ -186,6 +186,8 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         if network is not None and network.note:
             job.log(f"{network.note}\n")
     job.log(f"{data.described(target is not None)}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
+    if words := copied(data):
+        job.log(f"Warning: {words}\n")
     with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
         if times is not None and job.out is not None and is_main_process():
             keep_times(job.out, times)

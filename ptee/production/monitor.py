@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ptee import __version__
+from ptee._common.devices import wait
 from ptee._common.errors import Argument, PteeError, first_line
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee._common.warning import warn
@@ -196,8 +197,10 @@ class Monitor:
     def _count(self, out: Answers) -> int:
         """The number of the first of these images."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if out.cost.device.type != "mps":  # which has no float64
-                self._sums = self._sums.to(out.cost.device)  # no synchronisation with the host
+            device = out.cost.device
+            if device != self._sums.device and device.type != "mps":  # which has no float64
+                self._sums = self._sums.to(device)
+                wait(device)  # once: other streams add to it, too
             here = [t.to(self._sums) for t in (torch.ones_like(out.cost), out.cost, out.confidence)]
             self._sums.index_add_(1, out.exit_index.to(self._sums.device), torch.stack(here))
             first = self._images + 1
@@ -277,6 +280,7 @@ class Monitor:
     def as_dict(self) -> dict[str, Any]:
         """All that is known, JSON-able; `resume` takes it again."""
         with self._lock:
+            wait(self._sums.device)  # also for what other streams have still to add
             rows, cost, confidence = self._sums.tolist()
             promised_for = {name: copy.copy(self._promised_for[name]) for name in SAVED}
             return {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import timm
 import torch
+from awkward import SIZE, Applying, Net
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError
@@ -88,3 +92,50 @@ def test_whether_random_numbers_matter_is_told_by_values_also_of_a_heavy_network
     assert "part" in survey(Noisy(0.0).eval(), (3, 8, 8)).cuts
     with pytest.raises(BackboneError, match="random in eval mode"):
         survey(Noisy(1.0).eval(), (3, 8, 8))
+
+
+# ---------------------------------------------------------------------------------------------------- numbers of Python and NumPy
+
+
+RANDOM = {
+    "a block left out": ("random", lambda x: x if random.random() > 1e-6 else -x),
+    "one of two": ("random", lambda x: random.choice([x, -x])),
+    "noise": ("random", lambda x: x + random.gauss(0, 1e-6)),
+    "a block left out by NumPy": (r"numpy\.random", lambda x: x if np.random.rand() > 1e-6 else -x),
+    "noise of NumPy": (r"numpy\.random", lambda x: x + torch.from_numpy(np.random.randn(8, 1, 1)).to(x) * 1e-6),
+}
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_a_network_that_is_random_by_python_or_numpy_is_refused_with_the_module_that_is(case, heavy):
+    library, function = RANDOM[case]
+    with pytest.raises(BackboneError, match=rf"Net is random in eval mode: 'part' draws random numbers \({library}\)"):
+        survey(Net(Applying(function)), SIZE)
+
+
+def seeded(x: Tensor) -> Tensor:
+    random.seed(0)
+    np.random.seed(0)
+    return x * random.random() * np.random.rand()
+
+
+CERTAIN = {
+    "seeded at each call": seeded,
+    "times 0": lambda x: x + 0 * random.random() + 0 * np.random.randn(),
+    "a number that nothing reads": lambda x: (random.random(), x)[1],
+}
+
+
+@pytest.mark.parametrize("case", CERTAIN)
+def test_a_network_that_draws_numbers_of_python_or_numpy_on_which_no_answer_depends_is_accepted(case):
+    assert "part" in survey(Net(Applying(CERTAIN[case])), SIZE).cuts
+
+
+def test_the_users_numbers_of_python_and_numpy_go_on_as_after_one_pass():
+    net, drawn = Net(Applying(CERTAIN["times 0"])), []
+    for work in (lambda: net(torch.zeros(3, *SIZE)), lambda: survey(net, SIZE)):
+        random.seed(1)
+        np.random.seed(1)
+        work()
+        drawn.append((random.random(), np.random.randn()))
+    assert drawn[0] == drawn[1]

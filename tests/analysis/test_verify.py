@@ -14,6 +14,7 @@ import torch
 import torchvision
 from awkward import REAL_SIZE, SIZE, Applying, InPlace, Net, Two, conv, each_network, hooks, real
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ptee._common.errors import BackboneError, PteeError
 from ptee.analysis.cut_points import Cut, survey
@@ -117,10 +118,11 @@ def test_a_network_that_still_returns_logits_for_all_rows_is_noticed():
 # ---------------------------------------------------------------------------------------------------- rows must be independent
 
 
+OWN_NUMBERS = random.Random()
 UNUSABLE = {
     "subtracts the batch's mean": (lambda x: x - x.mean(0, keepdim=True), "influence one another"),
     "batch norm without statistics": (nn.BatchNorm2d(8, track_running_stats=False), "influence one another"),
-    "random numbers of Python": (lambda x: x * random.random(), r"random in eval mode .*self\.training"),
+    "random numbers of its own": (lambda x: x * OWN_NUMBERS.random(), r"random in eval mode .*self\.training"),
     "not a number": (lambda x: x / (x - x), "values that are not finite"),
 }
 
@@ -190,12 +192,13 @@ rows_seen: list[int] = []  # outside of the network, because a copy of it is tri
 class OfOneSize(Net):
     """Takes one size of images, or makes it of others, and notes how many images it gets."""
 
-    def __init__(self, resizes: bool) -> None:
-        super().__init__(Applying(mixes_above(8)))
+    def __init__(self, part: nn.Module, resizes: bool) -> None:
+        super().__init__(part)
         self.resizes = resizes
 
     def forward(self, x: Tensor) -> Tensor:
-        rows_seen.append(len(x))
+        if not isinstance(x, FakeTensor):
+            rows_seen.append(len(x))
         if self.resizes:
             x = nn.functional.interpolate(x, (64, 64))
         if x.shape[-1] != 64:
@@ -205,13 +208,28 @@ class OfOneSize(Net):
 
 @pytest.mark.parametrize("resizes", [False, True])
 @pytest.mark.parametrize(("macs", "tried"), [(10**9, False), (10**6, True)], ids=["large", "very small"])
-def test_a_large_batch_is_tried_only_where_it_costs_little(resizes, macs, tried):
-    net = OfOneSize(resizes)
-    cut = survey(net, (3, 64, 64)).cuts["entry"]
+def test_a_large_batch_of_full_size_is_tried_only_where_it_costs_little(resizes, macs, tried):
+    net = OfOneSize(conv(), resizes)
+    found = survey(net, (3, 64, 64))
     rows_seen.clear()
-    with pytest.raises(BackboneError, match="influence one another") if tried else contextlib.nullcontext():
-        require_same_in_large_batches(net, cut, (3, 64, 64), macs)
-    assert (max(rows_seen) > 30) == tried or not resizes
+    require_same_in_large_batches(net, found.cuts["entry"], (3, 64, 64), macs, found.operators)
+    assert (max(rows_seen) > 30) == tried
+
+
+SIZE_OF_BATCH = {
+    "mixes": mixes_above,
+    "scales": lambda rows: lambda x: x * (0.5 if len(x) > rows else 1.0),
+}
+
+
+@pytest.mark.parametrize("resizes", [False, True])
+@pytest.mark.parametrize("case", SIZE_OF_BATCH)
+def test_code_for_large_batches_is_found_in_a_network_that_takes_one_size_of_images(case, resizes):
+    for rows, refused in ((8, True), (16, True), (32, True), (64, False)):
+        net = OfOneSize(Applying(SIZE_OF_BATCH[case](rows)), resizes)
+        found = survey(net, (3, 64, 64))
+        with pytest.raises(BackboneError, match="influence one another") if refused else contextlib.nullcontext():
+            require_same_in_large_batches(net, found.cuts["entry"], (3, 64, 64), 10**9, found.operators)
 
 
 # ---------------------------------------------------------------------------------------------------- rows are told apart

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import BRIEF, RANDOM, SHORT, assert_refused, figures, files, read_json
+from command import BRIEF, RANDOM, SHORT, TEN, assert_refused, figures, files, pictures, read_json
 from safetensors.torch import load_file
 
 import ptee
@@ -327,3 +327,12 @@ def test_nothing_is_written_of_a_run_that_fails(run, known, monkeypatch, elsewhe
     monkeypatch.setattr(fitting, "train", fail)
     assert run("augment", *known, *SHORT, "--out", "out").status == 1
     assert list(elsewhere.iterdir()) == []
+
+
+def test_copies_of_training_images_among_the_validation_images_are_told(run, tmp_path):
+    for part, count in (("train", 3), ("val", 1)):
+        pictures(tmp_path / "data" / part, TEN, count)
+    (tmp_path / "data/val/class1/0.png").write_bytes((tmp_path / "data/train/class2/1.png").read_bytes())
+    done = run("augment", *RANDOM, *SHORT, "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert done.status == 0
+    assert "Warning: At least 1 of the 10 validation images are also among the training or calibration" in done.out

@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
-from images import PARTS, levels, numbered, opened, rows, write_folder
+from images import PARTS, levels, numbered, opened, rows, write_folder, write_tar
 from torch.utils.data import TensorDataset
 
 from ptee._common.errors import DataError
+from ptee.data.pictures import File, copies
 from ptee.data.splits import (
     Data,
     Unseen,
+    copied,
     hold_out,
     images_to_report_on,
     part_of,
@@ -208,3 +210,36 @@ def test_names_of_classes_may_hold_the_word_for_a_part(names):
 
 def test_names_of_classes_may_begin_with_the_word_for_a_part_if_none_says_training():
     assert not siblings(["train_station", "test_tube", "training_shoe", "steam_train"])
+
+
+# ------------------------------------------------------------------------------------------------ copies
+
+
+def test_validation_images_that_are_copies_of_training_images_are_counted_and_named(tmp_path):
+    write_folder(tmp_path, [f"{part}/{name}" for part in ("train", "val") for name in numbered(20)])
+    assert copied(opened(tmp_path)) == ""
+    for name in ("a/000.png", "b/001.png", "b/003.png"):
+        (tmp_path / "val" / f"{name}.png").write_bytes((tmp_path / "train" / name).read_bytes())
+    said = copied(opened(tmp_path))
+    assert said.startswith("At least 3 of the 23 validation images are also among the training or calibration images (")
+    assert f"'{tmp_path}/val/a/000.png.png' is '{tmp_path}/train/a/000.png'" in said
+    assert said.endswith("and 1 more). On these, results are better than on new images. Take them out of one part.")
+
+
+def test_copies_in_tar_files_are_found_too(tars):
+    for name in ("train.tar", "validation.tar"):
+        write_tar(tars / name, numbered(20))
+    assert copied(opened(tars)).startswith("At least 20 of the 20 validation images")
+
+
+def test_only_so_many_files_are_read_for_copies_those_of_rare_sizes_first(tmp_path):
+    paths = [tmp_path / f"{side}{n}" for side in "ab" for n in range(4)]
+    for path in paths:
+        path.write_bytes(b"12345" if path.name[1] == "0" else b"1234")
+    ours, theirs = ([File(str(path), path.name) for path in half] for half in (paths[:4], paths[4:]))
+    assert [(one.name, other.name) for one, other in copies(ours, theirs, most=7)] == [("a0", "b0")]
+    assert len(copies(ours, theirs, most=8)) == 4
+
+
+def test_pictures_that_are_no_files_are_not_compared():
+    assert copied(opened("digits")) == ""

@@ -11,7 +11,7 @@ from tiny import as_it_was
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import BackboneError, PteeError
+from ptee._common.errors import BackboneError, PteeError, RunError
 from ptee.backbones.load import load_backbone
 
 SIZE = (3, 16, 16)
@@ -119,6 +119,58 @@ def test_counts_and_means_that_no_answer_depends_on_do_no_harm_and_are_as_they_w
     request_(net, input_size=SIZE)
     assert int(net.calls) == 1
     assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
+
+
+def counted(net: Blocks, passes: int) -> Blocks:
+    with torch.no_grad():
+        for _ in range(passes):
+            net.eval()(torch.ones(2, *SIZE))
+    return net
+
+
+def test_a_saved_run_loads_whatever_its_backbone_has_counted_meanwhile(tmp_path):
+    net = counted(Counting(), 1)
+    model = ptee.augment(net, input_size=SIZE, num_exits=1)
+    model.save_pretrained(tmp_path)
+    model.detach()
+    calls = int(counted(net, 3).train().calls)
+    assert ptee.load(tmp_path, net).exits
+    assert int(net.calls) == calls
+    assert net.training
+
+
+class Late(Counting):
+    """Answers otherwise from the tenth call on."""
+
+    def note(self, x: Tensor) -> Tensor:
+        return -super().note(x) if self.calls >= 10 else super().note(x)
+
+
+class Cycling(Counting):
+    """Answers otherwise at each third call that it notes."""
+
+    def note(self, x: Tensor) -> Tensor:
+        return super().note(x) + 1e-30 * (self.calls % 3)
+
+
+@pytest.mark.parametrize("network", [Late, Cycling])
+def test_a_count_on_which_answers_depend_is_part_of_the_weights(network, tmp_path):
+    net = network()
+    model = ptee.augment(net, input_size=SIZE, num_exits=1)
+    model.save_pretrained(tmp_path)
+    model.detach()
+    with pytest.raises(RunError, match=r"tensors that differ \(1 of \d+\): calls\. Give the backbone"):
+        ptee.load(tmp_path, counted(net, 1))
+
+
+def test_buffers_that_change_and_matter_are_named_beside_those_that_do_not(tmp_path):
+    net = counted(Counting(), 1)
+    model = ptee.augment(net, input_size=SIZE, num_exits=1)
+    model.save_pretrained(tmp_path)
+    model.detach()
+    net.rest[1].running_mean.add_(1)
+    with pytest.raises(RunError, match=r"tensors that differ \(1 of \d+\): rest\.1\.running_mean\."):
+        ptee.load(tmp_path, counted(net, 1))
 
 
 class Filled(Blocks):

@@ -95,10 +95,18 @@ CAPTURES = {
 }
 
 
+def keep_what_cannot_be_copied(net: Crowded) -> None:
+    net.kept, net.blocks[0].kept = threading.Lock(), [threading.Lock()]
+    net.blocks[1].kept, net.blocks[2].kept = (n for n in range(3)), torch.ones(2, requires_grad=True) * 2
+
+
 @pytest.mark.cpu("a GPU is no place for an export")
+@pytest.mark.parametrize("copies", [True, False], ids=["", "and cannot be copied"])
 @pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES)
-def test_a_model_answers_while_it(capture, tmp_path):
+def test_a_model_answers_while_it(capture, copies, tmp_path):
     net = crowded()
+    if not copies:
+        keep_what_cannot_be_copied(net)
     model = ptee.augment(net, input_size=SIZE, exits=["blocks.0"], head="pool")
     images = torch.randn(6, *SIZE)
     want, alone, answers = net(images), model.predict(images), []
@@ -117,3 +125,28 @@ def test_an_export_leaves_a_front_network_frozen(tmp_path):
     ptee.export(model, tmp_path / "out")
     gc.collect()
     assert not any(p.requires_grad for p in [*front.parameters(), *model.backbone.parameters()])
+
+
+class Closed(Crowded):
+    """Runs by a function that holds the network itself, as one that a user puts in place of forward does. A copy runs the original."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        own = self
+        self.forward = lambda x: Crowded.forward(own, x)
+
+
+@pytest.mark.cpu("a GPU is no place for an export")
+def test_rows_leave_a_captured_model_whose_copy_would_run_the_original(tmp_path):
+    with own_random_numbers(0):
+        net = Closed().eval()
+    model = ptee.augment(net, input_size=SIZE, exits=["blocks.0"], head="pool")
+    images = torch.randn(6, *SIZE)
+    threshold = model.all_exits(images).confidence[0].median().item()
+    wanted = model.predict(images, threshold)
+    exported = ptee.load_exported(ptee.export(model, tmp_path / "out"))
+    for captured in (ptee.optimize(model, mode="eager", max_batch=6), exported):
+        answers = captured.predict(images, threshold)
+        assert answers.exit_index.tolist() == wanted.exit_index.tolist()
+        torch.testing.assert_close(answers.logits, wanted.logits)
+    assert {*wanted.exit_index.tolist()} == {0, 1}

@@ -456,6 +456,16 @@ def test_threads_lose_no_count_and_a_reader_sees_whole_ones():
     assert 100 < monitor.as_dict()["audited"] < 220
 
 
+def test_a_state_holds_what_the_device_has_still_to_add_when_it_is_asked_for(monkeypatch):
+    model = leaving()
+    with model.monitor(audit=0) as monitor:
+        model.predict(X)
+        late = monitor._sums.clone()
+        monitor._sums.zero_()  # as if a stream had not added these yet
+        monkeypatch.setattr("ptee.production.monitor.wait", lambda device: monitor._sums.copy_(late))
+        assert sum(monitor.as_dict()["rows"]) == len(X)
+
+
 def test_a_monitor_is_saved_as_json_and_goes_on():
     model = all_wrong()
     with audited(model) as first:
