@@ -32,7 +32,7 @@ from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.fake_run import draws_random_numbers, random_numbers_matter, with_fake_tensors
-from ptee.analysis.freezing import hooked
+from ptee.analysis.freezing import hooked, one_parameter
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
 
@@ -155,7 +155,7 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
     So code that orders rows by their values, or that looks whether a value is above 1, does not treat all rows alike. The
     images have the device and type of the module's parameters.
     """
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
+    like = one_parameter(module)
     noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
     contrasts = 0.05 + 1.45 * (torch.arange(rows - 1, -1, -1, device="cpu") * GOLDEN % 1)
     noise = noise * contrasts[:, None, None, None]

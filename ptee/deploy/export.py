@@ -20,6 +20,7 @@ from ptee._common.files import free_place, replace_files, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
 from ptee._common.text import printable
+from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
@@ -28,7 +29,6 @@ from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.segments import Rows, Segment, segments
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import one_parameter
 from ptee.model.thresholds import ALWAYS, NEVER
 
 ONNX, PT2 = "onnx", "pt2"

@@ -8,7 +8,6 @@ are of the report images, so the drop that is found differs from the drop that w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.analysis.freezing import modes, set_modes
+from ptee.analysis.freezing import one_parameter, running_on
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
@@ -35,7 +34,6 @@ from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidenc
 from ptee.exits.front import Prepare, require_same_question
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import one_parameter
 from ptee.tuning.candidates import can_blend
 from ptee.tuning.config import DropsConfig
 from ptee.tuning.targets import Solution, curves
@@ -237,21 +235,10 @@ def _logits(
 ) -> Tensor:
     """(n, K) logits of a network for the images of some traces."""
     prepare = Prepare(model.origin.input, network.input).to(place)
-    with _running(network.module, place) as like, torch.inference_mode():
+    dtype = one_parameter(network.module).dtype
+    with running_on(place, network.module), torch.inference_mode():
         again = repeated(part, traces, words=network.name, **how)
-        return torch.cat([network.module(prepare(x.to(place)).to(like.dtype)).float().cpu() for x in again])
-
-
-@contextmanager
-def _running(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
-    """A network in eval mode on a device, and one of its tensors. Mode and device are restored."""
-    like, before = one_parameter(module), modes(module)
-    home = like.device
-    try:
-        module.to(device).eval()
-        yield like
-    finally:
-        set_modes(module.to(home), before)
+        return torch.cat([network.module(prepare(x.to(place)).to(dtype)).float().cpu() for x in again])
 
 
 def _macs(network: Backbone) -> int:

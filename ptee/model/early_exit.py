@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line, unknown
 from ptee._common.files import as_path
-from ptee.analysis.freezing import Attachment
+from ptee.analysis.freezing import Attachment, one_parameter
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
@@ -40,7 +40,6 @@ from ptee.model.forward import (
     RecordInputs,
     StopForward,
     kind_of_call,
-    one_parameter,
     refuse_capture,
     refuse_export,
     require_eval,

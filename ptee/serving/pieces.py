@@ -125,10 +125,10 @@ def pieces_of_model(model: Any) -> Pieces:
         PteeError: if it cannot be taken apart.
     """
 
+    from ptee.analysis.freezing import one_parameter
     from ptee.deploy.check import check_segments
     from ptee.deploy.export import AnsweringPiece, class_names
     from ptee.deploy.segments import segments
-    from ptee.model.forward import one_parameter
 
     found = segments(model, keep_logits=model.rule.reads_earlier)
     check_segments(model, found)

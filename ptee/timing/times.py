@@ -19,9 +19,9 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError, RunError, first_line
 from ptee._common.files import read_object, replace_file, to_json
 from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.forward import one_parameter
 from ptee.timing.settings import AUTO, EXECUTORS, FILE, GRAPHS, HOOKS, LARGEST_BATCH, require_kept_times
 
 SCHEMA = 1
