@@ -120,11 +120,6 @@ def _counts(operators: list[_Operator]) -> Counts:
     )
 
 
-def parameters(module: nn.Module) -> int:
-    """The number of parameters, including weight and bias of batch norms."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
     """The operators of one forward pass, in order of execution."""
     with no_warnings:  # it scripts functions, which torch says is deprecated

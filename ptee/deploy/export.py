@@ -19,7 +19,7 @@ from ptee._common.errors import PteeError, unknown
 from ptee._common.files import free_place, replace_files, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
-from ptee._common.text import printable
+from ptee._common.text import printable, type_name
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
@@ -165,7 +165,7 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
         "format": format,
         "backbone": model.plan.backbone,
         "input_size": list(model.plan.input_size),
-        "dtype": str(example_images(model, 1).dtype).removeprefix("torch."),
+        "dtype": type_name(example_images(model, 1).dtype),
         "mean": list(images.mean),
         "std": list(images.std),
         "interpolation": images.interpolation,

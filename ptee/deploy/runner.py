@@ -17,6 +17,7 @@ import numpy as np
 from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
+from ptee._common.text import type_name
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, Manifest, read_manifest
 
@@ -152,7 +153,7 @@ class Runner:
             raise PteeError(
                 f"This model takes images (b, {', '.join(map(str, size))}), b of 1 or more, not {tuple(x.shape)}."
             )
-        if str(x.dtype).removeprefix("torch.") != dtype:
+        if type_name(x.dtype) != dtype:
             raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
         if isinstance(x, np.ndarray):
             return x

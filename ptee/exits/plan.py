@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ptee._common.text import table
 from ptee.analysis.cut_points import Cut
-from ptee.analysis.macs import count, parameters
+from ptee.analysis.macs import count
+from ptee.analysis.parameters import number_of_parameters
 from ptee.exits.confidence import CONFIDENCES, LEARNED
 from ptee.exits.heads import ExitHead
 
@@ -253,7 +254,7 @@ def counted(
             head_cost=_head_macs(head, cut, first=n == 0) / macs,
             cost=0.0,
             shape=cut.shape,
-            parameters=parameters(head),
+            parameters=number_of_parameters(head),
             head=name,
             builds_on_previous=head.builds_on_previous,
         )

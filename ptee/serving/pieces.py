@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ptee._common.text import type_name
 from ptee.deploy.manifest import Manifest
 from ptee.deploy.runner import Array, Runner, as_numpy, load_exported
 
@@ -133,7 +134,7 @@ def pieces_of_model(model: Any) -> Pieces:
     found = segments(model, keep_logits=model.rule.reads_earlier)
     check_segments(model, found)
     like, images = one_parameter(model.backbone), model.origin.input
-    dtype = str(like.dtype).removeprefix("torch.")
+    dtype = type_name(like.dtype)
     about = About(
         model.plan.backbone, tuple(model.plan.input_size), tuple(images.mean), tuple(images.std), images.interpolation,
         dtype, model.num_classes, tuple(class_names(model)), tuple(e.name for e in model.exits),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError
+from ptee._common.text import type_name
 from ptee.analysis.freezing import one_parameter, running_on
 from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
@@ -122,7 +123,7 @@ def measure(
         threads=torch.get_num_threads(),
         torch_version=torch.__version__,
         ptee_version=__version__,
-        dtype=str(like.dtype).removeprefix("torch."),
+        dtype=type_name(like.dtype),
         backbone=view.plan.backbone,
         exits=tuple(e.name for e in view.exits),
         heads=tuple(e.head for e in view.exits),

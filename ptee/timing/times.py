@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, RunError, first_line
 from ptee._common.files import read_object, replace_file, to_json
+from ptee._common.text import type_name
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
@@ -148,7 +149,7 @@ class Times(FrozenConfig):
         own = {
             "exits": tuple(e.name for e in model.exits),
             "heads": tuple(e.head for e in model.exits),
-            "dtype": str(like.dtype).removeprefix("torch."),
+            "dtype": type_name(like.dtype),
             "device": device.type,
             "backbone": model.plan.backbone,
         }
