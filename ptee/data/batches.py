@@ -182,6 +182,11 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     return images, None if numbers is None or (numbers == UNKNOWN_LABEL).all() else numbers
 
 
+def numbered(labels: Tensor | None, images: Tensor) -> Tensor:
+    """The labels (b,) of some images, as `split_batch` gives them; `UNKNOWN_LABEL` where there are none."""
+    return torch.full((len(images),), UNKNOWN_LABEL, device="cpu") if labels is None else labels
+
+
 def require_plain(images: Any) -> None:
     """Refuse a tensor that does not hold its numbers one by one."""
     if isinstance(images, Tensor) and (odd := odd_tensor(images)):

@@ -218,16 +218,10 @@ class Source:
             return pieces_of_runner(runner), runner.threshold
         import torch
 
-        from ptee.backbones.load import rebuild
-        from ptee.model.build import load
-        from ptee.model.run_files import read_run, record_of
+        from ptee.model.build import load_moved
 
         torch.set_num_threads(1)
-        backbone = None
-        if self.weights is not None:
-            config, _, _, remote = read_run(self.run)
-            backbone = rebuild(record_of(self.run, config, remote, weights=self.weights)).module
-        model = load(self.run, backbone).to(self.device)
+        model = load_moved(self.run, self.weights).to(self.device)
         if self.bare:
             model.answers, model.off = "own", range(len(model.exits))
         return pieces_of_model(model), model.threshold
