@@ -29,6 +29,7 @@ from ptee._common.files import (
     WRITING,
     alone,
     clear_unfinished,
+    file_hash,
     from_json,
     is_file,
     is_left_over,
@@ -218,20 +219,7 @@ def _require_same(path: Path, file: PartFile) -> None:
 @lru_cache(1024)
 def _sha256_once(path: Path, size: int, changed: int) -> str:
     """Of a file that is read several times, column by column."""
-    return sha256(path)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
+    return file_hash(path)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -287,7 +275,7 @@ def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
                 bad = batch.filter(pa.compute.not_equal(batch["fault"], "")).to_pylist()
                 rows += len(batch) - len(bad)
                 faults += bad
-        files.append(PartFile(name=path.name, size=path.stat().st_size, sha256=sha256(path)))
+        files.append(PartFile(name=path.name, size=path.stat().st_size, sha256=file_hash(path)))
     return Part(name=name, rows=rows, unreadable=len(faults), files=files), faults
 
 

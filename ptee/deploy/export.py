@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import shutil
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptee._common.errors import PteeError, unknown
-from ptee._common.files import free_place, replace_files, write_json, write_text
+from ptee._common.files import file_hash, free_place, replace_files, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
 from ptee._common.text import printable, type_name
@@ -27,9 +26,9 @@ from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, MAX_R
 from ptee.deploy.refusal import not_written
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.segments import Rows, Segment, segments
+from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.thresholds import ALWAYS, NEVER
 
 ONNX, PT2 = "onnx", "pt2"
 FORMATS = (PT2, ONNX)
@@ -107,7 +106,7 @@ def publish(made: Path, target: Path) -> None:
 def sign(folder: Path, values: dict[str, Any]) -> None:
     """Write the manifest of a folder, with the hash of each piece as it is now."""
     for entry in values["pieces"]:
-        entry["sha256"] = hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
+        entry["sha256"] = file_hash(folder / entry["file"])
     write_json(folder / MANIFEST, values | {"fingerprint": fingerprint(values)})
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import is_file, read_object, settle
+from ptee._common.files import file_hash, is_file, read_object, settle
 from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
 
 SCHEMA = 1
@@ -173,9 +173,5 @@ def _read(file: Path) -> dict[str, Any]:
 def _require_whole(file: Path, expected: str) -> None:
     if file.is_symlink() or not file.is_file():
         raise RunError(f"{file} is missing. {AGAIN}")
-    found = hashlib.sha256()
-    with file.open("rb") as data:
-        while part := data.read(2**20):
-            found.update(part)
-    if found.hexdigest() != expected:
+    if file_hash(file) != expected:
         raise RunError(f"{file} was changed after the export. {AGAIN}")

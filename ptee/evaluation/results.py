@@ -18,9 +18,9 @@ from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
-from ptee.exits.config import CALIBRATED
+from ptee.exits.config import ALWAYS, CALIBRATED, NEVER
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.thresholds import ALWAYS, NEVER, Thresholds
+from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
 
 __all__ = ["Results", "Row", "evaluate"]

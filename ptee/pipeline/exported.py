@@ -18,7 +18,7 @@ from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.splits import images_to_report_on
 from ptee.deploy.runner import Runner, load_exported
-from ptee.model.thresholds import NEVER
+from ptee.exits.config import NEVER
 from ptee.pipeline.images import describe_labels, open_images
 
 

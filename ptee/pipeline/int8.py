@@ -29,7 +29,7 @@ from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.deploy.export import ONNX, export, publish, require_libraries, sign
 from ptee.deploy.manifest import MANIFEST, Answered, Int8
 from ptee.deploy.runner import Runner, load_exported
-from ptee.model.thresholds import NEVER
+from ptee.exits.config import NEVER
 from ptee.pipeline.saved_run import open_run
 
 CALIBRATED_ON, COMPARED_ON = 256, 1000  # images at most

@@ -20,10 +20,11 @@ from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import MAX_ROWS
 from ptee.deploy.segments import segments
+from ptee.exits.config import NEVER
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
-from ptee.model.thresholds import NEVER, Thresholds
+from ptee.model.thresholds import Thresholds
 from ptee.recording.buckets import Buckets
 from ptee.recording.budget import GIB
 from ptee.recording.check import COMPILED, check_recorded, check_size

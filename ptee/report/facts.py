@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptee.evaluation.metrics import BINS
 from ptee.evaluation.results_table import BLENDED_END
-from ptee.model.thresholds import NEVER
+from ptee.exits.config import NEVER
 from ptee.tuning.traces import Traces
 
 STEPS = 100  # of the slider from T = 0 to 1; one more, above 1, where no image leaves

@@ -18,9 +18,9 @@ from ptee.data.parts import arrow
 from ptee.data.pictures import decode_bytes, image_transform
 from ptee.data.shards import Sample
 from ptee.exits.confidence import first_exit
+from ptee.exits.config import NEVER
 from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.thresholds import NEVER
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from ptee.analysis.freezing import one_parameter, running_on
 from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
+from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.front import Prepare
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, running
-from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.recording.compiled import compiled
 from ptee.recording.graphs import Graphs, Recorder
 from ptee.recording.optimized import OptimizedModel, optimize

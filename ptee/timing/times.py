@@ -192,6 +192,11 @@ def device_name(device: torch.device) -> str:
     return "".join(c for c in name if c.isprintable())[:200] or "cpu"
 
 
+def in_threads(device: str, number: int) -> str:
+    """The end of the name of a place to compute: of a CPU, in how many threads."""
+    return f", {number} thread{'s' * (number != 1)}" if device == "cpu" else ""
+
+
 def save_times(times: Times, folder: Path) -> None:
     """Write them into a run: the whole file or nothing."""
     replace_file(folder / FILE, lambda path: path.write_text(times.to_json(), encoding="utf-8"))

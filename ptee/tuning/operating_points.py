@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ptee.exits.blend import BLENDED, OWN
+from ptee.exits.config import NEVER
 from ptee.production.curve import Curve, Point
 from ptee.tuning.candidates import FOLDS
 from ptee.tuning.config import Target
 from ptee.tuning.reachable import losses_of
 from ptee.tuning.targets import MAX_IMAGES, Solution
-from ptee.tuning.threshold_search import NEVER, Problem, path
+from ptee.tuning.threshold_search import Problem, path
 from ptee.tuning.traces import Traces
 
 WEIGHTS, STEPS = (0.05, 1e3), 30  # of one wrong answer, in costs of the backbone
