@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten
 from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
-from ptee.analysis.fake_run import draws_random_numbers, random_numbers_matter, with_fake_tensors
+from ptee.analysis.fake_run import arguments, draws_random_numbers, random_numbers_matter, with_fake_tensors
 from ptee.analysis.freezing import hooked, one_parameter
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
@@ -269,8 +269,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.time += 1
-        outputs = _tensors(out)
-        known = [value for t in _tensors((args, kwargs)) if (value := self._find(t)) is not None]
+        outputs = tensors_in(out)
+        known = [value for t in tensors_in((args, kwargs)) if (value := self._find(t)) is not None]
         for value in known:
             value.last_read = self.time
         if known:
@@ -283,11 +283,8 @@ class _Recorder(TorchDispatchMode):
 
     def _mark_dependent(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
         """The operator read something that depends on the images. So its outputs, and what it wrote in place, do too."""
-        if func._schema.is_mutable:
-            named = _by_name(func, args, kwargs)
-            written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-            for t in _tensors(written):
-                (self._find(t) or self._add(t)).last_write = self.time
+        for t in written_by(func, args, kwargs):
+            (self._find(t) or self._add(t)).last_write = self.time
         for t in outputs:
             if self._find(t) is None:
                 self._add(t)
@@ -389,13 +386,17 @@ def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
     return Cut(output.name, readable[main].shape[1:], layout, main, carried, output.overwritten, steps)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of an operator."""
-    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator changes."""
+    if not func._schema.is_mutable:
+        return []
+    named = arguments(func, args, kwargs)
+    return tensors_in([named[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write])
 
 
 def _carries_rows(shape: tuple[int, ...], axes: Axes | None) -> bool:
