@@ -141,14 +141,21 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     return found
 
 
-def require_whole(folder: Path, manifest: Manifest) -> None:
-    """Refuse a folder whose parts are not all there."""
+def read_whole(folder: Path, kind: str) -> Manifest:
+    """The manifest of a folder that is finished.
+
+    Raises:
+        DataError: as of `read_manifest`, if parts are missing, or more images cannot be read than it was allowed.
+    """
+    manifest = read_manifest(folder, kind)
     if not manifest.whole:
         done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"
         raise DataError(f"{folder} is not finished: {done}. The command that began it goes on with it.")
+    _require_few_unreadable(folder, manifest)
+    return manifest
 
 
-def require_few_unreadable(folder: Path, manifest: Manifest) -> None:
+def _require_few_unreadable(folder: Path, manifest: Manifest) -> None:
     """Refuse a folder in which more images cannot be read than it was allowed."""
     bad, rows = manifest.unreadable, manifest.rows + manifest.unreadable
     if bad > max(FEW, manifest.max_unreadable * rows):
@@ -257,7 +264,7 @@ class PartsWriter:
             self._name_unreadable(faults)
         self.manifest.parts.append(part)
         write_json(self.folder / MANIFEST, self.manifest.model_dump(mode="json"))
-        require_few_unreadable(self.folder, self.manifest)
+        _require_few_unreadable(self.folder, self.manifest)
 
     def _name_unreadable(self, faults: list[dict[str, str]]) -> None:
         file = self.folder / UNREADABLE
@@ -310,7 +317,7 @@ def parts_writer(
 def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limit: float, overwrite: bool) -> Manifest:
     found = _begun_or_new(folder, kind, about, planned, overwrite)
     found.max_unreadable = min(1.0, limit)
-    require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
+    _require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
     write_json(folder / MANIFEST, found.model_dump(mode="json"))
     return found
 
