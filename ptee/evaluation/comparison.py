@@ -37,7 +37,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.tuning.candidates import can_blend
 from ptee.tuning.config import DropsConfig
 from ptee.tuning.targets import Solution, curves
-from ptee.tuning.traces import Score, Traces, compact, record, repeated, require_same_images, truncation
+from ptee.tuning.traces import Score, Traces, as_answered, compact, record, repeated, require_same_images, truncation
 
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
@@ -119,7 +119,7 @@ def compare(
         )
         timed = (times or {}).get(name)
         if keep is not None:
-            keep[name] = _as_it_answers(model, pair.report)
+            keep[name] = replace(as_answered(model, pair.report), logits=None, confidence_logits=None)
         for earlier, now in zip(before or pair, pair, strict=True):
             require_same_images(earlier.sample, now.sample)
         own = _of_run(name, _with_times(pair, timed), allowed, wanted, model.answers)
@@ -221,13 +221,6 @@ def _labelled_alike(traces: Iterable[Traces]) -> Pair:
     """Traces of both parts. Labels are used only if both parts have them."""
     pair = Pair(*traces)
     return pair if all(t.targets is not None for t in pair) else Pair(*(replace(t, targets=None) for t in pair))
-
-
-def _as_it_answers(model: EarlyExitModel, traces: Traces) -> Traces:
-    """Traces of each exit's own answers as the model's kind of answers, without logits."""
-    if model.answers == BLENDED and model.blend is not None:
-        traces = traces.blended(model.blend, tuple(n for n in range(traces.exits) if n not in model.off))
-    return replace(traces, logits=None, confidence_logits=None)
 
 
 def _logits(

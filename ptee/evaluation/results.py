@@ -93,8 +93,7 @@ def evaluate(
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
     """A row for each scenario, and the share of the images that leaves at each exit at the model's thresholds."""
     thresholds = [NEVER if n in model.off else t for n, t in enumerate(model.threshold)]
-    if min(thresholds) > 1:
-        traces = traces.alone  # no image can leave, so the backbone's own answer stands
+    traces = traces.by(thresholds)
     leaving = traces.leaving(thresholds)
     backbone = replace(
         _row(model, traces.alone, len(model.exits), leaving, "backbone"), cost=1.0

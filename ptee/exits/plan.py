@@ -122,6 +122,11 @@ class Plan:
         everywhere = CONFIDENCES[self.confidence].needs_answers_of_earlier_exits
         return [e.builds_on_previous or everywhere for e in self.exits]
 
+    @property
+    def on(self) -> tuple[int, ...]:
+        """Exits that are not off."""
+        return tuple(n for n in range(len(self.exits)) if n not in self.off)
+
     @cached_property  # each call of a model asks for it
     def skipped(self) -> tuple[int, ...]:
         """Exits whose heads are not run."""

@@ -285,8 +285,7 @@ class EarlyExitModel(
         """What `predict` would answer at each exit that is on, from each exit's own answer; as it is if answers are "own"."""
         if self.answers == OWN or self.blend is None:
             return own
-        on = tuple(n for n in range(len(self.exits)) if n not in self.off)
-        mixed = self.blend.at_all_exits(own.logits, on)
+        mixed = self.blend.at_all_exits(own.logits, self.plan.on)
         logits = torch.where(mixed.isnan().any(-1, keepdim=True), own.logits, mixed)
         confidence = find_confidence(confidence_of_blend(self.confidence), self.calibrated)
         h = confidence.at_all_exits(mixed[:-1], own.confidence_logits)

@@ -25,8 +25,9 @@ from ptee.data.labels import labels_of_other_classes
 from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
 from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
+from ptee.exits.config import BLENDED
 from ptee.model.early_exit import EarlyExitModel
-from ptee.tuning.traces import MANY_CLASSES, Traces, blended_as
+from ptee.tuning.traces import MANY_CLASSES, Traces, as_answered
 
 LIMIT = 4 * 2**30  # bytes of logits that are read into memory
 LEAST = 1e-30  # a probability that has no logarithm is taken for this one
@@ -97,7 +98,7 @@ class TraceFolder(RecordedTraces):
         manifest, folder = self.manifests[which], self.folders[which]
         E, K, n = len(model.exits), model.num_classes, len(self)
         again = _confidence(model) != manifest.about["confidence"]
-        blended = blended_as(model) is not None and not own
+        blended = model.answers == BLENDED and not own
         with_logits = logits or again or blended
         wanted: dict[str, tuple[int, Any]] = {
             "label": (0, np.int32),
@@ -139,9 +140,7 @@ class TraceFolder(RecordedTraces):
         if again:  # the model has another confidence now than when its answers were recorded
             traces = replace(traces, confidence_name="").under(model.confidence)
         if blended:
-            blend = blended_as(model)
-            assert blend is not None
-            traces = traces.blended(blend, tuple(n for n in range(E) if n not in model.off))
+            traces = as_answered(model, traces)
         return traces if logits else replace(traces, logits=None, confidence_logits=None)
 
     def _folder_of(self, model: EarlyExitModel) -> int:
