@@ -18,11 +18,12 @@ from ptee._common.errors import PteeError, unknown
 from ptee._common.files import file_hash, free_place, replace_files, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
-from ptee._common.text import printable, type_name
+from ptee._common.text import type_name
+from ptee._common.validation import is_name
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
-from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
+from ptee.deploy.manifest import LARGEST_MANIFEST, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
 from ptee.deploy.refusal import not_written
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.segments import Rows, Segment, segments
@@ -188,8 +189,7 @@ def class_names(model: EarlyExitModel) -> list[str]:
     names = split.get("classes") if isinstance(split, dict) else None
     if not isinstance(names, list) or len(names) != model.num_classes or len(str(names)) > LARGEST_MANIFEST // 4:
         return []
-    fine = all(isinstance(name, str) and printable(name) == name and len(name) <= LONGEST_NAME for name in names)
-    return names if fine else []
+    return names if all(map(is_name, names)) else []
 
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:

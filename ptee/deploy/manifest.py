@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
 from ptee._common.files import file_hash, is_file, read_object, settle
-from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
+from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -21,14 +21,7 @@ LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
-LONGEST_NAME = 200  # letters
 MAX_ROWS = 4096  # of a batch, in what torch.export makes
-Name = Annotated[
-    str,
-    Field(
-        strict=True, max_length=LONGEST_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$"
-    ),
-]
 Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 Axis = Annotated[Whole, Field(ge=0, le=8)]
 

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError, RunError, first_line
 from ptee._common.files import read_object, replace_file, to_json
 from ptee._common.text import type_name
-from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee._common.validation import FrozenConfig, Name, Number, Whole
 from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
@@ -29,7 +29,6 @@ SCHEMA = 1
 LARGEST_FILE = 2**20  # bytes
 AGAIN = "Measure again: ptee bench RUN --save"
 
-Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
 Seconds = Annotated[Number, Field(ge=0, le=86_400)]
 Row = Annotated[tuple[Seconds, ...], Field(min_length=1, max_length=1000)]

@@ -189,7 +189,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a path out of the folder": (piece(0, file="../x.pt2"), r"pieces\[0\]\.file"),
     "too few costs": (entry(costs=[0.1]), r"do not fit"),
     "an unknown key": (entry(**{"\x1b[31mmore": 1}), r"unknown"),
-    "a name with an escape": (entry(backbone="\x1b[31mx"), r"backbone"),
+    "a name with an escape": (entry(backbone="\x1b[31mx"), r"backbone=.* must be text without control characters"),
     "an exit that is not there": (piece(1, exit=7), r"do not fit"),
     "an exit that is off and not there": (entry(off=[7]), r"do not fit"),
     "a deviation of 0": (entry(std=[0.0, 1.0, 1.0]), r"std"),
@@ -310,7 +310,7 @@ def test_the_runner_calls_the_classes_as_the_data_of_the_run_does(tmp_path, caps
 
 def test_names_that_are_none_of_the_classes_stay_out_of_the_manifest():
     model = made()
-    for names in (["one"], ["a\x1b[2J"] * K, [1] * K, "abc", ["a" * 201] * K, None):
+    for names in (["one"], ["a\x1b[2J"] * K, ["a\tb"] * K, ["a\nb"] * K, [1] * K, "abc", ["a" * 256] * K, None):
         model.results = {"data": {"split": {"classes": names}}}
         assert class_names(model) == []
 
