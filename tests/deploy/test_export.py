@@ -18,7 +18,7 @@ from cases import slow
 from device import drawn
 from images import picture
 from PIL import Image
-from small import SIZE, K, chained, made
+from small import SIZE, K, blended, chained, made
 from torch import Tensor
 
 import ptee
@@ -28,7 +28,6 @@ from ptee.deploy.export import class_names
 from ptee.deploy.manifest import MANIFEST, fingerprint
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.runner import main as runner_main
-from ptee.exits.blend import Blend, subsets
 
 pytestmark = pytest.mark.cpu("what is exported is the same on every device")
 needs_onnx = pytest.mark.skipif(
@@ -107,10 +106,7 @@ def test_the_same_rows_leave_with_the_same_answers(model, confidence, format, tm
 
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
 def test_blended_answers_are_exported(format, tmp_path):
-    early = made()
-    weights = {(n, m): tuple(0.4 + 0.1 * k for k in range(len(m) + 1)) for n in range(3) for m in subsets(n)}
-    early.confidence, early.blend = "max_prob", Blend(weights)
-    early.answers = "blended"
+    early = blended()
     runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format=format))
     for threshold in (0.0, 0.4, 2.0, [0.4, 2.0]):
         require_same(runner, early, images(9), threshold)
