@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,12 @@ from ptee.serving.local import LocalServer
 from ptee.serving.queues import Answer
 
 T = [0.45, 0.55]  # rows leave at each exit
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def images(n: int) -> np.ndarray:

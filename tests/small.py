@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 import ptee
 from ptee._common.process import own_random_numbers
 from ptee.backbones.load import load_backbone
+from ptee.exits.blend import Blend, subsets
 from ptee.model.build import build
 from ptee.model.forward import AllExits, ExitOutput
 
@@ -47,6 +48,20 @@ def made(head: str = "pool") -> ptee.EarlyExitModel:
     with torch.no_grad():
         for p in model.heads.parameters():
             p += torch.randn_like(p)
+    return model
+
+
+def blend_for(exits: int, **how: bool) -> Blend:
+    """Other weights for each exit and each choice of exits before it."""
+    keys = [(n, before) for n in range(exits + 1) for before in subsets(n)]
+    return Blend({(n, m): tuple(0.3 + 0.1 * k + 0.2 * n for k in range(len(m) + 1)) for n, m in keys}, **how)
+
+
+def blended(**how: bool) -> ptee.EarlyExitModel:
+    """A small model of blended answers."""
+    model = made()
+    model.confidence, model.blend = "max_prob", blend_for(len(model.exits), **how)
+    model.answers = "blended"
     return model
 
 

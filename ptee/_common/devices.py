@@ -63,11 +63,14 @@ def no_autocast(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """torch computes in one CPU thread: on tiny tensors, several threads spend their time waiting for each other."""
+def threads(number: int | None) -> Iterator[None]:
+    """Meanwhile torch computes in so many CPU threads; None for its own choice.
+
+    On tiny tensors, several threads spend their time waiting for each other.
+    """
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(number or before)
         yield
     finally:
         torch.set_num_threads(before)

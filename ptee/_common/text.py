@@ -52,3 +52,12 @@ def escaped(text: str) -> str:
     'a\\\\xff'
     """
     return NO_UTF8.sub(lambda byte: f"\\x{ord(byte[0]) & 0xFF:02x}", text)
+
+
+def type_name(kind: object) -> str:
+    """What torch's number types and layouts are called without torch.
+
+    >>> type_name("torch.float32")
+    'float32'
+    """
+    return str(kind).removeprefix("torch.")

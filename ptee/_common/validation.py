@@ -43,8 +43,17 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
+def is_name(text: Any) -> bool:
+    """Whether a record may have this name: a text in one line, not too long, without control characters."""
+    return isinstance(text, str) and len(text) <= LONGEST_NAME and _is_printable(text)
+
+
+def _is_printable(text: str) -> bool:
+    return printable(text) == text and {"\n", "\t"}.isdisjoint(text)
+
+
 def _printable(text: str) -> str:
-    if printable(text) != text or not {"\n", "\t"}.isdisjoint(text):
+    if not _is_printable(text):
         raise PydanticCustomError("unprintable", "Input should be text without control characters")
     return text
 

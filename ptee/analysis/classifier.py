@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ptee._common.errors import Advice, Argument, BackboneError, first_line, some
+from ptee._common.text import type_name
 from ptee.analysis.fake_run import with_fake_tensors
 from ptee.analysis.freezing import KeptBuffers, modes, set_modes
 
@@ -166,18 +167,14 @@ def _require_plain(logits: Tensor, name: str) -> None:
         )
     if logits.layout is not torch.strided:
         raise BackboneError(
-            f"{name} gives a {_short(logits.layout)} tensor, and logits come as a plain one. Wrap it in a module that gives one: "
+            f"{name} gives a {type_name(logits.layout)} tensor, and logits come as a plain one. Wrap it in a module that gives one: "
             "forward(self, x): return self.net(x).to_dense()."
         )
     if not logits.is_floating_point():
         raise BackboneError(
-            f"{name} gives {_short(logits.dtype)}, not floating-point logits. Wrap it in a module that gives its logits, before any "
+            f"{name} gives {type_name(logits.dtype)}, not floating-point logits. Wrap it in a module that gives its logits, before any "
             "decision is made of them."
         )
-
-
-def _short(kind: torch.dtype | torch.layout) -> str:
-    return str(kind).removeprefix("torch.")
 
 
 def _why_it_failed(images: Tensor, why: Exception) -> Advice:

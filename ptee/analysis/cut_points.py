@@ -32,6 +32,7 @@ from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.fake_run import (
+    arguments,
     draws_random_numbers,
     note_operator,
     python_numbers,
@@ -39,7 +40,7 @@ from ptee.analysis.fake_run import (
     who_draws,
     with_fake_tensors,
 )
-from ptee.analysis.freezing import hooked
+from ptee.analysis.freezing import hooked, one_parameter
 from ptee.analysis.layout import Layout
 from ptee.analysis.replay import Step, select
 
@@ -168,7 +169,7 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
     So code that orders rows by their values, or that looks whether a value is above 1, does not treat all rows alike. The
     images have the device and type of the module's parameters.
     """
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
+    like = one_parameter(module)
     noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
     contrasts = 0.05 + 1.45 * (torch.arange(rows - 1, -1, -1, device="cpu") * GOLDEN % 1)
     noise = noise * contrasts[:, None, None, None]
@@ -284,8 +285,8 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.time += 1
         note_operator(self.operators, func, args)
-        outputs = _tensors(out)
-        known = [value for t in _tensors((args, kwargs)) if (value := self._find(t)) is not None]
+        outputs = tensors_in(out)
+        known = [value for t in tensors_in((args, kwargs)) if (value := self._find(t)) is not None]
         for value in known:
             value.last_read = self.time
         if known:
@@ -298,11 +299,8 @@ class _Recorder(TorchDispatchMode):
 
     def _mark_dependent(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
         """The operator read something that depends on the images. So its outputs, and what it wrote in place, do too."""
-        if func._schema.is_mutable:
-            named = _by_name(func, args, kwargs)
-            written = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-            for t in _tensors(written):
-                (self._find(t) or self._add(t)).last_write = self.time
+        for t in written_by(func, args, kwargs):
+            (self._find(t) or self._add(t)).last_write = self.time
         for t in outputs:
             if self._find(t) is None:
                 self._add(t)
@@ -404,13 +402,17 @@ def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
     return Cut(output.name, readable[main].shape[1:], layout, main, carried, output.overwritten, steps)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of an operator."""
-    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator changes."""
+    if not func._schema.is_mutable:
+        return []
+    named = arguments(func, args, kwargs)
+    return tensors_in([named[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write])
 
 
 def _carries_rows(shape: tuple[int, ...], axes: Axes | None) -> bool:

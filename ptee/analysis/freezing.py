@@ -78,6 +78,22 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
         part.training = flags.get(name, part.training)
 
 
+def one_parameter(module: nn.Module) -> Tensor:
+    """A parameter of a network that tells its device and number type."""
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
+
+
+@contextmanager
+def running_on(device: torch.device, module: nn.Module) -> Iterator[None]:
+    """Meanwhile a network is on a device, in eval mode. Mode and device are restored."""
+    home, before = one_parameter(module).device, modes(module)
+    try:
+        module.to(device).eval()
+        yield
+    finally:
+        set_modes(module.to(home), before)
+
+
 @contextmanager
 def hooked(
     after: Mapping[nn.Module, Callable[[Any], Any]], before: Mapping[nn.Module, Callable[[], None]] | None = None

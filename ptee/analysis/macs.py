@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ptee._common.errors import BackboneError, first_line, some
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
-from ptee.analysis.freezing import modes, set_modes
+from ptee.analysis.freezing import KeptBuffers, modes, set_modes
 
 # Convolutions and matrix products. Each makes a layer; normalisation, activation and pooling belong to the layer before.
 PRODUCTS = frozenset({
@@ -118,11 +118,6 @@ def _counts(operators: list[_Operator]) -> Counts:
         products_until={name: products[i] for name, i in last.items()},
         products=inner_products,
     )
-
-
-def parameters(module: nn.Module) -> int:
-    """The number of parameters, including weight and bias of batch norms."""
-    return sum(p.numel() for p in module.parameters())
 
 
 def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
@@ -274,14 +269,8 @@ def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
 @contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Restores modes, buffers and hooks at the end, also after an error."""
-    training, parts = modes(module), list(module.modules())
+    training, parts, buffers = modes(module), list(module.modules()), KeptBuffers(module)
     hooks = [(registered, set(registered)) for m in parts for registered in (m._forward_pre_hooks, m._forward_hooks)]
-    buffers = [
-        (m, name, b, b._version, b.detach().clone())
-        for m in parts
-        for name, b in m._buffers.items()
-        if b is not None and not b.is_inference()
-    ]
     try:
         yield
     finally:
@@ -290,8 +279,4 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
             for key in set(registered) - before:
                 if type(registered[key]).__module__.startswith("fvcore."):  # another thread may have put its own there
                     del registered[key]
-        with torch.no_grad():
-            for m, name, buffer, version, value in buffers:
-                m._buffers[name] = buffer
-                if buffer._version != version:
-                    buffer.copy_(value)
+        buffers.put_back()

@@ -1,4 +1,4 @@
-"""Shares of a network's parameters: what EENet's thesis calls cost, and far from its share of the operations."""
+"""How many parameters a network has. Their shares are what EENet's thesis calls cost, and far from those of the operations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from torch import nn
 
 from ptee.analysis.cut_points import random_images
 from ptee.analysis.freezing import hooked
+
+
+def number_of_parameters(module: nn.Module) -> int:
+    """Including weight and bias of batch norms."""
+    return sum(p.numel() for p in module.parameters())
 
 
 @torch.no_grad()
@@ -32,5 +37,5 @@ def parameter_shares(module: nn.Module, input_size: tuple[int, int, int]) -> dic
         {part: partial(end, name) for part, name in names.items()}, {part: partial(begin, part) for part in names}
     ):
         module(random_images(module, 1, input_size))
-    total = sum(p.numel() for p in module.parameters())
+    total = number_of_parameters(module)
     return {name: number / total for name, number in used.items()}

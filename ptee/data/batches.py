@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ptee._common.errors import DataError, some
+from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
 
@@ -181,6 +182,11 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     return images, None if numbers is None or (numbers == UNKNOWN_LABEL).all() else numbers
 
 
+def numbered(labels: Tensor | None, images: Tensor) -> Tensor:
+    """The labels (b,) of some images, as `split_batch` gives them; `UNKNOWN_LABEL` where there are none."""
+    return torch.full((len(images),), UNKNOWN_LABEL, device="cpu") if labels is None else labels
+
+
 def require_plain(images: Any) -> None:
     """Refuse a tensor that does not hold its numbers one by one."""
     if isinstance(images, Tensor) and (odd := odd_tensor(images)):
@@ -192,9 +198,9 @@ def odd_tensor(x: Tensor) -> str:
     if x.is_nested:
         return "nested, each of a size of its own. Give torch.stack of images of one size"
     if x.layout is not torch.strided:
-        return f"sparse ({_short(x.layout)}). Give x.to_dense()"
+        return f"sparse ({type_name(x.layout)}). Give x.to_dense()"
     if x.is_quantized:
-        return f"quantised ({_short(x.dtype)}). Give x.dequantize()"
+        return f"quantised ({type_name(x.dtype)}). Give x.dequantize()"
     if x.is_meta:
         return "on the meta device, without numbers. Give images of which there are some"
     return ""
@@ -223,7 +229,7 @@ def _describe(value: Any) -> str:
     """Types and shapes: `tuple (Tensor (4, 3, 8, 8) float32, str)`."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
-        return f"{kind} {tuple(value.shape)} {_short(value.dtype)}"
+        return f"{kind} {tuple(value.shape)} {type_name(value.dtype)}"
     if isinstance(value, int) and value.bit_length() > 63:
         return f"{kind} of {value.bit_length()} bits"
     if isinstance(value, Mapping):
@@ -231,7 +237,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{kind} ({some(list(map(_describe, value)))})"
     return kind
-
-
-def _short(kind: torch.dtype | torch.layout) -> str:
-    return str(kind).removeprefix("torch.")

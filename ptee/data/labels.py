@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
 from ptee._common.files import as_path
-from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.splits import FILES, PARTS, Data
 
 IMAGENET_CLASSES = 1000
@@ -286,7 +286,7 @@ def _try(module: torch.nn.Module, images: Any, device: str | torch.device | None
         for batch in batches(images, batch_size=BATCH, shuffle=False):
             x, y = split_batch(batch)
             answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
-            labels.append(torch.full((len(x),), UNKNOWN_LABEL, device="cpu") if y is None else y)
+            labels.append(numbered(y, x))
     finally:
         module.to(home)
         for each, training in modes.items():

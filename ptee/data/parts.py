@@ -29,6 +29,7 @@ from ptee._common.files import (
     WRITING,
     alone,
     clear_unfinished,
+    file_hash,
     from_json,
     is_file,
     is_left_over,
@@ -140,14 +141,21 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     return found
 
 
-def require_whole(folder: Path, manifest: Manifest) -> None:
-    """Refuse a folder whose parts are not all there."""
+def read_whole(folder: Path, kind: str) -> Manifest:
+    """The manifest of a folder that is finished.
+
+    Raises:
+        DataError: as of `read_manifest`, if parts are missing, or more images cannot be read than it was allowed.
+    """
+    manifest = read_manifest(folder, kind)
     if not manifest.whole:
         done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"
         raise DataError(f"{folder} is not finished: {done}. The command that began it goes on with it.")
+    _require_few_unreadable(folder, manifest)
+    return manifest
 
 
-def require_few_unreadable(folder: Path, manifest: Manifest) -> None:
+def _require_few_unreadable(folder: Path, manifest: Manifest) -> None:
     """Refuse a folder in which more images cannot be read than it was allowed."""
     bad, rows = manifest.unreadable, manifest.rows + manifest.unreadable
     if bad > max(FEW, manifest.max_unreadable * rows):
@@ -218,20 +226,7 @@ def _require_same(path: Path, file: PartFile) -> None:
 @lru_cache(1024)
 def _sha256_once(path: Path, size: int, changed: int) -> str:
     """Of a file that is read several times, column by column."""
-    return sha256(path)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
+    return file_hash(path)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -269,7 +264,7 @@ class PartsWriter:
             self._name_unreadable(faults)
         self.manifest.parts.append(part)
         write_json(self.folder / MANIFEST, self.manifest.model_dump(mode="json"))
-        require_few_unreadable(self.folder, self.manifest)
+        _require_few_unreadable(self.folder, self.manifest)
 
     def _name_unreadable(self, faults: list[dict[str, str]]) -> None:
         file = self.folder / UNREADABLE
@@ -287,7 +282,7 @@ def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
                 bad = batch.filter(pa.compute.not_equal(batch["fault"], "")).to_pylist()
                 rows += len(batch) - len(bad)
                 faults += bad
-        files.append(PartFile(name=path.name, size=path.stat().st_size, sha256=sha256(path)))
+        files.append(PartFile(name=path.name, size=path.stat().st_size, sha256=file_hash(path)))
     return Part(name=name, rows=rows, unreadable=len(faults), files=files), faults
 
 
@@ -322,7 +317,7 @@ def parts_writer(
 def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limit: float, overwrite: bool) -> Manifest:
     found = _begun_or_new(folder, kind, about, planned, overwrite)
     found.max_unreadable = min(1.0, limit)
-    require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
+    _require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
     write_json(folder / MANIFEST, found.model_dump(mode="json"))
     return found
 

@@ -178,7 +178,7 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
     with tarfile.open(path, "r|*") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined] # or it would keep all that it has read
-            key, _, ending = _split(member.name)
+            key, ending = _split(member.name)
             if not member.isreg() or not key:
                 continue
             if found and key != before:
@@ -192,10 +192,10 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
     yield from of_members(f"{name}/{before}", found)
 
 
-def _split(name: str) -> tuple[str, str, str]:
+def _split(name: str) -> tuple[str, str]:
     """The key of a member and its ending: `a/7.seg.png` is `seg.png` of `a/7`."""
-    match = re.match(r"^((?:.*/|)[^.]+)([.])([^/]*)$", name)
-    return (match[1], match[2], match[3]) if match else ("", "", "")
+    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def is_wanted(ending: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import shutil
@@ -16,20 +15,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptee._common.errors import PteeError, unknown
-from ptee._common.files import free_place, replace_files, write_json, write_text
+from ptee._common.files import file_hash, free_place, replace_files, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
-from ptee._common.text import printable
+from ptee._common.text import type_name
+from ptee._common.validation import is_name
+from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
-from ptee.deploy.manifest import LARGEST_MANIFEST, LONGEST_NAME, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
+from ptee.deploy.manifest import LARGEST_MANIFEST, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
 from ptee.deploy.refusal import not_written
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.segments import Rows, Segment, segments
+from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import one_parameter
-from ptee.model.thresholds import ALWAYS, NEVER
 
 ONNX, PT2 = "onnx", "pt2"
 FORMATS = (PT2, ONNX)
@@ -107,7 +107,7 @@ def publish(made: Path, target: Path) -> None:
 def sign(folder: Path, values: dict[str, Any]) -> None:
     """Write the manifest of a folder, with the hash of each piece as it is now."""
     for entry in values["pieces"]:
-        entry["sha256"] = hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
+        entry["sha256"] = file_hash(folder / entry["file"])
     write_json(folder / MANIFEST, values | {"fingerprint": fingerprint(values)})
 
 
@@ -165,7 +165,7 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
         "format": format,
         "backbone": model.plan.backbone,
         "input_size": list(model.plan.input_size),
-        "dtype": str(example_images(model, 1).dtype).removeprefix("torch."),
+        "dtype": type_name(example_images(model, 1).dtype),
         "mean": list(images.mean),
         "std": list(images.std),
         "interpolation": images.interpolation,
@@ -189,8 +189,7 @@ def class_names(model: EarlyExitModel) -> list[str]:
     names = split.get("classes") if isinstance(split, dict) else None
     if not isinstance(names, list) or len(names) != model.num_classes or len(str(names)) > LARGEST_MANIFEST // 4:
         return []
-    fine = all(isinstance(name, str) and printable(name) == name and len(name) <= LONGEST_NAME for name in names)
-    return names if fine else []
+    return names if all(map(is_name, names)) else []
 
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:

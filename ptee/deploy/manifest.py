@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import is_file, read_object, settle
-from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Number, Whole
+from ptee._common.files import file_hash, is_file, read_object, settle
+from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -21,14 +21,7 @@ LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
-LONGEST_NAME = 200  # letters
 MAX_ROWS = 4096  # of a batch, in what torch.export makes
-Name = Annotated[
-    str,
-    Field(
-        strict=True, max_length=LONGEST_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$"
-    ),
-]
 Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 Axis = Annotated[Whole, Field(ge=0, le=8)]
 
@@ -173,9 +166,5 @@ def _read(file: Path) -> dict[str, Any]:
 def _require_whole(file: Path, expected: str) -> None:
     if file.is_symlink() or not file.is_file():
         raise RunError(f"{file} is missing. {AGAIN}")
-    found = hashlib.sha256()
-    with file.open("rb") as data:
-        while part := data.read(2**20):
-            found.update(part)
-    if found.hexdigest() != expected:
+    if file_hash(file) != expected:
         raise RunError(f"{file} was changed after the export. {AGAIN}")

@@ -17,6 +17,7 @@ import numpy as np
 from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
+from ptee._common.text import type_name
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, Manifest, read_manifest
 
@@ -128,7 +129,7 @@ class Runner:
         """Rows that no exit could take get the backbone's own answer."""
         exits = [piece.exit for piece in self.manifest.pieces[:-1]]
         possible = (limits[rows][:, exits] <= 1).any(1)
-        logits = own if not possible.any() else blended if possible.all() else choose_rows(possible, blended, own)
+        logits = answers_at_end(possible, own, blended)
         return rows, len(self.manifest.exits), logits, np.ones(len(rows), dtype=np.float32)
 
     def _joined(self, parts: Sequence[tuple[np.ndarray, int, Array, np.ndarray]]) -> Answers:
@@ -152,7 +153,7 @@ class Runner:
             raise PteeError(
                 f"This model takes images (b, {', '.join(map(str, size))}), b of 1 or more, not {tuple(x.shape)}."
             )
-        if str(x.dtype).removeprefix("torch.") != dtype:
+        if type_name(x.dtype) != dtype:
             raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
         if isinstance(x, np.ndarray):
             return x
@@ -308,13 +309,15 @@ def select_rows(t: Array, rows: np.ndarray, axis: int, each: int) -> Array:
     return t.index_select(axis, torch.from_numpy(positions).to(t.device))
 
 
-def choose_rows(mask: np.ndarray, a: Array, b: Array) -> Array:
-    """The rows of one array where the mask (b,) is true, else those of the other."""
-    if isinstance(a, np.ndarray):
-        return np.where(mask[:, None], a, b)
+def answers_at_end(possible: np.ndarray, own: Array, blended: Array) -> Array:
+    """(b, K) the blended answers of rows that some exit could take (b,); the others get the backbone's own, bit for bit."""
+    if possible.all() or not possible.any():
+        return blended if possible.all() else own
+    if isinstance(own, np.ndarray):
+        return np.where(possible[:, None], blended, own)
     import torch
 
-    return torch.where(torch.from_numpy(mask).to(a.device)[:, None], a, b)
+    return torch.where(torch.from_numpy(possible).to(own.device)[:, None], blended, own)
 
 
 def join_rows(parts: Sequence[Array], axis: int = 0) -> Array:

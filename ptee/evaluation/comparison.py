@@ -8,7 +8,6 @@ are of the report images, so the drop that is found differs from the drop that w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.analysis.freezing import modes, set_modes
+from ptee.analysis.freezing import one_parameter, running_on
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
@@ -35,11 +34,10 @@ from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidenc
 from ptee.exits.front import Prepare, require_same_question
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import one_parameter
 from ptee.tuning.candidates import can_blend
 from ptee.tuning.config import DropsConfig
 from ptee.tuning.targets import Solution, curves
-from ptee.tuning.traces import Score, Traces, compact, record, repeated, require_same_images, truncation
+from ptee.tuning.traces import Score, Traces, as_answered, compact, record, repeated, require_same_images, truncation
 
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
@@ -95,51 +93,57 @@ def compare(
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
     unit = _unit(times, [*models, *networks])
     parts = (calibration, report)
-    are_recorded = any(recorded(part) is not None for part in parts)
-    if networks and are_recorded:
-        text = (
-            f"The network {next(iter(networks))} needs the images, and these are traces. Leave it out, or give images."
-        )
-        raise PteeError(text, argument="static")
-    for argument, part in zip(("calibration", "report"), parts, strict=True):
-        if recorded(part) is not None:
-            continue
-        batches(part, batch_size=batch_size, shuffle=False, num_workers=num_workers, argument=argument)  # or refuse it
-        _require_order(part)
+    _require_data(parts, networks, batch_size, num_workers)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
-    blends = any(model.answers == BLENDED for model in models.values())
-    logits = (
-        not are_recorded or blends or bool({*wanted} - WITHOUT_LOGITS)
-    )  # those of a million images may take gigabytes
+    logits = _need_logits(models, parts, wanted)
     found: list[Line] = []
     pair: Pair | None = None
     for name, model in models.items():
-        before, pair = (
-            pair,
-            _labelled_alike(record(model, part, device=place, own=True, logits=logits, **how) for part in parts),
-        )
-        timed = (times or {}).get(name)
+        now = _labelled_alike(record(model, part, device=place, own=True, logits=logits, **how) for part in parts)
+        for before, again in zip(pair or now, now, strict=True):
+            require_same_images(before.sample, again.sample)
+        pair = now
         if keep is not None:
-            keep[name] = _as_it_answers(model, pair.report)
-        for earlier, now in zip(before or pair, pair, strict=True):
-            require_same_images(earlier.sample, now.sample)
-        own = _of_run(name, _with_times(pair, timed), allowed, wanted, model.answers)
+            keep[name] = replace(as_answered(model, pair.report), logits=None, confidence_logits=None)
+        own = _of_run(name, _with_times(pair, times, name), allowed, wanted, model.answers)
         found += with_bar(own, f"thresholds of {name}", progress)
     assert pair is not None
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
         both = zip(parts, pair, strict=True)
         cascade = Pair(*(_cascade(_logits(network, first, part, t, place, **how), t, cost) for part, t in both))
-        cascade = _with_times(cascade, (times or {}).get(name))
-        found += _of_network(name, first.plan.backbone, cascade, allowed)
-    accuracy = pair.report.score_at(pair.report.exits).accuracy
-    chosen_on, samples = (t.answers.shape[1] for t in pair)
-    note = pair.calibration.note or pair.report.note
-    fidelity = tuple(name for name, model in models.items() if model.for_fidelity)
+        found += _of_network(name, first.plan.backbone, _with_times(cascade, times, name), allowed)
     return Comparison(
-        first.plan.backbone, allowed, tuple(found), chosen_on, samples, accuracy, about, note, unit, fidelity
+        backbone=first.plan.backbone,
+        drops=allowed,
+        lines=tuple(found),
+        calibration=pair.calibration.answers.shape[1],
+        samples=pair.report.answers.shape[1],
+        accuracy=pair.report.score_at(pair.report.exits).accuracy,
+        about=about,
+        note=pair.calibration.note or pair.report.note,
+        unit=unit,
+        for_fidelity=tuple(name for name, model in models.items() if model.for_fidelity),
     )
+
+
+def _require_data(parts: Sequence[Any], networks: Mapping[str, Backbone], batch_size: int, num_workers: int) -> None:
+    """Refuse calibration or report data that cannot be read image by image, in one order, where images are needed."""
+    for argument, part in zip(("calibration", "report"), parts, strict=True):
+        if recorded(part) is None:
+            batches(part, batch_size=batch_size, shuffle=False, num_workers=num_workers, argument=argument)
+            _require_order(part)
+        elif networks:
+            text = f"The network {next(iter(networks))} needs the images, and these are traces. Leave it out, or give images."
+            raise PteeError(text, argument="static")
+
+
+def _need_logits(models: Mapping[str, EarlyExitModel], parts: Sequence[Any], wanted: Sequence[str]) -> bool:
+    """Whether logits are to be kept. Of recorded traces only if some line needs them: those of a million images may take gigabytes."""
+    if not any(recorded(part) is not None for part in parts):
+        return True
+    return any(model.answers == BLENDED for model in models.values()) or bool({*wanted} - WITHOUT_LOGITS)
 
 
 def _unit(times: Mapping[str, BatchTimes] | None, names: Sequence[str]) -> str:
@@ -154,8 +158,9 @@ def _unit(times: Mapping[str, BatchTimes] | None, names: Sequence[str]) -> str:
     return units[0]
 
 
-def _with_times(pair: Pair, times: BatchTimes | None) -> Pair:
-    return Pair(*(replace(traces, times=times) for traces in pair))
+def _with_times(pair: Pair, times: Mapping[str, BatchTimes] | None, name: str) -> Pair:
+    """The same with the times of this model or network."""
+    return Pair(*(replace(traces, times=(times or {}).get(name)) for traces in pair))
 
 
 # ---------------------------------------------------------------------------------------------------- what is compared
@@ -225,33 +230,15 @@ def _labelled_alike(traces: Iterable[Traces]) -> Pair:
     return pair if all(t.targets is not None for t in pair) else Pair(*(replace(t, targets=None) for t in pair))
 
 
-def _as_it_answers(model: EarlyExitModel, traces: Traces) -> Traces:
-    """Traces of each exit's own answers as the model's kind of answers, without logits."""
-    if model.answers == BLENDED and model.blend is not None:
-        traces = traces.blended(model.blend, tuple(n for n in range(traces.exits) if n not in model.off))
-    return replace(traces, logits=None, confidence_logits=None)
-
-
 def _logits(
     network: Backbone, model: EarlyExitModel, part: Any, traces: Traces, place: torch.device, **how: Any
 ) -> Tensor:
     """(n, K) logits of a network for the images of some traces."""
     prepare = Prepare(model.origin.input, network.input).to(place)
-    with _running(network.module, place) as like, torch.inference_mode():
+    dtype = one_parameter(network.module).dtype
+    with running_on(place, network.module), torch.inference_mode():
         again = repeated(part, traces, words=network.name, **how)
-        return torch.cat([network.module(prepare(x.to(place)).to(like.dtype)).float().cpu() for x in again])
-
-
-@contextmanager
-def _running(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
-    """A network in eval mode on a device, and one of its tensors. Mode and device are restored."""
-    like, before = one_parameter(module), modes(module)
-    home = like.device
-    try:
-        module.to(device).eval()
-        yield like
-    finally:
-        set_modes(module.to(home), before)
+        return torch.cat([network.module(prepare(x.to(place)).to(dtype)).float().cpu() for x in again])
 
 
 def _macs(network: Backbone) -> int:

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ptee._common.text import table
-from ptee.evaluation.bottom_line import Way, bottom_line
+from ptee.evaluation.bottom_line import ROUNDING, Way, bottom_line
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
-ROUNDING = 1e-9  # of sums of shares
 ALTERNATIVES = {  # to early exits, by kind of line
     "static": "a smaller network alone",
     "cascade": "a cascade of two networks",

@@ -18,9 +18,9 @@ from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
-from ptee.exits.config import CALIBRATED
+from ptee.exits.config import ALWAYS, CALIBRATED, NEVER
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.thresholds import ALWAYS, NEVER, Thresholds
+from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
 
 __all__ = ["Results", "Row", "evaluate"]
@@ -93,8 +93,7 @@ def evaluate(
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
     """A row for each scenario, and the share of the images that leaves at each exit at the model's thresholds."""
     thresholds = [NEVER if n in model.off else t for n, t in enumerate(model.threshold)]
-    if min(thresholds) > 1:
-        traces = traces.alone  # no image can leave, so the backbone's own answer stands
+    traces = traces.by(thresholds)
     leaving = traces.leaving(thresholds)
     backbone = replace(
         _row(model, traces.alone, len(model.exits), leaving, "backbone"), cost=1.0

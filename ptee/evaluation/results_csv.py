@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from ptee.analysis.parameters import number_of_parameters
 from ptee.model.early_exit import EarlyExitModel
 
 COLUMNS = (
@@ -40,7 +41,7 @@ def _row(model: EarlyExitModel) -> dict[str, Any]:
         "img_size": model.plan.input_size[-1],
         "top1": top1,
         "top1_err": "" if top1 == "" else round(100 - top1, 3),
-        "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        "param_count": round(number_of_parameters(model) / 1e6, 2),
         "interpolation": model.origin.input.interpolation,
         "backbone_top1": _percent(bare.get("accuracy")),
         "fidelity": own.get("fidelity", ""),

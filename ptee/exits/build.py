@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ptee._common.errors import Argument, CutError, PteeError, RunError, unknown
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.layout import Layout
-from ptee.analysis.macs import count, parameters
-from ptee.analysis.parameters import parameter_shares
+from ptee.analysis.macs import count
+from ptee.analysis.parameters import number_of_parameters, parameter_shares
 from ptee.analysis.verify import require_same_in_large_batches
 from ptee.backbones.load import Backbone
 from ptee.exits.config import (
@@ -92,7 +92,7 @@ def build_exits(
     rows = counted(shares, cuts, heads, list(map(str, specs)), counts.total)
     made = Plan(
         backbone=backbone.name, placement=_words(places, "time" if times else "cost" if sizes is None else PARAMETERS), input_size=size, exits=rows, macs=counts.total,
-        parameters=parameters(backbone.module), classes=found.classes, cuts=tuple(cuts),
+        parameters=number_of_parameters(backbone.module), classes=found.classes, cuts=tuple(cuts),
     )  # fmt: skip
     if times is not None:
         made = replace(made, times=tuple(times.shares.get(cut.name, 0.0) for cut in cuts), unit=times.unit)

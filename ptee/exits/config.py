@@ -15,6 +15,7 @@ FRONT = "front"  # the name of a head that is a network of its own, at the input
 PLUS = "+"  # behind the name of a head that builds on the exit before
 LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"  # names of confidences
 OWN, BLENDED = "own", "blended"  # kinds of answers
+NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence reaches, and that every finite one does
 # What there is by name. Their modules, which need torch, put in what each name stands for, and what a user registers.
 HEADS: dict[str, Any] = dict.fromkeys(("plain", "pool", "bnpool", "conv1", "conv2", "conv3"))
 CONFIDENCES: dict[str, Any] = dict.fromkeys((LEARNED, MAX_PROB, "entropy", "margin", "patience", CALIBRATED))

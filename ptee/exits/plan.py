@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ptee._common.text import table
 from ptee.analysis.cut_points import Cut
-from ptee.analysis.macs import count, parameters
+from ptee.analysis.macs import count
+from ptee.analysis.parameters import number_of_parameters
 from ptee.exits.confidence import CONFIDENCES, LEARNED
 from ptee.exits.heads import ExitHead
 
@@ -120,6 +121,11 @@ class Plan:
         """(E,) exits that read the answers of those before them, for their own answer or for their confidence."""
         everywhere = CONFIDENCES[self.confidence].needs_answers_of_earlier_exits
         return [e.builds_on_previous or everywhere for e in self.exits]
+
+    @property
+    def on(self) -> tuple[int, ...]:
+        """Exits that are not off."""
+        return tuple(n for n in range(len(self.exits)) if n not in self.off)
 
     @cached_property  # each call of a model asks for it
     def skipped(self) -> tuple[int, ...]:
@@ -252,7 +258,7 @@ def counted(
             head_cost=_head_macs(head, cut, first=n == 0) / macs,
             cost=0.0,
             shape=cut.shape,
-            parameters=parameters(head),
+            parameters=number_of_parameters(head),
             head=name,
             builds_on_previous=head.builds_on_previous,
         )

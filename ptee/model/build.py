@@ -15,13 +15,14 @@ from ptee._common.process import alone, own_random_numbers
 from ptee._common.validation import checked
 from ptee.analysis.freezing import freeze
 from ptee.analysis.verify import buffers_put_back, require_no_drift
-from ptee.backbones.load import Backbone, load_backbone
+from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.exits.build import build_exits
 from ptee.exits.front import named_front
 from ptee.exits.plan import Plan
 from ptee.model import saving as runs
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.rebuilding import blend_of, check_weights, confidence_of, front_of, network_of, upgraded
+from ptee.model.run_files import read_run, record_of
 
 
 def require_no_exits(model: Any) -> None:
@@ -172,6 +173,14 @@ def load(
     model.results, model.curve = run.config.results, run.config.curve
     model.versions = run.versions
     return model.eval()
+
+
+def load_moved(run: str, weights: str | Path | None) -> EarlyExitModel:
+    """`load`, with the backbone's weights from a file that is not where the run says; None: they are there."""
+    if weights is None:
+        return load(run)
+    config, _, _, remote = read_run(run)
+    return load(run, rebuild(record_of(run, config, remote, weights=Path(weights))).module)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line, unknown
 from ptee._common.files import as_path
-from ptee.analysis.freezing import Attachment
+from ptee.analysis.freezing import Attachment, one_parameter
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
@@ -40,7 +40,6 @@ from ptee.model.forward import (
     RecordInputs,
     StopForward,
     kind_of_call,
-    one_parameter,
     refuse_capture,
     refuse_export,
     require_eval,
@@ -286,8 +285,7 @@ class EarlyExitModel(
         """What `predict` would answer at each exit that is on, from each exit's own answer; as it is if answers are "own"."""
         if self.answers == OWN or self.blend is None:
             return own
-        on = tuple(n for n in range(len(self.exits)) if n not in self.off)
-        mixed = self.blend.at_all_exits(own.logits, on)
+        mixed = self.blend.at_all_exits(own.logits, self.plan.on)
         logits = torch.where(mixed.isnan().any(-1, keepdim=True), own.logits, mixed)
         confidence = find_confidence(confidence_of_blend(self.confidence), self.calibrated)
         h = confidence.at_all_exits(mixed[:-1], own.confidence_logits)

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import Argument, PteeError, first_line
 from ptee.analysis.cut_points import Cut
+from ptee.analysis.freezing import one_parameter
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, run
 from ptee.exits.confidence import leaves
 from ptee.exits.heads import ExitHead, HeadOutput
@@ -70,11 +71,6 @@ class Reading(NamedTuple):
 
     inputs: tuple[Tensor, ...]
     logits: Tensor
-
-
-def one_parameter(module: nn.Module) -> Tensor:
-    """A parameter of a network that tells its device and number type."""
-    return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
 
 
 def widest_type(module: nn.Module) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch._C._functorch import TransformType, is_batchedtensor, is_gradtracking
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ptee._common.errors import PteeError
+from ptee._common.text import type_name
 from ptee.data.batches import odd_tensor, require_plain
 
 
@@ -33,7 +34,7 @@ def require_images(x: Any, channels: int) -> None:
     if not x.is_floating_point():
         scaled = "x.float() / 255" if x.dtype == torch.uint8 else "x.float()"
         raise PteeError(
-            f"These images are {_name_of(x.dtype)}, and the model takes floating-point numbers. "
+            f"These images are {type_name(x.dtype)}, and the model takes floating-point numbers. "
             f"Give ({scaled} - mean) / std, with the mean and std that the backbone was trained with."
         )
     _refuse_grad(x)
@@ -75,7 +76,7 @@ def require_device(x: Tensor, device: torch.device) -> None:
 def wrong_type(x: Tensor, wanted: torch.dtype, why: str) -> PteeError:
     """The error for images of a number type that the backbone cannot take; `why` is what the backbone raised."""
     return PteeError(
-        f"These images are {_name_of(x.dtype)}, and the model is {_name_of(wanted)} ({why.rstrip('.')}). "
+        f"These images are {type_name(x.dtype)}, and the model is {type_name(wanted)} ({why.rstrip('.')}). "
         f"Give x.to({wanted}), or convert the model with model.to({x.dtype})."
     )
 
@@ -86,10 +87,6 @@ def wrong_size(x: Tensor, planned: tuple[int, int, int], why: str) -> PteeError:
         f"The backbone cannot take images of size {tuple(x.shape[1:])} ({why.rstrip('.')}): the exits were planned for "
         f"{tuple(planned)}. Resize the images, or plan the exits again with their input_size."
     )
-
-
-def _name_of(kind: torch.dtype | torch.layout) -> str:
-    return str(kind).removeprefix("torch.")
 
 
 def _with_channels(have: int, want: int) -> str:

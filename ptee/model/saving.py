@@ -31,6 +31,7 @@ from ptee._common.files import (
     storable,
     to_json,
 )
+from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
@@ -154,7 +155,7 @@ def write(
 
     require_saveable(tensors, backbone)
     stored = storable(tensors)
-    known = {name: {"dtype": _dtype(tensor), "sha256": tensor_hash(tensor)} for name, tensor in stored.items()}
+    known = {name: {"dtype": type_name(tensor.dtype), "sha256": tensor_hash(tensor)} for name, tensor in stored.items()}
     whole = {"schema_version": SCHEMA_VERSION, "ptee_version": __version__, "heads_file": HEADS, **config}
     whole = json.loads(to_json(whole | {"tensors": known}))  # as it will be read
     whole["fingerprint"] = fingerprint(whole)
@@ -258,10 +259,6 @@ def _text(text: str) -> Callable[[Path], Any]:
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 
@@ -294,7 +291,7 @@ def fill(heads: nn.Module, run: Run) -> None:
         require_shape(run.folder, name, wanted[name].shape, tensor.shape)
         if tensor.is_floating_point() != wanted[name].is_floating_point():
             raise RunError(
-                f"{run.folder}: tensor {name!r:.80} holds {_dtype(tensor)}, which its head does not. Copy the run again."
+                f"{run.folder}: tensor {name!r:.80} holds {type_name(tensor.dtype)}, which its head does not. Copy the run again."
             )
     heads.load_state_dict(run.tensors)
 

@@ -16,7 +16,6 @@ from ptee._common.errors import PteeError
 from ptee.exits.config import wrong_number
 
 Thresholds = float | Sequence[float] | Tensor
-NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence reaches, and that every finite one does
 
 
 def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:

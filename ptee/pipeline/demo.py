@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ptee._common.devices import one_thread
+from ptee._common.devices import threads
 from ptee._common.errors import Argument, BackboneError, DataError, first_line
 from ptee._common.files import replace_file, require_writable
 from ptee._common.process import no_stdout, own_random_numbers
@@ -41,7 +41,7 @@ LR, HIGHEST_LR, WEIGHT_DECAY = 2e-3, 1e-2, 0.05
 SPEED_SECONDS = 5.0  # about how long measuring the speed may take
 
 
-@one_thread()  # faster than several for a network as tiny as this
+@threads(1)  # faster than several for a network as tiny as this
 def demo(recipe: Recipe, job: Job) -> None:
     """Add exits to the demo's network by `DEMO_RECIPE` or a change of it, and say in plain words what happened."""
     data = _images(SEED)

@@ -15,10 +15,10 @@ from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
-from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.splits import images_to_report_on
 from ptee.deploy.runner import Runner, load_exported
-from ptee.model.thresholds import NEVER
+from ptee.exits.config import NEVER
 from ptee.pipeline.images import describe_labels, open_images
 
 
@@ -161,13 +161,7 @@ def _answered(runner: Runner, loader: Any) -> Iterator[tuple[Tensor, ...]]:
         x = _given(runner, images)
         out, bare = runner.predict(x), runner.predict(x, NEVER)
         answers = (_tensor(each.logits).float().argmax(1) for each in (bare, out))
-        unknown = torch.full((len(images),), UNKNOWN_LABEL, device="cpu")
-        yield (
-            unknown if labels is None else labels.cpu(),
-            *answers,
-            _tensor(out.exit_index),
-            _tensor(out.cost).double(),
-        )
+        yield numbered(labels, images), *answers, _tensor(out.exit_index), _tensor(out.cost).double()
 
 
 def _results(runner: Runner, parts: list[Tensor], about: str) -> ExportedResults:

@@ -25,11 +25,11 @@ from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import free_place
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
 from ptee._common.text import table
-from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.deploy.export import ONNX, export, publish, require_libraries, sign
 from ptee.deploy.manifest import MANIFEST, Answered, Int8
 from ptee.deploy.runner import Runner, load_exported
-from ptee.model.thresholds import NEVER
+from ptee.exits.config import NEVER
 from ptee.pipeline.saved_run import open_run
 
 CALIBRATED_ON, COMPARED_ON = 256, 1000  # images at most
@@ -129,9 +129,7 @@ def _some(data: Any) -> tuple[Tensor, Tensor]:
     order = np.random.default_rng(0).permutation(len(data))[: CALIBRATED_ON + COMPARED_ON].tolist()
     loader: Any = batches(torch.utils.data.Subset(data, order), batch_size=128, shuffle=False, num_workers=0)
     parts = [split_batch(part) for part in loader]
-    unknown = [torch.full((len(x),), UNKNOWN_LABEL, device="cpu") for x, _ in parts]
-    labels = [u if y is None else y.cpu() for u, (_, y) in zip(unknown, parts, strict=True)]
-    return torch.cat([x for x, _ in parts]), torch.cat(labels)
+    return torch.cat([x for x, _ in parts]), torch.cat([numbered(y, x) for x, y in parts])
 
 
 # ---------------------------------------------------------------------------------------------------- whole numbers

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ptee._common.devices import one_thread, resolve_device
+from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
-from ptee.backbones.load import rebuild
 from ptee.data.named import HUB
 from ptee.data.sources import require_source
 from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
@@ -21,9 +20,9 @@ from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.results import evaluate
 from ptee.exits.times import BatchTimes
 from ptee.model import card, saving
-from ptee.model.build import load
+from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.run_files import CARD, read_run, record_of
+from ptee.model.run_files import CARD
 from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -40,6 +39,11 @@ TRACES = "traces"  # the kind of data that were recorded before
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
 
+def usual_threads(model: EarlyExitModel) -> int | None:
+    """One CPU thread for a tiny network; None for as many as torch takes."""
+    return 1 if model.plan.macs < FEW_MACS else None
+
+
 class OpenRun(NamedTuple):
     """A saved run and images."""
 
@@ -50,7 +54,7 @@ class OpenRun(NamedTuple):
 
     def threads(self) -> AbstractContextManager[None]:
         """One CPU thread for a tiny network, else as many as torch takes."""
-        return one_thread() if self.model.plan.macs < FEW_MACS else nullcontext()
+        return threads(usual_threads(self.model))
 
     def left_by_tuning(self, given: bool) -> tuple[Any, str]:
         """The images that the thresholds were not chosen on, and a sentence about them. `given`: the user gives others."""
@@ -230,15 +234,7 @@ def _times(
 def load_run(run: str, weights: Path | None) -> EarlyExitModel:
     """A saved run, with its weights from another place if they are given; errors name the option."""
     with or_weights(weights is not None):
-        return load(run, _moved_backbone(run, weights))
-
-
-def _moved_backbone(run: str, weights: Path | None) -> Any:
-    """The backbone of a run with weights from another place; None to look where the run says."""
-    if weights is None:
-        return None
-    config, _, _, remote = read_run(run)
-    return rebuild(record_of(run, config, remote, weights=weights)).module
+        return load_moved(run, weights)
 
 
 def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptee._common import devices
 from ptee._common.errors import Argument, DataError, RunError
 from ptee.data.batches import batches, split_batch
 from ptee.deploy.runner import load_exported
 from ptee.model import saving
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.exported import images_for
-from ptee.pipeline.saved_run import FEW_MACS, load_run, open_run
+from ptee.pipeline.saved_run import load_run, open_run, usual_threads
 from ptee.timing.exported_bench import ExportedBench, bench_exported
 from ptee.timing.measure import measure
 from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
@@ -61,9 +62,7 @@ def bench_saved(
     checked_sizes(batch_sizes)
     model, images, note = _with_images(run, batch_sizes, weights, device, where)
     model.to(device)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or (1 if model.plan.macs < FEW_MACS else before))
+    with devices.threads(threads or usual_threads(model)):
         times = measure(model, batch_sizes, executors, rounds=rounds)
         found = bench_run(model, times, batch_sizes, images, rounds=rounds, note=note)
         show(found)
@@ -71,8 +70,6 @@ def bench_saved(
             with saving.changing(Path(run), model.versions):
                 save_times(times, Path(run))
         return found
-    finally:
-        torch.set_num_threads(before)
 
 
 def bench_exported_folder(
@@ -111,17 +108,13 @@ def bench_exported_folder(
                 ".",
                 argument=name,
             )
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
+    with devices.threads(threads):
         runner = load_exported(folder, str(device), threads=torch.get_num_threads())
         if data is None:
             note = "Left out: the model's own thresholds, for which real images are needed (--data)."
             return bench_exported(runner, batch_sizes, rounds=rounds, note=note)
         images, _, _ = images_for(runner, folder, data, data_root, classes)
         return bench_exported(runner, batch_sizes, some_images(images, batch_sizes), rounds=rounds)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _with_images(

@@ -11,9 +11,9 @@ from ptee.analysis.cut_points import random_images
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import BATCHES, gap_between
 from ptee.exits.confidence import leaves
+from ptee.exits.config import NEVER
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import AllExits, ExitOutput
-from ptee.model.thresholds import NEVER
 from ptee.recording.buckets import Buckets
 
 COMPILED = 3.0  # times the tolerance: torch.compile keeps more digits between two operators than the model does

@@ -6,7 +6,7 @@ batch, and what never changes. Everything else is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from ptee._common.errors import PteeError
 from ptee.analysis.axes import memory_of
+from ptee.analysis.cut_points import tensors_in, written_by
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 ASKS = (
@@ -69,17 +69,17 @@ class Memory(TorchDispatchMode):
             return func(*args, **kwargs)
         if _asks(func, args):
             raise PteeError(f"{func} asks for values, and nothing is computed while a GPU records")
-        read = {memory_of(t): t for t in _tensors((args, kwargs))}
-        written = _written(func, args, kwargs)
+        read = {memory_of(t): t for t in tensors_in((args, kwargs))}
+        written = set(map(memory_of, written_by(func, args, kwargs)))
         by_shape = _reads_no_value(func)
         for memory, tensor in read.items():
             self._note_read(func, memory, tensor, memory in written, by_shape)
         out = func(*args, **kwargs)
-        made = {memory_of(t) for t in _tensors(out)} - read.keys()  # neither views nor what was written into
+        made = {memory_of(t) for t in tensors_in(out)} - read.keys()  # neither views nor what was written into
         self._made.update(dict.fromkeys(made, self._piece))
         if not by_shape and self._of_images & read.keys():
             self._of_images |= made | written
-        if func in COPIES and len({t.device for t in [*read.values(), *_tensors(out)] if t.dim()}) > 1:
+        if func in COPIES and len({t.device for t in [*read.values(), *tensors_in(out)] if t.dim()}) > 1:
             raise PteeError(f"{func} copies between devices, and a recording has one")
         return out
 
@@ -105,14 +105,10 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
-
-
 def _asks(func: Any, args: Sequence[Any]) -> bool:
     """Whether the host waits for what an operator gives. An index of numbers is no such question, a mask is."""
     if func._schema.name.startswith("aten::index"):
-        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:2]))
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1:2]))
     return bool(set(ASKS) & set(func.tags))
 
 
@@ -120,11 +116,3 @@ def _reads_no_value(func: Any) -> bool:
     """Whether an operator only needs the shape of what it is given, or gives a view of it."""
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return views or any(word in func._schema.name for word in ONLY_SHAPES)
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[StorageWeakRef]:
-    """The memory that an operator changes."""
-    taken = func._schema.arguments
-    values = {a.name: value for a, value in zip(taken, args, strict=False)} | dict(kwargs)
-    changed = [values.get(a.name) for a in taken if a.alias_info is not None and a.alias_info.is_write]
-    return set(map(memory_of, _tensors(changed)))

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import MAX_ROWS
 from ptee.deploy.segments import segments
+from ptee.exits.config import NEVER
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import ExitOutput, one_parameter, require_eval
+from ptee.model.forward import ExitOutput, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
-from ptee.model.thresholds import NEVER, Thresholds
+from ptee.model.thresholds import Thresholds
 from ptee.recording.buckets import Buckets
 from ptee.recording.budget import GIB
 from ptee.recording.check import COMPILED, check_recorded, check_size

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import survey
+from ptee.analysis.freezing import one_parameter
 from ptee.analysis.macs import count
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.forward import one_parameter
 from ptee.report.exit_figures import Block
 
 REST = "the classifier"  # what comes after the last block

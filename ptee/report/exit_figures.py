@@ -169,9 +169,9 @@ def confusion(pairs: Sequence[tuple[int, int, int]], names: Sequence[str]) -> An
     return drawn
 
 
-def training(epochs: Sequence[Mapping[str, Any]], measure: str = "fidelity") -> Any:
-    """The loss, and how often each exit agrees with the backbone (or is right) on training images, epoch by epoch."""
-    drawn = _one_below_the_other(2, "epoch", ["loss", f"{measure} on training images"])
+def training(epochs: Sequence[Mapping[str, Any]]) -> Any:
+    """The loss, and how often each exit agrees with the backbone on training images, epoch by epoch."""
+    drawn = _one_below_the_other(2, "epoch", ["loss", "fidelity on training images"])
     number = [epoch["number"] for epoch in epochs]
     for name, key in (("loss", "loss"), ("validation loss", "val_loss")):
         if epochs[0][key] is not None:
@@ -179,8 +179,8 @@ def training(epochs: Sequence[Mapping[str, Any]], measure: str = "fidelity") -> 
             drawn.add_scatter(
                 x=number, y=[e[key] for e in epochs], name=name, mode="lines+markers", row=1, col=1, **look
             )
-    for n in range(len(epochs[0][measure]) - 1):
-        values = [epoch[measure][n] for epoch in epochs]
+    for n in range(len(epochs[0]["fidelity"]) - 1):
+        values = [epoch["fidelity"][n] for epoch in epochs]
         drawn.add_scatter(x=number, y=values, name=f"exit {n}", mode="lines+markers", row=2, col=1, **mark(n + 2))
     drawn.update_xaxes(range=[0.5, number[-1] + 0.5])
     return drawn

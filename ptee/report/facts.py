@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptee.evaluation.metrics import BINS
 from ptee.evaluation.results_table import BLENDED_END
-from ptee.model.thresholds import NEVER
+from ptee.exits.config import NEVER
 from ptee.tuning.traces import Traces
 
 STEPS = 100  # of the slider from T = 0 to 1; one more, above 1, where no image leaves
@@ -51,8 +51,7 @@ class Step:
 def step(traces: Traces, thresholds: Sequence[float], off: Sequence[int], t: float | None = None) -> Step:
     """What these thresholds (E,) give while some exits are off."""
     kept = [NEVER if n in off else value for n, value in enumerate(thresholds)]
-    if min(kept) > 1:
-        traces = traces.alone  # no image can leave, so the backbone's own answer stands
+    traces = traces.by(kept)
     leaving = traces.leaving(kept)
     score, right = traces.score(leaving, off), traces.right.gather(0, leaving[None])[0]
     shares, well = traces.shares(leaving), _shares(leaving[right], traces)
@@ -108,17 +107,15 @@ def reliability(h: Tensor, true: Tensor) -> Reliability:
 def mixed_up(traces: Traces, leaving: Tensor, most: int = 12) -> list[tuple[int, int, int]]:
     """What early exits mix up that the backbone does not: (class, answer, images), the most frequent first."""
     answers = traces.answers.gather(0, leaving[None])[0]
-    truth = traces.bare if traces.targets is None else traces.targets
-    new = (answers != truth) & (traces.bare == truth) & (leaving < traces.exits)
-    pairs = Counter(zip(truth[new].tolist(), answers[new].tolist(), strict=True))
+    new = (answers != traces.truth) & (traces.bare == traces.truth) & (leaving < traces.exits)
+    pairs = Counter(zip(traces.truth[new].tolist(), answers[new].tolist(), strict=True))
     return [(*pair, count) for pair, count in pairs.most_common(most)]
 
 
 def put_right(traces: Traces, leaving: Tensor) -> int:
     """How many images early exits answer rightly that the backbone does not."""
     answers = traces.answers.gather(0, leaving[None])[0]
-    truth = traces.bare if traces.targets is None else traces.targets
-    return int(((answers == truth) & (traces.bare != truth) & (leaving < traces.exits)).sum())
+    return int(((answers == traces.truth) & (traces.bare != traces.truth) & (leaving < traces.exits)).sum())
 
 
 def changed_at_the_end(traces: Traces, leaving: Tensor) -> tuple[int, int]:

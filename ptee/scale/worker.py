@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,16 +13,14 @@ from torch import Tensor
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError
-from ptee.backbones.load import rebuild
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.parts import arrow
 from ptee.data.pictures import decode_bytes, image_transform
 from ptee.data.shards import Sample
 from ptee.exits.confidence import first_exit
-from ptee.model.build import load
+from ptee.exits.config import NEVER
+from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.run_files import read_run, record_of
-from ptee.model.thresholds import NEVER
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,7 @@ class Job:
 
 def open_model(job: Job) -> EarlyExitModel:
     """The saved run of a job, in eval mode on its device."""
-    backbone = None
-    if job.weights is not None:
-        config, _, _, remote = read_run(job.run)
-        backbone = rebuild(record_of(job.run, config, remote, weights=Path(job.weights))).module
-    return load(job.run, backbone).to(resolve_device(job.device)).eval()
+    return load_moved(job.run, job.weights).to(resolve_device(job.device)).eval()
 
 
 class Worker:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ptee._common.errors import PteeError
-from ptee.deploy.runner import Answers, Array, choose_rows, select_rows
+from ptee.deploy.runner import Answers, Array, answers_at_end, select_rows
 from ptee.serving.pieces import IMAGES, Pieces, Step, in_host_memory
 from ptee.serving.policy import Policy
 from ptee.serving.queues import Answer, Chunk, Queues, Request, joined
@@ -220,8 +220,7 @@ class Engine:
         pieces, step = self.pieces, self.pieces.steps[n]
         if n == len(pieces.steps) - 1:
             own, blended = step.run(*batch.alive)
-            possible = pieces.possible(batch.limits)
-            logits = own if not possible.any() else blended if possible.all() else choose_rows(possible, blended, own)
+            logits = answers_at_end(pieces.possible(batch.limits), own, blended)
             self._spent(n, len(batch), began, len(batch))
             self._answer(step, batch, logits, np.ones(len(batch), dtype=np.float32))
             return

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ptee._common.text import type_name
 from ptee.deploy.manifest import Manifest
 from ptee.deploy.runner import Array, Runner, as_numpy, load_exported
 
@@ -125,15 +126,15 @@ def pieces_of_model(model: Any) -> Pieces:
         PteeError: if it cannot be taken apart.
     """
 
+    from ptee.analysis.freezing import one_parameter
     from ptee.deploy.check import check_segments
     from ptee.deploy.export import AnsweringPiece, class_names
     from ptee.deploy.segments import segments
-    from ptee.model.forward import one_parameter
 
     found = segments(model, keep_logits=model.rule.reads_earlier)
     check_segments(model, found)
     like, images = one_parameter(model.backbone), model.origin.input
-    dtype = str(like.dtype).removeprefix("torch.")
+    dtype = type_name(like.dtype)
     about = About(
         model.plan.backbone, tuple(model.plan.input_size), tuple(images.mean), tuple(images.std), images.interpolation,
         dtype, model.num_classes, tuple(class_names(model)), tuple(e.name for e in model.exits),
@@ -217,16 +218,10 @@ class Source:
             return pieces_of_runner(runner), runner.threshold
         import torch
 
-        from ptee.backbones.load import rebuild
-        from ptee.model.build import load
-        from ptee.model.run_files import read_run, record_of
+        from ptee.model.build import load_moved
 
         torch.set_num_threads(1)
-        backbone = None
-        if self.weights is not None:
-            config, _, _, remote = read_run(self.run)
-            backbone = rebuild(record_of(self.run, config, remote, weights=self.weights)).module
-        model = load(self.run, backbone).to(self.device)
+        model = load_moved(self.run, self.weights).to(self.device)
         if self.bare:
             model.answers, model.off = "own", range(len(model.exits))
         return pieces_of_model(model), model.threshold

@@ -39,7 +39,7 @@ class Policy:
     @property
     def way_s(self) -> float:
         """A row's time through all pieces, each in a full batch."""
-        return sum(times[size] for times, size in zip(self.seconds, self.sizes, strict=True))
+        return _way(self.seconds, self.sizes)
 
     @property
     def row_s(self) -> float:

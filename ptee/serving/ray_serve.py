@@ -23,7 +23,7 @@ from ray.serve.context import _get_global_client  # nothing public tells at whic
 
 from ptee._common.errors import Argument, PteeError, first_line
 from ptee._common.process import no_logs
-from ptee.deploy.runner import Array, choose_rows, join_rows, select_rows
+from ptee.deploy.runner import Array, answers_at_end, join_rows, select_rows
 from ptee.serving.app import Rules, app_of
 from ptee.serving.engine import BusyError, largest_probability
 from ptee.serving.local import reserved
@@ -131,7 +131,7 @@ class Piece:
         if self._next is None:
             own, blended = self._step.run(*given)
             everybody = np.ones(len(limits), dtype=bool)
-            logits = in_host_memory(choose_rows(self._pieces.possible(limits), blended, own))
+            logits = in_host_memory(answers_at_end(self._pieces.possible(limits), own, blended))
             return everybody, [], logits, everybody.astype(np.float32)
         *alive, logits, h = self._step.run(*given)
         sure = in_host_memory(h)

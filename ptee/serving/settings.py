@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee.exits.config import wrong_number
 from ptee.production.settings import in_force
 
 TOKEN = "PTEE_TOKEN"
@@ -157,9 +158,7 @@ class FixedSettings:
         many, exits = given["threshold"], len(self.threshold)
         each = [float(t) for t in many] if isinstance(many, tuple) else [float(many)]
         if len(each) not in (1, exits):
-            raise PteeError(
-                f"There are {len(each)} thresholds for {exits} exits. Give one number, or one for each exit."
-            )
+            raise wrong_number(str(len(each)), exits)
         self.threshold = each if len(each) == exits else each * exits
         return self.now()
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ptee.analysis.cut_points import random_images
-from ptee.analysis.freezing import hooked, modes, set_modes
+from ptee.analysis.freezing import hooked, running_on
 from ptee.backbones.load import Backbone
 from ptee.exits.plan import TimesOfModules
-from ptee.model.forward import one_parameter
 from ptee.timing.laps import MAX_SECONDS, Mark, in_turns
 from ptee.timing.settings import HOOKS
 from ptee.timing.times import unit_of
@@ -28,30 +27,22 @@ def time_of_modules(backbone: Backbone, device: torch.device, batch: int, *, rou
         batch: images in a batch.
         rounds: how often it is measured.
     """
-    module, before = backbone.module, modes(backbone.module)
-    home = one_parameter(module).device
-    try:
-        module.to(device).eval()
+    module, names = backbone.module, dict[str, None]()
+    with running_on(device, module):
         x = random_images(module, batch, backbone.input.input_size)
-        names: list[str] = []
         found = in_turns({"": [partial(_marked, module, x, names)]}, device, rounds, MAX_SECONDS)[""][0]
-    finally:
-        set_modes(module.to(home), before)
     total = sum(found)
     shares = dict(zip(names, (s / total for s in accumulate(found)), strict=False))
     return TimesOfModules(shares, total, unit_of(HOOKS, batch, device.type).replace(HOOKS, "as it is"))
 
 
-def _marked(module: nn.Module, x: Tensor, names: list[str], mark: Mark) -> None:
+def _marked(module: nn.Module, x: Tensor, names: dict[str, None], mark: Mark) -> None:
     """Run a module with a mark behind each module inside of it. Their names are written down."""
     names.clear()
 
-    seen: set[str] = set()
-
     def ended(name: str, _: Any) -> None:
-        if name not in seen:
-            seen.add(name)
-            names.append(name)
+        if name not in names:
+            names[name] = None
             mark()
 
     with hooked({part: partial(ended, name) for name, part in module.named_modules() if name}):

@@ -20,10 +20,11 @@ from ptee._common.errors import Argument, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.analysis.freezing import hooked
+from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import StopForward
-from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.timing.times import in_threads
 
 MAX_SECONDS = 120  # for one batch size; after that no further round begins
 
@@ -69,10 +70,9 @@ class Bench:
         return LEGEND
 
     def __str__(self) -> str:
-        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.device == "cpu" else ""
         title = ("batch", "who leaves", "time", "cost", "time over cost", "best time", "saving reached")
         return (
-            f"{self.backbone} with {self.exits} exit{'s' * (self.exits != 1)} on {self.device}{threads}\n"
+            f"{self.backbone} with {self.exits} exit{'s' * (self.exits != 1)} on {self.device}{in_threads(self.device, self.threads)}\n"
             + "Times and costs are divided by the bare backbone's.\n\n"
             + table([title, *map(_cells, self.cases)], left={1})
         )

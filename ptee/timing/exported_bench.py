@@ -16,11 +16,11 @@ from ptee._common.clock import ratio
 from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.deploy.runner import Array, Runner
-from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.exits.config import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
 from ptee.timing.laps import MAX_SECONDS, in_turns
 from ptee.timing.run_bench import OWN_THRESHOLDS, SIZES, leaving_at_first, some_batches, timed, too_few, with_each
-from ptee.timing.times import between, device_name, sizes_to_measure
+from ptee.timing.times import between, device_name, in_threads, sizes_to_measure
 
 NOBODY = "nobody"
 NOISY = 1.1  # a limit so many times the time
@@ -109,8 +109,7 @@ def bench_exported(
     found = in_turns(laps, device, rounds=rounds, seconds=MAX_SECONDS)
     pieces = [[found[n][0][1 + k] for n in rows] for k in range(len(m.pieces))]  # the first lap is the call's
     lines = [line for b in with_bar(batch_sizes, SIZES) for line in _lines(runner, b, rows, pieces, images, rounds)]
-    many = torch.get_num_threads()
-    threads = f", {many} thread{'s' * (many != 1)}" if device.type == "cpu" else ""
+    threads = in_threads(device.type, torch.get_num_threads())
     where = (
         f"{m.backbone} with {len(m.exits)} exits, exported as {m.format}, on {device_name(device)}{threads}, {m.dtype}"
     )

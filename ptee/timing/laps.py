@@ -58,9 +58,14 @@ def in_turns(
             if i > 3 and (key, k) == every[0][:2] and time.perf_counter() - begun > seconds:
                 break
             laps = [_laps(call, device) for _ in range(repeats[key, k])]
-            repeats[key, k] = max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(sum(laps[-1]), 1e-6))))
+            repeats[key, k] = repeats_for(sum(laps[-1]))
             times[key, k] += laps if i else []
     return {key: [_usual(times[key, k]) for k in range(len(of_key))] for key, of_key in calls.items()}
+
+
+def repeats_for(seconds: float) -> int:
+    """How often a call of so many seconds is repeated to be measured."""
+    return max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(seconds, 1e-6))))
 
 
 def _laps(call: Callable[[Mark], Any], device: torch.device) -> list[float]:

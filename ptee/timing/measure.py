@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError
+from ptee._common.text import type_name
+from ptee.analysis.freezing import one_parameter, running_on
 from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
+from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.front import Prepare
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import ExitEarly, one_parameter, running
-from ptee.model.thresholds import ALWAYS, NEVER
+from ptee.model.forward import ExitEarly, running
 from ptee.recording.compiled import compiled
 from ptee.recording.graphs import Graphs, Recorder
 from ptee.recording.optimized import OptimizedModel, optimize
@@ -121,7 +123,7 @@ def measure(
         threads=torch.get_num_threads(),
         torch_version=torch.__version__,
         ptee_version=__version__,
-        dtype=str(like.dtype).removeprefix("torch."),
+        dtype=type_name(like.dtype),
         backbone=view.plan.backbone,
         exits=tuple(e.name for e in view.exits),
         heads=tuple(e.head for e in view.exits),
@@ -155,24 +157,18 @@ def all_on(model: EarlyExitModel) -> EarlyExitModel:
 
 def measure_static(network: Backbone, model: EarlyExitModel, device: torch.device, batch: int) -> BatchTimes:
     """The times of a smaller network as the first exit of a cascade, whose second part is the bare backbone of a model."""
-    prepare = Prepare(model.origin.input, network.input).to(device)
-    home, other = (one_parameter(module).device for module in (model.backbone, network.module))
-    small, rows = network.module.to(device).eval(), sizes_to_measure([batch])
-    model.to(device)
-    try:
+    prepare, small = Prepare(model.origin.input, network.input).to(device), network.module
+    rows, dtype = sizes_to_measure([batch]), one_parameter(small).dtype
+    with running_on(device, model), running_on(device, small):
         images = {n: example_images(model, n) for n in rows}
-        like = one_parameter(small)
         calls: dict[Any, list[Callable[[Mark], Any]]] = {
             n: [
                 partial(_bare_laps, model.backbone, images[n]),
-                partial(_prepared_laps, small, prepare, images[n], like.dtype),
+                partial(_prepared_laps, small, prepare, images[n], dtype),
             ]
             for n in rows
         }
         found = in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
-    finally:
-        model.to(home)
-        network.module.to(other)
     bare, head = (between(rows, [found[n][i][0] for n in rows], batch) for i in (0, 1))
     unit = unit_of(HOOKS, batch, device.type)
     return BatchTimes(torch.stack([torch.zeros_like(bare), bare]) / bare[-1], head[None] / bare[-1], 0.0, unit)

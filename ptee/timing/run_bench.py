@@ -16,14 +16,14 @@ from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
+from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.thresholds import ALWAYS, NEVER
 from ptee.timing.energy import energy_meter, joules_of
-from ptee.timing.laps import LONG_ENOUGH, MOST_REPEATS
+from ptee.timing.laps import repeats_for
 from ptee.timing.measure import all_on, bare_by, in_pieces
 from ptee.timing.settings import COMPILE, GRAPHS, HOOKS, ONNX
-from ptee.timing.times import Times
+from ptee.timing.times import Times, in_threads
 
 BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
 AS_IT_IS = ("torch", BARE)
@@ -94,7 +94,6 @@ class RunBench:
 
     def __str__(self) -> str:
         t = self.times
-        threads = f", {t.threads} thread{'s' * (t.threads != 1)}" if t.device == "cpu" else ""
         others = any(line.executor in OTHERS for line in self.lines)
         energy = any(line.joules is not None for line in self.lines)
         title = (
@@ -111,7 +110,7 @@ class RunBench:
         )
         rows = [_cells(line, others, energy) for line in self.lines]
         return (
-            f"{t.backbone} with {len(t.exits)} exits on {t.device_name}{threads}, {t.dtype}\n"
+            f"{t.backbone} with {len(t.exits)} exits on {t.device_name}{in_threads(t.device, t.threads)}, {t.dtype}\n"
             "Times are shares of the bare backbone's time; counted: of its multiply-accumulates.\n\n"
             + table([title, *rows], left={1, 2})
             + f"\n\n{RATIOS}"
@@ -261,7 +260,7 @@ def timed(calls: Mapping[Key, Any], device: torch.device, rounds: int) -> dict[K
     """Seconds of each call in every round. Short ones are repeated."""
     named = {str(key): call for key, call in calls.items()}
     first = in_turns(named, device, rounds=1)
-    times = {name: max(1, min(MOST_REPEATS, int(LONG_ENOUGH / max(first[name][0], 1e-6)))) for name in named}
+    times = {name: repeats_for(first[name][0]) for name in named}
     repeated = {name: partial(_repeat, call, times[name]) for name, call in named.items()}
     found = in_turns(repeated, device, rounds=rounds, seconds=MAX_SECONDS)
     return {key: [s / times[str(key)] for s in found[str(key)]] for key in calls}

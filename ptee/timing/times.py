@@ -18,17 +18,17 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, RunError, first_line
 from ptee._common.files import read_object, replace_file, to_json
-from ptee._common.validation import FrozenConfig, Number, Whole
+from ptee._common.text import type_name
+from ptee._common.validation import FrozenConfig, Name, Number, Whole
+from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.forward import one_parameter
 from ptee.timing.settings import AUTO, EXECUTORS, FILE, GRAPHS, HOOKS, LARGEST_BATCH, require_kept_times
 
 SCHEMA = 1
 LARGEST_FILE = 2**20  # bytes
 AGAIN = "Measure again: ptee bench RUN --save"
 
-Name = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
 Seconds = Annotated[Number, Field(ge=0, le=86_400)]
 Row = Annotated[tuple[Seconds, ...], Field(min_length=1, max_length=1000)]
@@ -148,7 +148,7 @@ class Times(FrozenConfig):
         own = {
             "exits": tuple(e.name for e in model.exits),
             "heads": tuple(e.head for e in model.exits),
-            "dtype": str(like.dtype).removeprefix("torch."),
+            "dtype": type_name(like.dtype),
             "device": device.type,
             "backbone": model.plan.backbone,
         }
@@ -189,6 +189,11 @@ def device_name(device: torch.device) -> str:
         lines = []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return "".join(c for c in name if c.isprintable())[:200] or "cpu"
+
+
+def in_threads(device: str, number: int) -> str:
+    """The end of the name of a place to compute: of a CPU, in how many threads."""
+    return f", {number} thread{'s' * (number != 1)}" if device == "cpu" else ""
 
 
 def save_times(times: Times, folder: Path) -> None:

@@ -27,7 +27,7 @@ from ptee._common.text import table
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data import splits
-from ptee.data.batches import UNKNOWN_LABEL, batches, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.labels import odd_labels
 from ptee.data.recorded import recorded
 from ptee.exits.confidence import CALIBRATED, Calibrated, log_odds
@@ -240,7 +240,7 @@ def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
         usable = own.amax(-1).isfinite() & every.confidence_logits.isfinite()  # elsewhere h is NaN
         odds.append(torch.where(usable, log_odds(own), torch.nan).cpu().double())
         answers.append(every.logits.argmax(-1).cpu())
-        labels.append(torch.full((len(images),), UNKNOWN_LABEL, device="cpu") if known is None else known)
+        labels.append(numbered(known, images))
     if not answers:
         raise DataError("The data gave no batch: it is empty.")
     targets = torch.cat(labels)

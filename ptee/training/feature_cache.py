@@ -34,15 +34,7 @@ from ptee._common.files import as_path, from_json, plain, to_json
 from ptee._common.progress import with_bar
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
-from ptee.data.parts import (
-    Manifest,
-    key_hashes,
-    numbers,
-    read_manifest,
-    require_few_unreadable,
-    require_whole,
-    row_groups,
-)
+from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
@@ -321,9 +313,7 @@ def open_cache(folder: str | Path) -> CacheFolder:
         DataError: if it is not finished, is damaged, or holds something else.
     """
     path = as_path(folder, "folder")
-    manifest = read_manifest(path, "cache")
-    require_whole(path, manifest)
-    require_few_unreadable(path, manifest)
+    manifest = read_whole(path, "cache")
     shapes, classes = manifest.about.get("shapes"), manifest.about.get("classes")
     if not (_are_shapes(shapes) and type(classes) is int and 0 < classes <= LARGEST_SIDE and manifest.rows):
         raise DataError(f"{path}: its manifest does not say what it holds. Make it again: ptee cache RUN.")

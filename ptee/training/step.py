@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import PteeError
 from ptee._common.shares import Share
-from ptee.analysis.parameters import parameter_shares
+from ptee.analysis.parameters import number_of_parameters, parameter_shares
 from ptee.exits.confidence import first_exit
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel
@@ -162,8 +162,8 @@ def parameter_costs(model: EarlyExitModel, exits: int | None = None) -> tuple[fl
     The model is in eval mode.
     """
     shares = parameter_shares(model.backbone, model.plan.input_size) | {INPUT: 0.0}
-    total = sum(p.numel() for p in model.backbone.parameters())
-    own = [sum(p.numel() for p in head.parameters()) / total for head in model.heads]
+    total = number_of_parameters(model.backbone)
+    own = [number_of_parameters(head) / total for head in model.heads]
     heads = list(accumulate(0.0 if exits is not None and n >= exits else size for n, size in enumerate(own)))
     reached = [shares[e.name] for e in model.exits]
     return tuple(share + passed for share, passed in zip([*reached, 1.0], [*heads, heads[-1]], strict=True))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ptee._common.errors import Argument, PteeError
 from ptee.exits.blend import MAX_EXITS, Exits, subsets
 from ptee.exits.confidence import leaves
+from ptee.exits.config import NEVER
 from ptee.tuning.config import EXAMPLES, Promise, Target
 from ptee.tuning.p_values import (
     images_needed,
@@ -30,7 +31,6 @@ from ptee.tuning.p_values import (
 )
 from ptee.tuning.reachable import losses_of
 from ptee.tuning.targets import Solution
-from ptee.tuning.threshold_search import NEVER
 from ptee.tuning.traces import Traces
 
 Threshold = tuple[float, ...]

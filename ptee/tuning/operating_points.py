@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ptee.exits.blend import BLENDED, OWN
+from ptee.exits.config import NEVER
 from ptee.production.curve import Curve, Point
 from ptee.tuning.candidates import FOLDS
 from ptee.tuning.config import Target
 from ptee.tuning.reachable import losses_of
 from ptee.tuning.targets import MAX_IMAGES, Solution
-from ptee.tuning.threshold_search import NEVER, Problem, path
+from ptee.tuning.threshold_search import Problem, path
 from ptee.tuning.traces import Traces
 
 WEIGHTS, STEPS = (0.05, 1e3), 30  # of one wrong answer, in costs of the backbone
@@ -98,21 +99,16 @@ def _path(traces: Traces, found: Solution, kind: str) -> list[list[float]]:
     return [problem.thresholds(taken, one_threshold=False) for taken in path(problem, on, weights)]
 
 
-def _answering(traces: Traces, threshold: tuple[float, ...] | list[float]) -> Traces:
-    """Where no image can leave, the backbone's own answer stands, and is not blended."""
-    return traces if min(threshold) <= 1 else traces.alone
-
-
 def _lost(traces: Traces, threshold: list[float]) -> Tensor:
     """(2) sums over the images: of the drop of accuracy (without labels: of fidelity), and of answers that differ."""
-    traces, where = _answering(traces, threshold), traces.leaving(threshold)[None]
+    traces, where = traces.by(threshold), traces.leaving(threshold)[None]
     differ = traces.answers.gather(0, where)[0] != traces.bare
     return torch.stack([traces.losses.gather(0, where).sum(), differ.double().sum()])
 
 
 def _point(traces: Traces, found: Solution, threshold: tuple[float, ...] | list[float]) -> Point:
     """What thresholds cost and lose on the images themselves."""
-    score = _answering(traces, threshold).score(traces.leaving(threshold), found.off)
+    score = traces.by(threshold).score(traces.leaving(threshold), found.off)
     bare = traces.alone.score_at(traces.exits)
     drop = None if score.accuracy is None or bare.accuracy is None else bare.accuracy - score.accuracy
     times = traces.times

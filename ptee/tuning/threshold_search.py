@@ -23,7 +23,8 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-NEVER = 2.0  # a threshold that no confidence reaches
+from ptee.exits.config import NEVER
+
 MAX_EXACT = 6  # up to so many exits every subset is tried; with more, exits are switched off one after another
 WEIGHTS = (1e-3, 1e4)  # of one wrong answer, in costs of the backbone; bisected on a logarithmic scale
 BISECTIONS, MAX_SWEEPS = 12, 20

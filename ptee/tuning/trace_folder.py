@@ -22,19 +22,12 @@ from ptee._common.files import as_path, plain
 from ptee.backbones.weights import weights_hash
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.labels import labels_of_other_classes
-from ptee.data.parts import (
-    Manifest,
-    key_hashes,
-    numbers,
-    read_manifest,
-    require_few_unreadable,
-    require_whole,
-    row_groups,
-)
+from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
 from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
+from ptee.exits.config import BLENDED
 from ptee.model.early_exit import EarlyExitModel
-from ptee.tuning.traces import MANY_CLASSES, Traces, blended_as
+from ptee.tuning.traces import MANY_CLASSES, Traces, as_answered
 
 LIMIT = 4 * 2**30  # bytes of logits that are read into memory
 LEAST = 1e-30  # a probability that has no logarithm is taken for this one
@@ -104,9 +97,8 @@ class TraceFolder(RecordedTraces):
         which = self._folder_of(model)
         manifest, folder = self.manifests[which], self.folders[which]
         E, K, n = len(model.exits), model.num_classes, len(self)
-        _ = self.images_sha256  # the folders hold the same images
         again = _confidence(model) != manifest.about["confidence"]
-        blended = blended_as(model) is not None and not own
+        blended = model.answers == BLENDED and not own
         with_logits = logits or again or blended
         wanted: dict[str, tuple[int, Any]] = {
             "label": (0, np.int32),
@@ -116,7 +108,7 @@ class TraceFolder(RecordedTraces):
         wanted["confidence_logits"] = (E, np.float32)
         if with_logits:
             n_of_rows = len(self) if rows is None else len(rows)
-            self._require_logits(folder, manifest.about["logits"], (E + 1) * K * n_of_rows)
+            self._require_logits(which, (E + 1) * K * n_of_rows)
             wanted |= _of_logits(manifest, E, K)
         order = self._order(which) if rows is None else self._order(which)[rows.numpy()]
         place = np.full(n, -1, dtype=np.int64)
@@ -148,12 +140,12 @@ class TraceFolder(RecordedTraces):
         if again:  # the model has another confidence now than when its answers were recorded
             traces = replace(traces, confidence_name="").under(model.confidence)
         if blended:
-            blend = blended_as(model)
-            assert blend is not None
-            traces = traces.blended(blend, tuple(n for n in range(E) if n not in model.off))
+            traces = as_answered(model, traces)
         return traces if logits else replace(traces, logits=None, confidence_logits=None)
 
     def _folder_of(self, model: EarlyExitModel) -> int:
+        """Which of the folders is of a model. All of them hold the same images, or else they are refused."""
+        _ = self.images_sha256
         heads, backbone = (weights_hash(module)[:16] for module in (model.heads, model.backbone))
         for n, manifest in enumerate(self.manifests):
             if (manifest.about["heads"], manifest.about["backbone"]) == (heads, backbone):
@@ -166,12 +158,11 @@ class TraceFolder(RecordedTraces):
             "this run: ptee trace RUN."
         )
 
-    def _require_logits(self, folder: Path, kept: Any, numbers: int) -> None:
-        """Refuse logits that were not kept, or so many numbers of them that memory would not hold them."""
-        if kept == 0:
-            raise DataError(
-                f"{folder} holds no logits, which this needs. Record them, or ask for the exits' own answers."
-            )
+    def _require_logits(self, which: int, numbers: int) -> None:
+        """Refuse logits that a folder did not keep, or so many numbers of them that memory would not hold them."""
+        if self.manifests[which].about["logits"] == 0:
+            text = "holds no logits, which this needs. Record them, or ask for the exits' own answers."
+            raise DataError(f"{self.folders[which]} {text}")
         if (size := 6 * numbers) > LIMIT:  # in half precision, and in single precision while they are blended
             raise DataError(
                 f"The logits take {size / 2**30:.0f} GiB of memory, more than {LIMIT / 2**30:.0f} GiB. Ask for the "
@@ -182,9 +173,8 @@ class TraceFolder(RecordedTraces):
         """As of `RecordedTraces`."""
         n = len(self) if rows is None else len(rows)
         try:
-            self._require_logits(
-                self.folders[0], self.manifests[0].about["logits"], (len(model.exits) + 1) * model.num_classes * n
-            )
+            which = self._folder_of(model)
+            self._require_logits(which, (len(model.exits) + 1) * model.num_classes * n)
         except DataError:
             return False
         return True
@@ -197,7 +187,7 @@ class TraceFolder(RecordedTraces):
         """
         which = self._folder_of(model)
         folder, manifest, E = self.folders[which], self.manifests[which], len(model.exits)
-        self._require_logits(folder, manifest.about["logits"], 0)
+        self._require_logits(which, 0)
         of_logits = _of_logits(manifest, E, model.num_classes)
         odds, answers = [], []
         for group in row_groups(folder, manifest, ["answers", *of_logits]):
@@ -223,9 +213,7 @@ def open_traces(*folders: str | Path) -> TraceFolder:
     paths = tuple(as_path(folder, "folders") for folder in folders)
     manifests = []
     for path in paths:
-        manifest = read_manifest(path, "traces")
-        require_whole(path, manifest)
-        require_few_unreadable(path, manifest)
+        manifest = read_whole(path, "traces")
         missing = [key for key in ("heads", "backbone", "confidence", "logits") if key not in manifest.about]
         if missing or not (manifest.about["logits"] == "all" or type(manifest.about["logits"]) is int):
             raise DataError(

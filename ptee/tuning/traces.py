@@ -85,14 +85,23 @@ class Traces:
         return self if self.own is None else replace(self, answers=self.own, own=None)
 
     @property
+    def truth(self) -> Tensor:
+        """(n,) the labels; without labels, the backbone's own answers."""
+        return self.bare if self.targets is None else self.targets
+
+    @property
     def right(self) -> Tensor:
-        """(E+1, n) bool, whether the answer is the label; without labels, whether it is the backbone's answer."""
-        return self.answers == (self.bare if self.targets is None else self.targets)
+        """(E+1, n) bool, whether the answer is the `truth`."""
+        return self.answers == self.truth
 
     @property
     def losses(self) -> Tensor:
         """(E+1, n) what leaving there loses: 1 if only the backbone is right, -1 if only the exit is, else 0; float64."""
         return self.alone.right[-1].double() - self.right.double()
+
+    def by(self, threshold: Sequence[float]) -> Traces:
+        """The same at thresholds (E,). Where no image can leave, the backbone's own answer stands at the end."""
+        return self if min(threshold) <= 1 else self.alone
 
     def rows(self, which: Tensor) -> Traces:
         """The traces of some images: `which` is (n,) bool, or indices."""
@@ -236,9 +245,11 @@ def truncation(traces: Traces) -> tuple[Score, ...]:
     return tuple(replace(s, cost=c, time=t) for s, c, t in zip(scores, alone.costs_alone, times, strict=True))
 
 
-def blended_as(model: EarlyExitModel) -> Blend | None:
-    """The weights with which a model blends its answers, or None if they are the exits' own."""
-    return model.blend if model.answers == BLENDED else None
+def as_answered(model: EarlyExitModel, own: Traces) -> Traces:
+    """Traces of the exits' own answers, with the answers that the model gives."""
+    if model.answers == BLENDED and model.blend is not None:
+        return own.blended(model.blend, model.plan.on)
+    return own
 
 
 @checked

@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 import ptee.backbones.cifar_resnet  # noqa: F401 (timm knows its networks then)
-from ptee.analysis.parameters import parameter_shares
+from ptee.analysis.parameters import number_of_parameters, parameter_shares
+
+
+def test_batch_norm_counts_and_a_shared_layer_counts_once():
+    assert number_of_parameters(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))) == 3 * 8 * 9 + 2 * 8
+    shared = nn.Linear(4, 4)
+    assert number_of_parameters(nn.Sequential(shared, shared, nn.Linear(4, 2))) == (4 * 4 + 4) + (4 * 2 + 2)
 
 
 def test_shares_add_up_in_the_order_of_execution():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused
+from served import free_port
 from small import made
 
 import ptee
@@ -17,12 +18,6 @@ pytestmark = pytest.mark.cpu("what is exported is the same on every device")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ptee.export(made(), tmp_path_factory.mktemp("serve") / "exported")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_opened(exported, run):

@@ -18,7 +18,7 @@ from cases import slow
 from device import drawn
 from images import picture
 from PIL import Image
-from small import SIZE, K, chained, made
+from small import SIZE, K, blended, chained, made
 from torch import Tensor
 
 import ptee
@@ -28,7 +28,6 @@ from ptee.deploy.export import class_names
 from ptee.deploy.manifest import MANIFEST, fingerprint
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.runner import main as runner_main
-from ptee.exits.blend import Blend, subsets
 
 pytestmark = pytest.mark.cpu("what is exported is the same on every device")
 needs_onnx = pytest.mark.skipif(
@@ -107,10 +106,7 @@ def test_the_same_rows_leave_with_the_same_answers(model, confidence, format, tm
 
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
 def test_blended_answers_are_exported(format, tmp_path):
-    early = made()
-    weights = {(n, m): tuple(0.4 + 0.1 * k for k in range(len(m) + 1)) for n in range(3) for m in subsets(n)}
-    early.confidence, early.blend = "max_prob", Blend(weights)
-    early.answers = "blended"
+    early = blended()
     runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format=format))
     for threshold in (0.0, 0.4, 2.0, [0.4, 2.0]):
         require_same(runner, early, images(9), threshold)
@@ -189,7 +185,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a path out of the folder": (piece(0, file="../x.pt2"), r"pieces\[0\]\.file"),
     "too few costs": (entry(costs=[0.1]), r"do not fit"),
     "an unknown key": (entry(**{"\x1b[31mmore": 1}), r"unknown"),
-    "a name with an escape": (entry(backbone="\x1b[31mx"), r"backbone"),
+    "a name with an escape": (entry(backbone="\x1b[31mx"), r"backbone=.* must be text without control characters"),
     "an exit that is not there": (piece(1, exit=7), r"do not fit"),
     "an exit that is off and not there": (entry(off=[7]), r"do not fit"),
     "a deviation of 0": (entry(std=[0.0, 1.0, 1.0]), r"std"),
@@ -310,7 +306,7 @@ def test_the_runner_calls_the_classes_as_the_data_of_the_run_does(tmp_path, caps
 
 def test_names_that_are_none_of_the_classes_stay_out_of_the_manifest():
     model = made()
-    for names in (["one"], ["a\x1b[2J"] * K, [1] * K, "abc", ["a" * 201] * K, None):
+    for names in (["one"], ["a\x1b[2J"] * K, ["a\tb"] * K, ["a\nb"] * K, [1] * K, "abc", ["a" * 256] * K, None):
         model.results = {"data": {"split": {"classes": names}}}
         assert class_names(model) == []
 

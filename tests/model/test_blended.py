@@ -9,14 +9,14 @@ from itertools import combinations
 import pytest
 import torch
 from device import seeded
-from small import once
+from small import blend_for, once
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.backbones.load import load_backbone
-from ptee.exits.blend import Blend, subsets
+from ptee.exits.blend import Blend
 from ptee.model.build import build
 from ptee.tuning.traces import record
 
@@ -30,17 +30,11 @@ def early(heads: tuple[str, ...] = HEADS["heads alone"]) -> ptee.EarlyExitModel:
     return build(load_backbone("cifar_resnet20", pretrained=False), exits=exits, head=list(heads))
 
 
-def weights(exits: int = E) -> Blend:
-    """Other weights for each exit and each choice of exits before it."""
-    keys = [(n, before) for n in range(exits + 1) for before in subsets(n)]
-    return Blend({(n, m): tuple(0.3 + 0.1 * k + 0.2 * n for k in range(len(m) + 1)) for n, m in keys})
-
-
 @pytest.fixture(params=HEADS)
 def model(request) -> ptee.EarlyExitModel:
     model = early(HEADS[request.param])
     model.confidence = "max_prob"
-    model.blend, model.answers = weights(), "blended"
+    model.blend, model.answers = blend_for(E), "blended"
     return model
 
 
@@ -98,7 +92,7 @@ def test_exits_that_are_off_say_nothing_and_all_of_them_off_is_the_backbone(mode
 
 def test_a_row_with_an_answer_that_is_not_finite_goes_to_the_end_and_gets_the_backbones_answer(x):
     model = early()
-    model.confidence, model.blend, model.answers = "max_prob", weights(), "blended"
+    model.confidence, model.blend, model.answers = "max_prob", blend_for(E), "blended"
     with torch.no_grad():
         bare = model.backbone(x)
     model.threshold = [1.0, 0.0, 0.0]
@@ -154,7 +148,7 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_a_run_whose_weights_are_damaged_is_refused_in_one_line(damage, tmp_path):
     model = early()
-    model.confidence, model.blend, model.answers = "max_prob", weights(), "blended"
+    model.confidence, model.blend, model.answers = "max_prob", blend_for(E), "blended"
     model.save_pretrained(tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())

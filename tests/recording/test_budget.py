@@ -10,7 +10,7 @@ from small import SIZE, made
 import ptee
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
-from ptee.model.thresholds import NEVER
+from ptee.exits.config import NEVER
 from ptee.recording import buckets, budget
 
 A_ROW = 2**28  # bytes: four rows take a GiB

@@ -21,8 +21,8 @@ from ptee.analysis.arithmetic import tolerance
 from ptee.analysis.axes import memory_of
 from ptee.backbones.load import load_backbone
 from ptee.deploy.capture import example_images
+from ptee.exits.config import NEVER
 from ptee.model.build import build
-from ptee.model.thresholds import NEVER
 from ptee.recording import optimized
 from ptee.recording.buckets import Buckets
 from ptee.recording.check import check_recorded

@@ -19,14 +19,13 @@ import torch
 from cases import slow
 from device import here, seeded
 from rerun import stand_in
-from small import SIZE, K, chained, made
+from small import SIZE, K, blended, chained, made
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import ptee
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
-from ptee.exits.blend import Blend, subsets
 from ptee.model.forward import ExitOutput
 from ptee.recording import optimized
 from ptee.recording.buckets import sizes_up_to
@@ -144,11 +143,7 @@ def test_nobody_leaves_at_an_exit_that_is_off_though_its_head_runs_for_a_later_o
 
 @pytest.mark.parametrize("to_the_end", [True, False])
 def test_blended_answers_are_those_of_the_model(to_the_end, mode, x):
-    early = made()
-    keys = [(n, m) for n in range(3) for m in subsets(n)]
-    weights = {(n, m): tuple(0.4 + 0.1 * k + 0.3 * n for k in range(len(m) + 1)) for n, m in keys}
-    early.confidence, early.blend = "max_prob", Blend(weights, to_the_end=to_the_end)
-    early.answers = "blended"
+    early = blended(to_the_end=to_the_end)
     fast = ptee.optimize(early, mode=mode)
     for limits in (spread(early, x), [NEVER, NEVER], [spread(early, x)[0], NEVER]):
         require_same(fast, early, x, limits)

@@ -107,6 +107,18 @@ def test_own_answers_need_no_logits(a_run, shards, tmp_path):
         ptee.tune(ptee.load(a_run), none, max_fidelity_drop=0.3, answers="blended")
 
 
+def test_of_several_runs_each_has_the_logits_that_its_own_folder_kept(a_run, shards, folder, tmp_path):
+    other = ptee.load(a_run)
+    with torch.no_grad():
+        next(other.heads.parameters()).add_(1)
+    other.save_pretrained(tmp_path / "run")
+    none = ptee.record(tmp_path / "run", shards, tmp_path / "none", logits=0)
+    for folders in ([folder, none], [none, folder]):
+        both = ptee.open_traces(*(each.folders[0] for each in folders))
+        ptee.tune(ptee.load(tmp_path / "run"), both, max_fidelity_drop=0.3)
+        assert both.can_give_logits(ptee.load(a_run), None)
+
+
 def test_logits_that_memory_cannot_hold_are_left_out_or_refused(a_run, folder, monkeypatch):
     monkeypatch.setattr("ptee.tuning.trace_folder.LIMIT", 100)
     ptee.tune(ptee.load(a_run), folder, max_fidelity_drop=0.3)
@@ -125,8 +137,10 @@ def test_traces_of_another_run_are_refused(a_run, folder):
 def test_traces_of_other_images_are_not_compared(a_run, folder, tmp_path):
     shard(tmp_path / "a.tar", range(30, 60))
     other = ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out")
-    with pytest.raises(DataError, match="other images than"):
-        traces_of(a_run, ptee.open_traces(folder.folders[0], other.folders[0]))
+    both = ptee.open_traces(folder.folders[0], other.folders[0])
+    for function in (traces_of, lambda run, data: ptee.calibrate(ptee.load(run), data)):
+        with pytest.raises(DataError, match="other images than"):
+            function(a_run, both)
 
 
 def test_speed_and_smaller_networks_need_the_images(a_run, folder):

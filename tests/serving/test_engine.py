@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from served import T, asked, images, require_same
-from small import chained, made
+from small import blended, chained, made
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee.exits.blend import Blend, subsets
 from ptee.serving.engine import BusyError, Engine
 from ptee.serving.local import Batching, LocalServer
 from ptee.serving.metrics import Metrics
@@ -51,14 +50,6 @@ def test_thresholds_of_the_model_are_live(server, model):
     for threshold in ([0.3, 0.3], [0.9, 0.5]):
         model.threshold = threshold
         require_same(asked(server, x)[0], model, x)
-
-
-def blended() -> ptee.EarlyExitModel:
-    early = made()
-    weights = {(n, m): tuple(0.4 + 0.1 * k for k in range(len(m) + 1)) for n in range(3) for m in subsets(n)}
-    early.confidence, early.blend = "max_prob", Blend(weights)
-    early.answers = "blended"
-    return early
 
 
 def patient() -> ptee.EarlyExitModel:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from served import images, npy
+from served import free_port, images, npy
 from small import made
 from uvicorn.server import ServerState
 
@@ -33,12 +33,6 @@ NPY = {"Content-Type": "application/x-npy"}
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ptee.export(made(), tmp_path_factory.mktemp("serve") / "exported")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture

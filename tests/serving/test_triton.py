@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 import torch
 from served import T, images
-from small import SIZE, made
+from small import SIZE, blended, made
 
-import ptee
 from ptee._common.errors import RunError
-from ptee.exits.blend import Blend, subsets
 from ptee.serving.triton import export_triton, model_name
 
 pytestmark = [
@@ -106,14 +104,6 @@ def request(x: np.ndarray, threshold: Any = None) -> dict[str, Tensor]:
         if threshold is None
         else given | {"THRESHOLD": Tensor("THRESHOLD", np.asarray(threshold, dtype=np.float32))}
     )
-
-
-def blended() -> ptee.EarlyExitModel:
-    early = made()
-    weights = {(n, m): tuple(0.4 + 0.1 * k for k in range(len(m) + 1)) for n in range(3) for m in subsets(n)}
-    early.confidence, early.blend = "max_prob", Blend(weights)
-    early.answers = "blended"
-    return early
 
 
 @pytest.mark.parametrize("make", [made, blended])

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptee._common.errors import PteeError
+from ptee.exits.config import NEVER
 from ptee.exits.times import BatchTimes
 from ptee.tuning.config import Target, describe_thresholds, remark
 from ptee.tuning.reachable import Margin
 from ptee.tuning.targets import Solution, curves, solve
-from ptee.tuning.threshold_search import NEVER
 from ptee.tuning.traces import Score, Traces, truncation
 
 K = 3
