@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +29,11 @@ AVERAGED = re.compile(r"(?i:(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$))
 BEFORE_AVERAGING = "current_model_state"  # Lightning's place for the raw weights; its state_dict then holds the average
 POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|pos_bias")
 # what a training keeps beside its network: losses, metrics, a teacher, and counters of averages and of profilers
+COUNTERS = re.compile(r"(^|\.)(n_averaged|num_updates|decay|initted|total_ops|total_params)$", re.IGNORECASE)
 LEFTOVER = re.compile(
     r"criterion|loss|metric|accuracy|auroc|precision|recall|confusion|confmat|calibration_error|"
     r"(^|[._])((train|val|valid|test|avg)_?)?(acc|auc|f1|ece|iou|mse|mae|top\d)(_?score|\d+)?([._]|$)|"
-    r"(^|\.)teacher\.|"
-    r"(^|\.)(n_averaged|num_updates|decay|initted|total_ops|total_params)$",
+    r"(^|\.)teacher\.|" + COUNTERS.pattern,
     re.IGNORECASE,
 )
 CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # timm's names for functions that rename old tensors
@@ -150,9 +150,15 @@ def _candidate(place: str, prefix: str, state: State, own: State) -> _Candidate:
     found.missing = [key for key in own if key not in tensors]
     _take_from_parents(found)
     inside = [name for name in state if name.startswith(prefix) and name not in found.used]
-    found.unknown = [name for name in inside if not LEFTOVER.search(name[len(prefix) :])]
+    parts = {key.partition(".")[0] for key in own}
+    found.unknown = [name for name in inside if not _beside(name[len(prefix) :], parts)]
     _rename_last_layer(found, own)
     return found
+
+
+def _beside(name: str, parts: Collection[str]) -> bool:
+    """Whether a training keeps this beside its network. Within a part of the network only counters are."""
+    return bool(COUNTERS.search(name) or (LEFTOVER.search(name) and name.partition(".")[0] not in parts))
 
 
 def _counted(key: str, value: Tensor) -> Tensor:

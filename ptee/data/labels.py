@@ -209,6 +209,31 @@ def choose_class_order(
     return _doubted(found, backbone, right[best], len(labels), NAME_THEM)
 
 
+def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
+    """The classes that a run recorded, if the data have some of them; None if the data call theirs otherwise.
+
+    Args:
+        found: names in the data.
+        recorded: names in the run, in the backbone's order.
+
+    Raises:
+        DataError: if the data have some of the names and others beside them: numbered anew, all labels could be others.
+    """
+    known = {_nfc(name) for name in recorded}
+    strange = [name for name in found if _nfc(name) not in known]
+    if len(recorded) != num_classes or len(strange) == len(found):
+        return None
+    if strange:
+        absent = sorted(known - {_nfc(name) for name in found})
+        lacks = f"; it lacks {some(absent)}" if absent else ""
+        raise DataError(
+            f"The data has classes that the run does not know: {some(strange)}{lacks}. "
+            "Give its folders the names they had, or name the backbone's classes in a file (",
+            Argument("classes", "FILE"), ").",
+        )  # fmt: skip
+    return recorded
+
+
 def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
     """For labels that are already the backbone's class numbers. They are doubted if the backbone is near chance.
 

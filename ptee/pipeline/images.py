@@ -14,7 +14,7 @@ from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import as_path
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described
-from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, near_chance, relabelled
+from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, near_chance, recorded_classes, relabelled
 from ptee.data.pictures import Key, image_transform
 from ptee.data.recorded import recorded
 from ptee.data.sources import open_data, open_named
@@ -54,7 +54,7 @@ def open_images(
         root: the folder of a data set of torchvision.
         named: the source is a name, even if there is a folder of that name.
         classes: a file that names the backbone's classes in its order.
-        trained: these names as a run recorded them; used if the data have no other classes.
+        trained: these names as a run recorded them; used if the data have some of them, and refused if they have others beside.
         check: see whether the backbone is right under these labels.
         device: for this check.
         report_only: images to report on are enough.
@@ -75,8 +75,7 @@ def open_images(
         data = replace(data, split=data.split | {"root": str((place or Path()).resolve())})
     if require is not None:
         require(data)
-    fits = trained and len(trained) == backbone.num_classes and {*data.class_names} <= {*trained}
-    recorded = trained if fits else None
+    recorded = None if classes else recorded_classes(data.class_names, trained or (), backbone.num_classes)
     labels = choose_class_order(backbone, data, classes=classes, recorded=recorded, check=check, device=device)
     return relabelled(data, labels), labels
 

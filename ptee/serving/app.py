@@ -265,6 +265,8 @@ def _require_known(request: Request) -> None:
         raise refused(400, f"There is no {unknown[0]!r:.60} in a query here. Possible: {', '.join(QUERY)}.")
     if twice := [name for name in QUERY if given.count(name) > 1]:
         raise refused(400, f"{twice[0]} is given twice. Give it once.")
+    if len(request.headers.getlist(THRESHOLD_HEADER)) > 1:
+        raise refused(400, f"{THRESHOLD_HEADER} is given twice. Give it once.")
     if "threshold" in given and THRESHOLD_HEADER in request.headers:
         raise refused(400, f"The threshold is given in the query and as {THRESHOLD_HEADER}. Give it once.")
     if (logits := request.query_params.get("logits", "false")) not in ("true", "false"):

@@ -201,6 +201,13 @@ def test_a_note_says_what_was_left_out_and_which_layer_has_another_name(tmp_path
     assert "criterion.weight is left out" in note
 
 
+@pytest.mark.parametrize("word", ["recall_gate", "precision", "lossless", "teacher"])
+def test_a_layer_within_the_network_is_never_left_out_because_of_its_name(word, tmp_path):
+    torch.save({**Tiny().state_dict(), f"conv.{word}.weight": ONE}, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=word):
+        load_weights(fresh(), read_checkpoint(tmp_path / "w.pth"))
+
+
 def test_the_backbone_keeps_the_note_if_there_was_a_choice(tmp_path):
     state = Tiny().state_dict()
     for content, said in ((state, None), ({"model": state, "model_ema": changed(state)}, "model_ema")):

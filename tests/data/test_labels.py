@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.labels import choose_class_order, class_orders, labels_as_given, map_labels, relabelled
+from ptee.data.labels import choose_class_order, class_orders, labels_as_given, map_labels, recorded_classes, relabelled
 from ptee.data.splits import Data
 
 THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
@@ -197,6 +197,15 @@ def test_classes_that_a_run_recorded_are_taken_if_the_backbone_knows_them_so(num
     order = NAMES[6:] + NAMES[:6]
     found = choose_class_order(backbone(order), numbered_classes, recorded=order)
     assert list(found.classes) == order and not found.doubt
+
+
+def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
+    run = ["bird", "cat", "dog"]
+    with pytest.raises(DataError, match=r"run does not know: kitten; it lacks cat\. .*classes=FILE"):
+        recorded_classes(["bird", "dog", "kitten"], run, 3)
+    assert recorded_classes(["cat", "dog"], run, 3) == run
+    assert recorded_classes(["0", "1", "2"], run, 3) is None  # other names altogether
+    assert recorded_classes(["cafe\u0301"], ["caf\u00e9"], 1) == ["caf\u00e9"]
 
 
 def test_recorded_classes_are_refused_if_the_backbone_is_right_in_the_order_of_their_names(numbered_classes):

@@ -91,6 +91,8 @@ def test_bad_requests_are_refused_in_one_line(client):
     refused(post("/predict", content=one, headers=NPY, params={"treshold": "0.5"}), 400, "treshold.*threshold, logits")
     refused(post("/predict", content=one, headers=NPY, params={"logits": "1"}), 400, "true or false")
     refused(post("/predict?threshold=1&threshold=0.5", content=one, headers=NPY), 400, "threshold is given twice")
+    two = [*NPY.items(), ("X-Ptee-Threshold", "0"), ("X-Ptee-Threshold", "1")]
+    refused(post("/predict", content=one, headers=two), 400, "x-ptee-threshold is given twice")
     both = {**NPY, "X-PTEE-Threshold": "1"}
     refused(post("/predict?threshold=1", content=one, headers=both), 400, "in the query and as x-ptee-threshold")
     refused(post("/predict", content=b"x", headers={"Content-Type": "image/jpeg"}), 400, r"can be read\.$")
