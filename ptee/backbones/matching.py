@@ -109,7 +109,7 @@ def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
     chosen = _choose(checkpoint, fitting)
     if strangers := _strangers(chosen, whole):
         text = (
-            f"holds a whole {kind} under {chosen.where!r}, and beside it {shown(strangers, 3)}, which {kind} does not have. "
+            f"holds a whole {kind} under {shown([chosen.where])!r}, and beside it {shown(strangers, 3)}, which {kind} does not have. "
             "Save the state_dict of the network alone. "
         )
         raise refusal(checkpoint.file, text, *CHECK)
@@ -164,7 +164,7 @@ def _beside(name: str, parts: Collection[str]) -> bool:
 def _counted(key: str, value: Tensor) -> Tensor:
     """The tensor. A counter of batch norm that was averaged with the weights is a float, and becomes whole again."""
     is_average = key.endswith(COUNTER) and isinstance(value, Tensor) and value.dtype in FLOATS
-    return value.round().long() if is_average and value.isfinite().all() else value
+    return value.round().long() if is_average and value.numel() == 1 and value.isfinite() else value
 
 
 def _take_from_parents(found: _Candidate) -> None:
@@ -192,7 +192,7 @@ def _rename_last_layer(found: _Candidate, own: State) -> None:
         return
     found.tensors |= {key: found.state[name] for key, name in pairs.items()}
     found.used |= set(spare)
-    found.renamed = f"{other.pop()} is taken for {layer}"
+    found.renamed = f"{shown([other.pop()])} is taken for {layer}"
     found.missing, found.unknown = [], []
 
 
@@ -252,7 +252,7 @@ def _choose(checkpoint: Checkpoint, fitting: list[_Candidate]) -> _Candidate:
     others = [c for c in pool[1:] if not _equal(c.tensors, pool[0].tensors)]
     if not others:
         return pool[0]
-    places = ", ".join(repr(c.where) for c in (pool[0], *others))
+    places = ", ".join(repr(shown([c.where])) for c in (pool[0], *others))
     text = f"holds several networks that fit: {places}. Save the state_dict of the one that you mean."
     raise refusal(checkpoint.file, text)
 
@@ -276,10 +276,10 @@ def _note(checkpoint: Checkpoint, chosen: _Candidate, found: list[_Candidate], f
     raw = [c for c in fitting if not c.averaged and not _equal(c.tensors, chosen.tensors)]  # only behind averaged ones
     partial = [c.where for c in found if c.averaged and c not in fitting and c.tensors and c.where != chosen.where]
     if raw:
-        at = raw[0].where or "at its top"
-        said.append(f"its averaged weights ({chosen.where}) are taken, not the raw ones ({at})")
+        at = shown([raw[0].where or "at its top"])
+        said.append(f"its averaged weights ({shown([chosen.where])}) are taken, not the raw ones ({at})")
     elif not chosen.averaged and partial:
-        said.append(f"its averaged weights ({partial[0]}) are no whole network, so the raw ones are taken")
+        said.append(f"its averaged weights ({shown(partial[:1])}) are no whole network, so the raw ones are taken")
     elif not chosen.averaged and (lists := list(filter(AVERAGED.search, checkpoint.nameless))):
         said.append(f"its averaged weights ({shown(lists[:1])}) have no names, so the raw ones are taken")
     if chosen.renamed:

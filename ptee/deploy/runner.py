@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -238,6 +239,7 @@ def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[
             f"ONNX Runtime has no {provider} here, so device={device!r} is not possible. Give device='cpu'."
         )
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it prints names from the file as they are; what fails it raises, too
     options.intra_op_num_threads = threads or 0
     # Each piece has threads of its own. Those of one that is done would go on spinning while the next one computes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -281,10 +283,16 @@ def _program(file: Path, device: str) -> Any:
     import torch
     from torch.export.passes import move_to_device_pass
 
-    from ptee._common.process import no_pickles
+    from ptee._common.process import no_logs, no_pickles
 
     try:
-        with no_pickles:
+        with zipfile.ZipFile(
+            file
+        ) as archive:  # torch compresses nothing: a small file that unpacks to a large one does harm
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > 2 * file.stat().st_size:
+            raise ValueError(f"It unpacks to {unpacked:,} bytes")
+        with no_pickles, no_logs:
             program = torch.export.load(file)
         return (program if device == "cpu" else move_to_device_pass(program, device)).module()
     except Exception as why:  # whatever torch raises

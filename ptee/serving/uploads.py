@@ -159,6 +159,8 @@ def _npy(body: bytes, about: About, limits: Limits) -> np.ndarray:
         raise refused(400, f"This is no .npy array of version 1 or 2: {first_line(why)}") from why
     if dtype.kind not in NUMBERS or dtype.hasobject or dtype.subdtype is not None:
         raise refused(400, f"This array holds {dtype!s:.60}. Send numbers, such as float32.")
+    if any(type(n) is not int or n < 0 for n in shape):  # numpy reads True as a size, too
+        raise refused(400, f"This array is of shape {shape!s:.60}. Send sizes of 0 or more.")
     _require_shape(shape, about, limits)
     rest = len(body) - stream.tell()
     if math.prod(shape) * dtype.itemsize != rest:

@@ -193,6 +193,21 @@ def test_averages_of_torch_with_their_buffers_are_taken(place, tmp_path):
     assert torch.equal(module.state_dict()["conv.weight"], average.module.state_dict()["conv.weight"])
 
 
+def test_names_of_a_file_do_not_steer_the_terminal(tmp_path):
+    tensors = {k.replace("fc.", "f\x1b[2J\n."): v for k, v in Tiny().state_dict().items()}
+    torch.save({"\x1b[2J\n\u202e_ema": tensors, "net": changed(Tiny().state_dict())}, tmp_path / "w.pth")
+    note = load_weights(fresh(), read_checkpoint(tmp_path / "w.pth"))
+    assert note.isprintable() and "ema" in note and "taken for fc" in note
+
+
+def test_a_counter_of_a_huge_shape_is_refused_before_anything_is_computed(tmp_path):
+    state = nn.BatchNorm2d(2).state_dict()
+    state["num_batches_tracked"] = torch.zeros(()).expand(200_000, 200_000)  # 160 GB, were it written out
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match="shape"):
+        load_weights(nn.BatchNorm2d(2), read_checkpoint(tmp_path / "w.pth"))
+
+
 def test_a_note_says_what_was_left_out_and_which_layer_has_another_name(tmp_path):
     state = {k.replace("fc.", "head."): v for k, v in Tiny().state_dict().items()}
     torch.save({**under("model.", state), "criterion.weight": ONE}, tmp_path / "w.pth")

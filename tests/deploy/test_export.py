@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,13 +218,34 @@ def test_a_threshold_may_be_changed_by_hand(copy):
 
 
 def test_a_piece_that_is_no_program_is_refused_even_with_its_hash(copy):
-    import hashlib
-
     (copy / "piece_1.pt2").write_bytes(b"x")
     edit(copy, lambda m: m["pieces"][1].update(sha256=hashlib.sha256(b"x").hexdigest()))
     with pytest.raises(RunError, match=r"piece_1\.pt2 cannot be loaded") as refused:
         ptee.load_exported(copy)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "compressed", "said"),
+    [
+        ("models/model.json", b"{}", False, "cannot be loaded"),
+        ("more", b"0" * 10_000_000, True, r"unpacks to 10,\d+,\d+ bytes"),
+    ],
+    ids=["a part damaged", "a small file that unpacks to a large one"],
+)
+def test_a_piece_that_does_harm_is_refused_in_one_line_even_with_its_hash(part, text, compressed, said, copy, capfd):
+    file, kind = copy / "piece_1.pt2", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(file) as archive:
+        parts = {each: archive.read(each) for each in archive.namelist()}
+    top = next(iter(parts)).partition("/")[0]
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        for name, content in (parts | {f"{top}/{part}": text}).items():
+            archive.writestr(name, content)
+    edit(copy, lambda m: m["pieces"][1].update(sha256=hashlib.sha256(file.read_bytes()).hexdigest()))
+    with pytest.raises(RunError, match=rf"piece_1\.pt2 cannot be loaded.*{said}" if compressed else said) as refused:
+        ptee.load_exported(copy)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):

@@ -90,6 +90,9 @@ def test_bad_requests_are_refused_in_one_line(client):
     refused(post("/predict", content=b"", headers=NPY), 400, "empty")
     refused(post("/predict", content=one, headers=NPY, params={"treshold": "0.5"}), 400, "treshold.*threshold, logits")
     refused(post("/predict", content=one, headers=NPY, params={"logits": "1"}), 400, "true or false")
+    odd = npy(images(10)).replace(b"(10, ", b"(True, ")  # the header would be two letters longer
+    odd = odd[:8] + (int.from_bytes(odd[8:10], "little") + 2).to_bytes(2, "little") + odd[10:]
+    refused(post("/predict", content=odd, headers=NPY), 400, r"shape \(True, .*sizes of 0 or more")
     refused(post("/predict?threshold=1&threshold=0.5", content=one, headers=NPY), 400, "threshold is given twice")
     two = [*NPY.items(), ("X-Ptee-Threshold", "0"), ("X-Ptee-Threshold", "1")]
     refused(post("/predict", content=one, headers=two), 400, "x-ptee-threshold is given twice")
