@@ -24,6 +24,7 @@ from ptee.serving.settings import FixedSettings, ModelSettings
 
 LAST_S = 0.5  # in which the last connections that were taken send their requests
 HEADERS_S = 10.0  # until the headers of a request are whole
+MOST_QUEUED = 16  # requests of one connection that wait for the answer to one before them
 BESIDE_BODY = 2**17  # bytes of a request: the first line, headers, lengths of chunks, trailers
 
 
@@ -301,6 +302,9 @@ def _bounded_protocol() -> Any:
                 self.transport.close()
 
         def on_message_begin(self) -> None:
+            if len(self.pipeline) >= MOST_QUEUED:
+                self._give_up()
+                raise ConnectionAbortedError  # which ends the parsing of what has come already
             self._wait_for_headers()
             super().on_message_begin()
 

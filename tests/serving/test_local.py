@@ -120,7 +120,8 @@ class Connections:
         config = uvicorn.Config(self._ok, interface="asgi3", lifespan="off", log_level="error", timeout_keep_alive=30)
         kind, state = _bounded_protocol(), ServerState()
         loop = asyncio.get_running_loop()
-        self.server = await loop.create_server(lambda: kind(config, state, {}), "127.0.0.1", 0)
+        self.made: list[asyncio.Protocol] = []
+        self.server = await loop.create_server(lambda: self._kept(kind(config, state, {})), "127.0.0.1", 0)
         self.open: list[asyncio.StreamWriter] = []
         return self
 
@@ -128,6 +129,10 @@ class Connections:
         for writer in self.open:
             writer.close()
         self.server.close()
+
+    def _kept(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+        self.made.append(protocol)
+        return protocol
 
     async def _ok(self, scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
@@ -167,6 +172,18 @@ def test_a_connection_without_whole_headers_is_closed(monkeypatch, begins):
             return await is_closed(reader)
 
     assert asyncio.run(seen())
+
+
+@pytest.mark.parametrize(("number", "closed"), [(local.MOST_QUEUED + 1, False), (2_000, True)])
+def test_a_connection_that_queues_many_requests_is_closed(number, closed):
+    async def seen() -> tuple[bool, int]:
+        async with Connections() as all:
+            state = await is_closed(await all.sent(GET * number), 1)
+            return state, sum(len(each.pipeline) for each in all.made)
+
+    state, queued = asyncio.run(seen())
+    assert state is closed
+    assert queued <= local.MOST_QUEUED
 
 
 def test_an_answered_connection_and_a_slow_body_stay_open(monkeypatch):
