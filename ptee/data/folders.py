@@ -136,7 +136,7 @@ def _refuse_unknown_parts(folder: Path, named: Mapping[Path, str | None], parts:
 def _refuse_data_sets(folder: Path) -> None:
     """Folders that are whole data sets would be taken for classes."""
     whole = []
-    for path in subfolders(folder):
+    for path in map(_unwrapped, subfolders(folder)):
         inside = {each: part_of(each.stem) for each in visible(path)}
         parts = _best({each: part for each, part in inside.items() if part and _is_part(each)})
         if {"train"} < parts.keys():
@@ -145,6 +145,14 @@ def _refuse_data_sets(folder: Path) -> None:
         raise DataError(
             f"'{folder}' does not hold classes, but data sets with parts of their own: did you mean {' or '.join(whole)}?"
         )
+
+
+def _unwrapped(folder: Path, deepest: int = 5) -> Path:
+    """The folder, or the one that it holds if it holds nothing else: an archive is often unpacked into a folder of its name."""
+    inside = visible(folder)
+    if deepest and len(inside) == 1 and subfolders(folder):
+        return _unwrapped(inside[0], deepest - 1)
+    return folder
 
 
 def _refuse_parts_of_classes(folder: Path) -> None:

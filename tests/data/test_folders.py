@@ -187,6 +187,7 @@ LAYOUTS = ".*it should hold train/CLASS"
         (["a/notes.txt"], f"No images in class folders of{LAYOUTS}"),
         (["train.zip"], r"No images .* Unpack train\.zip first"),
         (["0.png", "1.png"], r"lie in no class folder\. If they have no labels, move them .*/all\."),
+        (["pets/pets/train/a/0.png", "pets/pets/val/a/0.png"], r"did you mean '.*pets/pets' \(train, val\)\?"),
         (["pets/Train/a/0.png", "pets/VAL/a/0.png", "more/0.png"], r"did you mean '.*pets' \(Train, VAL\)\?"),
     ],
 )
