@@ -29,7 +29,7 @@ AVERAGED = re.compile(r"(?i:(^|[._])(ema|swa|avg|averaged?|averaging)([._\d]|$))
 BEFORE_AVERAGING = "current_model_state"  # Lightning's place for the raw weights; its state_dict then holds the average
 POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|pos_bias")
 # what a training keeps beside its network: losses, metrics, a teacher, and counters of averages and of profilers
-COUNTERS = re.compile(r"(^|\.)(n_averaged|num_updates|decay|initted|total_ops|total_params)$", re.IGNORECASE)
+COUNTERS = re.compile(r"(^|\.)(n_averaged|num_updates|steps|decay|initted|total_ops|total_params)$", re.IGNORECASE)
 LEFTOVER = re.compile(
     r"criterion|loss|metric|accuracy|auroc|precision|recall|confusion|confmat|calibration_error|"
     r"(^|[._])((train|val|valid|test|avg)_?)?(acc|auc|f1|ece|iou|mse|mae|top\d)(_?score|\d+)?([._]|$)|"

@@ -252,17 +252,30 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
     """The possible maps, by the library that numbers class folders so; of equally good ones, the first is taken."""
     names = list(data.class_names)
-    orders = class_orders(names)
+    orders = _orders(names)
     all_numbers = len(names) == IMAGENET_CLASSES and sorted(first.indices or ()) == list(range(IMAGENET_CLASSES))
-    is_open = data.split["kind"] in FILES and orders["timm"] != orders["torchvision"]
+    is_open = data.split["kind"] in FILES and len({tuple(order) for order in orders.values()}) > 1
     if not is_open or not (first.classes or all_numbers):
         return {"": first}
-    libraries = ("timm", "torchvision") if all_numbers else ("torchvision", "timm")  # timm's order counts as numbers do
-    places = {library: {name: i for i, name in enumerate(orders[library])} for library in libraries}
+    first_library = "timm" if all_numbers else "torchvision"  # timm's order counts as numbers do
+    preferred = sorted(orders, key=lambda order: not order.startswith(first_library))  # of equally good ones
+    places = {order: {name: i for i, name in enumerate(orders[order])} for order in preferred}
     return {
-        library: LabelMap(tuple(place[name] for name in names), "", tuple(orders[library]))
-        for library, place in places.items()
+        order: LabelMap(tuple(place[name] for name in names), "", tuple(orders[order]))
+        for order, place in places.items()
     }
+
+
+def _orders(names: Sequence[str]) -> dict[str, list[str]]:
+    """Of each library, and where it differs of the names with accents written in the other way, as "timm NFC"."""
+    found = class_orders(names)
+    for form in ("NFC", "NFD"):
+        here = {unicodedata.normalize(form, name): name for name in names}
+        for library, order in class_orders(list(here)).items() if len(here) == len(names) else ():
+            own = [here[name] for name in order]
+            if own != found[library]:
+                found[f"{library} {form}"] = own
+    return found
 
 
 def _rivals(data: Data, recorded: LabelMap, num_classes: int) -> dict[str, LabelMap]:
@@ -324,11 +337,13 @@ def _share_right(answers: Tensor, labels: Tensor, label_map: Callable[[int], int
 
 
 def _reason(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: int) -> str:
-    (other,) = maps.keys() - {best}
-    orders = {library: some(each.classes or ()) for library, each in maps.items()}
+    other = max(maps.keys() - {best}, key=lambda order: (right[order], order))
+    orders = {order: some(each.classes or ()) for order, each in maps.items()}
+    (library, _, form), (another, _, _) = best.partition(" "), other.partition(" ")
+    accents = f" of names with accents as {form}" if form else ""
     return (
-        f"The {len(maps[best].classes or ())} classes are taken in {best}'s order: {orders[best]}; {other} would number them "
-        f"in another: {orders[other]}. Of {n} images whose class is in question the backbone is right on "
+        f"The {len(maps[best].classes or ())} classes are taken in {library}'s order{accents}: {orders[best]}; {another} would "
+        f"number them in another: {orders[other]}. Of {n} images whose class is in question the backbone is right on "
         f"{right[best]:.0%} in the first order, and on {right[other]:.0%} in the second."
     )
 

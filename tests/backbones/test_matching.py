@@ -121,6 +121,17 @@ def test_versions_of_modules_are_found_without_the_names_of_wrappers(tmp_path):
             "ema_model.module",
             "online_model",
         ),
+        (
+            lambda s, raw: {
+                "state_dict": raw,  # as mmengine's average
+                "ema_state_dict": {
+                    **under("module.", {k.replace("fc.", "head.fc."): v for k, v in s.items()}),
+                    "steps": ONE,
+                },
+            },
+            "ema_state_dict.module",
+            "state_dict",
+        ),
         (lambda s, raw: {"ema": {"decay": 0.99, "shadow": s}, "net": raw}, "ema.shadow", "net"),
         (lambda s, raw: {"state_dict": s, "current_model_state": raw}, "state_dict", "current_model_state"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -197,6 +198,20 @@ def test_classes_that_a_run_recorded_are_taken_if_the_backbone_knows_them_so(num
     order = NAMES[6:] + NAMES[:6]
     found = choose_class_order(backbone(order), numbered_classes, recorded=order)
     assert list(found.classes) == order and not found.doubt
+
+
+def test_the_order_of_names_whose_accents_were_written_in_another_way_is_found(tmp_path):
+    animals = ["élan", "faon", "gnou", "zebu", "âne", "boa", "chat", "daim", "hase", "lynx", "ours", "puma"]
+    trained = sorted(unicodedata.normalize("NFC", name) for name in animals)
+    here = [unicodedata.normalize("NFD", name) for name in trained]  # as an archive made on a Mac has them
+    assert sorted(here) != here
+    for part in ("train", "val"):
+        for k in range(10):
+            write_folder(tmp_path / part, [f"{name}/{k}.png" for name in here])
+    network = SimpleNamespace(module=Oracle(list(range(12))), num_classes=12)
+    found = choose_class_order(network, opened(tmp_path))
+    assert list(found.classes) == here and not found.doubt
+    assert "order of names with accents as NFC" in found.reason
 
 
 def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
