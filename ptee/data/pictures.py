@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import stat
 from collections import defaultdict
@@ -31,6 +32,7 @@ Key = tuple[str, str, str]  # part, name and class of a file
 CHECKED_AT_ONCE = 64  # pictures for one thread at a time; handing over a small one costs more than checking it
 COMPARED_AT_MOST = 2_000  # files that are read to find copies
 NAMED_AT_MOST = 100  # unreadable pictures in one message
+LARGEST_PICTURE = 2**30  # bytes of one encoded picture
 NOT_A_FILE = "not a regular file"
 
 
@@ -174,8 +176,11 @@ def _open(file: File) -> Image:
 
 
 def _read(file: File) -> BytesIO:
-    if not stat.S_ISREG(Path(file.path).stat().st_mode):  # reading a named pipe would wait for ever
+    found = Path(file.path).stat()
+    if not stat.S_ISREG(found.st_mode):  # reading a named pipe would wait for ever
         raise OSError(NOT_A_FILE)
+    if (found.st_size if file.size < 0 else file.size) > LARGEST_PICTURE:
+        raise OSError(errno.EFBIG, f"it has more than {LARGEST_PICTURE:,} bytes")
     with Path(file.path).open("rb") as stream:
         stream.seek(file.offset)
         return BytesIO(stream.read(file.size))

@@ -147,6 +147,13 @@ def damaged(folder):
     return folder
 
 
+def test_a_huge_file_is_refused_before_it_is_read(folder):
+    with (folder / "val" / "a" / "huge.jpg").open("wb") as file:
+        file.truncate(2**40)  # with a hole in it: it takes no room
+    with pytest.raises(UnreadablePicturesError, match=r"huge\.jpg' \(it has more than 1,073,741,824 bytes\)"):
+        check_pictures([opened(folder).validation])
+
+
 def test_all_pictures_that_cannot_be_read_are_named_in_one_line(damaged):
     data = opened(damaged)
     with pytest.raises(UnreadablePicturesError) as caught:
