@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -83,6 +84,13 @@ def file_hash(path: Path) -> str:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def require_not_compressed(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse a file of torch that unpacks to far more: torch does not compress tensors, so such a one was made to do harm."""
+    packed, unpacked = path.stat().st_size, sum(part.file_size for part in archive.infolist())
+    if unpacked > 2 * packed:
+        raise ValueError(f"It unpacks to {unpacked:,} bytes from {packed:,}")
 
 
 def write_json(path: Path, values: Any) -> None:

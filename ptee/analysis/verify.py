@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from ptee._common.errors import BackboneError, first_line
 from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, scratch_copy, tolerance
 from ptee.analysis.axes import memory_of
 from ptee.analysis.classifier import logits_of
-from ptee.analysis.cut_points import Cut, random_images
+from ptee.analysis.cut_points import Cut, random_images, tensors_in, written_by
 from ptee.analysis.fake_run import operators_run
 from ptee.analysis.freezing import KeptBuffers, hooked
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
@@ -67,9 +66,13 @@ def require_same_in_large_batches(
 
     It is tried on small images, because a large batch of full size may cost more than all else that `augment` does. A network
     that takes no smaller images, or works as much on them, is tried at full size: if it is very small, or if a fake run shows
-    that its code does something else with a large batch. `macs` is the cost of one image of full size; how large the output of
-    a cut is tells how much less the work is; `operators` are those that ran in the survey. Some code fits what it keeps to the size of the images, so a copy is tried. A
-    network that cannot be copied is not tried.
+    that its code does something else with a large batch. Some code fits what it keeps to the size of the images, so a copy is
+    tried. A network that cannot be copied is not tried.
+
+    Args:
+        first: a cut; how large its output is tells how much less the work on small images is.
+        macs: the cost of one image of full size.
+        operators: those that ran in the survey.
     """
     if (copied := scratch_copy(module)) is None:
         return
@@ -210,11 +213,10 @@ class _Following(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given, made = ([t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
-        if any(memory_of(t) in self.memory for t in given):
+        made = tensors_in(out)
+        if any(memory_of(t) in self.memory for t in tensors_in((args, kwargs))):
             self.decides = self.decides or not made  # a number for Python: item(), bool()
-            written = given if func._schema.is_mutable else []
-            self.memory |= {memory_of(t) for t in [*made, *written]}
+            self.memory |= {memory_of(t) for t in [*made, *written_by(func, args, kwargs or {})]}
         return out
 
 

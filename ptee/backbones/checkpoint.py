@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, BackboneError, first_line, some
-from ptee._common.files import from_json
+from ptee._common.files import from_json, require_not_compressed
 from ptee._common.process import alone
 from ptee.backbones.record import require_weights
 
@@ -166,8 +166,7 @@ def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:
 def _require_whole(path: Path) -> None:
     """Refuse a file of torch.save that is not as it was written, and one of torch.jit.save.
 
-    torch itself compares no checksums. It does not compress tensors, so a small file that unpacks to a large one was made to do
-    harm.
+    torch itself compares no checksums.
     """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
@@ -175,9 +174,7 @@ def _require_whole(path: Path) -> None:
             raise refusal(
                 path, "is TorchScript, a program and no file of weights. Load it, and save model.state_dict()."
             )
-        packed, unpacked = path.stat().st_size, sum(part.file_size for part in parts)
-        if unpacked > 2 * packed:
-            raise ValueError(f"It unpacks to {unpacked:,} bytes from {packed:,}")
+        require_not_compressed(path, archive)
         has_checksums = any(part.CRC for part in parts)  # torch can be told to write none
         if has_checksums and (damaged := archive.testzip()) is not None:
             raise ValueError(f"It is damaged in {damaged[-LONGEST_NAME:]!r}")

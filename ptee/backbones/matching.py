@@ -69,6 +69,11 @@ class _Candidate:
         return ".".join(filter(None, (self.place, self.prefix.rstrip("."))))
 
     @property
+    def printed(self) -> str:
+        """The same for messages: short, and without what steers a terminal."""
+        return shown([self.where])
+
+    @property
     def averaged(self) -> bool:
         return bool(AVERAGED.search(self.where))
 
@@ -109,7 +114,7 @@ def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
     chosen = _choose(checkpoint, fitting)
     if strangers := _strangers(chosen, whole):
         text = (
-            f"holds a whole {kind} under {shown([chosen.where])!r}, and beside it {shown(strangers, 3)}, which {kind} does not have. "
+            f"holds a whole {kind} under {chosen.printed!r}, and beside it {shown(strangers, 3)}, which {kind} does not have. "
             "Save the state_dict of the network alone. "
         )
         raise refusal(checkpoint.file, text, *CHECK)
@@ -252,7 +257,7 @@ def _choose(checkpoint: Checkpoint, fitting: list[_Candidate]) -> _Candidate:
     others = [c for c in pool[1:] if not _equal(c.tensors, pool[0].tensors)]
     if not others:
         return pool[0]
-    places = ", ".join(repr(shown([c.where])) for c in (pool[0], *others))
+    places = ", ".join(repr(c.printed) for c in (pool[0], *others))
     text = f"holds several networks that fit: {places}. Save the state_dict of the one that you mean."
     raise refusal(checkpoint.file, text)
 
@@ -274,12 +279,12 @@ def _note(checkpoint: Checkpoint, chosen: _Candidate, found: list[_Candidate], f
     """What a user should know of the choice."""
     said = []
     raw = [c for c in fitting if not c.averaged and not _equal(c.tensors, chosen.tensors)]  # only behind averaged ones
-    partial = [c.where for c in found if c.averaged and c not in fitting and c.tensors and c.where != chosen.where]
+    partial = [c.printed for c in found if c.averaged and c not in fitting and c.tensors and c.where != chosen.where]
     if raw:
-        at = shown([raw[0].where or "at its top"])
-        said.append(f"its averaged weights ({shown([chosen.where])}) are taken, not the raw ones ({at})")
+        at = raw[0].printed or "at its top"
+        said.append(f"its averaged weights ({chosen.printed}) are taken, not the raw ones ({at})")
     elif not chosen.averaged and partial:
-        said.append(f"its averaged weights ({shown(partial[:1])}) are no whole network, so the raw ones are taken")
+        said.append(f"its averaged weights ({partial[0]}) are no whole network, so the raw ones are taken")
     elif not chosen.averaged and (lists := list(filter(AVERAGED.search, checkpoint.nameless))):
         said.append(f"its averaged weights ({shown(lists[:1])}) have no names, so the raw ones are taken")
     if chosen.renamed:

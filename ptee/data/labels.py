@@ -225,10 +225,10 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
         return None
     if strange:
         absent = sorted(known - {_nfc(name) for name in found})
-        lacks = f"; it lacks {some(absent)}" if absent else ""
+        lost = f" Classes of the run that the data do not have: {some(absent)}." if absent else ""
         raise DataError(
-            f"The data has classes that the run does not know: {some(strange)}{lacks}. "
-            "Give its folders the names they had, or name the backbone's classes in a file (",
+            f"Classes of the data that the run does not know: {some(strange)}.{lost} "
+            "Give the folders the names that they had, or name the backbone's classes in a file (",
             Argument("classes", "FILE"), ").",
         )  # fmt: skip
     return recorded
@@ -267,11 +267,13 @@ def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
 
 
 def _orders(names: Sequence[str]) -> dict[str, list[str]]:
-    """Of each library, and where it differs of the names with accents written in the other way, as "timm NFC"."""
+    """The order of each library; as "timm NFC" also that of the names with accents written so, where it is another."""
     found = class_orders(names)
     for form in ("NFC", "NFD"):
         here = {unicodedata.normalize(form, name): name for name in names}
-        for library, order in class_orders(list(here)).items() if len(here) == len(names) else ():
+        if len(here) < len(names):  # two names that look alike would be one
+            continue
+        for library, order in class_orders(list(here)).items():
             own = [here[name] for name in order]
             if own != found[library]:
                 found[f"{library} {form}"] = own

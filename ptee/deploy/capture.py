@@ -87,8 +87,7 @@ def _beside(model: EarlyExitModel) -> _Passes:
     passes = _Passes(model)
     shared = [*passes.parameters(), *passes.buffers(), passes.plan]
     shared += [head._hold for head in model.heads if isinstance(head, FrontHead)]  # it would release what it never held
-    shared += _not_copied(passes, shared)
-    copied = _copy(passes, shared)
+    copied = _copy(passes, shared) or _copy(passes, [*shared, *_not_copied(passes, shared)])
     return passes if copied is None else copied
 
 

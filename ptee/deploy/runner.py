@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptee._common.errors import DataError, PteeError, RunError, first_line
-from ptee._common.files import as_path
+from ptee._common.files import as_path, require_not_compressed
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
 from ptee._common.text import type_name
 from ptee.data.pixels import FORMATS, model_input
@@ -286,12 +286,8 @@ def _program(file: Path, device: str) -> Any:
     from ptee._common.process import no_logs, no_pickles
 
     try:
-        with zipfile.ZipFile(
-            file
-        ) as archive:  # torch compresses nothing: a small file that unpacks to a large one does harm
-            unpacked = sum(part.file_size for part in archive.infolist())
-        if unpacked > 2 * file.stat().st_size:
-            raise ValueError(f"It unpacks to {unpacked:,} bytes")
+        with zipfile.ZipFile(file) as archive:
+            require_not_compressed(file, archive)
         with no_pickles, no_logs:
             program = torch.export.load(file)
         return (program if device == "cpu" else move_to_device_pass(program, device)).module()

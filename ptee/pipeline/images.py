@@ -75,7 +75,7 @@ def open_images(
         data = replace(data, split=data.split | {"root": str((place or Path()).resolve())})
     if require is not None:
         require(data)
-    recorded = None if classes else recorded_classes(data.class_names, trained or (), backbone.num_classes)
+    recorded = None if classes is not None else recorded_classes(data.class_names, trained or (), backbone.num_classes)
     labels = choose_class_order(backbone, data, classes=classes, recorded=recorded, check=check, device=device)
     return relabelled(data, labels), labels
 

@@ -216,7 +216,7 @@ def test_the_order_of_names_whose_accents_were_written_in_another_way_is_found(t
 
 def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
     run = ["bird", "cat", "dog"]
-    with pytest.raises(DataError, match=r"run does not know: kitten; it lacks cat\. .*classes=FILE"):
+    with pytest.raises(DataError, match=r"run does not know: kitten\. .* do not have: cat\. .*classes=FILE"):
         recorded_classes(["bird", "dog", "kitten"], run, 3)
     assert recorded_classes(["cat", "dog"], run, 3) == run
     assert recorded_classes(["0", "1", "2"], run, 3) is None  # other names altogether

@@ -228,7 +228,7 @@ def test_a_piece_that_is_no_program_is_refused_even_with_its_hash(copy):
 @pytest.mark.parametrize(
     ("part", "text", "compressed", "said"),
     [
-        ("models/model.json", b"{}", False, "cannot be loaded"),
+        ("models/model.json", b"{}", False, ""),
         ("more", b"0" * 10_000_000, True, r"unpacks to 10,\d+,\d+ bytes"),
     ],
     ids=["a part damaged", "a small file that unpacks to a large one"],
@@ -242,7 +242,7 @@ def test_a_piece_that_does_harm_is_refused_in_one_line_even_with_its_hash(part, 
         for name, content in (parts | {f"{top}/{part}": text}).items():
             archive.writestr(name, content)
     edit(copy, lambda m: m["pieces"][1].update(sha256=hashlib.sha256(file.read_bytes()).hexdigest()))
-    with pytest.raises(RunError, match=rf"piece_1\.pt2 cannot be loaded.*{said}" if compressed else said) as refused:
+    with pytest.raises(RunError, match=rf"piece_1\.pt2 cannot be loaded.*{said}") as refused:
         ptee.load_exported(copy)
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""
