@@ -130,6 +130,8 @@ def serve(run: str, **o: Any) -> None:
 
 
 def _require_libraries(local: bool) -> None:
+    if find_spec("resource") is None:
+        raise PteeError("ptee serve needs Linux or macOS. On Windows run it in WSL or in a container.")
     needs = NEEDS if local else {**NEEDS, "ray": "ray[serve]"}
     missing = [package for name, package in needs.items() if find_spec(name) is None]
     if missing:

@@ -50,6 +50,11 @@ def test_a_folder_without_a_model_is_refused(run, tmp_path):
     assert_refused(run("serve", tmp_path, "--local"), "no run|config.json|holds")
 
 
+def test_serving_on_windows_is_refused_with_what_to_do(exported, run, monkeypatch):
+    monkeypatch.setattr("ptee.cli.serving.find_spec", lambda name: None if name == "resource" else name)
+    assert_refused(run("serve", exported, "--local"), "Linux or macOS.*WSL")
+
+
 @pytest.mark.parametrize("missing", ["ray", "uvicorn"])
 def test_a_missing_library_is_named_with_what_to_type(exported, run, monkeypatch, missing):
     monkeypatch.setattr("ptee.cli.serving.find_spec", lambda name: None if name == missing else name)
