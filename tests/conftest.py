@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,18 +18,36 @@ from ptee._common.errors import DeviceError
 torch.set_num_threads(1)
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])
-)  # for processes that tests start
+
+
+def _for_processes_that_tests_start(folder: Path) -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+_for_processes_that_tests_start(TESTS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the networks and images of all tests lie: cpu or cuda")
+    parser.addoption(
+        "--device", default="cpu", help="where the networks and images of all tests lie: cpu, cuda or standin"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tensors that a test file makes as it is read lie on the device, too."""
+    if config.getoption("--device").startswith("standin"):
+        _load_standin()
     _set_default(wanted_device(config))
+
+
+def _load_standin() -> None:
+    """Here; in processes that tests start torch loads it itself."""
+    folder = TESTS / "standin"
+    _for_processes_that_tests_start(folder)
+    sys.path.insert(0, str(folder))
+    from standin_device import load
+
+    load()
 
 
 def _set_default(device: torch.device) -> None:
@@ -46,11 +65,11 @@ def wanted_device(config: pytest.Config) -> torch.device:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Some tests run on a GPU only, and a few on the CPU only."""
-    on_cpu = wanted_device(config).type == "cpu"
+    device = wanted_device(config).type
     for item in items:
-        if on_cpu and item.get_closest_marker("cuda"):
+        if device != "cuda" and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU: run with --device cuda"))
-        elif not on_cpu and (marker := item.get_closest_marker("cpu")):
+        elif device != "cpu" and (marker := item.get_closest_marker("cpu")):
             item.add_marker(pytest.mark.skip(reason=marker.args[0]))
 
 

@@ -72,6 +72,29 @@ def saved(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
     return heads(again)
 
 
+def optimized(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    quick = ptee.optimize(model, max_batch=N, mode="eager")
+    return [part.tolist() for part in quick.predict(images_of(data), 0.3)]
+
+
+def exported(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path, format: str = "pt2") -> Any:
+    runner = ptee.load_exported(ptee.export(model.cpu(), folder, format=format))
+    images = data.tensors[0]
+    return [part.tolist() for part in runner.predict(images if format == "pt2" else images.numpy(), 0.3)]
+
+
+def watched(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    ptee.tune(model, data, max_fidelity_drop=0.3)
+    with model.monitor(audit=0.5, seed=0) as monitor:
+        model.predict(images_of(data))
+    so_far = monitor.as_dict()
+    with model.monitor(audit=0.5, seed=0) as again:
+        again.resume(so_far)
+        model.predict(images_of(data))
+    found = again.as_dict()
+    return [found["audited"], found["differed"], [bet["capital"] for bet in found["test"]["bets"]]]
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "exits": augmented,
     "answers": answered,
@@ -83,6 +106,10 @@ STEPS: dict[str, Callable[..., Any]] = {
     "results": evaluated,
     "a comparison": compared,
     "a saved model": saved,
+    "an optimized model": optimized,
+    "an exported model": exported,
+    "an exported model, as ONNX": lambda *given: exported(*given, format="onnx"),
+    "a monitor": watched,
 }
 
 

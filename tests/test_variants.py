@@ -116,8 +116,13 @@ def test_names_that_differ_before_the_seed_are_lines_of_their_own(equal_loss, mo
     assert lines == [["one", "1", "0.400"], ["v1", "2", "0.300 ± 0.000"], ["v6", "2", "0.300 ± 0.000"]]
 
 
-def traces(answers, confidence, targets) -> Traces:
-    """Of two exits; the second and the backbone are right."""
+def traces(*of: list[float]) -> Traces:
+    """Of two exits; the second and the backbone are right. On the CPU, as traces are."""
+    with torch.device("cpu"):
+        return _traces(*of)
+
+
+def _traces(answers: list[float], confidence: list[float], targets: list[float]) -> Traces:
     n, targets = len(targets), torch.tensor(targets)
     answers = torch.stack([torch.tensor(answers), targets, targets])
     h = torch.stack([torch.tensor(confidence), torch.zeros(n), torch.ones(n)])
@@ -134,7 +139,7 @@ def test_thresholds_by_class_tell_apart_a_class_that_is_right_at_a_low_confidenc
 
 def test_a_confidence_that_sees_earlier_exits_is_higher_where_they_agree(equal_loss):
     """The first exit is wrong in every third image; where it is, so is the second."""
-    wrong = torch.arange(90) % 3 == 0
+    wrong = torch.arange(90, device="cpu") % 3 == 0
     targets = [0] * 90
     first = traces(wrong.long().tolist(), [0.5] * 90, targets)
     first.answers[1] = torch.where(wrong, 2, 0)

@@ -105,7 +105,8 @@ def _read(path: Path) -> Any:
         return load_file(path)
     if is_zip:
         _require_whole(path)
-    with alone(), torch.serialization.safe_globals(_passed_over(path)):
+    device = torch.device("cpu")  # not torch's default device, where a sparse tensor would lie
+    with alone(), torch.serialization.safe_globals(_passed_over(path)), device:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 

@@ -288,9 +288,9 @@ def _program(file: Path, device: str) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
             require_not_compressed(file, archive)
-        with no_pickles, no_logs:
+        with no_pickles, no_logs, torch.device("cpu"):  # whatever torch's default device is
             program = torch.export.load(file)
-        return (program if device == "cpu" else move_to_device_pass(program, device)).module()
+            return (program if device == "cpu" else move_to_device_pass(program, device)).module()
     except Exception as why:  # whatever torch raises
         raise RunError(f"{file} cannot be loaded: {first_line(why)}") from why
 

@@ -105,7 +105,7 @@ def test_numbers_of_numpy_beside_weights_of_the_oldest_format_are_passed_over(tm
 @pytest.mark.parametrize("place", ["model", "ema"])
 def test_weights_that_are_arrays_of_numpy_are_named(place, tmp_path):
     state = Tiny().state_dict()
-    arrays = {name: value.numpy() for name, value in state.items()}
+    arrays = {name: value.cpu().numpy() for name, value in state.items()}
     torch.save({"model": state, "confusion": np.eye(3)} | {place: arrays}, tmp_path / "w.pth")
     with pytest.raises(BackboneError, match=f"under '{place}' as arrays of numpy .*torch.from_numpy"):
         read_checkpoint(tmp_path / "w.pth")

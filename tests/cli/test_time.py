@@ -12,7 +12,8 @@ from command import RANDOM, SHORT, assert_refused, quietly, read_json
 from ptee.pipeline.recipe import make_recipe
 from ptee.timing.times import read_times
 
-QUICK = ("--device", "cpu", "--batch-sizes", "1,2", "--rounds", 3)
+ON_CPU = ("--device", "cpu")
+QUICK = (*ON_CPU, "--batch-sizes", "1,2", "--rounds", 3)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,7 @@ def test_bench_of_a_run_prints_a_table_and_keeps_the_times_where_it_is_asked_to(
 
 
 def test_bench_of_a_run_as_json_holds_everything_and_keeps_nothing_unasked(run, finished):
-    words = ("--device", "cpu", "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--json")
+    words = (*ON_CPU, "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--json")
     found = json.loads(run("bench", finished, *words).out)
     assert found["times"]["rows"] == [1]
     assert {line["leaving"] for line in found["lines"]} == {
@@ -79,7 +80,7 @@ def test_without_its_images_a_run_is_timed_on_noise_and_a_sentence_says_so(run, 
 
 def test_tuning_by_time_takes_the_times_of_the_run_and_its_recipe_says_so(run, timed):
     with_heads(timed, 0.0)
-    done = run("tune", timed, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed")
+    done = run("tune", timed, *ON_CPU, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed")
     assert done.status == 0, done.err
     assert "expected time" in done.out
     assert "of the bare backbone's time (hooks, batch 2, cpu)" in done.out
@@ -91,7 +92,19 @@ def test_tuning_by_time_takes_the_times_of_the_run_and_its_recipe_says_so(run, t
 
 
 def test_the_executor_whose_times_are_taken_can_be_named(run, timed):
-    words = ("tune", timed, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed", "--executor")
+    words = (
+        "tune",
+        timed,
+        *ON_CPU,
+        "--max-fidelity-drop",
+        0.9,
+        "--cost",
+        "time",
+        "--at-batch",
+        2,
+        "--no-speed",
+        "--executor",
+    )
     assert_refused(
         run(*words, "eager"), r"eager was not measured, only hooks\. .*ptee bench RUN --executor eager --save"
     )
@@ -101,13 +114,13 @@ def test_the_executor_whose_times_are_taken_can_be_named(run, timed):
 
 def test_if_no_exit_is_fast_enough_all_are_off(run, timed):
     with_heads(timed, 5.0)
-    done = run("tune", timed, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed")
+    done = run("tune", timed, *ON_CPU, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed")
     assert "nothing within the target is faster than the bare backbone" in done.out
     assert read_json(timed, "config.json")["off"] == [0, 1]
 
 
 def test_a_comparison_by_time_says_its_unit_and_times_smaller_networks_too(run, timed, things):
-    words = ("compare", timed, "--device", "cpu", "--cost", "time", "--at-batch", 2, "--drops", 0.5)
+    words = ("compare", timed, *ON_CPU, "--cost", "time", "--at-batch", 2, "--drops", 0.5)
     static = ("--static", f"cifar_resnet20={things / 'weights.safetensors'}")
     done = run(*words, *static, "--lines", "own,truncation,oracle")
     assert done.status == 0, done.err

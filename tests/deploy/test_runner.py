@@ -18,7 +18,7 @@ from ptee.deploy.runner import _program, onnx_piece
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ptee.export(made(), tmp_path_factory.mktemp("exported") / "out")
+    return ptee.export(made().cpu(), tmp_path_factory.mktemp("exported") / "out")
 
 
 def test_a_file_that_was_made_on_a_cpu_names_no_other_device_than_the_one_it_is_loaded_for(exported):
@@ -71,7 +71,7 @@ def test_a_device_of_torch_will_do(exported):
 def test_an_autocast_around_an_export_is_no_part_of_it(exported, tmp_path):
     x = torch.randn(7, *SIZE, generator=drawn(0), device="cpu")
     with torch.autocast("cpu", torch.bfloat16):
-        inside = ptee.export(made(), tmp_path / "out")
+        inside = ptee.export(made().cpu(), tmp_path / "out")
     assert torch.equal(ptee.load_exported(inside).predict(x).logits, ptee.load_exported(exported).predict(x).logits)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ptee.exits.times import BatchTimes
 
-ALL = torch.tensor([True, True])
+ALL = torch.tensor([True, True], device="cpu")
 
 
 @pytest.fixture(autouse=True)

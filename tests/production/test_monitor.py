@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import here
 from small import labelled, made
 from tiny import one_line
 from torch import Tensor, nn
@@ -346,7 +347,7 @@ def rounded() -> ptee.EarlyExitModel:
 
 def test_an_audit_is_in_the_number_type_of_the_answers():
     model = rounded()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(here().type, torch.bfloat16):
         assert set(model.backbone(X).argmax(-1).tolist()) == {0}
         with audited(model) as monitor:
             model.predict(X)

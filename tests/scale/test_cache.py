@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device import here
 from torch.utils.data import TensorDataset
 
 import ptee
@@ -37,9 +38,9 @@ def test_a_cache_holds_what_the_heads_read(a_run, shards, folder):
     model, data = ptee.load(a_run), pictures(a_run, shards)
     kept = folder.opened(model)
     with torch.no_grad():
-        reading = model.read(data.tensors[0])
+        reading = model.read(data.tensors[0].to(here()))
     ours, theirs = kept[range(30)].reading.inputs, reading.inputs
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, map(torch.Tensor.cpu, theirs), strict=True):
         assert torch.allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], rtol=2e-3, atol=2e-3)
     assert sorted(kept[range(30)].labels.tolist()) == sorted(data.tensors[1].tolist())
     kept.close()

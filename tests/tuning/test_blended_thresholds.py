@@ -56,9 +56,9 @@ def _traces(generator: torch.Generator, n: int, exits: int, labels: bool, same: 
 
 def timed(found: Traces) -> Traces:
     """Times that grow a little slower than the rows of a batch; no head takes any."""
-    rows = (torch.arange(BATCH + 1, dtype=torch.float64) / BATCH) ** 0.9
+    rows = (torch.arange(BATCH + 1, dtype=torch.float64, device="cpu") / BATCH) ** 0.9
     before = torch.cat([found.head_costs.cumsum(0), found.head_costs.sum()[None]])
-    pieces = torch.diff(found.costs - before, prepend=torch.zeros(1, dtype=torch.float64))
+    pieces = torch.diff(found.costs - before, prepend=torch.zeros(1, dtype=torch.float64, device="cpu"))
     return replace(found, times=BatchTimes(pieces[:, None] * rows, 0 * found.head_costs[:, None] * rows, 0.0, "units"))
 
 
