@@ -263,6 +263,7 @@ def _left_out(found: _Part, part: str) -> list[str]:
 def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
     found = _Part(loose=_loose(visible(folder)))
+    _refuse_same_classes(subfolders(folder))
     for path in subfolders(folder):
         pictures, found.others[path.name] = _files_below(path)
         start = len(str(path))
@@ -275,6 +276,19 @@ def _read_folder(folder: Path, part: str) -> _Part:
         parts = " and ".join(found.files)
         raise DataError(f"'{folder}' holds {parts} without class folders: it should hold {LAYOUTS}.")
     return found
+
+
+def _refuse_same_classes(folders: Sequence[Path]) -> None:
+    """Two classes that are one folder: each of its pictures would have two labels."""
+    found: dict[Path, Path] = {}
+    for path in folders:
+        other = found.setdefault(path.resolve(), path)
+        if other != path:
+            link = path if path.is_symlink() else other
+            raise DataError(
+                f"Class folders '{other}' and '{path}' are the same folder, so its pictures would have two classes: remove the link "
+                f"'{link}'."
+            )
 
 
 def _refuse_no_images(folder: Path, found: _Part) -> None:
@@ -313,7 +327,10 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
 
 def _is_new(path: Path, folder: Path, seen: set[Path]) -> bool:
     """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it."""
-    place = path.resolve()
+    try:
+        place = path.resolve()
+    except OSError as why:  # a link within /proc
+        raise not_listed(why) from why
     if path.is_symlink() and path.parent.resolve().is_relative_to(place):
         return False
     if place == folder.resolve():

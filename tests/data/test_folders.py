@@ -253,6 +253,28 @@ def test_two_parts_that_are_the_same_are_refused(names, tmp_path, request):
         opened(source)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_two_classes_that_are_the_same_folder_are_refused(part, folder):
+    (folder / part / "c").symlink_to(folder / part / "a")
+    said = rf"'.*{part}/a' and '.*{part}/c' are the same folder, .* two classes: remove the link '.*{part}/c'"
+    with pytest.raises(DataError, match=said):
+        opened(folder)
+
+
+def test_a_link_that_cannot_be_followed_below_a_class_is_refused_by_name(folder, monkeypatch):
+    (folder / "train" / "a" / "cwd").mkdir()
+    follow = Path.resolve
+
+    def refuse(path, strict=False):
+        if path.name == "cwd":
+            raise PermissionError(13, "Permission denied", str(path))
+        return follow(path, strict)
+
+    monkeypatch.setattr(Path, "resolve", refuse)
+    with pytest.raises(DataError, match=r"Folder '.*a/cwd' cannot be read \(Permission denied\)"):
+        opened(folder)
+
+
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     def refuse(path, onerror, **_):
         onerror(PermissionError(13, "Permission denied", path))
