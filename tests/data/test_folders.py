@@ -381,6 +381,30 @@ def test_links_in_a_tar_file_are_named(tars):
     assert "not read: 1 linked file of train" in opened(tars).summary
 
 
+def test_a_picture_that_is_stored_without_its_zeros_is_named(tars):
+    sparse = tarfile.TarInfo("a/sparse.bmp")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": "512"}
+    sparse.pax_headers["GNU.sparse.map"] = "512,0"
+    with tarfile.open(tars / "train.tar", "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse)
+    assert "not read: 1 sparse file of train" in opened(tars).summary
+
+
+def test_a_tar_file_behind_another_is_refused(tars):
+    with (tars / "train.tar").open("ab") as file:
+        file.write((tars / "validation.tar").read_bytes())
+    with pytest.raises(DataError, match=r"train\.tar' is several tar files one behind the other.*--concatenate"):
+        opened(tars)
+
+
+@pytest.mark.parametrize("more", [bytes(3 * 10240), b"a note"])
+def test_what_is_no_tar_file_may_lie_behind_one(tars, more):
+    before = opened(tars)
+    with (tars / "train.tar").open("ab") as file:
+        file.write(more)
+    assert rows(opened(tars)) == rows(before)
+
+
 def test_the_order_does_not_depend_on_the_file_system(folder, monkeypatch):
     expected, walked = opened(folder), os.walk
     monkeypatch.setattr("os.walk", lambda top, **more: ((t, d, sorted(f)[::-1]) for t, d, f in walked(top, **more)))
