@@ -107,10 +107,9 @@ def test_a_step_of_a_graph_is_named_with_the_line_that_asks_for_it():
 
 
 @needs_onnx
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_number_types_that_onnx_runtime_cannot_run_are_named_without_the_place_of_a_file(dtype, tmp_path):
-    said = rf"in {str(dtype)[6:]} cannot be run: .* Call model\.float\(\) first, or use another format="
+def test_a_number_type_that_onnx_runtime_cannot_run_is_named_without_the_place_of_a_file(tmp_path):
+    said = r"in float64 cannot be run: .* Call model\.float\(\) first, or use another format="
     with pytest.raises(PteeError, match=said) as why:
-        ptee.export(made().to(dtype), tmp_path / "out", format="onnx")
+        ptee.export(made().double(), tmp_path / "out", format="onnx")
     assert "/" not in str(why.value)
     assert not (tmp_path / "out").exists()
