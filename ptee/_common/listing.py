@@ -53,8 +53,15 @@ def refuse_broken_link(path: Path) -> None:
         path.stat()
     except OSError as why:
         raise DataError(
-            f"'{path}' is a link to '{path.readlink()}', which cannot be opened ({why.strerror}): mend or remove the link."
+            f"'{path}' is a link{_target(path)}, which cannot be opened ({why.strerror}): mend or remove the link."
         ) from why
+
+
+def _target(link: Path) -> str:
+    try:
+        return f" to '{link.readlink()}'"
+    except OSError:  # within /proc
+        return ""
 
 
 def is_hidden(name: str) -> bool:

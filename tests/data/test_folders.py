@@ -275,6 +275,17 @@ def test_a_link_that_cannot_be_followed_below_a_class_is_refused_by_name(folder,
         opened(folder)
 
 
+def test_a_link_that_does_not_say_where_it_leads_is_refused_by_name(folder, monkeypatch):
+    (folder / "train" / "a" / "cwd").symlink_to("/nowhere")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "readlink", refuse)
+    with pytest.raises(DataError, match=r"a/cwd' is a link, which cannot be opened \(No such file.*remove the link"):
+        opened(folder)
+
+
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     def refuse(path, onerror, **_):
         onerror(PermissionError(13, "Permission denied", path))
