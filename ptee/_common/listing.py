@@ -1,15 +1,19 @@
-"""What a folder holds, without what is hidden, and without links that lead to nothing."""
+"""What a folder or a tar file holds, without what is hidden, and without links that lead to nothing."""
 
 from __future__ import annotations
 
 import os
 import re
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError
 
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
+TAR_BLOCK_BYTES, MOST_PADDING = 512, 2**20
 FILE = re.compile(r"[.](?!tar$)[a-z]{2,4}$", re.IGNORECASE)  # ends the name of a file, as in readme.md
 
 
@@ -49,8 +53,15 @@ def refuse_broken_link(path: Path) -> None:
         path.stat()
     except OSError as why:
         raise DataError(
-            f"'{path}' is a link to '{path.readlink()}', which cannot be opened ({why.strerror}): mend or remove the link."
+            f"'{path}' is a link{_target(path)}, which cannot be opened ({why.strerror}): mend or remove the link."
         ) from why
+
+
+def _target(link: Path) -> str:
+    try:
+        return f" to '{link.readlink()}'"
+    except OSError:  # within /proc
+        return ""
 
 
 def is_hidden(name: str) -> bool:
@@ -73,3 +84,52 @@ def packed_by(path: Path) -> str:
     except OSError:
         return ""
     return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
+
+
+def tar_members(
+    path: Path, stream: BinaryIO, above: tuple[str, ...] = (), start: int = 0
+) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, int]]:
+    """The visible members of a tar file and of the tar files inside it: names from the top, member, offset in the file.
+
+    Args:
+        path: of the file, for messages.
+        stream: the file, or a tar file inside it.
+        above: names around this one.
+        start: where it begins in the file.
+
+    Raises:
+        tarfile.TarError: if it is damaged.
+        DataError: if another tar file was written behind it.
+    """
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        members = {
+            tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar
+        }  # the last of a name
+        stream.seek(tar.offset)
+        # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
+        if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):
+            raise tarfile.ReadError(f"no member and no end at byte {start + tar.offset:,}")
+        _refuse_second_archive(path, stream)
+        for names, member in members.items():
+            offset = start + member.offset_data
+            if not names or any(map(is_hidden, names)):
+                continue
+            if member.isfile() and Path(names[-1]).suffix.lower() == ".tar":
+                inner: Any = tar.extractfile(member)
+                yield from tar_members(path, inner, (*above, *names[:-1], Path(names[-1]).stem), offset)
+            else:
+                yield (*above, *names), member, offset
+
+
+def _refuse_second_archive(path: Path, stream: BinaryIO) -> None:
+    """Refuse what `cat a.tar b.tar` makes: all programs read the first alone. `stream` stands behind the first block of its end."""
+    rest = stream.read(MOST_PADDING)
+    zeros = len(rest) - len(rest.lstrip(b"\0"))
+    try:
+        tarfile.TarInfo.frombuf(rest[zeros - zeros % TAR_BLOCK_BYTES :][:TAR_BLOCK_BYTES], "utf-8", "surrogateescape")
+    except tarfile.TarError:  # nothing, or what is no tar file
+        return
+    raise DataError(
+        f"'{path}' is several tar files one behind the other, and only the first would be read: join the single "
+        "ones by tar --concatenate --file=a.tar b.tar, or unpack each."
+    )

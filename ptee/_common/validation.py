@@ -191,7 +191,7 @@ _KINDS = {
 _LIMITS = {
     "greater_than": "above {gt:.12g}", "greater_than_equal": "{ge:.12g} or more", "less_than": "below {lt:.12g}",
     "less_than_equal": "{le:.12g} or less", "too_short": "a list of {min_length} or more", "too_long": "a list of {max_length} at most",
-    "string_too_long": "text of {max_length} letters at most",
+    "string_pattern_mismatch": "text that fits {pattern}", "string_too_long": "text of {max_length} letters at most",
 }  # fmt: skip
 
 

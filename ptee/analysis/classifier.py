@@ -25,6 +25,7 @@ TWO_LOGITS = (
 GIVE_SIZE = ("Give the size that it takes, ", Argument("input_size", "(c, h, w)"), ", or build it for this one.")
 MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # as Python says it
 COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps the function that it was given
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and their submodules
 
 
@@ -147,7 +148,7 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "") -> Tensor:
     try:
         logits = module(images)
     except Exception as why:
-        raise BackboneError(f"{name} ", *_why_it_failed(images, why)) from why
+        raise BackboneError(f"{name} ", *_why_it_failed(module, images, why)) from why
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images) and logits.shape[1] >= 2:
         _require_plain(logits, name)
         return logits
@@ -177,8 +178,8 @@ def _require_plain(logits: Tensor, name: str) -> None:
         )
 
 
-def _why_it_failed(images: Tensor, why: Exception) -> Advice:
-    """The rest of a sentence: the forward pass needs more arguments than images, or images of another size."""
+def _why_it_failed(module: nn.Module, images: Tensor, why: Exception) -> Advice:
+    """The rest of a sentence: the forward pass needs more arguments than images, plain weights, or images of another size."""
     if missing := MISSING.search(str(why)):
         more = [name.strip("'") for name in re.findall(r"'\w+'", missing[2])]
         return (
@@ -187,6 +188,12 @@ def _why_it_failed(images: Tensor, why: Exception) -> Advice:
         )
     if "BatchedTensor" in str(why):  # as torch says it
         return ("calls torch.func.vmap, and what runs inside of that cannot be seen. Let it run the batch as a whole.",)
+    stored = [*module.named_parameters(), *module.named_buffers()]
+    if sparse := [name for name, tensor in stored if tensor.is_mkldnn or tensor.layout in SPARSE]:
+        return (
+            f"fails with its weights stored in a sparse or packed way ({some(sparse, 3)}): {first_line(why)} Store them as plain "
+            "tensors: weight.to_dense().",
+        )
     return (f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} ", *GIVE_SIZE)
 
 

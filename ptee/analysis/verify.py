@@ -190,9 +190,19 @@ def counting_buffers(module: nn.Module, names: Sequence[str], input_size: tuple[
         return []
     buffers, images = dict(copied.eval().named_buffers()), random_images(copied, 2, input_size)
     try:
-        return [name for name in names if name in buffers and _only_counts(copied, name, images)]
+        changed = _changed_by(copied, [name for name in names if name in buffers], images)
+        return [name for name in changed if _only_counts(copied, name, images)]
     except Exception:  # whatever the network's code raises
         return []
+
+
+@torch.inference_mode(False)
+def _changed_by(module: nn.Module, names: Sequence[str], images: Tensor) -> list[str]:
+    """The buffers that a forward pass changes."""
+    before = {name: module.get_buffer(name).clone() for name in names}
+    with torch.no_grad():
+        logits_of(module, images.clone())
+    return [name for name, value in before.items() if not torch.equal(module.get_buffer(name), value)]
 
 
 @torch.inference_mode(False)

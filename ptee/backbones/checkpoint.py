@@ -23,6 +23,7 @@ SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.")  # huggingface_hub's names for the 
 LARGEST_INDEX = 64 * 2**20  # bytes
 DEEPEST, MOST_PLACES = 4, 1000  # dictionaries around a network, and in a file
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile and others
+MOST_TENSORS, LONGEST, MOST_PARTS = 20_000, 512, 32  # in a file; letters of a name, and parts between its points
 LONGEST_NAME = 60  # of a tensor, in a message
 LFS = b"version https://git-lfs.github.com/"  # begins what stands in place of a file that git-lfs has not fetched
 # What trainers keep beside weights, by kind. These values are passed over, and no code of theirs runs.
@@ -85,6 +86,7 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
     try:
         found = _read_shards(path) if path.suffix.lower() == ".json" else _read(path)
         _require_tensors(path, found)
+        _require_few_names(path, found)
         places, nameless = dict(_places(found)), tuple(_lists(found))
     except BackboneError:
         raise
@@ -100,9 +102,12 @@ def _read(path: Path) -> Any:
     is_zip, named = zipfile.is_zipfile(path), path.suffix.lower() == ".safetensors"
     _require_suffix(path, named, is_zip)
     if named:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            if len(names := file.keys()) > MOST_TENSORS:
+                raise _too_many(path, len(names))
+            return {name: file.get_tensor(name) for name in names}
     if is_zip:
         _require_whole(path)
     device = torch.device("cpu")  # not torch's default device, where a sparse tensor would lie
@@ -175,6 +180,8 @@ def _require_whole(path: Path) -> None:
             raise refusal(
                 path, "is TorchScript, a program and no file of weights. Load it, and save model.state_dict()."
             )
+        if len(parts) > 2 * MOST_TENSORS:  # that of an optimizer may be as many, by number
+            raise _too_many(path, len(parts))
         require_not_compressed(path, archive)
         has_checksums = any(part.CRC for part in parts)  # torch can be told to write none
         if has_checksums and (damaged := archive.testzip()) is not None:
@@ -226,6 +233,28 @@ def _require_tensors(path: Path, found: Any) -> None:
             under = f"under {place!r:.60} " if place else ""
             text = f"holds weights {under}as arrays of numpy ({shown(arrays, 3)}). Save them as tensors (torch.from_numpy)."
             raise refusal(path, text)
+
+
+def _require_few_names(path: Path, found: Any) -> None:
+    """Comparing more names, or longer ones, with those of a network would take long."""
+    names = [key for _, value in _dictionaries(found) for key, part in value.items() if _is_named(key, part)]
+    if len(names) > MOST_TENSORS:
+        raise _too_many(path, len(names))
+    if long := [name for name in names if len(name) > LONGEST or name.count(".") >= MOST_PARTS]:
+        raise refusal(
+            path, f"has names of more than {LONGEST} letters or {MOST_PARTS} parts: {shown(long, 1)}. Rename them."
+        )
+
+
+def _is_named(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
+
+
+def _too_many(path: Path, n: int) -> BackboneError:
+    text = (
+        f"holds {n:,} tensors, and at most {MOST_TENSORS:,} are read. Save the network's state_dict and nothing else."
+    )
+    return refusal(path, text)
 
 
 def _lists(found: Any) -> Iterator[str]:

@@ -305,6 +305,7 @@ def _no_network(found: list[_Candidate], kind: str) -> str:
     unknown = _counters_last(nearest.unknown + nearest.beside)
     if not nearest.missing:
         return f"has unknown {shown(unknown, 3)} beside a whole {kind}. It may be of a larger network, or hold another beside this one. "
+    unknown = unknown or [name for name in nearest.state if name not in nearest.used and not COUNTERS.search(name)]
     there = f"has unknown {shown(unknown, 3)}" if unknown else f"has only {shown(list(nearest.tensors), 3)}"
     return f"is of another model: it lacks {shown(nearest.missing, 3)} and {there}. "
 
@@ -316,6 +317,11 @@ def _counters_last(names: Sequence[str] | State) -> list[str]:
 def _other_shapes(checkpoint: Checkpoint, found: _Candidate, own: State) -> BackboneError:
     """The tensors have the right names, but other shapes or kinds of numbers."""
     wrong, have = found.misshapen, found.tensors
+    if empty := [key for key in wrong if have[key].numel() == 0 < own[key].numel()]:
+        text = f"holds no numbers in {shown(empty, 3)}. DeepSpeed (ZeRO-3) keeps weights in other files: "
+        return refusal(
+            checkpoint.file, text + "run zero_to_fp32.py, which lies beside them, and give the file that it writes."
+        )
     if same_shape := [key for key in wrong if have[key].shape == own[key].shape]:
         key = same_shape[0]
         return refusal(

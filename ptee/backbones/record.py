@@ -13,13 +13,22 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
-from ptee._common.errors import Argument, BackboneError, PteeError
+from ptee._common.errors import Argument, BackboneError, PteeError, some
 from ptee._common.files import is_file
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.backbones import timm, torchvision
 from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
 from ptee.backbones.source import COMMIT
 
+WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin.index.json",
+    ".pth",
+    ".pt",
+    ".bin",
+    ".ckpt",
+)  # end names of such files
 LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
 
 
@@ -90,10 +99,25 @@ def checked_record(source: Any) -> tuple[str, ModelRequest]:
 
 
 def require_weights(file: str | Path) -> None:
-    """Refuse a file of weights that is not there."""
-    if not is_file(Path(file)):
+    """Refuse a file of weights that is not there, or is a folder."""
+    if not is_file(path := Path(file)):
+        if found := _inside(path):
+            text = f"{file!s:.300} is a folder. Give the file of weights in it: {some(found)}."
+            raise BackboneError(text, argument="weights", value=str(file))
         text = f"There is no weights file {file!s:.300}. Give a .safetensors or .pth file that exists."
         raise BackboneError(text, argument="weights", value=str(file))
+
+
+def _inside(folder: Path) -> list[str]:
+    """The files of weights in a folder. An index of shards stands for them; without any, what such a file is called."""
+    try:
+        if not folder.is_dir():
+            return []
+        files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(WEIGHTS))
+    except OSError:
+        return []
+    indices = [path for path in files if path.suffix == ".json"]
+    return list(map(str, indices or files or [folder / "model.safetensors"]))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ptee._common.errors import first_line, some
+from ptee.analysis.verify import counting_buffers
 from ptee.backbones.checkpoint import Checkpoint, refusal, shown
 from ptee.backbones.matching import COUNTER, find_network
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # in eval mode they change no buffer
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint) -> str | None:
@@ -44,15 +47,29 @@ def _require_finite(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], own: 
         raise refusal(checkpoint.file, text)
 
 
-def weights_hash(module: nn.Module) -> str:
-    """sha256, in hexadecimal, of the state_dict: names, types, shapes and bytes, sorted by name.
+def weights_hash(module: nn.Module, without: Collection[str] = ()) -> str:
+    """sha256, in hexadecimal, of the state_dict: names, types, shapes and bytes, sorted by name. Those of `without` are left out.
 
     Device and memory format do not matter. The type does: a model in half precision is another model.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted((name, value) for name, value in module.state_dict().items() if name not in without):
         _add(digest, name, value)
     return digest.hexdigest()
+
+
+def answering_hash(module: nn.Module, input_size: tuple[int, int, int]) -> str:
+    """`weights_hash` without `counting_buffers`: networks that differ in these alone answer alike.
+
+    Networks whose buffers are all of ordinary batch norms are not run for it.
+    """
+    names = [
+        f"{name}.{key}".lstrip(".")
+        for name, part in module.named_modules()
+        for key, buffer in part._buffers.items()
+        if type(part) not in BATCH_NORMS and buffer is not None
+    ]
+    return weights_hash(module, counting_buffers(module, names, input_size) if names else ())
 
 
 def tensor_hashes(module: nn.Module) -> dict[str, str]:

@@ -10,14 +10,14 @@ import os
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ptee._common.errors import DataError, some
-from ptee._common.listing import is_hidden, not_listed, packed_by, refuse_broken_link, subfolders, visible
+from ptee._common.listing import is_hidden, not_listed, packed_by, refuse_broken_link, subfolders, tar_members, visible
 from ptee.data.pictures import File, Key
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, word_of
 
@@ -28,11 +28,10 @@ UNREAD = (
     *(".npy", ".pbm", ".pcx", ".raw", ".svg", ".tga"),
 )
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
-LINK = "linked"  # a picture in a tar file that is a link to another
+LINK, SPARSE = "linked", "sparse"  # a picture in a tar file that is a link to another, or is stored without its zeros
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
-NO_PICTURES = (*UNREAD, LINK, *SPECIAL.values())  # named like pictures, and not read
+NO_PICTURES = (*UNREAD, LINK, SPARSE, *SPECIAL.values())  # named like pictures, and not read
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
-TAR_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -263,6 +262,7 @@ def _left_out(found: _Part, part: str) -> list[str]:
 def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
     found = _Part(loose=_loose(visible(folder)))
+    _refuse_same_classes(subfolders(folder))
     for path in subfolders(folder):
         pictures, found.others[path.name] = _files_below(path)
         start = len(str(path))
@@ -275,6 +275,19 @@ def _read_folder(folder: Path, part: str) -> _Part:
         parts = " and ".join(found.files)
         raise DataError(f"'{folder}' holds {parts} without class folders: it should hold {LAYOUTS}.")
     return found
+
+
+def _refuse_same_classes(folders: Sequence[Path]) -> None:
+    """Two classes that are one folder: each of its pictures would have two labels."""
+    found: dict[Path, Path] = {}
+    for path in folders:
+        other = found.setdefault(path.resolve(), path)
+        if other != path:
+            link = path if path.is_symlink() else other
+            raise DataError(
+                f"Class folders '{other}' and '{path}' are the same folder, so its pictures would have two classes: remove the link "
+                f"'{link}'."
+            )
 
 
 def _refuse_no_images(folder: Path, found: _Part) -> None:
@@ -313,7 +326,10 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
 
 def _is_new(path: Path, folder: Path, seen: set[Path]) -> bool:
     """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it."""
-    place = path.resolve()
+    try:
+        place = path.resolve()
+    except OSError as why:  # a link within /proc
+        raise not_listed(why) from why
     if path.is_symlink() and path.parent.resolve().is_relative_to(place):
         return False
     if place == folder.resolve():
@@ -334,18 +350,18 @@ def _read_tar(path: Path, part: str) -> _Part:
     found, folders, with_pictures = _Part(), [], set()
     try:
         with path.open("rb") as stream:
-            for place, member, offset in _members(stream):
+            for place, member, offset in tar_members(path, stream):
                 *above, name = place
                 class_name, extension = above[-1] if above else "", Path(name).suffix.lower()
                 if member.isdir():
                     folders.append(place)
-                elif member.isfile() and extension in EXTENSIONS:
+                elif member.isfile() and not member.issparse() and extension in EXTENSIONS:
                     with_pictures.add(tuple(above))
                     file = File(str(path), member.name, part, class_name, offset, member.size)
                     found.files.setdefault(class_name, []).append(file)
                 elif extension in EXTENSIONS + UNREAD:
                     found.files.setdefault(class_name, [])
-                    found.others[class_name][extension if member.isfile() else SPECIAL.get(member.type, LINK)] += 1
+                    found.others[class_name][_kind(member, extension)] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         if packed := packed_by(path):
             raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
@@ -361,27 +377,10 @@ def _read_tar(path: Path, part: str) -> _Part:
     return found
 
 
-def _members(
-    stream: BinaryIO, above: tuple[str, ...] = (), start: int = 0
-) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, int]]:
-    """The visible members of a tar file and of the tar files inside it: names from the top, member, offset in the file."""
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        members = {
-            tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar
-        }  # the last of a name
-        stream.seek(tar.offset)
-        # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
-        if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):
-            raise tarfile.ReadError(f"no member and no end at byte {start + tar.offset:,}")
-        for names, member in members.items():
-            offset = start + member.offset_data
-            if not names or any(map(is_hidden, names)):
-                continue
-            if member.isfile() and Path(names[-1]).suffix.lower() == ".tar":
-                inner: Any = tar.extractfile(member)
-                yield from _members(inner, (*above, *names[:-1], Path(names[-1]).stem), offset)
-            else:
-                yield (*above, *names), member, offset
+def _kind(member: tarfile.TarInfo, extension: str) -> str:
+    if member.issparse():
+        return SPARSE
+    return extension if member.isfile() else SPECIAL.get(member.type, LINK)
 
 
 # ------------------------------------------------------------------------------------------------ labels

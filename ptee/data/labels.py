@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +27,7 @@ IMAGENET_CLASSES = 1000
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
 BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
 DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
+OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; standard deviations that are no luck
 AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is not made of bare names
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 
@@ -40,7 +41,7 @@ class LabelMap:
     indices: tuple[int, ...] | None  # None if the classes cannot be mapped
     reason: str  # a sentence for the user
     classes: tuple[str, ...] | None = None  # names of all of the backbone's classes in its order, if the data tell them
-    doubt: str = ""  # a sentence, if the backbone is hardly better than chance under these labels
+    doubt: str = ""  # a sentence, if the backbone is hardly better than chance under these labels, or exchanges classes
     remedy: Advice = ()  # what to do about missing or doubtful labels
 
     def __call__(self, label: int) -> int:
@@ -183,7 +184,7 @@ def choose_class_order(
     """How the classes of the data become the backbone's. Of timm's and torchvision's order it takes the more accurate one.
 
     With `check`, the backbone is tried on some images even if there is one order only, so that labels under which it is near
-    chance are doubted. The backbone (with `module` and `num_classes`) computes on `device`, by default where it is.
+    chance, or takes classes for each other, are doubted. The backbone (with `module` and `num_classes`) computes on `device`, by default where it is.
 
     `recorded` are the backbone's classes as a run says. They are taken, unless the backbone is near chance under them and is
     not in the order of their names.
@@ -206,7 +207,10 @@ def choose_class_order(
     found = maps[best]
     if best:
         found = replace(found, reason=_reason(maps, best, right, len(labels)))
-    return _doubted(found, backbone, right[best], len(labels), NAME_THEM)
+    doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
+    if doubted.doubt or len(maps) == 1:
+        return doubted
+    return _doubted(found, backbone, *_try(backbone.module, _some_images(data, [found]), device), NAME_THEM)
 
 
 def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
@@ -235,7 +239,7 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
 
 
 def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
-    """For labels that are already the backbone's class numbers. They are doubted if the backbone is near chance.
+    """For labels that are already the backbone's class numbers. They are doubted as those of folders are.
 
     Raises:
         DataError: if only some of them are class numbers, or the data cannot form batches of images.
@@ -246,7 +250,7 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
     remedy = ("Check that the labels are the backbone's class numbers.",)
     if fault:
         return replace(found, doubt=f"They are not: {fault}.", remedy=remedy)
-    return _doubted(found, backbone, _share_right(answers, labels, int), len(labels), remedy)
+    return _doubted(found, backbone, answers, labels, remedy)
 
 
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
@@ -359,13 +363,50 @@ def near_chance(right: float, n: int, num_classes: int) -> str:
     return f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance"
 
 
-def _doubted(found: LabelMap, backbone: Any, right: float, n: int, remedy: Advice) -> LabelMap:
-    """The labels, in doubt if the backbone is near chance under them. Random weights say nothing about an order of classes."""
-    doubt = _doubt(right, n, backbone.num_classes)
-    if doubt and getattr(backbone, "is_random", False):
+def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, remedy: Advice) -> LabelMap:
+    """The labels, in doubt if the backbone is near chance under them, or takes classes for each other. Random weights say nothing
+    about an order of classes."""
+    right, n = _share_right(answers, labels, found), len(labels)
+    if getattr(backbone, "is_random", False):
         words = near_chance(right, n, backbone.num_classes)
-        return replace(found, doubt=f"{words}: its weights are random.", remedy=TRAIN_IT)
+        return replace(found, doubt=f"{words}: its weights are random.", remedy=TRAIN_IT) if words else found
+    doubt = _doubt(right, n, backbone.num_classes) or _exchanged(found, answers, labels)
     return replace(found, doubt=doubt, remedy=remedy if doubt else found.remedy)
+
+
+def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
+    """A sentence, if the backbone takes most images of some classes for another of them, in a ring: a for b, b for c, c for a.
+
+    No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck: over all rings
+    together, those in the wrong class must be more than those in the right one by several standard deviations.
+    """
+    truth = torch.tensor([found(label) for label in labels.tolist()], device="cpu")
+    taken_for = {}
+    for number in truth.unique().tolist():
+        own = answers[truth == number]
+        most = int(own.mode().values)
+        if len(own) >= OF_A_CLASS and 2 * int((own == most).sum()) > len(own) and most != number:
+            taken_for[number] = most
+    rings = {one: other for one, other in taken_for.items() if _returns(one, taken_for)}
+    moved = sum(int((answers[truth == one] == other).sum()) for one, other in rings.items())
+    right = sum(int((answers[truth == one] == one).sum()) for one in rings)
+    if moved - right <= SURE * (moved + right) ** 0.5:
+        return ""
+    name = found.classes or range(int(answers.max()) + 1)
+    pairs = some([f"{name[one]} for {name[other]}" for one, other in rings.items()])
+    return (
+        f"The backbone takes most images of some classes for others: {pairs}. It may know its classes in another order."
+    )
+
+
+def _returns(start: int, step: Mapping[int, int]) -> bool:
+    """Whether the steps from here lead back to it."""
+    place: int | None = step[start]
+    for _ in step:
+        if place is None or place == start:
+            break
+        place = step.get(place)
+    return place == start
 
 
 def _doubt(right: float, n: int, num_classes: int) -> str:

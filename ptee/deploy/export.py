@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ptee._common.errors import PteeError, unknown
+from ptee._common.errors import Argument, PteeError, RunError, first_line, unknown
 from ptee._common.files import file_hash, free_place, replace_files, write_json, write_text
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
@@ -194,7 +195,7 @@ def class_names(model: EarlyExitModel) -> list[str]:
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:
     """Refuse files that answer otherwise than the model: where all rows leave at one exit or at none, and where some leave at each."""
-    runner, exits = load_exported(folder), len(model.exits)
+    runner, exits = _loaded(model, folder), len(model.exits)
     for b in BATCHES:
         x = example_images(model, b)
         with torch.no_grad():
@@ -210,6 +211,20 @@ def _require_same(model: EarlyExitModel, folder: Path) -> None:
                 f"{model.plan.backbone} as {runner.manifest.format} gives other answers than the model to a batch of {b}. Use "
                 "another format."
             )
+
+
+def _loaded(model: EarlyExitModel, folder: Path) -> Runner:
+    """The files that were written. ONNX Runtime lacks operators of some number types, and says so with the place of a file."""
+    try:
+        return load_exported(folder)
+    except RunError as why:
+        cause, dtype = why.__cause__ or why, example_images(model, 1).dtype
+        said = first_line(cause).replace(f"{folder}{os.sep}", "")
+        instead = "Use" if dtype == torch.float32 else "Call model.float() first, or use"
+        raise PteeError(
+            f"What was written of {model.plan.backbone} in {type_name(dtype)} cannot be run: {said} "
+            f"{instead} another ", Argument("format"), ".", argument="format",
+        ) from why  # fmt: skip
 
 
 def _answers_alike(model: EarlyExitModel, runner: Runner, x: Tensor, limits: Tensor, clear: Tensor) -> bool:

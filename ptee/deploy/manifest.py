@@ -14,6 +14,7 @@ from typing_extensions import Self
 from ptee._common.errors import PteeError, RunError, first_line
 from ptee._common.files import file_hash, is_file, read_object, settle
 from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole
+from ptee.backbones.library import LEAST_STD
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -79,7 +80,7 @@ class Manifest(FrozenConfig):
     input_size: tuple[Count, Count, Count]
     dtype: Literal["float16", "float32", "float64", "bfloat16"]
     mean: tuple[Number, ...]
-    std: tuple[Annotated[Number, Field(gt=0)], ...]
+    std: tuple[Annotated[Number, Field(ge=LEAST_STD)], ...]
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     classes: Count
     class_names: Annotated[

@@ -24,7 +24,7 @@ from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import one_parameter, running_on
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
-from ptee.backbones.weights import weights_hash
+from ptee.backbones.weights import answering_hash
 from ptee.data.batches import batches
 from ptee.data.recorded import recorded
 from ptee.evaluation.comparison_lines import LINES, WITHOUT_LOGITS, checked_lines, ways
@@ -173,6 +173,10 @@ class Pair(NamedTuple):
     report: Traces
 
 
+def _hash(model: EarlyExitModel) -> str:
+    return answering_hash(model.backbone, model.plan.input_size)
+
+
 def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
     """The first model, if all have the same backbone and take the same images."""
     example = "such as {'mine': model}"
@@ -183,9 +187,9 @@ def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
     for model in models.values():
         require_early_exit(model)
     (first, one), *others = models.items()
-    own = weights_hash(one.backbone) if others else ""
+    own = _hash(one) if others else ""
     for name, other in others:
-        found = own if other.backbone is one.backbone else weights_hash(other.backbone)
+        found = own if other.backbone is one.backbone else _hash(other)
         if found != own:
             raise PteeError(
                 f"{name} has another backbone ({other.origin.name}, weights {found[:16]}) than {first} "

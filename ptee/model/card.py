@@ -12,6 +12,7 @@ from ptee._common.text import printable
 from ptee.model.run_files import CARD
 
 OWN = "<!-- Written by ptee, and again whenever the run changes. Delete this line to keep a text of your own. -->"
+LARGEST_CARD = 2**20  # bytes
 TEMPLATE = f"---\n{{{{ card_data }}}}\n---\n{OWN}\n\n{{{{ about }}}}\n"
 LIMITS = """\
 - All numbers are means over the images named above. Other images (another camera, another season) cost and lose something else:
@@ -23,9 +24,18 @@ LIMITS = """\
 def text_for(model: Any, folder: Path, more: Mapping[str, Any] | None = None) -> str | None:
     """The text of README.md; None if the folder has one that somebody wrote. `more`: for the template."""
     there = folder / CARD
-    if there.is_file() and OWN not in there.read_text(encoding="utf-8", errors="replace"):
+    if there.is_file() and not _is_own(there):
         return None
     return str(model.generate_model_card(**{"about": about(model), **(more or {})}))
+
+
+def _is_own(card: Path) -> bool:
+    """Whether ptee wrote it. One that cannot be read, or is longer, somebody else wrote."""
+    try:
+        with card.open("rb") as file:
+            return OWN.encode() in file.read(LARGEST_CARD)
+    except OSError:
+        return False
 
 
 def about(model: Any) -> str:

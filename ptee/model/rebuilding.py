@@ -17,7 +17,7 @@ from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.config import FRONT
 from ptee.exits.front import FrontHead, require_small
 from ptee.model.run_files import record_of
-from ptee.model.saving import Run
+from ptee.model.saving import Run, require_finite
 
 ITS_TENSORS = "0.network."  # begins the names of the front network's tensors among those of the heads
 
@@ -116,6 +116,8 @@ def _its_weights(run: Run) -> str:
 
 def _fill(module: nn.Module, run: Run) -> None:
     assert run.backbone is not None
+    built = module.state_dict()
+    require_finite(run.folder, {name: value for name, value in run.backbone.items() if name in built}, built)
     try:
         module.load_state_dict(run.backbone)
     except RuntimeError as why:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ptee import __version__
-from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.errors import PteeError, RunError, first_line, some
 from ptee._common.files import (
     ANOTHER_FOLDER,
     as_path,
@@ -293,7 +293,15 @@ def fill(heads: nn.Module, run: Run) -> None:
             raise RunError(
                 f"{run.folder}: tensor {name!r:.80} holds {type_name(tensor.dtype)}, which its head does not. Copy the run again."
             )
+    require_finite(run.folder, run.tensors, wanted)
     heads.load_state_dict(run.tensors)
+
+
+def require_finite(folder: str, tensors: Mapping[str, Tensor], built: Mapping[str, Any]) -> None:
+    """Refuse inf and NaN, except in what has them when it is built, such as a mask."""
+    odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all() and built[name].isfinite().all()]
+    if odd:
+        raise RunError(f"{folder}: values that are not finite (inf or NaN) in {some(odd, 3)}. Train it again.")
 
 
 def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:

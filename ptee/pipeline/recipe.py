@@ -203,10 +203,22 @@ def make_recipe(
         PteeError: if a value is not possible.
     """
     changes = {path_for(name, value): value for name, value in (settings or {}).items()}
-    values = _values(DEFAULT if recipe is None else recipe)
-    made = Recipe(**values)
+    values, file = _values(DEFAULT if recipe is None else recipe)
+    with _of_file(file):
+        made = Recipe(**values)
     with _as_called(settings or {}):
         return made.with_settings(_without_rivals(values, changes))
+
+
+@contextmanager
+def _of_file(file: Path | None) -> Iterator[None]:
+    """Errors name the file and its own keys, which are no arguments of anything."""
+    try:
+        yield
+    except PteeError as why:
+        if file is None:
+            raise
+        raise type(why)(f"In the recipe {file}: {why}", argument="recipe", value=why.value) from why
 
 
 @contextmanager
@@ -237,13 +249,14 @@ def _without_rivals(values: Mapping[str, Any], changes: dict[str, Any]) -> dict[
     return {**{f"thresholds.{name}": value for name, value in rivals.items()}, **changes}
 
 
-def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
+def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, Any], Path | None]:
+    """The settings, not yet checked, and the file that they were read from."""
     if isinstance(recipe, Recipe):
-        return recipe.given()
+        return recipe.given(), None
     if isinstance(recipe, Mapping):
-        return _with_names(recipe, "recipe")
+        return _with_names(recipe, "recipe"), None
     if isinstance(recipe, str) and recipe in BUILT_IN:
-        return {"name": recipe, **BUILT_IN[recipe]}
+        return {"name": recipe, **BUILT_IN[recipe]}, None
     if not isinstance(recipe, str | Path):
         text = f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe."
         raise PteeError(text, argument="recipe")
@@ -255,7 +268,7 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> dict[str, Any]:
     if is_file(path / RECIPE_FILE):
         path = path / RECIPE_FILE
     if path.suffix in (".yaml", ".yml") or is_file(path):
-        return _read(path)
+        return _read(path), path
     if os.path.isdir(path):  # noqa: PTH112 - which takes names that no folder can have
         raise PteeError(
             f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file.", argument="recipe"
@@ -292,11 +305,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's truth values and numbers: in `precision: no`, no is a word, and 1e-2 is a number.
 
     010 and 1:30 are words, too: they would be 8 and 90. Aliases are refused, because a few lines of them can stand for more
-    values than a machine can hold, and so is a key that stands there twice.
+    values than a machine can hold, and so are a key that stands there twice,
+    and tags (!!int). `<<`, which would merge mappings, is a key like any other.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """PyYAML calls this for each value."""
+        if (tag := getattr(self.peek_event(), "tag", None)) is not None:  # would go around the rules for plain values
+            raise yaml.YAMLError(f"tags ({tag[:LONGEST_KEY]}) are not read here: write the value alone.")
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read here. Write the value again.")
         return super().compose_node(parent, index)
@@ -312,7 +328,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {
     letter: [
-        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":bool", ":int", ":float", ":timestamp", ":merge", ":value"))
     ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }

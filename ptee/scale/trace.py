@@ -12,7 +12,7 @@ from ptee._common.errors import Argument, PteeError, unknown
 from ptee._common.files import as_path, plain
 from ptee._common.progress import counted
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.backbones.weights import weights_hash
+from ptee.backbones.weights import answering_hash, weights_hash
 from ptee.data.labels import map_labels, read_names
 from ptee.data.parts import PartsWriter, arrow, parts_writer
 from ptee.data.shards import Source, find_source
@@ -126,7 +126,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
     """What identifies a model: its heads, its backbone and how it takes images; and the confidence that is recorded."""
     return {
         "heads": weights_hash(model.heads)[:16],
-        "backbone": weights_hash(model.backbone)[:16],
+        "backbone": answering_hash(model.backbone, model.plan.input_size)[:16],
         "exits": [e.name for e in model.exits],
         "classes": model.num_classes,
         "input": plain(model.origin.input),

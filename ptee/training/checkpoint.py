@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ptee._common.errors import RunError
 from ptee._common.files import from_json, plain, replace_file, storable
-from ptee.backbones.weights import weights_hash
+from ptee.backbones.weights import answering_hash, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import TOGETHER, TrainingConfig
@@ -61,7 +61,7 @@ def describe_training(
         "exits": [e.name for e in model.exits],
         "head": model.plan.head,
         "classes": model.num_classes,
-        "backbone": weights_hash(model.backbone)[:16],
+        "backbone": answering_hash(model.backbone, model.plan.input_size)[:16],
         "input": plain(model.origin.input),
         "front": {"weights": weights_hash(front.network)[:16], "input": plain(front.origin.input)}
         if isinstance(front, FrontHead)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.files import as_path, plain
-from ptee.backbones.weights import weights_hash
+from ptee.backbones.weights import answering_hash, weights_hash
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.labels import labels_of_other_classes
 from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
@@ -146,7 +146,7 @@ class TraceFolder(RecordedTraces):
     def _folder_of(self, model: EarlyExitModel) -> int:
         """Which of the folders is of a model. All of them hold the same images, or else they are refused."""
         _ = self.images_sha256
-        heads, backbone = (weights_hash(module)[:16] for module in (model.heads, model.backbone))
+        heads, backbone = weights_hash(model.heads)[:16], answering_hash(model.backbone, model.plan.input_size)[:16]
         for n, manifest in enumerate(self.manifests):
             if (manifest.about["heads"], manifest.about["backbone"]) == (heads, backbone):
                 return n

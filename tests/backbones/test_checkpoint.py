@@ -172,6 +172,40 @@ def test_a_pipe_is_no_file(tmp_path):
         read_checkpoint(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["config.json", "model.safetensors"], "w/model.safetensors"),
+        (["a-00001-of-00002.bin", "a-00002-of-00002.bin", "a.bin.index.json"], "w/a.bin.index.json"),
+        (["config.json"], "w/model.safetensors"),
+    ],
+    ids=["one", "shards", "none"],
+)
+def test_a_folder_is_refused_as_such_and_the_file_in_it_named(files, named, tmp_path):
+    (tmp_path / "w").mkdir()
+    for name in files:
+        (tmp_path / "w" / name).touch()
+    with pytest.raises(BackboneError, match=rf"w is a folder\. Give the file of weights in it: [^,]*{named}\.$"):
+        read_checkpoint(tmp_path / "w")
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file], ids=["torch", "safetensors"])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([f"x{n}.weight" for n in range(50)], "holds 50 tensors, and at most 40 are read"),
+        (("a." * 40 + "weight",), r"has names of more than 512 letters or 32 parts: a\.a\..*weight\. Rename them"),
+        (("a" * 600,), r"has names of more than 512 letters"),
+    ],
+    ids=["many", "deep", "long"],
+)
+def test_more_or_longer_names_than_networks_have_are_refused(names, said, save, tmp_path, monkeypatch):
+    monkeypatch.setattr("ptee.backbones.checkpoint.MOST_TENSORS", 40)
+    save({name: torch.ones(1) for name in names}, tmp_path / ("w.pth" if save is torch.save else "w.safetensors"))
+    with pytest.raises(BackboneError, match=said):
+        read_checkpoint(next(tmp_path.iterdir()))
+
+
 def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
     found: dict = {"model": Tiny().state_dict()}
     found["again"] = found

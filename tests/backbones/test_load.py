@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import Tiny, as_it_was, one_line
 from torch import nn
 
+import ptee
 from ptee._common.errors import BackboneError, PteeError, UnknownName
 from ptee.backbones import load
 from ptee.backbones.library import Built, Known, other_words
@@ -209,6 +210,15 @@ def test_a_number_of_classes_that_no_classifier_has_is_refused_before_any_work(n
         load_backbone("cifar_resnet20", pretrained=False, num_classes=num_classes)
     assert refusal.value.argument == "num_classes"
     assert refusal.value.value is num_classes
+
+
+@pytest.mark.parametrize("how", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_weights_with_which_a_network_fails_are_named(how):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    network[2].weight = nn.Parameter(getattr(network[2].weight.data, how)(), requires_grad=False)
+    with pytest.raises(BackboneError, match=r"stored in a sparse or packed way \(2\.weight\).*weight\.to_dense\(\)\.$"):
+        ptee.augment(network, exits=["0"], input_size=(3, 8, 8))
 
 
 def test_a_users_module_is_taken_as_it_is_and_left_as_it_was():

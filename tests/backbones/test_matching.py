@@ -329,3 +329,18 @@ def test_position_embeddings_of_another_image_size_are_refused_and_not_stretched
     save_file(timm.create_model("test_vit", img_size=64).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(BackboneError, match="other shapes: pos_embed"):
         load_backbone("test_vit", weights=tmp_path / "w.safetensors", input_size=(3, 160, 160))
+
+
+def test_weights_that_deepspeed_keeps_elsewhere_are_refused_with_the_program_that_joins_them(tmp_path):
+    torch.save({"module": {name: torch.empty(0) for name in Tiny().state_dict()}}, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=r"holds no numbers in conv\.weight, .*run zero_to_fp32\.py"):
+        load_weights(Tiny(), read_checkpoint(tmp_path / "w.pth"))
+
+
+def test_a_last_layer_that_is_called_like_a_metric_is_named_in_the_refusal(tmp_path):
+    state = {name.replace("fc.", "metric_fc."): value for name, value in Tiny().state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        BackboneError, match=r"lacks fc\.weight, fc\.bias and has unknown metric_fc\.weight, metric_fc\.bias"
+    ):
+        load_weights(Tiny(), read_checkpoint(tmp_path / "w.pth"))

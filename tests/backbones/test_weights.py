@@ -172,7 +172,7 @@ def test_a_file_without_a_state_dict_is_refused_by_name(tmp_path, content):
         read_checkpoint(tmp_path / "other.pth")
 
 
-@pytest.mark.parametrize("file", ["missing.safetensors", ".", "x" * 5000])
+@pytest.mark.parametrize("file", ["missing.safetensors", "x" * 5000])
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path, file):
     with pytest.raises(BackboneError, match="There is no weights file"):
         read_checkpoint(tmp_path / file)

@@ -253,6 +253,39 @@ def test_two_parts_that_are_the_same_are_refused(names, tmp_path, request):
         opened(source)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_two_classes_that_are_the_same_folder_are_refused(part, folder):
+    (folder / part / "c").symlink_to(folder / part / "a")
+    said = rf"'.*{part}/a' and '.*{part}/c' are the same folder, .* two classes: remove the link '.*{part}/c'"
+    with pytest.raises(DataError, match=said):
+        opened(folder)
+
+
+def test_a_link_that_cannot_be_followed_below_a_class_is_refused_by_name(folder, monkeypatch):
+    (folder / "train" / "a" / "cwd").mkdir()
+    follow = Path.resolve
+
+    def refuse(path, strict=False):
+        if path.name == "cwd":
+            raise PermissionError(13, "Permission denied", str(path))
+        return follow(path, strict)
+
+    monkeypatch.setattr(Path, "resolve", refuse)
+    with pytest.raises(DataError, match=r"Folder '.*a/cwd' cannot be read \(Permission denied\)"):
+        opened(folder)
+
+
+def test_a_link_that_does_not_say_where_it_leads_is_refused_by_name(folder, monkeypatch):
+    (folder / "train" / "a" / "cwd").symlink_to("/nowhere")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "readlink", refuse)
+    with pytest.raises(DataError, match=r"a/cwd' is a link, which cannot be opened \(No such file.*remove the link"):
+        opened(folder)
+
+
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     def refuse(path, onerror, **_):
         onerror(PermissionError(13, "Permission denied", path))
@@ -357,6 +390,30 @@ def test_links_in_a_tar_file_are_named(tars):
         link.type, link.linkname = tarfile.SYMTYPE, "000.png"
         tar.addfile(link)
     assert "not read: 1 linked file of train" in opened(tars).summary
+
+
+def test_a_picture_that_is_stored_without_its_zeros_is_named(tars):
+    sparse = tarfile.TarInfo("a/sparse.bmp")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": "512"}
+    sparse.pax_headers["GNU.sparse.map"] = "512,0"
+    with tarfile.open(tars / "train.tar", "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse)
+    assert "not read: 1 sparse file of train" in opened(tars).summary
+
+
+def test_a_tar_file_behind_another_is_refused(tars):
+    with (tars / "train.tar").open("ab") as file:
+        file.write((tars / "validation.tar").read_bytes())
+    with pytest.raises(DataError, match=r"train\.tar' is several tar files one behind the other.*--concatenate"):
+        opened(tars)
+
+
+@pytest.mark.parametrize("more", [bytes(3 * 10240), b"a note"])
+def test_what_is_no_tar_file_may_lie_behind_one(tars, more):
+    before = opened(tars)
+    with (tars / "train.tar").open("ab") as file:
+        file.write(more)
+    assert rows(opened(tars)) == rows(before)
 
 
 def test_the_order_does_not_depend_on_the_file_system(folder, monkeypatch):

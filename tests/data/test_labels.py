@@ -143,6 +143,70 @@ def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
         found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
 
 
+def of_answers(answers: list[list[int]]) -> tuple[SimpleNamespace, Data]:
+    """A backbone and its images: of class c, the images that get the answers in `answers[c]`."""
+    rows = [(answer, truth) for truth, own in enumerate(answers) for answer in own]
+    images = [(torch.full((3, 4, 4), i / 255), truth) for i, (_, truth) in enumerate(rows)]
+    module = Oracle([0] * len(rows))
+    module.table = nn.Parameter(torch.eye(len(answers))[[answer for answer, _ in rows]])
+    return SimpleNamespace(module=module, num_classes=len(answers)), Data(images, images[:0], images[:0], (), "own", {})
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [[0] * 9, [2] * 9 + [1], [1] * 9 + [2], [3] * 9, [4] * 9],
+        [[0] * 9, [2] * 4 + [1], [3] * 4, [4] * 4 + [0], [1] * 4],
+        [[0] * 60, [2] * 9, [1] * 9],
+    ],
+    ids=["two", "a ring of four", "rare ones"],
+)
+def test_classes_that_are_taken_for_each_other_are_a_doubt_though_the_rest_is_right(answers):
+    found = labels_as_given(*of_answers(answers))
+    assert re.search(r"takes most images of some classes for others: 1 for 2, .* in another order\.$", found.doubt)
+    with pytest.raises(DataError, match="1 for 2, "):
+        found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [[0] * 6 + [1] * 6, [1] * 6 + [0] * 6, [2] * 12],
+        [[0] * 9, [2] * 9, [2] * 9, [2] * 9],
+        [[0] * 9, [1] * 9, [3] * 2, [2] * 2],
+        [[0] * 60, [2] * 5 + [1] * 3, [1] * 5 + [2] * 3],
+        [[1] * 12, [2] * 12, [2] * 9, [3] * 60],
+    ],
+    ids=["half", "all for one", "few images", "by luck", "no ring"],
+)
+def test_a_backbone_that_is_often_wrong_is_no_doubt(answers):
+    assert not labels_as_given(*of_answers(answers)).doubt
+
+
+def test_an_ordinary_backbone_of_any_accuracy_and_number_of_classes_is_not_doubted():
+    random = torch.Generator().manual_seed(0)
+    for classes in (2, 3, 5, 10, 30):
+        for _ in range(40):
+            sure = torch.rand(classes, classes, generator=random) ** 4  # some classes are hard to tell apart
+            share = (sure + sure.T + torch.eye(classes) * sure.max()).softmax(1)
+            own = share.multinomial(120 // classes, True, generator=random).tolist()
+            assert "for others" not in labels_as_given(*of_answers(own)).doubt
+
+
+def test_an_order_of_neither_library_is_doubted_where_most_classes_are_right(numbered_classes):
+    order = [*class_orders(NAMES)["timm"]]
+    order[5:8] = [order[7], order[5], order[6]]
+    found = choose_class_order(backbone(order), numbered_classes, check=False)
+    assert re.search(r"for others: class\d+ for class\d+, .*in another order\.$", found.doubt)
+    assert "classes=FILE" in str(DataError(found.doubt, *found.remedy))
+
+
+def test_classes_whose_place_the_libraries_agree_on_are_looked_at_too(numbered_classes):
+    order = [*class_orders(NAMES)["timm"]]
+    order[0], order[-1] = order[-1], order[0]
+    assert choose_class_order(backbone(order), numbered_classes, check=False).doubt
+
+
 def test_random_weights_are_said_to_be_the_reason_and_not_an_order_of_classes(numbered_classes):
     network = backbone(NAMES[6:] + NAMES[:6])
     network.is_random = True

@@ -184,7 +184,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a newer schema": (entry(schema_version=2), r"Upgrade ptee"),
     "a schema that is no number": (entry(schema_version=True), r"schema_version"),
-    "a path out of the folder": (piece(0, file="../x.pt2"), r"pieces\[0\]\.file"),
+    "a path out of the folder": (
+        piece(0, file="../x.pt2"),
+        r"pieces\[0\]\.file='\.\./x\.pt2' must be text that fits \^piece_",
+    ),
     "too few costs": (entry(costs=[0.1]), r"do not fit"),
     "an unknown key": (entry(**{"\x1b[31mmore": 1}), r"unknown"),
     "a name with an escape": (entry(backbone="\x1b[31mx"), r"backbone=.* must be text without control characters"),
@@ -193,6 +196,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a deviation of 0": (entry(std=[0.0, 1.0, 1.0]), r"std"),
     "an unknown interpolation": (entry(interpolation="magic"), r"interpolation"),
     "images that are too large": (entry(input_size=[3, 20000, 20000]), r"larger than images can be"),
+    "a std by which nothing can be divided": (entry(std=[1e-300]), r"std\[0\]=1e-300 must be 1e-06 or more"),
+    "a name that turns the direction": (
+        entry(backbone="a\u061cb"),
+        r"backbone=.* must be text without control characters",
+    ),
     "images of another size": (entry(input_size=[3, 9, 9]), r"do not fit its manifest"),
     "other classes": (entry(classes=7), r"do not fit its manifest"),
     "other names of classes": (entry(class_names=["one"]), r"other class_names than classes"),

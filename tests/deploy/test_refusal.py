@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from small import K
+from small import K, made
 from torch import Tensor, nn
 
 import ptee
@@ -104,3 +104,12 @@ def test_a_step_of_a_graph_is_named_with_the_line_that_asks_for_it():
         f'  File "{__file__}", line 3, in forward\n    x\n  File "{torch.__file__}", line 9, in y\n    z\n'
     )
     assert at(node) == f"aten.relu.default in test_refusal.py, line 3 ({linecache.getline(__file__, 3).strip()})"
+
+
+@needs_onnx
+def test_a_number_type_that_onnx_runtime_cannot_run_is_named_without_the_place_of_a_file(tmp_path):
+    said = r"in float64 cannot be run: .* Call model\.float\(\) first, or use another format="
+    with pytest.raises(PteeError, match=said) as why:
+        ptee.export(made().double(), tmp_path / "out", format="onnx")
+    assert "/" not in str(why.value)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from functools import partial
 
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import BackboneError, PteeError, RunError
 from ptee.backbones.load import load_backbone
+from ptee.backbones.weights import answering_hash, weights_hash
+from ptee.evaluation.comparison import _of_one_backbone
+from ptee.scale import trace
+from ptee.training import feature_cache
 
 SIZE = (3, 16, 16)
 
@@ -137,6 +142,39 @@ def test_a_saved_run_loads_whatever_its_backbone_has_counted_meanwhile(tmp_path)
     assert ptee.load(tmp_path, net).exits
     assert int(net.calls) == calls
     assert net.training
+
+
+@pytest.mark.parametrize(
+    "known_by", [trace.describe, feature_cache.what_heads_read], ids=["traces", "cached inputs of heads"]
+)
+def test_what_was_recorded_stays_of_a_backbone_that_counts(known_by):
+    net = Counting().eval()
+    model = ptee.augment(net, input_size=SIZE, num_exits=1)
+    before = known_by(model)
+    calls = int(counted(net, 3).calls)
+    assert known_by(model) == before
+    assert int(net.calls) == calls
+    with torch.no_grad():
+        next(net.parameters()).add_(1)
+    assert known_by(model) != before
+
+
+def test_models_whose_backbones_have_counted_differently_are_of_one_backbone():
+    net = Counting().eval()
+    models = {name: ptee.augment(copy.deepcopy(net), input_size=SIZE, num_exits=1) for name in ("one", "two")}
+    counted(models["two"].backbone, 3)
+    assert _of_one_backbone(models) is models["one"]
+    late = {name: ptee.augment(Late().eval(), input_size=SIZE, num_exits=1) for name in ("one", "two")}
+    late["two"].backbone.load_state_dict(late["one"].backbone.state_dict())
+    counted(late["two"].backbone, 3)
+    with pytest.raises(PteeError, match="two has another backbone"):
+        _of_one_backbone(late)
+
+
+def test_a_network_of_ordinary_batch_norms_is_not_run_for_its_hash(monkeypatch):
+    monkeypatch.setattr("ptee.backbones.weights.counting_buffers", None)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert answering_hash(net, SIZE) == weights_hash(net)
 
 
 class Late(Counting):

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import ptee
+from ptee.model.card import text_for
 from ptee.model.run_files import CARD
 
 
@@ -51,6 +52,19 @@ def test_a_card_follows_the_run_and_one_that_somebody_wrote_is_kept(tmp_path):
     assert "- thresholds: 0.25, 0.25" in text_of(model, tmp_path)
     (tmp_path / CARD).write_text("mine")
     assert text_of(model, tmp_path) == "mine"
+
+
+def test_a_card_that_cannot_be_read_is_kept(tmp_path, monkeypatch):
+    model = measured()
+    text_of(model, tmp_path)
+
+    def refuse(path, *args, **more):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as there:
+        there.setattr("pathlib.Path.open", refuse)
+        assert text_for(model, tmp_path) is None
+    assert text_for(model, tmp_path) is not None
 
 
 @pytest.mark.parametrize(

@@ -610,6 +610,12 @@ def test_exits_in_another_order_than_the_backbone_has_them_are_refused(folder, n
     assert "has its exits in another order than its backbone has them" in refused(folder, net)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_heads_with_values_that_are_not_finite_are_refused(value, folder, net):
+    rename_tensors(folder, lambda saved: saved | {"0.logits.bias": saved["0.logits.bias"] * value})
+    assert "not finite (inf or NaN) in 0.logits.bias" in refused(folder, net)
+
+
 @pytest.mark.parametrize("kind", [torch.int32, torch.complex64], ids=str)
 def test_heads_of_numbers_that_no_head_holds_are_refused(kind, folder, net):
     rename_tensors(folder, lambda saved: saved | {"0.logits.bias": saved["0.logits.bias"].to(kind)})

@@ -185,6 +185,11 @@ NO_RECIPES = {
     "code": ("training: !!python/object/apply:os.system ['true']\n", "cannot be read"),
     "too large": ("a" * 300_000, "no recipe has more than"),
     "nested deep": ("[" * 5_000, "cannot be read"),
+    "a merge": ("training: {<<: {epochs: 1}, epochs: 3}\n", r"In the recipe .*recipe\.yaml: training\.<<=.* is unknown"),
+    "a key that is no option": ("base: {a: 1}\n", r"In the recipe .*recipe\.yaml: base=.* is unknown\. Did you mean"),
+    "a section without values": ("training:\n", r"In the recipe .*recipe\.yaml: training=None must be a mapping"),
+    "a tag of a number": ("seed: !!int '0x10'\n", r"tags \(tag:yaml\.org,2002:int\) are not read here"),
+    "a tag of a list": ("exits: !!set {layer1, layer2}\n", r"tags \(tag:yaml\.org,2002:set\) are not read here"),
     "another type": ("training: !!int x\n", "cannot be read"),
     "aliases, which can stand for more than a machine can hold": ("a: &a [x]\nb: [*a, *a]", r"aliases \(\*name\) are not read here"),
 }  # fmt: skip
@@ -302,5 +307,5 @@ def test_an_error_names_a_setting_as_the_caller_did(given, said, make):
 
 def test_what_a_file_says_is_named_by_its_path_though_the_caller_gives_another_setting(tmp_path):
     (tmp_path / "r.yaml").write_text("thresholds: {max_drop: 2}")
-    with pytest.raises(PteeError, match=r"^thresholds\.max_drop=2 must"):
+    with pytest.raises(PteeError, match=r"^In the recipe .*r\.yaml: thresholds\.max_drop=2 must"):
         make_recipe(tmp_path / "r.yaml", {"epochs": 3})

@@ -129,6 +129,8 @@ def bomb(side: int = 30_000) -> bytes:
         (NPY, npy(np.full(SIZE, np.nan)), 400, "not finite"),
         (NPY, npy(np.full(SIZE, 1e300)), 400, "not finite"),
         (NPY, npy(np.full(SIZE, 255, dtype=np.uint8)), 400, r"Send \(x / 255 - mean\) / std"),
+        (NPY, npy(np.full(SIZE, 200.0, np.float32)), 400, r"pixels of 0 to 255\. Send \(x / 255 - mean\) / std"),
+        (JSON, b'{"images": %s}' % str(np.full(SIZE, 200.0).tolist()).encode(), 400, r"Send \(x / 255 - mean\) / std"),
         (NPY, npy(np.zeros(SIZE, dtype=complex)), 400, "complex"),
         (NPY, npy(np.zeros(SIZE, dtype="U3")), 400, "Send numbers"),
         (NPY, npy(np.full(SIZE, None), allow_pickle=True), 400, "Send numbers"),
@@ -185,3 +187,10 @@ def test_bounds_of_thresholds_are_kept():
 
 def test_arrays_may_be_written_into():
     assert torch.from_numpy(images_of(NPY, npy(np.zeros(SIZE, np.float32)), ABOUT, LIMITS)).shape == (1, *SIZE)
+
+
+def test_numbers_that_other_ways_to_normalise_give_are_taken():
+    for largest in (1.0, 3.0, 10.0):
+        images_of(NPY, npy(np.full(SIZE, largest, np.float32)), ABOUT, LIMITS)
+    raw = replace(ABOUT, mean=(0.0,), std=(1 / 255,))  # a backbone of pixels of 0 to 255
+    assert images_of(NPY, npy(np.full(SIZE, 255, np.float32)), raw, LIMITS).max() == 255
