@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee._common.validation import checked
 from ptee.model.forward import ExitOutput, running
 from ptee.production.curve import TUNE, Curve, Wish, best_within
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
@@ -69,6 +70,7 @@ class InProduction:
         point = None if self.curve is None else self.curve.at(self.threshold)
         return point is not None and point.promised is not None
 
+    @checked
     def threshold_for(
         self,
         *,
@@ -114,6 +116,7 @@ class InProduction:
                 raise PteeError(f"The curve was made with {name}={value!r}, and now it is {now!r}. Tune again: {TUNE}.")
         return curve
 
+    @checked
     def monitor(
         self,
         *,

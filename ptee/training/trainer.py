@@ -97,12 +97,12 @@ def train(
     require_launch(device)
     require_early_exit(model)
     model.require_all_on()
-    _drop_what_was_fitted(model)
     config = TrainingConfig() if config is None else config
     if not isinstance(config, TrainingConfig):
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
         raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
     config = config.changed(**changes)
+    _drop_what_was_fitted(model)
     for name, data in {
         "train_data": train_data,
         "val_data": val_data,
