@@ -30,6 +30,7 @@ class Entry:
         off: exits that are off.
         own: the exits' own answers, because blended ones missed the target with their final weights.
         fidelity: share of the answers that are the backbone's, on the report images.
+        blended: the answers are blended, and the drop on the calibration images is that of the final weights.
     """
 
     allowed: float | None
@@ -41,6 +42,7 @@ class Entry:
     off: tuple[int, ...] = ()
     own: bool = False
     fidelity: float = 1.0
+    blended: bool = False
 
     def within(self, drop: float) -> bool:
         """The drop is at most this, on the calibration images and on the report images."""
@@ -163,7 +165,16 @@ class Comparison:
         widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
         kinds = {line.kind for line in self.lines}
         own = any(entry.own for line in self.lines for entry in line.entries)
-        parts = [CELLS, OWN * own, COSTS, TRUNCATION * ("truncation" in kinds), ORACLE * ("oracle" in kinds), SENTENCES]
+        blended = any(entry.blended for line in self.lines for entry in line.entries)
+        parts = [
+            CELLS,
+            OWN * own,
+            COSTS,
+            WEIGHTS * blended,
+            TRUNCATION * ("truncation" in kinds),
+            ORACLE * ("oracle" in kinds),
+            SENTENCES,
+        ]
         words = {"measure": measure, "unit": self.unit, "calibration": self.calibration, "half": widest / 2}
         return "\n".join(part.format(**words) for part in parts if part)
 
@@ -185,7 +196,7 @@ class Comparison:
         where = "" if column in (None, drop) else f" with its thresholds for <= {column:g} lost"
         on_both = (
             f" on the {self.samples:,} report images, {_signed(best.entry.drop_in_calibration)} on the "
-            f"{self.calibration:,} calibration images"
+            f"{self.calibration:,} calibration images" + " with the final weights" * best.entry.blended
         )
         words = f"{best.line.name}{where} is cheapest, with {best.entry.words}{on_both}."
         runs = [f for f in found if f.line.kind == "adaptive"]
@@ -227,6 +238,9 @@ cost: mean over the images, heads included, as a share of {unit}.
 Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with the reserve of ptee tune. Where
 thresholds for a smaller drop cost less, they are taken.
 The 95 % intervals of the drops reach up to {half:.4f} to each side."""
+WEIGHTS = """\
+with the final weights: those of blended answers were fitted to the calibration images themselves. ptee tune names
+another drop there: each image is answered with weights that were fitted to the others."""
 TRUNCATION = "truncation: the backbone cut off at an exit. Exits that are no better than a cheaper one are left out."
 ORACLE = "oracle: every image leaves at the first exit that agrees with the backbone. No real confidence can know that."
 SENTENCES = """\

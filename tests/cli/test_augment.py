@@ -335,4 +335,4 @@ def test_copies_of_training_images_among_the_validation_images_are_told(run, tmp
     (tmp_path / "data/val/class1/0.png").write_bytes((tmp_path / "data/train/class2/1.png").read_bytes())
     done = run("augment", *RANDOM, *SHORT, "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert done.status == 0
-    assert "Warning: At least 1 of the 10 validation images are also among the training or calibration" in done.out
+    assert "Warning: At least 1 of the 10 validation images is also among the training or calibration" in done.out

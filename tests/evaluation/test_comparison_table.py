@@ -71,6 +71,14 @@ def test_the_verdict_names_the_cheapest_line_within_a_drop_but_never_the_oracle(
     )
 
 
+def test_of_blended_answers_it_says_which_of_the_two_drops_on_the_calibration_images_is_meant():
+    blended = Line("ours", "adaptive", (replace(entry(0.5, 0.01, 0.01), blended=True),))
+    assert verdict(blended).endswith("+0.0000 on the 600 calibration images with the final weights.")
+    said = "ptee tune names\nanother drop there: each image is answered with weights that were fitted to the others."
+    assert said in comparison(blended).legend
+    assert said not in comparison(OURS).legend
+
+
 def test_the_verdict_names_the_column_if_it_is_that_of_another_drop():
     other = Line("other", "adaptive", (entry(0.4, 0.005, allowed=0.02),))
     assert verdict(OURS, other).startswith(
