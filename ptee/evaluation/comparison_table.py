@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ptee._common.text import table
-from ptee.evaluation.bottom_line import ROUNDING, Way, bottom_line
+from ptee.evaluation.bottom_line import FAITHFUL, ROUNDING, Way, bottom_line
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
 ALTERNATIVES = {  # to early exits, by kind of line
@@ -89,13 +89,19 @@ class Found(NamedTuple):
     def __str__(self) -> str:
         return f"{self.line.name} (cost {self.entry.cost:.4f})"
 
-    def way(self, own: Found) -> Way:
-        """As a rival of early exits whose thresholds were chosen for fidelity."""
+    def called(self, drop: float) -> str:
+        """The line, and the column of the table where that is another than the drop's."""
+        column = self.entry.allowed
+        return self.line.name + ("" if column in (None, drop) else f" with its thresholds for <= {column:g} lost")
+
+    def way(self, own: Found, drop: float, by_fidelity: bool) -> Way:
+        """As a rival of early exits. All lose no more than the drop: so the cheapest is the best, unless fidelity is the wish."""
         one, two = self.entry, own.entry
-        words = (
-            f"fidelity {one.fidelity:.4f} instead of {two.fidelity:.4f}, cost {one.cost:.4f} instead of {two.cost:.4f}"
-        )
-        return Way(self.line.name, one.cost, 1 - one.fidelity, words)
+        words = f"cost {one.cost:.4f} instead of {two.cost:.4f}, that of {own.called(drop)}"
+        if not by_fidelity:
+            return Way(self.called(drop), one.cost, one.cost, words)
+        words = f"fidelity {one.fidelity:.4f} instead of {two.fidelity:.4f}, {words}"
+        return Way(self.called(drop), one.cost, 1 - one.fidelity, words)
 
 
 @dataclass(frozen=True)
@@ -146,13 +152,10 @@ class Comparison:
         own = next((f for f in found if f.line.kind == "adaptive"), None)
         if own is None:
             return "no early exits that save anything keep this. Train longer, or allow a larger loss."
-        others = [f for f in found if f.line.kind != "adaptive"]
-        if own.line.of in self.for_fidelity:
-            return bottom_line(own.way(own), [f.way(own) for f in others])
-        words = "cost {:.4f} instead of {:.4f}"
-        cost = own.entry.cost
-        rivals = [Way(f.line.name, f.entry.cost, f.entry.cost, words.format(f.entry.cost, cost)) for f in others]
-        return bottom_line(Way("", cost, cost), rivals)  # all lose no more than allowed: the cheapest is the best
+        faithful = own.line.of in self.for_fidelity
+        rivals = [f.way(own, drop, faithful) for f in found if f.line.kind != "adaptive"]
+        as_good = FAITHFUL if faithful else "loses no more"
+        return bottom_line(own.way(own, drop, faithful), rivals, as_good=as_good)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -192,13 +195,11 @@ class Comparison:
         if not found:
             return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
-        column = best.entry.allowed
-        where = "" if column in (None, drop) else f" with its thresholds for <= {column:g} lost"
         on_both = (
             f" on the {self.samples:,} report images, {_signed(best.entry.drop_in_calibration)} on the "
             f"{self.calibration:,} calibration images" + " with the final weights" * best.entry.blended
         )
-        words = f"{best.line.name}{where} is cheapest, with {best.entry.words}{on_both}."
+        words = f"{best.called(drop)} is cheapest, with {best.entry.words}{on_both}."
         runs = [f for f in found if f.line.kind == "adaptive"]
         if best in runs:
             return words

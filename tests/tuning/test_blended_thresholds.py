@@ -289,7 +289,8 @@ def test_the_refusal_of_a_gain_that_is_out_of_reach_names_one_that_is_not(answer
         with pytest.raises(PteeError) as refusal:
             solve(traces(seed), Target("max_drop", -0.3), margin=margin, **how)
         said = re.search(
-            r"the exits gain ([\d.]+) at most.*Give max_drop=(-?[\d.]+) or more(, with margin=0)?\.$", str(refusal.value)
+            r"the exits gain ([\d.]+) at most.*Give max_drop=(-?[\d.]+) or more(, with margin=0)?\.$",
+            str(refusal.value),
         )
         gain, limit = map(float, said.groups()[:2])
         reserve = 0.0 if margin == "auto" else margin
