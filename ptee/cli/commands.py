@@ -48,23 +48,8 @@ RANDOM_WEIGHTS = "The backbone's weights are random, so no command loads this ru
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (
-        augment,
-        plan,
-        advise,
-        evaluate,
-        tune,
-        compare,
-        report,
-        bench,
-        export,
-        serve,
-        trace,
-        cache,
-        recipe,
-        sweep,
-        plot,
-    ):
+    first = (augment, plan, advise, evaluate, tune, compare, report, bench)
+    for each in (*first, export, serve, trace, cache, recipe, sweep, plot):
         group.add_command(each)
 
 
@@ -231,11 +216,14 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     opened = opened_runs({run: run}, o, recipe.thresholds.max_drop)[run]
     log = partial(click.echo, err=o["as_json"])
     log(f"{opened.words} {opened.accuracy}")
-    before = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
-    log(f"Thresholds until now: {', '.join(before)}.")
+    before = opened.decided
+    now = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
+    log(f"Thresholds until now: {', '.join(now)}.")
     with opened.threads():
         results = tune_run(opened, recipe, log=log, explain=o["explain"], keep=not dry_run, **how_of(o))
     kept = f"{run} is as it was: --dry-run keeps nothing." if dry_run else f"The thresholds are kept in {run}."
+    if opened.decided == before:
+        kept = f"Nothing {'would change' if dry_run else 'changed'}: {run} had these thresholds already."
     click.echo(to_json(results) if o["as_json"] else f"\n{kept}")
 
 
