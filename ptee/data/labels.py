@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
 from ptee._common.files import as_path
+from ptee._common.validation import LONGEST_NAME, is_name
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.splits import FILES, PARTS, Data
 
@@ -27,6 +28,7 @@ IMAGENET_CLASSES = 1000
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
 BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
 DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
+LIST = "The list of classes"
 AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is not made of bare names
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 
@@ -120,7 +122,7 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
     if isinstance(classes, (str, Path)):
         names, where, whose = read_names(classes), f"'{classes}'", f"the numbers that '{classes}' gives them"
     else:
-        names, where, whose = tuple(classes), "The list of classes", "the backbone's numbers"
+        names, where, whose = tuple(_listed(classes)), LIST, "the backbone's numbers"
     place = {_nfc(name): index for index, name in enumerate(names)}
     if len(place) < len(names):
         twice = sorted({name for index, name in enumerate(names) if place[_nfc(name)] != index})
@@ -137,9 +139,27 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         near = get_close_matches(strange[0], names, 1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
+    _require_names(names, where)
     indices = tuple(place[_nfc(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
+
+
+def _listed(classes: Any) -> list[str]:
+    """The names in a list of the user's."""
+    if isinstance(classes, Mapping) or not isinstance(classes, Iterable):
+        text = f"classes={classes!r:.60} must be a list of the backbone's class names in its order, or a file of them."
+        raise DataError(text, argument="classes", value=classes)
+    _require_names(names := list(classes), LIST)
+    return names
+
+
+def _require_names(names: Sequence[Any], where: str) -> None:
+    """Refuse what a run cannot record as the name of a class."""
+    for name in names:
+        if not (is_name(name) and name.strip()):
+            text = f"{where} has {name!a:.80} for a name: a class has a name in one line, of {LONGEST_NAME} letters at most."
+            raise DataError(text, argument="classes", value=name)
 
 
 def _are_adorned(names: Sequence[str], lines: Collection[str]) -> bool:
