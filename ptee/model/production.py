@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee._common.text import describe_thresholds
 from ptee._common.validation import checked
 from ptee.model.forward import ExitOutput, running
 from ptee.production.curve import TUNE, Curve, Wish, best_within
@@ -49,6 +50,12 @@ class InProduction:
         if name in SLIPS:
             raise PteeError(f"An early-exit model has no {name}. Did you mean model.{SLIPS[name]}?", argument=name)
         super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The first line of `print(model)`: what is decided now, before the modules."""
+        return (
+            f"T = {describe_thresholds(self.threshold, self.off)}; confidence {self.confidence}; answers {self.answers}"
+        )
 
     @property
     def curve(self) -> Curve | None:
