@@ -35,11 +35,13 @@ from ptee.cli.values import (
     refuse_without_model,
     remark_on,
     require_model,
+    require_places,
     require_runs,
     show,
     untrained,
 )
 from ptee.pipeline.recorded import new_folder, require_tunable, tuning_recipe
+from ptee.training.tracking import require_tracker
 
 AGAIN = "The same command with --resume goes on."
 AGAIN_ANEW = "The same command with --resume in place of --overwrite goes on."
@@ -65,14 +67,15 @@ def augment(**o: Any) -> None:
     recipe = recipe_of(o, default=DEMO_RECIPE if o["model"] is None else None)
     if o["model"] is None:
         refuse_without_model(o)
+    else:
+        require_model(o)
+    require_tracker(o["log"])
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
     new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
     from ptee._common.devices import require_launch, resolve_device
     from ptee.pipeline.demo import demo
     from ptee.pipeline.fit import Job, fit_backbone
-    from ptee.training.tracking import require_tracker
 
-    require_tracker(o["log"])
     o["device"] = resolve_device(o["device"])
     require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
@@ -83,6 +86,7 @@ def augment(**o: Any) -> None:
         demo(recipe, job)
         return
     backbone = backbone_of(o)
+    require_places(backbone, recipe)
     data, recipe = data_for(backbone, recipe, o, folder)
     is_random = backbone.is_random and recipe.backbone == "frozen"
     if is_random:

@@ -108,7 +108,7 @@ def trace(run: str, **o: Any) -> None:
 
     tune, evaluate and compare read it: --traces FOLDER. If it is interrupted, the same command goes on.
     """
-    require_runs(run, images=False, **o)
+    require_runs(run, images=False, **o | {"data": None})  # which may be one file, too
     from ptee.scale.trace import record
 
     with _goes_on(o["overwrite"]):
@@ -133,7 +133,7 @@ def cache(run: str, **o: Any) -> None:
     The size is told before. In Python, ptee.train(model, ptee.open_cache(FOLDER)) trains on it. If it is interrupted, the same
     command goes on.
     """
-    require_runs(run, images=False, **o)
+    require_runs(run, images=False, **o | {"data": None})  # which may be one file, too
     from ptee.scale.cache import cache as write
 
     with _goes_on(o["overwrite"]):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError, some
-from ptee._common.listing import is_hidden, not_listed, packed_by, refuse_broken_link, subfolders, visible
+from ptee._common.listing import LAYOUTS, is_hidden, not_listed, packed_by, refuse_broken_link, subfolders, visible
 from ptee.data.pictures import File, Key
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, word_of
 
@@ -31,7 +31,6 @@ ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 LINK = "linked"  # a picture in a tar file that is a link to another
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
 NO_PICTURES = (*UNREAD, LINK, *SPECIAL.values())  # named like pictures, and not read
-LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 TAR_BLOCK_BYTES = 512
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
-from ptee.data.named import HUB
+from ptee._common.listing import HUB
 from ptee.data.sources import require_source
 from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
