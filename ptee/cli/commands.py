@@ -103,7 +103,7 @@ def augment(**o: Any) -> None:
 @option(
     "--images",
     type=click.IntRange(min=1),
-    help="Say what training on so many images takes: passes, hours from a measured second, bytes of a cache.",
+    help="Say what training on so many images takes: passes, hours (from about a second of measuring), bytes of a cache.",
 )
 @options.DEVICE
 @options.EXPLAIN
@@ -148,7 +148,12 @@ def plan(**o: Any) -> None:
     show_default=True,
     help="Accuracy that may be lost; 0.01 is one percentage point. Several separated by commas.",
 )
-@option("--by", default="operations,gpu,cpu", show_default=True, help="What the other network is to save.")
+@option(
+    "--by",
+    default="operations,gpu,cpu",
+    show_default=True,
+    help="What the other network is to save: operations, or time on a gpu or a cpu. Several separated by commas.",
+)
 @options.EXPLAIN
 @options.JSON
 def advise(model: str, drops: list[float], by: str, **o: Any) -> None:
@@ -233,12 +238,12 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
 
 @command(short_help="Compare runs, smaller networks and cascades.")
 @click.argument("run", type=RunName(), nargs=-1, required=True)
-@option("--html", "page", type=Place(), help="Draw it on a page, as ptee report does: curve.html.")
+@option("--html", "page", type=Place(), help="Draw the page of ptee report, too, into this file, such as curve.html.")
 @option(
     "--csv",
     "sheet",
     type=Place(),
-    help="Write a row for each run, as it was measured when its thresholds were set: results.csv.",
+    help="Write a table, too, with a row for each run as it was measured when its thresholds were set, such as results.csv.",
 )
 @in_groups(*COMPARED, *options.TIME_OPTIONS)
 @options.TRACES
@@ -358,7 +363,11 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
     show_default=True,
     help="pt2: programs for torch; onnx: for ONNX Runtime; triton: a model repository for NVIDIA Triton.",
 )
-@option("--int8", is_flag=True, help="In whole numbers of 8 bits, compared with float32 on images. For --format onnx.")
+@option(
+    "--int8",
+    is_flag=True,
+    help="Write whole numbers of 8 bits, and compare them with float32 on images. For --format onnx.",
+)
 @option("--calibrate", metavar="FOLDER", help="Images for --int8: a folder, or the name of a data set.")
 @option("--weights", type=Place(), help="A file with the backbone's weights, if they are not where the run says.")
 def export(run: str, **o: Any) -> None:

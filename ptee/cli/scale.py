@@ -130,7 +130,7 @@ def trace(run: str, **o: Any) -> None:
 def cache(run: str, **o: Any) -> None:
     """Run the backbone once over a source, and keep what the heads of a saved RUN read of it in a folder of parquet files.
 
-    The size is told before. In Python, ptee.train(model, ptee.open_cache(FOLDER)) trains on it. If it is interrupted, the same
+    The size is said first. In Python, ptee.train(model, ptee.open_cache(FOLDER)) trains on it. If it is interrupted, the same
     command goes on.
     """
     require_runs(run, images=False, **o | {"data": None})  # which may be one file, too

@@ -276,7 +276,7 @@ def test_a_model_in_half_precision_decides_alike(images):
 def test_the_table_says_how_many_images_and_which_question(model, images):
     found = calibrate(model, unlabelled(images))
     assert isinstance(found, Calibration)
-    assert "fitted on 400 images. Is the answer the backbone's?" in str(found)
+    assert "The confidence h, the chance that the answer is the backbone's, was fitted on 400 images." in str(found)
     assert [row.split()[:2] for row in str(found).splitlines()[3:5]] == [["0", "one"], ["1", "two"]]
     assert found.to_dict()["exits"][1]["exit"] == "two"
 
