@@ -76,9 +76,9 @@ class ExitCalibration:
         positives = round(self.yes * self.images)
         rarer = min(positives, self.images - positives)
         if rarer < MIN_OF_EITHER:
-            word = "yes" if positives == rarer else "no"
-            few = f"only {rarer} image{'s have' if rarer != 1 else ' has'}"
-            return f"{few} the answer {word}, so h is a rough guess. Train longer, or give more images."
+            word = "that is so" if positives == rarer else "that is not so"
+            few = f"of only {rarer} image{'s' * (rarer != 1)}"
+            return f"{word} {few}, and h is a rough guess. Train longer, or give more images."
         return ""
 
 
