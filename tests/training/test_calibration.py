@@ -133,7 +133,7 @@ def test_where_every_image_has_the_same_answer_h_says_so_and_still_tells_rows_ap
         model.heads[0].logits.bias[K - 1] -= 0 if right else 1000  # never its answer
     found = calibrate(model, TensorDataset(images, labels), target="right")
     assert found.exits[0].yes == right
-    assert f"only 0 images have the answer {'no' if right else 'yes'}" in str(found)
+    assert f"that is {'not ' * right}so of only 0 images" in str(found)
     h = model.all_exits(images).confidence[0].detach()
     assert h.mean().item() == pytest.approx(float(right), abs=0.1)
     assert (h[max_prob(model, images)[0].argsort()].diff() >= 0).all()
