@@ -94,3 +94,48 @@ ADD = {"augment": ptee.augment, "plan": ptee.plan, "fit": lambda given: ptee.fit
 def test_no_exits_are_added_to_exits(add, given):
     with pytest.raises(PteeError, match="has exits already"):
         ADD[add](given())
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+MISSPELT = {
+    "augment": (lambda: ptee.augment("resnet18", num_exit=2), "augment", "num_exit", "num_exits"),
+    "plan": (lambda: ptee.plan("resnet18", num_exit=2), "plan", "num_exit", "num_exits"),
+    "calibrate": (lambda: ptee.calibrate(model(), images(), targets="right"), "calibrate", "targets", "target"),
+    "tune": (lambda: ptee.tune(model(), images(), max_dropp=0.01), "tune", "max_dropp", "max_drop"),
+    "evaluate": (lambda: ptee.evaluate(model(), images(), thresold=0.5), "evaluate", "thresold", "threshold"),
+    "compare": (lambda: ptee.compare({}, images(), images(), drop=[0]), "compare", "drop", "drops"),
+    "export": (lambda: ptee.export(model(), "new", formt="onnx"), "export", "formt", "format"),
+    "load_exported": (lambda: ptee.load_exported("new", thread=1), "load_exported", "thread", "threads"),
+    "optimize": (lambda: ptee.optimize(model(), maxbatch=2), "optimize", "maxbatch", "max_batch"),
+    "record": (lambda: ptee.record("run", "data", "new", worker=2), "record", "worker", "workers"),
+    "cache": (lambda: ptee.cache("run", "data", "new", worker=2), "cache", "worker", "workers"),
+    "monitor": (lambda: model().monitor(on_alarms="never_leave"), "monitor", "on_alarms", "on_alarm"),
+    "threshold_for": (lambda: model().threshold_for(maxdrop=0.01), "threshold_for", "maxdrop", "max_drop"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MISSPELT)
+def test_a_misspelt_argument_is_named_and_so_is_the_right_one(what):
+    call, function, wrong, right = MISSPELT[what]
+    with pytest.raises(
+        PteeError, match=rf"^{function}\(\) has no argument '{wrong}'\. Did you mean .*'{right}'"
+    ) as why:
+        call()
+    assert why.value.argument == wrong
+    assert len(str(why.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("call", [ptee.train, ptee.fit], ids=["train", "fit"])
+def test_a_misspelt_setting_is_named_and_so_is_the_right_one(call):
+    first = model().backbone if call is ptee.fit else model()
+    with pytest.raises(PteeError, match=r"epoch.*Did you mean .*epochs"):
+        call(first, images(), epoch=3)
+
+
+def test_a_misspelt_setting_of_a_training_leaves_what_was_fitted(monkeypatch):
+    given = model()
+    monkeypatch.setattr(given, "calibrated", "as fitted")
+    with pytest.raises(PteeError, match="epoch"):
+        ptee.train(given, images(), epoch=3)
+    assert given.calibrated == "as fitted"

@@ -210,6 +210,36 @@ def _require_free(target: Path) -> None:
         raise RunError(f"{target} exists. Name a folder that does not.")
 
 
+def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
+    """Fill a `free_place` with files and folders, all or none: they are written inside of it, and then renamed.
+
+    If the process is killed meanwhile, the next `free_place` clears what it left, or makes the rest new.
+
+    Args:
+        folder: made where it does not exist.
+        write_to: writes all into the folder that it is given.
+
+    Raises:
+        RunError: if it cannot be written, or another process has filled it.
+    """
+    was_there = folder.exists()
+    try:
+        with locked(folder):
+            with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
+                new = Path(beside, "new")
+                new.mkdir()
+                write_to(new)
+                _require_free(folder)
+                new.replace(folder / RENAMING)
+            _rename_the_rest(folder, ANOTHER_FOLDER)
+    except OSError as why:
+        raise _cannot_write(folder, str(why.strerror), ANOTHER_FOLDER) from why
+    finally:
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing was written
+
+
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
     """Write a file whole or not at all. A reader sees the old file or the new one."""
     replace_files(path.parent, {path.name: write_to})

@@ -1,4 +1,4 @@
-"""What a folder or a tar file holds, without what is hidden, and without links that lead to nothing."""
+"""What a folder or a tar file holds, without what is hidden and links that lead to nothing; and whether it may hold images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,47 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError
+from ptee._common.files import expanded, require_utf8
 
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 TAR_BLOCK_BYTES, MOST_PADDING = 512, 2**20
 FILE = re.compile(r"[.](?!tar$)[a-z]{2,4}$", re.IGNORECASE)  # ends the name of a file, as in readme.md
+
+LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
+GIVE = "give a folder, 'digits' or the name of a data set of torchvision"
+HUB = "hfds"  # timm's prefix for data sets of the Hugging Face hub
+STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes for data that can only be read from beginning to end
+
+
+def require_place(source: str | Path) -> bool:
+    """Refuse a data source of which the path alone tells that it is none. Otherwise it is a folder, or else may be a name.
+
+    Raises:
+        DataError: if it is a file, a path where there is nothing, or a folder that a run cannot record or in which the system
+            shows itself.
+    """
+    name, path = str(source), expanded(source)
+    if not name.strip():
+        raise DataError(f"The name of the data source is empty: {GIVE}.", argument="data", value=source)
+    if path.is_dir():
+        _require_usable(name, path)
+        return True
+    if path.exists():
+        text = f"'{name}' is a file, not a folder: give the folder around it, which should hold {LAYOUTS}."
+        raise DataError(text, argument="data", value=source)
+    is_prefixed = name.partition("/")[0] in (HUB, "torch", *STREAMS)  # so its slash does not mean a folder
+    if isinstance(source, Path) or name.startswith((".", "~")) or (os.sep in name and not is_prefixed):
+        raise DataError(f"Data folder '{name}' does not exist: {GIVE}.", argument="data", value=source)
+    return False
+
+
+def _require_usable(source: str, path: Path) -> None:
+    """Of the folders in which the system shows itself, /dev/shm alone holds files of users."""
+    require_utf8(path.resolve(), "data folder")
+    top = path.resolve().parts[1:3]
+    if top[:1] in (("proc",), ("sys",), ("dev",)) and top != ("dev", "shm"):
+        raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -88,7 +88,10 @@ class FrozenConfig(BaseModel):
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which refuses truth values, numbers, texts, lists and functions of the wrong type by name before it begins."""
+    """The function, which refuses unknown arguments, and truth values, numbers, texts, lists and functions of the wrong type, by name.
+
+    Both before it begins.
+    """
     names = list(inspect.signature(function).parameters)
     kinds: dict[str, Any] = {}
     for name, hint in function.__annotations__.items():
@@ -98,6 +101,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        require_arguments(function, kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         try:
             arguments(**{name: value for name, value in given.items() if name in kinds})
@@ -106,6 +110,23 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def require_arguments(function: Callable[..., Any], given: Iterable[str], called: str = "") -> None:
+    """Refuse names that a function has no arguments for; the nearest one is named. `called`: what the user calls it.
+
+    >>> require_arguments(round, ["digits"])
+    Traceback (most recent call last):
+    ptee._common.errors.UnknownName: round() has no argument 'digits'. Did you mean 'ndigits'? Choices: ndigits, number.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in given:
+        if name not in known:
+            text = f"{called or function.__name__}() has no argument {name!r:.60}.{possible(name, known)}"
+            raise UnknownName(text, argument=name)
 
 
 def from_pydantic(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.files import expanded, free_place, is_file
+from ptee._common.listing import require_place
 
 MOST_RECIPES = 1000  # of a sweep, which has no more runs
 
@@ -104,4 +105,6 @@ def require_export(o: Mapping[str, Any]) -> None:
         raise DataError(text, Argument("calibrate", "FOLDER"), ".", argument="calibrate")
     if o["calibrate"] is not None and not o["int8"]:
         raise PteeError(Argument("calibrate"), " is for whole numbers. Give ", Argument("int8", "True"), ", too.")
+    if o["calibrate"] is not None:
+        require_place(o["calibrate"])
     free_place(o["out"])

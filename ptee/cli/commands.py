@@ -35,11 +35,13 @@ from ptee.cli.values import (
     refuse_without_model,
     remark_on,
     require_model,
+    require_places,
     require_runs,
     show,
     untrained,
 )
 from ptee.pipeline.recorded import new_folder, require_tunable, tuning_recipe
+from ptee.training.tracking import require_tracker
 
 AGAIN = "The same command with --resume goes on."
 AGAIN_ANEW = "The same command with --resume in place of --overwrite goes on."
@@ -48,23 +50,8 @@ RANDOM_WEIGHTS = "The backbone's weights are random, so no command loads this ru
 
 def add_commands(group: click.Group) -> None:
     """Add all commands to the entrance, in the order of use."""
-    for each in (
-        augment,
-        plan,
-        advise,
-        evaluate,
-        tune,
-        compare,
-        report,
-        bench,
-        export,
-        serve,
-        trace,
-        cache,
-        recipe,
-        sweep,
-        plot,
-    ):
+    first = (augment, plan, advise, evaluate, tune, compare, report, bench)
+    for each in (*first, export, serve, trace, cache, recipe, sweep, plot):
         group.add_command(each)
 
 
@@ -80,14 +67,15 @@ def augment(**o: Any) -> None:
     recipe = recipe_of(o, default=DEMO_RECIPE if o["model"] is None else None)
     if o["model"] is None:
         refuse_without_model(o)
+    else:
+        require_model(o)
+    require_tracker(o["log"])
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
     new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
     from ptee._common.devices import require_launch, resolve_device
     from ptee.pipeline.demo import demo
     from ptee.pipeline.fit import Job, fit_backbone
-    from ptee.training.tracking import require_tracker
 
-    require_tracker(o["log"])
     o["device"] = resolve_device(o["device"])
     require_launch(o["device"])
     remark_on(recipe.thresholds.threshold)
@@ -98,6 +86,7 @@ def augment(**o: Any) -> None:
         demo(recipe, job)
         return
     backbone = backbone_of(o)
+    require_places(backbone, recipe)
     data, recipe = data_for(backbone, recipe, o, folder)
     is_random = backbone.is_random and recipe.backbone == "frozen"
     if is_random:
@@ -114,7 +103,7 @@ def augment(**o: Any) -> None:
 @option(
     "--images",
     type=click.IntRange(min=1),
-    help="Say what training on so many images takes: passes, hours from a measured second, bytes of a cache.",
+    help="Say what training on so many images takes: passes, hours (from about a second of measuring), bytes of a cache.",
 )
 @options.DEVICE
 @options.EXPLAIN
@@ -159,7 +148,12 @@ def plan(**o: Any) -> None:
     show_default=True,
     help="Accuracy that may be lost; 0.01 is one percentage point. Several separated by commas.",
 )
-@option("--by", default="operations,gpu,cpu", show_default=True, help="What the other network is to save.")
+@option(
+    "--by",
+    default="operations,gpu,cpu",
+    show_default=True,
+    help="What the other network is to save: operations, or time on a gpu or a cpu. Several separated by commas.",
+)
 @options.EXPLAIN
 @options.JSON
 def advise(model: str, drops: list[float], by: str, **o: Any) -> None:
@@ -231,22 +225,25 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     opened = opened_runs({run: run}, o, recipe.thresholds.max_drop)[run]
     log = partial(click.echo, err=o["as_json"])
     log(f"{opened.words} {opened.accuracy}")
-    before = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
-    log(f"Thresholds until now: {', '.join(before)}.")
+    before = opened.decided
+    now = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
+    log(f"Thresholds until now: {', '.join(now)}.")
     with opened.threads():
         results = tune_run(opened, recipe, log=log, explain=o["explain"], keep=not dry_run, **how_of(o))
     kept = f"{run} is as it was: --dry-run keeps nothing." if dry_run else f"The thresholds are kept in {run}."
+    if opened.decided == before:
+        kept = f"Nothing {'would change' if dry_run else 'changed'}: {run} had these thresholds already."
     click.echo(to_json(results) if o["as_json"] else f"\n{kept}")
 
 
 @command(short_help="Compare runs, smaller networks and cascades.")
 @click.argument("run", type=RunName(), nargs=-1, required=True)
-@option("--html", "page", type=Place(), help="Draw it on a page, as ptee report does: curve.html.")
+@option("--html", "page", type=Place(), help="Draw the page of ptee report, too, into this file, such as curve.html.")
 @option(
     "--csv",
     "sheet",
     type=Place(),
-    help="Write a row for each run, as it was measured when its thresholds were set: results.csv.",
+    help="Write a table, too, with a row for each run as it was measured when its thresholds were set, such as results.csv.",
 )
 @in_groups(*COMPARED, *options.TIME_OPTIONS)
 @options.TRACES
@@ -366,7 +363,11 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
     show_default=True,
     help="pt2: programs for torch; onnx: for ONNX Runtime; triton: a model repository for NVIDIA Triton.",
 )
-@option("--int8", is_flag=True, help="In whole numbers of 8 bits, compared with float32 on images. For --format onnx.")
+@option(
+    "--int8",
+    is_flag=True,
+    help="Write whole numbers of 8 bits, and compare them with float32 on images. For --format onnx.",
+)
 @option("--calibrate", metavar="FOLDER", help="Images for --int8: a folder, or the name of a data set.")
 @option("--weights", type=Place(), help="A file with the backbone's weights, if they are not where the run says.")
 def export(run: str, **o: Any) -> None:

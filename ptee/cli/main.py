@@ -17,6 +17,9 @@ from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, unknown
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
 
+GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole
+MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted; 141: nobody reads the output."""
@@ -50,7 +53,7 @@ def _full_output() -> OSError | None:
 def _failed(error: BaseException, words: list[str]) -> int:
     """Print an error in one line. Gives the exit status."""
     if isinstance(error, KeyboardInterrupt | click.Abort | Interrupted):
-        message, status = str(error) if isinstance(error, Interrupted) else "Interrupted.", 130
+        message, status = str(error) if isinstance(error, Interrupted) else _interrupted(words), 130
     elif isinstance(error, PteeError):
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
@@ -67,6 +70,18 @@ def _failed(error: BaseException, words: list[str]) -> int:
     if status != 130 and os.environ.get("PTEE_DEBUG"):
         traceback.print_exception(error)
     return _say(message, status)
+
+
+def _interrupted(words: list[str]) -> str:
+    """What Ctrl-C left, and what to type, where the command does not say it itself."""
+    if (name := words[0] if words else "") in GOING_ON:
+        return "Interrupted. The same command goes on."
+    lost = {
+        **dict.fromkeys(MEASURING, ": what was measured is lost, and no file was changed"),
+        "report": "",
+        "serve": "",
+    }
+    return f"Interrupted{lost.get(name, ': no file was changed')}. The same command begins again."
 
 
 def _say(message: str, status: int) -> int:

@@ -33,7 +33,7 @@ def setting(path: str, **more: Any) -> Decorator:
     WITH_OPTION.add(path)
     name = OPTION_OF.setdefault(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
     text = str(field.description)
-    if "Default:" not in text and field.default not in (None, False, True):
+    if "Default:" not in text and not any(field.default is none for none in (None, False, True)):
         text = f"{text} Default: {field.default}."
     return option(name, PREFIX + path.replace(".", "__"), type=SettingValue(), help=text, **more)
 
@@ -334,18 +334,18 @@ OUTPUT = option_group(
     "Output",
     option("--out", type=Place(), help="Folder for the run. Default: runs/NAME."),
     option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out."),
-    option("--overwrite", is_flag=True, help="Replace the run that --out holds."),
+    option("--overwrite", is_flag=True, help="Replace the run that --out holds, once the first epoch is complete."),
     DEVICE,
     SPEED,
     EXPLAIN,
-    option("--log", help="Note each epoch with tensorboard, wandb or mlflow, too, which must be installed."),
+    option("--log", help="A tracker that notes each epoch, too: tensorboard, wandb or mlflow. It must be installed."),
 )
 TRACES = option(
     "--traces",
     type=Place(),
     multiple=True,
     metavar="FOLDER",
-    help="What ptee trace recorded, in place of images; for several runs one folder of each. Repeatable.",
+    help="A folder that ptee trace wrote, in place of images; for several runs, one folder for each. Repeatable.",
 )
 OF_RUN = in_groups(
     option_group("Data", *DATA_OPTIONS, BATCH_SIZE),

@@ -36,7 +36,7 @@ COMPARED = (
         "--static",
         metavar="NAME[=FILE]",
         multiple=True,
-        help="A smaller network to compare with, and a file of its weights. Default: the published ones. Repeatable.",
+        help="A smaller network to compare with, and a file of its weights. Default: its published weights. Repeatable.",
     ),
     option(
         "--drops",
@@ -81,7 +81,7 @@ def comparison_of(o: dict[str, Any], by: Any) -> dict[str, Any]:
 @option("--against", type=RunName(), multiple=True, metavar="RUN", help="Another run of the same backbone. Repeatable.")
 @option("--out", type=Place(), default="report.html", show_default=True, help="The page.")
 @option("--images/--no-images", default=True, show_default=True, help="Put thumbnails of some images into the page.")
-@option("--recorded", is_flag=True, help="Read no image: only what the run recorded.")
+@option("--recorded", is_flag=True, help="Read no images: show only what the run recorded.")
 @option("--figures", type=Place(), metavar="FOLDER", help="Write the figures here, too, as SVG and PNG.")
 @in_groups(*COMPARED, *options.TIME_OPTIONS)
 @OF_IMAGES

@@ -108,7 +108,7 @@ def trace(run: str, **o: Any) -> None:
 
     tune, evaluate and compare read it: --traces FOLDER. If it is interrupted, the same command goes on.
     """
-    require_runs(run, images=False, **o)
+    require_runs(run, images=False, **o | {"data": None})  # which may be one file, too
     from ptee.scale.trace import record
 
     with _goes_on(o["overwrite"]):
@@ -130,10 +130,10 @@ def trace(run: str, **o: Any) -> None:
 def cache(run: str, **o: Any) -> None:
     """Run the backbone once over a source, and keep what the heads of a saved RUN read of it in a folder of parquet files.
 
-    The size is told before. In Python, ptee.train(model, ptee.open_cache(FOLDER)) trains on it. If it is interrupted, the same
+    The size is said first. In Python, ptee.train(model, ptee.open_cache(FOLDER)) trains on it. If it is interrupted, the same
     command goes on.
     """
-    require_runs(run, images=False, **o)
+    require_runs(run, images=False, **o | {"data": None})  # which may be one file, too
     from ptee.scale.cache import cache as write
 
     with _goes_on(o["overwrite"]):

@@ -26,7 +26,9 @@ ADDRESS = option_group(
     "Address",
     option("--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 is all of this machine's."),
     option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port."),
-    option("--token-file", type=File(), help="Whoever sends the token in it may change settings. Or set PTEE_TOKEN."),
+    option(
+        "--token-file", type=File(), help="A file with a token: who sends that may change settings. Or set PTEE_TOKEN."
+    ),
     option(
         "--grace-s",
         type=Real(0, 3600),
@@ -37,9 +39,15 @@ ADDRESS = option_group(
 )
 LIMITS = option_group(
     "What callers may send",
-    option("--max-upload-mb", type=Real(0.001, 1024), default=8.0, show_default=True, help="Size of a body."),
-    option("--max-pixels", type=click.IntRange(1, 10**8), default=16_000_000, show_default=True, help="Of a picture."),
-    option("--max-images", type=click.IntRange(1, 4096), default=64, show_default=True, help="Of an array."),
+    option("--max-upload-mb", type=Real(0.001, 1024), default=8.0, show_default=True, help="Size of a request."),
+    option(
+        "--max-pixels",
+        type=click.IntRange(1, 10**8),
+        default=16_000_000,
+        show_default=True,
+        help="Pixels of a picture.",
+    ),
+    option("--max-images", type=click.IntRange(1, 4096), default=64, show_default=True, help="Images of an array."),
     option("--min-threshold", type=Real(-1, 2), default=0.0, show_default=True, help="Least T of a request."),
     option("--max-threshold", type=Real(-1, 2), default=2.0, show_default=True, help="Largest T of a request."),
 )
@@ -48,21 +56,21 @@ BATCHES = option_group(
     option(
         "--p99-ms",
         type=Real(1),
-        help="What would take longer than this is refused with 503. Default: no such wish.",
+        help="A request that would take longer than this is refused with 503. Default: no limit.",
     ),
     option(
         "--max-queue",
         type=click.IntRange(1, 10**6),
         default=512,
         show_default=True,
-        help="Images that may be there at once.",
+        help="Images that may wait or be answered at once.",
     ),
     option(
         "--max-batch",
         type=click.IntRange(1, 256),
         default=64,
         show_default=True,
-        help="Largest batch; a smaller one where it does as well.",
+        help="Largest batch. A smaller one is taken where that is as fast.",
     ),
     option(
         "--max-wait-ms",
@@ -102,8 +110,8 @@ WATCH = option_group(
 
 @command(short_help="Answer images over HTTP.")
 @click.argument("run", type=RunName())
-@option("--local", is_flag=True, help="In one process, without Ray.")
-@option("--bare", is_flag=True, help="The backbone alone, with all exits off: to compare with.")
+@option("--local", is_flag=True, help="Serve in one process, without Ray.")
+@option("--bare", is_flag=True, help="Serve the backbone alone, with all exits off, to compare with.")
 @in_groups(ADDRESS, LIMITS, BATCHES, WATCH)
 @option("--weights", type=File(), help="The backbone's weights, if they were moved.")
 @DEVICE

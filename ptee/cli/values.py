@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.listing import require_place
 from ptee._common.validation import LONGEST_VALUE
 from ptee.cli.checks import require_recipe, require_thresholds
 from ptee.cli.options import as_option, given_settings
@@ -67,13 +68,17 @@ def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: A
         else:
             exits = require_openable(run, weights=o["weights"], images=images and o.get("data") is None)
         require_thresholds(o.get("threshold"), exits)
+    if o.get("data") is not None:
+        require_place(o["data"])
 
 
 def require_model(o: dict[str, Any]) -> None:
-    """Refuse a command without --model."""
+    """Refuse a command without --model, and one whose --data is no place of images, before anything heavy is imported."""
     if o["model"] is None:
         example = Argument("model", "resnet50")
         raise PteeError("Which model? Give ", GIVE_MODEL, ", such as ", example, ".", argument="model")
+    if o.get("data") is not None:
+        require_place(o["data"])
 
 
 def backbone_of(o: dict[str, Any]) -> Any:
@@ -86,6 +91,17 @@ def backbone_of(o: dict[str, Any]) -> Any:
         require_source(o["data"])
     keys = ("weights", "pretrained", "num_classes", "input_size", "mean", "std")
     return load_backbone(o["model"], model_args=dict(o["model_args"]), **{key: o[key] for key in keys if key in o})
+
+
+def require_places(backbone: Any, recipe: Any) -> None:
+    """Refuse exits at modules that the backbone does not have, before images are read. Placing says what it has instead."""
+    from ptee.exits.placement import INPUT, PLACEMENTS
+
+    places = recipe.exits.places
+    named = [places] if isinstance(places, str) else [p for p in places or () if isinstance(p, str)]
+    known = {*PLACEMENTS, INPUT, *dict(backbone.module.named_modules())} if named else set()
+    if not known.issuperset(named):
+        untrained(backbone, recipe).detach()
 
 
 def untrained(backbone: Any, recipe: Any, times: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Batches of images and labels, from the data sets and loaders of a user."""
+"""Batches of images and labels, from the data sets and loaders of a user; and which labels are no classes."""
 
 from __future__ import annotations
 
@@ -185,6 +185,32 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
 def numbered(labels: Tensor | None, images: Tensor) -> Tensor:
     """The labels (b,) of some images, as `split_batch` gives them; `UNKNOWN_LABEL` where there are none."""
     return torch.full((len(images),), UNKNOWN_LABEL, device="cpu") if labels is None else labels
+
+
+def odd_labels(labels: Tensor, classes: int) -> str:
+    """What is wrong with labels of which some are no class of the backbone. Empty if nothing is."""
+    if not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        return ""
+    found = f"its labels are {int(labels.min())} to {int(labels.max())}"
+    return f"{found}, the backbone's classes 0 to {classes - 1}"
+
+
+def labels_of_other_classes(labels: Tensor, classes: int) -> str:
+    """The same of labels of which none is a class.
+
+    Raises:
+        DataError: if some are classes and others are not; -1 is no label.
+    """
+    within = (labels >= 0) & (labels < classes)
+    strange = labels[~within & (labels != UNKNOWN_LABEL)]
+    if within.any() and len(strange):
+        values, counts = strange.unique(return_counts=True)
+        each = [f"{value} ({n:,} of {len(labels):,} images)" for value, n in zip(values.tolist(), counts, strict=True)]
+        raise DataError(
+            f"There are labels that are no classes of the backbone, which are 0 to {classes - 1}: {some(each)}. Correct them, or "
+            "leave these images out. If they mean that an image has no label, leave out all labels: give (image,)."
+        )
+    return odd_labels(labels, classes)
 
 
 def require_plain(images: Any) -> None:

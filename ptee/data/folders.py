@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import DataError, some
-from ptee._common.listing import is_hidden, not_listed, packed_by, refuse_broken_link, subfolders, tar_members, visible
+from ptee._common.listing import (
+    LAYOUTS,
+    is_hidden,
+    not_listed,
+    packed_by,
+    refuse_broken_link,
+    subfolders,
+    tar_members,
+    visible,
+)
 from ptee.data.pictures import File, Key
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, word_of
 
@@ -31,7 +40,6 @@ ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 LINK, SPARSE = "linked", "sparse"  # a picture in a tar file that is a link to another, or is stored without its zeros
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
 NO_PICTURES = (*UNREAD, LINK, SPARSE, *SPECIAL.values())  # named like pictures, and not read
-LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
 
 
 @dataclass(frozen=True)

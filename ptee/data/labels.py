@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
 from ptee._common.files import as_path
-from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
+from ptee._common.validation import LONGEST_NAME, is_name
+from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
 from ptee.data.splits import FILES, PARTS, Data
 
 IMAGENET_CLASSES = 1000
@@ -28,6 +29,7 @@ CHECKED, BATCH = 128, 32  # images that the backbone is tried on
 BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
 DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
 OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; standard deviations that are no luck
+LIST = "The list of classes"
 AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is not made of bare names
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 
@@ -121,7 +123,7 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
     if isinstance(classes, (str, Path)):
         names, where, whose = read_names(classes), f"'{classes}'", f"the numbers that '{classes}' gives them"
     else:
-        names, where, whose = tuple(classes), "The list of classes", "the backbone's numbers"
+        names, where, whose = tuple(_listed(classes)), LIST, "the backbone's numbers"
     place = {_nfc(name): index for index, name in enumerate(names)}
     if len(place) < len(names):
         twice = sorted({name for index, name in enumerate(names) if place[_nfc(name)] != index})
@@ -138,9 +140,27 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         near = get_close_matches(strange[0], names, 1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
+    _require_names(names, where)
     indices = tuple(place[_nfc(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
+
+
+def _listed(classes: Any) -> list[str]:
+    """The names in a list of the user's."""
+    if isinstance(classes, Mapping) or not isinstance(classes, Iterable):
+        text = f"classes={classes!r:.60} must be a list of the backbone's class names in its order, or a file of them."
+        raise DataError(text, argument="classes", value=classes)
+    _require_names(names := list(classes), LIST)
+    return names
+
+
+def _require_names(names: Sequence[Any], where: str) -> None:
+    """Refuse what a run cannot record as the name of a class."""
+    for name in names:
+        if not (is_name(name) and name.strip()):
+            text = f"{where} has {name!a:.80} for a name: a class has a name in one line, of {LONGEST_NAME} letters at most."
+            raise DataError(text, argument="classes", value=name)
 
 
 def _are_adorned(names: Sequence[str], lines: Collection[str]) -> bool:
@@ -422,29 +442,3 @@ def relabelled(data: Data, label_map: LabelMap) -> Data:
     parts: Any = {part: getattr(data, part).relabelled(label_map) for part in PARTS}
     known = {"classes": list(label_map.classes)} if label_map.classes else {}
     return replace(data, split=data.split | known, **parts)
-
-
-def odd_labels(labels: Tensor, classes: int) -> str:
-    """What is wrong with labels of which some are no class of the backbone. Empty if nothing is."""
-    if not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        return ""
-    found = f"its labels are {int(labels.min())} to {int(labels.max())}"
-    return f"{found}, the backbone's classes 0 to {classes - 1}"
-
-
-def labels_of_other_classes(labels: Tensor, classes: int) -> str:
-    """The same of labels of which none is a class.
-
-    Raises:
-        DataError: if some are classes and others are not; -1 is no label.
-    """
-    within = (labels >= 0) & (labels < classes)
-    strange = labels[~within & (labels != UNKNOWN_LABEL)]
-    if within.any() and len(strange):
-        values, counts = strange.unique(return_counts=True)
-        each = [f"{value} ({n:,} of {len(labels):,} images)" for value, n in zip(values.tolist(), counts, strict=True)]
-        raise DataError(
-            f"There are labels that are no classes of the backbone, which are 0 to {classes - 1}: {some(each)}. Correct them, or "
-            "leave these images out. If they mean that an image has no label, leave out all labels: give (image,)."
-        )
-    return odd_labels(labels, classes)

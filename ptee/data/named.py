@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptee._common.errors import DataError, UnknownName, first_line, possible
+from ptee._common.listing import HUB, STREAMS
 from ptee.data.demo_images import DEMO, demo_listing
 from ptee.data.folders import Listing
 from ptee.data.pixels import FORMATS
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 # Values of torchvision's `split` for training and validation; the first pair that exists is used. 'trainval' contains 'val'.
 SPLIT_PAIRS = (("train", "val"), ("train", "valid"), ("train", "test"), ("trainval", "test"), ("train-standard", "val"))
-HUB = "hfds"  # timm's prefix for data sets of the Hugging Face hub
-STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes for data that can only be read from beginning to end
 HUB_VALIDATION = ("validation", "valid", "val", "test")  # splits; the first that exists is used
 # Data sets whose mirror images are of another class or of none.
 SIDED = (DEMO, "digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
@@ -42,11 +41,6 @@ def list_named(name: str, root: Path | None, seed: int = 0) -> Listing:
     if name in NAMED:
         return NAMED[name](seed)
     return _list_torchvision(rest if prefix == "torch" and rest else name, root or Path())
-
-
-def is_prefixed(name: str) -> bool:
-    """Whether the name has a prefix of timm, so that its slash does not mean a folder."""
-    return name.partition("/")[0] in (HUB, "torch", *STREAMS)
 
 
 def is_sided(name: str) -> bool:

@@ -9,7 +9,6 @@ no picture: each is decoded when it is asked for.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +17,16 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.files import expanded, require_utf8
+from ptee._common.listing import require_place
 from ptee._common.text import NO_UTF8, escaped
 from ptee.data.demo_images import DEMO, fingerprint
-from ptee.data.folders import LAYOUTS, Listing, list_files
-from ptee.data.named import is_prefixed, is_sided, list_named, require_name
+from ptee.data.folders import Listing, list_files
+from ptee.data.named import is_sided, list_named, require_name
 from ptee.data.pictures import Key, Pictures
 from ptee.data.splits import FILES, PARTS, Data, complete
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-GIVE = "give a folder, 'digits' or the name of a data set of torchvision"
 
 
 def open_data(
@@ -57,12 +55,10 @@ def open_data(
         DataError: if the source cannot be read, has too few images, or its parts disagree on the classes.
         UnknownName: if it is neither a folder nor the name of a data set.
     """
-    path = expanded(source)
-    if str(source).strip() and path.is_dir():
-        _require_usable(source, path)
+    if require_place(source):
+        path = expanded(source)
         listing = list_files(path, report_only=report_only, removed=removed)
         return _split(listing, source, transform, seed, report_only)
-    _refuse_path(source, path)
     return open_named(str(source), transform=transform, root=root, seed=seed)
 
 
@@ -78,31 +74,8 @@ def require_source(source: str) -> None:
         DataError: if it is a file, or a path where there is nothing.
         UnknownName: if there is no data set of that name.
     """
-    path = expanded(source)
-    if not source.strip() or not path.is_dir():
-        _refuse_path(source, path)
+    if not require_place(source):
         require_name(source)
-    else:
-        _require_usable(source, path)
-
-
-def _require_usable(source: str | Path, path: Path) -> None:
-    """Refuse folders that a run cannot record, or in which the system shows itself. Of these, /dev/shm alone holds files of users."""
-    require_utf8(path.resolve(), "data folder")
-    top = path.resolve().parts[1:3]
-    if top[:1] in (("proc",), ("sys",), ("dev",)) and top != ("dev", "shm"):
-        raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
-
-
-def _refuse_path(source: str | Path, path: Path) -> None:
-    """Refuse what is no folder and cannot be a name."""
-    name = str(source)
-    if not name.strip():
-        raise DataError(f"The name of the data source is empty: {GIVE}.")
-    if path.exists():
-        raise DataError(f"'{name}' is a file, not a folder: give the folder around it, which should hold {LAYOUTS}.")
-    if isinstance(source, Path) or name.startswith((".", "~")) or (os.sep in name and not is_prefixed(name)):
-        raise DataError(f"Data folder '{name}' does not exist: {GIVE}.")
 
 
 def _split(

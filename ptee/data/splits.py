@@ -138,8 +138,8 @@ def copied(data: Data) -> str:
         return ""
     named = some([f"'{one.words}' is '{other.words}'" for one, other in found], 2)
     return (
-        f"At least {len(found):,} of the {len(report):,} validation images are also among the training or calibration images ({named}). "
-        "On these, results are better than on new images. Take them out of one part."
+        f"At least {len(found):,} of the {len(report):,} validation images {'is' if len(found) == 1 else 'are'} also among the training or "
+        f"calibration images ({named}). Results on such images are better than on new ones. Take them out of one part."
     )
 
 

@@ -20,7 +20,7 @@ from ptee._common.files import file_hash, free_place, replace_files, write_json,
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
 from ptee._common.text import type_name
-from ptee._common.validation import is_name
+from ptee._common.validation import checked, is_name
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
@@ -63,6 +63,7 @@ class AnsweringPiece(nn.Module):
         return *behind, answer, h
 
 
+@checked
 def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> Path:
     """Write the pieces of a model, and all that is needed to run them, into a new folder.
 

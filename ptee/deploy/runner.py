@@ -19,6 +19,7 @@ from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path, require_not_compressed
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
 from ptee._common.text import type_name
+from ptee._common.validation import checked
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, Manifest, read_manifest
 
@@ -193,6 +194,7 @@ class Runner:
         return model_input(picture, m.input_size, m.mean, m.std, m.interpolation)
 
 
+@checked
 def load_exported(folder: str | Path, device: str | None = None, *, threads: int | None = None) -> Runner:
     """Open what `ptee export` wrote.
 

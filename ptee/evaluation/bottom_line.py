@@ -8,6 +8,7 @@ from typing import NamedTuple
 LITTLE = 0.05  # of the cost; who saves less hardly saves anything
 SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise
 ROUNDING = 1e-9  # of sums of shares
+ACCURATE, FAITHFUL = "is as accurate", "gives as many of the backbone's answers"  # what is as good, by the wish
 
 
 class Way(NamedTuple):
@@ -26,12 +27,15 @@ class Way(NamedTuple):
     words: str = ""
 
 
-def bottom_line(own: Way, rivals: Iterable[Way] = (), *, speedup: float | None = None, where: str = "") -> str:
+def bottom_line(
+    own: Way, rivals: Iterable[Way] = (), *, as_good: str = ACCURATE, speedup: float | None = None, where: str = ""
+) -> str:
     """Why these early exits do not pay, in a sentence; empty if they do.
 
     Args:
         own: of the early exits.
         rivals: a backbone that is cut off, a smaller network, a cascade.
+        as_good: what one does that loses no more, in words.
         speedup: the bare backbone's time over that of the early exits, where it was measured, and `where` in words.
     """
     if own.cost >= 1:
@@ -39,11 +43,11 @@ def bottom_line(own: Way, rivals: Iterable[Way] = (), *, speedup: float | None =
             f"Early exit does not pay: it costs {own.cost:.3f} times the bare backbone, because the heads cost more than leaving "
             "saves. Lower T, train longer, or use cheaper or fewer heads."
         )
-    as_good = [way for way in rivals if way.cost <= own.cost + ROUNDING and way.lost <= own.lost + ROUNDING]
-    if as_good:
-        best = min(as_good, key=lambda way: (way.lost, way.cost))
+    rivals = [way for way in rivals if way.cost <= own.cost + ROUNDING and way.lost <= own.lost + ROUNDING]
+    if rivals:
+        best = min(rivals, key=lambda way: (way.lost, way.cost))
         costs = "costs less" if round(best.cost, 4) < round(own.cost, 4) else "costs the same"
-        return f"{best.name} answers as well and {costs}: {best.words}."
+        return f"{best.name} {as_good} and {costs}: {best.words}."
     if speedup is not None and speedup < SLOWER:
         return (
             f"The cost is {1 - own.cost:.1%} lower, but the measured time is {1 / speedup:.2f} times the bare backbone's {where}, so "

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ptee._common.text import table
-from ptee.evaluation.bottom_line import ROUNDING, Way, bottom_line
+from ptee.evaluation.bottom_line import FAITHFUL, ROUNDING, Way, bottom_line
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
 ALTERNATIVES = {  # to early exits, by kind of line
@@ -30,6 +30,7 @@ class Entry:
         off: exits that are off.
         own: the exits' own answers, because blended ones missed the target with their final weights.
         fidelity: share of the answers that are the backbone's, on the report images.
+        blended: the answers are blended, and the drop on the calibration images is that of the final weights.
     """
 
     allowed: float | None
@@ -41,6 +42,7 @@ class Entry:
     off: tuple[int, ...] = ()
     own: bool = False
     fidelity: float = 1.0
+    blended: bool = False
 
     def within(self, drop: float) -> bool:
         """The drop is at most this, on the calibration images and on the report images."""
@@ -87,13 +89,19 @@ class Found(NamedTuple):
     def __str__(self) -> str:
         return f"{self.line.name} (cost {self.entry.cost:.4f})"
 
-    def way(self, own: Found) -> Way:
-        """As a rival of early exits whose thresholds were chosen for fidelity."""
+    def called(self, drop: float) -> str:
+        """The line, and the column of the table where that is another than the drop's."""
+        column = self.entry.allowed
+        return self.line.name + ("" if column in (None, drop) else f" with its thresholds for <= {column:g} lost")
+
+    def way(self, own: Found, drop: float, by_fidelity: bool) -> Way:
+        """As a rival of early exits. All lose no more than the drop: so the cheapest is the best, unless fidelity is the wish."""
         one, two = self.entry, own.entry
-        words = (
-            f"fidelity {one.fidelity:.4f} instead of {two.fidelity:.4f}, cost {one.cost:.4f} instead of {two.cost:.4f}"
-        )
-        return Way(self.line.name, one.cost, 1 - one.fidelity, words)
+        words = f"cost {one.cost:.4f} instead of {two.cost:.4f}, that of {own.called(drop)}"
+        if not by_fidelity:
+            return Way(self.called(drop), one.cost, one.cost, words)
+        words = f"fidelity {one.fidelity:.4f} instead of {two.fidelity:.4f}, {words}"
+        return Way(self.called(drop), one.cost, 1 - one.fidelity, words)
 
 
 @dataclass(frozen=True)
@@ -144,13 +152,10 @@ class Comparison:
         own = next((f for f in found if f.line.kind == "adaptive"), None)
         if own is None:
             return "no early exits that save anything keep this. Train longer, or allow a larger loss."
-        others = [f for f in found if f.line.kind != "adaptive"]
-        if own.line.of in self.for_fidelity:
-            return bottom_line(own.way(own), [f.way(own) for f in others])
-        words = "cost {:.4f} instead of {:.4f}"
-        cost = own.entry.cost
-        rivals = [Way(f.line.name, f.entry.cost, f.entry.cost, words.format(f.entry.cost, cost)) for f in others]
-        return bottom_line(Way("", cost, cost), rivals)  # all lose no more than allowed: the cheapest is the best
+        faithful = own.line.of in self.for_fidelity
+        rivals = [f.way(own, drop, faithful) for f in found if f.line.kind != "adaptive"]
+        as_good = FAITHFUL if faithful else "loses no more"
+        return bottom_line(own.way(own, drop, faithful), rivals, as_good=as_good)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -163,7 +168,16 @@ class Comparison:
         widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
         kinds = {line.kind for line in self.lines}
         own = any(entry.own for line in self.lines for entry in line.entries)
-        parts = [CELLS, OWN * own, COSTS, TRUNCATION * ("truncation" in kinds), ORACLE * ("oracle" in kinds), SENTENCES]
+        blended = any(entry.blended for line in self.lines for entry in line.entries)
+        parts = [
+            CELLS,
+            OWN * own,
+            COSTS,
+            WEIGHTS * blended,
+            TRUNCATION * ("truncation" in kinds),
+            ORACLE * ("oracle" in kinds),
+            SENTENCES,
+        ]
         words = {"measure": measure, "unit": self.unit, "calibration": self.calibration, "half": widest / 2}
         return "\n".join(part.format(**words) for part in parts if part)
 
@@ -181,13 +195,11 @@ class Comparison:
         if not found:
             return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
-        column = best.entry.allowed
-        where = "" if column in (None, drop) else f" with its thresholds for <= {column:g} lost"
         on_both = (
             f" on the {self.samples:,} report images, {_signed(best.entry.drop_in_calibration)} on the "
-            f"{self.calibration:,} calibration images"
+            f"{self.calibration:,} calibration images" + " with the final weights" * best.entry.blended
         )
-        words = f"{best.line.name}{where} is cheapest, with {best.entry.words}{on_both}."
+        words = f"{best.called(drop)} is cheapest, with {best.entry.words}{on_both}."
         runs = [f for f in found if f.line.kind == "adaptive"]
         if best in runs:
             return words
@@ -227,6 +239,9 @@ cost: mean over the images, heads included, as a share of {unit}.
 Thresholds, and which exits are off, are chosen on {calibration:,} calibration images with the reserve of ptee tune. Where
 thresholds for a smaller drop cost less, they are taken.
 The 95 % intervals of the drops reach up to {half:.4f} to each side."""
+WEIGHTS = """\
+with the final weights: those of blended answers were fitted to the calibration images themselves. ptee tune names
+another drop there: each image is answered with weights that were fitted to the others."""
 TRUNCATION = "truncation: the backbone cut off at an exit. Exits that are no better than a cheaper one are left out."
 ORACLE = "oracle: every image leaves at the first exit that agrees with the backbone. No real confidence can know that."
 SENTENCES = """\

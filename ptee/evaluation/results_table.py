@@ -7,7 +7,7 @@ from typing import Any
 
 from ptee._common.clock import noise
 from ptee._common.text import table
-from ptee.evaluation.bottom_line import Way, bottom_line
+from ptee.evaluation.bottom_line import ACCURATE, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.config import describe_thresholds
 from ptee.tuning.traces import Score
@@ -259,16 +259,18 @@ def _bottom_line(results: Results) -> str:
     """It costs more than the backbone, saves little, is slower, or the backbone cut off at some exit is as good."""
     row = results.early_exit
     own = Score(row.accuracy, row.fidelity, row.cost)
+    faithful = results.for_fidelity or row.accuracy is None
 
     def lost(score: Score) -> float:
-        return 1 - (score.fidelity if results.for_fidelity else score.merit)
+        return 1 - (score.fidelity if faithful else score.merit)
 
     cut_off = [
         Way(f"The backbone cut off at {_exit(results, n)}, with no other heads,", s.cost, lost(s), _numbers(s))
         for n, s in enumerate(results.truncation)
     ]
     where = f"on {results.device} in batches of {results.batch_size}"
-    return bottom_line(Way("", own.cost, lost(own)), cut_off, speedup=row.speedup, where=where)
+    as_good = FAITHFUL if faithful else ACCURATE
+    return bottom_line(Way("", own.cost, lost(own)), cut_off, as_good=as_good, speedup=row.speedup, where=where)
 
 
 def _numbers(score: Score) -> str:

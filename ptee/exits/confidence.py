@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError, unknown
+from ptee._common.validation import checked
 from ptee.exits.config import CALIBRATED as CALIBRATED
 from ptee.exits.config import CONFIDENCES as CONFIDENCES
 from ptee.exits.config import LEARNED as LEARNED
@@ -188,6 +189,7 @@ def _not_calibrated() -> PteeError:
     )
 
 
+@checked
 def register_confidence(name: str) -> Callable[[OfProbabilities], OfProbabilities]:
     """Add a confidence of your own, which can then be named wherever a confidence is named.
 

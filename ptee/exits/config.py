@@ -81,9 +81,9 @@ class ConfidenceConfig(FrozenConfig):
 
     name: str | None = Field(
         None,
-        description="calibrated (the largest probability, fitted after the training to be a probability), learned (the head's own "
-        "output), max_prob, entropy, margin or patience. Default: calibrated; learned for the joint losses, which train it. A number, "
-        "such as 0.95, is thresholds.confidence: the drop is guaranteed.",
+        description="What says how sure an exit is: calibrated (the largest probability, corrected after the training), learned (the "
+        "head's own output), max_prob, entropy, margin or patience. Default: calibrated; learned for the joint losses, which train "
+        "it. A number, such as 0.95, guarantees the drop instead (thresholds.confidence).",
     )
     question: Literal["agrees", "right", "best"] = Field(
         "agrees",

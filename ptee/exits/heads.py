@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import PteeError
 from ptee._common.process import own_random_numbers
+from ptee._common.validation import checked
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.layout import Layout
 from ptee.exits.confidence import same_definition
@@ -167,6 +168,7 @@ def feature_factory(kind: str) -> FeatureFactory:
     return factory
 
 
+@checked
 def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
     """Add a head of your own, which can then be named wherever a head is named.
 

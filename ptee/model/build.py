@@ -12,7 +12,7 @@ from torch import nn
 
 from ptee._common.errors import PteeError, RunError, UnknownName, unknown
 from ptee._common.process import alone, own_random_numbers
-from ptee._common.validation import checked
+from ptee._common.validation import checked, require_arguments
 from ptee.analysis.freezing import freeze
 from ptee.analysis.verify import buffers_put_back, require_no_drift
 from ptee.backbones.load import Backbone, load_backbone, rebuild
@@ -99,6 +99,7 @@ def plan(model: str | nn.Module, **options: Any) -> Plan:
     Raises:
         PteeError: saying what is not possible, why, and what is.
     """
+    require_arguments(augment, options, called="plan")
     with own_random_numbers(wait=False):  # a plan changes no head that is built after it
         augmented = augment(model, **options)
     augmented.detach()

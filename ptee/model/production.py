@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee._common.text import describe_thresholds
+from ptee._common.validation import checked
 from ptee.model.forward import ExitOutput, running
 from ptee.production.curve import TUNE, Curve, Wish, best_within
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
@@ -49,6 +51,12 @@ class InProduction:
             raise PteeError(f"An early-exit model has no {name}. Did you mean model.{SLIPS[name]}?", argument=name)
         super().__setattr__(name, value)
 
+    def extra_repr(self) -> str:
+        """The first line of `print(model)`: what is decided now, before the modules."""
+        return (
+            f"T = {describe_thresholds(self.threshold, self.off)}; confidence {self.confidence}; answers {self.answers}"
+        )
+
     @property
     def curve(self) -> Curve | None:
         """What some thresholds cost and lose, as `ptee.tune` measured it.
@@ -69,6 +77,7 @@ class InProduction:
         point = None if self.curve is None else self.curve.at(self.threshold)
         return point is not None and point.promised is not None
 
+    @checked
     def threshold_for(
         self,
         *,
@@ -114,6 +123,7 @@ class InProduction:
                 raise PteeError(f"The curve was made with {name}={value!r}, and now it is {now!r}. Tune again: {TUNE}.")
         return curve
 
+    @checked
     def monitor(
         self,
         *,

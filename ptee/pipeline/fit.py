@@ -45,11 +45,14 @@ from ptee.pipeline.images import (
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import folder_of_fit, or_anew
 from ptee.pipeline.run_folder import (
+    NOTHING_KEPT,
     clear,
     forget_training,
+    interrupted,
     is_main_process,
     keep_times,
     kept_times,
+    replaced,
     require_readable,
     sole_writer,
 )
@@ -188,6 +191,8 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     job.log(f"{data.described(target is not None)}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
     if words := copied(data):
         job.log(f"Warning: {words}\n")
+    if words := replaced(job.out, job.overwrite):
+        job.log(f"{words}\n")
     with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
         if times is not None and job.out is not None and is_main_process():
             keep_times(job.out, times)
@@ -215,13 +220,15 @@ def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recip
         times = _measured_pieces(model, recipe, job)
         report, outcome = _set_thresholds(model, data, target, recipe, job, times)
     except KeyboardInterrupt as why:
-        raise _interrupted(complete, job) from why
+        raise interrupted(
+            job.out, complete[-1].number if complete else 0, resume=job.resume, overwrite=job.overwrite, again=job.again
+        ) from why
     _save(model, history, recipe, job, times)  # before the measurement, which may take long
     try:
         _measure(model, report, outcome, recipe, job)
     except KeyboardInterrupt as why:
-        words = f": the run in {job.out} is complete but for its results. {job.again}".rstrip()
-        raise Interrupted("Interrupted." if job.out is None else f"Interrupted{words}") from why
+        words = f"the run in {job.out} is complete but for its results. {job.again}".rstrip()
+        raise Interrupted(f"Interrupted: {NOTHING_KEPT if job.out is None else words}") from why
     _save(model, history, recipe, job, times)
     if job.out is not None:
         forget_training(job.out)
@@ -436,10 +443,3 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
 def about(data: Data) -> dict[str, Any]:
     """The record of the images in a run, by which they are found again."""
     return {"source": data.place, "root": data.split.get("root", ""), "split": data.split}
-
-
-def _interrupted(complete: list[Epoch], job: Job) -> Interrupted:
-    if job.out is None or not (complete or job.resume):
-        return Interrupted("Interrupted.")
-    kept = f"{complete[-1].number} complete epochs are" if complete else "what was trained before is"
-    return Interrupted(f"Interrupted: {kept} kept in {job.out}. {job.again}".strip())

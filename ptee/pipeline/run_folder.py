@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ptee._common.devices import process_state
-from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.errors import Interrupted, PteeError, RunError, first_line
 from ptee._common.files import clear_unfinished, from_json, is_file, locked, write_json
 from ptee._common.validation import FrozenConfig, Name, Number
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
@@ -24,6 +24,8 @@ from ptee.model import run_files
 from ptee.pipeline.recipe import RECIPE_FILE
 from ptee.pipeline.recorded import OUT, PLACED_BY, UNREADABLE, is_interrupted, new_folder
 from ptee.timing.settings import FILE as TIMES_FILE
+
+NOTHING_KEPT = "nothing was kept, because no folder was given for the run."
 
 
 @contextmanager
@@ -55,6 +57,33 @@ def clear(out: Path) -> None:
     """Remove an earlier run, so that it is not taken for this one."""
     for name in (run_files.CONFIG, run_files.HEADS, run_files.BACKBONE, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
         (out / name).unlink(missing_ok=True)
+
+
+def replaced(out: Path | None, overwrite: bool) -> str:
+    """A sentence about the run in a folder that a new one is to replace, or none."""
+    if out is None or not overwrite or not run_files.is_run(out):
+        return ""
+    return f"The run in {out} is deleted as soon as the first epoch of the new one is complete."
+
+
+def interrupted(out: Path | None, complete: int, *, resume: bool, overwrite: bool, again: str) -> Interrupted:
+    """What Ctrl-C in a training left, and what to type.
+
+    Args:
+        out: the folder of the run.
+        complete: the number of the last complete epoch, 0 if this training had none.
+        resume: it went on with an earlier one.
+        overwrite: it was to replace a run.
+        again: what to type, in a sentence.
+    """
+    if out is None:
+        return Interrupted(f"Interrupted: {NOTHING_KEPT}")
+    if not (complete or resume):
+        as_it_was = f" What was in {out} is as it was." if overwrite else ""
+        return Interrupted(f"Interrupted: no epoch was complete, so nothing was kept.{as_it_was}")
+    kept = f"{complete} complete epochs are" if complete > 1 else "1 complete epoch is"
+    kept = kept if complete else "what was trained before is"
+    return Interrupted(f"Interrupted: {kept} kept in {out}. {again}".strip())
 
 
 def forget_training(out: Path) -> None:

@@ -12,12 +12,13 @@ import torch
 
 from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
-from ptee.data.named import HUB
+from ptee._common.listing import HUB
 from ptee.data.sources import require_source
 from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.results import evaluate
+from ptee.exits.blend import BLENDED, Blend
 from ptee.exits.times import BatchTimes
 from ptee.model import card, saving
 from ptee.model.build import load_moved
@@ -55,6 +56,13 @@ class OpenRun(NamedTuple):
     def threads(self) -> AbstractContextManager[None]:
         """One CPU thread for a tiny network, else as many as torch takes."""
         return threads(usual_threads(self.model))
+
+    @property
+    def decided(self) -> tuple[dict[int, float], Blend | None]:
+        """T of each exit that is on, by its number, and the weights of blended answers: what decides where images leave."""
+        model = self.model
+        on = {n: t for n, t in enumerate(model.threshold) if n not in model.off}
+        return on, model.blend if model.answers == BLENDED else None
 
     def left_by_tuning(self, given: bool) -> tuple[Any, str]:
         """The images that the thresholds were not chosen on, and a sentence about them. `given`: the user gives others."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.validation import checked
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
@@ -302,6 +303,7 @@ def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[f
     return [t if isinstance(t, float) or not t.dim() else t[first : first + rows] for t in thresholds]
 
 
+@checked
 def optimize(
     model: EarlyExitModel,
     *,

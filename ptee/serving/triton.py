@@ -7,11 +7,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import PteeError
-from ptee._common.files import WRITING, free_place, write_json, write_text
+from ptee._common.files import fill_place, free_place, write_json, write_text
 from ptee.deploy.export import ONNX, export
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 from ptee.model.early_exit import EarlyExitModel
@@ -41,12 +42,7 @@ def export_triton(model: EarlyExitModel, folder: str | Path) -> Path:
     target = free_place(folder)
     with tempfile.TemporaryDirectory() as elsewhere:
         onnx = export(model, Path(elsewhere) / "onnx", format=ONNX)
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=WRITING) as beside:
-            made = Path(beside) / "repository"
-            _write(onnx, read_manifest(onnx), made)
-            if target.exists():
-                target.rmdir()  # it is empty
-            made.rename(target)
+        fill_place(target, partial(_write, onnx, read_manifest(onnx)))
     return target
 
 

@@ -27,17 +27,16 @@ from ptee._common.text import table
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data import splits
-from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
-from ptee.data.labels import odd_labels
+from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, odd_labels, split_batch
 from ptee.data.recorded import recorded
 from ptee.exits.confidence import CALIBRATED, Calibrated, log_odds
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.training.config import TrainingConfig
 
 QUESTIONS = {
-    "agrees": "Is the answer the backbone's?",
-    "right": "Is the answer the label?",
-    "best": "Is the answer the label, or is no later answer the label either?",
+    "agrees": "the answer is the backbone's",
+    "right": "the answer is the label",
+    "best": "the answer is the label, or no later answer is",
 }
 MIN_IMAGES = 20  # with fewer, h stays the largest probability
 MIN_OF_EITHER = 20  # images with the answer yes, and with no; with fewer, the two numbers are rough
@@ -76,9 +75,9 @@ class ExitCalibration:
         positives = round(self.yes * self.images)
         rarer = min(positives, self.images - positives)
         if rarer < MIN_OF_EITHER:
-            word = "yes" if positives == rarer else "no"
-            few = f"only {rarer} image{'s have' if rarer != 1 else ' has'}"
-            return f"{few} the answer {word}, so h is a rough guess. Train longer, or give more images."
+            word = "that is so" if positives == rarer else "that is not so"
+            few = f"of only {rarer} image{'s' * (rarer != 1)}"
+            return f"{word} {few}, and h is a rough guess. Train longer, or give more images."
         return ""
 
 
@@ -113,13 +112,13 @@ class Calibration:
     def summary(self) -> str:
         """A sentence, and a line for each exit whose fit is odd."""
         remarks = "".join(f"\nExit {n}: {e.remark}" for n, e in enumerate(self.exits) if e.remark)
-        return f"Confidence h fitted on {self.images:,} images. {QUESTIONS[self.target]}{remarks}"
+        return f"The confidence h, the chance that {QUESTIONS[self.target]}, was fitted on {self.images:,} images.{remarks}"
 
     @property
     def legend(self) -> str:
         """What the columns mean."""
         return (
-            "yes: share of the images with this answer. calibrated, max prob, base rate: cross-entropy on these images of the "
+            "yes: share of the images for which that is so. calibrated, max prob, base rate: cross-entropy on these images of the "
             "calibrated h, of the\nlargest probability as it is, and of an h that is the share of yes for every image. Lower is better."
         )
 

@@ -92,7 +92,7 @@ class TrainingConfig(FrozenConfig):
     )
     epochs: Annotated[Whole, Field(ge=1)] | Auto = Field(
         default="auto",
-        description=f"Passes over the training images, one by one those of each exit. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
+        description=f"Passes over the training images; where heads learn one by one, for each of them. auto: enough for about {UPDATES:,} updates, between {MIN_EPOCHS} and "
         f"{MAX_EPOCHS}.",
     )
     batch_size: Whole = Field(

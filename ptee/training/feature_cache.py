@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.files import as_path, from_json, plain, to_json
 from ptee._common.progress import with_bar
+from ptee._common.validation import checked
 from ptee.backbones.weights import answering_hash
 from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
 from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
@@ -306,6 +307,7 @@ class CacheFolder:
             raise DataError(f"{text}for it. Free some, or set TMPDIR to another disk.") from why
 
 
+@checked
 def open_cache(folder: str | Path) -> CacheFolder:
     """What `ptee cache` wrote into a folder, as training data.
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptee._common.errors import PteeError, first_line, unknown
-from ptee.training.history import Epoch
+
+if TYPE_CHECKING:
+    from ptee.training.history import Epoch
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # each is the name of what must be installed, too
 PROJECT = "ptee"

@@ -46,7 +46,7 @@ class ThresholdsConfig(FrozenConfig):
     """Which thresholds a model gets: those that are given, or those that meet one target best."""
 
     threshold: Number | tuple[Number, ...] | None = Field(
-        None, description="T, as it is: one number for all exits, or one for each."
+        None, description="T itself, in place of a target: one number for all exits, or one for each."
     )
     max_loss: Share | None = Field(
         None,
@@ -91,8 +91,8 @@ class ThresholdsConfig(FrozenConfig):
     )
     cost: Literal["operations", "time"] = Field(
         "operations",
-        description="What thresholds, exits that are off and, before a training, the places of exits are chosen by: operations "
-        "(counted multiply-accumulates), or time (seconds, measured on the device of the run).",
+        description="The cost that is to be low: operations (counted multiply-accumulates), or time (seconds, measured on the device "
+        "of the run). By it are chosen the thresholds, the exits that are off and, before a training, the places of exits.",
     )
     at_batch: Whole = Field(AT_BATCH, ge=1, le=4096, description="Images in a batch, for the cost in time.")
     executor: Literal["auto", "hooks", "eager", "graphs", "compile", "onnx"] = Field(

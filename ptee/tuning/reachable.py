@@ -55,18 +55,22 @@ def require_reachable(target: Target, least: float, margin: Margin = 0.0) -> Non
 
 
 def unreachable(
-    target: Target, candidates: Sequence[Candidate] = (), one_threshold: bool = False, margin: Margin = 0.0
+    target: Target,
+    candidates: Sequence[Candidate] = (),
+    one_threshold: bool = False,
+    margin: Margin = 0.0,
+    who: str = "on these images the exits",
 ) -> PteeError:
-    """The error of a target that no thresholds meet. With candidates it says what can be had of a gain."""
+    """The error of a target that no thresholds meet. With candidates it says what can be had of a gain, and `who` gains that."""
     if target.limit >= 0 or not candidates:
         text = " cannot be met: too many confidences are NaN. Train the heads again."
         return PteeError(target.argument, text, argument=target.kind, value=target.limit)
     reserve = 0.0 if isinstance(margin, str) else margin
     gain = max(0.0, -_least_loss(candidates, target, one_threshold))
     possible = math.ceil((reserve - gain - ROUNDING) * 1e4) / 1e4 + 0.0  # no -0.0
-    text = f" cannot be met: on these images the exits gain {gain:.4f} at most, with nothing in reserve. Give "
-    no_reserve = (" with ", Argument("margin", "0")) if isinstance(margin, str) and possible < 0 else ()
-    parts = (target.argument, text, Argument(target.kind, f"{possible:g}"), *no_reserve, " or more.")
+    text = f" cannot be met: {who} gain {gain:.4f} at most, with nothing in reserve. Give "
+    no_reserve = (", with ", Argument("margin", "0")) if isinstance(margin, str) and possible < 0 else ()
+    parts = (target.argument, text, Argument(target.kind, f"{possible:g}"), " or more", *no_reserve, ".")
     return PteeError(*parts, argument=target.kind, value=target.limit)
 
 

@@ -105,7 +105,7 @@ class Solution:
         drop, s = self.drop, self.score
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
-            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on: "
+            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on{self._with_weights}: "
             f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}"
             + (f"\n{self.remark}" if self.remark else "")
             + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
@@ -117,6 +117,11 @@ class Solution:
             return str(self.promise)
         reserve = f", with {self.margin:.4f} of that in reserve for new images" if self.margin else ""
         return reserve if self.target.kind == "max_cost" else f", on average{reserve}"
+
+    @property
+    def _with_weights(self) -> str:
+        """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights."""
+        return ", each answered with weights that were fitted to the others" if self.blend else ""
 
     @property
     def _or_unsafe(self) -> str:
@@ -268,15 +273,14 @@ def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Sol
     if spent <= target.limit + WITHIN * deviation + ROUNDING:
         return found
     because = f"with their final weights, blended answers miss the target here ({spent:.4f})"
+    kinds = ways_to_answer(traces, target.kind, OWN)
     try:
-        own = _solved(ways_to_answer(traces, target.kind, OWN), target, one_threshold, margin).with_reserve(
-            found.margin
-        )
+        own = _solved(kinds, target, one_threshold, margin).with_reserve(found.margin)
     except PteeError:
         own = []
     if not own:
-        text = f" cannot be met: {because}, and the exits' own answers do not meet it either. Ask for less."
-        raise PteeError(target.argument, text, argument=target.kind, value=target.limit)
+        every = [candidate for kind in kinds for candidate in kind]
+        raise unreachable(target, every, one_threshold, margin, who=f"{because}, and by themselves the exits")
     return replace(own[0].solution, remark=f"Each exit answers by itself: {because}.")
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.files import as_path, plain
+from ptee._common.validation import checked
 from ptee.backbones.weights import answering_hash, weights_hash
-from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.labels import labels_of_other_classes
+from ptee.data.batches import UNKNOWN_LABEL, labels_of_other_classes
 from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
 from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
@@ -202,6 +202,7 @@ class TraceFolder(RecordedTraces):
         return torch.cat(odds, 1)[:, order], torch.cat(answers, 1)[:, order], None if words else targets, words
 
 
+@checked
 def open_traces(*folders: str | Path) -> TraceFolder:
     """The traces in folders that `ptee trace` wrote: of one run, or of several runs of one backbone on the same images.
 

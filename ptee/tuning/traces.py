@@ -18,8 +18,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.data.batches import UNKNOWN_LABEL, batches, own_generator, split_batch
-from ptee.data.labels import labels_of_other_classes
+from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, own_generator, split_batch
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit

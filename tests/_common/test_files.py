@@ -27,6 +27,7 @@ from ptee._common.files import (
     RENAMING,
     as_path,
     clear_unfinished,
+    fill_place,
     free_place,
     from_json,
     locked,
@@ -146,6 +147,46 @@ def test_a_folder_in_which_a_process_was_killed_is_free_and_left_empty(tmp_path)
     killed_while_it_writes(tmp_path)
     assert free_place(tmp_path) == tmp_path
     assert not list(tmp_path.iterdir())
+
+
+def two_models(new: Path) -> None:
+    for name in ("a", "b"):
+        (new / name / "1").mkdir(parents=True)
+        (new / name / "1" / "model").write_text(name)
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_after_a_kill_at_any_rename_a_place_is_free_again_or_whole(n, tmp_path):
+    place = free_place(tmp_path / "repository")
+    with killed_at(n) as killed:
+        fill_place(place, two_models)
+    assert killed == [n < 3]
+    with suppress(RunError):  # it is whole
+        free_place(place)
+        fill_place(place, two_models)
+    assert sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()) == ["a/1/model", "b/1/model"]
+    assert sorted(p.name for p in place.iterdir()) == ["a", "b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["repository"], "nothing is left beside it"
+
+
+def test_where_filling_a_place_fails_nothing_is_left(tmp_path):
+    def fail(new: Path) -> None:
+        two_models(new)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill_place(tmp_path / "repository", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_another_process_has_filled_meanwhile_stays_as_it_is(tmp_path):
+    def beaten(new: Path) -> None:
+        two_models(new)
+        (tmp_path / "other").touch()
+
+    with pytest.raises(RunError, match="exists"):
+        fill_place(tmp_path, beaten)
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_folder_that_is_not_free_or_that_another_process_writes_stays_as_it_is(folder, tmp_path_factory):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import ptee
 from ptee.analysis.cut_points import random_images
 from ptee.backbones.load import load_backbone
+from ptee.cli import values as cli_values
 from ptee.evaluation import results as evaluation
 from ptee.pipeline import fit as fitting
 
@@ -335,4 +336,10 @@ def test_copies_of_training_images_among_the_validation_images_are_told(run, tmp
     (tmp_path / "data/val/class1/0.png").write_bytes((tmp_path / "data/train/class2/1.png").read_bytes())
     done = run("augment", *RANDOM, *SHORT, "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert done.status == 0
-    assert "Warning: At least 1 of the 10 validation images are also among the training or calibration" in done.out
+    assert "Warning: At least 1 of the 10 validation images is also among the training or calibration" in done.out
+
+
+def test_a_module_that_there_is_not_is_refused_before_images_are_read(run, known, monkeypatch):
+    monkeypatch.setattr(cli_values, "open_for", lambda *_, **__: pytest.fail("images were opened"))
+    done = run("augment", *known, "--exits", "layer1,layerr2", "--out", "out")
+    assert_refused(done, "Unknown module 'layerr2'. Did you mean 'layer2'")

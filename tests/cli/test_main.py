@@ -15,7 +15,7 @@ from command import RANDOM, Done, assert_refused
 
 import ptee
 from ptee._common.errors import Argument, Interrupted, PteeError
-from ptee.cli.main import cli
+from ptee.cli.main import _failed, cli
 
 COMMANDS = (
     *("augment", "plan", "advise", "evaluate", "tune", "compare", "report", "bench"),
@@ -131,11 +131,36 @@ def test_arguments_in_a_refusal_are_printed_as_options(run, plan_fails):
     assert run("plan").err == "Give --num-classes 10 or --no-pretrained.\n"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, click.Abort, Interrupted("Interrupted.")], ids=repr)
-def test_ctrl_c_ends_with_status_130(error, run, plan_fails):
+BEGINS_AGAIN = "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt, BEGINS_AGAIN),
+        (click.Abort, BEGINS_AGAIN),
+        (Interrupted("Interrupted: so."), "Interrupted: so."),
+    ],
+    ids=repr,
+)
+def test_ctrl_c_ends_with_status_130_and_what_to_type(error, said, run, plan_fails):
     plan_fails(error)
     done = run("plan")
-    assert (done.status, done.out, done.err.strip()) == (130, "", "Interrupted.")
+    assert (done.status, done.out, done.err.strip()) == (130, "", said)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("compare", BEGINS_AGAIN),
+        ("bench", BEGINS_AGAIN),
+        ("export", "Interrupted: no file was changed. The same command begins again."),
+        ("sweep", "Interrupted. The same command goes on."),
+    ],
+)
+def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
+    assert _failed(KeyboardInterrupt(), [command, "run"]) == 130
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 def test_of_an_error_in_a_process_that_loads_images_the_last_line_is_printed(run, plan_fails):

@@ -51,8 +51,19 @@ def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt)
 
 def test_interrupted_in_the_first_epoch_nothing_is_written(run, known, interrupt, elsewhere):
     interrupt(1)
-    assert run("augment", *known, *SHORT, "--out", "out")[::2] == (130, "Interrupted.\n")
+    said = "Interrupted: no epoch was complete, so nothing was kept.\n"
+    assert run("augment", *known, *SHORT, "--out", "out")[::2] == (130, said)
     assert list(elsewhere.iterdir()) == []
+
+
+def test_interrupted_in_the_first_epoch_a_run_that_was_to_be_replaced_is_as_it_was(run, known, finished, interrupt):
+    before = files(finished)
+    interrupt(1)
+    done = run("augment", *known, *SHORT, "--out", finished, "--overwrite")
+    assert done.err.endswith(f"nothing was kept. What was in {finished} is as it was.\n")
+    assert files(finished) == before
+    told = f"The run in {finished} is deleted as soon as the first epoch of the new one is complete.\n"
+    assert done.out.count(told) == 1
 
 
 @pytest.mark.parametrize("where", ["clear", "_set_confidence", "_set_thresholds"])

@@ -52,6 +52,14 @@ def test_a_dry_run_shows_thresholds_and_changes_nothing(run, finished):
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_where_the_same_thresholds_are_chosen_again_it_says_that_nothing_changed(run, finished):
+    words = ("tune", finished, "--max-fidelity-drop", 0.5, "--no-speed")
+    assert run(*words).out.endswith(f"\nThe thresholds are kept in {finished}.\n")
+    again, dry = run(*words), run(*words, "--dry-run")
+    assert again.out.endswith(f"\nNothing changed: {finished} had these thresholds already.\n")
+    assert dry.out.endswith(f"\nNothing would change: {finished} had these thresholds already.\n")
+
+
 def test_a_guarantee_is_kept_with_the_run(run, finished):
     done = run("tune", finished, "--max-fidelity-drop", 0.7, "--confidence", 0.95, "--no-speed")
     assert done.status == 0, done

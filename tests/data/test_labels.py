@@ -342,3 +342,21 @@ def test_labels_of_any_form_that_a_batch_can_have_are_tried(images):
     assert not labels_as_given(network, data).doubt
     wrong = SimpleNamespace(module=Oracle(list(range(12))[::-1]), num_classes=12)
     assert "right on 0.0% of 12 images" in labels_as_given(wrong, data).doubt
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ([1, 2], "The list of classes has 1 for a name"),
+        (["cat", None], "The list of classes has None for a name"),
+        (["cat", "d\nog"], r"has 'd\\nog' for a name: a class has a name in one line"),
+        (["cat", "x" * 256], "of 255 letters at most"),
+        (["cat", " "], "has ' ' for a name"),
+        ({"cat": 0, "dog": 1}, "must be a list of the backbone's class names in its order"),
+        (7, "classes=7 must be a list"),
+    ],
+    ids=str,
+)
+def test_what_is_no_name_of_a_class_is_refused_before_anything_is_tried(classes, said):
+    with pytest.raises(DataError, match=said):
+        map_labels(["cat", "dog"], 2, classes=classes)

@@ -223,7 +223,7 @@ def test_validation_images_that_are_copies_of_training_images_are_counted_and_na
     said = copied(opened(tmp_path))
     assert said.startswith("At least 3 of the 23 validation images are also among the training or calibration images (")
     assert f"'{tmp_path}/val/a/000.png.png' is '{tmp_path}/train/a/000.png'" in said
-    assert said.endswith("and 1 more). On these, results are better than on new images. Take them out of one part.")
+    assert said.endswith("and 1 more). Results on such images are better than on new ones. Take them out of one part.")
 
 
 def test_copies_in_tar_files_are_found_too(tars):

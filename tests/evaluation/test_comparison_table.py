@@ -38,7 +38,7 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
         "small                                             0.3000 (+0.0000)",
         "",
         *found.verdict,
-        "In short, for 0.02 lost at most: small answers as well and costs less: cost 0.3000 instead of 0.5000.",
+        "In short, for 0.02 lost at most: small loses no more and costs less: cost 0.3000 instead of 0.5000, that of ours with its thresholds for <= 0.01 lost.",
     ]
 
 
@@ -69,6 +69,14 @@ def test_the_verdict_names_the_cheapest_line_within_a_drop_but_never_the_oracle(
         "At most 0.01 lost: ours is cheapest, with cost 0.5000 and drop +0.0100 (95 % interval +0.0000 to +0.0200) "
         "on the 1,200 report images, +0.0000 on the 600 calibration images."
     )
+
+
+def test_of_blended_answers_it_says_which_of_the_two_drops_on_the_calibration_images_is_meant():
+    blended = Line("ours", "adaptive", (replace(entry(0.5, 0.01, 0.01), blended=True),))
+    assert verdict(blended).endswith("+0.0000 on the 600 calibration images with the final weights.")
+    said = "ptee tune names\nanother drop there: each image is answered with weights that were fitted to the others."
+    assert said in comparison(blended).legend
+    assert said not in comparison(OURS).legend
 
 
 def test_the_verdict_names_the_column_if_it_is_that_of_another_drop():
@@ -112,8 +120,18 @@ def test_a_cell_of_own_answers_on_a_line_of_blended_ones_says_so():
 @pytest.mark.parametrize("kind", ["static", "cascade", "truncation"])
 def test_the_last_line_says_in_one_sentence_that_something_else_is_better(kind):
     found = comparison(OURS, Line("other", kind, (entry(0.4, 0.005, 0.01),)))
-    last = "In short, for 0.01 lost at most: other answers as well and costs less: cost 0.4000 instead of 0.5000."
+    last = "In short, for 0.01 lost at most: other loses no more and costs less: cost 0.4000 instead of 0.5000, that of ours."
     assert str(found).splitlines()[-1] == found.bottom_line == found.to_dict()["bottom_line"] == last
+
+
+def test_the_last_line_names_the_column_of_each_cell_that_is_not_in_that_of_the_drop():
+    ours = Line("ours", "adaptive", (entry(0.5, 0, 0.01), entry(0.4, 0.03, 0.02)))
+    cascade = Line("both", "cascade", (entry(0.45, 0.01, 0.01), entry(0.3, 0.03, 0.02)))
+    last = comparison(ours, cascade, drops=(0.01, 0.02)).bottom_line
+    assert last == (
+        "In short, for 0.02 lost at most: both with its thresholds for <= 0.01 lost loses no more and costs less: "
+        "cost 0.4500 instead of 0.5000, that of ours with its thresholds for <= 0.01 lost."
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,9 +151,9 @@ def test_beside_a_run_that_was_tuned_for_fidelity_only_what_keeps_as_much_of_it_
     )
     ours = Line("ours", "adaptive", (replace(entry(0.5, 0.01, 0.01), fidelity=0.98),), "ours")
     wished = replace(comparison(ours, small), for_fidelity=("ours",))
-    assert "small answers as well" in comparison(ours, small).bottom_line
+    assert "small loses no more" in comparison(ours, small).bottom_line
     assert wished.bottom_line == ""
     assert replace(wished, lines=(ours, small, other)).bottom_line == (
-        "In short, for 0.01 lost at most: other answers as well and costs less: "
-        "fidelity 0.9900 instead of 0.9800, cost 0.4000 instead of 0.5000."
+        "In short, for 0.01 lost at most: other gives as many of the backbone's answers and costs less: "
+        "fidelity 0.9900 instead of 0.9800, cost 0.4000 instead of 0.5000, that of ours."
     )

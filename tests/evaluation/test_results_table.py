@@ -143,28 +143,31 @@ def test_the_verdict_says_what_is_wrong_with_the_model(change, sentences):
 @pytest.mark.parametrize(
     ("cut_off", "words"),
     [
-        (Score(0.79, 0.96, 0.6), "answers as well and costs less: accuracy 0.7900, fidelity 0.9600, cost 0.6000."),
-        (Score(0.80, 0.96, 0.6), "answers as well and costs less: accuracy 0.8000"),
-        (Score(0.79, 0.99, 0.7), "answers as well and costs the same"),
+        (Score(0.79, 0.96, 0.6), "is as accurate and costs less: accuracy 0.7900, fidelity 0.9600, cost 0.6000."),
+        (Score(0.80, 0.96, 0.6), "is as accurate and costs less: accuracy 0.8000"),
+        (Score(0.79, 0.99, 0.7), "is as accurate and costs the same"),
         (Score(0.78, 1, 0.6), ""),
         (Score(1, 1, 0.71), ""),
     ],
     ids=["as good for less", "better for less", "as good for the same", "worse", "dearer"],
 )
-def test_the_verdict_names_a_cut_off_backbone_that_answers_as_well(cut_off, words):
+def test_the_verdict_names_a_cut_off_backbone_that_is_as_accurate(cut_off, words):
     results = replace(results_with(**GOOD), truncation=(Score(0, 0, 0.1), cut_off))
     verdict = " ".join(results.verdict)
     assert ("The backbone cut off at exit 1 (two), with no other heads, " in verdict) == bool(words)
     assert words in verdict
 
 
-def test_where_thresholds_were_chosen_for_fidelity_only_a_cut_off_backbone_of_as_much_fidelity_answers_as_well():
+def test_where_thresholds_were_chosen_for_fidelity_only_a_cut_off_backbone_of_as_much_fidelity_is_named():
     as_accurate, as_faithful = Score(0.8, 0.9, 0.6), Score(0.7, 0.99, 0.6)
     results = replace(results_with(**GOOD), truncation=(as_accurate,))
     wished = replace(results, for_fidelity=True)
-    assert "answers as well" in results.bottom_line
+    assert "is as accurate and costs less" in results.bottom_line
     assert wished.bottom_line == ""
-    assert "answers as well" in replace(wished, truncation=(as_faithful,)).bottom_line
+    assert (
+        "gives as many of the backbone's answers and costs less"
+        in replace(wished, truncation=(as_faithful,)).bottom_line
+    )
 
 
 def test_where_rounds_of_the_speed_differ_much_a_sentence_says_so():

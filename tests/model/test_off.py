@@ -61,6 +61,11 @@ def test_its_head_does_not_run_and_is_not_charged(model, x):
     assert [e.cost for e in model.exits] == pytest.approx(model.costs[:-1])
 
 
+def test_a_printed_model_says_off_in_place_of_its_threshold(model):
+    model.threshold, model.off = [2.0, 0.75, 2.0], [0, 2]
+    assert str(model).splitlines()[:2] == ["EarlyExitModel(", "  T = off, 0.75, off; confidence learned; answers own"]
+
+
 def test_it_can_be_switched_on_again(model, x):
     every = model.costs
     model.off = [0, 1, 2]

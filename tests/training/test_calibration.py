@@ -133,7 +133,7 @@ def test_where_every_image_has_the_same_answer_h_says_so_and_still_tells_rows_ap
         model.heads[0].logits.bias[K - 1] -= 0 if right else 1000  # never its answer
     found = calibrate(model, TensorDataset(images, labels), target="right")
     assert found.exits[0].yes == right
-    assert f"only 0 images have the answer {'no' if right else 'yes'}" in str(found)
+    assert f"that is {'not ' * right}so of only 0 images" in str(found)
     h = model.all_exits(images).confidence[0].detach()
     assert h.mean().item() == pytest.approx(float(right), abs=0.1)
     assert (h[max_prob(model, images)[0].argsort()].diff() >= 0).all()
@@ -198,7 +198,7 @@ def test_with_few_images_of_one_answer_the_table_says_that_the_numbers_are_rough
     labels = model.all_exits(images).logits[0].argmax(-1)
     labels[:7] = (labels[:7] + 1) % K
     found = calibrate(model, TensorDataset(images, labels), target="right")
-    assert "Exit 0: only 7 images have the answer no, so h is a rough guess. Train longer" in str(found)
+    assert "Exit 0: that is not so of only 7 images, and h is a rough guess. Train longer" in str(found)
     assert "Exit 1" not in str(found)
 
 
@@ -276,7 +276,7 @@ def test_a_model_in_half_precision_decides_alike(images):
 def test_the_table_says_how_many_images_and_which_question(model, images):
     found = calibrate(model, unlabelled(images))
     assert isinstance(found, Calibration)
-    assert "fitted on 400 images. Is the answer the backbone's?" in str(found)
+    assert "The confidence h, the chance that the answer is the backbone's, was fitted on 400 images." in str(found)
     assert [row.split()[:2] for row in str(found).splitlines()[3:5]] == [["0", "one"], ["1", "two"]]
     assert found.to_dict()["exits"][1]["exit"] == "two"
 

@@ -189,8 +189,18 @@ def test_where_own_answers_do_not_meet_the_target_either_it_is_refused_with_the_
     images, target = traces(1, exits=3), Target("max_drop", -0.1)
     assert solve(images, target, answers="auto", margin=0).blend is not None
     make_final_weights_differ(monkeypatch, 4)
-    with pytest.raises(PteeError, match=f"cannot be met: {MISS}"):
+    with pytest.raises(PteeError, match=f"cannot be met: {MISS}.* by themselves the exits gain .* at most") as why:
         solve(images, target, answers="auto", margin=0)
+    possible = float(re.search(r"Give max_drop=(\S+) or more\.$", str(why.value))[1])
+    assert -0.1 < possible <= 0
+    assert solve(images, Target("max_drop", possible), answers="auto", margin=0).drop <= possible + 1e-9
+
+
+def test_of_blended_answers_it_says_with_which_weights_they_were_counted():
+    blended, own = (solve(traces(1), Target("max_drop", 0.02), answers=kind) for kind in ("blended", "own"))
+    said = "that this was chosen on, each answered with weights that were fitted to the others: accuracy"
+    assert said in str(blended)
+    assert said not in str(own)
 
 
 def test_blended_answers_whose_final_weights_miss_the_target_by_chance_are_taken():
@@ -279,7 +289,8 @@ def test_the_refusal_of_a_gain_that_is_out_of_reach_names_one_that_is_not(answer
         with pytest.raises(PteeError) as refusal:
             solve(traces(seed), Target("max_drop", -0.3), margin=margin, **how)
         said = re.search(
-            r"the exits gain ([\d.]+) at most.*Give max_drop=(-?[\d.]+)( with margin=0)? or more\.$", str(refusal.value)
+            r"the exits gain ([\d.]+) at most.*Give max_drop=(-?[\d.]+) or more(, with margin=0)?\.$",
+            str(refusal.value),
         )
         gain, limit = map(float, said.groups()[:2])
         reserve = 0.0 if margin == "auto" else margin
