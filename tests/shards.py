@@ -1,13 +1,17 @@
-"""Webdataset shards of small pictures of noise."""
+"""Webdataset shards of small pictures of noise, and what reads them."""
 
 from __future__ import annotations
 
 import io
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'ptee-exits[ray]'")
 
 
 def picture(seed: int) -> bytes:

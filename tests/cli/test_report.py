@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from command import assert_refused, files, read_json
 
+CHROMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ONE = ("--lines", "own", "--drops", "0.1")
 
 
@@ -158,8 +159,11 @@ def test_plot_knows_figures_by_the_names_that_a_report_writes_them_under(run, fi
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, CHROMES)), reason="needs Chrome: plotly_get_chrome, or a package of the system"
+)
 def test_figures_are_written_as_svg_and_png(run, finished):
-    pytest.importorskip("kaleido", reason="needs kaleido and Chrome: pip install 'kaleido>=1' && plotly_get_chrome")
+    pytest.importorskip("kaleido", reason="needs kaleido: pip install 'ptee-exits[figures]'")
     done = run("report", finished, *ONE, "--figures", "figures")
     assert done.status == 0, done
     names = {file.stem for file in Path("figures").glob("*.svg")}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from device import here
+from shards import needs_ray
 from torch.utils.data import TensorDataset
 
 import ptee
@@ -111,6 +112,7 @@ def test_traces_are_no_cache_and_the_other_way_round(a_run, shards, folder, tmp_
 
 
 @pytest.mark.slow
+@needs_ray
 def test_ray_writes_the_same_cache(a_run, shards, folder, tmp_path, small_parts):
     other = ptee.cache(a_run, shards, tmp_path / "out", engine="ray", workers=2, batch_size=7)
     model = ptee.load(a_run)

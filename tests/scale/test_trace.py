@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shards import shard
+from shards import needs_ray, shard
 from torch.utils.data import Subset
 
 import ptee
@@ -268,7 +268,7 @@ def test_rows_as_ray_reads_them_are_the_same_samples(shards):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=needs_ray if e == "ray" else ()) for e in ENGINES])
 def test_two_workers_of_each_engine_answer_the_same(engine, a_run, shards, tmp_path, folder, small_parts):
     found = ptee.record(a_run, shards, tmp_path / "out", engine=engine, workers=2, batch_size=7)
     ours, theirs = traces_of(a_run, found), traces_of(a_run, folder)
@@ -279,6 +279,7 @@ def test_two_workers_of_each_engine_answer_the_same(engine, a_run, shards, tmp_p
 
 
 @pytest.mark.slow
+@needs_ray
 @pytest.mark.parametrize("kind", ["parquet", "pictures"])
 def test_ray_reads_tables_and_pictures_as_one_process_does(kind, a_run, shards, tmp_path):
     source, data = find_source(shards), tmp_path / "data"
@@ -300,6 +301,7 @@ def test_ray_reads_tables_and_pictures_as_one_process_does(kind, a_run, shards, 
 
 
 @pytest.mark.slow
+@needs_ray
 def test_ray_names_a_damaged_shard(a_run, tmp_path):
     shard(tmp_path / "a.tar", range(10)).write_bytes(b"\1" * 20000)
     with pytest.raises(DataError, match=r"a\.tar cannot be read to its end"):
@@ -307,6 +309,7 @@ def test_ray_names_a_damaged_shard(a_run, tmp_path):
 
 
 @pytest.mark.slow
+@needs_ray
 def test_a_machine_that_is_lost_in_between_changes_no_answer(a_run, shards, tmp_path, folder, small_parts, monkeypatch):
     ray = ray_engine.require_ray()
     from ray.cluster_utils import Cluster
