@@ -89,7 +89,7 @@ def by_fit(first: Traces, second: Traces) -> Points:
 
 def fitted(first: Traces, second: Traces, *, earlier: bool) -> tuple[Traces, Traces]:
     """Both with the probability that an exit agrees with the backbone as its confidence; on the first crosswise, in five parts."""
-    rows = ([torch.ones(len(t.bare))] for t in (first, second))
+    rows = ([torch.ones(len(t.bare), device=t.bare.device)] for t in (first, second))
     on_first, on_second = rows
     for n in reversed(range(first.exits)):
         seen, other = numbers_of(first, n, earlier), numbers_of(second, n, earlier)
@@ -135,7 +135,8 @@ def at_prices(first: Traces, second: Traces, group: Tensor, other: Tensor) -> Po
         for k in group.unique():
             here = (group == k).nonzero()[:, 0]
             here = here[h[here].argsort(descending=True)]
-            gain = torch.cat([torch.zeros(1, dtype=torch.float64), (saved - price * loss[here]).cumsum(0)])
+            each = saved - price * loss[here]
+            gain = torch.cat([each.new_zeros(1), each.cumsum(0)])
             most = int(gain.argmax())
             lowest = h[here[most - 1]] if most else torch.inf
             leaves |= (other == k) & (second.confidence[0] >= lowest)

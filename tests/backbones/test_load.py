@@ -216,7 +216,7 @@ def test_a_number_of_classes_that_no_classifier_has_is_refused_before_any_work(n
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_sparse_weights_with_which_a_network_fails_are_named(how):
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
-    network[2].weight = nn.Parameter(getattr(network[2].weight.data, how)(), requires_grad=False)
+    network[2].weight = nn.Parameter(getattr(network[2].weight.data.cpu(), how)(), requires_grad=False)
     with pytest.raises(BackboneError, match=r"stored in a sparse or packed way \(2\.weight\).*weight\.to_dense\(\)\.$"):
         ptee.augment(network, exits=["0"], input_size=(3, 8, 8))
 
