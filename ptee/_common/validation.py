@@ -122,7 +122,7 @@ def require_arguments(function: Callable[..., Any], given: Iterable[str], called
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
     for name in given:
         if name not in known:
             text = f"{called or function.__name__}() has no argument {name!r:.60}.{possible(name, known)}"

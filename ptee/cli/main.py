@@ -17,7 +17,7 @@ from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, unknown
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
 
-GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole
+GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
 MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found
 
 
@@ -74,14 +74,12 @@ def _failed(error: BaseException, words: list[str]) -> int:
 
 def _interrupted(words: list[str]) -> str:
     """What Ctrl-C left, and what to type, where the command does not say it itself."""
-    if (name := words[0] if words else "") in GOING_ON:
+    name = words[0] if words else ""
+    if name in GOING_ON and "--overwrite" not in words:
         return "Interrupted. The same command goes on."
-    lost = {
-        **dict.fromkeys(MEASURING, ": what was measured is lost, and no file was changed"),
-        "report": "",
-        "serve": "",
-    }
-    return f"Interrupted{lost.get(name, ': no file was changed')}. The same command begins again."
+    if name in MEASURING and "--save" not in words:
+        return "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
+    return "Interrupted."  # what it wrote so far may be whole
 
 
 def _say(message: str, status: int) -> int:

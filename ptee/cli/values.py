@@ -98,7 +98,8 @@ def require_places(backbone: Any, recipe: Any) -> None:
     from ptee.exits.placement import INPUT, PLACEMENTS
 
     places = recipe.exits.places
-    named = [places] if isinstance(places, str) else [p for p in places or () if isinstance(p, str)]
+    several = places if isinstance(places, list | tuple) else [places]
+    named = [place for place in several if isinstance(place, str)]
     known = {*PLACEMENTS, INPUT, *dict(backbone.module.named_modules())} if named else set()
     if not known.issuperset(named):
         untrained(backbone, recipe).detach()

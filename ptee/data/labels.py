@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +29,7 @@ CHECKED, BATCH = 128, 32  # images that the backbone is tried on
 BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
 DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
 OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; standard deviations that are no luck
+CLEAR = 8  # times as many in the wrong class as in the right one: classes that a backbone cannot tell apart show about 3
 LIST = "The list of classes"
 AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is not made of bare names
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
@@ -148,7 +149,7 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
 
 def _listed(classes: Any) -> list[str]:
     """The names in a list of the user's."""
-    if isinstance(classes, Mapping) or not isinstance(classes, Iterable):
+    if isinstance(classes, Mapping | Set) or not isinstance(classes, Iterable):  # no order, or not that of a list
         text = f"classes={classes!r:.60} must be a list of the backbone's class names in its order, or a file of them."
         raise DataError(text, argument="classes", value=classes)
     _require_names(names := list(classes), LIST)
@@ -397,8 +398,9 @@ def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, re
 def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
     """A sentence, if the backbone takes most images of some classes for another of them, in a ring: a for b, b for c, c for a.
 
-    No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck: over all rings
-    together, those in the wrong class must be more than those in the right one by several standard deviations.
+    No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck, and of classes that
+    a backbone cannot tell apart some do: over all rings together, those in the wrong class must be many times those in the right
+    one, and more by several standard deviations.
     """
     truth = torch.tensor([found(label) for label in labels.tolist()], device="cpu")
     taken_for = {}
@@ -410,7 +412,7 @@ def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
     rings = {one: other for one, other in taken_for.items() if _returns(one, taken_for)}
     moved = sum(int((answers[truth == one] == other).sum()) for one, other in rings.items())
     right = sum(int((answers[truth == one] == one).sum()) for one in rings)
-    if moved - right <= SURE * (moved + right) ** 0.5:
+    if moved <= CLEAR * right or moved - right <= SURE * (moved + right) ** 0.5:
         return ""
     name = found.classes or range(int(answers.max()) + 1)
     pairs = some([f"{name[one]} for {name[other]}" for one, other in rings.items()])

@@ -29,7 +29,7 @@ from ptee._common.shares import Share, is_lost, shared_batch_norm
 from ptee._common.validation import checked
 from ptee._common.warning import warn
 from ptee.analysis.arithmetic import same_each_time
-from ptee.data.batches import batches, is_loader, labels_of_other_classes, odd_labels
+from ptee.data.batches import batches, is_loader, odd_labels
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -379,7 +379,7 @@ class _Training:
         return result
 
     def _labels(self, labels: Tensor | None) -> Tensor | None:
-        """On the device; None if there are none, or if none is a class and only accuracy would need them."""
+        """On the device; None if there are none, or if they are no classes and only accuracy would need them."""
         fault = "it has no labels" if labels is None else odd_labels(labels, self.model.num_classes)
         if not fault:
             return None if labels is None else labels.to(self.accelerator.device)
@@ -388,8 +388,6 @@ class _Training:
         if self.config.targets == "labels":
             text = f"The data cannot be learnt from: {fault}. Let the heads learn the backbone's answers: "
             raise DataError(text, Argument("targets", "'pseudo'"), ".", argument="targets", value="labels")
-        if labels is not None:
-            labels_of_other_classes(labels, self.model.num_classes)
         return None
 
     def _share_statistics(self) -> None:

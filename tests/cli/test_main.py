@@ -154,12 +154,15 @@ def test_ctrl_c_ends_with_status_130_and_what_to_type(error, said, run, plan_fai
     [
         ("compare", BEGINS_AGAIN),
         ("bench", BEGINS_AGAIN),
-        ("export", "Interrupted: no file was changed. The same command begins again."),
+        ("bench --save", "Interrupted."),
+        ("augment", "Interrupted."),
+        ("export", "Interrupted."),
         ("sweep", "Interrupted. The same command goes on."),
+        ("trace --overwrite", "Interrupted."),
     ],
 )
 def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
-    assert _failed(KeyboardInterrupt(), [command, "run"]) == 130
+    assert _failed(KeyboardInterrupt(), [*command.split(), "run"]) == 130
     assert capsys.readouterr().err == f"{said}\n"
 
 
