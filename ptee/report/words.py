@@ -89,7 +89,7 @@ def what_it_gives(of: Reported) -> Iterator[str]:
     tuning = of.results.get("tuning")
     target = tuning.get("target") if isinstance(tuning, dict) else None
     if isinstance(target, dict) and target.get("kind") in WISHES:
-        yield _kept(of, own, target)
+        yield _kept(of, own, target, str(tuning.get("unit") or ""))
     if of.traces is None:
         yield "No image was read for this page, so it says only what the run recorded."
 
@@ -101,12 +101,14 @@ WISHES = {  # by kind of target: what was asked for, and what was found
 }
 
 
-def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any]) -> str:
-    """What was asked for, and whether it was kept on these images."""
+def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any], unit: str) -> str:
+    """What was asked for, and whether it was kept on these images. `unit` is of a cost in time."""
     asked, done = WISHES[target["kind"]]
     words, bare = f"The thresholds were chosen {asked.format(target['limit'])}", _bare(of)
     if target["kind"] == "max_drop" and (bare is None or own.accuracy is None):
         return f"{words}."
+    if target["kind"] == "max_cost" and unit:
+        return f"{words} of {unit}. On these images {own.cost:.4f} of the operations was spent."
     drop = (bare or 0) - (own.accuracy or 0)
     found = {"max_drop": drop, "max_fidelity_drop": 1 - own.fidelity, "max_cost": own.cost}[target["kind"]]
     return f"{words}. On these images {found:.4f} was {done}: {'kept' if found <= target['limit'] + ROUNDING else 'missed'}."

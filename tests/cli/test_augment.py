@@ -343,3 +343,8 @@ def test_a_module_that_there_is_not_is_refused_before_images_are_read(run, known
     monkeypatch.setattr(cli_values, "open_for", lambda *_, **__: pytest.fail("images were opened"))
     done = run("augment", *known, "--exits", "layer1,layerr2", "--out", "out")
     assert_refused(done, "Unknown module 'layerr2'. Did you mean 'layer2'")
+
+
+def test_one_share_of_the_operations_places_one_exit(run, known):
+    assert run("augment", *known, *SHORT, "--exits", "0.4", "--out", "out").status == 0
+    assert len(ptee.load("out").exits) == 1
