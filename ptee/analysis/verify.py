@@ -192,9 +192,8 @@ def counting_buffers(module: nn.Module, names: Sequence[str], input_size: tuple[
     try:
         changed = _changed_by(copied, [name for name in names if name in buffers], images)
         # from its first value on: a flag may change in the first pass alone
-        return [
-            name for name in changed if (fresh := scratch_copy(module)) and _only_counts(fresh.eval(), name, images)
-        ]
+        copies = ((name, scratch_copy(module)) for name in changed)
+        return [name for name, fresh in copies if fresh is not None and _only_counts(fresh.eval(), name, images)]
     except Exception:  # whatever the network's code raises
         return []
 

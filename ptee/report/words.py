@@ -88,7 +88,7 @@ def what_it_gives(of: Reported) -> Iterator[str]:
     yield f"Of {n:,} images that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
     tuning = of.results.get("tuning")
     target = tuning.get("target") if isinstance(tuning, dict) else None
-    if isinstance(target, dict) and target.get("kind") in WISHES:
+    if isinstance(tuning, dict) and isinstance(target, dict) and target.get("kind") in WISHES:
         yield _kept(of, own, target, str(tuning.get("unit") or ""))
     if of.traces is None:
         yield "No image was read for this page, so it says only what the run recorded."
