@@ -205,7 +205,8 @@ def choose_class_order(
     """How the classes of the data become the backbone's. Of timm's and torchvision's order it takes the more accurate one.
 
     With `check`, the backbone is tried on some images even if there is one order only, so that labels under which it is near
-    chance, or takes classes for each other, are doubted. The backbone (with `module` and `num_classes`) computes on `device`, by default where it is.
+    chance, or takes classes for each other, are doubted. The backbone (with `module` and `num_classes`) computes on `device`, by
+    default where it is.
 
     `recorded` are the backbone's classes as a run says. They are taken, unless the backbone is near chance under them and is
     not in the order of their names.
