@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import io
 import tarfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
-
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'ptee-exits[ray]'")
 
 
 def picture(seed: int) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from device import here
+from extras import needs_onnx
 from small import SIZE, labelled, made
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -113,7 +114,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", [pytest.param(name, marks=needs_onnx) if "ONNX" in name else name for name in STEPS])
 def test_it_gives_the_same_with_another_default_device(step, tmp_path):
     torch.manual_seed(0)
     images, labels = labelled(N)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras import needs_onnx
 from torch import nn
 
 from ptee.recording.graphs import Rerun
@@ -114,7 +115,7 @@ def test_a_seed_may_have_two_digits_and_a_line_that_some_seeds_lack_says_how_man
 
 @pytest.mark.slow
 @pytest.mark.cpu("what is exported is the same on every device")
-@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'ptee-exits[export]'")
+@needs_onnx
 def test_all_ways_to_run_a_trained_model_answer_real_images_alike(tmp_path):
     train = [sys.executable, "-m", "ptee", "augment", "--no-speed", "--device", "cpu", "--out", str(tmp_path / "run")]
     subprocess.run(train, check=True, capture_output=True)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from extras import needs_onnx
 
 import ptee
 
 pytestmark = [
     pytest.mark.cpu("files are made on the CPU"),
-    pytest.mark.skipif(
-        not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
-    ),
+    needs_onnx,
 ]
 INT8 = ("--format", "onnx", "--int8", "--out", "files")
 

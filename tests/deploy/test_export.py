@@ -9,7 +9,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import torch
 from cases import slow
 from device import drawn
+from extras import needs_onnx
 from images import picture
 from PIL import Image
 from small import SIZE, K, blended, chained, made
@@ -32,9 +32,6 @@ from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.runner import main as runner_main
 
 pytestmark = pytest.mark.cpu("what is exported is the same on every device")
-needs_onnx = pytest.mark.skipif(
-    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
-)
 FORMATS = ["pt2", pytest.param("onnx", marks=needs_onnx)]
 each_format = pytest.mark.parametrize("format", FORMATS)
 

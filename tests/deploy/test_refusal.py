@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import linecache
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from extras import needs_onnx
 from small import K, made
 from torch import Tensor, nn
 
@@ -16,9 +16,6 @@ from ptee._common.errors import PteeError
 from ptee.deploy.refusal import at
 from ptee.deploy.segments import segments
 
-needs_onnx = pytest.mark.skipif(
-    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
-)
 pytestmark = pytest.mark.cpu("what is captured is the same on every device")
 
 

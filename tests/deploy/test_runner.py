@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from device import drawn
+from extras import needs_onnx
 from small import SIZE, made
 
 import ptee
@@ -44,7 +44,7 @@ def test_a_gpu_that_is_not_there_is_named_and_not_the_file(exported):
         ptee.load_exported(exported, device)
 
 
-@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs pip install 'ptee-exits[export]'")
+@needs_onnx
 def test_an_onnx_runtime_whose_gpu_part_does_not_load_does_not_answer_on_the_cpu(monkeypatch, tmp_path):
     import onnxruntime
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from device import here
-from shards import needs_ray
+from extras import needs_ray
 from torch.utils.data import TensorDataset
 
 import ptee

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shards import needs_ray, shard
+from extras import needs_ray
+from shards import shard
 from torch.utils.data import Subset
 
 import ptee

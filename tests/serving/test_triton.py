@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import needs_onnx
 from served import T, images
 from small import SIZE, blended, made
 
@@ -24,9 +24,7 @@ from ptee.serving.triton import export_triton, model_name
 pytestmark = [
     pytest.mark.cpu("what is exported is the same on every device"),
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
-    ),
+    needs_onnx,
 ]
 
 

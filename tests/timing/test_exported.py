@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from extras import needs_onnx
 from small import SIZE, made
 
 import ptee
@@ -21,9 +21,6 @@ from ptee.timing.measure import measure
 from ptee.timing.run_bench import bench_run
 
 pytestmark = pytest.mark.cpu("what is exported is timed on a CPU")
-needs_onnx = pytest.mark.skipif(
-    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs pip install 'ptee-exits[export]'"
-)
 CPU = torch.device("cpu")
 
 
