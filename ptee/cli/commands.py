@@ -1,46 +1,40 @@
-"""The commands: read options, call one function, print."""
+"""All commands by name, and those that begin with a network: read options, call one function, print."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from cloup import command, option
 
-from ptee._common.errors import Argument, PteeError
-from ptee._common.files import require_name, require_page, require_writable, write_text
+from ptee._common.files import require_writable
 from ptee._common.text import printable
 from ptee.cli import options
-from ptee.cli.checks import executors_of, require_export, require_recipes, require_times, require_timing
-from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
-from ptee.cli.pages import COMPARED, comparison_of, plot, report, require_comparing
+from ptee.cli.checks import require_recipes
+from ptee.cli.options import Numbers, Place, as_option, in_groups
+from ptee.cli.pages import plot, report
+from ptee.cli.runs import bench, compare, evaluate, export, tune
 from ptee.cli.scale import cache, trace
 from ptee.cli.serving import serve
 from ptee.cli.values import (
     backbone_of,
     data_for,
     file_name,
-    how_of,
     name_others,
-    names_of,
     no_images,
     open_for,
-    opened_runs,
     recipe_of,
     recipe_of_exits,
-    refuse_about_model,
     refuse_without_model,
     remark_on,
     require_model,
     require_places,
-    require_runs,
     show,
     untrained,
 )
-from ptee.pipeline.recorded import new_folder, require_tunable, tuning_recipe
+from ptee.pipeline.recorded import new_folder
 from ptee.training.tracking import require_tracker
 
 AGAIN = "The same command with --resume goes on."
@@ -164,232 +158,6 @@ def advise(model: str, drops: list[float], by: str, **o: Any) -> None:
     from ptee.backbones import published
 
     show(published.advise(model, drops=drops, by=[name.strip() for name in by.split(",")]), o)
-
-
-@command(short_help="Measure a saved run again, at any threshold.")
-@click.argument("run", type=RunName())
-@option("--threshold", type=Numbers(), help="T: one number, or one for each exit, separated by commas.")
-@options.TRACES
-@options.SPEED
-@options.OF_RUN
-def evaluate(run: str, **o: Any) -> None:
-    """Measure a saved RUN (a folder, or user/repo on the hub), or an exported model, again, at any threshold."""
-    require_runs(run, images=not o["traces"], exported=not o["traces"], **o)
-    from ptee.deploy.manifest import is_exported
-    from ptee.evaluation import results
-    from ptee.pipeline.exported import evaluate_exported
-
-    remark_on(o["threshold"])
-    if is_exported(run):
-        if o["weights"] is not None:
-            raise PteeError(Argument("weights"), f" is about a run, and {run} is an exported model. Leave it out.")
-        how = {key: value for key, value in how_of(o).items() if key != "speed"}
-        places = {key: o[key] for key in ("threshold", "data", "data_root", "classes")}
-        answered = evaluate_exported(run, **places, **how)
-        click.echo(f"{answered.about}\n", err=o["as_json"])
-        show(answered, o)
-        return
-    opened = opened_runs({run: run}, o)[run]
-    images, words = opened.left_by_tuning(given=o["threshold"] is not None)
-    click.echo(f"{words} {opened.accuracy}\n", err=o["as_json"])
-    if o["threshold"] is not None and (off := opened.model.off):
-        names = f"Exit{'s' * (len(off) > 1)} {' and '.join(map(str, off))} {'are' if len(off) > 1 else 'is'}"
-        which = "All exits are" if len(off) == len(opened.model.exits) else names
-        text = f"{which} off in {run}: --threshold changes nothing there. To choose anew, also which exits are on: ptee tune {run}"
-        click.echo(text, err=True)
-    with opened.threads():
-        found = results.evaluate(opened.model, images, threshold=o["threshold"], about=words, **how_of(o))
-    show(found, o)
-
-
-@command(short_help="Choose the thresholds of a saved run again.")
-@click.argument("run", type=RunName())
-@options.TARGET
-@options.TRACES
-@options.SPEED
-@option("--dry-run", is_flag=True, help="Show what would be chosen, and change nothing.")
-@options.OF_RUN
-def tune(run: str, dry_run: bool, **o: Any) -> None:
-    """Choose the thresholds of a saved RUN again, measure them on other images, and keep them in the run.
-
-    Which exits are on is chosen again, too.
-    """
-    require_tunable(run, keep=not dry_run)
-    recipe = tuning_recipe(given_settings(o), o["batch_size"])
-    require_runs(run, images=not o["traces"], **o)
-    if recipe.thresholds.cost == "time":
-        require_times([run])
-    from ptee._common.files import to_json
-    from ptee.pipeline.saved_run import tune_run
-
-    opened = opened_runs({run: run}, o, recipe.thresholds.max_drop)[run]
-    log = partial(click.echo, err=o["as_json"])
-    log(f"{opened.words} {opened.accuracy}")
-    before = opened.decided
-    now = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
-    log(f"Thresholds until now: {', '.join(now)}.")
-    with opened.threads():
-        results = tune_run(opened, recipe, log=log, explain=o["explain"], keep=not dry_run, **how_of(o))
-    kept = f"{run} is as it was: --dry-run keeps nothing." if dry_run else f"The thresholds are kept in {run}."
-    if opened.decided == before:
-        kept = f"Nothing {'would change' if dry_run else 'changed'}: {run} had these thresholds already."
-    click.echo(to_json(results) if o["as_json"] else f"\n{kept}")
-
-
-@command(short_help="Compare runs, smaller networks and cascades.")
-@click.argument("run", type=RunName(), nargs=-1, required=True)
-@option("--html", "page", type=Place(), help="Draw the page of ptee report, too, into this file, such as curve.html.")
-@option(
-    "--csv",
-    "sheet",
-    type=Place(),
-    help="Write a table, too, with a row for each run as it was measured when its thresholds were set, such as results.csv.",
-)
-@in_groups(*COMPARED, *options.TIME_OPTIONS)
-@options.TRACES
-@options.OF_RUN
-def compare(run: tuple[str, ...], **o: Any) -> None:
-    """Compare saved RUNs of one backbone with each other, with smaller networks and with a cut-off backbone.
-
-    Thresholds are chosen on the calibration images; everything is reported on others.
-    """
-    require_runs(*run, images=not o["traces"], **o)
-    folders, by = names_of(run), require_comparing(run, o)
-    if o["traces"] and o["page"] is not None:
-        raise PteeError(Argument("html"), " shows images, and traces have none. Leave it out, or give images.")
-    if o["page"] is not None:
-        require_page(o["page"], "html")
-    if o["sheet"] is not None:
-        require_name(o["sheet"], (".csv",), "csv", "a table")
-    from ptee.evaluation.results_csv import results_csv
-    from ptee.pipeline.reported import reported
-    from ptee.pipeline.saved_run import compare_runs
-    from ptee.report.page import write_report
-
-    how = comparison_of(o, by)
-    opened = opened_runs(folders, o)
-    log = partial(click.echo, err=o["as_json"])
-    with next(iter(opened.values())).threads():
-        if o["page"] is None:
-            found = compare_runs(opened, log=log, **how)
-        else:
-            said, found = reported(opened, folders, log=log, **how)
-    name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
-    log("")
-    show(found, o)
-    if o["sheet"] is not None:
-        write_text(o["sheet"], results_csv({name: each.model for name, each in opened.items()}))
-        log(f"\nA row for each run is in {o['sheet']}")
-    if o["page"] is not None:
-        write_report(said, o["page"])
-        log(f"\nDrawn in {o['page']}")
-
-
-@command(short_help="Time a model with exits beside its backbone.")
-@click.argument("run", type=RunName(), required=False)
-@in_groups(options.NETWORK, options.EXITS, options.IMAGES_OF_RUN)
-@option(
-    "--batch-sizes",
-    type=Numbers(int, "1,32"),
-    default="1,32",
-    show_default=True,
-    help="Images in a batch, for each measurement.",
-)
-@option("--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="How often each is timed, in turns.")
-@option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
-@option(
-    "--executor",
-    help="Of a RUN: hooks, eager, graphs, compile, onnx; several separated by commas. Default: hooks, and eager on a CPU or graphs on a GPU.",
-)
-@option("--save", is_flag=True, help="Keep the times of the pieces in RUN, for --cost time.")
-@options.DEVICE
-@options.EXPLAIN
-@options.JSON
-def bench(run: str | None, **o: Any) -> None:
-    """Time a saved RUN, or a model with untrained exits (--model), beside its bare backbone: what leaving saves, what staying costs.
-
-    Of a RUN, each piece is measured, too. An exported model is timed beside itself with nobody leaving.
-    """
-    if run is not None:
-        _bench_run(run, o)
-        return
-    for name in ("executor", "save", "data", "data_root", "classes"):
-        if o[name]:
-            raise PteeError(Argument(name), " is about a saved run. Give its folder, too: ptee bench RUN.")
-    recipe = recipe_of_exits(o)
-    require_model(o)
-    require_timing(o)
-    import torch
-
-    from ptee._common.devices import resolve_device
-    from ptee.timing.benchmark import bench as measure
-
-    device = resolve_device(o["device"])
-    if o["threads"]:
-        torch.set_num_threads(o["threads"])
-    model = untrained(backbone_of(o), recipe).to(device)
-    show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
-
-
-def _bench_run(run: str, o: dict[str, Any]) -> None:
-    refuse_about_model(o)
-    require_runs(run, images=False, exported=True, **o)
-    require_timing(o)
-    from ptee._common.devices import resolve_device
-    from ptee.deploy.manifest import is_exported
-    from ptee.pipeline.timed_run import bench_exported_folder, bench_saved
-
-    for name in ("executor", "save", "weights") if is_exported(run) else ():
-        if o[name]:
-            wrong = Argument(name, "True" if name == "save" else "")
-            raise PteeError(wrong, f" is about a run, and {run} is an exported model. Leave it out.")
-    device = resolve_device(o["device"])
-    if is_exported(run):
-        places = {key: o[key] for key in ("rounds", "threads", "data", "data_root", "classes")}
-        show(bench_exported_folder(run, o["batch_sizes"], device=device, **places), o)
-        return
-    names = executors_of(o) or ["hooks", "graphs" if device.type == "cuda" else "eager"]
-    how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
-    bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, show=partial(show, o=o), **how)
-
-
-@command(short_help="Write a run as files for torch or ONNX Runtime.")
-@click.argument("run", type=RunName())
-@option("--out", type=Place(), required=True, help="A new folder.")
-@option(
-    "--format",
-    type=click.Choice(["pt2", "onnx", "triton"]),
-    default="pt2",
-    show_default=True,
-    help="pt2: programs for torch; onnx: for ONNX Runtime; triton: a model repository for NVIDIA Triton.",
-)
-@option(
-    "--int8",
-    is_flag=True,
-    help="Write whole numbers of 8 bits, and compare them with float32 on images. For --format onnx.",
-)
-@option("--calibrate", metavar="FOLDER", help="Images for --int8: a folder, or the name of a data set.")
-@option("--weights", type=Place(), help="A file with the backbone's weights, if they are not where the run says.")
-def export(run: str, **o: Any) -> None:
-    """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
-    require_runs(run, images=False, **o)
-    require_export(o)
-    from ptee.deploy.export import export as write
-    from ptee.pipeline.saved_run import load_run
-
-    if o["int8"]:
-        from ptee.pipeline.int8 import export_int8
-
-        click.echo(str(export_int8(run, o["out"], o["calibrate"], format=o["format"], weights=o["weights"])))
-        return
-    if o["format"] == "triton":
-        from ptee.serving.triton import export_triton
-
-        folder = export_triton(load_run(run, o["weights"]), o["out"])
-        click.echo(f"Written to {folder}. Serve it: tritonserver --model-repository {folder}")
-        return
-    folder = write(load_run(run, o["weights"]), o["out"], format=o["format"])
-    click.echo(f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE")
 
 
 @command(short_help="Print a recipe as YAML.")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ptee._common.errors import PteeError
 from ptee.backbones.load import load_backbone
-from ptee.cli.commands import compare
+from ptee.cli.runs import compare
 from ptee.cli.values import names_of, static_networks
 from ptee.evaluation.comparison_lines import LINES
 

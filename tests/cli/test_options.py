@@ -10,9 +10,10 @@ import yaml
 from command import RANDOM, assert_refused
 
 from ptee._common.errors import Argument
-from ptee.cli.commands import augment, bench, plan
+from ptee.cli.commands import augment, plan
 from ptee.cli.main import cli
 from ptee.cli.options import SETTINGS, as_option
+from ptee.cli.runs import bench
 from ptee.pipeline.recipe import BUILT_IN, make_recipe
 
 OPTIONS = [(name, option) for name, command in cli.commands.items() for option in command.params]
