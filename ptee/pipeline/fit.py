@@ -46,15 +46,14 @@ from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import folder_of_fit, or_anew
 from ptee.pipeline.run_folder import (
     NOTHING_KEPT,
-    clear,
     forget_training,
     interrupted,
     is_main_process,
-    keep_times,
     kept_times,
     replaced,
     require_readable,
     sole_writer,
+    take_over,
 )
 from ptee.timing.backbone import time_of_modules
 from ptee.timing.measure import measure, require_executor
@@ -194,9 +193,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     if words := replaced(job.out, job.overwrite):
         job.log(f"{words}\n")
     with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
-        if times is not None and job.out is not None and is_main_process():
-            keep_times(job.out, times)
-        return _fit(model, data, target, recipe, job)
+        return _fit(model, data, target, recipe, job, times)
 
 
 def _seeded(backbone: Backbone, recipe: Recipe) -> Backbone:
@@ -207,12 +204,14 @@ def _seeded(backbone: Backbone, recipe: Recipe) -> Backbone:
         return replace(backbone, module=rebuild(backbone.architecture, weights=False).module)
 
 
-def _fit(model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job) -> EarlyExitModel:
+def _fit(
+    model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job, placed_by: TimesOfModules | None
+) -> EarlyExitModel:
     wanted, recipe = recipe, carried_out(recipe, data)
     for_heads, for_confidence = images_of_each(data, wanted, recipe, job.log)
     complete: list[Epoch] = []
     try:
-        history = _train(model, for_heads, recipe, job, complete)
+        history = _train(model, for_heads, recipe, job, complete, placed_by)
         if not is_main_process():
             return model
         model.results = {"data": about(data)}
@@ -324,15 +323,17 @@ def _save(model: EarlyExitModel, history: History, recipe: Recipe, job: Job, tim
 # ---------------------------------------------------------------------------------------------------- the steps
 
 
-def _train(model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch]) -> History:
-    """Train the heads. Each epoch is added to `complete` once it is saved in the folder."""
+def _train(
+    model: EarlyExitModel, data: Data, recipe: Recipe, job: Job, complete: list[Epoch], placed_by: TimesOfModules | None
+) -> History:
+    """Train the heads. Each epoch is added to `complete` once it is saved in the folder, which is the training's from the first on."""
     config = resolve_config(recipe.training, model, data.train)
     checkpoint = None if job.out is None else job.out / run_files.CHECKPOINT
 
     def on_epoch(epoch: Epoch) -> None:
         complete.append(epoch)
-        if job.out is not None:
-            clear(job.out)
+        if job.out is not None and len(complete) == 1:
+            take_over(job.out, placed_by)
         job.log(epoch.line(passes(config, len(model.exits))))
         note(epoch)
 

@@ -53,10 +53,18 @@ def is_main_process() -> bool:
     return bool(process_state().is_main_process)
 
 
-def clear(out: Path) -> None:
-    """Remove an earlier run, so that it is not taken for this one."""
+def take_over(out: Path, times: TimesOfModules | None) -> None:
+    """Remove an earlier run, so that it is not taken for this one, of which an epoch is kept from now on.
+
+    `times`: that the exits were placed by, if seconds count. They are kept, too: measured again they would differ, and a training
+    goes on with the same exits only.
+    """
     for name in (run_files.CONFIG, run_files.HEADS, run_files.BACKBONE, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
         (out / name).unlink(missing_ok=True)
+    if times is None:
+        (out / PLACED_BY).unlink(missing_ok=True)
+    else:
+        write_json(out / PLACED_BY, times._asdict())
 
 
 def replaced(out: Path | None, overwrite: bool) -> str:
@@ -99,11 +107,6 @@ class _PlacedBy(FrozenConfig):
     shares: dict[Name, Annotated[Number, Field(ge=0, le=1.01)]]
     seconds: Annotated[Number, Field(gt=0)]
     unit: Name
-
-
-def keep_times(out: Path, times: TimesOfModules) -> None:
-    """Keep the times that exits were placed by: measured again they would differ, and a training goes on with the same exits only."""
-    write_json(out / PLACED_BY, times._asdict())
 
 
 def kept_times(out: Path) -> TimesOfModules | None:

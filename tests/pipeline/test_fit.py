@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, Interrupted, PteeError, RunError, UnknownName
+from ptee._common.files import LOCK
 from ptee.backbones.load import load_backbone
 from ptee.exits.plan import TimesOfModules
 from ptee.pipeline import fit as fitting
@@ -163,6 +164,29 @@ def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goe
     assert len(list(clocks)) == 1  # nothing was measured again
     assert make_recipe(tmp_path / "run").exits.places == (usual["exits"] or (0.03, 0.4, 0.7))
     assert not (tmp_path / "run" / PLACED_BY).exists()
+
+
+def test_a_run_that_is_to_be_overwritten_is_as_it_was_until_an_epoch_of_the_new_one_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules({"0": 0.2, "2": 0.6}, 1.0, "a clock"))
+    goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run"}
+    fit(network(), images(40), out=tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def stopped(self, number: int, *more: object) -> None:
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != LOCK} == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer._Training, "_epoch", stopped)
+    with pytest.raises(Interrupted, match=r"What was in .* is as it was"):
+        fit(network(), images(40), overwrite=True, **goal)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_times_that_a_training_before_was_placed_by_are_not_those_of_another_one(tmp_path, monkeypatch):
+    (tmp_path / PLACED_BY).write_text('{"shares": {"0": 0.1, "2": 0.9}, "seconds": 1, "unit": "an older clock"}')
+    with interrupted_after_an_epoch(monkeypatch):
+        fit(network(), images(40), out=tmp_path)
+    assert not (tmp_path / PLACED_BY).exists()
 
 
 @pytest.mark.parametrize(
