@@ -18,10 +18,8 @@ from ptee.serving.pieces import About
 PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 NPY, JSON = "application/x-npy", "application/json"
 TYPES = (*PICTURES, NPY, JSON)
-PIXELS, BEYOND = (
-    100,
-    10,
-)  # larger numbers, and so many times larger than those of a normalised picture, are pixels of 0 to 255
+PIXELS = 100  # numbers this large are not normalised, unless the model's own normalised pixels are
+BEYOND = 10  # times its largest normalised pixel: other ways to normalise give floats up to there
 NUMBERS = "fiu"  # kinds of numpy's numbers
 
 
@@ -203,26 +201,31 @@ def _require_shape(shape: tuple[int, ...], about: About, limits: Limits) -> None
 
 def _checked(array: np.ndarray, about: About, limits: Limits) -> np.ndarray:
     _require_shape(array.shape, about, limits)
-    if array.dtype.kind != "f" and np.abs(array.astype(np.float64)).max(initial=0) > PIXELS:
-        raise _not_normalised(about)
     with np.errstate(over="ignore"):
         images = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, *about.input_size)
     if not np.isfinite(images).all():
         raise refused(400, "This array holds numbers that are not finite in 32 bits. Send finite ones.")
-    if np.abs(images).max(initial=0) > max(PIXELS, BEYOND * _largest(about)):
-        raise _not_normalised(about)
+    _require_normalised(images, about, whole=array.dtype.kind != "f")
     return images if images.flags.writeable else images.copy()  # torch warns of memory that it may not write
 
 
-def _largest(about: About) -> float:
-    """The largest number that a pixel of 0 to 1 has, normalised or not."""
-    pairs = np.broadcast_arrays(about.mean, about.std)
-    return max(1.0, *(max(1 - mean, mean) / std for mean, std in zip(*pairs, strict=True)))
+def _require_normalised(images: np.ndarray, about: About, whole: bool) -> None:
+    """Refuse what looks like pixels that nobody normalised. Whole numbers (`whole`) mostly are such."""
+    low, high = _range(about)
+    largest = max(-low, high)
+    if np.abs(images).max(initial=0) <= max(PIXELS, math.ceil(largest) if whole else BEYOND * largest):
+        return
+    these, mean, std = "These are pixels of 0 to 255", list(about.mean), list(about.std)
+    if (least := images.min()) < 0 or images.max() > 255:
+        most = max(least, images.max(), key=abs)
+        these = f"These numbers reach {most:g}, and normalised pixels are of {low:.3g} to {high:.3g}"
+    raise refused(400, f"{these}. Send (x / 255 - mean) / std, mean {mean} and std {std}.")
 
 
-def _not_normalised(about: About) -> UploadError:
-    mean, std = list(about.mean), list(about.std)
-    return refused(400, f"These are pixels of 0 to 255. Send (x / 255 - mean) / std, mean {mean} and std {std}.")
+def _range(about: About) -> tuple[float, float]:
+    """The least and the largest number that a normalised pixel can have."""
+    mean, std = np.broadcast_arrays(about.mean, about.std)
+    return float((-mean / std).min()), float(((1 - mean) / std).max())
 
 
 def read_thresholds(text: str, exits: int, bounds: tuple[float, float]) -> np.ndarray:

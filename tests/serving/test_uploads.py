@@ -194,3 +194,26 @@ def test_numbers_that_other_ways_to_normalise_give_are_taken():
         images_of(NPY, npy(np.full(SIZE, largest, np.float32)), ABOUT, LIMITS)
     raw = replace(ABOUT, mean=(0.0,), std=(1 / 255,))  # a backbone of pixels of 0 to 255
     assert images_of(NPY, npy(np.full(SIZE, 255, np.float32)), raw, LIMITS).max() == 255
+
+
+@pytest.mark.parametrize(
+    ("mean", "lowest"),
+    [((0.0,), 0), ((0.485, 0.456, 0.406), -123)],
+    ids=["0 to 255", "less a mean"],
+)
+def test_whole_numbers_are_taken_that_a_preprocessing_of_such_a_range_gives(mean, lowest):
+    raw = replace(ABOUT, mean=mean, std=(1 / 255,))
+    for largest in (-lowest, 255 + lowest):
+        assert images_of(NPY, npy(np.full(SIZE, largest, np.int64)), raw, LIMITS).max() == largest
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+@pytest.mark.parametrize("value", [-5000, 4096, 10**15])
+def test_numbers_that_are_no_pixels_are_not_called_pixels(value, kind):
+    status, text = refusal(NPY, npy(np.full(SIZE, value, kind)))
+    assert status == 400 and "pixels of 0 to 255" not in text
+    assert f"reach {value:g}, and normalised pixels are of -2.5 to 2.5. " in text and "Send (x / 255 - mean) / std" in text
+
+
+def test_floats_beyond_what_any_preprocessing_gives_are_named_beside_its_range():
+    assert "reach 1e+30" in refusal(NPY, npy(np.full(SIZE, 1e30, np.float32)))[1]
