@@ -212,7 +212,9 @@ def test_whole_numbers_are_taken_that_a_preprocessing_of_such_a_range_gives(mean
 def test_numbers_that_are_no_pixels_are_not_called_pixels(value, kind):
     status, text = refusal(NPY, npy(np.full(SIZE, value, kind)))
     assert status == 400 and "pixels of 0 to 255" not in text
-    assert f"reach {value:g}, and normalised pixels are of -2.5 to 2.5. " in text and "Send (x / 255 - mean) / std" in text
+    assert (
+        f"reach {value:g}, and normalised pixels are of -2.5 to 2.5. " in text and "Send (x / 255 - mean) / std" in text
+    )
 
 
 def test_floats_beyond_what_any_preprocessing_gives_are_named_beside_its_range():
