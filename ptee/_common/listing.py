@@ -14,7 +14,7 @@ from ptee._common.files import expanded, require_utf8
 
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
-TAR_BLOCK_BYTES, MOST_PADDING = 512, 2**20
+TAR_BLOCK_BYTES, READ_BYTES = 512, 2**20
 FILE = re.compile(r"[.](?!tar$)[a-z]{2,4}$", re.IGNORECASE)  # ends the name of a file, as in readme.md
 
 LAYOUTS = "train/CLASS/*.jpg with val/CLASS/*.jpg, or CLASS/*.jpg, or train.tar with validation.tar"
@@ -159,7 +159,9 @@ def tar_members(
 
 def _refuse_second_archive(path: Path, stream: BinaryIO) -> None:
     """Refuse what `cat a.tar b.tar` makes: all programs read the first alone. `stream` stands behind the first block of its end."""
-    rest = stream.read(MOST_PADDING)
+    rest = stream.read(READ_BYTES)
+    while rest and not rest.strip(b"\0"):  # any number of zeros may lie between
+        rest = stream.read(READ_BYTES)
     zeros = len(rest) - len(rest.lstrip(b"\0"))
     try:
         tarfile.TarInfo.frombuf(rest[zeros - zeros % TAR_BLOCK_BYTES :][:TAR_BLOCK_BYTES], "utf-8", "surrogateescape")

@@ -270,9 +270,9 @@ def _left_out(found: _Part, part: str) -> list[str]:
 def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
     found = _Part(loose=_loose(visible(folder)))
-    _refuse_same_classes(subfolders(folder))
+    reached = _by_place(subfolders(folder))
     for path in subfolders(folder):
-        pictures, found.others[path.name] = _files_below(path)
+        pictures, found.others[path.name] = _files_below(path, reached)
         start = len(str(path))
         found.files[path.name] = [
             File(picture, path.name + picture[start:].replace(os.sep, "/"), part, path.name) for picture in pictures
@@ -285,17 +285,22 @@ def _read_folder(folder: Path, part: str) -> _Part:
     return found
 
 
-def _refuse_same_classes(folders: Sequence[Path]) -> None:
-    """Two classes that are one folder: each of its pictures would have two labels."""
+def _by_place(folders: Sequence[Path]) -> dict[Path, Path]:
+    """Each class folder by where it lies. Two that are one are refused."""
     found: dict[Path, Path] = {}
     for path in folders:
         other = found.setdefault(path.resolve(), path)
         if other != path:
-            link = path if path.is_symlink() else other
-            raise DataError(
-                f"Class folders '{other}' and '{path}' are the same folder, so its pictures would have two classes: remove the link "
-                f"'{link}'."
-            )
+            raise _two_classes(other, path)
+    return found
+
+
+def _two_classes(one: Path, other: Path) -> DataError:
+    """The error of two ways to one folder: each of its pictures would have two labels."""
+    link = next((path for path in (other, one, *other.parents) if path.is_symlink()), other)
+    return DataError(
+        f"'{one}' and '{other}' are the same folder, so its pictures would have two classes: remove the link '{link}'."
+    )
 
 
 def _refuse_no_images(folder: Path, found: _Part) -> None:
@@ -311,17 +316,17 @@ def _refuse_no_images(folder: Path, found: _Part) -> None:
     raise DataError(f"No images in class folders of '{folder}'{holds}: it should hold {LAYOUTS}.{unpack}")
 
 
-def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The pictures below a class folder, and how many other files there are of each kind."""
+def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Counter[str]]:
+    """The pictures below a class folder, and how many other files there are of each kind. `reached` is of `_is_new`."""
 
     def refuse(why: OSError) -> None:
         raise not_listed(why) from why
 
-    pictures, others, seen = [], Counter[str](), {folder.resolve()}
+    pictures, others = [], Counter[str]()
     # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
     for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
         below = sorted((Path(top, name) for name in inner if not is_hidden(name)), key=lambda p: (p.is_symlink(), p))
-        inner[:] = [path.name for path in below if _is_new(path, folder, seen)]
+        inner[:] = [path.name for path in below if _is_new(path, folder, reached)]
         for path in (Path(top, name) for name in names if not is_hidden(name)):
             if path.suffix.lower() in EXTENSIONS:
                 pictures.append(str(path))
@@ -332,22 +337,21 @@ def _files_below(folder: Path) -> tuple[list[str], Counter[str]]:
     return sorted(pictures), others
 
 
-def _is_new(path: Path, folder: Path, seen: set[Path]) -> bool:
-    """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it."""
+def _is_new(path: Path, folder: Path, reached: dict[Path, Path]) -> bool:
+    """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it.
+
+    `reached`: the folders of all classes so far, by where they lie. One that is of another class, too, is refused.
+    """
     try:
         place = path.resolve()
     except OSError as why:  # a link within /proc
         raise not_listed(why) from why
     if path.is_symlink() and path.parent.resolve().is_relative_to(place):
         return False
-    if place == folder.resolve():
-        raise DataError(
-            f"Class folder '{folder}' and '{path.parent.resolve()}' hold links to each other, so their pictures would have several "
-            f"classes: remove the link '{path}'."
-        )
-    is_new = place not in seen
-    seen.add(place)
-    return is_new
+    other = reached.setdefault(place, path)
+    if not other.is_relative_to(folder):
+        raise _two_classes(other, path)
+    return other == path
 
 
 def _read_tar(path: Path, part: str) -> _Part:

@@ -215,7 +215,8 @@ def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):
     write_folder(tmp_path / "data" / "a", ["2.png"])
     (tmp_path / "data" / "a" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "a" / "again").symlink_to(tmp_path / "data")
-    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    write_folder(tmp_path / "another", ["3.png", "4.png"])
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "another")
     data = opened(tmp_path / "data")
     assert (data.class_names, sum(data.split["sizes"].values())) == (("a", "b"), 5)
 
@@ -313,12 +314,40 @@ def test_pictures_of_unknown_kinds_beside_others_are_named(folder):
     assert opened(folder).summary.endswith(said)
 
 
-def test_class_folders_that_hold_links_to_each_other_are_refused(tmp_path):
-    write_folder(tmp_path, ["a/0.png", "b/1.png", "c/2.png"])
-    for one, other in (("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")):
-        (tmp_path / one / other).symlink_to(tmp_path / other)
-    with pytest.raises(DataError, match=r"a' and '.*b' hold links to each other.*remove the link '.*a/b/a'"):
-        opened(tmp_path)
+LINKS = {  # each with the folder that it leads to, and the two ways there
+    "to another class": ("a/x", "b", "b", "a/x"),
+    "to a class before": ("b/x", "a", "a", "b/x"),
+    "deeper to another class": ("a/in/x", "b", "b", "a/in/x"),
+    "to a folder within another class": ("a/x", "b/in", "a/x", "b/in"),
+    "a class that is a folder within another": ("c", "b/in", "c", "b/in"),
+    "a class that holds the others": ("c", ".", "a", "c/a"),
+}
+
+
+@pytest.mark.parametrize(("link", "to", "one", "other"), LINKS.values(), ids=LINKS)
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_link_from_one_class_into_another_is_refused_by_name(link, to, one, other, part, folder):
+    write_folder(folder / part, ["a/in/x1.png", "b/in/x2.png"])
+    (folder / part / link).symlink_to(folder / part / to)
+    said = rf"'.*{part}/{one}' and '.*{part}/{other}' are the same folder, .* two classes: remove the link '.*{part}/{link}'"
+    with pytest.raises(DataError, match=said):
+        opened(folder)
+
+
+def test_two_classes_that_link_to_one_folder_elsewhere_are_refused(folder, tmp_path):
+    write_folder(tmp_path / "elsewhere", ["0.png"])
+    for name in "ab":
+        (folder / "train" / name / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"a/more' and '.*b/more' are the same folder.*remove the link '.*b/more'"):
+        opened(folder)
+
+
+def test_a_folder_outside_of_a_class_may_link_back_to_it(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "back").symlink_to(folder / "train" / "a")
+    before = rows(opened(folder))
+    (folder / "train" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    assert rows(opened(folder)) == before
 
 
 def test_a_folder_is_read_once_however_many_links_lead_there(tmp_path):
@@ -401,14 +430,15 @@ def test_a_picture_that_is_stored_without_its_zeros_is_named(tars):
     assert "not read: 1 sparse file of train" in opened(tars).summary
 
 
-def test_a_tar_file_behind_another_is_refused(tars):
+@pytest.mark.parametrize("zeros", [0, 512, 2**20 - 1024, 2**20, 2**20 + 512, 2**22])
+def test_a_tar_file_behind_another_is_refused(zeros, tars):
     with (tars / "train.tar").open("ab") as file:
-        file.write((tars / "validation.tar").read_bytes())
+        file.write(bytes(zeros) + (tars / "validation.tar").read_bytes())
     with pytest.raises(DataError, match=r"train\.tar' is several tar files one behind the other.*--concatenate"):
         opened(tars)
 
 
-@pytest.mark.parametrize("more", [bytes(3 * 10240), b"a note"])
+@pytest.mark.parametrize("more", [bytes(3 * 10240), bytes(3 * 2**20), b"a note", bytes(2**21) + b"a note"])
 def test_what_is_no_tar_file_may_lie_behind_one(tars, more):
     before = opened(tars)
     with (tars / "train.tar").open("ab") as file:
