@@ -160,7 +160,7 @@ def tar_members(
 def _refuse_second_archive(path: Path, stream: BinaryIO) -> None:
     """Refuse what `cat a.tar b.tar` makes: all programs read the first alone. `stream` stands behind the first block of its end."""
     rest = stream.read(READ_BYTES)
-    while rest and not rest.strip(b"\0"):  # any number of zeros may lie between
+    while rest and rest == bytes(len(rest)):  # any number of zeros may lie between
         rest = stream.read(READ_BYTES)
     zeros = len(rest) - len(rest.lstrip(b"\0"))
     try:

@@ -237,13 +237,14 @@ def _require_tensors(path: Path, found: Any) -> None:
 
 def _require_few_names(path: Path, found: Any) -> None:
     """Comparing more names, or longer ones, with those of a network would take long."""
-    names = [key for _, value in _dictionaries(found) for key, part in value.items() if _is_named(key, part)]
+    names = [(place, key) for place, value in _dictionaries(found) for key, part in value.items() if _is_named(key, part)]
     if len(names) > MOST_TENSORS:
         raise _too_many(path, len(names))
-    if long := [name for name in names if len(name) > LONGEST or name.count(".") >= MOST_PARTS]:
-        raise refusal(
-            path, f"has names of more than {LONGEST} letters or {MOST_PARTS} parts: {shown(long, 1)}. Rename them."
-        )
+    for place, name in names:
+        if len(name) > LONGEST or name.count(".") >= MOST_PARTS:
+            under = f"under {place!r:.60} " if place else ""
+            text = f"has {under}names of more than {LONGEST} letters or {MOST_PARTS} parts: {shown([name])}. Save the network's "
+            raise refusal(path, f"{text}state_dict and nothing else; if these names are its own, rename them.")
 
 
 def _is_named(key: Any, value: Any) -> bool:

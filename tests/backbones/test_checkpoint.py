@@ -194,7 +194,7 @@ def test_a_folder_is_refused_as_such_and_the_file_in_it_named(files, named, tmp_
     ("names", "said"),
     [
         ([f"x{n}.weight" for n in range(50)], "holds 50 tensors, and at most 40 are read"),
-        (("a." * 40 + "weight",), r"has names of more than 512 letters or 32 parts: a\.a\..*weight\. Rename them"),
+        (("a." * 40 + "weight",), r"has names of more than 512 letters or 32 parts: a\.a\..*weight\. Save the network's .*, rename them\.$"),
         (("a" * 600,), r"has names of more than 512 letters"),
     ],
     ids=["many", "deep", "long"],
@@ -204,6 +204,14 @@ def test_more_or_longer_names_than_networks_have_are_refused(names, said, save, 
     save({name: torch.ones(1) for name in names}, tmp_path / ("w.pth" if save is torch.save else "w.safetensors"))
     with pytest.raises(BackboneError, match=said):
         read_checkpoint(next(tmp_path.iterdir()))
+
+
+def test_where_names_are_long_beside_the_network_the_place_of_these_is_named(tmp_path):
+    bank = {"/data/a.b.c/" * 60 + "1.JPEG": torch.ones(1)}
+    torch.save({"model": Tiny().state_dict(), "loss_of_image": bank}, tmp_path / "w.pth")
+    said = r"w\.pth has under 'loss_of_image' names of more .*JPEG\. Save the network's state_dict and nothing else"
+    with pytest.raises(BackboneError, match=said):
+        read_checkpoint(tmp_path / "w.pth")
 
 
 def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
