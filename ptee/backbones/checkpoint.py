@@ -237,7 +237,9 @@ def _require_tensors(path: Path, found: Any) -> None:
 
 def _require_few_names(path: Path, found: Any) -> None:
     """Comparing more names, or longer ones, with those of a network would take long."""
-    names = [(place, key) for place, value in _dictionaries(found) for key, part in value.items() if _is_named(key, part)]
+    names = [
+        (place, key) for place, value in _dictionaries(found) for key, part in value.items() if _is_named(key, part)
+    ]
     if len(names) > MOST_TENSORS:
         raise _too_many(path, len(names))
     for place, name in names:

@@ -194,7 +194,10 @@ def test_a_folder_is_refused_as_such_and_the_file_in_it_named(files, named, tmp_
     ("names", "said"),
     [
         ([f"x{n}.weight" for n in range(50)], "holds 50 tensors, and at most 40 are read"),
-        (("a." * 40 + "weight",), r"has names of more than 512 letters or 32 parts: a\.a\..*weight\. Save the network's .*, rename them\.$"),
+        (
+            ("a." * 40 + "weight",),
+            r"has names of more than 512 letters or 32 parts: a\.a\..*weight\. Save the network's .*, rename them\.$",
+        ),
         (("a" * 600,), r"has names of more than 512 letters"),
     ],
     ids=["many", "deep", "long"],
