@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,12 @@ def answering_hash(module: nn.Module, input_size: tuple[int, int, int]) -> str:
         if type(part) not in BATCH_NORMS and buffer is not None
     ]
     return weights_hash(module, counting_buffers(module, names, input_size) if names else ())
+
+
+def recorded_hashes(module: nn.Module, input_size: tuple[int, int, int]) -> Iterator[str]:
+    """The starts of the hashes by which records may know a network: of `answering_hash`, and of what ptee recorded before."""
+    yield answering_hash(module, input_size)[:16]
+    yield weights_hash(module)[:16]
 
 
 def tensor_hashes(module: nn.Module) -> dict[str, str]:

@@ -33,7 +33,7 @@ from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.files import as_path, from_json, plain, to_json
 from ptee._common.progress import with_bar
 from ptee._common.validation import checked
-from ptee.backbones.weights import answering_hash
+from ptee.backbones.weights import answering_hash, recorded_hashes
 from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
 from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
 from ptee.model.early_exit import EarlyExitModel
@@ -274,9 +274,11 @@ class CacheFolder:
             DataError: saying what differs.
         """
         for key, now in from_json(to_json(what_heads_read(model))).items():
-            if (before := self.manifest.about.get(key)) != now:
-                text = f"{self.folder} is a cache of another {key} ({before!s:.60}, and this model has {now!s:.60}). Make one of it: "
-                raise DataError(f"{text}ptee cache RUN.")
+            before = self.manifest.about.get(key)
+            if before == now or (key == "backbone" and _is_known(before, model)):
+                continue
+            text = f"{self.folder} is a cache of another {key} ({before!s:.60}, and this model has {now!s:.60}). Make one of it: "
+            raise DataError(f"{text}ptee cache RUN.")
 
     def opened(self, model: EarlyExitModel) -> Cache:
         """All of it, in memory or in a file without a name, in an order that does not depend on who wrote it."""
@@ -320,6 +322,10 @@ def open_cache(folder: str | Path) -> CacheFolder:
     if not (_are_shapes(shapes) and type(classes) is int and 0 < classes <= LARGEST_SIDE and manifest.rows):
         raise DataError(f"{path}: its manifest does not say what it holds. Make it again: ptee cache RUN.")
     return CacheFolder(path, manifest)
+
+
+def _is_known(recorded: Any, model: EarlyExitModel) -> bool:
+    return any(recorded == each for each in recorded_hashes(model.backbone, model.plan.input_size))
 
 
 def _are_shapes(values: Any) -> bool:

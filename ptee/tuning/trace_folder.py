@@ -20,7 +20,7 @@ from torch import Tensor
 from ptee._common.errors import DataError, PteeError
 from ptee._common.files import as_path, plain
 from ptee._common.validation import checked
-from ptee.backbones.weights import answering_hash, weights_hash
+from ptee.backbones.weights import recorded_hashes, weights_hash
 from ptee.data.batches import UNKNOWN_LABEL, labels_of_other_classes
 from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
 from ptee.data.recorded import RecordedTraces
@@ -146,11 +146,12 @@ class TraceFolder(RecordedTraces):
     def _folder_of(self, model: EarlyExitModel) -> int:
         """Which of the folders is of a model. All of them hold the same images, or else they are refused."""
         _ = self.images_sha256
-        heads, backbone = weights_hash(model.heads)[:16], answering_hash(model.backbone, model.plan.input_size)[:16]
-        for n, manifest in enumerate(self.manifests):
-            if (manifest.about["heads"], manifest.about["backbone"]) == (heads, backbone):
-                return n
-        same = any(manifest.about["backbone"] == backbone for manifest in self.manifests)
+        heads, same = weights_hash(model.heads)[:16], False
+        for backbone in recorded_hashes(model.backbone, model.plan.input_size):
+            of_backbone = [n for n, each in enumerate(self.manifests) if each.about["backbone"] == backbone]
+            if found := [n for n in of_backbone if self.manifests[n].about["heads"] == heads]:
+                return found[0]
+            same |= bool(of_backbone)
         names = ", ".join(map(str, self.folders))
         what = "heads" if same else "another backbone"
         raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from tiny import as_it_was
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import BackboneError, PteeError, RunError
+from ptee._common.errors import BackboneError, DataError, PteeError, RunError
 from ptee.backbones.load import load_backbone
 from ptee.backbones.weights import answering_hash, weights_hash
+from ptee.data.parts import Manifest
 from ptee.evaluation.comparison import _of_one_backbone
 from ptee.scale import trace
 from ptee.training import feature_cache
+from ptee.tuning.trace_folder import TraceFolder
 
 SIZE = (3, 16, 16)
 
@@ -157,6 +160,23 @@ def test_what_was_recorded_stays_of_a_backbone_that_counts(known_by):
     with torch.no_grad():
         next(net.parameters()).add_(1)
     assert known_by(model) != before
+
+
+def test_what_was_recorded_by_all_buffers_stays_of_a_backbone_with_the_same(monkeypatch):
+    monkeypatch.setattr(TraceFolder, "images_sha256", "")
+    model = ptee.augment(Counting().eval(), input_size=SIZE, num_exits=1)
+    old = {"backbone": weights_hash(model.backbone)[:16]}
+    about = {"kind": "traces", "ptee_version": "0.2", "planned": 1, "parts": []}
+    traces = TraceFolder((Path("old"),), (Manifest(about=trace.describe(model) | old, **about),))
+    cache = feature_cache.CacheFolder(Path("old"), Manifest(about=feature_cache.what_heads_read(model) | old, **about))
+    assert traces._folder_of(model) == 0
+    cache.require(model)
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(1)
+    with pytest.raises(DataError, match=r"another backbone, not of this run\. Record this run: ptee trace RUN"):
+        traces._folder_of(model)
+    with pytest.raises(DataError, match=r"a cache of another backbone .*ptee cache RUN"):
+        cache.require(model)
 
 
 def test_models_whose_backbones_have_counted_differently_are_of_one_backbone():
