@@ -62,10 +62,15 @@ def unreachable(
     who: str = "on these images the exits",
 ) -> PteeError:
     """The error of a target that no thresholds meet. With candidates it says what can be had of a gain, and `who` gains that."""
-    if target.limit >= 0 or not candidates:
+    if target.kind == "max_cost":  # the cheapest exit alone would meet it
         text = " cannot be met: too many confidences are NaN. Train the heads again."
         return PteeError(target.argument, text, argument=target.kind, value=target.limit)
     reserve = 0.0 if isinstance(margin, str) else margin
+    if not candidates:
+        less = (" less ", Argument("margin", f"{reserve:g}")) if reserve else ()
+        text = f" cannot be met: {who} do not gain so much. Give "
+        parts = (target.argument, *less, text, Argument(target.kind, f"{reserve:g}"), " or more.")
+        return PteeError(*parts, argument=target.kind, value=target.limit)
     gain = max(0.0, -_least_loss(candidates, target, one_threshold))
     possible = math.ceil((reserve - gain - ROUNDING) * 1e4) / 1e4 + 0.0  # no -0.0
     text = f" cannot be met: {who} gain {gain:.4f} at most, with nothing in reserve. Give "

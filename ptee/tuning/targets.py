@@ -346,7 +346,7 @@ def _within(candidates: list[Candidate], target: Target, one_threshold: bool, ma
             if best is None or objective(problem, choice) < objective(problem, best[0]):
                 best = choice, problem, candidate
     if best is None:
-        raise unreachable(target)
+        raise unreachable(target, margin=margin)
     choice, problem, candidate = best
     taken = tuple(n for n, number in enumerate(choice.taken.tolist()) if number)
     on = taken if candidate.on is None else candidate.on

@@ -182,6 +182,27 @@ def test_with_too_many_exits_to_try_every_subset_the_result_is_still_better_than
     assert several.drop <= 0.02 + TOLERANCE
 
 
+def test_a_limit_that_is_less_than_its_reserve_names_the_reserve_and_what_is_possible():
+    traces, said = (
+        random_traces(1, exits=2, n=40),
+        r"max_drop=0\.01 less margin=0\.05 cannot be met: .* do not gain so much\.",
+    )
+    with pytest.raises(PteeError, match=rf"{said} Give max_drop=0\.05 or more\.$"):
+        solve(traces, Target("max_drop", 0.01), margin=0.05)
+    assert solve(traces, Target("max_drop", 0.05), margin=0.05)
+
+
+def test_a_cost_that_no_image_can_have_for_want_of_a_confidence_says_so():
+    traces = random_traces(1, exits=2, n=40)
+    traces.confidence[:2] = math.nan
+    with pytest.raises(PteeError, match=r"max_cost=0\.99 cannot be met: too many confidences are NaN"):
+        solve(
+            replace(traces, costs=torch.tensor([0.2, 0.5, 1.1], dtype=torch.float64)),
+            Target("max_cost", 0.99),
+            margin=0,
+        )
+
+
 def test_an_image_whose_confidence_is_nan_never_leaves():
     traces = easy_and_hard(0, 2, 100)
     traces.confidence[:2, ::3] = math.nan
