@@ -1,40 +1,29 @@
 """How the classes of a data set become the backbone's.
 
 A backbone knows its classes by number alone. timm numbers class folders in natural order and ignores case (class2, class10);
-torchvision sorts them as text (class10, class2). Where the two orders differ, the backbone is tried on images under both.
+torchvision sorts them as text (class10, class2). Where the two orders differ, the backbone is tried on images under both, in
+`evaluation/class_order.py`.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
-
 from ptee._common.errors import Advice, Argument, DataError, some
 from ptee._common.files import as_path
 from ptee._common.validation import LONGEST_NAME, is_name
-from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
-from ptee.data.splits import FILES, PARTS, Data
+from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.splits import PARTS, Data
 
 IMAGENET_CLASSES = 1000
-CHECKED, BATCH = 128, 32  # images that the backbone is tried on
-BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
-DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
-OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; standard deviations that are no luck
-CLEAR = 8  # times as many in the wrong class as in the right one; classes that cannot be told apart show about 3
 LIST = "The list of classes"
 AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is not made of bare names
-NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
-
-TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
 
 
 @dataclass(frozen=True)
@@ -190,49 +179,7 @@ def read_names(file: str | Path) -> tuple[str, ...]:
     return tuple(map(str.strip, lines))
 
 
-# ------------------------------------------------------------------------------------------------ the backbone is tried
-
-
-def choose_class_order(
-    backbone: Any,
-    data: Data,
-    *,
-    classes: Sequence[str] | str | Path | None = None,
-    recorded: Sequence[str] | None = None,
-    check: bool = True,
-    device: str | torch.device | None = None,
-) -> LabelMap:
-    """How the classes of the data become the backbone's. Of timm's and torchvision's order it takes the more accurate one.
-
-    With `check`, the backbone is tried on some images even if there is one order only, so that labels under which it is near
-    chance, or takes classes for each other, are doubted. The backbone (with `module` and `num_classes`) computes on `device`, by
-    default where it is.
-
-    `recorded` are the backbone's classes as a run says. They are taken, unless the backbone is near chance under them and is
-    not in the order of their names.
-
-    Raises:
-        DataError: as of `map_labels`, if a picture cannot be decoded, or if the recorded classes are not the backbone's.
-    """
-    first = map_labels(data.class_names, backbone.num_classes, classes=recorded if classes is None else classes)
-    maps = {"": first} if classes is not None else _candidates(data, first)
-    if classes is None and recorded is not None:
-        maps = {"": first} | _rivals(data, first, backbone.num_classes)
-    if first.indices is None or not (check or len(maps) > 1):
-        return first
-    answers, labels = _try(backbone.module, _some_images(data, list(maps.values())), device)
-    right = {name: _share_right(answers, labels, each) for name, each in maps.items()}
-    best = max(right, key=lambda name: right[name])  # of equal ones the first
-    if classes is None and recorded is not None:
-        best = ""
-        _require_recorded(recorded, maps, answers, labels, backbone.num_classes)
-    found = maps[best]
-    if best:
-        found = replace(found, reason=_reason(maps, best, right, len(labels)))
-    doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
-    if doubted.doubt or len(maps) == 1:
-        return doubted
-    return _doubted(found, backbone, *_try(backbone.module, _some_images(data, [found]), device), NAME_THEM)
+# ------------------------------------------------------------------------------------------------ names in a run, labels on images
 
 
 def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
@@ -258,186 +205,6 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
             Argument("classes", "FILE"), ").",
         )  # fmt: skip
     return recorded
-
-
-def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
-    """For labels that are already the backbone's class numbers. They are doubted as those of folders are.
-
-    Raises:
-        DataError: if only some of them are class numbers, or the data cannot form batches of images.
-    """
-    found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
-    answers, labels = _try(backbone.module, _some_images(data, [found]), device)
-    fault = labels_of_other_classes(labels, backbone.num_classes)
-    remedy = ("Check that the labels are the backbone's class numbers.",)
-    if fault:
-        return replace(found, doubt=f"They are not: {fault}.", remedy=remedy)
-    return _doubted(found, backbone, answers, labels, remedy)
-
-
-def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
-    """The possible maps, by the library that numbers class folders so; of equally good ones, the first is taken."""
-    names = list(data.class_names)
-    orders = _orders(names)
-    all_numbers = len(names) == IMAGENET_CLASSES and sorted(first.indices or ()) == list(range(IMAGENET_CLASSES))
-    is_open = data.split["kind"] in FILES and len({tuple(order) for order in orders.values()}) > 1
-    if not is_open or not (first.classes or all_numbers):
-        return {"": first}
-    first_library = "timm" if all_numbers else "torchvision"  # timm's order counts as numbers do
-    preferred = sorted(orders, key=lambda order: not order.startswith(first_library))  # of equally good ones
-    places = {order: {name: i for i, name in enumerate(orders[order])} for order in preferred}
-    return {
-        order: LabelMap(tuple(place[name] for name in names), "", tuple(orders[order]))
-        for order, place in places.items()
-    }
-
-
-def _orders(names: Sequence[str]) -> dict[str, list[str]]:
-    """The order of each library; as "timm NFC" also that of the names with accents written so, where it is another."""
-    found = class_orders(names)
-    for form in ("NFC", "NFD"):
-        here = {unicodedata.normalize(form, name): name for name in names}
-        if len(here) < len(names):  # two names that look alike would be one
-            continue
-        for library, order in class_orders(list(here)).items():
-            own = [here[name] for name in order]
-            if own != found[library]:
-                found[f"{library} {form}"] = own
-    return found
-
-
-def _rivals(data: Data, recorded: LabelMap, num_classes: int) -> dict[str, LabelMap]:
-    """What would be taken if the run had recorded no classes, where that is something else."""
-    own = map_labels(data.class_names, num_classes)
-    found = {} if own.indices is None else _candidates(data, own)
-    return {name or "names": each for name, each in found.items() if each.indices != recorded.indices}
-
-
-def _require_recorded(
-    recorded: Sequence[str], maps: dict[str, LabelMap], answers: Tensor, labels: Tensor, num_classes: int
-) -> None:
-    """Refuse a run's classes if the backbone is near chance where they differ from a rival, and right under the rival."""
-    first, *rivals = maps.values()
-    for rival in rivals:
-        rows = torch.tensor([first(label) != rival(label) for label in labels.tolist()], device="cpu")
-        right, other = (_share_right(answers[rows], labels[rows], each) for each in (first, rival))
-        n = int(rows.sum())
-        if n and _doubt(right, n, num_classes) and not _doubt(other, n, num_classes):
-            raise DataError(
-                f"The run says that the backbone's classes are {some(recorded)}. Of {n} images whose class is in question the "
-                f"backbone is right on {right:.0%} so, and on {other:.0%} in the order of their names: the run was changed. Copy it "
-                "again, or say which is right. ", *NAME_THEM,
-            )  # fmt: skip
-
-
-def _some_images(data: Data, maps: Sequence[LabelMap]) -> Any:
-    """Images from all over the data. If there are several maps, only images on whose label they differ."""
-    parts: list[Any] = [part for part in (data.train, data.calibration, data.validation) if len(part)]  # type: ignore[arg-type]
-    places: Sequence[int] = range(sum(map(len, parts)))
-    if len(maps) > 1:
-        labels = [label for part in parts for _, label in part.rows]
-        places = [i for i in places if len({each(labels[i]) for each in maps}) > 1] or places
-    n = min(CHECKED, len(places))
-    return Subset(ConcatDataset(parts), [places[i * len(places) // n] for i in range(n)])
-
-
-@torch.no_grad()
-def _try(module: torch.nn.Module, images: Any, device: str | torch.device | None) -> tuple[Tensor, Tensor]:
-    """The backbone's answers (n,) and the labels (n,). The backbone is left as it was."""
-    home, modes = next(module.parameters()).device, {each: each.training for each in module.modules()}
-    answers, labels = [], []
-    try:
-        module.to(home if device is None else device).eval()
-        like = next(module.parameters())
-        for batch in batches(images, batch_size=BATCH, shuffle=False):
-            x, y = split_batch(batch)
-            answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
-            labels.append(numbered(y, x))
-    finally:
-        module.to(home)
-        for each, training in modes.items():
-            each.training = training
-    return torch.cat(answers), torch.cat(labels)
-
-
-def _share_right(answers: Tensor, labels: Tensor, label_map: Callable[[int], int]) -> float:
-    return (answers == labels.new_tensor([label_map(label) for label in labels.tolist()])).double().mean().item()
-
-
-def _reason(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: int) -> str:
-    other = max(maps.keys() - {best}, key=lambda order: (right[order], order))
-    orders = {order: some(each.classes or ()) for order, each in maps.items()}
-    (library, _, form), (another, _, _) = best.partition(" "), other.partition(" ")
-    accents = f" of names with accents as {form}" if form else ""
-    return (
-        f"The {len(maps[best].classes or ())} classes are taken in {library}'s order{accents}: {orders[best]}; {another} would "
-        f"number them in another: {orders[other]}. Of {n} images whose class is in question the backbone is right on "
-        f"{right[best]:.0%} in the first order, and on {right[other]:.0%} in the second."
-    )
-
-
-def near_chance(right: float, n: int, num_classes: int) -> str:
-    """The beginning of a sentence, if a share of right answers is hardly better than chance."""
-    chance = 1 / num_classes
-    least = chance + max(BETTER_THAN_CHANCE * (1 - chance), DEVIATIONS * (chance * (1 - chance) / n) ** 0.5)
-    if right >= min(least, 1):
-        return ""
-    return f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance"
-
-
-def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, remedy: Advice) -> LabelMap:
-    """The labels, in doubt if the backbone is near chance under them, or takes classes for each other. Random weights say nothing
-    about an order of classes."""
-    right, n = _share_right(answers, labels, found), len(labels)
-    if getattr(backbone, "is_random", False):
-        words = near_chance(right, n, backbone.num_classes)
-        return replace(found, doubt=f"{words}: its weights are random.", remedy=TRAIN_IT) if words else found
-    doubt = _doubt(right, n, backbone.num_classes) or _exchanged(found, answers, labels)
-    return replace(found, doubt=doubt, remedy=remedy if doubt else found.remedy)
-
-
-def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
-    """A sentence, if the backbone takes most images of some classes for another of them, in a ring: a for b, b for c, c for a.
-
-    No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck, and of classes that
-    a backbone cannot tell apart some do: over all rings together, those in the wrong class must be many times those in the right
-    one, and more by several standard deviations.
-    """
-    truth = torch.tensor([found(label) for label in labels.tolist()], device="cpu")
-    taken_for = {}
-    for number in truth.unique().tolist():
-        own = answers[truth == number]
-        most = int(own.mode().values)
-        if len(own) >= OF_A_CLASS and 2 * int((own == most).sum()) > len(own) and most != number:
-            taken_for[number] = most
-    rings = {one: other for one, other in taken_for.items() if _returns(one, taken_for)}
-    moved = sum(int((answers[truth == one] == other).sum()) for one, other in rings.items())
-    right = sum(int((answers[truth == one] == one).sum()) for one in rings)
-    if moved <= CLEAR * right or moved - right <= SURE * (moved + right) ** 0.5:
-        return ""
-    name = found.classes or range(int(answers.max()) + 1)
-    pairs = some([f"{name[one]} for {name[other]}" for one, other in rings.items()])
-    return (
-        f"The backbone takes most images of some classes for others: {pairs}. It may know its classes in another order."
-    )
-
-
-def _returns(start: int, step: Mapping[int, int]) -> bool:
-    """Whether the steps from here lead back to it."""
-    place: int | None = step[start]
-    for _ in step:
-        if place is None or place == start:
-            break
-        place = step.get(place)
-    return place == start
-
-
-def _doubt(right: float, n: int, num_classes: int) -> str:
-    words = near_chance(right, n, num_classes)
-    return f"{words}: it may know its classes in another order." if words else ""
-
-
-# ------------------------------------------------------------------------------------------------ labels put on images
 
 
 def relabelled(data: Data, label_map: LabelMap) -> Data:

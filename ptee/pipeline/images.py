@@ -14,11 +14,12 @@ from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import as_path
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described
-from ptee.data.labels import LabelMap, choose_class_order, labels_as_given, near_chance, recorded_classes, relabelled
+from ptee.data.labels import LabelMap, recorded_classes, relabelled
 from ptee.data.pictures import Key, image_transform
 from ptee.data.recorded import recorded
 from ptee.data.sources import open_data, open_named
 from ptee.data.splits import DATA_SETS, Data, complete
+from ptee.evaluation.class_order import choose_class_order, labels_as_given, near_chance
 from ptee.evaluation.results_table import Results
 from ptee.exits.config import CALIBRATED, MAX_PROB
 from ptee.model.images import require_images, wrong_size

@@ -1,0 +1,217 @@
+"""The backbone is tried on images: of two orders of classes the right one is taken, and what cannot be right is doubted."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from types import SimpleNamespace
+
+import pytest
+import torch
+from images import opened, write_folder
+from torch import Tensor, nn
+
+from ptee._common.errors import Argument, DataError
+from ptee.data.labels import class_orders, relabelled
+from ptee.data.splits import Data
+from ptee.evaluation.class_order import choose_class_order, labels_as_given
+
+
+class Oracle(nn.Module):
+    """Knows the class from the grey level: images of class i of `order` have the level i."""
+
+    def __init__(self, level_to_class: list[int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(len(level_to_class))[level_to_class])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table[(x[:, 0, 0, 0] * 255).round().long()]
+
+
+NAMES = [f"class{i}" for i in range(1, 13)]
+
+
+@pytest.fixture
+def numbered_classes(tmp_path) -> Data:
+    """Pictures of class1 to class12, whose grey levels are 0 to 11."""
+    for part in ("train", "val"):
+        for k in range(10):
+            write_folder(tmp_path / part, [f"{name}/{k}.png" for name in NAMES])
+    return opened(tmp_path)
+
+
+def backbone(order: list[str]) -> SimpleNamespace:
+    return SimpleNamespace(module=Oracle([order.index(name) for name in NAMES]), num_classes=12)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_where_orders_differ_the_one_is_taken_under_which_the_backbone_is_right(library, numbered_classes):
+    network = backbone(class_orders(NAMES)[library])
+    network.module.train()
+    found = choose_class_order(network, numbered_classes, check=False)
+    assert list(found.classes) == class_orders(NAMES)[library]
+    assert not found.doubt
+    assert f"12 classes are taken in {library}'s order" in found.reason
+    assert "class1, class10, class11" in found.reason and "class1, class2, class3" in found.reason
+    mapped = relabelled(numbered_classes, found)
+    answers = torch.stack([mapped.validation[i][0] for i in range(len(mapped.validation))])
+    labels = [mapped.validation[i][1] for i in range(len(mapped.validation))]
+    assert network.module(answers).argmax(1).tolist() == labels
+    assert mapped.split["classes"] == list(found.classes)
+    assert network.module.training  # is left as it was
+
+
+def test_a_third_order_is_doubted_and_accuracy_refused(numbered_classes):
+    found = choose_class_order(backbone(NAMES[6:] + NAMES[:6]), numbered_classes)
+    assert re.search(r"right on 0\.0% of \d+ images, and would be on 8\.3% by chance", found.doubt)
+    said = r"max_drop=0\.01 needs labels under which the backbone is right.*classes=FILE.*max_fid"
+    with pytest.raises(DataError, match=said):
+        found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
+
+
+def of_answers(answers: list[list[int]]) -> tuple[SimpleNamespace, Data]:
+    """A backbone and its images: of class c, the images that get the answers in `answers[c]`."""
+    rows = [(answer, truth) for truth, own in enumerate(answers) for answer in own]
+    images = [(torch.full((3, 4, 4), i / 255), truth) for i, (_, truth) in enumerate(rows)]
+    module = Oracle([0] * len(rows))
+    module.table = nn.Parameter(torch.eye(len(answers))[[answer for answer, _ in rows]])
+    return SimpleNamespace(module=module, num_classes=len(answers)), Data(images, images[:0], images[:0], (), "own", {})
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [[0] * 9, [2] * 9 + [1], [1] * 9 + [2], [3] * 9, [4] * 9],
+        [[0] * 9, [2] * 4 + [1], [3] * 4, [4] * 4 + [0], [1] * 4],
+        [[0] * 60, [2] * 9, [1] * 9],
+    ],
+    ids=["two", "a ring of four", "rare ones"],
+)
+def test_classes_that_are_taken_for_each_other_are_a_doubt_though_the_rest_is_right(answers):
+    found = labels_as_given(*of_answers(answers))
+    assert re.search(r"takes most images of some classes for others: 1 for 2, .* in another order\.$", found.doubt)
+    with pytest.raises(DataError, match="1 for 2, "):
+        found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [[0] * 6 + [1] * 6, [1] * 6 + [0] * 6, [2] * 12],
+        [[0] * 9, [2] * 9, [2] * 9, [2] * 9],
+        [[0] * 9, [1] * 9, [3] * 2, [2] * 2],
+        [[0] * 60, [2] * 5 + [1] * 3, [1] * 5 + [2] * 3],
+        [[1] * 12, [2] * 12, [2] * 9, [3] * 60],
+    ],
+    ids=["half", "all for one", "few images", "by luck", "no ring"],
+)
+def test_a_backbone_that_is_often_wrong_is_no_doubt(answers):
+    assert not labels_as_given(*of_answers(answers)).doubt
+
+
+def test_an_ordinary_backbone_of_any_accuracy_and_number_of_classes_is_not_doubted():
+    random = torch.Generator().manual_seed(0)
+    for classes in (2, 3, 5, 10, 30):
+        for _ in range(40):
+            sure = torch.rand(classes, classes, generator=random) ** 4  # some classes are hard to tell apart
+            share = (sure + sure.T + torch.eye(classes) * sure.max()).softmax(1)
+            own = share.multinomial(120 // classes, True, generator=random).tolist()
+            assert "for others" not in labels_as_given(*of_answers(own)).doubt
+
+
+def test_an_order_of_neither_library_is_doubted_where_most_classes_are_right(numbered_classes):
+    order = [*class_orders(NAMES)["timm"]]
+    order[5:8] = [order[7], order[5], order[6]]
+    found = choose_class_order(backbone(order), numbered_classes, check=False)
+    assert re.search(r"for others: class\d+ for class\d+, .*in another order\.$", found.doubt)
+    assert "classes=FILE" in str(DataError(found.doubt, *found.remedy))
+
+
+def test_classes_whose_place_the_libraries_agree_on_are_looked_at_too(numbered_classes):
+    order = [*class_orders(NAMES)["timm"]]
+    order[0], order[-1] = order[-1], order[0]
+    assert choose_class_order(backbone(order), numbered_classes, check=False).doubt
+
+
+def test_random_weights_are_said_to_be_the_reason_and_not_an_order_of_classes(numbered_classes):
+    network = backbone(NAMES[6:] + NAMES[:6])
+    network.is_random = True
+    found = choose_class_order(network, numbered_classes)
+    assert found.doubt.endswith("by chance: its weights are random.")
+    with pytest.raises(
+        DataError, match=r"weights are random\. Give trained weights \(weights=FILE\)\. Or give max_fid"
+    ):
+        found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_an_order_without_a_choice_is_doubted_only_if_it_is_checked(check, tmp_path):
+    data = opened(write_folder(tmp_path, [f"{name}/{k}.png" for k in range(20) for name in ("cat", "dog")]))
+    network = SimpleNamespace(module=nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), num_classes=2)
+    nn.init.zeros_(network.module[1].weight)  # always the same answer
+    found = choose_class_order(network, data, check=check)
+    assert bool(found.doubt) is check
+    assert found.indices == (0, 1)
+
+
+def test_a_backbone_that_is_right_on_very_few_images_is_not_doubted(tmp_path):
+    data = opened(write_folder(tmp_path / "val", ["cat/0.png", "dog/1.png"]).parent, report_only=True)
+    assert not choose_class_order(SimpleNamespace(module=Oracle([0, 1]), num_classes=2), data).doubt
+
+
+def test_data_sets_with_numbers_of_their_own_are_not_reordered():
+    data = opened("digits")
+    module = Oracle([0] * 256)
+    module.table = nn.Parameter(torch.rand(256, 10))
+    assert choose_class_order(SimpleNamespace(module=module, num_classes=10), data).indices == tuple(range(10))
+
+
+def test_names_that_are_given_go_before_the_libraries_orders(numbered_classes):
+    order = NAMES[6:] + NAMES[:6]
+    found = choose_class_order(backbone(order), numbered_classes, classes=order)
+    assert list(found.classes) == order and not found.doubt
+
+
+def test_classes_that_a_run_recorded_are_taken_if_the_backbone_knows_them_so(numbered_classes):
+    order = NAMES[6:] + NAMES[:6]
+    found = choose_class_order(backbone(order), numbered_classes, recorded=order)
+    assert list(found.classes) == order and not found.doubt
+
+
+def test_the_order_of_names_whose_accents_were_written_in_another_way_is_found(tmp_path):
+    animals = ["élan", "faon", "gnou", "zebu", "âne", "boa", "chat", "daim", "hase", "lynx", "ours", "puma"]
+    trained = sorted(unicodedata.normalize("NFC", name) for name in animals)
+    here = [unicodedata.normalize("NFD", name) for name in trained]  # as an archive made on a Mac has them
+    assert sorted(here) != here
+    for part in ("train", "val"):
+        for k in range(10):
+            write_folder(tmp_path / part, [f"{name}/{k}.png" for name in here])
+    network = SimpleNamespace(module=Oracle(list(range(12))), num_classes=12)
+    found = choose_class_order(network, opened(tmp_path))
+    assert list(found.classes) == here and not found.doubt
+    assert "order of names with accents as NFC" in found.reason
+
+
+def test_recorded_classes_are_refused_if_the_backbone_is_right_in_the_order_of_their_names(numbered_classes):
+    network, swapped = backbone(NAMES), [*NAMES[1::-1], *NAMES[2:]]
+    with pytest.raises(
+        DataError, match=r"classes are class2, class1, .* right on 0%.*100% .*Copy it again.*classes=FILE"
+    ):
+        choose_class_order(network, numbered_classes, recorded=swapped)
+    assert choose_class_order(network, numbered_classes, recorded=swapped, classes=NAMES).indices is not None
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [(torch.full((3, 4, 4), i / 255), torch.tensor([i])) for i in range(12)],
+        [{"image": torch.full((3, 4, 4), i / 255), "label": i} for i in range(12)],
+    ],
+    ids=["(b, 1)", "mapping"],
+)
+def test_labels_of_any_form_that_a_batch_can_have_are_tried(images):
+    data = Data(images, images[:0], images[:0], (), "your own data sets", {})
+    network = SimpleNamespace(module=Oracle(list(range(12))), num_classes=12)
+    assert not labels_as_given(network, data).doubt
+    wrong = SimpleNamespace(module=Oracle(list(range(12))[::-1]), num_classes=12)
+    assert "right on 0.0% of 12 images" in labels_as_given(wrong, data).doubt
