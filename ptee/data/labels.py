@@ -127,8 +127,7 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
             raise DataError(
                 f"{where} has lines such as {names[0]:.60}: give one bare name a line, without numbers or quotes."
             )
-        near = get_close_matches(strange[0], names, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        hint = _nearest(strange[0], names)
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
     _require_names(names, where)
     indices = tuple(place[_nfc(name)] for name in class_names)
@@ -136,9 +135,20 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
 
 
+def _nearest(strange: str, names: Sequence[str]) -> str:
+    """Which name may be meant by a strange one, in brackets; or which one looks like it and has other characters."""
+    if alike := [name for name in names if _seen(name) == _seen(strange)]:
+        marked, has = (strange, "that of the data") if _unseen(strange) else (alike[0], "the one here")
+        return f" (one looks like '{_seen(strange)}', but {has} holds {_unseen(marked)}, which nobody sees)"
+    near = get_close_matches(strange, names, 1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
 def _listed(classes: Any) -> list[str]:
     """The names in a list of the user's."""
-    if isinstance(classes, Mapping | Set) or not isinstance(classes, Iterable):  # no order, or not that of a list
+    if isinstance(classes, Mapping | Set | bytes | bytearray) or not isinstance(
+        classes, Iterable
+    ):  # no order, or no names
         text = f"classes={classes!r:.60} must be a list of the backbone's class names in its order, or a file of them."
         raise DataError(text, argument="classes", value=classes)
     _require_names(names := list(classes), LIST)
@@ -147,10 +157,38 @@ def _listed(classes: Any) -> list[str]:
 
 def _require_names(names: Sequence[Any], where: str) -> None:
     """Refuse what a run cannot record as the name of a class."""
-    for name in names:
-        if not (is_name(name) and name.strip()):
-            text = f"{where} has {name!a:.80} for a name: a class has a name in one line, of {LONGEST_NAME} letters at most."
+    for n, name in enumerate(names, 1):
+        if fault := _fault(name):
+            text = f"{where}: name {n} {fault}. A class has a name in one line, of {LONGEST_NAME} letters at most."
             raise DataError(text, argument="classes", value=name)
+
+
+def _fault(name: Any) -> str:
+    """Why a run cannot record this as the name of a class; empty if it can."""
+    if not isinstance(name, str):
+        return f"is {name!r:.60} of type {type(name).__name__}, and no text"
+    if not name.strip():
+        return "is empty"
+    if len(name) > LONGEST_NAME:
+        return f"has {len(name):,} letters ({name!a:.40}...)"
+    return next(
+        (f"has a character that no name may have, {_described(c)}: {name!a:.80}" for c in name if not is_name(c)), ""
+    )
+
+
+def _described(character: str) -> str:
+    """The number and, if it has one, the name that Unicode gives a character."""
+    return f"U+{ord(character):04X} {unicodedata.name(character, '').lower()}".rstrip()
+
+
+def _unseen(name: str) -> str:
+    """The characters in a name that show nothing, in words."""
+    return some([_described(c) for c in name if unicodedata.category(c) == "Cf"])
+
+
+def _seen(name: str) -> str:
+    """The name as it looks, without those characters."""
+    return "".join(c for c in _nfc(name) if unicodedata.category(c) != "Cf")
 
 
 def _are_adorned(names: Sequence[str], lines: Collection[str]) -> bool:

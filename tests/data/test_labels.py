@@ -142,11 +142,20 @@ def test_names_with_numbers_or_quotes_are_refused_and_bare_ones_asked_for(line, 
 @pytest.mark.parametrize(
     ("classes", "said"),
     [
-        ([1, 2], "The list of classes has 1 for a name"),
-        (["cat", None], "The list of classes has None for a name"),
-        (["cat", "d\nog"], r"has 'd\\nog' for a name: a class has a name in one line"),
-        (["cat", "x" * 256], "of 255 letters at most"),
-        (["cat", " "], "has ' ' for a name"),
+        ([1, 2], "The list of classes: name 1 is 1 of type int, and no text"),
+        (["cat", None], "The list of classes: name 2 is None of type NoneType, and no text"),
+        (["cat", b"dog"], "name 2 is b'dog' of type bytes, and no text"),
+        (b"cat", "must be a list of the backbone's class names"),
+        (
+            ["cat", "d\nog"],
+            r"name 2 has a character that no name may have, U\+000A: 'd\\nog'\. A class has a name in one line",
+        ),
+        (
+            ["\u200ecat", "dog"],
+            r"name 1 has a character that no name may have, U\+200E left-to-right mark: '\\u200ecat'",
+        ),
+        (["cat", "x" * 256], r"name 2 has 256 letters \('x.*\.\.\.\)\. .* of 255 letters at most"),
+        (["cat", " "], "name 2 is empty"),
         ({"cat": 0, "dog": 1}, "must be a list of the backbone's class names in its order"),
         (7, "classes=7 must be a list"),
     ],
@@ -155,3 +164,21 @@ def test_names_with_numbers_or_quotes_are_refused_and_bare_ones_asked_for(line, 
 def test_what_is_no_name_of_a_class_is_refused_before_anything_is_tried(classes, said):
     with pytest.raises(DataError, match=said):
         map_labels(["cat", "dog"], 2, classes=classes)
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\ufeff", "\u00ad"])
+def test_names_that_look_the_same_and_are_not_are_told_apart(mark, tmp_path):
+    said = (
+        r"lacks classes of the data: .*dog \(one looks like 'dog', but {} holds U\+{:04X} [a-z -]+, which nobody sees\)"
+    )
+    with pytest.raises(DataError, match=said.format("the one here", ord(mark))):
+        map_labels(["cat", "dog"], 2, classes=["cat", f"do{mark}g"])
+    with pytest.raises(DataError, match=said.format("that of the data", ord(mark))):
+        map_labels(["cat", f"{mark}dog"], 2, classes=["cat", "dog"])
+    assert map_labels(["cat", f"{mark}dog"], 2, classes=[f"{mark}dog", "cat"]).indices == (1, 0)
+
+
+def test_a_line_of_a_file_that_is_no_name_is_named_by_its_number(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog\n" + "z" * 300)
+    with pytest.raises(DataError, match=r"classes\.txt': name 3 has 300 letters"):
+        map_labels(["cat", "dog"], 3, classes=tmp_path / "classes.txt")
