@@ -8,8 +8,8 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import threading
 import zipfile
 from collections import Counter
@@ -24,15 +24,13 @@ from ptee._common.text import escaped
 
 if TYPE_CHECKING:
     from filelock import FileLock
-    from torch import Tensor
 
 LONGEST_KEY = 60  # of JSON, in a message
 DEEPEST = 100  # objects and lists of JSON inside one another; how many Python can read depends on its version
 _MARKS = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]')  # strings, whole, and brackets
 FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))  # what a full disk says
 ANOTHER_FOLDER = "Choose another folder."
-PAGE = ".html"  # ends the name of a page
-STILL = (".png", ".svg")  # end the name of a picture
+PAGE, STILL = ".html", (".png", ".svg")  # end the names of a page and of a picture
 PICTURES = (*STILL, PAGE)  # of a figure
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
 RENAMING = ".renaming"  # a folder of new files that are being renamed; from when it is there, they are in force
@@ -151,13 +149,12 @@ def _finite(value: Any) -> Any:
 def require_writable(folder: Path, remedy: str = ANOTHER_FOLDER) -> None:
     """Refuse a folder that cannot be made or written, with this remedy. It is left as it was."""
     try:
-        every = (folder.absolute(), *folder.absolute().parents)
-        place = next(path for path in every if path.is_symlink() or path.exists())
-        reason = f"{place} is a file" if place.is_file() else ""
-        if not place.exists():
-            reason = f"{place} is a link that leads nowhere"
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_symlink() or p.exists())
+        reason = "" if place.exists() else f"{place} is a link that leads nowhere"
+        reason = f"{place} is a file" if place.is_file() else reason
         if not reason:
-            tempfile.TemporaryDirectory(dir=place, prefix=WRITING).cleanup()
+            with writing_in(place):
+                pass
     except OSError as why:
         reason = str(why.strerror)
     if reason:
@@ -225,7 +222,7 @@ def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
     was_there = folder.exists()
     try:
         with locked(folder):
-            with tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
+            with writing_in(folder) as beside:
                 new = Path(beside, "new")
                 new.mkdir()
                 write_to(new)
@@ -238,6 +235,21 @@ def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
         if not was_there:
             with suppress(OSError):
                 folder.rmdir()  # if nothing was written
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[Path]:
+    """A folder inside of this one to write in, which is gone afterwards, even if Ctrl-C comes while it is removed."""
+    beside = folder / f"{WRITING}{secrets.token_hex(8)}"
+    try:
+        beside.mkdir(0o700)
+        yield beside
+    finally:
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+        except KeyboardInterrupt:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
 
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
@@ -261,7 +273,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], re
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder, remedy=remedy) if len(writers) > 1 else nullcontext()
-        with lock, tempfile.TemporaryDirectory(dir=folder, prefix=WRITING) as beside:
+        with lock, writing_in(folder) as beside:
             new, usual = Path(beside, "new"), Path(beside, "mode")
             new.mkdir()
             usual.touch()
@@ -436,8 +448,3 @@ def clear_unfinished(folder: Path) -> None:
 def plain(value: Any) -> dict[str, Any]:
     """A dataclass as JSON-able values: tuples become lists."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
-
-
-def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, each with its own memory, as safetensors wants them."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}

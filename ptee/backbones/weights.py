@@ -47,6 +47,11 @@ def _require_finite(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], own: 
         raise refusal(checkpoint.file, text)
 
 
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, each with its own memory, as safetensors wants them."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+
+
 def weights_hash(module: nn.Module, without: Collection[str] = ()) -> str:
     """sha256, in hexadecimal, of the state_dict: names, types, shapes and bytes, sorted by name. Those of `without` are left out.
 

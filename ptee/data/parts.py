@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +25,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import (
-    WRITING,
     alone,
     clear_unfinished,
     file_hash,
@@ -37,6 +35,7 @@ from ptee._common.files import (
     require_writable,
     to_json,
     write_json,
+    writing_in,
 )
 
 MANIFEST, UNREADABLE = "manifest.json", "unreadable.json"
@@ -247,15 +246,14 @@ class PartsWriter:
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:
         """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there."""
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=WRITING) as beside:
-            yield Path(beside)
-            part, faults = _summary(name, Path(beside))
-            shutil.rmtree(
-                self.folder / name, ignore_errors=True
-            )  # of a process that ended before the manifest named it
+        with writing_in(self.folder) as beside:
+            yield beside
+            part, faults = _summary(name, beside)
+            # of a process that ended before the manifest named it
+            shutil.rmtree(self.folder / name, ignore_errors=True)
             shutil.copymode(self.folder, beside)
-            Path(beside).rename(self.folder / name)
-            Path(beside).mkdir()  # for the context manager to remove
+            beside.rename(self.folder / name)
+            beside.mkdir()  # for the context manager to remove
         with self._one_at_a_time:
             self._add(part, faults)
 

@@ -28,13 +28,12 @@ from ptee._common.files import (
     plain,
     replace_files,
     settle,
-    storable,
     to_json,
 )
 from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
 from ptee.backbones.load import Backbone
-from ptee.backbones.weights import tensor_hash, tensor_hashes, weights_hash
+from ptee.backbones.weights import storable, tensor_hash, tensor_hashes, weights_hash
 from ptee.exits.blend import OWN, Blend
 from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead

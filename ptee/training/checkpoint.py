@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import RunError
-from ptee._common.files import from_json, plain, replace_file, storable
-from ptee.backbones.weights import answering_hash, weights_hash
+from ptee._common.files import from_json, plain, replace_file
+from ptee.backbones.weights import answering_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import TOGETHER, TrainingConfig

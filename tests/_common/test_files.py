@@ -8,9 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,37 @@ def test_an_interruption_after_any_rename_leaves_all_as_they_were(name, folder, 
     with pytest.raises(KeyboardInterrupt):
         replace_files(folder, WRITERS)
     assert contents(folder) == {"first": "old", "last": "old"}
+
+
+STEPS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir")  # of the system, that change what a folder holds
+
+
+@contextmanager
+def interrupted_at(n: int, done: bool) -> Iterator[None]:
+    """Ctrl-C comes at the n-th of these steps, counted from 0: before it is done, or when it is done."""
+    left = [n]
+
+    def counted(step: Callable[..., Any], *given: Any, **more: Any) -> Any:
+        left[0] -= 1
+        if left[0] != -1:
+            return step(*given, **more)
+        with suppress(OSError):
+            step(*given, **more) if done else None
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in STEPS:
+            patch.setattr(os, name, partial(counted, getattr(os, name)))
+        yield
+    assert left[0] < 0, "it is over before"
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before it", "after it"])
+@pytest.mark.parametrize("n", range(20))
+def test_an_interruption_at_any_step_leaves_all_old_or_all_new_and_nothing_half_written(n, done, folder):
+    with interrupted_at(n, done), pytest.raises(KeyboardInterrupt):
+        replace_files(folder, WRITERS)
+    assert {name: text for name, text in contents(folder).items() if name != LOCK} in (OLD, NEW)
 
 
 def test_a_file_that_cannot_be_written_is_named_and_leaves_all_as_they_were(folder):
