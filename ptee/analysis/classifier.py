@@ -25,7 +25,6 @@ TWO_LOGITS = (
 GIVE_SIZE = ("Give the size that it takes, ", Argument("input_size", "(c, h, w)"), ", or build it for this one.")
 MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # as Python says it
 COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps the function that it was given
-SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and their submodules
 
 
@@ -189,7 +188,7 @@ def _why_it_failed(module: nn.Module, images: Tensor, why: Exception) -> Advice:
     if "BatchedTensor" in str(why):  # as torch says it
         return ("calls torch.func.vmap, and what runs inside of that cannot be seen. Let it run the batch as a whole.",)
     stored = [*module.named_parameters(), *module.named_buffers()]
-    if sparse := [name for name, tensor in stored if tensor.is_mkldnn or tensor.layout in SPARSE]:
+    if sparse := [name for name, tensor in stored if tensor.layout is not torch.strided]:
         return (
             f"fails with its weights stored in a sparse or packed way ({some(sparse, 3)}): {first_line(why)} Store them as plain "
             "tensors: weight.to_dense().",

@@ -288,7 +288,7 @@ def _bare(name: str) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
