@@ -59,12 +59,12 @@ def take_over(out: Path, times: TimesOfModules | None) -> None:
     `times`: that the exits were placed by, if seconds count. They are kept, too: measured again they would differ, and a training
     goes on with the same exits only.
     """
-    for name in (run_files.CONFIG, run_files.HEADS, run_files.BACKBONE, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
-        (out / name).unlink(missing_ok=True)
     if times is None:
         (out / PLACED_BY).unlink(missing_ok=True)
     else:
         write_json(out / PLACED_BY, times._asdict())
+    for name in (run_files.CONFIG, run_files.HEADS, run_files.BACKBONE, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
+        (out / name).unlink(missing_ok=True)
 
 
 def replaced(out: Path | None, overwrite: bool) -> str:
