@@ -269,11 +269,11 @@ def test_a_file_is_no_folder_for_a_run(out, said, run, known):
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_training(run, known, monkeypatch):
-    def fail(**_: object) -> None:
+    def fail(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(fitting, "train", None)
-    monkeypatch.setattr("ptee._common.files.tempfile.TemporaryDirectory", fail)
+    monkeypatch.setattr("ptee._common.files.writing_in", fail)
     assert_refused(run("augment", *known, *SHORT, "--out", "out"), "Cannot write out: Permission denied")
 
 

@@ -66,9 +66,9 @@ def trained(monkeypatch) -> list[str]:
     names: list[str] = []
     fit = fitting._train
 
-    def noted(model, data, recipe, job, complete):
+    def noted(model, data, recipe, job, *more):
         names.append(job.out.name)
-        return fit(model, data, recipe, job, complete)
+        return fit(model, data, recipe, job, *more)
 
     monkeypatch.setattr(fitting, "_train", noted)
     return names
