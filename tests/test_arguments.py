@@ -133,6 +133,15 @@ def test_a_misspelt_setting_is_named_and_so_is_the_right_one(call):
         call(first, images(), epoch=3)
 
 
+@pytest.mark.parametrize("call", [ptee.train, ptee.fit], ids=["train", "fit"])
+@pytest.mark.parametrize(("wrong", "right"), [("val", "val_data"), ("maxdata", "train_data"), ("Val_Data", "val_data")])
+def test_a_misspelt_argument_beside_settings_is_answered_with_arguments_too(call, wrong, right):
+    first = model().backbone if call is ptee.fit else model()
+    with pytest.raises(PteeError, match=rf"'{wrong}'\. Did you mean .*'{right}'") as why:
+        call(first, images(), **{wrong: images()})
+    assert why.value.argument == wrong
+
+
 def test_a_misspelt_setting_of_a_training_leaves_what_was_fitted(monkeypatch):
     given = model()
     monkeypatch.setattr(given, "calibrated", "as fitted")

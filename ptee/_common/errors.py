@@ -129,8 +129,10 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
 
 
 def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
-    """First the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
+    """What is spelt like it but for case and _; else first the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
+    if asked in spelt:
+        return [spelt[asked]]
     begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))
     end = sorted(
         (_letters(c) for c in choices if c.lower().endswith(("_" + name.lower(), "." + name.lower()))), key=len

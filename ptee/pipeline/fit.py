@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from ptee.pipeline.images import (
     recipe_for,
     undoubted,
 )
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, path_of
 from ptee.pipeline.recorded import folder_of_fit, or_anew
 from ptee.pipeline.run_folder import (
     NOTHING_KEPT,
@@ -156,6 +157,8 @@ def fit(
     """
     require_launch(device)
     require_no_exits(model)
+    for name in changes:
+        path_of(name, also=inspect.signature(fit).parameters)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)

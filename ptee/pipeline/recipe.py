@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -370,11 +370,11 @@ def settings() -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{key}", inner
 
 
-def path_of(name: str) -> str:
+def path_of(name: str, also: Iterable[str] = ()) -> str:
     """The dotted path of a setting, from its path, its last word if only one section has it, or another name of it.
 
     Raises:
-        UnknownName: if there is no such setting.
+        UnknownName: if there is no such setting; it names what is near, also of the names in `also`.
     """
     paths = [path for path, _ in settings()]
     if name in paths:
@@ -385,7 +385,7 @@ def path_of(name: str) -> str:
     if len(ends) == 1:
         return ends[0]
     short = [path.rpartition(".")[2] for path in paths]
-    raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short])
+    raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short, *also], argument=name)
 
 
 def path_for(name: str, value: Any) -> str:
