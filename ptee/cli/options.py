@@ -13,7 +13,7 @@ from typing import Any
 import click
 from cloup import option, option_group
 
-from ptee._common.errors import Argument
+from ptee._common.errors import Argument, PteeError
 from ptee._common.files import as_path, expanded, from_json, is_file
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
@@ -39,11 +39,20 @@ def setting(path: str, **more: Any) -> Decorator:
 
 
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the settings, also those of --set, out of a command's options. Gives them by path."""
-    changes = dict(options.pop("set", ()))
+    """Take the settings, also those of --set, out of a command's options. Gives them by path. One that is given twice is refused."""
+    changes: dict[str, Any] = {}
+    for path, value in options.pop("set", ()):
+        if path in changes:
+            raise PteeError(f"{path} is given twice by --set. Give it once.", argument=path, value=value)
+        changes[path] = value
     for key in [key for key in options if key.startswith(PREFIX)]:
-        if (value := options.pop(key)) is not None:
-            changes[key.removeprefix(PREFIX).replace("__", ".")] = value
+        if (value := options.pop(key)) is None:
+            continue
+        path = key.removeprefix(PREFIX).replace("__", ".")
+        if path in changes:
+            text = f"{path} is given twice, by --set and by {OPTION_OF[path]}. Give it once."
+            raise PteeError(text, argument=path, value=value)
+        changes[path] = value
     return changes
 
 

@@ -207,7 +207,7 @@ def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere
     (elsewhere / "mine.yaml").write_text("exits: {head: pool}\n")
     values = {
         "--model": "cifar_resnet20", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
-        "--recipe": "mine.yaml", "--set": "exits.head=pool", "--exits": "linear", "--num-exits": 2,
+        "--recipe": "mine.yaml", "--set": "exits.places_by=operations", "--exits": "linear", "--num-exits": 2,
         "--head": "auto", "--head-budget": 0.1, "--front": None, "--front-weights": None, "--batch-sizes": 1, "--rounds": 3,
         "--threads": 1, "--device": "cpu", "--cost": "time", "--at-batch": 1, "--images": None,
     }  # fmt: skip
