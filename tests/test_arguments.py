@@ -111,6 +111,8 @@ MISSPELT = {
     "record": (lambda: ptee.record("run", "data", "new", worker=2), "record", "worker", "workers"),
     "cache": (lambda: ptee.cache("run", "data", "new", worker=2), "cache", "worker", "workers"),
     "monitor": (lambda: model().monitor(on_alarms="never_leave"), "monitor", "on_alarms", "on_alarm"),
+    "predict": (lambda: model().predict(torch.randn(1, 3, 8, 8), tresh=0.5), "predict", "tresh", "threshold"),
+    "predict of optimize": (lambda: ptee.optimize(model()).predict(torch.randn(1, 3, 8, 8), tresh=0.5), "predict", "tresh", "threshold"),
     "threshold_for": (lambda: model().threshold_for(maxdrop=0.01), "threshold_for", "maxdrop", "max_drop"),
 }  # fmt: skip
 

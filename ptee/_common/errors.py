@@ -153,6 +153,13 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 def first_line(error: BaseException) -> str:
     """The type of an exception and the first sentence of its message, with a full stop."""
-    lines = str(error).strip().splitlines()
+    said = getattr(error, "problem", None) or str(error)  # of YAML, whose message begins with what was being read
+    lines = str(said).strip().splitlines()
     text = lines[0].split(". ")[0].strip()[:200].rstrip(".:!") if lines else ""
     return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."
+
+
+def in_line(error: BaseException) -> str:
+    """Where in a YAML text an error is, with a blank before it; empty for other errors."""
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f" in line {mark.line + 1}"

@@ -112,7 +112,7 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     type=Place(),
     help="Write a table, too, with a row for each run as it was measured when its thresholds were set, such as results.csv.",
 )
-@in_groups(*COMPARED, *options.TIME_OPTIONS)
+@in_groups(*COMPARED, *options.TIME_OF_RUN)
 @options.TRACES
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee.evaluation.bottom_line import FAITHFUL, ROUNDING, Way, bottom_line
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
@@ -217,7 +217,7 @@ class Comparison:
         own = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
         title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "no threshold")
         return (
-            f"{self.backbone}, {self.samples:,} images{own}; thresholds chosen on {self.calibration:,} other images\n"
+            f"{self.backbone}, {number_of(self.samples, 'image')}{own}; thresholds chosen on {number_of(self.calibration, 'other image')}\n"
             + f"cost: share of {self.unit}\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"

@@ -22,7 +22,7 @@ from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee._common.warning import warn
 from ptee.backbones.load import Backbone, load_backbone, rebuild
-from ptee.data.splits import FILES, Data, Unseen, copied, parts_for_tuning
+from ptee.data.splits import FILES, Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
@@ -34,6 +34,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import (
     carried_out,
     describe_labels,
+    described_change,
     from_data_sets,
     hardly_learned,
     has_labels,
@@ -175,7 +176,7 @@ def fit(
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
     adapted = recipe_for(labels, chosen)
     if log is not None:
-        log(describe_labels(labels))
+        log(describe_labels(labels) + described_change(chosen, adapted))
     again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)
@@ -192,7 +193,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         if network is not None and network.note:
             job.log(f"{network.note}\n")
     job.log(f"{data.described(target is not None)}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
-    if words := copied(data):
+    for words in filter(None, (copied(data), without_images(data))):
         job.log(f"Warning: {words}\n")
     if words := replaced(job.out, job.overwrite):
         job.log(f"{words}\n")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
 
 MOST_POINTS = 1000
@@ -116,7 +116,7 @@ class Curve(_Record):
         drop = "drop: how far accuracy will be below the backbone's. " * (first.drop is not None)
         differ = "fidelity drop: the share of answers that will not be the backbone's. "
         time = f"time ms: of a batch {self.time_of.removeprefix(BARE_TIME)}. " * bool(self.time_of)
-        return f"{shown}\nWhat is to be expected, from {self.images:,} images. {time}{drop}{differ}{self._legend_of_thresholds}"
+        return f"{shown}\nWhat is to be expected, from {number_of(self.images, 'image')}. {time}{drop}{differ}{self._legend_of_thresholds}"
 
     def _words(self, point: Point) -> list[str]:
         """T of each exit for a person to read."""

@@ -341,9 +341,9 @@ def _ways(candidates: list[Candidate], target: Target, one_threshold: bool, marg
         raise failed[-1]
     if safe == ways or len(ways) < 2:
         return ways
-    one, several = ways
-    risky = one in (safe or [one]) and several.objective < one.objective
-    return [replace(one, solution=replace(one.solution, several_risky=True))] if risky else safe or [one]
+    first, several = ways  # of which one is left out
+    risky = first in (safe or [first]) and several.objective < first.objective
+    return [replace(first, solution=replace(first.solution, several_risky=True))] if risky else safe or [first]
 
 
 def _within(candidates: list[Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:
