@@ -111,6 +111,8 @@ MISSPELT = {
     "record": (lambda: ptee.record("run", "data", "new", worker=2), "record", "worker", "workers"),
     "cache": (lambda: ptee.cache("run", "data", "new", worker=2), "cache", "worker", "workers"),
     "monitor": (lambda: model().monitor(on_alarms="never_leave"), "monitor", "on_alarms", "on_alarm"),
+    "predict": (lambda: model().predict(torch.randn(1, 3, 8, 8), tresh=0.5), "predict", "tresh", "threshold"),
+    "predict of optimize": (lambda: ptee.optimize(model()).predict(torch.randn(1, 3, 8, 8), tresh=0.5), "predict", "tresh", "threshold"),
     "threshold_for": (lambda: model().threshold_for(maxdrop=0.01), "threshold_for", "maxdrop", "max_drop"),
 }  # fmt: skip
 
@@ -131,6 +133,15 @@ def test_a_misspelt_setting_is_named_and_so_is_the_right_one(call):
     first = model().backbone if call is ptee.fit else model()
     with pytest.raises(PteeError, match=r"epoch.*Did you mean .*epochs"):
         call(first, images(), epoch=3)
+
+
+@pytest.mark.parametrize("call", [ptee.train, ptee.fit], ids=["train", "fit"])
+@pytest.mark.parametrize(("wrong", "right"), [("val", "val_data"), ("maxdata", "train_data"), ("Val_Data", "val_data")])
+def test_a_misspelt_argument_beside_settings_is_answered_with_arguments_too(call, wrong, right):
+    first = model().backbone if call is ptee.fit else model()
+    with pytest.raises(PteeError, match=rf"'{wrong}'\. Did you mean .*'{right}'") as why:
+        call(first, images(), **{wrong: images()})
+    assert why.value.argument == wrong
 
 
 def test_a_misspelt_setting_of_a_training_leaves_what_was_fitted(monkeypatch):

@@ -129,8 +129,10 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
 
 
 def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
-    """First the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
+    """What is spelt like it but for case and _; else first the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
+    if asked in spelt:
+        return [spelt[asked]]
     begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))
     end = sorted(
         (_letters(c) for c in choices if c.lower().endswith(("_" + name.lower(), "." + name.lower()))), key=len
@@ -151,6 +153,13 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 def first_line(error: BaseException) -> str:
     """The type of an exception and the first sentence of its message, with a full stop."""
-    lines = str(error).strip().splitlines()
+    said = getattr(error, "problem", None) or str(error)  # of YAML, whose message begins with what was being read
+    lines = str(said).strip().splitlines()
     text = lines[0].split(". ")[0].strip()[:200].rstrip(".:!") if lines else ""
     return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."
+
+
+def in_line(error: BaseException) -> str:
+    """Where in a YAML text an error is, with a blank before it; empty for other errors."""
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f" in line {mark.line + 1}"

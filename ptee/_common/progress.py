@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and a line every half minute in a log."""
+"""Progress of long work: a bar on a terminal; in a log a line after ten seconds, and then one every half minute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
-SECONDS_BETWEEN_LINES = 25.0
+SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 10.0, 25.0
 LINE = "{desc}: {n_fmt} of {total_fmt} done in {elapsed}, {remaining} left"
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} done in {elapsed}"
 
@@ -78,7 +78,9 @@ class LogLines(Generic[Item]):
     def _write_lines(self, over: threading.Event) -> None:
         form = LINE if self.total else LINE_WITHOUT_TOTAL
         total: Any = self.total or None
-        while not over.wait(self.seconds):
+        wait = min(self.seconds, SECONDS_TO_FIRST_LINE)
+        while not over.wait(wait):
+            wait = self.seconds
             elapsed = time.monotonic() - self.start
             line = tqdm.format_meter(self.done, total, elapsed, prefix=self.description, bar_format=form)
             tqdm.write(line, file=sys.stderr)

@@ -26,6 +26,15 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
     return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
 
 
+def number_of(n: int, what: str) -> str:
+    """So many things of a kind.
+
+    >>> number_of(1, "image"), number_of(2000, "image")
+    ('1 image', '2,000 images')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
     """T of each exit for a person to read; one number if all are the same.
 

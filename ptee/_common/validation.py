@@ -112,17 +112,36 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def require_arguments(function: Callable[..., Any], given: Iterable[str], called: str = "") -> None:
+def named(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose error for an unknown argument names the nearest one. For what is called often: it costs nothing before."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            require_arguments(function, kwargs)
+            raise
+
+    return call
+
+
+def require_arguments(
+    function: Callable[..., Any], given: Iterable[str], called: str = "", also: Iterable[str] = ()
+) -> None:
     """Refuse names that a function has no arguments for; the nearest one is named. `called`: what the user calls it.
+
+    `also`: what it takes besides, by **. Without them, a function that takes any name is not looked at.
 
     >>> require_arguments(round, ["digits"])
     Traceback (most recent call last):
     ptee._common.errors.UnknownName: round() has no argument 'digits'. Did you mean 'ndigits'? Choices: ndigits, number.
     """
     parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    if not also and any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+    own = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+    known = [*own, *also]
     for name in given:
         if name not in known:
             text = f"{called or function.__name__}() has no argument {name!r:.60}.{possible(name, known)}"

@@ -128,7 +128,7 @@ def other_words(names: Mapping[str, str]) -> Iterator[None]:
         parts = why.parts
         if any(isinstance(part, Argument) and part.name not in names for part in parts):
             another = ("another ", Argument("model"), ", or ") if "model" in names else ()
-            parts = (parts[0], "Give ", *another, "another file with ", Argument("weights", "FILE"), ".")
+            parts = (parts[0], "Give ", *another, "a file of its weights: ", Argument("weights", "FILE"), ".")
         parts = tuple(Argument(names[p.name], p.value) if isinstance(p, Argument) else p for p in parts)
         raise type(why)(*parts, argument=names.get(why.argument or ""), value=why.value) from why
 

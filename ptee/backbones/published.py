@@ -153,7 +153,10 @@ class Advice:
         own = self.own
         title = f"{own.name}, {own.side} x {own.side} pixels: {own.top1:.2%} at {own.operations:g} G multiply-accumulates. {SOURCE.capitalize()}."
         head = ("allowed", "by", "network", "pixels", "top-1", "operations", "GPU", "CPU")
-        rows = [(f"{100 * drop:g}", MEASURES[by].title, *self._cells(row)) for drop, by, row in self.instead]
+        rows = [
+            (f"{100 * drop:g} point{'s' * (drop != 0.01)}", MEASURES[by].title, *self._cells(row))
+            for drop, by, row in self.instead
+        ]
         text = f"{title}\n{table([head, *rows], left={1, 2})}"
         if not self.fronts:
             return text

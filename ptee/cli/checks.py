@@ -41,7 +41,10 @@ def require_recipes(base: Any, axes: Mapping[str, Sequence[Any]]) -> None:
     from ptee.pipeline.recipe import make_recipe
 
     for values in islice(product(*axes.values()), MOST_RECIPES):
-        require_recipe(make_recipe(base, dict(zip(axes, values, strict=True))))
+        made = make_recipe(base, dict(zip(axes, values, strict=True)))
+        if "thresholds.cost" not in axes:  # else some of the runs use them
+            made.thresholds.require_used(axes)
+        require_recipe(made)
 
 
 def require_thresholds(threshold: Sequence[float] | None, exits: int) -> None:

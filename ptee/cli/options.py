@@ -13,7 +13,7 @@ from typing import Any
 import click
 from cloup import option, option_group
 
-from ptee._common.errors import Argument
+from ptee._common.errors import Argument, PteeError
 from ptee._common.files import as_path, expanded, from_json, is_file
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
@@ -35,15 +35,25 @@ def setting(path: str, **more: Any) -> Decorator:
     text = str(field.description)
     if "Default:" not in text and not any(field.default is none for none in (None, False, True)):
         text = f"{text} Default: {field.default}."
-    return option(name, PREFIX + path.replace(".", "__"), type=SettingValue(), help=text, **more)
+    more = {"help": text} | more
+    return option(name, PREFIX + path.replace(".", "__"), type=SettingValue(), **more)
 
 
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the settings, also those of --set, out of a command's options. Gives them by path."""
-    changes = dict(options.pop("set", ()))
+    """Take the settings, also those of --set, out of a command's options. Gives them by path. One that is given twice is refused."""
+    changes: dict[str, Any] = {}
+    for path, value in options.pop("set", ()):
+        if path in changes:
+            raise PteeError(f"{path} is given twice by --set. Give it once.", argument=path, value=value)
+        changes[path] = value
     for key in [key for key in options if key.startswith(PREFIX)]:
-        if (value := options.pop(key)) is not None:
-            changes[key.removeprefix(PREFIX).replace("__", ".")] = value
+        if (value := options.pop(key)) is None:
+            continue
+        path = key.removeprefix(PREFIX).replace("__", ".")
+        if path in changes:
+            text = f"{path} is given twice, by --set and by {OPTION_OF[path]}. Give it once."
+            raise PteeError(text, argument=path, value=value)
+        changes[path] = value
     return changes
 
 
@@ -306,6 +316,12 @@ TARGET_OPTIONS = (
     setting("thresholds.max_cost"),
 )
 TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"), setting("thresholds.executor"))
+COST_OF_RUN = setting(
+    "thresholds.cost",
+    help="What costs are of: operations (counted multiply-accumulates), or time (the seconds that ptee bench RUN --save measured). "
+    "Thresholds, and which exits are off, are chosen by it. Default: operations.",
+)
+TIME_OF_RUN = (COST_OF_RUN, *TIME_OPTIONS[1:])  # where exits stand is settled
 THRESHOLDS = option_group(
     "Confidence and thresholds",
     setting("confidence.name"),
@@ -322,7 +338,7 @@ TARGET = option_group(
     setting("thresholds.answers"),
     setting("thresholds.confidence"),
     setting("thresholds.each_exit", is_flag=True, default=None),
-    *TIME_OPTIONS,
+    *TIME_OF_RUN,
 )
 DEVICE = option("--device", help="cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")
 SPEED = option(
@@ -333,7 +349,11 @@ JSON = option("--json", "as_json", is_flag=True, help="Print JSON for programs."
 OUTPUT = option_group(
     "Output",
     option("--out", type=Place(), help="Folder for the run. Default: runs/NAME."),
-    option("--resume", is_flag=True, help="Go on with the training that was interrupted in --out."),
+    option(
+        "--resume",
+        is_flag=True,
+        help="Go on with the training in --out that was interrupted, or that did not begin because of pictures that you have removed since.",
+    ),
     option("--overwrite", is_flag=True, help="Replace the run that --out holds, once the first epoch is complete."),
     DEVICE,
     SPEED,

@@ -48,8 +48,8 @@ COMPARED = (
     option(
         "--lines",
         default="own,blended,one_threshold,max_prob,entropy,patience,oracle,truncation",
-        show_default=True,
-        help="Which lines each run gets in the table; fewer make a short table of many runs.",
+        help="Which lines each run gets in the table, separated by commas; fewer make a short table of many runs. Default: all of own, "
+        "blended, one_threshold, max_prob, entropy, patience, oracle, truncation.",
     ),
 )
 OF_IMAGES = in_groups(
@@ -83,7 +83,7 @@ def comparison_of(o: dict[str, Any], by: Any) -> dict[str, Any]:
 @option("--images/--no-images", default=True, show_default=True, help="Put thumbnails of some images into the page.")
 @option("--recorded", is_flag=True, help="Read no images: show only what the run recorded.")
 @option("--figures", type=Place(), metavar="FOLDER", help="Write the figures here, too, as SVG and PNG.")
-@in_groups(*COMPARED, *options.TIME_OPTIONS)
+@in_groups(*COMPARED, *options.TIME_OF_RUN)
 @OF_IMAGES
 def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     """Draw all about a saved RUN on one page, in one file that needs nothing else: what it saves and loses, and why.
@@ -131,12 +131,11 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
 @option(
     "--kind",
     default="curve",
-    show_default=True,
     help=f"Which figure: {', '.join(FIGURES_OF_RUN)}. Of a sweep: {', '.join(FIGURES_OF_SWEEP)}. "
-    f"The file names of ptee report --figures count, too: {', '.join(NAMES_OF_REPORT)}.",
+    f"The file names of ptee report --figures count, too: {', '.join(NAMES_OF_REPORT)}. Default: curve.",
 )
 @option("--out", type=Place(), required=True, help="FILE.html, or a still picture: FILE.png, FILE.svg.")
-@in_groups(*COMPARED, *options.TIME_OPTIONS)
+@in_groups(*COMPARED, *options.TIME_OF_RUN)
 @OF_IMAGES
 def plot(run: str, kind: str, **o: Any) -> None:
     """Draw one figure of a saved RUN, or of the folder of a sweep, into a file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +30,7 @@ from ptee.cli.values import (
     untrained,
 )
 from ptee.pipeline.recorded import require_tunable, tuning_recipe
+from ptee.timing.settings import FILE
 
 
 @command(short_help="Measure a saved run again, at any threshold.")
@@ -110,7 +112,7 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     type=Place(),
     help="Write a table, too, with a row for each run as it was measured when its thresholds were set, such as results.csv.",
 )
-@in_groups(*COMPARED, *options.TIME_OPTIONS)
+@in_groups(*COMPARED, *options.TIME_OF_RUN)
 @options.TRACES
 @options.OF_RUN
 def compare(run: tuple[str, ...], **o: Any) -> None:
@@ -216,6 +218,9 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
     names = executors_of(o) or ["hooks", "graphs" if device.type == "cuda" else "eager"]
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
     bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, show=partial(show, o=o), **how)
+    if o["save"]:
+        then = f"Thresholds by them: ptee tune {run} --max-drop 0.01 --cost time"
+        click.echo(f"\nThe times of the pieces are kept in {Path(run) / FILE}. {then}", err=o["as_json"])
 
 
 @command(short_help="Write a run as files for torch or ONNX Runtime.")
@@ -246,6 +251,7 @@ def export(run: str, **o: Any) -> None:
         from ptee.pipeline.int8 import export_int8
 
         click.echo(str(export_int8(run, o["out"], o["calibrate"], format=o["format"], weights=o["weights"])))
+        click.echo(f"\n{_written(o['out'])}")
         return
     if o["format"] == "triton":
         from ptee.serving.triton import export_triton
@@ -254,4 +260,8 @@ def export(run: str, **o: Any) -> None:
         click.echo(f"Written to {folder}. Serve it: tritonserver --model-repository {folder}")
         return
     folder = write(load_run(run, o["weights"]), o["out"], format=o["format"])
-    click.echo(f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE")
+    click.echo(_written(folder))
+
+
+def _written(folder: Path) -> str:
+    return f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE"

@@ -136,7 +136,7 @@ def open_for(backbone: Any, o: dict[str, Any], seed: int, **more: Any) -> tuple[
 def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[Any, Any]:
     """The images, all of which can be read, and the recipe that their labels allow."""
     from ptee.pipeline.demo import imagenette
-    from ptee.pipeline.images import describe_labels, recipe_for, undoubted
+    from ptee.pipeline.images import describe_labels, described_change, recipe_for, undoubted
     from ptee.pipeline.run_folder import removed_pictures, require_readable
 
     if o["data"] is None:
@@ -150,10 +150,7 @@ def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[
     data, labels = open_for(backbone, o, recipe.seed, removed=removed, require=partial(require_readable, out=out))
     labels = undoubted(labels, recipe)
     adapted = recipe_for(labels, recipe)
-    words = describe_labels(labels, as_option)
-    if adapted.training.targets == "pseudo" != recipe.training.targets:
-        words += " The heads learn the backbone's own answers."
-    click.echo(words)
+    click.echo(describe_labels(labels, as_option) + described_change(recipe, adapted))
     return data, adapted
 
 

@@ -24,7 +24,8 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
-from ptee.data.pictures import Labelled, copies
+from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.pictures import Labelled, Pictures, copies
 
 PARTS = ("train", "calibration", "validation")
 # Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
@@ -120,7 +121,8 @@ class Data:
         classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
         parts, drawn = self.split["parts"], self.split["sizes"].get("calibration")
         is_watched = drawn and "calibration" not in parts and "validation" in parts
-        watch = f" ({WATCHING}{CHOSEN_ON * chosen})" if is_watched else ""
+        plain = " (thresholds are chosen on the calibration images)" if drawn and chosen else ""
+        watch = f" ({WATCHING}{CHOSEN_ON * chosen})" if is_watched else plain
         return f"{self.source}: images{classes}, {sizes}; {self.split['rule']}{watch}{rest}."
 
     @property
@@ -141,6 +143,18 @@ def copied(data: Data) -> str:
         f"At least {len(found):,} of the {len(report):,} validation images {'is' if len(found) == 1 else 'are'} also among the training or "
         f"calibration images ({named}). Results on such images are better than on new ones. Take them out of one part."
     )
+
+
+def without_images(data: Data) -> str:
+    """A sentence on classes that no file to report on shows, or none. Where no label is the backbone's, classes do not matter."""
+    report = data.validation
+    if data.split["kind"] not in FILES or not isinstance(report, Pictures):
+        return ""
+    shown = {label for _, label in report.rows if report.label_map(label) != UNKNOWN_LABEL}
+    missing = [name for n, name in enumerate(data.class_names) if n not in shown]
+    if not shown or not missing:
+        return ""
+    return f"No validation image shows {some(missing)}: the results say nothing of {'it' if len(missing) == 1 else 'them'}."
 
 
 # ------------------------------------------------------------------------------------------------ drawn

@@ -19,7 +19,7 @@ from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path, require_not_compressed
 from ptee._common.streams import lead_nowhere, open_closed, unwritable
 from ptee._common.text import type_name
-from ptee._common.validation import checked
+from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, Manifest, read_manifest
 
@@ -88,6 +88,7 @@ class Runner:
         """Logits (b, K)."""
         return self.predict(x).logits
 
+    @named
     def predict(self, x: Array, threshold: Any = None) -> Answers:
         """Answer each row at the first exit with h >= T.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee.evaluation.bottom_line import FAITHFUL, ROUNDING, Way, bottom_line
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
@@ -86,13 +86,14 @@ class Found(NamedTuple):
     line: Line
     entry: Entry
 
-    def __str__(self) -> str:
-        return f"{self.line.name} (cost {self.entry.cost:.4f})"
-
     def called(self, drop: float) -> str:
         """The line, and the column of the table where that is another than the drop's."""
         column = self.entry.allowed
         return self.line.name + ("" if column in (None, drop) else f" with its thresholds for <= {column:g} lost")
+
+    def with_cost(self, drop: float) -> str:
+        """The same, and what it costs."""
+        return f"{self.called(drop)} (cost {self.entry.cost:.4f})"
 
     def way(self, own: Found, drop: float, by_fidelity: bool) -> Way:
         """As a rival of early exits. All lose no more than the drop: so the cheapest is the best, unless fidelity is the wish."""
@@ -203,9 +204,9 @@ class Comparison:
         runs = [f for f in found if f.line.kind == "adaptive"]
         if best in runs:
             return words
-        cheaper = [str(f) for f in (others[: others.index(runs[0])] if runs else others)]
+        cheaper = [f.with_cost(drop) for f in (others[: others.index(runs[0])] if runs else others)]
         than = (
-            f"the best run with early exits, {runs[0]}"
+            f"the best run with early exits, {runs[0].with_cost(drop)}"
             if runs
             else "every run with early exits, as none saves anything"
         )
@@ -216,7 +217,7 @@ class Comparison:
         own = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
         title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "no threshold")
         return (
-            f"{self.backbone}, {self.samples:,} images{own}; thresholds chosen on {self.calibration:,} other images\n"
+            f"{self.backbone}, {number_of(self.samples, 'image')}{own}; thresholds chosen on {number_of(self.calibration, 'other image')}\n"
             + f"cost: share of {self.unit}\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee.evaluation.bottom_line import ACCURATE, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.config import describe_thresholds
@@ -159,7 +159,7 @@ class Results:
         noisy = [words for words in [noise([self.spread])] if words]
         sentences = noisy + [off] * some_off + before + [self.outcome] * bool(self.outcome) + last
         return (
-            f"{self.backbone}, {self.samples:,} images; cost in multiply-accumulates{timed}\n"
+            f"{self.backbone}, {number_of(self.samples, 'image')}; cost in multiply-accumulates{timed}\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{_scenarios(self)}\n\n{_at_exits(self)}"
             + ("\n" if sentences else "")

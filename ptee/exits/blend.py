@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee._common.text import number_of
 from ptee.exits.config import BLENDED as BLENDED
 from ptee.exits.config import CALIBRATED, CONFIDENCES, MAX_PROB
 from ptee.exits.config import OWN as OWN
@@ -167,7 +168,7 @@ def _too_few(logits: Tensor, targets: Tensor | None) -> str:
     if rarer >= MIN_OF_EITHER:
         return ""
     of_either = "" if targets is None else f", {right:,} of which the backbone answers right,"
-    return f"{images:,} images{of_either} are too few to fit weights to: all answers weigh the same."
+    return f"{number_of(images, 'image')}{of_either} {'is' if images == 1 else 'are'} too few to fit weights to: all answers weigh the same."
 
 
 def _fitted(logits: Tensor, goal: Tensor) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import ptee
 from ptee._common.errors import PteeError, RunError, first_line, unknown
 from ptee._common.files import as_path
+from ptee._common.validation import named
 from ptee.analysis.freezing import Attachment, one_parameter
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
@@ -207,13 +208,14 @@ class EarlyExitModel(
         return refuse_capture()
 
     @torch.compiler.disable
+    @named
     def predict(self, x: Tensor, threshold: Thresholds | None = None, *, soft: bool = False) -> ExitOutput:
         """Answer each row at the first exit that is confident enough; only the other rows go on.
 
         Each exit costs one synchronisation of GPU and host; a `threshold` tensor on the GPU one more, to check it for NaN.
 
         Args:
-            x: (b, c, h, w) images on the model's device.
+            x: (b, c, h, w) images on the model's device. Of another size than `plan.input_size` they may run; T was not chosen for them.
             threshold: for this call; anything that broadcasts to (b, E). None: `self.threshold`.
             soft: no row leaves. The answer is Y_0, blended of all exits that are on, at full cost (see `SoftAnswer`).
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from ptee._common.errors import PteeError
 from ptee._common.text import describe_thresholds
 from ptee._common.validation import checked
+from ptee._common.warning import warn
 from ptee.model.forward import ExitOutput, running
-from ptee.production.curve import TUNE, Curve, Wish, best_within
+from ptee.production.curve import ABOVE_ONE, TUNE, Curve, Wish, best_within
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
 from ptee.production.settings import fitted
 
@@ -100,14 +101,20 @@ class InProduction:
             max_time_ms: milliseconds of a batch, where thresholds were chosen by times (`model.curve.time_of` says of which batch).
 
         Returns:
-            One threshold for each exit, for `model.threshold = ...`; above every confidence for exits that are off.
+            One threshold for each exit, for `model.threshold = ...`; above every confidence where no image leaves. If they cost more than
+                the bare backbone, a warning says so.
 
         Raises:
             PteeError: if there is no curve, it was made for other settings, or nothing on it is within the limit.
         """
         wish = Wish(max_cost=max_cost, max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_time_ms=max_time_ms)
         wish.only()
-        return list(best_within(self.valid_curve(), wish).threshold)
+        point = best_within(self.valid_curve(), wish)
+        if point.cost > 1:
+            warn(
+                f"These thresholds cost {point.cost:.4f} times the bare backbone: on this curve nothing cheaper is within the limit. {ABOVE_ONE}"
+            )
+        return list(point.threshold)
 
     def valid_curve(self) -> Curve:
         """The curve, if it is of this model as it is set now; else a PteeError."""

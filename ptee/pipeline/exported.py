@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
@@ -71,7 +71,7 @@ class ExportedResults:
         ]
         leaving = ", ".join(f"exit {n} {share:.1%}" for n, share in enumerate(self.leaving[:-1]))
         return (
-            f"{self.backbone}, exported, {self.samples:,} images; cost in multiply-accumulates\n\n{table(rows, left={0})}\n\n"
+            f"{self.backbone}, exported, {number_of(self.samples, 'image')}; cost in multiply-accumulates\n\n{table(rows, left={0})}\n\n"
             f"Leaving at {leaving}; at the end {self.leaving[-1]:.1%}."
         )
 

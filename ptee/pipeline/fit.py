@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee._common.warning import warn
 from ptee.backbones.load import Backbone, load_backbone, rebuild
-from ptee.data.splits import FILES, Data, Unseen, copied, parts_for_tuning
+from ptee.data.splits import FILES, Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
@@ -33,6 +34,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import (
     carried_out,
     describe_labels,
+    described_change,
     from_data_sets,
     hardly_learned,
     has_labels,
@@ -42,7 +44,7 @@ from ptee.pipeline.images import (
     recipe_for,
     undoubted,
 )
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, path_of
 from ptee.pipeline.recorded import folder_of_fit, or_anew
 from ptee.pipeline.run_folder import (
     NOTHING_KEPT,
@@ -155,6 +157,8 @@ def fit(
     """
     require_launch(device)
     require_no_exits(model)
+    for name in changes:
+        path_of(name, also=inspect.signature(fit).parameters)
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
@@ -171,7 +175,7 @@ def fit(
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
     adapted = recipe_for(labels, chosen)
     if log is not None:
-        log(describe_labels(labels))
+        log(describe_labels(labels) + described_change(chosen, adapted))
     again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)
@@ -188,7 +192,7 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         if network is not None and network.note:
             job.log(f"{network.note}\n")
     job.log(f"{data.described(target is not None)}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
-    if words := copied(data):
+    for words in filter(None, (copied(data), without_images(data))):
         job.log(f"Warning: {words}\n")
     if words := replaced(job.out, job.overwrite):
         job.log(f"{words}\n")

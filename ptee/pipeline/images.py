@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import as_path
+from ptee._common.text import number_of
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described
 from ptee.data.labels import LabelMap, recorded_classes, relabelled
@@ -26,6 +27,7 @@ from ptee.model.images import require_images, wrong_size
 from ptee.pipeline.recipe import Recipe
 from ptee.training.calibration import MIN_IMAGES, hold_out
 from ptee.training.config import JOINT
+from ptee.tuning.config import Target
 
 SOURCE = "your own data sets"  # what data sets from Python are called
 ARGUMENTS = {"train": "train_data", "calibration": "calibration_data", "validation": "val_data"}  # of `ptee.fit`
@@ -166,6 +168,14 @@ def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
     return recipe.with_settings(changes)
 
 
+def described_change(recipe: Recipe, adapted: Recipe) -> str:
+    """What `recipe_for` changed, in sentences with a blank before each; empty if nothing."""
+    pseudo = adapted.training.targets == "pseudo" != recipe.training.targets
+    limit = adapted.thresholds.max_fidelity_drop if recipe.thresholds.max_fidelity_drop is None else None
+    target = "" if limit is None else f" Thresholds are chosen for fidelity: {Target('max_fidelity_drop', limit)}."
+    return " The heads learn the backbone's own answers." * pseudo + target
+
+
 def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
     limit, question = recipe.thresholds.max_drop, recipe.confidence.question
     give = ("Give images with labels, or ", Argument("backbone", "'frozen'"), ".")
@@ -209,13 +219,14 @@ def images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Callable[[st
         return data, None
     if recipe.confidence.name != CALIBRATED:
         log(
-            f"{len(every):,} training images are too few to fit the confidence h on some of them: the heads learn from all of them, "
+            f"{number_of(len(every), 'training image')} {'is' if len(every) == 1 else 'are'} too few to fit the confidence h on some of them: "
+            "the heads learn from all of them, "
             "and h is the largest probability.\n"
         )
         return data, None
     for_heads, rest = hold_out(every, recipe.confidence.calibration_share, recipe.seed)
     log(
-        f"The heads learn from {len(for_heads):,} of the {len(every):,} training images. The confidence h is fitted on the "
+        f"The heads learn from {len(for_heads):,} of the {number_of(len(every), 'training image')}. The confidence h is fitted on the "
         f"other {len(rest):,}, drawn with seed {recipe.seed}.\n"
     )
     return replace(data, train=for_heads), rest

@@ -24,7 +24,7 @@ from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import Argument, DataError, PteeError, first_line
 from ptee._common.files import free_place
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.deploy.export import ONNX, export, publish, require_libraries, sign
 from ptee.deploy.manifest import MANIFEST, Answered, Int8
@@ -76,8 +76,8 @@ class Exported:
                 (m.numbers, accuracy, f"{m.fidelity:.4f}", f"{m.cost:.4f}", f"{m.bytes / 1e6:.1f}", *times, leaving)
             )
         return (
-            f"{table(rows, left={0, len(title) - 1})}\n\nCalibrated on {self.int8.calibrated_on} images, compared on "
-            f"{self.int8.compared_on} others at the same thresholds. fidelity: share of the answers that are those of the backbone in "
+            f"{table(rows, left={0, len(title) - 1})}\n\nCalibrated on {number_of(self.int8.calibrated_on, 'image')}, compared on "
+            f"{number_of(self.int8.compared_on, 'other')} at the same thresholds. fidelity: share of the answers that are those of the backbone in "
             "float32; cost in multiply-accumulates; time divided by that of float32, both in turns."
         )
 
@@ -111,7 +111,8 @@ def export_int8(
     few = min(CALIBRATED_ON, len(images) // 2)
     if few < 1:
         raise DataError(
-            f"{calibrate} has {len(images)} images for this. Give 2 or more, better 1,000.", argument="calibrate"
+            f"{calibrate} has {number_of(len(images), 'image')} for this. Give 2 or more, better 1,000.",
+            argument="calibrate",
         )
     with tempfile.TemporaryDirectory() as beside:
         whole, made = export(opened.model, Path(beside) / FLOAT, format=ONNX), Path(beside) / INT8

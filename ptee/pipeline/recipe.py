@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import yaml
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import Argument, PteeError, first_line, unknown
+from ptee._common.errors import Argument, PteeError, first_line, in_line, unknown
 from ptee._common.files import LONGEST_KEY, as_path, is_file, settle
 from ptee._common.validation import FrozenConfig, Whole
 from ptee.exits.config import CALIBRATED, LEARNED, ConfidenceConfig, ExitsConfig
@@ -261,8 +260,9 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, 
         text = f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe."
         raise PteeError(text, argument="recipe")
     if not str(recipe).strip():
-        names = ", ".join(BUILT_IN)
-        raise PteeError(f"The recipe is an empty text. Give a name ({names}) or a file.", argument="recipe")
+        raise PteeError(
+            f"The recipe is an empty text. Give a name ({', '.join(BUILT_IN)}) or a file.", argument="recipe"
+        )
     path = as_path(recipe, "recipe")
     settle(path)
     if is_file(path / RECIPE_FILE):
@@ -270,9 +270,8 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, 
     if path.suffix in (".yaml", ".yml") or is_file(path):
         return _read(path), path
     if os.path.isdir(path):  # noqa: PTH112 - which takes names that no folder can have
-        raise PteeError(
-            f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file.", argument="recipe"
-        )
+        text = f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file."
+        raise PteeError(text, argument="recipe")
     raise unknown("recipe", str(recipe), BUILT_IN)
 
 
@@ -286,7 +285,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise PteeError(f"The recipe {path} has {size:,} bytes; no recipe has more than {LARGEST_FILE:,}.")
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
-        raise PteeError(f"The recipe {path} cannot be read: {first_line(why)}") from why
+        raise PteeError(f"The recipe {path} cannot be read{in_line(why)}: {first_line(why)}") from why
     if not isinstance(values, dict):
         raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.", argument="recipe")
     return _with_names(values, f"recipe {path}")
@@ -302,27 +301,32 @@ def _with_names(values: Mapping[Any, Any], what: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's truth values and numbers: in `precision: no`, no is a word, and 1e-2 is a number.
+    """YAML 1.2's truth values and numbers: in `precision: no`, no is a word, and 1e-2 is a number; 010 and 1:30 are words, too.
 
-    010 and 1:30 are words, too: they would be 8 and 90. Aliases are refused, because a few lines of them can stand for more
-    values than a machine can hold, and so are a key that stands there twice,
-    and tags (!!int). `<<`, which would merge mappings, is a key like any other.
+    Aliases are refused, because a few lines of them can stand for more values than a machine can hold, and so are a key that
+    stands there twice and tags (!!int). `<<`, which would merge mappings, is a key like any other.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """PyYAML calls this for each value."""
         if (tag := getattr(self.peek_event(), "tag", None)) is not None:  # would go around the rules for plain values
-            raise yaml.YAMLError(f"tags ({tag[:LONGEST_KEY]}) are not read here: write the value alone.")
+            raise self.fault(f"tags ({tag[:LONGEST_KEY]}) are not read here: write the value alone")
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read here. Write the value again.")
+            raise self.fault("aliases (*name) are not read here: write the value again")
         return super().compose_node(parent, index)
+
+    def fault(self, text: str, node: Any = None) -> yaml.YAMLError:
+        """An error that knows its line."""
+        return yaml.MarkedYAMLError(problem=text, problem_mark=(node or self.peek_event()).start_mark)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         """PyYAML calls this for each mapping."""
         node = super().compose_mapping_node(anchor)
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, n in keys.items() if n > 1]:
-            raise yaml.YAMLError(f"{twice[0][:LONGEST_KEY]!r} stands there twice. Keep one of them.")
+        seen: set[str] = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise self.fault(f"{key.value[:LONGEST_KEY]!r} stands there twice: keep one of them", key)
+            seen.add(key.value)
         return node
 
 
@@ -344,11 +348,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        yaml.YAMLError: if it has none. The library itself raises other errors, too, as for `!!int x`.
-    """
+    """The value of a YAML text; a yaml.YAMLError if it has none, also where the library raises others, as for `!!int x`."""
     try:
         return yaml.load(text, _Loader)
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as why:
@@ -370,11 +370,11 @@ def settings() -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{key}", inner
 
 
-def path_of(name: str) -> str:
+def path_of(name: str, also: Iterable[str] = ()) -> str:
     """The dotted path of a setting, from its path, its last word if only one section has it, or another name of it.
 
     Raises:
-        UnknownName: if there is no such setting.
+        UnknownName: if there is no such setting; it names what is near, also of the names in `also`.
     """
     paths = [path for path, _ in settings()]
     if name in paths:
@@ -385,7 +385,7 @@ def path_of(name: str) -> str:
     if len(ends) == 1:
         return ends[0]
     short = [path.rpartition(".")[2] for path in paths]
-    raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short])
+    raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short, *also], argument=name)
 
 
 def path_for(name: str, value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ptee._common.devices import process_state
-from ptee._common.errors import Interrupted, PteeError, RunError, first_line
+from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
 from ptee._common.files import clear_unfinished, from_json, is_file, locked, write_json
 from ptee._common.validation import FrozenConfig, Name, Number
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
@@ -150,4 +150,10 @@ def require_readable(data: Data, out: Path) -> None:
         if is_interrupted(out) or not run_files.is_run(out):
             known = [tuple(key) for key in data.split.get("removed", [])]
             write_json(out / UNREADABLE, sorted({*known, *why.keys}))
+            them = "it" if len(why.keys) == 1 else "them"
+            why.parts += (
+                f" If you remove {them}, add ",
+                Argument("resume", "True"),
+                ": the other pictures stay in their parts.",
+            )
         raise

@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import describe_thresholds, table
+from ptee._common.text import number_of, table
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
 
 MOST_POINTS = 1000
 ROUNDING = 1e-9  # of means over the images
+BARE_TIME = "the bare backbone's time "  # begins the name of a unit of time
+ABOVE_ONE = (
+    "A cost above 1 is more than the bare backbone's: model.off = range(len(model.exits)) costs 1 and loses nothing."
+)
 TUNE = "ptee tune RUN --max-drop 0.01 (in Python: ptee.tune(model, images, max_drop=0.01))"
 
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -69,7 +73,7 @@ class Curve(_Record):
         answers: "own" or "blended".
         off: exits that are off.
         images: on which all was measured.
-        time_of: how times were measured, in words; empty if they were not.
+        time_of: the bare backbone's time and, in brackets, how times were measured; empty if they were not.
         points: the thresholds that were chosen, and others of which none is dearer than another and loses more.
     """
 
@@ -106,18 +110,28 @@ class Curve(_Record):
         first = self.points[0]
         known = [name for name in ("cost", "time_ms", "drop", "fidelity_drop") if getattr(first, name) is not None]
         rows = [
-            (
-                *(f"{getattr(point, name):.4f}" for name in known),
-                describe_thresholds(point.threshold, (*self.off, *point.nobody_leaves_at)),
-            )
-            for point in self.points
+            (*(f"{getattr(point, name):.4f}" for name in known), ", ".join(self._words(point))) for point in self.points
         ]
         shown = table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
         drop = "drop: how far accuracy will be below the backbone's. " * (first.drop is not None)
         differ = "fidelity drop: the share of answers that will not be the backbone's. "
-        time = f"time ms: {self.time_of}. " * bool(self.time_of)
-        last = "T: of each exit; off: no image leaves there."
-        return f"{shown}\nWhat is to be expected, from {self.images:,} images. {time}{drop}{differ}{last}"
+        time = f"time ms: of a batch {self.time_of.removeprefix(BARE_TIME)}. " * bool(self.time_of)
+        return f"{shown}\nWhat is to be expected, from {number_of(self.images, 'image')}. {time}{drop}{differ}{self._legend_of_thresholds}"
+
+    def _words(self, point: Point) -> list[str]:
+        """T of each exit for a person to read."""
+        return [
+            "off" if n in self.off else "never" if n in point.nobody_leaves_at else f"{t:.4g}"
+            for n, t in enumerate(point.threshold)
+        ]
+
+    @property
+    def _legend_of_thresholds(self) -> str:
+        words = {word for point in self.points for word in self._words(point)}
+        off = "; off: its head does not run" * ("off" in words)
+        never = "; never: no image leaves there, but its head runs" * ("never" in words)
+        dear = f" {ABOVE_ONE}" * any(point.cost > 1 for point in self.points)
+        return f"T: of each exit{off}{never}.{dear}"
 
 
 class Wish(FrozenConfig):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import Argument, PteeError, unknown
-from ptee._common.validation import checked
+from ptee._common.validation import checked, named
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
@@ -98,6 +98,7 @@ class OptimizedModel(nn.Module):
         return self.predict(x).logits
 
     @torch.compiler.disable
+    @named
     def predict(self, x: Tensor, threshold: Thresholds | None = None) -> ExitOutput:
         """Answer each row at the first exit that is confident enough; only the other rows go on.
 

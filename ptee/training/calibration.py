@@ -23,7 +23,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data import splits
@@ -71,7 +71,8 @@ class ExitCalibration:
     def remark(self) -> str:
         """A sentence if there were too few images; else empty."""
         if self.images < MIN_IMAGES:
-            return f"{self.images} images with finite answers are too few: h is the largest probability as it is."
+            are = "is" if self.images == 1 else "are"
+            return f"{number_of(self.images, 'image')} with finite answers {are} too few: h is the largest probability as it is."
         positives = round(self.yes * self.images)
         rarer = min(positives, self.images - positives)
         if rarer < MIN_OF_EITHER:
@@ -112,7 +113,7 @@ class Calibration:
     def summary(self) -> str:
         """A sentence, and a line for each exit whose fit is odd."""
         remarks = "".join(f"\nExit {n}: {e.remark}" for n, e in enumerate(self.exits) if e.remark)
-        return f"The confidence h, the chance that {QUESTIONS[self.target]}, was fitted on {self.images:,} images.{remarks}"
+        return f"The confidence h, the chance that {QUESTIONS[self.target]}, was fitted on {number_of(self.images, 'image')}.{remarks}"
 
     @property
     def legend(self) -> str:
@@ -129,7 +130,7 @@ def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     size = round(share * n)
     if size < MIN_IMAGES:
         raise DataError(
-            f"{share:g} of {n:,} training images are {size}, and it takes {MIN_IMAGES} to fit the confidence. Give a larger share (",
+            f"{share:g} of {number_of(n, 'training image')} {'is' if size == 1 else 'are'} {size}, and it takes {MIN_IMAGES} to fit the confidence. Give a larger share (",
             Argument("calibration_share", "0.3"), "), or another confidence.",
         )  # fmt: skip
     return splits.hold_out(data, size, seed)

@@ -26,7 +26,7 @@ from ptee._common.files import as_path, clear_unfinished
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.shares import Share, is_lost, shared_batch_norm
-from ptee._common.validation import checked
+from ptee._common.validation import checked, require_arguments
 from ptee._common.warning import warn
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader, odd_labels
@@ -100,6 +100,7 @@ def train(
     if not isinstance(config, TrainingConfig):
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
         raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
+    require_arguments(train, changes, also=TrainingConfig.model_fields)
     config = config.changed(**changes)
     _drop_what_was_fitted(model)
     for name, data in (("train_data", train_data), ("val_data", val_data)):  # refuse what cannot be made into batches

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
+from ptee._common.text import number_of
 from ptee.exits.blend import MAX_EXITS, Exits, subsets
 from ptee.exits.confidence import leaves
 from ptee.exits.config import NEVER
@@ -65,7 +66,7 @@ def require_images(target: Target, confidence: float | None, images: int, *, eac
     instead: tuple[Argument | str, ...] = (Argument(target.kind, f"{possible:g}"), " or more, ") if possible < 1 else ()
     too: tuple[Argument | str, ...] = (" and ", Argument("each_exit", "True")) if each_exit else ()
     raise PteeError(
-        target.argument, " at ", Argument("confidence", f"{confidence}"), *too, f" needs at least {in_all:,} images, {images:,} are there. "
+        target.argument, " at ", Argument("confidence", f"{confidence}"), *too, f" needs at least {number_of(in_all, 'image')}, {images:,} {'is' if images == 1 else 'are'} there. "
         "Give more images, ", *instead, "or no ", Argument("each_exit" if images >= needed else "confidence"), ".",
         argument=target.kind, value=target.limit,
     )  # fmt: skip
@@ -219,10 +220,11 @@ def _off(threshold: Threshold) -> tuple[int, ...]:
 
 def _instead(cheapest: Callable[[Target], Threshold], target: Target, images: int) -> str:
     """That nothing could be shown, and which limit could: it is rounded up, and shown as it is named."""
+    shown = f"{number_of(images, 'image')} {'does' if images == 1 else 'do'}"
     for power in range(1, TRIES):
         limit = UP.create_decimal(f"{target.limit * LARGER**power:.9g}")
         if limit >= 1:
             break
         if min(cheapest(replace(target, limit=float(limit)))) < NEVER:
-            return f"{images:,} images do not show that anything cheaper keeps this; they do for {float(limit):g}."
-    return f"{images:,} images do not show that anything cheaper than the backbone keeps this."
+            return f"{shown} not show that anything cheaper keeps this; {'it does' if images == 1 else 'they do'} for {float(limit):g}."
+    return f"{shown} not show that anything cheaper than the backbone keeps this."

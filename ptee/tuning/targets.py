@@ -27,6 +27,10 @@ DEFAULTS = ThresholdsConfig()
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 DRAWS = 50  # of as many images, with replacement
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
+SEVERAL_RISKY = (
+    " One T for all exits: several would cost less here, and lose more than the limit on images that they are not chosen on. "
+    "ptee tune RUN --margin 0 (in Python: margin=0) takes them nevertheless."
+)
 BY_OBJECTIVE = attrgetter("objective")
 
 
@@ -46,6 +50,7 @@ class Solution:
         remark: why answers are not blended although they were to be, in a sentence; else empty.
         unit: what the time is a fraction of, in words; empty if the cost was counted.
         promise: the guarantee that the target is kept; None if it is kept on average.
+        several_risky: several thresholds would cost less, but need more reserve than the whole limit, so there is one for all.
     """
 
     target: Target
@@ -59,6 +64,7 @@ class Solution:
     remark: str = ""
     unit: str = ""
     promise: Promise | None = None
+    several_risky: bool = False
 
     @property
     def cost(self) -> float:
@@ -129,7 +135,9 @@ class Solution:
 
     @property
     def _too_few(self) -> str:
-        """The whole limit is in reserve."""
+        """The whole limit is in reserve, or it is less than several thresholds need."""
+        if self.several_risky:
+            return SEVERAL_RISKY
         if not 0 < self.target.limit <= self.margin:
             return ""
         return " All that may be lost is in reserve: with more images to choose on, less reserve is needed, and more is saved."
@@ -210,9 +218,10 @@ class _Way:
         if self.solution.margin >= least:
             return [self]
         try:
-            return [_Way.found(self.candidates, self.solution.target, self.one_threshold, least)]
+            found = _Way.found(self.candidates, self.solution.target, self.one_threshold, least)
         except PteeError:
             return []
+        return [replace(found, solution=replace(found.solution, several_risky=self.solution.several_risky))]
 
 
 def _solved(kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin) -> _Way:
@@ -318,7 +327,9 @@ def _ways(candidates: list[Candidate], target: Target, one_threshold: bool, marg
     """
     if not isinstance(margin, str) or target.kind == "max_cost":
         return [_Way.found(candidates, target, one_threshold, 0.0 if isinstance(margin, str) else margin)]
-    ways, safe, failed = [], [], []
+    ways: list[_Way] = []
+    safe: list[_Way] = []
+    failed: list[PteeError] = []
     for one in (True,) if one_threshold or candidates[0].traces.exits == 1 else (True, False):
         try:
             optimism = _optimism(candidates, target, one)
@@ -328,7 +339,11 @@ def _ways(candidates: list[Candidate], target: Target, one_threshold: bool, marg
             failed.append(why)
     if not ways:
         raise failed[-1]
-    return safe or ways[:1]
+    if safe == ways or len(ways) < 2:
+        return ways
+    first, several = ways  # of which one is left out
+    risky = first in (safe or [first]) and several.objective < first.objective
+    return [replace(first, solution=replace(first.solution, several_risky=True))] if risky else safe or [first]
 
 
 def _within(candidates: list[Candidate], target: Target, one_threshold: bool, margin: float) -> Solution:

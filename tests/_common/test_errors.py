@@ -74,6 +74,10 @@ def test_all_of_a_few_choices_are_named_and_the_nearest_of_many(name, choices, s
     assert str(unknown("head", name, choices)) == said
 
 
+def test_a_name_that_differs_in_case_and_strokes_only_is_answered_with_that_name_alone():
+    assert "Did you mean 'max_drop'?" in str(unknown("setting", "MaxDrop", ["max_loss", "max_drop", "max_dropped"]))
+
+
 def test_if_no_choice_is_near_some_of_many_are_named():
     assert "There are 100 choices, among them layer0, layer1, layer10" in str(unknown("module", "zzz", MANY))
 

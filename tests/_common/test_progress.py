@@ -53,6 +53,21 @@ def test_a_log_gets_lines_even_while_one_item_takes_long(monkeypatch):
     assert lines[-1].endswith(" left")
 
 
+def test_the_first_line_in_a_log_comes_sooner_than_the_next(monkeypatch):
+    waited: list[float] = []
+
+    class Over:
+        def wait(self, seconds: float) -> bool:
+            waited.append(seconds)
+            return len(waited) > 2
+
+    monkeypatch.setattr(sys, "stderr", Log())
+    lines = LogLines(range(2), "reading images")
+    lines.start = 0.0
+    lines._write_lines(Over())
+    assert waited == [10.0, 25.0, 25.0]
+
+
 def test_no_line_is_written_after_the_end():
     before = threading.active_count()
     for _ in LogLines(range(2), "reading images", seconds=0.01):

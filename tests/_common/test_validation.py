@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 import ptee
 from ptee._common.errors import PteeError, UnknownName
-from ptee._common.validation import FrozenConfig, Number, Whole, checked, from_pydantic
+from ptee._common.validation import FrozenConfig, Number, Whole, checked, from_pydantic, named
 
 
 class Inner(FrozenConfig):
@@ -94,6 +94,21 @@ def test_an_argument_of_the_wrong_kind_is_refused_by_name(name, value, said):
     with pytest.raises(PteeError) as refusal:
         fitted(object(), **{name: value})
     assert (str(refusal.value), refusal.value.argument) == (said, name)
+
+
+@named
+def quick(number: int, *, soft: bool = False) -> str:
+    return number + "" if soft else str(number)
+
+
+def test_an_unknown_argument_of_what_is_called_often_is_named_and_other_errors_stay():
+    assert quick(3) == "3"
+    with pytest.raises(PteeError, match=r"^quick\(\) has no argument 'sfot'\. Did you mean 'soft'\?"):
+        quick(3, sfot=True)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        quick()
+    with pytest.raises(TypeError, match="unsupported operand"):
+        quick(3, soft=True)
 
 
 def test_by_position_too():

@@ -355,9 +355,14 @@ FRONT = {"model": "front", "weights": "w", "input_size": "size"}
     ("names", "given", "said", "argument"),
     [
         (FRONT, {"model": "cifar_resnet20", "weights": "x.pth"}, r"no weights file x\.pth", "w"),
-        (FRONT, {"model": "cifar_resnet20"}, r"Give another front=, or another file with w=FILE\.$", "front"),
+        (FRONT, {"model": "cifar_resnet20"}, r"Give another front=, or a file of its weights: w=FILE\.$", "front"),
         (FRONT, {"model": Tiny(), "input_size": (4, 32, 32)}, r"Give the size .*, size=\(c, h, w\)", None),
-        ({"weights": "static=tiny"}, {"model": "cifar_resnet20"}, r"Give another file with static=tiny=FILE\.$", None),
+        (
+            {"weights": "static=tiny"},
+            {"model": "cifar_resnet20"},
+            r"Give a file of its weights: static=tiny=FILE\.$",
+            None,
+        ),
     ],
     ids=["another name", "advice that the caller cannot follow", "advice that it can follow", "weights alone"],
 )

@@ -23,6 +23,7 @@ def test_a_run_in_whole_numbers_is_smaller_and_says_how_it_answers_beside_float3
     done = run("export", finished, *INT8, "--calibrate", things / "many")
     assert done.status == 0, done.err
     assert [line.split()[0] for line in done.out.splitlines()[2:4]] == ["float32", "int8"]
+    assert done.out.endswith("Written to files. Try it: python -m ptee.deploy.runner files IMAGE\n")
     kept = json.loads(Path("files", "manifest.json").read_text())["int8"]
     whole, small = kept["measured"]
     assert (whole["numbers"], small["numbers"]) == ("float32", "int8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import click
 import pytest
@@ -26,6 +27,18 @@ each_option = pytest.mark.parametrize(
 def test_every_option_has_a_help_text_that_is_a_sentence(option):
     assert option.help
     assert option.help.strip().endswith(".")
+
+
+@pytest.mark.parametrize("command", [*cli.commands])
+def test_no_default_is_broken_over_two_lines(command, run):
+    assert "[default:\n" not in (text := run(command, "--help").out)
+    assert not re.search(r"\[default: [^\]\n]*\n", text)
+
+
+def test_the_cost_of_a_run_that_is_there_says_nothing_of_places(run):
+    for command in ("tune", "compare", "report", "plot"):
+        assert "places of exits" not in " ".join(run(command, "--help").out.split())
+    assert "the places of exits" in " ".join(run("augment", "--help").out.split())
 
 
 def test_the_list_of_commands_is_whole_on_a_narrow_terminal(run):
@@ -207,7 +220,7 @@ def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere
     (elsewhere / "mine.yaml").write_text("exits: {head: pool}\n")
     values = {
         "--model": "cifar_resnet20", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
-        "--recipe": "mine.yaml", "--set": "exits.head=pool", "--exits": "linear", "--num-exits": 2,
+        "--recipe": "mine.yaml", "--set": "exits.places_by=operations", "--exits": "linear", "--num-exits": 2,
         "--head": "auto", "--head-budget": 0.1, "--front": None, "--front-weights": None, "--batch-sizes": 1, "--rounds": 3,
         "--threads": 1, "--device": "cpu", "--cost": "time", "--at-batch": 1, "--images": None,
     }  # fmt: skip

@@ -46,6 +46,8 @@ def test_bench_of_a_run_prints_a_table_and_keeps_the_times_where_it_is_asked_to(
     assert done.status == 0
     assert "own thresholds" in done.out
     assert "\nlimit: " in done.out
+    then = f"Thresholds by them: ptee tune {finished} --max-drop 0.01 --cost time"
+    assert done.out.endswith(f"\n\nThe times of the pieces are kept in {finished / 'times.json'}. {then}\n")
     times = read_times(finished)
     assert [m.executor for m in times.executors] == ["hooks", "eager"]
     assert times.rows == (1, 2)
@@ -62,6 +64,14 @@ def test_bench_of_a_run_as_json_holds_everything_and_keeps_nothing_unasked(run, 
         "own thresholds",
     }
     assert not (finished / "times.json").exists()
+
+
+def test_where_times_are_kept_is_said_beside_the_json(run, finished):
+    done = run(
+        "bench", finished, *ON_CPU, "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--json", "--save"
+    )
+    assert json.loads(done.out)["times"]["rows"] == [1]
+    assert "are kept in" in done.err
 
 
 def test_without_its_images_a_run_is_timed_on_noise_and_a_sentence_says_so(run, finished, monkeypatch):

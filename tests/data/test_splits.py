@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from ptee.data.splits import (
     parts_for_tuning,
     parts_of,
     siblings,
+    without_images,
 )
 
 
@@ -243,3 +245,15 @@ def test_only_so_many_files_are_read_for_copies_those_of_rare_sizes_first(tmp_pa
 
 def test_pictures_that_are_no_files_are_not_compared():
     assert copied(opened("digits")) == ""
+
+
+# ------------------------------------------------------------------------------------------------ classes without images
+
+
+def test_classes_that_no_validation_image_shows_are_named(tmp_path):
+    write_folder(tmp_path, [f"train/{name}" for name in numbered(20)] + ["val/a/0.png"])
+    data = opened(tmp_path)
+    assert without_images(data) == "No validation image shows b: the results say nothing of it."
+    assert without_images(replace(data, validation=data.validation.relabelled(lambda _: -1))) == ""
+    assert without_images(replace(data, validation=data.train)) == ""
+    assert without_images(opened("digits")) == ""

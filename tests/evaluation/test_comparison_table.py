@@ -98,6 +98,15 @@ def test_the_verdict_says_what_is_cheaper_than_every_run(kind, words):
     assert found.endswith("cheaper than the best run with early exits, ours (cost 0.5000). So is third (cost 0.4500).")
 
 
+def test_what_is_cheaper_than_a_run_is_said_of_the_column_that_its_cost_is_in():
+    ours = Line("ours", "adaptive", (entry(0.5, 0.005, allowed=0.02),))
+    third = Line("third", "cascade", (entry(0.45, 0, allowed=0.02),))
+    assert verdict(ours, third, Line("other", "static", (entry(0.4, 0),))).endswith(
+        "cheaper than the best run with early exits, ours with its thresholds for <= 0.02 lost (cost 0.5000). "
+        "So is third with its thresholds for <= 0.02 lost (cost 0.4500)."
+    )
+
+
 @pytest.mark.parametrize("other", [entry(0.4, 0.011), entry(0.4, 0, in_calibration=0.011), entry(0.6, 0)], ids=str)
 def test_a_line_that_loses_more_on_either_set_of_images_or_costs_more_is_not_named(other):
     assert verdict(OURS, Line("other", "static", (other,))).startswith("At most 0.01 lost: ours is cheapest")

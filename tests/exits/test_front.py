@@ -301,7 +301,7 @@ def test_only_options_that_it_has_are_named(tmp_path):
     )
     with pytest.raises(
         PteeError,
-        match=r"has 7 classes .*the model has 10\. Give another front=, or another file with front_weights=FILE\.$",
+        match=r"has 7 classes .*the model has 10\. Give another front=, or a file of its weights: front_weights=FILE\.$",
     ) as said:
         named_front("cifar_resnet20", backbone, weights=tmp_path / "w.safetensors")
     assert "num_classes=" not in str(said.value)

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.labels import LabelMap
-from ptee.pipeline.images import from_data_sets, has_labels, recipe_for
+from ptee.pipeline.images import described_change, from_data_sets, has_labels, recipe_for
 from ptee.pipeline.recipe import make_recipe
 
 GOOD = LabelMap((0, 1), "Two classes.")
@@ -68,6 +68,18 @@ def test_without_them_the_heads_learn_the_backbones_answers_and_fidelity_is_kept
     soft = recipe_for(labels, make_recipe("ptee", {"max_loss": 0.03}))
     assert (soft.training.resolved_targets, soft.thresholds.max_fidelity_drop) == ("soft", 0.03)
     assert soft.thresholds.max_loss is None
+
+
+def test_what_labels_that_are_in_doubt_change_is_said_and_nothing_where_nothing_changes():
+    for settings, said in (
+        ({}, " Thresholds are chosen for fidelity: at most 0.01 of the answers differ from the backbone's."),
+        ({"max_cost": 0.5}, ""),
+        ({"threshold": 0.5}, ""),
+        ({"max_fidelity_drop": 0.02}, ""),
+    ):
+        recipe = make_recipe("ptee", settings)
+        assert described_change(recipe, recipe_for(DOUBTFUL, recipe)) == said
+        assert described_change(recipe, recipe_for(GOOD, recipe)) == ""
 
 
 @pytest.mark.parametrize("labels", [NONE, DOUBTFUL], ids=["none", "doubtful"])

@@ -178,7 +178,9 @@ def test_what_is_not_possible_is_refused_in_one_line_with_its_name_and_value(rec
 NO_RECIPES = {
     "broken": ("training: [", "cannot be read"),
     "a list": ("- 1\n- 2\n", "is no YAML mapping"),
-    "a key twice": ("training: {lr: 0.1}\ntraining: {epochs: 3}\n", "'training' stands there twice"),
+    "a key twice": ("training: {lr: 0.1}\ntraining: {epochs: 3}\n", "cannot be read in line 2: .*'training' stands there twice"),
+    "a tab": ("training:\n\tepochs: 1\n", r"cannot be read in line 2: ScannerError: found character '\\t' that cannot start any token"),
+    "an alias": ("about: a\nname: *b\n", r"cannot be read in line 2: .*aliases \(\*name\) are not read here"),
     "a key twice in a section": ("training: {lr: 0.1, epochs: 2, lr: 0.2}\n", "'lr' stands there twice"),
     "numbers for names": ("1: 2\n", r"The recipe .* has a setting called 1\. Name each by text"),
     "numbers for names in a section": ("exits: {1: 2}\n", r"has a setting called 1\. Name each by text"),

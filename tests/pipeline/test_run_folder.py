@@ -69,6 +69,7 @@ def test_all_of_them_are_named_before_the_training_and_without_them_it_goes_on(p
     status, said = ptee(WORDS)
     assert status == 2 and "epoch" not in said
     assert all(str(path.relative_to(images.parent)) in said for path in broken)
+    assert said.rstrip().endswith("If you remove them, add --resume: the other pictures stay in their parts.")
     for path in broken:
         path.unlink()
     status, said = ptee(WORDS, *more)

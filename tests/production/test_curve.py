@@ -89,16 +89,36 @@ def test_the_least_value_that_a_refusal_prints_is_taken(name, least, scale):
     assert best_within(one, Wish(**{f"max_{name}": float(printed[1])})) == one.points[0]
 
 
+def above_one(model: ptee.EarlyExitModel) -> list[float]:
+    """The thresholds that lose nothing, with a warning that the backbone without exits is cheaper."""
+    with pytest.warns(UserWarning, match=r"cost 1\.\d+ times the bare backbone.*model\.off = range\(len\(model"):
+        return model.threshold_for(max_fidelity_drop=0)
+
+
 def test_a_curve_prints_as_a_table_that_says_which_exits_are_off():
     lines = str(curve(off=(1,))).splitlines()
     assert lines[0].split() == ["cost", "time", "ms", "drop", "fidelity", "drop", "T"]
     assert lines[2].split() == ["0.3000", "7.0000", "0.1000", "0.2000", "0.1,", "off"]
-    assert lines[4].split()[-1] == "off"
+    assert lines[4].split()[-2:] == ["never,", "off"]
     assert len(lines) == 6
     assert lines[-1] == (
         f"What is to be expected, from {curve().images:,} images. drop: how far accuracy will be below the "
-        "backbone's. fidelity drop: the share of answers that will not be the backbone's. T: of each exit; off: no image leaves there."
+        "backbone's. fidelity drop: the share of answers that will not be the backbone's. T: of each exit; off: its head does not run; never: no image leaves there, but its head runs. A cost above 1 is more than "
+        "the bare backbone's: model.off = range(len(model.exits)) costs 1 and loses nothing."
     )
+
+
+def test_the_times_of_a_curve_are_called_those_of_a_batch():
+    times = "the bare backbone's time (hooks, batch 1, cpu)"
+    assert " images. time ms: of a batch (hooks, batch 1, cpu). drop: " in str(curve(time_of=times))
+
+
+def test_thresholds_that_cost_more_than_the_bare_backbone_come_with_a_warning():
+    model = made()
+    model.curve = curve(points=[Point(threshold=(2.0,) * len(model.exits), cost=1.1, fidelity_drop=0)]).model_copy(
+        update={"confidence": model.confidence}
+    )
+    assert above_one(model) == [2.0] * len(model.exits)
 
 
 def test_what_a_curve_does_not_know_is_refused_by_what_to_type():
@@ -129,7 +149,7 @@ def test_tuning_keeps_a_curve_from_which_thresholds_are_read_without_images():
     model = tuned()
     assert model.curve is not None
     assert model.curve.at(model.threshold).promised == 0.25
-    cheap, faithful = model.threshold_for(max_cost=1.0), model.threshold_for(max_fidelity_drop=0)
+    cheap, faithful = model.threshold_for(max_cost=1.0), above_one(model)
     model.threshold = cheap
     with torch.no_grad():
         assert model.predict(labelled(60)[0].to(here())).cost.mean() <= 1.0 + 1e-6
@@ -194,7 +214,7 @@ def test_the_monitor_takes_the_promise_of_the_curve():
     model = tuned()
     with model.monitor(confidence=0.9) as monitor:
         assert monitor.max_fidelity_drop == 0.25
-    model.threshold = model.threshold_for(max_fidelity_drop=0)
+    model.threshold = above_one(model)
     with pytest.raises(PteeError, match=r"chosen for no share of answers that differ.*max_fidelity_drop=0\.01"):
         model.monitor()  # what 60 images measured is no promise
     model.confidence = "max_prob"

@@ -190,7 +190,8 @@ def test_few_images_cost_little_truth_over_ten_draws(size, shift):
 def test_with_fewer_than_20_images_h_is_the_largest_probability_and_the_table_says_so(few, model, images):
     found = calibrate(model, unlabelled(images[:few]))
     assert [(e.scale, e.shift) for e in found.exits] == [(1, 0), (1, 0)]
-    assert f"Exit 1: {few} images with finite answers are too few: h is the largest probability as it is." in str(found)
+    many = "1 image with finite answers is" if few == 1 else f"{few} images with finite answers are"
+    assert f"Exit 1: {many} too few: h is the largest probability as it is." in str(found)
     torch.testing.assert_close(model.all_exits(images).confidence[:-1], max_prob(model, images), rtol=1e-4, atol=1e-5)
 
 

@@ -326,8 +326,8 @@ REFUSED = [
     ({"loss": "v3"}, UnknownName, "loss='v3' is unknown"),
     ({"device": "cuda:99"}, DeviceError, "cuda:99"),
     ({"epochs": 0}, PteeError, "epochs=0 must be 1 or more"),
-    ({"mixup": 0.2}, UnknownName, "mixup=0.2 is unknown"),
-    ({"batchsize": 16}, UnknownName, "batchsize=16 is unknown. Did you mean 'batch_size'"),
+    ({"mixup": 0.2}, UnknownName, "train() has no argument 'mixup'"),
+    ({"batchsize": 16}, UnknownName, "train() has no argument 'batchsize'. Did you mean 'batch_size'"),
     ({"num_workers": 1.5}, PteeError, "num_workers=1.5 must be a whole number"),
     ({"config": {"epochs": 3}}, PteeError, "config must be a TrainingConfig, not a dict"),
 ]

@@ -250,6 +250,17 @@ def test_the_margin_auto_is_the_default_and_never_larger_than_the_limit():
     assert json.loads(json.dumps(found.to_dict()))["margin"] == found.margin
 
 
+def test_where_several_thresholds_need_more_reserve_than_the_limit_it_says_so_and_what_takes_them():
+    traces = easy_and_hard(0, 3, 300)
+    found, risky = (solve(traces, Target("max_drop", 0.0), margin=margin) for margin in ("auto", 0))
+    assert risky.cost < found.cost
+    assert "One T for all exits: several would cost less here" in str(found)
+    assert "ptee tune RUN --margin 0 (in Python: margin=0)" in str(found)
+    assert "One T" not in str(risky)
+    assert "One T" not in str(solve(traces, Target("max_drop", 0.0), one_threshold=True))
+    assert "One T" not in str(solve(traces, Target("max_drop", 0.1)))
+
+
 def test_nothing_is_kept_in_reserve_where_images_that_were_left_out_lose_nothing():
     h = torch.tensor([0.9, 0.5, 0.1]).repeat(2, 40)
     right = torch.stack([h[0] > 0.8, h[1] > 0.4])
