@@ -324,7 +324,9 @@ def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] =
     losses, in_calibration = _losses(pair.report, leaving), _losses(pair.calibration, leave(pair.calibration))
     score = pair.report.score(leaving, off)
     some_leave = bool((leaving < pair.report.exits).any())
-    drops = losses.mean().item(), _interval(losses, some_leave), in_calibration.mean().item()
+    low, high = _interval(losses, some_leave)
+    interval = (low if pair.report.targets is not None else max(low, 0.0), high)  # fidelity cannot be gained
+    drops = losses.mean().item(), interval, in_calibration.mean().item()
     return Entry(None, score.price, *drops, off=off, fidelity=score.fidelity)
 
 
@@ -336,12 +338,12 @@ def _losses(traces: Traces, leaving: Tensor) -> Tensor:
 def _interval(losses: Tensor, some_leave: bool) -> tuple[float, float]:
     """95 % interval of the mean loss, by bootstrap: how often it is 1, -1 and 0 is drawn from a multinomial distribution.
 
-    If no image has a loss (or a gain), one is counted, because none in a few images does not mean never. But if no image leaves
-    early, nothing can be lost.
+    Two images are added on either side (Agresti and Coull, 1998), because no loss on a few images does not mean that there
+    never is one. But if no image leaves early, nothing can be lost.
     """
     n = len(losses)
     counts = np.array([(losses == value).sum().item() for value in (1, -1, 0)], dtype=float)
-    counts[:2] = counts[:2].clip(min=float(some_leave))
+    counts[:2] += 2 * some_leave
     drawn = np.random.default_rng(SEED).multinomial(n, counts / counts.sum(), RESAMPLES)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / n, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(low), float(high)

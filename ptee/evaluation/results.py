@@ -18,6 +18,7 @@ from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
+from ptee.exits.blend import BLENDED
 from ptee.exits.config import ALWAYS, CALIBRATED, NEVER
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.thresholds import Thresholds
@@ -132,9 +133,14 @@ def foretold(model: EarlyExitModel, traces: Traces, n: int) -> Tensor:
 
 def foretells_agreement(model: EarlyExitModel) -> bool:
     """Whether the confidence is the probability that an exit agrees with the backbone, not that it is right."""
+    if model.confidence != CALIBRATED:
+        return False
+    if (
+        model.answers == BLENDED and model.blend is not None
+    ):  # its own weights make it a probability, not the calibration
+        return not model.blend.to_the_end
     fitted = (model.results or {}).get("calibration")
-    agrees = isinstance(fitted, dict) and fitted.get("target") == "agrees"
-    return agrees and model.confidence == CALIBRATED
+    return isinstance(fitted, dict) and fitted.get("target") == "agrees"
 
 
 def _few_enough(model: EarlyExitModel, images: Tensor, seconds: float) -> Tensor:

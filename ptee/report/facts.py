@@ -67,7 +67,7 @@ def steps(traces: Traces, off: Sequence[int]) -> list[Step]:
 
 def _shares(leaving: Tensor, traces: Traces) -> list[float]:
     n = traces.answers.shape[1]
-    return (torch.bincount(leaving, minlength=traces.exits + 1) / n).tolist()
+    return [count / n for count in torch.bincount(leaving, minlength=traces.exits + 1).tolist()]
 
 
 class Columns(NamedTuple):

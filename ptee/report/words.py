@@ -13,6 +13,7 @@ import torch
 from ptee import __version__
 from ptee.evaluation.comparison_table import ROUNDING
 from ptee.evaluation.results import confidence_quality
+from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
@@ -164,7 +165,8 @@ def calibration_table(of: Reported) -> Rows:
     """How good each confidence is."""
     assert of.traces is not None
     rows: Rows = [("exit", "calibration error", "AUROC", "fitted on")]
-    fitted = (of.results.get("calibration") or {}).get("images")
+    own = of.model.answers == OWN  # of blended answers it is the weights that were fitted
+    fitted = (of.results.get("calibration") or {}).get("images") if own else None
     for n in range(of.traces.exits):
         error, auroc = confidence_quality(of.model, of.traces, n).values()
         shown = "-" if auroc is None else f"{auroc:.3f}"

@@ -112,13 +112,19 @@ def _by_price(candidate: Candidate, problem: Problem, one_threshold: bool) -> It
     on = torch.tensor(_subsets(candidate, problem, one_threshold), device=problem.h.device)
     limit = problem.limit
     for _ in range(TRIES):
-        choices = [_timed(candidate, problem, choice) for choice in search_each(problem, on, one_threshold)]
+        found = [choice for choice in search_each(problem, on, one_threshold) if _is_meant(candidate, choice)]
+        choices = [_timed(candidate, problem, choice) for choice in found]
         longest = max((choice.cost for choice in choices), default=0.0)
         if problem.limited == "loss" or longest <= limit + ROUNDING:
             yield from choices
             return
         yield from (choice for choice in choices if choice.cost <= limit + ROUNDING)
         problem.limit *= min(limit / longest, 0.99)
+
+
+def _is_meant(candidate: Candidate, choice: Choice) -> bool:
+    """Not that nobody leaves where exits are on by definition: their blend would answer at the end, and the model's backbone does."""
+    return not candidate.on or bool(choice.taken.any())
 
 
 def _subsets(candidate: Candidate, problem: Problem, one_threshold: bool) -> list[list[bool]]:

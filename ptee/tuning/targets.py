@@ -19,11 +19,13 @@ from ptee._common.errors import PteeError
 from ptee.exits.blend import OWN, Blend, Exits
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.tuning.config import Promise, Target, ThresholdsConfig, below, describe_thresholds
+from ptee.tuning.p_values import images_needed
 from ptee.tuning.reachable import Margin, losses_of, require_reachable, unreachable
 from ptee.tuning.threshold_search import ROUNDING, Choice, Problem, objective
 from ptee.tuning.traces import Score, Traces
 
 DEFAULTS = ThresholdsConfig()
+UNSEEN = 0.05  # chance that no image of those chosen on shows the loss that is allowed
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 DRAWS = 50  # of as many images, with replacement
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
@@ -112,7 +114,7 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on{self._with_weights}: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}"
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
             + (f"\n{self.remark}" if self.remark else "")
             + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
         )
@@ -141,6 +143,15 @@ class Solution:
         if not 0 < self.target.limit <= self.margin:
             return ""
         return " All that may be lost is in reserve: with more images to choose on, less reserve is needed, and more is saved."
+
+    @property
+    def _few_images(self) -> str:
+        """Where a loss as large as the limit may well not show on the images at all."""
+        on_average = self.promise is None and self.target.kind != "max_cost" and bool(self.on_exits)
+        if not on_average or not 0 < self.target.limit < 1 or self.samples >= images_needed(self.target.limit, UNSEEN):
+            return ""
+        needed = images_needed(self.target.limit, UNSEEN)
+        return f" Fewer than {needed} images may not show a loss of {self.target.limit:g}: expect to lose more on new ones."
 
     @property
     def _time(self) -> str:

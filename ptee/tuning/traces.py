@@ -191,7 +191,7 @@ class Traces:
 
     def shares(self, leaving: Tensor) -> list[float]:
         """(E+1) the share of the images that leaves at each exit."""
-        return (torch.bincount(leaving, minlength=len(self.costs)) / len(leaving)).tolist()
+        return [count / len(leaving) for count in torch.bincount(leaving, minlength=len(self.costs)).tolist()]
 
     def score(self, leaving: Tensor, off: Sequence[int] = ()) -> Score:
         """The score if each image leaves where `leaving` (n,) says, and these exits are off."""

@@ -211,6 +211,22 @@ def test_an_interval_is_as_wide_as_the_drop_varies_from_sample_to_sample():
     assert 0 < low < 0.1 < high
 
 
+@pytest.mark.parametrize("expected", [3.5, 4, 5, 7.3, 10, 20])
+def test_an_interval_holds_the_truth_as_often_as_it_says_where_little_is_lost(expected):
+    n, shown = 2000, 60
+    truth = expected / n
+    lost = [torch.cat([torch.ones(k), torch.zeros(n - k)]).double() for k in range(shown)]
+    chance = torch.distributions.Binomial(n, torch.tensor(truth)).log_prob(torch.arange(shown).float()).exp()
+    held = [low <= truth <= high for low, high in (_interval(each, some_leave=True) for each in lost)]
+    assert chance[torch.tensor(held)].sum() > 0.95 * chance.sum()
+
+
+def test_an_interval_of_fidelity_does_not_reach_below_nothing_lost():
+    found = compare({"it": made()}, images(1, labels=False), images(2, labels=False), drops=[0.02])
+    lows = [entry.interval[0] for line in found.lines for entry in line.entries]
+    assert min(lows) == 0
+
+
 def test_no_loss_on_a_few_images_is_uncertain_unless_no_image_leaves():
     few, many = torch.zeros(100, dtype=torch.float64), torch.zeros(4000, dtype=torch.float64)
     low, high = _interval(few, some_leave=True)

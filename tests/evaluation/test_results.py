@@ -16,6 +16,8 @@ import ptee
 from ptee._common.errors import DataError, DeviceError, PteeError
 from ptee.evaluation import results as evaluation
 from ptee.evaluation.results import evaluate
+from ptee.exits.blend import Blend
+from ptee.tuning.traces import record
 
 N = 24
 labelled = partial(small.labelled, N)
@@ -163,6 +165,24 @@ def test_without_labels_a_right_answer_is_the_backbones():
     own, same = (evaluate(model, TensorDataset(x, *more), speed=False).rows for more in ([], [bare]))
     for key in ("failure_auroc", "calibration_error", "right"):
         assert [getattr(row, key) for row in own] == [getattr(row, key) for row in same]
+
+
+@pytest.mark.parametrize(
+    ("answers", "fitted_to_labels", "agrees"), [("own", True, True), ("blended", True, False), ("blended", False, True)]
+)
+def test_a_confidence_is_measured_by_what_it_was_fitted_to(answers, fitted_to_labels, agrees):
+    model, (x, y) = made(), labelled()
+    ptee.calibrate(model, TensorDataset(x, y))
+    model.confidence = "calibrated"
+    model.results = {"calibration": {"target": "agrees", "images": N}}
+    ends = range(3) if fitted_to_labels else range(2)
+    weights = {(n, tuple(range(n))): (1.0,) * (n + 1) for n in ends}
+    model.blend = Blend(weights, fitted_to_labels)
+    model.answers = answers
+    assert evaluation.foretells_agreement(model) == agrees
+    traces = record(model, TensorDataset(x, y))
+    came_true = traces.answers[0] == traces.bare if agrees else traces.right[0]
+    assert torch.equal(evaluation.foretold(model, traces, 0), came_true)
 
 
 REFUSED = {

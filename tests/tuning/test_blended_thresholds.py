@@ -239,6 +239,24 @@ def test_an_answer_of_nan_changes_no_other_image():
     assert found.blend.weights and found.score.accuracy > 0
 
 
+@pytest.mark.parametrize("by_time", [False, True], ids=["operations", "time"])
+@pytest.mark.parametrize("answers", ["blended", "auto"])
+def test_a_gain_that_only_a_blend_of_images_that_never_left_would_bring_is_not_promised(answers, by_time):
+    # A row whose thresholds are all above 1 gets the backbone's own answer. Here h is the same everywhere: all leave, or none.
+    every = replace(traces(0), confidence=torch.full((3, 600), 0.5, device="cpu"), confidence_name="learned")
+    every = timed(every) if by_time else every
+    bare = every.right[-1].double().mean().item()
+    try:
+        found = solve(every, Target("max_drop", -0.05), answers=answers, margin=0.0)
+    except PteeError as error:
+        assert "gain" in str(error)
+        return
+    own = found.answering(every)
+    leaving = own.leaving(found.threshold)
+    answer = torch.where(leaving < own.exits, own.answers.gather(0, leaving[None])[0], own.bare)
+    assert found.drop == pytest.approx(bare - (answer == own.targets).double().mean().item())
+
+
 def with_answers(kind: str, **target: float) -> tuple[ptee.EarlyExitModel, Tensor]:
     model = made()
     ptee.tune(model, data(), answers=kind, **target)

@@ -322,6 +322,21 @@ def test_a_solution_can_be_written_as_json_and_prints_as_text():
     assert "Chosen: all exits off, because none of them pays; the backbone answers every image." in str(every)
 
 
+def test_a_solution_of_few_images_says_how_many_show_such_a_loss():
+    found = Solution(Target("max_drop", 0.01), (0.5,), (), Score(0.9, 0.95, 0.4), Score(0.9, 1.0, 1.0), 298)
+    few = "Fewer than 299 images may not show a loss of 0.01: expect to lose more on new ones."
+    assert few in str(found)
+    assert few in str(replace(found, target=Target("max_fidelity_drop", 0.01)))
+    for other in (
+        replace(found, samples=299),
+        replace(found, target=Target("max_cost", 0.5)),
+        replace(found, target=Target("max_drop", -0.01)),
+        replace(found, target=Target("max_drop", 0.0)),
+        replace(found, threshold=(NEVER,), off=(0,)),
+    ):
+        assert "Fewer than" not in str(other)
+
+
 @pytest.mark.parametrize(
     ("accuracy", "words"), [(0.9, "0.0000 below"), (0.9 + 1e-12, "0.0000 below"), (0.88, "0.0200 below"), (0.905, "0.0050 above")]
 )  # fmt: skip
