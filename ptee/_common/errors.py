@@ -1,4 +1,4 @@
-"""What a user can mend.
+"""What a user can mend, and warnings.
 
     PteeError (ValueError)
      +-- UnknownName (KeyError)     a name that is not in a registry, a model or a folder
@@ -14,12 +14,17 @@ message as an `Argument`, so that Python can say `num_classes=10` and the comman
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import count
 from typing import Any
 
 from ptee._common.text import printable
+
+WITHIN = {"ptee", "torch", "accelerate", "contextlib", "functools"}  # no line of these is the caller's
 
 
 @dataclass(frozen=True)
@@ -163,3 +168,13 @@ def in_line(error: BaseException) -> str:
     """Where in a YAML text an error is, with a blank before it; empty for other errors."""
     mark = getattr(error, "problem_mark", None)
     return "" if mark is None else f" in line {mark.line + 1}"
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the caller's own code that called ptee, however deep in ptee it arises."""
+    frame = sys._getframe()
+    for level in count(1):
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in WITHIN or frame.f_back is None:
+            warnings.warn(text, stacklevel=level)
+            return
+        frame = frame.f_back

@@ -6,6 +6,8 @@ lock is held as long as anything of it is changed, and all changes are made thro
 
 Random numbers have a lock of their own, because a training keeps them for hours, and others may load a model meanwhile. Code
 that needs both locks takes the one of the random numbers first. A `LongChange` holds no lock while it lasts.
+
+Only standard streams that are closed, full or read by nobody are changed without the lock, as a program begins or ends.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 # Loggers that tell of downloads and retries, and of what torch.export raises in any case.
@@ -31,6 +34,8 @@ LOUD = (
     "torch.fx.experimental.symbolic_shapes",
     "torch.export",
 )
+
+NOBODY_READS = 141  # the status of a program that writes to a pipe without a reader
 
 _CHANGES = threading.RLock()
 _RANDOM = threading.RLock()
@@ -226,3 +231,31 @@ def _forked() -> AbstractContextManager[None]:
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return torch.random.fork_rng(devices=gpus)
+
+
+# ---------------------------------------------------------------------------------------------------- closed or full streams
+
+
+def open_closed() -> None:
+    """Let standard streams that are closed lead nowhere. Otherwise the next file would get their number, and their text."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 - until the process ends
+
+
+def lead_nowhere(name: str = "stdout") -> None:
+    """Let a standard stream lead nowhere, with what it still holds: Python would write that at the end."""
+    null = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    with suppress(OSError, ValueError):  # a program has put something without a number in its place
+        os.dup2(null.fileno(), getattr(sys, name).fileno())
+    setattr(sys, name, null)
+
+
+def unwritable(why: OSError) -> tuple[str, int]:
+    """What to say where standard output cannot be written, and the exit status."""
+    if isinstance(why, BrokenPipeError):
+        return (
+            "Nobody reads the output any more, as after head, so ptee stopped. Send it to a file to have all of it.",
+            NOBODY_READS,
+        )
+    return f"The output cannot be written: {why.strerror or why}. Send it elsewhere, such as > FILE.", 2

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, DataError, PteeError
-from ptee._common.files import expanded, free_place, is_file
+from ptee._common.files import expanded, is_file
 from ptee._common.listing import require_place
+from ptee._common.writing import free_place
 
 MOST_RECIPES = 1000  # of a sweep, which has no more runs
 

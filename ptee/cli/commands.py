@@ -9,8 +9,8 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.files import require_writable
 from ptee._common.text import printable
+from ptee._common.writing import require_writable
 from ptee.cli import options
 from ptee.cli.checks import require_recipes
 from ptee.cli.options import Numbers, Place, as_option, in_groups

@@ -15,7 +15,7 @@ import click
 
 from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, unknown
-from ptee._common.streams import lead_nowhere, open_closed, unwritable
+from ptee._common.process import lead_nowhere, open_closed, unwritable
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
 MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.files import PICTURES, require_name, require_page, require_writable
+from ptee._common.writing import PICTURES, require_name, require_page, require_writable
 from ptee.cli import options
 from ptee.cli.checks import lines_of, require_comparable
 from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups

@@ -24,19 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
-from ptee._common.files import (
-    alone,
-    clear_unfinished,
-    file_hash,
-    from_json,
-    is_file,
-    is_left_over,
-    read_object,
-    require_writable,
-    to_json,
-    write_json,
-    writing_in,
-)
+from ptee._common.files import file_hash, from_json, is_file, read_object, to_json
+from ptee._common.writing import alone, clear_unfinished, is_left_over, require_writable, write_json, writing_in
 
 MANIFEST, UNREADABLE = "manifest.json", "unreadable.json"
 SCHEMA = 1

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptee._common.errors import Argument, PteeError, RunError, first_line, unknown
-from ptee._common.files import file_hash, free_place, replace_files, write_json, write_text
+from ptee._common.files import file_hash
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
 from ptee._common.text import type_name
 from ptee._common.validation import checked, is_name
+from ptee._common.writing import free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments

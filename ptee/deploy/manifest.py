@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import file_hash, is_file, read_object, settle
+from ptee._common.files import file_hash, is_file, read_object
 from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole
+from ptee._common.writing import settle
 from ptee.backbones.library import LEAST_STD
 
 SCHEMA = 1

@@ -17,7 +17,7 @@ import numpy as np
 
 from ptee._common.errors import DataError, PteeError, RunError, first_line
 from ptee._common.files import as_path, require_not_compressed
-from ptee._common.streams import lead_nowhere, open_closed, unwritable
+from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input

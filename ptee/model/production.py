@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import PteeError, warn
 from ptee._common.text import describe_thresholds
 from ptee._common.validation import checked
-from ptee._common.warning import warn
 from ptee.model.forward import ExitOutput, running
 from ptee.production.curve import ABOVE_ONE, TUNE, Curve, Wish, best_within
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError, RunError, first_line
-from ptee._common.files import as_path, from_json, settle
+from ptee._common.files import as_path, from_json
 from ptee._common.process import no_logs
 from ptee._common.validation import from_pydantic
+from ptee._common.writing import settle
 from ptee.backbones.record import checked_record, rebuilding, require_weights
 from ptee.backbones.source import HUB_SOURCES, is_cached, reach_hub
 from ptee.exits.config import FRONT

@@ -19,19 +19,10 @@ from pydantic import ValidationError
 
 from ptee import __version__
 from ptee._common.errors import PteeError, RunError, first_line, some
-from ptee._common.files import (
-    ANOTHER_FOLDER,
-    as_path,
-    clear_unfinished,
-    is_file,
-    locked,
-    plain,
-    replace_files,
-    settle,
-    to_json,
-)
+from ptee._common.files import as_path, is_file, plain, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
+from ptee._common.writing import ANOTHER_FOLDER, clear_unfinished, locked, replace_files, settle
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import storable, tensor_hash, tensor_hashes, weights_hash
 from ptee.exits.blend import OWN, Blend

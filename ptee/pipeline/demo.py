@@ -21,9 +21,9 @@ import torch.nn.functional as F
 
 from ptee._common.devices import threads
 from ptee._common.errors import Argument, BackboneError, DataError, first_line
-from ptee._common.files import replace_file, require_writable
 from ptee._common.process import no_stdout, own_random_numbers
 from ptee._common.progress import with_bar
+from ptee._common.writing import replace_file, require_writable
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO, SIDE

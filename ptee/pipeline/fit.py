@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from ptee._common.devices import of_main_process, require_launch, resolve_device
-from ptee._common.errors import Argument, DataError, Interrupted, PteeError
+from ptee._common.errors import Argument, DataError, Interrupted, PteeError, warn
 from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
-from ptee._common.warning import warn
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import FILES, Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate

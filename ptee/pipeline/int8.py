@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import Argument, DataError, PteeError, first_line
-from ptee._common.files import free_place
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
 from ptee._common.text import number_of, table
+from ptee._common.writing import free_place
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.deploy.export import ONNX, export, publish, require_libraries, sign
 from ptee.deploy.manifest import MANIFEST, Answered, Int8

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ptee._common.errors import Argument, RunError
-from ptee._common.files import settle
+from ptee._common.writing import settle
 from ptee.data.splits import parts_for_all
 from ptee.evaluation.comparison_table import Comparison
 from ptee.exits.times import BatchTimes

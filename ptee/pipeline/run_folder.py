@@ -15,8 +15,9 @@ from pydantic import Field
 
 from ptee._common.devices import process_state
 from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
-from ptee._common.files import clear_unfinished, from_json, is_file, locked, write_json
+from ptee._common.files import from_json, is_file
 from ptee._common.validation import FrozenConfig, Name, Number
+from ptee._common.writing import clear_unfinished, locked, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import Data
 from ptee.exits.plan import TimesOfModules

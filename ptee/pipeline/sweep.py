@@ -14,8 +14,8 @@ from typing import Any
 
 from ptee._common.devices import require_one_process
 from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
-from ptee._common.files import clear_unfinished, require_writable, write_text
 from ptee._common.text import table
+from ptee._common.writing import clear_unfinished, require_writable, write_text
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO

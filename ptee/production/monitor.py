@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ptee import __version__
 from ptee._common.devices import wait
-from ptee._common.errors import Argument, PteeError, first_line
+from ptee._common.errors import Argument, PteeError, first_line, warn
 from ptee._common.validation import FrozenConfig, Number, Whole
-from ptee._common.warning import warn
 from ptee.exits.blend import OWN
 from ptee.production.monitor_state import read_state
 from ptee.production.prometheus import prometheus_text

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee import __version__
-from ptee._common.files import write_text
+from ptee._common.writing import write_text
 from ptee.report.parts import Part, parts
 from ptee.report.reported import Reported
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, PteeError, first_line
-from ptee._common.files import PAGE, PICTURES, STILL, replace_files, require_name
+from ptee._common.writing import PAGE, PICTURES, STILL, replace_files, require_name
 from ptee.report.page import write
 from ptee.report.parts import Part
 

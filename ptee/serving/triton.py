@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import PteeError
-from ptee._common.files import fill_place, free_place, write_json, write_text
+from ptee._common.writing import fill_place, free_place, write_json, write_text
 from ptee.deploy.export import ONNX, export
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 from ptee.model.early_exit import EarlyExitModel

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ptee._common.errors import Argument, PteeError, RunError, unknown
-from ptee._common.files import settle
+from ptee._common.writing import settle
 
 FILE = "times.json"
 LARGEST_BATCH = 4096

@@ -17,9 +17,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, RunError, first_line
-from ptee._common.files import read_object, replace_file, to_json
+from ptee._common.files import read_object, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
+from ptee._common.writing import replace_file
 from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import RunError
-from ptee._common.files import from_json, plain, replace_file
+from ptee._common.files import from_json, plain
+from ptee._common.writing import replace_file
 from ptee.backbones.weights import answering_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ptee._common.devices import accelerator_on, no_autocast, require_launch
-from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
-from ptee._common.files import as_path, clear_unfinished
+from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line, warn
+from ptee._common.files import as_path
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.shares import Share, is_lost, shared_batch_norm
 from ptee._common.validation import checked, require_arguments
-from ptee._common.warning import warn
+from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader, odd_labels
 from ptee.exits.blend import BLENDED, OWN

@@ -12,9 +12,8 @@ from zlib import crc32
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
 
-from ptee._common.errors import Argument, DataError
+from ptee._common.errors import Argument, DataError, warn
 from ptee._common.shares import SharedLoader, ShareOfBatches
-from ptee._common.warning import warn
 from ptee.data.batches import CpuLoader, batches, is_loader, shared_batches, split_batch
 from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel

@@ -276,7 +276,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(run, know
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(fitting, "train", None)
-    monkeypatch.setattr("ptee._common.files.writing_in", fail)
+    monkeypatch.setattr("ptee._common.writing.writing_in", fail)
     assert_refused(run("augment", *known, *SHORT, "--out", "out"), "Cannot write out: Permission denied")
 
 

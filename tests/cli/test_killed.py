@@ -15,7 +15,7 @@ from killed import command_killed_at, killed_at
 
 import ptee
 from ptee._common.errors import RunError
-from ptee._common.files import free_place, locked
+from ptee._common.writing import free_place, locked
 from ptee.deploy.export import publish
 from ptee.deploy.runner import load_exported
 from ptee.pipeline import saved_run, timed_run

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError
-from ptee._common.files import to_json, write_json
+from ptee._common.files import to_json
 from ptee._common.text import printable
+from ptee._common.writing import write_json
 from ptee.backbones.load import load_backbone
 from ptee.exits.confidence import Calibrated
 from ptee.model.build import build

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
-from ptee._common.files import require_writable, to_json, write_json
+from ptee._common.files import to_json
 from ptee._common.text import printable
+from ptee._common.writing import require_writable, write_json
 from ptee.backbones.load import load_backbone, rebuild
 from ptee.backbones.weights import difference, weights_hash
 from ptee.exits.heads import HEADS

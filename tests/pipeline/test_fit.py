@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, Interrupted, PteeError, RunError, UnknownName
-from ptee._common.files import LOCK
+from ptee._common.writing import LOCK
 from ptee.backbones.load import load_backbone
 from ptee.exits.plan import TimesOfModules
 from ptee.pipeline import fit as fitting

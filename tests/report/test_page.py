@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptee._common.errors import Argument, PteeError, RunError
-from ptee._common.files import require_page
+from ptee._common.writing import require_page
 from ptee.exits.times import BatchTimes
 from ptee.report.page import write, write_report
 from ptee.report.parts import Part, command, parts
