@@ -147,7 +147,9 @@ def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[
         )
         o = o | {"data": str(imagenette())}
     removed = removed_pictures(out) if o["resume"] else ()
-    data, labels = open_for(backbone, o, recipe.seed, removed=removed, require=partial(require_readable, out=out))
+    data, labels = open_for(
+        backbone, o, recipe.seed, removed=removed, require=partial(require_readable, out=out, overwrite=o["overwrite"])
+    )
     labels = undoubted(labels, recipe)
     adapted = recipe_for(labels, recipe)
     click.echo(describe_labels(labels, as_option) + described_change(recipe, adapted))

@@ -349,9 +349,13 @@ def _is_new(path: Path, folder: Path, reached: dict[Path, Path]) -> bool:
     if path.is_symlink() and path.parent.resolve().is_relative_to(place):
         return False
     other = reached.setdefault(place, path)
-    if not other.is_relative_to(folder):
+    if not other.is_relative_to(folder) and _has_pictures(place):
         raise _two_classes(other, path)
     return other == path
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(name.lower().endswith(EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
 
 
 def _read_tar(path: Path, part: str) -> _Part:

@@ -138,8 +138,9 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
 def _nearest(strange: str, names: Sequence[str]) -> str:
     """Which name may be meant by a strange one, in brackets; or which one looks like it and has other characters."""
     if alike := [name for name in names if _seen(name) == _seen(strange)]:
-        marked, has = (strange, "that of the data") if _unseen(strange) else (alike[0], "the one here")
-        return f" (one looks like '{_seen(strange)}', but {has} holds {_unseen(marked)}, which nobody sees)"
+        sides = {"that of the data": _unseen(strange), "the one here": _unseen(alike[0])}
+        holds = " and ".join(f"{side} holds {marks}" for side, marks in sides.items() if marks)
+        return f" (one looks like '{_seen(strange)}', but {holds}, which nobody sees)"
     near = get_close_matches(strange, names, 1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 

@@ -12,7 +12,7 @@ from ptee._common.errors import PteeError, warn
 from ptee._common.text import describe_thresholds
 from ptee._common.validation import checked
 from ptee.model.forward import ExitOutput, running
-from ptee.production.curve import ABOVE_ONE, TUNE, Curve, Wish, best_within
+from ptee.production.curve import ABOVE_ONE, ROUNDING, TUNE, Curve, Wish, best_within
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
 from ptee.production.settings import fitted
 
@@ -101,18 +101,17 @@ class InProduction:
 
         Returns:
             One threshold for each exit, for `model.threshold = ...`; above every confidence where no image leaves. If they cost more than
-                the bare backbone, a warning says so.
+                the bare backbone, counted, a warning says so.
 
         Raises:
             PteeError: if there is no curve, it was made for other settings, or nothing on it is within the limit.
         """
         wish = Wish(max_cost=max_cost, max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_time_ms=max_time_ms)
-        wish.only()
+        name, _ = wish.only()
         point = best_within(self.valid_curve(), wish)
-        if point.cost > 1:
-            warn(
-                f"These thresholds cost {point.cost:.4f} times the bare backbone: on this curve nothing cheaper is within the limit. {ABOVE_ONE}"
-            )
+        if point.cost > 1 + ROUNDING:
+            cheaper = ": on this curve nothing cheaper is within the limit" if name.endswith("drop") else ""
+            warn(f"These thresholds cost {point.cost:.4f} times the bare backbone, counted{cheaper}. {ABOVE_ONE}")
         return list(point.threshold)
 
     def valid_curve(self) -> Curve:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
 from ptee.backbones.load import Backbone, load_backbone, rebuild
-from ptee.data.splits import FILES, Data, Unseen, copied, parts_for_tuning, without_images
+from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
@@ -52,15 +51,17 @@ from ptee.pipeline.run_folder import (
     is_main_process,
     kept_times,
     replaced,
-    require_readable,
     sole_writer,
     take_over,
+    unreadable_named,
+    with_checkpoint,
 )
 from ptee.timing.backbone import time_of_modules
 from ptee.timing.measure import measure, require_executor
 from ptee.timing.settings import AUTO, FILE
 from ptee.timing.times import Times
 from ptee.training.calibration import calibrate
+from ptee.training.checkpoint import together_with
 from ptee.training.config import JOINT, passes
 from ptee.training.history import Epoch, History
 from ptee.training.tracking import tracked
@@ -157,7 +158,7 @@ def fit(
     require_launch(device)
     require_no_exits(model)
     for name in changes:
-        path_of(name, also=inspect.signature(fit).parameters)
+        path_of(name, also=inspect.signature(fit).parameters.keys() - {"changes"})
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
@@ -195,7 +196,10 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         job.log(f"Warning: {words}\n")
     if words := replaced(job.out, job.overwrite):
         job.log(f"{words}\n")
-    with sole_writer(job.out, overwrite=job.overwrite, resume=job.resume), _unreadable_named(data, job):
+    with (
+        sole_writer(job.out, overwrite=job.overwrite, resume=job.resume),
+        unreadable_named(data, job.out, job.overwrite),
+    ):
         return _fit(model, data, target, recipe, job, times)
 
 
@@ -236,17 +240,6 @@ def _fit(
         forget_training(job.out)
         job.log(f"\nSaved in {job.out}")
     return model
-
-
-@contextmanager
-def _unreadable_named(data: Data, job: Job) -> Iterator[None]:
-    """If a picture can no longer be read meanwhile, name all such pictures, and record them for --resume."""
-    try:
-        yield
-    except DataError:
-        if job.out is not None and data.split["kind"] in FILES:
-            require_readable(data, job.out)
-        raise
 
 
 def _times_to_place_by(backbone: Backbone, recipe: Recipe, job: Job) -> TimesOfModules | None:
@@ -340,7 +333,12 @@ def _train(
         job.log(epoch.line(passes(config, len(model.exits))))
         note(epoch)
 
-    with or_anew(), tracked(job.tracker if is_main_process() else None, job.out, config.model_dump()) as note:
+    tracker = job.tracker if is_main_process() else None
+    with (
+        or_anew(),
+        together_with(with_checkpoint(placed_by)),
+        tracked(tracker, job.out, config.model_dump()) as note,
+    ):
         history = train(
             model,
             data.train,

@@ -14,12 +14,12 @@ from typing import Annotated
 from pydantic import Field
 
 from ptee._common.devices import process_state
-from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
-from ptee._common.files import from_json, is_file
+from ptee._common.errors import Argument, DataError, Interrupted, PteeError, RunError, first_line
+from ptee._common.files import from_json, is_file, to_json
 from ptee._common.validation import FrozenConfig, Name, Number
 from ptee._common.writing import clear_unfinished, locked, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
-from ptee.data.splits import Data
+from ptee.data.splits import FILES, Data
 from ptee.exits.plan import TimesOfModules
 from ptee.model import run_files
 from ptee.pipeline.recipe import RECIPE_FILE
@@ -54,16 +54,21 @@ def is_main_process() -> bool:
     return bool(process_state().is_main_process)
 
 
+def with_checkpoint(times: TimesOfModules | None) -> dict[str, str]:
+    """What is written together with each checkpoint, by file: the times that the exits were placed by, if seconds count.
+
+    Measured again they would differ, and a training goes on with the same exits only.
+    """
+    return {} if times is None else {PLACED_BY: to_json(times._asdict())}
+
+
 def take_over(out: Path, times: TimesOfModules | None) -> None:
     """Remove an earlier run, so that it is not taken for this one, of which an epoch is kept from now on.
 
-    `times`: that the exits were placed by, if seconds count. They are kept, too: measured again they would differ, and a training
-    goes on with the same exits only.
+    `times`: that this one's exits were placed by; those of an earlier one go, too.
     """
     if times is None:
         (out / PLACED_BY).unlink(missing_ok=True)
-    else:
-        write_json(out / PLACED_BY, times._asdict())
     for name in (run_files.CONFIG, run_files.HEADS, run_files.BACKBONE, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
         (out / name).unlink(missing_ok=True)
 
@@ -139,7 +144,18 @@ def removed_pictures(out: Path) -> list[Key]:
         return []
 
 
-def require_readable(data: Data, out: Path) -> None:
+@contextmanager
+def unreadable_named(data: Data, out: Path | None, overwrite: bool) -> Iterator[None]:
+    """If a picture can no longer be read meanwhile, name all such pictures, and record them for --resume."""
+    try:
+        yield
+    except DataError:
+        if out is not None and data.split["kind"] in FILES:
+            require_readable(data, out, overwrite)
+        raise
+
+
+def require_readable(data: Data, out: Path, overwrite: bool = False) -> None:
     """Read every picture, and record those that cannot be read. A complete run in the folder is left as it is.
 
     Raises:
@@ -148,13 +164,15 @@ def require_readable(data: Data, out: Path) -> None:
     try:
         check_pictures([data.train, data.calibration, data.validation])
     except UnreadablePicturesError as why:
-        if is_interrupted(out) or not run_files.is_run(out):
+        goes_on = not overwrite if is_interrupted(out) else not run_files.is_run(out)
+        if goes_on:
             known = [tuple(key) for key in data.split.get("removed", [])]
             write_json(out / UNREADABLE, sorted({*known, *why.keys}))
             them = "it" if len(why.keys) == 1 else "them"
             why.parts += (
                 f" If you remove {them}, add ",
                 Argument("resume", "True"),
+                *((" in place of ", Argument("overwrite", "True")) if overwrite else ()),
                 ": the other pictures stay in their parts.",
             )
         raise

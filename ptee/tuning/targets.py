@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee._common.text import number_of
 from ptee.exits.blend import OWN, Blend, Exits
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.tuning.config import Promise, Target, ThresholdsConfig, below, describe_thresholds
@@ -29,9 +30,9 @@ UNSEEN = 0.05  # chance that no image of those chosen on shows the loss that is 
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 DRAWS = 50  # of as many images, with replacement
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
-SEVERAL_RISKY = (
-    " One T for all exits: several would cost less here, and lose more than the limit on images that they are not chosen on. "
-    "ptee tune RUN --margin 0 (in Python: margin=0) takes them nevertheless."
+RISKY = (
+    " Other thresholds would cost less here, but more than the limit is to be expected to be lost on new images. "
+    "ptee tune RUN --{} {:g} --margin 0 (in Python: margin=0) takes them nevertheless."
 )
 BY_OBJECTIVE = attrgetter("objective")
 
@@ -138,8 +139,10 @@ class Solution:
     @property
     def _too_few(self) -> str:
         """The whole limit is in reserve, or it is less than several thresholds need."""
+        if self.promise is not None:
+            return ""
         if self.several_risky:
-            return SEVERAL_RISKY
+            return RISKY.format(self.target.kind.replace("_", "-"), self.target.limit)
         if not 0 < self.target.limit <= self.margin:
             return ""
         return " All that may be lost is in reserve: with more images to choose on, less reserve is needed, and more is saved."
@@ -150,8 +153,9 @@ class Solution:
         on_average = self.promise is None and self.target.kind != "max_cost" and bool(self.on_exits)
         if not on_average or not 0 < self.target.limit < 1 or self.samples >= images_needed(self.target.limit, UNSEEN):
             return ""
-        needed = images_needed(self.target.limit, UNSEEN)
-        return f" Fewer than {needed} images may not show a loss of {self.target.limit:g}: expect to lose more on new ones."
+        few = f"{number_of(self.samples, 'image')} {'is' if self.samples == 1 else 'are'} too few"
+        needed = f"that takes {images_needed(self.target.limit, UNSEEN):,}"
+        return f" {few} to show a loss of {self.target.limit:g} ({needed}): expect to lose more on new ones."
 
     @property
     def _time(self) -> str:

@@ -268,6 +268,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "a setting twice": (("plan", "--set", "exits.number=3", "--set", "num_exits=4"), r"^exits\.number is given twice by --set\. Give it once\.$"),
     "a batch without its cost": (("compare", "run", "--at-batch", "4"), "--at-batch 4 is about costs in seconds"),
     "a batch of a sweep without its cost": ((*OVER, "at_batch=4"), "at_batch 4|at_batch=4"),
+    "a batch of a sweep by operations": ((*OVER, "at_batch=4", "--over", "cost=operations"), "at_batch 4|at_batch=4"),
     "a front without weights": (("augment", *R50, "--front", "resnet18", "--front-weights", "w.pth"), "no weights file w.pth"),
     "a folder of something else": (("augment", *R50, "--out", "full"), "full holds something else than a run"),
     "thresholds of a run": (("evaluate", "run", "--threshold", ".1,.2,.3,.4,.5,.6"), "There are 6 thresholds for"),

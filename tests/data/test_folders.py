@@ -342,6 +342,15 @@ def test_two_classes_that_link_to_one_folder_elsewhere_are_refused(folder, tmp_p
         opened(folder)
 
 
+def test_two_classes_may_link_to_one_folder_without_pictures(folder, tmp_path):
+    before = len(opened(folder).train)
+    (tmp_path / "about").mkdir()
+    (tmp_path / "about" / "licence.txt").write_text("free")
+    for name in "ab":
+        (folder / "train" / name / "about").symlink_to(tmp_path / "about")
+    assert len(opened(folder).train) == before
+
+
 def test_a_folder_outside_of_a_class_may_link_back_to_it(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "back").symlink_to(folder / "train" / "a")

@@ -175,6 +175,9 @@ def test_names_that_look_the_same_and_are_not_are_told_apart(mark, tmp_path):
         map_labels(["cat", "dog"], 2, classes=["cat", f"do{mark}g"])
     with pytest.raises(DataError, match=said.format("that of the data", ord(mark))):
         map_labels(["cat", f"{mark}dog"], 2, classes=["cat", "dog"])
+    both = r"that of the data holds U\+200D [a-z -]+ and the one here holds U\+{:04X} [a-z -]+, which nobody sees"
+    with pytest.raises(DataError, match=both.format(ord(mark))):
+        map_labels(["cat", "do\u200dg"], 2, classes=["cat", f"do{mark}g"])
     assert map_labels(["cat", f"{mark}dog"], 2, classes=[f"{mark}dog", "cat"]).indices == (1, 0)
 
 

@@ -166,6 +166,22 @@ def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goe
     assert not (tmp_path / "run" / PLACED_BY).exists()
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["a new folder", "over another training"])
+def test_times_that_exits_are_placed_by_are_kept_with_the_first_checkpoint(overwrite, tmp_path, monkeypatch):
+    clocks = iter([{"0": 0.1, "2": 0.8}] * overwrite + [{"0": 0.2, "2": 0.6}, {"0": 0.5, "2": 0.97}])
+    monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules(next(clocks), 1.0, "a clock"))
+    goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run", "epochs": 2}
+    if overwrite:
+        with interrupted_after_an_epoch(monkeypatch):
+            fit(network(), images(40), **goal)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(fitting, "take_over", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        fit(network(), images(40), overwrite=overwrite, **goal)
+    assert kept_times(tmp_path / "run") == TimesOfModules({"0": 0.2, "2": 0.6}, 1.0, "a clock")
+    fit(network(), images(40), resume=True, **goal)
+    assert len(list(clocks)) == 1  # nothing was measured again
+
+
 def test_a_run_that_is_to_be_overwritten_is_as_it_was_until_an_epoch_of_the_new_one_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules({"0": 0.2, "2": 0.6}, 1.0, "a clock"))
     goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run"}
@@ -197,6 +213,12 @@ def test_times_that_were_kept_and_are_damaged_are_refused_in_one_line(text, tmp_
     with pytest.raises(RunError, match=rf"{PLACED_BY} is damaged") as refused:
         kept_times(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_no_argument_of_fit_is_called_changes():
+    with pytest.raises(PteeError, match="changes") as refused:
+        fit(network(), images(40), changes={"epochs": 1})
+    assert "'changes'?" not in str(refused.value)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

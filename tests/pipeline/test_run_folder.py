@@ -63,6 +63,16 @@ def recorded() -> dict:
     return json.loads(Path("out", "config.json").read_text())["results"]["data"]["split"]
 
 
+def test_where_a_run_is_overwritten_the_advice_on_unreadable_pictures_is_one_that_works(ptee, images):
+    broken = damage(images / "a" / "00.png")
+    status, said = ptee(WORDS, "--overwrite")
+    assert status == 2
+    assert "If you remove it, add --resume in place of --overwrite: the other pictures" in said
+    broken.unlink()
+    status, said = ptee(WORDS, "--resume")
+    assert status == 0, said
+
+
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["the same command", "--resume"])
 def test_all_of_them_are_named_before_the_training_and_without_them_it_goes_on(ptee, images, more):
     broken = [damage(images / "a" / "00.png"), damage(images / "b" / "07.png")]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ptee._common.errors import PteeError
 from ptee.exits.config import NEVER
 from ptee.exits.times import BatchTimes
-from ptee.tuning.config import Target, describe_thresholds, remark
+from ptee.tuning.config import Promise, Target, describe_thresholds, remark
 from ptee.tuning.reachable import Margin
 from ptee.tuning.targets import Solution, curves, solve
 from ptee.tuning.traces import Score, Traces, truncation
@@ -250,15 +250,15 @@ def test_the_margin_auto_is_the_default_and_never_larger_than_the_limit():
     assert json.loads(json.dumps(found.to_dict()))["margin"] == found.margin
 
 
-def test_where_several_thresholds_need_more_reserve_than_the_limit_it_says_so_and_what_takes_them():
+def test_where_cheaper_thresholds_need_more_reserve_than_the_limit_it_says_so_and_what_takes_them():
     traces = easy_and_hard(0, 3, 300)
     found, risky = (solve(traces, Target("max_drop", 0.0), margin=margin) for margin in ("auto", 0))
     assert risky.cost < found.cost
-    assert "One T for all exits: several would cost less here" in str(found)
-    assert "ptee tune RUN --margin 0 (in Python: margin=0)" in str(found)
-    assert "One T" not in str(risky)
-    assert "One T" not in str(solve(traces, Target("max_drop", 0.0), one_threshold=True))
-    assert "One T" not in str(solve(traces, Target("max_drop", 0.1)))
+    assert "Other thresholds would cost less here" in str(found)
+    assert "ptee tune RUN --max-drop 0 --margin 0 (in Python: margin=0)" in str(found)
+    promised = replace(found, promise=Promise(0.95, 300, False, found.threshold, found.off, found.price))
+    others = risky, solve(traces, Target("max_drop", 0.0), one_threshold=True), solve(traces, Target("max_drop", 0.1))
+    assert not any("Other thresholds" in str(each) for each in (promised, *others))
 
 
 def test_nothing_is_kept_in_reserve_where_images_that_were_left_out_lose_nothing():
@@ -324,7 +324,7 @@ def test_a_solution_can_be_written_as_json_and_prints_as_text():
 
 def test_a_solution_of_few_images_says_how_many_show_such_a_loss():
     found = Solution(Target("max_drop", 0.01), (0.5,), (), Score(0.9, 0.95, 0.4), Score(0.9, 1.0, 1.0), 298)
-    few = "Fewer than 299 images may not show a loss of 0.01: expect to lose more on new ones."
+    few = "298 images are too few to show a loss of 0.01 (that takes 299): expect to lose more on new ones."
     assert few in str(found)
     assert few in str(replace(found, target=Target("max_fidelity_drop", 0.01)))
     for other in (
@@ -334,7 +334,7 @@ def test_a_solution_of_few_images_says_how_many_show_such_a_loss():
         replace(found, target=Target("max_drop", 0.0)),
         replace(found, threshold=(NEVER,), off=(0,)),
     ):
-        assert "Fewer than" not in str(other)
+        assert "too few" not in str(other)
 
 
 @pytest.mark.parametrize(
