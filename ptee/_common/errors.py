@@ -157,9 +157,11 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The type of an exception and the first sentence of its message, with a full stop."""
-    said = getattr(error, "problem", None) or str(error)  # of YAML, whose message begins with what was being read
-    lines = str(said).strip().splitlines()
+    """The type of an exception and the first sentence of its message, with a full stop. Of a fault in YAML, what it is."""
+    if problem := getattr(error, "problem", None):
+        said = ", ".join(filter(None, (getattr(error, "context", None), problem)))
+        return f"{said[:200].rstrip('.')}."
+    lines = str(error).strip().splitlines()
     text = lines[0].split(". ")[0].strip()[:200].rstrip(".:!") if lines else ""
     return f"{type(error).__name__}: {text}." if text else f"{type(error).__name__}."
 
@@ -167,6 +169,8 @@ def first_line(error: BaseException) -> str:
 def in_line(error: BaseException) -> str:
     """Where in a YAML text an error is, with a blank before it; empty for other errors."""
     mark = getattr(error, "problem_mark", None)
+    if "end of stream" in str(getattr(error, "problem", "")):
+        mark = getattr(error, "context_mark", None) or mark  # where what has no end begins
     return "" if mark is None else f" in line {mark.line + 1}"
 
 

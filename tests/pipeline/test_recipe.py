@@ -177,9 +177,11 @@ def test_what_is_not_possible_is_refused_in_one_line_with_its_name_and_value(rec
 
 NO_RECIPES = {
     "broken": ("training: [", "cannot be read"),
+    "a quote without an end": ("about: 'all of it\nseed: 3\n", "cannot be read in line 1: while scanning a quoted scalar, found unexp"),
+    "two documents": ("seed: 1\n---\nseed: 2\n", "line 2: expected a single document in the stream, but found another document"),
     "a list": ("- 1\n- 2\n", "is no YAML mapping"),
     "a key twice": ("training: {lr: 0.1}\ntraining: {epochs: 3}\n", "cannot be read in line 2: .*'training' stands there twice"),
-    "a tab": ("training:\n\tepochs: 1\n", r"cannot be read in line 2: ScannerError: found character '\\t' that cannot start any token"),
+    "a tab": ("training:\n\tepochs: 1\n", r"cannot be read in line 2: while scanning for the next token, found character '\\t' that cannot start any token"),
     "an alias": ("about: a\nname: *b\n", r"cannot be read in line 2: .*aliases \(\*name\) are not read here"),
     "a key twice in a section": ("training: {lr: 0.1, epochs: 2, lr: 0.2}\n", "'lr' stands there twice"),
     "numbers for names": ("1: 2\n", r"The recipe .* has a setting called 1\. Name each by text"),
