@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 from cloup import option, option_group
 
 from ptee._common.errors import Argument, PteeError
@@ -25,6 +27,22 @@ WITH_OPTION: set[str] = set()  # settings with an option of their own; all other
 ONLY_EXITS = ("plan", "bench")  # commands that train nothing, so that no other settings count
 PREFIX = "setting__"  # of the parameter of such an option; the dots of its path become two underscores
 OTHER_OPTIONS = {"model_args": "model_arg", "num_workers": "workers", "root": "data_root"}  # arguments of Python
+
+
+class _Once(cloup.Command):
+    """A command that refuses an option with a value that is given twice: click would take the last one without a word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Called by click. Reads what was typed."""
+        *_, order = self.make_parser(ctx).parse_args(list(args))
+        for each in order:
+            single = isinstance(each, click.Option) and not (each.multiple or each.is_flag or each.count)
+            if single and order.count(each) > 1:
+                raise click.UsageError(f"{max(each.opts, key=len)} is given twice. Give it once.", ctx)
+        return super().parse_args(ctx, args)
+
+
+command = partial(cloup.command, cls=_Once)
 
 
 def setting(path: str, **more: Any) -> Decorator:
