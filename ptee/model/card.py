@@ -57,14 +57,22 @@ def about(model: Any) -> str:
 def _use(model: Any) -> str:
     images = model.origin.input
     given = "" if model.origin.source is not None else ", backbone=backbone"
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
     weights = "are in this folder" if model.origin.learnt else "are not in this folder; config.json has their hash"
     return (
         f'```python\nimport ptee\nmodel = ptee.load("user/repo"{given})          # or a folder\nout = model.predict(images)'
         "                 # .logits .exit_index .confidence .cost\n"
         "model.threshold = 0.9                        # leave later, or earlier: accuracy for cost, at any time\n```\n\n"
-        f"`images` is (b, {', '.join(map(str, images.input_size))}), normalised by mean {mean} and std {std}. The backbone's weights {weights}."
+        f"`images` is (b, {', '.join(map(str, images.input_size))}), {_normalised(model)}. The backbone's weights {weights}."
     )
+
+
+def _normalised(model: Any) -> str:
+    """How images are normalised, as far as that is known."""
+    images = model.origin.input
+    if not model.origin.pixels_known:
+        return "prepared as for the backbone itself (their mean and std are not recorded: it is a network of its user's own)"
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
+    return f"normalised by mean {mean} and std {std}"
 
 
 def _measured(results: Mapping[str, Any]) -> str:
