@@ -49,7 +49,11 @@ def test_a_card_follows_the_run_and_one_that_somebody_wrote_is_kept(tmp_path):
     model = measured()
     text_of(model, tmp_path)
     model.threshold = 0.25
-    assert "- thresholds: 0.25, 0.25" in text_of(model, tmp_path)
+    text = text_of(model, tmp_path)
+    assert "- thresholds: 0.25, 0.25" in text
+    assert "measured with other thresholds (0.5, 0.5) than the model has now (0.25, 0.25)" in text
+    model.threshold = 0.5
+    assert "other thresholds" not in text_of(model, tmp_path)
     (tmp_path / CARD).write_text("mine")
     assert text_of(model, tmp_path) == "mine"
 
