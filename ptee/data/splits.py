@@ -172,7 +172,7 @@ def _labels_at_hand(part: Any) -> Any:
     else:
         labels = getattr(part, "targets", [])
     plain = isinstance(labels, list | tuple | torch.Tensor) and len(labels) == len(part)
-    labels = torch.as_tensor(labels).flatten().tolist() if plain and _are_numbers(labels) else []
+    labels = torch.as_tensor(labels, device="cpu").flatten().tolist() if plain and _are_numbers(labels) else []
     return labels if len(labels) == len(part) else []
 
 
