@@ -65,6 +65,7 @@ class Backbone:
         note: a sentence on which tensors of a file were taken, or None if there was nothing to choose.
         architecture: `source` without weights, also if these are random.
         learnt: its weights were trained together with the heads, so that a run must keep them.
+        pixels_known: the mean and std of `input` were given, or its library knows them; else ImageNet's stand in for them.
     """
 
     module: nn.Module
@@ -76,6 +77,7 @@ class Backbone:
     note: str | None = None
     architecture: dict[str, Any] | None = None
     learnt: bool = False
+    pixels_known: bool = True
 
     @property
     def is_random(self) -> bool:
@@ -207,7 +209,8 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
         text = f"{request.label} of {classes} classes may take any input size. "
         raise BackboneError(text, *GIVE_SIZE, argument="input_size")
     space = _label_space(known, classes) if known else None
-    return Backbone(module, request.label, classes, config, None, space, note)
+    pixels = known is not None or None not in (request.mean, request.std)
+    return Backbone(module, request.label, classes, config, None, space, note, pixels_known=pixels)
 
 
 def _require_fit(library: str, request: ModelRequest, checkpoint: Checkpoint) -> None:

@@ -263,3 +263,8 @@ def _describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{kind} ({some(list(map(_describe, value)))})"
     return kind
+
+
+def same_images(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same data set, or loaders of the same one."""
+    return getattr(one, "dataset", one) is getattr(other, "dataset", other)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
@@ -145,14 +145,45 @@ def copied(data: Data) -> str:
     )
 
 
-def without_images(data: Data) -> str:
-    """A sentence on classes that no file to report on shows, or none. Where no label is the backbone's, classes do not matter."""
+def without_images(data: Data, num_classes: int = 0) -> str:
+    """A sentence on classes that no image to report on shows, or none. Where no label is the backbone's, classes do not matter.
+
+    `num_classes` of the backbone, for data sets from Python. Only labels that can be read without their images count.
+    """
     report = data.validation
+    if data.split["kind"] == DATA_SETS:
+        numbers = {int(label) for label in _labels_at_hand(report)}
+        inside = numbers & {*range(num_classes)}
+        return _not_shown([f"class {n}" for n in range(num_classes) if n not in numbers]) if inside else ""
     if data.split["kind"] not in FILES or not isinstance(report, Pictures):
         return ""
     shown = {label for _, label in report.rows if report.label_map(label) != UNKNOWN_LABEL}
     missing = [name for n, name in enumerate(data.class_names) if n not in shown]
-    if not shown or not missing:
+    return _not_shown(missing) if shown else ""
+
+
+def _labels_at_hand(part: Any) -> Any:
+    """The labels of a data set that has them apart from its images, else none."""
+    if isinstance(part, Subset):
+        labels = _labels_at_hand(part.dataset)
+        return [labels[i] for i in part.indices] if len(labels) else []
+    if isinstance(part, TensorDataset):
+        labels = part.tensors[1] if len(part.tensors) == 2 else []
+    else:
+        labels = getattr(part, "targets", [])
+    plain = isinstance(labels, list | tuple | torch.Tensor) and len(labels) == len(part)
+    labels = torch.as_tensor(labels, device="cpu").flatten().tolist() if plain and _are_numbers(labels) else []
+    return labels if len(labels) == len(part) else []
+
+
+def _are_numbers(labels: Any) -> bool:
+    if isinstance(labels, torch.Tensor):
+        return not labels.is_floating_point()
+    return all(type(label) is int for label in labels)
+
+
+def _not_shown(missing: Sequence[str]) -> str:
+    if not missing:
         return ""
     return f"No validation image shows {some(missing)}: the results say nothing of {'it' if len(missing) == 1 else 'them'}."
 

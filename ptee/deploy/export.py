@@ -182,6 +182,7 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
         "answers": model.answers,
         "pieces": pieces,
         "versions": {"torch": str(torch.__version__)},
+        **({} if model.origin.pixels_known else {"pixels_known": False}),
     }
 
 
@@ -263,4 +264,10 @@ runner = ptee.load_exported(".")
 out = runner.predict(images)     # .logits .exit_index .confidence .cost
 runner.threshold = 0.7
 ```
-"""
+{_about_pixels(model)}"""
+
+
+def _about_pixels(model: EarlyExitModel) -> str:
+    if model.origin.pixels_known:
+        return ""
+    return "\n`images` are prepared as for the backbone itself: their mean and std are not recorded, so `runner.images` takes ImageNet's.\n"

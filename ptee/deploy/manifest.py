@@ -21,6 +21,10 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
+PIXELS_NOT_KNOWN = (
+    "The mean and std of the images are not recorded (the backbone is a network of its user's own), so pictures are normalised by "
+    "ImageNet's. If it takes others, give `predict` images that you prepared."
+)
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
 MAX_ROWS = 4096  # of a batch, in what torch.export makes
@@ -96,6 +100,7 @@ class Manifest(FrozenConfig):
     pieces: Annotated[tuple[Piece, ...], Field(min_length=1, max_length=1001)]
     versions: dict[Name, Name]
     int8: Int8 | None = None
+    pixels_known: Annotated[bool, Field(strict=True)] = True  # false: mean and std are ImageNet's, as nobody gave any
     fingerprint: Hash
 
     @model_validator(mode="after")

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptee._common.errors import DataError, PteeError, RunError, first_line
+from ptee._common.errors import DataError, PteeError, RunError, first_line, warn
 from ptee._common.files import as_path, require_not_compressed
 from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
-from ptee.deploy.manifest import MAX_ROWS, Manifest, read_manifest
+from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
 
 Array = Any  # of numpy for ONNX, of torch for pt2
 
@@ -177,6 +177,8 @@ class Runner:
         """Pictures from files, as the model takes them: (b, c, h, w)."""
         from PIL import Image
 
+        if not self.manifest.pixels_known:
+            warn(PIXELS_NOT_KNOWN)
         pictures = []
         for path in paths:
             try:

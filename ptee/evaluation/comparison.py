@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, PteeError, warn
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import one_parameter, running_on
 from ptee.analysis.macs import count
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import answering_hash
-from ptee.data.batches import batches
+from ptee.data.batches import batches, same_images
 from ptee.data.recorded import recorded
 from ptee.evaluation.comparison_lines import LINES, WITHOUT_LOGITS, checked_lines, ways
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
@@ -93,6 +93,10 @@ def compare(
     networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
     unit = _unit(times, [*models, *networks])
     parts = (calibration, report)
+    if same_images(*parts):
+        warn(
+            "calibration and report are the same images, so all numbers are better than on new ones. Give other images to report on."
+        )
     _require_data(parts, networks, batch_size, num_workers)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}

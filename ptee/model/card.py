@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,16 @@ def _is_own(card: Path) -> bool:
 def about(model: Any) -> str:
     """What is known of a model, in Markdown."""
     results = model.results if isinstance(model.results, dict) else {}
+    measured = _measured(results)
+    if others := _other_thresholds(model, results):
+        measured = f"{measured}\n\n{others}"
     parts = [
         f"# Early exits for {_plain(model.plan.backbone)}",
         f"Early-exit heads made with ptee for the frozen classifier {_plain(model.plan.backbone)}, {model.num_classes:,} classes."
         if not model.origin.learnt
         else f"{_plain(model.plan.backbone)}, {model.num_classes:,} classes, trained together with early exits by ptee.",
         f"## Use\n\n{_use(model)}",
-        f"## Measured\n\n{_measured(results)}",
+        f"## Measured\n\n{measured}",
         f"## Settings\n\n{_settings(model, results)}",
         f"## Limits\n\n{LIMITS}",
     ]
@@ -57,14 +60,22 @@ def about(model: Any) -> str:
 def _use(model: Any) -> str:
     images = model.origin.input
     given = "" if model.origin.source is not None else ", backbone=backbone"
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
     weights = "are in this folder" if model.origin.learnt else "are not in this folder; config.json has their hash"
     return (
         f'```python\nimport ptee\nmodel = ptee.load("user/repo"{given})          # or a folder\nout = model.predict(images)'
         "                 # .logits .exit_index .confidence .cost\n"
         "model.threshold = 0.9                        # leave later, or earlier: accuracy for cost, at any time\n```\n\n"
-        f"`images` is (b, {', '.join(map(str, images.input_size))}), normalised by mean {mean} and std {std}. The backbone's weights {weights}."
+        f"`images` is (b, {', '.join(map(str, images.input_size))}), {_normalised(model)}. The backbone's weights {weights}."
     )
+
+
+def _normalised(model: Any) -> str:
+    """How images are normalised, as far as that is known."""
+    images = model.origin.input
+    if not model.origin.pixels_known:
+        return "prepared as for the backbone itself (their mean and std are not recorded: it is a network of its user's own)"
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
+    return f"normalised by mean {mean} and std {std}"
 
 
 def _measured(results: Mapping[str, Any]) -> str:
@@ -89,6 +100,22 @@ def _measured(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + " ".join(words)
 
 
+def _other_thresholds(model: Any, results: Mapping[str, Any]) -> str:
+    """A sentence, if the numbers were measured with other thresholds than the model has now, else none."""
+    try:
+        then = _thresholds([float(t) for t in results["threshold"]], results.get("off") or ())
+    except (KeyError, TypeError, ValueError):
+        return ""
+    now = _thresholds(model.threshold, model.off)
+    if then == now:
+        return ""
+    return f"These numbers were measured with other thresholds ({then}) than the model has now ({now}), so they are not its own."
+
+
+def _thresholds(values: Sequence[float], off: Collection[int]) -> str:
+    return ", ".join("off" if n in off else f"{t:.4g}" for n, t in enumerate(values))
+
+
 def _settings(model: Any, results: Mapping[str, Any]) -> str:
     images, tuning = results.get("data"), results.get("tuning")
     source = images.get("source") if isinstance(images, dict) else None
@@ -98,7 +125,7 @@ def _settings(model: Any, results: Mapping[str, Any]) -> str:
     exits = ", ".join(f"{_plain(e.name)} ({_plain(e.head)})" for e in model.exits)
     lines = {
         "exits (heads)": exits,
-        "thresholds": ", ".join("off" if n in model.off else f"{t:.4g}" for n, t in enumerate(model.threshold)),
+        "thresholds": _thresholds(model.threshold, model.off),
         "confidence": _plain(model.confidence),
         "answers": _plain(model.answers),
         "data": _plain(str(source or "not recorded")) + (f". {_plain(str(chosen))}" if chosen else ""),

@@ -102,7 +102,8 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     images = InputConfig(**about.input.model_dump())
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
     learnt = run.backbone is not None
-    return Backbone(module, about.name, checked.num_classes, images, about.source, label_space, learnt=learnt)
+    found = Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
+    return replace(found, learnt=learnt, pixels_known=about.pixels_known)
 
 
 def _its_weights(run: Run) -> str:

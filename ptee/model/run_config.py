@@ -95,7 +95,8 @@ class InputRecord(_Record):
 class BackboneRecord(_Record):
     """The backbone that the heads were trained on. `hash` is the sha256 of its weights; `source` says how to rebuild it.
 
-    `weights_file` holds its weights if it was trained together with the heads: a name in the same folder.
+    `weights_file` holds its weights if it was trained together with the heads: a name in the same folder. `pixels_known`: as of
+    `Backbone`; older runs do not say.
     """
 
     name: Name
@@ -104,6 +105,7 @@ class BackboneRecord(_Record):
     weights_file: Text | None = None
     classes: Count
     input: InputRecord
+    pixels_known: Annotated[bool, Field(strict=True)] = True
 
 
 class FrontRecord(_Record):

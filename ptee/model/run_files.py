@@ -236,7 +236,7 @@ def record_of(
     if about.source is None:
         has = f"has the front network {about.name}" if front else f"was made for {about.name}"
         raise RunError(
-            f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Load it from Python: "
+            f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Give it in Python: "
             f"ptee.load(folder, {argument}=...)."
         )
     keeps = not front and config.backbone.weights_file is not None

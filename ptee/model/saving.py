@@ -101,6 +101,7 @@ def describe(
             "hash": weights_hash(network.module),
             "classes": plan.classes,
             "input": plain(network.input),
+            "pixels_known": network.pixels_known,
         },
         "front": front
         and {"name": front.origin.name, "source": front.origin.source, "input": plain(front.origin.input)},

@@ -17,6 +17,7 @@ from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.splits import images_to_report_on
+from ptee.deploy.manifest import PIXELS_NOT_KNOWN
 from ptee.deploy.runner import Runner, load_exported
 from ptee.exits.config import NEVER
 from ptee.pipeline.images import describe_labels, open_images
@@ -151,7 +152,7 @@ def images_for(
         data, backbone, seed=0, root=data_root, classes=classes, check=True, device="cpu", report_only=True
     )
     images, words = images_to_report_on(found, {}, folder)
-    return images, words, labels
+    return images, words if m.pixels_known else f"{words} {PIXELS_NOT_KNOWN}", labels
 
 
 def _answered(runner: Runner, loader: Any) -> Iterator[tuple[Tensor, ...]]:

@@ -33,6 +33,7 @@ from ptee.pipeline.images import (
     carried_out,
     describe_labels,
     described_change,
+    for_training,
     from_data_sets,
     hardly_learned,
     has_labels,
@@ -173,9 +174,9 @@ def fit(
     if input_size is not None and found not in (None, size := tuple(backbone.input.input_size)):
         text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
-    adapted = recipe_for(labels, chosen)
-    if log is not None:
-        log(describe_labels(labels) + described_change(chosen, adapted))
+    adapted = for_training(recipe_for(labels, chosen), data)
+    words = describe_labels(labels) + described_change(chosen, adapted)
+    (log or (warn if labels.doubt else silent))(words)
     again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)
@@ -192,8 +193,8 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         if network is not None and network.note:
             job.log(f"{network.note}\n")
     job.log(f"{data.described(target is not None)}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
-    for words in filter(None, (copied(data), without_images(data))):
-        job.log(f"Warning: {words}\n")
+    for words in filter(None, (copied(data), without_images(data, backbone.num_classes))):
+        warn(words) if job.log is silent else job.log(f"Warning: {words}\n")
     if words := replaced(job.out, job.overwrite):
         job.log(f"{words}\n")
     with (

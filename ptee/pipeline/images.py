@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ptee._common.errors import Argument, DataError, PteeError, first_line
+from ptee._common.errors import Argument, DataError, PteeError, first_line, warn
 from ptee._common.files import as_path
 from ptee._common.text import number_of
 from ptee.backbones.load import Backbone
-from ptee.data.batches import UNKNOWN_LABEL, batch_of, described
+from ptee.data.batches import UNKNOWN_LABEL, batch_of, described, same_images
 from ptee.data.labels import LabelMap, recorded_classes, relabelled
 from ptee.data.pictures import Key, image_transform
 from ptee.data.recorded import recorded
@@ -98,6 +99,10 @@ def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) 
     delivered = {part: data_set for part, data_set in given.items() if data_set is not None or part == "train"}
     for part, data_set in delivered.items():
         _require_map_style(data_set, ARGUMENTS[part])
+    for one, other in combinations(delivered, 2):
+        if same_images(delivered[one], delivered[other]):
+            both = f"{ARGUMENTS[one]} and {ARGUMENTS[other]} are the same images"
+            warn(f"{both}, so results are better than on new ones. Give other images, or leave {ARGUMENTS[other]} out.")
     parts, rule = complete(delivered, ARGUMENTS["train"], seed)
     sizes = {part: len(images) for part, images in parts.items()}
     split = {"kind": DATA_SETS, "parts": dict.fromkeys(delivered, SOURCE), "rule": rule, "seed": seed, "sizes": sizes}
@@ -130,11 +135,17 @@ def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
         PteeError: if the images are not such as the backbone takes, in the words of `predict`; or as of `labels_as_given`.
     """
     size = backbone.input.input_size
-    firsts = [_first_image(part, size[0]) for part in (data.train, data.calibration, data.validation)]
+    parts = {name: getattr(data, name) for name in ARGUMENTS}
+    firsts = [_first_image(part, size[0]) for part in parts.values()]
+    _require_one_size(dict(zip(parts, firsts, strict=True)), data)
     if not has_labels(data):
         return LabelMap(None, "The images have no labels.", remedy=("Give data sets of (image, label).",))
     try:
-        return labels_as_given(backbone, data, device=device)
+        labelled = {
+            name: part if any(_is_labelled(part, place) for place in (0, len(part) - 1)) else []
+            for name, part in parts.items()
+        }
+        return labels_as_given(backbone, replace(data, **labelled), device=device)
     except (PteeError, torch.OutOfMemoryError):
         raise
     except Exception as why:  # the backbone's own
@@ -142,6 +153,16 @@ def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
             if image.shape[1:] != size:
                 raise wrong_size(image, size, first_line(why)) from why
         raise
+
+
+def _require_one_size(firsts: Mapping[str, Tensor], data: Data) -> None:
+    """Refuse data sets of the user whose first images (1, c, h, w) differ in size."""
+    wanted = tuple(firsts["train"].shape[1:])
+    for part in data.split["parts"]:
+        argument = ARGUMENTS[part]
+        if (found := tuple(firsts[part].shape[1:])) != wanted:
+            text = f"The first image of {argument} has the size {found}, and that of train_data {wanted}. Resize the images to one size."
+            raise DataError(text, argument=argument)
 
 
 def _first_image(part: Any, channels: int) -> Tensor:
@@ -245,7 +266,24 @@ def has_labels(data: Data) -> bool:
     """Whether the images have labels that are classes of the backbone."""
     if (known := recorded(data.validation)) is not None:
         return known[0].labelled
-    _, labels = batch_of([data.validation[0]])
+    return _is_labelled(data.validation)
+
+
+def for_training(recipe: Recipe, data: Data) -> Recipe:
+    """The recipe: of images without labels the heads learn the backbone's answers, whatever the images to report on have."""
+    if _is_labelled(data.train) or recipe.training.resolved_targets != "labels":
+        return recipe
+    if recipe.training.targets == "labels":
+        asked, instead = Argument("targets", "'labels'"), Argument("targets", "'pseudo'")
+        raise DataError(
+            "The images of train_data have no labels for ", asked, ". Give ", instead, ".", argument="targets"
+        )
+    return recipe.with_settings({"training.targets": "pseudo"})
+
+
+def _is_labelled(part: Any, place: int = 0) -> bool:
+    """Whether the image at this place has a label."""
+    _, labels = batch_of([part[place]])
     return labels is not None and int(labels[0]) != UNKNOWN_LABEL
 
 

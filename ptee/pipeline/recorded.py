@@ -33,6 +33,7 @@ FIGURES_OF_SWEEP = ("curve", "lambda")
 UNREADABLE = "unreadable.json"  # keys of pictures that could not be read
 PLACED_BY = "placed_by.json"  # the times that the exits of a training were placed by
 OUT, RESUME = Argument("out"), Argument("resume")
+TUNE_IN_PYTHON = "ptee.tune(ptee.load(...), images, max_drop=0.01)"
 WITHOUT_IMAGES = ("network", "epochs")  # figures that need none
 
 
@@ -166,8 +167,8 @@ def _is_text(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------- the folder of a new run
 
 
-def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
-    """`out`, if a run may be written there: it is new, empty, to be resumed, or may be overwritten.
+def new_folder(out: Path, *, overwrite: bool, resume: bool, tune: str = "ptee tune {out} --max-drop 0.01") -> Path:
+    """`out`, if a run may be written there: it is new, empty, to be resumed, or may be overwritten. `tune`: what to type to tune it.
 
     Raises:
         RunError: if it holds something else, there is nothing to resume, or it is to be resumed and overwritten.
@@ -180,7 +181,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool) -> Path:
     unfinished = is_interrupted(out)
     lacking = resume and not (unfinished or (out / UNREADABLE).is_file())
     if lacking and is_run(out):
-        anew, text = Argument("overwrite", "True"), f", or choose its thresholds again: ptee tune {out} --max-drop 0.01"
+        anew, text = Argument("overwrite", "True"), f", or choose its thresholds again: {tune.format(out=out)}"
         begin = (f"The training in {out} is complete. Begin it anew with ", anew, " in place of ", RESUME, text)
         raise RunError(*begin, argument="resume")
     if lacking:
@@ -204,7 +205,7 @@ def folder_of_fit(out: str | Path | None, *, overwrite: bool, resume: bool) -> P
         PteeError: as of `new_folder`, and if there is no folder to resume in.
     """
     if out is not None:
-        return new_folder(as_path(out, "out"), overwrite=overwrite, resume=resume)
+        return new_folder(as_path(out, "out"), overwrite=overwrite, resume=resume, tune=TUNE_IN_PYTHON)
     if resume:
         give = Argument("out", "FOLDER")
         raise PteeError("There is nothing to resume without a folder. Give ", give, ".", argument="resume")

@@ -203,9 +203,12 @@ def made(of: Reported) -> Rows:
             f"{plan.backbone}, {plan.macs:,} multiply-accumulates, {plan.parameters:,} parameters, {plan.classes:,} classes",
         )
     )
-    rows.append(
-        ("images", f"{' × '.join(map(str, plan.input_size))}, mean {_list(record.mean)}, std {_list(record.std)}")
+    pixels = (
+        f"mean {_list(record.mean)}, std {_list(record.std)}"
+        if of.model.origin.pixels_known
+        else "mean and std not known"
     )
+    rows.append(("images", f"{' × '.join(map(str, plan.input_size))}, {pixels}"))
     rows.append(("confidence", f"{of.model.confidence}; answers: {of.model.answers}"))
     if isinstance(data := of.results.get("data"), dict):
         rows.append(("made from", str(data.get("source"))))

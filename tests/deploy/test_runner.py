@@ -8,6 +8,7 @@ import pytest
 import torch
 from device import drawn
 from extras import needs_onnx
+from PIL import Image
 from small import SIZE, made
 
 import ptee
@@ -89,3 +90,10 @@ def test_more_images_than_a_file_takes_are_refused_in_one_line(exported):
     runner = ptee.load_exported(exported)
     with pytest.raises(PteeError, match="up to 4,096 images at once, not 4,097"):
         runner.predict(torch.zeros(MAX_ROWS + 1, *SIZE, device="cpu"))
+
+
+def test_pictures_for_a_network_of_ones_own_are_not_normalised_by_imagenets_mean_unsaid(exported, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match="mean and std of the images are not recorded .* ImageNet's"):
+        ptee.load_exported(exported).images([tmp_path / "a.png"])
+    assert "their mean and std are not recorded" in (exported / "README.md").read_text()

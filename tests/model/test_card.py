@@ -49,7 +49,11 @@ def test_a_card_follows_the_run_and_one_that_somebody_wrote_is_kept(tmp_path):
     model = measured()
     text_of(model, tmp_path)
     model.threshold = 0.25
-    assert "- thresholds: 0.25, 0.25" in text_of(model, tmp_path)
+    text = text_of(model, tmp_path)
+    assert "- thresholds: 0.25, 0.25" in text
+    assert "measured with other thresholds (0.5, 0.5) than the model has now (0.25, 0.25)" in text
+    model.threshold = 0.5
+    assert "other thresholds" not in text_of(model, tmp_path)
     (tmp_path / CARD).write_text("mine")
     assert text_of(model, tmp_path) == "mine"
 
@@ -81,3 +85,16 @@ def test_a_card_names_the_licence_that_the_library_knows(tmp_path):
     assert isinstance(model.backbone, nn.Module)
     model.backbone.pretrained_cfg = {"license": "apache-2.0"}
     assert "- licence of the backbone: apache-2.0" in text_of(model, tmp_path)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_card_gives_a_mean_only_if_somebody_gave_it_or_a_library_knows_it(known, tmp_path):
+    model = made()
+    if known:
+        model = ptee.augment("cifar_resnet20", exits=["layer1"], head="pool", pretrained=False)
+    text = text_of(model, tmp_path)
+    assert ("normalised by mean" in text) is known
+    assert ("their mean and std are not recorded" in text) is not known
+    if not known:
+        again = ptee.load(tmp_path, model.detach())
+        assert "their mean and std are not recorded" in text_of(again, tmp_path)

@@ -480,3 +480,59 @@ def test_the_folder_of_a_run_may_begin_with_the_home_folder(tmp_path, monkeypatc
     fit(network(), images(60), out="~/run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert ptee.load("~/run", network()).results
+
+
+# ---------------------------------------------------------------------------------------------------- odd data sets
+
+
+def right_images(n: int, seed: int = 0) -> TensorDataset:
+    """Images with the network's own answers as labels."""
+    (x,) = images(n, seed, labels=False).tensors
+    with torch.no_grad():
+        return TensorDataset(x, network().eval()(x).argmax(-1))
+
+
+def test_heads_learn_from_images_without_labels_and_are_measured_on_others_with_labels():
+    for recipe in ("ptee", "eenet"):
+        model = fit(network(), images(60, labels=False), val_data=right_images(40, 1), recipe=recipe)
+        assert model.results["rows"][0]["accuracy"] == 1
+    with pytest.raises(DataError, match="train_data have no labels for targets='labels'"):
+        fit(network(), images(60, labels=False), val_data=right_images(40, 1), targets="labels")
+
+
+def test_images_of_another_size_are_named_with_their_argument_and_both_sizes():
+    other = TensorDataset(torch.randn(20, 3, 6, 6), torch.zeros(20, dtype=torch.long))
+    with pytest.raises(
+        DataError, match=r"val_data has the size \(3, 6, 6\), and that of train_data \(3, 8, 8\)"
+    ) as error:
+        fit(network(), images(60), val_data=other)
+    assert error.value.argument == "val_data"
+
+
+def test_the_same_images_for_two_purposes_are_warned_of():
+    same = right_images(60)
+    with pytest.warns(UserWarning, match="train_data and val_data are the same images"):
+        model = fit(network(), same, val_data=same)
+    with pytest.warns(UserWarning, match="calibration and report are the same images"):
+        ptee.compare({"one": model}, same, torch.utils.data.DataLoader(same, 20), lines=["own"])
+
+
+def test_classes_without_an_image_to_report_on_are_named():
+    x, y = images(60, 1).tensors
+    lacking = torch.utils.data.Subset(TensorDataset(x, y), (y != y[0]).nonzero().flatten().tolist())
+    with pytest.warns(UserWarning, match=f"No validation image shows .*class {int(y[0])}"):
+        fit(network(), right_images(60), val_data=lacking)
+
+
+def test_a_doubt_about_labels_is_warned_of_once_where_nobody_reads_a_log():
+    x, y = right_images(200).tensors
+    with pytest.warns(UserWarning) as caught:
+        fit(network(), TensorDataset(x, (y + 1) % K), val_data=TensorDataset(x[:60].clone(), (y[:60] + 1) % K))
+    assert sum("may know its classes in another order" in str(w.message) for w in caught) == 1
+
+
+def test_a_finished_run_is_tuned_again_in_python_and_not_by_a_command(tmp_path):
+    fit(network(), images(60), out=tmp_path / "run")
+    with pytest.raises(RunError, match=r"ptee\.tune\(ptee\.load") as error:
+        fit(network(), images(60), out=tmp_path / "run", resume=True)
+    assert "ptee tune" not in str(error.value)
