@@ -29,20 +29,22 @@ PREFIX = "setting__"  # of the parameter of such an option; the dots of its path
 OTHER_OPTIONS = {"model_args": "model_arg", "num_workers": "workers", "root": "data_root"}  # arguments of Python
 
 
-class _Once(cloup.Command):
-    """A command that refuses an option with a value that is given twice: click would take the last one without a word."""
+class _OneConfidence(cloup.Command):
+    """A command that refuses a second --confidence: one may mean a guarantee and one a name, and click would take the last alone.
+
+    Of other options the last one counts, as scripts expect that pass on "$@".
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Called by click. Reads what was typed."""
         *_, order = self.make_parser(ctx).parse_args(list(args))
-        for each in order:
-            single = isinstance(each, click.Option) and not (each.multiple or each.is_flag or each.count)
-            if single and order.count(each) > 1:
-                raise click.UsageError(f"{max(each.opts, key=len)} is given twice. Give it once.", ctx)
+        if sum(each.name == f"{PREFIX}confidence__name" for each in order) > 1:
+            text = "--confidence is given twice. Give it once, and beside it a guarantee as --set thresholds.confidence=0.95."
+            raise click.UsageError(text, ctx)
         return super().parse_args(ctx, args)
 
 
-command = partial(cloup.command, cls=_Once)
+command = partial(cloup.command, cls=_OneConfidence)
 
 
 def setting(path: str, **more: Any) -> Decorator:
