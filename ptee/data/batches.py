@@ -267,4 +267,5 @@ def _describe(value: Any) -> str:
 
 def same_images(one: Any, other: Any) -> bool:
     """Whether two arguments are the same data set, or loaders of the same one."""
-    return getattr(one, "dataset", one) is getattr(other, "dataset", other)
+    one, other = (getattr(data, "dataset", data) if is_loader(data) else data for data in (one, other))
+    return one is other

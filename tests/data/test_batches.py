@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from images import picture
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
 from ptee._common.errors import DataError
-from ptee.data.batches import batches, split_batch
+from ptee.data.batches import batches, same_images, split_batch
 
 IMAGES, LABELS = torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 2, 1, 0])
 
@@ -160,3 +160,13 @@ def test_a_batch_without_labels_has_none(batch):
 def test_other_batches_are_refused_with_what_they_hold(batch, words):
     with pytest.raises(DataError, match=re.escape(words)):
         split_batch(batch)
+
+
+def test_parts_of_a_data_set_are_not_the_same_images():
+    whole = TensorDataset(torch.zeros(10, 3))
+    one, other = random_split(whole, [5, 5])
+    assert not same_images(one, other)
+    assert not same_images(DataLoader(one), DataLoader(other))
+    assert not same_images(whole, one)
+    assert same_images(DataLoader(one), one)
+    assert same_images(whole, whole)
