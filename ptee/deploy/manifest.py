@@ -22,8 +22,8 @@ MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 PIXELS_NOT_KNOWN = (
-    "The mean and std of the images are not recorded (the backbone is a network of its user's own), so pictures are normalised by "
-    "ImageNet's. If it takes others, give `predict` images that you prepared."
+    "The mean and std of the images are not recorded, because nobody gave them. Pictures are normalised by ImageNet's. "
+    "If the backbone takes others, give `predict` images that you prepared."
 )
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]

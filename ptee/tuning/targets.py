@@ -31,7 +31,7 @@ WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distri
 DRAWS = 50  # of as many images, with replacement
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
 RISKY = (
-    " Other thresholds would cost less here, but more than the limit is to be expected to be lost on new images. "
+    " Other thresholds would cost less here, but would probably lose more than the limit on new images. "
     "ptee tune RUN --{} {:g} --margin 0 (in Python: margin=0) takes them nevertheless."
 )
 BY_OBJECTIVE = attrgetter("objective")
