@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
 PIXELS_NOT_KNOWN = (
-    "The mean and std of the images are not recorded, because nobody gave them. Pictures are normalised by ImageNet's. "
+    "The mean and std of the images are not recorded (nobody gave them). Pictures are normalised by ImageNet's. "
     "If the backbone takes others, give `predict` images that you prepared."
 )
 

@@ -73,7 +73,7 @@ def _normalised(model: Any) -> str:
     """How images are normalised, as far as that is known."""
     images = model.origin.input
     if not model.origin.pixels_known:
-        return "prepared as for the backbone itself (their mean and std are not recorded, because nobody gave them)"
+        return "prepared as for the backbone itself (their mean and std are not recorded: nobody gave them)"
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
     return f"normalised by mean {mean} and std {std}"
 
