@@ -94,7 +94,7 @@ class Bucket:
     @property
     def size(self) -> int:
         """Places."""
-        return len(self.rows)
+        return self.rows.shape[0]
 
 
 class Buckets(ABC):
@@ -246,7 +246,8 @@ class Buckets(ABC):
         meanwhile: Callable[[], None] | None,
     ) -> ExitOutput:
         self._follow()
-        bucket = self.bucket_for(len(x))
+        rows = x.shape[0]
+        bucket = self.bucket_for(rows)
         self._fill(bucket, x, thresholds)
         self._await_numbers()  # of the call before
         if mark is not None:
@@ -270,7 +271,7 @@ class Buckets(ABC):
             self._start(bucket, len(self.exits), meanwhile)
         if mark is not None:
             mark()
-        return ExitOutput(*self.answers.of_rows(len(x)))
+        return ExitOutput(*self.answers.of_rows(rows))
 
     def _start(self, bucket: Bucket, n: int, meanwhile: Callable[[], None] | None) -> None:
         """Start piece n, and do what is to be done while the first one runs."""
@@ -301,13 +302,14 @@ class Buckets(ABC):
         return int(number)
 
     def _fill(self, bucket: Bucket, x: Tensor, thresholds: Sequence[float | Tensor]) -> None:
-        (bucket.images if len(x) == bucket.size else bucket.images[: len(x)]).copy_(x)
-        if bucket.filled != len(x):
+        rows = x.shape[0]
+        (bucket.images if rows == bucket.size else bucket.images[:rows]).copy_(x)
+        if bucket.filled != rows:
             bucket.filled = 0  # until all is written
-            bucket.rows[: len(x)] = torch.arange(len(x), device=self.device)
-            bucket.rows[len(x) :] = self.answers.nobody
-            bucket.filled = len(x)
-        self._set_thresholds(thresholds, len(x))
+            bucket.rows[:rows] = torch.arange(rows, device=self.device)
+            bucket.rows[rows:] = self.answers.nobody
+            bucket.filled = rows
+        self._set_thresholds(thresholds, rows)
 
     def _set_thresholds(self, thresholds: Sequence[float | Tensor], rows: int) -> None:
         numbers = tuple(t for t in thresholds if isinstance(t, float))

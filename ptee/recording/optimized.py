@@ -6,9 +6,10 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ptee.recording.exported_pieces import ExportedPieces
 from ptee.recording.hooked_pieces import HookedPieces
 
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
+_training, _version = attrgetter("training"), attrgetter("_version")
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
 
@@ -113,9 +115,7 @@ class OptimizedModel(nn.Module):
             return self._without_pieces(x, threshold)  # which watches an empty batch itself
         seen = self.model.watching(x, audited=threshold is None, at_once=self.max_batch)
         out = self._predict(x, threshold, None)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # as in the pieces, so that an audit is in the same number type
+        with _without_autocast(x):  # as in the pieces, so that an audit is in the same number type
             return seen(out)
 
     def laps(self, x: Tensor, mark: Callable[[], None]) -> None:
@@ -141,17 +141,15 @@ class OptimizedModel(nn.Module):
                 mark()
 
     def _predict(self, x: Tensor, threshold: Thresholds | None, mark: Callable[[], None] | None) -> ExitOutput:
-        if not self._fits(x):
-            return self._without_pieces(x, threshold)
-        require_eval(self.model)
-        given = self.model.thresholds_of_call(threshold, len(x))
+        rows, off = x.shape[0], self.model.off
+        given = self.model.thresholds_of_call(threshold, rows)
         # The head of an exit that is off runs where a later one reads its answer.
-        thresholds = [NEVER if n in self.model.off else t for n, t in enumerate(given)]
+        thresholds = [NEVER if n in off else t for n, t in enumerate(given)]
         with self._lock, _as_recorded(x):
-            if len(x) <= self.max_batch:
+            if rows <= self.max_batch:
                 return self._up_to_date(x, thresholds, mark)
             parts = [self._up_to_date(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch))
-                     for i in range(0, len(x), self.max_batch)]  # fmt: skip
+                     for i in range(0, rows, self.max_batch)]  # fmt: skip
         return ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
 
     def _up_to_date(
@@ -159,15 +157,16 @@ class OptimizedModel(nn.Module):
     ) -> ExitOutput:
         """The answers of the model as it is now.
 
-        To look at each weight takes the host longer than to start a piece. So it looks while the first piece runs, whose old weights
-        are still there. If something changed, all is done again.
+        To look at each module and weight takes the host longer than to start a piece. So it looks while the first piece runs, whose
+        old weights are still there. If something changed, all is done again.
         """
-        if self._buckets.has_recorded(len(x)) and self._same_settings():
+        if self._buckets.has_recorded(x.shape[0]) and self._same_settings():
             try:
                 return self._buckets(x, thresholds, mark, self._require_unchanged)
             except Exception:
                 if self._made_of.unchanged():
                     raise
+        require_eval(self.model)
         self._keep_up()
         return self._buckets(x, thresholds, mark)
 
@@ -197,7 +196,7 @@ class OptimizedModel(nn.Module):
     def _fits(self, x: Any) -> bool:
         like = self._example
         fits = is_plain(x) and x.shape[1:] == like.shape[1:] and x.dtype == like.dtype and x.device == like.device
-        return fits and len(x) > 0 and not self.model.detached
+        return fits and x.shape[0] > 0 and not self.model.detached
 
     def _without_pieces(self, x: Tensor, threshold: Thresholds | None) -> ExitOutput:
         """An empty batch is answered by the model. All else is refused, also what the model would take."""
@@ -210,7 +209,8 @@ class OptimizedModel(nn.Module):
 
     def _settings(self) -> tuple[Any, ...]:
         """All that is part of a recording."""
-        return self.model.plan, self.model.answers, self.model.blend, self.model.calibrated
+        model = self.model
+        return model.plan, model.answers, model.blend, model.calibrated
 
     def _keep_up(self) -> None:
         """Take the model apart again if its settings, weights or modules are others by now."""
@@ -224,6 +224,8 @@ class OptimizedModel(nn.Module):
         return all(new is old for new, old in zip(self._settings(), self._made_for, strict=True))
 
     def _require_unchanged(self) -> None:
+        if self._made_of.training():
+            require_eval(self.model)
         if not self._made_of.unchanged():
             raise PteeError("Weights or modules changed after they were recorded.")  # which the caller mends
 
@@ -266,37 +268,54 @@ class OptimizedModel(nn.Module):
 class _Contents:
     """The parameters, buffers and modules of a model as they are now, to see in each call whether they still are.
 
-    The memory of the parameters and buffers is kept as long as this is: a recording may still read it.
+    The memory of the parameters and buffers is kept as long as this is: a recording may still read it. Each call looks at all of
+    them, often hundreds, and `map` takes less time for that than a loop.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: EarlyExitModel) -> None:
         places: list[Any] = [d for m in model.modules() for d in (m._parameters, m._buffers, m._modules)]
-        self._held = [(d, name, value) for d in places for name, value in d.items()]
-        tensors = {value for *_, value in self._held if isinstance(value, Tensor)}
+        held = [(d, name, value) for d in places for name, value in d.items()]
+        self._dicts, self._names, self._values = zip(*held, strict=True)
+        tensors = {value for value in self._values if isinstance(value, Tensor)}
         plain = (Tensor, nn.Parameter)  # others, such as quantised ones, may have no memory of their own
-        self._places = [(t, t.data_ptr()) for t in tensors if type(t) in plain]
-        self._memory = [t.detach() for t, _ in self._places]
-        self._versions = [
-            (t, t._version) for t in tensors if not t.is_inference()
-        ]  # which count what is written into them
+        self._placed = [t for t in tensors if type(t) in plain]
+        self._pointers = self._pointers_now()
+        self._memory = [t.detach() for t in self._placed]
+        self._counted = [t for t in tensors if not t.is_inference()]  # these count what is written into them
+        self._versions = self._versions_now()
+        self._parts = [model, *model.heads.modules()]
 
     def unchanged(self) -> bool:
         """Whether all are the same objects, were not moved, and were not written into."""
-        for place, name, value in self._held:
-            if place.get(name) is not value:
-                return False
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return False
-        return all(tensor.data_ptr() == pointer for tensor, pointer in self._places)
+        return (
+            all(map(is_, map(dict.get, self._dicts, self._names), self._values))
+            and self._versions_now() == self._versions
+            and self._pointers_now() == self._pointers
+        )
+
+    def training(self) -> bool:
+        """Whether the model or a part of a head is in training mode."""
+        return any(map(_training, self._parts))
+
+    def _pointers_now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._placed))
+
+    def _versions_now(self) -> list[int]:
+        return list(map(_version, self._counted))
 
 
 @contextmanager
 def _as_recorded(like: Tensor) -> Iterator[None]:
     """Recordings know no autocast, their memory is written again outside of inference mode, and their GPU is the current one."""
     where = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
-    with where, torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    with where, torch.inference_mode(False), torch.no_grad(), _without_autocast(like):
         yield
+
+
+def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast is switched off, if it is on: that takes the host longer than to see that it is off."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[float | Tensor]:
