@@ -36,15 +36,8 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import Reading
 from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
-from ptee.training.config import (
-    JOINT,
-    ONE_BY_ONE,
-    TrainingConfig,
-    epochs_for,
-    passes,
-    require_weight_each,
-    shift_for,
-)
+from ptee.training.augmentation import resolved_shift
+from ptee.training.config import JOINT, ONE_BY_ONE, TrainingConfig, epochs_for, passes, require_weight_each
 from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entries
 from ptee.training.history import Epoch, History, collapse_of
 from ptee.training.optimizers import cosine_schedule, optimizer_of
@@ -131,7 +124,7 @@ def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: An
     """The settings with a value for every None and "auto". A PteeError if one does not fit the model or the data."""
     require_saveable(model.heads.state_dict(), model.backbone.state_dict() if config.backbone == JOINT else None)
     require_weight_each(config.exit_weights, len(model.exits) + 1)
-    values: dict[str, Any] = {"shift": _resolved_shift(config, model)}
+    values: dict[str, Any] = {"shift": resolved_shift(config, model)}
     if config.epochs == "auto":
         values["epochs"] = _auto_epochs(config, train_data)
     if config.views == "auto":
@@ -168,31 +161,6 @@ def _auto_epochs(config: TrainingConfig, data: Any) -> int:
         raise DataError(text, Argument("epochs", "10"), ".", argument="epochs", value="auto")
     length += len(getattr(data, "gaps", ()))  # a training that goes on without some has as many epochs as before
     return epochs_for(length, 1 if is_loader(data) else config.batch_size)  # a loader is as long as it has batches
-
-
-def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
-    if config.shift == 0:
-        return 0
-    if config.shift == "auto" and config.backbone == JOINT:
-        return 0  # its maps are its own to learn
-    maps, size = _reads_maps(model), model.plan.input_size
-    if config.shift == "auto":
-        return shift_for(size) if maps else 0
-    given = Argument("shift", str(config.shift))
-    if not maps:
-        text = f" moves feature maps, but {model.plan.head!r} heads read pooled vectors. Take other heads, such as 'conv1', or "
-        raise PteeError(given, text, Argument("shift", "0"), ".", argument="shift", value=config.shift)
-    if config.shift >= min(size[1:]):
-        text = f" moves images of {size[1]} x {size[2]} pixels out of sight. Give fewer, such as "
-        raise PteeError(given, text, Argument("shift", str(shift_for(size))), ".", argument="shift", value=config.shift)
-    return config.shift
-
-
-@torch.no_grad()
-def _reads_maps(model: EarlyExitModel) -> bool:
-    """Whether some head learns from a map (b, c, h, w), which can be shifted."""
-    reading = model.eval().read(model.prepared(torch.zeros(2, *model.plan.input_size, device="cpu")))
-    return any(x.dim() == 4 for x in reading.inputs)
 
 
 @contextmanager
