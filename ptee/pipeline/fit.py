@@ -62,11 +62,10 @@ from ptee.timing.measure import measure, require_executor
 from ptee.timing.settings import AUTO, FILE
 from ptee.timing.times import Times
 from ptee.training.calibration import calibrate
-from ptee.training.checkpoint import together_with
 from ptee.training.config import JOINT, passes
 from ptee.training.history import Epoch, History
 from ptee.training.tracking import tracked
-from ptee.training.trainer import resolve_config, train
+from ptee.training.trainer import resolve_config, run_training
 from ptee.tuning.config import TIME, Target
 from ptee.tuning.guarantee import require_images
 from ptee.tuning.reachable import require_labels, require_reachable
@@ -335,12 +334,8 @@ def _train(
         note(epoch)
 
     tracker = job.tracker if is_main_process() else None
-    with (
-        or_anew(),
-        together_with(with_checkpoint(placed_by)),
-        tracked(tracker, job.out, config.model_dump()) as note,
-    ):
-        history = train(
+    with or_anew(), tracked(tracker, job.out, config.model_dump()) as note:
+        history = run_training(
             model,
             data.train,
             data.calibration,
@@ -348,6 +343,7 @@ def _train(
             device=job.device,
             num_workers=job.num_workers,
             checkpoint=checkpoint,
+            beside=with_checkpoint(placed_by),
             resume=job.resume and checkpoint is not None and checkpoint.is_file(),
             on_epoch=on_epoch,
             on_cache=lambda estimate: job.log(str(estimate)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from operator import length_hint
 from pathlib import Path
@@ -94,13 +94,42 @@ def train(
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
         raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
     require_arguments(train, changes, also=TrainingConfig.model_fields)
-    config = config.changed(**changes)
+    path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
+    return run_training(
+        model,
+        train_data,
+        val_data,
+        config.changed(**changes),
+        device=device,
+        num_workers=num_workers,
+        checkpoint=path,
+        beside={},
+        resume=resume,
+        on_epoch=on_epoch,
+        on_cache=on_cache,
+    )
+
+
+def run_training(
+    model: EarlyExitModel,
+    train_data: Any,
+    val_data: Any,
+    config: TrainingConfig,
+    *,
+    device: str | torch.device | None,
+    num_workers: int,
+    checkpoint: Path | None,
+    beside: Mapping[str, str],
+    resume: bool,
+    on_epoch: Callable[[Epoch], None] | None,
+    on_cache: Callable[[Estimate | NotCached], None] | None,
+) -> History:
+    """`train` with arguments that were looked at. `beside`: texts of files that each checkpoint is written with, by name."""
     _drop_what_was_fitted(model)
     for name, data in (("train_data", train_data), ("val_data", val_data)):  # refuse what cannot be made into batches
         if data is not None or name == "train_data":
             batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers, argument=name)
     config = resolve_config(config, model, train_data)
-    path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
     with (
         own_random_numbers(),  # two trainings cannot share accelerate's state, either
         same_each_time,
@@ -111,10 +140,10 @@ def train(
         loaders = TrainingData(model, accelerator, config, num_workers, on_cache)
         samples = None if is_loader(train_data) else sample_hash(train_data, must_repeat=loaders.caches)
         training: dict[str, Any] = {}
-        if path is not None:
+        if checkpoint is not None:
             training = checkpoints.describe_training(config, model, train_data, samples, accelerator.num_processes)
-            clear_unfinished(path.parent)
-        run = _Training(model, accelerator, config, training, path)
+            clear_unfinished(checkpoint.parent)
+        run = _Training(model, accelerator, config, training, checkpoint, beside)
         if resume:
             run.resume()
         return run.fit(loaders, train_data, val_data, on_epoch)
@@ -186,9 +215,11 @@ class _Training:
         config: TrainingConfig,
         training: dict[str, Any],
         path: Path | None,
+        beside: Mapping[str, str],
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
         self.training, self.path = training, path  # what the checkpoint belongs to, and where it lies
+        self.beside = beside  # texts of files that are written with it
         joint = config.backbone == JOINT
         self.learners: nn.Module = nn.ModuleList([model.heads, model.backbone]) if joint else model.heads
         self.dtype = next(model.heads.parameters()).dtype
@@ -384,7 +415,7 @@ class _Training:
             return
         weights, optimizer = self.learners.state_dict(), self.optimizer.state_dict()["state"]
         reached = checkpoints.Checkpoint(weights, self.best, optimizer, self.history.epochs)
-        checkpoints.write(self.path, reached, self.training)
+        checkpoints.write(self.path, reached, self.training, self.beside)
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
