@@ -325,11 +325,12 @@ def _train(
     """Train the heads. Each epoch is added to `complete` once it is saved in the folder, which is the training's from the first on."""
     config = resolve_config(recipe.training, model, data.train)
     checkpoint = None if job.out is None else job.out / run_files.CHECKPOINT
+    beside = with_checkpoint(placed_by)
 
     def on_epoch(epoch: Epoch) -> None:
         complete.append(epoch)
         if job.out is not None and len(complete) == 1:
-            take_over(job.out, placed_by)
+            take_over(job.out, beside)
         job.log(epoch.line(passes(config, len(model.exits))))
         note(epoch)
 
@@ -343,7 +344,7 @@ def _train(
             device=job.device,
             num_workers=job.num_workers,
             checkpoint=checkpoint,
-            beside=with_checkpoint(placed_by),
+            beside=beside,
             resume=job.resume and checkpoint is not None and checkpoint.is_file(),
             on_epoch=on_epoch,
             on_cache=lambda estimate: job.log(str(estimate)),
