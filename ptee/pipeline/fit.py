@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ptee._common.devices import of_main_process, require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, warn
 from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
-from ptee._common.validation import checked
+from ptee._common.validation import checked_with
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
@@ -43,7 +42,7 @@ from ptee.pipeline.images import (
     recipe_for,
     undoubted,
 )
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, path_of
+from ptee.pipeline.recipe import PATHS, RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import folder_of_fit, or_anew
 from ptee.pipeline.run_folder import (
     NOTHING_KEPT,
@@ -96,7 +95,7 @@ class Job:
     tracker: str | None = None  # that notes each epoch, of `TRACKERS`
 
 
-@checked
+@checked_with(PATHS)
 @own_random_numbers()
 def fit(
     model: str | nn.Module,
@@ -157,8 +156,6 @@ def fit(
     """
     require_launch(device)
     require_no_exits(model)
-    for name in changes:
-        path_of(name, also=inspect.signature(fit).parameters.keys() - {"changes"})
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)

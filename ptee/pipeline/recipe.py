@@ -6,7 +6,8 @@ Recipes are YAML files; some are built in. `ptee recipe NAME` prints one, and ev
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -316,22 +317,30 @@ def settings() -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{key}", inner
 
 
-def path_of(name: str, also: Iterable[str] = ()) -> str:
-    """The dotted path of a setting, from its path, its last word if only one section has it, or another name of it.
+def _paths() -> dict[str, str]:
+    """The path of every setting by each of its names: the path, its last word if only one setting has it, or another."""
+    paths = [path for path, _ in settings()]
+    words = Counter(map(_last_word, paths))
+    short = {word: path for path in paths if words[word := _last_word(path)] == 1}
+    return {**short, **OTHER_NAMES, **OF_PAPERS, **{path: path for path in paths}}
+
+
+def _last_word(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+PATHS = _paths()
+
+
+def path_of(name: str) -> str:
+    """The dotted path of a setting, from any name in `PATHS`.
 
     Raises:
-        UnknownName: if there is no such setting; it names what is near, also of the names in `also`.
+        UnknownName: if there is no such setting; it names what is near.
     """
-    paths = [path for path, _ in settings()]
-    if name in paths:
-        return name
-    if found := {**OTHER_NAMES, **OF_PAPERS}.get(name):
-        return found
-    ends = [path for path in paths if path.endswith(f".{name}")]
-    if len(ends) == 1:
-        return ends[0]
-    short = [path.rpartition(".")[2] for path in paths]
-    raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short, *also], argument=name)
+    if name in PATHS:
+        return PATHS[name]
+    raise unknown("setting", name, [each for each in PATHS if ("." in each) == ("." in name)], argument=name)
 
 
 def path_for(name: str, value: Any) -> str:

@@ -26,7 +26,7 @@ from ptee._common.files import as_path
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.shares import Share, is_lost, shared_batch_norm
-from ptee._common.validation import checked, require_arguments
+from ptee._common.validation import checked_with
 from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader, odd_labels
@@ -45,7 +45,7 @@ from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, Turns, 
 from ptee.training.training_data import TrainingData, sample_hash
 
 
-@checked
+@checked_with(TrainingConfig.model_fields)
 def train(
     model: EarlyExitModel,
     train_data: Any,
@@ -93,7 +93,6 @@ def train(
     if not isinstance(config, TrainingConfig):
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
         raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
-    require_arguments(train, changes, also=TrainingConfig.model_fields)
     path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
     return run_training(
         model,

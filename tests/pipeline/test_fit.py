@@ -96,10 +96,19 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
 
 
 def test_every_setting_of_the_recipe_is_an_argument():
-    with pytest.raises(UnknownName, match=r"Unknown setting 'epoch'\. Did you mean 'epochs'"):
+    with pytest.raises(UnknownName, match=r"^fit\(\) has no argument 'epoch'\. Did you mean 'epochs'"):
         fit(network(), images(60), epoch=3)
+    with pytest.raises(UnknownName, match=r"no argument 'training\.epoch'\. Did you mean 'training\.epochs'"):
+        fit(network(), images(60), **{"training.epoch": 3})
     with pytest.raises(PteeError, match=r"epochs=0 must be 1 or more, or 'auto'"):
         ptee.fit(network(), images(60), epochs=0)
+
+
+@pytest.mark.parametrize("given", [{"train": 1}, {"traindata": 1}, {"train_data": 1, "outt": "run"}], ids=str)
+def test_a_misspelt_argument_is_named_with_the_right_one_also_if_one_is_missing_therefore(given):
+    wrong, right = ("outt", "out") if "outt" in given else (next(iter(given)), "train_data")
+    with pytest.raises(UnknownName, match=rf"^fit\(\) has no argument '{wrong}'\. Did you mean '{right}'"):
+        ptee.fit(network(), **given)
 
 
 # ---------------------------------------------------------------------------------------------------- what comes back
