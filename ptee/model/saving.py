@@ -22,7 +22,7 @@ from ptee._common.errors import PteeError, RunError, first_line, some
 from ptee._common.files import as_path, is_file, plain, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
-from ptee._common.writing import ANOTHER_FOLDER, clear_unfinished, locked, replace_files, settle
+from ptee._common.writing import ANOTHER_FOLDER, clear_unfinished, locked, replace_files, settle, writer_of
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import storable, tensor_hash, tensor_hashes, weights_hash
 from ptee.exits.blend import OWN, Blend
@@ -155,10 +155,10 @@ def write(
     if backbone is not None:
         writers[BACKBONE] = lambda path: save_file(storable(backbone), path)
     if card is not None:
-        writers[CARD] = _text(card)
-    writers |= {name: _text(text) for name, text in (more or {}).items()}
+        writers[CARD] = writer_of(card)
+    writers |= {name: writer_of(text) for name, text in (more or {}).items()}
     with changing(folder, {} if versions is None else versions, ANOTHER_FOLDER, new=True):
-        replace_files(folder, writers | {CONFIG: _text(to_json(whole) + "\n")})
+        replace_files(folder, writers | {CONFIG: writer_of(to_json(whole) + "\n")})
 
 
 def require_saveable(heads: Mapping[str, Tensor], backbone: Mapping[str, Tensor] | None) -> None:
@@ -232,7 +232,7 @@ def _update(folder: Path, more: Mapping[str, str], fields: dict[str, Any]) -> No
         metrics = metrics_of(folder)
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
     texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
-    writers = {name: _text(text) for name, text in {**more, **texts}.items()}
+    writers = {name: writer_of(text) for name, text in {**more, **texts}.items()}
     replace_files(folder, writers, OTHER_FOLDER)
 
 
@@ -244,10 +244,6 @@ def _require_loadable(folder: Path, config: Mapping[str, Any]) -> None:
     except (PteeError, ValidationError) as why:
         text = from_pydantic(why) if isinstance(why, ValidationError) else why
         raise RunError(f"Cannot write {folder}, because it could not be loaded again: {text}") from why
-
-
-def _text(text: str) -> Callable[[Path], Any]:
-    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- reading

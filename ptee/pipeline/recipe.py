@@ -5,7 +5,6 @@ Recipes are YAML files; some are built in. `ptee recipe NAME` prints one, and ev
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, in_line, unknown
-from ptee._common.files import as_path, is_file
+from ptee._common.files import as_path, is_file, is_folder
 from ptee._common.validation import FrozenConfig, Whole
 from ptee._common.writing import settle
 from ptee._common.yaml_text import read_yaml
@@ -271,7 +270,7 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, 
         path = path / RECIPE_FILE
     if path.suffix in (".yaml", ".yml") or is_file(path):
         return _read(path), path
-    if os.path.isdir(path):  # noqa: PTH112 - which takes names that no folder can have
+    if is_folder(path):
         text = f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file."
         raise PteeError(text, argument="recipe")
     raise unknown("recipe", str(recipe), BUILT_IN)

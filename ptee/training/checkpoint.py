@@ -11,7 +11,6 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from operator import eq, length_hint
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ptee._common.errors import RunError
 from ptee._common.files import from_json, plain
-from ptee._common.writing import replace_files
+from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import answering_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
@@ -91,12 +90,8 @@ def write(path: Path, reached: Checkpoint, training: Mapping[str, Any], beside: 
     history = {"epochs": [asdict(epoch) for epoch in reached.epochs]}
     about = {"training": json.dumps(training), "history": json.dumps(history)}
     about["sha256"] = _content_hash(tensors, about)
-    texts = {name: partial(_write_text, text) for name, text in beside.items()}
+    texts = {name: writer_of(text) for name, text in beside.items()}
     replace_files(path.parent, {**texts, path.name: lambda beside: save_file(tensors, beside, about)})
-
-
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def found(path: Path | None, training: Mapping[str, Any]) -> Checkpoint | None:
