@@ -195,14 +195,9 @@ def tune_run(
     more = {}
     if own is not None:  # so that the run's recipe gives these thresholds again
         more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()
-    chosen = {
-        "answers": saving.describe_answers(model.answers, model.blend),
-        "curve": saving.describe_curve(model.curve),
-    }
     if (text := card.text_for(model, folder)) is not None:
         more[CARD] = text
-    fields = {"threshold": model.threshold, "off": list(model.off), "results": model.results, **chosen}
-    saving.update(folder, more, model.versions, **fields)
+    saving.update(folder, more, model.versions, **saving.describe_tuning(model))
     return model.results
 
 
