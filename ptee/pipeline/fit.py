@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ptee._common.devices import of_main_process, require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, warn
 from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
+from ptee._common.progress import Log
 from ptee._common.validation import checked_with
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
@@ -24,7 +24,6 @@ from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
 from ptee.exits.plan import TimesOfModules
-from ptee.exits.times import BatchTimes
 from ptee.model import run_files
 from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
@@ -69,9 +68,7 @@ from ptee.tuning.config import TIME, Target
 from ptee.tuning.guarantee import require_images
 from ptee.tuning.reachable import require_labels, require_reachable
 from ptee.tuning.targets import Solution
-from ptee.tuning.tune import describe_outcome, tune
-
-Log = Callable[[str], None]
+from ptee.tuning.tune import choose_thresholds, describe_outcome
 
 
 def silent(text: str) -> None:
@@ -218,7 +215,7 @@ def _fit(
         history = _train(model, for_heads, recipe, job, complete, placed_by)
         if not is_main_process():
             return model
-        model.results = {"data": about(data)}
+        model.results = {"data": data.record}
         _set_confidence(model, for_confidence, recipe, job)
         times = _measured_pieces(model, recipe, job)
         report, outcome = _set_thresholds(model, data, target, recipe, job, times)
@@ -390,35 +387,12 @@ def _set_thresholds(
         model.threshold = recipe.thresholds.threshold
         return (data.validation, data.described(chosen=False)), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
-    at_batch = None if times is None else times.at(recipe.thresholds.at_batch, recipe.thresholds.executor)
-    images, words, found = choose_thresholds(model, unseen, target, recipe, job, at_batch)
+    how = recipe.thresholds
+    at_batch = None if times is None else times.at(how.at_batch, how.executor)
+    images, words, found = choose_thresholds(
+        model, unseen, target, how, log=job.log, times=at_batch, **_batches(recipe, job)
+    )
     return (images, f"{data.summary} {words}"), found
-
-
-def choose_thresholds(
-    model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job, times: BatchTimes | None = None
-) -> tuple[Any, str, Solution]:
-    """Set the thresholds of a trained model for a target, and record it in the model's results. `times`: by these seconds.
-
-    Returns the images that are left to report on, a sentence about the split, and the solution.
-    """
-    parts, how = parts_for_tuning(unseen), recipe.thresholds
-    # before the backbone runs over them
-    require_images(target, how.confidence, len(parts.calibration), each_exit=how.each_exit)
-    goal: dict[str, Any] = {
-        target.kind: target.limit,
-        "one_threshold": how.one_threshold,
-        "margin": how.margin,
-        "answers": how.answers,
-        "confidence": how.confidence,
-        "each_exit": how.each_exit,
-        "times": times,
-    }
-    found = tune(model, parts.calibration, **goal, **_batches(recipe, job))
-    record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
-    model.results = (model.results or {}) | {"tuning": record | found.to_dict()}
-    job.log(f"\n{parts.words}\n{found}")
-    return parts.report, parts.words, found
 
 
 def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job) -> None:
@@ -435,8 +409,3 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
     model.results = (model.results or {}) | results.to_dict()
     for sentence in odd if job.log is silent else ():  # else it was said
         warn(sentence)
-
-
-def about(data: Data) -> dict[str, Any]:
-    """The record of the images in a run, by which they are found again."""
-    return {"source": data.place, "root": data.split.get("root", ""), "split": data.split}
