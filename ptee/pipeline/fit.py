@@ -67,7 +67,7 @@ from ptee.training.trainer import resolve_config, run_training
 from ptee.tuning.config import TIME, Target
 from ptee.tuning.guarantee import require_images
 from ptee.tuning.reachable import require_labels, require_reachable
-from ptee.tuning.targets import Solution
+from ptee.tuning.solution import Solution
 from ptee.tuning.tune import choose_thresholds, describe_outcome
 
 

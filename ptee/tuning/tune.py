@@ -20,7 +20,8 @@ from ptee.tuning.config import Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.operating_points import operating_points
 from ptee.tuning.reachable import Margin
-from ptee.tuning.targets import DEFAULTS, WITHIN, Solution, solve
+from ptee.tuning.solution import Solution
+from ptee.tuning.targets import DEFAULTS, WITHIN, solve
 from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 
