@@ -162,23 +162,15 @@ def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: An
 
 def _drop_what_was_fitted(model: EarlyExitModel) -> None:
     """Drop calibration and blend, which were fitted to the heads as they are now. Refused while one is in use."""
-    for fitted, used, name in (
-        (
-            "blended",
-            model.answers == BLENDED,
-            f"answers = {OWN!r} first, and choose the thresholds again afterwards (ptee.tune)",
-        ),
-        (
-            "calibrated",
-            model.confidence == CALIBRATED,
-            f"confidence = {LEARNED!r} first, and call ptee.calibrate again afterwards",
-        ),
+    anew = f"answers = {OWN!r} first, and choose the thresholds again afterwards (ptee.tune)"
+    again = f"confidence = {LEARNED!r} first, and call ptee.calibrate again afterwards"
+    for used, what, instead in (
+        (model.answers == BLENDED, "model's answers are blended", anew),
+        (model.confidence == CALIBRATED, "model is calibrated", again),
     ):
         if used:
-            what = "model's answers are" if fitted == "blended" else "model is"
-            raise PteeError(
-                f"This {what} {fitted}, and training changes the heads that this was done for. Set model.{name}."
-            )
+            text = f"This {what}, and training changes the heads that this was done for. Set model.{instead}."
+            raise PteeError(text)
     model.calibrated = model.blend = model.curve = None
 
 
