@@ -11,13 +11,10 @@ import zipfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.text import escaped
-
-if TYPE_CHECKING:
-    pass
 
 LONGEST_KEY = 60  # of JSON, in a message
 DEEPEST = 100  # objects and lists of JSON inside one another; how many Python can read depends on its version
@@ -55,6 +52,14 @@ def is_file(path: Path) -> bool:
     """Whether there is a file of this name. No file can have some names, such as those of thousands of letters."""
     try:
         return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of this name; as of `is_file`."""
+    try:
+        return path.is_dir()
     except OSError:
         return False
 

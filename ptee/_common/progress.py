@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
+Log = Callable[[str], None]  # gets the messages to the user
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 10.0, 25.0
 LINE = "{desc}: {n_fmt} of {total_fmt} done in {elapsed}, {remaining} left"
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} done in {elapsed}"

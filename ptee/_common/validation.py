@@ -92,6 +92,15 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     Both before it begins.
     """
+    return checked_with()(function)
+
+
+def checked_with(also: Iterable[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`checked` for a function that takes arguments of these names besides, by **."""
+    return lambda function: _checked(function, also)
+
+
+def _checked(function: Callable[P, R], also: Iterable[str]) -> Callable[P, R]:
     names = list(inspect.signature(function).parameters)
     kinds: dict[str, Any] = {}
     for name, hint in function.__annotations__.items():
@@ -101,7 +110,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        require_arguments(function, kwargs)
+        require_arguments(function, kwargs, also=also)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         try:
             arguments(**{name: value for name, value in given.items() if name in kinds})
@@ -144,7 +153,8 @@ def require_arguments(
     known = [*own, *also]
     for name in given:
         if name not in known:
-            text = f"{called or function.__name__}() has no argument {name!r:.60}.{possible(name, known)}"
+            like = [each for each in known if ("." in each) == ("." in name)]  # the path of a setting is near paths
+            text = f"{called or function.__name__}() has no argument {name!r:.60}.{possible(name, like)}"
             raise UnknownName(text, argument=name)
 
 

@@ -37,7 +37,12 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text, whole or not at all."""
-    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    replace_file(path, writer_of(text))
+
+
+def writer_of(text: str) -> Callable[[Path], Any]:
+    """What writes this text into a file, as `replace_files` takes it."""
+    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def require_writable(folder: Path, remedy: str = ANOTHER_FOLDER) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cloup import option
+from cloup import command, option
 
 from ptee._common.text import printable
 from ptee._common.writing import require_writable
 from ptee.cli import options
 from ptee.cli.checks import require_recipes
-from ptee.cli.options import Numbers, Place, as_option, command, in_groups
+from ptee.cli.options import Numbers, Place, as_option, in_groups
 from ptee.cli.pages import plot, report
 from ptee.cli.runs import bench, compare, evaluate, export, tune
 from ptee.cli.scale import cache, trace

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import cloup
 from cloup import option, option_group
 
 from ptee._common.errors import Argument, PteeError
@@ -29,24 +27,6 @@ PREFIX = "setting__"  # of the parameter of such an option; the dots of its path
 OTHER_OPTIONS = {"model_args": "model_arg", "num_workers": "workers", "root": "data_root"}  # arguments of Python
 
 
-class _OneConfidence(cloup.Command):
-    """A command that refuses a second --confidence: one may mean a guarantee and one a name, and click would take the last alone.
-
-    Of other options the last one counts, as scripts expect that pass on "$@".
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Called by click. Reads what was typed."""
-        *_, order = self.make_parser(ctx).parse_args(list(args))
-        if sum(each.name == f"{PREFIX}confidence__name" for each in order) > 1:
-            text = "--confidence is given twice. Give it once, and beside it a guarantee as --set thresholds.confidence=0.95."
-            raise click.UsageError(text, ctx)
-        return super().parse_args(ctx, args)
-
-
-command = partial(cloup.command, cls=_OneConfidence)
-
-
 def setting(path: str, **more: Any) -> Decorator:
     """The option of a setting, such as "training.epochs"; `more` as of `click.option`."""
     field = SETTINGS[path]
@@ -57,6 +37,19 @@ def setting(path: str, **more: Any) -> Decorator:
         text = f"{text} Default: {field.default}."
     more = {"help": text} | more
     return option(name, PREFIX + path.replace(".", "__"), type=SettingValue(), **more)
+
+
+def _one_confidence(ctx: click.Context, _: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """The value of --confidence, of which one may mean a guarantee and one a name; click by itself would take the last alone.
+
+    Of other options the last one counts, as scripts expect that pass on "$@".
+    """
+    if len(values) > 1:
+        text = (
+            "--confidence is given twice. Give it once, and beside it a guarantee as --set thresholds.confidence=0.95."
+        )
+        raise click.UsageError(text, ctx)
+    return values[0] if values else None
 
 
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -344,7 +337,7 @@ COST_OF_RUN = setting(
 TIME_OF_RUN = (COST_OF_RUN, *TIME_OPTIONS[1:])  # where exits stand is settled
 THRESHOLDS = option_group(
     "Confidence and thresholds",
-    setting("confidence.name"),
+    setting("confidence.name", multiple=True, callback=_one_confidence),
     setting("confidence.question"),
     setting("thresholds.threshold"),
     *TARGET_OPTIONS,

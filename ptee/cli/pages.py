@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cloup import option
+from cloup import command, option
 
 from ptee._common.writing import PICTURES, require_name, require_page, require_writable
 from ptee.cli import options
 from ptee.cli.checks import lines_of, require_comparable
-from ptee.cli.options import PREFIX, Numbers, Place, RunName, command, given_settings, in_groups
+from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups
 from ptee.cli.values import how_of, names_of, refuse_given, require_runs, static_networks, where_of
 from ptee.pipeline.recorded import (
     FIGURES_OF_RUN,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cloup import option
+from cloup import command, option
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.writing import require_name, require_page, write_text
 from ptee.cli import options
 from ptee.cli.checks import executors_of, require_export, require_times, require_timing
-from ptee.cli.options import Numbers, Place, RunName, as_option, command, given_settings, in_groups
+from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
 from ptee.cli.pages import COMPARED, comparison_of, require_comparing
 from ptee.cli.values import (
     backbone_of,

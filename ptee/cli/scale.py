@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from cloup import option, option_group
+from cloup import command, option, option_group
 
 from ptee._common.errors import Interrupted
 from ptee.cli import options
-from ptee.cli.options import File, Place, Real, RunName, command, in_groups
+from ptee.cli.options import File, Place, Real, RunName, in_groups
 from ptee.cli.values import require_runs
 
 SOURCE = option_group(

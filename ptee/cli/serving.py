@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cloup import option
+from cloup import command, option
 
 from ptee._common.errors import Argument, PteeError
-from ptee.cli.options import DEVICE, File, Real, RunName, command, in_groups, option_group
+from ptee.cli.options import DEVICE, File, Real, RunName, in_groups, option_group
 from ptee.cli.values import require_runs
 
 FEW_MACS = 10_000_000  # as of `ptee bench`: one CPU thread is faster than several

@@ -130,6 +130,11 @@ class Data:
         """The absolute path of a folder; a name as it is."""
         return str(expanded(self.source).resolve()) if self.split["kind"] in FILES else self.source
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a run says of its images, by which they are found again."""
+        return {"source": self.place, "root": self.split.get("root", ""), "split": self.split}
+
 
 def copied(data: Data) -> str:
     """A sentence on files to report on that are also among those that heads learn on or thresholds are chosen on, or none."""

@@ -36,7 +36,8 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.tuning.candidates import can_blend
 from ptee.tuning.config import DropsConfig
-from ptee.tuning.targets import Solution, curves
+from ptee.tuning.solution import Solution
+from ptee.tuning.targets import curves
 from ptee.tuning.traces import Score, Traces, as_answered, compact, record, repeated, require_same_images, truncation
 
 DROPS = DropsConfig().drops

@@ -24,12 +24,12 @@ LIMITS = """\
 def text_for(model: Any, folder: Path, more: Mapping[str, Any] | None = None) -> str | None:
     """The text of README.md; None if the folder has one that somebody wrote. `more`: for the template."""
     there = folder / CARD
-    if there.is_file() and not _is_own(there):
+    if there.is_file() and not is_own(there):
         return None
     return str(model.generate_model_card(**{"about": about(model), **(more or {})}))
 
 
-def _is_own(card: Path) -> bool:
+def is_own(card: Path) -> bool:
     """Whether ptee wrote it. One that cannot be read, or is longer, somebody else wrote."""
     try:
         with card.open("rb") as file:

@@ -418,10 +418,7 @@ class EarlyExitModel(
         """
         folder = as_path(save_directory, "save_directory")
         try:
-            config = runs.describe(
-                self.origin, self.plan, self.heads, self.threshold, calibrated=self.calibrated, results=self.results,
-                blend=self.blend, answers=self.answers, curve=self.curve,
-            )  # fmt: skip
+            config = runs.describe(self)
             backbone = self.backbone.state_dict() if self.origin.learnt else None
             text = card.text_for(self, folder, model_card_kwargs)
             runs.write(folder, config, self.heads.state_dict(), text, more_files, backbone, self.versions)

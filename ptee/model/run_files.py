@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError, RunError, first_line
-from ptee._common.files import as_path, from_json
+from ptee._common.files import as_path, from_json, is_folder
 from ptee._common.process import no_logs
 from ptee._common.validation import from_pydantic
 from ptee._common.writing import settle
@@ -288,14 +288,6 @@ def _refuse_outside(folder: str | Path, name: str) -> None:
             raise RunError(
                 f"{folder}: {CONFIG} names the file {name!r:.80}, which is not in the folder itself. It is not read."
             )
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder of this name. None can have some names, such as those of thousands of letters."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def _may_be_repo(name: str) -> bool:

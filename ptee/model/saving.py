@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +22,10 @@ from ptee._common.errors import PteeError, RunError, first_line, some
 from ptee._common.files import as_path, is_file, plain, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
-from ptee._common.writing import ANOTHER_FOLDER, clear_unfinished, locked, replace_files, settle
-from ptee.backbones.load import Backbone
+from ptee._common.writing import ANOTHER_FOLDER, clear_unfinished, locked, replace_files, settle, writer_of
 from ptee.backbones.weights import storable, tensor_hash, tensor_hashes, weights_hash
-from ptee.exits.blend import OWN, Blend
 from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead
-from ptee.exits.plan import Plan
 from ptee.model.heads_file import LARGEST_HEADER_BYTES
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, require_sane
 from ptee.model.run_files import (
@@ -46,7 +43,6 @@ from ptee.model.run_files import (
     require_names,
     require_shape,
 )
-from ptee.production.curve import Curve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,20 +75,10 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def describe(
-    network: Backbone,
-    plan: Plan,
-    heads: nn.Module,
-    threshold: Sequence[float],
-    *,
-    calibrated: Calibrated | None,
-    results: Mapping[str, Any] | None,
-    blend: Blend | None = None,
-    answers: str = OWN,
-    curve: Curve | None = None,
-) -> dict[str, Any]:
-    """What config.json says of a model. `calibrated` has the numbers of the calibrated confidence; `results` were measured."""
-    front = next((head for head in heads.children() if isinstance(head, FrontHead)), None)
+def describe(model: Any) -> dict[str, Any]:
+    """What config.json says of an early-exit model."""
+    network, plan = model.origin, model.plan
+    front = next((head.origin for head in model.heads if isinstance(head, FrontHead)), None)
     return {
         "backbone": {
             "name": network.name,
@@ -103,28 +89,24 @@ def describe(
             "input": plain(network.input),
             "pixels_known": network.pixels_known,
         },
-        "front": front
-        and {"name": front.origin.name, "source": front.origin.source, "input": plain(front.origin.input)},
+        "front": front and {"name": front.name, "source": front.source, "input": plain(front.input)},
         "placement": plan.placement,
         "exits": plan.to_dict()["exits"],
-        "threshold": list(threshold),
-        "confidence": {"name": plan.confidence} | plain(calibrated or Calibrated()),
-        "answers": describe_answers(answers, blend),
-        "off": list(plan.off),
-        "curve": describe_curve(curve),
-        "results": results,
+        "confidence": {"name": plan.confidence} | plain(model.calibrated or Calibrated()),
+        **describe_tuning(model),
         "backbone_tensors": tensor_hashes(network.module),
     }
 
 
-def describe_answers(answers: str, blend: Blend | None) -> dict[str, Any]:
-    """What config.json says of own or blended answers."""
-    return {"name": answers, "blend": blend and blend.to_dict()}
-
-
-def describe_curve(curve: Curve | None) -> dict[str, Any] | None:
-    """What config.json says of other thresholds."""
-    return None if curve is None else curve.model_dump(mode="json")
+def describe_tuning(model: Any) -> dict[str, Any]:
+    """What of it `ptee.tune` sets, and what was measured with that."""
+    return {
+        "threshold": model.threshold,
+        "answers": {"name": model.answers, "blend": model.blend and model.blend.to_dict()},
+        "off": list(model.off),
+        "curve": model.curve and model.curve.model_dump(mode="json"),
+        "results": model.results,
+    }
 
 
 def write(
@@ -155,10 +137,10 @@ def write(
     if backbone is not None:
         writers[BACKBONE] = lambda path: save_file(storable(backbone), path)
     if card is not None:
-        writers[CARD] = _text(card)
-    writers |= {name: _text(text) for name, text in (more or {}).items()}
+        writers[CARD] = writer_of(card)
+    writers |= {name: writer_of(text) for name, text in (more or {}).items()}
     with changing(folder, {} if versions is None else versions, ANOTHER_FOLDER, new=True):
-        replace_files(folder, writers | {CONFIG: _text(to_json(whole) + "\n")})
+        replace_files(folder, writers | {CONFIG: writer_of(to_json(whole) + "\n")})
 
 
 def require_saveable(heads: Mapping[str, Tensor], backbone: Mapping[str, Tensor] | None) -> None:
@@ -232,7 +214,7 @@ def _update(folder: Path, more: Mapping[str, str], fields: dict[str, Any]) -> No
         metrics = metrics_of(folder)
         new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
     texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
-    writers = {name: _text(text) for name, text in {**more, **texts}.items()}
+    writers = {name: writer_of(text) for name, text in {**more, **texts}.items()}
     replace_files(folder, writers, OTHER_FOLDER)
 
 
@@ -244,10 +226,6 @@ def _require_loadable(folder: Path, config: Mapping[str, Any]) -> None:
     except (PteeError, ValidationError) as why:
         text = from_pydantic(why) if isinstance(why, ValidationError) else why
         raise RunError(f"Cannot write {folder}, because it could not be loaded again: {text}") from why
-
-
-def _text(text: str) -> Callable[[Path], Any]:
-    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- reading

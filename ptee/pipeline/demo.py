@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from ptee._common.devices import threads
 from ptee._common.errors import Argument, BackboneError, DataError, first_line
 from ptee._common.process import no_stdout, own_random_numbers
-from ptee._common.progress import with_bar
+from ptee._common.progress import Log, with_bar
 from ptee._common.writing import replace_file, require_writable
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO, SIDE
 from ptee.data.splits import Data
-from ptee.pipeline.fit import Job, Log, fit_backbone
+from ptee.pipeline.fit import Job, fit_backbone
 from ptee.pipeline.images import open_images
 from ptee.pipeline.recipe import Recipe
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from ptee._common.devices import of_main_process, require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, warn
 from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
-from ptee._common.validation import checked
+from ptee._common.progress import Log
+from ptee._common.validation import checked_with
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
 from ptee.exits.plan import TimesOfModules
-from ptee.exits.times import BatchTimes
 from ptee.model import run_files
 from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
@@ -43,7 +41,7 @@ from ptee.pipeline.images import (
     recipe_for,
     undoubted,
 )
-from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe, path_of
+from ptee.pipeline.recipe import PATHS, RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import folder_of_fit, or_anew
 from ptee.pipeline.run_folder import (
     NOTHING_KEPT,
@@ -62,18 +60,15 @@ from ptee.timing.measure import measure, require_executor
 from ptee.timing.settings import AUTO, FILE
 from ptee.timing.times import Times
 from ptee.training.calibration import calibrate
-from ptee.training.checkpoint import together_with
 from ptee.training.config import JOINT, passes
 from ptee.training.history import Epoch, History
 from ptee.training.tracking import tracked
-from ptee.training.trainer import resolve_config, train
+from ptee.training.trainer import resolve_config, run_training
 from ptee.tuning.config import TIME, Target
 from ptee.tuning.guarantee import require_images
 from ptee.tuning.reachable import require_labels, require_reachable
-from ptee.tuning.targets import Solution
-from ptee.tuning.tune import describe_outcome, tune
-
-Log = Callable[[str], None]
+from ptee.tuning.solution import Solution
+from ptee.tuning.tune import choose_thresholds, describe_outcome
 
 
 def silent(text: str) -> None:
@@ -97,7 +92,7 @@ class Job:
     tracker: str | None = None  # that notes each epoch, of `TRACKERS`
 
 
-@checked
+@checked_with(PATHS)
 @own_random_numbers()
 def fit(
     model: str | nn.Module,
@@ -158,8 +153,6 @@ def fit(
     """
     require_launch(device)
     require_no_exits(model)
-    for name in changes:
-        path_of(name, also=inspect.signature(fit).parameters.keys() - {"changes"})
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
@@ -222,7 +215,7 @@ def _fit(
         history = _train(model, for_heads, recipe, job, complete, placed_by)
         if not is_main_process():
             return model
-        model.results = {"data": about(data)}
+        model.results = {"data": data.record}
         _set_confidence(model, for_confidence, recipe, job)
         times = _measured_pieces(model, recipe, job)
         report, outcome = _set_thresholds(model, data, target, recipe, job, times)
@@ -326,21 +319,18 @@ def _train(
     """Train the heads. Each epoch is added to `complete` once it is saved in the folder, which is the training's from the first on."""
     config = resolve_config(recipe.training, model, data.train)
     checkpoint = None if job.out is None else job.out / run_files.CHECKPOINT
+    beside = with_checkpoint(placed_by)
 
     def on_epoch(epoch: Epoch) -> None:
         complete.append(epoch)
         if job.out is not None and len(complete) == 1:
-            take_over(job.out, placed_by)
+            take_over(job.out, beside)
         job.log(epoch.line(passes(config, len(model.exits))))
         note(epoch)
 
     tracker = job.tracker if is_main_process() else None
-    with (
-        or_anew(),
-        together_with(with_checkpoint(placed_by)),
-        tracked(tracker, job.out, config.model_dump()) as note,
-    ):
-        history = train(
+    with or_anew(), tracked(tracker, job.out, config.model_dump()) as note:
+        history = run_training(
             model,
             data.train,
             data.calibration,
@@ -348,6 +338,7 @@ def _train(
             device=job.device,
             num_workers=job.num_workers,
             checkpoint=checkpoint,
+            beside=beside,
             resume=job.resume and checkpoint is not None and checkpoint.is_file(),
             on_epoch=on_epoch,
             on_cache=lambda estimate: job.log(str(estimate)),
@@ -396,35 +387,12 @@ def _set_thresholds(
         model.threshold = recipe.thresholds.threshold
         return (data.validation, data.described(chosen=False)), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
-    at_batch = None if times is None else times.at(recipe.thresholds.at_batch, recipe.thresholds.executor)
-    images, words, found = choose_thresholds(model, unseen, target, recipe, job, at_batch)
+    how = recipe.thresholds
+    at_batch = None if times is None else times.at(how.at_batch, how.executor)
+    images, words, found = choose_thresholds(
+        model, unseen, target, how, log=job.log, times=at_batch, **_batches(recipe, job)
+    )
     return (images, f"{data.summary} {words}"), found
-
-
-def choose_thresholds(
-    model: EarlyExitModel, unseen: Unseen, target: Target, recipe: Recipe, job: Job, times: BatchTimes | None = None
-) -> tuple[Any, str, Solution]:
-    """Set the thresholds of a trained model for a target, and record it in the model's results. `times`: by these seconds.
-
-    Returns the images that are left to report on, a sentence about the split, and the solution.
-    """
-    parts, how = parts_for_tuning(unseen), recipe.thresholds
-    # before the backbone runs over them
-    require_images(target, how.confidence, len(parts.calibration), each_exit=how.each_exit)
-    goal: dict[str, Any] = {
-        target.kind: target.limit,
-        "one_threshold": how.one_threshold,
-        "margin": how.margin,
-        "answers": how.answers,
-        "confidence": how.confidence,
-        "each_exit": how.each_exit,
-        "times": times,
-    }
-    found = tune(model, parts.calibration, **goal, **_batches(recipe, job))
-    record = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
-    model.results = (model.results or {}) | {"tuning": record | found.to_dict()}
-    job.log(f"\n{parts.words}\n{found}")
-    return parts.report, parts.words, found
 
 
 def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job) -> None:
@@ -441,8 +409,3 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
     model.results = (model.results or {}) | results.to_dict()
     for sentence in odd if job.log is silent else ():  # else it was said
         warn(sentence)
-
-
-def about(data: Data) -> dict[str, Any]:
-    """The record of the images in a run, by which they are found again."""
-    return {"source": data.place, "root": data.split.get("root", ""), "split": data.split}

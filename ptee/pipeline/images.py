@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, DataError, PteeError, first_line, warn
 from ptee._common.files import as_path
+from ptee._common.progress import Log
 from ptee._common.text import number_of
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described, same_images
@@ -233,7 +234,7 @@ def carried_out(recipe: Recipe, data: Data) -> Recipe:
     return recipe.with_settings(changes).resolved()
 
 
-def images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Callable[[str], None]) -> tuple[Data, Any]:
+def images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Log) -> tuple[Data, Any]:
     """The data with the training images of the heads, and the images to calibrate the confidence on, or None."""
     every: Any = data.train
     if wanted.confidence.name != CALIBRATED:

@@ -5,8 +5,8 @@ Recipes are YAML files; some are built in. `ptee recipe NAME` prints one, and ev
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, first_line, in_line, unknown
-from ptee._common.files import as_path, is_file
+from ptee._common.files import as_path, is_file, is_folder
 from ptee._common.validation import FrozenConfig, Whole
 from ptee._common.writing import settle
 from ptee._common.yaml_text import read_yaml
@@ -270,7 +270,7 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, 
         path = path / RECIPE_FILE
     if path.suffix in (".yaml", ".yml") or is_file(path):
         return _read(path), path
-    if os.path.isdir(path):  # noqa: PTH112 - which takes names that no folder can have
+    if is_folder(path):
         text = f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file."
         raise PteeError(text, argument="recipe")
     raise unknown("recipe", str(recipe), BUILT_IN)
@@ -316,22 +316,30 @@ def settings() -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{key}", inner
 
 
-def path_of(name: str, also: Iterable[str] = ()) -> str:
-    """The dotted path of a setting, from its path, its last word if only one section has it, or another name of it.
+def _paths() -> dict[str, str]:
+    """The path of every setting by each of its names: the path, its last word if only one setting has it, or another."""
+    paths = [path for path, _ in settings()]
+    words = Counter(map(_last_word, paths))
+    short = {word: path for path in paths if words[word := _last_word(path)] == 1}
+    return {**short, **OTHER_NAMES, **OF_PAPERS, **{path: path for path in paths}}
+
+
+def _last_word(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+PATHS = _paths()
+
+
+def path_of(name: str) -> str:
+    """The dotted path of a setting, from any name in `PATHS`.
 
     Raises:
-        UnknownName: if there is no such setting; it names what is near, also of the names in `also`.
+        UnknownName: if there is no such setting; it names what is near.
     """
-    paths = [path for path, _ in settings()]
-    if name in paths:
-        return name
-    if found := {**OTHER_NAMES, **OF_PAPERS}.get(name):
-        return found
-    ends = [path for path in paths if path.endswith(f".{name}")]
-    if len(ends) == 1:
-        return ends[0]
-    short = [path.rpartition(".")[2] for path in paths]
-    raise unknown("setting", name, paths if "." in name else [*OTHER_NAMES, *short, *also], argument=name)
+    if name in PATHS:
+        return PATHS[name]
+    raise unknown("setting", name, [each for each in PATHS if ("." in each) == ("." in name)], argument=name)
 
 
 def path_for(name: str, value: Any) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
-from ptee._common.files import as_path, is_file
+from ptee._common.files import as_path, is_file, is_folder
 from ptee._common.text import printable
 from ptee._common.writing import is_left_over, require_writable, settle
-from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_folder, is_run, metrics_of, read_run, record_of
+from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_run, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.tuning.config import TARGETS
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ptee._common.errors import Argument, RunError
+from ptee._common.progress import Log
 from ptee._common.writing import settle
 from ptee.data.splits import parts_for_all
 from ptee.evaluation.comparison_table import Comparison
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.run_files import METRICS, metrics_of
-from ptee.pipeline.fit import Log
 from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
 from ptee.pipeline.recorded import FIGURES_OF_RUN, FIGURES_OF_SWEEP
 from ptee.pipeline.saved_run import OpenRun, compare_runs, load_run

@@ -6,7 +6,7 @@ other pictures are split, and known, as if these were still there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ from ptee._common.writing import clear_unfinished, locked, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
 from ptee.data.splits import FILES, Data
 from ptee.exits.plan import TimesOfModules
-from ptee.model import run_files
+from ptee.model import card, run_files
 from ptee.pipeline.recipe import RECIPE_FILE
 from ptee.pipeline.recorded import OUT, PLACED_BY, UNREADABLE, is_interrupted, new_folder
 from ptee.timing.settings import FILE as TIMES_FILE
@@ -62,15 +62,25 @@ def with_checkpoint(times: TimesOfModules | None) -> dict[str, str]:
     return {} if times is None else {PLACED_BY: to_json(times._asdict())}
 
 
-def take_over(out: Path, times: TimesOfModules | None) -> None:
+def take_over(out: Path, beside: Collection[str]) -> None:
     """Remove an earlier run, so that it is not taken for this one, of which an epoch is kept from now on.
 
-    `times`: that this one's exits were placed by; those of an earlier one go, too.
+    What somebody wrote into its README.md stays. `beside`: files that were written with this one's checkpoint.
     """
-    if times is None:
-        (out / PLACED_BY).unlink(missing_ok=True)
-    for name in (run_files.CONFIG, run_files.HEADS, run_files.BACKBONE, run_files.METRICS, RECIPE_FILE, TIMES_FILE):
-        (out / name).unlink(missing_ok=True)
+    files = [
+        run_files.CONFIG,
+        run_files.HEADS,
+        run_files.BACKBONE,
+        run_files.METRICS,
+        RECIPE_FILE,
+        TIMES_FILE,
+        PLACED_BY,
+    ]
+    if is_file(readme := out / run_files.CARD) and card.is_own(readme):
+        files.append(readme.name)
+    for name in files:
+        if name not in beside:
+            (out / name).unlink(missing_ok=True)
 
 
 def replaced(out: Path | None, overwrite: bool) -> str:

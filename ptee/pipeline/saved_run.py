@@ -13,6 +13,7 @@ import torch
 from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
 from ptee._common.listing import HUB
+from ptee._common.progress import Log
 from ptee.data.sources import require_source
 from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
 from ptee.evaluation.comparison import compare
@@ -24,7 +25,6 @@ from ptee.model import card, saving
 from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.run_files import CARD
-from ptee.pipeline.fit import Job, Log, choose_thresholds
 from ptee.pipeline.images import describe_labels, has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import or_weights, recorded_images
@@ -34,7 +34,7 @@ from ptee.timing.times import times_for
 from ptee.tuning.config import AT_BATCH, OPERATIONS, TIME, Target
 from ptee.tuning.reachable import require_labels
 from ptee.tuning.trace_folder import TraceFolder
-from ptee.tuning.tune import describe_outcome
+from ptee.tuning.tune import choose_thresholds, describe_outcome
 
 TRACES = "traces"  # the kind of data that were recorded before
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
@@ -178,12 +178,11 @@ def tune_run(
     assert target is not None
     require_labels(target, labelled)
     own = make_recipe(folder) if (folder / RECIPE_FILE).is_file() else None
-    job = Job(device=how["device"], num_workers=how["num_workers"], log=log)
     wanted, times = recipe.thresholds, None
     if wanted.cost == TIME:
         times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
     try:
-        report, words, found = choose_thresholds(model, opened.unseen, target, recipe, job, times)
+        report, words, found = choose_thresholds(model, opened.unseen, target, wanted, log=log, times=times, **how)
         results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     except KeyboardInterrupt as why:
         raise Interrupted(f"Interrupted: {folder} is as it was, with the thresholds that it had.") from why
@@ -195,14 +194,9 @@ def tune_run(
     more = {}
     if own is not None:  # so that the run's recipe gives these thresholds again
         more[RECIPE_FILE] = own.model_copy(update={"thresholds": recipe.thresholds}).to_yaml()
-    chosen = {
-        "answers": saving.describe_answers(model.answers, model.blend),
-        "curve": saving.describe_curve(model.curve),
-    }
     if (text := card.text_for(model, folder)) is not None:
         more[CARD] = text
-    fields = {"threshold": model.threshold, "off": list(model.off), "results": model.results, **chosen}
-    saving.update(folder, more, model.versions, **fields)
+    saving.update(folder, more, model.versions, **saving.describe_tuning(model))
     return model.results
 
 

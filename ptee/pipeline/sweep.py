@@ -23,7 +23,7 @@ from ptee.data.labels import LabelMap
 from ptee.data.splits import AS_DELIVERED, Data
 from ptee.model import run_files, saving
 from ptee.model.run_config import BackboneRecord
-from ptee.pipeline.fit import Job, about, checked_model, fit_backbone
+from ptee.pipeline.fit import Job, checked_model, fit_backbone
 from ptee.pipeline.images import carried_out, recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
 from ptee.pipeline.recorded import SWEEP_TABLE, is_interrupted, new_folder
@@ -197,7 +197,7 @@ def _is_complete(folder: Path, recipe: Recipe, data: Data, backbone: Backbone) -
     results = run_files.read_metrics(folder).get("results") or {}
     same = {
         "another recipe": make_recipe(folder).to_yaml() == carried_out(recipe, data).to_yaml(),
-        "other images": results.get("data") == json.loads(json.dumps(about(data))),
+        "other images": results.get("data") == json.loads(json.dumps(data.record)),
         "another backbone": _is_of(saving.read(folder).config.backbone, backbone, recipe),
     }
     if other := [name for name, is_same in same.items() if not is_same]:

@@ -24,8 +24,6 @@ from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
 from ptee.timing.settings import checked_sizes
 from ptee.timing.times import save_times
 
-Log = Callable[[str], None]
-
 
 def bench_saved(
     run: str,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, PteeError, unknown
 from ptee._common.files import as_path, plain
-from ptee._common.progress import counted
+from ptee._common.progress import Log, counted
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import answering_hash, weights_hash
 from ptee.data.labels import map_labels, read_names
@@ -21,7 +21,6 @@ from ptee.scale import local, ray_engine
 from ptee.scale.worker import Job, open_model
 from ptee.tuning.trace_folder import TraceFolder, open_traces
 
-Log = Callable[[str], Any]
 ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
 MAX_UNREADABLE = 0.001  # share of the images
 

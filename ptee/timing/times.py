@@ -20,7 +20,7 @@ from ptee._common.errors import Argument, PteeError, RunError, first_line
 from ptee._common.files import read_object, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
-from ptee._common.writing import replace_file
+from ptee._common.writing import write_text
 from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
@@ -199,7 +199,7 @@ def in_threads(device: str, number: int) -> str:
 
 def save_times(times: Times, folder: Path) -> None:
     """Write them into a run: the whole file or nothing."""
-    replace_file(folder / FILE, lambda path: path.write_text(times.to_json(), encoding="utf-8"))
+    write_text(folder / FILE, times.to_json())
 
 
 def read_times(folder: Path) -> Times:

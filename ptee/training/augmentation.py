@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ptee._common.errors import Argument, PteeError
+from ptee.model.early_exit import EarlyExitModel
+from ptee.training.config import JOINT, TrainingConfig, shift_for
+
 PADDED_PART = 8  # an image is padded by an eighth of its side, as CIFAR's usual 4 of 32 pixels
 PRIME = 1_000_003
 IMAGE_KEYS = ("image", "images", "pixel_values")
@@ -103,6 +107,32 @@ def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(sample, (tuple, list)) and sample:
         return [change(sample[0]), *sample[1:]]
     return change(sample)
+
+
+def resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
+    """How many pixels of the input maps are shifted by at most, also if the config says "auto". A PteeError if this model cannot."""
+    if config.shift == 0:
+        return 0
+    if config.shift == "auto" and config.backbone == JOINT:
+        return 0  # its maps are its own to learn
+    maps, size = _reads_maps(model), model.plan.input_size
+    if config.shift == "auto":
+        return shift_for(size) if maps else 0
+    given = Argument("shift", str(config.shift))
+    if not maps:
+        text = f" moves feature maps, but {model.plan.head!r} heads read pooled vectors. Take other heads, such as 'conv1', or "
+        raise PteeError(given, text, Argument("shift", "0"), ".", argument="shift", value=config.shift)
+    if config.shift >= min(size[1:]):
+        text = f" moves images of {size[1]} x {size[2]} pixels out of sight. Give fewer, such as "
+        raise PteeError(given, text, Argument("shift", str(shift_for(size))), ".", argument="shift", value=config.shift)
+    return config.shift
+
+
+@torch.no_grad()
+def _reads_maps(model: EarlyExitModel) -> bool:
+    """Whether some head learns from a map (b, c, h, w), which can be shifted."""
+    reading = model.eval().read(model.prepared(torch.zeros(2, *model.plan.input_size, device="cpu")))
+    return any(x.dim() == 4 for x in reading.inputs)
 
 
 def draw_shifts(b: int, max_shift: int) -> Tensor:

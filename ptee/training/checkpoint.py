@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from operator import eq, length_hint
 from pathlib import Path
 from typing import Any
@@ -23,15 +20,13 @@ from torch import Tensor
 
 from ptee._common.errors import RunError
 from ptee._common.files import from_json, plain
-from ptee._common.writing import replace_files
+from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import answering_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import TOGETHER, TrainingConfig
 from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
-
-_together_with: ContextVar[Mapping[str, str]] = ContextVar("together_with", default={})  # noqa: B039 - nothing writes to it
 
 # Why not accelerate's save_state: it pickles the optimizer and the random states, and ptee unpickles nothing that lies on a disk.
 
@@ -80,8 +75,11 @@ def describe_training(
     }
 
 
-def write(path: Path, reached: Checkpoint, training: Mapping[str, Any]) -> None:
-    """Write a checkpoint of the training that `describe_training` describes, in place of an earlier one."""
+def write(path: Path, reached: Checkpoint, training: Mapping[str, Any], beside: Mapping[str, str]) -> None:
+    """Write a checkpoint of the training that `describe_training` describes, in place of an earlier one.
+
+    `beside`: texts of files in the same folder, by name. These and the checkpoint are all new, or none is.
+    """
     from safetensors.torch import save_file
 
     groups: dict[str, Mapping[str, Any]] = {"heads": reached.weights, "best": reached.best}
@@ -92,22 +90,8 @@ def write(path: Path, reached: Checkpoint, training: Mapping[str, Any]) -> None:
     history = {"epochs": [asdict(epoch) for epoch in reached.epochs]}
     about = {"training": json.dumps(training), "history": json.dumps(history)}
     about["sha256"] = _content_hash(tensors, about)
-    texts = {name: partial(_write_text, text) for name, text in _together_with.get().items()}
+    texts = {name: writer_of(text) for name, text in beside.items()}
     replace_files(path.parent, {**texts, path.name: lambda beside: save_file(tensors, beside, about)})
-
-
-@contextmanager
-def together_with(texts: Mapping[str, str]) -> Iterator[None]:
-    """Meanwhile a checkpoint is written together with these texts, by the names of their files: all are new, or none."""
-    before = _together_with.set(texts)
-    try:
-        yield
-    finally:
-        _together_with.reset(before)
-
-
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def found(path: Path | None, training: Mapping[str, Any]) -> Checkpoint | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from operator import length_hint
 from pathlib import Path
@@ -26,7 +26,7 @@ from ptee._common.files import as_path
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.shares import Share, is_lost, shared_batch_norm
-from ptee._common.validation import checked, require_arguments
+from ptee._common.validation import checked_with
 from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
 from ptee.data.batches import batches, is_loader, odd_labels
@@ -36,15 +36,8 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import Reading
 from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
-from ptee.training.config import (
-    JOINT,
-    ONE_BY_ONE,
-    TrainingConfig,
-    epochs_for,
-    passes,
-    require_weight_each,
-    shift_for,
-)
+from ptee.training.augmentation import resolved_shift
+from ptee.training.config import JOINT, ONE_BY_ONE, TrainingConfig, epochs_for, passes, require_weight_each
 from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entries
 from ptee.training.history import Epoch, History, collapse_of
 from ptee.training.optimizers import cosine_schedule, optimizer_of
@@ -52,7 +45,7 @@ from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, Turns, 
 from ptee.training.training_data import TrainingData, sample_hash
 
 
-@checked
+@checked_with(TrainingConfig.model_fields)
 def train(
     model: EarlyExitModel,
     train_data: Any,
@@ -100,14 +93,42 @@ def train(
     if not isinstance(config, TrainingConfig):
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
         raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
-    require_arguments(train, changes, also=TrainingConfig.model_fields)
-    config = config.changed(**changes)
+    path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
+    return run_training(
+        model,
+        train_data,
+        val_data,
+        config.changed(**changes),
+        device=device,
+        num_workers=num_workers,
+        checkpoint=path,
+        beside={},
+        resume=resume,
+        on_epoch=on_epoch,
+        on_cache=on_cache,
+    )
+
+
+def run_training(
+    model: EarlyExitModel,
+    train_data: Any,
+    val_data: Any,
+    config: TrainingConfig,
+    *,
+    device: str | torch.device | None,
+    num_workers: int,
+    checkpoint: Path | None,
+    beside: Mapping[str, str],
+    resume: bool,
+    on_epoch: Callable[[Epoch], None] | None,
+    on_cache: Callable[[Estimate | NotCached], None] | None,
+) -> History:
+    """`train` with arguments that were looked at. `beside`: texts of files that each checkpoint is written with, by name."""
     _drop_what_was_fitted(model)
     for name, data in (("train_data", train_data), ("val_data", val_data)):  # refuse what cannot be made into batches
         if data is not None or name == "train_data":
             batches(data, batch_size=config.batch_size, shuffle=False, num_workers=num_workers, argument=name)
     config = resolve_config(config, model, train_data)
-    path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
     with (
         own_random_numbers(),  # two trainings cannot share accelerate's state, either
         same_each_time,
@@ -118,10 +139,10 @@ def train(
         loaders = TrainingData(model, accelerator, config, num_workers, on_cache)
         samples = None if is_loader(train_data) else sample_hash(train_data, must_repeat=loaders.caches)
         training: dict[str, Any] = {}
-        if path is not None:
+        if checkpoint is not None:
             training = checkpoints.describe_training(config, model, train_data, samples, accelerator.num_processes)
-            clear_unfinished(path.parent)
-        run = _Training(model, accelerator, config, training, path)
+            clear_unfinished(checkpoint.parent)
+        run = _Training(model, accelerator, config, training, checkpoint, beside)
         if resume:
             run.resume()
         return run.fit(loaders, train_data, val_data, on_epoch)
@@ -131,7 +152,7 @@ def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: An
     """The settings with a value for every None and "auto". A PteeError if one does not fit the model or the data."""
     require_saveable(model.heads.state_dict(), model.backbone.state_dict() if config.backbone == JOINT else None)
     require_weight_each(config.exit_weights, len(model.exits) + 1)
-    values: dict[str, Any] = {"shift": _resolved_shift(config, model)}
+    values: dict[str, Any] = {"shift": resolved_shift(config, model)}
     if config.epochs == "auto":
         values["epochs"] = _auto_epochs(config, train_data)
     if config.views == "auto":
@@ -141,23 +162,15 @@ def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: An
 
 def _drop_what_was_fitted(model: EarlyExitModel) -> None:
     """Drop calibration and blend, which were fitted to the heads as they are now. Refused while one is in use."""
-    for fitted, used, name in (
-        (
-            "blended",
-            model.answers == BLENDED,
-            f"answers = {OWN!r} first, and choose the thresholds again afterwards (ptee.tune)",
-        ),
-        (
-            "calibrated",
-            model.confidence == CALIBRATED,
-            f"confidence = {LEARNED!r} first, and call ptee.calibrate again afterwards",
-        ),
+    anew = f"answers = {OWN!r} first, and choose the thresholds again afterwards (ptee.tune)"
+    again = f"confidence = {LEARNED!r} first, and call ptee.calibrate again afterwards"
+    for used, what, instead in (
+        (model.answers == BLENDED, "model's answers are blended", anew),
+        (model.confidence == CALIBRATED, "model is calibrated", again),
     ):
         if used:
-            what = "model's answers are" if fitted == "blended" else "model is"
-            raise PteeError(
-                f"This {what} {fitted}, and training changes the heads that this was done for. Set model.{name}."
-            )
+            text = f"This {what}, and training changes the heads that this was done for. Set model.{instead}."
+            raise PteeError(text)
     model.calibrated = model.blend = model.curve = None
 
 
@@ -168,31 +181,6 @@ def _auto_epochs(config: TrainingConfig, data: Any) -> int:
         raise DataError(text, Argument("epochs", "10"), ".", argument="epochs", value="auto")
     length += len(getattr(data, "gaps", ()))  # a training that goes on without some has as many epochs as before
     return epochs_for(length, 1 if is_loader(data) else config.batch_size)  # a loader is as long as it has batches
-
-
-def _resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
-    if config.shift == 0:
-        return 0
-    if config.shift == "auto" and config.backbone == JOINT:
-        return 0  # its maps are its own to learn
-    maps, size = _reads_maps(model), model.plan.input_size
-    if config.shift == "auto":
-        return shift_for(size) if maps else 0
-    given = Argument("shift", str(config.shift))
-    if not maps:
-        text = f" moves feature maps, but {model.plan.head!r} heads read pooled vectors. Take other heads, such as 'conv1', or "
-        raise PteeError(given, text, Argument("shift", "0"), ".", argument="shift", value=config.shift)
-    if config.shift >= min(size[1:]):
-        text = f" moves images of {size[1]} x {size[2]} pixels out of sight. Give fewer, such as "
-        raise PteeError(given, text, Argument("shift", str(shift_for(size))), ".", argument="shift", value=config.shift)
-    return config.shift
-
-
-@torch.no_grad()
-def _reads_maps(model: EarlyExitModel) -> bool:
-    """Whether some head learns from a map (b, c, h, w), which can be shifted."""
-    reading = model.eval().read(model.prepared(torch.zeros(2, *model.plan.input_size, device="cpu")))
-    return any(x.dim() == 4 for x in reading.inputs)
 
 
 @contextmanager
@@ -218,9 +206,11 @@ class _Training:
         config: TrainingConfig,
         training: dict[str, Any],
         path: Path | None,
+        beside: Mapping[str, str],
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
         self.training, self.path = training, path  # what the checkpoint belongs to, and where it lies
+        self.beside = beside  # texts of files that are written with it
         joint = config.backbone == JOINT
         self.learners: nn.Module = nn.ModuleList([model.heads, model.backbone]) if joint else model.heads
         self.dtype = next(model.heads.parameters()).dtype
@@ -416,7 +406,7 @@ class _Training:
             return
         weights, optimizer = self.learners.state_dict(), self.optimizer.state_dict()["state"]
         reached = checkpoints.Checkpoint(weights, self.best, optimizer, self.history.epochs)
-        checkpoints.write(self.path, reached, self.training)
+        checkpoints.write(self.path, reached, self.training, self.beside)
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""

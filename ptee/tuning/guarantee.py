@@ -31,7 +31,7 @@ from ptee.tuning.p_values import (
     p_value_of_share,
 )
 from ptee.tuning.reachable import losses_of
-from ptee.tuning.targets import Solution
+from ptee.tuning.solution import Solution
 from ptee.tuning.traces import Traces
 
 Threshold = tuple[float, ...]

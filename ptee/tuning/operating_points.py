@@ -17,7 +17,8 @@ from ptee.production.curve import Curve, Point
 from ptee.tuning.candidates import FOLDS
 from ptee.tuning.config import Target
 from ptee.tuning.reachable import losses_of
-from ptee.tuning.targets import MAX_IMAGES, Solution
+from ptee.tuning.solution import Solution
+from ptee.tuning.targets import MAX_IMAGES
 from ptee.tuning.threshold_search import Problem, path
 from ptee.tuning.traces import Traces
 

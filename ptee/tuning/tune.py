@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from ptee._common.progress import Log
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.recorded import recorded
+from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -18,7 +20,8 @@ from ptee.tuning.config import Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.operating_points import operating_points
 from ptee.tuning.reachable import Margin
-from ptee.tuning.targets import DEFAULTS, WITHIN, Solution, solve
+from ptee.tuning.solution import Solution
+from ptee.tuning.targets import DEFAULTS, WITHIN, solve
 from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 
@@ -93,6 +96,49 @@ def tune(
     model.choose(found.threshold, found.off, found.blend)
     model.curve = operating_points(traces, found)
     return found
+
+
+def choose_thresholds(
+    model: EarlyExitModel,
+    unseen: Unseen,
+    target: Target,
+    config: ThresholdsConfig,
+    *,
+    log: Log,
+    times: BatchTimes | None,
+    **how: Any,
+) -> tuple[Any, str, Solution]:
+    """Set the thresholds of a trained model for a target, on some of the images that its heads have not seen, and record it in the results.
+
+    Args:
+        model: its results get the record.
+        unseen: the images.
+        target: of `config`.
+        config: how the thresholds are chosen.
+        log: gets what was found.
+        times: costs are of these seconds. None: of multiply-accumulates.
+        how: batch_size, num_workers and device.
+
+    Returns:
+        The images that are left to report on, a sentence about the split, and the solution.
+    """
+    parts = parts_for_tuning(unseen)
+    # before the backbone runs over them
+    require_images(target, config.confidence, len(parts.calibration), each_exit=config.each_exit)
+    goal: dict[str, Any] = {
+        target.kind: target.limit,
+        "one_threshold": config.one_threshold,
+        "margin": config.margin,
+        "answers": config.answers,
+        "confidence": config.confidence,
+        "each_exit": config.each_exit,
+        "times": times,
+    }
+    found = tune(model, parts.calibration, **goal, **how)
+    about = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
+    model.results = (model.results or {}) | {"tuning": about | found.to_dict()}
+    log(f"\n{parts.words}\n{found}")
+    return parts.report, parts.words, found
 
 
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptee.tuning.config import Target
-from ptee.tuning.targets import Solution
+from ptee.tuning.solution import Solution
 from ptee.tuning.traces import Score, Traces
 
 SIZE, K = 100_000, 10

@@ -214,7 +214,7 @@ REFUSED = {
 def test_augment_refuses_in_one_line_before_the_training_and_writes_nothing(
     words, said, run, things, elsewhere, monkeypatch
 ):
-    monkeypatch.setattr(fitting, "train", None)
+    monkeypatch.setattr(fitting, "run_training", None)
     places = {"EMPTY": things / "empty", "TEN": things / "ten", "TWO": things / "two"}
     assert_refused(run("augment", *(places.get(word, word) for word in words), "--out", "out"), said)
     assert list(elsewhere.iterdir()) == []
@@ -275,7 +275,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(run, know
     def fail(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(fitting, "train", None)
+    monkeypatch.setattr(fitting, "run_training", None)
     monkeypatch.setattr("ptee._common.writing.writing_in", fail)
     assert_refused(run("augment", *known, *SHORT, "--out", "out"), "Cannot write out: Permission denied")
 
@@ -328,7 +328,7 @@ def test_nothing_is_written_of_a_run_that_fails(run, known, monkeypatch, elsewhe
     def fail(*_: object, **__: object) -> None:
         raise LookupError("somewhere")
 
-    monkeypatch.setattr(fitting, "train", fail)
+    monkeypatch.setattr(fitting, "run_training", fail)
     assert run("augment", *known, *SHORT, "--out", "out").status == 1
     assert list(elsewhere.iterdir()) == []
 

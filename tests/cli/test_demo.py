@@ -142,7 +142,7 @@ def test_no_digit_is_mirrored(run, hasty, monkeypatch):
         seen.update(views=config.views, mirror=config.mirror)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting, "train", train)
+    monkeypatch.setattr(fitting, "run_training", train)
     run("augment", "--set", "views=2")
     assert seen == {"views": 2, "mirror": False}
 
@@ -167,7 +167,7 @@ def test_the_demo_takes_one_thread_and_other_networks_all(run, known, hasty, fin
 
         return noted
 
-    places = ((demo, "train_demo_network"), (fitting, "train"), (fitting, "evaluate"), (saved_run, "evaluate"))
+    places = ((demo, "train_demo_network"), (fitting, "run_training"), (fitting, "evaluate"), (saved_run, "evaluate"))
     for place, name in places:
         monkeypatch.setattr(place, name, noting(getattr(place, name)))
     monkeypatch.setattr(saved_run, "FEW_MACS", 12_000_000)

@@ -98,7 +98,15 @@ def test_interrupted_while_it_measures_only_the_measurement_is_left(run, known, 
 def test_once_an_epoch_is_complete_nothing_of_an_earlier_run_is_left(run, known, finished, interrupt):
     interrupt(2)
     assert run("augment", *known, *SHORT, "--out", finished, "--overwrite").status == 130
-    assert {*files(finished)} <= {"README.md", "checkpoint.safetensors"}
+    assert {*files(finished)} == {"checkpoint.safetensors"}
+
+
+def test_a_readme_that_somebody_wrote_outlives_the_run_that_is_replaced(run, known, finished, interrupt):
+    (finished / "README.md").write_text("my own words")
+    interrupt(2)
+    assert run("augment", *known, *SHORT, "--out", finished, "--overwrite").status == 130
+    assert files(finished)["README.md"] == b"my own words"
+    assert {*files(finished)} == {"README.md", "checkpoint.safetensors"}
 
 
 def test_with_random_weights_no_resumption_is_promised(run, things, interrupt):

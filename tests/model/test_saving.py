@@ -885,7 +885,7 @@ def test_what_is_no_path_is_no_run(given, net):
 def test_what_could_not_be_loaded_again_is_not_saved(field, value, said, original, folder):
     before = (folder / "config.json").read_text()
     model = original[0]
-    config = runs.describe(model.origin, model.plan, model.heads, model.threshold, calibrated=None, results=None)
+    config = runs.describe(model)
     config["backbone"][field] = value
     with pytest.raises(RunError, match=f"could not be loaded again: .*{said}") as caught:
         runs.write(folder, config, model.heads.state_dict())

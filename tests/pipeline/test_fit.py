@@ -96,10 +96,19 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
 
 
 def test_every_setting_of_the_recipe_is_an_argument():
-    with pytest.raises(UnknownName, match=r"Unknown setting 'epoch'\. Did you mean 'epochs'"):
+    with pytest.raises(UnknownName, match=r"^fit\(\) has no argument 'epoch'\. Did you mean 'epochs'"):
         fit(network(), images(60), epoch=3)
+    with pytest.raises(UnknownName, match=r"no argument 'training\.epoch'\. Did you mean 'training\.epochs'"):
+        fit(network(), images(60), **{"training.epoch": 3})
     with pytest.raises(PteeError, match=r"epochs=0 must be 1 or more, or 'auto'"):
         ptee.fit(network(), images(60), epochs=0)
+
+
+@pytest.mark.parametrize("given", [{"train": 1}, {"traindata": 1}, {"train_data": 1, "outt": "run"}], ids=str)
+def test_a_misspelt_argument_is_named_with_the_right_one_also_if_one_is_missing_therefore(given):
+    wrong, right = ("outt", "out") if "outt" in given else (next(iter(given)), "train_data")
+    with pytest.raises(UnknownName, match=rf"^fit\(\) has no argument '{wrong}'\. Did you mean '{right}'"):
+        ptee.fit(network(), **given)
 
 
 # ---------------------------------------------------------------------------------------------------- what comes back
@@ -321,7 +330,7 @@ def test_labels_under_which_the_backbone_is_never_right_are_not_believed():
 
 @pytest.mark.parametrize("part", ["train_data", "val_data"])
 def test_one_label_that_is_no_class_is_refused_by_name_before_the_training(part, monkeypatch):
-    monkeypatch.setattr(fitting, "train", None)
+    monkeypatch.setattr(fitting, "run_training", None)
     x, y = images(60).tensors
     y[7] = 255
     data = {"train_data": images(60), part: TensorDataset(x, y)}
@@ -370,7 +379,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("given", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_possible_is_refused_in_one_line_before_the_training(given, said, monkeypatch):
-    monkeypatch.setattr(fitting, "train", None)
+    monkeypatch.setattr(fitting, "run_training", None)
     arguments = {"train_data": images(60), "device": here(), "input_size": SIZE, **SETTINGS, **given}
     with pytest.raises(PteeError, match=said) as refusal:
         ptee.fit(network(), arguments.pop("train_data"), **arguments)
@@ -401,7 +410,7 @@ UNFIT = {
 @pytest.mark.parametrize("size", [SIZE, None], ids=["size given", "size of the first image"])
 @pytest.mark.parametrize(("change", "said"), UNFIT.values(), ids=UNFIT)
 def test_images_that_fit_cannot_use_are_refused_in_words_before_the_training(change, said, size, monkeypatch):
-    monkeypatch.setattr(fitting, "train", None)
+    monkeypatch.setattr(fitting, "run_training", None)
     with pytest.raises(PteeError, match=said if size else None) as refusal:
         ptee.fit(network(), samples(change), input_size=size, device=here(), **SETTINGS)
     assert "\n" not in str(refusal.value)

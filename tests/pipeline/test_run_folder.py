@@ -134,7 +134,7 @@ def test_a_training_that_has_begun_goes_on_without_them(ptee, images, interrupte
     assert status == 0, said
 
 
-@pytest.mark.parametrize("step", ["train", "_set_confidence", "evaluate"])
+@pytest.mark.parametrize("step", ["run_training", "_set_confidence", "evaluate"])
 def test_a_picture_that_breaks_at_any_step_is_recorded_and_no_epoch_is_lost(step, ptee, images, monkeypatch):
     broken = images / "b" / "13.png"
 
@@ -148,7 +148,7 @@ def test_a_picture_that_breaks_at_any_step_is_recorded_and_no_epoch_is_lost(step
     broken.unlink()
     status, said = ptee(WORDS, "--resume")
     assert status == 0, said
-    assert ("epoch 1/3" in said) is (step == "train")
+    assert ("epoch 1/3" in said) is (step == "run_training")
 
 
 def test_near_chance_a_target_of_accuracy_is_refused_and_the_heads_learn_the_backbones_answers(ptee):

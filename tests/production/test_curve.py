@@ -25,7 +25,8 @@ from ptee.exits.times import BatchTimes
 from ptee.production.curve import Curve, Point, Wish, best_within
 from ptee.tuning.config import Target
 from ptee.tuning.operating_points import operating_points
-from ptee.tuning.targets import Solution, solve
+from ptee.tuning.solution import Solution
+from ptee.tuning.targets import solve
 from ptee.tuning.traces import Traces
 
 

@@ -16,7 +16,8 @@ from ptee.exits.config import NEVER
 from ptee.exits.times import BatchTimes
 from ptee.tuning.config import Promise, Target, describe_thresholds, remark
 from ptee.tuning.reachable import Margin
-from ptee.tuning.targets import Solution, curves, solve
+from ptee.tuning.solution import Solution
+from ptee.tuning.targets import curves, solve
 from ptee.tuning.traces import Score, Traces, truncation
 
 K = 3

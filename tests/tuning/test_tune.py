@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.errors import PteeError
 from ptee.tuning.config import Target, ThresholdsConfig
-from ptee.tuning.targets import Solution
+from ptee.tuning.solution import Solution
 from ptee.tuning.traces import Score
 from ptee.tuning.tune import describe_outcome
 
