@@ -79,6 +79,11 @@ def _interrupted(words: list[str]) -> str:
         return "Interrupted. The same command goes on."
     if name in MEASURING and "--save" not in words:
         return "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
+    if name == "augment":  # before an epoch was complete; later the training says what it kept
+        if "--resume" in words:
+            return "Interrupted: what was trained before is kept. The same command goes on."
+        as_it_was = " What was in the run's folder is as it was." * ("--overwrite" in words)
+        return f"Interrupted: no epoch of the exits was complete, so nothing was kept.{as_it_was}"
     return "Interrupted."  # what it wrote so far may be whole
 
 

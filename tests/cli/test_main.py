@@ -131,6 +131,7 @@ def test_arguments_in_a_refusal_are_printed_as_options(run, plan_fails):
     assert run("plan").err == "Give --num-classes 10 or --no-pretrained.\n"
 
 
+NO_EPOCH = "Interrupted: no epoch of the exits was complete, so nothing was kept."
 BEGINS_AGAIN = "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
 
 
@@ -155,7 +156,9 @@ def test_ctrl_c_ends_with_status_130_and_what_to_type(error, said, run, plan_fai
         ("compare", BEGINS_AGAIN),
         ("bench", BEGINS_AGAIN),
         ("bench --save", "Interrupted."),
-        ("augment", "Interrupted."),
+        ("augment", NO_EPOCH),
+        ("augment --overwrite --out", f"{NO_EPOCH} What was in the run's folder is as it was."),
+        ("augment --resume --out", "Interrupted: what was trained before is kept. The same command goes on."),
         ("export", "Interrupted."),
         ("sweep", "Interrupted. The same command goes on."),
         ("trace --overwrite", "Interrupted."),
