@@ -116,6 +116,8 @@ def _as_setting(error: click.NoSuchOption) -> str:
     command = error.ctx.command if error.ctx else None
     name = error.option_name.lstrip("-").replace("-", "_")
     options = {option for parameter in command.params for option in parameter.opts} if command else set()
+    if name == "set" and "--over" in options:
+        return "Give --over NAME=VALUE: one value for all runs, or several separated by commas"
     if not options & {"--set", "--over"}:
         of_run = command is not None and name == "confidence" and any(p.name == "run" for p in command.params)
         return f"That of a run is set in Python: {SET_CONFIDENCE}" if of_run else ""

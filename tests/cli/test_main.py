@@ -84,6 +84,10 @@ MISTYPED = {
     "an unknown command": (["agument"], "agument.*Did you mean 'augment'"),
     "training, which is no command": (["train"], "Unknown command 'train'. Did you mean 'trace'"),
     "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
+    "a setting of all runs of a sweep": (
+        ["sweep", "--set", "head=pool", "--over", "seed=0,1", "--out", "x"],
+        r"^--set is no option of this command\. Give --over NAME=VALUE: one value for all runs, or several",
+    ),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
     "a run without a name": (["evaluate", ""], "The value after evaluate is empty"),

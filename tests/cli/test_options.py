@@ -104,6 +104,7 @@ def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
     [
         ("epoch=3", r"Unknown setting 'epoch'\. Did you mean 'epochs'"),
         ("training.epoch=3", r"Unknown setting 'training\.epoch'\. Did you mean 'training\.epochs'"),
+        ("epochs=", "^'epochs=' has no value. Write it as NAME=VALUE, such as training.epochs=20"),
         ("epochs", "'epochs' is no setting. Write it as NAME=VALUE, such as training.epochs=20"),
         ("training.lr=-1", "--set training.lr=-1 must be above 0"),
         ("epochs=0", "--epochs 0 must be 1 or more, or 'auto'"),
