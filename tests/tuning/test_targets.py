@@ -359,6 +359,8 @@ def test_thresholds_are_described_with_off_where_an_exit_is_off(threshold, off, 
     [
         ([0.7], None), (None, None), ([2.0], "T above 1: nobody leaves."),
         ([70, 85], "T above 1: nobody leaves. A confidence lies between 0 and 1: did you mean 0.7,0.85?"),
+        ([0.7, 85], "T above 1: nobody leaves at exit 1. A confidence lies between 0 and 1: did you mean 0.7,0.85?"),
+        ([0.7, 2], None), ([0.7, float("inf")], None), ([70, 1.01], "T above 1: nobody leaves. A confidence lies between 0 and 1: did you mean 0.7,1.01?"),
         ([0.0, 0.5], "T at or below 0: everybody leaves at exit 0."),
     ],
     ids=str,
