@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ptee._common.errors import PteeError
 from ptee.exits.config import NEVER
 from ptee.exits.times import BatchTimes
+from ptee.tuning import targets as tuning_targets
 from ptee.tuning.config import Promise, Target, describe_thresholds, remark
 from ptee.tuning.reachable import Margin
 from ptee.tuning.targets import Solution, curves, solve
@@ -259,6 +260,18 @@ def test_where_cheaper_thresholds_need_more_reserve_than_the_limit_it_says_so_an
     promised = replace(found, promise=Promise(0.95, 300, False, found.threshold, found.off, found.price))
     others = risky, solve(traces, Target("max_drop", 0.0), one_threshold=True), solve(traces, Target("max_drop", 0.1))
     assert not any("Other thresholds" in str(each) for each in (promised, *others))
+
+
+def test_a_margin_of_nothing_is_not_advised_where_it_was_seen_to_save_nothing(monkeypatch):
+    traces, target = easy_and_hard(0, 3, 300), Target("max_drop", 0.0)
+    found, kept = solve(traces, target), tuning_targets._kept
+
+    def missing(way: tuning_targets._Way, images: Traces, one: bool, margin: Margin) -> Solution:
+        return found if margin == 0 else kept(way, images, one, margin)  # as if final weights missed the target
+
+    assert found.several_risky
+    monkeypatch.setattr(tuning_targets, "_kept", missing)
+    assert solve(traces, target) == replace(found, several_risky=False)
 
 
 def test_nothing_is_kept_in_reserve_where_images_that_were_left_out_lose_nothing():
