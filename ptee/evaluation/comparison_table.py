@@ -217,7 +217,7 @@ class Comparison:
         own = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
         title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "no threshold")
         return (
-            f"{self.backbone}, {number_of(self.samples, 'image')}{own}; thresholds chosen on {number_of(self.calibration, 'other image')}\n"
+            f"{self.backbone}, {number_of(self.samples, 'image')}{own}; thresholds chosen on {number_of(self.calibration, 'calibration image')}\n"
             + f"cost: share of {self.unit}\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"
