@@ -76,6 +76,8 @@ class Results:
             empty if that is what is right.
         spread: of the rounds in which speed was measured: the longest less the shortest, divided by the median; the most of any row.
         for_fidelity: the thresholds were chosen for fidelity: what answers as well keeps as much of it.
+        confidence: the name of what decided who leaves; empty if it is not known.
+        answers: own or blended; empty if that is not known.
     """
 
     backbone: str
@@ -93,6 +95,8 @@ class Results:
     asked: str = ""
     for_fidelity: bool = False
     spread: float = 0.0
+    confidence: str = ""
+    answers: str = ""
 
     @property
     def early_exit(self) -> Row:
