@@ -96,7 +96,8 @@ def augment(**o: Any) -> None:
 
 
 @command(short_help="Show where exits would stand and what they cost.")
-@in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS[:2])  # it measures the bare backbone as it is
+@in_groups(options.NETWORK, options.untrained_exits("; with --images also of the training"))
+@in_groups(options.COST_OF_PLAN, options.TIME_OPTIONS[1])  # it measures the bare backbone as it is
 @option(
     "--images",
     type=click.IntRange(min=1),
