@@ -9,6 +9,7 @@ from typing import Any
 import click
 from cloup import command, option
 
+from ptee._common.errors import Interrupted
 from ptee._common.text import printable
 from ptee._common.writing import require_writable
 from ptee.cli import options
@@ -86,14 +87,17 @@ def augment(**o: Any) -> None:
     if is_random:
         click.echo(RANDOM_WEIGHTS)
     model = fit_backbone(backbone, data, recipe, replace(job, again="") if is_random else job)
-    name_others(backbone)
-    can_leave = not is_random and len(model.off) < len(model.exits)
-    if can_leave:
-        click.echo(f"Another threshold: ptee evaluate {folder} --threshold 0.7")
+    try:
+        name_others(backbone)
+        if not is_random and len(model.off) < len(model.exits):
+            click.echo(f"Another threshold: ptee evaluate {folder} --threshold 0.7")
+    except KeyboardInterrupt as why:
+        raise Interrupted(f"Interrupted: the run in {folder} is complete.") from why
 
 
 @command(short_help="Show where exits would stand and what they cost.")
-@in_groups(options.NETWORK, options.EXITS, *options.TIME_OPTIONS[:2])  # it measures the bare backbone as it is
+@in_groups(options.NETWORK, options.untrained_exits("; with --images also of the training"))
+@in_groups(options.COST_OF_PLAN, options.TIME_OPTIONS[1])  # it measures the bare backbone as it is
 @option(
     "--images",
     type=click.IntRange(min=1),

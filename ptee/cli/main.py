@@ -79,6 +79,11 @@ def _interrupted(words: list[str]) -> str:
         return "Interrupted. The same command goes on."
     if name in MEASURING and "--save" not in words:
         return "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
+    if name == "augment":  # before an epoch was complete; later the training says what it kept
+        if "--resume" in words:
+            return "Interrupted: what was trained before is kept. The same command goes on."
+        as_it_was = " What was in the run's folder is as it was." * ("--overwrite" in words)
+        return f"Interrupted: no epoch of the exits was complete, so nothing was kept.{as_it_was}"
     return "Interrupted."  # what it wrote so far may be whole
 
 
@@ -111,6 +116,8 @@ def _as_setting(error: click.NoSuchOption) -> str:
     command = error.ctx.command if error.ctx else None
     name = error.option_name.lstrip("-").replace("-", "_")
     options = {option for parameter in command.params for option in parameter.opts} if command else set()
+    if name == "set" and "--over" in options:
+        return "Give --over NAME=VALUE: one value for all runs, or several separated by commas"
     if not options & {"--set", "--over"}:
         of_run = command is not None and name == "confidence" and any(p.name == "run" for p in command.params)
         return f"That of a run is set in Python: {SET_CONFIDENCE}" if of_run else ""

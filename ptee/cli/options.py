@@ -288,6 +288,12 @@ USUAL_BATCH = SETTINGS["training.batch_size"].default
 BATCH_SIZE = option(
     "--batch-size", type=click.IntRange(min=1), default=USUAL_BATCH, show_default=True, help="Images in each batch."
 )
+
+
+def _set(help: str) -> Decorator:
+    return option("--set", type=Setting(), multiple=True, help=help)
+
+
 RECIPE_OPTIONS = (
     option(
         "--recipe",
@@ -296,16 +302,9 @@ RECIPE_OPTIONS = (
         "ztw; eenet-joint, branchynet-joint and db-joint, which train the backbone, too; a YAML file; or the folder of a run. "
         "`ptee recipe NAME` prints one.",
     ),
-    option(
-        "--set",
-        type=Setting(),
-        multiple=True,
-        help="Any other setting of the recipe, such as training.lr=0.01. Repeatable. `ptee recipe ptee` lists them.",
-    ),
+    _set("Any other setting of the recipe, such as training.lr=0.01. Repeatable. `ptee recipe ptee` lists them."),
 )
-EXITS = option_group(
-    "Exits",
-    *RECIPE_OPTIONS,
+EXIT_OPTIONS = (
     setting("exits.places"),
     setting("exits.number"),
     setting("exits.head"),
@@ -313,6 +312,16 @@ EXITS = option_group(
     setting("exits.front"),
     setting("exits.front_weights", metavar="FILE"),
 )
+EXITS = option_group("Exits", *RECIPE_OPTIONS, *EXIT_OPTIONS)
+OTHER_OF_EXITS = "Any other setting of the exits, such as exits.places_by=parameters"
+
+
+def untrained_exits(more: str = "") -> Decorator:
+    """The same for a command that trains nothing. `more` settings that count there, in words."""
+    help = f"{OTHER_OF_EXITS}{more}. Repeatable. `ptee recipe ptee` lists them."
+    return option_group("Exits", RECIPE_OPTIONS[0], _set(help), *EXIT_OPTIONS)
+
+
 TRAINING = option_group(
     "Training",
     setting("backbone"),
@@ -329,6 +338,11 @@ TARGET_OPTIONS = (
     setting("thresholds.max_cost"),
 )
 TIME_OPTIONS = (setting("thresholds.cost"), setting("thresholds.at_batch"), setting("thresholds.executor"))
+COST_OF_PLAN = setting(
+    "thresholds.cost",
+    help="What costs, and the fractions in --exits, are of: operations (counted multiply-accumulates), or time (seconds, measured "
+    "on --device). Default: operations.",
+)
 COST_OF_RUN = setting(
     "thresholds.cost",
     help="What costs are of: operations (counted multiply-accumulates), or time (the seconds that ptee bench RUN --save measured). "

@@ -154,7 +154,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 
 @command(short_help="Time a model with exits beside its backbone.")
 @click.argument("run", type=RunName(), required=False)
-@in_groups(options.NETWORK, options.EXITS, options.IMAGES_OF_RUN)
+@in_groups(options.NETWORK, options.untrained_exits(), options.IMAGES_OF_RUN)
 @option(
     "--batch-sizes",
     type=Numbers(int, "1,32"),

@@ -162,7 +162,7 @@ def _serve_local(run: str, o: Mapping[str, Any]) -> None:
 
     where = reserved(o["host"], o["port"])
     try:
-        click.echo(f"Loading {run}, and measuring how long its pieces take.")
+        click.echo(f"Loading {run}, and measuring how long its pieces take.{_on_pixels(run)}")
         how = Batching(o["max_batch"], o["max_wait_ms"], o["p99_ms"], o["max_queue"], o["rebatch"], o["workers"])
         server = LocalServer(_opened(run, o), how)
         many = len(server.policy.sizes)
@@ -194,11 +194,19 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
     source = Source(
         place, exported, device, weights, o["max_batch"], wait_s if o["rebatch"] else 0.0, o["max_queue"], o["bare"]
     )  # fmt: skip
-    click.echo(f"Starting Ray, with a deployment for each piece of {run}.")
+    click.echo(f"Starting Ray, with a deployment for each piece of {run}.{_on_pixels(run)}")
     p99_s = None if o["p99_ms"] is None else o["p99_ms"] / 1000
     how = {"host": o["host"], "port": o["port"], "workers": o["workers"], "p99_s": p99_s}
     run_with_ray(source, _rules_of(o), started=lambda: click.echo(_answering(o)), **how)
     click.echo(STOPPED)
+
+
+def _on_pixels(run: str) -> str:
+    """A line, if uploaded pictures are normalised by numbers that nobody gave; else empty."""
+    from ptee.deploy.manifest import UPLOADS_NOT_KNOWN, is_exported, read_manifest
+
+    known = not is_exported(run) or read_manifest(Path(run)).pixels_known
+    return "" if known else f"\n{UPLOADS_NOT_KNOWN}"
 
 
 def _answering(o: Mapping[str, Any]) -> str:

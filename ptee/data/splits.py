@@ -123,7 +123,9 @@ class Data:
         is_watched = drawn and "calibration" not in parts and "validation" in parts
         plain = " (thresholds are chosen on the calibration images)" if drawn and chosen else ""
         watch = f" ({WATCHING}{CHOSEN_ON * chosen})" if is_watched else plain
-        return f"{self.source}: images{classes}, {sizes}; {self.split['rule']}{watch}{rest}."
+        names, colon, how = self.split["rule"].partition(": ")
+        rule = f"those for {names} are {how}" if colon else names
+        return f"{self.source}: images{classes}, {sizes}; {rule}{watch}{rest}."
 
     @property
     def place(self) -> str:

@@ -21,10 +21,12 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
-PIXELS_NOT_KNOWN = (
+_NOT_KNOWN = (
     "The mean and std of the images are not recorded (nobody gave them). Pictures are normalised by ImageNet's. "
-    "If the backbone takes others, give `predict` images that you prepared."
+    "If the backbone takes others, "
 )
+PIXELS_NOT_KNOWN = f"{_NOT_KNOWN}give `predict` images that you prepared."
+UPLOADS_NOT_KNOWN = f"{_NOT_KNOWN}send arrays that you prepared."
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
 MAX_ROWS = 4096  # of a batch, in what torch.export makes

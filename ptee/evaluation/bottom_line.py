@@ -39,10 +39,10 @@ def bottom_line(
         speedup: the bare backbone's time over that of the early exits, where it was measured, and `where` in words.
     """
     if own.cost >= 1:
-        return (
-            f"Early exit does not pay: it costs {own.cost:.3f} times the bare backbone, because the heads cost more than leaving "
-            "saves. Lower T, train longer, or use cheaper or fewer heads."
-        )
+        because = f"{own.cost:.3f} times the bare backbone, because the heads cost more than leaving saves"
+        if f"{own.cost:.3f}" == "1.000":
+            because = "as much as the bare backbone, because leaving saves no more than the heads cost"
+        return f"Early exit does not pay: it costs {because}. Lower T, train longer, or use cheaper or fewer heads."
     rivals = [way for way in rivals if way.cost <= own.cost + ROUNDING and way.lost <= own.lost + ROUNDING]
     if rivals:
         best = min(rivals, key=lambda way: (way.lost, way.cost))
@@ -54,5 +54,6 @@ def bottom_line(
             "early exit does not pay here. ptee bench times other batch sizes."
         )
     if own.cost > 1 - LITTLE:
-        return f"Early exit hardly pays: it saves {1 - own.cost:.1%} of the cost. Allow a larger loss, train longer, or take a smaller network."
+        saved = f"{1 - own.cost:.1%}".replace("0.0%", "less than 0.1%")
+        return f"Early exit hardly pays: it saves {saved} of the cost. Allow a larger loss, train longer, or take a smaller network."
     return ""

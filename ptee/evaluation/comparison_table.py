@@ -134,6 +134,11 @@ class Comparison:
     for_fidelity: tuple[str, ...] = ()
 
     @property
+    def _measure(self) -> str:
+        """What drops are of."""
+        return "fidelity" if self.accuracy is None else "accuracy"
+
+    @property
     def verdict(self) -> list[str]:
         """For each allowed drop, what costs least within it, in words."""
         return [f"At most {drop:g} lost: {self._verdict(drop)}" for drop in self.drops]
@@ -165,7 +170,6 @@ class Comparison:
     @property
     def legend(self) -> str:
         """What the table says, a line each."""
-        measure = "fidelity" if self.accuracy is None else "accuracy"
         widest = max((high - low for line in self.lines for e in line.entries for low, high in [e.interval]), default=0)
         kinds = {line.kind for line in self.lines}
         own = any(entry.own for line in self.lines for entry in line.entries)
@@ -179,7 +183,7 @@ class Comparison:
             ORACLE * ("oracle" in kinds),
             SENTENCES,
         ]
-        words = {"measure": measure, "unit": self.unit, "calibration": self.calibration, "half": widest / 2}
+        words = {"measure": self._measure, "unit": self.unit, "calibration": self.calibration, "half": widest / 2}
         return "\n".join(part.format(**words) for part in parts if part)
 
     def _within(self, drop: float) -> list[Found]:
@@ -217,8 +221,8 @@ class Comparison:
         own = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
         title = ("", *(f"<= {drop:g} lost" for drop in self.drops), "no threshold")
         return (
-            f"{self.backbone}, {number_of(self.samples, 'image')}{own}; thresholds chosen on {number_of(self.calibration, 'other image')}\n"
-            + f"cost: share of {self.unit}\n"
+            f"{self.backbone}, {number_of(self.samples, 'image')}{own}; thresholds chosen on {number_of(self.calibration, 'calibration image')}\n"
+            + f"cost: share of {self.unit}; in parentheses: the drop of {self._measure} on these images\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"
             + "".join(f"\n{sentence}" for sentence in [*self.verdict, *[self.bottom_line] * bool(self.bottom_line)])

@@ -86,6 +86,7 @@ def evaluate(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
             asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, spread=differ,
+            confidence=view.confidence, answers=view.answers,
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)

@@ -15,7 +15,10 @@ from ptee.tuning.traces import Score
 MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many
 BLENDED_END = "blended end"  # the name of a row
 WIDEST = 40  # letters of thresholds in the first column; longer ones are in the second table only
-ON_AGAIN = "ptee tune chooses again which exits are on (in Python: set model.off = [] and model.threshold)."
+# It stands also where these exits were chosen just now: the same target would give the same ones.
+ON_AGAIN = (
+    "ptee tune for another target may switch {them} on (in Python, by hand: set model.off = [] and model.threshold)."
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Results:
             empty if that is what is right.
         spread: of the rounds in which speed was measured: the longest less the shortest, divided by the median; the most of any row.
         for_fidelity: the thresholds were chosen for fidelity: what answers as well keeps as much of it.
+        confidence: the name of what decided who leaves; empty if it is not known.
+        answers: own or blended; empty if that is not known.
     """
 
     backbone: str
@@ -90,6 +95,8 @@ class Results:
     asked: str = ""
     for_fidelity: bool = False
     spread: float = 0.0
+    confidence: str = ""
+    answers: str = ""
 
     @property
     def early_exit(self) -> Row:
@@ -130,7 +137,8 @@ class Results:
     def verdict(self) -> list[str]:
         """What is wrong with the early-exit model, a sentence each. Nothing if T is above 1, where no image leaves."""
         if self.all_off:
-            return [f"Every exit is off, so the backbone answers all images, whatever T is. {ON_AGAIN}"]
+            off = "Every exit is off, so the backbone answers all images, whatever T is."
+            return [f"{off} {ON_AGAIN.format(them='exits')} Train longer, or give more images to choose T on."]
         if min(self.threshold) > 1:
             return []
         return [words for words in (_collapsed(self), _differs(self), self.bottom_line) if words]
@@ -153,7 +161,8 @@ class Results:
     def __str__(self) -> str:
         timed = f"; speed on {self.device} in batches of {self.batch_size}" if self.timed else ""
         some_off = bool(self.off) and not self.all_off
-        off = f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {ON_AGAIN}"
+        again = ON_AGAIN.format(them="it" if len(self.off) == 1 else "them")
+        off = f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {again}"
         last = [self.bottom_line] * bool(self.bottom_line)
         before = self.verdict[: len(self.verdict) - len(last)]
         noisy = [words for words in [noise([self.spread])] if words]

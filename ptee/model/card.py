@@ -42,7 +42,7 @@ def about(model: Any) -> str:
     """What is known of a model, in Markdown."""
     results = model.results if isinstance(model.results, dict) else {}
     measured = _measured(results)
-    if others := _other_thresholds(model, results):
+    if others := _other_settings(model, results):
         measured = f"{measured}\n\n{others}"
     parts = [
         f"# Early exits for {_plain(model.plan.backbone)}",
@@ -100,16 +100,23 @@ def _measured(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + " ".join(words)
 
 
-def _other_thresholds(model: Any, results: Mapping[str, Any]) -> str:
-    """A sentence, if the numbers were measured with other thresholds than the model has now, else none."""
+def _other_settings(model: Any, results: Mapping[str, Any]) -> str:
+    """A sentence, if the numbers were measured with other settings than the model has now, else none."""
     try:
-        then = _thresholds([float(t) for t in results["threshold"]], results.get("off") or ())
+        thresholds = _thresholds([float(t) for t in results["threshold"]], results.get("off") or ())
     except (KeyError, TypeError, ValueError):
         return ""
-    now = _thresholds(model.threshold, model.off)
-    if then == now:
-        return ""
-    return f"These numbers were measured with other thresholds ({then}) than the model has now ({now}), so they are not its own."
+    then_and_now = {
+        "other thresholds": (thresholds, _thresholds(model.threshold, model.off)),
+        "another confidence": (results.get("confidence"), model.confidence),
+        "other answers": (results.get("answers"), model.answers),
+    }
+    others = [
+        f"{what} ({_plain(then)}) than the model has now ({_plain(now)})"
+        for what, (then, now) in then_and_now.items()
+        if then and then != now  # a run of an older ptee says less
+    ]
+    return f"These numbers were measured with {' and '.join(others)}, so they are not its own." if others else ""
 
 
 def _thresholds(values: Sequence[float], off: Collection[int]) -> str:

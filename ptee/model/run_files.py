@@ -40,6 +40,11 @@ def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
         raise RunError(
             f"{folder} is no run, but an exported model or recorded traces. Give the run that it was made from."
         )
+    if not path.is_file() and (local / CHECKPOINT).is_file():
+        resume = Argument("resume", "True")
+        raise RunError(
+            f"{folder} holds an interrupted training and no run yet. What began it goes on with ", resume, "."
+        )
     if not path.is_file():
         raise RunError(
             f"{folder} holds no {CONFIG}: no run was completed there. Give a folder that `ptee augment --out` wrote."

@@ -225,7 +225,7 @@ def _fit(
         ) from why
     _save(model, history, recipe, job, times)  # before the measurement, which may take long
     try:
-        _measure(model, report, outcome, recipe, job)
+        _measure(model, report, outcome, recipe, job, without_images(data, model.num_classes))
     except KeyboardInterrupt as why:
         words = f"the run in {job.out} is complete but for its results. {job.again}".rstrip()
         raise Interrupted(f"Interrupted: {NOTHING_KEPT if job.out is None else words}") from why
@@ -395,7 +395,9 @@ def _set_thresholds(
     return (images, f"{data.summary} {words}"), found
 
 
-def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job) -> None:
+def _measure(
+    model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job, lacking: str
+) -> None:
     images, words = report
     how: dict[str, Any] = {"speed": job.speed, "speed_seconds": job.speed_seconds, "about": words}
     results = evaluate(model, images, **how, **_batches(recipe, job))
@@ -405,7 +407,7 @@ def _measure(model: EarlyExitModel, report: tuple[Any, str], found: Solution | N
         outcome, missed = describe_outcome(found, results.to_dict())
         results = replace(results, outcome=outcome)
         odd += [outcome] * missed
-    job.log("\n".join(["", *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
+    job.log("\n".join(["", *filter(None, [lacking]), *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
     for sentence in odd if job.log is silent else ():  # else it was said
         warn(sentence)

@@ -5,6 +5,7 @@ Recipes are YAML files; some are built in. `ptee recipe NAME` prints one, and ev
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,6 +206,7 @@ def make_recipe(
     changes = {path_for(name, value): value for name, value in (settings or {}).items()}
     values, file = _values(DEFAULT if recipe is None else recipe)
     with _of_file(file):
+        _require_sections(values)
         made = Recipe(**values)
     with _as_called(settings or {}):
         return made.with_settings(_without_rivals(values, changes))
@@ -218,7 +220,15 @@ def _of_file(file: Path | None) -> Iterator[None]:
     except PteeError as why:
         if file is None:
             raise
-        raise type(why)(f"In the recipe {file}: {why}", argument="recipe", value=why.value) from why
+        where = f"In the recipe {file}{_line_of(file, why.argument or '')}"
+        raise type(why)(f"{where}: {why}", argument="recipe", value=why.value) from why
+
+
+def _line_of(file: Path, path: str) -> str:
+    """The line in which a setting is given, after a comma; empty if none, or more than one, begins with its name."""
+    begin = re.compile(rf"\s*{re.escape(path.partition('[')[0].rpartition('.')[2])}\s*:")
+    lines = [n for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if begin.match(line)]
+    return f", line {lines[0]}" if len(lines) == 1 else ""
 
 
 @contextmanager
@@ -301,6 +311,31 @@ def _with_names(values: Mapping[Any, Any], what: str) -> dict[str, Any]:
     return dict(values)
 
 
+def _require_sections(values: Mapping[str, Any]) -> None:
+    """Refuse a setting that stands beside the sections, or in another one than its own. The error shows how it is written."""
+    for name, value in values.items():
+        own = getattr(Recipe.model_fields.get(name), "annotation", None)
+        inner = getattr(own, "model_fields", None)
+        if isinstance(value, Mapping):
+            outside = {} if inner is None else {key: v for key, v in value.items() if key not in inner}
+        else:
+            outside = {name: value} if own is None or inner is not None else {}
+        for key, v in outside.items():
+            if isinstance(v, str | int | float | list | tuple):
+                _refuse_outside(key, v, f"{name}.{key}" if isinstance(value, Mapping) else name)
+
+
+def _refuse_outside(name: str, value: Any, path: str) -> None:
+    """Refuse a setting that stands at this path, if it has another one."""
+    try:
+        section, _, key = path_for(name, value).rpartition(".")
+    except PteeError:
+        return
+    right = f"{key}: {str(value).replace(chr(39), ''):.60}"
+    text = f" stands at the wrong place. Write {f'{section}: {{{right}}}' if section else right}."
+    raise PteeError(Argument(path, f"{value!r:.60}"), text, argument=path, value=value)
+
+
 # ---------------------------------------------------------------------------------------------------- names of settings
 
 
@@ -368,6 +403,8 @@ def read_setting(text: str) -> tuple[str, Any]:
         UnknownName: if there is no such setting.
     """
     name, equals, value = text.partition("=")
+    if equals and not value.strip():
+        raise PteeError(f"{text!r:.60} has no value. Write it as NAME=VALUE, such as training.epochs=20.")
     try:
         if equals:
             return path_of(name.strip()), read_yaml(value)

@@ -104,7 +104,7 @@ def interrupted(out: Path | None, complete: int, *, resume: bool, overwrite: boo
         return Interrupted(f"Interrupted: {NOTHING_KEPT}")
     if not (complete or resume):
         as_it_was = f" What was in {out} is as it was." if overwrite else ""
-        return Interrupted(f"Interrupted: no epoch was complete, so nothing was kept.{as_it_was}")
+        return Interrupted(f"Interrupted: no epoch of the exits was complete, so nothing was kept.{as_it_was}")
     kept = f"{complete} complete epochs are" if complete > 1 else "1 complete epoch is"
     kept = kept if complete else "what was trained before is"
     return Interrupted(f"Interrupted: {kept} kept in {out}. {again}".strip())

@@ -15,7 +15,15 @@ from ptee._common.errors import Argument, DataError, Interrupted
 from ptee._common.listing import HUB
 from ptee._common.progress import Log
 from ptee.data.sources import require_source
-from ptee.data.splits import AS_DELIVERED, Data, Unseen, images_to_report_on, left_by_tuning, parts_for_all
+from ptee.data.splits import (
+    AS_DELIVERED,
+    Data,
+    Unseen,
+    images_to_report_on,
+    left_by_tuning,
+    parts_for_all,
+    without_images,
+)
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.results import evaluate
@@ -124,7 +132,10 @@ def open_run(
         labels.require_accuracy(Argument("max_drop", str(max_drop)), Argument("max_fidelity_drop", str(max_drop)))
     images, words = images_to_report_on(found, recorded, run)
     known = labels.indices is not None
-    accuracy = describe_labels(labels, word) if known else f"{labels.reason} So there is no accuracy."
+    lacking = without_images(found, model.num_classes)
+    accuracy = (
+        f"{describe_labels(labels, word)} {lacking}".rstrip() if known else f"{labels.reason} So there is no accuracy."
+    )
     return OpenRun(model, Unseen(run, found, images, seed), words, accuracy)
 
 

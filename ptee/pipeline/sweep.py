@@ -32,6 +32,8 @@ from ptee.report.page import write
 from ptee.report.parts import Part
 from ptee.training.config import JOINT
 from ptee.training.training_data import shared_caches
+from ptee.tuning.config import Target
+from ptee.tuning.tune import is_missed
 
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
 FIGURE = "sweep.html"
@@ -47,6 +49,7 @@ class SweepRow:
     folder: str  # its name
     settings: dict[str, Any]  # those that were changed, by path
     figures: dict[str, float | None]  # on the report images: FIGURES, and the accuracy of the backbone
+    target: str = "-"  # of the thresholds, on these images: kept, missed, or - if there is none or it is not known
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Sweep:
 
     def __str__(self) -> str:
         files = f"The table is in {self.folder / SWEEP_TABLE}, the figure in {self.folder / FIGURE}."
-        return f"{table(self._cells(), left={0})}\n\n{files}"
+        title, *cells = self._cells()
+        shown = [(*title, "target"), *((*line, row.target) for line, row in zip(cells, self.rows, strict=True))]
+        return f"{table(shown, left={0, len(title)})}\n\n{files}"
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
@@ -219,15 +224,26 @@ def _is_of(record: BackboneRecord, backbone: Backbone, recipe: Recipe) -> bool:
 
 def _row(folder: Path, settings: Mapping[str, Any]) -> SweepRow:
     try:
-        bare, *_, own = run_files.read_metrics(folder)["results"]["rows"]
+        results = run_files.read_metrics(folder)["results"]
+        bare, *_, own = results["rows"]
+        target = _target(results)
         figures = {name: own[name] for name in FIGURES} | {"backbone": bare["accuracy"]}
         sound = all(value is None or isinstance(value, int | float) for value in figures.values())
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         sound = False
     if not sound:
         text = f"{folder}: {run_files.METRICS} does not hold what was measured. Delete the folder, and the run is made again."
         raise RunError(text)
-    return SweepRow(folder.name, dict(settings), figures)
+    return SweepRow(folder.name, dict(settings), figures, target)
+
+
+def _target(results: Mapping[str, Any]) -> str:
+    """How the target of a run fares on the report images, in a word."""
+    tuning = results.get("tuning") or {}
+    if "target" not in tuning or (tuning["target"]["kind"] == "max_cost" and tuning["score"]["time"] is not None):
+        return "-"
+    missed = is_missed(Target(**tuning["target"]), results)
+    return "-" if missed is None else "missed" if missed else "kept"
 
 
 def _draw(sweep: Sweep, path: Path) -> None:

@@ -67,18 +67,17 @@ class ExitCalibration:
     max_prob_loss: float
     base_rate_loss: float
 
-    @property
-    def remark(self) -> str:
-        """A sentence if there were too few images; else empty."""
+    def remark(self, target: str) -> str:
+        """A sentence if there were too few images; else empty. `target`: a key of `QUESTIONS`."""
         if self.images < MIN_IMAGES:
             are = "is" if self.images == 1 else "are"
             return f"{number_of(self.images, 'image')} with finite answers {are} too few: h is the largest probability as it is."
         positives = round(self.yes * self.images)
         rarer = min(positives, self.images - positives)
         if rarer < MIN_OF_EITHER:
-            word = "that is so" if positives == rarer else "that is not so"
-            few = f"of only {rarer} image{'s' * (rarer != 1)}"
-            return f"{word} {few}, and h is a rough guess. Train longer, or give more images."
+            share, none = ("only", "no image") if positives == rarer else ("all but", "every image")
+            which = f"{share} {number_of(rarer, 'image')}" if rarer else none
+            return f"on {which} {QUESTIONS[target]}, so h is a rough guess. Train longer, or give more images."
         return ""
 
 
@@ -112,7 +111,8 @@ class Calibration:
     @property
     def summary(self) -> str:
         """A sentence, and a line for each exit whose fit is odd."""
-        remarks = "".join(f"\nExit {n}: {e.remark}" for n, e in enumerate(self.exits) if e.remark)
+        said = [(n, each.remark(self.target)) for n, each in enumerate(self.exits)]
+        remarks = "".join(f"\nExit {n}: {remark}" for n, remark in said if remark)
         return f"The confidence h, the chance that {QUESTIONS[self.target]}, was fitted on {number_of(self.images, 'image')}.{remarks}"
 
     @property

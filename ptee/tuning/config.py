@@ -279,12 +279,16 @@ def below(drop: float) -> str:
 
 
 def remark(threshold: Sequence[float] | None) -> str | None:
-    """A sentence about thresholds at which every image leaves at exit 0, or none leaves: h lies between 0 and 1."""
-    if threshold and min(threshold) > 1:
-        parts = ",".join(f"{t / 100:g}" for t in threshold)
-        percent = min(threshold) > PERCENTAGE and max(threshold) <= 100
+    """A sentence about thresholds at which every image leaves at exit 0, or none leaves: h lies between 0 and 1.
+
+    Also about a single one that was meant as a percentage. Others above 1 are a way to say never.
+    """
+    percent = [n for n, t in enumerate(threshold or ()) if PERCENTAGE < t <= 100]
+    if threshold and (percent or min(threshold) > 1):
+        parts = ",".join(f"{t / 100 if n in percent else t:g}" for n, t in enumerate(threshold))
         meant = f" A confidence lies between 0 and 1: did you mean {parts}?" if percent else ""
-        return f"T above 1: nobody leaves.{meant}"
+        at = f" at exit {' and '.join(map(str, percent))}" if min(threshold) <= 1 else ""
+        return f"T above 1: nobody leaves{at}.{meant}"
     if threshold and threshold[0] <= 0:
         return "T at or below 0: everybody leaves at exit 0."
     return None

@@ -55,12 +55,20 @@ def solve(
     Raises:
         PteeError: if the target cannot be met; the message says what can.
     """
-    return _kept(
-        _solved(ways_to_answer(traces, target.kind, answers), target, one_threshold, margin),
-        traces,
-        one_threshold,
-        margin,
-    )
+    kinds = ways_to_answer(traces, target.kind, answers)
+    found = _kept(_solved(kinds, target, one_threshold, margin), traces, one_threshold, margin)
+    if found.several_risky and not _cheaper_without_reserve(found, kinds, traces):
+        return replace(found, several_risky=False)
+    return found
+
+
+def _cheaper_without_reserve(found: Solution, kinds: Sequence[list[Candidate]], traces: Traces) -> bool:
+    """Whether margin=0 gives a lower cost, which blended answers may miss with their final weights."""
+    try:
+        other = _kept(_solved(kinds, found.target, False, 0.0), traces, False, 0.0)
+    except PteeError:
+        return False
+    return other.price < found.price - ROUNDING
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ptee._common.progress import Log
+from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
@@ -141,6 +142,18 @@ def choose_thresholds(
     return parts.report, parts.words, found
 
 
+def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:
+    """Whether a target is missed in JSON-able results on other images; None if a drop of accuracy is not known there."""
+    backbone, own = results["rows"][0], results["rows"][-1]
+    if target.kind == "max_cost":
+        return bool(own["cost"] > target.limit + ROUNDING)
+    if target.kind == "max_fidelity_drop":
+        return bool(1 - own["fidelity"] > target.limit + ROUNDING)
+    if own["accuracy"] is None:
+        return None
+    return bool(backbone["accuracy"] - own["accuracy"] > target.limit + ROUNDING)
+
+
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool]:
     """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed."""
     target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
@@ -150,18 +163,17 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[st
     if target.kind == "max_cost" and solution.score.time is not None:
         return f"Target: {target} of {solution.unit}. {solution.score.time:.4f} is to be expected.", False
     if target.kind == "max_cost":
-        found, words = own["cost"], f"{own['cost']:.4f}"
+        words = f"{own['cost']:.4f}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
-        found = 1 - own["fidelity"]
-        words = f"{found:.4f} of the answers differ {interval}"
+        words = f"{1 - own['fidelity']:.4f} of the answers differ {interval}"
     else:
-        found = backbone["accuracy"] - own["accuracy"]
-        words = f"{below(found)} {interval}"
-    missed = found > target.limit + ROUNDING
-    outcome = f"{'Missed' if missed else 'Kept'} on {n:,} other images"
-    if target.kind == "max_drop" and own["accuracy"] is None:
-        outcome, missed = f"Not known for {n:,} other images, which have no labels", False
-    return f"Target: {target}. {outcome}: {words}.", missed
+        words = f"{below(backbone['accuracy'] - own['accuracy'])} {interval}"
+    missed = is_missed(target, results)
+    images = number_of(n, "report image")
+    outcome = f"{'Missed' if missed else 'Kept'} on {images}"
+    if missed is None:
+        outcome = f"Not known for {images}, which have no labels"
+    return f"Target: {target}. {outcome}: {words}.", bool(missed)
 
 
 def _uncertainty(fidelity: float, n: int) -> float:

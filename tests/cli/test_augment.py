@@ -351,3 +351,13 @@ def test_a_module_that_there_is_not_is_refused_before_images_are_read(run, known
 def test_one_share_of_the_operations_places_one_exit(run, known):
     assert run("augment", *known, *SHORT, "--exits", "0.4", "--out", "out").status == 0
     assert len(ptee.load("out").exits) == 1
+
+
+def test_classes_that_no_validation_image_shows_are_named_beside_the_results_too(run, known, elsewhere):
+    pictures(elsewhere / "parted" / "train", TEN, 2)
+    pictures(elsewhere / "parted" / "val", TEN[:9], 2)
+    said = "No validation image shows class9: the results say nothing of it."
+    done = run("augment", *known[:-1], "parted", *SHORT, "--out", "out")
+    assert done.status == 0, done
+    assert said in done.out[done.out.index("Chosen: ") : done.out.index("when it runs")]
+    assert said in run("evaluate", "out", "--no-speed").out

@@ -84,6 +84,10 @@ MISTYPED = {
     "an unknown command": (["agument"], "agument.*Did you mean 'augment'"),
     "training, which is no command": (["train"], "Unknown command 'train'. Did you mean 'trace'"),
     "an unknown option": (["plan", *RANDOM, "--hed", "pool"], r"--hed.*--head"),
+    "a setting of all runs of a sweep": (
+        ["sweep", "--set", "head=pool", "--over", "seed=0,1", "--out", "x"],
+        r"^--set is no option of this command\. Give --over NAME=VALUE: one value for all runs, or several",
+    ),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
     "a run without a name": (["evaluate", ""], "The value after evaluate is empty"),
@@ -131,6 +135,7 @@ def test_arguments_in_a_refusal_are_printed_as_options(run, plan_fails):
     assert run("plan").err == "Give --num-classes 10 or --no-pretrained.\n"
 
 
+NO_EPOCH = "Interrupted: no epoch of the exits was complete, so nothing was kept."
 BEGINS_AGAIN = "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
 
 
@@ -155,7 +160,9 @@ def test_ctrl_c_ends_with_status_130_and_what_to_type(error, said, run, plan_fai
         ("compare", BEGINS_AGAIN),
         ("bench", BEGINS_AGAIN),
         ("bench --save", "Interrupted."),
-        ("augment", "Interrupted."),
+        ("augment", NO_EPOCH),
+        ("augment --overwrite --out", f"{NO_EPOCH} What was in the run's folder is as it was."),
+        ("augment --resume --out", "Interrupted: what was trained before is kept. The same command goes on."),
         ("export", "Interrupted."),
         ("sweep", "Interrupted. The same command goes on."),
         ("trace --overwrite", "Interrupted."),

@@ -104,6 +104,7 @@ def test_every_setting_of_the_recipe_can_be_given_by_set(path, monkeypatch):
     [
         ("epoch=3", r"Unknown setting 'epoch'\. Did you mean 'epochs'"),
         ("training.epoch=3", r"Unknown setting 'training\.epoch'\. Did you mean 'training\.epochs'"),
+        ("epochs=", "^'epochs=' has no value. Write it as NAME=VALUE, such as training.epochs=20"),
         ("epochs", "'epochs' is no setting. Write it as NAME=VALUE, such as training.epochs=20"),
         ("training.lr=-1", "--set training.lr=-1 must be above 0"),
         ("epochs=0", "--epochs 0 must be 1 or more, or 'auto'"),
@@ -117,7 +118,10 @@ def test_a_setting_that_cannot_be_is_refused_as_it_was_typed(given, said, run):
 def test_a_setting_that_changes_nothing_in_a_command_is_refused(command, run):
     said = "--set training.epochs=3 changes nothing here, where no head is trained. Only settings of exits do, such as exits.head=pool."
     assert_refused(run(command, *RANDOM, "--set", "epochs=3"), said)
-    assert "--mean" not in run(command, "--help").out
+    text = " ".join(run(command, "--help").out.split())
+    assert "--mean" not in text
+    assert "Any other setting of the exits, such as exits.places_by=parameters" in text
+    assert not re.search(r"training\.lr|before a training|exits that are off", text)
 
 
 def test_the_options_of_settings_take_help_and_default_from_the_recipe(run):

@@ -11,6 +11,7 @@ import torch
 from command import MODEL, RANDOM, SHORT, assert_refused, evaluated, figures, files, read_json
 from safetensors.torch import load_file
 
+from ptee.cli import commands
 from ptee.pipeline import fit as fitting
 
 CALIBRATED = ("--set", "calibration_share=0.3")
@@ -49,9 +50,31 @@ def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt)
     assert whole["results"]["calibration"] == broken["results"]["calibration"]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "compare", "report", "export --out x"])
+def test_a_command_that_takes_a_run_says_of_an_interrupted_training_how_it_goes_on(command, run, elsewhere):
+    Path("broken").mkdir()
+    Path("broken", "checkpoint.safetensors").write_bytes(b"")
+    name, *more = command.split()
+    said = r"^broken holds an interrupted training and no run yet\. What began it goes on with --resume\.$"
+    assert_refused(run(name, "broken", *more), said)
+
+
+def test_interrupted_before_the_training_began_it_says_that_nothing_was_kept(run, known, monkeypatch):
+    monkeypatch.setattr(commands, "data_for", press_ctrl_c)
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert done.status == 130
+    assert done.err.strip() == "Interrupted: no epoch of the exits was complete, so nothing was kept."
+
+
+def test_interrupted_after_the_run_was_saved_it_says_that_the_run_is_complete(run, known, monkeypatch):
+    monkeypatch.setattr(commands, "name_others", press_ctrl_c)
+    done = run("augment", *known, *SHORT, "--out", "out")
+    assert done[::2] == (130, "Interrupted: the run in out is complete.\n")
+
+
 def test_interrupted_in_the_first_epoch_nothing_is_written(run, known, interrupt, elsewhere):
     interrupt(1)
-    said = "Interrupted: no epoch was complete, so nothing was kept.\n"
+    said = "Interrupted: no epoch of the exits was complete, so nothing was kept.\n"
     assert run("augment", *known, *SHORT, "--out", "out")[::2] == (130, said)
     assert list(elsewhere.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from served import free_port
 from small import made
 
 import ptee
+from ptee._common.errors import PteeError
 
 pytestmark = pytest.mark.cpu("what is exported is the same on every device")
 
@@ -44,6 +46,21 @@ def test_a_port_in_use_is_refused_before_the_model_is_opened(exported, run):
 )
 def test_options_that_cannot_be_are_refused(exported, run, words, said):
     assert_refused(run("serve", exported, "--local", "--port", free_port(), *words), said)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_where_nobody_gave_mean_and_std_a_line_says_by_what_pictures_are_normalised(known, tmp_path, run, monkeypatch):
+    def stop(*_: object) -> None:
+        raise PteeError("Enough.")
+
+    model = made()
+    model.origin = replace(model.origin, pixels_known=known)
+    folder = ptee.export(model, tmp_path / "exported")
+    monkeypatch.setattr("ptee.cli.serving._opened", stop)
+    done = run("serve", folder, "--local", "--port", free_port())
+    said = "Pictures are normalised by ImageNet's. If the backbone takes others, send arrays that you prepared.\n"
+    assert (said in done.out) is not known
+    assert done.err == "Enough.\n"
 
 
 def test_a_folder_without_a_model_is_refused(run, tmp_path):

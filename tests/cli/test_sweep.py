@@ -89,6 +89,9 @@ def test_every_combination_is_a_run_and_all_are_in_one_table_one_csv_and_one_fig
         results = read_json(f"all/{name}", "metrics.json")["results"]
         assert f"{results['rows'][-1]['cost']:.4f}" == row["cost"]
         assert len(read_json(f"all/{name}", "metrics.json")["training"]["epochs"]) == int(row["training.epochs"])
+        (line,) = (line for line in done.out.splitlines() if line.startswith(f"{name} "))
+        fares = "kept" if " Kept on " in results["outcome"] else "missed"
+        assert line.split()[-1] == fares and f" {fares.capitalize()} on " in results["outcome"]
         assert name in done.out and name.replace("_", ", ") in Path("all/sweep.html").read_text()
     assert figures(evaluated(run, "all/epochs=2_seed=1")) == figures(results)
 

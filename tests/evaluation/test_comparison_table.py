@@ -29,8 +29,8 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
     small = Line("small", "static", (entry(0.3, -0.00001),))
     found = comparison(ours, small, drops=(0.01, 0.02))
     assert str(found).splitlines() == [
-        "net, 1,200 images, accuracy 0.9000; thresholds chosen on 600 other images",
-        "cost: share of the bare backbone's multiply-accumulates",
+        "net, 1,200 images, accuracy 0.9000; thresholds chosen on 600 calibration images",
+        "cost: share of the bare backbone's multiply-accumulates; in parentheses: the drop of accuracy on these images",
         "",
         "       <= 0.01 lost      <= 0.02 lost             no threshold",
         "------------------------------------------------------------------",
@@ -44,13 +44,16 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
 
 def test_a_note_stands_above_the_table():
     found = Comparison("net", (0.01,), (OURS,), 600, 1200, None, note="There is no accuracy.")
-    first = "net, 1,200 images; thresholds chosen on 600 other images"
-    assert str(found).splitlines()[:3] == [first, "cost: share of the bare backbone's multiply-accumulates", found.note]
+    first = "net, 1,200 images; thresholds chosen on 600 calibration images"
+    second = (
+        "cost: share of the bare backbone's multiply-accumulates; in parentheses: the drop of fidelity on these images"
+    )
+    assert str(found).splitlines()[:3] == [first, second, found.note]
 
 
 def test_a_comparison_by_time_says_its_unit_above_the_table_and_in_the_legend():
     found = Comparison("net", (0.01,), (OURS,), 600, 1200, None, unit="a clock (batch 32)")
-    assert str(found).splitlines()[1] == "cost: share of a clock (batch 32)"
+    assert str(found).splitlines()[1].startswith("cost: share of a clock (batch 32); in parentheses: ")
     assert "as a share of a clock (batch 32)" in found.legend
 
 

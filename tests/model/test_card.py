@@ -58,6 +58,21 @@ def test_a_card_follows_the_run_and_one_that_somebody_wrote_is_kept(tmp_path):
     assert text_of(model, tmp_path) == "mine"
 
 
+def test_a_card_says_that_its_numbers_are_of_another_confidence_or_of_other_answers(tmp_path):
+    model = measured()
+    model.confidence = "max_prob"
+    assert "measured with another confidence (learned) than the model has now (max_prob), so" in text_of(
+        model, tmp_path
+    )
+    model.threshold = 0.25
+    said = "other thresholds (0.5, 0.5) than the model has now (0.25, 0.25) and another confidence (learned) than"
+    assert said in text_of(model, tmp_path)
+    assert model.results is not None
+    model.threshold = 0.5
+    model.results |= {"confidence": "max_prob", "answers": "blended"}
+    assert "measured with other answers (blended) than the model has now (own), so" in text_of(model, tmp_path)
+
+
 def test_a_card_that_cannot_be_read_is_kept(tmp_path, monkeypatch):
     model = measured()
     text_of(model, tmp_path)

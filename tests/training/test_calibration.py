@@ -133,7 +133,9 @@ def test_where_every_image_has_the_same_answer_h_says_so_and_still_tells_rows_ap
         model.heads[0].logits.bias[K - 1] -= 0 if right else 1000  # never its answer
     found = calibrate(model, TensorDataset(images, labels), target="right")
     assert found.exits[0].yes == right
-    assert f"that is {'not ' * right}so of only 0 images" in str(found)
+    assert f"Exit 0: on {'every' if right else 'no'} image the answer is the label, so h is a rough guess." in str(
+        found
+    )
     h = model.all_exits(images).confidence[0].detach()
     assert h.mean().item() == pytest.approx(float(right), abs=0.1)
     assert (h[max_prob(model, images)[0].argsort()].diff() >= 0).all()
@@ -199,7 +201,7 @@ def test_with_few_images_of_one_answer_the_table_says_that_the_numbers_are_rough
     labels = model.all_exits(images).logits[0].argmax(-1)
     labels[:7] = (labels[:7] + 1) % K
     found = calibrate(model, TensorDataset(images, labels), target="right")
-    assert "Exit 0: that is not so of only 7 images, and h is a rough guess. Train longer" in str(found)
+    assert "Exit 0: on all but 7 images the answer is the label, so h is a rough guess. Train longer" in str(found)
     assert "Exit 1" not in str(found)
 
 

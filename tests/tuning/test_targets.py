@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ptee._common.errors import PteeError
 from ptee.exits.config import NEVER
 from ptee.exits.times import BatchTimes
+from ptee.tuning import targets as tuning_targets
 from ptee.tuning.config import Promise, Target, describe_thresholds, remark
 from ptee.tuning.reachable import Margin
 from ptee.tuning.solution import Solution
@@ -262,6 +263,18 @@ def test_where_cheaper_thresholds_need_more_reserve_than_the_limit_it_says_so_an
     assert not any("Other thresholds" in str(each) for each in (promised, *others))
 
 
+def test_a_margin_of_nothing_is_not_advised_where_it_was_seen_to_save_nothing(monkeypatch):
+    traces, target = easy_and_hard(0, 3, 300), Target("max_drop", 0.0)
+    found, kept = solve(traces, target), tuning_targets._kept
+
+    def missing(way: tuning_targets._Way, images: Traces, one: bool, margin: Margin) -> Solution:
+        return found if margin == 0 else kept(way, images, one, margin)  # as if final weights missed the target
+
+    assert found.several_risky
+    monkeypatch.setattr(tuning_targets, "_kept", missing)
+    assert solve(traces, target) == replace(found, several_risky=False)
+
+
 def test_nothing_is_kept_in_reserve_where_images_that_were_left_out_lose_nothing():
     h = torch.tensor([0.9, 0.5, 0.1]).repeat(2, 40)
     right = torch.stack([h[0] > 0.8, h[1] > 0.4])
@@ -360,6 +373,8 @@ def test_thresholds_are_described_with_off_where_an_exit_is_off(threshold, off, 
     [
         ([0.7], None), (None, None), ([2.0], "T above 1: nobody leaves."),
         ([70, 85], "T above 1: nobody leaves. A confidence lies between 0 and 1: did you mean 0.7,0.85?"),
+        ([0.7, 85], "T above 1: nobody leaves at exit 1. A confidence lies between 0 and 1: did you mean 0.7,0.85?"),
+        ([0.7, 2], None), ([0.7, float("inf")], None), ([70, 1.01], "T above 1: nobody leaves. A confidence lies between 0 and 1: did you mean 0.7,1.01?"),
         ([0.0, 0.5], "T at or below 0: everybody leaves at exit 0."),
     ],
     ids=str,

@@ -77,7 +77,7 @@ def outcome(
 
 def test_where_no_image_leaves_early_the_loss_is_certain():
     assert outcome(1.0, 1200, end=1.0).endswith(
-        "Kept on 1,200 other images: 0.0000 of the answers differ (no image left early)."
+        "Kept on 1,200 report images: 0.0000 of the answers differ (no image left early)."
     )
 
 
@@ -87,21 +87,21 @@ def test_where_the_end_answers_with_a_blend_the_loss_is_uncertain_though_no_imag
 
 def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
     assert outcome(0.95, 1200, "max_drop", limit=0.01) == (
-        "Target: accuracy at most 0.01 below the backbone's. Missed on 1,200 other images: 0.0200 below (95 % interval ± 0.0128)."
+        "Target: accuracy at most 0.01 below the backbone's. Missed on 1,200 report images: 0.0200 below (95 % interval ± 0.0128)."
     )
-    assert "Kept on 1,200 other images: 0.0200 below" in outcome(0.95, 1200, "max_drop", limit=0.02)
-    assert "Kept on 1,000 other images: 0.0100 above" in outcome(0.95, 1000, "max_drop", accuracy=0.91)
+    assert "Kept on 1,200 report images: 0.0200 below" in outcome(0.95, 1200, "max_drop", limit=0.02)
+    assert "Kept on 1,000 report images: 0.0100 above" in outcome(0.95, 1000, "max_drop", accuracy=0.91)
     assert outcome(0.97, 1000) == (
-        "Target: at most 0.02 of the answers differ from the backbone's. Missed on 1,000 other images: 0.0300 of the answers differ "
+        "Target: at most 0.02 of the answers differ from the backbone's. Missed on 1,000 report images: 0.0300 of the answers differ "
         "(95 % interval ± 0.0110)."
     )
-    kept = "Target: a mean cost of at most 0.6. Kept on 1,000 other images: 0.5000."
+    kept = "Target: a mean cost of at most 0.6. Kept on 1,000 report images: 0.5000."
     assert outcome(0.95, 1000, "max_cost", limit=0.6) == kept
     assert "Missed on" in outcome(0.95, 1000, "max_cost", limit=0.4)
 
 
 def test_without_labels_it_is_not_known_whether_a_drop_of_accuracy_was_kept():
-    words = "Not known for 1,000 other images, which have no labels: 0.0500 of the answers differ"
+    words = "Not known for 1,000 report images, which have no labels: 0.0500 of the answers differ"
     assert words in outcome(0.95, 1000, "max_drop", accuracy=None)
 
 
