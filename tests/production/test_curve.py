@@ -215,8 +215,19 @@ def test_the_monitor_takes_the_promise_of_the_curve():
     with model.monitor(confidence=0.9) as monitor:
         assert monitor.max_fidelity_drop == 0.25
     model.threshold = above_one(model)
-    with pytest.raises(PteeError, match=r"chosen for no share of answers that differ.*max_fidelity_drop=0\.01"):
+    with pytest.raises(
+        PteeError, match=r"were not chosen for that\. Say how many may, such as max_fidelity_drop=0\.01"
+    ):
         model.monitor()  # what 60 images measured is no promise
+    model.curve = model.curve.model_copy(
+        update={"points": tuple(p.model_copy(update={"promised": None}) for p in model.curve.points)}
+    )
+    point = model.curve.points[0]  # as if it had been chosen for a drop of accuracy
+    model.threshold = point.threshold
+    with pytest.raises(
+        PteeError, match=rf"About {point.fidelity_drop:.4f} of them are expected to differ\. Say how many may"
+    ):
+        model.monitor()
     model.confidence = "max_prob"
     with pytest.raises(PteeError, match="The curve was made with confidence="):
         model.monitor()
