@@ -197,8 +197,8 @@ class Comparison:
             return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
         on_both = (
-            f" on the {self.samples:,} report images, {_signed(best.entry.drop_in_calibration)} on the "
-            f"{self.calibration:,} calibration images" + " with the final weights" * best.entry.blended
+            f" on the {number_of(self.samples, 'report image')}, {_signed(best.entry.drop_in_calibration)} on the "
+            f"{number_of(self.calibration, 'calibration image')}" + " with the final weights" * best.entry.blended
         )
         words = f"{best.called(drop)} is cheapest, with {best.entry.words}{on_both}."
         runs = [f for f in found if f.line.kind == "adaptive"]

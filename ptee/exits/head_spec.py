@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptee._common.errors import PteeError, unknown
+from ptee._common.text import number_of
 from ptee.exits.config import AUTO, FRONT, HEADS, PLUS
 
 RESIDUAL = "res"
@@ -92,5 +93,7 @@ def as_list(given: Any) -> list[Any]:
 def one_each(what: str, given: list[Any], exits: int) -> list[Any]:
     """A value for each exit, from one or from as many. Refuses another number."""
     if len(given) not in (1, exits):
-        raise PteeError(f"{len(given)} values of {what} for {exits} exits. Give one, or one for each exit.")
+        raise PteeError(
+            f"{len(given)} values of {what} for {number_of(exits, 'exit')}. Give one, or one for each exit."
+        )
     return given * exits if len(given) == 1 else given

@@ -240,7 +240,7 @@ def images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Callable[[st
         return data, None
     if recipe.confidence.name != CALIBRATED:
         log(
-            f"{number_of(len(every), 'training image')} {'is' if len(every) == 1 else 'are'} too few to fit the confidence h on some of them: "
+            f"{number_of(len(every), 'training image', 'is')} too few to fit the confidence h on some of them: "
             "the heads learn from all of them, "
             "and h is the largest probability.\n"
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ptee._common.errors import Argument, RunError
+from ptee._common.text import number_of
 from ptee._common.writing import settle
 from ptee.data.splits import parts_for_all
 from ptee.evaluation.comparison_table import Comparison
@@ -152,7 +153,7 @@ def recorded_only(run: str, weights: Path | None) -> Reported:
     said = _of(run, load_run(run, weights), metrics)
     if (leaving := (metrics.get("results") or {}).get("leaving")) and len(leaving) != len(said.model.exits) + 1:
         raise RunError(
-            f"{run}: {METRICS} is of a run with {len(leaving) - 1} exits, and this one has {len(said.model.exits)}. Copy the run again."
+            f"{run}: {METRICS} is of a run with {number_of(len(leaving) - 1, 'exit')}, and this one has {len(said.model.exits)}. Copy the run again."
         )
     return replace(said, times=_times(run, AT_BATCH), names=())
 

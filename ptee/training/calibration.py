@@ -71,14 +71,13 @@ class ExitCalibration:
     def remark(self) -> str:
         """A sentence if there were too few images; else empty."""
         if self.images < MIN_IMAGES:
-            are = "is" if self.images == 1 else "are"
-            return f"{number_of(self.images, 'image')} with finite answers {are} too few: h is the largest probability as it is."
+            few = number_of(self.images, "image", "is", which=" with finite answers")
+            return f"{few} too few: h is the largest probability as it is."
         positives = round(self.yes * self.images)
         rarer = min(positives, self.images - positives)
         if rarer < MIN_OF_EITHER:
             word = "that is so" if positives == rarer else "that is not so"
-            few = f"of only {rarer} image{'s' * (rarer != 1)}"
-            return f"{word} {few}, and h is a rough guess. Train longer, or give more images."
+            return f"{word} of only {number_of(rarer, 'image')}, and h is a rough guess. Train longer, or give more images."
         return ""
 
 
@@ -130,7 +129,7 @@ def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     size = round(share * n)
     if size < MIN_IMAGES:
         raise DataError(
-            f"{share:g} of {number_of(n, 'training image')} {'is' if size == 1 else 'are'} {size}, and it takes {MIN_IMAGES} to fit the confidence. Give a larger share (",
+            f"{share:g} of {number_of(n, 'training image')} is {size}, and it takes {MIN_IMAGES} to fit the confidence. Give a larger share (",
             Argument("calibration_share", "0.3"), "), or another confidence.",
         )  # fmt: skip
     return splits.hold_out(data, size, seed)

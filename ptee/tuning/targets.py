@@ -114,7 +114,7 @@ class Solution:
         drop, s = self.drop, self.score
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
-            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on{self._with_weights}: "
+            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {number_of(self.samples, 'image')} that this was chosen on{self._with_weights}: "
             f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
             + (f"\n{self.remark}" if self.remark else "")
             + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
@@ -153,7 +153,7 @@ class Solution:
         on_average = self.promise is None and self.target.kind != "max_cost" and bool(self.on_exits)
         if not on_average or not 0 < self.target.limit < 1 or self.samples >= images_needed(self.target.limit, UNSEEN):
             return ""
-        few = f"{number_of(self.samples, 'image')} {'is' if self.samples == 1 else 'are'} too few"
+        few = f"{number_of(self.samples, 'image', 'is')} too few"
         needed = f"that takes {images_needed(self.target.limit, UNSEEN):,}"
         return f" {few} to show a loss of {self.target.limit:g} ({needed}): expect to lose more on new ones."
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.recorded import recorded
 from ptee.exits.blend import OWN
@@ -111,10 +112,10 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[st
     else:
         found = backbone["accuracy"] - own["accuracy"]
         words = f"{below(found)} {interval}"
-    missed = found > target.limit + ROUNDING
-    outcome = f"{'Missed' if missed else 'Kept'} on {n:,} other images"
+    missed, others = found > target.limit + ROUNDING, number_of(n, "other image")
+    outcome = f"{'Missed' if missed else 'Kept'} on {others}"
     if target.kind == "max_drop" and own["accuracy"] is None:
-        outcome, missed = f"Not known for {n:,} other images, which have no labels", False
+        outcome, missed = f"Not known for {others} without labels", False
     return f"Target: {target}. {outcome}: {words}.", missed
 
 

@@ -84,7 +84,7 @@ REFUSED = {
     "a cost that cannot be reached": (["--max-cost", 0.01], "--max-cost 0.01 cannot be reached.*or more"),
     "a guarantee by few images": (
         ["--max-fidelity-drop", 0.1, "--confidence", 0.95],
-        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, 3 are there.*--max-fidelity-drop 0.6316 or more",
+        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, and 3 images are there.*--max-fidelity-drop 0.6316 or more",
     ),
     "a guarantee at each exit by few images": (
         ["--max-fidelity-drop", 0.1, "--confidence", 0.95, "--each-exit"],
