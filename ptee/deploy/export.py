@@ -82,7 +82,7 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     """
     require_early_exit(model)
     if format not in FORMATS:
-        raise unknown("format", format, FORMATS)
+        raise unknown("format", format, FORMATS, argument="format")
     require_libraries(format)
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":

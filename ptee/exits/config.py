@@ -132,5 +132,6 @@ def require_confidence(name: str | None) -> None:
 def wrong_number(thresholds: str, exits: int) -> PteeError:
     """The error of so many thresholds, in words."""
     return PteeError(
-        f"There are {thresholds} thresholds for {number_of(exits, 'exit')}. Give one number, or one for each exit."
+        f"There are {thresholds} thresholds for {number_of(exits, 'exit')}. Give one number, or one for each exit.",
+        argument="threshold",
     )

@@ -174,7 +174,7 @@ def calibrate(
     """
     require_early_exit(model)
     if target not in QUESTIONS:
-        raise unknown("calibration target", target, QUESTIONS)
+        raise unknown("calibration target", target, QUESTIONS, argument="target")
     TrainingConfig(seed=seed)  # refuses a value that is no seed
     model.require_all_on()
     home = next(model.heads.parameters()).device
