@@ -21,11 +21,10 @@ from ptee._common.text import number_of
 from ptee.exits.blend import MAX_EXITS, Exits, subsets
 from ptee.exits.confidence import leaves
 from ptee.exits.config import NEVER
+from ptee.production.few_images import images_needed, least_limit
 from ptee.tuning.config import EXAMPLES, Promise, Target
 from ptee.tuning.p_values import (
-    images_needed,
     images_needed_for_drop,
-    least_limit,
     least_limit_of_drop,
     p_value_of_drop,
     p_value_of_share,

@@ -18,15 +18,14 @@ from torch import Tensor
 from ptee._common.errors import PteeError
 from ptee._common.text import number_of
 from ptee.exits.blend import OWN, Blend, Exits
+from ptee.production.few_images import too_few
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.tuning.config import Promise, Target, ThresholdsConfig, below, describe_thresholds
-from ptee.tuning.p_values import images_needed
 from ptee.tuning.reachable import Margin, losses_of, require_reachable, unreachable
 from ptee.tuning.threshold_search import ROUNDING, Choice, Problem, objective
 from ptee.tuning.traces import Score, Traces
 
 DEFAULTS = ThresholdsConfig()
-UNSEEN = 0.05  # chance that no image of those chosen on shows the loss that is allowed
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
 DRAWS = 50  # of as many images, with replacement
 MAX_IMAGES = 10_000  # for it: more take minutes, and thresholds hardly fit the noise of so many
@@ -151,11 +150,8 @@ class Solution:
     def _few_images(self) -> str:
         """Where a loss as large as the limit may well not show on the images at all."""
         on_average = self.promise is None and self.target.kind != "max_cost" and bool(self.on_exits)
-        if not on_average or not 0 < self.target.limit < 1 or self.samples >= images_needed(self.target.limit, UNSEEN):
-            return ""
-        few = f"{number_of(self.samples, 'image', 'is')} too few"
-        needed = f"that takes {images_needed(self.target.limit, UNSEEN):,}"
-        return f" {few} to show a loss of {self.target.limit:g} ({needed}): expect to lose more on new ones."
+        words = too_few(self.samples, self.target.limit) if on_average else ""
+        return f" {words}".rstrip()
 
     @property
     def _time(self) -> str:
