@@ -135,6 +135,8 @@ def of_step(of: Reported, step: facts.Step) -> str:
 
 def command(of: Reported, step: facts.Step) -> str:
     """What measures these thresholds."""
+    if of.in_python:
+        return "ptee.evaluate(model, val_data)" if step.t is None else f"model.threshold = {step.t:g}"
     if step.t is None:
         return f"ptee evaluate {shlex.quote(of.run)}"
     return f"ptee evaluate {shlex.quote(of.run)} --threshold {step.t:g}"
@@ -197,7 +199,7 @@ def made(of: Reported) -> Rows:
     """With what the run and the page were made."""
     plan, record = of.model.plan, of.model.origin.input
     rows: Rows = [("", "")]
-    rows.append(("run", of.run))
+    rows += [("run", of.run)] * bool(of.run)
     rows.append(
         (
             "backbone",
