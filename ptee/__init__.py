@@ -1,4 +1,4 @@
-"""Early exits for a trained image classifier that stays frozen.
+"""Early exits for a trained image classifier that stays frozen. `ptee.fit` takes all steps; `dir(ptee)` names them.
 
 Importing this package imports nothing heavy; each public name is imported when it is first used.
 """

@@ -111,7 +111,7 @@ class EarlyExitModel(
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """K, how many classes there are."""
         return self.plan.classes
 
     @property

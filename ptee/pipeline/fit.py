@@ -128,8 +128,8 @@ def fit(
         model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module from images (b, c, h, w) to logits (b, K).
             A module is used itself, not copied. It stays frozen, unless the recipe says `backbone="joint"`: then it learns with the
             heads, and the run keeps its weights.
-        train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. The images are resized and
-            normalised as the backbone expects.
+        train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. It gives the images as the backbone
+            takes them: of its size, and normalised.
         val_data: other images, for the report. None: a tenth of the training images.
         calibration_data: other images, for the thresholds. None: one half of `val_data`, or a tenth of the training images.
         recipe: the name of a built-in recipe ("ptee", "pteenet", "eenet", "branchynet", "ztw"; with a backbone that learns, too,

@@ -35,7 +35,10 @@ OF_PAPERS = dict.fromkeys(("lambda", "training.lambda"), "training.cost_weight")
 
 
 class Recipe(FrozenConfig):
-    """How exits are added to a classifier: where they stand, how they learn, who leaves. Frozen; `changed` makes another."""
+    """All settings of `ptee.fit`: where exits stand, how they learn, which images leave.
+
+    A recipe cannot be changed; `recipe.with_settings({"epochs": 20})` makes another. `print(recipe.to_yaml())` shows every setting.
+    """
 
     name: str = Field(DEFAULT, description="What the recipe is called.")
     about: str = Field("", description="Where it comes from, in a sentence.")

@@ -146,7 +146,7 @@ def calibrate(
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Calibration:
-    """Calibrate the confidence: it becomes the probability that the answer to a question is yes. No answer changes.
+    """Calibrate each exit's confidence: it becomes a probability, by default that the exit's answer is the backbone's. No answer changes.
 
     Two numbers for each exit are fitted to images. Afterwards `model.confidence` is "calibrated" and thresholds have another
     meaning, so choose them again (`ptee.tune`). Calibrate again whenever the heads were trained further.

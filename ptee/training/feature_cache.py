@@ -312,7 +312,7 @@ class CacheFolder:
 
 @checked
 def open_cache(folder: str | Path) -> CacheFolder:
-    """What `ptee cache` wrote into a folder, as training data.
+    """What `ptee.cache` or `ptee cache` wrote into a folder, as training data.
 
     Raises:
         DataError: if it is not finished, is damaged, or holds something else.

@@ -206,7 +206,7 @@ class TraceFolder(RecordedTraces):
 
 @checked
 def open_traces(*folders: str | Path) -> TraceFolder:
-    """The traces in folders that `ptee trace` wrote: of one run, or of several runs of one backbone on the same images.
+    """The traces in folders that `ptee.record` or `ptee trace` wrote: of one run, or of several runs of one backbone on the same images.
 
     Raises:
         DataError: if one is not finished, is damaged, or holds something else.
