@@ -88,7 +88,7 @@ REFUSED = {
     ),
     "a guarantee at each exit by few images": (
         ["--max-fidelity-drop", 0.1, "--confidence", 0.95, "--each-exit"],
-        "at --confidence 0.95 and --each-exit needs at least 38 images, 3 are there",
+        "at --confidence 0.95 and --each-exit needs at least 38 images, and 3 images are there",
     ),
     "a guarantee of a cost": (["--max-cost", 0.9, "--confidence", 0.95], "--confidence 0.95 does not go with --max-cost 0.9"),
     "a guarantee that is no number": (["--max-drop", 0.1, "--confidence", "max_prob"], "--confidence max_prob must be a number.*0.95.*model.confidence = NAME"),
