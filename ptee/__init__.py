@@ -1,4 +1,4 @@
-"""Early exits for a trained image classifier that stays frozen.
+"""Early exits for a trained image classifier that stays frozen. `ptee.fit` takes all steps; `dir(ptee)` names them.
 
 Importing this package imports nothing heavy; each public name is imported when it is first used.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ptee.model.forward import ExitOutput as ExitOutput
     from ptee.pipeline.fit import fit as fit
     from ptee.pipeline.recipe import Recipe as Recipe
+    from ptee.pipeline.reported import write_report as write_report
     from ptee.recording.optimized import optimize as optimize
     from ptee.scale.cache import cache as cache
     from ptee.scale.trace import record as record
@@ -62,6 +63,7 @@ _HOMES = {
     "register_head": "exits.heads",
     "train": "training.trainer",
     "tune": "tuning.tune",
+    "write_report": "pipeline.reported",
 }
 __all__ = sorted(_HOMES)
 _MODULES = {  # for who wants more than the names above

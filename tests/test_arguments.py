@@ -15,12 +15,15 @@ from ptee._common.errors import PteeError
 from ptee.timing.benchmark import bench
 
 
-@cache
-def model() -> ptee.EarlyExitModel:
-    net = nn.Sequential(
+def net() -> nn.Module:
+    return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )
-    return ptee.augment(net, exits=["1"], head="pool", input_size=(3, 8, 8))
+
+
+@cache
+def model() -> ptee.EarlyExitModel:
+    return ptee.augment(net(), exits=["1"], head="pool", input_size=(3, 8, 8))
 
 
 def images() -> TensorDataset:
@@ -94,6 +97,40 @@ ADD = {"augment": ptee.augment, "plan": ptee.plan, "fit": lambda given: ptee.fit
 def test_no_exits_are_added_to_exits(add, given):
     with pytest.raises(PteeError, match="has exits already"):
         ADD[add](given())
+
+
+# ---------------------------------------------------------------------------------------------------- values
+
+WRONG = {
+    "head": (lambda wrong: ptee.augment(net(), input_size=(3, 8, 8), exits=["1"], head=wrong), "pol"),
+    "head of fit": (lambda wrong: ptee.fit(net(), images(), exits=["1"], head=wrong), "pol"),
+    "head that is too large": (lambda wrong: ptee.plan("cifar_resnet20", pretrained=False, head=wrong), "res-9999x1"),
+    "head_budget": (lambda wrong: ptee.plan("cifar_resnet20", pretrained=False, head="auto", head_budget=wrong), -1),
+    "exits": (lambda wrong: ptee.plan("cifar_resnet20", pretrained=False, exits=wrong), "layr1"),
+    "exits as numbers": (lambda wrong: ptee.plan("cifar_resnet20", pretrained=False, exits=wrong), [2.0]),
+    "exits of fit": (lambda wrong: ptee.fit(net(), images(), exits=wrong), "layr1"),
+    "num_exits": (lambda wrong: ptee.plan("cifar_resnet20", pretrained=False, num_exits=wrong), 0),
+    "device": (lambda wrong: ptee.evaluate(model(), images(), device=wrong), "gpu"),
+    "device of fit": (lambda wrong: ptee.fit(net(), images(), device=wrong), "gpu"),
+    "threshold": (lambda wrong: setattr(model(), "threshold", wrong), "high"),
+    "threshold of predict": (lambda wrong: model().predict(torch.randn(1, 3, 8, 8), threshold=wrong), [[[0.5]]]),
+    "off": (lambda wrong: setattr(model(), "off", wrong), [7]),
+    "answers": (lambda wrong: setattr(model(), "answers", wrong), "mixed"),
+    "confidence": (lambda wrong: setattr(model(), "confidence", wrong), "entropi"),
+    "target": (lambda wrong: ptee.calibrate(model(), images(), target=wrong), "rigth"),
+    "format": (lambda wrong: ptee.export(model(), "new", format=wrong), "onx"),
+    "mode": (lambda wrong: ptee.optimize(model(), mode=wrong), "egaer"),
+    "max_batch": (lambda wrong: ptee.optimize(model(), max_batch=wrong), 0),
+    "recipe": (lambda wrong: ptee.fit(net(), images(), recipe=wrong), "ptea"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_error_names_the_argument_that_is_wrong_and_holds_what_was_given(case):
+    call, wrong = WRONG[case]
+    with pytest.raises(PteeError) as why:
+        call(wrong)
+    assert (why.value.argument, why.value.value) == (case.partition(" ")[0], wrong)
 
 
 # ---------------------------------------------------------------------------------------------------- names

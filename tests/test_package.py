@@ -36,6 +36,7 @@ PUBLIC = {
         "open_cache",
         "register_head",
         "register_confidence",
+        "write_report",
     ),
     *("EarlyExitModel", "AllExits", "ExitOutput", "Exit", "Plan", "PteeError", "Recipe"),
 }

@@ -36,7 +36,8 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     if device is not None and device.index is None:
         device = torch.device(device.type, 0)
     if device is None or str(device) not in there:
-        raise DeviceError(f"There is no device {str(name)!r} on this machine. Possible: {', '.join(there)}.")
+        text = f"There is no device {str(name)!r} on this machine. Possible: {', '.join(there)}."
+        raise DeviceError(text, argument="device", value=name)
     return device
 
 

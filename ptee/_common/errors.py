@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import count
@@ -52,7 +53,7 @@ class PteeError(ValueError):
     Args:
         parts: of the message, joined as they are: texts, and arguments that the user can give.
         argument: the name of the argument that is wrong, if one is.
-        value: what was given for it.
+        value: what was given for it, the object itself; of a list of names, the one that is wrong.
     """
 
     def __init__(self, *parts: str | Argument, argument: str | None = None, value: Any = None) -> None:
@@ -66,6 +67,17 @@ class PteeError(ValueError):
     def worded(self, word: Callable[[Argument], str]) -> str:
         """The message, with `word` saying how each argument is called."""
         return "".join(part if isinstance(part, str) else word(part) for part in self.parts)
+
+
+@contextmanager
+def about(argument: str, value: Any, *kinds: type[PteeError]) -> Iterator[None]:
+    """Errors of these kinds that name no argument are about this one, if it was given."""
+    try:
+        yield
+    except kinds as why:
+        if why.argument is None and value is not None:
+            why.argument, why.value = argument, value if why.value is None else why.value
+        raise
 
 
 class UnknownName(PteeError, KeyError):  # noqa: N818 - reads as the message does

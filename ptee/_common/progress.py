@@ -19,6 +19,10 @@ LINE = "{desc}: {n_fmt} of {total_fmt} done in {elapsed}, {remaining} left"
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} done in {elapsed}"
 
 
+def silent(text: str) -> None:
+    """A log that nobody reads."""
+
+
 def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any:
     """The items, with their progress shown meanwhile: as a bar on a terminal, as a line every half minute in a log."""
     if shown and not getattr(sys.stderr, "isatty", lambda: False)():

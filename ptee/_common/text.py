@@ -26,13 +26,18 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
     return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
 
 
-def number_of(n: int, what: str) -> str:
-    """So many things of a kind.
+VERBS = {"": "", "is": " are", "does": " do"}  # as they follow several things
+
+
+def number_of(n: int, what: str, verb: str = "", *, which: str = "") -> str:
+    """So many things of a kind; `which` says more of them, and a verb may follow.
 
     >>> number_of(1, "image"), number_of(2000, "image")
     ('1 image', '2,000 images')
+    >>> number_of(1, "image", "is"), number_of(5, "other image", "is", which=" with labels")
+    ('1 image is', '5 other images with labels are')
     """
-    return f"{n:,} {what}{'s' * (n != 1)}"
+    return f"{n:,} {what}{which} {verb}".rstrip() if n == 1 else f"{n:,} {what}s{which}{VERBS[verb]}"
 
 
 def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:

@@ -107,7 +107,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
         require_kaleido()
     from ptee.pipeline.reported import read_recorded, recorded_only, reported
     from ptee.pipeline.saved_run import open_run
-    from ptee.report.page import write_report
+    from ptee.report.page import write_page
 
     read_recorded(run)
     if o["recorded"]:
@@ -117,7 +117,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
         opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
         with next(iter(opened.values())).threads():
             said, _ = reported(opened, folders, log=click.echo, pictures=o["images"], **how)
-    parts = write_report(said, o["out"])
+    parts = write_page(said, o["out"])
     if o["figures"] is not None:
         from ptee.report.pictures import write_figures
 

@@ -131,7 +131,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     from ptee.evaluation.results_csv import results_csv
     from ptee.pipeline.reported import reported
     from ptee.pipeline.saved_run import compare_runs
-    from ptee.report.page import write_report
+    from ptee.report.page import write_page
 
     how = comparison_of(o, by)
     opened = opened_runs(folders, o)
@@ -148,7 +148,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
         write_text(o["sheet"], results_csv({name: each.model for name, each in opened.items()}))
         log(f"\nA row for each run is in {o['sheet']}")
     if o["page"] is not None:
-        write_report(said, o["page"])
+        write_page(said, o["page"])
         log(f"\nDrawn in {o['page']}")
 
 

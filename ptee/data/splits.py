@@ -24,6 +24,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
+from ptee._common.text import number_of
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.pictures import Labelled, Pictures, copies
 
@@ -147,7 +148,7 @@ def copied(data: Data) -> str:
         return ""
     named = some([f"'{one.words}' is '{other.words}'" for one, other in found], 2)
     return (
-        f"At least {len(found):,} of the {len(report):,} validation images {'is' if len(found) == 1 else 'are'} also among the training or "
+        f"At least {len(found):,} of the {number_of(len(report), 'validation image')} {'is' if len(found) == 1 else 'are'} also among the training or "
         f"calibration images ({named}). Results on such images are better than on new ones. Take them out of one part."
     )
 
@@ -301,8 +302,8 @@ def parts_for_tuning(unseen: Unseen) -> Parts:
     data, images, n = unseen.data, unseen.images, len(unseen.images)
     own, delivered = images is data.validation, data.split["parts"]
     if own and ("calibration" in delivered or "validation" not in delivered):
-        chosen = f"the {len(data.calibration):,} calibration images"  # type: ignore[arg-type]
-        return Parts(data.calibration, images, chosen, f"the {n:,} validation images")
+        chosen = f"the {number_of(len(data.calibration), 'calibration image')}"  # type: ignore[arg-type]
+        return Parts(data.calibration, images, chosen, f"the {number_of(n, 'validation image')}")
     if n < 2:
         found = "one" if n else "none"
         text = (
@@ -358,7 +359,7 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
             *GIVE_DATA,
         )
     every: Any = ConcatDataset([data.train, data.calibration, data.validation])
-    return every, f"{data.source}: all {len(every):,} images."
+    return every, f"{data.source}: all {number_of(len(every), 'image')}."
 
 
 def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tuple[Any, str]:

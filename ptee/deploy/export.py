@@ -19,7 +19,7 @@ from ptee._common.errors import Argument, PteeError, RunError, first_line, unkno
 from ptee._common.files import file_hash
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
-from ptee._common.text import type_name
+from ptee._common.text import number_of, type_name
 from ptee._common.validation import checked, is_name
 from ptee._common.writing import free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
@@ -82,7 +82,7 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     """
     require_early_exit(model)
     if format not in FORMATS:
-        raise unknown("format", format, FORMATS)
+        raise unknown("format", format, FORMATS, argument="format")
     require_libraries(format)
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":
@@ -255,7 +255,7 @@ def _card(model: EarlyExitModel, format: str) -> str:
     needs = "torch" if format == PT2 else "onnxruntime and numpy"
     return f"""# {model.plan.backbone} with early exits, exported as {format}
 
-{len(model.exits)} exits, {model.num_classes} classes. Made by ptee. It needs {needs}.
+{number_of(len(model.exits), "exit")}, {model.num_classes} classes. Made by ptee. It needs {needs}.
 
 ```python
 import ptee

@@ -199,7 +199,7 @@ class Runner:
 
 @checked
 def load_exported(folder: str | Path, device: str | None = None, *, threads: int | None = None) -> Runner:
-    """Open what `ptee export` wrote.
+    """Open what `ptee.export` or `ptee export` wrote.
 
     Args:
         folder: with its manifest.

@@ -67,15 +67,15 @@ def compare(
     Every exit of every model answers all images once. Everything else is computed from these answers.
 
     Args:
-        models: names, and models with the same backbone.
+        models: with the same backbone, by name: {"mine": model}.
         calibration: images to choose thresholds on, which nothing was trained on: a map-style data set of (image, label) or
             (image,), or a loader that gives them in the same order each time.
         report: other images, for all numbers.
-        static: names, and smaller classifiers of the same classes: a name that `ptee.augment` takes for a backbone, what
+        static: smaller classifiers of the same classes, by name: a name that `ptee.augment` takes for a backbone, what
             `ptee.backbones.load.load_backbone` gave, or a module that takes images as the backbone does.
         drops: allowed drops of accuracy (without labels: of fidelity); .01 is one point.
-        lines: which lines each model gets: "own" (its own confidence and kind of answers), "blended", "one_threshold", any key of `CONFIDENCES`, "oracle",
-            "truncation". Fewer make a short table of many models. The sentences below the table are about these lines.
+        lines: which lines each model gets: "own" (its own confidence and kind of answers), "blended", "one_threshold", "oracle", "truncation", and
+            confidences: "max_prob", "entropy", "margin", "patience", ... Fewer make a short table of many models. The sentences below the table are about these lines.
         times: of the pieces of every model and smaller network by name, in batches of one size: then all costs are of seconds.
         batch_size: for a data set.
         num_workers: processes that load a data set.

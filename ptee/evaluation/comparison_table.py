@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ptee._common.text import number_of, table
 from ptee.evaluation.bottom_line import FAITHFUL, ROUNDING, Way, bottom_line
+from ptee.production.few_images import too_few
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
 ALTERNATIVES = {  # to early exits, by kind of line
@@ -153,6 +154,11 @@ class Comparison:
         ]
         return lines[-1] if lines else ""
 
+    @property
+    def _few_images(self) -> str:
+        """Which of the allowed drops the calibration images may well not show, in a sentence on the largest; else empty."""
+        return next(filter(None, (too_few(self.calibration, d, "calibration image") for d in self.drops[::-1])), "")
+
     def _bottom_line(self, drop: float) -> str:
         found = self._within(drop)
         own = next((f for f in found if f.line.kind == "adaptive"), None)
@@ -201,8 +207,8 @@ class Comparison:
             return "nothing that keeps this is cheaper than the bare backbone."
         best, *others = found
         on_both = (
-            f" on the {self.samples:,} report images, {_signed(best.entry.drop_in_calibration)} on the "
-            f"{self.calibration:,} calibration images" + " with the final weights" * best.entry.blended
+            f" on the {number_of(self.samples, 'report image')}, {_signed(best.entry.drop_in_calibration)} on the "
+            f"{number_of(self.calibration, 'calibration image')}" + " with the final weights" * best.entry.blended
         )
         words = f"{best.called(drop)} is cheapest, with {best.entry.words}{on_both}."
         runs = [f for f in found if f.line.kind == "adaptive"]
@@ -225,7 +231,7 @@ class Comparison:
             + f"cost: share of {self.unit}; in parentheses: the drop of {self._measure} on these images\n"
             + (f"{self.note}\n" if self.note else "")
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"
-            + "".join(f"\n{sentence}" for sentence in [*self.verdict, *[self.bottom_line] * bool(self.bottom_line)])
+            + "".join(f"\n{sentence}" for sentence in [*self.verdict, self._few_images, self.bottom_line] if sentence)
         )
 
     def _cells(self, line: Line) -> tuple[str, ...]:

@@ -168,7 +168,7 @@ def _too_few(logits: Tensor, targets: Tensor | None) -> str:
     if rarer >= MIN_OF_EITHER:
         return ""
     of_either = "" if targets is None else f", {right:,} of which the backbone answers right,"
-    return f"{number_of(images, 'image')}{of_either} {'is' if images == 1 else 'are'} too few to fit weights to: all answers weigh the same."
+    return f"{number_of(images, 'image', 'is', which=of_either)} too few to fit weights to: all answers weigh the same."
 
 
 def _fitted(logits: Tensor, goal: Tensor) -> tuple[float, ...]:

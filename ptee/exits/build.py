@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import Argument, CutError, PteeError, RunError, unknown
+from ptee._common.errors import Argument, CutError, PteeError, RunError, UnknownName, about, unknown
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count
@@ -76,7 +76,8 @@ def build_exits(
     sizes = _parameters(backbone, places_by, times)
     placer = Placer(backbone, found, counts, placed, shares=times.shares if times else sizes)
     try:
-        cuts = placer.place(places, num_exits, front is not None)
+        with about("exits", exits, CutError, UnknownName):
+            cuts = placer.place(places, num_exits, front is not None)
     except CutError:
         if places not in (DEFAULT_PLACES, PLACES_BEHIND_FRONT):
             raise
@@ -150,7 +151,9 @@ def build_heads(
 ) -> list[ExitHead]:
     """New heads, one for each exit; a front network is the first of them. The first head cannot build on another."""
     if specs[0].builds_on_previous:
-        raise PteeError(f"The first head {str(specs[0])!r} has none before it to build on. Leave out the +.")
+        first = str(specs[0])
+        text = f"The first head {first!r} has none before it to build on. Leave out the +."
+        raise PteeError(text, argument="head", value=first)
     return [
         front if isinstance(front, FrontHead) and n == 0 else build_head(spec, cut.layout, classes)
         for n, (spec, cut) in enumerate(zip(specs, cuts, strict=True))
@@ -190,9 +193,8 @@ def head_specs(
     if not any(spec.kind == AUTO for spec in specs):
         if budget is not None:
             names = ", ".join(map(str, specs))
-            raise PteeError(
-                f"A head budget sizes auto heads, and the heads are {names}. Take head auto, or leave it out."
-            )
+            text = f"A head budget sizes auto heads, and the heads are {names}. Take head auto, or leave it out."
+            raise PteeError(text, argument="head_budget", value=budget)
         return specs
     shares = _budgets(budget, specs)
     shapes = [(cut.layout.channels, cut.layout.height, cut.layout.width) for cut in cuts]
@@ -221,5 +223,6 @@ def _budgets(given: float | Sequence[float] | None, specs: Sequence[HeadSpec]) -
     own = one_each("head budget", as_list(HEAD_BUDGET if given is None else given), len(specs) - len(front))
     for budget in own:
         if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget < math.inf:
-            raise PteeError(f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05.")
+            text = f"A head budget {budget!r} is no share of the backbone above 0. Give one such as 0.05."
+            raise PteeError(text, argument="head_budget", value=budget)
     return front + own

@@ -173,7 +173,7 @@ CONFIDENCES.update(
 def find_confidence(name: str, calibrated: Calibrated | None = None) -> Confidence:
     """The confidence of a name; "calibrated" is the model's own. Refuses unknown names, and "calibrated" before it is fitted."""
     if not isinstance(name, str) or name not in CONFIDENCES:
-        raise unknown("confidence", name, CONFIDENCES)
+        raise unknown("confidence", name, CONFIDENCES, argument="confidence")
     if name != CALIBRATED:
         return CONFIDENCES[name]
     if calibrated is None:
@@ -185,8 +185,8 @@ def _not_calibrated() -> PteeError:
     others = ", ".join(name for name in CONFIDENCES if name != CALIBRATED)
     return PteeError(
         f"The confidence {CALIBRATED!r} has not been fitted to this model. Call ptee.calibrate(model, data) first, or choose "
-        f"another confidence: {others}."
-    )
+        f"another confidence: {others}.", argument="confidence", value=CALIBRATED,
+    )  # fmt: skip
 
 
 @checked

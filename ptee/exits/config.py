@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.text import number_of
 from ptee._common.validation import FrozenConfig, Number, Whole
 
 AUTO = "auto"  # the name of a head that is as large as its budget allows
@@ -130,4 +131,7 @@ def require_confidence(name: str | None) -> None:
 
 def wrong_number(thresholds: str, exits: int) -> PteeError:
     """The error of so many thresholds, in words."""
-    return PteeError(f"There are {thresholds} thresholds for {exits} exits. Give one number, or one for each exit.")
+    return PteeError(
+        f"There are {thresholds} thresholds for {number_of(exits, 'exit')}. Give one number, or one for each exit.",
+        argument="threshold",
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptee._common.errors import PteeError, unknown
+from ptee._common.text import number_of
 from ptee.exits.config import AUTO, FRONT, HEADS, PLUS
 
 RESIDUAL = "res"
@@ -70,7 +71,7 @@ def parse_head(name: Any) -> HeadSpec:
     if re.fullmatch(RESIDUAL_NAME, kind):
         return HeadSpec(RESIDUAL, _stages(name, kind), builds_on_previous)
     others = ["convN with a number, such as conv4", AUTO, "res-32x2-64x2 with any numbers"]
-    raise unknown("head", name, [*HEADS, *others])
+    raise unknown("head", name, [*HEADS, *others], argument="head")
 
 
 def _stages(name: str, kind: str) -> tuple[Stage, ...]:
@@ -80,7 +81,8 @@ def _stages(name: str, kind: str) -> tuple[Stage, ...]:
     for stage in stages:
         if not all(1 <= getattr(stage, what) <= most for what, most in LARGEST.items()):
             possible = ", ".join(f"1 to {most} {what}" for what, most in LARGEST.items())
-            raise PteeError(f"A stage of the head {name!r} is too large or empty. A stage may have {possible}.")
+            text = f"A stage of the head {name!r} is too large or empty. A stage may have {possible}."
+            raise PteeError(text, argument="head", value=name)
     return stages
 
 
@@ -92,5 +94,6 @@ def as_list(given: Any) -> list[Any]:
 def one_each(what: str, given: list[Any], exits: int) -> list[Any]:
     """A value for each exit, from one or from as many. Refuses another number."""
     if len(given) not in (1, exits):
-        raise PteeError(f"{len(given)} values of {what} for {exits} exits. Give one, or one for each exit.")
+        text = f"{len(given)} values of {what} for {number_of(exits, 'exit')}. Give one, or one for each exit."
+        raise PteeError(text, argument=what.replace(" ", "_"), value=given)
     return given * exits if len(given) == 1 else given

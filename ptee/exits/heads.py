@@ -177,7 +177,7 @@ def register_head(name: str) -> Callable[[FeatureFactory], FeatureFactory]:
 
     Returns:
         A decorator for a function or class `(channels, height, width) -> nn.Module` whose module maps a feature map
-        (b, c, h, w) to a feature vector (b, F). ptee puts the two linear layers behind it.
+        (b, c, h, w) to a feature vector (b, F). ptee puts two linear layers behind it: one gives the class logits, one the confidence.
 
     Raises:
         PteeError: if the name is taken, or ends in +.

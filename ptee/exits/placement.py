@@ -389,9 +389,9 @@ def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:
 
 def _require_number(num_exits: Any) -> None:
     if num_exits is not None and not isinstance(num_exits, int):
-        raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.")
+        raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.", argument="num_exits", value=num_exits)
     if num_exits is not None and num_exits < 1:
-        raise CutError(f"Cannot place {num_exits} exits: ask for one at least.")
+        raise CutError(f"Cannot place {num_exits} exits: ask for one at least.", argument="num_exits", value=num_exits)
 
 
 def _way(survey: Survey) -> tuple[Any, ...]:

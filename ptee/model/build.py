@@ -58,7 +58,7 @@ def augment(
         exits: where they stand: a rule ("pareto", "fine", "golden", "linear", "quadratic"), a list of fractions of the backbone's
             cost, or a list of module names. None: 0.03, 0.4 and 0.7 of the cost, or pareto where `num_exits` is given or
             the backbone has no room for these.
-        num_exits: E; None for as many as the rule can place, at most five.
+        num_exits: how many; None for as many as the rule can place, at most five.
         places_by: what a rule and fractions are shares of: "operations", or "parameters" as in EENet's thesis.
         head: "auto" for residual heads as large as their budget allows, "pool", "bnpool", "plain", "conv1", "conv2", ..., one
             of yours (`register_head`), or a residual one by name (`res-32x2-64x2`); one for all exits or one for each. With a
@@ -70,7 +70,7 @@ def augment(
             that leave there never reach the backbone. "auto": a residual head there.
         front_weights: for a front by name: a file of its weights.
         input_size: (c, h, w); None: the model's own, where it says so.
-        num_classes: K; None: found by running the model.
+        num_classes: how many; None: found by running the model.
         pretrained: for a model by name: load its published weights.
         weights: for a model by name: a file of weights to load instead.
 

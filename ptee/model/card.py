@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptee._common.text import printable
+from ptee._common.text import number_of, printable
 from ptee.model.run_files import CARD
 
 OWN = "<!-- Written by ptee, and again whenever the run changes. Delete this line to keep a text of your own. -->"
@@ -87,7 +87,7 @@ def _measured(results: Mapping[str, Any]) -> str:
             [name, *(_number(row[key]) for key in names)] for name, row in (("backbone", bare), ("early exits", own))
         ]
         lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
-        words = [f"On {int(results['samples']):,} images. {_plain(results['about'])}".strip()]
+        words = [f"On {number_of(int(results['samples']), 'image')}. {_plain(results['about'])}".strip()]
         if own["speedup"] is not None:
             ms = 1e3 / own["images_per_s"]
             words.append(

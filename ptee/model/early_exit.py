@@ -111,7 +111,7 @@ class EarlyExitModel(
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """K, how many classes there are."""
         return self.plan.classes
 
     @property
@@ -162,7 +162,7 @@ class EarlyExitModel(
     @answers.setter
     def answers(self, value: str) -> None:
         if value not in (OWN, BLENDED):
-            raise unknown("kind of answers", value, (OWN, BLENDED))
+            raise unknown("kind of answers", value, (OWN, BLENDED), argument="answers")
         if value == BLENDED:
             require_blend(self.blend, self.confidence, self.off, len(self.exits))
         self._answers = value

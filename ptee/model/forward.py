@@ -35,7 +35,7 @@ class ExitOutput(NamedTuple):
     """What `predict` answers, one entry for each row of the batch.
 
     Attributes:
-        logits: (b, K) of the exit at which the row left, in the type of the backbone's own answer.
+        logits: (b, K), K classes, of the exit at which the row left, in the type of the backbone's own answer.
         exit_index: (b,) that exit, 0..E; E is the backbone's own output.
         confidence: (b,) h of that exit, float32; 1 at E.
         cost: (b,) what the row cost, as a fraction of the bare backbone.
@@ -48,7 +48,7 @@ class ExitOutput(NamedTuple):
 
 
 class AllExits(NamedTuple):
-    """What every exit answers, E+1 with the backbone.
+    """What each of the E early exits answers to b rows, and what the backbone does, which comes last.
 
     Attributes:
         logits: (E+1, b, K); the last are the backbone's.

@@ -13,6 +13,7 @@ from ptee._common.text import describe_thresholds
 from ptee._common.validation import checked
 from ptee.model.forward import ExitOutput, running
 from ptee.production.curve import ABOVE_ONE, ROUNDING, TUNE, Curve, Wish, best_within
+from ptee.production.few_images import too_few
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
 from ptee.production.settings import fitted
 
@@ -100,15 +101,17 @@ class InProduction:
             max_time_ms: milliseconds of a batch, where thresholds were chosen by times (`model.curve.time_of` says of which batch).
 
         Returns:
-            One threshold for each exit, for `model.threshold = ...`; above every confidence where no image leaves. If they cost more than
-                the bare backbone, counted, a warning says so.
+            One threshold for each exit, for `model.threshold = ...`; above every confidence where no image leaves. A warning says so if the
+                curve was measured on too few images for such a drop, and if they cost more than the bare backbone, counted.
 
         Raises:
             PteeError: if there is no curve, it was made for other settings, or nothing on it is within the limit.
         """
         wish = Wish(max_cost=max_cost, max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_time_ms=max_time_ms)
-        name, _ = wish.only()
-        point = best_within(self.valid_curve(), wish)
+        name, limit = wish.only()
+        point = best_within(curve := self.valid_curve(), wish)
+        if name.endswith("drop") and (few := too_few(curve.images, limit)):
+            warn(few)
         if point.cost > 1 + ROUNDING:
             cheaper = ": on this curve nothing cheaper is within the limit" if name.endswith("drop") else ""
             warn(f"These thresholds cost {point.cost:.4f} times the bare backbone, counted{cheaper}. {ABOVE_ONE}")

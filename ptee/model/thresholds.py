@@ -36,8 +36,9 @@ def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.dev
     ):
         raise PteeError(
             f"A threshold of shape {tuple(wide.shape)} does not broadcast to (b, E) = ({rows}, {exits}). Give a number, "
-            f"one for each of the {exits} exits, or one for each row and exit."
-        )
+            f"one for each of the {exits} exits, or one for each row and exit.",
+            argument="threshold", value=threshold,
+        )  # fmt: skip
     _refuse_nan(wide)
     if wide.dim() < 2 and wide.device.type == "cpu":
         return wide.expand(exits).tolist()
@@ -51,13 +52,14 @@ def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
         given = [value] if isinstance(value, int) else list(value)
     except TypeError:
         words = f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
-        raise PteeError(words) from None
+        raise PteeError(words, argument="off", value=value) from None
     try:
         numbers = [operator.index(n) for n in given if not isinstance(n, bool)]
     except TypeError:
         numbers = []
     if len({n for n in numbers if n in range(exits)}) < len(given):
-        raise PteeError(f"Exits {given} cannot be off: exits have the numbers 0 to {exits - 1}, each once.")
+        text = f"Exits {given} cannot be off: exits have the numbers 0 to {exits - 1}, each once."
+        raise PteeError(text, argument="off", value=value)
     return numbers
 
 
@@ -69,13 +71,15 @@ def _as_tensor(threshold: Thresholds) -> Tensor:
         if not isinstance(threshold, Tensor):
             return torch.as_tensor(threshold, dtype=torch.float64, device="cpu")  # not rounded to float32 first
     except (TypeError, ValueError, RuntimeError) as why:
-        raise PteeError(f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}.") from why
+        text = f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}."
+        raise PteeError(text, argument="threshold", value=threshold) from why
     return given.detach() if given.is_floating_point() else given.to(_widest(given.device))
 
 
 def _refuse_nan(threshold: Tensor) -> None:
     if threshold.isnan().any():
-        raise PteeError("A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7.")
+        text = "A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7."
+        raise PteeError(text, argument="threshold", value=threshold)
 
 
 def _moved(threshold: Tensor, device: torch.device) -> Tensor:

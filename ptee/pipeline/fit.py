@@ -16,7 +16,7 @@ from ptee._common.devices import of_main_process, require_launch, resolve_device
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, warn
 from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
-from ptee._common.progress import Log
+from ptee._common.progress import Log, silent
 from ptee._common.validation import checked_with
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
@@ -71,10 +71,6 @@ from ptee.tuning.solution import Solution
 from ptee.tuning.tune import choose_thresholds, describe_outcome
 
 
-def silent(text: str) -> None:
-    """A log that nobody reads."""
-
-
 @dataclass(frozen=True)
 class Job:
     """How a fit is run. Nothing here changes the model that comes out."""
@@ -123,8 +119,8 @@ def fit(
         model: a name (`resnet50`, `timm/NAME`, `torchvision/NAME`) or any nn.Module from images (b, c, h, w) to logits (b, K).
             A module is used itself, not copied. It stays frozen, unless the recipe says `backbone="joint"`: then it learns with the
             heads, and the run keeps its weights.
-        train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. The images are resized and
-            normalised as the backbone expects.
+        train_data: a map-style data set of (image (c, h, w), label) or (image,), for the heads. It gives the images as the backbone
+            takes them: of its size, and normalised.
         val_data: other images, for the report. None: a tenth of the training images.
         calibration_data: other images, for the thresholds. None: one half of `val_data`, or a tenth of the training images.
         recipe: the name of a built-in recipe ("ptee", "pteenet", "eenet", "branchynet", "ztw"; with a backbone that learns, too,

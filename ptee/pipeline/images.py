@@ -90,14 +90,17 @@ def describe_labels(labels: LabelMap, word: Callable[[Argument], str] = str) -> 
     return PteeError(f"{labels.reason} {labels.doubt}".rstrip(), " ", *labels.remedy).worded(word).rstrip()
 
 
-def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int) -> Data:
+def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int, report_only: bool = False) -> Data:
     """The user's own data sets as the three parts; a part that is None is drawn from the training images.
+
+    `report_only`: there are no training images, and validation images alone will do.
 
     Raises:
         DataError: if one is no map-style data set, or there are too few training images.
     """
     given = {"train": train, "calibration": calibration, "validation": validation}
-    delivered = {part: data_set for part, data_set in given.items() if data_set is not None or part == "train"}
+    needed = "validation" if report_only else "train"
+    delivered = {part: data_set for part, data_set in given.items() if data_set is not None or part == needed}
     for part, data_set in delivered.items():
         _require_map_style(data_set, ARGUMENTS[part])
     for one, other in combinations(delivered, 2):
@@ -241,7 +244,7 @@ def images_of_each(data: Data, wanted: Recipe, recipe: Recipe, log: Log) -> tupl
         return data, None
     if recipe.confidence.name != CALIBRATED:
         log(
-            f"{number_of(len(every), 'training image')} {'is' if len(every) == 1 else 'are'} too few to fit the confidence h on some of them: "
+            f"{number_of(len(every), 'training image', 'is')} too few to fit the confidence h on some of them: "
             "the heads learn from all of them, "
             "and h is the largest probability.\n"
         )

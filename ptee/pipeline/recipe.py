@@ -36,7 +36,10 @@ OF_PAPERS = dict.fromkeys(("lambda", "training.lambda"), "training.cost_weight")
 
 
 class Recipe(FrozenConfig):
-    """How exits are added to a classifier: where they stand, how they learn, who leaves. Frozen; `changed` makes another."""
+    """All settings of `ptee.fit`: where exits stand, how they learn, which images leave.
+
+    A recipe cannot be changed; `recipe.with_settings({"epochs": 20})` makes another. `print(recipe.to_yaml())` shows every setting.
+    """
 
     name: str = Field(DEFAULT, description="What the recipe is called.")
     about: str = Field("", description="Where it comes from, in a sentence.")
@@ -283,7 +286,7 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, 
     if is_folder(path):
         text = f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file."
         raise PteeError(text, argument="recipe")
-    raise unknown("recipe", str(recipe), BUILT_IN)
+    raise unknown("recipe", str(recipe), BUILT_IN, argument="recipe")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -293,10 +296,13 @@ def _read(path: Path) -> dict[str, Any]:
             text = f"There is no recipe file {path!s:.300}. Give a file, or one of {', '.join(BUILT_IN)}."
             raise PteeError(text, argument="recipe")
         if (size := path.stat().st_size) > LARGEST_FILE:
-            raise PteeError(f"The recipe {path} has {size:,} bytes; no recipe has more than {LARGEST_FILE:,}.")
+            raise PteeError(
+                f"The recipe {path} has {size:,} bytes; no recipe has more than {LARGEST_FILE:,}.", argument="recipe"
+            )
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
-        raise PteeError(f"The recipe {path} cannot be read{in_line(why)}: {first_line(why)}") from why
+        text = f"The recipe {path} cannot be read{in_line(why)}: {first_line(why)}"
+        raise PteeError(text, argument="recipe") from why
     if not isinstance(values, dict):
         raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.", argument="recipe")
     return _with_names(values, f"recipe {path}")

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
-from ptee._common.errors import Argument, RunError
-from ptee._common.progress import Log
-from ptee._common.writing import settle
-from ptee.data.splits import parts_for_all
+from ptee._common.errors import Argument, PteeError, RunError
+from ptee._common.files import as_path
+from ptee._common.progress import Log, silent
+from ptee._common.text import number_of
+from ptee._common.validation import BATCH_SIZE, checked
+from ptee._common.writing import require_page, require_writable, settle
+from ptee.data.splits import Unseen, parts_for_all
+from ptee.evaluation.comparison import DROPS
+from ptee.evaluation.comparison_lines import LINES
 from ptee.evaluation.comparison_table import Comparison
 from ptee.exits.times import BatchTimes
-from ptee.model.early_exit import EarlyExitModel
+from ptee.model.build import load
+from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.run_files import METRICS, metrics_of
+from ptee.pipeline.images import from_data_sets, has_labels
 from ptee.pipeline.recipe import RECIPE_FILE, make_recipe
 from ptee.pipeline.recorded import FIGURES_OF_RUN, FIGURES_OF_SWEEP
 from ptee.pipeline.saved_run import OpenRun, compare_runs, load_run
@@ -24,6 +33,8 @@ from ptee.pipeline.sweep import Sweep, read_sweep
 from ptee.report import curves, exit_figures, facts
 from ptee.report import parts as page_parts
 from ptee.report.gallery import picture
+from ptee.report.page import write_page
+from ptee.report.pictures import require_kaleido, write_figures
 from ptee.report.reported import Reported
 from ptee.timing.settings import AUTO, FILE
 from ptee.timing.times import read_times
@@ -109,16 +120,19 @@ def reported(
 ) -> tuple[Reported, Comparison]:
     """What the page of the first run says, beside the others; and the comparison. `how` as of `compare_runs`.
 
+    A run that was not saved has an empty folder.
+
     Raises:
         PteeError: as of `compare_runs`.
     """
     name, first = next(iter(runs.items()))
-    metrics = read_recorded(folders[name])
-    times = _times(folders[name], how.get("at_batch", AT_BATCH), how.get("executor", AUTO))
+    run = folders[name]
+    metrics = read_recorded(run) if run else {"results": first.model.results}
+    times = _times(run, how.get("at_batch", AT_BATCH), how.get("executor", AUTO))
     kept: dict[str, Traces] = {}
     found = compare_runs(runs, log=log, keep=kept, **how)
     images = parts_for_all([run.unseen for run in runs.values()])
-    said = _of(folders[name], first.model, metrics)
+    said = _of(run, first.model, metrics)
     traces = replace(kept[name], times=times)
     shown = images.report if pictures else None
     more: dict[str, Any] = {
@@ -128,6 +142,74 @@ def reported(
         "folders": folders,
     }
     return replace(said, traces=traces, comparison=found, images=shown, **more), found
+
+
+@checked
+def write_report(
+    model: EarlyExitModel | str | Path,
+    val_data: Any,
+    *,
+    calibration_data: Any = None,
+    out: str | Path = "report.html",
+    backbone: nn.Module | None = None,
+    class_names: Sequence[str] = (),
+    pictures: bool = True,
+    figures: str | Path | None = None,
+    static: Mapping[str, str | nn.Module] | None = None,
+    drops: Sequence[float] = DROPS,
+    lines: Sequence[str] = LINES,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int = 0,
+    device: str | torch.device | None = None,
+) -> Path:
+    """Write the page that `ptee report` draws, of any model: what it saves and loses, and why. Replaces the file if there is one.
+
+    Args:
+        model: an early-exit model; or the folder of a saved run: then the page also shows the training and the recipe.
+        val_data: images that neither the backbone nor the heads learned from: a map-style data set of (image, label) or (image,).
+            All numbers are of these, or of half of them.
+        calibration_data: images to choose the thresholds of the alternatives on. None: half of `val_data`, the half that `ptee.fit` takes.
+        out: the page, a name that ends in .html.
+        backbone: of a saved run whose network has no name.
+        class_names: in the order of the backbone's classes.
+        pictures: show some of the images.
+        figures: a folder; each figure is written there as SVG and PNG, too.
+        static: as of `ptee.compare`, like all that follow.
+        drops: allowed drops.
+        lines: lines of the model.
+        batch_size: of images.
+        num_workers: processes that load images.
+        device: None: where the model is.
+
+    Returns:
+        `out`.
+
+    Raises:
+        PteeError: if the images, the file or a setting cannot be used; as of `load` and `compare`.
+    """
+    place, folder = as_path(out, "out"), None if figures is None else as_path(figures, "figures")
+    require_page(place)
+    if folder is not None:
+        require_writable(folder)
+        require_kaleido()
+    saved = str(model) if isinstance(model, str | Path) else ""
+    opened = load(model, backbone=backbone) if isinstance(model, str | Path) else model
+    require_early_exit(opened)
+    if class_names and len(class_names) != opened.num_classes:
+        text = f"{number_of(len(class_names), 'name')} for {opened.num_classes:,} classes. Give one for each class."
+        raise PteeError(text, argument="class_names", value=class_names)
+    split = ((opened.results or {}).get("data") or {}).get("split") or {}
+    data = from_data_sets(None, val_data, calibration_data, seed=split.get("seed", 0), report_only=True)
+    data = replace(data, split=data.split | {"classes": list(class_names)})
+    unseen = Unseen(saved, data, data.validation, data.split["seed"])
+    how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    how |= {"static": static, "drops": drops, "lines": lines, "pictures": pictures}
+    run = OpenRun(opened, unseen, "", "" if has_labels(data) else "The images have no labels, so there is no accuracy.")
+    said, _ = reported({"model": run}, {"model": saved}, log=silent, **how)
+    parts = write_page(replace(said, in_python=True), place)
+    if folder is not None:
+        write_figures(parts, folder)
+    return place
 
 
 def class_names(run: OpenRun) -> tuple[str, ...]:
@@ -152,20 +234,20 @@ def recorded_only(run: str, weights: Path | None) -> Reported:
     said = _of(run, load_run(run, weights), metrics)
     if (leaving := (metrics.get("results") or {}).get("leaving")) and len(leaving) != len(said.model.exits) + 1:
         raise RunError(
-            f"{run}: {METRICS} is of a run with {len(leaving) - 1} exits, and this one has {len(said.model.exits)}. Copy the run again."
+            f"{run}: {METRICS} is of a run with {number_of(len(leaving) - 1, 'exit')}, and this one has {len(said.model.exits)}. Copy the run again."
         )
     return replace(said, times=_times(run, AT_BATCH), names=())
 
 
 def _of(run: str, model: EarlyExitModel, metrics: Mapping[str, Any]) -> Reported:
     folder = Path(run)
-    recipe = make_recipe(folder).to_yaml() if (folder / RECIPE_FILE).is_file() else ""
+    recipe = make_recipe(folder).to_yaml() if run and (folder / RECIPE_FILE).is_file() else ""
     return Reported(run, model, metrics, recipe=recipe)
 
 
 def _times(run: str, batch: int, executor: str = AUTO) -> BatchTimes | None:
     """The times that a run keeps, for batches of this size or of the largest that was measured; None if it keeps none."""
-    if not (Path(run) / FILE).is_file():
+    if not run or not (Path(run) / FILE).is_file():
         return None
     times = read_times(Path(run))
     return times.at(min(batch, times.rows[-1]), executor)

@@ -12,6 +12,7 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import number_of, table
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
+from ptee.production.few_images import hidden
 
 MOST_POINTS = 1000
 ROUNDING = 1e-9  # of means over the images
@@ -116,7 +117,7 @@ class Curve(_Record):
         drop = "drop: how far accuracy will be below the backbone's. " * (first.drop is not None)
         differ = "fidelity drop: the share of answers that will not be the backbone's. "
         time = f"time ms: of a batch {self.time_of.removeprefix(BARE_TIME)}. " * bool(self.time_of)
-        return f"{shown}\nWhat is to be expected, from {number_of(self.images, 'image')}. {time}{drop}{differ}{self._legend_of_thresholds}"
+        return f"{shown}\nWhat is to be expected, from {number_of(self.images, 'image')}{hidden(self.images)}. {time}{drop}{differ}{self._legend_of_thresholds}"
 
     def _words(self, point: Point) -> list[str]:
         """T of each exit for a person to read."""

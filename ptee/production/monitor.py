@@ -415,7 +415,8 @@ def _promise_of_curve(model: Any) -> float:
         return float(point.promised)
     lost = 0.0 if point is None else point.fidelity_drop
     like = f"{math.ceil(100 * lost) / 100:g}" if 0 < lost < 0.99 else "0.01"
+    expected = f" About {lost:.4f} of them are expected to differ." if lost else ""
     raise PteeError(
-        "These thresholds were chosen for no share of answers that differ from the backbone's. Say which share may: ",
-        Argument("max_fidelity_drop", like), ".", argument="max_fidelity_drop",
+        "A monitor has no labels, so it watches how many answers differ from the backbone's, and these thresholds were not chosen for that."
+        f"{expected} Say how many may, such as ", Argument("max_fidelity_drop", like), ".", argument="max_fidelity_drop",
     )  # fmt: skip

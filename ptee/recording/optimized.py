@@ -352,14 +352,16 @@ def optimize(
     require_early_exit(model)
     require_eval(model)
     if mode not in MODES:
-        raise unknown("mode", mode, MODES)
+        raise unknown("mode", mode, MODES, argument="mode")
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_ROWS:
-        raise PteeError(f"A batch has 1 to {MAX_ROWS} images; max_batch={max_batch!r} is not possible.")
+        text = f"A batch has 1 to {MAX_ROWS} images; max_batch={max_batch!r} is not possible."
+        raise PteeError(text, argument="max_batch", value=max_batch)
     kind = one_parameter(model.backbone).device.type
     if mode == AUTO:
         mode = GRAPHS if kind == "cuda" else EAGER
     if mode == GRAPHS and kind != "cuda":
-        raise PteeError(f"CUDA graphs need an NVIDIA GPU, and this model is on {kind}. Give mode='compile' or 'eager'.")
+        text = f"CUDA graphs need an NVIDIA GPU, and this model is on {kind}. Give mode='compile' or 'eager'."
+        raise PteeError(text, argument="mode", value=mode)
     if kind == "cuda" and find_spec("triton") is None:  # it compiles the decision who leaves
         raise PteeError("On a GPU ptee.optimize needs Triton: pip install triton (on Windows triton-windows).")
     if dtype is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptee._common.text import number_of
 from ptee.report.facts import spread_over
 from ptee.report.style import figure, short, text
 from ptee.tuning.traces import Traces
@@ -54,7 +55,7 @@ def gallery(traces: Traces, leaving: Tensor, images: Any, names: Sequence[str], 
         groups.append((f"Answered wrongly {where}", wrong, _lost_first(traces, wrong)))
         for title, which, places in groups:
             shown = tuple(_picture(traces, leaving, images, i, names, pixels) for i in places)
-            found += [Row(f"{title} ({int(which.sum()):,} images)", shown)] if shown else []
+            found += [Row(f"{title} ({number_of(int(which.sum()), 'image')})", shown)] if shown else []
     return found
 
 

@@ -19,10 +19,10 @@ from ptee.report.reported import Reported
 BUNDLE = "plotly-basic.min.js.gz"  # plotly.js 4.1.1, bars and lines only: a third of the whole, and a third of a phone's time
 
 
-def write_report(of: Reported, path: Path) -> list[Part]:
+def write_page(of: Reported, path: Path) -> list[Part]:
     """Write the page of a run. Gives its parts."""
     every = parts(of)
-    write(f"{of.model.plan.backbone} with early exits: {of.run}", every, path)
+    write(f"{of.model.plan.backbone} with early exits" + f": {of.run}" * bool(of.run), every, path)
     return every
 
 

@@ -109,14 +109,20 @@ def _price(of: Reported, step: facts.Step) -> float:
 
 def command(of: Reported, line: Line, entry: Entry) -> str:
     """What to type to give a run the thresholds of an entry; empty for lines that no command gives."""
-    how = {"": f" --answers {of.model.answers}", ", blended": " --answers blended", ", one T": " --one-threshold"}
+    how: dict[str, dict[str, Any]] = {
+        "": {"answers": of.model.answers}, ", blended": {"answers": "blended"}, ", one T": {"one_threshold": True},
+    }  # fmt: skip
     more = how.get(line.name.removeprefix(line.of)) if line.kind == "adaptive" else None
     if more is None or entry.allowed is None or line.of not in of.folders or of.comparison is None:
         return ""
-    limit = "fidelity-drop" if of.comparison.accuracy is None else "drop"
+    wish = {"max_fidelity_drop" if of.comparison.accuracy is None else "max_drop": entry.allowed} | more
+    if of.in_python:
+        return f"ptee.tune(model, calibration_data, {', '.join(f'{name}={value!r}' for name, value in wish.items())})"
     if of.comparison.unit != COUNTED and of.times is not None:
-        more += f" --cost time --at-batch {of.times.batch}"
-    return f"ptee tune {shlex.quote(of.folders[line.of])} --max-{limit} {entry.allowed:g}{more}"
+        wish |= {"cost": "time", "at_batch": of.times.batch}
+    texts = {name: f" {value:g}" if isinstance(value, float) else f" {value}" for name, value in wish.items()}
+    typed = [f" --{name.replace('_', '-')}{'' if wish[name] is True else text}" for name, text in texts.items()]
+    return f"ptee tune {shlex.quote(of.folders[line.of])}{''.join(typed)}"
 
 
 def _slider(of: Reported, every: list[facts.Step], own: facts.Step) -> Slider:

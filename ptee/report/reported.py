@@ -18,7 +18,7 @@ class Reported:
     """A run, and all that a page says about it.
 
     Attributes:
-        run: how its folder is typed.
+        run: how its folder is typed; empty if there is none.
         model: opened.
         metrics: what the run recorded: `results`, `training`.
         traces: of the report images, with the answers that the model gives; None if no image was read.
@@ -29,6 +29,7 @@ class Reported:
         recipe: as YAML, or empty.
         times: of the pieces, if the run keeps them.
         folders: of the runs that are compared, by name.
+        in_python: what to type is Python, as the commands cannot open this network.
     """
 
     run: str
@@ -42,6 +43,7 @@ class Reported:
     recipe: str = ""
     times: BatchTimes | None = None
     folders: Mapping[str, str] = field(default_factory=dict)
+    in_python: bool = False
 
     @property
     def results(self) -> Mapping[str, Any]:

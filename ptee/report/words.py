@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee import __version__
+from ptee._common.text import number_of
 from ptee.evaluation.comparison_table import ROUNDING
 from ptee.evaluation.results import confidence_quality
 from ptee.exits.blend import OWN
@@ -86,7 +87,7 @@ def what_it_gives(of: Reported) -> Iterator[str]:
     n = of.traces.answers.shape[1] if of.traces is not None else of.results.get("samples", 0)
     *early, end = (a + b for a, b in zip(own.right, own.wrong, strict=True))
     left = [f"{share:.1%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
-    yield f"Of {n:,} images that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
+    yield f"Of {number_of(n, 'image')} that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
     tuning = of.results.get("tuning")
     target = tuning.get("target") if isinstance(tuning, dict) else None
     if isinstance(tuning, dict) and isinstance(target, dict) and target.get("kind") in WISHES:
@@ -134,6 +135,8 @@ def of_step(of: Reported, step: facts.Step) -> str:
 
 def command(of: Reported, step: facts.Step) -> str:
     """What measures these thresholds."""
+    if of.in_python:
+        return "ptee.evaluate(model, val_data)" if step.t is None else f"model.threshold = {step.t:g}"
     if step.t is None:
         return f"ptee evaluate {shlex.quote(of.run)}"
     return f"ptee evaluate {shlex.quote(of.run)} --threshold {step.t:g}"
@@ -170,7 +173,7 @@ def calibration_table(of: Reported) -> Rows:
     for n in range(of.traces.exits):
         error, auroc = confidence_quality(of.model, of.traces, n).values()
         shown = "-" if auroc is None else f"{auroc:.3f}"
-        rows.append((str(n), f"{error:.3f}", shown, f"{fitted:,} images" if isinstance(fitted, int) else "-"))
+        rows.append((str(n), f"{error:.3f}", shown, number_of(fitted, "image") if isinstance(fitted, int) else "-"))
     return rows
 
 
@@ -183,20 +186,20 @@ def confusion(of: Reported, shown: int) -> Iterator[str]:
         "what it is" if of.traces.targets is not None else "the backbone's answer",
     )
     yield (
-        f"{every:,} images are answered wrongly by an early exit and rightly by the backbone"
+        f"{number_of(every, 'image', 'is')} answered wrongly by an early exit and rightly by the backbone"
         + (f"; {old:,} the other way round." if of.traces.targets is not None else ".")
         + f" The bars show {shown:,} of them: {truth} → what the exit said."
     )
     lost, gained = facts.changed_at_the_end(of.traces, of.leaving)
     if lost or gained:
-        yield f"At the end of the backbone, blended answers get {lost:,} images wrong that the backbone alone gets right, and {gained:,} the other way round."
+        yield f"At the end of the backbone, blended answers get {number_of(lost, 'image')} wrong that the backbone alone gets right, and {gained:,} the other way round."
 
 
 def made(of: Reported) -> Rows:
     """With what the run and the page were made."""
     plan, record = of.model.plan, of.model.origin.input
     rows: Rows = [("", "")]
-    rows.append(("run", of.run))
+    rows += [("run", of.run)] * bool(of.run)
     rows.append(
         (
             "backbone",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptee._common.clock import ratio
 from ptee._common.progress import with_bar
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee.deploy.runner import Array, Runner
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
@@ -110,9 +110,7 @@ def bench_exported(
     pieces = [[found[n][0][1 + k] for n in rows] for k in range(len(m.pieces))]  # the first lap is the call's
     lines = [line for b in with_bar(batch_sizes, SIZES) for line in _lines(runner, b, rows, pieces, images, rounds)]
     threads = in_threads(device.type, torch.get_num_threads())
-    where = (
-        f"{m.backbone} with {len(m.exits)} exits, exported as {m.format}, on {device_name(device)}{threads}, {m.dtype}"
-    )
+    where = f"{m.backbone} with {number_of(len(m.exits), 'exit')}, exported as {m.format}, on {device_name(device)}{threads}, {m.dtype}"
     return ExportedBench(where, tuple(lines), note or too_few(images, batch_sizes))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, noise, ratio, spread
 from ptee._common.progress import with_bar
-from ptee._common.text import table
+from ptee._common.text import number_of, table
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
 from ptee.exits.config import ALWAYS, NEVER
@@ -110,7 +110,7 @@ class RunBench:
         )
         rows = [_cells(line, others, energy) for line in self.lines]
         return (
-            f"{t.backbone} with {len(t.exits)} exits on {t.device_name}{in_threads(t.device, t.threads)}, {t.dtype}\n"
+            f"{t.backbone} with {number_of(len(t.exits), 'exit')} on {t.device_name}{in_threads(t.device, t.threads)}, {t.dtype}\n"
             "Times are shares of the bare backbone's time; counted: of its multiply-accumulates.\n\n"
             + table([title, *rows], left={1, 2})
             + f"\n\n{RATIOS}"
@@ -179,7 +179,7 @@ def too_few(images: Tensor | None, batch_sizes: Sequence[int]) -> str:
     larger = [str(b) for b in batch_sizes if images is not None and len(images) < b]
     if images is None or not larger:
         return ""
-    return f"Left out in batches of {', '.join(larger)}: own thresholds, for there are {len(images)} images."
+    return f"Left out in batches of {', '.join(larger)}: own thresholds, which need as many images. {number_of(len(images), 'image', 'is')} there."
 
 
 def _lines(

@@ -70,8 +70,8 @@ class ExitCalibration:
     def remark(self, target: str) -> str:
         """A sentence if there were too few images; else empty. `target`: a key of `QUESTIONS`."""
         if self.images < MIN_IMAGES:
-            are = "is" if self.images == 1 else "are"
-            return f"{number_of(self.images, 'image')} with finite answers {are} too few: h is the largest probability as it is."
+            few = number_of(self.images, "image", "is", which=" with finite answers")
+            return f"{few} too few: h is the largest probability as it is."
         positives = round(self.yes * self.images)
         rarer = min(positives, self.images - positives)
         if rarer < MIN_OF_EITHER:
@@ -130,7 +130,7 @@ def hold_out(data: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     size = round(share * n)
     if size < MIN_IMAGES:
         raise DataError(
-            f"{share:g} of {number_of(n, 'training image')} {'is' if size == 1 else 'are'} {size}, and it takes {MIN_IMAGES} to fit the confidence. Give a larger share (",
+            f"{share:g} of {number_of(n, 'training image')} is {size}, and it takes {MIN_IMAGES} to fit the confidence. Give a larger share (",
             Argument("calibration_share", "0.3"), "), or another confidence.",
         )  # fmt: skip
     return splits.hold_out(data, size, seed)
@@ -147,7 +147,7 @@ def calibrate(
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Calibration:
-    """Calibrate the confidence: it becomes the probability that the answer to a question is yes. No answer changes.
+    """Calibrate each exit's confidence: it becomes a probability, by default that the exit's answer is the backbone's. No answer changes.
 
     Two numbers for each exit are fitted to images. Afterwards `model.confidence` is "calibrated" and thresholds have another
     meaning, so choose them again (`ptee.tune`). Calibrate again whenever the heads were trained further.
@@ -175,7 +175,7 @@ def calibrate(
     """
     require_early_exit(model)
     if target not in QUESTIONS:
-        raise unknown("calibration target", target, QUESTIONS)
+        raise unknown("calibration target", target, QUESTIONS, argument="target")
     TrainingConfig(seed=seed)  # refuses a value that is no seed
     model.require_all_on()
     home = next(model.heads.parameters()).device

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.files import as_path, from_json, plain, to_json
 from ptee._common.progress import with_bar
+from ptee._common.text import number_of
 from ptee._common.validation import checked
 from ptee.backbones.weights import answering_hash, recorded_hashes
 from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
@@ -117,7 +118,7 @@ class Estimate:
     @property
     def images(self) -> str:
         """Number of images and views, in words."""
-        return f"{self.samples:,} images" + (f" in {self.views} views each" if self.views > 1 else "")
+        return number_of(self.samples, "image") + (f" in {self.views} views each" if self.views > 1 else "")
 
     def __str__(self) -> str:
         where = "in memory" if self.in_memory else "on disk until the training ends"
@@ -311,7 +312,7 @@ class CacheFolder:
 
 @checked
 def open_cache(folder: str | Path) -> CacheFolder:
-    """What `ptee cache` wrote into a folder, as training data.
+    """What `ptee.cache` or `ptee cache` wrote into a folder, as training data.
 
     Raises:
         DataError: if it is not finished, is damaged, or holds something else.

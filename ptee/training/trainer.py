@@ -73,7 +73,7 @@ def train(
         train_data: a map-style data set of (image (c, h, w), label), or of (image,) if the targets are the backbone's answers;
             or a loader, whose own batches and order are used; or a cache of very many images (`ptee.open_cache`).
         val_data: likewise; its loss is recorded after each epoch.
-        config: the settings; see `TrainingConfig` for their meaning and defaults.
+        config: the settings; `help(ptee.training.config.TrainingConfig)` has their meaning and defaults.
         device: where to train; None: a GPU if there is one.
         num_workers: processes that load a data set.
         checkpoint: a file to keep the last complete epoch in.

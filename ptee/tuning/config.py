@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import describe_thresholds
+from ptee._common.text import describe_thresholds, number_of
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 
 DEFAULT_LOSS = 0.01
@@ -261,7 +261,7 @@ class Promise:
 
     def __str__(self) -> str:
         among = " among those that leave at each exit, too" if self.each_exit else ""
-        return f"{among}, guaranteed at {100 * self.confidence:.10g} % by {self.images:,} images"
+        return f"{among}, guaranteed at {100 * self.confidence:.10g} % by {number_of(self.images, 'image')}"
 
     def without(self, price: float, unit: str) -> str:
         """What the guarantee costs where thresholds with it have this price, in a sentence."""

@@ -21,11 +21,10 @@ from ptee._common.text import number_of
 from ptee.exits.blend import MAX_EXITS, Exits, subsets
 from ptee.exits.confidence import leaves
 from ptee.exits.config import NEVER
+from ptee.production.few_images import images_needed, least_limit
 from ptee.tuning.config import EXAMPLES, Promise, Target
 from ptee.tuning.p_values import (
-    images_needed,
     images_needed_for_drop,
-    least_limit,
     least_limit_of_drop,
     p_value_of_drop,
     p_value_of_share,
@@ -66,7 +65,7 @@ def require_images(target: Target, confidence: float | None, images: int, *, eac
     instead: tuple[Argument | str, ...] = (Argument(target.kind, f"{possible:g}"), " or more, ") if possible < 1 else ()
     too: tuple[Argument | str, ...] = (" and ", Argument("each_exit", "True")) if each_exit else ()
     raise PteeError(
-        target.argument, " at ", Argument("confidence", f"{confidence}"), *too, f" needs at least {number_of(in_all, 'image')}, {images:,} {'is' if images == 1 else 'are'} there. "
+        target.argument, " at ", Argument("confidence", f"{confidence}"), *too, f" needs at least {number_of(in_all, 'image')}, and {number_of(images, 'image', 'is')} there. "
         "Give more images, ", *instead, "or no ", Argument("each_exit" if images >= needed else "confidence"), ".",
         argument=target.kind, value=target.limit,
     )  # fmt: skip
@@ -220,7 +219,7 @@ def _off(threshold: Threshold) -> tuple[int, ...]:
 
 def _instead(cheapest: Callable[[Target], Threshold], target: Target, images: int) -> str:
     """That nothing could be shown, and which limit could: it is rounded up, and shown as it is named."""
-    shown = f"{number_of(images, 'image')} {'does' if images == 1 else 'do'}"
+    shown = number_of(images, "image", "does")
     for power in range(1, TRIES):
         limit = UP.create_decimal(f"{target.limit * LARGER**power:.9g}")
         if limit >= 1:

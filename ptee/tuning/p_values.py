@@ -16,30 +16,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ptee.production.few_images import images_needed, least_limit
+
 Floats = NDArray[np.float64]
 NUISANCE_SHARE = 1e-4  # of the error that is allowed, for a share of won answers outside of its interval
 SHARES = 33  # of won answers that are tried, between the ends of the interval
 NEGLIGIBLE = 1e-9  # probability
-
-
-def images_needed(limit: float, delta: float) -> int:
-    """The fewest images with which a loss of at most this limit can be shown: if none of them loses anything.
-
-        (1 - limit)^n <= delta
-
-    >>> images_needed(0.01, 0.05)
-    299
-    """
-    return math.ceil(math.log(delta) / math.log1p(-limit))
-
-
-def least_limit(images: int, delta: float) -> float:
-    """The smallest limit that so many images can show.
-
-    >>> round(least_limit(299, 0.05), 4)
-    0.01
-    """
-    return 1 - delta ** (1 / images)
 
 
 def images_needed_for_drop(limit: float, delta: float) -> int:

@@ -7,11 +7,10 @@ from typing import Any
 
 from ptee._common.text import number_of
 from ptee.exits.blend import Blend, Exits
+from ptee.production.few_images import too_few
 from ptee.tuning.config import Promise, Target, below, describe_thresholds
-from ptee.tuning.p_values import images_needed
 from ptee.tuning.traces import Score, Traces
 
-UNSEEN = 0.05  # chance that no image of those chosen on shows the loss that is allowed
 RISKY = (
     " Other thresholds would cost less here, but would probably lose more than the limit on new images. "
     "ptee tune RUN --{} {:g} --margin 0 (in Python: margin=0) takes them nevertheless."
@@ -95,7 +94,7 @@ class Solution:
         drop, s = self.drop, self.score
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
-            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {self.samples:,} images that this was chosen on{self._with_weights}: "
+            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {number_of(self.samples, 'image')} that this was chosen on{self._with_weights}: "
             f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
             + (f"\n{self.remark}" if self.remark else "")
             + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
@@ -132,11 +131,8 @@ class Solution:
     def _few_images(self) -> str:
         """Where a loss as large as the limit may well not show on the images at all."""
         on_average = self.promise is None and self.target.kind != "max_cost" and bool(self.on_exits)
-        if not on_average or not 0 < self.target.limit < 1 or self.samples >= images_needed(self.target.limit, UNSEEN):
-            return ""
-        few = f"{number_of(self.samples, 'image')} {'is' if self.samples == 1 else 'are'} too few"
-        needed = f"that takes {images_needed(self.target.limit, UNSEEN):,}"
-        return f" {few} to show a loss of {self.target.limit:g} ({needed}): expect to lose more on new ones."
+        words = too_few(self.samples, self.target.limit) if on_average else ""
+        return f" {words}".rstrip()
 
     @property
     def _time(self) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.files import as_path, plain
+from ptee._common.text import number_of
 from ptee._common.validation import checked
 from ptee.backbones.weights import recorded_hashes, weights_hash
 from ptee.data.batches import UNKNOWN_LABEL, labels_of_other_classes
@@ -52,7 +53,7 @@ class TraceFolder(RecordedTraces):
         """What it holds, in a sentence."""
         bad = self.manifests[0].unreadable
         left_out = f", without {bad:,} that cannot be read" if bad else ""
-        return f"{self.folders[0]}: traces of {len(self):,} images{left_out}."
+        return f"{self.folders[0]}: traces of {number_of(len(self), 'image')}{left_out}."
 
     @cached_property
     def _keys(self) -> list[np.ndarray]:
@@ -205,7 +206,7 @@ class TraceFolder(RecordedTraces):
 
 @checked
 def open_traces(*folders: str | Path) -> TraceFolder:
-    """The traces in folders that `ptee trace` wrote: of one run, or of several runs of one backbone on the same images.
+    """The traces in folders that `ptee.record` or `ptee trace` wrote: of one run, or of several runs of one backbone on the same images.
 
     Raises:
         DataError: if one is not finished, is damaged, or holds something else.

@@ -47,7 +47,7 @@ def tune(
 ) -> Solution:
     """Choose a model's thresholds for one target, and set them. Exits that do not pay are switched off.
 
-    Report on other images than these. What other thresholds cost and lose is kept, too (`model.threshold_for`).
+    The target is one of `max_drop`, `max_fidelity_drop` and `max_cost`. Report on other images than these. What other thresholds cost and lose is kept, too (`model.threshold_for`).
 
     Args:
         model: any early-exit model with trained heads.

@@ -197,11 +197,11 @@ REFUSED = {
     "a cost that the margin puts out of reach": ([*R, "--max-cost", 0.9, "--set", "margin=0.89"], "0.89.* cannot be reached"),
     "a guarantee by few images": (
         [*R, "--max-fidelity-drop", 0.1, "--confidence", 0.95],
-        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, 3 are there",
+        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, and 3 images are there",
     ),
     "a guarantee at each exit by few images": (
         [*R, "--max-fidelity-drop", 0.1, "--confidence", 0.95, "--set", "each_exit=true"],
-        "at --confidence 0.95 and .*each_exit=True needs at least 38 images, 3 are there",
+        "at --confidence 0.95 and .*each_exit=True needs at least 38 images, and 3 images are there",
     ),
     "a guarantee of thresholds that are given": ([*R, "--threshold", 0.5, "--confidence", 0.9], "--confidence 0.9 is about thresholds that are chosen"),
     "a guarantee above 1": ([*R, "--confidence", 95], "--confidence 95 must be below 1"),

@@ -84,11 +84,11 @@ REFUSED = {
     "a cost that cannot be reached": (["--max-cost", 0.01], "--max-cost 0.01 cannot be reached.*or more"),
     "a guarantee by few images": (
         ["--max-fidelity-drop", 0.1, "--confidence", 0.95],
-        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, 3 are there.*--max-fidelity-drop 0.6316 or more",
+        "--max-fidelity-drop 0.1 at --confidence 0.95 needs at least 29 images, and 3 images are there.*--max-fidelity-drop 0.6316 or more",
     ),
     "a guarantee at each exit by few images": (
         ["--max-fidelity-drop", 0.1, "--confidence", 0.95, "--each-exit"],
-        "at --confidence 0.95 and --each-exit needs at least 38 images, 3 are there",
+        "at --confidence 0.95 and --each-exit needs at least 38 images, and 3 images are there",
     ),
     "a guarantee of a cost": (["--max-cost", 0.9, "--confidence", 0.95], "--confidence 0.95 does not go with --max-cost 0.9"),
     "a guarantee that is no number": (["--max-drop", 0.1, "--confidence", "max_prob"], "--confidence max_prob must be a number.*0.95.*model.confidence = NAME"),

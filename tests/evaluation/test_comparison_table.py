@@ -42,6 +42,14 @@ def test_the_table_shows_cost_and_drop_and_says_missed_where_the_drop_is_larger_
     ]
 
 
+def test_few_calibration_images_are_said_below_the_sentences_for_the_largest_drop_that_they_may_not_show():
+    few = "200 calibration images are too few to show a loss of 0.01 (that takes 299): expect to lose more on new ones."
+    ours = Line("ours", "adaptive", tuple(entry(0.5, 0.0, drop) for drop in (0.005, 0.01, 0.02)))
+    found = replace(comparison(ours, drops=(0.005, 0.01, 0.02)), calibration=200)
+    assert few in str(found).splitlines()
+    assert "too few" not in str(replace(found, calibration=598))
+
+
 def test_a_note_stands_above_the_table():
     found = Comparison("net", (0.01,), (OURS,), 600, 1200, None, note="There is no accuracy.")
     first = "net, 1,200 images; thresholds chosen on 600 calibration images"

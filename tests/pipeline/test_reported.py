@@ -1,10 +1,14 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
+import torch
+from learning import SIZE, Net, data
 from tiny import one_line
 
-from ptee._common.errors import RunError
+import ptee
+from ptee._common.errors import PteeError, RunError
 from ptee.pipeline.reported import class_names, read_recorded
 
 ROW = {"name": "backbone", "accuracy": 0.9, "fidelity": 1.0, "cost": 1.0, "right": 0.5}
@@ -56,3 +60,70 @@ def test_classes_are_named_in_the_order_of_the_backbone_or_not_at_all(classes, n
     data = SimpleNamespace(class_names=("cat", "dog"), split=split)  # as the folders stand
     run = SimpleNamespace(unseen=SimpleNamespace(data=data), model=SimpleNamespace(num_classes=2))
     assert class_names(run) == names
+
+
+# ---------------------------------------------------------------------------------------------------- from Python
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A network of one's own with exits, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("own") / "run"
+    how = {"exits": ["one", "two"], "head": "pool", "epochs": 1, "max_cost": 2.0}
+    return ptee.fit(Net(), data(), val_data=data(), input_size=SIZE, out=folder, **how), folder
+
+
+def shown(page) -> set[str]:
+    """The parts of a page."""
+    return set(re.findall(r'<section id="([a-z]+)"', page.read_text(encoding="utf-8")))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_model_of_a_network_without_a_name_is_reported_with_python_to_type(fitted, tmp_path):
+    model, _ = fitted
+    page = ptee.write_report(
+        model,
+        data(),
+        out=tmp_path / "own.html",
+        class_names=["ant", "bee", "cat", "dog"],
+        lines=["own", "one_threshold"],
+    )
+    text = page.read_text(encoding="utf-8")
+    assert {"summary", "thresholds", "network", "gallery", "made"} <= shown(page) and "training" not in shown(page)
+    assert "model.threshold = 0.5" in text and "ptee.tune(model, calibration_data, max_" in text
+    assert "ptee evaluate" not in text and "ptee tune" not in text.replace("reserve of ptee tune", "")
+    assert "24 of the 48 validation images" in text and re.search("ant|bee|cat|dog", text)
+    assert [file.name for file in tmp_path.iterdir()] == ["own.html"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_folder_of_its_run_adds_the_training_and_the_recipe(fitted, tmp_path):
+    model, folder = fitted
+    unlabelled = [(image,) for image, _ in data()]
+    how = {"pictures": False, "lines": ["own"], "calibration_data": unlabelled}
+    page = ptee.write_report(folder, unlabelled, out=tmp_path / "own.html", backbone=model.backbone, **how)
+    assert "training" in shown(page) and "gallery" not in shown(page)
+    assert "max_cost: 2.0" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "argument"),
+    [
+        ({"class_names": ["ant"]}, "1 name for 4 classes. Give one for each class", "class_names"),
+        ({"out": "page.png"}, "is not the name of a page", "out"),
+        ({"val_data": torch.zeros(3, *SIZE)}, "val_data is a Tensor", "val_data"),
+        ({"model": Net()}, "not an early-exit model", None),
+        ({"model": "nowhere"}, "no folder nowhere", None),
+    ],
+    ids=["names", "picture", "tensor", "network", "folder"],
+)
+def test_what_cannot_be_reported_is_refused_before_anything_is_measured(
+    fitted, tmp_path, monkeypatch, change, words, argument
+):
+    monkeypatch.chdir(tmp_path)
+    given = {"model": fitted[0], "val_data": data()} | change
+    with pytest.raises(PteeError, match=words) as refusal:
+        ptee.write_report(**given)
+    one_line(refusal)
+    assert refusal.value.argument == argument
+    assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,7 @@ def curve(**changes: object) -> Curve:
         Point(threshold=(t, t), cost=cost, fidelity_drop=differ, drop=drop, time_ms=ms)
         for t, cost, differ, drop, ms in [(0.1, 0.3, 0.2, 0.1, 7), (0.5, 0.5, 0.1, 0.02, 6), (2.0, 1.1, 0, 0, 9)]
     ]
-    return Curve(**{"confidence": "learned", "answers": "own", "images": 100, "points": points} | changes)
+    return Curve(**{"confidence": "learned", "answers": "own", "images": 1000, "points": points} | changes)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,21 @@ def test_a_curve_prints_as_a_table_that_says_which_exits_are_off():
         "backbone's. fidelity drop: the share of answers that will not be the backbone's. T: of each exit; off: its head does not run; never: no image leaves there, but its head runs. A cost above 1 is more than "
         "the bare backbone's: model.off = range(len(model.exits)) costs 1 and loses nothing."
     )
+
+
+def test_a_curve_of_few_images_says_which_loss_these_may_not_show():
+    assert "from 5 images, on which a loss below 0.45 may not show. " in str(curve(images=5))
+    assert "from 1 image, on which a loss below 0.95 may not show. " in str(curve(images=1))
+    assert "may not show" not in str(curve(images=299))
+
+
+def test_thresholds_from_a_curve_of_few_images_come_with_a_warning():
+    model = made()
+    point = Point(threshold=(0.5,) * len(model.exits), cost=0.6, fidelity_drop=0)
+    model.curve = curve(points=[point], images=5).model_copy(update={"confidence": model.confidence})
+    with pytest.warns(UserWarning, match=r"5 images are too few to show a loss of 0\.02 \(that takes 149\)"):
+        model.threshold_for(max_fidelity_drop=0.02)
+    model.threshold_for(max_cost=0.7)  # says nothing
 
 
 def test_the_times_of_a_curve_are_called_those_of_a_batch():
@@ -216,8 +231,19 @@ def test_the_monitor_takes_the_promise_of_the_curve():
     with model.monitor(confidence=0.9) as monitor:
         assert monitor.max_fidelity_drop == 0.25
     model.threshold = above_one(model)
-    with pytest.raises(PteeError, match=r"chosen for no share of answers that differ.*max_fidelity_drop=0\.01"):
+    with pytest.raises(
+        PteeError, match=r"were not chosen for that\. Say how many may, such as max_fidelity_drop=0\.01"
+    ):
         model.monitor()  # what 60 images measured is no promise
+    model.curve = model.curve.model_copy(
+        update={"points": tuple(p.model_copy(update={"promised": None}) for p in model.curve.points)}
+    )
+    point = model.curve.points[0]  # as if it had been chosen for a drop of accuracy
+    model.threshold = point.threshold
+    with pytest.raises(
+        PteeError, match=rf"About {point.fidelity_drop:.4f} of them are expected to differ\. Say how many may"
+    ):
+        model.monitor()
     model.confidence = "max_prob"
     with pytest.raises(PteeError, match="The curve was made with confidence="):
         model.monitor()

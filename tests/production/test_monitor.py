@@ -174,7 +174,7 @@ def test_a_promise_can_be_renewed_for_the_model_as_it_is():
         seen = monitor.as_dict()
         assert (seen["max_fidelity_drop"], seen["tested"], monitor.alarm) == (0.02, True, None)
         assert (sum(seen["rows"]), seen["audited"], seen["test"]["seen"]) == (3 * len(X), 2 * len(X), len(X))
-        with pytest.raises(PteeError, match="chosen for no share of answers"):
+        with pytest.raises(PteeError, match="thresholds were not chosen for that"):
             monitor.renew()
         with pytest.raises(PteeError, match="max_fidelity_drop=0 must be above 0"):
             monitor.renew(0)
@@ -556,7 +556,7 @@ NAN = float("nan")
         ({"audit": True}, "audit=True must be a number"),
         ({"max_fidelity_drop": 0}, "max_fidelity_drop=0 must be above 0"),
         ({"on_alarm": "stop"}, "on_alarm"),
-        ({"max_fidelity_drop": None}, "chosen for no share of answers.*max_fidelity_drop=0.01"),
+        ({"max_fidelity_drop": None}, "were not chosen for that.*max_fidelity_drop=0.01"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(wrong, words):

@@ -12,7 +12,7 @@ from torch import nn
 
 import ptee
 from ptee.evaluation.comparison_table import Comparison, Entry, Line
-from ptee.report.page import write_report
+from ptee.report.page import write_page
 from ptee.report.reported import Reported
 from ptee.tuning.traces import Traces
 
@@ -62,7 +62,7 @@ def evil() -> Reported:
 def page(evil, tmp_path_factory) -> Path:
     """Its page."""
     place = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(evil, place)
+    write_page(evil, place)
     return place
 
 

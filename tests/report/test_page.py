@@ -9,7 +9,7 @@ import torch
 from ptee._common.errors import Argument, PteeError, RunError
 from ptee._common.writing import require_page
 from ptee.exits.times import BatchTimes
-from ptee.report.page import write, write_report
+from ptee.report.page import write, write_page
 from ptee.report.parts import Part, command, parts
 from ptee.report.pictures import require_picture
 
@@ -105,7 +105,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(evil, tmp_path, monkey
     (tmp_path / "old.html").write_text("old")
     monkeypatch.setattr("ptee.report.parts.words.made", lambda of: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_report(evil, tmp_path / "old.html")
+        write_page(evil, tmp_path / "old.html")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 

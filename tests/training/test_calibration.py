@@ -315,5 +315,5 @@ def test_a_share_of_the_images_is_drawn_for_calibration_and_kept_from_the_heads(
 
 
 def test_a_share_too_small_to_calibrate_on_is_refused():
-    with pytest.raises(DataError, match=r"0.1 of 100 training images are 10.*calibration_share"):
+    with pytest.raises(DataError, match=r"0.1 of 100 training images is 10.*calibration_share"):
         hold_out(TensorDataset(torch.arange(100)), 0.1)

@@ -126,7 +126,7 @@ def test_one_threshold_is_the_same_at_every_exit():
 @pytest.mark.parametrize("target", [DROP, FIDELITY], ids=str)
 def test_too_few_images_are_refused_by_number_with_what_they_can_show(target):
     traces = draw(population("calibrated", 1000), 180, 0)
-    words = f"{target.argument} at confidence=0.95 needs at least 299 images, 180 are there. Give more images, {target.kind}=0.0166 or more"
+    words = f"{target.argument} at confidence=0.95 needs at least 299 images, and 180 images are there. Give more images, {target.kind}=0.0166 or more"
     with pytest.raises(PteeError, match=words):
         guaranteed(traces, target)
     require_images(replace(target, limit=0.0166), CONFIDENCE, 180)
@@ -136,7 +136,7 @@ def test_too_few_images_are_refused_by_number_with_what_they_can_show(target):
 
 @pytest.mark.parametrize("images", [299, 350, 397])
 def test_at_each_exit_the_images_that_only_order_the_tests_are_needed_too(images):
-    words = rf"confidence=0\.95 and each_exit=True needs at least 398 images, {images} are there\. .*or no each_exit="
+    words = rf"confidence=0\.95 and each_exit=True needs at least 398 images, and {images} images are there\. .*or no each_exit="
     with pytest.raises(PteeError, match=words) as refused:
         require_images(FIDELITY, CONFIDENCE, images, each_exit=True)
     possible = float(re.search(r"max_fidelity_drop=([\d.]+) or more", str(refused.value))[1])
@@ -152,12 +152,12 @@ def test_at_each_exit_as_many_images_as_are_needed_can_be_enough():
 
 def test_tune_counts_the_images_that_only_order_the_tests():
     data = TensorDataset(torch.rand(50, 3, 16, 16), torch.zeros(50, dtype=torch.long))
-    with pytest.raises(PteeError, match="each_exit=True needs at least 59 images, 50 are there"):
+    with pytest.raises(PteeError, match="each_exit=True needs at least 59 images, and 50 images are there"):
         ptee.tune(made(), data, max_fidelity_drop=0.05, confidence=0.9, each_exit=True)
 
 
 def test_without_an_image_no_limit_is_named():
-    with pytest.raises(PteeError, match=r"299 images, 0 are there\. Give more images, or no confidence"):
+    with pytest.raises(PteeError, match=r"299 images, and 0 images are there\. Give more images, or no confidence"):
         require_images(DROP, CONFIDENCE, 0)
 
 
@@ -274,6 +274,6 @@ def test_tune_sets_the_thresholds_that_are_guaranteed():
     assert model.off == found.off
     assert model.threshold == list(found.threshold)
     before = model.threshold
-    with pytest.raises(PteeError, match="needs at least 230 images, 120 are there"):
+    with pytest.raises(PteeError, match="needs at least 230 images, and 120 images are there"):
         ptee.tune(model, data, max_fidelity_drop=0.01, confidence=0.9)
     assert model.threshold == before

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from ptee.production.few_images import images_needed, least_limit
 from ptee.tuning.p_values import (
-    images_needed,
     images_needed_for_drop,
-    least_limit,
     least_limit_of_drop,
     p_value_of_drop,
     p_value_of_share,

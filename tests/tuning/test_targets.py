@@ -340,6 +340,7 @@ def test_a_solution_of_few_images_says_how_many_show_such_a_loss():
     found = Solution(Target("max_drop", 0.01), (0.5,), (), Score(0.9, 0.95, 0.4), Score(0.9, 1.0, 1.0), 298)
     few = "298 images are too few to show a loss of 0.01 (that takes 299): expect to lose more on new ones."
     assert few in str(found)
+    assert "On the 1 image that this" in str(one := replace(found, samples=1)) and "1 image is too few" in str(one)
     assert few in str(replace(found, target=Target("max_fidelity_drop", 0.01)))
     for other in (
         replace(found, samples=299),
