@@ -32,6 +32,7 @@ from ptee.deploy.segments import Rows, Segment, segments
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.forward import require_eval
 
 ONNX, PT2 = "onnx", "pt2"
 FORMATS = (PT2, ONNX)
@@ -69,7 +70,7 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     """Write the pieces of a model, and all that is needed to run them, into a new folder.
 
     Args:
-        model: trained and tuned. It stays as it is.
+        model: trained and tuned, in eval mode. It stays as it is.
         folder: must not exist, or be empty.
         format: "pt2", programs of torch.export for torch alone, or "onnx", for ONNX Runtime.
 
@@ -81,6 +82,7 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
         RunError: if the folder cannot be written.
     """
     require_early_exit(model)
+    require_eval(model)
     if format not in FORMATS:
         raise unknown("format", format, FORMATS, argument="format")
     require_libraries(format)
@@ -202,7 +204,7 @@ def _require_same(model: EarlyExitModel, folder: Path) -> None:
     for b in BATCHES:
         x = example_images(model, b)
         with torch.no_grad():
-            h = model.blended(model.all_exits(x)).confidence[:-1].double()
+            h = model.blended(model.all_exits(x.clone())).confidence[:-1].double()
         between = _between(h)
         all_rows = torch.ones(b, dtype=torch.bool, device="cpu")
         ways = [(between, ((h - between[:, None]).abs() > NEAR).all(0))]
@@ -233,8 +235,9 @@ def _loaded(model: EarlyExitModel, folder: Path) -> Runner:
 def _answers_alike(model: EarlyExitModel, runner: Runner, x: Tensor, limits: Tensor, clear: Tensor) -> bool:
     """Whether those of the rows that are clear leave at the same exits, with the same logits, by thresholds (E,)."""
     with torch.no_grad():
-        want = model.predict(x, limits.tolist())
-    got = runner.predict(x.numpy() if runner.manifest.format == ONNX else x, limits)
+        want = model.predict(x.clone(), limits.tolist())
+    given = x.clone()  # a network may write into its images
+    got = runner.predict(given.numpy() if runner.manifest.format == ONNX else given, limits)
     exits, logits = (torch.as_tensor(t, device="cpu") for t in (got.exit_index, got.logits))
     off, allowed = (logits - want.logits)[clear].abs(), SAME * max(want.logits.abs().max().item(), 1)
     return torch.equal(exits[clear], want.exit_index[clear]) and (not len(off) or off.max().item() <= allowed)

@@ -114,6 +114,7 @@ class _Splitter:
 
     def __init__(self, whole: fx.GraphModule, keep_logits: bool, ahead: int) -> None:
         self.whole = whole
+        _spare_images(whole.graph)
         self.nodes = [n for n in whole.graph.nodes if n.op not in ("get_attr", "output") and not _only_checks(n)]
         self.images = next(n for n in self.nodes if n.op == "placeholder")
         self.batch = self.images.meta["val"].shape[0]
@@ -164,11 +165,20 @@ class _Splitter:
         return counts[::-1]
 
     def _depend_on_images(self) -> set[fx.Node]:
-        """The nodes whose values, not only whose shapes, depend on the images."""
-        found = {self.images}
-        for node in self.nodes:
-            if any(a in found and not _is_number(a) for a in node.all_input_nodes) and not _is_number(node):
-                found.add(node)
+        """The nodes whose values, not only whose shapes, depend on the images.
+
+        What something of the images is written into depends on them, and so do all views of it, also those that were taken before.
+        """
+        found, written, known = {self.images}, set[fx.Node](), 0
+        while len(found) > known:
+            known = len(found)
+            for node in self.nodes:
+                if _is_number(node):
+                    continue
+                if any(a in found and not _is_number(a) for a in node.all_input_nodes) or _memory_of(node) in written:
+                    found.add(node)
+                    if _writes(node):
+                        written.add(_memory_of(node))
         return found
 
     def _of_weights_alone(self) -> set[fx.Node]:
@@ -353,6 +363,16 @@ def _writes(node: fx.Node) -> bool:
     """Whether an operator changes one of its inputs, so that it must run even if nobody reads what it gives."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _spare_images(graph: fx.Graph) -> None:
+    """Where a network writes into its images, let it write into a copy: who has the files may give the same images twice."""
+    images = next(n for n in graph.nodes if n.op == "placeholder")
+    if any(_writes(n) and _memory_of(n) is images for n in graph.nodes):
+        with graph.inserting_after(images):
+            copy = graph.call_function(torch.ops.aten.clone.default, (images,))
+        copy.meta = dict(images.meta)
+        images.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 
 def _memory_of(node: fx.Node) -> fx.Node:

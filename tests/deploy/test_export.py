@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from extras import needs_onnx
 from images import picture
 from PIL import Image
 from small import SIZE, K, blended, chained, made
-from torch import Tensor
+from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError
@@ -251,6 +252,35 @@ def test_a_piece_that_does_harm_is_refused_in_one_line_even_with_its_hash(part, 
         ptee.load_exported(copy)
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""
+
+
+class Normalises(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.sub_(0.45).div_(0.25)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_network_that_normalises_its_images_in_place_is_exported(format, tmp_path):
+    early = ptee.augment(Normalises(), exits=["a"], head="pool", input_size=SIZE)
+    runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format=format))
+    x = images(7)
+    with torch.no_grad():
+        want = early.predict(x.clone(), 2.0).logits
+    for _ in range(2):  # the images stay as they are
+        got = runner.predict(x.numpy() if format == "onnx" else x, 2.0)
+        np.testing.assert_allclose(np.asarray(got.logits), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_in_training_mode_is_not_exported_and_learns_nothing(tmp_path):
+    early = made("res-8x1").train()
+    before = copy_of(early.state_dict())
+    with pytest.raises(PteeError, match=r"eval mode.*model\.eval\(\)"):
+        ptee.export(early, tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in early.state_dict().items())
 
 
 def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 
 import numpy as np
 import pytest
 import torch
+from device import seeded
 from extras import needs_onnx
 from small import K, made
 from torch import Tensor, nn
@@ -73,6 +75,24 @@ def test_the_operator_and_the_line_that_stand_in_the_way_are_named(network, said
         segments(model)
     assert "\n" not in str(refused.value)
     assert capfd.readouterr() == ("", "")  # torch.export prints its graph
+
+
+@functools.cache
+def table(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.linspace(-1, 1, n, dtype=dtype, device=device)
+
+
+class Caches(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x))
+        return self.c((x * table(x.shape[-1], x.dtype, x.device)).mean((2, 3)))
+
+
+def test_a_table_that_a_network_keeps_for_each_number_type_is_made_of_numbers_before_the_capture():
+    model = ptee.augment(Caches(), exits=["a"], head="pool", input_size=(3, 8, 8)).double()
+    segments(model)
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=seeded(0))
+    assert type(model.predict(x, 2.0).logits) is Tensor
 
 
 class Bessel(Network):

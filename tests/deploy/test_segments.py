@@ -168,6 +168,48 @@ def test_steps_keep_their_order_where_one_writes_into_what_another_reads():
     torch.testing.assert_close(last.module(*alive), want.logits[-1])
 
 
+class OfTwo(nn.Module):
+    """Computes one value anew, and gives the other on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.conv(both[0]).relu(), both[1]
+
+
+class FillsIn(nn.Module):
+    """Makes a tensor of no image, writes how bright each image is into a part of it, and reads it behind a cut.
+
+    Args:
+        alias: read it through a view that was taken before anything was written.
+    """
+
+    def __init__(self, alias: bool) -> None:
+        super().__init__()
+        self.alias = alias
+        self.a, self.b, self.c, self.d = nn.Conv2d(3, 6, 3), OfTwo(), OfTwo(), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = torch.zeros(x.shape[0], 6, device=x.device, dtype=x.dtype)
+        seen = bright.view(x.shape[0], 6) if self.alias else bright
+        bright[:, :3] = (x.mean((2, 3)) - 1).clamp(min=0)  # nothing for noise, by which pieces are checked
+        z, seen = self.c(self.b((self.a(x), seen)))
+        return self.d(z.mean((2, 3)) * (1 + seen))
+
+
+@pytest.mark.parametrize("alias", [False, True], ids=["as it is", "through an earlier view"])
+def test_what_images_are_written_into_is_handed_on(alias):
+    model = ptee.augment(FillsIn(alias), exits=["b"], head="pool", input_size=(3, 8, 8))
+    x = 5 + torch.randn(5, 3, 8, 8, generator=seeded(0))
+    first, last = segments(model)
+    with torch.no_grad():
+        want = model.all_exits(x).logits[-1]
+        alive, *_ = first.module(x)
+        torch.testing.assert_close(last.module(*alive), want)
+
+
 class Hides(nn.Module):
     def __init__(self) -> None:
         super().__init__()
