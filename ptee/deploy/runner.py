@@ -74,11 +74,11 @@ class Runner:
         """(E,) or (b, E) thresholds."""
         exits = len(self.manifest.exits)
         try:
-            given = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value, dtype=np.float64)
+            given = _numbers(value).astype(np.float64)
             wide = np.broadcast_to(given, (*given.shape[:-1], exits))
         except (TypeError, ValueError) as why:
             raise PteeError(f"Thresholds are one number, or one for each of the {exits} exits, not {value!r}.") from why
-        if np.isnan(wide).any() or wide.ndim > 2 or np.asarray(value).dtype == bool:
+        if np.isnan(wide).any() or wide.ndim > 2:
             raise PteeError(
                 f"Thresholds {value!r} are not possible: give one number, or one for each of the {exits} exits."
             )
@@ -195,6 +195,17 @@ class Runner:
     def _pixels(self, picture: Any) -> np.ndarray:
         m = self.manifest
         return model_input(picture, m.input_size, m.mean, m.std, m.interpolation)
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """Numbers, lists of them, arrays or tensors as an array. Raises TypeError for truth values, texts and what else is no number."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value  # numpy has no bfloat16
+    found = np.asarray(value)
+    if found.dtype.kind not in "iuf":
+        raise TypeError(f"{found.dtype} is no number")
+    return found
 
 
 @checked

@@ -44,7 +44,8 @@ class OptimizedModel(nn.Module):
 
     It shares weights, thresholds and all other settings with that model: set them here or there. Thresholds change nothing that
     was recorded. After a change of `off`, `confidence`, `answers`, a weight or a module, the next call takes the model apart again.
-    What is written through a weight's `.data` nobody can see: call `optimize` again after it.
+    Other changes are not seen, such as what is written through a weight's `.data`, a number that a module keeps, a tensor that is
+    no buffer, or a hook: call `optimize` again after them.
 
     One call runs at a time; other threads wait. Autocast has no effect: give `optimize` a number type.
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from ptee._common.errors import Argument, PteeError, RunError, first_line
+from ptee._common.errors import Argument, PteeError, RunError, first_line, warn
 from ptee._common.files import read_object, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
@@ -116,7 +116,7 @@ class Times(FrozenConfig):
         wanted = usual if executor == AUTO else executor
         if wanted not in there:
             raise PteeError(
-                f"{wanted} was not measured, only {', '.join(there)}. Measure it: ptee bench RUN --executor {wanted} --save",
+                f"{wanted} was not measured, only {', '.join(there)}. {self._measure([*there, wanted], self.rows[-1])}",
                 argument="executor", value=executor,
             )  # fmt: skip
         return there[wanted]
@@ -129,8 +129,8 @@ class Times(FrozenConfig):
         """
         if not 1 <= batch <= self.rows[-1]:
             raise PteeError(
-                Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. Measure it: ptee bench "
-                f"RUN --batch-sizes {batch} --save", argument="at_batch", value=batch,
+                Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. "
+                + self._measure([m.executor for m in self.executors], batch), argument="at_batch", value=batch,
             )  # fmt: skip
         m = self.by(executor)
         bare = between(self.rows, m.bare, batch)[-1].item()
@@ -138,6 +138,10 @@ class Times(FrozenConfig):
         segments, heads, moves = (torch.stack([between(self.rows, t, batch) for t in rows]) / bare for rows in tables)
         call = between(self.rows, m.call, batch)[-1].item() / bare
         return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device), moves, 1e3 * bare)
+
+    def _measure(self, executors: Sequence[str], batch: int) -> str:
+        """What to type for these: all at once, because what is saved takes the place of what was kept."""
+        return f"Measure again: ptee bench RUN --executor {','.join(executors)} --batch-sizes {batch} --save"
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
         """Refuse times of other exits, another number type or another kind of device than a model has now.
@@ -198,8 +202,18 @@ def in_threads(device: str, number: int) -> str:
 
 
 def save_times(times: Times, folder: Path) -> None:
-    """Write them into a run: the whole file or nothing."""
+    """Write them into a run, in place of those that it keeps: the whole file or nothing. Says which executors it kept besides."""
+    try:
+        kept = [m.executor for m in read_times(folder).executors]
+    except PteeError:  # there were none, or none that can be read
+        kept = []
     write_text(folder / FILE, times.to_json())
+    now = [m.executor for m in times.executors]
+    if gone := [name for name in kept if name not in now]:
+        together = ",".join([*gone, *now])
+        warn(
+            f"Times of {' and '.join(gone)} that {folder} kept are replaced. To keep all, measure them together: --executor {together}"
+        )
 
 
 def read_times(folder: Path) -> Times:

@@ -116,7 +116,8 @@ def test_the_executor_whose_times_are_taken_can_be_named(run, timed):
         "--executor",
     )
     assert_refused(
-        run(*words, "eager"), r"eager was not measured, only hooks\. .*ptee bench RUN --executor eager --save"
+        run(*words, "eager"),
+        r"eager was not measured, only hooks\. .*ptee bench RUN --executor hooks,eager --batch-sizes 2 --save",
     )
     assert run(*words, "hooks").status == 0
     assert make_recipe(timed).thresholds.executor == "hooks"

@@ -139,6 +139,22 @@ def test_the_threshold_of_the_model_is_in_force_and_can_be_changed(exported):
 
 
 @pytest.mark.parametrize(
+    "threshold",
+    [torch.tensor(0.5, requires_grad=True), torch.tensor([0.5, 0.5], dtype=torch.bfloat16), np.float16(0.5), [1, 0]],
+)
+def test_thresholds_are_numbers_of_any_type(threshold, runner):
+    as_floats = np.asarray(torch.as_tensor(threshold).detach().double())
+    want, got = (runner.predict(images(4), t).exit_index for t in (as_floats, threshold))
+    assert want.tolist() == got.tolist()
+
+
+@pytest.mark.parametrize("threshold", ["0.5", True, [True, False], None, [None, 0.5], 0.5j])
+def test_thresholds_that_are_no_numbers_are_refused(threshold, exported):
+    with pytest.raises(PteeError, match=r"^Thresholds are one number, or one for each of the 2 exits, not"):
+        ptee.load_exported(exported).threshold = threshold
+
+
+@pytest.mark.parametrize(
     ("x", "match"),
     [
         (images(2, (3, 9, 9)), r"\(b, 3, 8, 8\), b of 1 or more, not \(2, 3, 9, 9\)"),

@@ -37,10 +37,25 @@ def test_between_two_numbers_of_rows_that_were_measured_times_are_on_a_line_and_
 
 
 def test_a_batch_or_an_executor_that_was_not_measured_is_refused():
-    with pytest.raises(PteeError, match=r"at_batch=8 was not measured: the largest batch was 4\. .*--batch-sizes 8"):
+    with pytest.raises(
+        PteeError, match=r"at_batch=8 was not measured: the largest batch was 4\. .*--executor hooks --batch-sizes 8"
+    ):
         Times(**values()).at(8)
-    with pytest.raises(PteeError, match="graphs was not measured, only hooks"):
+    with pytest.raises(
+        PteeError, match=r"graphs was not measured, only hooks.*--executor hooks,graphs --batch-sizes 4 --save"
+    ):
         Times(**values()).at(4, "graphs")
+
+
+def test_executors_whose_times_are_replaced_are_named(tmp_path, recwarn):
+    by_hooks = Times(**values())
+    by_onnx = by_hooks.changed(executors=[by_hooks.executors[0].changed(executor="onnx")])
+    save_times(by_hooks, tmp_path)
+    save_times(by_hooks, tmp_path)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"Times of hooks that .* kept are replaced\. .*--executor hooks,onnx$"):
+        save_times(by_onnx, tmp_path)
+    assert read_times(tmp_path) == by_onnx
 
 
 BROKEN = {
