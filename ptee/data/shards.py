@@ -6,20 +6,21 @@ unpickled here.
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded, require_utf8
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.folders import EXTENSIONS
+from ptee.data.folders import EXTENSIONS, files_below, list_files
 from ptee.data.parts import arrow
+from ptee.data.pictures import NOT_A_FILE
 from ptee.data.splits import parts_of
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
@@ -53,12 +54,16 @@ class Source:
         kind: a key of `ENDINGS`.
         files: paths below it, sorted.
         sizes: bytes of each.
+        class_names: of folders of pictures, sorted; of another kind none.
+        not_read: what else lies there, in words.
     """
 
     place: str
     kind: str
     files: tuple[str, ...]
     sizes: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
 
     def parts(self) -> list[tuple[str, ...]]:
         """The files in parts of about equal bytes, the same each time."""
@@ -87,13 +92,6 @@ class Source:
             return sum(arrow().parquet.read_metadata(Path(self.place, file)).num_rows for file in self.files)
         return round(sum(1 for _ in samples(self, self.files[:1])) * sum(self.sizes) / max(1, first.stat().st_size))
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the folders of pictures, sorted; of another kind none."""
-        if self.kind != PICTURES:
-            return ()
-        return tuple(sorted({class_of(file) for file in self.files} - {""}))
-
 
 def find_source(source: str | Path) -> Source:
     """The files of a source: a folder, or one shard or table.
@@ -109,11 +107,10 @@ def find_source(source: str | Path) -> Source:
     top, files = (path, _listed(path)) if path.is_dir() else (path.parent, [path.name])
     for kind, endings in ENDINGS.items():
         found = sorted(file for file in files if file.lower().endswith(endings))
+        if found and kind == PICTURES and path.is_dir() and any("/" in file for file in found):
+            return _of_classes(path)
         if found and (kind != PICTURES or path.is_dir()):
-            for name in (str(top.resolve()), *found):
-                require_utf8(name, "file or folder")
-            sizes = tuple((top / file).stat().st_size for file in found)
-            return Source(str(top.resolve()), kind, tuple(found), sizes)
+            return _made(top, kind, found)
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
 
 
@@ -127,17 +124,46 @@ def _require_one_part(top: Path) -> None:
 
 
 def _listed(top: Path) -> list[str]:
-    """Regular files below a folder, without hidden ones."""
-    found = []
-    for folder, folders, names in os.walk(top):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = Path(folder).relative_to(top)
-        found += [(inside / name).as_posix() for name in names if not name.startswith(".")]
-    return [file for file in found if (top / file).is_file()]
+    """Files below a folder, without hidden ones."""
+    return [path.relative_to(top).as_posix() for path in files_below(top, {top.resolve(): top})]
+
+
+def _of_classes(top: Path) -> Source:
+    """Pictures in class folders, read and named as for other commands."""
+    listing = list_files(top, report_only=True)
+    files = [file for rows in listing.parts.values() for file, _ in rows]
+    places = sorted({Path(file.path.removesuffix(file.name)) for file in files})
+    if len(places) > 1:
+        text = f"{top} holds {some([place.name for place in places])}. Give one of them: "
+        raise DataError(text, Argument("data", str(places[0])), ".", argument="data")
+    names = sorted(file.name for file in files)
+    rest = tuple(words.removesuffix(f" of {part}") for words in listing.not_read for part in listing.parts)
+    return _made(places[0], PICTURES, names, class_names=listing.class_names, not_read=rest)
+
+
+def _made(top: Path, kind: str, files: Sequence[str], **more: tuple[str, ...]) -> Source:
+    """The source of these files. A pipe named like a picture would be waited for."""
+    for name in (str(top.resolve()), *files):
+        require_utf8(name, "file or folder")
+    sizes = []
+    for path in (top / file for file in files):
+        try:
+            about = path.stat()
+        except OSError as why:
+            raise DataError(f"{path} cannot be read ({why.strerror}): mend it, or remove it.") from why
+        if not S_ISREG(about.st_mode):
+            raise DataError(f"{path} is {NOT_A_FILE}: remove it.")
+        sizes.append(about.st_size)
+    return Source(str(top.resolve()), kind, tuple(files), tuple(sizes), **more)
 
 
 def class_of(name: str) -> str:
-    """The class of CLASS/picture.jpg; empty without a folder."""
+    """The class of CLASS/picture.jpg, also of CLASS/MORE/picture.jpg; empty without a folder."""
+    return name.partition("/")[0] if "/" in name else ""
+
+
+def _folder_of(name: str) -> str:
+    """The folder around a picture in a shard, which timm takes for its class; empty without a folder."""
     return name.split("/")[-2] if "/" in name else ""
 
 
@@ -208,7 +234,7 @@ def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
     pictures = [ending for ending in members if ending != LABEL]
     if pictures:
         label = number(members.get(LABEL, b""))
-        yield Sample(key, members[pictures[0]], label, class_of(key.partition("/")[2]) if label < 0 else "")
+        yield Sample(key, members[pictures[0]], label, _folder_of(key.partition("/")[2]) if label < 0 else "")
 
 
 def number(text: bytes) -> int:

@@ -73,6 +73,24 @@ def test_folders_give_each_picture_with_the_name_of_its_class(tmp_path):
     assert find_source(tmp_path).class_names == ("cat",)
 
 
+def test_the_class_of_a_picture_is_the_folder_at_the_top_also_where_others_lie_in_it(tmp_path):
+    for name in ("cat/old/1.png", "dog/new/2.png", "dog/3.gif", "4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"one")
+    assert [sample.class_name for sample in read(tmp_path)] == ["cat", "dog"]
+    assert find_source(tmp_path).not_read == ("1 .gif file", "1 picture outside of class folders")
+
+
+def test_pictures_of_one_part_have_the_classes_in_it_and_two_parts_are_refused(tmp_path):
+    for part in ("val", "test", "calibration"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "1.png").write_bytes(b"one")
+        if part != "calibration":
+            assert find_source(tmp_path).class_names == ("cat",)
+    with pytest.raises(DataError, match=r"holds calibration, val\. Give one of them.*calibration"):
+        find_source(tmp_path)
+
+
 def test_parts_are_the_same_each_time_and_hold_every_file_once(tmp_path, monkeypatch):
     monkeypatch.setattr("ptee.data.shards.PART_BYTES", 1)
     for n in range(40):

@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from extras import needs_ray
+from images import Oracle, write_folder
 from shards import shard
 from torch.utils.data import Subset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
 from ptee.data.batches import batches
+from ptee.data.labels import class_orders
 from ptee.data.pictures import decode_bytes, image_transform
 from ptee.data.shards import find_source, samples
 from ptee.scale import ray_engine
-from ptee.scale.trace import ENGINES
+from ptee.scale.trace import ENGINES, with_classes
+from ptee.scale.worker import Job
 from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.traces import Traces, record
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*The backbone is right on")  # the images are noise
 
 
 def traces_of(run: Path, folder: TraceFolder, **how: bool) -> Traces:
@@ -218,6 +226,39 @@ def test_folders_of_classes_get_the_numbers_that_a_file_gives_them(a_run, tmp_pa
     (tmp_path / "classes.txt").write_text("\n".join(["dog", "cat", *(f"class{k}" for k in range(8))]))
     found = ptee.record(a_run, tmp_path / "data", tmp_path / "out", classes=tmp_path / "classes.txt")
     assert sorted(found.labels.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_class_folders_get_the_numbers_under_which_the_backbone_is_right(library, tmp_path):
+    names = [f"class{k}" for k in range(1, 13)]
+    for k in range(3):
+        write_folder(tmp_path, [f"{name}/{k}.png" for name in names])
+    (tmp_path / "class1" / "0.png").write_bytes(b"damaged")
+    order = class_orders(names)[library]
+    model = knowing([order.index(name) for name in names])
+    job, labels = with_classes(Job("run"), model, find_source(tmp_path), None)
+    assert job.classes == {name: n for n, name in enumerate(order)}
+    assert labels.reason.startswith(f"The 12 classes are taken in {library}'s order")
+    reverse = tmp_path / "classes.txt"
+    reverse.write_text("\n".join(reversed(order)))
+    _, labels = with_classes(Job("run"), model, find_source(tmp_path), reverse)
+    assert "by chance" in labels.doubt
+
+
+def test_a_class_folder_that_the_run_does_not_know_is_refused_and_not_numbered(tmp_path):
+    write_folder(tmp_path, ["bird/1.png", "car/1.png", "dog/1.png"])
+    model = knowing([0, 1, 2], ["automobile", "bird", "dog"])
+    with pytest.raises(DataError, match=r"that the run does not know: car\..*do not have: automobile.*classes=FILE"):
+        with_classes(Job("run"), model, find_source(tmp_path), None)
+
+
+def knowing(level_to_class: list[int], recorded: Sequence[str] = ()) -> Any:
+    """A model that knows the class of a picture by its grey level, and what its run recorded."""
+    module = Oracle(level_to_class)
+    view = SimpleNamespace(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), interpolation="nearest")
+    backbone = SimpleNamespace(module=module, num_classes=len(level_to_class), input=view)
+    results = {"data": {"split": {"classes": list(recorded)}}}
+    return SimpleNamespace(origin=backbone, num_classes=backbone.num_classes, results=results)
 
 
 def test_an_unknown_engine_and_no_workers_are_refused(a_run, shards, tmp_path):
