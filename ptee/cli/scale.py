@@ -115,7 +115,8 @@ def trace(run: str, **o: Any) -> None:
         found = record(
             run, logits=words_of(o["logits"]), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH}
         )
-    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} --max-drop 0.01")
+    target = "--max-drop" if found.labelled else "--max-fidelity-drop"
+    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} {target} 0.01")
 
 
 @command(short_help="Keep what the heads read of very many images.")

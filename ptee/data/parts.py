@@ -26,6 +26,7 @@ from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import file_hash, from_json, is_file, read_object, to_json
 from ptee._common.writing import alone, clear_unfinished, is_left_over, require_writable, write_json, writing_in
+from ptee.data.batches import UNKNOWN_LABEL
 
 MANIFEST, UNREADABLE = "manifest.json", "unreadable.json"
 SCHEMA = 1
@@ -49,11 +50,12 @@ class PartFile(_Strict):
 
 
 class Part(_Strict):
-    """A part that is whole: its number of rows with an answer and of images that cannot be read, and its files."""
+    """A part that is whole: its number of rows with an answer, of those with a label, of images that cannot be read; its files."""
 
     name: str = Field(pattern=NAME)
     rows: int = Field(ge=0)
     unreadable: int = Field(ge=0)
+    labelled: int = Field(0, ge=0)
     files: list[PartFile]
 
 
@@ -77,6 +79,11 @@ class Manifest(_Strict):
     def rows(self) -> int:
         """Of all parts, without images that cannot be read."""
         return sum(part.rows for part in self.parts)
+
+    @property
+    def labelled(self) -> int:
+        """Of the rows, those with a label."""
+        return sum(part.labelled for part in self.parts)
 
     @property
     def unreadable(self) -> int:
@@ -262,15 +269,16 @@ class PartsWriter:
 def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
     """What the manifest says of a part, and the images of it that cannot be read."""
     pa = arrow()
-    files, faults, rows = [], [], 0
+    files, faults, rows, labelled = [], [], 0, 0
     for path in sorted(folder.glob("*.parquet")):
         with pa.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=["key", "fault"]):
-                bad = batch.filter(pa.compute.not_equal(batch["fault"], "")).to_pylist()
-                rows += len(batch) - len(bad)
-                faults += bad
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=["key", "fault", "label"]):
+                good = pa.compute.equal(batch["fault"], "")
+                rows += len(labels := batch.filter(good)["label"])
+                labelled += pa.compute.sum(pa.compute.not_equal(labels, UNKNOWN_LABEL)).as_py() or 0
+                faults += batch.select(["key", "fault"]).filter(pa.compute.invert(good)).to_pylist()
         files.append(PartFile(name=path.name, size=path.stat().st_size, sha256=file_hash(path)))
-    return Part(name=name, rows=rows, unreadable=len(faults), files=files), faults
+    return Part(name=name, rows=rows, unreadable=len(faults), labelled=labelled, files=files), faults
 
 
 @contextmanager

@@ -6,10 +6,12 @@ unpickled here.
 
 from __future__ import annotations
 
+import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ class Sample(NamedTuple):
     image: bytes
     label: int
     class_name: str
+    in_folder: bool = False  # the name is that of the folder around it, which need not be a class
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Source:
         kind: a key of `ENDINGS`.
         files: paths below it, sorted.
         sizes: bytes of each.
-        class_names: of folders of pictures, sorted; of another kind none.
+        class_names: of folders of pictures, sorted; of tables, by the number of their labels, where Hugging Face's schema
+            says them; else none.
         not_read: what else lies there, in words.
     """
 
@@ -110,7 +114,8 @@ def find_source(source: str | Path) -> Source:
         if found and kind == PICTURES and path.is_dir() and any("/" in file for file in found):
             return _of_classes(path)
         if found and (kind != PICTURES or path.is_dir()):
-            return _made(top, kind, found)
+            names = _names_of_labels(top / found[0]) if kind == PARQUET else ()
+            return _made(top, kind, found, class_names=names)
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
 
 
@@ -176,7 +181,8 @@ def samples(source: Source, files: Sequence[str]) -> Iterator[Sample]:
     Raises:
         DataError: naming a file that cannot be read.
     """
-    read = {TAR: _of_shard, PARQUET: _of_table, PICTURES: _of_picture}[source.kind]
+    of_table = partial(_of_table, class_names=source.class_names)
+    read: Any = {TAR: _of_shard, PARQUET: of_table, PICTURES: _of_picture}[source.kind]
     for file in files:
         try:
             yield from read(Path(source.place, file), file)
@@ -194,7 +200,7 @@ def unreadable_file(path: Path | str, why: BaseException) -> DataError:
 
 
 def _of_picture(path: Path, name: str) -> Iterator[Sample]:
-    yield Sample(name, path.read_bytes(), UNKNOWN_LABEL, class_of(name))
+    yield Sample(name, path.read_bytes(), UNKNOWN_LABEL, class_of(name), True)
 
 
 def _of_shard(path: Path, name: str) -> Iterator[Sample]:
@@ -233,21 +239,50 @@ def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
     """The sample of some members of a shard, if one is a picture."""
     pictures = [ending for ending in members if ending != LABEL]
     if pictures:
-        label = number(members.get(LABEL, b""))
-        yield Sample(key, members[pictures[0]], label, _folder_of(key.partition("/")[2]) if label < 0 else "")
+        label, class_name = read_label(key, members.get(LABEL))
+        folder = "" if label >= 0 or class_name else _folder_of(key.partition("/")[2])
+        yield Sample(key, members[pictures[0]], label, class_name or folder, bool(folder))
 
 
-def number(text: bytes) -> int:
-    """A label as it stands in a shard; -1 if it is no number, or above `LARGEST_LABEL`."""
-    return int(text) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) else UNKNOWN_LABEL
+def read_label(key: str, value: Any) -> tuple[int, str]:
+    """A label as it stands in a source: a number and an empty text, or -1 and the name of a class, or -1 and an empty text.
+
+    Raises:
+        DataError: naming the picture, if it is none of these.
+    """
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        text = value
+    text = text.strip() if isinstance(text, str) else text
+    if text in (None, "", "-1", -1) or text != text:  # -1 and NaN stand for no label
+        return UNKNOWN_LABEL, ""
+    if isinstance(text, str) and not re.fullmatch("[0-9]+", text):
+        return UNKNOWN_LABEL, text
+    whole = isinstance(text, (str, int, float)) and not isinstance(text, bool) and float(text).is_integer()
+    if not whole or not 0 <= float(text) <= LARGEST_LABEL:
+        raise DataError(f"{key} has the label {text!r:.60}. Give each image the number or the name of its class.")
+    return int(text), ""
 
 
-def _of_table(path: Path, name: str) -> Iterator[Sample]:
+def _names_of_labels(path: Path) -> tuple[str, ...]:
+    """The class names that Hugging Face's schema gives the numbers in a table; else none."""
+    try:
+        schema = arrow().parquet.read_schema(path)
+        _, label, _ = columns_of(path, schema.names)
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[label]["names"]
+    except (OSError, ValueError, KeyError, TypeError):  # a table that cannot be read is named where it is read
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def _of_table(path: Path, name: str, class_names: Sequence[str]) -> Iterator[Sample]:
     with arrow().parquet.ParquetFile(path) as table:
         image, label, key = columns_of(path, table.schema_arrow.names)
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=[c for c in (image, label, key) if c]):
             for row in batch.to_pylist():
-                yield of_row(name, row[image], row.get(label or ""), row.get(key or ""))
+                yield of_row(name, row[image], row.get(label or ""), row.get(key or ""), class_names)
 
 
 def columns_of(path: Path | str, names: Sequence[str]) -> tuple[str, str | None, str | None]:
@@ -258,10 +293,18 @@ def columns_of(path: Path | str, names: Sequence[str]) -> tuple[str, str | None,
     return image, label, key
 
 
-def of_row(file: str, image: Any, label: Any, key: Any) -> Sample:
-    """The sample of a row. An image is bytes, or {bytes, path} as Hugging Face's tables have it; without a key its checksum."""
+def of_row(file: str, image: Any, label: Any, key: Any, class_names: Sequence[str] = ()) -> Sample:
+    """The sample of a row. An image is bytes, or {bytes, path} as Hugging Face's tables have it; without a key its checksum.
+
+    `class_names`: of numbers that Hugging Face's schema names.
+    """
     content = image.get("bytes") if isinstance(image, Mapping) else image
     named = key or (isinstance(image, Mapping) and image.get("path")) or ""
     content = content if isinstance(content, bytes) else b""
-    known = isinstance(label, int) and not isinstance(label, bool) and 0 <= label <= LARGEST_LABEL
-    return Sample(f"{file}/{named or f'{crc32(content):08x}'}", content, label if known else UNKNOWN_LABEL, "")
+    place = f"{file}/{named or f'{crc32(content):08x}'}"
+    number, class_name = read_label(place, label)
+    if class_names and number >= 0:
+        if number >= len(class_names):
+            raise DataError(f"{place} has the label {number}, and its table names {len(class_names)} classes.")
+        number, class_name = UNKNOWN_LABEL, class_names[number]
+    return Sample(place, content, number, class_name)

@@ -174,13 +174,14 @@ def samples_of(source: Source, batch: Mapping[str, Any]) -> list[Sample]:
     names = [Path(str(path)).relative_to(source.place).as_posix() for path in batch["path"]]
     if source.kind == PICTURES:
         pairs = zip(names, batch["bytes"], strict=True)
-        return [Sample(name, content, UNKNOWN_LABEL, class_of(name)) for name, content in pairs]
+        return [Sample(name, content, UNKNOWN_LABEL, class_of(name), True) for name, content in pairs]
     if source.kind == PARQUET:
         image, label, key = columns_of(source.place, list(batch))
         columns = [
             batch[c].tolist() if c else [None] * len(names) for c in (image, label, None if key == "path" else key)
         ]
-        return [of_row(name, *row) for name, *row in zip(names, *columns, strict=True)]
+        rows = zip(names, *columns, strict=True)
+        return [of_row(name, pixels, given, named, source.class_names) for name, pixels, given, named in rows]
     found: list[Sample] = []
     endings = [column for column in batch if column not in ("__key__", "path", "__url__")]
     for n, name in enumerate(names):

@@ -16,18 +16,22 @@ from ptee._common.files import as_path, plain
 from ptee._common.progress import Log, counted
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import answering_hash, weights_hash
-from ptee.data.labels import LabelMap, describe_labels, read_names, recorded_classes
-from ptee.data.parts import FEW, PartsWriter, arrow, parts_writer
+from ptee.data.labels import LabelMap, describe_labels, map_labels, read_names, recorded_classes
+from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
 from ptee.data.pictures import File, Pictures, image_transform
-from ptee.data.shards import Source, class_of, find_source
+from ptee.data.shards import LABELS, PARQUET, PICTURES, TAR, Source, class_of, find_source
 from ptee.data.splits import Data
 from ptee.evaluation.class_order import choose_class_order, labels_as_recorded
 from ptee.model.early_exit import EarlyExitModel
 from ptee.scale import local, ray_engine
-from ptee.scale.worker import Job, open_model
+from ptee.scale.worker import Job, open_model, spelt
 from ptee.tuning.trace_folder import TraceFolder, open_traces
 
 ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
+LABELS_STAND = {
+    TAR: " In shards a label is the number or the name of a class in KEY.cls, or the folder CLASS/KEY.",
+    PARQUET: f" In tables a label is the number or the name of a class in a column {', '.join(LABELS[:-1])} or {LABELS[-1]}.",
+}
 MAX_UNREADABLE = 0.001  # share of the images
 
 
@@ -140,7 +144,19 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
         )
         log(
             f"{manifest.rows:,} images in {len(manifest.parts)} part{'s' * (len(manifest.parts) != 1)} in {writer.folder}{bad}."
+            f"{_labelled(manifest, source)}"
         )
+
+
+def _labelled(manifest: Manifest, source: Source) -> str:
+    """How many images have labels, in a sentence; and where labels are looked for, if none has one."""
+    if manifest.labelled == manifest.rows:
+        return " All of them have labels."
+    if manifest.labelled:
+        return (
+            f" {manifest.labelled:,} of them have labels, and the others none: give labels to all of them, or to none."
+        )
+    return f" None of them has a label.{LABELS_STAND.get(source.kind, '')}"
 
 
 def describe(model: EarlyExitModel) -> dict[str, Any]:
@@ -158,19 +174,24 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
 def with_classes(
     job: Job, model: EarlyExitModel, source: Source, classes: str | Path | None
 ) -> tuple[Job, LabelMap | None]:
-    """The job, knowing the backbone's number of each class name; and of class folders, how these were found.
+    """The job, knowing the backbone's number of each class name; and how these were found, if the source names its classes.
 
     Raises:
-        DataError: if the class folders are not those of the run, or a file of classes not the backbone's.
+        DataError: if the classes are not those of the run, or a file of classes not the backbone's.
     """
-    names = _recorded(model)
-    if source.class_names:
-        known = None if classes is not None else recorded_classes(source.class_names, names, model.num_classes)
+    names, found = _recorded(model), source.class_names
+    if not found:
+        names = names if classes is None else read_names(classes)
+        return replace(job, classes={spelt(name): n for n, name in enumerate(names)} or None), None
+    known = None if classes is not None else recorded_classes(found, names, model.num_classes)
+    if source.kind == PICTURES:
         labels = choose_class_order(model.origin, _as_data(source, model), classes=classes, recorded=known)
-        numbers = dict(zip(source.class_names, labels.indices, strict=True)) if labels.indices is not None else None
-        return replace(job, classes=numbers), labels
-    names = names if classes is None else read_names(classes)
-    return replace(job, classes={name: n for n, name in enumerate(names)} or None), None
+    elif classes is None and known is None:
+        labels = LabelMap(tuple(range(len(found))), "The labels are taken for the backbone's class numbers.")
+    else:
+        labels = map_labels(found, model.num_classes, classes=known if classes is None else classes)
+    numbers = None if labels.indices is None else dict(zip(map(spelt, found), labels.indices, strict=True))
+    return replace(job, classes=numbers), labels
 
 
 def _as_data(source: Source, model: EarlyExitModel) -> Data:

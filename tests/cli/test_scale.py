@@ -29,7 +29,7 @@ def traced(run, finished, source) -> Path:
     assert done.status == 0, done.err
     assert done.out.splitlines() == [
         f"{source.parent.resolve()}: about 40 images in 1 file.",
-        "40 images in 1 part in traces.",
+        "40 images in 1 part in traces. All of them have labels.",
         f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
         f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01",
     ]
@@ -127,7 +127,7 @@ def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
     assert done.out.splitlines() == [
         "What the heads read of about 40 images takes about 1 MiB.",
         f"{source.parent.resolve()}: about 40 images in 1 file.",
-        "40 images in 1 part in cache.",
+        "40 images in 1 part in cache. All of them have labels.",
     ]
     assert_refused(
         run("cache", finished, "--data", source, "--out", "small", "--limit", 0.000001), "--limit|are allowed"

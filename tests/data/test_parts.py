@@ -20,6 +20,7 @@ ABOUT = {"heads": "a", "source": {"kind": "tar", "bytes": 4}}
 def table(keys: str, damaged: str = "") -> pa.Table:
     return pa.table(
         {"key": list(keys), "fault": ["damaged" if key in damaged else "" for key in keys], "x": [1] * len(keys)}
+        | {"label": [-1 if key == "a" else 0 for key in keys]}
     )
 
 
@@ -50,7 +51,7 @@ def keys(folder: Path) -> str:
 
 def test_what_is_written_is_read_without_images_that_cannot_be_read(whole):
     manifest = read_whole(whole, "traces")
-    assert (manifest.rows, manifest.unreadable, keys(whole)) == (5, 1, "abcdf")
+    assert (manifest.rows, manifest.labelled, manifest.unreadable, keys(whole)) == (5, 4, 1, "abcdf")
     assert json.loads((whole / "unreadable.json").read_text()) == {"images": [{"key": "e", "fault": "damaged"}]}
     assert sorted(path.name for path in whole.iterdir()) == ["manifest.json", "part-0", "part-1", "unreadable.json"]
 
